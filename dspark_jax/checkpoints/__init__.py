@@ -1,0 +1,1 @@
+"""Files in and out: Hugging Face targets, DeepSpec-native drafters."""

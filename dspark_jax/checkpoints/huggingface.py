@@ -1,0 +1,140 @@
+"""Targets in Hugging Face layout: config.json, safetensors, tokenizer, generation_config.json; a folder or a hub id."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
+
+from dspark_jax.checkpoints.tensors import (
+    ParamPath,
+    Stored,
+    TensorFolder,
+    decoder_layer_map,
+    load_params,
+    read_json,
+    stored_tensors,
+    write_json,
+    write_tensors,
+)
+from dspark_jax.errors import UserError
+from dspark_jax.sharding import ShardingRules, parameter_shardings, split
+from dspark_jax.targets.config import TargetConfig, config_sha256
+from dspark_jax.targets.qwen3 import Qwen3Model
+from dspark_jax.targets.target import Target
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+def resolve_folder(path_or_id: str | Path) -> Path:
+    """A local folder as it is; anything else as a hub id, from the hub or from the local hub cache when offline."""
+    folder = Path(path_or_id)
+    if folder.is_dir():
+        return folder
+    name = str(path_or_id)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"{name} is not a folder; give a model folder in Hugging Face layout or a hub id (owner/name).")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.txt"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{name} is neither a folder here nor a model that the hub gives ({reason}); check the name, the network or HF_HOME."
+        ) from None
+
+
+def load_target(
+    path_or_id: str | Path,
+    *,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    rules: ShardingRules | None = None,
+    tokenizer: bool = True,
+) -> Target:
+    """Loads a Qwen3 dense target.
+
+    dtype: 'float32' or 'bfloat16'; None keeps the config's. mesh: parameters are placed by `rules`, each device reading
+    its own part. Raises UserError when files are missing, cut off or of another model.
+    """
+    folder = resolve_folder(path_or_id)
+    hf_config = read_json(folder / "config.json")
+    config = TargetConfig.from_hf_dict(hf_config)
+    if (dtype or config.dtype) not in DTYPES:
+        raise UserError(f"Target dtype {dtype or config.dtype!r} is not supported; choose float32 or bfloat16.")
+    kind = DTYPES[dtype or config.dtype]
+    skeleton = nnx.eval_shape(lambda: Qwen3Model(config, rngs=nnx.Rngs(0)))
+    graphdef, abstract = split(skeleton)
+    shardings = None if mesh is None else flatten_dict(parameter_shardings(skeleton, mesh, rules or ShardingRules()))
+    params = load_params(
+        TensorFolder(folder), target_tensor_map(config), flatten_dict(abstract), shardings, lambda path: kind
+    )
+    return Target(
+        name=str(path_or_id),
+        config=config,
+        graphdef=graphdef,
+        params=params,
+        hf_config=hf_config,
+        config_sha256=config_sha256(hf_config),
+        stop_tokens=stop_tokens(folder, hf_config),
+        tokenizer=load_tokenizer(folder) if tokenizer else None,
+    )
+
+
+def save_target(folder: str | Path, hf_config: Mapping[str, Any], params: dict, dtype: str = "bfloat16") -> None:
+    """Writes config.json and model.safetensors in Hugging Face naming; a tied head is not written."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = TargetConfig.from_hf_dict(hf_config)
+    write_json(folder / "config.json", {**hf_config, "dtype": dtype})
+    write_tensors(folder / "model.safetensors", stored_tensors(target_tensor_map(config), params, dtype))
+
+
+def target_tensor_map(config: TargetConfig) -> dict[ParamPath, Stored]:
+    """Parameter path -> Hugging Face tensor of a Qwen3 target."""
+    table: dict[ParamPath, Stored] = {
+        ("embed_weight_vd",): Stored("model.embed_tokens.weight"),
+        ("final_norm", "weight"): Stored("model.norm.weight"),
+    }
+    if not config.tie_word_embeddings:
+        table[("head_weight_vd",)] = Stored("lm_head.weight")
+    for i in range(config.num_layers):
+        table |= decoder_layer_map(("layers", i), f"model.layers.{i}", config.attention_bias)
+    return table
+
+
+def stop_tokens(folder: Path, hf_config: Mapping[str, Any]) -> tuple[int, ...]:
+    """End-of-sequence ids: generation_config.json's if it names any, else config.json's."""
+    path = folder / "generation_config.json"
+    declared = read_json(path).get("eos_token_id") if path.exists() else None
+    if declared is None:
+        declared = hf_config.get("eos_token_id")
+    if declared is None:
+        return ()
+    return tuple(declared) if isinstance(declared, list) else (declared,)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer, or None when it has no tokenizer files. Never runs code from the folder."""
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"The tokenizer in {folder} does not load ({error}); copy its files again.") from None
+
+
+def abstract_target(config: TargetConfig, dtype: str) -> tuple[nnx.GraphDef, dict]:
+    """(graphdef, ShapeDtypeStructs of params) of a target that is not loaded, for planning and lowering."""
+    graphdef, abstract = split(nnx.eval_shape(lambda: Qwen3Model(config, rngs=nnx.Rngs(0))))
+    return graphdef, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, DTYPES[dtype]), abstract)

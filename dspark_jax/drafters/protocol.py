@@ -1,0 +1,55 @@
+"""What the decode loop and the trainer ask of a drafter. Both know drafters by this protocol only.
+
+Axes: R request slots, W rows of a commit (block + 1), K block position, T context position, D hidden, V vocab, m taps.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+from jaxtyping import Array, Float, Int
+
+# (logits [R, V] float32, block offset k) -> (tokens [R] int32, probs [R, V]: the law the token was drawn from).
+SampleFn = Callable[[Array, int], tuple[Array, Array]]
+DraftState = Any
+
+
+class SharedTables(NamedTuple):
+    """The target's frozen embedding [V, D] and output head [V, D], borrowed, never trained."""
+
+    embed: Array
+    head: Array
+
+
+class DraftOutput(NamedTuple):
+    """tokens [R, K] int32; probs [R, K, V] float32, p^d of SPEC section 1; confidence [R, K] logits, None without head."""
+
+    tokens: Array
+    probs: Array
+    confidence: Array | None
+
+
+class Drafter(Protocol):
+    """Every leaf of a DraftState has the request slot as its first axis; positions past a request's length are junk.
+
+    The context of a request at anchor position s covers positions < s. `init_state` makes an empty one; `prefill` one
+    for fresh prompts (a small state of A requests, to be inserted into slots); `commit` appends verified rows.
+    """
+
+    block_size: int
+    tap_layers: tuple[int, ...]
+
+    def init_state(self, requests: int, size: int, dtype: Any) -> DraftState: ...
+
+    def prefill(
+        self, taps: Float[Array, "r t md"], tokens: Int[Array, "r t"], lengths: Int[Array, " r"]
+    ) -> DraftState: ...
+
+    def draft(
+        self, shared: SharedTables, state: DraftState, anchors: Int[Array, " r"], positions: Int[Array, " r"],
+        sample: SampleFn,
+    ) -> DraftOutput: ...
+
+    def commit(
+        self, state: DraftState, taps: Float[Array, "r w md"], tokens: Int[Array, "r w"], starts: Int[Array, " r"],
+        counts: Int[Array, " r"],
+    ) -> DraftState: ...

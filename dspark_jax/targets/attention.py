@@ -1,0 +1,181 @@
+"""Attention cores. A decoder layer hands its q, k, v to an `Attend`; which keys they meet is decided here, not there.
+
+Axes: B batch, T context position, N block, K block position, Q query heads, G kv heads (groups), H head dim, M = N*(Q/G)*K
+rows that share one kv head. Scores and softmax are float32 whatever the storage dtype.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+# Large and finite: a row without keys gives zeros instead of NaN, and -inf - -inf never happens in the merge.
+MASKED = -1e30
+
+
+class KeysValues(NamedTuple):
+    """One layer's keys (after k-norm and RoPE) and values; cached ones are head-major [B, G, T, H]."""
+
+    keys: Array
+    values: Array
+
+
+class Attend(Protocol):
+    """q [*n, Q, H], k and v [*n, G, H] of layer `layer` -> attention output [*n, Q, H]."""
+
+    def __call__(self, layer: int, q: Array, k: Array, v: Array, *, scale: float, window: int | None) -> Array: ...
+
+
+@dataclass(frozen=True)
+class Causal:
+    """Causal attention within right-padded rows [B, T]; `segments` (0 = padding) keeps packed conversations apart.
+
+    `query_chunk` bounds the float32 scores to [B, Q, query_chunk, T]; longer rows are mapped chunk by chunk.
+    """
+
+    segments: Int[Array, "b t"] | None = None
+    query_chunk: int = 512
+
+    def __call__(self, layer: int, q: Array, k: Array, v: Array, *, scale: float, window: int | None) -> Array:
+        length = q.shape[1]
+        keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        if length <= self.query_chunk or length % self.query_chunk:
+            return self._rows(q, keys, values, 0, scale, window)
+        starts = jnp.arange(0, length, self.query_chunk)
+
+        def chunk(start: Array) -> Array:
+            rows = jax.lax.dynamic_slice_in_dim(q, start, self.query_chunk, axis=1)
+            return self._rows(rows, keys, values, start, scale, window)
+
+        out = jax.lax.map(jax.checkpoint(chunk), starts)  # [chunks, B, chunk, Q, H]
+        return jnp.moveaxis(out, 0, 1).reshape(q.shape)
+
+    def _rows(
+        self, q: Array, keys: Array, values: Array, start: int | Array, scale: float, window: int | None
+    ) -> Array:
+        rows = start + jnp.arange(q.shape[1])[:, None]
+        columns = jnp.arange(keys.shape[2])[None, :]
+        allowed = columns <= rows
+        if window is not None:
+            allowed &= columns > rows - window
+        allowed = allowed[None]
+        if self.segments is not None:
+            mine = jax.lax.dynamic_slice_in_dim(self.segments, start, q.shape[1], axis=1)
+            allowed = allowed & (mine[:, :, None] == self.segments[:, None, :])
+        out = prefix_block_attention(
+            q[:, None], None, KeysValues(keys, values), allowed[:, None], None, scale=scale
+        )
+        return out[:, 0]
+
+
+def SegmentedCausal(segments: Int[Array, "b t"]) -> Causal:
+    """Causal attention of packed rows: a query sees earlier positions of its own segment only."""
+    return Causal(segments=segments)
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Where the packed rows of a bucket sit in the [R, W] grid of (request, block offset).
+
+    `index` [P] = request * W + offset, and R * W for the bucket's unused rows, whose values go nowhere.
+    """
+
+    index: Int[Array, " p"]
+    requests: int
+    width: int
+
+    def to_grid(self, x: Array) -> Array:
+        """[P, ...] -> [R, W, ...]; cells with no packed row are zero."""
+        grid = jnp.zeros((self.requests * self.width, *x.shape[1:]), x.dtype)
+        return grid.at[self.index].set(x, mode="drop").reshape(self.requests, self.width, *x.shape[1:])
+
+    def from_grid(self, x: Array) -> Array:
+        """[R, W, ...] -> [P, ...]; unused rows repeat the grid's last cell, finite and ignored by `to_grid`."""
+        flat = x.reshape(self.requests * self.width, *x.shape[2:])
+        return jnp.take(flat, self.index, axis=0, mode="clip")
+
+
+@dataclass(frozen=True)
+class CachedBlock:
+    """A block of new rows per request, attending the request's cached prefix and, causally, the block itself.
+
+    The cache is only read. `lengths` [R] are the valid cached positions (the block starts there). With `packed`, the
+    layer's rows are [P, ...] and only this core sees the [R, W] grid; without, they are [R, W, ...] already.
+    """
+
+    cache: Sequence[KeysValues]
+    lengths: Int[Array, " r"]
+    packed: PackedRows | None = None
+
+    def __call__(self, layer: int, q: Array, k: Array, v: Array, *, scale: float, window: int | None) -> Array:
+        if self.packed is not None:
+            q, k, v = (self.packed.to_grid(x) for x in (q, k, v))
+        prefix = self.cache[layer]
+        allowed = prefix_mask(self.lengths[:, None], prefix.keys.shape[2], q.shape[1], window)
+        out = prefix_block_attention(
+            q[:, None], KeysValues(k[:, None], v[:, None]), prefix, allowed, causal_block(q.shape[1], window), scale=scale
+        )[:, 0]
+        return out if self.packed is None else self.packed.from_grid(out)
+
+
+def prefix_mask(
+    lengths: Int[Array, "b n"], size: int, width: int, window: int | None = None
+) -> Bool[Array, "b n k t"]:
+    """Cached position t is visible to block row k of a block starting at `lengths` iff t < lengths (and in the window)."""
+    columns = jnp.arange(size)
+    allowed = columns < lengths[:, :, None, None]
+    if window is None:
+        return jnp.broadcast_to(allowed, (*lengths.shape, 1, size))
+    rows = lengths[:, :, None, None] + jnp.arange(width)[:, None]
+    return allowed & (columns > rows - window)
+
+
+def causal_block(width: int, window: int | None = None) -> Bool[Array, "k k"]:
+    rows, columns = jnp.arange(width)[:, None], jnp.arange(width)[None, :]
+    allowed = columns <= rows
+    return allowed if window is None else allowed & (columns > rows - window)
+
+
+def prefix_block_attention(
+    q: Float[Array, "b n k q h"],
+    block: KeysValues | None,
+    prefix: KeysValues,
+    prefix_allowed: Bool[Array, "b n #k t"],
+    block_allowed: Bool[Array, "k k"] | None,
+    *,
+    scale: float,
+) -> Float[Array, "b n k q h"]:
+    """N blocks of K rows, each attending a shared prefix [B, G, T, H] and its own block [B, N, K, G, H].
+
+    The two score matrices are computed apart and merged by log-sum-exp, so nothing of size [T + N K]^2 exists and the
+    prefix is never copied next to the block. `block` None: the prefix only. `block_allowed` None: all of the block.
+    """
+    b, n, k, q_heads, h = q.shape
+    groups = prefix.keys.shape[1]
+    # One matrix product per (batch, kv head): all rows that share the head are stacked as M = N * (Q/G) * K rows.
+    rows = q.reshape(b, n, k, groups, q_heads // groups, h).transpose(0, 3, 1, 4, 2, 5)  # [B, G, N, Q/G, K, H]
+    stacked = rows.reshape(b, groups, -1, h)
+    scores = jnp.einsum("bgmh,bgth->bgmt", stacked, prefix.keys, preferred_element_type=jnp.float32) * scale
+    scores = scores.reshape(*rows.shape[:-1], -1)
+    scores = jnp.where(prefix_allowed[:, None, :, None], scores, MASKED)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    if block is not None:
+        inner = jnp.einsum("bgnrkh,bnjgh->bgnrkj", rows, block.keys, preferred_element_type=jnp.float32) * scale
+        if block_allowed is not None:
+            inner = jnp.where(block_allowed, inner, MASKED)
+        top = jnp.maximum(top, jnp.max(inner, axis=-1, keepdims=True))
+    top = jax.lax.stop_gradient(jnp.maximum(top, MASKED / 2))
+    weights = jnp.exp(scores - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    flat = weights.reshape(b, groups, -1, weights.shape[-1]).astype(prefix.values.dtype)
+    out = jnp.einsum("bgmt,bgth->bgmh", flat, prefix.values, preferred_element_type=jnp.float32).reshape(rows.shape)
+    if block is not None:
+        inner = jnp.exp(inner - top)
+        total = total + jnp.sum(inner, axis=-1, keepdims=True)
+        inner = inner.astype(block.values.dtype)
+        out = out + jnp.einsum("bgnrkj,bnjgh->bgnrkh", inner, block.values, preferred_element_type=jnp.float32)
+    out = out / jnp.where(total > 0, total, 1.0)
+    return out.transpose(0, 2, 4, 1, 3, 5).reshape(q.shape).astype(q.dtype)

@@ -1,0 +1,31 @@
+"""`Target`: a frozen model with everything a drafter, a cache or a decode loop needs to know about it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from flax import nnx
+
+from dspark_jax.targets.config import TargetConfig
+from dspark_jax.targets.qwen3 import Qwen3Model
+
+
+@dataclass(frozen=True)
+class Target:
+    """Static structure (`graphdef`, config) beside `params`, a nested dict of arrays that travels through jit apart.
+
+    `name` is the path or hub id it was loaded from, `config_sha256` the identity that caches and drafters record.
+    """
+
+    name: str
+    config: TargetConfig
+    graphdef: nnx.GraphDef = field(repr=False)
+    params: dict = field(repr=False)
+    hf_config: Mapping[str, Any] = field(repr=False)
+    config_sha256: str
+    stop_tokens: tuple[int, ...] = ()
+    tokenizer: Any = field(default=None, repr=False)
+
+    def model(self, params: dict) -> Qwen3Model:
+        """The module over `params`; call it inside the jitted function."""
+        return nnx.merge(self.graphdef, params)
