@@ -1,0 +1,57 @@
+"""Keys and values of committed positions: one head-major `KeysValues` [R, G, S, H] a layer, in a tuple.
+
+Head-major and a leaf a layer, because attention then reads each head's rows in one stretch and XLA writes new rows in
+place. A request's length lives outside: rows past it are junk that every mask hides, so rolling back is taking a
+smaller length. Axes: R request slot, G kv heads, S cache size, H head dim, W new rows, A admitted requests, L layer.
+"""
+
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from dspark_jax.targets.attention import KeysValues
+
+KVCache = tuple[KeysValues, ...]
+Tree = TypeVar("Tree")
+
+
+def empty_cache(layers: int, requests: int, kv_heads: int, size: int, head_dim: int, dtype: Any) -> KVCache:
+    """Zeros for `size` positions. Size it as the longest length + the widest append: `append_rows` clamps its start."""
+    shape = (requests, kv_heads, size, head_dim)
+    return tuple(KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(layers))
+
+
+def head_major(rows: KeysValues) -> KeysValues:
+    """A layer's own K/V [*n, W, G, H], as `DecoderLayer` returns them, in cache order [*n, G, W, H]."""
+    return KeysValues(rows.keys.swapaxes(-3, -2), rows.values.swapaxes(-3, -2))
+
+
+def append_rows(cache: KVCache, new: KVCache, starts: Int[Array, " r"]) -> KVCache:
+    """Writes `new` (per layer [R, W, G, H]) at positions starts[r] .. starts[r] + W - 1 of every request.
+
+    All W rows are written; those past what was accepted become junk beyond the length. `starts + W <= S` must hold,
+    since a dynamic_update_slice that does not fit moves left, over live rows.
+    """
+
+    def write(stored: Array, rows: Array) -> Array:
+        return jax.vmap(lambda s, r, at: jax.lax.dynamic_update_slice(s, r, (0, at, 0)))(stored, rows, starts)
+
+    rows = tuple(head_major(layer) for layer in new)
+    return jax.tree.map(lambda stored, r: write(stored, r.astype(stored.dtype)), cache, rows)
+
+
+def insert_rows(state: Tree, rows: Tree, slots: Int[Array, " a"]) -> Tree:
+    """Writes request a of `rows` (leaves [A, ...], each dimension at most the state's) into slot slots[a] of `state`.
+
+    Slots must be below R. One slice update a request and leaf: a scatter would copy the cache on some backends.
+    """
+
+    def insert(stored: Array, new: Array) -> Array:
+        for a in range(new.shape[0]):
+            at = (slots[a], *(0,) * (stored.ndim - 1))
+            stored = jax.lax.dynamic_update_slice(stored, new[a : a + 1].astype(stored.dtype), at)
+        return stored
+
+    return jax.tree.map(insert, state, rows)
