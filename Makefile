@@ -1,0 +1,55 @@
+# Every target builds what it needs from nothing and reuses it afterwards.
+#   make env          .venv with the project and the development tools
+#   make parity-env   the same plus PyTorch, the oracle of the parity tests
+#   make demo         the whole pipeline on the embedded target; leaves runs/demo/
+#   make test         all tests (pass more with PYTEST_ARGS="-m lossless -x")
+#   make check        format, lint, types, import directions
+#   make format       rewrites the code to the format that `make check` wants
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PARITY_INSTALLED := $(VENV)/.installed-parity
+CODE := dspark_jax train infer configs tests
+PYTEST_ARGS ?=
+
+# Compiled programs are kept, so that a second run spends its time on the work itself.
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
+export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= 0
+
+.PHONY: env parity-env demo test check format clean
+
+env: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than Python 3.11; name a newer one: make env PYTHON=python3.12" >&2; exit 2; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+parity-env: $(PARITY_INSTALLED)
+
+$(PARITY_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable '.[dev,parity]'
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python -m infer.demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+clean:
+	rm -rf .cache dist build

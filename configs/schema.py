@@ -1,0 +1,226 @@
+"""What a training run is: frozen dataclasses, one a concern, checked when they are made.
+
+Every field is read once, by the code it configures, which holds no second default. Importing this loads no jax.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+from dspark_jax.errors import UserError
+
+
+def _require(holds: bool, field: str, found: Any, expected: str) -> None:
+    if not holds:
+        raise UserError(f"{field} is {found!r}; {expected} was expected.")
+
+
+@dataclasses.dataclass(frozen=True)
+class DrafterSettings:
+    """The drafter's shape (SPEC section 2). `None` takes the target's value."""
+
+    num_layers: int
+    """Draft decoder layers L_d."""
+    target_layer_ids: tuple[int, ...]
+    """Target layers whose outputs are tapped, ascending, counted from 0; -1 is the embedding output."""
+    kind: str = "dspark"
+    """Name in the registry of drafters."""
+    block_size: int = 7
+    """Draft tokens γ of a round."""
+    markov_rank: int = 256
+    """Rank r of the sequential head; 0 leaves it out (DFlash)."""
+    markov_head_type: str = "vanilla"
+    """Name in the registry of sequential heads."""
+    enable_confidence_head: bool = True
+    """Predict per position whether the draft token will be accepted."""
+    confidence_head_with_markov: bool = True
+    """Show the confidence head the previous token's Markov embedding as well."""
+    num_anchors: int = 512
+    """Anchors N sampled from a training sequence."""
+    mask_token_id: int | None = None
+    """Input of block positions after the anchor; None: the tokenizer's mask token."""
+    intermediate_size: int | None = None
+    """Width F of the draft MLP."""
+    num_attention_heads: int | None = None
+    """Query heads Q of the draft layers."""
+    num_key_value_heads: int | None = None
+    """Key/value heads G of the draft layers."""
+    head_dim: int | None = None
+    """Head width H of the draft layers."""
+
+    def __post_init__(self) -> None:
+        ids = self.target_layer_ids
+        _require(self.num_layers >= 1, "drafter.num_layers", self.num_layers, "at least 1")
+        _require(self.block_size >= 1, "drafter.block_size", self.block_size, "at least 1")
+        _require(self.num_anchors >= 1, "drafter.num_anchors", self.num_anchors, "at least 1")
+        _require(self.markov_rank >= 0, "drafter.markov_rank", self.markov_rank, "0 (no Markov head) or more")
+        _require(
+            len(ids) > 0 and list(ids) == sorted(set(ids)) and ids[0] >= -1,
+            "drafter.target_layer_ids",
+            ids,
+            "one or more different layers in ascending order, counted from 0 (-1: the embeddings),",
+        )
+        _require(
+            not (self.enable_confidence_head and self.confidence_head_with_markov and self.markov_rank == 0),
+            "drafter.confidence_head_with_markov",
+            True,
+            "False (the option --drafter.no-confidence-head-with-markov), as there is no Markov head at rank 0,",
+        )
+        for name in ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"drafter.{name}", value, "a positive number or None")
+
+
+@dataclasses.dataclass(frozen=True)
+class LossSettings:
+    """Weights of the three terms and their decay over block positions (SPEC section 3)."""
+
+    ce_alpha: float = 0.1
+    """Weight of the cross-entropy against the next tokens."""
+    l1_alpha: float = 0.9
+    """Weight of ‖p^d - p^t‖_1, the whole sum and not its half."""
+    confidence_alpha: float = 1.0
+    """Weight of the confidence head's binary cross-entropy."""
+    decay_gamma: float = 4.0
+    """g of the weights exp(-(k-1)/g) of position k; 0 or less weighs all positions alike."""
+
+    def __post_init__(self) -> None:
+        for name in ("ce_alpha", "l1_alpha", "confidence_alpha"):
+            value = getattr(self, name)
+            _require(value >= 0, f"loss.{name}", value, "0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW and its learning-rate schedule."""
+
+    learning_rate: float = 6e-4
+    """The peak, reached at the end of the warm-up."""
+    warmup_ratio: float = 0.04
+    """Part of all steps spent warming up."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """After the warm-up: cosine to 0, or constant."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    clip_norm: float = 1.0
+    """Bound of the global gradient norm; 0 leaves gradients as they are."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and second moments."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "a positive number")
+        _require(0 <= self.warmup_ratio < 1, "optimizer.warmup_ratio", self.warmup_ratio, "a part in [0, 1)")
+        _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        _require(self.clip_norm >= 0, "optimizer.clip_norm", self.clip_norm, "0 (no clipping) or more")
+        _require(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two numbers in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    """Which records a step sees. Their order is a function of (seed, step) alone."""
+
+    cache: str
+    """Folder of the target cache (train.build_cache); empty: the program makes a few records itself (debug)."""
+    global_batch: int = 512
+    """Sequences of one optimizer step, over all devices and micro-batches."""
+    accumulation_steps: int = 1
+    """Micro-batches that a step's sequences are split into, one after the other."""
+    max_length: int = 4096
+    """Tokens T that a sequence is cut to."""
+    length_buckets: tuple[int, ...] = ()
+    """Padded lengths, ascending; each batch takes the smallest that holds it. Empty: `max_length` alone."""
+    shuffle: bool = True
+    """A new order each epoch."""
+    seed: int = 0
+    """Seed of the order."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_length >= 2, "data.max_length", self.max_length, "at least 2")
+        _require(self.accumulation_steps >= 1, "data.accumulation_steps", self.accumulation_steps, "at least 1")
+        _require(
+            self.global_batch >= 1 and self.global_batch % self.accumulation_steps == 0,
+            "data.global_batch",
+            self.global_batch,
+            f"a positive multiple of data.accumulation_steps ({self.accumulation_steps})",
+        )
+        buckets = self.length_buckets
+        _require(
+            not buckets
+            or (list(buckets) == sorted(set(buckets)) and buckets[0] >= 2 and buckets[-1] >= self.max_length),
+            "data.length_buckets",
+            buckets,
+            f"ascending lengths, the last of them no less than data.max_length ({self.max_length}),",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSettings:
+    """Devices along each mesh axis; one of them may be -1, all that remain."""
+
+    data: int = -1
+    """Copies of the parameters, each with its own sequences."""
+    fsdp: int = 1
+    """Devices that share one copy of the parameters and the optimizer's state; they divide the sequences too."""
+
+    def __post_init__(self) -> None:
+        for name in ("data", "fsdp"):
+            size = getattr(self, name)
+            _require(size == -1 or size >= 1, f"mesh.{name}", size, "a positive number or -1")
+        _require((self.data, self.fsdp) != (-1, -1), "mesh", (-1, -1), "at most one axis of size -1")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointSettings:
+    """When the run is saved for resuming."""
+
+    every_steps: int = 500
+    """Optimizer steps between checkpoints; the last step is saved always."""
+    keep: int = 3
+    """Latest checkpoints kept."""
+
+    def __post_init__(self) -> None:
+        _require(self.every_steps >= 1, "checkpoint.every_steps", self.every_steps, "at least 1")
+        _require(self.keep >= 1, "checkpoint.keep", self.keep, "at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One training run of a drafter; saved as JSON in the run's folder."""
+
+    name: str
+    """The experiment's name."""
+    target: str
+    """Folder or hub id of the frozen target."""
+    drafter: DrafterSettings
+    data: DataSettings
+    loss: LossSettings = LossSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    mesh: MeshSettings = MeshSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    epochs: int = 10
+    """Passes over the cache."""
+    max_steps: int | None = None
+    """Stop, and end the learning-rate schedule, after this many optimizer steps even if epochs remain."""
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of activations and matrix products; parameters and optimizer state are float32."""
+    anchor_chunk: int = 64
+    """Anchors whose logits [chunk γ, V] exist at once in the loss."""
+    log_every: int = 10
+    """Optimizer steps between metric records."""
+    run_dir: str = ""
+    """Folder of checkpoints, metrics and the saved configuration; empty: runs/NAME."""
+    seed: int = 0
+    """Seed of the initial parameters and of the anchors."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.target), "target", self.target, "a folder or a hub id")
+        _require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
+        _require(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "at least 1, or None")
+        _require(self.anchor_chunk >= 1, "anchor_chunk", self.anchor_chunk, "at least 1")
+        _require(self.log_every >= 1, "log_every", self.log_every, "at least 1")
+
+    @property
+    def folder(self) -> str:
+        """`run_dir`, or runs/NAME where none was given."""
+        return self.run_dir or f"runs/{self.name}"

@@ -1,0 +1,73 @@
+"""Configurations as JSON and back: strict both ways, so that a run's saved configuration is the run's configuration."""
+
+import dataclasses
+import difflib
+import types
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from dspark_jax.errors import UserError
+
+C = TypeVar("C")
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A dataclass, nested ones included, as a dict that `json.dumps` writes and `from_json` reads back equal."""
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def from_json(cls: type[C], values: dict[str, Any], where: str = "") -> C:
+    """A dataclass from what `to_json` gave.
+
+    Fields that are absent keep their default, so older files still load.
+    Raises:
+      UserError: an unknown field (with the nearest known one), one that has no value, a value that does not fit.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{where or cls.__name__} is {values!r}; a JSON object of its fields was expected.")
+    hints, fields = get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    prefix = f"{where}." if where else ""
+    for name in values:
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, n=1)
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"known fields: {', '.join(fields)}."
+            raise UserError(f"Unknown field {prefix}{name}: {hint}")
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise UserError(f"Field {prefix}{missing[0]} is missing: it has no default, so give it a value.")
+    return cls(**{name: _typed(hints[name], value, f"{prefix}{name}") for name, value in values.items()})
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_json(value)
+    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+
+def _typed(hint: Any, value: Any, where: str) -> Any:
+    """`value` as an instance of the annotation: tuples from lists, floats from integers, nothing else converted."""
+    if dataclasses.is_dataclass(hint):
+        return from_json(hint, value, where)  # type: ignore[arg-type]
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is tuple and isinstance(value, list | tuple):
+        if arguments[-1] is Ellipsis:
+            arguments = (arguments[0],) * len(value)
+        if len(arguments) == len(value):
+            return tuple(_typed(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(arguments, value)))
+    elif origin is Literal and value in arguments:
+        return value
+    elif origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        rest = [a for a in arguments if a is not type(None)]
+        if len(rest) == 1:
+            return _typed(rest[0], value, where)
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    expected = hint.__name__ if isinstance(hint, type) and origin is None else str(hint).replace("typing.", "")
+    raise UserError(f"Field {where} is {value!r}; {expected} was expected.")

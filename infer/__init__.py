@@ -1,0 +1,1 @@
+"""Programs that decode and measure: each runs as `python -m infer.NAME`."""

@@ -1,0 +1,18 @@
+"""What all tests share: the CPU, no network, and PyTorch only where the extra `parity` is installed."""
+
+import importlib.util
+import os
+
+import pytest
+
+# Before anything imports jax. Tests that simulate several devices or processes start programs of their own.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Without the extra, parity tests are reported as skipped with the command that runs them; .ci/run installs it."""
+    if importlib.util.find_spec("torch") is None:
+        for item in items:
+            if item.get_closest_marker("parity"):
+                item.add_marker(pytest.mark.skip(reason="PyTorch is not installed: make parity-env"))
