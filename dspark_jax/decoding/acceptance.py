@@ -1,0 +1,77 @@
+"""Speculative rejection sampling (Leviathan et al. 2023; SPEC section 1, steps 4 and 5).
+
+Axes: R request slots, K draft position, W = K + 1 verified rows, V vocab.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+TINY_DRAFT_PROB = 1e-8  # golden/NOTES 36
+TINY_RESIDUAL_MASS = 1e-8  # golden/NOTES 37
+
+
+class Acceptance(NamedTuple):
+    """`count` [R] drafts accepted, 0..l; `next_law` [R, V] the law of the token after them."""
+
+    count: Array
+    next_law: Array
+
+
+class AcceptanceRule(Protocol):
+    def __call__(
+        self,
+        draft_tokens: Int[Array, "r k"],
+        draft_law: Float[Array, "r k v"],
+        target_law: Float[Array, "r w v"],
+        uniforms: Float[Array, "r k"],
+        verify_lengths: Int[Array, " r"],
+    ) -> Acceptance: ...
+
+
+@dataclass(frozen=True)
+class RejectionSampling:
+    """Accept x_k while u_k < min(1, p^t(x_k) / p^d(x_k)); then draw from the normalised residual, or, when all l were
+    accepted, from the target's law. The committed tokens follow the target's law exactly."""
+
+    def __call__(
+        self,
+        draft_tokens: Int[Array, "r k"],
+        draft_law: Float[Array, "r k v"],
+        target_law: Float[Array, "r w v"],
+        uniforms: Float[Array, "r k"],
+        verify_lengths: Int[Array, " r"],
+    ) -> Acceptance:
+        block = draft_tokens.shape[1]
+        chosen = draft_tokens[..., None]
+        p_target = jnp.take_along_axis(target_law[:, :block], chosen, axis=-1)[..., 0]
+        p_draft = jnp.take_along_axis(draft_law, chosen, axis=-1)[..., 0]
+        passed = uniforms < jnp.minimum(1.0, p_target / jnp.maximum(p_draft, TINY_DRAFT_PROB))
+        passed &= jnp.arange(block) < verify_lengths[:, None]
+        count = jnp.sum(jnp.cumprod(passed.astype(jnp.int32), axis=1), axis=1)
+        # Row `count` of the target judges the token after the accepted prefix, whether it was rejected or never drafted.
+        target_row = jnp.take_along_axis(target_law, count[:, None, None], axis=1)[:, 0]
+        draft_row = jnp.take_along_axis(draft_law, jnp.minimum(count, block - 1)[:, None, None], axis=1)[:, 0]
+        rejected = count < verify_lengths
+        return Acceptance(count, jnp.where(rejected[:, None], residual_law(target_row, draft_row), target_row))
+
+
+def residual_law(target: Float[Array, "*n v"], draft: Float[Array, "*n v"]) -> Float[Array, "*n v"]:
+    """norm(max(0, p^t - p^d)); p^t itself where the two laws agree so closely that no mass is left."""
+    residual = jnp.maximum(target - draft, 0.0)
+    mass = jnp.sum(residual, axis=-1, keepdims=True)
+    return jnp.where(mass <= TINY_RESIDUAL_MASS, target, residual / jnp.maximum(mass, TINY_RESIDUAL_MASS))
+
+
+def first_stop(
+    tokens: Int[Array, "r w"], stop_tokens: Int[Array, "r e"], counts: Int[Array, " r"]
+) -> tuple[Int[Array, " r"], Bool[Array, " r"]]:
+    """(how many of the first `counts` tokens are kept, whether a stop token is among them): the stop token stays, what
+    follows it goes. `stop_tokens` is padded with -1."""
+    width = tokens.shape[1]
+    is_stop = jnp.any(tokens[:, :, None] == stop_tokens[:, None, :], axis=-1)
+    is_stop &= jnp.arange(width) < counts[:, None]
+    index = jnp.where(jnp.any(is_stop, axis=1), jnp.argmax(is_stop, axis=1), width)
+    return jnp.minimum(counts, index + 1), index < width

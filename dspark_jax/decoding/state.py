@@ -1,0 +1,75 @@
+"""The decode loop's state: everything a request needs between rounds, in device arrays of static shape.
+
+Axes: R request slots, S positions a slot can hold, K drafts a round (gamma), E stop tokens.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from dspark_jax.decoding.sampling import SamplingParams
+from dspark_jax.targets.attention import KeysValues
+
+
+class RoundCounters(NamedTuple):
+    """Totals per slot since the request was admitted: rounds [R], tokens committed by rounds [R] (a stop cuts them, the
+    request's own length limit doesn't: golden/NOTES 42), drafts verified and accepted by block position [R, K]."""
+
+    rounds: Array
+    committed: Array
+    verified_at: Array
+    accepted_at: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DecodeState:
+    """Invariants: for an active slot, tokens[:length] are committed; its anchor is tokens[length - 1], on which the
+    target has not run; both caches hold positions < length - 1; whatever lies past a length is junk."""
+
+    tokens: Array  # [R, S] int32: prompt, then committed tokens
+    length: Array  # [R] int32: committed tokens, the anchor included
+    limit: Array  # [R] int32: the length at which the request ends
+    active: Array  # [R] bool: holds a request that has not ended
+    stopped: Array  # [R] bool: ended by a stop token
+    stop_tokens: Array  # [R, E] int32, -1 padded
+    verify_cap: Array  # [R] int32 in 0..K: the most drafts verified for this request
+    keys: Array  # [R, 2] uint32: raw threefry key of the request's seed
+    sampling: SamplingParams  # [R] each
+    target_cache: tuple[KeysValues, ...]  # one a layer, [R, G, S, H]
+    draft: Any  # DraftState; () without a drafter
+    counters: RoundCounters
+
+
+class Admission(NamedTuple):
+    """A requests entering slots. Rows may repeat (same slot, same content) to fill A up: writing twice changes nothing."""
+
+    slots: Array  # [A] int32
+    tokens: Array  # [A, T] int32, right-padded prompts
+    lengths: Array  # [A] int32 prompt lengths, >= 1
+    limit: Array  # [A] int32
+    stop_tokens: Array  # [A, E] int32
+    verify_cap: Array  # [A] int32
+    keys: Array  # [A, 2] uint32
+    sampling: SamplingParams  # [A] each
+
+
+class RoundRecord(NamedTuple):
+    """What one round did, for recordings and tests. Rows of slots that were not active are junk."""
+
+    anchors: Array  # [R] position of each anchor
+    draft_tokens: Array  # [R, K]
+    confidence: Array  # [R, K] logits; [R, 0] without a confidence head
+    verify_lengths: Array  # [R]
+    accepted: Array  # [R] drafts accepted, a stop token cutting what follows it
+    next_token: Array  # [R] bonus or correction token, not emitted when a draft stopped the request
+    committed: Array  # [R] tokens committed this round before the length limit; 0 for idle slots
+    bucket: Array  # [] tokens the verify pass was run for
+
+
+def empty_counters(requests: int, block: int) -> RoundCounters:
+    per_slot, per_position = jnp.zeros((requests,), jnp.int32), jnp.zeros((requests, block), jnp.int32)
+    return RoundCounters(per_slot, per_slot.copy(), per_position, per_position.copy())
