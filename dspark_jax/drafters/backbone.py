@@ -1,0 +1,63 @@
+"""The DFlash backbone: blocks of K rows that attend the target's tapped features before their anchor, and themselves.
+
+Axes: B batch (R request slots when decoding), T context position, N block, K block position, D hidden, m taps,
+G kv heads, H head dim.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from dspark_jax.drafters.config import DrafterConfig
+from dspark_jax.drafters.heads import Linear
+from dspark_jax.targets.attention import KeysValues, prefix_block_attention, prefix_mask
+from dspark_jax.targets.layers import DecoderLayer, RMSNorm, Rope
+
+
+@dataclass(frozen=True)
+class BlocksOverContext:
+    """Every row of a block sees its `allowed` context and the whole block, in both directions (golden/NOTES 10).
+
+    `context` holds a KeysValues [B, G, T, H] a layer, `allowed` is [B, N, 1, T].
+    """
+
+    context: Sequence[KeysValues]
+    allowed: Bool[Array, "b n 1 t"]
+
+    def __call__(self, layer: int, q: Array, k: Array, v: Array, *, scale: float, window: int | None) -> Array:
+        return prefix_block_attention(q, KeysValues(k, v), self.context[layer], self.allowed, None, scale=scale)
+
+
+class Backbone(nnx.Module):
+    """H_ctx = RMSNorm(W_c taps) feeds every layer's K/V as it is; only block rows pass the layers' norms (NOTES 6)."""
+
+    def __init__(self, config: DrafterConfig, *, rngs: nnx.Rngs):
+        dims = config.backbone
+        d, std = dims.hidden_size, dims.initializer_range
+        features = len(config.target_layer_ids) * d
+        self.fc = Linear(features, d, std, rngs=rngs, bias=False, axes=("features", "embed"))
+        self.hidden_norm = RMSNorm(d, dims.rms_norm_eps)
+        self.layers = nnx.List(DecoderLayer(dims, i, rngs=rngs) for i in range(dims.num_layers))
+        self.norm = RMSNorm(d, dims.rms_norm_eps)
+        self.config = dims
+
+    def context(self, taps: Float[Array, "b t md"], positions: Int[Array, "b t"]) -> tuple[KeysValues, ...]:
+        """Per layer, the context's K/V [B, T, G, H]; they depend on the taps alone, so a position is computed once."""
+        hidden = self.hidden_norm(self.fc(taps.astype(self.fc.weight_io.dtype)))
+        rope = Rope.at(self.config.rope, self.config.head_dim, positions)
+        return tuple(layer.attention.keys_values(hidden, rope) for layer in self.layers)
+
+    def __call__(
+        self, x: Float[Array, "b n k d"], anchors: Int[Array, "b n"], context: Sequence[KeysValues]
+    ) -> Float[Array, "b n k d"]:
+        """h_k: block rows, at positions anchor + k, through layers and final norm; context [B, G, T, H] a layer."""
+        x = x.astype(self.fc.weight_io.dtype)
+        rope = Rope.at(self.config.rope, self.config.head_dim, anchors[..., None] + jnp.arange(x.shape[2]))
+        allowed = prefix_mask(anchors, context[0].keys.shape[2], x.shape[2])
+        attend = BlocksOverContext(context, allowed)
+        for layer in self.layers:
+            x, _ = layer(x, rope, attend)
+        return self.norm(x)

@@ -1,0 +1,145 @@
+"""A drafter's architecture, read once from a DeepSpec `config.json`: the target's text config, some fields replaced."""
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dspark_jax.errors import UserError
+from dspark_jax.targets.config import TargetConfig, config_sha256
+
+TARGET_SHA_FIELD = "target_config_sha256"
+
+
+@dataclass(frozen=True)
+class DrafterConfig:
+    """`backbone` holds the dimensions of the draft layers; `markov_rank` 0 means no Markov head (DFlash, NOTES 13).
+
+    `target_layer_ids` are 0-based target layers, -1 the embeddings; `num_target_layers` is the target's depth.
+    """
+
+    backbone: TargetConfig
+    block_size: int
+    target_layer_ids: tuple[int, ...]
+    num_target_layers: int
+    mask_token_id: int
+    markov_rank: int
+    markov_head_type: str
+    enable_confidence_head: bool
+    confidence_head_with_markov: bool
+    num_anchors: int
+    target_sha256: str | None = None
+
+    @classmethod
+    def from_hf_dict(cls, config: Mapping[str, Any]) -> "DrafterConfig":
+        """Reads a DeepSpec config.json. Layer types are read past: draft layers never slide (golden/NOTES 12)."""
+        backbone = TargetConfig.from_hf_dict(config)
+        rank = config.get("markov_rank") or 0
+        confidence = bool(config.get("enable_confidence_head", False))
+        try:
+            made = cls(
+                backbone=replace(backbone, windows=(None,) * backbone.num_layers),
+                block_size=config["block_size"],
+                target_layer_ids=tuple(config["target_layer_ids"]),
+                num_target_layers=config["num_target_layers"],
+                mask_token_id=config["mask_token_id"],
+                markov_rank=rank,
+                markov_head_type=config["markov_head_type"] if rank else "none",
+                enable_confidence_head=confidence,
+                confidence_head_with_markov=confidence and bool(config["confidence_head_with_markov"]),
+                num_anchors=config["num_anchors"],
+                target_sha256=config.get(TARGET_SHA_FIELD),
+            )
+        except KeyError as missing:
+            raise UserError(
+                f"The drafter's config.json has no field {missing}, which a DSpark drafter needs."
+            ) from None
+        made.check()
+        return made
+
+    def check(self) -> None:
+        """Raises UserError if the fields contradict one another."""
+        ids, layers = self.target_layer_ids, self.num_target_layers
+        if not ids or any(b <= a for a, b in zip(ids, ids[1:], strict=False)) or ids[0] < -1 or ids[-1] > layers - 2:
+            raise UserError(
+                f"The drafter's target_layer_ids are {list(ids)}; expected strictly increasing 0-based layers from -1 "
+                f"(embeddings) to {layers - 2}, the last layer of the {layers}-layer target being forbidden."
+            )
+        if not 0 <= self.mask_token_id < self.backbone.vocab_size:
+            raise UserError(
+                f"The drafter's mask_token_id is {self.mask_token_id}, outside its vocabulary of "
+                f"{self.backbone.vocab_size} tokens; name a token of the target's embedding."
+            )
+        if self.block_size < 1:
+            raise UserError(f"The drafter's block_size is {self.block_size}; expected 1 or more.")
+        if self.confidence_head_with_markov and not self.markov_rank:
+            raise UserError(
+                "The drafter's config asks for confidence_head_with_markov at markov_rank 0; expected a Markov head or "
+                "confidence_head_with_markov false."
+            )
+
+    def check_target(self, target: TargetConfig) -> None:
+        """Raises UserError if this drafter cannot read that target's features or speak its vocabulary."""
+        if self.backbone.vocab_size != target.vocab_size:
+            raise UserError(
+                f"Vocabulary mismatch: the drafter has {self.backbone.vocab_size} tokens, the target "
+                f"{target.vocab_size}; give the target that the drafter was trained for."
+            )
+        for what, found, expected in (
+            ("num_target_layers", self.num_target_layers, target.num_layers),
+            ("hidden_size", self.backbone.hidden_size, target.hidden_size),
+        ):
+            if found != expected:
+                raise UserError(
+                    f"Target/drafter mismatch: the drafter's {what} is {found}, the target has {expected}; give the "
+                    "target that the drafter was trained for."
+                )
+
+
+def drafter_hf_config(
+    target_hf_config: Mapping[str, Any],
+    *,
+    num_layers: int,
+    target_layer_ids: Sequence[int],
+    mask_token_id: int,
+    block_size: int = 7,
+    markov_rank: int = 256,
+    markov_head_type: str = "vanilla",
+    enable_confidence_head: bool = True,
+    confidence_head_with_markov: bool = True,
+    num_anchors: int = 512,
+    dtype: str = "bfloat16",
+    architecture: str = "Qwen3DSparkModel",
+    **dimensions: int | None,
+) -> dict[str, Any]:
+    """The config.json of a new drafter: a deep copy of the target's text config and the fields of FIELD section 4a.
+
+    dimensions: overrides of the draft layers' own sizes (intermediate_size, num_attention_heads, num_key_value_heads,
+    head_dim); None keeps the target's. Raises UserError if the result is no valid drafter of that target.
+    """
+    config = deepcopy(dict(target_hf_config))
+    target = TargetConfig.from_hf_dict(config)
+    for name in ("torch_dtype", "_name_or_path"):
+        config.pop(name, None)
+    config |= {
+        "architectures": [architecture],
+        "num_target_layers": target.num_layers,
+        "num_hidden_layers": num_layers,
+        "block_size": block_size,
+        "tie_word_embeddings": False,
+        "layer_types": ["full_attention"] * num_layers,
+        "mask_token_id": mask_token_id,
+        "target_layer_ids": list(target_layer_ids),
+        "num_anchors": num_anchors,
+        "enable_confidence_head": enable_confidence_head,
+        "markov_rank": markov_rank,
+        "dtype": dtype,
+        TARGET_SHA_FIELD: config_sha256(target_hf_config),
+    }
+    if markov_rank:
+        config["markov_head_type"] = markov_head_type
+    if enable_confidence_head:
+        config["confidence_head_with_markov"] = confidence_head_with_markov and markov_rank > 0
+    config |= {name: value for name, value in dimensions.items() if value is not None}
+    DrafterConfig.from_hf_dict(config).check_target(target)
+    return config

@@ -1,0 +1,110 @@
+"""DSpark: a parallel backbone, a sequential Markov head over its logits, a confidence head; without heads, DFlash.
+
+Axes: R request slots (B rows in training), W rows of a commit, T context position, N blocks, K block position,
+D hidden, V vocab, m taps.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dspark_jax.drafters.backbone import Backbone
+from dspark_jax.drafters.config import DrafterConfig
+from dspark_jax.drafters.heads import ConfidenceHead, make_markov_head
+from dspark_jax.drafters.protocol import DraftOutput, SampleFn, SharedTables
+from dspark_jax.targets.kv_cache import KVCache, append_rows, empty_cache, head_major
+
+
+class BlockOutput(NamedTuple):
+    """Teacher-forced blocks: hidden [B, N, K, D] after the final norm; logits [B, N, K, V] float32, U_k + B_k;
+    confidence [B, N, K] float32 logits, None without the head."""
+
+    hidden: Array
+    logits: Array
+    confidence: Array | None
+
+
+class DSpark(nnx.Module):
+    """Block row k, at position anchor + k, predicts token anchor + k + 1: row 0 is the anchor's own (golden/NOTES 9).
+
+    Its draft state is a `KVCache` of the context, for positions before each request's anchor.
+    """
+
+    def __init__(self, config: DrafterConfig, *, rngs: nnx.Rngs):
+        self.backbone = Backbone(config, rngs=rngs)
+        self.markov_head = make_markov_head(config, rngs=rngs)
+        self.confidence_head = ConfidenceHead(config, rngs=rngs) if config.enable_confidence_head else None
+        self.config = config
+        self.block_size = config.block_size
+        self.tap_layers = config.target_layer_ids
+
+    def init_state(self, requests: int, size: int, dtype: Any) -> KVCache:
+        dims = self.config.backbone
+        return empty_cache(dims.num_layers, requests, dims.num_kv_heads, size, dims.head_dim, dtype)
+
+    def prefill(self, taps: Float[Array, "r t md"], tokens: Int[Array, "r t"], lengths: Int[Array, " r"]) -> KVCache:
+        return self.context(taps)
+
+    def commit(
+        self, state: KVCache, taps: Float[Array, "r w md"], tokens: Int[Array, "r w"], starts: Int[Array, " r"],
+        counts: Int[Array, " r"],
+    ) -> KVCache:  # fmt: skip
+        positions = starts[:, None] + jnp.arange(taps.shape[1])
+        return append_rows(state, self.backbone.context(taps, positions), starts)
+
+    def draft(
+        self, shared: SharedTables, state: KVCache, anchors: Int[Array, " r"], positions: Int[Array, " r"],
+        sample: SampleFn,
+    ) -> DraftOutput:  # fmt: skip
+        """One parallel pass for h and U, then K cheap sequential draws from softmax(U_k + B_k)."""
+        hidden = self._block_hidden(shared, state, anchors[:, None], positions[:, None])[:, 0]
+        base = self._base_logits(shared, hidden)
+        markov = self.markov_head
+        carry = None if markov is None else markov.init(anchors.shape)
+        previous, tokens, probs, embeddings = anchors, [], [], []
+        for k in range(self.block_size):
+            logits = base[:, k]
+            if markov is not None:
+                embedding = markov.embed(previous)
+                latent, carry = markov.step(carry, embedding, hidden[:, k])
+                logits = logits + markov.bias(latent)
+                embeddings.append(embedding)
+            previous, law = sample(logits, k)
+            tokens.append(previous)
+            probs.append(law)
+        seen = jnp.stack(embeddings, axis=1) if embeddings else None
+        return DraftOutput(jnp.stack(tokens, axis=1), jnp.stack(probs, axis=1), self._confidence(hidden, seen))
+
+    def context(self, taps: Float[Array, "b t md"]) -> KVCache:
+        """Context K/V of whole sequences, positions 0..T-1, head-major [B, G, T, H] a layer."""
+        positions = jnp.broadcast_to(jnp.arange(taps.shape[1]), taps.shape[:2])
+        return tuple(head_major(layer) for layer in self.backbone.context(taps, positions))
+
+    def train_outputs(
+        self, shared: SharedTables, context: KVCache, previous: Int[Array, "b n k"], anchors: Int[Array, "b n"]
+    ) -> BlockOutput:
+        """Blocks at positions `anchors`, each seeing context before its anchor only.
+
+        previous: x_{k-1} of every position; previous[..., 0] is the anchor's token.
+        """
+        hidden = self._block_hidden(shared, context, previous[..., 0], anchors)
+        logits, embeddings = self._base_logits(shared, hidden), None
+        if self.markov_head is not None:
+            embeddings = self.markov_head.embed(previous)
+            logits = logits + self.markov_head.bias(self.markov_head.teacher_forced(embeddings, hidden))
+        return BlockOutput(hidden, logits, self._confidence(hidden, embeddings))
+
+    def _block_hidden(self, shared: SharedTables, context: KVCache, tokens: Array, anchors: Array) -> Array:
+        masks = jnp.full((*tokens.shape, self.block_size - 1), self.config.mask_token_id, tokens.dtype)
+        inputs = jnp.concatenate([tokens[..., None], masks], axis=-1)
+        return self.backbone(jnp.take(shared.embed, inputs, axis=0), anchors, context)
+
+    def _base_logits(self, shared: SharedTables, hidden: Array) -> Array:
+        return jnp.einsum("...d,vd->...v", hidden, shared.head, preferred_element_type=jnp.float32)
+
+    def _confidence(self, hidden: Array, embeddings: Array | None) -> Array | None:
+        if self.confidence_head is None:
+            return None
+        return self.confidence_head(hidden, embeddings if self.config.confidence_head_with_markov else None)

@@ -1,0 +1,149 @@
+"""Heads over the backbone's hidden states: the sequential (Markov) heads and the confidence head.
+
+Axes: *n any leading axes of rows, K block position, D hidden, R Markov rank, V vocab.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dspark_jax.drafters.config import DrafterConfig
+from dspark_jax.errors import UserError
+from dspark_jax.sharding import param
+from dspark_jax.targets.layers import normal
+
+
+class Linear(nnx.Module):
+    """x W + b, W stored [in, out]. A head's linear is stored under the name of the attribute that holds it."""
+
+    def __init__(
+        self, size_in: int, size_out: int, std: float, *, rngs: nnx.Rngs, bias: bool = True,
+        axes: tuple[str | None, str | None] = (None, None),
+    ):  # fmt: skip
+        self.weight_io = param(normal(rngs, (size_in, size_out), std), *axes)
+        self.has_bias = bias
+        if bias:
+            self.bias_o = param(jnp.zeros((size_out,)), axes[1])
+
+    def __call__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
+        out = x @ self.weight_io[...]
+        return out + self.bias_o[...] if self.has_bias else out
+
+
+class MarkovHead(nnx.Module):
+    """B_k = W_2 latent_k, where `step` makes latent_k [*n, R] from W_1[x_{k-1}], h_k and a state (SPEC section 2).
+
+    A subclass overrides `step`, and `init` if it carries a state from one block position to the next.
+    """
+
+    def __init__(self, config: DrafterConfig, *, rngs: nnx.Rngs):
+        shape, std = (config.backbone.vocab_size, config.markov_rank), config.backbone.initializer_range
+        self.w1_vr = param(normal(rngs, shape, std), "vocab", "rank")
+        self.w2_vr = param(normal(rngs, shape, std), "vocab", "rank")
+
+    def embed(self, tokens: Int[Array, "*n"]) -> Float[Array, "*n r"]:
+        return jnp.take(self.w1_vr[...], tokens, axis=0)
+
+    def init(self, shape: tuple[int, ...]) -> Any:
+        """The state before the first position of blocks with leading axes `shape`; () when there is none."""
+        return ()
+
+    def step(
+        self, state: Any, embedding: Float[Array, "*n r"], hidden: Float[Array, "*n d"]
+    ) -> tuple[Float[Array, "*n r"], Any]:
+        """(latent_k, next state) from e = W_1[x_{k-1}] and h_k."""
+        raise NotImplementedError
+
+    def bias(self, latent: Float[Array, "*n r"]) -> Float[Array, "*n v"]:
+        """W_2 latent, float32."""
+        return jnp.einsum("...r,vr->...v", latent, self.w2_vr[...], preferred_element_type=jnp.float32)
+
+    def teacher_forced(
+        self, embeddings: Float[Array, "*n k r"], hidden: Float[Array, "*n k d"]
+    ) -> Float[Array, "*n k r"]:
+        """All latents of blocks whose previous tokens are given."""
+        state, latents = self.init(hidden.shape[:-2]), []
+        for k in range(hidden.shape[-2]):
+            latent, state = self.step(state, embeddings[..., k, :], hidden[..., k, :])
+            latents.append(latent)
+        return jnp.stack(latents, axis=-2)
+
+
+class VanillaMarkov(MarkovHead):
+    """latent = e."""
+
+    def step(self, state: Any, embedding: Array, hidden: Array) -> tuple[Array, Any]:
+        return embedding, state
+
+
+class GatedMarkov(MarkovHead):
+    """latent = sigmoid(W_g [h ; e] + b) * e (golden/NOTES 16)."""
+
+    def __init__(self, config: DrafterConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)
+        d, r = config.backbone.hidden_size, config.markov_rank
+        self.gate_proj = Linear(d + r, r, config.backbone.initializer_range, rngs=rngs)
+
+    def step(self, state: Any, embedding: Array, hidden: Array) -> tuple[Array, Any]:
+        gate = jax.nn.sigmoid(self.gate_proj(jnp.concatenate([hidden, embedding], axis=-1)))
+        return gate * embedding, state
+
+
+class RNNMarkov(MarkovHead):
+    """latent = tanh(o), where (g, c, o) = W [s ; e ; h] + b and s' = sigmoid(g) s + (1 - sigmoid(g)) tanh(c).
+
+    The latent sees the old state through the joint linear, not the new one (golden/NOTES 17).
+    """
+
+    def __init__(self, config: DrafterConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)
+        d, r = config.backbone.hidden_size, config.markov_rank
+        self.joint_proj = Linear(d + 2 * r, 3 * r, config.backbone.initializer_range, rngs=rngs)
+
+    def init(self, shape: tuple[int, ...]) -> Any:
+        return jnp.zeros((*shape, self.w1_vr.shape[-1]), self.w1_vr.dtype)
+
+    def step(self, state: Any, embedding: Array, hidden: Array) -> tuple[Array, Any]:
+        joint = self.joint_proj(jnp.concatenate([state, embedding, hidden], axis=-1))
+        gate, candidate, output = jnp.split(joint, 3, axis=-1)
+        gate = jax.nn.sigmoid(gate)
+        return jnp.tanh(output), gate * state + (1 - gate) * jnp.tanh(candidate)
+
+
+MARKOV_HEADS: dict[str, type[MarkovHead]] = {
+    "vanilla": VanillaMarkov,
+    "gated": GatedMarkov,
+    "rnn": RNNMarkov,
+}
+
+
+def make_markov_head(config: DrafterConfig, *, rngs: nnx.Rngs) -> MarkovHead | None:
+    """The config's Markov head, None at rank 0; UserError on an unknown type."""
+    if not config.markov_rank:
+        return None
+    if config.markov_head_type not in MARKOV_HEADS:
+        raise UserError(
+            f"markov_head_type is {config.markov_head_type!r}; expected one of {', '.join(sorted(MARKOV_HEADS))}."
+        )
+    return MARKOV_HEADS[config.markov_head_type](config, rngs=rngs)
+
+
+class ConfidenceHead(nnx.Module):
+    """Logit of c_k, w . [h_k ; W_1[x_{k-1}]] + b, in float32: it is compared with a threshold and multiplied K times.
+
+    The raw row of W_1 enters whatever the Markov head's type; without `with_markov` only h_k does (golden/NOTES 19).
+    """
+
+    def __init__(self, config: DrafterConfig, *, rngs: nnx.Rngs):
+        self.with_markov = config.confidence_head_with_markov
+        size = config.backbone.hidden_size + (config.markov_rank if self.with_markov else 0)
+        self.proj = Linear(size, 1, config.backbone.initializer_range, rngs=rngs)
+
+    def __call__(self, hidden: Float[Array, "*n d"], embedding: Float[Array, "*n r"] | None) -> Float[Array, "*n"]:
+        features = hidden if embedding is None else jnp.concatenate([hidden, embedding], axis=-1)
+        weight = self.proj.weight_io[..., 0].astype(jnp.float32)
+        logits = jnp.einsum("...i,i->...", features.astype(jnp.float32), weight, precision=jax.lax.Precision.HIGHEST)
+        return logits + self.proj.bias_o[0].astype(jnp.float32)
