@@ -22,7 +22,7 @@ import pkgutil
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_type_hints, overload
 
 import tyro
 
@@ -90,7 +90,15 @@ def parse_named(argv: Sequence[str], default: str | None = None, description: st
     return parse(load_config(name or default or ""), rest, description=description)
 
 
-def parse(config: C | type[C], argv: Sequence[str], description: str | None = None) -> C:
+@overload
+def parse(config: type[C], argv: Sequence[str], description: str | None = None) -> C: ...
+
+
+@overload
+def parse(config: C, argv: Sequence[str], description: str | None = None) -> C: ...
+
+
+def parse(config: Any, argv: Sequence[str], description: str | None = None) -> Any:
     """A dataclass from options such as `--drafter.block-size 16`.
 
     Args:
@@ -100,7 +108,7 @@ def parse(config: C | type[C], argv: Sequence[str], description: str | None = No
     Raises:
       UserError: an option that does not exist, or a value that does not fit, in one sentence.
     """
-    cls: type[C] = config if isinstance(config, type) else type(config)
+    cls = config if isinstance(config, type) else type(config)
     _refuse_unknown(argv, _flags(cls))
     # tyro draws its complaints as a box; capture it and keep the first paragraph. `--help` (exit code 0) is passed on.
     complaints = io.StringIO()
