@@ -1,0 +1,177 @@
+"""The manifest of a target cache: which shards are finished, and how a folder changes atomically."""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from dspark_jax.data.records import CacheSpec
+from dspark_jax.errors import UserError
+
+FORMAT = "dspark_jax target cache"
+VERSION = 1
+INDEX_DTYPE = np.dtype([("sample_id", "<u8"), ("length", "<u4")])
+"""One entry of samples.idx."""
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One finished shard: `records` of the sources from `first_source` to `last_source`, `dropped` of them left out."""
+
+    file: str
+    records: int
+    dropped: int
+    tokens: int
+    bytes: int
+    xxh3: str
+    index_xxh3: str
+    first_source: int
+    last_source: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    spec: CacheSpec
+    max_shard_bytes: int
+    shards: tuple[ShardEntry, ...] = ()
+    complete: bool = False
+
+    @property
+    def records(self) -> int:
+        return sum(shard.records for shard in self.shards)
+
+    @property
+    def next_source(self) -> int:
+        """First source no finished shard covers."""
+        return self.spec.num_sources if self.complete else (self.shards[-1].last_source + 1 if self.shards else 0)
+
+    def save(self, folder: Path) -> None:
+        value = {
+            "format": FORMAT,
+            "version": VERSION,
+            "spec": self.spec.to_json(),
+            "max_shard_bytes": self.max_shard_bytes,
+            "records": self.records,
+            "complete": self.complete,
+            "shards": [asdict(shard) for shard in self.shards],
+        }
+        write_atomically(folder / "manifest.json", json.dumps(value, indent=1).encode() + b"\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> "Manifest":
+        """Reads and checks a manifest; UserError when there is none or it is not one of ours."""
+        path = folder / "manifest.json"
+        value = read_manifest(path)
+        if value.get("format") != FORMAT or value.get("version") != VERSION:
+            raise UserError(
+                f"{path} has format {value.get('format')!r} version {value.get('version')!r}, expected "
+                f"{FORMAT!r} version {VERSION}."
+            )
+        try:
+            spec = CacheSpec.from_json(value["spec"], str(path))
+            shards = tuple(ShardEntry(**shard) for shard in value["shards"])
+            manifest = cls(spec, int(value["max_shard_bytes"]), shards, bool(value["complete"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} cannot be understood ({error}); restore it or build the cache again.") from error
+        if manifest.records != value.get("records"):
+            raise UserError(
+                f"{path} says {value.get('records')} records, its shards add up to {manifest.records}; build it again."
+            )
+        return manifest
+
+
+def check_sizes(folder: Path, manifest: Manifest) -> None:
+    """UserError naming the first shard (or the index) that is missing or has another size than the manifest says."""
+    for shard in manifest.shards:
+        path = folder / shard.file
+        size = path.stat().st_size if path.exists() else None
+        if size != shard.bytes:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise UserError(
+                f"{path} {found}, expected {shard.bytes} bytes; restore it or build the cache again in a new folder."
+            )
+    index = folder / "samples.idx"
+    size = index.stat().st_size if index.exists() else 0
+    needed = manifest.records * INDEX_DTYPE.itemsize
+    # An unfinished cache may hold entries of a shard its manifest does not name yet.
+    if size < needed or (manifest.complete and size != needed):
+        raise UserError(
+            f"{index} has {size} bytes, expected {needed}; restore it or build the cache again in a new folder."
+        )
+
+
+def require_disk(folder: str | os.PathLike[str], needed_bytes: int) -> None:
+    """UserError when the disk that holds (or will hold) `folder` has less than `needed_bytes` free."""
+    existing = Path(folder).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise UserError(
+            f"The cache needs {needed_bytes / 1e9:,.2f} GB and the disk of {existing} has {free / 1e9:,.2f} GB free; "
+            "use another disk, fewer conversations, a shorter max_length or fewer layers."
+        )
+
+
+def read_manifest(path: Path) -> Mapping[str, Any]:
+    """The JSON object in a manifest.json; UserError when it is missing or not one."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise UserError(f"{path.parent} is no target cache: it has no manifest.json.") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}); restore it or build the cache again.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object; restore it or build the cache again.")
+    return value
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replaces a file so that after a kill or power loss either the old or the new content stands there."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as handle:
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(temporary, path)
+    fsync(path.parent)
+
+
+def file_hash(path: Path) -> str:
+    """xxh3-128 of a file, as hex."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as handle:
+        while chunk := handle.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def fsync(path: Path) -> None:
+    """Forces a file or a folder's entries to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def lock_folder(folder: Path) -> int:
+    """Creates the folder and holds it until the returned descriptor is closed; UserError when another process does."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"The cache folder {folder} cannot be used: {error.strerror}.") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise UserError(f"Another process is writing the cache {folder}; wait for it or give a new folder.") from error
+    return descriptor

@@ -1,0 +1,196 @@
+"""Training batches from a feature source; the order is a pure function of (seed, step).
+
+Epoch after epoch the samples are shuffled globally and laid end to end; step s takes positions [s*B, (s+1)*B) and each
+host its slice of them. So the pipeline's whole state is the step: it survives a kill, and a change of the number of
+hosts.
+"""
+
+import bisect
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grain
+import numpy as np
+
+from dspark_jax.data.deepspec_cache import DeepSpecCache
+from dspark_jax.data.manifest import FORMAT, read_manifest
+from dspark_jax.data.records import FeatureSource, Sample
+from dspark_jax.data.target_cache import TargetCache
+from dspark_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+_ENDLESS = 2**40
+
+
+def open_cache(folder: str | os.PathLike[str]) -> TargetCache | DeepSpecCache:
+    """Opens a cache of either format, told by its manifest; UserError as the two readers raise it."""
+    cache = TargetCache if read_manifest(Path(folder) / "manifest.json").get("format") == FORMAT else DeepSpecCache
+    return cache(folder)
+
+
+def length_buckets(max_length: int, smallest: int = 128) -> tuple[int, ...]:
+    """Padded lengths: `smallest` times 1, 2, 3, 4, 6, 8, 12, 16, ... and at the end the first multiple >= max_length.
+
+    Every bucket is one compilation of the training step; a batch's longest row fills at least half of its bucket,
+    unless that is the smallest.
+    """
+    last = -(-max_length // smallest) * smallest
+    buckets, step = {last}, smallest
+    while step < last:
+        buckets.update(size for size in (step, step * 3 // 2) if size < last and size % smallest == 0)
+        step *= 2
+    return tuple(sorted(buckets))
+
+
+def pad_batch(samples: Sequence[Sample], length: int) -> Batch:
+    """Rows padded at the right with zeros to `length` >= the longest.
+
+    Returns:
+        input_ids int32 [B, T], loss_mask uint8 [B, T], features [B, T, m*D], last_hidden [B, T, D] in the cache's
+        dtype, lengths int32 [B], sample_ids int64 [B].
+    """
+    rows, first = len(samples), samples[0]
+    batch: Batch = {
+        "input_ids": np.zeros((rows, length), np.int32),
+        "loss_mask": np.zeros((rows, length), np.uint8),
+        "features": np.zeros((rows, length, first.features.shape[1]), first.features.dtype),
+        "last_hidden": np.zeros((rows, length, first.last_hidden.shape[1]), first.last_hidden.dtype),
+        "lengths": np.array([len(s.input_ids) for s in samples], np.int32),
+        "sample_ids": np.array([s.sample_id for s in samples], np.int64),
+    }
+    for row, sample in enumerate(samples):
+        for name in ("input_ids", "loss_mask", "features", "last_hidden"):
+            batch[name][row, : len(sample.input_ids)] = getattr(sample, name)
+    return batch
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The batches of one host.
+
+    Attributes:
+        global_batch: rows of a step over all hosts.
+        buckets: lengths a batch may be padded to, ascending; all hosts of a step use the same one.
+        shuffle: False reads the source in order (evaluation).
+        host_index, host_count: which `global_batch / host_count` rows of a step are this host's.
+
+    Raises:
+        UserError: an empty source, a sample longer than the largest bucket, rows that do not divide by the hosts.
+    """
+
+    source: FeatureSource
+    global_batch: int
+    seed: int
+    buckets: tuple[int, ...]
+    shuffle: bool = True
+    host_index: int = 0
+    host_count: int = 1
+    _lengths: np.ndarray = field(init=False, repr=False)
+    _order: grain.MapDataset = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        count = len(self.source)
+        if count == 0:
+            raise UserError(
+                "The cache has no samples: every conversation was dropped; lower min_loss_tokens or raise max_length."
+            )
+        if self.global_batch < 1 or self.global_batch % self.host_count:
+            raise UserError(
+                f"A global batch of {self.global_batch} rows cannot be shared by {self.host_count} hosts evenly."
+            )
+        lengths = self.source.lengths
+        if not self.buckets or list(self.buckets) != sorted(set(self.buckets)):
+            raise UserError(f"length_buckets are {list(self.buckets)}, expected at least one, strictly increasing.")
+        if int(lengths.max()) > self.buckets[-1]:
+            raise UserError(
+                f"The longest sample has {lengths.max()} tokens, the largest length bucket {self.buckets[-1]}; "
+                "add a larger bucket."
+            )
+        order = grain.MapDataset.range(count)
+        if self.shuffle:
+            # grain shuffles epoch e with seed + e: hashed, so that neighbouring seeds share no epochs.
+            order = order.shuffle(seed=int(np.random.SeedSequence(self.seed).generate_state(1)[0]))
+        object.__setattr__(self, "_lengths", lengths)
+        object.__setattr__(self, "_order", order)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps until every sample has been seen once (the last of them may reach into the next epoch)."""
+        return -(-len(self.source) // self.global_batch)
+
+    def indices_at(self, step: int) -> np.ndarray:
+        """int64 [global_batch]: the samples of a step, over all hosts."""
+        positions = range(step * self.global_batch, (step + 1) * self.global_batch)
+        return np.array([self._order[position] for position in positions], np.int64)
+
+    def length_at(self, step: int) -> int:
+        """The padded length T of a step: the smallest bucket that holds its longest sample, on whatever host."""
+        return self.buckets[bisect.bisect_left(self.buckets, int(self._lengths[self.indices_at(step)].max()))]
+
+    def batch_at(self, step: int) -> Batch:
+        """This host's rows of a step, as `pad_batch` returns them; safe from several threads."""
+        rows = self.global_batch // self.host_count
+        mine = self.indices_at(step)[self.host_index * rows : (self.host_index + 1) * rows]
+        return pad_batch([self.source[int(index)] for index in mine], self.length_at(step))
+
+    def iterate(self, start: int = 0, stop: int | None = None, threads: int = 4, prefetch: int = 4) -> "BatchIterator":
+        """Batches from step `start` up to `stop` (None: endless), `prefetch` of them read ahead by `threads`."""
+        return BatchIterator(self, start, _ENDLESS if stop is None else stop, threads, prefetch)
+
+
+class BatchIterator(Iterator[Batch]):
+    """Batches in order, read ahead in threads; close it (or use `with`), so that no thread outlives the run.
+
+    `get_state()` is {"step": the step the next batch belongs to}, whatever has been read ahead.
+    """
+
+    def __init__(self, batches: Batches, start: int, stop: int, threads: int, prefetch: int):
+        self._stop = stop
+        self._batches = batches
+        self._dataset = grain.MapDataset.range(stop).map(self._load)
+        self._options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, 1) if threads else 0)
+        self._iterator: grain.DatasetIterator | None = None
+        self._step = start
+
+    def __next__(self) -> Batch:
+        if self._step >= self._stop:
+            self.close()
+            raise StopIteration
+        if self._iterator is None:
+            self._iterator = iter(self._dataset.to_iter_dataset(self._options))
+            self._iterator.set_state({"next_index": self._step})
+        loaded = next(self._iterator)
+        if isinstance(loaded, UserError):
+            self.close()
+            raise loaded
+        self._step += 1
+        return loaded
+
+    def get_state(self) -> dict[str, int]:
+        return {"step": self._step}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Continues at the step of a state; what was read ahead is dropped."""
+        self.close()
+        self._step = int(state["step"])
+
+    def close(self) -> None:
+        """Ends the reading threads, each after the batch it is at; a later `next` starts them again."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+    def _load(self, step: int) -> Batch | UserError:
+        # Raised from a reading thread, grain would add its own lines to the sentence.
+        try:
+            return self._batches.batch_at(step)
+        except UserError as error:
+            return error
+
+    def __enter__(self) -> "BatchIterator":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

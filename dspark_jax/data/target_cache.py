@@ -1,0 +1,357 @@
+"""Target-cache shards: what the drafter is trained on, written once and read at random.
+
+A cache is a folder:
+
+    manifest.json              the spec, one entry a finished shard, `complete` at the end
+    samples.idx                for each record `<QI`: sample id (source index), tokens
+    shard-00000.array_record   records of `records.py`, `group_size:1,uncompressed`
+
+Where a shard ends is a function of the sources alone (it is closed by the record that reaches `max_shard_bytes`), and a
+shard counts only once the manifest names it. So a run killed at any byte is continued from the first source no finished
+shard covers, and ends with the bytes of an undisturbed run.
+"""
+
+import os
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from dspark_jax.data.manifest import (
+    INDEX_DTYPE,
+    Manifest,
+    ShardEntry,
+    check_sizes,
+    file_hash,
+    fsync,
+    lock_folder,
+    require_disk,
+)
+from dspark_jax.data.records import (
+    LAYER_CONVENTION,
+    CacheSpec,
+    FeatureSource,
+    Sample,
+    decode_record,
+    encode_record,
+    estimate_bytes,
+    require_match,
+)
+from dspark_jax.errors import UserError
+
+__all__ = [
+    "LAYER_CONVENTION",
+    "CacheSpec",
+    "CacheWriter",
+    "FeatureSource",
+    "Sample",
+    "TargetCache",
+    "estimate_bytes",
+    "require_disk",
+    "require_match",
+]
+
+_WRITER_OPTIONS = "group_size:1,uncompressed"
+_READER_OPTIONS = "readahead_buffer_size:0"  # records are read at random: reading ahead is wasted
+_READER_BUFFER = 32768
+_MAX_OPEN_SHARDS = 256
+_SHARD_PATTERN = re.compile(r"shard-\d{5,}\.array_record(\.tmp)?")
+
+
+class CacheWriter:
+    """Writes a cache, or continues one that was interrupted.
+
+    Feed it every source from `next_source` on, in order: `add(source_index, sample)`, with None for a source that was
+    dropped; then `finish()`. One process at a time holds the folder.
+
+    Raises:
+        UserError: a folder with other content, a cache of another spec (names the field and both values), a finished
+            shard that is missing or has another size.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], spec: CacheSpec, max_shard_bytes: int = 512 * 2**20):
+        self.folder = Path(folder)
+        self._shard: _OpenShard | None = None
+        self._descriptor = lock_folder(self.folder)
+        try:
+            self._manifest = self._open_manifest(spec, max_shard_bytes)
+            check_sizes(self.folder, self._manifest)
+            self._remove_orphans()
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+        self._next = self._manifest.next_source
+
+    @property
+    def next_source(self) -> int:
+        """Index of the source to add next; after opening: where to resume."""
+        return self._next
+
+    @property
+    def complete(self) -> bool:
+        return self._manifest.complete
+
+    @property
+    def records(self) -> int:
+        """Records in finished shards."""
+        return self._manifest.records
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of finished shards: what a resumed run need not find room for."""
+        return sum(shard.bytes for shard in self._manifest.shards)
+
+    def add(self, source_index: int, sample: Sample | None) -> None:
+        """Adds the next source, whose record gets `source_index` as its sample id; closes the shard when it is full."""
+        if self.complete or source_index != self._next or source_index >= self._manifest.spec.num_sources:
+            raise ValueError(
+                f"source {source_index} cannot be added: the next is {self._next} of {self._manifest.spec.num_sources}"
+            )
+        if self._shard is None:
+            self._shard = _OpenShard(self.folder, len(self._manifest.shards), source_index)
+        if sample is None:
+            self._shard.dropped += 1
+        else:
+            spec = self._manifest.spec
+            record = encode_record(
+                Sample(source_index, sample.input_ids, sample.loss_mask, sample.features, sample.last_hidden), spec
+            )
+            self._shard.write(record, source_index, len(sample.input_ids))
+        self._next += 1
+        if self._shard.payload_bytes >= self._manifest.max_shard_bytes:
+            self._close_shard(self._shard)
+
+    def finish(self) -> None:
+        """Closes the last shard and marks the cache complete; ValueError when sources are missing."""
+        if self.complete:
+            return
+        if self._next != self._manifest.spec.num_sources:
+            raise ValueError(f"{self._next} of {self._manifest.spec.num_sources} sources were added")
+        if self._shard is not None:
+            self._close_shard(self._shard)
+        self._publish(
+            Manifest(self._manifest.spec, self._manifest.max_shard_bytes, self._manifest.shards, complete=True)
+        )
+
+    def close(self) -> None:
+        """Releases the folder; an unfinished shard is given up, and written again by the next run."""
+        if self._shard is not None:
+            self._shard.discard()
+            self._shard = None
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> "CacheWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open_manifest(self, spec: CacheSpec, max_shard_bytes: int) -> Manifest:
+        if not (self.folder / "manifest.json").exists():
+            others = sorted(p.name for p in self.folder.iterdir() if p.name != "manifest.json.tmp")
+            if others:
+                raise UserError(
+                    f"{self.folder} is not a cache and not empty (it holds {others[0]}); give a new folder for "
+                    "the cache."
+                )
+            fresh = Manifest(spec, max_shard_bytes)
+            fresh.save(self.folder)
+            return fresh
+        found = Manifest.load(self.folder)
+        wanted = {**spec.to_json(), "max_shard_bytes": max_shard_bytes}
+        for name, value in {**found.spec.to_json(), "max_shard_bytes": found.max_shard_bytes}.items():
+            if value != wanted[name]:
+                raise UserError(
+                    f"The cache in {self.folder} was begun with {name} = {value!r}, this run has {wanted[name]!r}; "
+                    "continue with the same setting or give a new folder."
+                )
+        return found
+
+    def _remove_orphans(self) -> None:
+        named = {shard.file for shard in self._manifest.shards}
+        for path in self.folder.iterdir():
+            torn = path.name == "manifest.json.tmp" or (_SHARD_PATTERN.fullmatch(path.name) and path.name not in named)
+            if torn:
+                path.unlink()
+        with open(self.folder / "samples.idx", "ab") as index:
+            index.truncate(self._manifest.records * INDEX_DTYPE.itemsize)
+
+    def _close_shard(self, shard: "_OpenShard") -> None:
+        self._shard = None
+        if shard.index:
+            entry = shard.publish(self._next - 1)
+            manifest = self._manifest
+            self._publish(Manifest(manifest.spec, manifest.max_shard_bytes, (*manifest.shards, entry)))
+        else:
+            # Only dropped sources at the end: no file; a resumed run sees them again.
+            shard.discard()
+
+    def _publish(self, manifest: Manifest) -> None:
+        manifest.save(self.folder)
+        self._manifest = manifest
+
+
+class _OpenShard:
+    """The shard being written, under a temporary name until `publish`."""
+
+    def __init__(self, folder: Path, number: int, first_source: int):
+        self.final = folder / f"shard-{number:05d}.array_record"
+        self.temporary = self.final.with_name(self.final.name + ".tmp")
+        self.first_source = first_source
+        self.payload_bytes = self.dropped = self.tokens = 0
+        self.index: list[tuple[int, int]] = []
+        self._writer = ArrayRecordWriter(str(self.temporary), _WRITER_OPTIONS)
+
+    def write(self, record: bytes, sample_id: int, length: int) -> None:
+        self._writer.write(record)
+        self.payload_bytes += len(record)
+        self.tokens += length
+        self.index.append((sample_id, length))
+
+    def publish(self, last_source: int) -> ShardEntry:
+        """Data, then name, then index, each on disk before the next: the manifest entry is the caller's last step."""
+        self._writer.close()
+        fsync(self.temporary)
+        digest = file_hash(self.temporary)
+        os.replace(self.temporary, self.final)
+        rows = np.array(self.index, INDEX_DTYPE).tobytes()
+        with open(self.final.with_name("samples.idx"), "ab") as index:
+            index.write(rows)
+            index.flush()
+            os.fsync(index.fileno())
+        return ShardEntry(
+            file=self.final.name,
+            records=len(self.index),
+            dropped=self.dropped,
+            tokens=self.tokens,
+            bytes=self.final.stat().st_size,
+            xxh3=digest,
+            index_xxh3=xxhash.xxh3_128_hexdigest(rows),
+            first_source=self.first_source,
+            last_source=last_source,
+        )
+
+    def discard(self) -> None:
+        if self._writer.is_open():
+            self._writer.close()
+        self.temporary.unlink(missing_ok=True)
+
+
+class TargetCache:
+    """Reads a finished cache: `len(cache)`, `cache[i]`, from any number of threads.
+
+    Opening checks the manifest, every shard's size and the index; reading checks each record's checksum; `verify()`
+    hashes everything.
+
+    Raises:
+        UserError: no cache, an unfinished one, a shard that is missing or has another size (all at opening); a record
+            that is damaged (at reading), naming shard and sample.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        self.folder = Path(folder)
+        self._manifest = Manifest.load(self.folder)
+        if not self._manifest.complete:
+            raise UserError(
+                f"The cache in {self.folder} is unfinished: {self._manifest.next_source} of "
+                f"{self.spec.num_sources} conversations "
+                "are done; run the same train.build_cache command again, it continues where it stopped."
+            )
+        check_sizes(self.folder, self._manifest)
+        self._index = self._read_index()
+        self._starts = np.cumsum([0, *(shard.records for shard in self._manifest.shards)])
+        self._readers: dict[int, ArrayRecordReader] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def spec(self) -> CacheSpec:
+        return self._manifest.spec
+
+    @property
+    def manifest(self) -> Manifest:
+        return self._manifest
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [len(self)], tokens of each sample."""
+        return self._index["length"].astype(np.int64)
+
+    @property
+    def sample_ids(self) -> np.ndarray:
+        """uint64 [len(self)], source index of each sample."""
+        return self._index["sample_id"]
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        name = self._manifest.shards[number].file
+        sample_id, length = (int(v) for v in self._index[index])
+        try:
+            record = self._reader(number).read([index - int(self._starts[number])])[0]
+            sample = decode_record(record, self.spec)
+            if (sample.sample_id, len(sample.input_ids)) != (sample_id, length):
+                raise ValueError(
+                    f"it holds sample {sample.sample_id} of {len(sample.input_ids)} tokens, samples.idx says {length}"
+                )
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise UserError(
+                f"Sample {sample_id} (record {index}) in {self.folder / name} is damaged: {error}; "
+                "restore the shard or build the cache again."
+            ) from error
+        return sample
+
+    def require_match(self, **expected: Any) -> None:
+        """`records.require_match` for this cache: fields of `CacheSpec` by name; UserError when one differs."""
+        require_match(self.spec, str(self.folder), expected)
+
+    def verify(self) -> None:
+        """Hashes every shard; UserError naming the first whose bytes changed since it was written."""
+        for shard in self._manifest.shards:
+            if file_hash(self.folder / shard.file) != shard.xxh3:
+                raise UserError(
+                    f"{self.folder / shard.file} is damaged: its hash is not the manifest's; restore it or build again."
+                )
+
+    def close(self) -> None:
+        with self._lock:
+            self._readers.clear()
+
+    def _reader(self, number: int) -> ArrayRecordReader:
+        with self._lock:
+            reader = self._readers.get(number)
+            if reader is None:
+                if len(self._readers) >= _MAX_OPEN_SHARDS:
+                    # Dropped, not closed: another thread may be reading from it; its last reference closes it.
+                    self._readers.pop(next(iter(self._readers)))
+                shard = self._manifest.shards[number]
+                reader = ArrayRecordReader(
+                    str(self.folder / shard.file), options=_READER_OPTIONS, file_reader_buffer_size=_READER_BUFFER
+                )
+                # array_record opens a damaged file as one with fewer records, without an error.
+                if reader.num_records() != shard.records:
+                    raise ValueError(f"its shard opens with {reader.num_records()} records, expected {shard.records}")
+                self._readers[number] = reader
+            return reader
+
+    def _read_index(self) -> np.ndarray:
+        path = self.folder / "samples.idx"
+        data = path.read_bytes() if path.exists() else b""
+        start = 0
+        for shard in self._manifest.shards:
+            end = start + shard.records * INDEX_DTYPE.itemsize
+            if xxhash.xxh3_128_hexdigest(data[start:end]) != shard.index_xxh3:
+                raise UserError(
+                    f"{path} is damaged at the entries of {shard.file}; restore it or build the cache again."
+                )
+            start = end
+        return np.frombuffer(data[:start], INDEX_DTYPE)
