@@ -77,7 +77,8 @@ def kill_and_compare(scratch: Path, times: int, seed: int, pause: float = 0.01) 
 def _run_child(folder: Path, pause: float, kill_after: float | None) -> bool:
     """Runs the writer; True when it finished, False when it was killed after so many seconds."""
     command = [sys.executable, "-m", "tests.kill_cache", "--child", str(folder), "--pause", str(pause)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+    root = Path(__file__).parents[1]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as child:
         assert child.stdout is not None
         child.stdout.readline()  # imports are done: from here on it writes
         if kill_after is not None:
