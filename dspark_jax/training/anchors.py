@@ -1,0 +1,80 @@
+"""Which positions of a sequence become anchors, and the block of labels that follows each.
+
+Axes: B batch row, T position (padded), N anchor block, K block position.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+class Blocks(NamedTuple):
+    """Everything the losses need to know of a batch's blocks; all of it follows from tokens, mask and anchors."""
+
+    anchors: Int[Array, "b n"]  # 0 for dummies
+    keep: Bool[Array, "b n"]  # False: a dummy that fills the row up to N
+    previous: Int[Array, "b n k"]  # x_{k-1}: the anchor's token, then the labels before
+    labels: Int[Array, "b n k"]  # token at anchor + 1 + k, clamped to the row
+    sources: Int[Array, "b n k"]  # position whose target hidden state predicts the label
+    supervised: Bool[Array, "b n k"]
+    weights: Float[Array, "b n k"]
+
+
+def eligible_anchors(loss_mask: Array) -> Bool[Array, "b t1"]:
+    """Position i < T - 1 may be an anchor iff it and i + 1 are supervised (golden/NOTES 20)."""
+    supervised = loss_mask > 0.5
+    return supervised[:, :-1] & supervised[:, 1:]
+
+
+def sample_anchors(
+    key: Array, loss_mask: Int[Array, "b t"], count: int
+) -> tuple[Int[Array, "b n"], Bool[Array, "b n"]]:
+    """(positions, keep): up to `count` eligible positions a row without replacement, ascending, then zeros not kept.
+
+    A row's draw depends on the key and the row's number only, not on the other rows.
+    """
+    eligible = eligible_anchors(loss_mask)
+    rows, size = eligible.shape
+    noise = jax.vmap(lambda row: jax.random.uniform(jax.random.fold_in(key, row), (size,)))(jnp.arange(rows))
+    scores, chosen = jax.lax.top_k(jnp.where(eligible, noise, -1.0), min(count, size))
+    ordered = jnp.sort(jnp.where(scores >= 0, chosen, size), axis=-1)
+    ordered = jnp.pad(ordered, ((0, 0), (0, count - ordered.shape[1])), constant_values=size)
+    keep = ordered < size
+    return jnp.where(keep, ordered, 0), keep
+
+
+def make_blocks(
+    input_ids: Int[Array, "b t"],
+    loss_mask: Array,
+    anchors: Int[Array, "b n"],
+    keep: Bool[Array, "b n"],
+    block_size: int,
+    decay_gamma: float | None,
+) -> Blocks:
+    """Labels, supervision and weights exp(-k / decay_gamma) of K = `block_size` slots an anchor (golden/NOTES 21-23).
+
+    A slot counts only while every slot before it in its block does; decay_gamma None or <= 0 weighs all alike.
+    """
+    length = input_ids.shape[1]
+    offsets = jnp.arange(block_size)
+    unclamped = anchors[..., None] + 1 + offsets
+    positions = jnp.where(keep[..., None], jnp.minimum(unclamped, length - 1), 0)
+
+    def at(values: Array, index: Array) -> Array:
+        return jnp.take_along_axis(values, index.reshape(index.shape[0], -1), axis=1).reshape(index.shape)
+
+    labels = at(input_ids, positions)
+    here = (unclamped < length) & (at(loss_mask, positions) > 0.5) & keep[..., None]
+    supervised = jnp.cumprod(here.astype(jnp.int32), axis=-1) > 0
+    decay = jnp.exp(-offsets / decay_gamma) if decay_gamma and decay_gamma > 0 else jnp.ones((block_size,))
+    return Blocks(
+        anchors=anchors,
+        keep=keep,
+        previous=jnp.concatenate([at(input_ids, anchors)[..., None], labels[..., :-1]], axis=-1),
+        labels=labels,
+        sources=jnp.maximum(positions - 1, 0),
+        supervised=supervised,
+        weights=supervised * decay.astype(jnp.float32),
+    )

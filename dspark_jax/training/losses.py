@@ -1,0 +1,140 @@
+"""Cross-entropy, total variation and confidence losses as sums, computed a chunk of anchors at a time.
+
+Axes: B batch row, T context position, N anchor block, C chunk, K block position, D hidden, V vocab.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dspark_jax.drafters.dspark import BlockOutput, DSpark
+from dspark_jax.drafters.protocol import SharedTables
+from dspark_jax.targets.kv_cache import KVCache
+from dspark_jax.training.anchors import Blocks
+
+# Added to the summed weights, so that a batch without supervision has loss 0 (golden/NOTES 24).
+EPSILON = 1e-6
+
+Sums = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """L = ce_alpha L_ce + l1_alpha L_tv + confidence_alpha L_conf; weights exp(-k / decay_gamma), 0 or None for none.
+
+    `anchor_chunk` anchors a row have their logits [B, anchor_chunk, K, V] in memory at once.
+    """
+
+    ce_alpha: float
+    l1_alpha: float
+    confidence_alpha: float
+    decay_gamma: float | None
+    anchor_chunk: int
+
+    def total(self, sums: Sums, denominator: Array) -> Array:
+        """The loss from weighted sums and the global sum of weights (+ EPSILON), which all terms share."""
+        loss = self.ce_alpha * sums["ce"] + self.l1_alpha * sums["l1"]
+        if "confidence" in sums:
+            loss = loss + self.confidence_alpha * sums["confidence"]
+        return loss / denominator
+
+
+def block_sums(
+    build: Callable[[dict], DSpark],
+    params: dict,
+    shared: SharedTables,
+    features: Float[Array, "b t md"],
+    last_hidden: Float[Array, "b t d"],
+    blocks: Blocks,
+    anchor_chunk: int,
+) -> Sums:
+    """Sums over all blocks of the loss terms and of what the metrics need; see `_terms` for the names.
+
+    The context K/V are computed once a row. Then each chunk of anchors runs backbone, heads, logits and sums, and
+    repeats that in the backward pass, so nothing of size [N K, V] or [T + N K]^2 exists. `build` casts the parameters;
+    it runs inside the chunk, so that gradients add up over chunks in the parameters' float32.
+    """
+    model = build(params)
+    context = model.context(features)
+    storage = context[0].keys.dtype
+    # For the same reason: the context's gradient is a sum over chunks.
+    context = jax.tree.map(lambda x: x.astype(jnp.float32), context)
+
+    def chunk(part: Blocks) -> Sums:
+        narrow = jax.tree.map(lambda x: x.astype(storage), context)
+        return _chunk_sums(build(params), shared, narrow, last_hidden, part)
+
+    count = blocks.anchors.shape[1]
+    if count <= anchor_chunk:
+        return chunk(blocks)
+    parts = jax.tree.map(lambda x: _split_anchors(x, anchor_chunk), blocks)
+    zeros = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(chunk, jax.tree.map(lambda x: x[0], parts))
+    )
+    body = jax.checkpoint(chunk, prevent_cse=False)
+    return jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, body(part)), None), zeros, parts)[0]
+
+
+def _split_anchors(x: Array, size: int) -> Array:
+    """[B, N, ...] -> [chunks, B, size, ...]; N is filled up with zeros, which are dummy blocks of weight 0."""
+    padding = [(0, 0), (0, -x.shape[1] % size), *[(0, 0)] * (x.ndim - 2)]
+    x = jnp.pad(x, padding)
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+
+
+def _chunk_sums(model: DSpark, shared: SharedTables, context: KVCache, last_hidden: Array, blocks: Blocks) -> Sums:
+    out = model.train_outputs(shared, context, blocks.previous, blocks.anchors)
+    return _terms(out, target_logits(shared, last_hidden, blocks), blocks)
+
+
+def target_logits(shared: SharedTables, last_hidden: Float[Array, "b t d"], blocks: Blocks) -> Float[Array, "b n k v"]:
+    """float32 logits of the target for every label, from its last hidden state one position before (NOTES 22)."""
+    rows = blocks.sources.reshape(blocks.sources.shape[0], -1, 1)
+    hidden = jnp.take_along_axis(last_hidden, rows, axis=1).reshape(*blocks.sources.shape, -1)
+    logits = jnp.einsum(
+        "bnkd,vd->bnkv", hidden.astype(shared.head.dtype), shared.head, preferred_element_type=jnp.float32
+    )
+    return jax.lax.stop_gradient(logits)
+
+
+def total_variation_l1(draft_logits: Array, other_logits: Array) -> Array:
+    """‖softmax(draft) - softmax(other)‖_1 over the last axis: the full sum, twice the total variation distance."""
+    return jnp.sum(jnp.abs(jax.nn.softmax(draft_logits, axis=-1) - jax.nn.softmax(other_logits, axis=-1)), axis=-1)
+
+
+def accept_rate(l1: Array) -> Array:
+    """c*_k = 1 - ½ ‖p^d_k - p^t_k‖_1, the probability that a token drawn from p^d is accepted; not differentiated."""
+    return jax.lax.stop_gradient(jnp.clip(1.0 - 0.5 * l1, 0.0, 1.0))
+
+
+def _terms(out: BlockOutput, targets: Array, blocks: Blocks) -> Sums:
+    """`ce`, `l1`, `confidence`: weighted sums; `weight`: of the weights; `accept`, `supervised` [K]: unweighted ones;
+    `tau`, `blocks`: expected committed tokens summed over blocks with any supervised slot, and their number;
+    `confidence_*`: weighted sums of the head's errors."""
+    weights, supervised = blocks.weights, blocks.supervised
+    label_logits = jnp.take_along_axis(out.logits, blocks.labels[..., None], axis=-1)[..., 0]
+    l1 = total_variation_l1(out.logits, targets)
+    accept = accept_rate(l1)
+    survival = jnp.cumprod(accept * supervised, axis=-1)
+    used = jnp.any(supervised, axis=-1)
+    sums = {
+        "ce": jnp.sum(weights * (jax.nn.logsumexp(out.logits, axis=-1) - label_logits)),
+        "l1": jnp.sum(weights * l1),
+        "weight": jnp.sum(weights),
+        "accept": jnp.sum(accept * supervised, axis=(0, 1)),
+        "supervised": jnp.sum(supervised, axis=(0, 1), dtype=jnp.float32),
+        "tau": jnp.sum(used * (1.0 + jnp.sum(survival, axis=-1))),
+        "blocks": jnp.sum(used, dtype=jnp.float32),
+    }
+    if out.confidence is not None:
+        # softplus(z) - z c* is the cross-entropy of sigmoid(z) against c*, without overflow.
+        bce = jax.nn.softplus(out.confidence) - out.confidence * accept
+        predicted = jax.lax.stop_gradient(jax.nn.sigmoid(out.confidence))
+        sums["confidence"] = jnp.sum(weights * bce)
+        sums["confidence_bias"] = jnp.sum(weights * (predicted - accept))
+        sums["confidence_abs_error"] = jnp.sum(weights * jnp.abs(predicted - accept))
+        sums["confidence_cumprod_bias"] = jnp.sum(weights * (jnp.cumprod(predicted * supervised, axis=-1) - survival))
+    return sums

@@ -1,0 +1,47 @@
+"""Logged figures from additive sums: ratios are taken last, over all chunks, micro-batches and devices."""
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from dspark_jax.training.anchors import Blocks, eligible_anchors
+from dspark_jax.training.losses import EPSILON, LossOptions, Sums
+
+
+def anchor_sums(blocks: Blocks, loss_mask: Array) -> Sums:
+    """Sums over rows that depend on masks alone: rows, anchors eligible and sampled, supervised slots a kept block."""
+    kept = jnp.sum(blocks.keep, axis=-1, dtype=jnp.float32)
+    slots = jnp.sum(blocks.supervised, axis=(1, 2), dtype=jnp.float32)
+    return {
+        "rows": jnp.float32(loss_mask.shape[0]),
+        "eligible_anchors": jnp.sum(eligible_anchors(loss_mask), dtype=jnp.float32),
+        "sampled_anchors": jnp.sum(kept),
+        "slots_per_block": jnp.sum(slots / jnp.maximum(kept, 1.0)),
+    }
+
+
+def loss_metrics(sums: Sums, options: LossOptions, length: int, num_anchors: int) -> dict[str, Array]:
+    """float32 scalars. `sums` are those of `block_sums` and `anchor_sums`; `length` is the padded T.
+
+    accept_rate@k averages supervised slots alike; tau_probabilistic is the accepted length expected at temperature 1;
+    confidence_* are weighted as the loss is (golden/NOTES 28). Terms of weight 0 and absent heads are left out.
+    """
+    denominator = sums["weight"] + EPSILON
+    positions = sums["accept"].shape[0]
+    accept = sums["accept"] / jnp.maximum(sums["supervised"], 1.0)
+    metrics = {"loss": options.total(sums, denominator), "ce_loss": sums["ce"] / denominator}
+    if options.l1_alpha > 0:
+        metrics["l1_loss"] = sums["l1"] / denominator
+    if "confidence" in sums:
+        metrics["confidence_loss"] = sums["confidence"] / denominator
+        for name in ("confidence_abs_error", "confidence_bias", "confidence_cumprod_bias"):
+            metrics[name] = sums[name] / denominator
+    metrics |= {f"accept_rate@{k}": accept[k] for k in range(positions)}
+    metrics["tau_probabilistic"] = sums["tau"] / jnp.maximum(sums["blocks"], 1.0)
+    for name, total, full in (
+        ("valid_anchors", sums["eligible_anchors"], length),
+        ("sampled_anchors", sums["sampled_anchors"], num_anchors),
+        ("block_supervised_tokens", sums["slots_per_block"], positions),
+    ):
+        metrics[f"{name}_abs"] = total / sums["rows"]
+        metrics[f"{name}_ratio"] = total / sums["rows"] / full
+    return metrics

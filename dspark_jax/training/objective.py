@@ -1,0 +1,88 @@
+"""What a training step minimises: which blocks a batch gives, their sums, the loss and the metrics."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array
+
+from dspark_jax.drafters.config import DrafterConfig
+from dspark_jax.drafters.dspark import DSpark
+from dspark_jax.drafters.protocol import SharedTables
+from dspark_jax.training.anchors import Blocks, make_blocks, sample_anchors
+from dspark_jax.training.losses import EPSILON, LossOptions, Sums, block_sums
+from dspark_jax.training.metrics import anchor_sums, loss_metrics
+
+Batch = Mapping[str, Array]
+
+
+class Plan(NamedTuple):
+    """`rows`: a pytree whose leaves have the batch row first, so that it can be cut into micro-batches;
+    `denominator` and `sums`: of the whole global batch, from masks alone."""
+
+    rows: Any
+    denominator: Array
+    sums: Sums
+
+
+class Objective(Protocol):
+    """Strategy of a kind of drafter; the step knows it by this protocol only. All sums are additive over rows."""
+
+    def plan(self, batch: Batch, key: Array) -> Plan: ...
+
+    def sums(self, params: dict, shared: SharedTables, batch: Batch, rows: Any) -> Sums: ...
+
+    def loss(self, sums: Sums, denominator: Array) -> Array: ...
+
+    def metrics(self, sums: Sums, length: int) -> dict[str, Array]: ...
+
+
+def cast_params(params: dict, dtype: Any) -> dict:
+    """Parameters in the compute dtype; the confidence head stays float32, in training as in decoding."""
+    flat = flatten_dict(params)
+    return unflatten_dict({p: x if p[0] == "confidence_head" else x.astype(dtype) for p, x in flat.items()})
+
+
+@dataclass(frozen=True, eq=False)
+class DSparkObjective:
+    """The losses of SPEC section 3 on a batch of `input_ids`, `loss_mask` [B, T], `features` [B, T, m D] and
+    `last_hidden` [B, T, D]; other entries are ignored. Also trains DFlash: the config has no heads then."""
+
+    graphdef: nnx.GraphDef
+    config: DrafterConfig
+    options: LossOptions
+    compute_dtype: Any = jnp.float32
+
+    def plan(self, batch: Batch, key: Array) -> Plan:
+        anchors, keep = sample_anchors(key, batch["loss_mask"], self.config.num_anchors)
+        return self.plan_at(batch, anchors, keep)
+
+    def plan_at(self, batch: Batch, anchors: Array, keep: Array) -> Plan:
+        """The plan of given anchors [B, N]."""
+        size, gamma = self.config.block_size, self.options.decay_gamma
+        blocks = make_blocks(batch["input_ids"], batch["loss_mask"], anchors, keep, size, gamma)
+        return Plan(blocks, jnp.sum(blocks.weights) + EPSILON, anchor_sums(blocks, batch["loss_mask"]))
+
+    def build(self, params: dict) -> DSpark:
+        return nnx.merge(self.graphdef, cast_params(params, self.compute_dtype))
+
+    def sums(self, params: dict, shared: SharedTables, batch: Batch, rows: Blocks) -> Sums:
+        features, last_hidden = batch["features"], batch["last_hidden"]
+        return block_sums(self.build, params, shared, features, last_hidden, rows, self.options.anchor_chunk)
+
+    def loss(self, sums: Sums, denominator: Array) -> Array:
+        return self.options.total(sums, denominator)
+
+    def metrics(self, sums: Sums, length: int) -> dict[str, Array]:
+        return loss_metrics(sums, self.options, length, self.config.num_anchors)
+
+
+def replicate(tree: Any, sharding: jax.sharding.Sharding | None) -> Any:
+    """The tree on every device whole, or as it is without a mesh."""
+    if sharding is None:
+        return tree
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, sharding), tree)

@@ -1,0 +1,41 @@
+"""Learning rate and optimizer of the reference recipe."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import optax
+
+
+def learning_rate_schedule(
+    base: float, total_steps: int, warmup_ratio: float, kind: Literal["cosine", "constant"] = "cosine"
+) -> Callable[..., Any]:
+    """lr(step, xp=jnp): linear warm-up over w = int(warmup_ratio * total_steps) steps, then cosine to 0 at the end.
+
+    After the warm-up lr = base c(i - w) / c(1), c(k) = (1 + cos(pi k / (total - w))) / 2: the reference's hand-over
+    puts step w slightly above base and step w + 1 at base (golden/NOTES 31). xp=numpy computes in float64.
+    """
+    warmup = int(warmup_ratio * total_steps)
+    rest = max(total_steps - warmup, 1)
+
+    def schedule(step: Any, xp: Any = jnp) -> Any:
+        rising = base * (step + 1) / max(warmup, 1)
+        if kind == "constant":
+            return xp.where(step < warmup, rising, base)
+
+        def cosine(k: Any) -> Any:
+            return (1 + xp.cos(xp.pi * k / rest)) / 2
+
+        # A single step after the warm-up has c(1) = 0, and no quirk to hand over.
+        scale = cosine(1) if rest > 1 else 1.0
+        return xp.where(step < warmup, rising, base * cosine(xp.clip(step - warmup, 0, rest)) / scale)
+
+    return schedule
+
+
+def make_optimizer(
+    schedule: Callable[[Any], Any], betas: tuple[float, float], eps: float, weight_decay: float, clip_norm: float
+) -> optax.GradientTransformation:
+    """AdamW after clipping by the global norm (clip_norm 0: no clipping)."""
+    adamw = optax.adamw(schedule, b1=betas[0], b2=betas[1], eps=eps, weight_decay=weight_decay)
+    return optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw

@@ -1,0 +1,206 @@
+"""The training state and the jitted step over it: sample anchors, gradients over micro-batches, AdamW.
+
+Axes: B row of the global batch, A micro-batch.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array
+
+from dspark_jax.drafters.protocol import SharedTables
+from dspark_jax.drafters.registry import new_params, skeleton
+from dspark_jax.errors import UserError
+from dspark_jax.sharding import ShardingRules, parameter_shardings, replicated
+from dspark_jax.training.losses import Sums
+from dspark_jax.training.objective import Batch, Objective, Plan, replicate
+
+TrainStep = Callable[["TrainState", SharedTables, Batch], tuple["TrainState", dict[str, Array]]]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """Everything a run continues from; the order of the data is a function of `step` too."""
+
+    step: Array  # [] int32: optimizer steps taken
+    params: dict  # float32 masters
+    opt_state: Any
+    key: Array  # [] typed PRNG key of the run; a step draws from fold_in(key, step)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A mesh and what is laid over it. Masters and optimizer state are split by `rules`, rows over its batch axes."""
+
+    mesh: Mesh
+    rules: ShardingRules
+
+    @property
+    def whole(self) -> NamedSharding:
+        return replicated(self.mesh)
+
+    @property
+    def row_groups(self) -> int:
+        """Devices that the rows of a batch are spread over."""
+        groups = 1
+        for axis in self.rules.batch or ():
+            groups *= self.mesh.shape[axis]
+        return groups
+
+    def rows(self, tree: Any, leading: int = 0) -> Any:
+        """Constrains every leaf's row dimension, which comes after `leading` others."""
+
+        def place(x: Array) -> Array:
+            axes = [None] * leading + ["batch"] + [None] * (x.ndim - leading - 1)
+            return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self.rules.spec(axes)))
+
+        return jax.tree.map(place, tree)
+
+
+def abstract_train_state(
+    hf_config: Mapping[str, Any], optimizer: optax.GradientTransformation, placement: Placement | None = None
+) -> TrainState:
+    """ShapeDtypeStructs (with shardings, given a placement) of a run's state: for init, restore and lowering."""
+
+    def build() -> TrainState:
+        key = jax.random.key(0)
+        params = new_params(hf_config, key)
+        return TrainState(jnp.int32(0), params, optimizer.init(params), key)
+
+    abstract = jax.eval_shape(build)
+    if placement is None:
+        return abstract
+    over_mesh = parameter_shardings(skeleton(hf_config), placement.mesh, placement.rules)
+    placed = TrainState(
+        step=placement.whole,
+        params=over_mesh,
+        opt_state=optax.tree_utils.tree_map_params(
+            optimizer, lambda _, s: s, abstract.opt_state, over_mesh, transform_non_params=lambda _: placement.whole
+        ),
+        key=placement.whole,
+    )
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed)
+
+
+def init_train_state(
+    hf_config: Mapping[str, Any],
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    placement: Placement | None = None,
+    params: dict | None = None,
+) -> TrainState:
+    """Step 0, each device making its own part. `params` (of any dtype): a drafter to continue from, not a fresh one."""
+    abstract = abstract_train_state(hf_config, optimizer, placement)
+    shardings = None if placement is None else jax.tree.map(lambda x: x.sharding, abstract)
+
+    def build(given: dict | None) -> TrainState:
+        key = jax.random.key(seed)
+        # Copies: the step donates its state, and must not delete the caller's arrays.
+        start = (
+            new_params(hf_config, jax.random.fold_in(key, 0x1717))
+            if given is None
+            else jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), given)
+        )
+        return TrainState(jnp.int32(0), start, optimizer.init(start), key)
+
+    return jax.jit(build, out_shardings=shardings)(params)
+
+
+def make_train_step(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    schedule: Callable[[Any], Any],
+    *,
+    accumulation_steps: int = 1,
+    placement: Placement | None = None,
+    abstract: TrainState | None = None,
+) -> TrainStep:
+    """jitted (state, shared, batch) -> (state, metrics); the state is donated, the frozen tables are borrowed.
+
+    With a placement, `abstract` (of `abstract_train_state`) pins the new state where the old one lies. Denominators are
+    those of the global batch, so splitting it into micro-batches changes nothing but memory. Raises UserError at the
+    first call if the batch's rows do not divide over micro-batches and devices.
+    """
+
+    def step(state: TrainState, shared: SharedTables, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        length = batch["input_ids"].shape[1]
+        if placement is not None:
+            batch = placement.rows(dict(batch))
+        plan = objective.plan(batch, jax.random.fold_in(state.key, state.step))
+        grads, sums = _gradients(objective, state.params, shared, batch, plan, accumulation_steps, placement)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        metrics = objective.metrics(sums | plan.sums, length) | {
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "grad_norm": optax.global_norm(grads),
+        }
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, opt_state, state.key), metrics
+
+    if placement is None:
+        return jax.jit(step, donate_argnums=0)
+    if abstract is None:
+        raise ValueError("a placement needs the abstract state that was laid over it")
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, placement.whole))
+
+
+def make_eval_step(objective: Objective, placement: Placement | None = None) -> Callable[..., dict[str, Array]]:
+    """jitted (params, shared, batch, key) -> metrics, without an update."""
+
+    def evaluate(params: dict, shared: SharedTables, batch: Batch, key: Array) -> dict[str, Array]:
+        if placement is not None:
+            batch = placement.rows(dict(batch))
+        plan = objective.plan(batch, key)
+        whole = replicate(params, None if placement is None else placement.whole)
+        sums = objective.sums(whole, shared, batch, plan.rows)
+        return objective.metrics(sums | plan.sums, batch["input_ids"].shape[1])
+
+    return jax.jit(evaluate)
+
+
+def _gradients(
+    objective: Objective,
+    params: dict,
+    shared: SharedTables,
+    batch: Batch,
+    plan: Plan,
+    steps: int,
+    placement: Placement | None,
+) -> tuple[dict, Sums]:
+    # Gathered once a step: left to the partitioner, every chunk of anchors would gather the split parameters again.
+    whole = None if placement is None else placement.whole
+
+    def loss(params: dict, batch: Batch, rows: Any) -> tuple[Array, Sums]:
+        sums = objective.sums(replicate(params, whole), replicate(shared, whole), batch, rows)
+        return objective.loss(sums, plan.denominator), sums
+
+    gradient = jax.grad(loss, has_aux=True)
+    _check_rows(batch["input_ids"].shape[0], steps, placement)
+    if steps == 1:
+        return gradient(params, batch, plan.rows)
+    micro = jax.tree.map(lambda x: _split_rows(x, steps), (dict(batch), plan.rows))
+    if placement is not None:
+        micro = placement.rows(micro, leading=1)
+    shapes = jax.eval_shape(gradient, params, *jax.tree.map(lambda x: x[0], micro))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(lambda total, m: (jax.tree.map(jnp.add, total, gradient(params, *m)), None), zeros, micro)[0]
+
+
+def _split_rows(x: Array, steps: int) -> Array:
+    """[B, ...] -> [A, B / A, ...], every A-th row to a micro-batch: contiguous device shards stay where they are."""
+    return jnp.moveaxis(x.reshape(-1, steps, *x.shape[1:]), 1, 0)
+
+
+def _check_rows(rows: int, steps: int, placement: Placement | None) -> None:
+    groups = 1 if placement is None else placement.row_groups
+    if rows % (steps * groups):
+        raise UserError(
+            f"A batch of {rows} rows does not divide into {steps} micro-batches over {groups} devices; make the global "
+            f"batch a multiple of {steps * groups}."
+        )
