@@ -1,0 +1,1 @@
+"""Programs that make data and train: each runs as `python -m train.NAME`."""

@@ -1,0 +1,117 @@
+"""The functions, classes and modules of the Python standard library, read from its sources without importing them."""
+
+import ast
+import hashlib
+import inspect
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+HELD_OUT_PERCENT = 8
+
+# Absent from some installations, generated, tables of data, or near-copies of another module (which would let a
+# held-out function be seen in training).
+_SKIPPED_FOLDERS = {
+    "test", "tests", "idlelib", "lib2to3", "encodings", "site-packages", "dist-packages", "turtledemo", "lib-dynload",
+    "__pycache__", "tkinter", "ensurepip", "pydoc_data", "__phello__", "distutils", "idle_test",
+}  # fmt: skip
+_SKIPPED_MODULES = {"ntpath", "this", "antigravity", "_pydatetime", "_pydecimal", "_pyio", "_pylong"}
+
+
+@dataclass(frozen=True)
+class Definition:
+    """One documented or undocumented definition of the standard library.
+
+    `kind` is "module", "class", "function" or "method"; `name` is dotted and starts with the module;
+    `header` is the signature line (`def f(x):`, empty for modules); `doc` the clean docstring or "";
+    `body` the source of a function's statements after the docstring, indented by four spaces ("" for others).
+    """
+
+    module: str
+    kind: str
+    name: str
+    header: str
+    doc: str
+    body: str
+
+
+def split_of(source: str) -> str:
+    """'heldout' for about HELD_OUT_PERCENT of the sources, else 'train': a pure function of the name."""
+    bucket = int.from_bytes(hashlib.sha256(source.encode()).digest()[:8], "big") % 100
+    return "heldout" if bucket < HELD_OUT_PERCENT else "train"
+
+
+@lru_cache(maxsize=1)
+def definitions() -> tuple[Definition, ...]:
+    """Every definition of the standard library, sorted by module then by place in the file."""
+    found: list[Definition] = []
+    for module, path in _source_files():
+        try:
+            source = path.read_text(encoding="utf-8")
+            tree = ast.parse(source)
+        except (OSError, SyntaxError, UnicodeDecodeError, ValueError):
+            continue
+        found.extend(_of_module(module, tree, source.splitlines()))
+    return tuple(found)
+
+
+def _source_files() -> list[tuple[str, Path]]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = []
+    for path in root.rglob("*.py"):
+        parts = path.relative_to(root).with_suffix("").parts
+        if _SKIPPED_FOLDERS & set(parts[:-1]) or parts[0].startswith(("config-", "_sysconfigdata")):
+            continue
+        if parts[-1] == "__init__":
+            parts = parts[:-1]
+        name = ".".join(parts)
+        if name and name not in _SKIPPED_MODULES and not parts[-1].startswith("test_"):
+            files.append((name, path))
+    return sorted(files)
+
+
+def _of_module(module: str, tree: ast.Module, lines: list[str]) -> Iterator[Definition]:
+    yield Definition(module, "module", module, "", _doc(tree), "")
+    yield from _of_statements(module, module, tree.body, lines, "function")
+
+
+def _of_statements(
+    module: str, prefix: str, statements: list[ast.stmt], lines: list[str], kind: str
+) -> Iterator[Definition]:
+    for node in statements:
+        if isinstance(node, ast.FunctionDef):
+            name = f"{prefix}.{node.name}"
+            yield Definition(module, kind, name, _header(node, lines), _doc(node), _body(node, lines))
+        elif isinstance(node, ast.ClassDef):
+            name = f"{prefix}.{node.name}"
+            yield Definition(module, "class", name, f"class {node.name}:", _doc(node), "")
+            yield from _of_statements(module, name, node.body, lines, "method")
+
+
+def _doc(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> str:
+    text = ast.get_docstring(node, clean=False) or ""
+    text = inspect.cleandoc(text).strip()
+    return text if text.isascii() else ""
+
+
+def _header(node: ast.FunctionDef, lines: list[str]) -> str:
+    try:
+        returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+        return f"def {node.name}({ast.unparse(node.args)}){returns}:"
+    except (ValueError, RecursionError):
+        return lines[node.lineno - 1].strip()
+
+
+def _body(node: ast.FunctionDef, lines: list[str]) -> str:
+    """The source lines after the docstring at an indentation of four spaces, comments kept; "" if there is none."""
+    statements = node.body[1:] if ast.get_docstring(node) is not None else node.body
+    if not statements or statements[0].lineno <= node.lineno:
+        return ""
+    first = node.body[0].end_lineno if statements is not node.body else statements[0].lineno - 1
+    block = lines[first : node.end_lineno]
+    indent = node.col_offset
+    shifted = [line[indent:] if not line[:indent].strip() else line.lstrip() for line in block]
+    text = "\n".join(line.rstrip().expandtabs(4) for line in shifted).strip("\n")
+    return text if text.isascii() else ""
