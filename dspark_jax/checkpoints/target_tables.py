@@ -1,0 +1,62 @@
+"""The part of a target that training needs: its embedding and output head, without the layers between."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from flax import nnx
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
+
+from dspark_jax.checkpoints.huggingface import (
+    DTYPES,
+    load_tokenizer,
+    resolve_folder,
+    stop_tokens,
+    target_tensor_map,
+)
+from dspark_jax.checkpoints.tensors import TensorFolder, load_params, read_json
+from dspark_jax.errors import UserError
+from dspark_jax.sharding import ShardingRules, parameter_shardings, split
+from dspark_jax.targets.config import TargetConfig, config_sha256
+from dspark_jax.targets.qwen3 import Qwen3Model
+from dspark_jax.targets.target import Target
+
+_TABLES = (("embed_weight_vd",), ("head_weight_vd",))
+
+
+def describe_target(path_or_id: str | Path, *, tokenizer: bool = True) -> Target:
+    """A target with no parameters at all, from its small files: to check and to plan before anything is read."""
+    folder = resolve_folder(path_or_id)
+    hf_config = read_json(folder / "config.json")
+    config = TargetConfig.from_hf_dict(hf_config)
+    graphdef, _ = split(nnx.eval_shape(lambda: Qwen3Model(config, rngs=nnx.Rngs(0))))
+    return Target(
+        name=str(path_or_id),
+        config=config,
+        graphdef=graphdef,
+        params={},
+        hf_config=hf_config,
+        config_sha256=config_sha256(hf_config),
+        stop_tokens=stop_tokens(folder, hf_config),
+        tokenizer=load_tokenizer(folder) if tokenizer else None,
+    )
+
+
+def load_tables(target: Target, *, dtype: str, mesh: Mesh, rules: ShardingRules | None = None) -> Target:
+    """The described target with its embedding [V, D] and, where it is untied, its head [V, D], in `dtype`.
+
+    They are placed by `rules`, each device reading its own part. `shared_tables` and `save_drafter` take the result;
+    it cannot run. UserError when the tensors are missing, cut off or of another shape.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"Target dtype {dtype!r} is not supported; choose float32 or bfloat16.")
+    module = nnx.eval_shape(lambda: Qwen3Model(target.config, rngs=nnx.Rngs(0)))
+    leaves = {path: leaf for path, leaf in flatten_dict(split(module)[1]).items() if path in _TABLES}
+    params = load_params(
+        TensorFolder(resolve_folder(target.name)),
+        target_tensor_map(target.config),
+        leaves,
+        flatten_dict(parameter_shardings(module, mesh, rules or ShardingRules())),
+        lambda path: DTYPES[dtype],
+    )
+    return replace(target, params=params)

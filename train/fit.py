@@ -1,0 +1,84 @@
+"""Trains a drafter from a target cache.
+
+    python -m train.fit --config NAME [--option value ...]
+    python -m train.fit --config NAME --export-only
+
+A run that was stopped continues with the same command from its latest checkpoint, to the same parameters. At the end
+the drafter stands in RUN/drafter (DeepSpec-native layout); --export-only writes it from the latest checkpoint.
+"""
+
+from pathlib import Path
+
+from configs.cli import parse_named, program
+from configs.schema import TrainConfig
+from dspark_jax.checkpoints.deepspec import save_drafter, shared_tables
+from dspark_jax.drafters.registry import LoadedDrafter, skeleton
+from dspark_jax.errors import UserError
+from dspark_jax.sharding import split
+from dspark_jax.targets.target import Target
+from dspark_jax.training.checkpoint import Checkpoints
+from dspark_jax.training.step import TrainState
+from train.loop import train
+from train.plan import RunPlan, make_plan
+from train.report import summarise, table
+from train.run_folder import require_same_run, write_config, write_json
+from train.trainer import Trainer
+
+EXPORT_ONLY = "--export-only"
+
+
+@program
+def main(argv: list[str]) -> None:
+    config = parse_named([word for word in argv if word != EXPORT_ONLY], description=__doc__)
+    if not isinstance(config, TrainConfig):
+        raise UserError(f"The configuration is a {type(config).__name__}; train.fit runs those of training.")
+    if EXPORT_ONLY in argv:
+        print(export_latest(config))
+    else:
+        fit(config)
+
+
+def fit(config: TrainConfig) -> None:
+    """The whole run: what is left of it after earlier starts, the export, the closing table."""
+    folder = Path(config.folder)
+    require_same_run(folder, config)
+    if (folder / "metrics.json").exists():
+        print(f"The run in {folder} is finished; its drafter is in {folder / 'drafter'}.")
+        return
+    plan = make_plan(config)
+    trainer = Trainer.of(plan)
+    target = trainer.target()
+    write_config(folder, config)
+    with Checkpoints(folder / "checkpoints", config.checkpoint.keep) as checkpoints:
+        state, records = train(trainer, shared_tables(target), checkpoints)
+    drafter = export(plan, target, state)
+    summary = summarise(config.name, plan.total_steps, records, drafter)
+    write_json(folder / "metrics.json", summary)
+    print(table(summary))
+
+
+def export(plan: RunPlan, target: Target, state: TrainState) -> Path:
+    """Writes RUN/drafter and returns it."""
+    folder = plan.folder / "drafter"
+    graphdef, _ = split(skeleton(plan.drafter_hf))
+    save_drafter(folder, LoadedDrafter(str(folder), plan.drafter, graphdef, state.params, plan.drafter_hf), target)
+    return folder
+
+
+def export_latest(config: TrainConfig) -> str:
+    folder = Path(config.folder)
+    require_same_run(folder, config)
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder} holds no run to export; train it first, without {EXPORT_ONLY}.")
+    plan = make_plan(config)
+    trainer = Trainer.of(plan)
+    with Checkpoints(folder / "checkpoints", config.checkpoint.keep) as checkpoints:
+        step = checkpoints.latest
+        if step is None:
+            raise UserError(f"The run in {folder} has no checkpoint yet; continue it without {EXPORT_ONLY}.")
+        state, _ = checkpoints.restore(step, trainer.abstract)
+    return f"Step {step} is exported to {export(plan, trainer.target(), state)}."
+
+
+if __name__ == "__main__":
+    main()

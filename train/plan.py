@@ -1,0 +1,135 @@
+"""What a run will do, checked as a whole before anything is written."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from configs.schema import DataSettings, TrainConfig
+from dspark_jax.checkpoints.target_tables import describe_target
+from dspark_jax.data.chat import tokenizer_hash
+from dspark_jax.data.pipeline import Batches, open_cache
+from dspark_jax.data.records import FeatureSource, require_match
+from dspark_jax.data.views import Truncated
+from dspark_jax.drafters.config import DrafterConfig, drafter_hf_config
+from dspark_jax.drafters.registry import drafter_kind
+from dspark_jax.errors import UserError
+from dspark_jax.sharding import make_mesh
+from dspark_jax.targets.target import Target
+from train.run_folder import require_same_run, write_config
+from train.synthetic_cache import write_synthetic_cache
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A run's configuration and what follows from it; `target` has no parameters yet."""
+
+    config: TrainConfig
+    folder: Path
+    target: Target
+    drafter_hf: dict[str, Any]
+    drafter: DrafterConfig
+    mesh: Mesh
+    batches: Batches
+    total_steps: int
+
+
+def make_plan(config: TrainConfig) -> RunPlan:
+    """Reads the small files of target and cache; UserError for whatever does not fit together.
+
+    Nothing is written, except where `data.cache` is empty: then the run's folder gets its synthetic cache, last.
+    """
+    folder = Path(config.folder)
+    require_same_run(folder, config)
+    target = describe_target(config.target)
+    drafter_hf = drafter_config(config, target)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    require_divisible(config.data, mesh)
+    batches = make_batches(config.data, open_records(config, folder, target))
+    total = config.epochs * batches.steps_per_epoch
+    return RunPlan(
+        config=config,
+        folder=folder,
+        target=target,
+        drafter_hf=drafter_hf,
+        drafter=DrafterConfig.from_hf_dict(drafter_hf),
+        mesh=mesh,
+        batches=batches,
+        total_steps=total if config.max_steps is None else min(total, config.max_steps),
+    )
+
+
+def drafter_config(config: TrainConfig, target: Target) -> dict[str, Any]:
+    """config.json of the drafter that the settings describe; exported in the dtype it is computed in."""
+    settings = config.drafter
+    mask_token = settings.mask_token_id
+    if mask_token is None:
+        mask_token = getattr(target.tokenizer, "mask_token_id", None)
+    if mask_token is None:
+        raise UserError(
+            f"{target.name} has no tokenizer with a mask token; name an unused token with --drafter.mask-token-id."
+        )
+    return drafter_hf_config(
+        target.hf_config,
+        num_layers=settings.num_layers,
+        target_layer_ids=settings.target_layer_ids,
+        mask_token_id=mask_token,
+        block_size=settings.block_size,
+        markov_rank=settings.markov_rank,
+        markov_head_type=settings.markov_head_type,
+        enable_confidence_head=settings.enable_confidence_head,
+        confidence_head_with_markov=settings.confidence_head_with_markov,
+        num_anchors=settings.num_anchors,
+        dtype=config.compute_dtype,
+        architecture=drafter_kind(settings.kind).architecture,
+        intermediate_size=settings.intermediate_size,
+        num_attention_heads=settings.num_attention_heads,
+        num_key_value_heads=settings.num_key_value_heads,
+        head_dim=settings.head_dim,
+    )
+
+
+def open_records(config: TrainConfig, folder: Path, target: Target) -> FeatureSource:
+    """The cache of the settings, checked against target and drafter; where none is named, a synthetic one."""
+    data, layer_ids = config.data, config.drafter.target_layer_ids
+    where = Path(data.cache) if data.cache else folder / "cache"
+    if not data.cache:
+        write_config(folder, config)
+        records = 4 * data.global_batch
+        write_synthetic_cache(where, target, layer_ids, records=records, length=data.max_length, seed=data.seed)
+    cache = open_cache(where)
+    require_match(
+        cache.spec,
+        str(where),
+        {
+            "layer_ids": layer_ids,
+            "hidden_size": target.config.hidden_size,
+            "target_sha256": target.config_sha256,
+            **({} if target.tokenizer is None else {"tokenizer_hash": tokenizer_hash(target.tokenizer)}),
+        },
+    )
+    return cache
+
+
+def make_batches(data: DataSettings, source: FeatureSource) -> Batches:
+    """This process's rows of every step, cut to `max_length` and padded to a bucket."""
+    return Batches(
+        Truncated(source, data.max_length),
+        global_batch=data.global_batch,
+        seed=data.seed,
+        buckets=data.length_buckets or (data.max_length,),
+        shuffle=data.shuffle,
+        host_index=jax.process_index(),
+        host_count=jax.process_count(),
+    )
+
+
+def require_divisible(data: DataSettings, mesh: Mesh) -> None:
+    rows = data.global_batch // data.accumulation_steps
+    if rows % mesh.size:
+        raise UserError(
+            f"A micro-batch of {rows} sequences (data.global_batch {data.global_batch} in data.accumulation_steps "
+            f"{data.accumulation_steps}) cannot be shared by {mesh.size} devices evenly; change one of the two."
+        )

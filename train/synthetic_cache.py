@@ -1,0 +1,56 @@
+"""A few records made on the spot, so that the training path runs where no cache has been built."""
+
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dspark_jax.checkpoints.huggingface import load_target
+from dspark_jax.data.chat import tokenizer_hash
+from dspark_jax.data.target_cache import CacheSpec, CacheWriter, Sample
+from dspark_jax.targets.attention import Causal
+from dspark_jax.targets.target import Target
+
+
+def write_synthetic_cache(
+    folder: Path, target: Target, layer_ids: tuple[int, ...], *, records: int, length: int, seed: int
+) -> None:
+    """Random tokens, the second half of each record supervised, with the target's real hidden states.
+
+    target: what `describe_target` gave; its parameters are read here and let go. A cache that is already there is left
+    as it is, an interrupted one is finished.
+    """
+    spec = CacheSpec(
+        target_name=target.name,
+        target_sha256=target.config_sha256,
+        layer_ids=layer_ids,
+        hidden_size=target.config.hidden_size,
+        tokenizer_hash=None if target.tokenizer is None else tokenizer_hash(target.tokenizer),
+        chat_template="none: random tokens",
+        max_length=length,
+        min_loss_tokens=0,
+        num_sources=records,
+        dtype="float32",
+    )
+    with CacheWriter(folder, spec) as writer:
+        if writer.complete:
+            return
+        model = load_target(target.name, dtype="float32", tokenizer=False)
+        tokens = np.random.default_rng(seed).integers(0, target.config.vocab_size, (records, length), np.int32)
+        taps, hidden = jax.device_get(_hidden_states(model, layer_ids, jnp.asarray(tokens)))
+        mask = (np.arange(length) >= length // 2).astype(np.uint8)
+        for index in range(writer.next_source, records):
+            writer.add(index, Sample(index, tokens[index], mask, taps[index], hidden[index]))
+        writer.finish()
+
+
+def _hidden_states(target: Target, layer_ids: tuple[int, ...], tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    @partial(jax.jit)
+    def run(params: dict, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        out = target.model(params)(tokens, positions, Causal(), layer_ids)
+        return out.taps, out.hidden
+
+    return run(target.params, tokens)

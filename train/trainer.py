@@ -1,0 +1,90 @@
+"""What a run compiles and places on its devices once: the step, the frozen tables, the shape of the state."""
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from dspark_jax.checkpoints.huggingface import DTYPES
+from dspark_jax.checkpoints.target_tables import load_tables
+from dspark_jax.data.pipeline import Batch
+from dspark_jax.drafters.registry import skeleton
+from dspark_jax.sharding import ShardingRules, batch_shardings, split
+from dspark_jax.targets.target import Target
+from dspark_jax.training.losses import LossOptions
+from dspark_jax.training.objective import DSparkObjective
+from dspark_jax.training.schedule import learning_rate_schedule, make_optimizer
+from dspark_jax.training.step import (
+    Placement,
+    TrainState,
+    TrainStep,
+    abstract_train_state,
+    init_train_state,
+    make_train_step,
+)
+from train.plan import RunPlan
+
+BATCH_KEYS = ("input_ids", "loss_mask", "features", "last_hidden")
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """A plan, and what every part of its run agrees on."""
+
+    plan: RunPlan
+    optimizer: Any
+    schedule: Any
+    placement: Placement
+    abstract: TrainState
+
+    @classmethod
+    def of(cls, plan: RunPlan) -> "Trainer":
+        recipe = plan.config.optimizer
+        schedule = learning_rate_schedule(recipe.learning_rate, plan.total_steps, recipe.warmup_ratio, recipe.schedule)
+        optimizer = make_optimizer(schedule, recipe.betas, recipe.eps, recipe.weight_decay, recipe.clip_norm)
+        placement = Placement(plan.mesh, ShardingRules())
+        return cls(plan, optimizer, schedule, placement, abstract_train_state(plan.drafter_hf, optimizer, placement))
+
+    def target(self) -> Target:
+        """The target with its embedding and head in the compute dtype, and nothing else."""
+        dtype = self.plan.config.compute_dtype
+        return load_tables(self.plan.target, dtype=dtype, mesh=self.plan.mesh, rules=self.placement.rules)
+
+    def initial(self) -> TrainState:
+        return init_train_state(self.plan.drafter_hf, self.optimizer, self.plan.config.seed, self.placement)
+
+    def step(self) -> TrainStep:
+        config = self.plan.config
+        options = LossOptions(
+            ce_alpha=config.loss.ce_alpha,
+            l1_alpha=config.loss.l1_alpha,
+            confidence_alpha=config.loss.confidence_alpha,
+            decay_gamma=config.loss.decay_gamma,
+            anchor_chunk=config.anchor_chunk,
+        )
+        graphdef, _ = split(skeleton(self.plan.drafter_hf))
+        return make_train_step(
+            DSparkObjective(graphdef, self.plan.drafter, options, DTYPES[config.compute_dtype]),
+            self.optimizer,
+            self.schedule,
+            accumulation_steps=config.data.accumulation_steps,
+            placement=self.placement,
+            abstract=self.abstract,
+        )
+
+    def device_batch(self, batch: Batch) -> dict[str, jax.Array]:
+        """This host's rows of a batch as global arrays, rows over the mesh."""
+        rows = self.plan.batches.global_batch
+        kept = {key: batch[key] for key in BATCH_KEYS}
+        shardings = batch_shardings(kept, self.plan.mesh, self.placement.rules)
+        return {
+            key: jax.make_array_from_process_local_data(shardings[key], value, (rows, *value.shape[1:]))
+            for key, value in kept.items()
+        }
+
+    def device_batches(self, start: int) -> Generator[dict[str, jax.Array]]:
+        """Batches from step `start` to the last, read and padded by threads ahead of the loop."""
+        with self.plan.batches.iterate(start, self.plan.total_steps) as batches:
+            for batch in batches:
+                yield self.device_batch(batch)
