@@ -28,7 +28,7 @@ SAMPLE_TOKENS = 160
 def _score(graphdef: nnx.GraphDef, params: Any, rows: Rows) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy and argmax correctness of every label, [B, T] each."""
     model = nnx.merge(graphdef, params)
-    logits = model.logits(model(rows.tokens, rows.positions, SegmentedCausal(rows.segments)).hidden)
+    logits = model.logits(model(rows.tokens, rows.positions, SegmentedCausal(jnp.asarray(rows.segments))).hidden)
     right = jnp.take_along_axis(logits, rows.labels[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - right, jnp.argmax(logits, axis=-1) == rows.labels
 

@@ -147,7 +147,7 @@ def make_loss(graphdef: nnx.GraphDef) -> Callable[[Params, Rows], jax.Array]:
 
     def loss(params: Params, rows: Rows) -> jax.Array:
         model = nnx.merge(graphdef, params)
-        logits = model.logits(model(rows.tokens, rows.positions, SegmentedCausal(rows.segments)).hidden)
+        logits = model.logits(model(rows.tokens, rows.positions, SegmentedCausal(jnp.asarray(rows.segments))).hidden)
         right = jnp.take_along_axis(logits, rows.labels[..., None], axis=-1)[..., 0]
         entropy = jax.nn.logsumexp(logits, axis=-1) - right
         return jnp.sum(entropy * rows.weights) / jnp.maximum(jnp.sum(rows.weights), 1e-6)
@@ -213,7 +213,9 @@ class Run:
         return islice(batches(stream, self.recipe.rows, self.recipe.length), self.progress.step, None)
 
     def save(self) -> None:
-        leaves = {f"leaf_{i:04d}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(self.state))}
+        leaves: dict[str, Any] = {
+            f"leaf_{i:04d}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(self.state))
+        }
         header = json.dumps({"progress": self.progress._asdict(), "recipe": _identity(self.recipe)})
         temporary = self.checkpoint.with_name("checkpoint.partial.npz")
         np.savez(temporary, header=np.frombuffer(header.encode(), np.uint8), **leaves)

@@ -7,8 +7,9 @@ questions and answers; `math`: generated word problems with worked answers. Ever
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count, islice
+from typing import Any
 
 from dspark_jax.errors import UserError
 from train.corpora import chat, code
@@ -38,6 +39,7 @@ def prompts(domain: str, split: str, limit: int | None = None, seed: int = 0) ->
 
 
 def _library(domain: str, split: str, seed: int) -> Iterator[dict]:
+    items: list[tuple[str, str, Any, Callable[[Any, random.Random], list[dict[str, str]]]]]
     if domain == "code":
         items = [(item.module, item.name, item, code.conversation) for item in code.pool(split)]
     else:
