@@ -182,8 +182,8 @@ def check_losses(
     yield close("loss/total_alt_nodecay", _other_total(objective, meta, drafter, shared, batch, anchors, keep),
                 vectors["loss/total_alt_nodecay"])  # fmt: skip
     ranks = len(vectors["loss/dp2_rank_losses"])
-    losses = [_rank_loss(objective, drafter, shared, batch, plan, rank, ranks) for rank in range(ranks)]
-    yield close("loss/dp2_rank_losses", np.stack(losses), vectors["loss/dp2_rank_losses"])
+    yield close("loss/dp2_rank_losses", _rank_losses(objective, drafter, shared, batch, plan, ranks),
+                vectors["loss/dp2_rank_losses"])  # fmt: skip
 
 
 def _other_total(
@@ -201,15 +201,17 @@ def _other_total(
     )
     objective = replace(objective, options=other)
     plan = objective.plan_at(batch, anchors, keep)
-    return objective.loss(objective.sums(drafter.params, shared, batch, plan.rows), plan.denominator)
+    return objective.loss(jax.jit(objective.sums)(drafter.params, shared, batch, plan.rows), plan.denominator)
 
 
-def _rank_loss(
-    objective: DSparkObjective, drafter: LoadedDrafter, shared: Any, batch: Batch, plan: Any, rank: int, ranks: int
-) -> Any:
-    """What a rank of the reference backpropagates: its own numerators over the global denominator, times the ranks."""
-    mine = jax.tree.map(lambda x: x[rank::ranks], (dict(batch), plan.rows))
-    return objective.loss(objective.sums(drafter.params, shared, *mine), plan.denominator) * ranks
+def _rank_losses(
+    objective: DSparkObjective, drafter: LoadedDrafter, shared: Any, batch: Batch, plan: Any, ranks: int
+) -> np.ndarray:
+    """What the reference's ranks backpropagate: their own numerators over the global denominator, times the ranks."""
+    sums = jax.jit(objective.sums)
+    parts = [jax.tree.map(lambda x, rank=rank: x[rank::ranks], (dict(batch), plan.rows)) for rank in range(ranks)]
+    losses = [objective.loss(sums(drafter.params, shared, *part), plan.denominator) for part in parts]
+    return np.stack(losses) * ranks
 
 
 def check_schedule(case: str | Path) -> Iterator[Result]:
