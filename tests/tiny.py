@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -25,12 +24,6 @@ _TEXT = (
     "What is the sum of three and four? The sum of three and four is seven.",
     "Return the length of the list. The function returns the number of items in the list.",
 )
-
-
-@pytest.fixture(scope="session")
-def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of one tiny target; a test module imports this name to use it."""
-    return write_tiny_target(tmp_path_factory.mktemp("target") / "tiny")
 
 
 def write_tiny_target(folder: str | Path, *, seed: int = 0, **config_overrides: Any) -> Path:
