@@ -101,6 +101,7 @@ class PrepareSettings:
             slots=self.slots,
             rounds_per_dispatch=self.rounds_per_dispatch,
             buckets=(self.slots,),
+            smallest_prompt_bucket=64,  # one program for most prompts: compiling another costs more than the padding
         )
 
 
