@@ -68,9 +68,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
             f"A mesh of data={data} x fsdp={fsdp} does not fit {len(devices)} devices; their product must be the "
             "number of devices (one of them may be -1)."
         )
-    return jax.make_mesh(
-        (sizes["data"], sizes["fsdp"]), MESH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices
-    )
+    return jax.make_mesh((sizes["data"], sizes["fsdp"]), MESH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def param(array: jax.Array, *axes: str | None) -> nnx.Param:
@@ -112,9 +110,7 @@ def _divisible(spec: PartitionSpec, shape: Sequence[int], mesh: Mesh) -> Partiti
 
 def batch_shardings(batch: Mapping[str, Any], mesh: Mesh, rules: ShardingRules) -> dict:
     """NamedSharding of every batch array: the leading dimension over the rules' batch axes, the rest whole."""
-    return {
-        key: NamedSharding(mesh, rules.spec(["batch"] + [None] * (value.ndim - 1))) for key, value in batch.items()
-    }
+    return {key: NamedSharding(mesh, rules.spec(["batch"] + [None] * (value.ndim - 1))) for key, value in batch.items()}
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -134,7 +134,9 @@ class TensorFolder:
     def _handle(self, path: Path) -> Any:
         if path not in self._open:
             if not path.exists():
-                raise UserError(f"{path.name} is missing in {self.folder} though its index names it; copy the file there.")
+                raise UserError(
+                    f"{path.name} is missing in {self.folder} though its index names it; copy the file there."
+                )
             try:
                 self._open[path] = safe_open(path, framework="numpy")
             except (SafetensorError, OSError) as error:

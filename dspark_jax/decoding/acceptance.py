@@ -14,9 +14,9 @@ TINY_RESIDUAL_MASS = 1e-8  # golden/NOTES 37
 
 
 class Acceptance(NamedTuple):
-    """`count` [R] drafts accepted, 0..l; `next_law` [R, V] the law of the token after them."""
+    """`accepted` [R] drafts, 0..l; `next_law` [R, V] the law of the token after them."""
 
-    count: Array
+    accepted: Array
     next_law: Array
 
 

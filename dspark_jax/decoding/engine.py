@@ -17,7 +17,7 @@ from dspark_jax.decoding.loop import DecodeLoop, LoopParams, admit, init_state, 
 from dspark_jax.decoding.sampling import SamplingParams
 from dspark_jax.decoding.scheduler import Fixed, VerifyPolicy, bucket_ladder
 from dspark_jax.decoding.state import Admission, DecodeState
-from dspark_jax.drafters.bundle import LoadedDrafter
+from dspark_jax.drafters.registry import LoadedDrafter
 from dspark_jax.errors import UserError
 from dspark_jax.targets.target import Target
 
@@ -273,7 +273,9 @@ def tokenize_prompt(target: Target, prompt: Prompt) -> tuple[int, ...]:
     if isinstance(prompt, str):
         return tuple(target.tokenizer(prompt, add_special_tokens=False)["input_ids"])
     if not all(isinstance(turn, Mapping) and {"role", "content"} <= turn.keys() for turn in prompt):
-        raise UserError("A prompt is text, a list of token ids, or a list of {'role', 'content'} messages; this is none.")
+        raise UserError(
+            "A prompt is text, a list of token ids, or a list of {'role', 'content'} messages; this is none."
+        )
     text = target.tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
     return tuple(target.tokenizer(text, add_special_tokens=False)["input_ids"])
 

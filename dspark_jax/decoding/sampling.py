@@ -3,10 +3,11 @@
 Axes: R request slots, V vocab; `*n` any leading axes that start with R.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
-from typing import NamedTuple
 
 # Below this a temperature means greedy: the law is one-hot at the lowest-indexed argmax (golden/NOTES 38).
 GREEDY_BELOW = 1e-5

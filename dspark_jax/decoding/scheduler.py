@@ -38,7 +38,9 @@ class Threshold:
         if self.threshold <= 0:
             return caps
         if confidence is None:
-            raise UserError("The threshold policy needs a drafter with a confidence head; use the fixed policy instead.")
+            raise UserError(
+                "The threshold policy needs a drafter with a confidence head; use the fixed policy instead."
+            )
         sure = (jax.nn.sigmoid(confidence) >= self.threshold).astype(jnp.int32)
         return jnp.minimum(caps, jnp.sum(jnp.cumprod(sure, axis=1), axis=1))
 

@@ -45,11 +45,19 @@ class Drafter(Protocol):
     ) -> DraftState: ...
 
     def draft(
-        self, shared: SharedTables, state: DraftState, anchors: Int[Array, " r"], positions: Int[Array, " r"],
+        self,
+        shared: SharedTables,
+        state: DraftState,
+        anchors: Int[Array, " r"],
+        positions: Int[Array, " r"],
         sample: SampleFn,
     ) -> DraftOutput: ...
 
     def commit(
-        self, state: DraftState, taps: Float[Array, "r w md"], tokens: Int[Array, "r w"], starts: Int[Array, " r"],
+        self,
+        state: DraftState,
+        taps: Float[Array, "r w md"],
+        tokens: Int[Array, "r w"],
+        starts: Int[Array, " r"],
         counts: Int[Array, " r"],
     ) -> DraftState: ...

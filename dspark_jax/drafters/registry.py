@@ -78,5 +78,5 @@ def new_params(hf_config: Mapping[str, Any], key: jax.Array) -> dict:
 def new_drafter(name: str, hf_config: Mapping[str, Any], key: jax.Array) -> LoadedDrafter:
     """An untrained drafter, on the default device."""
     graphdef, _ = split(skeleton(hf_config))
-    params = jax.jit(lambda k: new_params(hf_config, k))(key)
-    return LoadedDrafter(name, DrafterConfig.from_hf_dict(hf_config), graphdef, params, hf_config)
+    # Not jitted: random bits compile slowly on a CPU, and one by one each shape compiles once.
+    return LoadedDrafter(name, DrafterConfig.from_hf_dict(hf_config), graphdef, new_params(hf_config, key), hf_config)

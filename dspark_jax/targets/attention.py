@@ -65,9 +65,7 @@ class Causal:
         if self.segments is not None:
             mine = jax.lax.dynamic_slice_in_dim(self.segments, start, q.shape[1], axis=1)
             allowed = allowed & (mine[:, :, None] == self.segments[:, None, :])
-        out = prefix_block_attention(
-            q[:, None], None, KeysValues(keys, values), allowed[:, None], None, scale=scale
-        )
+        out = prefix_block_attention(q[:, None], None, KeysValues(keys, values), allowed[:, None], None, scale=scale)
         return out[:, 0]
 
 
@@ -116,14 +114,17 @@ class CachedBlock:
         prefix = self.cache[layer]
         allowed = prefix_mask(self.lengths[:, None], prefix.keys.shape[2], q.shape[1], window)
         out = prefix_block_attention(
-            q[:, None], KeysValues(k[:, None], v[:, None]), prefix, allowed, causal_block(q.shape[1], window), scale=scale
+            q[:, None],
+            KeysValues(k[:, None], v[:, None]),
+            prefix,
+            allowed,
+            causal_block(q.shape[1], window),
+            scale=scale,
         )[:, 0]
         return out if self.packed is None else self.packed.from_grid(out)
 
 
-def prefix_mask(
-    lengths: Int[Array, "b n"], size: int, width: int, window: int | None = None
-) -> Bool[Array, "b n k t"]:
+def prefix_mask(lengths: Int[Array, "b n"], size: int, width: int, window: int | None = None) -> Bool[Array, "b n k t"]:
     """Cached position t is visible to block row k of a block starting at `lengths` iff t < lengths (and in the window)."""
     columns = jnp.arange(size)
     allowed = columns < lengths[:, :, None, None]

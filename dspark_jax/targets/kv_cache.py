@@ -45,13 +45,14 @@ def append_rows(cache: KVCache, new: KVCache, starts: Int[Array, " r"]) -> KVCac
 def insert_rows(state: Tree, rows: Tree, slots: Int[Array, " a"]) -> Tree:
     """Writes request a of `rows` (leaves [A, ...], each dimension at most the state's) into slot slots[a] of `state`.
 
-    Slots must be below R. One slice update a request and leaf: a scatter would copy the cache on some backends.
+    Slots must be below R. A loop of slice updates: a scatter would copy the cache on some backends.
     """
 
-    def insert(stored: Array, new: Array) -> Array:
-        for a in range(new.shape[0]):
-            at = (slots[a], *(0,) * (stored.ndim - 1))
-            stored = jax.lax.dynamic_update_slice(stored, new[a : a + 1].astype(stored.dtype), at)
-        return stored
+    def one(a: Array, stored: Tree) -> Tree:
+        def insert(leaf: Array, new: Array) -> Array:
+            row = jax.lax.dynamic_slice_in_dim(new, a, 1).astype(leaf.dtype)
+            return jax.lax.dynamic_update_slice(leaf, row, (slots[a], *(0,) * (leaf.ndim - 1)))
 
-    return jax.tree.map(insert, state, rows)
+        return jax.tree.map(insert, stored, rows)
+
+    return jax.lax.fori_loop(0, slots.shape[0], one, state)

@@ -122,8 +122,6 @@ class DecoderLayer(nnx.Module):
         normed = self.input_norm(x)
         q = self.attention.queries(normed, rope)
         kv = self.attention.keys_values(normed, rope)
-        mixed = attend(
-            self.index, q, kv.keys, kv.values, scale=self.attention.scale, window=self.attention.window
-        )
+        mixed = attend(self.index, q, kv.keys, kv.values, scale=self.attention.scale, window=self.attention.window)
         x = x + self.attention.output(mixed)
         return x + self.mlp(self.post_attention_norm(x)), kv

@@ -96,8 +96,6 @@ def init_train_state(
     params: dict | None = None,
 ) -> TrainState:
     """Step 0, each device making its own part. `params` (of any dtype): a drafter to continue from, not a fresh one."""
-    abstract = abstract_train_state(hf_config, optimizer, placement)
-    shardings = None if placement is None else jax.tree.map(lambda x: x.sharding, abstract)
 
     def build(given: dict | None) -> TrainState:
         key = jax.random.key(seed)
@@ -109,7 +107,10 @@ def init_train_state(
         )
         return TrainState(jnp.int32(0), start, optimizer.init(start), key)
 
-    return jax.jit(build, out_shardings=shardings)(params)
+    if placement is None:
+        return build(params)
+    abstract = abstract_train_state(hf_config, optimizer, placement)
+    return jax.jit(build, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))(params)
 
 
 def make_train_step(
@@ -137,7 +138,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics = objective.metrics(sums | plan.sums, length) | {
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
         }
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state, state.key), metrics
