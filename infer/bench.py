@@ -1,0 +1,234 @@
+"""Measures decoding: speculative against plain, over prompts in domains; or plain against transformers' generate.
+
+    python -m infer.bench --target assets/embedded_target --drafter runs/demo/drafter --prompts runs/demo/heldout.jsonl
+    python -m infer.bench --target assets/embedded_target --prompts runs/demo/heldout.jsonl --against transformers
+
+Every figure is a median over alternating runs after one that compiles; prefill is part of the time. Writes metrics.json
+and, with a drafter, the plot of conditional acceptance by block position.
+"""
+
+import platform
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from configs.cli import parse, program
+from dspark_jax.checkpoints.deepspec import load_drafter
+from dspark_jax.checkpoints.huggingface import load_target, resolve_folder
+from dspark_jax.decoding.engine import DecodeConfig
+from dspark_jax.drafters.registry import LoadedDrafter
+from dspark_jax.errors import UserError
+from dspark_jax.targets.target import Target
+from infer.measure import Acceptance, Decoder, Timed, alternate, differences, median_ratio, median_speed
+from infer.prompts import Prompt, read_prompts
+from infer.report import acceptance_plot, table, write_json
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """Measures decoding speed and acceptance."""
+
+    target: str
+    """Folder or hub id of the target."""
+    prompts: tuple[Path, ...]
+    """JSONL files of conversations or evaluation prompts."""
+    drafter: str = ""
+    """Folder of the drafter."""
+    against: Literal["plain", "transformers"] = "plain"
+    """What is compared: speculative with plain decoding, or plain decoding with transformers' generate on PyTorch."""
+    output: Path = Path("runs/bench")
+    """Folder of metrics.json and the plots."""
+    temperatures: tuple[float, ...] = (0.0, 1.0)
+    repeats: int = 5
+    """Alternations at the first temperature."""
+    sampled_repeats: int = 1
+    """Alternations at the other temperatures."""
+    slots: int = 1
+    """Requests decoded at once."""
+    max_new_tokens: int = 96
+    limit: int = 0
+    """Prompts taken of each domain; 0: all."""
+    rounds_per_dispatch: int = 64
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] | None = None
+    chat_format: str = "qwen"
+
+    def decode_config(self, temperature: float) -> DecodeConfig:
+        return DecodeConfig(
+            max_new_tokens=self.max_new_tokens,
+            temperature=temperature,
+            seed=self.seed,
+            slots=self.slots,
+            rounds_per_dispatch=self.rounds_per_dispatch,
+            smallest_prompt_bucket=64,
+        )
+
+
+@program
+def main(argv: list[str]) -> None:
+    settings = parse(BenchSettings, argv, description=__doc__)
+    if settings.against == "plain" and not settings.drafter:
+        raise UserError("There is nothing to compare: give --drafter DIR, or --against transformers.")
+    target = load_target(settings.target, dtype=settings.dtype)
+    prompts = read_prompts(target, settings.prompts, settings.chat_format, settings.limit or None)
+    if settings.against == "transformers":
+        metrics = against_transformers(settings, target, prompts)
+    else:
+        drafter = load_drafter(settings.drafter, target, dtype=settings.dtype)
+        metrics = against_plain(settings, target, drafter, prompts)
+        acceptance_plot(settings.output / "conditional_acceptance.png", metrics["temperatures"])
+    metrics["machine"] = machine()
+    metrics["settings"] = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(settings).items()}
+    write_json(settings.output / "metrics.json", metrics)
+    print(f"metrics and plots in {settings.output}")
+
+
+def against_plain(
+    settings: BenchSettings, target: Target, drafter: LoadedDrafter, prompts: Sequence[Prompt]
+) -> dict[str, Any]:
+    """Per temperature and domain: tau, acceptance by position, speeds, ratio, and (greedy) identical outputs."""
+    domains = {name: [p for p in prompts if p.domain == name] for name in dict.fromkeys(p.domain for p in prompts)}
+    metrics: dict[str, Any] = {"temperatures": {}}
+    for i, temperature in enumerate(settings.temperatures):
+        config = settings.decode_config(temperature)
+        decoders: dict[str, Callable[[], Timed]] = {}
+        for domain, group in domains.items():
+            for name, with_drafter in (("plain", None), ("speculative", drafter)):
+                decode = Decoder(target, with_drafter, config)
+                decoders[f"{domain}/{name}"] = lambda decode=decode, group=group: decode(group)
+        runs = alternate(decoders, settings.repeats if i == 0 else settings.sampled_repeats)
+        key = f"t{temperature:g}"
+        metrics["temperatures"][key] = compare(target, domains, runs, greedy=temperature == 0)
+        print(comparison_table(key, metrics["temperatures"][key]))
+    return metrics
+
+
+def compare(
+    target: Target, domains: dict[str, list[Prompt]], runs: dict[str, list[Timed]], greedy: bool
+) -> dict[str, Any]:
+    """Figures of one temperature by domain, with "all" for all of them together."""
+    rows: dict[str, Any] = {}
+    repeats = len(next(iter(runs.values())))
+    whole = {
+        name: [
+            Timed(
+                tuple(g for domain in domains for g in runs[f"{domain}/{name}"][i].generations),
+                sum(runs[f"{domain}/{name}"][i].seconds for domain in domains),
+            )
+            for i in range(repeats)
+        ]
+        for name in ("plain", "speculative")
+    }
+    groups = {domain: (group, runs[f"{domain}/plain"], runs[f"{domain}/speculative"]) for domain, group in domains.items()}
+    groups["all"] = ([p for group in domains.values() for p in group], whole["plain"], whole["speculative"])
+    for name, (group, plain, speculative) in groups.items():
+        rows[name] = {
+            "prompts": len(group),
+            "tokens": speculative[0].tokens,
+            **asdict(Acceptance.of(speculative[0].generations)),
+            "plain_tokens_per_second": median_speed(plain),
+            "speculative_tokens_per_second": median_speed(speculative),
+            "speculative_over_plain": median_ratio(speculative, plain),
+            "ratios": [s.tokens_per_second / p.tokens_per_second for s, p in zip(speculative, plain, strict=True)],
+        }
+        if greedy:
+            found = differences(target, group, plain[0].generations, speculative[0].generations)
+            rows[name]["identical"] = len(group) - len(found)
+            rows[name]["differences"] = [asdict(difference) for difference in found]
+    return rows
+
+
+def comparison_table(key: str, rows: dict[str, Any]) -> str:
+    header = ["domain", "tau", "accepted given the prefix, k = 1..", "plain tok/s", "spec. tok/s", "ratio", "identical"]
+    body = []
+    for name, row in rows.items():
+        rates = " ".join(f"{rate:.2f}" for rate in row["conditional"])
+        identical = f"{row['identical']}/{row['prompts']}" if "identical" in row else "-"
+        speeds = [f"{row['plain_tokens_per_second']:.0f}", f"{row['speculative_tokens_per_second']:.0f}"]
+        body.append([name, f"{row['tau']:.2f}", rates, *speeds, f"{row['speculative_over_plain']:.2f}", identical])
+    return f"\ntemperature {key.removeprefix('t')}\n{table(header, body)}"
+
+
+def against_transformers(settings: BenchSettings, target: Target, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Greedy plain decoding, one request at a time, against `generate` of transformers on the same weights."""
+    reference = TransformersDecoder.load(settings)
+    decode = Decoder(target, None, settings.decode_config(0.0))
+    runs = alternate({"plain": lambda: decode(prompts), "transformers": lambda: reference(prompts)}, settings.repeats)
+    mine, theirs = runs["plain"][0].generations, runs["transformers"][0].generations
+    metrics = {
+        "plain_tokens_per_second": median_speed(runs["plain"]),
+        "transformers_tokens_per_second": median_speed(runs["transformers"]),
+        "plain_over_transformers": median_ratio(runs["plain"], runs["transformers"]),
+        "ratios": [
+            a.tokens_per_second / b.tokens_per_second
+            for a, b in zip(runs["plain"], runs["transformers"], strict=True)
+        ],
+        "identical": sum(a.tokens == b.tokens for a, b in zip(mine, theirs, strict=True)),
+        "prompts": len(prompts),
+    }
+    header = ["plain tok/s", "transformers tok/s", "ratio", "identical"]
+    speeds = [f"{metrics['plain_tokens_per_second']:.0f}", f"{metrics['transformers_tokens_per_second']:.0f}"]
+    ratio = f"{metrics['plain_over_transformers']:.2f}"
+    print(table(header, [[*speeds, ratio, f"{metrics['identical']}/{len(prompts)}"]]))
+    return metrics
+
+
+@dataclass(frozen=True)
+class TransformersDecoder:
+    """transformers' greedy `generate` in float32 on the CPU, for comparison."""
+
+    model: Any
+    stop_tokens: list[int]
+    max_new_tokens: int
+
+    @classmethod
+    def load(cls, settings: BenchSettings) -> "TransformersDecoder":
+        try:
+            import torch
+            from transformers import AutoModelForCausalLM
+        except ImportError:
+            raise UserError("The comparison with transformers needs PyTorch; install it with `make parity-env`.") from None
+        kind = getattr(torch, settings.dtype or "float32")
+        model = AutoModelForCausalLM.from_pretrained(resolve_folder(settings.target), dtype=kind).eval()
+        stops = model.generation_config.eos_token_id
+        return cls(model, stops if isinstance(stops, list) else [stops], settings.max_new_tokens)
+
+    def __call__(self, prompts: Sequence[Prompt]) -> Timed:
+        import time
+
+        import torch
+
+        from dspark_jax.decoding.engine import Generation
+
+        start, made = time.perf_counter(), []
+        for i, prompt in enumerate(prompts):
+            ids = torch.tensor([prompt.tokens])
+            with torch.inference_mode():
+                out = self.model.generate(
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=self.max_new_tokens, do_sample=False,
+                    pad_token_id=0,
+                )  # fmt: skip
+            tokens = tuple(out[0, len(prompt.tokens) :].tolist())
+            made.append(Generation(i, prompt.tokens, tokens, "", "", 0, 0, (), ()))
+        return Timed(tuple(made), time.perf_counter() - start)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    import os
+
+    return {
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+        "load": statistics.fmean(os.getloadavg()),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Tables, plots and metrics files of the inference programs."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dspark_jax.errors import UserError
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Left-aligned columns under a rule."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes beside the file and renames; UserError where it can't be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); give an output that can.") from None
+
+
+def acceptance_plot(path: Path, temperatures: Mapping[str, Mapping[str, Any]]) -> None:
+    """Conditional acceptance by block position, a line a domain, a panel a temperature."""
+    plt = _pyplot()
+    figure, panels = plt.subplots(1, len(temperatures), figsize=(5 * len(temperatures), 3.6), squeeze=False, sharey=True)
+    for panel, (key, rows) in zip(panels[0], temperatures.items(), strict=True):
+        for domain, row in rows.items():
+            rates = row["conditional"]
+            style = {"color": "black", "linestyle": "--"} if domain == "all" else {}
+            panel.plot(range(1, len(rates) + 1), rates, marker="o", label=f"{domain} (τ = {row['tau']:.2f})", **style)
+        panel.set_title(f"temperature {key.removeprefix('t')}")
+        panel.set_xlabel("block position k")
+        panel.set_ylim(0, 1)
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    panels[0][0].set_ylabel("x_k accepted, given x_<k were")
+    _save(figure, path)
+
+
+def training_plot(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Loss, expected accepted length and per-position acceptance over the steps of a run's metrics.jsonl."""
+    plt = _pyplot()
+    figure, panels = plt.subplots(1, 3, figsize=(13, 3.6))
+    steps = [record["step"] for record in records]
+    for name in ("loss", "ce_loss", "l1_loss", "confidence_loss"):
+        if records and name in records[0]:
+            panels[0].plot(steps, [record[name] for record in records], label=name)
+    panels[0].legend(fontsize=8)
+    panels[1].plot(steps, [record["tau_probabilistic"] for record in records])
+    positions = [name for name in (records[0] if records else {}) if name.startswith("accept_rate@")]
+    for name in positions:
+        panels[2].plot(steps, [record[name] for record in records], label=f"k = {int(name.split('@')[1]) + 1}")
+    panels[2].legend(fontsize=7, ncols=2)
+    for panel, title in zip(panels, ("losses", "expected accepted length", "acceptance rate by position"), strict=True):
+        panel.set_title(title)
+        panel.set_xlabel("step")
+        panel.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
