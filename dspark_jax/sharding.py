@@ -32,7 +32,7 @@ class ShardingRules:
     rank: str | None = None
 
     def spec(self, axes: Sequence[str | None]) -> PartitionSpec:
-        """PartitionSpec of an array whose dimensions carry these logical axes; two dimensions on one mesh axis is an error."""
+        """PartitionSpec of an array with these logical axes; UserError if two of them land on one mesh axis."""
         known = {field.name for field in fields(self)}
         taken: dict[str, str] = {}
         entries: list[Any] = []
@@ -52,7 +52,7 @@ class ShardingRules:
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Mesh with axes (data, fsdp); a size of -1 takes the devices that are left. Raises UserError if they don't divide."""
+    """Mesh with axes (data, fsdp); a size of -1 takes the devices left. UserError if they don't divide."""
     devices = list(devices if devices is not None else jax.devices())
     sizes = {"data": data, "fsdp": fsdp}
     open_axes = [name for name, size in sizes.items() if size == -1]

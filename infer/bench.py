@@ -123,7 +123,7 @@ def compare(
         ]
         for name in ("plain", "speculative")
     }
-    groups = {domain: (group, runs[f"{domain}/plain"], runs[f"{domain}/speculative"]) for domain, group in domains.items()}
+    groups = {name: (group, runs[f"{name}/plain"], runs[f"{name}/speculative"]) for name, group in domains.items()}
     groups["all"] = ([p for group in domains.values() for p in group], whole["plain"], whole["speculative"])
     for name, (group, plain, speculative) in groups.items():
         rows[name] = {
@@ -164,8 +164,7 @@ def against_transformers(settings: BenchSettings, target: Target, prompts: Seque
         "transformers_tokens_per_second": median_speed(runs["transformers"]),
         "plain_over_transformers": median_ratio(runs["plain"], runs["transformers"]),
         "ratios": [
-            a.tokens_per_second / b.tokens_per_second
-            for a, b in zip(runs["plain"], runs["transformers"], strict=True)
+            a.tokens_per_second / b.tokens_per_second for a, b in zip(runs["plain"], runs["transformers"], strict=True)
         ],
         "identical": sum(a.tokens == b.tokens for a, b in zip(mine, theirs, strict=True)),
         "prompts": len(prompts),
@@ -191,7 +190,7 @@ class TransformersDecoder:
             import torch
             from transformers import AutoModelForCausalLM
         except ImportError:
-            raise UserError("The comparison with transformers needs PyTorch; install it with `make parity-env`.") from None
+            raise UserError("Comparing with transformers needs PyTorch; install it with `make parity-env`.") from None
         kind = getattr(torch, settings.dtype or "float32")
         model = AutoModelForCausalLM.from_pretrained(resolve_folder(settings.target), dtype=kind).eval()
         stops = model.generation_config.eos_token_id

@@ -78,8 +78,8 @@ def main(argv: list[str]) -> None:
     write_json(settings.folder / "metrics.json", metrics)
     print(
         f"Greedy: {metrics['speculative_over_plain_t0']:.2f}x plain, {metrics['identical_t0']}/{metrics['prompts_t0']} "
-        f"outputs identical. {metrics['seconds']:.0f} s in all. Drafter: {settings.folder / 'fit' / 'drafter'}; metrics "
-        f"and plots: {settings.folder}."
+        f"outputs identical. {metrics['seconds']:.0f} s in all. Drafter: {settings.folder / 'fit' / 'drafter'}; "
+        f"metrics and plots: {settings.folder}."
     )
 
 

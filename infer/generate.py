@@ -1,7 +1,7 @@
 """Decodes prompts with a target, plainly or with a drafter, and streams the text as it comes.
 
-    python -m infer.generate --target assets/embedded_target --drafter assets/embedded_drafter --prompt "..."
-    python -m infer.generate --target Qwen/Qwen3-4B --prompts-file questions.jsonl --output answers.jsonl
+python -m infer.generate --target assets/embedded_target --drafter assets/embedded_drafter --prompt "..."
+python -m infer.generate --target Qwen/Qwen3-4B --prompts-file questions.jsonl --output answers.jsonl
 """
 
 import json

@@ -45,7 +45,7 @@ class Decoder:
 
 
 def alternate(decoders: Mapping[str, Callable[[], Timed]], times: int) -> dict[str, list[Timed]]:
-    """Runs each decoder once to compile, then all of them in turn, `times` times; the order turns round each time."""
+    """Runs each decoder once to compile, then all in turn, `times` times, the order reversed each time."""
     for decode in decoders.values():
         decode()
     runs: dict[str, list[Timed]] = {name: [] for name in decoders}
@@ -69,7 +69,7 @@ def median_ratio(fast: Sequence[Timed], slow: Sequence[Timed]) -> float:
 @dataclass(frozen=True)
 class Acceptance:
     """Counts of a set of generations. tau: committed tokens a round; rates by block position k = 1..K:
-    `unconditional` x_1..x_k all accepted, of the rounds that verified x_k; `conditional` x_k accepted given x_<k."""
+    `unconditional` x_1..x_k all accepted, of rounds that verified x_k; `conditional` x_k accepted given x_<k."""
 
     rounds: int
     tau: float

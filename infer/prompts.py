@@ -36,7 +36,8 @@ def read_prompts(target: Target, files: Sequence[Path], form: str = "qwen", limi
             name = str(row.get("id", f"{file.stem}-{number}"))
             prompts.append(Prompt(name, domain, encode(target, messages, form)))
     if not prompts:
-        raise UserError(f"{', '.join(map(str, files)) or 'No file'} holds no prompt; give JSONL with messages or turns.")
+        named = ", ".join(map(str, files)) or "No file"
+        raise UserError(f"{named} holds no prompt; give JSONL with messages or turns.")
     return prompts
 
 

@@ -30,7 +30,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def acceptance_plot(path: Path, temperatures: Mapping[str, Mapping[str, Any]]) -> None:
     """Conditional acceptance by block position, a line a domain, a panel a temperature."""
     plt = _pyplot()
-    figure, panels = plt.subplots(1, len(temperatures), figsize=(5 * len(temperatures), 3.6), squeeze=False, sharey=True)
+    count = len(temperatures)
+    figure, panels = plt.subplots(1, count, figsize=(5 * count, 3.6), squeeze=False, sharey=True)
     for panel, (key, rows) in zip(panels[0], temperatures.items(), strict=True):
         for domain, row in rows.items():
             rates = row["conditional"]

@@ -1,4 +1,4 @@
-"""Golden checks of decoding: first rounds, greedy transcripts with stops and thresholds, temperature-1 rounds, statistics."""
+"""Golden checks of decoding: first rounds, greedy transcripts with stops and thresholds, temperature 1, statistics."""
 
 import json
 from collections.abc import Iterator

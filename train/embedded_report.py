@@ -132,7 +132,9 @@ def write_readme(
         f"- Muon (matrices) and AdamW (embedding, norms), rate {recipe.learning_rate:g} with "
         f"{recipe.warmup} warm-up steps and a cosine, weight decay "
         f"{recipe.weight_decay:g}; assistant tokens weigh 1, all others {recipe.context_weight:g}; seed {recipe.seed}.",
-        f"- Again: `python -m train.embedded_target --steps {progress.step} --out OTHER --run-dir OTHER_RUN`.",
+        "- Another of its kind: "
+        f"`python -m train.embedded_target --steps {progress.step} --out OTHER --run-dir OTHER_RUN` "
+        "(this run followed the clock, so its learning rates, and with them its weights, are its own).",
         "",
         "## Data",
         "",

@@ -2,9 +2,9 @@
 
     python -m train.embedded_target --out assets/embedded_target --run-dir runs/embedded_target --minutes 55
 
-The schedule runs on the wall clock, so that the run ends on time on a busy machine; `--steps N` runs on the step count
-instead and repeats a run exactly. A killed run continues from its last checkpoint with the same command; a finished one
-only writes its folder and report again.
+The schedule runs on the wall clock, so that the run ends on time on a busy machine; `--steps N` follows the step count
+instead, and two such runs are the same. A killed run continues from its last checkpoint with the same command; a
+finished one only writes its folder and report again.
 """
 
 import json

@@ -15,7 +15,11 @@ DEFAULT_SYSTEM = "You are a helpful assistant."
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Puts the default system message in front where there is none, as the training text of `dspark_jax.data.chat` has it:
+# a drafter then meets the same context when it is trained and when it drafts.
 _CHAT_TEMPLATE = (
+    "{%- if messages[0]['role'] != 'system' -%}"
+    "{{ '<|im_start|>system\n" + DEFAULT_SYSTEM + "<|im_end|>' + '\n' }}{%- endif -%}"
     "{%- for m in messages -%}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}"
     "{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
 )

@@ -48,7 +48,8 @@ def resolve_folder(path_or_id: str | Path) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"{name} is neither a folder here nor a model that the hub gives ({reason}); check the name, the network or HF_HOME."
+            f"{name} is neither a folder here nor a model that the hub gives ({reason}); "
+            "check the name, the network or HF_HOME."
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Named tensors in safetensors folders, and their layout here: read slice by slice, so that a device holds only its part."""
+"""Named tensors in safetensors folders and their layout here, read slice by slice: a device holds only its part."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -159,7 +159,7 @@ def load_params(
     shardings: Mapping[ParamPath, Sharding] | None,
     dtype: Callable[[ParamPath], Any],
 ) -> dict:
-    """Nested params dict. Each device's part is read from disk by itself; nothing is held whole unless it is kept whole."""
+    """Nested params dict. Each device's part is read by itself; nothing is held whole unless it is kept whole."""
     flat = {}
     for path, leaf in abstract.items():
         source = table[path]

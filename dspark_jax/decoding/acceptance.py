@@ -51,7 +51,7 @@ class RejectionSampling:
         passed = uniforms < jnp.minimum(1.0, p_target / jnp.maximum(p_draft, TINY_DRAFT_PROB))
         passed &= jnp.arange(block) < verify_lengths[:, None]
         count = jnp.sum(jnp.cumprod(passed.astype(jnp.int32), axis=1), axis=1)
-        # Row `count` of the target judges the token after the accepted prefix, whether it was rejected or never drafted.
+        # Row `count` of the target judges the token after the accepted prefix, rejected or never drafted.
         target_row = jnp.take_along_axis(target_law, count[:, None, None], axis=1)[:, 0]
         draft_row = jnp.take_along_axis(draft_law, jnp.minimum(count, block - 1)[:, None, None], axis=1)[:, 0]
         rejected = count < verify_lengths

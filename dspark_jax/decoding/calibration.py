@@ -38,7 +38,7 @@ def prefix_survival(confidence_logits: np.ndarray) -> np.ndarray:
 
 
 def calibration_metrics(survival: np.ndarray, accepted: np.ndarray, observed: np.ndarray) -> CalibrationMetrics:
-    """survival [n, K] predictions in [0, 1]; accepted [n, K] 1 where the whole prefix was accepted; observed [n, K] bool."""
+    """survival [n, K] in [0, 1]; accepted [n, K] 1 where the whole prefix was; observed [n, K] bool."""
     columns = [_position(survival[m, k], accepted[m, k]) for k, m in enumerate(np.asarray(observed, bool).T)]
     return CalibrationMetrics(*(np.array(values, np.float64) for values in zip(*columns, strict=True)))
 

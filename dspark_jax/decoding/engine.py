@@ -125,7 +125,8 @@ class Engine:
         buckets = self.config.buckets or bucket_ladder(self.config.slots, block + 1)
         if buckets[-1] != self.config.slots * (block + 1) or list(buckets) != sorted(set(buckets)):
             raise UserError(
-                f"Token buckets {buckets} must ascend and end at slots x (block + 1) = {self.config.slots * (block + 1)}."
+                f"Token buckets {buckets} must ascend and end at slots x (block + 1), "
+                f"{self.config.slots * (block + 1)}."
             )
         self.loop = DecodeLoop(
             target=self.target.graphdef,
@@ -150,7 +151,8 @@ class Engine:
         if need > self.longest:
             raise UserError(
                 f"Request {index} needs {need} positions (a prompt of {len(job.prompt)} tokens and up to "
-                f"{job.settings.max_new_tokens} new ones); this engine holds {self.longest}. Shorten it or raise the limit."
+                f"{job.settings.max_new_tokens} new ones); this engine holds {self.longest}. "
+                "Shorten it or raise the limit."
             )
         self._pending.append(job)
 
@@ -287,8 +289,8 @@ def check_request(target: Target, prompt: tuple[int, ...], settings: DecodeConfi
         raise UserError(f"Request {index} has an empty prompt; give at least one token.")
     if len(prompt) >= limit:
         raise UserError(
-            f"Request {index} has a prompt of {len(prompt)} tokens; {target.name} has a context of {limit}, and at least "
-            "one new token must fit. Shorten the prompt."
+            f"Request {index} has a prompt of {len(prompt)} tokens; {target.name} has a context of {limit}, "
+            "and at least one new token must fit. Shorten the prompt."
         )
     if len(prompt) + settings.max_new_tokens > limit:
         raise UserError(
@@ -329,6 +331,11 @@ def stream(
     for request in requests:
         new = config.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
         longest = max(longest, len(tokenize_prompt(target, request.prompt)) + new)
+    if config.buckets is None and isinstance(config.policy, Fixed):
+        # Every request always verifies one length: a bucket that no round can need would only cost compile time.
+        caps = {config.verify_length if r.verify_length is None else r.verify_length for r in requests}
+        if caps == {None} and drafter is not None:
+            config = replace(config, buckets=(min(config.slots, len(requests)) * (drafter.config.block_size + 1),))
     stops = [len(r.stop_tokens or config.stop_tokens or target.stop_tokens) for r in requests]
     slots = min(config.slots, len(requests))
     engine = Engine(target, drafter, replace(config, slots=slots), longest, max(1, *stops))

@@ -248,7 +248,7 @@ class DecodeLoop:
         )
 
     def run(self, params: LoopParams, state: DecodeState, rounds: Array, until_free: Array) -> DecodeState:
-        """Up to `rounds` rounds; fewer when no slot is active, or, with `until_free`, once any active slot has ended."""
+        """Up to `rounds` rounds; fewer when no slot is active or, with `until_free`, once an active slot has ended."""
         started = jnp.sum(state.active)
 
         def unfinished(carry: tuple[Array, DecodeState]) -> Array:

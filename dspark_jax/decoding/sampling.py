@@ -61,8 +61,10 @@ def _truncate(scaled: Array, params: SamplingParams, expand: tuple) -> Array:
     ordered = jnp.where(jnp.arange(vocab) < k, ordered, -jnp.inf)
     mass = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(mass, axis=-1) - mass
-    # The first token always stays, even at top_p = 0; a token enters while the mass before it is short of top_p.
-    kept = (before < params.top_p[expand]) | (jnp.arange(vocab) == 0)
+    # The first token always stays, even at top_p = 0; a token enters while the mass before it is short of top_p. Off
+    # (top_p = 1) keeps every token, also those before which the mass has already been rounded up to 1.
+    top_p = params.top_p[expand]
+    kept = (before < top_p) | (top_p >= 1.0) | (jnp.arange(vocab) == 0)
     last = jnp.min(jnp.where(kept & (ordered > -jnp.inf), ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(scaled >= last, scaled, -jnp.inf)
 
@@ -72,7 +74,7 @@ def fold_keys(
 ) -> Array:
     """Typed keys [R, K] of a request's draws in one round.
 
-    Folding the anchor's position makes the noise fresh in every round, and nothing of the slot or the neighbours enters.
+    Folding the anchor's position makes the noise fresh in every round; nothing of slot or neighbours enters.
     """
 
     def one(key: Array, position: Array) -> Array:

@@ -45,7 +45,7 @@ class DecodeState:
 
 
 class Admission(NamedTuple):
-    """A requests entering slots. Rows may repeat (same slot, same content) to fill A up: writing twice changes nothing."""
+    """A requests entering slots. Rows may repeat (same slot and content) to fill A up: writing twice is harmless."""
 
     slots: Array  # [A] int32
     tokens: Array  # [A, T] int32, right-padded prompts

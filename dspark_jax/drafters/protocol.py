@@ -21,7 +21,7 @@ class SharedTables(NamedTuple):
 
 
 class DraftOutput(NamedTuple):
-    """tokens [R, K] int32; probs [R, K, V] float32, p^d of SPEC section 1; confidence [R, K] logits, None without head."""
+    """tokens [R, K] int32; probs [R, K, V] float32, p^d of SPEC section 1; confidence [R, K] logits or None."""
 
     tokens: Array
     probs: Array

@@ -1,7 +1,7 @@
 """Attention cores. A decoder layer hands its q, k, v to an `Attend`; which keys they meet is decided here, not there.
 
-Axes: B batch, T context position, N block, K block position, Q query heads, G kv heads (groups), H head dim, M = N*(Q/G)*K
-rows that share one kv head. Scores and softmax are float32 whatever the storage dtype.
+Axes: B batch, T context position, N block, K block position, Q query heads, G kv heads (groups), H head dim,
+M = N*(Q/G)*K rows that share one kv head. Scores and softmax are float32 whatever the storage dtype.
 """
 
 from collections.abc import Sequence
@@ -125,7 +125,7 @@ class CachedBlock:
 
 
 def prefix_mask(lengths: Int[Array, "b n"], size: int, width: int, window: int | None = None) -> Bool[Array, "b n k t"]:
-    """Cached position t is visible to block row k of a block starting at `lengths` iff t < lengths (and in the window)."""
+    """Cached position t is visible to row k of a block starting at `lengths` iff t < lengths (and in the window)."""
     columns = jnp.arange(size)
     allowed = columns < lengths[:, :, None, None]
     if window is None:

@@ -61,7 +61,7 @@ class RopeConfig:
         )
 
     def inverse_frequencies(self, head_dim: int) -> tuple[list[float], float]:
-        """([head_dim / 2] inverse frequencies, factor on cos and sin), as transformers' ROPE_INIT_FUNCTIONS define them."""
+        """([head_dim / 2] inverse frequencies, factor on cos and sin), as transformers' ROPE_INIT_FUNCTIONS."""
         plain = [self.theta ** (-2.0 * i / head_dim) for i in range(head_dim // 2)]
         if self.kind == "linear":
             return [f / self.factor for f in plain], 1.0
@@ -164,8 +164,8 @@ class TargetConfig:
 
 
 def _windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
-    """Per-layer window. transformers keeps `sliding_window` only under `use_sliding_window`, and derives the layer types
-    from `max_window_layers` when the file has none."""
+    """Per-layer window, as transformers reads it: `sliding_window` counts only under `use_sliding_window`, and the
+    layer types come from `max_window_layers` when the file has none."""
     layers = config["num_hidden_layers"]
     window = config.get("sliding_window") if config.get("use_sliding_window", False) else None
     types = config.get("layer_types")
@@ -183,7 +183,7 @@ def _windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
 
 
 def config_sha256(config: Mapping[str, Any]) -> str:
-    """sha256 of the canonical JSON of the fields that change what the model computes; paths and versions are left out."""
+    """sha256 of the canonical JSON of the fields that decide what the model computes, not of paths and versions."""
     ignored = {"_name_or_path", "transformers_version", "use_cache", "architectures", "dtype", "torch_dtype"}
     kept = {key: value for key, value in config.items() if key not in ignored}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

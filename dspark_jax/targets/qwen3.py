@@ -1,4 +1,4 @@
-"""The Qwen3 dense target: embeddings, decoder layers, final norm, head. No cache inside: K/V go out, an `Attend` comes in.
+"""The Qwen3 dense target: embeddings, decoder layers, final norm, head. K/V go out, an `Attend` comes in.
 
 Axes: *n any leading axes of token rows, D hidden, V vocab, L layer, m tapped layers.
 """

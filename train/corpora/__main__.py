@@ -29,9 +29,8 @@ class PromptSettings:
 @program
 def main(argv: list[str]) -> None:
     settings = parse(PromptSettings, argv, description=__doc__)
-    lines = [
-        json.dumps(item) for domain in DOMAINS for item in prompts(domain, settings.split, settings.limit, settings.seed)
-    ]
+    taken = (settings.split, settings.limit, settings.seed)
+    lines = [json.dumps(item) for domain in DOMAINS for item in prompts(domain, *taken)]
     settings.output.parent.mkdir(parents=True, exist_ok=True)
     settings.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{len(lines)} prompts in {settings.output}")
