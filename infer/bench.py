@@ -11,6 +11,7 @@ import platform
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,8 +99,7 @@ def against_plain(
         decoders: dict[str, Callable[[], Timed]] = {}
         for domain, group in domains.items():
             for name, with_drafter in (("plain", None), ("speculative", drafter)):
-                decode = Decoder(target, with_drafter, config)
-                decoders[f"{domain}/{name}"] = lambda decode=decode, group=group: decode(group)
+                decoders[f"{domain}/{name}"] = partial(Decoder(target, with_drafter, config), group)
         runs = alternate(decoders, settings.repeats if i == 0 else settings.sampled_repeats)
         key = f"t{temperature:g}"
         metrics["temperatures"][key] = compare(target, domains, runs, greedy=temperature == 0)

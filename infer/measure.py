@@ -31,7 +31,7 @@ class Timed:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A way of decoding: the target alone, or with a drafter. Every request keeps its seed whatever the set it is in."""
+    """A way of decoding: the target alone, or with a drafter. A request keeps its seed whatever the set it is in."""
 
     target: Target
     drafter: LoadedDrafter | None
@@ -81,10 +81,14 @@ class Acceptance:
         rounds = sum(g.rounds for g in generations)
         committed = sum(g.committed for g in generations)
         block = max((len(g.verified_at) for g in generations), default=0)
-        verified = np.sum([g.verified_at or (0,) * block for g in generations], axis=0, dtype=np.int64)
-        accepted = np.sum([g.accepted_at or (0,) * block for g in generations], axis=0, dtype=np.int64)
+        verified = _total([g.verified_at for g in generations], block)
+        accepted = _total([g.accepted_at for g in generations], block)
         reached = np.concatenate([verified[:1], np.minimum(accepted[:-1], verified[1:])])
         return cls(rounds, committed / max(rounds, 1), _rates(accepted, verified), _rates(accepted, reached))
+
+
+def _total(counts: Sequence[tuple[int, ...]], block: int) -> np.ndarray:
+    return np.array([count or (0,) * block for count in counts], np.int64).sum(axis=0)
 
 
 def _rates(good: np.ndarray, tried: np.ndarray) -> tuple[float, ...]:

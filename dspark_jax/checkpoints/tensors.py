@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -172,14 +173,19 @@ def load_params(
             )
         kind = np.dtype(dtype(path))
 
-        def part(index: tuple[slice, ...], stored=stored, source=source, leaf=leaf, kind=kind) -> np.ndarray:
-            return np.ascontiguousarray(source.layout.read(stored, leaf.shape, index)).astype(kind, copy=False)
-
+        part = partial(_read_part, stored, source.layout, leaf.shape, kind)
         if shardings is None:
-            flat[path] = jax.device_put(part((slice(None),) * len(leaf.shape)))
+            flat[path] = jax.device_put(part(None))
         else:
             flat[path] = jax.make_array_from_callback(leaf.shape, shardings[path], part)
     return unflatten_dict(flat)
+
+
+def _read_part(
+    stored: Any, layout: Layout, shape: tuple[int, ...], dtype: np.dtype, index: tuple[slice, ...] | None
+) -> np.ndarray:
+    whole = (slice(None),) * len(shape)
+    return np.ascontiguousarray(layout.read(stored, shape, index or whole)).astype(dtype, copy=False)
 
 
 def stored_tensors(table: TensorMap, params: dict, dtype: str | None) -> dict[str, np.ndarray]:

@@ -203,8 +203,8 @@ class Engine:
         return min(bucket, self.loop.size - 1)
 
     def _admission(self, bucket: int, entering: list[tuple[int, _Job]]) -> Admission:
-        def column(values: Sequence[Any], dtype: Any) -> np.ndarray:
-            return np.asarray(values, dtype)
+        def column(values: Any, dtype: Any) -> jax.Array:
+            return jax.device_put(np.asarray(values, dtype))
 
         jobs = [job for _, job in entering]
         settings = [job.settings for job in jobs]
@@ -216,10 +216,10 @@ class Engine:
         block = self.loop.block
         return Admission(
             slots=column([slot for slot, _ in entering], np.int32),
-            tokens=tokens,
+            tokens=column(tokens, np.int32),
             lengths=column([len(job.prompt) for job in jobs], np.int32),
             limit=column([len(job.prompt) + job.settings.max_new_tokens for job in jobs], np.int32),
-            stop_tokens=stops,
+            stop_tokens=column(stops, np.int32),
             verify_cap=column([block if s.verify_length is None else s.verify_length for s in settings], np.int32),
             keys=column([[w % 2**32 for w in job.seed_words] for job in jobs], np.uint32),
             sampling=SamplingParams(
@@ -268,8 +268,10 @@ class Engine:
 
 def tokenize_prompt(target: Target, prompt: Prompt) -> tuple[int, ...]:
     """Token ids of a prompt: ids as they are, text as it is, chat messages through the tokenizer's template."""
-    if not isinstance(prompt, str) and all(isinstance(t, (int, np.integer)) for t in prompt):
-        return tuple(int(t) for t in prompt)
+    if not isinstance(prompt, str):
+        ids = [int(token) for token in prompt if isinstance(token, int | np.integer)]
+        if len(ids) == len(prompt):
+            return tuple(ids)
     if target.tokenizer is None:
         raise UserError(f"{target.name} has no tokenizer files; give prompts as token ids, or add tokenizer.json.")
     if isinstance(prompt, str):
