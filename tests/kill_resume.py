@@ -114,6 +114,8 @@ def kill_and_compare(task: Task, scratch: Path, times: int, seed: int = 0) -> li
                 moment = "start-up" if early else "work"
                 done = f"{task.progress(folder):,} of {total:,} on disk"
                 print(f"kill {kills:2d} after {seconds:5.1f} s, in the {moment}: {done}", flush=True)
+            else:
+                print(f"        ended after {seconds:5.1f} s, before its kill; the next one hits a new run", flush=True)
         with _start(task, folder, scratch) as process:
             _finish(process, task, scratch)
         differing |= set(differences(task, whole, folder))
