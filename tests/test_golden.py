@@ -1,0 +1,37 @@
+"""Parity with the reference implementation, on the golden cases that travel with the repository."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.golden import checks_of, main
+
+DATA = Path(__file__).parent / "data"
+CASES = sorted(meta.parent for meta in DATA.rglob("meta.json"))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_case_matches_the_reference(case: Path) -> None:
+    results = [result for check in checks_of(case) for result in check(case)]
+    assert results
+    assert [result for result in results if not result[3]] == []
+
+
+def test_all_the_promised_cases_are_here() -> None:
+    names = {"qwen3_dspark_vanilla", "qwen3_dspark_noconfmarkov", "target_cache", "chat_template", "sampling", "aux"}
+    assert names <= {case.name for case in CASES}
+
+
+def test_a_wrong_vector_fails_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The runner would be worth nothing if it passed whatever it is given."""
+    import shutil
+
+    import numpy as np
+
+    case = shutil.copytree(DATA / "sampling", tmp_path / "sampling")
+    vectors = dict(np.load(case / "vectors.npz"))
+    vectors["residual/out"] = vectors["residual/out"] + 1e-3
+    np.savez(case / "vectors.npz", **vectors)
+    assert main([str(tmp_path)]) == 1
+    assert "FAIL" in capsys.readouterr().out
+    assert main([str(tmp_path / "nothing")]) == 2
