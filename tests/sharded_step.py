@@ -1,0 +1,64 @@
+"""Program of test_training: two steps on 8 simulated devices and on one, compared. Exits non-zero where they differ."""
+
+import os
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from dspark_jax.sharding import ShardingRules, batch_shardings, make_mesh
+from dspark_jax.training.step import (
+    Placement,
+    abstract_train_state,
+    init_train_state,
+    make_train_step,
+)
+from tests.drafters_tiny import tiny_batch, tiny_tables
+from tests.test_training import objective, optimizer, tiny_drafter
+
+
+def train(placement: Placement | None, accumulation: int) -> tuple[Any, Any]:
+    schedule, adamw = optimizer()
+    hf_config, shared = tiny_drafter().hf_config, tiny_tables()
+    abstract = abstract_train_state(hf_config, adamw, placement) if placement else None
+    state = init_train_state(hf_config, adamw, seed=0, placement=placement)
+    step = make_train_step(
+        objective(), adamw, schedule, accumulation_steps=accumulation, placement=placement, abstract=abstract
+    )
+    if placement is not None:
+        shared = jax.device_put(shared, placement.whole)
+    for number in range(2):
+        batch = tiny_batch(rows=16, seed=number)
+        if placement is not None:
+            batch = jax.device_put(batch, batch_shardings(batch, placement.mesh, placement.rules))
+        state, metrics = step(state, shared, batch)
+    assert step._cache_size() == 1, "the second step compiled again"
+    if placement is not None:
+        jax.tree.map(_same_place, state, abstract)
+        split = state.params["backbone"]["layers"][0]["mlp"]["gate_weight_df"]
+        assert split.addressable_shards[0].data.size * placement.mesh.shape["fsdp"] == split.size
+    return state, metrics
+
+
+def _same_place(x: jax.Array, expected: jax.ShapeDtypeStruct) -> None:
+    assert x.sharding.is_equivalent_to(expected.sharding, x.ndim), (x.sharding, expected.sharding)
+
+
+def main() -> None:
+    assert jax.device_count() == 8
+    placement = Placement(make_mesh(data=2, fsdp=4), ShardingRules())
+    expected, figures = train(None, 1)
+    state, metrics = train(placement, 2)
+    for name in figures:
+        np.testing.assert_allclose(metrics[name], figures[name], rtol=1e-4, atol=1e-6, err_msg=name)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), jax.device_get(state.params), expected.params
+    )
+
+
+if __name__ == "__main__":
+    main()
