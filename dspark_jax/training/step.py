@@ -28,10 +28,10 @@ TrainStep = Callable[["TrainState", SharedTables, Batch], tuple["TrainState", di
 class TrainState:
     """Everything a run continues from; the order of the data is a function of `step` too."""
 
-    step: Array  # [] int32: optimizer steps taken
+    step: Any  # [] int32: optimizer steps taken
     params: dict  # float32 masters
     opt_state: Any
-    key: Array  # [] typed PRNG key of the run; a step draws from fold_in(key, step)
+    key: Any  # [] typed PRNG key of the run; a step draws from fold_in(key, step)
 
 
 @dataclass(frozen=True)
@@ -176,9 +176,10 @@ def _gradients(
 ) -> tuple[dict, Sums]:
     # Gathered once a step: left to the partitioner, every chunk of anchors would gather the split parameters again.
     whole = None if placement is None else placement.whole
+    params, shared = replicate(params, whole), replicate(shared, whole)
 
     def loss(params: dict, batch: Batch, rows: Any) -> tuple[Array, Sums]:
-        sums = objective.sums(replicate(params, whole), replicate(shared, whole), batch, rows)
+        sums = objective.sums(params, shared, batch, rows)
         return objective.loss(sums, plan.denominator), sums
 
     gradient = jax.grad(loss, has_aux=True)
