@@ -1,0 +1,71 @@
+"""Program of test_loop and test_targets: a target split over 8 simulated devices, against the same on one.
+
+python -m tests.sharded_decode load|generate
+"""
+
+import os
+import sys
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from dspark_jax.checkpoints.deepspec import load_drafter, save_drafter
+from dspark_jax.checkpoints.huggingface import load_target, save_target
+from dspark_jax.decoding.engine import DecodeConfig, Request, generate
+from dspark_jax.sharding import ShardingRules, make_mesh
+from tests.decoding_tiny import prompts, tiny_pair
+
+RULES = {
+    "fsdp": ShardingRules(),
+    "heads": ShardingRules(embed=None, heads="fsdp", kv_heads="data", mlp="fsdp", vocab="fsdp"),
+}
+SHAPES: dict[str, Any] = {"hidden_size": 32, "vocab_size": 64, "intermediate_size": 40, "head_dim": 10}
+
+
+def write(folder: Path) -> None:
+    target, drafter = tiny_pair(**SHAPES)
+    save_target(folder / "target", target.hf_config, target.params, "float32")
+    save_drafter(folder / "drafter", drafter, target, dtype="float32")
+
+
+def check_load(folder: Path) -> None:
+    """Every device holds its part of a split parameter and no more, and the parts are the parameter."""
+    mesh, whole = make_mesh(data=2, fsdp=4), flatten_dict(load_target(folder / "target").params)
+    for name, rules in RULES.items():
+        split = 0
+        for path, array in flatten_dict(load_target(folder / "target", mesh=mesh, rules=rules).params).items():
+            np.testing.assert_array_equal(array, whole[path])
+            parts = {str(shard.index): shard.data.nbytes for shard in array.addressable_shards}
+            assert sum(parts.values()) == array.nbytes, (name, path)
+            on_devices = sum(shard.data.nbytes for shard in array.addressable_shards)
+            split += len(parts) > 1
+            assert on_devices == array.nbytes * 8 // len(parts), (name, path)
+        assert split >= (len(whole) if name == "fsdp" else 15) - 7, (name, split)
+
+
+def check_generate(folder: Path) -> None:
+    requests = [Request(p, temperature=float(i % 2), seed=i) for i, p in enumerate(prompts(5, SHAPES["vocab_size"]))]
+    config = DecodeConfig(max_new_tokens=12, slots=4, rounds_per_dispatch=4)
+    single = load_target(folder / "target")
+    expected = generate(single, load_drafter(folder / "drafter", single), requests, config)
+    mesh = make_mesh(data=2, fsdp=4)
+    for rules in RULES.values():
+        target = load_target(folder / "target", mesh=mesh, rules=rules)
+        drafter = load_drafter(folder / "drafter", target, mesh=mesh, rules=rules)
+        found = generate(target, drafter, requests, config)
+        assert [g.tokens for g in found] == [g.tokens for g in expected]
+
+
+if __name__ == "__main__":
+    assert jax.device_count() == 8
+    with tempfile.TemporaryDirectory() as name:
+        write(Path(name))
+        {"load": check_load, "generate": check_generate}[sys.argv[1]](Path(name))

@@ -1,0 +1,383 @@
+"""The compiled decode loop: what it costs, what a request's output may depend on, and where it ends."""
+
+import re
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dspark_jax.decoding.engine import DecodeConfig, Engine, Generation, Request, generate, stream
+from dspark_jax.decoding.loop import DecodeLoop, VerifyOutput, admit, init_state, run_round, run_rounds
+from dspark_jax.decoding.scheduler import bucket_ladder
+from dspark_jax.decoding.state import DecodeState
+from dspark_jax.errors import UserError
+from dspark_jax.targets.kv_cache import append_rows
+from tests.decoding_tiny import admitted, prompts, run_python, tiny_pair
+
+NEW = 24
+CONFIG = DecodeConfig(max_new_tokens=NEW, slots=4, rounds_per_dispatch=3)
+PROMPTS = prompts(10, tiny_pair()[0].config.vocab_size)
+
+
+@cache
+def reference() -> tuple[tuple[int, ...], ...]:
+    """Greedy plain outputs of PROMPTS."""
+    return tuple(g.tokens for g in generate(tiny_pair()[0], None, PROMPTS, CONFIG))
+
+
+def tokens_of(generations: list[Generation]) -> list[tuple[int, ...]]:
+    return [g.tokens for g in generations]
+
+
+# What a dispatch costs
+
+
+def big_engine() -> Engine:
+    """Caches that outweigh everything else a round touches."""
+    target, drafter = tiny_pair(block_size=2, head_dim=64, max_position_embeddings=4096)
+    return Engine(target, drafter, DecodeConfig(slots=4), longest=1000)
+
+
+def compile_rounds(loop: DecodeLoop, engine: Engine) -> Any:
+    return run_rounds.lower(loop, engine.params, engine.state, jnp.int32(8), jnp.asarray(False)).compile()
+
+
+def bytes_of(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def cache_copies(compiled: Any, state: DecodeState) -> list[str]:
+    """Instructions of the optimised program, outside the entry, that copy an array of a cache's whole shape."""
+    shapes = {",".join(map(str, leaf.shape)) for leaf in jax.tree.leaves((state.target_cache, state.draft))}
+    entry, found = False, []
+    for line in compiled.as_text().splitlines():
+        if line and not line[0].isspace():
+            entry = line.startswith("ENTRY")
+        copy = re.search(r"= \(?\w+\[([\d,]*)\]\S* copy(?:-start)?\(", line)
+        if copy and not entry and copy.group(1) in shapes:
+            found.append(line.strip())
+    return found
+
+
+class UpdatesInSwitch(DecodeLoop):
+    """The same round, but the branches of the switch return the updated cache: the form that XLA copies."""
+
+    def _verify_bucket(self, target: Any, size: int, cache: Any, block: Any, starts: Any, wanted: Any) -> VerifyOutput:
+        out = super()._verify_bucket(target, size, cache, block, starts, wanted)
+        return out._replace(kv=(out.kv, append_rows(cache, out.kv, starts)))
+
+    def _commit(self, drafter: Any, state: DecodeState, *rest: Any) -> Any:
+        rest = list(rest)
+        at = next(i for i, value in enumerate(rest) if isinstance(value, VerifyOutput))
+        rows, grown = rest[at].kv
+        rest[at] = rest[at]._replace(kv=rows)
+        return super()._commit(drafter, replace(state, target_cache=grown), *rest)
+
+
+def test_state_is_updated_in_place() -> None:
+    engine = big_engine()
+    compiled = compile_rounds(engine.loop, engine)
+    memory = compiled.memory_analysis()
+    caches = bytes_of((engine.state.target_cache, engine.state.draft))
+    assert memory.alias_size_in_bytes >= bytes_of(engine.state) >= caches
+    assert memory.temp_size_in_bytes < caches / 8
+    assert not cache_copies(compiled, engine.state)
+
+
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="this jax no longer copies what a switch updates")
+def test_the_check_sees_a_copied_cache() -> None:
+    engine = big_engine()
+    fields = {name: getattr(engine.loop, name) for name in engine.loop.__dataclass_fields__}
+    compiled = compile_rounds(UpdatesInSwitch(**fields), engine)
+    caches = bytes_of((engine.state.target_cache, engine.state.draft))
+    assert cache_copies(compiled, engine.state) and compiled.memory_analysis().temp_size_in_bytes > caches / 2
+
+
+def test_admission_is_in_place_too() -> None:
+    engine = big_engine()
+    batch = engine._admission(32, [(0, engine._job(0, Request((1, 2, 3), max_new_tokens=4)))])
+    compiled = admit.lower(engine.loop, engine.params, engine.state, batch).compile()
+    caches = bytes_of((engine.state.target_cache, engine.state.draft))
+    assert compiled.memory_analysis().alias_size_in_bytes >= bytes_of(engine.state)
+    assert compiled.memory_analysis().temp_size_in_bytes < caches / 8
+    assert not cache_copies(compiled, engine.state)
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+def test_other_prompts_compile_nothing(speculative: bool, caplog: pytest.LogCaptureFixture) -> None:
+    target, drafter = tiny_pair()
+    config = CONFIG if speculative else replace(CONFIG, slots=5)
+
+    def compilations(seed: int, new: int) -> int:
+        caplog.clear()
+        made = [
+            Request(p, seed=seed + i, temperature=float(i % 2), verify_length=i)
+            for i, p in enumerate(prompts(6, target.config.vocab_size, seed))
+        ]
+        with jax.log_compiles():
+            generate(target, drafter if speculative else None, made, replace(config, max_new_tokens=new))
+        return sum("Compiling" in record.message for record in caplog.records)
+
+    def programs() -> tuple[int, int, int]:
+        return run_rounds._cache_size(), admit._cache_size(), init_state._cache_size()
+
+    before, first, once = programs(), compilations(1, NEW), programs()
+    if not speculative:  # five slots are this test's own, so the first call shows that compilations are seen
+        assert first > 0 and (once[0] - before[0], once[2] - before[2]) == (1, 1)
+    assert compilations(2, NEW - 5) == 0 and programs() == once
+
+
+def test_a_dispatch_asks_the_host_for_nothing() -> None:
+    target, drafter = tiny_pair()
+    engine = Engine(target, drafter, CONFIG, longest=44)
+    state = admitted(engine.loop, engine.params, engine.state, PROMPTS[:4], NEW, temperature=0.7)
+    jaxpr = str(jax.make_jaxpr(engine.loop.run)(engine.params, state, jnp.int32(5), jnp.asarray(False)))
+    assert "while" in jaxpr and not re.search(r"callback|infeed|outfeed|device_put", jaxpr)
+    rounds, until_free = jnp.int32(5), jnp.asarray(False)
+    state = run_rounds(engine.loop, engine.params, state, rounds, until_free)
+    with jax.transfer_guard("disallow"):
+        with pytest.raises(Exception, match="[Dd]isallowed host-to-device"):
+            run_rounds(engine.loop, engine.params, state, 5, until_free)
+        state = jax.block_until_ready(run_rounds(engine.loop, engine.params, state, rounds, until_free))
+    assert int(jnp.min(state.counters.rounds)) >= 6
+
+
+# What a request's output may depend on
+
+
+def mixed_requests() -> list[Request]:
+    laws = [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.8}, {"temperature": 0.8, "top_k": 7}]
+    laws += [{"temperature": 1.3, "min_p": 0.05}]
+    caps = [None, 2, 0, 4, 1]
+    return [
+        Request(p, seed=100 + i, max_new_tokens=8 + i, verify_length=caps[(i // 5) % 5], **laws[i % 5])
+        for i, p in enumerate(PROMPTS)
+    ]
+
+
+@cache
+def alone() -> tuple[tuple[int, ...], ...]:
+    """Each request of `mixed_requests` with no neighbour, in the only slot."""
+    target, drafter = tiny_pair()
+    return tuple(generate(target, drafter, [r], replace(CONFIG, slots=1))[0].tokens for r in mixed_requests())
+
+
+@pytest.mark.parametrize(("slots", "rounds"), [(4, 3), (7, 16)])
+@pytest.mark.parametrize("order", ["as it is", "backwards"])
+def test_output_is_the_requests_own(slots: int, rounds: int, order: str) -> None:
+    """Slots, neighbours (greedy, sampled, truncated, of other verify lengths), order of admission: none matters."""
+    target, drafter = tiny_pair()
+    step = -1 if order == "backwards" else 1
+    config = replace(CONFIG, slots=slots, rounds_per_dispatch=rounds, seed=slots)
+    found = generate(target, drafter, mixed_requests()[::step], config)
+    assert tokens_of(found)[::step] == list(alone())
+
+
+def test_seeds_and_places_make_the_sample() -> None:
+    target, drafter = tiny_pair()
+    config = replace(CONFIG, temperature=1.0)
+    same = [PROMPTS[0]] * 3
+
+    def run(requests: list[Any], seed: int = 0) -> list[tuple[int, ...]]:
+        return tokens_of(generate(target, drafter, requests, replace(config, seed=seed)))
+
+    base = run(same)
+    assert len(set(base)) == 3 and run(same) == base and not set(run(same, seed=1)) & set(base)
+    assert len(set(run([Request(PROMPTS[0], seed=5)] * 3))) == 1
+
+
+def test_packed_rows_are_the_padded_ones() -> None:
+    """Verify lengths 0, 1, 2 and mixed, through small buckets, leave greedy outputs as the full width has them."""
+    target, drafter = tiny_pair()
+    full = generate(target, drafter, PROMPTS, CONFIG)
+    assert tokens_of(full) == list(reference())
+    assert 0 < sum(sum(g.accepted_at) for g in full) < sum(sum(g.verified_at) for g in full)
+    for length in (0, 1, 2):
+        found = generate(target, drafter, PROMPTS, replace(CONFIG, verify_length=length))
+        assert tokens_of(found) == list(reference())
+        assert all(not any(g.verified_at[length:]) for g in found)
+        assert length == 0 or all(g.verified_at[length - 1] > 0 for g in found if g.rounds > 1)
+    mixed = [Request(p, verify_length=i % 6) for i, p in enumerate(PROMPTS)]
+    assert tokens_of(generate(target, drafter, mixed, CONFIG)) == list(reference())
+
+
+def test_every_bucket_computes_the_same_rows() -> None:
+    target, drafter = tiny_pair()
+    engine = Engine(target, drafter, CONFIG, longest=44)
+    loop = engine.loop
+    state = admitted(loop, engine.params, engine.state, PROMPTS[:4], NEW)
+    state, _ = run_round(loop, engine.params, state)
+    wanted = np.arange(loop.width) <= np.array([0, 2, 1, 3])[:, None]
+    wanted[2] = False  # an idle slot
+    block = jnp.asarray(np.random.default_rng(0).integers(0, target.config.vocab_size, (4, loop.width)), jnp.int32)
+
+    @jax.jit
+    def both(params: Any, state: DecodeState) -> tuple[VerifyOutput, VerifyOutput]:
+        model, operands = loop._models(params)[0], (state.target_cache, block, state.length - 1, jnp.asarray(wanted))
+        return loop._verify_bucket(model, 9, *operands), loop._verify_bucket(model, 4 * loop.width, *operands)
+
+    packed, padded = both(engine.params, state)
+    for a, b in zip(jax.tree.leaves(packed), jax.tree.leaves(padded), strict=True):
+        np.testing.assert_allclose(np.asarray(a)[wanted], np.asarray(b)[wanted], atol=2e-5)
+
+
+def test_the_bucket_is_the_smallest_that_fits() -> None:
+    target, drafter = tiny_pair()
+    engine, seen = Engine(target, drafter, CONFIG, longest=44), set()
+    for caps in ([0, 0, 0, 0], [1, 1, 1, 0], [4, 4, 4, 4], [0, 4, 1, 2], [4, 0, 0, 0]):
+        state = init_state(engine.loop, engine.params)
+        state = admitted(engine.loop, engine.params, state, PROMPTS[:4], 9, caps=caps)
+        for _ in range(10):
+            active = np.asarray(state.active)
+            state, record = run_round(engine.loop, engine.params, state)
+            needed = int(np.sum(active * (np.minimum(caps, engine.loop.block) + 1)))
+            assert int(record.bucket) == min(b for b in engine.loop.buckets if b >= needed)
+            np.testing.assert_array_equal(np.asarray(record.committed) > 0, active)
+            seen.add(int(record.bucket))
+    assert seen == set(engine.loop.buckets) == {4, 12, 20}
+
+
+@pytest.mark.parametrize(("requests", "width"), [(1, 1), (1, 8), (8, 1), (8, 2), (3, 5), (32, 17)])
+def test_ladders_reach_from_plain_to_full(requests: int, width: int) -> None:
+    ladder = bucket_ladder(requests, width)
+    assert ladder[-1] == requests * width and list(ladder) == sorted(set(ladder)) and len(ladder) <= 4
+    assert ladder[0] == requests
+
+
+def test_buckets_that_cannot_hold_a_block_are_refused() -> None:
+    target, drafter = tiny_pair()
+    for buckets in ((4, 8), (20, 4), (4, 4, 20)):
+        with pytest.raises(UserError, match=r"must ascend and end at slots x \(block \+ 1\), 20"):
+            Engine(target, drafter, replace(CONFIG, buckets=buckets), longest=44)
+
+
+# Where a request ends
+
+
+def first_occurrences(tokens: tuple[int, ...]) -> dict[int, int]:
+    """Position -> token, for tokens that stand nowhere before."""
+    return {i: t for i, t in enumerate(tokens) if t not in tokens[:i]}
+
+
+def kinds_of_positions(chosen: list[tuple[int, ...]]) -> list[list[str]]:
+    """Whether each new token of four greedy outputs came from the prefill, as an accepted draft or as a bonus."""
+    target, drafter = tiny_pair()
+    engine = Engine(target, drafter, CONFIG, longest=44)
+    state, kinds = admitted(engine.loop, engine.params, engine.state, chosen, NEW), [["first"] for _ in chosen]
+    while bool(jnp.any(state.active)):
+        state, record = run_round(engine.loop, engine.params, state)
+        for mine, accepted in zip(kinds, np.asarray(record.accepted), strict=True):
+            mine += ["draft"] * int(accepted) + ["bonus"]
+    return kinds
+
+
+def test_stop_tokens_end_a_request_where_they_stand() -> None:
+    """As the first token, inside the drafts, as the bonus: the stop token is the last one, whatever comes behind."""
+    target, drafter = tiny_pair()
+    requests, expected, kinds = [], [], set()
+    for prompt, tokens, kind_of in zip(PROMPTS, reference(), kinds_of_positions(PROMPTS[:4]), strict=False):
+        for at, token in first_occurrences(tokens).items():
+            requests.append(Request(prompt, stop_tokens=(token, 60)))
+            expected.append(tokens[: at + 1] if 60 not in tokens[:at] else tokens[: tokens.index(60) + 1])
+            kinds.add(kind_of[at])
+    assert kinds == {"first", "draft", "bonus"}
+    for with_drafter in (drafter, None):
+        found = generate(target, with_drafter, requests, CONFIG)
+        assert tokens_of(found) == expected
+        assert {g.finish_reason for g in found} == {"stop"}
+    assert all(g.rounds == 0 and g.accepted_length == 0 for g in found if len(g.tokens) == 1)
+    never = generate(target, drafter, [Request(PROMPTS[0], stop_tokens=())], CONFIG)[0]
+    assert never.tokens == reference()[0] and never.finish_reason == "length"
+
+
+def test_counts_leave_out_what_lies_behind_a_stop() -> None:
+    target, drafter = tiny_pair()
+    pairs = list(zip(PROMPTS, reference(), strict=True))
+    requests = [Request(p, stop_tokens=(t[len(t) // 2],)) for p, t in pairs]
+    for g in generate(target, drafter, requests, CONFIG):
+        assert g.finish_reason == "stop" and g.committed == len(g.tokens) - 1
+        assert sum(g.accepted_at) <= g.committed <= sum(g.accepted_at) + g.rounds
+
+
+def test_limits_are_exact() -> None:
+    target, drafter = tiny_pair()
+    requests = [Request(PROMPTS[i % 10], max_new_tokens=i) for i in range(1, NEW + 1)]
+    for with_drafter in (drafter, None):
+        found = generate(target, with_drafter, requests, CONFIG)
+        assert tokens_of(found) == [reference()[i % 10][:i] for i in range(1, NEW + 1)]
+        assert {g.finish_reason for g in found} == {"length"} and found[0].rounds == 0
+        assert [g.prompt_tokens for g in found] == [r.prompt for r in requests]
+
+
+def test_a_context_can_be_filled_to_its_end() -> None:
+    target, drafter = tiny_pair()
+    target = replace(target, config=replace(target.config, max_positions=40))
+    prompt = tuple(range(20))
+    found = generate(target, drafter, [Request(prompt, max_new_tokens=20)], CONFIG)[0]
+    assert len(found.tokens) == 20
+    assert found.tokens == generate(target, None, [Request(prompt, max_new_tokens=20)], CONFIG)[0].tokens
+    for request, message in (
+        (Request(prompt, max_new_tokens=21), "has a context of 40. Ask for at most 20"),
+        (Request(tuple(range(40)), max_new_tokens=1), "a prompt of 40 tokens; tiny has a context of 40"),
+        (Request((), max_new_tokens=1), "has an empty prompt"),
+        (Request((61,), max_new_tokens=1), "token id 61, outside the vocabulary of 61"),
+        (Request((1,), max_new_tokens=0), "asks for 0 new tokens"),
+        (Request((1,), max_new_tokens=2, top_p=1.5), "top_p = 1.5, which is out of range"),
+        (Request("text", max_new_tokens=2), "has no tokenizer files"),
+    ):
+        with pytest.raises(UserError, match=message):
+            generate(target, drafter, [request], CONFIG)
+
+
+@pytest.mark.parametrize("slots", [1, 4])
+def test_more_requests_than_slots(slots: int) -> None:
+    target, drafter = tiny_pair()
+    config = replace(CONFIG, slots=slots)
+    found = generate(target, drafter, PROMPTS * 2, config)
+    assert tokens_of(found) == list(reference()) * 2 and [g.index for g in found] == list(range(20))
+
+
+def test_streamed_tokens_are_the_generations() -> None:
+    target, drafter = tiny_pair()
+    gained: dict[int, list[int]] = {}
+    whole, pieces = {}, []
+    requests = [Request(p, max_new_tokens=4 + 2 * i) for i, p in enumerate(PROMPTS)]
+    for progress in stream(target, drafter, requests, replace(CONFIG, rounds_per_dispatch=1)):
+        gained.setdefault(progress.index, []).extend(progress.tokens)
+        pieces.append(len(progress.tokens))
+        if progress.generation is not None:
+            assert progress.index not in whole
+            whole[progress.index] = progress.generation
+    assert max(pieces) <= drafter.config.block_size + 2 and len(pieces) > len(PROMPTS)
+    assert {i: tuple(t) for i, t in gained.items()} == {i: g.tokens for i, g in whole.items()}
+    assert [whole[i].tokens for i in range(10)] == [reference()[i][: 4 + 2 * i] for i in range(10)]
+    assert not list(stream(target, drafter, [], CONFIG))
+
+
+# Types and places
+
+
+def test_bfloat16_stays_bfloat16() -> None:
+    target, drafter = tiny_pair(dtype="bfloat16")
+    engine = Engine(target, drafter, CONFIG, longest=44)
+    before = jax.tree.map(lambda x: (x.shape, x.dtype), engine.state)
+    assert {x.dtype for x in jax.tree.leaves((engine.state.target_cache, engine.state.draft))} == {
+        jnp.dtype("bfloat16")
+    }
+    for i, prompt in enumerate(PROMPTS):
+        engine.submit(i, Request(prompt, max_new_tokens=12, temperature=float(i % 2)))
+    done = []
+    while not engine.idle:
+        done += [p.generation for p in engine.step() if p.generation]
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), engine.state) == before
+    assert len(done) == 10 and all(len(g.tokens) == 12 for g in done)
+    assert sum(sum(g.accepted_at) for g in done) > 0
+
+
+def test_eight_devices_decode_as_one() -> None:
+    """A target whose parameters are split over 8 simulated devices, and a drafter on top: the same tokens."""
+    run_python("-m", "tests.sharded_decode", "generate")
