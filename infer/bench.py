@@ -74,6 +74,10 @@ def main(argv: list[str]) -> None:
     settings = parse(BenchSettings, argv, description=__doc__)
     if settings.against == "plain" and not settings.drafter:
         raise UserError("There is nothing to compare: give --drafter DIR, or --against transformers.")
+    if min(settings.repeats, settings.sampled_repeats) < 1 or not settings.temperatures:
+        raise UserError(
+            "There is nothing to measure: repeats and sampled-repeats must be 1 or more, and a temperature given."
+        )
     target = load_target(settings.target, dtype=settings.dtype)
     prompts = read_prompts(target, settings.prompts, settings.chat_format, settings.limit or None)
     if settings.against == "transformers":
@@ -83,7 +87,7 @@ def main(argv: list[str]) -> None:
         metrics = against_plain(settings, target, drafter, prompts)
         acceptance_plot(settings.output / "conditional_acceptance.png", metrics["temperatures"])
     metrics["machine"] = machine()
-    metrics["settings"] = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(settings).items()}
+    metrics["settings"] = asdict(settings)
     write_json(settings.output / "metrics.json", metrics)
     print(f"metrics and plots in {settings.output}")
 

@@ -326,6 +326,7 @@ def test_a_context_can_be_filled_to_its_end() -> None:
         (Request((), max_new_tokens=1), "has an empty prompt"),
         (Request((61,), max_new_tokens=1), "token id 61, outside the vocabulary of 61"),
         (Request((1,), max_new_tokens=0), "asks for 0 new tokens"),
+        (Request((1,), max_new_tokens=-90), "asks for -90 new tokens"),
         (Request((1,), max_new_tokens=2, top_p=1.5), "top_p = 1.5, which is out of range"),
         (Request("text", max_new_tokens=2), "has no tokenizer files"),
     ):

@@ -120,6 +120,9 @@ class Engine:
     state: DecodeState = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        for name in ("slots", "rounds_per_dispatch", "smallest_prompt_bucket"):
+            if getattr(self.config, name) < 1:
+                raise UserError(f"The decoding setting {name} is {getattr(self.config, name)}; expected 1 or more.")
         block = 0 if self.drafter is None else self.drafter.config.block_size
         size = -(-(self.longest + block + 1) // CACHE_MULTIPLE) * CACHE_MULTIPLE
         buckets = self.config.buckets or bucket_ladder(self.config.slots, block + 1)
@@ -329,7 +332,7 @@ def stream(
     requests = [p if isinstance(p, Request) else Request(p) for p in prompts]
     if not requests:
         return
-    longest = 0
+    longest = 1
     for request in requests:
         new = config.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
         longest = max(longest, len(tokenize_prompt(target, request.prompt)) + new)

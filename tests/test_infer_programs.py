@@ -1,0 +1,253 @@
+"""`infer.generate` and `infer.bench` from beginning to end, and their answers to bad input: a sentence, exit code 2."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dspark_jax.checkpoints.deepspec import save_drafter
+from dspark_jax.checkpoints.huggingface import load_target
+from dspark_jax.decoding.engine import Generation
+from dspark_jax.drafters.config import DrafterConfig, drafter_hf_config
+from dspark_jax.drafters.registry import LoadedDrafter, skeleton
+from dspark_jax.sharding import split
+from infer.bench import main as bench
+from infer.generate import main as generate
+from infer.measure import Acceptance, Timed, alternate, median_ratio, median_speed
+from tests.decoding_tiny import random_leaves
+from tests.tiny import write_tiny_target
+
+Program = Callable[[list[str]], Any]
+SHORT = ["--max-new-tokens", "8"]
+
+
+def write_drafter(target_folder: Path, folder: Path) -> None:
+    target = load_target(target_folder)
+    config = drafter_hf_config(
+        target.hf_config, num_layers=1, target_layer_ids=(-1, 0), mask_token_id=3, block_size=3, markov_rank=8,
+        dtype="float32",
+    )  # fmt: skip
+    graphdef, abstract = split(skeleton(config))
+    params = random_leaves(abstract, 0.2, 1)
+    save_drafter(folder, LoadedDrafter("new", DrafterConfig.from_hf_dict(config), graphdef, params, config), target)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A target and its drafter, three others they don't go with, and prompts of two domains."""
+    folder = tmp_path_factory.mktemp("infer")
+    write_tiny_target(folder / "target")
+    for name, changes in (
+        ("deeper", {"num_hidden_layers": 3}),
+        ("vocabulary", {"vocab_size": 320}),
+        ("retrained", {"seed": 5}),
+    ):
+        write_tiny_target(folder / name, **changes)
+        write_drafter(folder / name, folder / f"{name}_drafter")
+    write_drafter(folder / "target", folder / "drafter")
+    rows = [
+        {"id": "sum", "messages": [{"role": "user", "content": "What is the sum of three and four?"}]},
+        {"id": "list", "messages": [{"role": "user", "content": "list"}, {"role": "assistant", "content": "no"}]},
+    ]
+    (folder / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    turns = [{"turns": [text, "and then?"]} for text in ("Return the length of the list.", "one", "two words")]
+    (folder / "code.jsonl").write_text("".join(json.dumps(row) + "\n" for row in turns))
+    return folder
+
+
+def refused(program: Program, argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Its one sentence; nothing else is said."""
+    with pytest.raises(SystemExit) as stop:
+        program([str(word) for word in argv])
+    assert stop.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1 and "Traceback" not in said.err
+    return said.err.strip()
+
+
+# infer.generate
+
+
+def test_generate_streams_and_writes_the_same(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompt = [
+        "--target",
+        str(folder / "target"),
+        "--prompt",
+        "What is the sum?",
+        "--output",
+        str(tmp_path / "a" / "out"),
+    ]
+    generate([*prompt, *SHORT])
+    shown = capsys.readouterr().out
+    plain = json.loads((tmp_path / "a" / "out").read_text())
+    assert shown.startswith(plain["text"]) and "1 requests, " in shown and "accepted length 1.00" in shown
+    assert 1 <= len(plain["tokens"]) <= 8 and plain["finish_reason"] in ("stop", "length")
+    generate([*prompt, *SHORT, "--drafter", str(folder / "drafter")])
+    speculative = json.loads((tmp_path / "a" / "out").read_text())
+    assert speculative["tokens"] == plain["tokens"] and len(speculative["verified_at"]) == 3
+
+
+def test_generate_reads_files(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [str(folder / "chat.jsonl"), str(folder / "code.jsonl")]
+    out = tmp_path / "answers.jsonl"
+    sampling = ["--temperature", "1", "--top-p", "0.9", "--seed", "4", "--slots", "2"]
+    generate(["--target", str(folder / "target"), "--prompts-file", *files, "--output", str(out), *SHORT, *sampling])
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["id"] for row in rows] == ["sum", "list", "code-1", "code-2", "code-3"]
+    assert [row["domain"] for row in rows] == ["chat"] * 2 + ["code"] * 3
+    assert "--- code-3\n" in capsys.readouterr().out
+
+
+GENERATE: dict[str, tuple[list[str], str]] = {
+    "no prompt": (["--target", "{}/target"], "Give what to decode in one way"),
+    "two ways": (
+        ["--target", "{}/target", "--prompt", "a", "--prompts-file", "{}/chat.jsonl"],
+        "Give what to decode in one way",
+    ),
+    "no target": (["--prompt", "a"], "--target"),
+    "missing target": (["--target", "{}/nothing", "--prompt", "a"], "is not a folder; give a model folder"),
+    "missing drafter": (["--target", "{}/target", "--drafter", "{}/no", "--prompt", "a"], "is not a folder"),
+    "drafter is a target": (
+        ["--target", "{}/target", "--drafter", "{}/target", "--prompt", "a"],
+        "names architectures ['Qwen3ForCausalLM']; expected one of Qwen3DSparkModel",
+    ),
+    "another vocabulary": (
+        ["--target", "{}/target", "--drafter", "{}/vocabulary_drafter", "--prompt", "a"],
+        "Vocabulary mismatch: the drafter has 320 tokens, the target 300",
+    ),
+    "another depth": (
+        ["--target", "{}/target", "--drafter", "{}/deeper_drafter", "--prompt", "a"],
+        "Target/drafter mismatch: the drafter's num_target_layers is 3, the target has 2",
+    ),
+    "another target of the same sizes": (
+        ["--target", "{}/target", "--drafter", "{}/retrained_drafter", "--prompt", "a"],
+        "Target/drafter mismatch: the drafter's frozen embed_tokens.weight is not",
+    ),
+    "long prompt": (
+        ["--target", "{}/target", "--prompt", "one two three " * 90],
+        "Shorten the prompt",
+    ),
+    "too many new tokens": (
+        ["--target", "{}/target", "--prompt", "a", "--max-new-tokens", "600"],
+        "has a context of 512. Ask for at most",
+    ),
+    "temperature": (["--target", "{}/target", "--prompt", "a", "--temperature", "-1"], "temperature = -1.0"),
+    "verify length": (["--target", "{}/target", "--prompt", "a", "--verify-length", "-2"], "verify_length = -2"),
+    "option": (["--target", "{}/target", "--promt", "a"], "Unknown option --promt: did you mean --prompt"),
+    "value": (["--target", "{}/target", "--prompt", "a", "--slots", "many"], "slots"),
+    "dtype": (["--target", "{}/target", "--prompt", "a", "--dtype", "float16"], "dtype"),
+    "missing file": (["--target", "{}/target", "--prompts-file", "{}/no.jsonl"], "no.jsonl"),
+    "empty file": (["--target", "{}/target", "--prompts-file", "{}/empty.jsonl"], "holds no prompt"),
+    "not JSON": (["--target", "{}/target", "--prompts-file", "{}/broken.jsonl"], "broken.jsonl"),
+    "no messages": (["--target", "{}/target", "--prompts-file", "{}/odd.jsonl"], "expected the field 'messages'"),
+    "turns": (["--target", "{}/target", "--prompts-file", "{}/turns.jsonl"], "expected a list of texts"),
+    "no slots": (
+        ["--target", "{}/target", "--prompt", "a", "--slots", "0"],
+        "The decoding setting slots is 0; expected 1 or more.",
+    ),
+    "chat format": (
+        ["--target", "{}/target", "--prompt", "a", "--chat-format", "latin"],
+        "latin",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", GENERATE)
+def test_generate_refuses(case: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "empty.jsonl").write_text("")
+    (folder / "broken.jsonl").write_text('{"messages": [\n')
+    (folder / "odd.jsonl").write_text('{"text": "a"}\n')
+    (folder / "turns.jsonl").write_text('{"turns": [1]}\n')
+    argv, message = GENERATE[case]
+    argv = [word.replace("{}", str(folder)) for word in argv] + ["--output", str(tmp_path / "made" / "out.jsonl")]
+    assert message in refused(generate, argv, capsys)
+    assert not list(tmp_path.iterdir())
+
+
+# infer.bench
+
+
+def test_bench_measures_and_writes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--target", folder / "target", "--drafter", folder / "drafter", "--output", tmp_path / "bench", *SHORT]
+    argv += ["--prompts", folder / "chat.jsonl", folder / "code.jsonl", "--repeats", "2", "--limit", "2"]
+    bench([str(word) for word in argv])
+    metrics = json.loads((tmp_path / "bench" / "metrics.json").read_text())
+    assert set(metrics["temperatures"]) == {"t0", "t1"} and metrics["settings"]["limit"] == 2
+    rows = metrics["temperatures"]["t0"]
+    assert {name: row["prompts"] for name, row in rows.items()} == {"chat": 2, "code": 2, "all": 4}
+    for name, row in rows.items():
+        assert row["identical"] == row["prompts"] and row["differences"] == [], name
+        assert len(row["ratios"]) == 2 and np.median(row["ratios"]) == pytest.approx(row["speculative_over_plain"])
+        assert 1.0 <= row["tau"] <= 4.0 and len(row["conditional"]) == 3
+    assert "identical" not in metrics["temperatures"]["t1"]["all"]
+    assert (tmp_path / "bench" / "conditional_acceptance.png").read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr().out
+    assert "temperature 0" in shown and "identical" in shown and "4/4" in shown
+
+
+@pytest.mark.parity
+def test_bench_against_transformers(folder: Path, tmp_path: Path) -> None:
+    argv = ["--target", folder / "target", "--against", "transformers", "--output", tmp_path, *SHORT]
+    bench([str(word) for word in [*argv, "--prompts", folder / "chat.jsonl", "--repeats", "1"]])
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["identical"] == metrics["prompts"] == 2 and metrics["plain_over_transformers"] > 0
+
+
+BENCH: dict[str, tuple[list[str], str]] = {
+    "nothing to compare": (["--prompts", "{}/chat.jsonl"], "There is nothing to compare: give --drafter DIR"),
+    "no prompts": (["--drafter", "{}/drafter"], "--prompts"),
+    "missing prompts": (["--drafter", "{}/drafter", "--prompts", "{}/no.jsonl"], "no.jsonl"),
+    "another drafter": (["--drafter", "{}/deeper_drafter", "--prompts", "{}/chat.jsonl"], "Target/drafter mismatch"),
+    "option": (["--drafter", "{}/drafter", "--prompts", "{}/chat.jsonl", "--repeat", "2"], "did you mean --repeats"),
+    "long": (
+        ["--drafter", "{}/drafter", "--prompts", "{}/chat.jsonl", "--max-new-tokens", "512"],
+        "has a context of 512",
+    ),
+    "no repeats": (["--drafter", "{}/drafter", "--prompts", "{}/chat.jsonl", "--repeats", "0"], "repeats and"),
+}
+
+
+@pytest.mark.parametrize("case", BENCH)
+def test_bench_refuses(case: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv, message = BENCH[case]
+    argv = [word.replace("{}", str(folder)) for word in argv]
+    argv += ["--target", str(folder / "target"), "--output", str(tmp_path / "bench")]
+    assert message in refused(bench, argv, capsys)
+    assert not list(tmp_path.iterdir())
+
+
+# What is counted
+
+
+def generation(tokens: int, rounds: int, verified: tuple[int, ...], accepted: tuple[int, ...]) -> Generation:
+    committed = rounds + sum(accepted)
+    return Generation(0, (1,), tuple(range(tokens)), "", "length", rounds, committed, verified, accepted)
+
+
+def test_acceptance_rates_by_position() -> None:
+    found = Acceptance.of([generation(7, 4, (4, 4, 2), (3, 1, 1)), generation(1, 0, (0, 0, 0), (0, 0, 0))])
+    assert (found.rounds, found.tau) == (4, 9 / 4)
+    assert found.unconditional == (3 / 4, 1 / 4, 1 / 2)
+    assert found.conditional == (3 / 4, 1 / 3, 1.0)
+    plain = Acceptance.of([generation(5, 4, (), ())])
+    assert (plain.tau, plain.unconditional, plain.conditional) == (1.0, (), ())
+
+
+def test_figures_are_medians_over_alternations() -> None:
+    order: list[str] = []
+
+    def decoder(name: str, speeds: list[float]) -> Callable[[], Timed]:
+        left = iter([1.0, *speeds])
+
+        def run() -> Timed:
+            order.append(name)
+            return Timed((generation(12, 0, (), ()),), 12 / next(left))
+
+        return run
+
+    runs = alternate({"a": decoder("a", [10, 50, 30]), "b": decoder("b", [5, 10, 20])}, 3)
+    assert order == ["a", "b", "a", "b", "b", "a", "a", "b"]
+    assert median_speed(runs["a"]) == pytest.approx(30) and median_ratio(runs["a"], runs["b"]) == pytest.approx(2)
