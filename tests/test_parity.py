@@ -1,0 +1,214 @@
+"""The Qwen3 target against transformers on PyTorch, float32: every layer's hidden states, logits, cached decoding."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dspark_jax import DecodeConfig, Request, generate, load_target
+from dspark_jax.targets.attention import CachedBlock, Causal
+from dspark_jax.targets.config import TargetConfig
+from dspark_jax.targets.kv_cache import append_rows, empty_cache
+from dspark_jax.targets.target import Target
+
+pytestmark = pytest.mark.parity
+
+ATOL = 2e-5
+LENGTH = 24
+SHAPES = {
+    "vocab_size": 97,
+    "hidden_size": 40,
+    "intermediate_size": 56,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "eos_token_id": 96,
+    "bos_token_id": None,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "theta, eps, one kv head, tied": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 517.0},
+        "rms_norm_eps": 1e-2,
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": True,
+    },
+    "wide heads, bias": {"head_dim": 24, "attention_bias": True, "num_key_value_heads": 4},
+    "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}},
+    "yarn": {
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 16,
+            "beta_fast": 20.0, "beta_slow": 2.0,
+        },
+    },
+    "yarn, own attention factor, not truncated": {
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32,
+            "attention_factor": 1.3, "truncate": False,
+        },
+    },
+    "llama3": {
+        "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 5e3, "factor": 8.0, "original_max_position_embeddings": 64,
+            "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        },
+    },
+    "window by layer types": {
+        "use_sliding_window": True, "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "window by max_window_layers": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    "window not used": {"use_sliding_window": False, "sliding_window": 5, "max_window_layers": 0},
+}  # fmt: skip
+
+
+def reference(folder: Path, fields: dict[str, Any]) -> Any:
+    """A random transformers model, saved by transformers: weights spread widely, norms around 1, biases around 0."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(**SHAPES | fields, attn_implementation="eager")).float().eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            centre = 1.0 if name.endswith("norm.weight") else 0.0
+            weight.copy_(centre + (0.15 if weight.ndim > 1 else 0.2) * torch.randn_like(weight))
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Target, Path]:
+    folder = tmp_path_factory.mktemp("parity")
+    model = reference(folder, CONFIGS[request.param])
+    return model, load_target(folder, dtype="float32"), folder
+
+
+def tokens(rows: int = 2) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, SHAPES["vocab_size"], (rows, LENGTH))
+
+
+def torch_outputs(model: Any, ids: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+    """(embeddings and every layer's output, the last one after the final norm; logits)."""
+    import torch
+
+    with torch.inference_mode():
+        out = model(torch.tensor(ids), output_hidden_states=True, use_cache=False)
+    return [h.float().numpy() for h in out.hidden_states], out.logits.float().numpy()
+
+
+def outputs(target: Target, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(taps of the embedding and of every layer [B, T, L + 1, D], hidden after the final norm, logits)."""
+    layers = target.config.num_layers
+
+    @jax.jit
+    def run(params: dict, ids: jax.Array) -> Any:
+        model = target.model(params)
+        positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+        out = model(ids, positions, Causal(), tuple(range(-1, layers)))
+        return out.taps.reshape(*ids.shape, layers + 1, -1), out.hidden, model.logits(out.hidden)
+
+    taps, hidden, logits = jax.device_get(run(target.params, jnp.asarray(ids)))
+    return taps, hidden, logits
+
+
+def test_hidden_states_and_logits(pair: tuple[Any, Target, Path]) -> None:
+    model, target, _ = pair
+    ids = tokens()
+    states, expected = torch_outputs(model, ids)
+    taps, hidden, logits = outputs(target, ids)
+    # transformers norms its last hidden state; what a tap of the last layer is, a forward hook tells.
+    for layer, state in enumerate(states[:-1]):
+        np.testing.assert_allclose(taps[:, :, layer], state, atol=ATOL, err_msg=f"layer {layer - 1}")
+    np.testing.assert_allclose(hidden, states[-1], atol=ATOL)
+    np.testing.assert_allclose(logits, expected, atol=ATOL)
+    assert np.std(expected) > 0.3  # else the comparison says little
+
+
+def test_last_layer_output_before_the_norm(pair: tuple[Any, Target, Path]) -> None:
+    model, target, _ = pair
+    seen = []
+    hook = model.model.norm.register_forward_pre_hook(lambda module, args: seen.append(args[0].numpy()))
+    ids = tokens()
+    torch_outputs(model, ids)
+    hook.remove()
+    np.testing.assert_allclose(outputs(target, ids)[0][:, :, -1], seen[0], atol=ATOL)
+
+
+def test_cached_decoding(pair: tuple[Any, Target, Path]) -> None:
+    """Prefill, then chunks of several sizes at per-request lengths with a rollback: the uncached logits."""
+    model, target, _ = pair
+    ids, config = tokens(), target.config
+    expected = torch_outputs(model, ids)[1]
+
+    @jax.jit
+    def step(params: dict, cache: Any, rows: jax.Array, starts: jax.Array) -> Any:
+        model = target.model(params)
+        positions = starts[:, None] + jnp.arange(rows.shape[1])
+        out = model(rows, positions, CachedBlock(cache, starts))
+        return model.logits(out.hidden), append_rows(cache, out.kv, starts)
+
+    cache = empty_cache(config.num_layers, 2, config.num_kv_heads, LENGTH + 4, config.head_dim, jnp.float32)
+    starts, widest = np.array([0, 0]), 4
+    kept = [(4, 4), (1, 3), (4, 2), (2, 4), (4, 4), (3, 1), (4, 4)]  # of four rows fed, how many stay per request
+    for counts in kept:
+        rows = np.stack([np.pad(ids[r], (0, widest))[s : s + widest] for r, s in enumerate(starts)])
+        for r, count in enumerate(counts):
+            rows[r, count:] = 7  # refused drafts, overwritten by the next chunk
+        logits, cache = step(target.params, cache, jnp.asarray(rows), jnp.asarray(starts))
+        for r, count in enumerate(counts):
+            at = int(starts[r])
+            np.testing.assert_allclose(logits[r, :count], expected[r, at : at + count], atol=ATOL)
+        starts = starts + np.array(counts)
+    assert list(starts) == [22, 22]
+
+
+def test_old_spelling_of_the_config_is_the_same(pair: tuple[Any, Target, Path]) -> None:
+    """Files written before transformers 5: rope_theta at top level, rope_scaling beside it with `type`."""
+    _, target, folder = pair
+    config = json.loads((folder / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    config["rope_theta"], kind = rope.pop("rope_theta"), rope.pop("rope_type")
+    config["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
+    assert TargetConfig.from_hf_dict(config) == target.config
+
+
+def test_bfloat16_is_as_close_as_pytorchs(pair: tuple[Any, Target, Path]) -> None:
+    """Rounding errors against float32 are of the size that transformers makes in bfloat16."""
+    import torch
+    from transformers import Qwen3ForCausalLM
+
+    model, _, folder = pair
+    ids = tokens()
+    exact = torch_outputs(model, ids)[1]
+    theirs = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager").eval()
+    low = load_target(folder, dtype="bfloat16")
+
+    def error(logits: np.ndarray) -> float:
+        return float(np.sqrt(np.mean((logits - exact) ** 2)))
+
+    assert error(outputs(low, ids)[2]) < 1.5 * error(torch_outputs(theirs, ids)[1])
+
+
+@pytest.mark.parametrize("name", ["yarn", "window by layer types"])
+def test_greedy_generation(tmp_path: Path, name: str) -> None:
+    import torch
+
+    model = reference(tmp_path, CONFIGS[name])
+    target = load_target(tmp_path)
+    rows = [row[: 3 + 5 * i].tolist() for i, row in enumerate(tokens(4))]
+    found = generate(target, None, [Request(row) for row in rows], DecodeConfig(max_new_tokens=24, slots=2))
+    for row, generation in zip(rows, found, strict=True):
+        ids = torch.tensor([row])
+        with torch.inference_mode():
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, pad_token_id=0
+            )
+        assert generation.tokens == tuple(out[0, len(row) :].tolist())
