@@ -40,7 +40,7 @@ def tiny_target(seed: int = 0, context: float = 1.0, **config: Any) -> Target:
 
 
 @cache
-def tiny_pair(seed: int = 0, context: float = 0.25, block_size: int = 4, **config: Any) -> tuple[Target, LoadedDrafter]:
+def tiny_pair(seed: int = 0, context: float = 0.08, block_size: int = 4, **config: Any) -> tuple[Target, LoadedDrafter]:
     """A nearly-bigram target, and a drafter whose Markov head is that bigram beside random base logits.
 
     No training, and yet some drafts are accepted and some are not. `config` overrides the target's config.json.
@@ -58,7 +58,7 @@ def tiny_pair(seed: int = 0, context: float = 0.25, block_size: int = 4, **confi
     normed = embed / np.sqrt(np.mean(embed**2, axis=-1, keepdims=True) + target.config.rms_norm_eps)
     flat["markov_head", "w1_vr"] = normed * wide["final_norm"]["weight"]
     flat["markov_head", "w2_vr"] = wide["head_weight_vd"]
-    flat["backbone", "norm", "weight"] = 0.25 * flat["backbone", "norm", "weight"]
+    flat["backbone", "norm", "weight"] = 0.1 * flat["backbone", "norm", "weight"]
     params = {
         path: jnp.asarray(leaf, jnp.float32 if path[0] == "confidence_head" else dtype) for path, leaf in flat.items()
     }

@@ -1,0 +1,252 @@
+"""Speculation is lossless: greedy outputs are the target's token for token, samples follow its law.
+
+Every test prints (pytest -s) and records (`record_property`) what it counted: near-ties, p-values, acceptance.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.stats import chi2
+
+from dspark_jax.checkpoints.deepspec import load_drafter
+from dspark_jax.checkpoints.huggingface import load_target
+from dspark_jax.decoding.acceptance import Acceptance, RejectionSampling
+from dspark_jax.decoding.engine import DecodeConfig, Engine, Generation, Request, generate
+from dspark_jax.decoding.loop import DecodeLoop, LoopParams, admit, init_state, run_rounds
+from dspark_jax.decoding.sampling import SamplingParams, sampling_law
+from dspark_jax.decoding.scheduler import Fixed, Threshold, VerifyPolicy
+from dspark_jax.drafters.config import DrafterConfig, drafter_hf_config
+from dspark_jax.drafters.registry import LoadedDrafter, skeleton
+from dspark_jax.sharding import split
+from dspark_jax.targets.target import Target
+from infer.measure import differences
+from infer.prompts import Prompt, encode
+from tests.decoding_tiny import admission, next_logits, prompts, random_leaves, tiny_pair
+
+pytestmark = pytest.mark.lossless
+
+ASSETS = Path(__file__).parents[1] / "assets"
+NEAR_TIE = 1e-4
+Record = Callable[[str, object], None]
+
+
+# Temperature 0
+
+
+@dataclass(frozen=True)
+class Case:
+    """A target, prompts it was not trained on, and drafters by name."""
+
+    target: Target
+    prompts: tuple[Prompt, ...]
+    drafters: dict[str, LoadedDrafter]
+    config: DecodeConfig
+
+
+def adversary(drafter: LoadedDrafter) -> LoadedDrafter:
+    """The same drafter turned round: it is certain, one-hot almost, of what it held for least likely."""
+    markov = drafter.params["markov_head"]
+    norm = drafter.params["backbone"]["norm"]
+    backbone = drafter.params["backbone"] | {"norm": {"weight": -8.0 * norm["weight"]}}
+    markov = markov | {"w2_vr": -8.0 * markov["w2_vr"]}
+    return replace(drafter, params=drafter.params | {"backbone": backbone, "markov_head": markov})
+
+
+def untrained(target: Target) -> LoadedDrafter:
+    config = drafter_hf_config(
+        target.hf_config, num_layers=1, target_layer_ids=(1, 4), mask_token_id=3, markov_rank=16, dtype="float32"
+    )
+    graphdef, abstract = split(skeleton(config))
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), random_leaves(abstract, 0.05, 0))
+    return LoadedDrafter("untrained", DrafterConfig.from_hf_dict(config), graphdef, params, config)
+
+
+def tiny_case() -> Case:
+    target, drafter = tiny_pair()
+    made = tuple(Prompt(str(i), "tiny", p) for i, p in enumerate(prompts(64, target.config.vocab_size, seed=9)))
+    config = DecodeConfig(max_new_tokens=32, rounds_per_dispatch=8)
+    return Case(target, made, {"bigram": drafter, "adversary": adversary(drafter)}, config)
+
+
+def embedded_case() -> Case:
+    """The target that comes with the project, on held-out prompts of its three domains."""
+    from train.corpora import DOMAINS
+    from train.corpora import prompts as corpus
+
+    target = load_target(ASSETS / "embedded_target", dtype="float32")
+    made = []
+    for domain in DOMAINS:
+        items = [(item["id"], encode(target, item["messages"], "qwen")) for item in corpus(domain, "heldout", 60)]
+        made += [Prompt(name, domain, tokens) for name, tokens in items if len(tokens) <= 128][:21]
+    folder = ASSETS / "embedded_drafter"
+    drafter = load_drafter(folder, target, dtype="float32") if folder.exists() else untrained(target)
+    config = DecodeConfig(max_new_tokens=20, rounds_per_dispatch=16, smallest_prompt_bucket=128)
+    return Case(target, tuple(made), {drafter.name.rsplit("/")[-1]: drafter, "adversary": adversary(drafter)}, config)
+
+
+CASES: dict[str, Callable[[], Case]] = {"tiny": tiny_case}
+if (ASSETS / "embedded_target" / "model.safetensors").exists():
+    CASES["embedded"] = embedded_case
+
+
+@cache
+def case_named(name: str) -> Case:
+    return CASES[name]()
+
+
+@cache
+def plain_outputs(name: str, slots: int) -> tuple[Generation, ...]:
+    case = case_named(name)
+    requests = [Request(p.tokens) for p in case.prompts]
+    return tuple(generate(case.target, None, requests, replace(case.config, slots=slots)))
+
+
+@pytest.mark.parametrize("slots", [1, 8])
+@pytest.mark.parametrize("name", CASES)
+def test_greedy_outputs_are_the_targets(name: str, slots: int, record_property: Record) -> None:
+    """float32, with a helpful and with a hostile drafter; a near-tie is shown, any other difference fails."""
+    case = case_named(name)
+    assert len(case.prompts) >= 60
+    plain = plain_outputs(name, slots)
+    for kind, drafter in case.drafters.items():
+        config = replace(case.config, slots=slots)
+        found = generate(case.target, drafter, [Request(p.tokens) for p in case.prompts], config)
+        parted = differences(case.target, case.prompts, plain, found)
+        accepted, rounds = sum(sum(g.accepted_at) for g in found), sum(g.rounds for g in found)
+        line = (
+            f"{name}, R = {slots}, {kind}: {len(found) - len(parted)}/{len(found)} identical, "
+            f"{len(parted)} near-ties {[(d.prompt, d.position, d.gap) for d in parted]}, "
+            f"{accepted} drafts accepted in {rounds} rounds"
+        )
+        print(line)
+        record_property(f"{name}/{slots}/{kind}", line)
+        assert all(d.gap < NEAR_TIE for d in parted), line
+        assert len(parted) <= len(found) // 10, line
+        assert kind != "bigram" or accepted > rounds / 2, line
+
+
+def test_a_difference_that_is_no_near_tie_is_seen() -> None:
+    """The comparison itself: an output changed at one place is found there, with its gap."""
+    case, plain = case_named("tiny"), plain_outputs("tiny", 8)
+    tokens = plain[3].tokens
+    wrong = replace(plain[3], tokens=(*tokens[:5], (tokens[5] + 1) % 61, *tokens[6:]))
+    found = differences(case.target, case.prompts, plain, [*plain[:3], wrong, *plain[4:]])
+    assert [(d.prompt, d.position) for d in found] == [("3", 5)] and found[0].gap > NEAR_TIE
+
+
+# Temperature 1
+
+V, BLOCK, SLOTS, BATCHES, PROMPT = 6, 3, 512, 100, (1, 4, 2)
+
+
+class PlainBonus(RejectionSampling):
+    """A wrong rule that looks right: it accepts as it should, but draws the correction from the target's law itself
+    instead of from the residual, so that what the drafter likes comes too often."""
+
+    def __call__(self, draft_tokens: Any, draft_law: Any, target_law: Any, uniforms: Any, verify_lengths: Any) -> Any:
+        right = super().__call__(draft_tokens, draft_law, target_law, uniforms, verify_lengths)
+        row = jnp.take_along_axis(target_law, right.accepted[:, None, None], axis=1)[:, 0]
+        return Acceptance(right.accepted, row)
+
+
+@cache
+def small_engine(policy: VerifyPolicy) -> Engine:
+    """A target and a drafter of unlike laws over V tokens, with 512 slots."""
+    shapes = {"vocab_size": V, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    target, drafter = tiny_pair(
+        5, 1.0, BLOCK, **shapes, num_key_value_heads=1, head_dim=4, initializer_range=0.4, max_position_embeddings=64
+    )
+    # The Markov head knows the target's bigrams; turned down, it leaves a drafter that is right about as often as not.
+    markov = drafter.params["markov_head"]
+    params = drafter.params | {"markov_head": markov | {"w2_vr": 0.3 * markov["w2_vr"]}}
+    config = DecodeConfig(slots=SLOTS, policy=policy, buckets=(SLOTS, SLOTS * 2, SLOTS * 4))
+    return Engine(target, replace(drafter, params=params), config, longest=20)
+
+
+def samples(
+    loop: DecodeLoop, params: LoopParams, seed: int, caps: Any = None, **law: float
+) -> tuple[np.ndarray, float]:
+    """([n, 4] first tokens of n seeded requests, accepted drafts a round) through the compiled loop."""
+    state, made, accepted, rounds = init_state(loop, params), [], 0, 0
+    for batch in range(BATCHES):
+        keys = np.stack([np.arange(SLOTS) + batch * SLOTS, np.full(SLOTS, seed)], axis=1)
+        new = admission(loop, [PROMPT] * SLOTS, 4, keys, caps=caps, bucket=4, **{"temperature": 1.0} | law)
+        state = run_rounds(loop, params, admit(loop, params, state, new), jnp.int32(8), jnp.asarray(False))
+        made.append(np.asarray(state.tokens)[:, len(PROMPT) : len(PROMPT) + 4])
+        assert not np.any(state.active)
+        accepted += int(jnp.sum(state.counters.accepted_at))
+        rounds += int(jnp.sum(state.counters.rounds))
+    return np.concatenate(made), accepted / rounds
+
+
+def exact_law(target: Target, **law: float) -> np.ndarray:
+    """[V, V, V, V] probability of the first four tokens, from the target on every continuation, without a cache."""
+    rows = np.stack(np.meshgrid(*[np.arange(V)] * 4, indexing="ij"), axis=-1).reshape(-1, 4)
+    whole = np.concatenate([np.tile(PROMPT, (len(rows), 1)), rows], axis=1)
+    logits = next_logits(target, whole)[:, len(PROMPT) - 1 : -1]
+    full = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | law
+    kinds = (jnp.float32, jnp.int32, jnp.float32, jnp.float32)
+    settings = SamplingParams(*(jnp.full((len(rows),), v, k) for v, k in zip(full.values(), kinds, strict=True)))
+    steps = np.asarray(sampling_law(jnp.asarray(logits), settings), np.float64)
+    chosen = np.take_along_axis(steps, rows[..., None], axis=-1)[..., 0]
+    return np.prod(chosen, axis=1).reshape((V,) * 4)
+
+
+def p_value(tokens: np.ndarray, law: np.ndarray) -> float:
+    """Chi-square of the joint law of the columns of `tokens`; cells expected fewer than 5 times are counted as one.
+
+    A token outside the law is no matter of chance: it gives 0.
+    """
+    counts = np.zeros(law.shape)
+    np.add.at(counts, tuple(tokens.T), 1)
+    expected = law / law.sum() * len(tokens)
+    if np.any(counts[expected == 0]):
+        return 0.0
+    rare = (expected < 5) & (expected > 0)
+    seen, wanted = counts[expected >= 5], expected[expected >= 5]
+    if expected[rare].sum() >= 5:
+        seen, wanted = np.append(seen, counts[rare].sum()), np.append(wanted, expected[rare].sum())
+    return float(chi2.sf(np.sum((seen - wanted) ** 2 / wanted), len(wanted) - 1))
+
+
+LAWS: dict[str, tuple[VerifyPolicy, Any, dict[str, float]]] = {
+    "whole block": (Fixed(), None, {}),
+    "mixed verify lengths": (Fixed(), np.arange(SLOTS) % (BLOCK + 1), {}),
+    "confidence threshold": (Threshold(0.5), None, {}),
+    "temperature, top-k, top-p": (Fixed(), None, {"temperature": 1.4, "top_k": 5, "top_p": 0.85}),
+    "min-p": (Fixed(), None, {"min_p": 0.15}),
+}
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_samples_follow_the_targets_law(name: str, record_property: Record) -> None:
+    """The first three tokens' joint law, and that of the three that rounds alone make, over >= 50k seeded requests."""
+    policy, caps, settings = LAWS[name]
+    engine = small_engine(policy)
+    tokens, accepted = samples(engine.loop, engine.params, list(LAWS).index(name), caps, **settings)
+    law = exact_law(engine.target, **settings)
+    first, later = p_value(tokens[:, :3], law.sum(3)), p_value(tokens[:, 1:], law.sum(0))
+    line = f"{name}: {len(tokens)} requests, p = {first:.4f} (tokens 1-3), {later:.4f} (2-4); accepted {accepted:.2f}"
+    print(line)
+    record_property("chi-square", line)
+    assert len(tokens) >= 50_000 and abs(law.sum() - 1) < 1e-5
+    assert 0.3 < accepted < BLOCK - 0.5, "the drafter is to be neither always right nor always wrong"
+    assert min(first, later) > 1e-3, line
+
+
+def test_a_wrong_rule_is_rejected(record_property: Record) -> None:
+    """The control: the same test on the same seeds, with a rule whose bonus ignores the residual."""
+    engine = small_engine(Fixed())
+    tokens, _ = samples(replace(engine.loop, rule=PlainBonus()), engine.params, 0)
+    law = exact_law(engine.target)
+    line = f"wrong rule: p = {p_value(tokens[:, :3], law.sum(3)):.3g} (tokens 1-3)"
+    print(line)
+    record_property("chi-square", line)
+    assert p_value(tokens[:, :3], law.sum(3)) < 1e-9, line
