@@ -46,6 +46,8 @@ class DrafterSettings:
     """Key/value heads G of the draft layers."""
     head_dim: int | None = None
     """Head width H of the draft layers."""
+    init_target_layers: tuple[int, ...] = ()
+    """Target layers that the draft layers start as copies of, one each; empty: they start random."""
 
     def __post_init__(self) -> None:
         ids = self.target_layer_ids
@@ -64,6 +66,12 @@ class DrafterSettings:
             "drafter.confidence_head_with_markov",
             True,
             "False (the option --drafter.no-confidence-head-with-markov), as there is no Markov head at rank 0,",
+        )
+        _require(
+            len(self.init_target_layers) in (0, self.num_layers),
+            "drafter.init_target_layers",
+            self.init_target_layers,
+            f"one target layer for each of the {self.num_layers} draft layers, or none,",
         )
         for name in ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
             value = getattr(self, name)

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 
 from dspark_jax.checkpoints.huggingface import DTYPES
-from dspark_jax.checkpoints.target_tables import load_tables
+from dspark_jax.checkpoints.target_tables import load_layers, load_tables
 from dspark_jax.data.pipeline import Batch
-from dspark_jax.drafters.registry import skeleton
+from dspark_jax.drafters.registry import graft_target_layers, new_params, skeleton
 from dspark_jax.sharding import ShardingRules, batch_shardings, split
 from dspark_jax.targets.target import Target
 from dspark_jax.training.losses import LossOptions
@@ -52,7 +52,16 @@ class Trainer:
         return load_tables(self.plan.target, dtype=dtype, mesh=self.plan.mesh, rules=self.placement.rules)
 
     def initial(self) -> TrainState:
-        return init_train_state(self.plan.drafter_hf, self.optimizer, self.plan.config.seed, self.placement)
+        start = self.grafted() if self.plan.config.drafter.init_target_layers else None
+        return init_train_state(self.plan.drafter_hf, self.optimizer, self.plan.config.seed, self.placement, start)
+
+    def grafted(self) -> dict:
+        """Fresh parameters whose draft layers are copies of target layers, and whose context features start as what the
+        last tap holds: attention and MLPs that a short run would not learn by itself."""
+        ids = self.plan.config.drafter.init_target_layers
+        layers, final_norm = load_layers(self.plan.target, ids, mesh=self.plan.mesh, rules=self.placement.rules)
+        params = new_params(self.plan.drafter_hf, jax.random.key(self.plan.config.seed))
+        return graft_target_layers(params, [layers[i] for i in ids], final_norm)
 
     def step(self) -> TrainStep:
         config = self.plan.config

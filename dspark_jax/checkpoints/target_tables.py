@@ -1,5 +1,6 @@
-"""The part of a target that training needs: its embedding and output head, without the layers between."""
+"""The parts of a target that training needs: its embedding and output head, and layers that a drafter starts from."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from dspark_jax.checkpoints.huggingface import (
     stop_tokens,
     target_tensor_map,
 )
-from dspark_jax.checkpoints.tensors import TensorFolder, load_params, read_json
+from dspark_jax.checkpoints.tensors import ParamPath, TensorFolder, load_params, read_json
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import ShardingRules, parameter_shardings, split
 from dspark_jax.targets.config import TargetConfig, config_sha256
@@ -48,15 +49,37 @@ def load_tables(target: Target, *, dtype: str, mesh: Mesh, rules: ShardingRules 
     They are placed by `rules`, each device reading its own part. `shared_tables` and `save_drafter` take the result;
     it cannot run. UserError when the tensors are missing, cut off or of another shape.
     """
+    return replace(target, params=_load(target, lambda path: path in _TABLES, dtype, mesh, rules))
+
+
+def load_layers(
+    target: Target, layers: tuple[int, ...], *, mesh: Mesh, rules: ShardingRules | None = None
+) -> tuple[dict[int, dict], dict]:
+    """({layer: float32 parameters}, the final norm's) of some layers, placed by `rules`; UserError on a wrong id."""
+    wrong = [layer for layer in layers if not 0 <= layer < target.config.num_layers]
+    if wrong:
+        raise UserError(
+            f"drafter.init_target_layers names layer {wrong[0]}; {target.name} has layers 0 to "
+            f"{target.config.num_layers - 1}."
+        )
+
+    def wanted(path: ParamPath) -> bool:
+        return path[0] == "final_norm" or (path[0] == "layers" and path[1] in layers)
+
+    params = _load(target, wanted, "float32", mesh, rules)
+    return params["layers"], params["final_norm"]
+
+
+def _load(
+    target: Target, wanted: Callable[[ParamPath], bool], dtype: str, mesh: Mesh, rules: ShardingRules | None
+) -> dict:
     if dtype not in DTYPES:
         raise UserError(f"Target dtype {dtype!r} is not supported; choose float32 or bfloat16.")
     module = nnx.eval_shape(lambda: Qwen3Model(target.config, rngs=nnx.Rngs(0)))
-    leaves = {path: leaf for path, leaf in flatten_dict(split(module)[1]).items() if path in _TABLES}
-    params = load_params(
+    return load_params(
         TensorFolder(resolve_folder(target.name)),
         target_tensor_map(target.config),
-        leaves,
+        {path: leaf for path, leaf in flatten_dict(split(module)[1]).items() if wanted(path)},
         flatten_dict(parameter_shardings(module, mesh, rules or ShardingRules())),
         lambda path: DTYPES[dtype],
     )
-    return replace(target, params=params)

@@ -4,6 +4,7 @@ Axes: R request slots, W = K + 1 rows of a block (anchor and drafts), S cached p
 bucket. Plain decoding is this loop with no drafter: K = 0, W = 1.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -176,7 +177,12 @@ class DecodeLoop:
         choice = jnp.searchsorted(buckets, needed)  # the last bucket holds every row, so this is in range
         branches = [partial(self._verify_bucket, target, size) for size in self.buckets]
         operands = (state.target_cache, block, starts, wanted)
-        out = branches[0](*operands) if len(branches) == 1 else jax.lax.switch(choice, branches, *operands)
+        if len(branches) == 1:
+            # Still a branch: in straight-line code XLA may write a layer's new K/V before its attention has read the
+            # cache, and so copies the whole cache first, every round.
+            out = jax.lax.cond(needed > 0, branches[0], partial(_nothing, branches[0]), *operands)
+        else:
+            out = jax.lax.switch(choice, branches, *operands)
         return out, buckets[choice]
 
     def _verify_bucket(
@@ -261,6 +267,11 @@ class DecodeLoop:
             return done + 1, self.round(params, current)[0]
 
         return jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), state))[1]
+
+
+def _nothing(branch: Callable, *operands: Any) -> Any:
+    """Zeros in the shape of what `branch` returns."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(branch, *operands))
 
 
 @partial(jax.jit, static_argnums=0)

@@ -40,7 +40,7 @@ def sampling_law(logits: Float[Array, "r *n v"], params: SamplingParams) -> Floa
     logits = logits.astype(jnp.float32)
 
     def greedy() -> Array:
-        return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=jnp.float32)
+        return jax.nn.one_hot(first_argmax(logits), logits.shape[-1], dtype=jnp.float32)
 
     def sampled() -> Array:
         scaled = logits / jnp.maximum(params.temperature, GREEDY_BELOW)[expand]
@@ -109,7 +109,14 @@ def draw_token(
     def gumbel() -> Array:
         folded = fold_keys(keys, positions, jnp.full((1,), offset), purpose)[:, 0]
         noise = jax.vmap(lambda key: jax.random.gumbel(key, law.shape[1:]))(folded)
-        return jnp.argmax(jnp.log(law) + noise, axis=-1)
+        return first_argmax(jnp.log(law) + noise)
 
-    drawn = jax.lax.cond(jnp.any(params.stochastic), gumbel, lambda: jnp.argmax(law, axis=-1))
-    return drawn.astype(jnp.int32)
+    return jax.lax.cond(jnp.any(params.stochastic), gumbel, lambda: first_argmax(law))
+
+
+def first_argmax(x: Float[Array, "*n v"]) -> Int[Array, "*n"]:
+    """int32 index of the largest entry, the lowest at a tie. Two plain reductions: XLA:CPU doesn't vectorise argmax's
+    reduction over pairs, which at a draft's seven rows cost as much as the backbone."""
+    size = x.shape[-1]
+    hits = jnp.where(x == jnp.max(x, axis=-1, keepdims=True), jnp.arange(size, dtype=jnp.int32), size - 1)
+    return jnp.min(hits, axis=-1)

@@ -1,10 +1,11 @@
 """Kinds of drafters by name, and what a drafter on disk or in memory is: `LoadedDrafter`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from dspark_jax.drafters.config import DrafterConfig
@@ -80,3 +81,27 @@ def new_drafter(name: str, hf_config: Mapping[str, Any], key: jax.Array) -> Load
     graphdef, _ = split(skeleton(hf_config))
     # Not jitted: random bits compile slowly on a CPU, and one by one each shape compiles once.
     return LoadedDrafter(name, DrafterConfig.from_hf_dict(hf_config), graphdef, new_params(hf_config, key), hf_config)
+
+
+def graft_target_layers(params: dict, layers: Sequence[dict], final_norm: dict) -> dict:
+    """`params` with its draft layers and norms replaced by the target's: layers[i] becomes draft layer i.
+
+    W_c keeps half of its noise and passes the last tap through, so that the layers' K/V see what they were trained on.
+    Raises UserError when the drafter's dimensions are not the target's.
+    """
+    backbone = dict(params["backbone"])
+    fresh = backbone["layers"]
+    for i, layer in enumerate(layers):
+        shapes = [jax.tree.map(jnp.shape, tree) for tree in (layer, fresh[i])]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                "The draft layers differ from the target's in shape, so they can't start as copies of them; leave out "
+                "drafter.init_target_layers, or the overrides of heads and MLP width."
+            )
+    weight = backbone["fc"]["weight_io"]
+    size = weight.shape[1]
+    backbone["layers"] = dict(enumerate(layers))
+    backbone["norm"] = final_norm
+    backbone["hidden_norm"] = layers[0]["input_norm"]
+    backbone["fc"] = {"weight_io": (0.5 * weight).at[-size:].add(jnp.eye(size, dtype=weight.dtype))}
+    return {**params, "backbone": backbone}
