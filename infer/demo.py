@@ -27,11 +27,12 @@ class DemoSettings:
     folder: Path = Path("runs/demo")
     """Where everything goes."""
     target: str = "assets/embedded_target"
-    prompts: int = 300
+    prompts: int = 600
     """Training prompts of each domain."""
     heldout: int = 20
     """Held-out prompts of each domain."""
-    epochs: int = 8
+    steps: int = 3000
+    """Optimizer steps of the drafter."""
     repeats: int = 5
     """Alternations of plain and speculative decoding at temperature 0."""
 
@@ -44,20 +45,21 @@ def steps(settings: DemoSettings) -> dict[str, list[str]]:
         "regenerate answers": [
             *("train.prepare_data", "--target", target, "--embedded-prompts", "code,chat,math"),
             *("--limit", str(settings.prompts), "--output", str(conversations), "--max-new-tokens", "128"),
-            *("--slots", "32"),
+            *("--slots", "64", "--dtype", "float32"),
         ],
         "cache target features": [
             *("train.build_cache", "--target", target, "--conversations", str(conversations), "--output", str(cache)),
-            *("--layers", "1,3,5,7", "--max-length", "256", "--dtype", "float32"),
+            *("--layers", "1,4,7,8", "--max-length", "256", "--compute-dtype", "float32"),
         ],
         "train the drafter": [
             *("train.fit", "--config", "embedded_dspark", "--target", target, "--data.cache", str(cache)),
-            *("--run-dir", str(folder / "fit"), "--epochs", str(settings.epochs)),
+            *("--run-dir", str(folder / "fit"), "--max-steps", str(settings.steps), "--epochs", "1000"),
         ],
         "held-out prompts": ["train.corpora", "--limit", str(settings.heldout), "--output", str(heldout)],
         "decode held-out prompts": [
             *("infer.bench", "--target", target, "--drafter", str(folder / "fit" / "drafter")),
             *("--prompts", str(heldout), "--output", str(folder / "bench"), "--repeats", str(settings.repeats)),
+            *("--dtype", "float32"),
         ],
     }
 

@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict
 
 from dspark_jax.checkpoints.deepspec import load_drafter, save_drafter
 from dspark_jax.checkpoints.huggingface import load_target, save_target
-from dspark_jax.decoding.engine import DecodeConfig, Request, generate
+from dspark_jax.decoding.engine import DecodeConfig, Engine, Request, generate
 from dspark_jax.sharding import ShardingRules, make_mesh
 from tests.decoding_tiny import prompts, tiny_pair
 
@@ -62,6 +62,11 @@ def check_generate(folder: Path) -> None:
         drafter = load_drafter(folder / "drafter", target, mesh=mesh, rules=rules)
         found = generate(target, drafter, requests, config)
         assert [g.tokens for g in found] == [g.tokens for g in expected]
+        engine = Engine(target, drafter, DecodeConfig(max_new_tokens=12, slots=8, rounds_per_dispatch=2), 40)
+        engine.submit(0, requests[0])
+        engine.step()
+        for leaf in jax.tree.leaves((engine.state.target_cache, engine.state.draft)):
+            assert {shard.data.nbytes for shard in leaf.addressable_shards} == {leaf.nbytes // 8}
 
 
 if __name__ == "__main__":

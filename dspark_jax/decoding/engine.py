@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from dspark_jax.decoding.loop import DecodeLoop, LoopParams, admit, init_state, run_rounds
 from dspark_jax.decoding.sampling import SamplingParams
@@ -141,6 +142,7 @@ class Engine:
             buckets=buckets,
             stop_slots=self.stop_slots,
             policy=self.config.policy,
+            mesh=parameter_mesh(self.target.params),
         )
         self.params = LoopParams(self.target.params, {} if self.drafter is None else self.drafter.params)
         self.state = init_state(self.loop, self.params)
@@ -267,6 +269,14 @@ class Engine:
         if self.target.tokenizer is None:
             return ""
         return self.target.tokenizer.decode(list(tokens[:-1] if stopped else tokens))
+
+
+def parameter_mesh(params: dict) -> Mesh | None:
+    """The mesh that parameters were loaded over, None when one device holds them."""
+    sharding = jax.tree.leaves(params)[0].sharding
+    if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh) or sharding.mesh.size == 1:
+        return None
+    return sharding.mesh
 
 
 def tokenize_prompt(target: Target, prompt: Prompt) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
 from dspark_jax.decoding.acceptance import AcceptanceRule, RejectionSampling, first_stop
@@ -19,6 +20,7 @@ from dspark_jax.decoding.sampling import DRAFT, RESIDUAL, SamplingParams, draw_t
 from dspark_jax.decoding.scheduler import Fixed, VerifyPolicy
 from dspark_jax.decoding.state import Admission, DecodeState, RoundCounters, RoundRecord, empty_counters
 from dspark_jax.drafters.protocol import Drafter, DraftOutput, SharedTables
+from dspark_jax.sharding import ShardingRules
 from dspark_jax.targets.attention import CachedBlock, Causal, KeysValues, PackedRows
 from dspark_jax.targets.kv_cache import append_rows, empty_cache, head_major, insert_rows
 from dspark_jax.targets.qwen3 import Qwen3Model
@@ -56,6 +58,7 @@ class DecodeLoop:
     stop_slots: int
     policy: VerifyPolicy = Fixed()
     rule: AcceptanceRule = RejectionSampling()
+    mesh: Mesh | None = None  # devices that the parameters are spread over; slots are spread over them too
 
     @cached_property
     def _hash(self) -> int:
@@ -68,6 +71,14 @@ class DecodeLoop:
     def width(self) -> int:
         return self.block + 1
 
+    def _place(self, state: DecodeState) -> DecodeState:
+        """Slots over all devices where their number allows it, else the whole state on each."""
+        if self.mesh is None:
+            return state
+        rules = ShardingRules() if self.requests % self.mesh.size == 0 else ShardingRules(batch=None)
+        spec = NamedSharding(self.mesh, rules.spec(["batch"]))
+        return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, spec), state)
+
     def _models(self, params: LoopParams) -> tuple[Qwen3Model, Drafter | None]:
         target = nnx.merge(self.target, params.target)
         return target, None if self.drafter is None else nnx.merge(self.drafter, params.drafter)
@@ -78,7 +89,7 @@ class DecodeLoop:
         config, r = target.config, self.requests
         dtype = params.target["embed_weight_vd"].dtype
         zeros, flags = jnp.zeros((r,), jnp.int32), jnp.zeros((r,), bool)
-        return DecodeState(
+        empty = DecodeState(
             tokens=jnp.zeros((r, self.size), jnp.int32),
             length=zeros + 1,
             limit=zeros + 1,
@@ -92,6 +103,7 @@ class DecodeLoop:
             draft=() if drafter is None else drafter.init_state(r, self.size, dtype),
             counters=empty_counters(r, self.block),
         )
+        return self._place(empty)
 
     def admit(self, params: LoopParams, state: DecodeState, new: Admission) -> DecodeState:
         """Prefills A prompts into slots and samples the first token of each: its first anchor (golden/NOTES 32)."""
@@ -124,7 +136,7 @@ class DecodeLoop:
             target_cache=tuple(head_major(kv) for kv in out.kv),
             draft=(),
         )
-        return replace(insert_rows(replace(state, draft=()), entering, new.slots), draft=draft)
+        return self._place(replace(insert_rows(replace(state, draft=()), entering, new.slots), draft=draft))
 
     def round(self, params: LoopParams, state: DecodeState) -> tuple[DecodeState, RoundRecord]:
         """One round for every slot: draft, schedule, verify, accept, commit (SPEC section 1)."""
@@ -266,7 +278,7 @@ class DecodeLoop:
             done, current = carry
             return done + 1, self.round(params, current)[0]
 
-        return jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), state))[1]
+        return self._place(jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), state))[1])
 
 
 def _nothing(branch: Callable, *operands: Any) -> Any:
