@@ -72,7 +72,13 @@ def check_decode(case: Path) -> Iterator[Result]:
 def play(
     target: Target, drafter: LoadedDrafter | None, prompt: list[int], config: DecodeConfig
 ) -> tuple[list[int], list[Any]]:
-    """(prompt and new tokens, the round records) of one request, round by round through the compiled round."""
+    """(prompt and new tokens, the round records) of one request, round by round through the compiled round.
+
+    The reference stops once the anchor's position reaches the limit, not the token count: with exactly max_new_tokens
+    there it still plays a round whose tokens it cuts off. One more token of room plays the same rounds here.
+    """
+    wanted = len(prompt) + config.max_new_tokens
+    config = replace(config, max_new_tokens=config.max_new_tokens + 1)
     block = 0 if drafter is None else drafter.config.block_size
     if isinstance(config.policy, Fixed):  # verify lengths never vary: one bucket compiles in a third of the time
         config = replace(config, buckets=(block + 1,))
@@ -84,7 +90,7 @@ def play(
         engine.state, record = run_round(engine.loop, engine.params, engine.state)
         records.append(jax.tree.map(lambda x: np.asarray(x[0]) if x.ndim else np.asarray(x), record))
     tokens = np.asarray(engine.state.tokens[0, : int(engine.state.length[0])])
-    return tokens.tolist(), records
+    return tokens[:wanted].tolist(), records
 
 
 class Forward:

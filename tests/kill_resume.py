@@ -198,7 +198,7 @@ def main() -> int:
         scratch = options.scratch or Path(temporary)
         scratch.mkdir(parents=True, exist_ok=True)
         target = options.target or (EMBEDDED if (EMBEDDED / "config.json").exists() else None)
-        target = target or write_tiny_target(scratch / "target")
+        target = target or write_tiny_target(scratch / "target", num_hidden_layers=3)
         task = TASKS[options.task](target.resolve(), scratch.resolve())
         return 1 if kill_and_compare(task, scratch.resolve(), options.times, options.seed) else 0
 

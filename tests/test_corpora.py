@@ -108,7 +108,8 @@ def test_tokenizer_round_trips_and_splits_digits(tokenizer: Tokenizer) -> None:
 
 
 def test_training_tokens_are_what_the_chat_format_renders(tokenizer: Tokenizer, folder: Path) -> None:
-    """Drafters train on `encode_conversation` and decode from `encode_prompt`; the target must know both forms."""
+    """Drafters train on `encode_conversation` and decode from `encode_prompt`: one text, which the target was taught
+    beside the form without a system message."""
     from transformers import AutoTokenizer
 
     loaded = AutoTokenizer.from_pretrained(folder)
@@ -122,10 +123,11 @@ def test_training_tokens_are_what_the_chat_format_renders(tokenizer: Tokenizer, 
             np.testing.assert_array_equal(ours.tokens, theirs.input_ids)
             np.testing.assert_array_equal(ours.weights == 1.0, theirs.loss_mask == 1)
         else:
-            prompt = encode_prompt(loaded, item["messages"][:1])
-            np.testing.assert_array_equal(ours.tokens[: len(prompt)], prompt)
-            np.testing.assert_array_equal(ours.weights[len(prompt) :], 1.0)
-            np.testing.assert_array_equal(ours.weights[: len(prompt)], 0.25)
+            header = len(theirs.input_ids) - len(ours.tokens)  # the default system message, which `ours` goes without
+            np.testing.assert_array_equal(ours.tokens, theirs.input_ids[header:])
+            np.testing.assert_array_equal(ours.weights == 1.0, theirs.loss_mask[header:] == 1)
+        prompt = encode_prompt(loaded, item["messages"][:1])
+        np.testing.assert_array_equal(theirs.input_ids[: len(prompt)], prompt)
     assert 15 <= with_system <= 45
 
 
