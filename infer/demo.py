@@ -27,11 +27,11 @@ class DemoSettings:
     folder: Path = Path("runs/demo")
     """Where everything goes."""
     target: str = "assets/embedded_target"
-    prompts: int = 600
+    prompts: int = 500
     """Training prompts of each domain."""
     heldout: int = 20
     """Held-out prompts of each domain."""
-    steps: int = 3000
+    steps: int = 2600
     """Optimizer steps of the drafter."""
     repeats: int = 5
     """Alternations of plain and speculative decoding at temperature 0."""
