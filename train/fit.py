@@ -21,7 +21,8 @@ from dspark_jax.training.step import TrainState
 from train.loop import train
 from train.plan import RunPlan, make_plan
 from train.report import summarise, table
-from train.run_folder import require_same_run, write_config, write_json
+from train.run_folder import require_same_run, write_config
+from train.sidecar import write_json
 from train.trainer import Trainer
 
 EXPORT_ONLY = "--export-only"

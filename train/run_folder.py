@@ -19,6 +19,7 @@ from tensorboardX import SummaryWriter
 from configs.cli import from_json, to_json
 from configs.schema import TrainConfig
 from dspark_jax.errors import UserError
+from train.sidecar import write_json
 
 # How a run is laid out on devices and how often it is saved may change between a stop and the next start.
 FREE_TO_CHANGE = ("run_dir", "mesh", "checkpoint")
@@ -52,13 +53,6 @@ def require_same_run(folder: Path, config: TrainConfig) -> None:
 def write_config(folder: Path, config: TrainConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", to_json(config))
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes beside the file and renames, so that a kill leaves the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def _first_difference(found: Any, wanted: Any, prefix: str = "") -> tuple[str, Any, Any] | None:
