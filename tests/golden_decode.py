@@ -110,7 +110,7 @@ class Forward:
             module = drafter.model(params)
             context = module.context(taps)
             hidden = module._block_hidden(self.shared, context, previous[..., 0], anchors)
-            base = module._base_logits(self.shared, hidden)
+            base = self.shared.logits(hidden)
             return base, module.train_outputs(self.shared, context, previous, anchors)
 
         self._run, self._blocks = jax.jit(run), jax.jit(blocks)

@@ -101,7 +101,7 @@ def save_drafter(
     if frozen_copies:
         shared = shared_tables(target)
         frozen = {("embed",): Stored(EMBEDDING), ("head",): Stored(HEAD)}
-        tensors |= stored_tensors(frozen, shared._asdict(), dtype)
+        tensors |= stored_tensors(frozen, {"embed": shared.embed, "head": shared.head}, dtype)
     write_tensors(folder / "model.safetensors", tensors)
     write_json(folder / "config.json", {**drafter.hf_config, "dtype": dtype})
 

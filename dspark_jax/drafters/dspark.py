@@ -60,7 +60,7 @@ class DSpark(nnx.Module):
     ) -> DraftOutput:  # fmt: skip
         """One parallel pass for h and U, then K cheap sequential draws from softmax(U_k + B_k)."""
         hidden = self._block_hidden(shared, state, anchors[:, None], positions[:, None])[:, 0]
-        base = self._base_logits(shared, hidden)
+        base = shared.logits(hidden)
         markov = self.markov_head
         carry = None if markov is None else markov.init(anchors.shape)
         previous, tokens, probs, embeddings = anchors, [], [], []
@@ -90,7 +90,7 @@ class DSpark(nnx.Module):
         previous: x_{k-1} of every position; previous[..., 0] is the anchor's token.
         """
         hidden = self._block_hidden(shared, context, previous[..., 0], anchors)
-        logits, embeddings = self._base_logits(shared, hidden), None
+        logits, embeddings = shared.logits(hidden), None
         if self.markov_head is not None:
             embeddings = self.markov_head.embed(previous)
             logits = logits + self.markov_head.bias(self.markov_head.teacher_forced(embeddings, hidden))
@@ -99,10 +99,7 @@ class DSpark(nnx.Module):
     def _block_hidden(self, shared: SharedTables, context: KVCache, tokens: Array, anchors: Array) -> Array:
         masks = jnp.full((*tokens.shape, self.block_size - 1), self.config.mask_token_id, tokens.dtype)
         inputs = jnp.concatenate([tokens[..., None], masks], axis=-1)
-        return self.backbone(jnp.take(shared.embed, inputs, axis=0), anchors, context)
-
-    def _base_logits(self, shared: SharedTables, hidden: Array) -> Array:
-        return jnp.einsum("...d,vd->...v", hidden, shared.head, preferred_element_type=jnp.float32)
+        return self.backbone(shared.rows(inputs), anchors, context)
 
     def _confidence(self, hidden: Array, embeddings: Array | None) -> Array | None:
         if self.confidence_head is None:

@@ -4,8 +4,11 @@ Axes: R request slots, W rows of a commit (block + 1), K block position, T conte
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 # (logits [R, V] float32, block offset k) -> (tokens [R] int32, probs [R, V]: the law the token was drawn from).
@@ -13,11 +16,28 @@ SampleFn = Callable[[Array, int], tuple[Array, Array]]
 DraftState = Any
 
 
-class SharedTables(NamedTuple):
-    """The target's frozen embedding [V, D] and output head [V, D], borrowed, never trained."""
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SharedTables:
+    """The target's frozen embedding [V, D] and output head [V, D], borrowed, never trained, and how they are read.
+
+    `embed_scale` multiplies embedded rows, rounded to their dtype first (golden/NOTES 56); `softcap` bounds logits.
+    """
 
     embed: Array
     head: Array
+    embed_scale: float = field(default=1.0, metadata={"static": True})
+    softcap: float | None = field(default=None, metadata={"static": True})
+
+    def rows(self, tokens: Int[Array, "*n"]) -> Float[Array, "*n d"]:
+        """Embeddings of tokens, as the target's first layer sees them."""
+        rows = jnp.take(self.embed, tokens, axis=0)
+        return rows if self.embed_scale == 1.0 else rows * jnp.asarray(self.embed_scale, rows.dtype)
+
+    def logits(self, hidden: Float[Array, "*n d"]) -> Float[Array, "*n v"]:
+        """float32 logits of final-normed hidden states."""
+        logits = jnp.einsum("...d,vd->...v", hidden, self.head, preferred_element_type=jnp.float32)
+        return logits if self.softcap is None else jnp.tanh(logits / self.softcap) * self.softcap
 
 
 class DraftOutput(NamedTuple):

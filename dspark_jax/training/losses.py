@@ -94,10 +94,7 @@ def target_logits(shared: SharedTables, last_hidden: Float[Array, "b t d"], bloc
     """float32 logits of the target for every label, from its last hidden state one position before (NOTES 22)."""
     rows = blocks.sources.reshape(blocks.sources.shape[0], -1, 1)
     hidden = jnp.take_along_axis(last_hidden, rows, axis=1).reshape(*blocks.sources.shape, -1)
-    logits = jnp.einsum(
-        "bnkd,vd->bnkv", hidden.astype(shared.head.dtype), shared.head, preferred_element_type=jnp.float32
-    )
-    return jax.lax.stop_gradient(logits)
+    return jax.lax.stop_gradient(shared.logits(hidden.astype(shared.head.dtype)))
 
 
 def total_variation_l1(draft_logits: Array, other_logits: Array) -> Array:
