@@ -1,0 +1,151 @@
+"""The two tables beside a drafter that SGLang reads: `sts.json` (temperatures) and `sps.json` (steps per second).
+
+Axes: K block position. Both are plain JSON; a table that a server would refuse is refused here, in a sentence.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from dspark_jax.checkpoints.tensors import read_json, write_json
+from dspark_jax.errors import UserError
+
+STS_FILE, SPS_FILE = "sts.json", "sps.json"
+
+
+@dataclass(frozen=True)
+class StsTable:
+    """Sequential temperature scaling: the confidence of position k is sigmoid(logit_k / temperatures[k]), K of them.
+
+    A server refuses a vector whose length is not the drafter's block size. The expected calibration errors are of the
+    cumulative product, by position; () where they were not measured.
+    """
+
+    temperatures: tuple[float, ...]
+    dataset: str = ""
+    num_samples: int = 0
+    ece_before: tuple[float, ...] = ()
+    ece_after: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.temperatures or any(not math.isfinite(t) or t <= 0 for t in self.temperatures):
+            raise UserError(
+                f"The STS temperatures are {list(self.temperatures)}; expected one finite number above 0 for every "
+                "block position. Calibrate again."
+            )
+        for name in ("ece_before", "ece_after"):
+            if getattr(self, name) and len(getattr(self, name)) != len(self.temperatures):
+                raise UserError(
+                    f"The STS table has {len(getattr(self, name))} values of {name} for {len(self.temperatures)} "
+                    "temperatures; expected one for each, or none."
+                )
+
+    def check_block(self, block_size: int) -> None:
+        """UserError unless there is a temperature for every one of `block_size` positions."""
+        if len(self.temperatures) != block_size:
+            raise UserError(
+                f"The STS table has {len(self.temperatures)} temperatures, the drafter's block {block_size} positions; "
+                "give the table that was calibrated for this drafter."
+            )
+
+
+@dataclass(frozen=True)
+class SpsTable:
+    """Steps per second of the verify pass at measured batch sizes in tokens; in between, the next smaller one's."""
+
+    sample_batch_tokens: tuple[int, ...]
+    sample_steps_per_sec: tuple[float, ...]
+    max_batch_tokens: int
+
+    def __post_init__(self) -> None:
+        _check_probes("sample_batch_tokens", self.sample_batch_tokens, self.sample_steps_per_sec)
+        if any(not math.isfinite(s) or s <= 0 for s in self.sample_steps_per_sec):
+            raise UserError(
+                f"The SPS table's sample_steps_per_sec are {list(self.sample_steps_per_sec)}; expected finite numbers "
+                "above 0. Profile again."
+            )
+        if self.max_batch_tokens < self.sample_batch_tokens[-1]:
+            raise UserError(
+                f"The SPS table's max_batch_tokens is {self.max_batch_tokens}, below its largest probe "
+                f"{self.sample_batch_tokens[-1]}; expected that or more."
+            )
+
+    def steps_per_second(self, batch_tokens: int) -> float:
+        """Of the largest probe that is not above `batch_tokens`, of the smallest probe below it all."""
+        below = sum(probe <= batch_tokens for probe in self.sample_batch_tokens)
+        return self.sample_steps_per_sec[max(below - 1, 0)]
+
+
+@dataclass(frozen=True)
+class SpsAdditiveTable:
+    """Step time in parts: bias + alpha(requests) + theta(requests + drafts), linear between probes, flat outside."""
+
+    bias_seconds: float
+    bs_probes: tuple[int, ...]
+    alpha_seconds: tuple[float, ...]
+    m_probes: tuple[int, ...]
+    theta_seconds: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        _check_probes("bs_probes", self.bs_probes, self.alpha_seconds)
+        _check_probes("m_probes", self.m_probes, self.theta_seconds)
+        if not math.isfinite(self.bias_seconds) or self.bias_seconds <= 0:
+            raise UserError(f"The SPS table's bias_seconds is {self.bias_seconds}; expected a number above 0.")
+
+    def step_seconds(self, requests: int, drafts: int) -> float:
+        """Of a step that verifies `drafts` drafted tokens of `requests` requests together."""
+        alpha = _interpolate(self.bs_probes, self.alpha_seconds, requests)
+        return self.bias_seconds + alpha + _interpolate(self.m_probes, self.theta_seconds, requests + drafts)
+
+
+def write_sts(path: str | Path, table: StsTable) -> None:
+    write_json(Path(path), _plain(table))
+
+
+def read_sts(path: str | Path) -> StsTable:
+    """UserError where the file is missing, no JSON or no table that a server takes."""
+    return _table(StsTable, read_json(Path(path)), Path(path))
+
+
+def write_sps(path: str | Path, table: SpsTable | SpsAdditiveTable) -> None:
+    write_json(Path(path), _plain(table))
+
+
+def read_sps(path: str | Path) -> SpsTable | SpsAdditiveTable:
+    """The additive form if the file names `bias_seconds`, as SGLang decides; UserError as `read_sts`."""
+    content = read_json(Path(path))
+    return _table(SpsAdditiveTable if "bias_seconds" in content else SpsTable, content, Path(path))
+
+
+def _plain(table: Any) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(table).items()}
+
+
+def _table(kind: type, content: Mapping[str, Any], path: Path) -> Any:
+    names = {field.name for field in fields(kind)}
+    unknown = sorted(set(content) - names)
+    if unknown:
+        raise UserError(f"{path} has the field {unknown[0]!r}; expected {', '.join(sorted(names))}.")
+    try:
+        return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in content.items()})
+    except TypeError as error:
+        raise UserError(f"{path} is no serving table ({error}); expected {', '.join(sorted(names))}.") from None
+
+
+def _check_probes(name: str, probes: Sequence[int], values: Sequence[float]) -> None:
+    if not probes or list(probes) != sorted(set(probes)) or len(probes) != len(values):
+        raise UserError(
+            f"The SPS table's {name} are {list(probes)} with {len(values)} values; expected increasing probes, one or "
+            "more, and a value for each."
+        )
+
+
+def _interpolate(xs: Sequence[int], ys: Sequence[float], x: float) -> float:
+    if x <= xs[0]:
+        return ys[0]
+    for (x0, y0), (x1, y1) in zip(zip(xs, ys, strict=True), list(zip(xs, ys, strict=True))[1:], strict=False):
+        if x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return ys[-1]
