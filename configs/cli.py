@@ -30,10 +30,20 @@ import configs
 from configs.serialise import from_json, to_json
 from dspark_jax.errors import UserError
 
-__all__ = ["config_names", "did_you_mean", "from_json", "load_config", "parse", "parse_named", "program", "to_json"]
+__all__ = [
+    "config_names",
+    "did_you_mean",
+    "divide_options",
+    "from_json",
+    "load_config",
+    "parse",
+    "parse_named",
+    "program",
+    "to_json",
+]
 
 C = TypeVar("C")
-NOT_EXPERIMENTS = {"cli", "schema", "serialise"}
+NOT_EXPERIMENTS = {"cli", "schema", "serialise", "sweep", "sweeps"}
 
 
 def program(main: Callable[[list[str]], Any]) -> Callable[..., Any]:
@@ -121,6 +131,19 @@ def parse(config: Any, argv: Sequence[str], description: str | None = None) -> A
         if stop.code in (0, None):
             raise
         raise UserError(_first_paragraph(complaints.getvalue())) from None
+
+
+def divide_options(argv: Sequence[str], cls: type) -> tuple[list[str], list[str]]:
+    """(options of the dataclass `cls` with their values, everything else in its order)."""
+    flags = _flags(cls)
+    mine: list[str] = []
+    rest: list[str] = []
+    taken = rest
+    for word in argv:
+        if word.startswith("--") and len(word) > 2:
+            taken = mine if word.split("=", 1)[0].replace("_", "-") in flags else rest
+        taken.append(word)
+    return mine, rest
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -1,6 +1,6 @@
 """Kills a program with SIGKILL at random moments, runs it again until it is done, and compares with an undisturbed run.
 
-    python -m tests.kill_resume {regenerate|cache|train} --times 10 [--target DIR] [--seed N] [--scratch DIR]
+    python -m tests.kill_resume {regenerate|cache|train|sweep} --times 10 [--target DIR] [--seed N] [--scratch DIR]
 
 Kills are spread over the work by what stands on the disk, each at a random moment after its share; every fourth comes
 at a random moment of the start-up. Prints a line a kill and a verdict; exits 1 when any compared file differs.
@@ -85,7 +85,29 @@ def train_task(target: Path, scratch: Path) -> Task:
     return Task("train", command, steps, ("drafter/config.json", "drafter/model.safetensors"))
 
 
-TASKS = {"regenerate": regenerate_task, "cache": cache_task, "train": train_task}
+def sweep_task(target: Path, scratch: Path) -> Task:
+    """train.sweep of six short trainings; what a killed sweep had started lives on, and the next run waits for it."""
+    (scratch / "six.py").write_text(SIX_POINTS, encoding="utf-8")
+
+    def command(folder: Path) -> list[str]:
+        return ["train.sweep", str(scratch / "six.py"), "--target", str(target), "--output", str(folder)]
+
+    def points(folder: Path) -> int:
+        return len(list(folder.glob("*/metrics.json")))
+
+    return Task("sweep", command, points, ("*/drafter/config.json", "*/drafter/model.safetensors"))
+
+
+SIX_POINTS = """
+from configs.cli import load_config
+from configs.sweep import Sweep, axis, fixed, product
+
+def get_sweep():
+    layers = fixed(drafter__target_layer_ids=(0, 1))
+    return Sweep("six", load_config("debug"), product(layers, axis("drafter.block_size", 2, 3), axis("seed", 0, 1, 2)))
+"""
+
+TASKS = {"regenerate": regenerate_task, "cache": cache_task, "train": train_task, "sweep": sweep_task}
 
 
 def kill_and_compare(task: Task, scratch: Path, times: int, seed: int = 0) -> list[str]:

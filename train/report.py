@@ -1,6 +1,7 @@
 """What is left of a run when it is over: metrics.json and a table."""
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +51,11 @@ def table(summary: dict[str, Any]) -> str:
 def _parts(summary: dict[str, Any], total: str, *terms: str) -> str:
     named = [f"{term.removesuffix('_loss')} {summary[term]:.4f}" for term in terms if term in summary]
     return f"{summary[total]:.4f} ({', '.join(named)})"
+
+
+def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Left-aligned columns under a rule."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in [header, *rows]]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,18 @@
+"""How long the block: 4, 8, 12 and 16 draft tokens without a head, with the Markov and with the RNN head (Figure 4).
+
+Command:   python -m train.sweep configs/sweeps/block_length.py --data.cache runs/demo/cache --max-steps 1000
+Hardware:  2 CPU cores; a few minutes a point, more for long blocks.
+Expected:  not measured here; in the paper the gain over no head grows with the block.
+"""
+
+from configs.cli import load_config
+from configs.sweep import Sweep, axis, chain, fixed, product
+
+
+def get_sweep() -> Sweep:
+    none = fixed(
+        drafter__markov_rank=0, drafter__enable_confidence_head=False, drafter__confidence_head_with_markov=False
+    )
+    heads = chain(none, axis("drafter.markov_head_type", "vanilla", "rnn"))
+    blocks = axis("drafter.block_size", 4, 8, 12, 16)
+    return Sweep("block_length", load_config("embedded_dspark"), product(heads, blocks))

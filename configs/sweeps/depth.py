@@ -1,0 +1,19 @@
+"""How deep the drafter: DSpark and DFlash with one to three draft layers (paper, Figure 3).
+
+Command:   python -m train.sweep configs/sweeps/depth.py --data.cache runs/demo/cache --max-steps 1000
+Hardware:  2 CPU cores; a few minutes a point.
+Expected:  not measured here; in the paper a 2-layer DSpark accepts more than a 5-layer DFlash.
+"""
+
+from configs.cli import load_config
+from configs.sweep import Sweep, axis, chain, fixed, product, zipped
+
+
+def get_sweep() -> Sweep:
+    # The draft layers start as copies of the target's last ones, so these change with the depth.
+    layers = axis("drafter.num_layers", 1, 2, 3)
+    copies = axis("drafter.init_target_layers", (8,), (8, 9), (7, 8, 9))
+    plain = fixed(drafter__markov_rank=0, drafter__enable_confidence_head=False)
+    plain = product(plain, fixed(drafter__confidence_head_with_markov=False))
+    depths = zipped(layers, copies)
+    return Sweep("depth", load_config("embedded_dspark"), chain(depths, product(depths, plain)))

@@ -1,0 +1,101 @@
+"""Runs every point of a sweep, one process each, and compares them.
+
+    python -m train.sweep configs/sweeps/depth.py [--option value ...]
+    ... --jobs 2                   two points at a time
+    ... --index 3 --count 8        this job's points of an array of eight; any of them may write the summary
+    ... --list                     the points and what they change; nothing is run
+
+Options of the training configuration apply to every point. The same command continues a sweep that was stopped:
+finished points are skipped, one that was under way continues from its checkpoint, one that fails is tried twice and
+reported. OUTPUT/NAME is the run of a point, OUTPUT/logs what it printed, OUTPUT/summary.json and summary.png what came
+out.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from configs.cli import divide_options, parse, program
+from configs.schema import TrainConfig
+from configs.sweep import Sweep, load_sweep, part
+from dspark_jax.errors import UserError
+from train.points import Point, Runner, report_failures
+from train.run_folder import require_same_run
+from train.sidecar import write_json
+from train.sweep_report import summary_plot, summary_rows, summary_table
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """Runs every point of a sweep."""
+
+    output: str = ""
+    """Folder of the points and the summary; empty: runs/sweeps/NAME."""
+    jobs: int = 1
+    """Points run at once, each on its share of the cores."""
+    index: int | None = None
+    """Which part of the points this process runs, counted from 0; None: all."""
+    count: int = 1
+    """Parts that the points are dealt into."""
+    list: bool = False
+    """Print the points and run nothing."""
+    point: str = ""
+    """Run this one point in this process."""
+
+
+@program
+def main(argv: list[str]) -> None:
+    mine, rest = divide_options(argv, SweepSettings)
+    file = rest.pop(0) if rest and not rest[0].startswith("-") else ""
+    if {"-h", "--help"} & set(argv):
+        parse(SweepSettings, ["--help"], description=__doc__)
+    settings, sweep = parse(SweepSettings, mine), load_sweep(file)
+    configs = resolve(sweep, settings, rest)
+    if settings.list:
+        print("\n".join(configs))
+    elif settings.point:
+        run_point(configs, settings.point)
+    else:
+        run_sweep(sweep, settings, configs, argv)
+
+
+def resolve(sweep: Sweep, settings: SweepSettings, options: list[str]) -> dict[str, TrainConfig]:
+    """Every point's configuration, its run below the sweep's folder."""
+    base = parse(sweep.base, options)
+    if base.run_dir != sweep.base.run_dir:
+        raise UserError("Each point of a sweep has a run folder of its own; name the folder of them all with --output.")
+    folder = sweep_folder(sweep, settings)
+    points = sweep.points(base)
+    return {name: replace(config, name=name, run_dir=str(folder / name)) for name, config in points.items()}
+
+
+def sweep_folder(sweep: Sweep, settings: SweepSettings) -> Path:
+    return Path(settings.output or f"runs/sweeps/{sweep.name}")
+
+
+def run_point(configs: dict[str, TrainConfig], name: str) -> None:
+    if name not in configs:
+        raise UserError(f"The sweep has no point {name!r}; its points are {', '.join(configs)}.")
+    from train.fit import fit  # here, so that the program that only starts the points needs no jax
+
+    fit(configs[name])
+
+
+def run_sweep(sweep: Sweep, settings: SweepSettings, configs: dict[str, TrainConfig], argv: list[str]) -> None:
+    for config in configs.values():
+        require_same_run(Path(config.folder), config)
+    folder = sweep_folder(sweep, settings)
+    points = {
+        name: Point(name, ("train.sweep", *argv, "--point", name), Path(config.folder) / "metrics.json")
+        for name, config in configs.items()
+    }
+    runner = Runner(folder / "logs", settings.jobs)
+    failed = runner.run([points[name] for name in part(list(points), settings.index, settings.count)])
+    rows = summary_rows(sweep, {name: point.read() for name, point in points.items() if point.done})
+    write_json(folder / "summary.json", {"name": sweep.name, "metric": sweep.metric, "points": rows, "failed": failed})
+    summary_plot(folder / "summary.png", sweep, rows)
+    print(summary_table(sweep, rows, len(points)))
+    report_failures(failed, runner.logs)
+
+
+if __name__ == "__main__":
+    main()
