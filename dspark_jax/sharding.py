@@ -27,6 +27,7 @@ class ShardingRules:
     kv_heads: str | None = None
     head_dim: str | None = None
     mlp: str | None = None
+    experts: str | None = None
     vocab: str | None = None
     features: str | None = None
     rank: str | None = None

@@ -16,7 +16,7 @@ from pathlib import Path
 
 Result = tuple[str, float, float, bool]
 Check = Callable[[Path], Iterator[Result]]
-COVERED_DRAFTERS = ("Qwen3DSparkModel",)
+COVERED_DRAFTERS = ("Qwen3DSparkModel", "Gemma4DSparkModel")
 
 
 def checks_of(case: Path) -> list[Check] | None:

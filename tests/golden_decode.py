@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dspark_jax.checkpoints.deepspec import load_drafter
+from dspark_jax.checkpoints.deepspec import load_drafter, shared_tables
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.decoding.acceptance import RejectionSampling, first_stop, residual_law
 from dspark_jax.decoding.calibration import calibration_metrics, prefix_survival
@@ -18,7 +18,6 @@ from dspark_jax.decoding.engine import DecodeConfig, Engine, Request
 from dspark_jax.decoding.loop import run_round
 from dspark_jax.decoding.sampling import SamplingParams, sampling_law
 from dspark_jax.decoding.scheduler import Fixed, Threshold
-from dspark_jax.drafters.protocol import SharedTables
 from dspark_jax.drafters.registry import LoadedDrafter
 from dspark_jax.targets.attention import Causal
 from dspark_jax.targets.target import Target
@@ -98,7 +97,7 @@ class Forward:
 
     def __init__(self, target: Target, drafter: LoadedDrafter):
         self.target, self.drafter = target, drafter
-        self.shared = SharedTables(target.params["embed_weight_vd"], target.model(target.params).head_weight())
+        self.shared = shared_tables(target)
 
         def run(params: dict, tokens: Any) -> Any:
             model = target.model(params)

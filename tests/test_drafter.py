@@ -113,7 +113,7 @@ def test_commit_in_pieces_is_prefill_and_rollback_is_a_length() -> None:
 
 
 def test_cache_writes_go_where_they_say() -> None:
-    cache = empty_cache(2, 3, 2, 8, 4, jnp.bfloat16)
+    cache = empty_cache([(2, 4)] * 2, 3, 8, jnp.bfloat16)
     rows = jnp.arange(3 * 2 * 2 * 4, dtype=jnp.float32).reshape(3, 2, 2, 4)
     grown = append_rows(cache, (KeysValues(rows, -rows), KeysValues(rows + 1, rows)), jnp.array([0, 3, 6]))
     assert grown[0].keys.dtype == jnp.bfloat16
@@ -189,11 +189,11 @@ def test_impossible_drafters_are_refused(fields: dict[str, Any], message: str) -
     ("change", "message"),
     [
         ({"vocab_size": 60}, "Vocabulary mismatch: the drafter has 61 tokens, the target 60"),
-        ({"num_layers": 5}, "Target/drafter mismatch: the drafter's num_target_layers is 4, the target has 5"),
+        ({"num_hidden_layers": 5}, "Target/drafter mismatch: the drafter's num_target_layers is 4, the target has 5"),
         ({"hidden_size": 32}, "Target/drafter mismatch: the drafter's hidden_size is 24, the target has 32"),
     ],
 )
 def test_a_drafter_of_another_target_is_refused(change: dict[str, int], message: str) -> None:
-    other = replace(TargetConfig.from_hf_dict(target_hf_config()), **change)
+    other = TargetConfig.from_hf_dict(target_hf_config(**change))
     with pytest.raises(UserError, match=message):
         tiny_drafter().config.check_target(other)

@@ -155,7 +155,7 @@ def test_cached_decoding(pair: tuple[Any, Target, Path]) -> None:
         out = model(rows, positions, CachedBlock(cache, starts))
         return model.logits(out.hidden), append_rows(cache, out.kv, starts)
 
-    cache = empty_cache(config.num_layers, 2, config.num_kv_heads, LENGTH + 4, config.head_dim, jnp.float32)
+    cache = empty_cache(config.kv_shapes, 2, LENGTH + 4, jnp.float32)
     starts, widest = np.array([0, 0]), 4
     kept = [(4, 4), (1, 3), (4, 2), (2, 4), (4, 4), (3, 1), (4, 4)]  # of four rows fed, how many stay per request
     for counts in kept:

@@ -171,10 +171,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no theta": (lambda f: edit(f, rope_theta=None), "gives no rope_theta"),
     "rope": (
         lambda f: edit(f, rope_scaling={"rope_type": "longrope", "factor": 2}),
-        "RoPE scaling 'longrope'; this target reads default, linear, yarn and llama3",
+        "RoPE scaling 'longrope'; targets here read default, linear, yarn, llama3 and proportional",
     ),
-    "model": (lambda f: edit(f, model_type="gpt2"), r"model_type 'gpt2'; this version loads 'qwen3'"),
-    "activation": (lambda f: edit(f, hidden_act="gelu"), "hidden_act 'gelu'; Qwen3 targets use 'silu'"),
+    "model": (lambda f: edit(f, model_type="gpt2"), r"model_type 'gpt2'; targets that load here are gemma4, .*, llama, qwen3, qwen3_moe"),
+    "activation": (lambda f: edit(f, hidden_act="gelu"), "hidden_act 'gelu'; qwen3 targets are implemented with 'silu' only"),
     "layer types": (lambda f: edit(f, layer_types=["full_attention"]), "lists 1 layer_types for 2 layers"),
     "layer type": (lambda f: edit(f, layer_types=["full_attention", "chunked"]), "layer type 'chunked'"),
     "tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), "The tokenizer in .* does not load"),
@@ -215,7 +215,7 @@ def test_rope_is_read_in_both_spellings() -> None:
 
 def test_windows_follow_transformers() -> None:
     def windows(**fields: Any) -> tuple[int | None, ...]:
-        return TargetConfig.from_hf_dict(target_hf_config(**fields)).windows
+        return tuple(layer.window for layer in TargetConfig.from_hf_dict(target_hf_config(**fields)).layers)
 
     kinds = ["sliding_attention", "full_attention"] * 2
     assert windows(sliding_window=8) == (None,) * 4

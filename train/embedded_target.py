@@ -31,7 +31,7 @@ from dspark_jax.errors import UserError
 from dspark_jax.sharding import split
 from dspark_jax.targets.attention import SegmentedCausal
 from dspark_jax.targets.config import TargetConfig
-from dspark_jax.targets.qwen3 import Qwen3Model
+from dspark_jax.targets.registry import target_module
 from train.corpora import DOMAINS, conversations
 from train.embedded_report import evaluate, samples, write_readme
 from train.embedded_tokenizer import END, PAD, VOCABULARY, learn_tokenizer, save_tokenizer
@@ -189,7 +189,7 @@ class Run:
         """A fresh run, or the one that the run folder's checkpoint continues."""
         tokenizer = _tokenizer(recipe)
         config = TargetConfig.from_hf_dict(recipe.hf_config(tokenizer))
-        graphdef, params = split(Qwen3Model(config, rngs=nnx.Rngs(recipe.seed)))
+        graphdef, params = split(target_module(config, rngs=nnx.Rngs(recipe.seed)))
         state = State(params, make_optimizer(recipe).init(params))
         run = cls(recipe, tokenizer, graphdef, state, Progress())
         if run.checkpoint.exists():

@@ -15,7 +15,7 @@ from dspark_jax.checkpoints.tensors import (
     ParamPath,
     Stored,
     TensorFolder,
-    decoder_layer_map,
+    layer_tensor,
     load_params,
     read_json,
     stored_tensors,
@@ -109,7 +109,8 @@ def save_drafter(
 def shared_tables(target: Target) -> SharedTables:
     """The target's embedding and head [V, D], the same array twice when they are tied."""
     embed = target.params["embed_weight_vd"]
-    return SharedTables(embed, embed if target.config.tie_word_embeddings else target.params["head_weight_vd"])
+    head = embed if target.config.tie_word_embeddings else target.params["head_weight_vd"]
+    return SharedTables.of(target.config, embed, head)
 
 
 def drafter_tensor_map(config: DrafterConfig, paths: Iterable[ParamPath]) -> dict[ParamPath, Stored]:
@@ -119,10 +120,10 @@ def drafter_tensor_map(config: DrafterConfig, paths: Iterable[ParamPath]) -> dic
     new head needs no entry here.
     """
     table: dict[ParamPath, Stored] = {}
-    for i in range(config.backbone.num_layers):
-        table |= decoder_layer_map(("backbone", "layers", i), f"layers.{i}", config.backbone.attention_bias)
     for path in paths:
-        if path not in table:
+        if path[:2] == ("backbone", "layers"):
+            table[path] = layer_tensor(path[3:], f"layers.{path[2]}")
+        else:
             modules = path[1:-1] if path[0] == "backbone" else path[:-1]
             leaf, layout = _LEAVES[path[-1]]
             table[path] = Stored(".".join([*modules, leaf]), layout)

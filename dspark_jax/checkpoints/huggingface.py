@@ -1,6 +1,6 @@
 """Targets in Hugging Face layout: config.json, safetensors, tokenizer, generation_config.json; a folder or a hub id."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from dspark_jax.checkpoints.tensors import (
     ParamPath,
     Stored,
     TensorFolder,
-    decoder_layer_map,
+    layer_tensor,
     load_params,
     read_json,
     stored_tensors,
@@ -23,8 +23,8 @@ from dspark_jax.checkpoints.tensors import (
 )
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import ShardingRules, parameter_shardings, split
-from dspark_jax.targets.config import TargetConfig, config_sha256
-from dspark_jax.targets.qwen3 import Qwen3Model
+from dspark_jax.targets.config import TargetConfig, config_sha256, text_config
+from dspark_jax.targets.registry import target_module
 from dspark_jax.targets.target import Target
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -61,7 +61,7 @@ def load_target(
     rules: ShardingRules | None = None,
     tokenizer: bool = True,
 ) -> Target:
-    """Loads a Qwen3 dense target.
+    """Loads a target of any kind in `targets.registry`, the language model alone where the folder is multimodal.
 
     dtype: 'float32' or 'bfloat16'; None keeps the config's. mesh: parameters are placed by `rules`, each device reading
     its own part. Raises UserError when files are missing, cut off or of another model.
@@ -72,12 +72,13 @@ def load_target(
     if (dtype or config.dtype) not in DTYPES:
         raise UserError(f"Target dtype {dtype or config.dtype!r} is not supported; choose float32 or bfloat16.")
     kind = DTYPES[dtype or config.dtype]
-    skeleton = nnx.eval_shape(lambda: Qwen3Model(config, rngs=nnx.Rngs(0)))
+    skeleton = target_skeleton(config)
     graphdef, abstract = split(skeleton)
+    leaves = flatten_dict(abstract)
     shardings = None if mesh is None else flatten_dict(parameter_shardings(skeleton, mesh, rules or ShardingRules()))
-    params = load_params(
-        TensorFolder(folder), target_tensor_map(config), flatten_dict(abstract), shardings, lambda path: kind
-    )
+    tensors = TensorFolder(folder)
+    table = target_tensor_map(leaves, stored_prefix(tensors, hf_config))
+    params = load_params(tensors, table, leaves, shardings, lambda path: kind)
     return Target(
         name=str(path_or_id),
         config=config,
@@ -94,22 +95,36 @@ def save_target(folder: str | Path, hf_config: Mapping[str, Any], params: dict, 
     """Writes config.json and model.safetensors in Hugging Face naming; a tied head is not written."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = TargetConfig.from_hf_dict(hf_config)
+    table = target_tensor_map(flatten_dict(params), _PREFIXES[text_config(hf_config) is not hf_config])
     write_json(folder / "config.json", {**hf_config, "dtype": dtype})
-    write_tensors(folder / "model.safetensors", stored_tensors(target_tensor_map(config), params, dtype))
+    write_tensors(folder / "model.safetensors", stored_tensors(table, params, dtype))
 
 
-def target_tensor_map(config: TargetConfig) -> dict[ParamPath, Stored]:
-    """Parameter path -> Hugging Face tensor of a Qwen3 target."""
-    table: dict[ParamPath, Stored] = {
-        ("embed_weight_vd",): Stored("model.embed_tokens.weight"),
-        ("final_norm", "weight"): Stored("model.norm.weight"),
+# Of the language model's tensors, in text-only and in multimodal files.
+_PREFIXES = ("model", "model.language_model")
+
+
+def stored_prefix(tensors: TensorFolder, hf_config: Mapping[str, Any]) -> str:
+    """The prefix under which the folder has its embedding, whatever its config says: text-only configs are also found
+    beside multimodal tensors. The config's own where there is no embedding under either."""
+    own = _PREFIXES[text_config(hf_config) is not hf_config]
+    for prefix in (own, *_PREFIXES):
+        if f"{prefix}.embed_tokens.weight" in tensors.names:
+            return prefix
+    return own
+
+
+def target_tensor_map(paths: Iterable[ParamPath], prefix: str = "model") -> dict[ParamPath, Stored]:
+    """Parameter path -> Hugging Face tensor, for the parameters at `paths`."""
+    outer = {
+        ("embed_weight_vd",): Stored(f"{prefix}.embed_tokens.weight"),
+        ("final_norm", "weight"): Stored(f"{prefix}.norm.weight"),
+        ("head_weight_vd",): Stored("lm_head.weight"),
     }
-    if not config.tie_word_embeddings:
-        table[("head_weight_vd",)] = Stored("lm_head.weight")
-    for i in range(config.num_layers):
-        table |= decoder_layer_map(("layers", i), f"model.layers.{i}", config.attention_bias)
-    return table
+    return {
+        path: layer_tensor(path[2:], f"{prefix}.layers.{path[1]}") if path[0] == "layers" else outer[path]
+        for path in paths
+    }
 
 
 def stop_tokens(folder: Path, hf_config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -117,7 +132,7 @@ def stop_tokens(folder: Path, hf_config: Mapping[str, Any]) -> tuple[int, ...]:
     path = folder / "generation_config.json"
     declared = read_json(path).get("eos_token_id") if path.exists() else None
     if declared is None:
-        declared = hf_config.get("eos_token_id")
+        declared = hf_config.get("eos_token_id", text_config(hf_config).get("eos_token_id"))
     if declared is None:
         return ()
     return tuple(declared) if isinstance(declared, list) else (declared,)
@@ -135,7 +150,12 @@ def load_tokenizer(folder: Path) -> Any:
         raise UserError(f"The tokenizer in {folder} does not load ({error}); copy its files again.") from None
 
 
+def target_skeleton(config: TargetConfig) -> nnx.Module:
+    """The target's module with shapes instead of arrays."""
+    return nnx.eval_shape(lambda: target_module(config, rngs=nnx.Rngs(0)))
+
+
 def abstract_target(config: TargetConfig, dtype: str) -> tuple[nnx.GraphDef, dict]:
     """(graphdef, ShapeDtypeStructs of params) of a target that is not loaded, for planning and lowering."""
-    graphdef, abstract = split(nnx.eval_shape(lambda: Qwen3Model(config, rngs=nnx.Rngs(0))))
+    graphdef, abstract = split(target_skeleton(config))
     return graphdef, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, DTYPES[dtype]), abstract)

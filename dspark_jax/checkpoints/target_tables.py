@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from flax import nnx
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
@@ -13,13 +12,14 @@ from dspark_jax.checkpoints.huggingface import (
     load_tokenizer,
     resolve_folder,
     stop_tokens,
+    stored_prefix,
+    target_skeleton,
     target_tensor_map,
 )
 from dspark_jax.checkpoints.tensors import ParamPath, TensorFolder, load_params, read_json
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import ShardingRules, parameter_shardings, split
 from dspark_jax.targets.config import TargetConfig, config_sha256
-from dspark_jax.targets.qwen3 import Qwen3Model
 from dspark_jax.targets.target import Target
 
 _TABLES = (("embed_weight_vd",), ("head_weight_vd",))
@@ -30,7 +30,7 @@ def describe_target(path_or_id: str | Path, *, tokenizer: bool = True) -> Target
     folder = resolve_folder(path_or_id)
     hf_config = read_json(folder / "config.json")
     config = TargetConfig.from_hf_dict(hf_config)
-    graphdef, _ = split(nnx.eval_shape(lambda: Qwen3Model(config, rngs=nnx.Rngs(0))))
+    graphdef, _ = split(target_skeleton(config))
     return Target(
         name=str(path_or_id),
         config=config,
@@ -75,11 +75,13 @@ def _load(
 ) -> dict:
     if dtype not in DTYPES:
         raise UserError(f"Target dtype {dtype!r} is not supported; choose float32 or bfloat16.")
-    module = nnx.eval_shape(lambda: Qwen3Model(target.config, rngs=nnx.Rngs(0)))
+    module = target_skeleton(target.config)
+    leaves = {path: leaf for path, leaf in flatten_dict(split(module)[1]).items() if wanted(path)}
+    tensors = TensorFolder(resolve_folder(target.name))
     return load_params(
-        TensorFolder(resolve_folder(target.name)),
-        target_tensor_map(target.config),
-        {path: leaf for path, leaf in flatten_dict(split(module)[1]).items() if wanted(path)},
+        tensors,
+        target_tensor_map(leaves, stored_prefix(tensors, target.hf_config)),
+        leaves,
         flatten_dict(parameter_shardings(module, mesh, rules or ShardingRules())),
         lambda path: DTYPES[dtype],
     )

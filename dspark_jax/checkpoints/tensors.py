@@ -74,38 +74,59 @@ class Layout(Enum):
 
 @dataclass(frozen=True)
 class Stored:
+    """Where a parameter is stored. A name with {} stands for one tensor an index of our first axis (experts)."""
+
     name: str
     layout: Layout = Layout.SAME
+
+    @property
+    def stacked(self) -> bool:
+        return "{}" in self.name
+
+    def parts(self, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+        """(name, stored shape) of every tensor that a parameter of this shape is stored in."""
+        if self.stacked:
+            return [(self.name.format(i), self.layout.stored_shape(shape[1:])) for i in range(shape[0])]
+        return [(self.name, self.layout.stored_shape(shape))]
 
 
 # Parameter path -> where it is stored.
 TensorMap = Mapping[ParamPath, Stored]
 
+# Path below a decoder layer -> its tensor below the layer's prefix, in every family here, targets and drafters alike.
+_LAYER_TENSORS: dict[ParamPath, Stored] = {
+    ("input_norm", "weight"): Stored("input_layernorm.weight"),
+    ("post_attention_norm", "weight"): Stored("post_attention_layernorm.weight"),
+    ("pre_feedforward_norm", "weight"): Stored("pre_feedforward_layernorm.weight"),
+    ("post_feedforward_norm", "weight"): Stored("post_feedforward_layernorm.weight"),
+    ("layer_scalar",): Stored("layer_scalar"),
+    ("attention", "q_weight_dqh"): Stored("self_attn.q_proj.weight", Layout.HEADS_OUT),
+    ("attention", "k_weight_dgh"): Stored("self_attn.k_proj.weight", Layout.HEADS_OUT),
+    ("attention", "v_weight_dgh"): Stored("self_attn.v_proj.weight", Layout.HEADS_OUT),
+    ("attention", "o_weight_qhd"): Stored("self_attn.o_proj.weight", Layout.HEADS_IN),
+    ("attention", "q_bias_qh"): Stored("self_attn.q_proj.bias", Layout.HEADS_BIAS),
+    ("attention", "k_bias_gh"): Stored("self_attn.k_proj.bias", Layout.HEADS_BIAS),
+    ("attention", "v_bias_gh"): Stored("self_attn.v_proj.bias", Layout.HEADS_BIAS),
+    ("attention", "o_bias_d"): Stored("self_attn.o_proj.bias"),
+    ("attention", "q_norm", "weight"): Stored("self_attn.q_norm.weight"),
+    ("attention", "k_norm", "weight"): Stored("self_attn.k_norm.weight"),
+    ("mlp", "gate_weight_df"): Stored("mlp.gate_proj.weight", Layout.LINEAR),
+    ("mlp", "up_weight_df"): Stored("mlp.up_proj.weight", Layout.LINEAR),
+    ("mlp", "down_weight_fd"): Stored("mlp.down_proj.weight", Layout.LINEAR),
+    ("mlp", "gate_bias_f"): Stored("mlp.gate_proj.bias"),
+    ("mlp", "up_bias_f"): Stored("mlp.up_proj.bias"),
+    ("mlp", "down_bias_d"): Stored("mlp.down_proj.bias"),
+    ("mlp", "router_weight_de"): Stored("mlp.gate.weight", Layout.LINEAR),
+    ("mlp", "gate_weight_edf"): Stored("mlp.experts.{}.gate_proj.weight", Layout.LINEAR),
+    ("mlp", "up_weight_edf"): Stored("mlp.experts.{}.up_proj.weight", Layout.LINEAR),
+    ("mlp", "down_weight_efd"): Stored("mlp.experts.{}.down_proj.weight", Layout.LINEAR),
+}
 
-def decoder_layer_map(path: ParamPath, prefix: str, bias: bool) -> dict[ParamPath, Stored]:
-    """The tensors of one decoder block, whose names Qwen3 targets and drafters share."""
-    attention = (*path, "attention")
-    table = {
-        (*path, "input_norm", "weight"): Stored(f"{prefix}.input_layernorm.weight"),
-        (*path, "post_attention_norm", "weight"): Stored(f"{prefix}.post_attention_layernorm.weight"),
-        (*attention, "q_weight_dqh"): Stored(f"{prefix}.self_attn.q_proj.weight", Layout.HEADS_OUT),
-        (*attention, "k_weight_dgh"): Stored(f"{prefix}.self_attn.k_proj.weight", Layout.HEADS_OUT),
-        (*attention, "v_weight_dgh"): Stored(f"{prefix}.self_attn.v_proj.weight", Layout.HEADS_OUT),
-        (*attention, "o_weight_qhd"): Stored(f"{prefix}.self_attn.o_proj.weight", Layout.HEADS_IN),
-        (*attention, "q_norm", "weight"): Stored(f"{prefix}.self_attn.q_norm.weight"),
-        (*attention, "k_norm", "weight"): Stored(f"{prefix}.self_attn.k_norm.weight"),
-        (*path, "mlp", "gate_weight_df"): Stored(f"{prefix}.mlp.gate_proj.weight", Layout.LINEAR),
-        (*path, "mlp", "up_weight_df"): Stored(f"{prefix}.mlp.up_proj.weight", Layout.LINEAR),
-        (*path, "mlp", "down_weight_fd"): Stored(f"{prefix}.mlp.down_proj.weight", Layout.LINEAR),
-    }
-    if bias:
-        table |= {
-            (*attention, "q_bias_qh"): Stored(f"{prefix}.self_attn.q_proj.bias", Layout.HEADS_BIAS),
-            (*attention, "k_bias_gh"): Stored(f"{prefix}.self_attn.k_proj.bias", Layout.HEADS_BIAS),
-            (*attention, "v_bias_gh"): Stored(f"{prefix}.self_attn.v_proj.bias", Layout.HEADS_BIAS),
-            (*attention, "o_bias_d"): Stored(f"{prefix}.self_attn.o_proj.bias"),
-        }
-    return table
+
+def layer_tensor(below: ParamPath, prefix: str) -> Stored:
+    """The tensor of the parameter at path `below` a decoder layer stored under `prefix`."""
+    stored = _LAYER_TENSORS[below]
+    return Stored(f"{prefix}.{stored.name}", stored.layout)
 
 
 class TensorFolder:
@@ -164,16 +185,8 @@ def load_params(
     flat = {}
     for path, leaf in abstract.items():
         source = table[path]
-        stored = folder.stored(source.name)
-        expected = source.layout.stored_shape(leaf.shape)
-        if tuple(stored.get_shape()) != expected:
-            raise UserError(
-                f"Tensor {source.name} in {folder.folder} has shape {list(stored.get_shape())}; config.json calls for "
-                f"{list(expected)}. The weights and the config are not of one model."
-            )
         kind = np.dtype(dtype(path))
-
-        part = partial(_read_part, stored, source.layout, leaf.shape, kind)
+        part = partial(_read_part, _checked_slices(folder, source, leaf.shape), source, leaf.shape, kind)
         if shardings is None:
             flat[path] = jax.device_put(part(None))
         else:
@@ -181,11 +194,28 @@ def load_params(
     return unflatten_dict(flat)
 
 
+def _checked_slices(folder: TensorFolder, source: Stored, shape: tuple[int, ...]) -> list[Any]:
+    slices = []
+    for name, expected in source.parts(shape):
+        slices.append(folder.stored(name))
+        found = list(slices[-1].get_shape())
+        if found != list(expected):
+            raise UserError(
+                f"Tensor {name} in {folder.folder} has shape {found}; config.json calls for {list(expected)}. The "
+                "weights and the config are not of one model."
+            )
+    return slices
+
+
 def _read_part(
-    stored: Any, layout: Layout, shape: tuple[int, ...], dtype: np.dtype, index: tuple[slice, ...] | None
+    slices: list[Any], source: Stored, shape: tuple[int, ...], dtype: np.dtype, index: tuple[slice, ...] | None
 ) -> np.ndarray:
-    whole = (slice(None),) * len(shape)
-    return np.ascontiguousarray(layout.read(stored, shape, index or whole)).astype(dtype, copy=False)
+    index = index or (slice(None),) * len(shape)
+    if source.stacked:
+        part = np.stack([source.layout.read(one, shape[1:], index[1:]) for one in slices[index[0]]])
+    else:
+        part = source.layout.read(slices[0], shape, index)
+    return np.ascontiguousarray(part).astype(dtype, copy=False)
 
 
 def stored_tensors(table: TensorMap, params: dict, dtype: str | None) -> dict[str, np.ndarray]:
@@ -195,7 +225,9 @@ def stored_tensors(table: TensorMap, params: dict, dtype: str | None) -> dict[st
     tensors = {}
     for path, source in table.items():
         array = np.asarray(jax.device_get(flat[path]))
-        tensors[source.name] = np.ascontiguousarray(source.layout.write(array if kind is None else array.astype(kind)))
+        array = array if kind is None else array.astype(kind)
+        for (name, _), part in zip(source.parts(array.shape), array if source.stacked else [array], strict=True):
+            tensors[name] = np.ascontiguousarray(source.layout.write(part))
     return tensors
 
 

@@ -22,8 +22,8 @@ from dspark_jax.decoding.state import Admission, DecodeState, RoundCounters, Rou
 from dspark_jax.drafters.protocol import Drafter, DraftOutput, SharedTables
 from dspark_jax.sharding import ShardingRules
 from dspark_jax.targets.attention import CachedBlock, Causal, KeysValues, PackedRows
+from dspark_jax.targets.decoder import TargetModel
 from dspark_jax.targets.kv_cache import append_rows, empty_cache, head_major, insert_rows
-from dspark_jax.targets.qwen3 import Qwen3Model
 
 
 class LoopParams(NamedTuple):
@@ -79,14 +79,14 @@ class DecodeLoop:
         spec = NamedSharding(self.mesh, rules.spec(["batch"]))
         return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, spec), state)
 
-    def _models(self, params: LoopParams) -> tuple[Qwen3Model, Drafter | None]:
+    def _models(self, params: LoopParams) -> tuple[TargetModel, Drafter | None]:
         target = nnx.merge(self.target, params.target)
         return target, None if self.drafter is None else nnx.merge(self.drafter, params.drafter)
 
     def init_state(self, params: LoopParams) -> DecodeState:
         """All slots empty. Pure: run it under `jax.jit` or `jax.eval_shape`."""
         target, drafter = self._models(params)
-        config, r = target.config, self.requests
+        r = self.requests
         dtype = params.target["embed_weight_vd"].dtype
         zeros, flags = jnp.zeros((r,), jnp.int32), jnp.zeros((r,), bool)
         empty = DecodeState(
@@ -99,7 +99,7 @@ class DecodeLoop:
             verify_cap=zeros,
             keys=jnp.zeros((r, 2), jnp.uint32),
             sampling=SamplingParams(zeros * 0.0, zeros, zeros + 1.0, zeros * 0.0),
-            target_cache=empty_cache(config.num_layers, r, config.num_kv_heads, self.size, config.head_dim, dtype),
+            target_cache=empty_cache(target.config.kv_shapes, r, self.size, dtype),
             draft=() if drafter is None else drafter.init_state(r, self.size, dtype),
             counters=empty_counters(r, self.block),
         )
@@ -157,7 +157,7 @@ class DecodeLoop:
         return self._commit(drafter, state, block, draft, lengths, verified, accepted, next_token, bucket)
 
     def _draft(
-        self, target: Qwen3Model, drafter: Drafter | None, state: DecodeState, anchors: Array, starts: Array
+        self, target: TargetModel, drafter: Drafter | None, state: DecodeState, anchors: Array, starts: Array
     ) -> DraftOutput:
         if drafter is None:
             empty = jnp.zeros((self.requests, 0), jnp.int32)
@@ -167,7 +167,7 @@ class DecodeLoop:
             law = sampling_law(logits, state.sampling)
             return draw_token(law, state.keys, starts, offset, DRAFT, state.sampling), law
 
-        shared = SharedTables(target.embed_weight_vd[...], target.head_weight())
+        shared = SharedTables.of(target.config, target.embed_weight_vd[...], target.head_weight())
         return drafter.draft(shared, state.draft, anchors, starts, sample)
 
     def _schedule(self, state: DecodeState, draft: DraftOutput) -> Array:
@@ -177,7 +177,7 @@ class DecodeLoop:
         return jnp.where(state.active, lengths, 0)
 
     def _verify(
-        self, target: Qwen3Model, state: DecodeState, block: Array, starts: Array, lengths: Array
+        self, target: TargetModel, state: DecodeState, block: Array, starts: Array, lengths: Array
     ) -> tuple[VerifyOutput, Array]:
         """The target on [anchor, x_1..x_l] of every request, packed into the smallest bucket that holds them.
 
@@ -198,7 +198,7 @@ class DecodeLoop:
         return out, buckets[choice]
 
     def _verify_bucket(
-        self, target: Qwen3Model, size: int, cache: Any, block: Array, starts: Array, wanted: Array
+        self, target: TargetModel, size: int, cache: Any, block: Array, starts: Array, wanted: Array
     ) -> VerifyOutput:
         positions = starts[:, None] + jnp.arange(self.width)
         if size == self.requests * self.width:  # every cell has its row: no packing to undo

@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 from dspark_jax.drafters.config import DrafterConfig
 from dspark_jax.drafters.heads import Linear
 from dspark_jax.targets.attention import KeysValues, prefix_block_attention, prefix_mask
-from dspark_jax.targets.layers import DecoderLayer, RMSNorm, Rope
+from dspark_jax.targets.layers import layer_ropes
+from dspark_jax.targets.registry import layer_class
 
 
 @dataclass(frozen=True)
@@ -36,28 +37,28 @@ class Backbone(nnx.Module):
 
     def __init__(self, config: DrafterConfig, *, rngs: nnx.Rngs):
         dims = config.backbone
-        d, std = dims.hidden_size, dims.initializer_range
+        d, std, layer = dims.hidden_size, dims.initializer_range, layer_class(dims)
         features = len(config.target_layer_ids) * d
         self.fc = Linear(features, d, std, rngs=rngs, bias=False, axes=("features", "embed"))
-        self.hidden_norm = RMSNorm(d, dims.rms_norm_eps)
-        self.layers = nnx.List(DecoderLayer(dims, i, rngs=rngs) for i in range(dims.num_layers))
-        self.norm = RMSNorm(d, dims.rms_norm_eps)
+        self.hidden_norm = layer.norm(d, dims.rms_norm_eps)
+        self.layers = nnx.List(layer(dims, i, rngs=rngs) for i in range(dims.num_layers))
+        self.norm = layer.norm(d, dims.rms_norm_eps)
         self.config = dims
 
     def context(self, taps: Float[Array, "b t md"], positions: Int[Array, "b t"]) -> tuple[KeysValues, ...]:
         """Per layer, the context's K/V [B, T, G, H]; they depend on the taps alone, so a position is computed once."""
         hidden = self.hidden_norm(self.fc(taps.astype(self.fc.weight_io.dtype)))
-        rope = Rope.at(self.config.rope, self.config.head_dim, positions)
-        return tuple(layer.attention.keys_values(hidden, rope) for layer in self.layers)
+        ropes = layer_ropes(self.config, positions)
+        return tuple(layer.attention.keys_values(hidden, rope) for layer, rope in zip(self.layers, ropes, strict=True))
 
     def __call__(
         self, x: Float[Array, "b n k d"], anchors: Int[Array, "b n"], context: Sequence[KeysValues]
     ) -> Float[Array, "b n k d"]:
         """h_k: block rows, at positions anchor + k, through layers and final norm; context [B, G, T, H] a layer."""
         x = x.astype(self.fc.weight_io.dtype)
-        rope = Rope.at(self.config.rope, self.config.head_dim, anchors[..., None] + jnp.arange(x.shape[2]))
+        ropes = layer_ropes(self.config, anchors[..., None] + jnp.arange(x.shape[2]))
         allowed = prefix_mask(anchors, context[0].keys.shape[2], x.shape[2])
         attend = BlocksOverContext(context, allowed)
-        for layer in self.layers:
+        for layer, rope in zip(self.layers, ropes, strict=True):
             x, _ = layer(x, rope, attend)
         return self.norm(x)

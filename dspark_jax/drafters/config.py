@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from dspark_jax.errors import UserError
-from dspark_jax.targets.config import TargetConfig, config_sha256
+from dspark_jax.targets.config import TargetConfig, config_sha256, text_config
 
 TARGET_SHA_FIELD = "target_config_sha256"
 
@@ -32,13 +32,15 @@ class DrafterConfig:
 
     @classmethod
     def from_hf_dict(cls, config: Mapping[str, Any]) -> "DrafterConfig":
-        """Reads a DeepSpec config.json. Layer types are read past: draft layers never slide (golden/NOTES 12)."""
-        backbone = TargetConfig.from_hf_dict(config)
+        """Reads a DeepSpec config.json. Layer types are read past: draft layers are of the full-attention kind, whose
+        heads Gemma has sizes of its own for, and never slide (golden/NOTES 12, 59)."""
+        full = ["full_attention"] * (config.get("num_hidden_layers") or 0)
+        backbone = TargetConfig.from_hf_dict({**config, "layer_types": full})
         rank = config.get("markov_rank") or 0
         confidence = bool(config.get("enable_confidence_head", False))
         try:
             made = cls(
-                backbone=replace(backbone, windows=(None,) * backbone.num_layers),
+                backbone=backbone,
                 block_size=config["block_size"],
                 target_layer_ids=tuple(config["target_layer_ids"]),
                 num_target_layers=config["num_target_layers"],
@@ -88,6 +90,8 @@ class DrafterConfig:
         for what, found, expected in (
             ("num_target_layers", self.num_target_layers, target.num_layers),
             ("hidden_size", self.backbone.hidden_size, target.hidden_size),
+            ("embedding scale", self.backbone.embed_scale, target.embed_scale),
+            ("final_logit_softcapping", self.backbone.logit_softcap, target.logit_softcap),
         ):
             if found != expected:
                 raise UserError(
@@ -109,20 +113,21 @@ def drafter_hf_config(
     confidence_head_with_markov: bool = True,
     num_anchors: int = 512,
     dtype: str = "bfloat16",
-    architecture: str = "Qwen3DSparkModel",
+    architecture: str = "DSparkModel",
     **dimensions: int | None,
 ) -> dict[str, Any]:
     """The config.json of a new drafter: a deep copy of the target's text config and the fields of FIELD section 4a.
 
-    dimensions: overrides of the draft layers' own sizes (intermediate_size, num_attention_heads, num_key_value_heads,
-    head_dim); None keeps the target's. Raises UserError if the result is no valid drafter of that target.
+    architecture: without the family's prefix. dimensions: overrides of the draft layers' own sizes (intermediate_size,
+    num_attention_heads, num_key_value_heads, head_dim); None keeps the target's. Raises UserError if the result is no
+    valid drafter of that target.
     """
-    config = deepcopy(dict(target_hf_config))
-    target = TargetConfig.from_hf_dict(config)
+    target = TargetConfig.from_hf_dict(target_hf_config)
+    config, sizes = _family_fields(target_hf_config, {k: v for k, v in dimensions.items() if v is not None})
     for name in ("torch_dtype", "_name_or_path"):
         config.pop(name, None)
     config |= {
-        "architectures": [architecture],
+        "architectures": [drafter_family(config) + architecture],
         "num_target_layers": target.num_layers,
         "num_hidden_layers": num_layers,
         "block_size": block_size,
@@ -140,6 +145,45 @@ def drafter_hf_config(
         config["markov_head_type"] = markov_head_type
     if enable_confidence_head:
         config["confidence_head_with_markov"] = confidence_head_with_markov and markov_rank > 0
-    config |= {name: value for name, value in dimensions.items() if value is not None}
+    config |= sizes
     DrafterConfig.from_hf_dict(config).check_target(target)
     return config
+
+
+FAMILIES = ("Qwen3", "Gemma4")
+
+
+def drafter_family(config: Mapping[str, Any]) -> str:
+    """The prefix of a drafter's architecture: whose decoder blocks it is made of."""
+    return "Gemma4" if str(config["model_type"]).startswith("gemma4") else "Qwen3"
+
+
+def _family_fields(
+    target_hf_config: Mapping[str, Any], dimensions: Mapping[str, int]
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """(the target's text config as the draft layers' family spells it, the sizes under that family's names)."""
+    config = deepcopy(dict(text_config(target_hf_config)))
+    sizes = dict(dimensions)
+    if drafter_family(config) == "Gemma4":
+        config["target_text_model_type"] = config["model_type"]
+        config["target_model_type"] = target_hf_config["model_type"]
+        # Draft layers are of the global kind, which has its own head size and, with K = V, number of kv heads.
+        if "head_dim" in sizes:
+            sizes["global_head_dim"] = sizes.pop("head_dim")
+        if config.get("attention_k_eq_v") and "num_key_value_heads" in sizes:
+            sizes["num_global_key_value_heads"] = sizes.pop("num_key_value_heads")
+        return config, sizes
+    # Readers of Qwen3 drafters build dense Qwen3 blocks, whatever the target's are.
+    if config["model_type"] != "qwen3":
+        layer = TargetConfig.from_hf_dict(config).layers[0]
+        config |= {"model_type": "qwen3", "head_dim": layer.head_dim, "num_key_value_heads": layer.num_kv_heads}
+        for name in _OTHER_BLOCKS:
+            config.pop(name, None)
+    return config, sizes
+
+
+# Fields of Llama's and of sparse blocks, which mean nothing to dense Qwen3 ones.
+_OTHER_BLOCKS = (
+    "mlp_bias", "pretraining_tp", "decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size", "norm_topk_prob",
+    "num_experts", "num_experts_per_tok", "num_local_experts", "output_router_logits", "router_aux_loss_coef",
+)  # fmt: skip

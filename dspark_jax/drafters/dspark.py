@@ -41,8 +41,7 @@ class DSpark(nnx.Module):
         self.tap_layers = config.target_layer_ids
 
     def init_state(self, requests: int, size: int, dtype: Any) -> KVCache:
-        dims = self.config.backbone
-        return empty_cache(dims.num_layers, requests, dims.num_kv_heads, size, dims.head_dim, dtype)
+        return empty_cache(self.config.backbone.kv_shapes, requests, size, dtype)
 
     def prefill(self, taps: Float[Array, "r t md"], tokens: Int[Array, "r t"], lengths: Int[Array, " r"]) -> KVCache:
         return self.context(taps)

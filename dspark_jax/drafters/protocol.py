@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dspark_jax.targets.config import TargetConfig
+
 # (logits [R, V] float32, block offset k) -> (tokens [R] int32, probs [R, V]: the law the token was drawn from).
 SampleFn = Callable[[Array, int], tuple[Array, Array]]
 DraftState = Any
@@ -28,6 +30,11 @@ class SharedTables:
     head: Array
     embed_scale: float = field(default=1.0, metadata={"static": True})
     softcap: float | None = field(default=None, metadata={"static": True})
+
+    @classmethod
+    def of(cls, config: TargetConfig, embed: Array, head: Array) -> "SharedTables":
+        """The tables of a target with this config."""
+        return cls(embed, head, config.embed_scale, config.logit_softcap)
 
     def rows(self, tokens: Int[Array, "*n"]) -> Float[Array, "*n d"]:
         """Embeddings of tokens, as the target's first layer sees them."""

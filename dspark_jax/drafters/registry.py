@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dspark_jax.drafters.config import DrafterConfig
+from dspark_jax.drafters.config import FAMILIES, DrafterConfig
 from dspark_jax.drafters.dspark import DSpark
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import split
@@ -16,13 +16,14 @@ from dspark_jax.sharding import split
 
 @dataclass(frozen=True)
 class DrafterKind:
-    """`architecture` is the name in config.json; `module(config, rngs=...)` implements `protocol.Drafter`."""
+    """`architecture` is the name in config.json without the family's prefix (`Qwen3DSparkModel`);
+    `module(config, rngs=...)` implements `protocol.Drafter`."""
 
     architecture: str
     module: type
 
 
-DRAFTERS: dict[str, DrafterKind] = {"dspark": DrafterKind("Qwen3DSparkModel", DSpark)}
+DRAFTERS: dict[str, DrafterKind] = {"dspark": DrafterKind("DSparkModel", DSpark)}
 
 
 def drafter_kind(name: str) -> DrafterKind:
@@ -34,11 +35,11 @@ def drafter_kind(name: str) -> DrafterKind:
 def kind_of(hf_config: Mapping[str, Any]) -> DrafterKind:
     """The kind whose architecture a drafter's config.json names."""
     named = hf_config.get("architectures") or []
-    for kind in DRAFTERS.values():
-        if kind.architecture in named:
-            return kind
-    known = ", ".join(kind.architecture for kind in DRAFTERS.values())
-    raise UserError(f"The drafter's config.json names architectures {named}; expected one of {known}.")
+    known = {family + kind.architecture: kind for kind in DRAFTERS.values() for family in FAMILIES}
+    for name in named:
+        if name in known:
+            return known[name]
+    raise UserError(f"The drafter's config.json names architectures {named}; expected one of {', '.join(known)}.")
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,18 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dspark_jax.errors import UserError
 
+ROPE_KINDS = ("default", "linear", "yarn", "llama3", "proportional")
+
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding: `kind` is default, linear, yarn or llama3; the other fields are the kind's own parameters."""
+    """Rotary embedding of one kind (`ROPE_KINDS`); the fields after `factor` are the kinds' own parameters."""
 
     theta: float
     kind: str = "default"
@@ -28,18 +30,32 @@ class RopeConfig:
     # llama3
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
+    # proportional: the part of the head's frequencies that turn at all
+    partial_factor: float = 1.0
 
     @classmethod
-    def from_hf_dict(cls, config: Mapping[str, Any]) -> "RopeConfig":
-        """Reads `rope_parameters` (transformers 5) or top-level `rope_theta` and `rope_scaling` (golden/NOTES 72)."""
+    def from_hf_dict(cls, config: Mapping[str, Any], layer_type: str | None = None) -> "RopeConfig":
+        """Reads `rope_parameters` (transformers 5) or top-level `rope_theta` and `rope_scaling` (golden/NOTES 72).
+
+        layer_type: its entry of `rope_parameters`, in families that give each type of layer its own.
+        """
         scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        if layer_type is not None:
+            scaling = dict(scaling.get(layer_type) or {})
         theta = scaling.get("rope_theta", config.get("rope_theta"))
         if theta is None:
             raise UserError("config.json gives no rope_theta, neither at top level nor under rope_parameters; add it.")
         kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if kind not in ("default", "linear", "yarn", "llama3"):
+        if kind not in ROPE_KINDS:
             raise UserError(
-                f"config.json asks for RoPE scaling {kind!r}; this target reads default, linear, yarn and llama3."
+                f"config.json asks for RoPE scaling {kind!r}; targets here read {', '.join(ROPE_KINDS[:-1])} and "
+                f"{ROPE_KINDS[-1]}."
+            )
+        partial = scaling.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+        if partial != 1.0 and kind != "proportional":
+            raise UserError(
+                f"config.json asks for RoPE {kind!r} on a part ({partial}) of each head; only 'proportional' RoPE has "
+                "a partial_rotary_factor here."
             )
         original = scaling.get("original_max_position_embeddings") or config["max_position_embeddings"]
         factor = scaling.get("factor")
@@ -57,12 +73,16 @@ class RopeConfig:
             factor=float(factor),
             original_max_positions=int(original),
             attention_factor=scaling.get("attention_factor"),
+            partial_factor=float(partial),
             **optional,
         )
 
     def inverse_frequencies(self, head_dim: int) -> tuple[list[float], float]:
         """([head_dim / 2] inverse frequencies, factor on cos and sin), as transformers' ROPE_INIT_FUNCTIONS."""
         plain = [self.theta ** (-2.0 * i / head_dim) for i in range(head_dim // 2)]
+        if self.kind == "proportional":
+            turning = int(self.partial_factor * head_dim // 2)
+            return [f / self.factor if i < turning else 0.0 for i, f in enumerate(plain)], 1.0
         if self.kind == "linear":
             return [f / self.factor for f in plain], 1.0
         if self.kind == "yarn":
@@ -111,75 +131,111 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class LayerConfig:
+    """What decoder layers of one target may differ in. `window` is in tokens, None for full attention."""
+
+    num_kv_heads: int
+    head_dim: int
+    rope: RopeConfig
+    window: int | None = None
+    values_are_keys: bool = False  # V is k_proj's raw output: there is no v_proj
+    sparse: bool = False  # the MLP is a mixture of the target's experts
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """Experts of width `intermediate_size`, `per_token` of them a token; `normalise`: their weights sum to 1."""
+
+    count: int
+    per_token: int
+    intermediate_size: int
+    normalise: bool
+
+
+@dataclass(frozen=True)
 class TargetConfig:
-    """Qwen3 dense architecture. `windows[l]` is layer l's sliding window in tokens, None for full attention."""
+    """A decoder-only architecture. `model_type` names the family, which picks the kind of decoder layer."""
 
     model_type: str
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    num_layers: int
     num_heads: int
-    num_kv_heads: int
-    head_dim: int
+    layers: tuple[LayerConfig, ...]
     rms_norm_eps: float
-    rope: RopeConfig
-    attention_bias: bool
     tie_word_embeddings: bool
-    windows: tuple[int | None, ...]
     max_positions: int
     initializer_range: float
     dtype: str
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    query_key_norm: bool = True
+    embed_scale: float = 1.0
+    logit_softcap: float | None = None
+    experts: ExpertsConfig | None = None
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def kv_shapes(self) -> tuple[tuple[int, int], ...]:
+        """(kv heads, head dim) of every layer: what `kv_cache.empty_cache` takes."""
+        return tuple((layer.num_kv_heads, layer.head_dim) for layer in self.layers)
 
     @classmethod
     def from_hf_dict(cls, config: Mapping[str, Any]) -> "TargetConfig":
-        """Raises UserError naming the field when one is missing or asks for what this target doesn't implement."""
-        model_type = config.get("model_type")
-        if model_type != "qwen3":
-            raise UserError(f"config.json has model_type {model_type!r}; this version loads 'qwen3' (dense) targets.")
-        activation = config.get("hidden_act", "silu")
-        if activation != "silu":
-            raise UserError(f"config.json has hidden_act {activation!r}; Qwen3 targets use 'silu'.")
-        try:
-            return cls(
-                model_type=model_type,
-                vocab_size=config["vocab_size"],
-                hidden_size=config["hidden_size"],
-                intermediate_size=config["intermediate_size"],
-                num_layers=config["num_hidden_layers"],
-                num_heads=config["num_attention_heads"],
-                num_kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
-                head_dim=config.get("head_dim") or 128,
-                rms_norm_eps=config["rms_norm_eps"],
-                rope=RopeConfig.from_hf_dict(config),
-                attention_bias=bool(config.get("attention_bias", False)),
-                tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-                windows=_windows(config),
-                max_positions=config["max_position_embeddings"],
-                initializer_range=config.get("initializer_range", 0.02),
-                dtype=config.get("dtype") or config.get("torch_dtype") or "float32",
-            )
-        except KeyError as missing:
-            raise UserError(f"config.json has no field {missing}, which a Qwen3 target needs; add it.") from None
+        """Reads a Hugging Face `config.json` of any family in the registry.
+
+        Raises UserError naming the field when one is missing or asks for what the family doesn't implement here.
+        """
+        from dspark_jax.targets.registry import target_kind  # its readers build this class
+
+        return target_kind(config).read(config)
 
 
-def _windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
-    """Per-layer window, as transformers reads it: `sliding_window` counts only under `use_sliding_window`, and the
-    layer types come from `max_window_layers` when the file has none."""
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The language model's part of a config.json: `text_config` of a multimodal file, else the file itself."""
+    return config["text_config"] if isinstance(config.get("text_config"), Mapping) else config
+
+
+def common_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The TargetConfig fields that all families spell alike."""
+    return {
+        "model_type": config["model_type"],
+        "vocab_size": config["vocab_size"],
+        "hidden_size": config["hidden_size"],
+        "intermediate_size": config["intermediate_size"],
+        "num_heads": config["num_attention_heads"],
+        "rms_norm_eps": config["rms_norm_eps"],
+        "max_positions": config["max_position_embeddings"],
+        "initializer_range": config.get("initializer_range", 0.02),
+        "dtype": config.get("dtype") or config.get("torch_dtype") or "float32",
+        "attention_bias": bool(config.get("attention_bias", False)),
+    }
+
+
+def check_activation(config: Mapping[str, Any], field: str, expected: str) -> None:
+    found = config.get(field, expected)
+    if found != expected:
+        raise UserError(
+            f"config.json has {field} {found!r}; {config['model_type']} targets are implemented with {expected!r} only."
+        )
+
+
+def layer_types(config: Mapping[str, Any], default: Sequence[str]) -> list[str]:
+    """One of full_attention and sliding_attention a layer; UserError when the file names too few or others."""
+    types = config.get("layer_types") or default
     layers = config["num_hidden_layers"]
-    window = config.get("sliding_window") if config.get("use_sliding_window", False) else None
-    types = config.get("layer_types")
-    if types is None:
-        first_sliding = config.get("max_window_layers", 28)
-        types = ["sliding_attention" if window and i >= first_sliding else "full_attention" for i in range(layers)]
     if len(types) < layers:
         raise UserError(f"config.json lists {len(types)} layer_types for {layers} layers; it must name every layer.")
     unknown = sorted(set(types) - {"sliding_attention", "full_attention"})
     if unknown:
         raise UserError(
-            f"config.json has layer type {unknown[0]!r}; Qwen3 targets use full_attention and sliding_attention."
+            f"config.json has layer type {unknown[0]!r}; {config['model_type']} targets use full_attention and "
+            "sliding_attention."
         )
-    return tuple(window if kind == "sliding_attention" else None for kind in types[:layers])
+    return list(types[:layers])
 
 
 def config_sha256(config: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ place. A request's length lives outside: rows past it are junk that every mask h
 smaller length. Axes: R request slot, G kv heads, S cache size, H head dim, W new rows, A admitted requests, L layer.
 """
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -17,10 +18,13 @@ KVCache = tuple[KeysValues, ...]
 Tree = TypeVar("Tree")
 
 
-def empty_cache(layers: int, requests: int, kv_heads: int, size: int, head_dim: int, dtype: Any) -> KVCache:
-    """Zeros for `size` positions. Size it as the longest length + the widest append: `append_rows` clamps its start."""
-    shape = (requests, kv_heads, size, head_dim)
-    return tuple(KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(layers))
+def empty_cache(shapes: Sequence[tuple[int, int]], requests: int, size: int, dtype: Any) -> KVCache:
+    """Zeros for `size` positions; `shapes` are the layers' (G, H), `TargetConfig.kv_shapes`.
+
+    Size it as the longest length + the widest append: `append_rows` clamps its start.
+    """
+    full = [(requests, kv_heads, size, head_dim) for kv_heads, head_dim in shapes]
+    return tuple(KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for shape in full)
 
 
 def head_major(rows: KeysValues) -> KeysValues:

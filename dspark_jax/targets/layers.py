@@ -4,7 +4,8 @@ Axes: D hidden, F mlp, Q query heads, G kv heads, H head dim, V vocab. Weights a
 at load from Hugging Face's output-first), except the [V, D] embedding and head.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from dspark_jax.sharding import param
 from dspark_jax.targets.attention import Attend, KeysValues
 from dspark_jax.targets.config import RopeConfig, TargetConfig
+from dspark_jax.targets.moe import SparseMLP
 
 
 class Rope(NamedTuple):
@@ -35,6 +37,16 @@ class Rope(NamedTuple):
         return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
+def layer_ropes(config: TargetConfig, positions: Int[Array, "*n"]) -> tuple[Rope, ...]:
+    """The rope of every layer at these positions; layers of one kind share theirs."""
+    made: dict[tuple[RopeConfig, int], Rope] = {}
+    for layer in config.layers:
+        kind = (layer.rope, layer.head_dim)
+        if kind not in made:
+            made[kind] = Rope.at(*kind, positions)
+    return tuple(made[layer.rope, layer.head_dim] for layer in config.layers)
+
+
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> Array:
     return jax.random.normal(rngs.params(), shape, jnp.float32) * std
 
@@ -53,19 +65,22 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Qwen3 attention: per-head RMS norm of q and k, then RoPE, scale H^-0.5; biases only if the config has them."""
+    """Grouped-query attention: per-head RMS norm of q and k where the config has it, then RoPE, scale H^-0.5; biases
+    only if the config has them. Layer `index` of the config gives heads and window.
 
-    def __init__(self, config: TargetConfig, window: int | None, *, rngs: nnx.Rngs):
-        d, q, g, h, std = (
-            config.hidden_size,
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            config.initializer_range,
-        )
-        self.q_weight_dqh = param(normal(rngs, (d, q, h), std), "embed", "heads", "head_dim")
-        self.k_weight_dgh = param(normal(rngs, (d, g, h), std), "embed", "kv_heads", "head_dim")
-        self.v_weight_dgh = param(normal(rngs, (d, g, h), std), "embed", "kv_heads", "head_dim")
+    `input_size`: of the rows that q, k and v are made from; None: the hidden size.
+    """
+
+    norm: type = RMSNorm
+
+    def __init__(self, config: TargetConfig, index: int, *, rngs: nnx.Rngs, input_size: int | None = None):
+        layer, std, d = config.layers[index], config.initializer_range, config.hidden_size
+        q, g, h, i = config.num_heads, layer.num_kv_heads, layer.head_dim, input_size or d
+        self.q_weight_dqh = param(normal(rngs, (i, q, h), std), "embed", "heads", "head_dim")
+        self.k_weight_dgh = param(normal(rngs, (i, g, h), std), "embed", "kv_heads", "head_dim")
+        self.values_are_keys = layer.values_are_keys
+        if not self.values_are_keys:
+            self.v_weight_dgh = param(normal(rngs, (i, g, h), std), "embed", "kv_heads", "head_dim")
         self.o_weight_qhd = param(normal(rngs, (q, h, d), std), "heads", "head_dim", "embed")
         self.has_bias = config.attention_bias
         if self.has_bias:
@@ -73,22 +88,37 @@ class Attention(nnx.Module):
             self.k_bias_gh = param(jnp.zeros((g, h)), "kv_heads", "head_dim")
             self.v_bias_gh = param(jnp.zeros((g, h)), "kv_heads", "head_dim")
             self.o_bias_d = param(jnp.zeros((d,)), "embed")
-        self.q_norm = RMSNorm(h, config.rms_norm_eps, "head_dim")
-        self.k_norm = RMSNorm(h, config.rms_norm_eps, "head_dim")
+        self.has_norm = config.query_key_norm
+        if self.has_norm:
+            self.q_norm = self.norm(h, config.rms_norm_eps, "head_dim")
+            self.k_norm = self.norm(h, config.rms_norm_eps, "head_dim")
         self.scale = h**-0.5
-        self.window = window
+        self.window = layer.window
+        self.index = index
 
-    def queries(self, x: Float[Array, "*n d"], rope: Rope) -> Float[Array, "*n q h"]:
+    def __call__(self, x: Float[Array, "*n i"], rope: Rope, attend: Attend) -> tuple[Float[Array, "*n d"], KeysValues]:
+        """(attention output, the rows' own K/V)."""
+        q, kv = self.queries(x, rope), self.keys_values(x, rope)
+        mixed = attend(self.index, q, kv.keys, kv.values, scale=self.scale, window=self.window)
+        return self.output(mixed), kv
+
+    def queries(self, x: Float[Array, "*n i"], rope: Rope) -> Float[Array, "*n q h"]:
         q = jnp.einsum("...d,dqh->...qh", x, self.q_weight_dqh[...])
-        return rope.rotate(self.q_norm(q + self.q_bias_qh[...] if self.has_bias else q))
+        if self.has_bias:
+            q = q + self.q_bias_qh[...]
+        return rope.rotate(self.q_norm(q) if self.has_norm else q)
 
-    def keys_values(self, x: Float[Array, "*n d"], rope: Rope) -> KeysValues:
+    def keys_values(self, x: Float[Array, "*n i"], rope: Rope) -> KeysValues:
         """([*n, G, H] keys after norm and RoPE, [*n, G, H] values): what a cache keeps."""
         k = jnp.einsum("...d,dgh->...gh", x, self.k_weight_dgh[...])
-        v = jnp.einsum("...d,dgh->...gh", x, self.v_weight_dgh[...])
+        v = k if self.values_are_keys else jnp.einsum("...d,dgh->...gh", x, self.v_weight_dgh[...])
         if self.has_bias:
             k, v = k + self.k_bias_gh[...], v + self.v_bias_gh[...]
-        return KeysValues(rope.rotate(self.k_norm(k)), v)
+        return KeysValues(rope.rotate(self.k_norm(k) if self.has_norm else k), self.values(v))
+
+    def values(self, v: Float[Array, "*n g h"]) -> Float[Array, "*n g h"]:
+        """What becomes of projected values before they are mixed and cached: nothing."""
+        return v
 
     def output(self, mixed: Float[Array, "*n q h"]) -> Float[Array, "*n d"]:
         out = jnp.einsum("...qh,qhd->...d", mixed, self.o_weight_qhd[...])
@@ -96,32 +126,46 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """SwiGLU: down(silu(gate x) * up x)."""
+    """Gated MLP: down(act(gate x) * up x), SwiGLU unless another activation is given."""
 
-    def __init__(self, config: TargetConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: TargetConfig, *, rngs: nnx.Rngs, activation: Callable[[Array], Array] = jax.nn.silu):
         d, f, std = config.hidden_size, config.intermediate_size, config.initializer_range
         self.gate_weight_df = param(normal(rngs, (d, f), std), "embed", "mlp")
         self.up_weight_df = param(normal(rngs, (d, f), std), "embed", "mlp")
         self.down_weight_fd = param(normal(rngs, (f, d), std), "mlp", "embed")
+        self.has_bias = config.mlp_bias
+        if self.has_bias:
+            self.gate_bias_f = param(jnp.zeros((f,)), "mlp")
+            self.up_bias_f = param(jnp.zeros((f,)), "mlp")
+            self.down_bias_d = param(jnp.zeros((d,)), "embed")
+        self.activation = activation
 
     def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
-        return (jax.nn.silu(x @ self.gate_weight_df[...]) * (x @ self.up_weight_df[...])) @ self.down_weight_fd[...]
+        gate, up = x @ self.gate_weight_df[...], x @ self.up_weight_df[...]
+        if self.has_bias:
+            gate, up = gate + self.gate_bias_f[...], up + self.up_bias_f[...]
+        out = (self.activation(gate) * up) @ self.down_weight_fd[...]
+        return out + self.down_bias_d[...] if self.has_bias else out
 
 
 class DecoderLayer(nnx.Module):
     """Pre-norm block. Returns the new rows and the rows' own K/V, for the caller to cache or drop."""
 
-    def __init__(self, config: TargetConfig, index: int, *, rngs: nnx.Rngs, window: int | None = None):
-        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config, window, rngs=rngs)
-        self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config, rngs=rngs)
+    norm: type = RMSNorm
+
+    def __init__(self, config: TargetConfig, index: int, *, rngs: nnx.Rngs, input_size: int | None = None):
+        d, eps = config.hidden_size, config.rms_norm_eps
+        self.input_norm = RMSNorm(d, eps)
+        self.attention = Attention(config, index, rngs=rngs, input_size=input_size)
+        self.post_attention_norm = RMSNorm(d, eps)
+        self.mlp: Any = SparseMLP(config, rngs=rngs) if config.layers[index].sparse else MLP(config, rngs=rngs)
         self.index = index
 
     def __call__(self, x: Float[Array, "*n d"], rope: Rope, attend: Attend) -> tuple[Float[Array, "*n d"], KeysValues]:
-        normed = self.input_norm(x)
-        q = self.attention.queries(normed, rope)
-        kv = self.attention.keys_values(normed, rope)
-        mixed = attend(self.index, q, kv.keys, kv.values, scale=self.attention.scale, window=self.attention.window)
-        x = x + self.attention.output(mixed)
-        return x + self.mlp(self.post_attention_norm(x)), kv
+        mixed, kv = self.attention(self.input_norm(x), rope, attend)
+        return self.after_attention(x, mixed), kv
+
+    def after_attention(self, residual: Float[Array, "*n d"], mixed: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+        """The block's output from its residual and its attention's output."""
+        x = residual + mixed
+        return x + self.mlp(self.post_attention_norm(x))

@@ -1,69 +1,76 @@
-"""The Qwen3 dense target: embeddings, decoder layers, final norm, head. K/V go out, an `Attend` comes in.
+"""Qwen3 targets: dense, and with mixtures of experts in some layers. Their decoder layers are `layers.DecoderLayer`."""
 
-Axes: *n any leading axes of token rows, D hidden, V vocab, L layer, m tapped layers.
-"""
+from collections.abc import Mapping
+from typing import Any
 
-from typing import NamedTuple
-
-import jax.numpy as jnp
-from flax import nnx
-from jaxtyping import Array, Float, Int
-
-from dspark_jax.sharding import param
-from dspark_jax.targets.attention import Attend, KeysValues
-from dspark_jax.targets.config import TargetConfig
-from dspark_jax.targets.layers import DecoderLayer, RMSNorm, Rope, normal
-
-
-class TargetOutput(NamedTuple):
-    """`hidden` [*n, D] after the final norm; `taps` [*n, m D] raw outputs of the tapped layers, in order;
-    `kv` one KeysValues [*n, G, H] a layer, for the cache."""
-
-    hidden: Array
-    taps: Array
-    kv: tuple[KeysValues, ...]
+from dspark_jax.errors import UserError
+from dspark_jax.targets.config import (
+    ExpertsConfig,
+    LayerConfig,
+    RopeConfig,
+    TargetConfig,
+    check_activation,
+    common_fields,
+    layer_types,
+)
 
 
-class Qwen3Model(nnx.Module):
-    def __init__(self, config: TargetConfig, *, rngs: nnx.Rngs):
-        shape = (config.vocab_size, config.hidden_size)
-        self.embed_weight_vd = param(normal(rngs, shape, config.initializer_range), "vocab", "embed")
-        self.layers = nnx.List(
-            DecoderLayer(config, i, rngs=rngs, window=config.windows[i]) for i in range(config.num_layers)
+def qwen3_config(config: Mapping[str, Any]) -> TargetConfig:
+    """A dense Qwen3 (`model_type` qwen3)."""
+    check_activation(config, "hidden_act", "silu")
+    rope = RopeConfig.from_hf_dict(config)
+    heads, head_dim = _heads(config, 128)
+    return TargetConfig(
+        **common_fields(config),
+        layers=tuple(LayerConfig(heads, head_dim, rope, window) for window in _windows(config)),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+    )
+
+
+def qwen3_moe_config(config: Mapping[str, Any]) -> TargetConfig:
+    """A Qwen3 whose MLPs are mixtures of experts in every `decoder_sparse_step`-th layer but `mlp_only_layers`."""
+    check_activation(config, "hidden_act", "silu")
+    rope = RopeConfig.from_hf_dict(config)
+    heads, head_dim = _heads(config, config["hidden_size"] // config["num_attention_heads"])
+    # Files name the experts' number either way; without any, all layers are dense.
+    count = config.get("num_experts", config.get("num_local_experts")) or 0
+    step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
+    window = config.get("sliding_window") if config.get("use_sliding_window", False) else None
+    layers = tuple(
+        LayerConfig(heads, head_dim, rope, window, sparse=count > 0 and i not in dense and (i + 1) % step == 0)
+        for i in range(config["num_hidden_layers"])
+    )
+    experts = None
+    if any(layer.sparse for layer in layers):
+        experts = ExpertsConfig(
+            count=count,
+            per_token=config["num_experts_per_tok"],
+            intermediate_size=config["moe_intermediate_size"],
+            normalise=bool(config.get("norm_topk_prob", False)),
         )
-        self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.tied = config.tie_word_embeddings
-        if not self.tied:
-            self.head_weight_vd = param(normal(rngs, shape, config.initializer_range), "vocab", "embed")
-        self.config = config
+        if not 1 <= experts.per_token <= count:
+            raise UserError(
+                f"config.json has num_experts_per_tok {experts.per_token}; expected 1 to the {count} experts there are."
+            )
+    return TargetConfig(
+        **common_fields(config),
+        layers=layers,
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        experts=experts,
+    )
 
-    def embed(self, tokens: Int[Array, "*n"]) -> Float[Array, "*n d"]:
-        return jnp.take(self.embed_weight_vd[...], tokens, axis=0)
 
-    def __call__(
-        self,
-        tokens: Int[Array, "*n"],
-        positions: Int[Array, "*n"],
-        attend: Attend,
-        tap_layers: tuple[int, ...] = (),
-    ) -> TargetOutput:
-        """Runs the rows. `tap_layers` are 0-based layer ids whose outputs are kept; -1 is the embedding (NOTES 1)."""
-        x = self.embed(tokens)
-        rope = Rope.at(self.config.rope, self.config.head_dim, positions)
-        tapped = {-1: x} if -1 in tap_layers else {}
-        kv = []
-        for layer in self.layers:
-            x, layer_kv = layer(x, rope, attend)
-            kv.append(layer_kv)
-            if layer.index in tap_layers:
-                tapped[layer.index] = x
-        taps = jnp.concatenate([tapped[i] for i in tap_layers], axis=-1) if tap_layers else x[..., :0]
-        return TargetOutput(self.final_norm(x), taps, tuple(kv))
+def _heads(config: Mapping[str, Any], head_dim: int) -> tuple[int, int]:
+    """(kv heads, head dim), the latter `head_dim` where the file has none."""
+    return config.get("num_key_value_heads") or config["num_attention_heads"], config.get("head_dim") or head_dim
 
-    def head_weight(self) -> Float[Array, "v d"]:
-        """The output head, tied or not: the frozen copy that drafters and losses use."""
-        return self.embed_weight_vd[...] if self.tied else self.head_weight_vd[...]
 
-    def logits(self, hidden: Float[Array, "*n d"]) -> Float[Array, "*n v"]:
-        """float32 logits of final-normed hidden states."""
-        return jnp.einsum("...d,vd->...v", hidden, self.head_weight(), preferred_element_type=jnp.float32)
+def _windows(config: Mapping[str, Any]) -> list[int | None]:
+    """Per-layer window, as transformers reads it: `sliding_window` counts only under `use_sliding_window`, and the
+    layer types come from `max_window_layers` when the file has none."""
+    window = config.get("sliding_window") if config.get("use_sliding_window", False) else None
+    first = config.get("max_window_layers", 28)
+    default = [
+        "sliding_attention" if window and i >= first else "full_attention" for i in range(config["num_hidden_layers"])
+    ]
+    return [window if kind == "sliding_attention" else None for kind in layer_types(config, default)]

@@ -7,7 +7,7 @@ from typing import Any
 from flax import nnx
 
 from dspark_jax.targets.config import TargetConfig
-from dspark_jax.targets.qwen3 import Qwen3Model
+from dspark_jax.targets.decoder import TargetModel
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,6 @@ class Target:
     stop_tokens: tuple[int, ...] = ()
     tokenizer: Any = field(default=None, repr=False)
 
-    def model(self, params: dict) -> Qwen3Model:
+    def model(self, params: dict) -> TargetModel:
         """The module over `params`; call it inside the jitted function."""
         return nnx.merge(self.graphdef, params)

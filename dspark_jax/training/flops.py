@@ -37,7 +37,8 @@ def training_flops(config: DrafterConfig, sequences: int, length: int) -> float:
     """
     dims = config.backbone
     d, layers, rows = dims.hidden_size, dims.num_layers, config.num_anchors * config.block_size
-    queries, keys = dims.num_heads * dims.head_dim, dims.num_kv_heads * dims.head_dim
+    layer = dims.layers[0]  # draft layers are all alike
+    queries, keys = dims.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
     features = 2 * length * len(config.target_layer_ids) * d * d
     context = layers * 2 * length * d * 2 * keys
     block = layers * 2 * rows * d * (2 * queries + 2 * keys + 3 * dims.intermediate_size)

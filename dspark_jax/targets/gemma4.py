@@ -1,0 +1,144 @@
+"""Gemma 4 text targets: sliding and global layers with their own heads and ropes, four norms a block, a soft-cap.
+
+Axes: *n any leading axes of token rows, D hidden, Q query heads, G kv heads, H head dim. The numbers of golden/NOTES
+56 to 63 are the traps.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dspark_jax.errors import UserError
+from dspark_jax.sharding import param
+from dspark_jax.targets.attention import Attend, KeysValues
+from dspark_jax.targets.config import (
+    LayerConfig,
+    RopeConfig,
+    TargetConfig,
+    check_activation,
+    common_fields,
+    layer_types,
+)
+from dspark_jax.targets.layers import MLP, Attention, Rope
+
+# Field -> (the values under which it changes nothing, what it would be).
+_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "enable_moe_block": ((False, None), "mixtures of experts"),
+    "hidden_size_per_layer_input": ((0, None), "per-layer inputs"),
+    "num_kv_shared_layers": ((0, None), "layers that share keys and values"),
+    "use_double_wide_mlp": ((False, None), "double-wide MLPs"),
+    "use_bidirectional_attention": ((None, "vision"), "attention in both directions"),  # "vision": text stays causal
+    "attention_bias": ((False, None), "attention biases"),
+}
+
+
+def gemma4_config(config: Mapping[str, Any]) -> TargetConfig:
+    """Reads the text config; UserError for what DeepSpec's drafters or this model don't have (NOTES 63)."""
+    for field, (neutral, what) in _REFUSED.items():
+        if (found := config.get(field)) not in neutral:
+            raise UserError(
+                f"config.json has {field} {found!r}: Gemma 4 targets with {what} are not supported; choose a dense one "
+                f"without them, such as Gemma 4 12B."
+            )
+    check_activation(config, "hidden_activation", "gelu_pytorch_tanh")
+    count = config["num_hidden_layers"]
+    types = layer_types(config, ["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(count)])
+    types[-1] = "full_attention"  # as transformers forces it
+    return TargetConfig(
+        **common_fields(config),
+        layers=tuple(_layer(config, kind) for kind in types),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", True)),
+        embed_scale=config["hidden_size"] ** 0.5,
+        logit_softcap=config.get("final_logit_softcapping"),
+    )
+
+
+def _layer(config: Mapping[str, Any], kind: str) -> LayerConfig:
+    """Global layers alone have `global_head_dim` and K = V, and with K = V their own number of kv heads (NOTES 59)."""
+    ropes = config.get("rope_parameters") or _DEFAULT_ROPES
+    if not isinstance(ropes.get(kind), Mapping):
+        raise UserError(
+            f"config.json has {kind} layers and no rope_parameters for them; Gemma 4 gives each type of layer its own."
+        )
+    rope = RopeConfig.from_hf_dict({**config, "rope_parameters": ropes}, kind)
+    if kind == "sliding_attention":
+        return LayerConfig(config["num_key_value_heads"], config["head_dim"], rope, config["sliding_window"])
+    shared = bool(config.get("attention_k_eq_v", False))
+    own = config.get("num_global_key_value_heads") if shared else None
+    return LayerConfig(
+        num_kv_heads=own or config["num_key_value_heads"],
+        head_dim=config.get("global_head_dim") or config["head_dim"],
+        rope=rope,
+        values_are_keys=shared,
+    )
+
+
+_DEFAULT_ROPES = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+    "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
+}
+
+
+class Gemma4Norm(nnx.Module):
+    """x / rms(x) * w in float32, cast back after the product, where Qwen casts before it (NOTES 56)."""
+
+    def __init__(self, size: int, eps: float, axis: str = "embed"):
+        self.weight = param(jnp.ones((size,), jnp.float32), axis)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+        return (_unit_rms(x, self.eps) * self.weight[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def _unit_rms(x: Array, eps: float) -> Array:
+    wide = x.astype(jnp.float32)
+    return wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+
+
+class Gemma4Attention(Attention):
+    """Norms of q, k and, without a weight, of v; scores are not scaled (NOTES 58)."""
+
+    norm = Gemma4Norm
+
+    def __init__(self, config: TargetConfig, index: int, *, rngs: nnx.Rngs, input_size: int | None = None):
+        super().__init__(config, index, rngs=rngs, input_size=input_size)
+        self.scale = 1.0
+        self.eps = config.rms_norm_eps
+
+    def values(self, v: Float[Array, "*n g h"]) -> Float[Array, "*n g h"]:
+        return _unit_rms(v, self.eps).astype(v.dtype)
+
+
+class Gemma4Layer(nnx.Module):
+    """x + norm(attention(norm(x))), + norm(mlp(norm(·))), then all of it times a saved scalar (NOTES 57)."""
+
+    norm = Gemma4Norm
+
+    def __init__(self, config: TargetConfig, index: int, *, rngs: nnx.Rngs, input_size: int | None = None):
+        d, eps = config.hidden_size, config.rms_norm_eps
+        self.input_norm = Gemma4Norm(d, eps)
+        self.attention = Gemma4Attention(config, index, rngs=rngs, input_size=input_size)
+        self.post_attention_norm = Gemma4Norm(d, eps)
+        self.pre_feedforward_norm = Gemma4Norm(d, eps)
+        self.mlp = MLP(config, rngs=rngs, activation=_gelu)
+        self.post_feedforward_norm = Gemma4Norm(d, eps)
+        self.layer_scalar = param(jnp.ones((1,), jnp.float32), None)
+        self.index = index
+
+    def __call__(self, x: Float[Array, "*n d"], rope: Rope, attend: Attend) -> tuple[Float[Array, "*n d"], KeysValues]:
+        mixed, kv = self.attention(self.input_norm(x), rope, attend)
+        return self.after_attention(x, mixed), kv
+
+    def after_attention(self, residual: Float[Array, "*n d"], mixed: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+        x = residual + self.post_attention_norm(mixed)
+        x = x + self.post_feedforward_norm(self.mlp(self.pre_feedforward_norm(x)))
+        # A buffer in the reference: no gradient reaches it.
+        return x * jax.lax.stop_gradient(self.layer_scalar[...]).astype(x.dtype)
+
+
+def _gelu(x: Array) -> Array:
+    return jax.nn.gelu(x, approximate=True)
