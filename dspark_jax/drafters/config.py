@@ -16,6 +16,8 @@ class DrafterConfig:
     """`backbone` holds the dimensions of the draft layers; `markov_rank` 0 means no Markov head (DFlash, NOTES 13).
 
     `target_layer_ids` are 0-based target layers, -1 the embeddings; `num_target_layers` is the target's depth.
+    `sample_from_anchor` False is the convention of z-lab and speculators' DFlash: the anchor's row predicts nothing, row
+    k >= 1 predicts token anchor + k. `block_size` always counts predictions, so such a block has one row more.
     """
 
     backbone: TargetConfig
@@ -29,6 +31,7 @@ class DrafterConfig:
     confidence_head_with_markov: bool
     num_anchors: int
     target_sha256: str | None = None
+    sample_from_anchor: bool = True
 
     @classmethod
     def from_hf_dict(cls, config: Mapping[str, Any]) -> "DrafterConfig":
@@ -51,6 +54,7 @@ class DrafterConfig:
                 confidence_head_with_markov=confidence and bool(config["confidence_head_with_markov"]),
                 num_anchors=config["num_anchors"],
                 target_sha256=config.get(TARGET_SHA_FIELD),
+                sample_from_anchor=bool(config.get("sample_from_anchor", True)),
             )
         except KeyError as missing:
             raise UserError(

@@ -29,6 +29,7 @@ class BlockOutput(NamedTuple):
 class DSpark(nnx.Module):
     """Block row k, at position anchor + k, predicts token anchor + k + 1: row 0 is the anchor's own (golden/NOTES 9).
 
+    Without `sample_from_anchor` the anchor's row is there to be attended only, and each row predicts its own position.
     Its draft state is a `KVCache` of the context, for positions before each request's anchor.
     """
 
@@ -96,9 +97,10 @@ class DSpark(nnx.Module):
         return BlockOutput(hidden, logits, self._confidence(hidden, embeddings))
 
     def _block_hidden(self, shared: SharedTables, context: KVCache, tokens: Array, anchors: Array) -> Array:
-        masks = jnp.full((*tokens.shape, self.block_size - 1), self.config.mask_token_id, tokens.dtype)
+        count = self.block_size if self.config.sample_from_anchor else self.block_size + 1
+        masks = jnp.full((*tokens.shape, count - 1), self.config.mask_token_id, tokens.dtype)
         inputs = jnp.concatenate([tokens[..., None], masks], axis=-1)
-        return self.backbone(shared.rows(inputs), anchors, context)
+        return self.backbone(shared.rows(inputs), anchors, context)[..., count - self.block_size :, :]
 
     def _confidence(self, hidden: Array, embeddings: Array | None) -> Array | None:
         if self.confidence_head is None:
