@@ -4,35 +4,25 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dspark_jax import DecodeConfig, Request, generate, load_target
-from dspark_jax.targets.attention import CachedBlock, Causal
 from dspark_jax.targets.config import TargetConfig
-from dspark_jax.targets.kv_cache import append_rows, empty_cache
 from dspark_jax.targets.target import Target
+from tests.parity import (
+    SHAPES,
+    check_cached_decoding,
+    outputs,
+    saved_reference,
+    tokens,
+    torch_greedy,
+    torch_outputs,
+)
 
 pytestmark = pytest.mark.parity
 
 ATOL = 2e-5
-LENGTH = 24
-SHAPES = {
-    "vocab_size": 97,
-    "hidden_size": 40,
-    "intermediate_size": 56,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "eos_token_id": 96,
-    "bos_token_id": None,
-}
 CONFIGS: dict[str, dict[str, Any]] = {
     "theta, eps, one kv head, tied": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 517.0},
@@ -70,18 +60,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def reference(folder: Path, fields: dict[str, Any]) -> Any:
-    """A random transformers model, saved by transformers: weights spread widely, norms around 1, biases around 0."""
-    import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    torch.manual_seed(0)
-    model = Qwen3ForCausalLM(Qwen3Config(**SHAPES | fields, attn_implementation="eager")).float().eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            centre = 1.0 if name.endswith("norm.weight") else 0.0
-            weight.copy_(centre + (0.15 if weight.ndim > 1 else 0.2) * torch.randn_like(weight))
-    model.save_pretrained(folder)
-    return model
+    return saved_reference(folder, Qwen3ForCausalLM, Qwen3Config(**SHAPES | fields, attn_implementation="eager"))
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -89,34 +70,6 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("parity")
     model = reference(folder, CONFIGS[request.param])
     return model, load_target(folder, dtype="float32"), folder
-
-
-def tokens(rows: int = 2) -> np.ndarray:
-    return np.random.default_rng(1).integers(0, SHAPES["vocab_size"], (rows, LENGTH))
-
-
-def torch_outputs(model: Any, ids: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-    """(embeddings and every layer's output, the last one after the final norm; logits)."""
-    import torch
-
-    with torch.inference_mode():
-        out = model(torch.tensor(ids), output_hidden_states=True, use_cache=False)
-    return [h.float().numpy() for h in out.hidden_states], out.logits.float().numpy()
-
-
-def outputs(target: Target, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(taps of the embedding and of every layer [B, T, L + 1, D], hidden after the final norm, logits)."""
-    layers = target.config.num_layers
-
-    @jax.jit
-    def run(params: dict, ids: jax.Array) -> Any:
-        model = target.model(params)
-        positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-        out = model(ids, positions, Causal(), tuple(range(-1, layers)))
-        return out.taps.reshape(*ids.shape, layers + 1, -1), out.hidden, model.logits(out.hidden)
-
-    taps, hidden, logits = jax.device_get(run(target.params, jnp.asarray(ids)))
-    return taps, hidden, logits
 
 
 def test_hidden_states_and_logits(pair: tuple[Any, Target, Path]) -> None:
@@ -143,31 +96,8 @@ def test_last_layer_output_before_the_norm(pair: tuple[Any, Target, Path]) -> No
 
 
 def test_cached_decoding(pair: tuple[Any, Target, Path]) -> None:
-    """Prefill, then chunks of several sizes at per-request lengths with a rollback: the uncached logits."""
     model, target, _ = pair
-    ids, config = tokens(), target.config
-    expected = torch_outputs(model, ids)[1]
-
-    @jax.jit
-    def step(params: dict, cache: Any, rows: jax.Array, starts: jax.Array) -> Any:
-        model = target.model(params)
-        positions = starts[:, None] + jnp.arange(rows.shape[1])
-        out = model(rows, positions, CachedBlock(cache, starts))
-        return model.logits(out.hidden), append_rows(cache, out.kv, starts)
-
-    cache = empty_cache(config.kv_shapes, 2, LENGTH + 4, jnp.float32)
-    starts, widest = np.array([0, 0]), 4
-    kept = [(4, 4), (1, 3), (4, 2), (2, 4), (4, 4), (3, 1), (4, 4)]  # of four rows fed, how many stay per request
-    for counts in kept:
-        rows = np.stack([np.pad(ids[r], (0, widest))[s : s + widest] for r, s in enumerate(starts)])
-        for r, count in enumerate(counts):
-            rows[r, count:] = 7  # refused drafts, overwritten by the next chunk
-        logits, cache = step(target.params, cache, jnp.asarray(rows), jnp.asarray(starts))
-        for r, count in enumerate(counts):
-            at = int(starts[r])
-            np.testing.assert_allclose(logits[r, :count], expected[r, at : at + count], atol=ATOL)
-        starts = starts + np.array(counts)
-    assert list(starts) == [22, 22]
+    check_cached_decoding(target, torch_outputs(model, tokens())[1], ATOL)
 
 
 def test_old_spelling_of_the_config_is_the_same(pair: tuple[Any, Target, Path]) -> None:
@@ -199,16 +129,9 @@ def test_bfloat16_is_as_close_as_pytorchs(pair: tuple[Any, Target, Path]) -> Non
 
 @pytest.mark.parametrize("name", ["yarn", "window by layer types"])
 def test_greedy_generation(tmp_path: Path, name: str) -> None:
-    import torch
-
     model = reference(tmp_path, CONFIGS[name])
     target = load_target(tmp_path)
     rows = [row[: 3 + 5 * i].tolist() for i, row in enumerate(tokens(4))]
     found = generate(target, None, [Request(row) for row in rows], DecodeConfig(max_new_tokens=24, slots=2))
     for row, generation in zip(rows, found, strict=True):
-        ids = torch.tensor([row])
-        with torch.inference_mode():
-            out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, pad_token_id=0
-            )
-        assert generation.tokens == tuple(out[0, len(row) :].tolist())
+        assert list(generation.tokens) == torch_greedy(model, row, 24)
