@@ -16,8 +16,8 @@ class DrafterConfig:
     """`backbone` holds the dimensions of the draft layers; `markov_rank` 0 means no Markov head (DFlash, NOTES 13).
 
     `target_layer_ids` are 0-based target layers, -1 the embeddings; `num_target_layers` is the target's depth.
-    `sample_from_anchor` False is the convention of z-lab and speculators' DFlash: the anchor's row predicts nothing, row
-    k >= 1 predicts token anchor + k. `block_size` always counts predictions, so such a block has one row more.
+    Without `sample_from_anchor`, as in z-lab's DFlash, the anchor's row predicts nothing and row k >= 1 token anchor + k;
+    `block_size` always counts predictions, so such a block has one row more.
     """
 
     backbone: TargetConfig

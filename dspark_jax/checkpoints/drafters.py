@@ -1,0 +1,181 @@
+"""Drafters on disk, in any layout: found out by config.json when loaded, chosen by name when saved."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
+
+from dspark_jax.checkpoints.deepspec import drafter_tensor_map
+from dspark_jax.checkpoints.folder_layout import EMBEDDING, HEAD, FolderLayout
+from dspark_jax.checkpoints.huggingface import DTYPES, resolve_folder
+from dspark_jax.checkpoints.layouts import detect_layout, layout_named
+from dspark_jax.checkpoints.manifest import UNKNOWN, Provenance, check_manifest, write_manifest
+from dspark_jax.checkpoints.tensors import (
+    Stored,
+    TensorFolder,
+    load_params,
+    read_json,
+    stored_tensors,
+    write_json,
+    write_tensors,
+)
+from dspark_jax.drafters.config import DrafterConfig
+from dspark_jax.drafters.protocol import SharedTables
+from dspark_jax.drafters.registry import LoadedDrafter, kind_of, skeleton
+from dspark_jax.errors import UserError
+from dspark_jax.sharding import ShardingRules, parameter_shardings, split
+from dspark_jax.targets.target import Target
+
+WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+_SAMPLED_ROWS = 64
+
+
+class _NamedTensors(TensorFolder):
+    """A folder whose tensors are asked for by DeepSpec's names."""
+
+    def __init__(self, folder: Path, stored_name: Callable[[str], str]):
+        super().__init__(folder)
+        self.stored_name = stored_name
+
+    def stored(self, name: str) -> Any:
+        return super().stored(self.stored_name(name))
+
+    def holds(self, name: str) -> bool:
+        return self.stored_name(name) in self.names
+
+
+def drafter_layout(path_or_id: str | Path) -> FolderLayout:
+    """The layout of a drafter's folder or hub id."""
+    return detect_layout(read_json(resolve_folder(path_or_id) / CONFIG_FILE))
+
+
+def load_drafter(
+    path_or_id: str | Path,
+    target: Target,
+    *,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    rules: ShardingRules | None = None,
+    compare_manifest: bool = True,
+) -> LoadedDrafter:
+    """Loads a drafter of `target` from a folder or hub id in any of the layouts.
+
+    dtype: 'float32' or 'bfloat16'; None keeps the config's. The confidence head is float32 always. mesh: parameters are
+    placed by `rules`, each device reading its own part. compare_manifest: refuse a folder whose dspark.json, where it
+    has one, contradicts its config or the target. Raises UserError for that, when files are missing or cut off, or when
+    the drafter is of another target (depth, width, vocabulary, tapped layers, or frozen copies that differ).
+    """
+    folder = resolve_folder(path_or_id)
+    stored = read_json(folder / CONFIG_FILE)
+    layout = detect_layout(stored)
+    hf_config = layout.to_native(stored, target.config)
+    kind_of(hf_config)
+    config = DrafterConfig.from_hf_dict(hf_config)
+    config.check_target(target.config)
+    if compare_manifest:
+        check_manifest(folder, hf_config, layout, target)
+    if (dtype or config.backbone.dtype) not in DTYPES:
+        raise UserError(
+            f"Drafter dtype {dtype or config.backbone.dtype!r} is not supported; choose float32 or bfloat16."
+        )
+    storage = DTYPES[dtype or config.backbone.dtype]
+    module = skeleton(hf_config)
+    graphdef, abstract = split(module)
+    leaves = flatten_dict(abstract)
+    shardings = None if mesh is None else flatten_dict(parameter_shardings(module, mesh, rules or ShardingRules()))
+    tensors = _NamedTensors(folder, lambda name: layout.tensor(name, hf_config))
+    _check_frozen_copies(tensors, target)
+    _check_vocabulary_map(tensors)
+    params = load_params(
+        tensors,
+        drafter_tensor_map(config, leaves),
+        leaves,
+        shardings,
+        lambda path: jnp.float32 if path[0] == "confidence_head" else storage,
+    )
+    return LoadedDrafter(str(path_or_id), config, graphdef, params, hf_config)
+
+
+def save_drafter(
+    folder: str | Path,
+    drafter: LoadedDrafter,
+    target: Target,
+    *,
+    layout: str = "deepspec",
+    dtype: str | None = None,
+    frozen_copies: bool = True,
+    vocabulary_maps: bool = False,
+    provenance: Provenance = UNKNOWN,
+) -> None:
+    """Writes config.json, model.safetensors and the manifest dspark.json in the named layout.
+
+    dtype: of the stored tensors; None: the config's. frozen_copies: also write the copies of the target's embedding and
+    head that the layout's readers expect, always untied; servers take the target's own where they are absent.
+    vocabulary_maps: also write the identity as `d2t` and `t2d`, where the layout has them. Loading and saving again, in
+    whatever layouts in between, gives the same bytes. Raises UserError, writing nothing, for a drafter that the layout
+    can't express.
+    """
+    folder, form = Path(folder), layout_named(layout)
+    native = {**drafter.hf_config, "dtype": dtype or drafter.config.backbone.dtype}
+    stored = form.from_native(native, target)
+    table = drafter_tensor_map(drafter.config, flatten_dict(drafter.params))
+    tensors = stored_tensors(table, drafter.params, native["dtype"])
+    if frozen_copies:
+        shared = shared_tables(target)
+        tables = {EMBEDDING: shared.embed, HEAD: shared.head}
+        frozen = {(name,): Stored(name) for name in form.frozen(native)}
+        tensors |= stored_tensors(frozen, tables, native["dtype"])
+    tensors = {form.tensor(name, native): array for name, array in tensors.items()}
+    if vocabulary_maps and form.vocabulary_maps:
+        tensors |= {"d2t": np.zeros(native["vocab_size"], np.int64), "t2d": np.ones(native["vocab_size"], np.bool_)}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / WEIGHTS_FILE, tensors)
+    write_manifest(folder, native, form, target, provenance)
+    write_json(folder / CONFIG_FILE, stored)
+
+
+def shared_tables(target: Target) -> SharedTables:
+    """The target's embedding and head [V, D], the same array twice when they are tied."""
+    embed = target.params["embed_weight_vd"]
+    head = embed if target.config.tie_word_embeddings else target.params["head_weight_vd"]
+    return SharedTables.of(target.config, embed, head)
+
+
+def _check_frozen_copies(tensors: _NamedTensors, target: Target) -> None:
+    """Compares sampled rows: over a fine-tuned or re-tokenised target a drafter would draft well-formed nonsense."""
+    shared = shared_tables(target)
+    for name, table in ((EMBEDDING, shared.embed), (HEAD, shared.head)):
+        if not tensors.holds(name) or not table.is_fully_addressable:
+            continue
+        stored = tensors.stored(name)
+        shape = tuple(stored.get_shape())
+        if shape != table.shape:
+            raise UserError(
+                f"Vocabulary mismatch: the drafter's {name} has shape {list(shape)}, the target's table "
+                f"{list(table.shape)}; give the target that the drafter was trained for."
+            )
+        rows = np.unique(np.linspace(0, shape[0] - 1, _SAMPLED_ROWS).astype(int))
+        mine = np.stack([np.asarray(stored[int(r) : int(r) + 1])[0] for r in rows]).astype(np.float32)
+        theirs = np.asarray(jnp.take(table, rows, axis=0)).astype(np.float32)
+        if _differ(mine, theirs):
+            raise UserError(
+                f"Target/drafter mismatch: the drafter's frozen {name} is not {target.name}'s; it was trained for "
+                "another target with the same sizes. Give that target."
+            )
+
+
+def _check_vocabulary_map(tensors: _NamedTensors) -> None:
+    if "d2t" in tensors.names and np.any(np.asarray(tensors.stored("d2t")[:])):
+        raise UserError(
+            f"The drafter in {tensors.folder} speaks ids of its own (its d2t is not zero); drafters here speak the "
+            "target's. Give one that was trained with the whole vocabulary."
+        )
+
+
+def _differ(mine: np.ndarray, theirs: np.ndarray) -> Any:
+    """True beyond what rounding to bfloat16 on either side explains."""
+    return np.any(np.abs(mine - theirs) > 2.0**-7 * np.abs(theirs) + 1e-6)

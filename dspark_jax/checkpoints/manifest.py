@@ -1,0 +1,118 @@
+"""`dspark.json` beside a drafter's weights: the conventions it was trained under, its target and its training.
+
+None of the layouts' own configs says all of it, and a drafter read under another convention drafts well-formed nonsense
+without an error (FIELD 4f). So each save writes it, and each load that finds one compares.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dspark_jax.checkpoints.folder_layout import Config, FolderLayout, kind_name
+from dspark_jax.checkpoints.tensors import read_json, write_json
+from dspark_jax.errors import UserError
+from dspark_jax.targets.target import Target
+
+MANIFEST_FILE = "dspark.json"
+FORMAT, VERSION = "dspark_jax drafter", 1
+ANCHOR_PREDICTS = "row k, at position anchor + k, predicts token anchor + k + 1"
+ANCHOR_WAITS = "row 0 predicts nothing; row k >= 1, at position anchor + k, predicts token anchor + k"
+STEPWISE = "one token a step: hidden state t with token t + 1 at position t predicts token t + 2"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What only the trainer knows; {} where it isn't known. `sampling`: how the answers were drawn (temperature, top_k,
+    top_p, seed). `sources`: data and hashes, `loss`: weights of the loss, and the like."""
+
+    sampling: Mapping[str, Any]
+    sources: Mapping[str, Any]
+
+
+UNKNOWN = Provenance({}, {})
+
+
+def conventions(native: Config, layout: FolderLayout) -> dict[str, Any]:
+    """Of a drafter whose DeepSpec config this is, as a folder of `layout` stores it."""
+    ids = list(native.get("target_layer_ids", []))
+    found: dict[str, Any] = {
+        "target_layer_ids": ids,
+        "layer_id_base": layout.layer_id_base,
+        "stored_layer_ids": [i + layout.layer_id_base for i in ids],
+    }
+    if kind_name(native) not in ("dspark", "dflash"):
+        return found | {"anchor": STEPWISE}
+    predicts = native.get("sample_from_anchor", True)
+    return found | {
+        "anchor": ANCHOR_PREDICTS if predicts else ANCHOR_WAITS,
+        "sample_from_anchor": predicts,
+        "predictions": native["block_size"],
+        "rows": native["block_size"] + (not predicts),
+        "mask_token_id": native["mask_token_id"],
+        "block_position": "the block starts at the anchor's position; context keys are before it",
+        "loss_mask": "read at the label's position, up to the first gap",
+    }
+
+
+def write_manifest(
+    folder: Path, native: Config, layout: FolderLayout, target: Target, provenance: Provenance = UNKNOWN
+) -> None:
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "layout": layout.name,
+        "kind": kind_name(native),
+        "conventions": conventions(native, layout),
+        "target": {"name": target.name, "config_sha256": target.config_sha256},
+        "sampling": dict(provenance.sampling),
+        "sources": dict(provenance.sources),
+    }
+    write_json(folder / MANIFEST_FILE, content)
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The folder's manifest, None where there is none; UserError where it is none of ours."""
+    if not (folder / MANIFEST_FILE).exists():
+        return None
+    content = read_json(folder / MANIFEST_FILE)
+    if content.get("format") != FORMAT or content.get("version") != VERSION:
+        raise UserError(
+            f"{folder / MANIFEST_FILE} has format {content.get('format')!r} version {content.get('version')!r}; "
+            f"expected {FORMAT!r} version {VERSION}. Read it with the version of dspark_jax that wrote it."
+        )
+    return content
+
+
+def provenance_of(manifest: Config | None) -> Provenance:
+    """What a converted drafter carries along."""
+    return UNKNOWN if manifest is None else Provenance(manifest.get("sampling", {}), manifest.get("sources", {}))
+
+
+def mismatches(manifest: Config, native: Config, layout: FolderLayout, target: Target) -> list[str]:
+    """Where a folder's manifest contradicts its config.json or the target, as half sentences."""
+    declared, found = manifest.get("conventions", {}), conventions(native, layout)
+    compared = [("layout", manifest.get("layout"), layout.name), ("kind", manifest.get("kind"), kind_name(native))]
+    compared += [(name, declared.get(name), found.get(name)) for name in sorted({*declared, *found})]
+    wrong = [
+        f"{name} is {was!r} in {MANIFEST_FILE} and {now!r} by config.json" for name, was, now in compared if was != now
+    ]
+    sha = manifest.get("target", {}).get("config_sha256")
+    if sha != target.config_sha256:
+        name = manifest.get("target", {}).get("name")
+        wrong.append(
+            f"it was trained for {name} with config sha256 {str(sha)[:12]}, and {target.name} has "
+            f"{target.config_sha256[:12]}"
+        )
+    return wrong
+
+
+def check_manifest(folder: Path, native: Config, layout: FolderLayout, target: Target) -> None:
+    """UserError naming the first contradiction between a folder's manifest, its config and the target."""
+    manifest = read_manifest(folder)
+    wrong = [] if manifest is None else mismatches(manifest, native, layout, target)
+    if wrong:
+        raise UserError(
+            f"The drafter in {folder} contradicts its manifest: {wrong[0]}. Give the target that it was trained "
+            "for and the files as they were written; infer.conformance measures which of the two is right."
+        )

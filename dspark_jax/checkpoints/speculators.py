@@ -1,0 +1,137 @@
+"""The layout of the speculators library: the decoder under `transformer_layer_config`, layer ids counted from 1.
+
+`aux_hidden_state_layer_ids` index Hugging Face's `hidden_states`, so they are DeepSpec's ids + 1 (FIELD 4c). The
+block's convention is `sample_from_anchor`; without it the first row predicts nothing, and `block_size` counts it too.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from dspark_jax.checkpoints.folder_layout import (
+    ANCHORS,
+    EMBEDDING,
+    HEAD,
+    Config,
+    native_architecture,
+    refuse_fields,
+    require_kind,
+)
+from dspark_jax.errors import UserError
+from dspark_jax.targets.config import TargetConfig
+from dspark_jax.targets.target import Target
+
+_NAMES = {"dspark": "DSparkSpeculator", "dflash": "DFlashSpeculator", "eagle3": "Eagle3Speculator"}
+_IDS = {"dspark": "aux_hidden_state_layer_ids", "dflash": "aux_hidden_state_layer_ids",
+        "eagle3": "eagle_aux_hidden_state_layer_ids"}  # fmt: skip
+# The drafter's own fields; all others describe the decoder.
+_DRAFTER = (
+    "block_size", "mask_token_id", "num_target_layers", "num_anchors", "markov_rank", "markov_head_type",
+    "enable_confidence_head", "confidence_head_with_markov", "sample_from_anchor", "target_config_sha256",
+    "ttt_length", "step_loss_decay", "draft_num_hidden_layers", "target_model_name_or_path", "target_model_type",
+    "target_text_model_type",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SpeculatorsLayout:
+    name: str = "speculators"
+    layer_id_base: int = 1
+    vocabulary_maps: bool = True
+
+    def detects(self, stored: Config) -> bool:
+        return "speculators_model_type" in stored
+
+    def to_native(self, stored: Config, target: TargetConfig) -> dict[str, Any]:
+        kind = stored["speculators_model_type"]
+        if kind not in _NAMES:
+            raise UserError(
+                f"The drafter's config.json has speculators_model_type {kind!r}; expected one of {', '.join(_NAMES)}."
+            )
+        layers = dict(stored.get("transformer_layer_config") or {})
+        self._refuse(stored, layers)
+        native = layers | {name: stored[name] for name in _DRAFTER if name in stored}
+        if _IDS[kind] not in stored:
+            raise UserError(
+                f"The drafter's config.json has no {_IDS[kind]}; the layers that it reads can't be guessed safely. Add "
+                "them, counted from 1 for the first layer's output."
+            )
+        native["target_layer_ids"] = [i - self.layer_id_base for i in stored[_IDS[kind]]]
+        if kind != "eagle3":
+            self._block_to_native(native, kind)
+        native["architectures"] = [native_architecture(native, kind)]
+        return {"num_target_layers": target.num_layers} | native
+
+    def from_native(self, native: Config, target: Target) -> dict[str, Any]:
+        kind = require_kind(native, self.name)
+        own = (*_DRAFTER, "architectures", "target_layer_ids")
+        stored: dict[str, Any] = {name: native[name] for name in _DRAFTER if name in native}
+        stored |= {
+            "architectures": [_NAMES[kind]],
+            "speculators_model_type": kind,
+            "transformer_layer_config": {name: value for name, value in native.items() if name not in own},
+            _IDS[kind]: [i + self.layer_id_base for i in native["target_layer_ids"]],
+            "draft_vocab_size": native["vocab_size"],
+            "target_hidden_size": target.config.hidden_size,
+            "tie_word_embeddings": False,
+            "dtype": native["dtype"],
+        }
+        if kind == "eagle3":
+            # Written out: speculators and vLLM have different defaults.
+            stored |= {"norm_before_residual": False, "norm_before_fc": False, "embed_requires_grad": False}
+            drafts = native.get("ttt_length")
+        else:
+            stored["sample_from_anchor"] = native.get("sample_from_anchor", True)
+            stored["block_size"] = native["block_size"] + (not stored["sample_from_anchor"])
+            drafts = native["block_size"]
+        stored["speculators_config"] = _proposal(kind, drafts, target)
+        return stored
+
+    def tensor(self, name: str, native: Config) -> str:
+        return name
+
+    def frozen(self, native: Config) -> tuple[str, ...]:
+        return (EMBEDDING, HEAD)
+
+    def _block_to_native(self, native: dict[str, Any], kind: str) -> None:
+        """Fills in speculators' defaults: a dspark block predicts from its anchor, a dflash one does not."""
+        for name, value in (("num_anchors", ANCHORS), ("markov_rank", 256 if kind == "dspark" else 0),
+                            ("enable_confidence_head", kind == "dspark")):  # fmt: skip
+            native.setdefault(name, value)
+        if native["markov_rank"]:
+            native.setdefault("markov_head_type", "vanilla")
+        if native["enable_confidence_head"]:
+            native.setdefault("confidence_head_with_markov", native["markov_rank"] > 0)
+        if native.pop("sample_from_anchor", kind == "dspark"):
+            return
+        native |= {"sample_from_anchor": False, "block_size": native["block_size"] - 1}
+
+    def _refuse(self, stored: Config, layers: Config) -> None:
+        if not layers:
+            raise UserError("The drafter's config.json has no transformer_layer_config; copy the whole file again.")
+        vocabulary = stored.get("draft_vocab_size", layers.get("vocab_size"))
+        if vocabulary != layers.get("vocab_size"):
+            raise UserError(
+                f"The drafter's vocabulary is reduced to {vocabulary} of {layers.get('vocab_size')} tokens; drafters "
+                "here speak the target's whole vocabulary. Give one that was trained with it."
+            )
+        off = (False, None)
+        harmless = {
+            "norm_before_residual": off,
+            "norm_before_fc": off,
+            "fc_norm": off,
+            "norm_output": off,
+            "enable_correction_head": off,
+            "projector_type": ("dflash", None),
+        }
+        refuse_fields(stored, harmless, "config.json")
+
+
+def _proposal(kind: str, drafts: int | None, target: Target) -> dict[str, Any]:
+    method = {"proposal_type": "greedy", "speculative_tokens": drafts, "verifier_accept_k": 1, "accept_tolerance": 0.0}
+    verifier = {"name_or_path": target.name, "architectures": target.hf_config.get("architectures", [])}
+    return {
+        "algorithm": kind,
+        "default_proposal_method": "greedy",
+        "proposal_methods": [method],
+        "verifier": verifier,
+    }
