@@ -115,11 +115,14 @@ class OptimizerSettings:
     """Decay of the first and second moments."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
+    max_skipped: int = 5
+    """Updates in a row that may be skipped because loss or gradient is not finite; one more stops the run."""
 
     def __post_init__(self) -> None:
         _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "a positive number")
         _require(0 <= self.warmup_ratio < 1, "optimizer.warmup_ratio", self.warmup_ratio, "a part in [0, 1)")
         _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        _require(self.max_skipped >= 0, "optimizer.max_skipped", self.max_skipped, "0 or more")
         _require(self.clip_norm >= 0, "optimizer.clip_norm", self.clip_norm, "0 (no clipping) or more")
         _require(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two numbers in [0, 1)")
 
@@ -186,10 +189,43 @@ class CheckpointSettings:
     """Optimizer steps between checkpoints; the last step is saved always."""
     keep: int = 3
     """Latest checkpoints kept."""
+    keep_best: int = 1
+    """Checkpoints kept besides, those of the highest evaluated accepted length."""
 
     def __post_init__(self) -> None:
         _require(self.every_steps >= 1, "checkpoint.every_steps", self.every_steps, "at least 1")
         _require(self.keep >= 1, "checkpoint.keep", self.keep, "at least 1")
+        _require(self.keep_best >= 0, "checkpoint.keep_best", self.keep_best, "0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSettings:
+    """Accepted length by decoding held-out prompts with the drafter as it is, while the run goes on."""
+
+    every_steps: int = 0
+    """Optimizer steps between evaluations, each of which also saves a checkpoint; 0: none."""
+    prompts: str = ""
+    """JSONL file of held-out prompts, with a domain each."""
+    limit: int = 8
+    """Prompts taken of each domain; 0: all."""
+    temperature: float = 1.0
+    """Of target and drafter; 0: greedy."""
+    max_new_tokens: int = 128
+    """Longest answer decoded."""
+    slots: int = 16
+    """Prompts decoded at once."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("every_steps", 0), ("limit", 0), ("max_new_tokens", 1), ("slots", 1)):
+            value = getattr(self, name)
+            _require(value >= least, f"evaluation.{name}", value, f"at least {least}")
+        _require(self.temperature >= 0, "evaluation.temperature", self.temperature, "0 (greedy) or more")
+        _require(
+            not self.every_steps or bool(self.prompts),
+            "evaluation.prompts",
+            self.prompts,
+            "a JSONL file of held-out prompts",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +242,7 @@ class TrainConfig:
     optimizer: OptimizerSettings = OptimizerSettings()
     mesh: MeshSettings = MeshSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
     epochs: int = 10
     """Passes over the cache."""
     max_steps: int | None = None

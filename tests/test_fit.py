@@ -86,8 +86,8 @@ def losses(run: Path) -> list[float]:
 def stop_after_saving(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     save = Checkpoints.save
 
-    def save_and_stop(self: Checkpoints, done: int, state: Any, extra: Any) -> None:
-        save(self, done, state, extra)
+    def save_and_stop(self: Checkpoints, done: int, state: Any, extra: Any, score: float | None = None) -> None:
+        save(self, done, state, extra, score)
         if done == step:
             raise KeyboardInterrupt
 

@@ -7,6 +7,8 @@ A run that was stopped continues with the same command from its latest checkpoin
 the drafter stands in RUN/drafter (DeepSpec-native layout); --export-only writes it from the latest checkpoint.
 """
 
+import signal
+import sys
 from pathlib import Path
 
 from configs.cli import parse_named, program
@@ -17,10 +19,10 @@ from dspark_jax.errors import UserError
 from dspark_jax.sharding import split
 from dspark_jax.targets.target import Target
 from dspark_jax.training.checkpoint import Checkpoints
-from dspark_jax.training.step import TrainState
+from train.guards import Preempted
 from train.loop import train
 from train.plan import RunPlan, make_plan
-from train.report import summarise, table
+from train.report import best_record, summarise, table
 from train.run_folder import require_same_run, write_config
 from train.sidecar import write_json
 from train.trainer import Trainer
@@ -50,19 +52,32 @@ def fit(config: TrainConfig) -> None:
     trainer = Trainer.of(plan)
     target = trainer.target()
     write_config(folder, config)
-    with Checkpoints(folder / "checkpoints", config.checkpoint.keep) as checkpoints:
-        state, records = train(trainer, shared_tables(target), checkpoints)
-    drafter = export(plan, target, state)
-    summary = summarise(config.name, plan.total_steps, records, drafter)
+    with open_checkpoints(config) as checkpoints:
+        try:
+            state, records = train(trainer, shared_tables(target), checkpoints)
+        except Preempted as stop:
+            print(stop, file=sys.stderr)
+            raise SystemExit(128 + signal.SIGTERM) from None
+        drafter = export(plan, target, state.params)
+        best = checkpoints.best
+        if best is not None:
+            kept = state if best == plan.total_steps else checkpoints.restore(best, trainer.abstract)[0]
+            export(plan, target, kept.params, "drafter_best")
+    summary = summarise(config.name, plan.total_steps, records, drafter) | best_record(records, best)
     write_json(folder / "metrics.json", summary)
     print(table(summary))
 
 
-def export(plan: RunPlan, target: Target, state: TrainState) -> Path:
-    """Writes RUN/drafter and returns it."""
-    folder = plan.folder / "drafter"
+def open_checkpoints(config: TrainConfig) -> Checkpoints:
+    settings = config.checkpoint
+    return Checkpoints(Path(config.folder) / "checkpoints", settings.keep, settings.keep_best)
+
+
+def export(plan: RunPlan, target: Target, params: dict, name: str = "drafter") -> Path:
+    """Writes RUN/name and returns it."""
+    folder = plan.folder / name
     graphdef, _ = split(skeleton(plan.drafter_hf))
-    save_drafter(folder, LoadedDrafter(str(folder), plan.drafter, graphdef, state.params, plan.drafter_hf), target)
+    save_drafter(folder, LoadedDrafter(str(folder), plan.drafter, graphdef, params, plan.drafter_hf), target)
     return folder
 
 
@@ -73,12 +88,12 @@ def export_latest(config: TrainConfig) -> str:
         raise UserError(f"{folder} holds no run to export; train it first, without {EXPORT_ONLY}.")
     plan = make_plan(config)
     trainer = Trainer.of(plan)
-    with Checkpoints(folder / "checkpoints", config.checkpoint.keep) as checkpoints:
+    with open_checkpoints(config) as checkpoints:
         step = checkpoints.latest
         if step is None:
             raise UserError(f"The run in {folder} has no checkpoint yet; continue it without {EXPORT_ONLY}.")
         state, _ = checkpoints.restore(step, trainer.abstract)
-    return f"Step {step} is exported to {export(plan, trainer.target(), state)}."
+    return f"Step {step} is exported to {export(plan, trainer.target(), state.params)}."
 
 
 if __name__ == "__main__":

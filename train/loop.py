@@ -14,6 +14,9 @@ from dspark_jax.drafters.protocol import SharedTables
 from dspark_jax.training.checkpoint import Checkpoints
 from dspark_jax.training.flops import peak_flops, training_flops
 from dspark_jax.training.step import TrainState
+from train.evaluation import TAU, Evaluator
+from train.guards import Preempted, Preemption, SkipGuard
+from train.plan import RunPlan
 from train.run_folder import MetricsLog
 from train.trainer import Trainer
 
@@ -53,14 +56,19 @@ class Window:
         """The record of the window, whose metrics are means over its steps; opens the next."""
         rows = self.fetch()
         record: dict[str, Any] = {"step": steps_done, "epoch": steps_done / self.trainer.plan.batches.steps_per_epoch}
-        record |= {name: float(np.mean([row[name] for row in rows])) for name in rows[-1]}
-        record["learning_rate"] = rows[-1]["learning_rate"]
+        # Skipped steps count as skipped, not as losses; where no step was good there is no mean.
+        good = [row for row in rows if not row["skipped"]]
+        record |= {name: float(np.mean([row[name] for row in good])) if good else None for name in rows[-1]}
+        record |= {"learning_rate": rows[-1]["learning_rate"], "skipped": len(rows) - len(good)}
         record |= self._speed()
         self.pending, self.timed_steps, self.tokens, self.flops = [], 0, 0, 0.0
+        return record
+
+    def restart_clock(self) -> None:
+        """The next window's time begins now: what came since the last step was no training."""
         self.opened = time.perf_counter()
         if self.timed_from is not None:
             self.timed_from = self.opened
-        return record
 
     def _speed(self) -> dict[str, float | None]:
         now = time.perf_counter()
@@ -86,34 +94,65 @@ def tokens_at(batches: Batches, step: int) -> int:
 
 
 def train(trainer: Trainer, shared: SharedTables, checkpoints: Checkpoints) -> tuple[TrainState, list[dict[str, Any]]]:
-    """Runs the steps that are left, from the latest checkpoint if there is one; returns state and all records."""
+    """Runs the steps that are left, from the latest checkpoint if there is one; returns state and all records.
+
+    Raises Preempted once a step that SIGTERM interrupted is saved, UserError where a guard stops the run.
+    """
     plan, start = trainer.plan, checkpoints.latest or 0
-    total, save_every, log_every = plan.total_steps, plan.config.checkpoint.every_steps, plan.config.log_every
     state, extra = checkpoints.restore(start, trainer.abstract) if start else (trainer.initial(), {"pending": []})
-    step = trainer.step()
+    step, evaluator = trainer.step(), Evaluator.of(trainer)
     with (
         MetricsLog(plan.folder, start) as log,
-        tqdm(total=total, initial=start, desc=plan.config.name, unit="step", disable=None) as bar,
+        tqdm(total=plan.total_steps, initial=start, desc=plan.config.name, unit="step", disable=None) as bar,
         closing(trainer.device_batches(start)) as batches,
+        Preemption() as preemption,
         jax.transfer_guard("disallow"),
     ):
-        window = Window(trainer, extra["pending"])
+        window, guard = Window(trainer, extra["pending"]), SkipGuard(plan)
         upcoming, before = next(batches, {}), None
-        for index in range(start, total):
+        for done in range(start + 1, plan.total_steps + 1):
             state, metrics = step(state, shared, upcoming)
             # While that step runs: the next batch. Then at most this step and the one before it are under way.
             upcoming = next(batches, {})
-            window.add(index, metrics)
+            window.add(done - 1, metrics)
             jax.block_until_ready(before if before is not None else metrics)
             if before is None:
                 window.start_clock()
-            before, done = metrics, index + 1
-            if done % log_every == 0 or done == total:
+            else:
+                guard.watch(done - 2, before)
+            before, scores = metrics, None
+            due = Due.at(done, plan)
+            if due.record:
                 record = window.close(done)
-                log.write(record)
-                bar.set_postfix(loss=f"{record['loss']:.3f}", tau=f"{record['tau_probabilistic']:.2f}", refresh=False)
-            if done % save_every == 0 or done == total:
-                checkpoints.save(done, state, {"pending": window.fetch()})
+                scores = evaluator(state.params) if evaluator and due.evaluation else None
+                window.restart_clock()
+                log.write(record | (scores or {}))
+                bar.set_postfix(loss=record["loss"], tau=record["tau_probabilistic"], refresh=False)
+            told = preemption.requested(done)
+            if due.save or told:
+                checkpoints.save(done, state, {"pending": window.fetch()}, scores[TAU] if scores else None)
+            if told:
+                checkpoints.wait()
+                raise Preempted(done)
             bar.update()
+        if before is not None:
+            guard.watch(plan.total_steps - 1, before)
     checkpoints.wait()
     return state, log.records
+
+
+@dataclass(frozen=True)
+class Due:
+    """What a step ends with. An evaluation ends a record's window, and is saved so that the best drafter is kept."""
+
+    record: bool
+    evaluation: bool
+    save: bool
+
+    @classmethod
+    def at(cls, done: int, plan: RunPlan) -> "Due":
+        config, last = plan.config, done == plan.total_steps
+        every = config.evaluation.every_steps
+        evaluation = bool(every) and (last or done % every == 0)
+        record = last or evaluation or done % config.log_every == 0
+        return cls(record, evaluation, save=last or evaluation or done % config.checkpoint.every_steps == 0)

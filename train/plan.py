@@ -7,12 +7,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from configs.schema import DataSettings, TrainConfig
+from configs.schema import DataSettings, EvaluationSettings, TrainConfig
 from dspark_jax.checkpoints.target_tables import describe_target
 from dspark_jax.data.chat import tokenizer_hash
 from dspark_jax.data.pipeline import Batches, open_cache
 from dspark_jax.data.records import FeatureSource, require_match
 from dspark_jax.data.views import Truncated
+from dspark_jax.decoding.prompts import Prompt, read_prompts
 from dspark_jax.drafters.config import DrafterConfig, drafter_hf_config
 from dspark_jax.drafters.registry import drafter_kind
 from dspark_jax.errors import UserError
@@ -34,6 +35,7 @@ class RunPlan:
     mesh: Mesh
     batches: Batches
     total_steps: int
+    heldout: tuple[Prompt, ...] = ()
 
 
 def make_plan(config: TrainConfig) -> RunPlan:
@@ -47,6 +49,7 @@ def make_plan(config: TrainConfig) -> RunPlan:
     drafter_hf = drafter_config(config, target)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     require_divisible(config.data, mesh)
+    heldout = heldout_prompts(config.evaluation, target)
     batches = make_batches(config.data, open_records(config, folder, target))
     total = config.epochs * batches.steps_per_epoch
     return RunPlan(
@@ -58,6 +61,7 @@ def make_plan(config: TrainConfig) -> RunPlan:
         mesh=mesh,
         batches=batches,
         total_steps=total if config.max_steps is None else min(total, config.max_steps),
+        heldout=heldout,
     )
 
 
@@ -111,6 +115,13 @@ def open_records(config: TrainConfig, folder: Path, target: Target) -> FeatureSo
         },
     )
     return cache
+
+
+def heldout_prompts(settings: EvaluationSettings, target: Target) -> tuple[Prompt, ...]:
+    """The prompts that the run is evaluated on; () without evaluations."""
+    if not settings.every_steps:
+        return ()
+    return tuple(read_prompts(target, [Path(settings.prompts)], limit=settings.limit or None))
 
 
 def make_batches(data: DataSettings, source: FeatureSource) -> Batches:

@@ -9,8 +9,8 @@ Records = list[dict[str, Any]]
 
 
 def summarise(name: str, total_steps: int, records: Records, drafter: Path) -> dict[str, Any]:
-    """The last record's metrics and, over all records, the training time and the median speed."""
-    last = records[-1] if records else {}
+    """The last good record's metrics and, over all records: training time, median speed, skipped updates."""
+    last = next((record for record in reversed(records) if record["loss"] is not None), {})
     measured = {k: v for k, v in last.items() if k not in ("step", "epoch", "seconds", *SPEED) and "@" not in k}
     return {
         "name": name,
@@ -18,9 +18,16 @@ def summarise(name: str, total_steps: int, records: Records, drafter: Path) -> d
         "seconds": sum(record["seconds"] for record in records),
         **{key: _median(records, key) for key in SPEED},
         **measured,
+        "skipped": sum(record["skipped"] for record in records),
         "accept_rate": [v for k, v in last.items() if k.startswith("accept_rate@")],
         "drafter": str(drafter),
     }
+
+
+def best_record(records: Records, step: int | None) -> dict[str, Any]:
+    """Step and accepted length of the checkpoint in drafter_best; {} without one."""
+    found = next((record for record in records if record["step"] == step), None)
+    return {} if found is None else {"best_step": step, "best_eval_tau": found["eval_tau"]}
 
 
 SPEED = ("step_seconds", "tokens_per_s", "mfu")
@@ -39,6 +46,10 @@ def table(summary: dict[str, Any]) -> str:
         ("expected τ at temperature 1", f"{summary['tau_probabilistic']:.3f}"),
         ("accept rate per position", "  ".join(f"{rate:.3f}" for rate in summary["accept_rate"])),
     ]
+    if "eval_tau" in summary:
+        rows.append(("accepted length, decoding", f"{summary['eval_tau']:.3f}"))
+    if "best_step" in summary:
+        rows.append(("best accepted length", f"{summary['best_eval_tau']:.3f}, step {summary['best_step']}"))
     if summary["step_seconds"] is not None:
         rows.append(("step", f"{1e3 * summary['step_seconds']:.1f} ms, {summary['tokens_per_s']:,.0f} tokens/s"))
     if summary["mfu"] is not None:

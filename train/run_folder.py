@@ -5,6 +5,7 @@ metrics.jsonl    one JSON object a record: step, losses, acceptance per position
 tensorboard/     the same for TensorBoard
 checkpoints/     Orbax, by step
 drafter/         the exported drafter (DeepSpec-native layout)
+drafter_best/    with evaluations: the drafter of the checkpoint that accepted most
 metrics.json     the last record and the run's totals; it is there exactly when the run is finished
 """
 
@@ -21,8 +22,8 @@ from configs.schema import TrainConfig
 from dspark_jax.errors import UserError
 from train.sidecar import write_json
 
-# How a run is laid out on devices and how often it is saved may change between a stop and the next start.
-FREE_TO_CHANGE = ("run_dir", "mesh", "checkpoint")
+# A run may be laid out on other devices, saved more often or watched otherwise after a stop.
+FREE_TO_CHANGE = ("run_dir", "mesh", "checkpoint", "evaluation")
 
 
 def require_same_run(folder: Path, config: TrainConfig) -> None:

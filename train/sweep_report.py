@@ -11,7 +11,7 @@ from train.plots import pyplot, save
 from train.report import columns
 
 Row = dict[str, Any]
-MEASURED = ("loss", "tau_probabilistic", "tau", "seconds")
+MEASURED = ("loss", "tau_probabilistic", "eval_tau", "seconds")
 
 
 def summary_rows(sweep: Sweep, results: Mapping[str, Mapping[str, Any]]) -> list[Row]:

@@ -125,8 +125,9 @@ def make_train_step(
     """jitted (state, shared, batch) -> (state, metrics); the state is donated, the frozen tables are borrowed.
 
     With a placement, `abstract` (of `abstract_train_state`) pins the new state where the old one lies. Denominators are
-    those of the global batch, so splitting it into micro-batches changes nothing but memory. Raises UserError at the
-    first call if the batch's rows do not divide over micro-batches and devices.
+    those of the global batch, so splitting it into micro-batches changes nothing but memory. A step whose loss or
+    gradient is not finite leaves parameters and optimizer as they were and has the metric `skipped` = 1. Raises
+    UserError at the first call if the batch's rows do not divide over micro-batches and devices.
     """
 
     def step(state: TrainState, shared: SharedTables, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
@@ -135,12 +136,19 @@ def make_train_step(
             batch = placement.rows(dict(batch))
         plan = objective.plan(batch, jax.random.fold_in(state.key, state.step))
         grads, sums = _gradients(objective, state.params, shared, batch, plan, accumulation_steps, placement)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(norm) & jnp.isfinite(objective.loss(sums, plan.denominator))
         metrics = objective.metrics(sums | plan.sums, length) | {
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": norm,
+            "skipped": 1 - finite.astype(jnp.int32),
         }
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updated = optax.apply_updates(state.params, updates), opt_state
+        # Chosen on the device: the host learns of it from the metrics, and waits for nothing.
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), updated, (state.params, state.opt_state)
+        )
         return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
     if placement is None:
