@@ -1,11 +1,111 @@
-"""How well predicted prefix survival matches what was accepted: ECE, AUROC and Brier score by block position.
+"""Confidences that mean what they say, and how well they do.
 
-Axes: n proposals, K block position. Predictions are cumulative products of confidences (SPEC section 4).
+In the loop a `Calibration` turns confidence logits into probabilities of acceptance; on the host temperatures are
+fitted (SPEC section 4) and measured by ECE, AUROC and Brier score of prefix survival.
+
+Axes: n proposals, R request slots, K block position. Survival is the cumulative product of confidences.
 """
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
+
+from dspark_jax.errors import UserError
+
+
+class Calibration(Protocol):
+    """A frozen strategy. Its state is kept for the loop's life and learns from earlier rounds only."""
+
+    def init(self, block: int) -> Any: ...
+
+    def __call__(
+        self, logits: Float[Array, "r k"], temperatures: Float[Array, " k"], truth: Array | None, state: Any
+    ) -> Float[Array, "r k"]:
+        """c_k: the probability that x_k is accepted, given that x_<k were."""
+        ...
+
+    def observe(
+        self,
+        logits: Float[Array, "r k"],
+        temperatures: Float[Array, " k"],
+        lengths: Int[Array, " r"],
+        accepted: Int[Array, " r"],
+        state: Any,
+    ) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Static:
+    """sigmoid(z_k / t_k) with the temperatures of sts.json."""
+
+    def init(self, block: int) -> Any:
+        return ()
+
+    def __call__(self, logits: Array, temperatures: Array, truth: Array | None, state: Any) -> Array:
+        return jax.nn.sigmoid(logits / temperatures)
+
+    def observe(self, logits: Array, temperatures: Array, lengths: Array, accepted: Array, state: Any) -> Any:
+        return state
+
+
+class OnlineState(NamedTuple):
+    """[K] float32 each: the factor on the inverse temperatures, and the decayed curvature that sets its step."""
+
+    scale: Array
+    curvature: Array
+
+
+@dataclass(frozen=True)
+class Online:
+    """Static temperatures times a running factor a position: Newton steps on the log-loss of what was verified.
+
+    Only verified positions are seen. That does not bias the estimate: whether x_k is verified depends on x_<k, never on
+    x_k, so among rounds of one confidence those verified are accepted as often as the others would have been.
+    """
+
+    decay: float = 0.99
+    prior: float = 20.0  # curvature of the belief that the static temperatures are right
+
+    def init(self, block: int) -> OnlineState:
+        return OnlineState(jnp.ones((block,), jnp.float32), jnp.zeros((block,), jnp.float32))
+
+    def __call__(self, logits: Array, temperatures: Array, truth: Array | None, state: OnlineState) -> Array:
+        return jax.nn.sigmoid(logits / temperatures * state.scale)
+
+    def observe(
+        self, logits: Array, temperatures: Array, lengths: Array, accepted: Array, state: OnlineState
+    ) -> OnlineState:
+        position = jnp.arange(logits.shape[1])
+        reached = (position < lengths[:, None]) & (position <= accepted[:, None])
+        z = logits / temperatures
+        p = jax.nn.sigmoid(z * state.scale)
+        slope = jnp.sum(jnp.where(reached, (p - (position < accepted[:, None])) * z, 0.0), axis=0)
+        curvature = self.decay * state.curvature
+        curvature += jnp.sum(jnp.where(reached, p * (1 - p) * z**2, 0.0), axis=0)
+        step = slope / (curvature + self.prior)
+        return OnlineState(jnp.clip(state.scale - step, 0.05, 20.0), curvature)
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """The true acceptance probabilities, handed in by a study or a test. Not for serving: in a real round nobody knows
+    them before the target has run, and a flipped coin told in advance is no longer lossless."""
+
+    def init(self, block: int) -> Any:
+        return ()
+
+    def __call__(self, logits: Array, temperatures: Array, truth: Array | None, state: Any) -> Array:
+        if truth is None:
+            raise UserError("The oracle calibration needs true acceptance probabilities, which only a study has.")
+        return truth
+
+    def observe(self, logits: Array, temperatures: Array, lengths: Array, accepted: Array, state: Any) -> Any:
+        return state
+
 
 ECE_BINS = 20
 AUC_BINS = 1000
@@ -32,9 +132,9 @@ class CalibrationMetrics:
         return float(np.sum(values[defined] * weights[defined]) / np.sum(weights[defined]))
 
 
-def prefix_survival(confidence_logits: np.ndarray) -> np.ndarray:
-    """Π_{i<=k} σ(z_i) in float64, [n, K]."""
-    return np.cumprod(1.0 / (1.0 + np.exp(-np.asarray(confidence_logits, np.float64))), axis=1)
+def prefix_survival(confidence_logits: np.ndarray, temperatures: np.ndarray | float = 1.0) -> np.ndarray:
+    """Π_{i<=k} σ(z_i / t_i) in float64, [n, K]."""
+    return np.cumprod(_sigmoid(np.asarray(confidence_logits, np.float64) / temperatures), axis=1)
 
 
 def calibration_metrics(survival: np.ndarray, accepted: np.ndarray, observed: np.ndarray) -> CalibrationMetrics:
@@ -69,3 +169,41 @@ def _auc(predicted: np.ndarray, label: np.ndarray) -> float:
         return float("nan")
     below = np.cumsum(negative) - negative
     return float(np.sum(positive * (below + 0.5 * negative)) / (positive.sum() * negative.sum()))
+
+
+TEMPERATURES = np.exp(np.linspace(np.log(0.1), np.log(10.0), 121))
+
+
+def fit_temperatures(logits: np.ndarray, accepted: np.ndarray, observed: np.ndarray) -> np.ndarray:
+    """Sequential Temperature Scaling: float64 [K].
+
+    For k = 1..K in order, the t_k of a grid (a factor 10 either way) that minimises the ECE of the cumulative product,
+    earlier positions fixed; of temperatures within the ECE's own noise the one of least Brier score, since the ECE of
+    finite samples has many minima. A position without both outcomes keeps 1.
+
+    Args:
+      logits: [n, K] confidence logits.
+      accepted: [n, K] 1 where the whole prefix x_<=k was accepted.
+      observed: [n, K] bool, where x_k was verified.
+    """
+    temperatures = np.ones(logits.shape[1])
+    before = np.ones(len(logits))
+    for k in range(logits.shape[1]):
+        rows = np.asarray(observed[:, k], bool)
+        z, label, prefix = np.asarray(logits[rows, k], np.float64), accepted[rows, k], before[rows]
+        if len(label) and 0 < np.sum(label) < len(label):
+            scores = np.array([_fit_scores(prefix * _sigmoid(z / t), label) for t in TEMPERATURES])
+            noise = 0.5 * np.sqrt(ECE_BINS / len(label)) * 0.1
+            close = scores[:, 0] <= scores[:, 0].min() + noise
+            temperatures[k] = TEMPERATURES[np.argmin(np.where(close, scores[:, 1], np.inf))]
+        before = before * _sigmoid(np.asarray(logits[:, k], np.float64) / temperatures[k])
+    return temperatures
+
+
+def _fit_scores(predicted: np.ndarray, label: np.ndarray) -> tuple[float, float]:
+    ece, _, brier = _position(predicted, label)[:3]
+    return ece, brier
+
+
+def _sigmoid(z: np.ndarray) -> np.ndarray:
+    return 1.0 / (1.0 + np.exp(-z))

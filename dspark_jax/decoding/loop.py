@@ -16,21 +16,24 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
 from dspark_jax.decoding.acceptance import AcceptanceRule, RejectionSampling, first_stop
+from dspark_jax.decoding.occupancy import Occupancy, ScheduleTables, round_costs
 from dspark_jax.decoding.sampling import DRAFT, RESIDUAL, SamplingParams, draw_token, sampling_law, uniforms
-from dspark_jax.decoding.scheduler import Fixed, VerifyPolicy
-from dspark_jax.decoding.state import Admission, DecodeState, RoundCounters, RoundRecord, empty_counters
+from dspark_jax.decoding.scheduler import Fixed, PolicyState, RoundView, VerifyPolicy
+from dspark_jax.decoding.state import DecodeState, RoundCounters, RoundRecord, empty_counters
 from dspark_jax.drafters.protocol import Drafter, DraftOutput, SharedTables
-from dspark_jax.sharding import ShardingRules
-from dspark_jax.targets.attention import CachedBlock, Causal, KeysValues, PackedRows
+from dspark_jax.sharding import ShardingRules, replicated
+from dspark_jax.targets.attention import CachedBlock, KeysValues, PackedRows
 from dspark_jax.targets.decoder import TargetModel
-from dspark_jax.targets.kv_cache import append_rows, empty_cache, head_major, insert_rows
+from dspark_jax.targets.kv_cache import append_rows, empty_cache
 
 
 class LoopParams(NamedTuple):
-    """The weights, an argument of every compiled call; `drafter` is {} without one."""
+    """The weights, an argument of every compiled call; `drafter` is {} without one. `tables`: what adaptive policies
+    need, None where nobody does; other values in the same shapes compile nothing."""
 
     target: dict
     drafter: dict
+    tables: ScheduleTables | None = None
 
 
 class VerifyOutput(NamedTuple):
@@ -71,24 +74,30 @@ class DecodeLoop:
     def width(self) -> int:
         return self.block + 1
 
-    def _place(self, state: DecodeState) -> DecodeState:
+    def place(self, state: DecodeState) -> DecodeState:
         """Slots over all devices where their number allows it, else the whole state on each."""
         if self.mesh is None:
             return state
         rules = ShardingRules() if self.requests % self.mesh.size == 0 else ShardingRules(batch=None)
-        spec = NamedSharding(self.mesh, rules.spec(["batch"]))
-        return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, spec), state)
+        spec, whole = NamedSharding(self.mesh, rules.spec(["batch"])), replicated(self.mesh)
 
-    def _models(self, params: LoopParams) -> tuple[TargetModel, Drafter | None]:
+        def place(tree: Any, sharding: NamedSharding) -> Any:
+            return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, sharding), tree)
+
+        policy = PolicyState(place(state.policy.slots, spec), place(state.policy.shared, whole))
+        bare = place(replace(state, policy=(), predicted_seconds=()), spec)
+        return replace(bare, policy=policy, predicted_seconds=place(state.predicted_seconds, whole))
+
+    def models(self, params: LoopParams) -> tuple[TargetModel, Drafter | None]:
         target = nnx.merge(self.target, params.target)
         return target, None if self.drafter is None else nnx.merge(self.drafter, params.drafter)
 
     def init_state(self, params: LoopParams) -> DecodeState:
         """All slots empty. Pure: run it under `jax.jit` or `jax.eval_shape`."""
-        target, drafter = self._models(params)
+        target, drafter = self.models(params)
         r = self.requests
         dtype = params.target["embed_weight_vd"].dtype
-        zeros, flags = jnp.zeros((r,), jnp.int32), jnp.zeros((r,), bool)
+        zeros, floats, flags = (jnp.zeros((r,), kind) for kind in (jnp.int32, jnp.float32, bool))
         empty = DecodeState(
             tokens=jnp.zeros((r, self.size), jnp.int32),
             length=zeros + 1,
@@ -98,53 +107,24 @@ class DecodeLoop:
             stop_tokens=jnp.full((r, self.stop_slots), -1, jnp.int32),
             verify_cap=zeros,
             keys=jnp.zeros((r, 2), jnp.uint32),
-            sampling=SamplingParams(zeros * 0.0, zeros, zeros + 1.0, zeros * 0.0),
+            sampling=SamplingParams(floats, zeros, floats + 1, floats),
             target_cache=empty_cache(target.config.kv_shapes, r, self.size, dtype),
             draft=() if drafter is None else drafter.init_state(r, self.size, dtype),
             counters=empty_counters(r, self.block),
+            policy=self.policy.init(r, self.block),
+            predicted_seconds=jnp.zeros((), jnp.float32),
         )
-        return self._place(empty)
+        return self.place(empty)
 
-    def admit(self, params: LoopParams, state: DecodeState, new: Admission) -> DecodeState:
-        """Prefills A prompts into slots and samples the first token of each: its first anchor (golden/NOTES 32)."""
-        target, drafter = self._models(params)
-        count, length = new.tokens.shape
-        positions = jnp.broadcast_to(jnp.arange(length), (count, length))
-        out = target(new.tokens, positions, Causal(), self.tap_layers)
-        rows = jnp.arange(count)
-        logits = target.logits(out.hidden[rows, new.lengths - 1])
-        law = sampling_law(logits, new.sampling)
-        first = draw_token(law, new.keys, new.lengths - 1, 0, RESIDUAL, new.sampling)
-        padded = jnp.pad(new.tokens, ((0, 0), (0, 1)))  # room for the first token after a full bucket
-        padded = padded.at[rows, new.lengths].set(first)
-        stopped = jnp.any(first[:, None] == new.stop_tokens, axis=1)
-        draft = state.draft
-        if drafter is not None:
-            draft = insert_rows(draft, drafter.prefill(out.taps, new.tokens, new.lengths), new.slots)
-        entering = replace(
-            state,
-            tokens=padded,
-            length=new.lengths + 1,
-            limit=new.limit,
-            active=~stopped & (new.lengths + 1 < new.limit),
-            stopped=stopped,
-            stop_tokens=new.stop_tokens,
-            verify_cap=new.verify_cap,
-            keys=new.keys,
-            sampling=new.sampling,
-            counters=empty_counters(count, self.block),
-            target_cache=tuple(head_major(kv) for kv in out.kv),
-            draft=(),
-        )
-        return self._place(replace(insert_rows(replace(state, draft=()), entering, new.slots), draft=draft))
-
-    def round(self, params: LoopParams, state: DecodeState) -> tuple[DecodeState, RoundRecord]:
+    def round(self, params: LoopParams, state: DecodeState, occupancy: Occupancy) -> tuple[DecodeState, RoundRecord]:
         """One round for every slot: draft, schedule, verify, accept, commit (SPEC section 1)."""
-        target, drafter = self._models(params)
+        target, drafter = self.models(params)
         starts = state.length - 1
         anchors = jnp.take_along_axis(state.tokens, starts[:, None], axis=1)[:, 0]
-        draft = self._draft(target, drafter, state, anchors, starts)
-        lengths = self._schedule(state, draft)
+        view, policy = self._view(params, state, occupancy)
+        draft = self._draft(target, drafter, state, anchors, starts, view.drafted)
+        view = view._replace(confidence=draft.confidence)
+        lengths, policy = self._schedule(view, policy)
         block = jnp.concatenate([anchors[:, None], draft.tokens], axis=1)
         verified, bucket = self._verify(target, state, block, starts, lengths)
         target_law = sampling_law(verified.logits, state.sampling)
@@ -154,10 +134,44 @@ class DecodeLoop:
             draws = uniforms(state.keys, starts, self.block, state.sampling)
             accepted, next_law = self.rule(draft.tokens, draft.probs, target_law, draws, lengths)
         next_token = draw_token(next_law, state.keys, starts, self.block, RESIDUAL, state.sampling)
-        return self._commit(drafter, state, block, draft, lengths, verified, accepted, next_token, bucket)
+        state, record = self._commit(drafter, state, block, draft, lengths, verified, accepted, next_token, bucket)
+        if self.block:
+            policy = self.policy.observe(view, record.verify_lengths, record.accepted, policy)
+        return self._account(state, view, policy, bucket), record
+
+    def _view(self, params: LoopParams, state: DecodeState, occupancy: Occupancy) -> tuple[RoundView, PolicyState]:
+        """What the policy sees before anything is drafted, with its own word on who drafts."""
+        caps = jnp.where(state.active, jnp.clip(state.verify_cap, 0, self.block), 0)
+        view = RoundView(state.active, state.length, caps, occupancy, params.tables)
+        if self.block == 0:
+            return view, state.policy
+        if self.policy.needs_tables:  # one token comes without a draft, so more than this could not be kept
+            view = view._replace(caps=jnp.clip(state.limit - state.length - 1, 0, caps))
+        drafted, policy = self.policy.drafting(view, state.policy)
+        if drafted is None:
+            return view, policy
+        return view._replace(drafted=drafted, caps=jnp.where(drafted, view.caps, 0)), policy
+
+    def _account(self, state: DecodeState, view: RoundView, policy: PolicyState, bucket: Array) -> DecodeState:
+        """Counts who drafted, and what the cost table says that this round takes with nothing beside it."""
+        drafted = view.active if view.drafted is None else view.active & view.drafted
+        drafted &= self.block > 0
+        counters = state.counters._replace(drafted=state.counters.drafted + drafted)
+        predicted = state.predicted_seconds
+        if view.tables is not None:
+            ones = jnp.ones((), jnp.float32)
+            costs = round_costs(view.tables.costs, Occupancy(ones, ones, ones), view.active, view.lengths)
+            predicted += costs.of(bucket) + jnp.where(jnp.any(drafted), costs.drafting, 0.0)
+        return replace(state, counters=counters, policy=policy, predicted_seconds=predicted)
 
     def _draft(
-        self, target: TargetModel, drafter: Drafter | None, state: DecodeState, anchors: Array, starts: Array
+        self,
+        target: TargetModel,
+        drafter: Drafter | None,
+        state: DecodeState,
+        anchors: Array,
+        starts: Array,
+        drafted: Array | None,
     ) -> DraftOutput:
         if drafter is None:
             empty = jnp.zeros((self.requests, 0), jnp.int32)
@@ -168,13 +182,26 @@ class DecodeLoop:
             return draw_token(law, state.keys, starts, offset, DRAFT, state.sampling), law
 
         shared = SharedTables.of(target.config, target.embed_weight_vd[...], target.head_weight())
-        return drafter.draft(shared, state.draft, anchors, starts, sample)
 
-    def _schedule(self, state: DecodeState, draft: DraftOutput) -> Array:
+        def run(context: Any) -> DraftOutput:
+            return drafter.draft(shared, context, anchors, starts, sample)
+
+        if drafted is None:
+            return run(state.draft)
+        # Zeros where nobody drafts: no length above 0 follows, so nothing of them is looked at.
+        return jax.lax.cond(jnp.any(drafted), run, partial(zeros_of, run), state.draft)
+
+    def _schedule(self, view: RoundView, policy: PolicyState) -> tuple[Array, PolicyState]:
+        """Verify lengths; where nobody drafted there is nothing to choose."""
         if self.block == 0:
-            return jnp.zeros_like(state.length)
-        lengths = self.policy(draft.confidence, jnp.clip(state.verify_cap, 0, self.block))
-        return jnp.where(state.active, lengths, 0)
+            return view.caps, policy
+        if view.drafted is None:
+            return self.policy(view, policy)
+
+        def nothing(policy: PolicyState) -> tuple[Array, PolicyState]:
+            return jnp.zeros_like(view.caps), policy
+
+        return jax.lax.cond(jnp.any(view.drafted), partial(self.policy, view), nothing, policy)
 
     def _verify(
         self, target: TargetModel, state: DecodeState, block: Array, starts: Array, lengths: Array
@@ -192,7 +219,7 @@ class DecodeLoop:
         if len(branches) == 1:
             # Still a branch: in straight-line code XLA may write a layer's new K/V before its attention has read the
             # cache, and so copies the whole cache first, every round.
-            out = jax.lax.cond(needed > 0, branches[0], partial(_nothing, branches[0]), *operands)
+            out = jax.lax.cond(needed > 0, branches[0], partial(zeros_of, branches[0]), *operands)
         else:
             out = jax.lax.switch(choice, branches, *operands)
         return out, buckets[choice]
@@ -239,12 +266,15 @@ class DecodeLoop:
         stopped &= state.active & (kept == count)
         draft_state = state.draft
         if drafter is not None:
-            draft_state = drafter.commit(draft_state, verified.taps, block, starts, accepted + 1)
+            draft_state = drafter.commit(
+                draft_state, verified.taps, block, starts, jnp.where(state.active, accepted + 1, 0)
+            )
         write = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))
         positions = columns[: self.block]
         live = state.active[:, None]
         counters = RoundCounters(
             rounds=state.counters.rounds + state.active,
+            drafted=state.counters.drafted,
             committed=state.counters.committed + kept,
             verified_at=state.counters.verified_at + (live & (positions < lengths[:, None])),
             accepted_at=state.counters.accepted_at + (live & (positions < accepted[:, None])),
@@ -265,7 +295,9 @@ class DecodeLoop:
             record,
         )
 
-    def run(self, params: LoopParams, state: DecodeState, rounds: Array, until_free: Array) -> DecodeState:
+    def run(
+        self, params: LoopParams, state: DecodeState, occupancy: Occupancy, rounds: Array, until_free: Array
+    ) -> DecodeState:
         """Up to `rounds` rounds; fewer when no slot is active or, with `until_free`, once an active slot has ended."""
         started = jnp.sum(state.active)
 
@@ -276,12 +308,25 @@ class DecodeLoop:
 
         def body(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
             done, current = carry
-            return done + 1, self.round(params, current)[0]
+            return done + 1, self.round(params, current, occupancy)[0]
 
-        return self._place(jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), state))[1])
+        # Zero, but computed from the old value: a donated buffer that nothing reads would not be reused.
+        state = replace(state, predicted_seconds=jnp.minimum(state.predicted_seconds, 0.0))
+        return self.place(jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), state))[1])
+
+    def record(
+        self, params: LoopParams, state: DecodeState, occupancy: Occupancy, rounds: int
+    ) -> tuple[DecodeState, RoundRecord]:
+        """`rounds` rounds and what each did, leaves [rounds, ...]; `committed` is 0 where a slot had ended."""
+
+        def body(current: DecodeState, _: None) -> tuple[DecodeState, RoundRecord]:
+            return self.round(params, current, occupancy)
+
+        state, records = jax.lax.scan(body, state, None, length=rounds)
+        return self.place(state), records
 
 
-def _nothing(branch: Callable, *operands: Any) -> Any:
+def zeros_of(branch: Callable, *operands: Any) -> Any:
     """Zeros in the shape of what `branch` returns."""
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(branch, *operands))
 
@@ -292,17 +337,26 @@ def init_state(loop: DecodeLoop, params: LoopParams) -> DecodeState:
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def admit(loop: DecodeLoop, params: LoopParams, state: DecodeState, new: Admission) -> DecodeState:
-    return loop.admit(params, state, new)
-
-
-@partial(jax.jit, static_argnums=0, donate_argnums=2)
 def run_rounds(
-    loop: DecodeLoop, params: LoopParams, state: DecodeState, rounds: Array, until_free: Array
+    loop: DecodeLoop,
+    params: LoopParams,
+    state: DecodeState,
+    occupancy: Occupancy,
+    rounds: Array,
+    until_free: Array,
 ) -> DecodeState:
-    return loop.run(params, state, rounds, until_free)
+    return loop.run(params, state, occupancy, rounds, until_free)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def run_round(loop: DecodeLoop, params: LoopParams, state: DecodeState) -> tuple[DecodeState, RoundRecord]:
-    return loop.round(params, state)
+def run_round(
+    loop: DecodeLoop, params: LoopParams, state: DecodeState, occupancy: Occupancy
+) -> tuple[DecodeState, RoundRecord]:
+    return loop.round(params, state, occupancy)
+
+
+@partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
+def record_rounds(
+    loop: DecodeLoop, params: LoopParams, state: DecodeState, occupancy: Occupancy, rounds: int
+) -> tuple[DecodeState, RoundRecord]:
+    return loop.record(params, state, occupancy, rounds)

@@ -15,10 +15,12 @@ from dspark_jax.targets.attention import KeysValues
 
 
 class RoundCounters(NamedTuple):
-    """Totals per slot since the request was admitted: rounds [R], tokens committed by rounds [R] (a stop cuts them, the
-    request's own length limit doesn't: golden/NOTES 42), drafts verified and accepted by block position [R, K]."""
+    """Totals per slot since the request was admitted: rounds [R] and those with drafts [R], tokens committed by rounds
+    [R] (a stop cuts them, the request's own length limit doesn't: golden/NOTES 42), drafts verified and accepted by
+    block position [R, K]."""
 
     rounds: Array
+    drafted: Array
     committed: Array
     verified_at: Array
     accepted_at: Array
@@ -42,14 +44,19 @@ class DecodeState:
     target_cache: tuple[KeysValues, ...]  # one a layer, [R, G, S, H]
     draft: Any  # DraftState; () without a drafter
     counters: RoundCounters
+    policy: Any  # scheduler.PolicyState: what the verify policy has learnt
+    predicted_seconds: Array  # [] float32: what the cost table says the last dispatch took; 0 without a table
 
 
 class Admission(NamedTuple):
-    """A requests entering slots. Rows may repeat (same slot and content) to fill A up: writing twice is harmless."""
+    """The next chunk of A requests' prompts. Rows may repeat (same slot and content) to fill A up: writing twice is
+    harmless. A slot becomes active with its prompt's `final` chunk."""
 
     slots: Array  # [A] int32
-    tokens: Array  # [A, T] int32, right-padded prompts
-    lengths: Array  # [A] int32 prompt lengths, >= 1
+    tokens: Array  # [A, T] int32, right-padded chunks
+    starts: Array  # [A] int32: prompt tokens that the slot holds already; starts + T < S
+    counts: Array  # [A] int32: real tokens of the chunk, >= 1
+    final: Array  # [A] bool: the prompt ends with this chunk
     limit: Array  # [A] int32
     stop_tokens: Array  # [A, E] int32
     verify_cap: Array  # [A] int32
@@ -72,4 +79,4 @@ class RoundRecord(NamedTuple):
 
 def empty_counters(requests: int, block: int) -> RoundCounters:
     per_slot, per_position = jnp.zeros((requests,), jnp.int32), jnp.zeros((requests, block), jnp.int32)
-    return RoundCounters(per_slot, per_slot.copy(), per_position, per_position.copy())
+    return RoundCounters(per_slot, per_slot.copy(), per_slot.copy(), per_position, per_position.copy())
