@@ -20,7 +20,7 @@ import jax
 from configs.cli import parse, program
 from dspark_jax.checkpoints.deepspec import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target, resolve_folder
-from dspark_jax.decoding.engine import DecodeConfig
+from dspark_jax.decoding.requests import DecodeConfig
 from dspark_jax.drafters.registry import LoadedDrafter
 from dspark_jax.errors import UserError
 from dspark_jax.targets.target import Target
@@ -205,7 +205,7 @@ class TransformersDecoder:
 
         import torch
 
-        from dspark_jax.decoding.engine import Generation
+        from dspark_jax.decoding.requests import Generation
 
         start, made = time.perf_counter(), []
         for i, prompt in enumerate(prompts):

@@ -14,7 +14,8 @@ from typing import Literal
 from configs.cli import parse, program
 from dspark_jax.checkpoints.deepspec import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target
-from dspark_jax.decoding.engine import DecodeConfig, Generation, Request, stream
+from dspark_jax.decoding.generate import stream
+from dspark_jax.decoding.requests import DecodeConfig, Generation, Request
 from dspark_jax.decoding.scheduler import Fixed, Threshold
 from dspark_jax.errors import UserError
 from infer.measure import Acceptance

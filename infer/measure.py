@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dspark_jax.decoding.engine import DecodeConfig, Generation, Request, generate
+from dspark_jax.decoding.generate import generate
+from dspark_jax.decoding.requests import DecodeConfig, Generation, Request
 from dspark_jax.drafters.registry import LoadedDrafter
 from dspark_jax.targets.target import Target
 from infer.prompts import Prompt

@@ -13,7 +13,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dspark_jax.checkpoints.huggingface import abstract_target
-from dspark_jax.decoding.loop import DecodeLoop, LoopParams, admit
+from dspark_jax.decoding.loop import DecodeLoop, LoopParams
+from dspark_jax.decoding.prefill import admit
 from dspark_jax.decoding.sampling import SamplingParams
 from dspark_jax.decoding.state import Admission, DecodeState
 from dspark_jax.drafters.config import DrafterConfig, drafter_hf_config
@@ -100,7 +101,9 @@ def admission(
     return Admission(
         slots=np.arange(count, dtype=np.int32),
         tokens=tokens,
-        lengths=lengths,
+        starts=full(0, np.int32),
+        counts=lengths,
+        final=full(True, bool),
         limit=lengths + np.int32(new),
         stop_tokens=np.full((count, loop.stop_slots), -1, np.int32),
         verify_cap=full(loop.block, np.int32) if caps is None else np.asarray(caps, np.int32),
@@ -116,7 +119,7 @@ def admitted(
 ) -> DecodeState:
     """`state` with greedy rows (unless `how` says otherwise) in its slots."""
     keys = np.stack([np.arange(len(rows)), np.zeros(len(rows))], axis=1)
-    return admit(loop, params, state, admission(loop, rows, new, keys, **how))
+    return admit(loop, params, state, admission(loop, rows, new, keys, **how), True)
 
 
 def next_logits(target: Target, rows: np.ndarray) -> np.ndarray:

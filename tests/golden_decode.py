@@ -14,8 +14,9 @@ from dspark_jax.checkpoints.deepspec import load_drafter, shared_tables
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.decoding.acceptance import RejectionSampling, first_stop, residual_law
 from dspark_jax.decoding.calibration import calibration_metrics, prefix_survival
-from dspark_jax.decoding.engine import DecodeConfig, Engine, Request
+from dspark_jax.decoding.engine import Engine
 from dspark_jax.decoding.loop import run_round
+from dspark_jax.decoding.requests import DecodeConfig, Request
 from dspark_jax.decoding.sampling import SamplingParams, sampling_law
 from dspark_jax.decoding.scheduler import Fixed, Threshold
 from dspark_jax.drafters.registry import LoadedDrafter
@@ -83,10 +84,10 @@ def play(
         config = replace(config, buckets=(block + 1,))
     engine = Engine(target, drafter, replace(config, slots=1), max(LONGEST, len(prompt) + config.max_new_tokens))
     engine.submit(0, Request(prompt))
-    engine._admit()
+    engine.admit()
     records = []
     while bool(engine.state.active[0]):
-        engine.state, record = run_round(engine.loop, engine.params, engine.state)
+        engine.state, record = run_round(engine.loop, engine.params, engine.state, engine.occupancy)
         records.append(jax.tree.map(lambda x: np.asarray(x[0]) if x.ndim else np.asarray(x), record))
     tokens = np.asarray(engine.state.tokens[0, : int(engine.state.length[0])])
     return tokens[:wanted].tolist(), records
@@ -266,8 +267,8 @@ def check_statistics(case: Path, vectors: Any, target: Target, drafter: LoadedDr
     for begin in range(0, total, slots):
         for i in range(slots):
             engine.submit(begin + i, Request(prompt))
-        engine._admit()
-        engine.state, record = run_round(engine.loop, engine.params, engine.state)
+        engine.admit()
+        engine.state, record = run_round(engine.loop, engine.params, engine.state, engine.occupancy)
         tokens = np.asarray(engine.state.tokens)
         firsts.append(tokens[:, len(prompt)])
         seconds.append(tokens[:, len(prompt) + 1])

@@ -19,7 +19,9 @@ from flax.traverse_util import flatten_dict
 
 from dspark_jax.checkpoints.deepspec import load_drafter, save_drafter
 from dspark_jax.checkpoints.huggingface import load_target, save_target
-from dspark_jax.decoding.engine import DecodeConfig, Engine, Request, generate
+from dspark_jax.decoding.engine import Engine
+from dspark_jax.decoding.generate import generate
+from dspark_jax.decoding.requests import DecodeConfig, Request
 from dspark_jax.sharding import ShardingRules, make_mesh
 from tests.decoding_tiny import prompts, tiny_pair
 

@@ -10,7 +10,7 @@ import pytest
 
 from dspark_jax.checkpoints.deepspec import save_drafter
 from dspark_jax.checkpoints.huggingface import load_target
-from dspark_jax.decoding.engine import Generation
+from dspark_jax.decoding.requests import Generation
 from dspark_jax.drafters.config import DrafterConfig, drafter_hf_config
 from dspark_jax.drafters.registry import LoadedDrafter, skeleton
 from dspark_jax.sharding import split

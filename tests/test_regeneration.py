@@ -9,7 +9,7 @@ import train.regeneration as regeneration
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.data.chat import encode_prompt
 from dspark_jax.decoding import engine
-from dspark_jax.decoding.engine import DecodeConfig
+from dspark_jax.decoding.requests import DecodeConfig
 from dspark_jax.errors import UserError
 from dspark_jax.targets.target import Target
 from tests.tiny import SPECIAL, write_tiny_target
@@ -121,9 +121,9 @@ def test_answers_do_not_depend_on_the_batch(target: Target, monkeypatch: pytest.
     """The same answers in another order, with other neighbours and slots; every prompt prefilled by itself."""
     prefilled: list[int] = []
 
-    def admit(loop, params, state, batch):
+    def admit(loop, params, state, batch, fresh):
         prefilled.append(len(batch.tokens))
-        return whole(loop, params, state, batch)
+        return whole(loop, params, state, batch, fresh)
 
     whole = engine.admit
     monkeypatch.setattr(engine, "admit", admit)

@@ -26,7 +26,7 @@ from dspark_jax.checkpoints.tensors import read_json
 from dspark_jax.data.chat import chat_format, load_tokenizer, tokenizer_hash
 from dspark_jax.data.jsonl import ResumableJsonl, read_conversations
 from dspark_jax.data.manifest import fsync
-from dspark_jax.decoding.engine import DecodeConfig
+from dspark_jax.decoding.requests import DecodeConfig
 from dspark_jax.errors import UserError
 from dspark_jax.targets.config import TargetConfig, config_sha256
 from train import corpora

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dspark_jax.data.chat import Message, encode_prompt
-from dspark_jax.decoding.engine import DecodeConfig, Engine, Generation, Request
+from dspark_jax.decoding.engine import Engine
+from dspark_jax.decoding.requests import DecodeConfig, Generation, Request
 from dspark_jax.errors import UserError
 from dspark_jax.targets.target import Target
 

@@ -46,8 +46,11 @@ def append_rows(cache: KVCache, new: KVCache, starts: Int[Array, " r"]) -> KVCac
     return jax.tree.map(lambda stored, r: write(stored, r.astype(stored.dtype)), cache, rows)
 
 
-def insert_rows(state: Tree, rows: Tree, slots: Int[Array, " a"]) -> Tree:
-    """Writes request a of `rows` (leaves [A, ...], each dimension at most the state's) into slot slots[a] of `state`.
+def insert_rows(
+    state: Tree, rows: Tree, slots: Int[Array, " a"], starts: Int[Array, " a"] | None = None, axis: int = 1
+) -> Tree:
+    """Writes request a of `rows` (leaves [A, ...], each dimension at most the state's) into slot slots[a] of `state`,
+    from starts[a] on along `axis` (None: from 0); `starts` + the rows' length must fit, since the write clamps.
 
     Slots must be below R. A loop of slice updates: a scatter would copy the cache on some backends.
     """
@@ -55,8 +58,16 @@ def insert_rows(state: Tree, rows: Tree, slots: Int[Array, " a"]) -> Tree:
     def one(a: Array, stored: Tree) -> Tree:
         def insert(leaf: Array, new: Array) -> Array:
             row = jax.lax.dynamic_slice_in_dim(new, a, 1).astype(leaf.dtype)
-            return jax.lax.dynamic_update_slice(leaf, row, (slots[a], *(0,) * (leaf.ndim - 1)))
+            at = [slots[a], *(0,) * (leaf.ndim - 1)]
+            if starts is not None:
+                at[axis] = starts[a]
+            return jax.lax.dynamic_update_slice(leaf, row, at)
 
         return jax.tree.map(insert, stored, rows)
 
     return jax.lax.fori_loop(0, slots.shape[0], one, state)
+
+
+def take_slots(state: Tree, slots: Int[Array, " a"]) -> Tree:
+    """The rows of `slots`, leaves [A, ...]: a copy of A slots, not of the cache."""
+    return jax.tree.map(lambda leaf: jnp.take(leaf, slots, axis=0, mode="clip"), state)

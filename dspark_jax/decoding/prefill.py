@@ -1,0 +1,92 @@
+"""Prompts into slots, chunk by chunk: the target's K/V and the drafter's context of a prompt, and its first token.
+
+A prompt's first chunk attends to itself alone; a later one, through the attention core of a verify block, also to what
+its slot holds already. The drafter sees a first chunk by `prefill` and a later one by `commit`, as verified rows.
+"""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from dspark_jax.decoding.loop import DecodeLoop, LoopParams, zeros_of
+from dspark_jax.decoding.sampling import RESIDUAL, draw_token, sampling_law
+from dspark_jax.decoding.state import Admission, DecodeState, empty_counters
+from dspark_jax.drafters.protocol import Drafter
+from dspark_jax.targets.attention import Attend, CachedBlock, Causal
+from dspark_jax.targets.kv_cache import KVCache, head_major, insert_rows, take_slots
+
+
+@partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
+def admit(loop: DecodeLoop, params: LoopParams, state: DecodeState, new: Admission, fresh: bool) -> DecodeState:
+    """Runs one chunk of A prompts. `fresh`: they all start at 0, so nothing cached is read.
+
+    Where a chunk is final, the request's first token is sampled: its first anchor (golden/NOTES 32). Until then the
+    slot stays inactive, with a length that keeps the rounds' junk behind what it holds.
+    """
+    target, drafter = loop.models(params)
+    rows = jnp.arange(new.tokens.shape[0])
+    positions = new.starts[:, None] + jnp.arange(new.tokens.shape[1])
+
+    def run(cache: KVCache) -> Any:
+        attend: Attend = Causal() if fresh else CachedBlock(take_slots(cache, new.slots), new.starts)
+        return target(new.tokens, positions, attend, loop.tap_layers)
+
+    # A branch that is always taken: in straight-line code XLA may write the cache before it is read, and so copies it.
+    out = run(()) if fresh else jax.lax.cond(new.counts[0] > 0, run, partial(zeros_of, run), state.target_cache)
+    ends = new.starts + new.counts
+    law = sampling_law(target.logits(out.hidden[rows, new.counts - 1]), new.sampling)
+    first = draw_token(law, new.keys, ends - 1, 0, RESIDUAL, new.sampling)
+    stopped = new.final & jnp.any(first[:, None] == new.stop_tokens, axis=1)
+    draft = state.draft if drafter is None else _context(drafter, state.draft, out.taps, new, fresh)
+    entering = replace(
+        state,
+        tokens=(),
+        length=ends + 1,
+        limit=new.limit,
+        active=new.final & ~stopped & (ends + 1 < new.limit),
+        stopped=stopped,
+        stop_tokens=new.stop_tokens,
+        verify_cap=new.verify_cap,
+        keys=new.keys,
+        sampling=new.sampling,
+        counters=empty_counters(len(rows), loop.block),
+        target_cache=(),
+        draft=(),
+        policy=loop.policy.init(len(rows), loop.block).slots,
+        predicted_seconds=(),
+    )
+    padded = jnp.pad(new.tokens, ((0, 0), (0, 1)))  # room for the first token after a full chunk
+    padded = padded.at[rows, new.counts].set(first)
+    kv = tuple(head_major(layer) for layer in out.kv)
+    slots = replace(state, tokens=(), target_cache=(), draft=(), policy=state.policy.slots, predicted_seconds=())
+    settled = insert_rows(slots, entering, new.slots)
+    return loop.place(
+        replace(
+            settled,
+            tokens=insert_rows(state.tokens, padded, new.slots, new.starts, axis=1),
+            target_cache=insert_rows(state.target_cache, kv, new.slots, new.starts, axis=2),
+            draft=draft,
+            policy=state.policy._replace(slots=settled.policy),
+            predicted_seconds=state.predicted_seconds,
+        )
+    )
+
+
+def _context(drafter: Drafter, stored: Any, taps: Array, new: Admission, fresh: bool) -> Any:
+    if fresh:
+        return insert_rows(stored, drafter.prefill(taps, new.tokens, new.counts), new.slots)
+
+    def run(state: Any) -> Any:
+        return drafter.commit(take_slots(state, new.slots), taps, new.tokens, new.starts, new.counts)
+
+    return insert_rows(stored, jax.lax.cond(new.counts[0] > 0, run, partial(zeros_of, run), stored), new.slots)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def retire(loop: DecodeLoop, state: DecodeState, slots: Bool[Array, " r"]) -> DecodeState:
+    """Ends the requests of the marked slots, whatever they were doing."""
+    return loop.place(replace(state, active=state.active & ~slots))

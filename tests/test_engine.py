@@ -1,0 +1,212 @@
+"""The engine around the loop: prompts in chunks, cancellation, the queue's bound, statistics, bad requests."""
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from dspark_jax.decoding import engine as engine_module
+from dspark_jax.decoding.chunks import chunk_widths, prompt_bucket
+from dspark_jax.decoding.engine import Engine
+from dspark_jax.decoding.generate import generate
+from dspark_jax.decoding.requests import DecodeConfig, Generation, QueueFull, Request
+from dspark_jax.errors import UserError
+from tests.decoding_tiny import prompts, tiny_pair
+
+NEW = 12
+CONFIG = DecodeConfig(max_new_tokens=NEW, slots=4, rounds_per_dispatch=4)
+CHUNKED = replace(CONFIG, smallest_prompt_bucket=8, prefill_chunk=8, prefill_budget=8)
+VOCAB = tiny_pair()[0].config.vocab_size
+LONG = [tuple(np.random.default_rng(n).integers(0, VOCAB, n).tolist()) for n in (3, 8, 9, 16, 17, 31, 40)]
+
+
+def drain(engine: Engine) -> dict[int, Generation]:
+    done = {}
+    while not engine.idle:
+        done |= {p.index: p.generation for p in engine.step() if p.generation is not None}
+    return done
+
+
+# Chunks
+
+
+@pytest.mark.parametrize("speculative", [True, False])
+def test_prompts_in_chunks_say_the_same(speculative: bool) -> None:
+    """Prompts shorter than a chunk, of exactly one, of several and a rest; greedy and sampled."""
+    target, drafter = tiny_pair()
+    requests = [Request(p, temperature=float(i % 2), seed=i) for i, p in enumerate(LONG)]
+    whole, chunked = (
+        generate(target, drafter if speculative else None, requests, config) for config in (CONFIG, CHUNKED)
+    )
+    assert [g.tokens for g in chunked] == [g.tokens for g in whole]
+
+
+def test_chunks_give_the_drafter_its_whole_context() -> None:
+    """The drafter's own proposals, not just the outputs, are those of an unchunked prompt."""
+    target, drafter = tiny_pair()
+    requests = [Request(p) for p in LONG]
+    plain, chunked = (generate(target, drafter, requests, config) for config in (CONFIG, CHUNKED))
+    assert [(g.rounds, g.accepted_at) for g in chunked] == [(g.rounds, g.accepted_at) for g in plain]
+
+
+def test_decoding_goes_on_while_a_long_prompt_comes_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While others decode, no more than the budget is prefilled between two dispatches, in order of arrival."""
+    spent: list[int] = []
+
+    def admit(loop: Any, params: Any, state: Any, batch: Any, fresh: bool) -> Any:
+        spent.append(batch.tokens.size)
+        return real(loop, params, state, batch, fresh)
+
+    real = engine_module.admit
+    monkeypatch.setattr(engine_module, "admit", admit)
+    engine = Engine(*tiny_pair(), replace(CHUNKED, slots=2, max_new_tokens=40, rounds_per_dispatch=4), longest=90)
+    engine.submit(0, Request(LONG[0], verify_length=0))
+    gained, reached = [len(p.tokens) for p in engine.step()], False
+    engine.submit(1, Request(LONG[-1]))  # 40 tokens: five chunks
+    steps = 0
+    while not reached:
+        progress = engine.step()
+        steps += 1
+        reached = any(p.index == 1 for p in progress)
+        assert len(spent) == 1 + steps and max(spent) <= 8
+        gained += [len(p.tokens) for p in progress if p.index == 0]
+    assert steps == 5 and all(gained) and len(gained) == 6
+    assert (
+        drain(engine)[1].tokens
+        == generate(*tiny_pair(), [Request(LONG[-1])], replace(CONFIG, max_new_tokens=40))[0].tokens
+    )
+
+
+def test_chunks_fit_where_they_are_written() -> None:
+    """No chunk's padding reaches beyond the slot, whatever the lengths: a clamped write would move over live rows."""
+    for smallest, chunk, size in ((32, 256, 320), (4, 8, 64), (32, 100, 128), (3, 7, 64)):
+        config = DecodeConfig(smallest_prompt_bucket=smallest, prefill_chunk=chunk)
+        for length in range(1, size - 1):
+            start = 0
+            while start < length:
+                width = prompt_bucket(config, size, start, length - start)
+                assert width >= 1 and start + width + 1 <= size
+                assert width >= min(length - start, chunk)
+                start += min(width, length - start)
+        first, later = chunk_widths(config, size, size - 2)
+        assert max(first) <= chunk and (not later or max(later) <= chunk)
+
+
+# Steady state
+
+
+def test_a_warm_engine_compiles_nothing_and_keeps_its_memory(caplog: pytest.LogCaptureFixture) -> None:
+    engine = Engine(*tiny_pair(), CHUNKED, longest=60)
+    engine.warm_up()
+    sizes = []
+    with jax.log_compiles():
+        for turn in range(3):
+            caplog.clear()
+            for i, p in enumerate(LONG + prompts(6, VOCAB, seed=turn)):
+                engine.submit(i, Request(p, temperature=float(i % 2), max_new_tokens=4 + i))
+            engine.step()
+            engine.cancel(1), engine.cancel(12)
+            assert len(drain(engine)) == 11
+            assert not [r.message for r in caplog.records if "Compiling" in r.message]
+            sizes.append(sum(x.nbytes for x in jax.live_arrays()))
+    assert sizes[0] == sizes[1] == sizes[2]
+    engine.submit(0, Request((1, 2)))
+    with pytest.raises(UserError, match="warm it up before the first one"):
+        engine.warm_up()
+
+
+# Cancellation
+
+
+def test_cancelled_requests_leave_their_slots() -> None:
+    engine = Engine(*tiny_pair(), replace(CHUNKED, slots=2, rounds_per_dispatch=1, max_new_tokens=30), longest=90)
+    alone = [g.tokens for g in generate(*tiny_pair(), [LONG[0], LONG[6], LONG[2]], replace(CONFIG, max_new_tokens=30))]
+    for i, p in enumerate((LONG[0], LONG[6], LONG[1], LONG[2])):
+        engine.submit(i, Request(p))
+    said = [token for p in engine.step() for token in p.tokens if p.index == 0]
+    assert (engine.running, engine.waiting) == (2, 2)
+    running, prefilling, queued = engine.cancel(0), engine.cancel(1), engine.cancel(2)
+    assert running is not None and prefilling is not None and queued is not None
+    assert list(running.tokens) == said and running.tokens == alone[0][: len(said)] and said
+    assert running.rounds >= 1 and running.timing.first_token < running.timing.ended
+    assert {g.finish_reason for g in (running, prefilling, queued)} == {"cancelled"}
+    assert prefilling.tokens == queued.tokens == () and queued.tokens_per_second == 0
+    assert engine.cancel(0) is None and engine.cancel(99) is None
+    engine.submit(0, Request(LONG[6]))  # the index is free again, and so are the slots
+    done = drain(engine)
+    assert set(done) == {0, 3} and done[3].tokens == alone[2] and done[0].tokens == alone[1]
+
+
+# The queue
+
+
+def test_a_full_queue_refuses() -> None:
+    engine = Engine(*tiny_pair(), replace(CHUNKED, slots=2, queue=2, rounds_per_dispatch=1), longest=90)
+    engine.submit(0, Request((1, 2)))
+    engine.submit(1, Request((1, 2)))
+    with pytest.raises(QueueFull, match="Request 2 finds 2 others waiting, as many as this engine's queue holds"):
+        engine.submit(2, Request((1, 2)))
+    assert all(p.generation is None for p in engine.step())
+    engine.submit(2, Request((1, 2)))
+    with pytest.raises(UserError, match="Request 1 is in the engine already"):
+        engine.submit(1, Request((1, 2)))
+    assert engine.cancel(2) is not None and set(drain(engine)) == {0, 1}
+    for name in ("queue", "prefill_chunk", "prefill_budget"):
+        with pytest.raises(UserError, match=f"The decoding setting {name} is 0; expected 1 or more"):
+            Engine(*tiny_pair(), replace(CONFIG, **{name: 0}), longest=40)
+
+
+# What is told of a request
+
+
+def test_times_and_counts_of_requests() -> None:
+    engine = Engine(*tiny_pair(), replace(CONFIG, slots=1), longest=90)
+    for i in range(3):
+        engine.submit(i, Request(LONG[0], seed=i))
+    done = drain(engine)
+    for i, g in done.items():
+        times = g.timing
+        assert 0 <= times.admitted < times.first_token <= times.ended
+        assert g.tokens_per_second == pytest.approx(len(g.tokens) / (times.ended - times.admitted))
+        assert i == 0 or times.admitted >= done[i - 1].timing.first_token, "one slot: the next waits for the last"
+        assert g.committed >= len(g.tokens) - 1 and g.verified_at[0] == g.rounds
+        assert list(g.accepted_at) == sorted(g.accepted_at, reverse=True)
+    assert replace(done[0], timing=done[1].timing) == done[0], "times are no part of what was generated"
+
+
+BAD: dict[str, tuple[Any, str]] = {
+    "no request": ([1, 2], "is a list; wrap its prompt in a Request"),
+    "number": (Request(7), "is a int; expected text, token ids or chat messages"),
+    "nothing": (Request(None), "is a NoneType; expected text"),
+    "fractions": (Request([1.5, 2.0]), "is neither text, nor a list of token ids, nor a list of"),
+    "mixed": (Request([1, "a"]), "is neither text, nor a list of token ids"),
+    "empty": (Request(()), "has an empty prompt"),
+    "id": (Request((VOCAB,)), "outside the vocabulary"),
+    "negative id": (Request((-1,)), "outside the vocabulary"),
+    "too long": (Request((1,) * 39), "this engine holds 40. Shorten it or raise the limit"),
+    "new tokens": (Request((1,), max_new_tokens="8"), "has max_new_tokens = '8'; expected a whole number"),
+    "temperature": (Request((1,), temperature="hot"), "has temperature = 'hot'; expected a number"),
+    "not a number": (Request((1,), temperature=float("nan")), "has temperature = nan; expected a number"),
+    "top_p": (Request((1,), top_p=(0.5,)), "has top_p = (0.5,); expected a number"),
+    "seed": (Request((1,), seed=0.5), "has seed = 0.5; expected a whole number"),
+    "stop": (Request((1,), stop_tokens=3), "has stop_tokens = 3; expected token ids"),
+    "stops": (Request((1,), stop_tokens=(1, 2, 3, 4, 5)), "names 5 stop tokens; this engine holds 4"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_requests_are_refused_in_a_sentence(case: str) -> None:
+    request, message = BAD[case]
+    engine = _idle()
+    with pytest.raises(UserError) as refused:
+        engine.submit(5, request)
+    assert message in str(refused.value) and "equest 5" in str(refused.value)
+    assert engine.idle
+
+
+@cache
+def _idle() -> Engine:
+    return Engine(*tiny_pair(), CONFIG, longest=40)
