@@ -20,12 +20,13 @@ import jax
 from configs.cli import parse, program
 from dspark_jax.checkpoints.deepspec import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target, resolve_folder
+from dspark_jax.decoding.measure import Acceptance
+from dspark_jax.decoding.prompts import Prompt, read_prompts
 from dspark_jax.decoding.requests import DecodeConfig
 from dspark_jax.drafters.registry import LoadedDrafter
 from dspark_jax.errors import UserError
 from dspark_jax.targets.target import Target
-from infer.measure import Acceptance, Decoder, Timed, alternate, differences, median_ratio, median_speed
-from infer.prompts import Prompt, read_prompts
+from infer.measure import Decoder, Timed, alternate, differences, median_ratio, median_speed
 from infer.report import acceptance_plot, table, write_json
 
 

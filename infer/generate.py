@@ -15,11 +15,11 @@ from configs.cli import parse, program
 from dspark_jax.checkpoints.deepspec import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.decoding.generate import stream
+from dspark_jax.decoding.measure import Acceptance
+from dspark_jax.decoding.prompts import Prompt, encode, read_prompts
 from dspark_jax.decoding.requests import DecodeConfig, Generation, Request
 from dspark_jax.decoding.scheduler import Fixed, Threshold
 from dspark_jax.errors import UserError
-from infer.measure import Acceptance
-from infer.prompts import Prompt, encode, read_prompts
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from dspark_jax.decoding.generate import generate
+from dspark_jax.decoding.prompts import Prompt
 from dspark_jax.decoding.requests import DecodeConfig, Generation, Request
 from dspark_jax.drafters.registry import LoadedDrafter
 from dspark_jax.targets.target import Target
-from infer.prompts import Prompt
 
 
 @dataclass(frozen=True)
@@ -65,35 +65,6 @@ def median_ratio(fast: Sequence[Timed], slow: Sequence[Timed]) -> float:
     """Median of the pairwise ratios of tokens per second."""
     pairs = zip(fast, slow, strict=True)
     return statistics.median(a.tokens_per_second / b.tokens_per_second for a, b in pairs)
-
-
-@dataclass(frozen=True)
-class Acceptance:
-    """Counts of a set of generations. tau: committed tokens a round; rates by block position k = 1..K:
-    `unconditional` x_1..x_k all accepted, of rounds that verified x_k; `conditional` x_k accepted given x_<k."""
-
-    rounds: int
-    tau: float
-    unconditional: tuple[float, ...]
-    conditional: tuple[float, ...]
-
-    @classmethod
-    def of(cls, generations: Sequence[Generation]) -> "Acceptance":
-        rounds = sum(g.rounds for g in generations)
-        committed = sum(g.committed for g in generations)
-        block = max((len(g.verified_at) for g in generations), default=0)
-        verified = _total([g.verified_at for g in generations], block)
-        accepted = _total([g.accepted_at for g in generations], block)
-        reached = np.concatenate([verified[:1], np.minimum(accepted[:-1], verified[1:])])
-        return cls(rounds, committed / max(rounds, 1), _rates(accepted, verified), _rates(accepted, reached))
-
-
-def _total(counts: Sequence[tuple[int, ...]], block: int) -> np.ndarray:
-    return np.array([count or (0,) * block for count in counts], np.int64).sum(axis=0)
-
-
-def _rates(good: np.ndarray, tried: np.ndarray) -> tuple[float, ...]:
-    return tuple(float(g / t) if t else float("nan") for g, t in zip(good, tried, strict=True))
 
 
 @dataclass(frozen=True)

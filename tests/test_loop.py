@@ -10,8 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dspark_jax.decoding.engine import DecodeConfig, Engine, Generation, Request, generate, stream
-from dspark_jax.decoding.loop import DecodeLoop, VerifyOutput, admit, init_state, run_round, run_rounds
+from dspark_jax.decoding.chunks import blank_chunk
+from dspark_jax.decoding.engine import Engine
+from dspark_jax.decoding.generate import generate, stream
+from dspark_jax.decoding.loop import DecodeLoop, VerifyOutput, init_state, run_round, run_rounds
+from dspark_jax.decoding.prefill import admit
+from dspark_jax.decoding.requests import DecodeConfig, Generation, Request
 from dspark_jax.decoding.scheduler import bucket_ladder
 from dspark_jax.decoding.state import DecodeState
 from dspark_jax.errors import UserError
@@ -43,7 +47,8 @@ def big_engine() -> Engine:
 
 
 def compile_rounds(loop: DecodeLoop, engine: Engine) -> Any:
-    return run_rounds.lower(loop, engine.params, engine.state, jnp.int32(8), jnp.asarray(False)).compile()
+    limits = jnp.int32(8), jnp.asarray(False)
+    return run_rounds.lower(loop, engine.params, engine.state, engine.occupancy, *limits).compile()
 
 
 def bytes_of(tree: Any) -> int:
@@ -97,13 +102,15 @@ def test_the_check_sees_a_copied_cache() -> None:
     assert cache_copies(compiled, engine.state) and compiled.memory_analysis().temp_size_in_bytes > caches / 2
 
 
-def test_admission_is_in_place_too() -> None:
+@pytest.mark.parametrize("fresh", [True, False])
+def test_admission_is_in_place_too(fresh: bool) -> None:
     engine = big_engine()
-    batch = engine._admission(32, [(0, engine._job(0, Request((1, 2, 3), max_new_tokens=4)))])
-    compiled = admit.lower(engine.loop, engine.params, engine.state, batch).compile()
+    batch = blank_chunk(engine.loop, 1, 32)
+    compiled = admit.lower(engine.loop, engine.params, engine.state, batch, fresh).compile()
     caches = bytes_of((engine.state.target_cache, engine.state.draft))
     assert compiled.memory_analysis().alias_size_in_bytes >= bytes_of(engine.state)
-    assert compiled.memory_analysis().temp_size_in_bytes < caches / 8
+    # A later chunk reads its slot's rows, one slot of four; never the whole cache.
+    assert compiled.memory_analysis().temp_size_in_bytes < caches / (8 if fresh else 4)
     assert not cache_copies(compiled, engine.state)
 
 
@@ -135,14 +142,14 @@ def test_a_dispatch_asks_the_host_for_nothing() -> None:
     target, drafter = tiny_pair()
     engine = Engine(target, drafter, CONFIG, longest=44)
     state = admitted(engine.loop, engine.params, engine.state, PROMPTS[:4], NEW, temperature=0.7)
-    jaxpr = str(jax.make_jaxpr(engine.loop.run)(engine.params, state, jnp.int32(5), jnp.asarray(False)))
+    rounds, until_free, occupancy = jnp.int32(5), jnp.asarray(False), engine.occupancy
+    jaxpr = str(jax.make_jaxpr(engine.loop.run)(engine.params, state, occupancy, rounds, until_free))
     assert "while" in jaxpr and not re.search(r"callback|infeed|outfeed|device_put", jaxpr)
-    rounds, until_free = jnp.int32(5), jnp.asarray(False)
-    state = run_rounds(engine.loop, engine.params, state, rounds, until_free)
+    state = run_rounds(engine.loop, engine.params, state, occupancy, rounds, until_free)
     with jax.transfer_guard("disallow"):
         with pytest.raises(Exception, match="[Dd]isallowed host-to-device"):
-            run_rounds(engine.loop, engine.params, state, 5, until_free)
-        state = jax.block_until_ready(run_rounds(engine.loop, engine.params, state, rounds, until_free))
+            run_rounds(engine.loop, engine.params, state, occupancy, 5, until_free)
+        state = jax.block_until_ready(run_rounds(engine.loop, engine.params, state, occupancy, rounds, until_free))
     assert int(jnp.min(state.counters.rounds)) >= 6
 
 
@@ -210,14 +217,14 @@ def test_every_bucket_computes_the_same_rows() -> None:
     engine = Engine(target, drafter, CONFIG, longest=44)
     loop = engine.loop
     state = admitted(loop, engine.params, engine.state, PROMPTS[:4], NEW)
-    state, _ = run_round(loop, engine.params, state)
+    state, _ = run_round(loop, engine.params, state, engine.occupancy)
     wanted = np.arange(loop.width) <= np.array([0, 2, 1, 3])[:, None]
     wanted[2] = False  # an idle slot
     block = jnp.asarray(np.random.default_rng(0).integers(0, target.config.vocab_size, (4, loop.width)), jnp.int32)
 
     @jax.jit
     def both(params: Any, state: DecodeState) -> tuple[VerifyOutput, VerifyOutput]:
-        model, operands = loop._models(params)[0], (state.target_cache, block, state.length - 1, jnp.asarray(wanted))
+        model, operands = loop.models(params)[0], (state.target_cache, block, state.length - 1, jnp.asarray(wanted))
         return loop._verify_bucket(model, 9, *operands), loop._verify_bucket(model, 4 * loop.width, *operands)
 
     packed, padded = both(engine.params, state)
@@ -233,7 +240,7 @@ def test_the_bucket_is_the_smallest_that_fits() -> None:
         state = admitted(engine.loop, engine.params, state, PROMPTS[:4], 9, caps=caps)
         for _ in range(10):
             active = np.asarray(state.active)
-            state, record = run_round(engine.loop, engine.params, state)
+            state, record = run_round(engine.loop, engine.params, state, engine.occupancy)
             needed = int(np.sum(active * (np.minimum(caps, engine.loop.block) + 1)))
             assert int(record.bucket) == min(b for b in engine.loop.buckets if b >= needed)
             np.testing.assert_array_equal(np.asarray(record.committed) > 0, active)
@@ -269,7 +276,7 @@ def kinds_of_positions(chosen: list[tuple[int, ...]]) -> list[list[str]]:
     engine = Engine(target, drafter, CONFIG, longest=44)
     state, kinds = admitted(engine.loop, engine.params, engine.state, chosen, NEW), [["first"] for _ in chosen]
     while bool(jnp.any(state.active)):
-        state, record = run_round(engine.loop, engine.params, state)
+        state, record = run_round(engine.loop, engine.params, state, engine.occupancy)
         for mine, accepted in zip(kinds, np.asarray(record.accepted), strict=True):
             mine += ["draft"] * int(accepted) + ["bonus"]
     return kinds

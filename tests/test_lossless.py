@@ -18,8 +18,13 @@ from scipy.stats import chi2
 from dspark_jax.checkpoints.deepspec import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.decoding.acceptance import Acceptance, RejectionSampling
-from dspark_jax.decoding.engine import DecodeConfig, Engine, Generation, Request, generate
-from dspark_jax.decoding.loop import DecodeLoop, LoopParams, admit, init_state, run_rounds
+from dspark_jax.decoding.engine import Engine
+from dspark_jax.decoding.generate import generate
+from dspark_jax.decoding.loop import DecodeLoop, LoopParams, init_state, run_rounds
+from dspark_jax.decoding.occupancy import Occupancy
+from dspark_jax.decoding.prefill import admit
+from dspark_jax.decoding.prompts import Prompt, encode
+from dspark_jax.decoding.requests import DecodeConfig, Generation, Request
 from dspark_jax.decoding.sampling import SamplingParams, sampling_law
 from dspark_jax.decoding.scheduler import Fixed, Threshold, VerifyPolicy
 from dspark_jax.drafters.config import DrafterConfig, drafter_hf_config
@@ -27,7 +32,6 @@ from dspark_jax.drafters.registry import LoadedDrafter, skeleton
 from dspark_jax.sharding import split
 from dspark_jax.targets.target import Target
 from infer.measure import differences
-from infer.prompts import Prompt, encode
 from tests.decoding_tiny import admission, next_logits, prompts, random_leaves, tiny_pair
 
 pytestmark = pytest.mark.lossless
@@ -178,7 +182,8 @@ def samples(
     for batch in range(BATCHES):
         keys = np.stack([np.arange(SLOTS) + batch * SLOTS, np.full(SLOTS, seed)], axis=1)
         new = admission(loop, [PROMPT] * SLOTS, 4, keys, caps=caps, bucket=4, **{"temperature": 1.0} | law)
-        state = run_rounds(loop, params, admit(loop, params, state, new), jnp.int32(8), jnp.asarray(False))
+        state = admit(loop, params, state, new, True)
+        state = run_rounds(loop, params, state, Occupancy.of(), jnp.int32(8), jnp.asarray(False))
         made.append(np.asarray(state.tokens)[:, len(PROMPT) : len(PROMPT) + 4])
         assert not np.any(state.active)
         accepted += int(jnp.sum(state.counters.accepted_at))
