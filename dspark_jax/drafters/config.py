@@ -16,7 +16,7 @@ class DrafterConfig:
     """`backbone` holds the dimensions of the draft layers; `markov_rank` 0 means no Markov head (DFlash, NOTES 13).
 
     `target_layer_ids` are 0-based target layers, -1 the embeddings; `num_target_layers` is the target's depth.
-    Without `sample_from_anchor`, as in z-lab's DFlash, the anchor's row predicts nothing and row k >= 1 token anchor + k;
+    Without `sample_from_anchor` (z-lab's DFlash) the anchor's row predicts nothing and row k >= 1 token anchor + k;
     `block_size` always counts predictions, so such a block has one row more.
     """
 
@@ -171,6 +171,8 @@ def _family_fields(
     if drafter_family(config) == "Gemma4":
         config["target_text_model_type"] = config["model_type"]
         config["target_model_type"] = target_hf_config["model_type"]
+        # Readers ask for these two, which unified text configs don't have (golden/NOTES 62).
+        config = {"enable_moe_block": False, "hidden_size_per_layer_input": 0} | config
         # Draft layers are of the global kind, which has its own head size and, with K = V, number of kv heads.
         if "head_dim" in sizes:
             sizes["global_head_dim"] = sizes.pop("head_dim")

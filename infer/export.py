@@ -1,0 +1,67 @@
+"""Converts a drafter to the layout that another server reads.
+
+    python -m infer.export --drafter assets/embedded_drafter --target assets/embedded_target --layout speculators --out D
+
+The layout of --drafter is found out by its config.json. docs/interop.md says who reads which layout. What a layout
+can't express is refused in a sentence, and nothing is written.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from configs.cli import parse, program
+from dspark_jax.checkpoints.drafters import drafter_layout, load_drafter, save_drafter
+from dspark_jax.checkpoints.huggingface import load_target, resolve_folder
+from dspark_jax.checkpoints.manifest import provenance_of, read_manifest
+from dspark_jax.errors import UserError
+from infer.report import table
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """Converts a drafter to another layout."""
+
+    drafter: str
+    """Folder or hub id of the drafter, in any layout."""
+    target: str
+    """Folder or hub id of its target."""
+    out: Path
+    """Folder to write; it must be empty or missing."""
+    layout: Literal["deepspec", "specforge", "speculators"] = "deepspec"
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the stored tensors; None: as the drafter's config says."""
+    frozen_copies: bool = True
+    """Also write the copies of the target's embedding and head that the layout's readers expect."""
+    vocabulary_maps: bool = False
+    """Also write d2t and t2d in the speculators layout, as the identity."""
+
+
+@program
+def main(argv: list[str]) -> None:
+    settings = parse(ExportSettings, argv, description=__doc__)
+    out = settings.out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} holds something already; give a folder that is empty or missing.")
+    target = load_target(settings.target, tokenizer=False)
+    found = drafter_layout(settings.drafter)
+    drafter = load_drafter(settings.drafter, target)
+    try:
+        save_drafter(
+            out,
+            drafter,
+            target,
+            layout=settings.layout,
+            dtype=settings.dtype,
+            frozen_copies=settings.frozen_copies,
+            vocabulary_maps=settings.vocabulary_maps,
+            provenance=provenance_of(read_manifest(resolve_folder(settings.drafter))),
+        )
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror}); give a folder that can.") from None
+    rows = [(file.name, f"{file.stat().st_size:,} bytes") for file in sorted(out.iterdir())]
+    print(table(("file", f"{found.name} -> {settings.layout}"), rows))
+
+
+if __name__ == "__main__":
+    main()

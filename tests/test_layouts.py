@@ -1,0 +1,392 @@
+"""Drafters in the layouts of other servers: literal names and fields, bytes that come back, refusals in a sentence."""
+
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from dspark_jax.checkpoints.drafters import drafter_layout, load_drafter, save_drafter
+from dspark_jax.checkpoints.layouts import LAYOUTS, detect_layout
+from dspark_jax.checkpoints.manifest import MANIFEST_FILE, Provenance
+from dspark_jax.drafters.registry import LoadedDrafter
+from dspark_jax.errors import UserError
+from dspark_jax.targets.target import Target
+from infer.export import main as export
+from tests.drafters_tiny import HIDDEN, TAPS, VOCAB, write_pair
+
+FILES = ("config.json", "model.safetensors", MANIFEST_FILE)
+DFLASH: dict[str, Any] = {"markov_rank": 0, "enable_confidence_head": False}
+KINDS = {"vanilla": {}, "gated": {"markov_head_type": "gated"}, "rnn": {"markov_head_type": "rnn"}, "dflash": DFLASH,
+         "no-confidence": {"enable_confidence_head": False}}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Target, LoadedDrafter]]:
+    folder = tmp_path_factory.mktemp("pairs")
+    return {name: write_pair(folder / name, dtype="bfloat16", **fields) for name, fields in KINDS.items()}
+
+
+def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """As safetensors' own reader sees them."""
+    with safe_open(folder / "model.safetensors", framework="numpy") as stored:
+        assert stored.metadata() == {"format": "pt"}
+        return {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
+
+
+def config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
+def edit(folder: Path, **fields: Any) -> None:
+    """Fields of config.json replaced; None takes one out."""
+    changed = {name: value for name, value in (config(folder) | fields).items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(changed))
+
+
+LAYER = {
+    "input_layernorm.weight": (HIDDEN,),
+    "post_attention_layernorm.weight": (HIDDEN,),
+    "self_attn.q_proj.weight": (40, HIDDEN),
+    "self_attn.k_proj.weight": (20, HIDDEN),
+    "self_attn.v_proj.weight": (20, HIDDEN),
+    "self_attn.o_proj.weight": (HIDDEN, 40),
+    "self_attn.q_norm.weight": (10,),
+    "self_attn.k_norm.weight": (10,),
+    "mlp.gate_proj.weight": (40, HIDDEN),
+    "mlp.up_proj.weight": (40, HIDDEN),
+    "mlp.down_proj.weight": (HIDDEN, 40),
+}
+BODY = {f"layers.{i}.{name}": shape for i in (0, 1) for name, shape in LAYER.items()} | {
+    "fc.weight": (HIDDEN, len(TAPS) * HIDDEN),
+    "hidden_norm.weight": (HIDDEN,),
+    "norm.weight": (HIDDEN,),
+}
+FROZEN = {"embed_tokens.weight": (VOCAB, HIDDEN), "lm_head.weight": (VOCAB, HIDDEN)}
+MARKOV = {"markov_head.markov_w1.weight": (VOCAB, 6), "markov_head.markov_w2.weight": (VOCAB, 6)}
+CONFIDENCE = {"confidence_head.proj.weight": (1, HIDDEN + 6), "confidence_head.proj.bias": (1,)}
+MAPS = {"d2t": (VOCAB,), "t2d": (VOCAB,)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_round_trip_is_bit_for_bit(pairs: dict, tmp_path: Path, layout: str, kind: str) -> None:
+    target, drafter = pairs[kind]
+    save_drafter(tmp_path / "native", drafter, target, provenance=Provenance({"temperature": 0.7}, {"x": "1"}))
+    save_drafter(tmp_path / "a", load_drafter(tmp_path / "native", target), target, layout=layout)
+    assert drafter_layout(tmp_path / "a").name == layout
+    loaded = load_drafter(tmp_path / "a", target)
+    save_drafter(tmp_path / "b", loaded, target, layout=layout)
+    save_drafter(tmp_path / "again", loaded, target)
+    for name in FILES:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    for name in FILES[:2]:
+        assert (tmp_path / "native" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    assert not list((tmp_path / "b").glob("*.tmp"))
+
+
+@pytest.mark.parametrize(("layout", "frozen"), [("deepspec", FROZEN), ("specforge", {}), ("speculators", FROZEN)])
+def test_tensors_are_the_fields_literally(pairs: dict, tmp_path: Path, layout: str, frozen: dict) -> None:
+    for kind, heads in (
+        ("vanilla", MARKOV | CONFIDENCE),
+        ("dflash", {}),
+        ("gated", MARKOV | CONFIDENCE
+         | {"markov_head.gate_proj.weight": (6, HIDDEN + 6), "markov_head.gate_proj.bias": (6,)}),
+        ("rnn", MARKOV | CONFIDENCE
+         | {"markov_head.joint_proj.weight": (18, HIDDEN + 12), "markov_head.joint_proj.bias": (18,)}),
+    ):  # fmt: skip
+        target, drafter = pairs[kind]
+        save_drafter(tmp_path / kind, drafter, target, layout=layout)
+        assert shapes(tmp_path / kind) == BODY | heads | frozen
+        save_drafter(tmp_path / f"{kind}-bare", drafter, target, layout=layout, frozen_copies=False)
+        assert shapes(tmp_path / f"{kind}-bare") == BODY | heads
+        load_drafter(tmp_path / f"{kind}-bare", target)
+
+
+def test_transformers_reads_the_written_folder(pairs: dict, tmp_path: Path) -> None:
+    """The tooling that servers load with: transformers' config reader and its safetensors loader."""
+    pytest.importorskip("torch")
+    from transformers import PretrainedConfig
+    from transformers.modeling_utils import load_state_dict
+
+    target, drafter = pairs["vanilla"]
+    for layout in LAYOUTS:
+        save_drafter(tmp_path / layout, drafter, target, layout=layout)
+        read, _ = PretrainedConfig.get_config_dict(tmp_path / layout)
+        assert read["architectures"] == config(tmp_path / layout)["architectures"]
+        tensors = load_state_dict(str(tmp_path / layout / "model.safetensors"))
+        assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == shapes(tmp_path / layout)
+        assert str(tensors["fc.weight"].dtype) == "torch.bfloat16"
+
+
+def test_specforge_config(pairs: dict, tmp_path: Path) -> None:
+    target, drafter = pairs["vanilla"]
+    save_drafter(tmp_path, drafter, target, layout="specforge")
+    written = config(tmp_path)
+    assert written["architectures"] == ["DSparkDraftModel"] and written["block_size"] == 4
+    assert written["dflash_config"] == {
+        "target_layer_ids": [-1, 1, 2], "mask_token_id": 5, "projector_type": "dspark", "attention_mode": "gqa",
+        "markov_rank": 6, "markov_head_type": "vanilla", "enable_confidence_head": True,
+        "confidence_head_with_markov": True,
+    }  # fmt: skip
+    assert not {"target_layer_ids", "mask_token_id"} & set(written)
+    assert written["model_type"] == "qwen3" and written["num_hidden_layers"] == 2 and written["markov_rank"] == 6
+
+
+def test_speculators_config(pairs: dict, tmp_path: Path) -> None:
+    target, drafter = pairs["vanilla"]
+    save_drafter(tmp_path, drafter, target, layout="speculators")
+    written = config(tmp_path)
+    layers = written.pop("transformer_layer_config")
+    assert layers["model_type"] == "qwen3" and layers["num_hidden_layers"] == 2 and layers["vocab_size"] == VOCAB
+    assert not {"block_size", "target_layer_ids", "architectures", "markov_rank"} & set(layers)
+    assert written == {
+        "speculators_model_type": "dspark", "architectures": ["DSparkSpeculator"],
+        "aux_hidden_state_layer_ids": [0, 2, 3], "block_size": 4, "mask_token_id": 5, "draft_vocab_size": VOCAB,
+        "target_hidden_size": HIDDEN, "sample_from_anchor": True, "markov_rank": 6, "markov_head_type": "vanilla",
+        "enable_confidence_head": True, "confidence_head_with_markov": True, "num_anchors": 512,
+        "num_target_layers": 4, "tie_word_embeddings": False, "dtype": "bfloat16",
+        "target_config_sha256": target.config_sha256,
+        "speculators_config": {
+            "algorithm": "dspark", "default_proposal_method": "greedy",
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": 4, "verifier_accept_k": 1,
+                                  "accept_tolerance": 0.0}],
+            "verifier": {"name_or_path": target.name, "architectures": ["Qwen3ForCausalLM"]},
+        },
+    }  # fmt: skip
+
+
+def test_vocabulary_maps_are_the_identity(pairs: dict, tmp_path: Path) -> None:
+    target, drafter = pairs["vanilla"]
+    save_drafter(tmp_path, drafter, target, layout="speculators", vocabulary_maps=True)
+    assert shapes(tmp_path) == BODY | MARKOV | CONFIDENCE | FROZEN | MAPS
+    with safe_open(tmp_path / "model.safetensors", framework="numpy") as stored:
+        d2t, t2d = stored.get_tensor("d2t"), stored.get_tensor("t2d")
+    assert d2t.dtype == np.int64 and not d2t.any() and t2d.dtype == np.bool_ and t2d.all()
+    load_drafter(tmp_path, target)
+
+
+def test_dflash_says_which_convention_it_has(pairs: dict, tmp_path: Path) -> None:
+    target, drafter = pairs["dflash"]
+    save_drafter(tmp_path / "specforge", drafter, target, layout="specforge")
+    written = config(tmp_path / "specforge")
+    assert written["architectures"] == ["DSparkDraftModel"] and written["dflash_config"]["projector_type"] == "dspark"
+    save_drafter(tmp_path / "speculators", drafter, target, layout="speculators")
+    written = config(tmp_path / "speculators")
+    assert written["speculators_model_type"] == "dflash" and written["architectures"] == ["DFlashSpeculator"]
+    assert written["sample_from_anchor"] is True and written["block_size"] == 4
+
+
+def test_zlab_dflash_reads_as_a_block_whose_anchor_waits(pairs: dict, tmp_path: Path) -> None:
+    """z-lab's folder: block_size counts the anchor's row, which predicts nothing."""
+    target, drafter = pairs["dflash"]
+    save_drafter(tmp_path / "zlab", drafter, target, layout="specforge")
+    nested = {"target_layer_ids": [-1, 1, 2], "mask_token_id": 5}
+    edit(tmp_path / "zlab", architectures=["DFlashDraftModel"], dflash_config=nested, num_anchors=None,
+         markov_rank=None, enable_confidence_head=None, num_target_layers=None)  # fmt: skip
+    (tmp_path / "zlab" / MANIFEST_FILE).unlink()
+    loaded = load_drafter(tmp_path / "zlab", target)
+    assert loaded.config.block_size == 3 and not loaded.config.sample_from_anchor
+    assert loaded.config.num_target_layers == 4
+    for layout in ("specforge", "speculators"):
+        save_drafter(tmp_path / layout, loaded, target, layout=layout)
+        assert config(tmp_path / layout)["block_size"] == 4
+        assert load_drafter(tmp_path / layout, target).hf_config == loaded.hf_config
+    assert config(tmp_path / "specforge")["architectures"] == ["DFlashDraftModel"]
+    assert config(tmp_path / "speculators")["sample_from_anchor"] is False
+    with pytest.raises(UserError, match="take every draft one position early"):
+        save_drafter(tmp_path / "deepspec", loaded, target)
+    assert not (tmp_path / "deepspec").exists()
+
+
+def test_the_waiting_anchor_shifts_rows_by_one(pairs: dict) -> None:
+    """Its predictions are the rows after the anchor's of a block that is one row longer, at the same positions."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from dspark_jax.drafters.registry import skeleton
+    from dspark_jax.sharding import split
+    from tests.drafters_tiny import tiny_tables
+
+    _, drafter = pairs["dflash"]
+    shared = tiny_tables()
+    taps = jax.random.normal(jax.random.key(0), (2, 9, len(TAPS) * HIDDEN))
+    anchors, tokens = jnp.asarray([5, 8]), jnp.asarray([3, 11])
+
+    def laws(**fields: Any) -> jax.Array:
+        model = nnx.merge(split(skeleton({**drafter.hf_config, **fields}))[0], drafter.params)
+        state = model.prefill(taps, jnp.zeros((2, 9), jnp.int32), anchors)
+        return model.draft(shared, state, tokens, anchors, lambda logits, k: (tokens, jax.nn.softmax(logits))).probs
+
+    whole, waiting = laws(block_size=4), laws(block_size=3, sample_from_anchor=False)
+    np.testing.assert_allclose(waiting, whole[:, 1:], rtol=1e-6, atol=1e-7)
+
+
+# Eagle3 and Gemma 4, by their configs: the fields of DeepSpec's own checkpoints.
+
+EAGLE3 = {
+    "architectures": ["Qwen3Eagle3Model"], "draft_num_hidden_layers": 1, "dtype": "float32", "head_dim": 16,
+    "hidden_size": 64, "intermediate_size": 40, "layer_types": ["full_attention"], "model_type": "qwen3",
+    "num_attention_heads": 4, "num_hidden_layers": 1, "num_key_value_heads": 2, "num_target_layers": 6,
+    "step_loss_decay": 0.8, "target_layer_ids": [0, 1, 2, 3, 4], "target_model_name_or_path": "target",
+    "tie_word_embeddings": False, "ttt_length": 4, "vocab_size": 97,
+}  # fmt: skip
+GEMMA4 = {
+    "architectures": ["Gemma4DSparkModel"], "attention_k_eq_v": True, "block_size": 5, "dtype": "float32",
+    "confidence_head_with_markov": True, "enable_confidence_head": True, "final_logit_softcapping": 6.0,
+    "global_head_dim": 32, "hidden_size": 64, "layer_types": ["full_attention"] * 2, "markov_head_type": "vanilla",
+    "markov_rank": 8, "mask_token_id": 95, "model_type": "gemma4_text", "num_anchors": 10, "num_hidden_layers": 2,
+    "num_target_layers": 6, "target_layer_ids": [1, 3, 4], "target_model_type": "gemma4",
+    "target_text_model_type": "gemma4_text", "tie_word_embeddings": False, "vocab_size": 97,
+}  # fmt: skip
+GEMMA4_EAGLE3 = GEMMA4 | {"architectures": ["Gemma4Eagle3Model"], "ttt_length": 4, "step_loss_decay": 0.8}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=lambda layout: layout.name)
+@pytest.mark.parametrize("native", [EAGLE3, GEMMA4, GEMMA4_EAGLE3, GEMMA4 | {"markov_rank": 0}])
+def test_configs_come_back(pairs: dict, layout: Any, native: dict[str, Any]) -> None:
+    target, _ = pairs["vanilla"]
+    before = deepcopy(native)
+    stored = layout.from_native(native, target)
+    assert detect_layout(json.loads(json.dumps(stored))).name == layout.name
+    assert layout.to_native(stored, target.config) == before == native
+
+
+def test_eagle3_in_both_other_layouts(pairs: dict) -> None:
+    target, _ = pairs["vanilla"]
+    forge, speculators = LAYOUTS["specforge"], LAYOUTS["speculators"]
+    stored = forge.from_native(EAGLE3, target)
+    assert stored["architectures"] == ["Qwen3ForCausalLMEagle3"] and stored["draft_vocab_size"] == 97
+    ids = {"eagle_aux_hidden_state_layer_ids": [0, 1, 2, 3, 4], "use_aux_hidden_state": True}
+    assert stored["eagle_config"] == ids and "target_layer_ids" not in stored
+    assert forge.tensor("layers.0.self_attn.q_proj.weight", EAGLE3) == "midlayer.self_attn.q_proj.weight"
+    assert forge.tensor("fc.weight", EAGLE3) == "fc.weight" and forge.frozen(EAGLE3) == ("lm_head.weight",)
+    stored = speculators.from_native(EAGLE3, target)
+    assert stored["speculators_model_type"] == "eagle3" and stored["architectures"] == ["Eagle3Speculator"]
+    assert stored["eagle_aux_hidden_state_layer_ids"] == [1, 2, 3, 4, 5]
+    assert stored["norm_before_residual"] is False and "sample_from_anchor" not in stored
+    assert speculators.tensor("layers.0.hidden_norm.weight", EAGLE3) == "layers.0.hidden_norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("layout", "fields", "message"),
+    [
+        ("specforge", {"dflash_config": {"projector_type": "domino"}}, "projector_type = 'domino'"),
+        ("specforge", {"dflash_config": {"projector_type": "dspark", "causal": True}}, "causal = True"),
+        ("specforge", {"architectures": ["DFlash2DraftModel"]}, "convolutions and a selector"),
+        ("specforge", {"markov_rank": 7}, "must agree"),
+        ("specforge", {"architectures": ["LlamaForCausalLMEagle3"]}, "no query and key norms"),
+        ("specforge", {"model_type": "llama"}, "'qwen3' or Gemma 4 layers"),
+        ("speculators", {"speculators_model_type": "medusa"}, "expected one of dspark, dflash, eagle3"),
+        ("speculators", {"draft_vocab_size": 32}, "reduced to 32 of 61"),
+        ("speculators", {"aux_hidden_state_layer_ids": None}, "can't be guessed safely"),
+        ("speculators", {"transformer_layer_config": None}, "no transformer_layer_config"),
+        ("speculators", {"norm_before_residual": True}, "norm_before_residual = True"),
+        ("deepspec", {"architectures": ["MysteryModel"]}, "names architectures"),
+    ],
+)
+def test_what_no_drafter_here_is_is_refused(
+    pairs: dict, tmp_path: Path, layout: str, fields: dict[str, Any], message: str
+) -> None:
+    target, drafter = pairs["vanilla"]
+    save_drafter(tmp_path, drafter, target, layout=layout)
+    edit(tmp_path, **fields)
+    with pytest.raises(UserError, match=message):
+        load_drafter(tmp_path, target)
+
+
+# The manifest.
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_save_writes_a_manifest(pairs: dict, tmp_path: Path, layout: str) -> None:
+    target, drafter = pairs["vanilla"]
+    sampling, sources = {"temperature": 0.7, "top_p": 0.95}, {"sources_sha256": "abc"}
+    save_drafter(tmp_path, drafter, target, layout=layout, provenance=Provenance(sampling, sources))
+    manifest = json.loads((tmp_path / MANIFEST_FILE).read_text())
+    base = 1 if layout == "speculators" else 0
+    assert manifest["layout"] == layout and manifest["kind"] == "dspark"
+    assert manifest["conventions"] == {
+        "anchor": "row k, at position anchor + k, predicts token anchor + k + 1", "sample_from_anchor": True,
+        "target_layer_ids": [-1, 1, 2], "layer_id_base": base, "stored_layer_ids": [i + base for i in (-1, 1, 2)],
+        "predictions": 4, "rows": 4, "mask_token_id": 5,
+        "block_position": "the block starts at the anchor's position; context keys are before it",
+        "loss_mask": "read at the label's position, up to the first gap",
+    }  # fmt: skip
+    assert manifest["target"] == {"name": target.name, "config_sha256": target.config_sha256}
+    assert manifest["sampling"] == sampling and manifest["sources"] == sources
+
+
+@pytest.mark.parametrize(
+    ("layout", "fields", "message"),
+    [
+        ("deepspec", {"target_layer_ids": [0, 1, 2]}, r"is \[-1, 1, 2\] in dspark.json and \[0, 1, 2\] by"),
+        ("speculators", {"aux_hidden_state_layer_ids": [1, 2, 3]}, r"stored_layer_ids is \[0, 2, 3\] in dspark.json"),
+        ("speculators", {"sample_from_anchor": False}, "anchor is 'row k, at position anchor"),
+        ("deepspec", {"mask_token_id": 6}, "mask_token_id is 5 in dspark.json and 6 by config.json"),
+    ],
+)  # fmt: skip
+def test_a_config_that_contradicts_the_manifest_is_refused(
+    pairs: dict, tmp_path: Path, layout: str, fields: dict[str, Any], message: str
+) -> None:
+    target, drafter = pairs["vanilla"]
+    save_drafter(tmp_path, drafter, target, layout=layout)
+    load_drafter(tmp_path, target)
+    edit(tmp_path, **fields)
+    with pytest.raises(UserError, match=message):
+        load_drafter(tmp_path, target)
+    load_drafter(tmp_path, target, compare_manifest=False)
+    (tmp_path / MANIFEST_FILE).unlink()
+    load_drafter(tmp_path, target)
+
+
+def test_a_target_with_another_config_is_refused(pairs: dict, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    target, drafter = pairs["vanilla"]
+    save_drafter(tmp_path, drafter, target)
+    with pytest.raises(UserError, match="was trained for .* with config sha256"):
+        load_drafter(tmp_path, replace(target, config_sha256="0" * 64))
+    (tmp_path / MANIFEST_FILE).write_text('{"format": "another", "version": 1}')
+    with pytest.raises(UserError, match="has format 'another' version 1"):
+        load_drafter(tmp_path, target)
+
+
+# The program.
+
+
+def test_export_converts_and_keeps_the_provenance(pairs: dict, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    target, drafter = pairs["vanilla"]
+    save_drafter(tmp_path / "a", drafter, target, provenance=Provenance({"temperature": 0.7}, {}))
+    common = ["--target", target.name]
+    export(["--drafter", str(tmp_path / "a"), *common, "--layout", "speculators", "--out", str(tmp_path / "b")])
+    assert "deepspec -> speculators" in capsys.readouterr().out
+    export(["--drafter", str(tmp_path / "b"), *common, "--layout", "specforge", "--out", str(tmp_path / "c")])
+    export(["--drafter", str(tmp_path / "c"), *common, "--out", str(tmp_path / "d")])
+    for name in FILES:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "d" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--out", "{full}"], "holds something already"),
+        (["--out", "{new}", "--layout", "gguf"], "gguf"),
+        (["--out", "{new}", "--drafter", "{new}"], "is not a folder"),
+    ],
+)
+def test_export_refuses_in_a_sentence(
+    pairs: dict, tmp_path: Path, capsys: pytest.CaptureFixture, argv: list[str], message: str
+) -> None:
+    target, drafter = pairs["vanilla"]
+    save_drafter(tmp_path / "full", drafter, target)
+    named = [word.format(full=tmp_path / "full", new=tmp_path / "new") for word in argv]
+    with pytest.raises(SystemExit) as stop:
+        export(["--drafter", str(tmp_path / "full"), "--target", target.name, *named])
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and said.out == "" and message in said.err and said.err.count("\n") == 1
+    assert not (tmp_path / "new").exists()
