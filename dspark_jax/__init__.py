@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from dspark_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from dspark_jax.checkpoints.deepspec import load_drafter, save_drafter
+    from dspark_jax.checkpoints.drafters import load_drafter, save_drafter
     from dspark_jax.checkpoints.huggingface import load_target
     from dspark_jax.decoding.engine import Engine
     from dspark_jax.decoding.generate import generate, stream
@@ -27,8 +27,8 @@ __all__ = [
 
 _HOMES = {
     "load_target": "dspark_jax.checkpoints.huggingface",
-    "load_drafter": "dspark_jax.checkpoints.deepspec",
-    "save_drafter": "dspark_jax.checkpoints.deepspec",
+    "load_drafter": "dspark_jax.checkpoints.drafters",
+    "save_drafter": "dspark_jax.checkpoints.drafters",
     "Engine": "dspark_jax.decoding.engine",
     "generate": "dspark_jax.decoding.generate",
     "stream": "dspark_jax.decoding.generate",

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import jax
 
 from configs.cli import parse, program
-from dspark_jax.checkpoints.deepspec import load_drafter
+from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target, resolve_folder
 from dspark_jax.decoding.measure import Acceptance
 from dspark_jax.decoding.prompts import Prompt, read_prompts

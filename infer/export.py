@@ -1,6 +1,6 @@
 """Converts a drafter to the layout that another server reads.
 
-    python -m infer.export --drafter assets/embedded_drafter --target assets/embedded_target --layout speculators --out D
+    python -m infer.export --drafter assets/embedded_drafter --target assets/embedded_target --layout specforge --out D
 
 The layout of --drafter is found out by its config.json. docs/interop.md says who reads which layout. What a layout
 can't express is refused in a sentence, and nothing is written.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from configs.cli import parse, program
-from dspark_jax.checkpoints.deepspec import load_drafter
+from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.decoding.generate import stream
 from dspark_jax.decoding.measure import Acceptance

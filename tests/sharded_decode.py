@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from dspark_jax.checkpoints.deepspec import load_drafter, save_drafter
+from dspark_jax.checkpoints.drafters import load_drafter, save_drafter
 from dspark_jax.checkpoints.huggingface import load_target, save_target
 from dspark_jax.decoding.engine import Engine
 from dspark_jax.decoding.generate import generate

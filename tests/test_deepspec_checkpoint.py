@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from dspark_jax.checkpoints.deepspec import load_drafter, save_drafter, shared_tables
+from dspark_jax.checkpoints.drafters import load_drafter, save_drafter, shared_tables
 from dspark_jax.errors import UserError
 from tests.drafters_tiny import HIDDEN, TAPS, VOCAB, write_pair
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs.cli import load_config, parse
-from dspark_jax.checkpoints.deepspec import load_drafter
+from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.decoding.loop import run_rounds
 from dspark_jax.decoding.measure import Acceptance, acceptance_by_domain, macro_tau

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from configs.cli import load_config, parse
-from dspark_jax.checkpoints.deepspec import load_drafter
+from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.checkpoints.target_tables import describe_target
 from dspark_jax.data.deepspec_cache import DeepSpecCacheWriter

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dspark_jax.checkpoints.deepspec import save_drafter
+from dspark_jax.checkpoints.drafters import save_drafter
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.decoding.measure import Acceptance
 from dspark_jax.decoding.requests import Generation

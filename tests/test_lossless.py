@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from scipy.stats import chi2
 
-from dspark_jax.checkpoints.deepspec import load_drafter
+from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.decoding.acceptance import Acceptance, RejectionSampling
 from dspark_jax.decoding.engine import Engine

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from configs.cli import parse_named, program
 from configs.schema import TrainConfig
-from dspark_jax.checkpoints.deepspec import save_drafter, shared_tables
+from dspark_jax.checkpoints.drafters import save_drafter, shared_tables
 from dspark_jax.drafters.registry import LoadedDrafter, skeleton
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import split

@@ -66,11 +66,3 @@ def drafter_tensor_map(config: DrafterConfig, paths: Iterable[ParamPath]) -> dic
             leaf, layout = _LEAVES[path[-1]]
             table[path] = Stored(".".join([*modules, leaf]), layout)
     return table
-
-
-def __getattr__(name: str) -> Any:  # until every caller imports checkpoints.drafters
-    if name not in ("load_drafter", "save_drafter", "shared_tables"):
-        raise AttributeError(name)
-    from dspark_jax.checkpoints import drafters
-
-    return getattr(drafters, name)
