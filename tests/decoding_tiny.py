@@ -17,8 +17,7 @@ from dspark_jax.decoding.loop import DecodeLoop, LoopParams
 from dspark_jax.decoding.prefill import admit
 from dspark_jax.decoding.sampling import SamplingParams
 from dspark_jax.decoding.state import Admission, DecodeState
-from dspark_jax.drafters.config import DrafterConfig, drafter_hf_config
-from dspark_jax.drafters.registry import LoadedDrafter, skeleton
+from dspark_jax.drafters.registry import LoadedDrafter, drafter_hf_config, read_config, skeleton
 from dspark_jax.sharding import split
 from dspark_jax.targets.attention import Causal
 from dspark_jax.targets.config import TargetConfig, config_sha256
@@ -63,9 +62,7 @@ def tiny_pair(seed: int = 0, context: float = 0.08, block_size: int = 4, **confi
     params = {
         path: jnp.asarray(leaf, jnp.float32 if path[0] == "confidence_head" else dtype) for path, leaf in flat.items()
     }
-    return target, LoadedDrafter(
-        "bigram", DrafterConfig.from_hf_dict(hf_config), graphdef, unflatten_dict(params), hf_config
-    )
+    return target, LoadedDrafter("bigram", read_config(hf_config), graphdef, unflatten_dict(params), hf_config)
 
 
 def random_leaves(abstract: dict, spread: float, seed: int) -> dict:

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dspark_jax.checkpoints.huggingface import load_target
-from dspark_jax.drafters.config import drafter_hf_config
 from dspark_jax.drafters.protocol import SharedTables
-from dspark_jax.drafters.registry import LoadedDrafter, new_drafter
+from dspark_jax.drafters.registry import LoadedDrafter, drafter_hf_config, new_drafter
 from dspark_jax.targets.config import TargetConfig
 from dspark_jax.targets.target import Target
 from tests.tiny import write_tiny_target

@@ -16,17 +16,22 @@ from pathlib import Path
 
 Result = tuple[str, float, float, bool]
 Check = Callable[[Path], Iterator[Result]]
-COVERED_DRAFTERS = ("Qwen3DSparkModel", "Gemma4DSparkModel")
 
 
 def checks_of(case: Path) -> list[Check] | None:
     """The checks that fit a case, told by its files; None for a family that is not covered."""
-    from tests import golden_data, golden_decode, golden_train
+    from dspark_jax.drafters.registry import kind_name
+    from dspark_jax.errors import UserError
+    from tests import golden_data, golden_decode, golden_eagle3, golden_train
 
     if (case / "draft" / "config.json").exists():
-        architectures = json.loads((case / "draft" / "config.json").read_text()).get("architectures", [])
-        if not set(architectures) & set(COVERED_DRAFTERS):
+        config = json.loads((case / "draft" / "config.json").read_text())
+        try:
+            kind = kind_name(config)
+        except UserError:
             return None
+        if kind == "eagle3":
+            return [golden_eagle3.check_train, golden_eagle3.check_decode]
         return [golden_train.check_train, golden_decode.check_decode]
     if (case / "cache" / "manifest.json").exists():
         return [golden_data.check_target_cache]

@@ -162,8 +162,14 @@ def check_first_rounds(vectors: Any, forward: Forward) -> Iterator[Result]:
         yield close(f"{name}_target_logits", verify[:, start : len(block)], vectors[f"{name}_target_logits"])
 
 
-def check_transcripts(group: str, vectors: Any, target: Target, drafter: LoadedDrafter) -> Iterator[Result]:
-    """A whole set of greedy transcripts, round by round, with its summary as the reference's evaluator counts it."""
+def check_transcripts(
+    group: str, vectors: Any, target: Target, drafter: LoadedDrafter, stops_drafting: bool = False
+) -> Iterator[Result]:
+    """A whole set of greedy transcripts, round by round, with its summary as the reference's evaluator counts it.
+
+    stops_drafting: the reference ends a proposal at a drafted stop token; here the rest of the block, which could never
+    be committed, is left out of the counts.
+    """
     block = drafter.config.block_size
     policy = Threshold(int(group.rsplit("conf", 1)[1]) / 10) if "_conf" in group else Fixed()
     stops = tuple(vectors[f"{group}/stop_token_ids"].tolist()) if f"{group}/stop_token_ids" in vectors else ()
@@ -175,6 +181,8 @@ def check_transcripts(group: str, vectors: Any, target: Target, drafter: LoadedD
     for p in prompts:
         name = f"{group}/{p}"
         tokens, records = play(target, drafter, vectors[f"{name}/prompt_ids"].tolist(), config)
+        if stops_drafting:
+            records = [proposed_to_stop(record, stops) for record in records]
         played.append(records)
         yield exact(f"{name}/output_ids", tokens, vectors[f"{name}/output_ids"])
         if f"{name}/ar_ids" in vectors:
@@ -201,6 +209,13 @@ def check_transcripts(group: str, vectors: Any, target: Target, drafter: LoadedD
         for field in found.__dataclass_fields__:
             key = f"{group}/calib_{names.get(field, field)}"
             yield close(key, np.nan_to_num(getattr(found, field), nan=-1.0), vectors[key])
+
+
+def proposed_to_stop(record: Any, stops: tuple[int, ...]) -> Any:
+    """The record with its verify length cut behind the first stop token that was drafted."""
+    at = np.flatnonzero(np.isin(record.draft_tokens, stops))
+    cut = np.minimum(record.verify_lengths, at[0] + 1) if len(at) else record.verify_lengths
+    return record._replace(verify_lengths=cut)
 
 
 def check_rounds(name: str, vectors: Any, records: list[Any], block: int) -> Iterator[Result]:

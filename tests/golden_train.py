@@ -25,7 +25,7 @@ from dspark_jax.targets.attention import SegmentedCausal, prefix_mask
 from dspark_jax.targets.target import Target
 from dspark_jax.training.anchors import Blocks, eligible_anchors
 from dspark_jax.training.losses import LossOptions, accept_rate, target_logits, total_variation_l1
-from dspark_jax.training.objective import Batch, DSparkObjective
+from dspark_jax.training.objective import Batch, BlockObjective
 from dspark_jax.training.schedule import learning_rate_schedule
 
 Result = tuple[str, float, float, bool]
@@ -81,7 +81,7 @@ def check_train(case: str | Path) -> Iterator[Result]:
         decay_gamma=given["loss_decay_gamma"],
         anchor_chunk=ANCHOR_CHUNK,
     )
-    objective = DSparkObjective(drafter.graphdef, drafter.config, options)
+    objective = BlockObjective(drafter.graphdef, drafter.config, options)
     yield from check_target(vectors, target, drafter)
     yield from check_blocks(vectors, target, drafter, objective, batch)
     yield from check_losses(vectors, meta, target, drafter, objective, batch)
@@ -115,7 +115,7 @@ def check_target(vectors: Any, target: Target, drafter: LoadedDrafter) -> Iterat
 
 
 def check_blocks(
-    vectors: Any, target: Target, drafter: LoadedDrafter, objective: DSparkObjective, batch: Batch
+    vectors: Any, target: Target, drafter: LoadedDrafter, objective: BlockObjective, batch: Batch
 ) -> Iterator[Result]:
     """Masks, labels and the teacher-forced forward pass at the given anchors."""
     anchors = jnp.asarray(vectors["train/anchor_positions"], jnp.int32)
@@ -151,7 +151,7 @@ def check_blocks(
 
 
 def check_losses(
-    vectors: Any, meta: dict, target: Target, drafter: LoadedDrafter, objective: DSparkObjective, batch: Batch
+    vectors: Any, meta: dict, target: Target, drafter: LoadedDrafter, objective: BlockObjective, batch: Batch
 ) -> Iterator[Result]:
     """Numerators, denominators, totals, metrics and gradients; then other weights, and two ranks with a row each."""
     anchors = jnp.asarray(vectors["train/anchor_positions"], jnp.int32)
@@ -188,7 +188,7 @@ def check_losses(
 
 
 def _other_total(
-    objective: DSparkObjective, meta: dict, drafter: LoadedDrafter, shared: Any, batch: Batch, anchors: Any, keep: Any
+    objective: BlockObjective, meta: dict, drafter: LoadedDrafter, shared: Any, batch: Batch, anchors: Any, keep: Any
 ) -> Any:
     """The loss under the weights that the array's description names, all anchors in one chunk."""
     named = dict(re.findall(r"(\w+)=([\w.]+)", meta["arrays"]["loss/total_alt_nodecay"]["meaning"]))
@@ -206,7 +206,7 @@ def _other_total(
 
 
 def _rank_losses(
-    objective: DSparkObjective, drafter: LoadedDrafter, shared: Any, batch: Batch, plan: Any, ranks: int
+    objective: BlockObjective, drafter: LoadedDrafter, shared: Any, batch: Batch, plan: Any, ranks: int
 ) -> np.ndarray:
     """What the reference's ranks backpropagate: their own numerators over the global denominator, times the ranks."""
     sums = jax.jit(objective.sums)

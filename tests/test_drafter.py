@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dspark_jax.drafters.config import drafter_hf_config
 from dspark_jax.drafters.heads import MARKOV_HEADS, MarkovHead
-from dspark_jax.drafters.registry import LoadedDrafter
+from dspark_jax.drafters.registry import LoadedDrafter, drafter_hf_config
 from dspark_jax.errors import UserError
 from dspark_jax.targets.attention import KeysValues
 from dspark_jax.targets.config import TargetConfig, config_sha256
@@ -35,7 +34,7 @@ def features(seed: int = 0, length: int = 12) -> jax.Array:
 @partial(jax.jit, static_argnums=0)
 def _draft(graphdef: nnx.GraphDef, params: dict, taps: jax.Array) -> Any:
     model = nnx.merge(graphdef, params)
-    small = model.prefill(taps, jnp.zeros(taps.shape[:2], jnp.int32), POSITIONS)
+    small = model.prefill(tiny_tables(), taps, jnp.zeros(taps.shape[:2], jnp.int32), POSITIONS)
     state = insert_rows(model.init_state(3, SIZE, jnp.float32), small, jnp.arange(3))
     return model.draft(tiny_tables(), state, ANCHORS, POSITIONS, greedy)
 
@@ -86,7 +85,12 @@ def test_block_positions_are_the_anchors_own() -> None:
     def at(params: dict, start: int) -> jax.Array:
         model = drafter.model(params)
         state = model.commit(
-            model.init_state(3, SIZE, jnp.float32), taps, jnp.zeros((3, 8), jnp.int32), jnp.zeros(3, jnp.int32), None
+            tables,
+            model.init_state(3, SIZE, jnp.float32),
+            taps,
+            jnp.zeros((3, 8), jnp.int32),
+            jnp.zeros(3, jnp.int32),
+            None,
         )
         return model.draft(tables, state, ANCHORS, jnp.full((3,), start), greedy).probs
 
@@ -101,11 +105,13 @@ def test_commit_in_pieces_is_prefill_and_rollback_is_a_length() -> None:
     def pieces(params: dict) -> Any:
         model = drafter.model(params)
         state, none = model.init_state(3, SIZE, jnp.float32), jnp.zeros((3, 5), jnp.int32)
-        state = model.commit(state, features(9)[:, :5], none, jnp.full((3,), 2), None)  # drafts that were refused
+        state = model.commit(
+            tiny_tables(), state, features(9)[:, :5], none, jnp.full((3,), 2), None
+        )  # drafts that were refused
         for start in (0, 4, 8):
             rows = jnp.pad(taps[:, start : start + 4], ((0, 0), (0, 1), (0, 0)), constant_values=7.0)
-            state = model.commit(state, rows, none, jnp.full((3,), start), jnp.full((3,), 4))
-        return state, model.prefill(taps, none, POSITIONS)
+            state = model.commit(tiny_tables(), state, rows, none, jnp.full((3,), start), jnp.full((3,), 4))
+        return state, model.prefill(tiny_tables(), taps, none, POSITIONS)
 
     state, whole = jax.jit(pieces)(drafter.params)
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(whole), strict=True):

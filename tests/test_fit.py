@@ -19,14 +19,13 @@ from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.checkpoints.target_tables import describe_target
 from dspark_jax.data.deepspec_cache import DeepSpecCacheWriter
 from dspark_jax.data.target_cache import TargetCache
-from dspark_jax.drafters.config import DrafterConfig, drafter_hf_config
 from dspark_jax.drafters.protocol import SharedTables
-from dspark_jax.drafters.registry import skeleton
+from dspark_jax.drafters.registry import drafter_hf_config, read_config, skeleton
 from dspark_jax.sharding import split
 from dspark_jax.training.checkpoint import Checkpoints
 from dspark_jax.training.flops import peak_flops, training_flops
 from dspark_jax.training.losses import LossOptions
-from dspark_jax.training.objective import DSparkObjective
+from dspark_jax.training.objective import BlockObjective
 from dspark_jax.training.schedule import learning_rate_schedule, make_optimizer
 from dspark_jax.training.step import TrainState, abstract_train_state, make_train_step
 from tests.tiny import write_tiny_target
@@ -320,10 +319,10 @@ def test_counted_operations_are_those_of_the_program():
         {"model_type": "qwen3", "rope_theta": 1e4, "max_position_embeddings": 512, **dims},
         num_layers=2, target_layer_ids=(0, 1, 2), mask_token_id=3, markov_rank=64, num_anchors=32,
     )  # fmt: skip
-    config, schedule = DrafterConfig.from_hf_dict(hf), learning_rate_schedule(1e-3, 10, 0.1)
+    config, schedule = read_config(hf), learning_rate_schedule(1e-3, 10, 0.1)
     optimizer = make_optimizer(schedule, (0.9, 0.99), 1e-8, 0.0, 1.0)
     options = LossOptions(ce_alpha=0.1, l1_alpha=0.9, confidence_alpha=1.0, decay_gamma=4.0, anchor_chunk=32)
-    objective = DSparkObjective(split(skeleton(hf))[0], config, options)
+    objective = BlockObjective(split(skeleton(hf))[0], config, options)
     shapes = {"features": (rows, length, 3 * size), "last_hidden": (rows, length, size)}
     batch = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes.items()}
     batch |= {name: jax.ShapeDtypeStruct((rows, length), "int32") for name in ("input_ids", "loss_mask")}

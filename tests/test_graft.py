@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from dspark_jax.checkpoints.target_tables import describe_target, load_layers
-from dspark_jax.drafters.config import drafter_hf_config
-from dspark_jax.drafters.registry import graft_target_layers, new_params
+from dspark_jax.drafters.registry import drafter_hf_config, graft_target_layers, new_params
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import make_mesh
 from tests.tiny import write_tiny_target
@@ -28,8 +27,8 @@ def drafter(folder: Path, **changed: int) -> tuple[dict, dict]:
 def test_draft_layers_are_the_targets_and_the_last_tap_passes_through(folder: Path) -> None:
     target = describe_target(folder)
     layers, norm = load_layers(target, (2, 3), mesh=make_mesh())
-    _, fresh = drafter(folder)
-    params = graft_target_layers(fresh, [layers[2], layers[3]], norm)
+    hf, fresh = drafter(folder)
+    params = graft_target_layers(hf, fresh, [layers[2], layers[3]], norm)
     whole = jax.tree.leaves(params["backbone"]["layers"])
     for found, expected in zip(whole, jax.tree.leaves([layers[2], layers[3]]), strict=True):
         np.testing.assert_array_equal(found, expected)
@@ -42,8 +41,8 @@ def test_draft_layers_are_the_targets_and_the_last_tap_passes_through(folder: Pa
 def test_other_shapes_and_layers_are_refused(folder: Path) -> None:
     target = describe_target(folder)
     layers, norm = load_layers(target, (2, 3), mesh=make_mesh())
-    _, narrow = drafter(folder, intermediate_size=8)
+    hf, narrow = drafter(folder, intermediate_size=8)
     with pytest.raises(UserError, match="differ from the target's in shape"):
-        graft_target_layers(narrow, [layers[2], layers[3]], norm)
+        graft_target_layers(hf, narrow, [layers[2], layers[3]], norm)
     with pytest.raises(UserError, match="has layers 0 to 3"):
         load_layers(target, (3, 4), mesh=make_mesh())

@@ -12,8 +12,7 @@ from dspark_jax.checkpoints.drafters import save_drafter
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.decoding.measure import Acceptance
 from dspark_jax.decoding.requests import Generation
-from dspark_jax.drafters.config import DrafterConfig, drafter_hf_config
-from dspark_jax.drafters.registry import LoadedDrafter, skeleton
+from dspark_jax.drafters.registry import LoadedDrafter, drafter_hf_config, read_config, skeleton
 from dspark_jax.sharding import split
 from infer.bench import main as bench
 from infer.generate import main as generate
@@ -33,7 +32,7 @@ def write_drafter(target_folder: Path, folder: Path) -> None:
     )  # fmt: skip
     graphdef, abstract = split(skeleton(config))
     params = random_leaves(abstract, 0.2, 1)
-    save_drafter(folder, LoadedDrafter("new", DrafterConfig.from_hf_dict(config), graphdef, params, config), target)
+    save_drafter(folder, LoadedDrafter("new", read_config(config), graphdef, params, config), target)
 
 
 @pytest.fixture(scope="module")

@@ -27,8 +27,7 @@ from dspark_jax.decoding.prompts import Prompt, encode
 from dspark_jax.decoding.requests import DecodeConfig, Generation, Request
 from dspark_jax.decoding.sampling import SamplingParams, sampling_law
 from dspark_jax.decoding.scheduler import Fixed, Threshold, VerifyPolicy
-from dspark_jax.drafters.config import DrafterConfig, drafter_hf_config
-from dspark_jax.drafters.registry import LoadedDrafter, skeleton
+from dspark_jax.drafters.registry import LoadedDrafter, drafter_hf_config, read_config, skeleton
 from dspark_jax.sharding import split
 from dspark_jax.targets.target import Target
 from infer.measure import differences
@@ -69,7 +68,7 @@ def untrained(target: Target) -> LoadedDrafter:
     )
     graphdef, abstract = split(skeleton(config))
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), random_leaves(abstract, 0.05, 0))
-    return LoadedDrafter("untrained", DrafterConfig.from_hf_dict(config), graphdef, params, config)
+    return LoadedDrafter("untrained", read_config(config), graphdef, params, config)
 
 
 def tiny_case() -> Case:

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from dspark_jax import DecodeConfig, Request, generate, load_target
-from dspark_jax.drafters.config import drafter_hf_config
-from dspark_jax.drafters.registry import new_drafter
+from dspark_jax.drafters.registry import drafter_hf_config, new_drafter
 from dspark_jax.targets.target import Target
 from tests.parity import (
     SHAPES,

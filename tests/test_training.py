@@ -17,7 +17,7 @@ import pytest
 from dspark_jax.errors import UserError
 from dspark_jax.training.anchors import eligible_anchors, make_blocks, sample_anchors
 from dspark_jax.training.losses import LossOptions
-from dspark_jax.training.objective import DSparkObjective
+from dspark_jax.training.objective import BlockObjective
 from dspark_jax.training.schedule import learning_rate_schedule, make_optimizer
 from dspark_jax.training.step import TrainState, init_train_state, make_eval_step, make_train_step
 from tests.drafters_tiny import tiny_batch, tiny_tables
@@ -31,9 +31,9 @@ tiny_drafter = partial(drafter_of, num_layers=1)
 
 
 @cache
-def objective(dtype: Any = jnp.float32, **changes: Any) -> DSparkObjective:
+def objective(dtype: Any = jnp.float32, **changes: Any) -> BlockObjective:
     drafter = tiny_drafter()
-    return DSparkObjective(drafter.graphdef, drafter.config, replace(OPTIONS, **changes), dtype)
+    return BlockObjective(drafter.graphdef, drafter.config, replace(OPTIONS, **changes), dtype)
 
 
 @cache
@@ -97,7 +97,7 @@ def test_blocks_label_what_follows_and_end_at_a_gap() -> None:
 
 
 @partial(jax.jit, static_argnums=0)
-def _value_and_gradient(task: DSparkObjective, params: dict, batch: dict) -> Any:
+def _value_and_gradient(task: BlockObjective, params: dict, batch: dict) -> Any:
     plan = task.plan(batch, jax.random.key(5))
 
     def loss(params: dict) -> Any:
@@ -119,7 +119,7 @@ def test_logits_of_all_anchors_never_exist() -> None:
     drafter, (rows, anchors) = tiny_drafter(num_anchors=64), (2, 64)
 
     def largest(chunk: int) -> int:
-        task = DSparkObjective(drafter.graphdef, drafter.config, replace(OPTIONS, anchor_chunk=chunk))
+        task = BlockObjective(drafter.graphdef, drafter.config, replace(OPTIONS, anchor_chunk=chunk))
         program = jax.make_jaxpr(partial(_value_and_gradient.__wrapped__, task))(drafter.params, tiny_batch(rows, 40))
         return max(shape.size for shape in _intermediates(program.jaxpr))
 

@@ -42,7 +42,7 @@ class Window:
             config, batches = self.trainer.plan.drafter, self.trainer.plan.batches
             self.timed_steps += 1
             self.tokens += tokens_at(batches, step)
-            self.flops += training_flops(config, batches.global_batch, batches.length_at(step))
+            self.flops += training_flops(config, batches.global_batch, batches.length_at(step)) or 0.0
 
     def start_clock(self) -> None:
         """From here on steps are timed: compilation is behind."""
@@ -83,7 +83,7 @@ class Window:
             speed |= {"step_seconds": elapsed / self.timed_steps, "tokens_per_s": self.tokens / elapsed}
             devices = self.trainer.plan.mesh.devices
             peak = peak_flops(devices.flat[0].device_kind, self.trainer.plan.config.compute_dtype)
-            if peak is not None:
+            if peak is not None and self.flops:
                 speed["mfu"] = self.flops / (elapsed * peak * devices.size)
         return speed
 

@@ -14,8 +14,8 @@ from dspark_jax.data.pipeline import Batches, open_cache
 from dspark_jax.data.records import FeatureSource, require_match
 from dspark_jax.data.views import Truncated
 from dspark_jax.decoding.prompts import Prompt, read_prompts
-from dspark_jax.drafters.config import DrafterConfig, drafter_hf_config
-from dspark_jax.drafters.registry import drafter_kind
+from dspark_jax.drafters.config import DrafterConfig
+from dspark_jax.drafters.registry import drafter_hf_config, read_config
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import make_mesh
 from dspark_jax.targets.target import Target
@@ -57,7 +57,7 @@ def make_plan(config: TrainConfig) -> RunPlan:
         folder=folder,
         target=target,
         drafter_hf=drafter_hf,
-        drafter=DrafterConfig.from_hf_dict(drafter_hf),
+        drafter=read_config(drafter_hf),
         mesh=mesh,
         batches=batches,
         total_steps=total if config.max_steps is None else min(total, config.max_steps),
@@ -71,12 +71,9 @@ def drafter_config(config: TrainConfig, target: Target) -> dict[str, Any]:
     mask_token = settings.mask_token_id
     if mask_token is None:
         mask_token = getattr(target.tokenizer, "mask_token_id", None)
-    if mask_token is None:
-        raise UserError(
-            f"{target.name} has no tokenizer with a mask token; name an unused token with --drafter.mask-token-id."
-        )
     return drafter_hf_config(
         target.hf_config,
+        kind=settings.kind,
         num_layers=settings.num_layers,
         target_layer_ids=settings.target_layer_ids,
         mask_token_id=mask_token,
@@ -87,7 +84,6 @@ def drafter_config(config: TrainConfig, target: Target) -> dict[str, Any]:
         confidence_head_with_markov=settings.confidence_head_with_markov,
         num_anchors=settings.num_anchors,
         dtype=config.compute_dtype,
-        architecture=drafter_kind(settings.kind).architecture,
         intermediate_size=settings.intermediate_size,
         num_attention_heads=settings.num_attention_heads,
         num_key_value_heads=settings.num_key_value_heads,

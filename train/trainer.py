@@ -9,11 +9,11 @@ import jax
 from dspark_jax.checkpoints.huggingface import DTYPES
 from dspark_jax.checkpoints.target_tables import load_layers, load_tables
 from dspark_jax.data.pipeline import Batch
-from dspark_jax.drafters.registry import graft_target_layers, new_params, skeleton
-from dspark_jax.sharding import ShardingRules, batch_shardings, split
+from dspark_jax.drafters.registry import graft_target_layers, new_params
+from dspark_jax.sharding import ShardingRules, batch_shardings
 from dspark_jax.targets.target import Target
 from dspark_jax.training.losses import LossOptions
-from dspark_jax.training.objective import DSparkObjective
+from dspark_jax.training.registry import make_objective
 from dspark_jax.training.schedule import learning_rate_schedule, make_optimizer
 from dspark_jax.training.step import (
     Placement,
@@ -25,7 +25,7 @@ from dspark_jax.training.step import (
 )
 from train.plan import RunPlan
 
-BATCH_KEYS = ("input_ids", "loss_mask", "features", "last_hidden")
+BATCH_KEYS = ("input_ids", "loss_mask", "lengths", "features", "last_hidden")
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Trainer:
         ids = self.plan.config.drafter.init_target_layers
         layers, final_norm = load_layers(self.plan.target, ids, mesh=self.plan.mesh, rules=self.placement.rules)
         params = new_params(self.plan.drafter_hf, jax.random.key(self.plan.config.seed))
-        return graft_target_layers(params, [layers[i] for i in ids], final_norm)
+        return graft_target_layers(self.plan.drafter_hf, params, [layers[i] for i in ids], final_norm)
 
     def step(self) -> TrainStep:
         config = self.plan.config
@@ -72,9 +72,8 @@ class Trainer:
             decay_gamma=config.loss.decay_gamma,
             anchor_chunk=config.anchor_chunk,
         )
-        graphdef, _ = split(skeleton(self.plan.drafter_hf))
         return make_train_step(
-            DSparkObjective(graphdef, self.plan.drafter, options, DTYPES[config.compute_dtype]),
+            make_objective(self.plan.drafter_hf, options, DTYPES[config.compute_dtype]),
             self.optimizer,
             self.schedule,
             accumulation_steps=config.data.accumulation_steps,

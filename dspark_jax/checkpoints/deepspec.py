@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dspark_jax.checkpoints.folder_layout import EMBEDDING, HEAD, Config
-from dspark_jax.checkpoints.tensors import Layout, ParamPath, Stored, layer_tensor
+from dspark_jax.checkpoints.tensors import LAYER_TENSORS, Layout, ParamPath, Stored, layer_tensor
 from dspark_jax.drafters.config import FAMILIES, DrafterConfig
 from dspark_jax.errors import UserError
 from dspark_jax.targets.config import TargetConfig
@@ -54,15 +54,16 @@ class DeepSpecLayout:
 def drafter_tensor_map(config: DrafterConfig, paths: Iterable[ParamPath]) -> dict[ParamPath, Stored]:
     """Parameter path -> DeepSpec tensor, for the parameters at `paths`.
 
-    Draft layers have the target's names without `model.`; a linear of a head is stored under its attribute's name, so a
-    new head needs no entry here.
+    Draft layers have the target's names without `model.`; everything else is stored under its attributes' names, so a
+    new head or a new drafter needs no entry here.
     """
     table: dict[ParamPath, Stored] = {}
     for path in paths:
-        if path[:2] == ("backbone", "layers"):
-            table[path] = layer_tensor(path[3:], f"layers.{path[2]}")
+        named = path[1:] if path[0] == "backbone" else path
+        below = named[2:] if named[0] == "layers" else None
+        if below in LAYER_TENSORS:
+            table[path] = layer_tensor(below, f"layers.{named[1]}")
         else:
-            modules = path[1:-1] if path[0] == "backbone" else path[:-1]
             leaf, layout = _LEAVES[path[-1]]
-            table[path] = Stored(".".join([*modules, leaf]), layout)
+            table[path] = Stored(".".join([*map(str, named[:-1]), leaf]), layout)
     return table

@@ -23,9 +23,8 @@ from dspark_jax.checkpoints.tensors import (
     write_json,
     write_tensors,
 )
-from dspark_jax.drafters.config import DrafterConfig
 from dspark_jax.drafters.protocol import SharedTables
-from dspark_jax.drafters.registry import LoadedDrafter, kind_of, skeleton
+from dspark_jax.drafters.registry import LoadedDrafter, read_config, skeleton
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import ShardingRules, parameter_shardings, split
 from dspark_jax.targets.target import Target
@@ -73,8 +72,7 @@ def load_drafter(
     stored = read_json(folder / CONFIG_FILE)
     layout = detect_layout(stored)
     hf_config = layout.to_native(stored, target.config)
-    kind_of(hf_config)
-    config = DrafterConfig.from_hf_dict(hf_config)
+    config = read_config(hf_config)
     config.check_target(target.config)
     if compare_manifest:
         check_manifest(folder, hf_config, layout, target)

@@ -94,7 +94,7 @@ class Stored:
 TensorMap = Mapping[ParamPath, Stored]
 
 # Path below a decoder layer -> its tensor below the layer's prefix, in every family here, targets and drafters alike.
-_LAYER_TENSORS: dict[ParamPath, Stored] = {
+LAYER_TENSORS: dict[ParamPath, Stored] = {
     ("input_norm", "weight"): Stored("input_layernorm.weight"),
     ("post_attention_norm", "weight"): Stored("post_attention_layernorm.weight"),
     ("pre_feedforward_norm", "weight"): Stored("pre_feedforward_layernorm.weight"),
@@ -125,7 +125,7 @@ _LAYER_TENSORS: dict[ParamPath, Stored] = {
 
 def layer_tensor(below: ParamPath, prefix: str) -> Stored:
     """The tensor of the parameter at path `below` a decoder layer stored under `prefix`."""
-    stored = _LAYER_TENSORS[below]
+    stored = LAYER_TENSORS[below]
     return Stored(f"{prefix}.{stored.name}", stored.layout)
 
 

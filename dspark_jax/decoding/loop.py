@@ -134,7 +134,9 @@ class DecodeLoop:
             draws = uniforms(state.keys, starts, self.block, state.sampling)
             accepted, next_law = self.rule(draft.tokens, draft.probs, target_law, draws, lengths)
         next_token = draw_token(next_law, state.keys, starts, self.block, RESIDUAL, state.sampling)
-        state, record = self._commit(drafter, state, block, draft, lengths, verified, accepted, next_token, bucket)
+        state, record = self._commit(
+            drafter, state, block, draft, lengths, verified, accepted, next_token, bucket, shared_tables(target)
+        )
         if self.block:
             policy = self.policy.observe(view, record.verify_lengths, record.accepted, policy)
         return self._account(state, view, policy, bucket), record
@@ -181,7 +183,7 @@ class DecodeLoop:
             law = sampling_law(logits, state.sampling)
             return draw_token(law, state.keys, starts, offset, DRAFT, state.sampling), law
 
-        shared = SharedTables.of(target.config, target.embed_weight_vd[...], target.head_weight())
+        shared = shared_tables(target)
 
         def run(context: Any) -> DraftOutput:
             return drafter.draft(shared, context, anchors, starts, sample)
@@ -251,6 +253,7 @@ class DecodeLoop:
         accepted: Array,
         next_token: Array,
         bucket: Array,
+        shared: SharedTables,
     ) -> tuple[DecodeState, RoundRecord]:
         """Appends x_1..x_n and the next token, cut at the first stop token and at the request's limit."""
         starts, columns = state.length - 1, jnp.arange(self.width)
@@ -266,9 +269,8 @@ class DecodeLoop:
         stopped &= state.active & (kept == count)
         draft_state = state.draft
         if drafter is not None:
-            draft_state = drafter.commit(
-                draft_state, verified.taps, block, starts, jnp.where(state.active, accepted + 1, 0)
-            )
+            counts = jnp.where(state.active, accepted + 1, 0)
+            draft_state = drafter.commit(shared, draft_state, verified.taps, block, starts, counts)
         write = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))
         positions = columns[: self.block]
         live = state.active[:, None]
@@ -324,6 +326,10 @@ class DecodeLoop:
 
         state, records = jax.lax.scan(body, state, None, length=rounds)
         return self.place(state), records
+
+
+def shared_tables(target: TargetModel) -> SharedTables:
+    return SharedTables.of(target.config, target.embed_weight_vd[...], target.head_weight())
 
 
 def zeros_of(branch: Callable, *operands: Any) -> Any:

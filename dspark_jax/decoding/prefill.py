@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from dspark_jax.decoding.loop import DecodeLoop, LoopParams, zeros_of
+from dspark_jax.decoding.loop import DecodeLoop, LoopParams, shared_tables, zeros_of
 from dspark_jax.decoding.sampling import RESIDUAL, draw_token, sampling_law
 from dspark_jax.decoding.state import Admission, DecodeState, empty_counters
-from dspark_jax.drafters.protocol import Drafter
+from dspark_jax.drafters.protocol import Drafter, SharedTables
 from dspark_jax.targets.attention import Attend, CachedBlock, Causal
 from dspark_jax.targets.kv_cache import KVCache, head_major, insert_rows, take_slots
 
@@ -41,7 +41,8 @@ def admit(loop: DecodeLoop, params: LoopParams, state: DecodeState, new: Admissi
     law = sampling_law(target.logits(out.hidden[rows, new.counts - 1]), new.sampling)
     first = draw_token(law, new.keys, ends - 1, 0, RESIDUAL, new.sampling)
     stopped = new.final & jnp.any(first[:, None] == new.stop_tokens, axis=1)
-    draft = state.draft if drafter is None else _context(drafter, state.draft, out.taps, new, fresh)
+    shared = shared_tables(target)
+    draft = state.draft if drafter is None else _context(drafter, shared, state.draft, out.taps, new, fresh)
     entering = replace(
         state,
         tokens=(),
@@ -76,12 +77,12 @@ def admit(loop: DecodeLoop, params: LoopParams, state: DecodeState, new: Admissi
     )
 
 
-def _context(drafter: Drafter, stored: Any, taps: Array, new: Admission, fresh: bool) -> Any:
+def _context(drafter: Drafter, shared: SharedTables, stored: Any, taps: Array, new: Admission, fresh: bool) -> Any:
     if fresh:
-        return insert_rows(stored, drafter.prefill(taps, new.tokens, new.counts), new.slots)
+        return insert_rows(stored, drafter.prefill(shared, taps, new.tokens, new.counts), new.slots)
 
     def run(state: Any) -> Any:
-        return drafter.commit(take_slots(state, new.slots), taps, new.tokens, new.starts, new.counts)
+        return drafter.commit(shared, take_slots(state, new.slots), taps, new.tokens, new.starts, new.counts)
 
     return insert_rows(stored, jax.lax.cond(new.counts[0] > 0, run, partial(zeros_of, run), stored), new.slots)
 

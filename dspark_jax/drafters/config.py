@@ -1,88 +1,81 @@
-"""A drafter's architecture, read once from a DeepSpec `config.json`: the target's text config, some fields replaced."""
+"""A drafter's architecture, read once from its `config.json`: the target's text config, some fields replaced."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from dspark_jax.errors import UserError
-from dspark_jax.targets.config import TargetConfig, config_sha256, text_config
+from dspark_jax.targets.config import TargetConfig, text_config
 
 TARGET_SHA_FIELD = "target_config_sha256"
 
 
 @dataclass(frozen=True)
 class DrafterConfig:
-    """`backbone` holds the dimensions of the draft layers; `markov_rank` 0 means no Markov head (DFlash, NOTES 13).
+    """What loop, trainer and checkpoints ask of any drafter; a kind with fields of its own extends it.
 
-    `target_layer_ids` are 0-based target layers, -1 the embeddings; `num_target_layers` is the target's depth.
-    Without `sample_from_anchor` (z-lab's DFlash) the anchor's row predicts nothing and row k >= 1 token anchor + k;
-    `block_size` always counts predictions, so such a block has one row more.
+    `backbone` holds the dimensions of the draft layers, `block_size` the tokens K drafted a round. `target_layer_ids`
+    are 0-based target layers, -1 the embeddings; `num_target_layers` is the target's depth.
     """
 
     backbone: TargetConfig
     block_size: int
     target_layer_ids: tuple[int, ...]
     num_target_layers: int
-    mask_token_id: int
-    markov_rank: int
-    markov_head_type: str
-    enable_confidence_head: bool
-    confidence_head_with_markov: bool
-    num_anchors: int
-    target_sha256: str | None = None
-    sample_from_anchor: bool = True
+    target_sha256: str | None
 
     @classmethod
-    def from_hf_dict(cls, config: Mapping[str, Any]) -> "DrafterConfig":
-        """Reads a DeepSpec config.json. Layer types are read past: draft layers are of the full-attention kind, whose
-        heads Gemma has sizes of its own for, and never slide (golden/NOTES 12, 59)."""
-        full = ["full_attention"] * (config.get("num_hidden_layers") or 0)
-        backbone = TargetConfig.from_hf_dict({**config, "layer_types": full})
-        rank = config.get("markov_rank") or 0
-        confidence = bool(config.get("enable_confidence_head", False))
+    def from_hf_dict(cls, config: Mapping[str, Any]) -> Self:
+        """Reads a config.json; UserError naming a field that is missing or contradicts another."""
         try:
-            made = cls(
-                backbone=backbone,
-                block_size=config["block_size"],
-                target_layer_ids=tuple(config["target_layer_ids"]),
-                num_target_layers=config["num_target_layers"],
-                mask_token_id=config["mask_token_id"],
-                markov_rank=rank,
-                markov_head_type=config["markov_head_type"] if rank else "none",
-                enable_confidence_head=confidence,
-                confidence_head_with_markov=confidence and bool(config["confidence_head_with_markov"]),
-                num_anchors=config["num_anchors"],
-                target_sha256=config.get(TARGET_SHA_FIELD),
-                sample_from_anchor=bool(config.get("sample_from_anchor", True)),
-            )
+            made = cls(**cls.read_fields(config))
         except KeyError as missing:
             raise UserError(
-                f"The drafter's config.json has no field {missing}, which a DSpark drafter needs."
+                f"The drafter's config.json has no field {missing}, which a {cls.__name__.removesuffix('Config')} "
+                "drafter needs."
             ) from None
         made.check()
         return made
 
+    @classmethod
+    def read_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The constructor's arguments. Layer types are read past: draft layers are of the full-attention kind, whose
+        heads Gemma has sizes of its own for, and never slide (golden/NOTES 12, 59)."""
+        full = ["full_attention"] * (config.get("num_hidden_layers") or 0)
+        return {
+            "backbone": TargetConfig.from_hf_dict({**config, "layer_types": full}),
+            "block_size": config["block_size"],
+            "target_layer_ids": tuple(config["target_layer_ids"]),
+            "num_target_layers": config["num_target_layers"],
+            "target_sha256": config.get(TARGET_SHA_FIELD),
+        }
+
+    @classmethod
+    def hf_fields(cls, *, block_size: int = 7, **_: Any) -> dict[str, Any]:
+        """The fields of a new drafter's config.json that are this kind's own; settings of other kinds pass by."""
+        return {"block_size": block_size}
+
+    @classmethod
+    def describes(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a config.json of this kind's architecture is of this kind, where several share an architecture."""
+        return True
+
+    @property
+    def last_tap(self) -> int:
+        """The deepest layer that may be tapped: a last layer's output is normed in DeepSpec's caches (NOTES 2)."""
+        return self.num_target_layers - 2
+
     def check(self) -> None:
         """Raises UserError if the fields contradict one another."""
-        ids, layers = self.target_layer_ids, self.num_target_layers
-        if not ids or any(b <= a for a, b in zip(ids, ids[1:], strict=False)) or ids[0] < -1 or ids[-1] > layers - 2:
+        ids, last = self.target_layer_ids, self.last_tap
+        if not ids or any(b <= a for a, b in zip(ids, ids[1:], strict=False)) or ids[0] < -1 or ids[-1] > last:
             raise UserError(
                 f"The drafter's target_layer_ids are {list(ids)}; expected strictly increasing 0-based layers from -1 "
-                f"(embeddings) to {layers - 2}, the last layer of the {layers}-layer target being forbidden."
-            )
-        if not 0 <= self.mask_token_id < self.backbone.vocab_size:
-            raise UserError(
-                f"The drafter's mask_token_id is {self.mask_token_id}, outside its vocabulary of "
-                f"{self.backbone.vocab_size} tokens; name a token of the target's embedding."
+                f"(embeddings) to {last}, the last layer of the {self.num_target_layers}-layer target being forbidden."
             )
         if self.block_size < 1:
             raise UserError(f"The drafter's block_size is {self.block_size}; expected 1 or more.")
-        if self.confidence_head_with_markov and not self.markov_rank:
-            raise UserError(
-                "The drafter's config asks for confidence_head_with_markov at markov_rank 0; expected a Markov head or "
-                "confidence_head_with_markov false."
-            )
 
     def check_target(self, target: TargetConfig) -> None:
         """Raises UserError if this drafter cannot read that target's features or speak its vocabulary."""
@@ -104,54 +97,100 @@ class DrafterConfig:
                 )
 
 
-def drafter_hf_config(
-    target_hf_config: Mapping[str, Any],
-    *,
-    num_layers: int,
-    target_layer_ids: Sequence[int],
-    mask_token_id: int,
-    block_size: int = 7,
-    markov_rank: int = 256,
-    markov_head_type: str = "vanilla",
-    enable_confidence_head: bool = True,
-    confidence_head_with_markov: bool = True,
-    num_anchors: int = 512,
-    dtype: str = "bfloat16",
-    architecture: str = "DSparkModel",
-    **dimensions: int | None,
-) -> dict[str, Any]:
-    """The config.json of a new drafter: a deep copy of the target's text config and the fields of FIELD section 4a.
+@dataclass(frozen=True)
+class DSparkConfig(DrafterConfig):
+    """`markov_rank` 0 means no Markov head; `num_anchors` blocks are trained a sequence.
 
-    architecture: without the family's prefix. dimensions: overrides of the draft layers' own sizes (intermediate_size,
-    num_attention_heads, num_key_value_heads, head_dim); None keeps the target's. Raises UserError if the result is no
-    valid drafter of that target.
+    Without `sample_from_anchor` (z-lab's DFlash) the anchor's row predicts nothing and row k >= 1 token anchor + k;
+    `block_size` always counts predictions, so such a block has one row more.
     """
-    target = TargetConfig.from_hf_dict(target_hf_config)
-    config, sizes = _family_fields(target_hf_config, {k: v for k, v in dimensions.items() if v is not None})
-    for name in ("torch_dtype", "_name_or_path"):
-        config.pop(name, None)
-    config |= {
-        "architectures": [drafter_family(config) + architecture],
-        "num_target_layers": target.num_layers,
-        "num_hidden_layers": num_layers,
-        "block_size": block_size,
-        "tie_word_embeddings": False,
-        "layer_types": ["full_attention"] * num_layers,
-        "mask_token_id": mask_token_id,
-        "target_layer_ids": list(target_layer_ids),
-        "num_anchors": num_anchors,
-        "enable_confidence_head": enable_confidence_head,
-        "markov_rank": markov_rank,
-        "dtype": dtype,
-        TARGET_SHA_FIELD: config_sha256(target_hf_config),
-    }
-    if markov_rank:
-        config["markov_head_type"] = markov_head_type
-    if enable_confidence_head:
-        config["confidence_head_with_markov"] = confidence_head_with_markov and markov_rank > 0
-    config |= sizes
-    DrafterConfig.from_hf_dict(config).check_target(target)
-    return config
+
+    mask_token_id: int
+    markov_rank: int
+    markov_head_type: str
+    enable_confidence_head: bool
+    confidence_head_with_markov: bool
+    num_anchors: int
+    sample_from_anchor: bool
+
+    @classmethod
+    def read_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        rank = config.get("markov_rank") or 0
+        confidence = bool(config.get("enable_confidence_head", False))
+        return super().read_fields(config) | {
+            "mask_token_id": config["mask_token_id"],
+            "markov_rank": rank,
+            "markov_head_type": config["markov_head_type"] if rank else "none",
+            "enable_confidence_head": confidence,
+            "confidence_head_with_markov": confidence and bool(config["confidence_head_with_markov"]),
+            "num_anchors": config["num_anchors"],
+            "sample_from_anchor": bool(config.get("sample_from_anchor", True)),
+        }
+
+    @classmethod
+    def hf_fields(
+        cls,
+        *,
+        mask_token_id: int | None = None,
+        block_size: int = 7,
+        markov_rank: int = 256,
+        markov_head_type: str = "vanilla",
+        enable_confidence_head: bool = True,
+        confidence_head_with_markov: bool = True,
+        num_anchors: int = 512,
+        **_: Any,
+    ) -> dict[str, Any]:
+        """The fields of FIELD section 4a; a head's own are left out with the head, as the reference leaves them out."""
+        if mask_token_id is None:
+            raise UserError(
+                "The drafter has no mask token: the target's tokenizer names none. Name an unused token with "
+                "--drafter.mask-token-id."
+            )
+        fields: dict[str, Any] = {
+            "block_size": block_size,
+            "mask_token_id": mask_token_id,
+            "num_anchors": num_anchors,
+            "enable_confidence_head": enable_confidence_head,
+            "markov_rank": markov_rank,
+        }
+        if markov_rank:
+            fields["markov_head_type"] = markov_head_type
+        if enable_confidence_head:
+            fields["confidence_head_with_markov"] = confidence_head_with_markov and markov_rank > 0
+        return fields
+
+    def check(self) -> None:
+        super().check()
+        if not 0 <= self.mask_token_id < self.backbone.vocab_size:
+            raise UserError(
+                f"The drafter's mask_token_id is {self.mask_token_id}, outside its vocabulary of "
+                f"{self.backbone.vocab_size} tokens; name a token of the target's embedding."
+            )
+        if self.confidence_head_with_markov and not self.markov_rank:
+            raise UserError(
+                "The drafter's config asks for confidence_head_with_markov at markov_rank 0; expected a Markov head or "
+                "confidence_head_with_markov false."
+            )
+
+
+@dataclass(frozen=True)
+class DFlashConfig(DSparkConfig):
+    """The backbone without heads; in a config.json it is told from DSpark by their absence (golden/NOTES 13)."""
+
+    @classmethod
+    def hf_fields(cls, **settings: Any) -> dict[str, Any]:
+        return super().hf_fields(**settings | {"markov_rank": 0, "enable_confidence_head": False})
+
+    @classmethod
+    def describes(cls, config: Mapping[str, Any]) -> bool:
+        return not config.get("markov_rank") and not config.get("enable_confidence_head", False)
+
+    def check(self) -> None:
+        super().check()
+        if self.markov_rank or self.enable_confidence_head:
+            raise UserError(
+                "The config of a DFlash drafter names heads; expected markov_rank 0 and no confidence head."
+            )
 
 
 FAMILIES = ("Qwen3", "Gemma4")
@@ -162,7 +201,7 @@ def drafter_family(config: Mapping[str, Any]) -> str:
     return "Gemma4" if str(config["model_type"]).startswith("gemma4") else "Qwen3"
 
 
-def _family_fields(
+def family_fields(
     target_hf_config: Mapping[str, Any], dimensions: Mapping[str, int]
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """(the target's text config as the draft layers' family spells it, the sizes under that family's names)."""

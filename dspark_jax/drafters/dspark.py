@@ -4,26 +4,18 @@ Axes: R request slots (B rows in training), W rows of a commit, T context positi
 D hidden, V vocab, m taps.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dspark_jax.drafters.backbone import Backbone
-from dspark_jax.drafters.config import DrafterConfig
+from dspark_jax.drafters.config import DFlashConfig, DSparkConfig
 from dspark_jax.drafters.heads import ConfidenceHead, make_markov_head
-from dspark_jax.drafters.protocol import DraftOutput, SampleFn, SharedTables
+from dspark_jax.drafters.protocol import BlockOutput, DraftOutput, SampleFn, SharedTables
 from dspark_jax.targets.kv_cache import KVCache, append_rows, empty_cache, head_major
-
-
-class BlockOutput(NamedTuple):
-    """Teacher-forced blocks: hidden [B, N, K, D] after the final norm; logits [B, N, K, V] float32, U_k + B_k;
-    confidence [B, N, K] float32 logits, None without the head."""
-
-    hidden: Array
-    logits: Array
-    confidence: Array | None
 
 
 class DSpark(nnx.Module):
@@ -33,7 +25,9 @@ class DSpark(nnx.Module):
     Its draft state is a `KVCache` of the context, for positions before each request's anchor.
     """
 
-    def __init__(self, config: DrafterConfig, *, rngs: nnx.Rngs):
+    config_type: ClassVar[type[DSparkConfig]] = DSparkConfig
+
+    def __init__(self, config: DSparkConfig, *, rngs: nnx.Rngs):
         self.backbone = Backbone(config, rngs=rngs)
         self.markov_head = make_markov_head(config, rngs=rngs)
         self.confidence_head = ConfidenceHead(config, rngs=rngs) if config.enable_confidence_head else None
@@ -44,12 +38,14 @@ class DSpark(nnx.Module):
     def init_state(self, requests: int, size: int, dtype: Any) -> KVCache:
         return empty_cache(self.config.backbone.kv_shapes, requests, size, dtype)
 
-    def prefill(self, taps: Float[Array, "r t md"], tokens: Int[Array, "r t"], lengths: Int[Array, " r"]) -> KVCache:
+    def prefill(
+        self, shared: SharedTables, taps: Float[Array, "r t md"], tokens: Int[Array, "r t"], lengths: Int[Array, " r"]
+    ) -> KVCache:
         return self.context(taps)
 
     def commit(
-        self, state: KVCache, taps: Float[Array, "r w md"], tokens: Int[Array, "r w"], starts: Int[Array, " r"],
-        counts: Int[Array, " r"],
+        self, shared: SharedTables, state: KVCache, taps: Float[Array, "r w md"], tokens: Int[Array, "r w"],
+        starts: Int[Array, " r"], counts: Int[Array, " r"],
     ) -> KVCache:  # fmt: skip
         positions = starts[:, None] + jnp.arange(taps.shape[1])
         return append_rows(state, self.backbone.context(taps, positions), starts)
@@ -82,6 +78,9 @@ class DSpark(nnx.Module):
         positions = jnp.broadcast_to(jnp.arange(taps.shape[1]), taps.shape[:2])
         return tuple(head_major(layer) for layer in self.backbone.context(taps, positions))
 
+    def train_context(self, shared: SharedTables, taps: Float[Array, "b t md"], tokens: Int[Array, "b t"]) -> KVCache:
+        return self.context(taps)
+
     def train_outputs(
         self, shared: SharedTables, context: KVCache, previous: Int[Array, "b n k"], anchors: Int[Array, "b n"]
     ) -> BlockOutput:
@@ -106,3 +105,22 @@ class DSpark(nnx.Module):
         if self.confidence_head is None:
             return None
         return self.confidence_head(hidden, embeddings if self.config.confidence_head_with_markov else None)
+
+    @staticmethod
+    def graft(params: dict, layers: Sequence[dict], final_norm: dict) -> dict:
+        """The target's layers and norms in place of the draft's. W_c keeps half of its noise and passes the last tap
+        through, so that the layers' K/V see what they were trained on."""
+        backbone = dict(params["backbone"])
+        weight = backbone["fc"]["weight_io"]
+        size = weight.shape[1]
+        backbone["layers"] = dict(enumerate(layers))
+        backbone["norm"] = final_norm
+        backbone["hidden_norm"] = layers[0]["input_norm"]
+        backbone["fc"] = {"weight_io": (0.5 * weight).at[-size:].add(jnp.eye(size, dtype=weight.dtype))}
+        return {**params, "backbone": backbone}
+
+
+class DFlash(DSpark):
+    """DSpark without heads: K draws from parallel laws that do not see one another."""
+
+    config_type: ClassVar[type[DSparkConfig]] = DFlashConfig

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dspark_jax.drafters.config import DrafterConfig
+from dspark_jax.drafters.config import DSparkConfig
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import param
 from dspark_jax.targets.layers import normal
@@ -39,7 +39,7 @@ class MarkovHead(nnx.Module):
     A subclass overrides `step`, and `init` if it carries a state from one block position to the next.
     """
 
-    def __init__(self, config: DrafterConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: DSparkConfig, *, rngs: nnx.Rngs):
         shape, std = (config.backbone.vocab_size, config.markov_rank), config.backbone.initializer_range
         self.w1_vr = param(normal(rngs, shape, std), "vocab", "rank")
         self.w2_vr = param(normal(rngs, shape, std), "vocab", "rank")
@@ -82,7 +82,7 @@ class VanillaMarkov(MarkovHead):
 class GatedMarkov(MarkovHead):
     """latent = sigmoid(W_g [h ; e] + b) * e (golden/NOTES 16)."""
 
-    def __init__(self, config: DrafterConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: DSparkConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
         d, r = config.backbone.hidden_size, config.markov_rank
         self.gate_proj = Linear(d + r, r, config.backbone.initializer_range, rngs=rngs)
@@ -98,7 +98,7 @@ class RNNMarkov(MarkovHead):
     The latent sees the old state through the joint linear, not the new one (golden/NOTES 17).
     """
 
-    def __init__(self, config: DrafterConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: DSparkConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
         d, r = config.backbone.hidden_size, config.markov_rank
         self.joint_proj = Linear(d + 2 * r, 3 * r, config.backbone.initializer_range, rngs=rngs)
@@ -120,7 +120,7 @@ MARKOV_HEADS: dict[str, type[MarkovHead]] = {
 }
 
 
-def make_markov_head(config: DrafterConfig, *, rngs: nnx.Rngs) -> MarkovHead | None:
+def make_markov_head(config: DSparkConfig, *, rngs: nnx.Rngs) -> MarkovHead | None:
     """The config's Markov head, None at rank 0; UserError on an unknown type."""
     if not config.markov_rank:
         return None
@@ -137,7 +137,7 @@ class ConfidenceHead(nnx.Module):
     The raw row of W_1 enters whatever the Markov head's type; without `with_markov` only h_k does (golden/NOTES 19).
     """
 
-    def __init__(self, config: DrafterConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: DSparkConfig, *, rngs: nnx.Rngs):
         self.with_markov = config.confidence_head_with_markov
         size = config.backbone.hidden_size + (config.markov_rank if self.with_markov else 0)
         self.proj = Linear(size, 1, config.backbone.initializer_range, rngs=rngs)

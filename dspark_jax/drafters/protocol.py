@@ -5,12 +5,13 @@ Axes: R request slots, W rows of a commit (block + 1), K block position, T conte
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dspark_jax.drafters.config import DrafterConfig
 from dspark_jax.targets.config import TargetConfig
 
 # (logits [R, V] float32, block offset k) -> (tokens [R] int32, probs [R, V]: the law the token was drawn from).
@@ -59,16 +60,18 @@ class Drafter(Protocol):
     """Every leaf of a DraftState has the request slot as its first axis; positions past a request's length are junk.
 
     The context of a request at anchor position s covers positions < s. `init_state` makes an empty one; `prefill` one
-    for fresh prompts (a small state of A requests, to be inserted into slots); `commit` appends verified rows.
+    for fresh prompts (a small state of A requests, to be inserted into slots); `commit` appends verified rows: tokens
+    of positions starts.. with the target's taps there, of which the first `counts` stand (0: none, an idle slot).
     """
 
+    config_type: ClassVar[type[DrafterConfig]]
     block_size: int
     tap_layers: tuple[int, ...]
 
     def init_state(self, requests: int, size: int, dtype: Any) -> DraftState: ...
 
     def prefill(
-        self, taps: Float[Array, "r t md"], tokens: Int[Array, "r t"], lengths: Int[Array, " r"]
+        self, shared: SharedTables, taps: Float[Array, "r t md"], tokens: Int[Array, "r t"], lengths: Int[Array, " r"]
     ) -> DraftState: ...
 
     def draft(
@@ -82,9 +85,36 @@ class Drafter(Protocol):
 
     def commit(
         self,
+        shared: SharedTables,
         state: DraftState,
         taps: Float[Array, "r w md"],
         tokens: Int[Array, "r w"],
         starts: Int[Array, " r"],
         counts: Int[Array, " r"],
     ) -> DraftState: ...
+
+
+class BlockOutput(NamedTuple):
+    """Teacher-forced blocks: hidden [B, N, K, D] after the final norm; logits [B, N, K, V] float32; confidence
+    [B, N, K] float32 logits, None without such a head."""
+
+    hidden: Array
+    logits: Array
+    confidence: Array | None
+
+
+class BlockDrafter(Drafter, Protocol):
+    """A drafter whose training is blocks of tokens behind sampled anchors: the objective "blocks".
+
+    `train_context` runs once a row, whatever the anchors; `train_outputs` on chunks of anchors, again in the backward
+    pass. Row k of a block predicts token anchor + k + 1 from what decoding would know: the context before the anchor
+    and x_{k-1}, with previous[..., 0] the anchor's own token.
+    """
+
+    config: Any
+
+    def train_context(self, shared: SharedTables, taps: Float[Array, "b t md"], tokens: Int[Array, "b t"]) -> Any: ...
+
+    def train_outputs(
+        self, shared: SharedTables, context: Any, previous: Int[Array, "b n k"], anchors: Int[Array, "b n"]
+    ) -> BlockOutput: ...

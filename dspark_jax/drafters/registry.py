@@ -8,22 +8,31 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dspark_jax.drafters.config import FAMILIES, DrafterConfig
-from dspark_jax.drafters.dspark import DSpark
+from dspark_jax.drafters.config import FAMILIES, TARGET_SHA_FIELD, DrafterConfig, drafter_family, family_fields
+from dspark_jax.drafters.dspark import DFlash, DSpark
+from dspark_jax.drafters.eagle3 import Eagle3
+from dspark_jax.drafters.mtp import MTP
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import split
+from dspark_jax.targets.config import TargetConfig, config_sha256
 
 
 @dataclass(frozen=True)
 class DrafterKind:
     """`architecture` is the name in config.json without the family's prefix (`Qwen3DSparkModel`);
-    `module(config, rngs=...)` implements `protocol.Drafter`."""
+    `module(config, rngs=...)` implements `protocol.Drafter`; `objective` trains it, a name in `training.registry`."""
 
     architecture: str
-    module: type
+    module: Any
+    objective: str
 
 
-DRAFTERS: dict[str, DrafterKind] = {"dspark": DrafterKind("DSparkModel", DSpark)}
+DRAFTERS: dict[str, DrafterKind] = {
+    "dflash": DrafterKind("DSparkModel", DFlash, "blocks"),
+    "dspark": DrafterKind("DSparkModel", DSpark, "blocks"),
+    "eagle3": DrafterKind("Eagle3Model", Eagle3, "rollout"),
+    "mtp": DrafterKind("MTPModel", MTP, "blocks"),
+}
 
 
 def drafter_kind(name: str) -> DrafterKind:
@@ -32,14 +41,68 @@ def drafter_kind(name: str) -> DrafterKind:
     return DRAFTERS[name]
 
 
-def kind_of(hf_config: Mapping[str, Any]) -> DrafterKind:
-    """The kind whose architecture a drafter's config.json names."""
+def kind_name(hf_config: Mapping[str, Any]) -> str:
+    """The name of the kind that a drafter's config.json describes; UserError when it is none of ours."""
     named = hf_config.get("architectures") or []
-    known = {family + kind.architecture: kind for kind in DRAFTERS.values() for family in FAMILIES}
-    for name in named:
-        if name in known:
-            return known[name]
-    raise UserError(f"The drafter's config.json names architectures {named}; expected one of {', '.join(known)}.")
+    for name, kind in DRAFTERS.items():
+        known = {family + kind.architecture for family in FAMILIES}
+        if known & set(named) and kind.module.config_type.describes(hf_config):
+            return name
+    kinds = ", ".join(dict.fromkeys(family + kind.architecture for family in FAMILIES for kind in DRAFTERS.values()))
+    raise UserError(f"The drafter's config.json names architectures {named}; expected one of {kinds}.")
+
+
+def kind_of(hf_config: Mapping[str, Any]) -> DrafterKind:
+    return DRAFTERS[kind_name(hf_config)]
+
+
+def read_config(hf_config: Mapping[str, Any]) -> DrafterConfig:
+    """The config of the kind that a config.json describes; UserError when its fields don't make a drafter."""
+    return kind_of(hf_config).module.config_type.from_hf_dict(hf_config)
+
+
+def drafter_hf_config(
+    target_hf_config: Mapping[str, Any],
+    *,
+    kind: str = "dspark",
+    num_layers: int,
+    target_layer_ids: Sequence[int],
+    dtype: str = "bfloat16",
+    intermediate_size: int | None = None,
+    num_attention_heads: int | None = None,
+    num_key_value_heads: int | None = None,
+    head_dim: int | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """The config.json of a new drafter: a deep copy of the target's text config, common fields, the kind's own.
+
+    The sizes replace the draft layers' own, None keeps the target's; `settings` go to the kind's `hf_fields`. Raises
+    UserError if the result is no valid drafter of that target.
+    """
+    target, described = TargetConfig.from_hf_dict(target_hf_config), drafter_kind(kind)
+    given = {
+        "intermediate_size": intermediate_size,
+        "num_attention_heads": num_attention_heads,
+        "num_key_value_heads": num_key_value_heads,
+        "head_dim": head_dim,
+    }
+    config, sizes = family_fields(target_hf_config, {name: n for name, n in given.items() if n is not None})
+    for name in ("torch_dtype", "_name_or_path"):
+        config.pop(name, None)
+    config |= {
+        "architectures": [drafter_family(config) + described.architecture],
+        "num_target_layers": target.num_layers,
+        "num_hidden_layers": num_layers,
+        "tie_word_embeddings": False,
+        "layer_types": ["full_attention"] * num_layers,
+        "target_layer_ids": list(target_layer_ids),
+        "dtype": dtype,
+        TARGET_SHA_FIELD: config_sha256(target_hf_config),
+    }
+    config |= described.module.config_type.hf_fields(num_layers=num_layers, **settings)
+    config |= sizes
+    described.module.config_type.from_hf_dict(config).check_target(target)
+    return config
 
 
 @dataclass(frozen=True)
@@ -67,13 +130,13 @@ class LoadedDrafter:
 
 def skeleton(hf_config: Mapping[str, Any]) -> nnx.Module:
     """The module with shapes instead of arrays: for shardings, checkpoints and lowering."""
-    config, kind = DrafterConfig.from_hf_dict(hf_config), kind_of(hf_config)
+    config, kind = read_config(hf_config), kind_of(hf_config)
     return nnx.eval_shape(lambda: kind.module(config, rngs=nnx.Rngs(0)))
 
 
 def new_params(hf_config: Mapping[str, Any], key: jax.Array) -> dict:
     """Fresh float32 parameters: weights N(0, initializer_range), biases 0, norms 1 (golden/NOTES 30). Traceable."""
-    config, kind = DrafterConfig.from_hf_dict(hf_config), kind_of(hf_config)
+    config, kind = read_config(hf_config), kind_of(hf_config)
     return split(kind.module(config, rngs=nnx.Rngs(params=key)))[1]
 
 
@@ -81,28 +144,22 @@ def new_drafter(name: str, hf_config: Mapping[str, Any], key: jax.Array) -> Load
     """An untrained drafter, on the default device."""
     graphdef, _ = split(skeleton(hf_config))
     # Not jitted: random bits compile slowly on a CPU, and one by one each shape compiles once.
-    return LoadedDrafter(name, DrafterConfig.from_hf_dict(hf_config), graphdef, new_params(hf_config, key), hf_config)
+    return LoadedDrafter(name, read_config(hf_config), graphdef, new_params(hf_config, key), hf_config)
 
 
-def graft_target_layers(params: dict, layers: Sequence[dict], final_norm: dict) -> dict:
-    """`params` with its draft layers and norms replaced by the target's: layers[i] becomes draft layer i.
-
-    W_c keeps half of its noise and passes the last tap through, so that the layers' K/V see what they were trained on.
-    Raises UserError when the drafter's dimensions are not the target's.
-    """
-    backbone = dict(params["backbone"])
-    fresh = backbone["layers"]
-    for i, layer in enumerate(layers):
-        shapes = [jax.tree.map(jnp.shape, tree) for tree in (layer, fresh[i])]
-        if shapes[0] != shapes[1]:
-            raise UserError(
-                "The draft layers differ from the target's in shape, so they can't start as copies of them; leave out "
-                "drafter.init_target_layers, or the overrides of heads and MLP width."
-            )
-    weight = backbone["fc"]["weight_io"]
-    size = weight.shape[1]
-    backbone["layers"] = dict(enumerate(layers))
-    backbone["norm"] = final_norm
-    backbone["hidden_norm"] = layers[0]["input_norm"]
-    backbone["fc"] = {"weight_io": (0.5 * weight).at[-size:].add(jnp.eye(size, dtype=weight.dtype))}
-    return {**params, "backbone": backbone}
+def graft_target_layers(hf_config: Mapping[str, Any], params: dict, layers: Sequence[dict], final_norm: dict) -> dict:
+    """`params` whose draft layers and norms start as the target's: layers[i] becomes draft layer i, as the kind's
+    `graft` says. Raises UserError for a kind without one, and when the drafter's dimensions are not the target's."""
+    kind = kind_of(hf_config)
+    if not hasattr(kind.module, "graft"):
+        raise UserError(
+            f"A {kind_name(hf_config)} drafter's layers can't start as copies of the target's; leave out "
+            "drafter.init_target_layers."
+        )
+    grafted = kind.module.graft(params, layers, final_norm)
+    if jax.tree.map(jnp.shape, grafted) != jax.tree.map(jnp.shape, params):
+        raise UserError(
+            "The draft layers differ from the target's in shape, so they can't start as copies of them; leave out "
+            "drafter.init_target_layers, or the overrides of heads and MLP width."
+        )
+    return grafted

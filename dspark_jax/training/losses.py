@@ -3,22 +3,22 @@
 Axes: B batch row, T context position, N anchor block, C chunk, K block position, D hidden, V vocab.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dspark_jax.drafters.dspark import BlockOutput, DSpark
-from dspark_jax.drafters.protocol import SharedTables
-from dspark_jax.targets.kv_cache import KVCache
+from dspark_jax.drafters.protocol import BlockDrafter, BlockOutput, SharedTables
 from dspark_jax.training.anchors import Blocks
 
 # Added to the summed weights, so that a batch without supervision has loss 0 (golden/NOTES 24).
 EPSILON = 1e-6
 
 Sums = dict[str, Array]
+Batch = Mapping[str, Array]
 
 
 @dataclass(frozen=True)
@@ -43,29 +43,26 @@ class LossOptions:
 
 
 def block_sums(
-    build: Callable[[dict], DSpark],
+    build: Callable[[dict], BlockDrafter],
     params: dict,
     shared: SharedTables,
-    features: Float[Array, "b t md"],
-    last_hidden: Float[Array, "b t d"],
+    batch: Batch,
     blocks: Blocks,
     anchor_chunk: int,
 ) -> Sums:
     """Sums over all blocks of the loss terms and of what the metrics need; see `_terms` for the names.
 
-    The context K/V are computed once a row. Then each chunk of anchors runs backbone, heads, logits and sums, and
+    The context is computed once a row. Then each chunk of anchors runs backbone, heads, logits and sums, and
     repeats that in the backward pass, so nothing of size [N K, V] or [T + N K]^2 exists. `build` casts the parameters;
     it runs inside the chunk, so that gradients add up over chunks in the parameters' float32.
     """
-    model = build(params)
-    context = model.context(features)
-    storage = context[0].keys.dtype
+    narrow = build(params).train_context(shared, batch["features"], batch["input_ids"])
     # For the same reason: the context's gradient is a sum over chunks.
-    context = jax.tree.map(lambda x: x.astype(jnp.float32), context)
+    context = jax.tree.map(lambda x: x.astype(jnp.float32), narrow)
 
     def chunk(part: Blocks) -> Sums:
-        narrow = jax.tree.map(lambda x: x.astype(storage), context)
-        return _chunk_sums(build(params), shared, narrow, last_hidden, part)
+        stored = jax.tree.map(lambda x, like: x.astype(like.dtype), context, narrow)
+        return _chunk_sums(build(params), shared, stored, batch["last_hidden"], part)
 
     count = blocks.anchors.shape[1]
     if count <= anchor_chunk:
@@ -85,7 +82,7 @@ def _split_anchors(x: Array, size: int) -> Array:
     return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
 
 
-def _chunk_sums(model: DSpark, shared: SharedTables, context: KVCache, last_hidden: Array, blocks: Blocks) -> Sums:
+def _chunk_sums(model: BlockDrafter, shared: SharedTables, context: Any, last_hidden: Array, blocks: Blocks) -> Sums:
     out = model.train_outputs(shared, context, blocks.previous, blocks.anchors)
     return _terms(out, target_logits(shared, last_hidden, blocks), blocks)
 

@@ -1,6 +1,5 @@
 """What a training step minimises: which blocks a batch gives, their sums, the loss and the metrics."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -10,14 +9,10 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
 
-from dspark_jax.drafters.config import DrafterConfig
-from dspark_jax.drafters.dspark import DSpark
-from dspark_jax.drafters.protocol import SharedTables
+from dspark_jax.drafters.protocol import BlockDrafter, SharedTables
 from dspark_jax.training.anchors import Blocks, make_blocks, sample_anchors
-from dspark_jax.training.losses import EPSILON, LossOptions, Sums, block_sums
+from dspark_jax.training.losses import EPSILON, Batch, LossOptions, Sums, block_sums
 from dspark_jax.training.metrics import anchor_sums, loss_metrics
-
-Batch = Mapping[str, Array]
 
 
 class Plan(NamedTuple):
@@ -48,12 +43,15 @@ def cast_params(params: dict, dtype: Any) -> dict:
 
 
 @dataclass(frozen=True, eq=False)
-class DSparkObjective:
+class BlockObjective:
     """The losses of SPEC section 3 on a batch of `input_ids`, `loss_mask` [B, T], `features` [B, T, m D] and
-    `last_hidden` [B, T, D]; other entries are ignored. Also trains DFlash: the config has no heads then."""
+    `last_hidden` [B, T, D]; other entries are ignored. Trains any `BlockDrafter`, with heads or without.
+
+    `config` says `block_size` and `num_anchors`.
+    """
 
     graphdef: nnx.GraphDef
-    config: DrafterConfig
+    config: Any
     options: LossOptions
     compute_dtype: Any = jnp.float32
 
@@ -67,12 +65,11 @@ class DSparkObjective:
         blocks = make_blocks(batch["input_ids"], batch["loss_mask"], anchors, keep, size, gamma)
         return Plan(blocks, jnp.sum(blocks.weights) + EPSILON, anchor_sums(blocks, batch["loss_mask"]))
 
-    def build(self, params: dict) -> DSpark:
+    def build(self, params: dict) -> BlockDrafter:
         return nnx.merge(self.graphdef, cast_params(params, self.compute_dtype))
 
     def sums(self, params: dict, shared: SharedTables, batch: Batch, rows: Blocks) -> Sums:
-        features, last_hidden = batch["features"], batch["last_hidden"]
-        return block_sums(self.build, params, shared, features, last_hidden, rows, self.options.anchor_chunk)
+        return block_sums(self.build, params, shared, batch, rows, self.options.anchor_chunk)
 
     def loss(self, sums: Sums, denominator: Array) -> Array:
         return self.options.total(sums, denominator)

@@ -1,0 +1,161 @@
+"""Eagle3 (arXiv 2503.01840): one autoregressive layer over [token embedding ; fused hidden state of the target].
+
+Axes: R request slots (B rows in training), S step of the rollout (K when drafting), T position, D hidden, m taps.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dspark_jax.drafters.config import DrafterConfig
+from dspark_jax.drafters.heads import Linear
+from dspark_jax.drafters.paired import OwnRows, PairedRows, PairedState, shift_left
+from dspark_jax.drafters.protocol import DraftOutput, SampleFn, SharedTables
+from dspark_jax.errors import UserError
+from dspark_jax.targets.attention import Attend, KeysValues
+from dspark_jax.targets.kv_cache import head_major
+from dspark_jax.targets.registry import layer_class
+
+
+@dataclass(frozen=True)
+class Eagle3Config(DrafterConfig):
+    """`block_size` is the reference's ttt_length: as many steps are drafted as training rolls out. Step s of the loss
+    weighs step_loss_decay^s."""
+
+    step_loss_decay: float
+
+    @classmethod
+    def read_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        common = super().read_fields({**config, "block_size": config["ttt_length"]})
+        return common | {"step_loss_decay": float(config["step_loss_decay"])}
+
+    @classmethod
+    def hf_fields(
+        cls, *, block_size: int = 7, num_layers: int = 1, step_loss_decay: float = 0.8, **_: Any
+    ) -> dict[str, Any]:
+        return {
+            "ttt_length": block_size,
+            "step_loss_decay": step_loss_decay,
+            "draft_num_hidden_layers": num_layers,
+        }
+
+    def check(self) -> None:
+        super().check()
+        if self.backbone.num_layers != 1:
+            raise UserError(f"An Eagle3 drafter has {self.backbone.num_layers} layers; expected 1 (golden/NOTES 54).")
+        if self.target_layer_ids[0] < 0:
+            raise UserError(
+                f"An Eagle3 drafter's target_layer_ids are {list(self.target_layer_ids)}; expected layers from 0 on, "
+                "as the embeddings reach it by the token."
+            )
+
+
+class Eagle3(PairedRows):
+    """Row t predicts token t + 2; its output is the hidden state of the next step's row, at the same t while training
+    and at the next position when drafting (golden/NOTES 46, 47, 53).
+
+    q, k and v of its layer see [normed embedding ; normed hidden]; the residual is the hidden state itself (NOTES 45).
+    """
+
+    config_type: ClassVar[type[Eagle3Config]] = Eagle3Config
+
+    def __init__(self, config: Eagle3Config, *, rngs: nnx.Rngs):
+        dims = config.backbone
+        d, std, features = dims.hidden_size, dims.initializer_range, len(config.target_layer_ids) * dims.hidden_size
+        self.fc = Linear(features, d, std, rngs=rngs, bias=False, axes=("features", "embed"))
+        layer = layer_class(dims)(dims, 0, rngs=rngs, input_size=2 * d)
+        layer.hidden_norm = layer.norm(d, dims.rms_norm_eps)
+        self.layers = nnx.List([layer])
+        self.norm = layer.norm(d, dims.rms_norm_eps)
+        self.config = config
+        self.block_size = config.block_size
+        self.tap_layers = config.target_layer_ids
+
+    def fuse(self, taps: Float[Array, "*n md"]) -> Float[Array, "*n d"]:
+        return self.fc(taps.astype(self.fc.weight_io.dtype))
+
+    def keys_values(self, shared: SharedTables, hidden: Array, tokens: Array, positions: Array) -> KeysValues:
+        return self.layers[0].attention.keys_values(self._joined(shared, hidden, tokens), self.rope(positions))
+
+    def step(
+        self, shared: SharedTables, hidden: Float[Array, "b n d"], tokens: Int[Array, "b n"],
+        positions: Int[Array, "b n"], attend: Attend,
+    ) -> tuple[Float[Array, "b n d"], KeysValues]:  # fmt: skip
+        """(hidden states that follow, before the final norm; the rows' own K/V)."""
+        layer = self.layers[0]
+        mixed, kv = layer.attention(self._joined(shared, hidden, tokens), self.rope(positions), attend)
+        return layer.after_attention(hidden, mixed), kv
+
+    def logits(self, shared: SharedTables, hidden: Float[Array, "*n d"]) -> Float[Array, "*n v"]:
+        return shared.logits(self.norm(hidden))
+
+    def draft(
+        self, shared: SharedTables, state: PairedState, anchors: Int[Array, " r"], positions: Int[Array, " r"],
+        sample: SampleFn,
+    ) -> DraftOutput:  # fmt: skip
+        """K steps, one after the other: each draws a token from what the one before made and was told."""
+        limits = positions[:, None] - 1
+        hidden, previous = state.hidden[:, None].astype(self.fc.weight_io.dtype), anchors
+        rows: list[KeysValues] = []
+        tokens, laws = [], []
+        for k in range(self.block_size):
+            attend = OwnRows(state.cache[0], limits, tuple(rows))
+            hidden, kv = self.step(shared, hidden, previous[:, None], limits + k, attend)
+            previous, law = sample(self.logits(shared, hidden[:, 0]), k)
+            rows.append(kv)
+            tokens.append(previous)
+            laws.append(law)
+        return DraftOutput(jnp.stack(tokens, axis=1), jnp.stack(laws, axis=1), None)
+
+    def train_outputs(
+        self, shared: SharedTables, taps: Float[Array, "b t md"], tokens: Int[Array, "b t"]
+    ) -> Float[Array, "s b t d"]:
+        """The training-time test: hidden states of S = K steps, before the final norm.
+
+        Step s at t has seen token t + 1 + s at position t + s, step 0's rows <= t and its own of the steps between
+        (golden/NOTES 47, 48). Rows whose tokens lie behind a sequence's end are junk that the loss masks.
+        """
+        hidden = self.fuse(taps)
+        limits = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        context = head_major(self.keys_values(shared, hidden, shift_left(tokens, 1), limits))
+        rows: tuple[KeysValues, ...] = ()
+        out = []
+        for s in range(self.block_size):
+            run = jax.checkpoint(partial(self._rollout_step, shared, s))
+            hidden, kv = run(hidden, tokens, limits, context, rows)
+            rows = (*rows, kv)
+            out.append(hidden)
+        return jnp.stack(out)
+
+    def _rollout_step(
+        self, shared: SharedTables, s: int, hidden: Array, tokens: Array, limits: Array, context: KeysValues,
+        rows: tuple[KeysValues, ...],
+    ) -> tuple[Array, KeysValues]:  # fmt: skip
+        return self.step(shared, hidden, shift_left(tokens, s + 1), limits + s, OwnRows(context, limits, rows))
+
+    def _joined(self, shared: SharedTables, hidden: Array, tokens: Array) -> Array:
+        layer, embedded = self.layers[0], shared.rows(tokens).astype(hidden.dtype)
+        return jnp.concatenate([layer.input_norm(embedded), layer.hidden_norm(hidden)], axis=-1)
+
+    @staticmethod
+    def graft(params: dict, layers: Sequence[dict], final_norm: dict) -> dict:
+        """The target's layer on the hidden half of the inputs, whose embedding half keeps its noise; W_c keeps half of
+        its noise and passes the last tap through."""
+        (layer,) = layers
+        mine, attention = params["layers"][0], dict(layer["attention"])
+        size = params["fc"]["weight_io"].shape[1]
+        for name in ("q_weight_dqh", "k_weight_dgh", "v_weight_dgh"):
+            if name in attention:
+                attention[name] = jnp.concatenate([mine["attention"][name][:size], attention[name]])
+        weight = params["fc"]["weight_io"]
+        return {
+            "fc": {"weight_io": (0.5 * weight).at[-size:].add(jnp.eye(size, dtype=weight.dtype))},
+            "layers": {0: {**layer, "attention": attention, "hidden_norm": layer["input_norm"]}},
+            "norm": final_norm,
+        }

@@ -1,0 +1,121 @@
+"""MTP-1, the one-token module of DeepSeek-V3 (arXiv 2412.19437, section 2.2), for targets with one residual stream.
+
+Row t is W [norm(embedding of token t + 1) ; norm(target's last layer at t)] through one decoder layer of the target's
+shape; it predicts token t + 2. Embedding and head are the target's.
+
+Axes: R request slots (B rows in training), T position, N blocks, D hidden, V vocab.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dspark_jax.drafters.config import DrafterConfig
+from dspark_jax.drafters.heads import Linear
+from dspark_jax.drafters.paired import OwnRows, PairedRows, PairedState, shift_left
+from dspark_jax.drafters.protocol import BlockOutput, DraftOutput, SampleFn, SharedTables
+from dspark_jax.errors import UserError
+from dspark_jax.targets.attention import Causal, KeysValues
+from dspark_jax.targets.registry import layer_class
+
+
+@dataclass(frozen=True)
+class MTPConfig(DrafterConfig):
+    """One draft token a round; `num_anchors` positions are trained a sequence."""
+
+    num_anchors: int
+
+    @classmethod
+    def read_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        return super().read_fields(config) | {"num_anchors": config["num_anchors"]}
+
+    @classmethod
+    def hf_fields(cls, *, num_anchors: int = 512, **_: Any) -> dict[str, Any]:
+        return {"block_size": 1, "num_anchors": num_anchors}
+
+    @property
+    def last_tap(self) -> int:
+        return self.num_target_layers - 1
+
+    def check(self) -> None:
+        if self.target_layer_ids != (self.last_tap,):
+            raise UserError(
+                f"An MTP drafter's target_layer_ids are {list(self.target_layer_ids)}; expected the target's last "
+                f"layer alone, {self.last_tap}."
+            )
+        super().check()
+        if self.backbone.num_layers != 1 or self.block_size != 1:
+            raise UserError(
+                f"An MTP drafter has {self.backbone.num_layers} layers and block_size {self.block_size}; "
+                "expected one of each."
+            )
+
+
+class MTP(PairedRows):
+    """The hidden state enters as the last layer left it, before the target's final norm."""
+
+    config_type: ClassVar[type[MTPConfig]] = MTPConfig
+
+    def __init__(self, config: MTPConfig, *, rngs: nnx.Rngs):
+        dims = config.backbone
+        d = dims.hidden_size
+        layer = layer_class(dims)(dims, 0, rngs=rngs)
+        self.enorm = layer.norm(d, dims.rms_norm_eps)
+        self.hnorm = layer.norm(d, dims.rms_norm_eps)
+        self.eh_proj = Linear(2 * d, d, dims.initializer_range, rngs=rngs, bias=False, axes=("features", "embed"))
+        self.layers = nnx.List([layer])
+        self.norm = layer.norm(d, dims.rms_norm_eps)
+        self.config = config
+        self.block_size = config.block_size
+        self.tap_layers = config.target_layer_ids
+
+    def fuse(self, taps: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+        return taps.astype(self.eh_proj.weight_io.dtype)
+
+    def keys_values(self, shared: SharedTables, hidden: Array, tokens: Array, positions: Array) -> KeysValues:
+        layer = self.layers[0]
+        return layer.attention.keys_values(layer.input_norm(self._rows(shared, hidden, tokens)), self.rope(positions))
+
+    def draft(
+        self, shared: SharedTables, state: PairedState, anchors: Int[Array, " r"], positions: Int[Array, " r"],
+        sample: SampleFn,
+    ) -> DraftOutput:  # fmt: skip
+        limits = positions[:, None] - 1
+        x = self._rows(shared, state.hidden[:, None].astype(self.eh_proj.weight_io.dtype), anchors[:, None])
+        x, _ = self.layers[0](x, self.rope(limits), OwnRows(state.cache[0], limits))
+        tokens, law = sample(shared.logits(self.norm(x[:, 0])), 0)
+        return DraftOutput(tokens[:, None], law[:, None], None)
+
+    def train_context(
+        self, shared: SharedTables, taps: Float[Array, "b t d"], tokens: Int[Array, "b t"]
+    ) -> Float[Array, "b t d"]:
+        """Final-normed row t - 1 at t, where an anchor at t looks for it; zeros, a uniform law, at t = 0."""
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        x = self._rows(shared, self.fuse(taps), shift_left(tokens, 1))
+        x, _ = self.layers[0](x, self.rope(positions), Causal())
+        return jnp.pad(self.norm(x), ((0, 0), (1, 0), (0, 0)))[:, :-1]
+
+    def train_outputs(
+        self, shared: SharedTables, context: Float[Array, "b t d"], previous: Int[Array, "b n k"],
+        anchors: Int[Array, "b n"],
+    ) -> BlockOutput:  # fmt: skip
+        hidden = jnp.take_along_axis(context, anchors[..., None], axis=1)[:, :, None]
+        return BlockOutput(hidden, shared.logits(hidden), None)
+
+    def _rows(self, shared: SharedTables, hidden: Array, tokens: Array) -> Array:
+        embedded = shared.rows(tokens).astype(hidden.dtype)
+        return self.eh_proj(jnp.concatenate([self.enorm(embedded), self.hnorm(hidden)], axis=-1))
+
+    @staticmethod
+    def graft(params: dict, layers: Sequence[dict], final_norm: dict) -> dict:
+        """The target's layer and norms; the projection keeps half of its noise and passes the hidden state through."""
+        (layer,) = layers
+        weight = params["eh_proj"]["weight_io"]
+        size = weight.shape[1]
+        passing = (0.5 * weight).at[-size:].add(jnp.eye(size, dtype=weight.dtype))
+        norms = {"enorm": params["enorm"], "hnorm": params["hnorm"], "norm": final_norm}
+        return {**norms, "eh_proj": {"weight_io": passing}, "layers": {0: layer}}

@@ -1,0 +1,114 @@
+"""Eagle3's training-time test: soft cross-entropy of every step of a rollout at every position (golden/NOTES 46-52).
+
+Axes: B batch row, T position, S step, C positions of a chunk, D hidden, V vocab.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dspark_jax.drafters.eagle3 import Eagle3, Eagle3Config
+from dspark_jax.drafters.paired import shift_left
+from dspark_jax.drafters.protocol import SharedTables
+from dspark_jax.training.losses import Batch, LossOptions, Sums, accept_rate, total_variation_l1
+from dspark_jax.training.objective import Plan, cast_params
+
+
+@dataclass(frozen=True, eq=False)
+class RolloutObjective:
+    """Loss sum_s decay^s CE_s / (B T), CE_s summed over the positions that step s supervises, padding in the divisor.
+
+    The batch has `input_ids`, `loss_mask` [B, T], `lengths` [B], `features` [B, T, m D], `last_hidden` [B, T, D]. Of
+    the options only `anchor_chunk` counts: positions whose logits [B, C, S, V] exist at once.
+    """
+
+    graphdef: nnx.GraphDef
+    config: Eagle3Config
+    options: LossOptions
+    compute_dtype: Any = jnp.float32
+
+    def plan(self, batch: Batch, key: Array) -> Plan:
+        """Everything but the loss's divisor follows from the mask: no anchors are drawn."""
+        mask = supervised_positions(batch["loss_mask"], batch["lengths"])
+        return Plan(mask, jnp.float32(mask.size), {"positions": jnp.float32(mask.size)})
+
+    def build(self, params: dict) -> Eagle3:
+        return nnx.merge(self.graphdef, cast_params(params, self.compute_dtype))
+
+    def sums(self, params: dict, shared: SharedTables, batch: Batch, rows: Float[Array, "b t"]) -> Sums:
+        """`ploss`, `accept`, `correct`, `supervised` [S]; `tau`, `tau_greedy`: 1 + expected and greedy prefix lengths,
+        summed over the positions of step 0. See `_chunk_sums`."""
+        hidden = self.build(params).train_outputs(shared, batch["features"], batch["input_ids"])
+        # Each chunk builds the model again, and takes float32 states, so that gradients add up in float32.
+        hidden = jnp.moveaxis(hidden, 0, 2).astype(jnp.float32)  # [B, T, S, D]
+        steps, size = hidden.shape[2], min(self.options.anchor_chunk, hidden.shape[1])
+        padding = -hidden.shape[1] % size
+        hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0), (0, 0)))
+        # Position t needs the target's states at t + 1 .. t + S, and the mask up to t + S - 1.
+        states = jnp.pad(shift_left(batch["last_hidden"], 1), ((0, 0), (0, padding + steps), (0, 0)))
+        mask = jnp.pad(rows, ((0, 0), (0, padding + steps)))
+
+        def chunk(start: Array) -> Sums:
+            def window(x: Array, count: int) -> Array:
+                return jax.lax.dynamic_slice_in_dim(x, start, count, axis=1)
+
+            ahead = size + steps - 1
+            return _chunk_sums(
+                self.build(params), shared, window(hidden, size), window(states, ahead), window(mask, ahead)
+            )
+
+        starts = jnp.arange(0, hidden.shape[1], size)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(chunk, starts[0]))
+        body = jax.checkpoint(chunk, prevent_cse=False)
+        return jax.lax.scan(lambda total, at: (jax.tree.map(jnp.add, total, body(at)), None), zeros, starts)[0]
+
+    def loss(self, sums: Sums, denominator: Array) -> Array:
+        weights = self.config.step_loss_decay ** jnp.arange(self.config.block_size)
+        return jnp.sum(weights * sums["ploss"]) / denominator
+
+    def metrics(self, sums: Sums, length: int) -> dict[str, Array]:
+        """float32 scalars; ratios are over the positions that a step supervises, `tau_*` over those of step 0."""
+        counted = jnp.maximum(sums["supervised"], 1.0)
+        metrics = {"loss": self.loss(sums, sums["positions"])}
+        for s in range(self.config.block_size):
+            metrics |= {
+                f"ploss_{s}": sums["ploss"][s] / sums["positions"],
+                f"accept_rate@{s}": sums["accept"][s] / counted[s],
+                f"accuracy@{s}": sums["correct"][s] / counted[s],
+                f"valid_tokens@{s}": sums["supervised"][s],
+            }
+        metrics["tau_probabilistic"] = sums["tau"] / counted[0]
+        metrics["tau_greedy"] = sums["tau_greedy"] / counted[0]
+        return metrics
+
+
+def supervised_positions(loss_mask: Array, lengths: Array) -> Float[Array, "b t"]:
+    """1 where step 0 is supervised: the loss mask, unshifted, without each row's last real token (NOTES 50)."""
+    last = jnp.arange(loss_mask.shape[1]) == lengths[:, None] - 1
+    return ((loss_mask > 0) & ~last).astype(jnp.float32)
+
+
+def _chunk_sums(model: Eagle3, shared: SharedTables, hidden: Array, states: Array, mask: Array) -> Sums:
+    """Sums over C positions: hidden [B, C, S, D], the target's states and the mask [B, C + S - 1, ...] from one and
+    from no position further on."""
+    count, steps = hidden.shape[1:3]
+    targets = jax.lax.stop_gradient(shared.logits(states.astype(shared.head.dtype)))
+    logits = model.logits(shared, hidden.astype(model.fc.weight_io.dtype))
+    parts, survival, greedy = [], mask[:, :count], mask[:, :count]
+    tau = tau_greedy = jnp.float32(0.0)
+    for s in range(steps):
+        draft, target, valid = logits[:, :, s], targets[:, s : s + count], mask[:, s : s + count]
+        entropy = -jnp.sum(jax.nn.softmax(target) * jax.nn.log_softmax(draft), axis=-1)
+        accept = accept_rate(total_variation_l1(draft, target)) * valid
+        correct = (jnp.argmax(draft, axis=-1) == jnp.argmax(target, axis=-1)) * valid
+        survival, greedy = survival * accept, greedy * correct
+        tau, tau_greedy = tau + jnp.sum(survival), tau_greedy + jnp.sum(greedy)
+        parts.append((jnp.sum(entropy * valid), jnp.sum(accept), jnp.sum(correct), jnp.sum(valid)))
+    names = ("ploss", "accept", "correct", "supervised")
+    sums = dict(zip(names, map(jnp.stack, zip(*parts, strict=True)), strict=True))
+    first = jnp.sum(mask[:, :count])
+    return sums | {"tau": first + tau, "tau_greedy": first + tau_greedy}
