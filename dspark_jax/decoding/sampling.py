@@ -114,6 +114,27 @@ def draw_token(
     return jax.lax.cond(jnp.any(params.stochastic), gumbel, lambda: first_argmax(law))
 
 
+def draw(
+    logits: Float[Array, "r v"],
+    keys: UInt32[Array, "r 2"],
+    positions: Int[Array, " r"],
+    offset: int,
+    purpose: int,
+    params: SamplingParams,
+) -> tuple[Int[Array, " r"], Float[Array, "r v"]]:
+    """(a token of each request's `sampling_law`, that law): one branch and one argmax when nobody samples."""
+
+    def sampled() -> tuple[Array, Array]:
+        law = sampling_law(logits, params)
+        return draw_token(law, keys, positions, offset, purpose, params), law
+
+    def greedy() -> tuple[Array, Array]:
+        token = first_argmax(logits)
+        return token, jax.nn.one_hot(token, logits.shape[-1], dtype=jnp.float32)
+
+    return jax.lax.cond(jnp.any(params.stochastic), sampled, greedy)
+
+
 def first_argmax(x: Float[Array, "*n v"]) -> Int[Array, "*n"]:
     """int32 index of the largest entry, the lowest at a tie. Two plain reductions: XLA:CPU doesn't vectorise argmax's
     reduction over pairs, which at a draft's seven rows cost as much as the backbone."""
