@@ -32,7 +32,7 @@ def read_prompts(target: Target, files: Sequence[Path], form: str = "qwen", limi
             if limit is not None and taken.get(domain, 0) >= limit:
                 continue
             taken[domain] = taken.get(domain, 0) + 1
-            messages = _messages(row, f"{file} line {number}")
+            messages = prompt_messages(row, f"{file} line {number}")
             name = str(row.get("id", f"{file.stem}-{number}"))
             prompts.append(Prompt(name, domain, encode(target, messages, form)))
     if not prompts:
@@ -47,7 +47,8 @@ def encode(target: Target, messages: list[dict[str, str]], form: str) -> tuple[i
     return tuple(int(token) for token in encode_prompt(target.tokenizer, messages, form))
 
 
-def _messages(row: Any, where: str) -> list[dict[str, str]]:
+def prompt_messages(row: Any, where: str) -> list[dict[str, str]]:
+    """The turns before the first answer of a line of JSONL; `where` names the line in the UserError of a bad one."""
     if isinstance(row, dict) and "turns" in row:
         turns = row["turns"]
         if not isinstance(turns, list) or not turns or not isinstance(turns[0], str):

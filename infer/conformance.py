@@ -1,0 +1,262 @@
+"""Tells whether a drafter is read as it was trained: which of the four silent off-by-ones, if any, its files have.
+
+    python -m infer.conformance --drafter assets/embedded_drafter --target assets/embedded_target
+
+The target answers real prompts; then the drafter's blocks are laid over those answers, and their expected acceptance is
+compared between what the files declare and each shifted convention: slot, layer id, block position, loss mask
+(docs/interop.md). Prints a table, writes metrics.json. Exit code 0: the conventions fit; 1: one is off, and is named;
+2: bad input.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from configs.cli import parse, program
+from dspark_jax.checkpoints.drafters import drafter_layout, load_drafter, shared_tables
+from dspark_jax.checkpoints.huggingface import load_target, resolve_folder
+from dspark_jax.checkpoints.manifest import mismatches, read_manifest
+from dspark_jax.data.chat import Encoded, chat_format, encode_conversation, encode_prompt
+from dspark_jax.data.jsonl import read_jsonl
+from dspark_jax.decoding.conformance import (
+    DECLARED,
+    Comparison,
+    Edges,
+    Probe,
+    Reading,
+    Sequences,
+    compare,
+    edge_anchors,
+    edges,
+    readings,
+)
+from dspark_jax.decoding.generate import generate
+from dspark_jax.decoding.prompts import prompt_messages
+from dspark_jax.decoding.requests import DecodeConfig, Request
+from dspark_jax.drafters.registry import LoadedDrafter
+from dspark_jax.errors import UserError
+from dspark_jax.targets.target import Target
+from infer.report import table, write_json
+
+DEFAULT_PROMPTS = Path(__file__).parent.parent / "assets" / "conformance_prompts.jsonl"
+NEXT_TURN = {"role": "user", "content": "Thank you."}  # so that something follows the answer, which no loss covers
+LENGTHS = 64  # sequences are padded to a multiple of this
+FEWEST = 8  # answers below which a difference is no evidence
+UNTRAINED = 0.02
+
+
+@dataclass(frozen=True)
+class ConformanceSettings:
+    """Tells whether a drafter is read as it was trained."""
+
+    target: str
+    """Folder or hub id of the target."""
+    drafter: str
+    """Folder or hub id of the drafter, in any layout."""
+    prompts: tuple[Path, ...] = (DEFAULT_PROMPTS,)
+    """JSONL files of conversations or evaluation prompts."""
+    output: Path = Path("runs/conformance")
+    """Folder of metrics.json."""
+    limit: int = 48
+    """Prompts taken, evenly from all; at least 8."""
+    max_new_tokens: int = 96
+    temperature: float = 0.7
+    """At which the target answers."""
+    anchors: int = 8
+    """Blocks laid over each answer."""
+    slots: int = 16
+    """Answers drawn at once."""
+    batch: int = 8
+    """Answers measured at once."""
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] | None = None
+    chat_format: str = "qwen"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was measured. `off`: the conventions that are wrong, most telling first."""
+
+    comparisons: list[Comparison]
+    edges: Edges
+    off: tuple[str, ...]
+    best: Reading
+
+
+@program
+def main(argv: list[str]) -> int:
+    settings = parse(ConformanceSettings, argv, description=__doc__)
+    if settings.limit < FEWEST or min(settings.anchors, settings.slots, settings.batch) < 1:
+        raise UserError(f"Expected a limit of {FEWEST} prompts or more, and anchors, slots and batch of 1 or more.")
+    target = load_target(settings.target, dtype=settings.dtype)
+    drafter = load_drafter(settings.drafter, target, dtype=settings.dtype, compare_manifest=False)
+    contradictions = manifest_contradictions(settings.drafter, drafter, target)
+    sequences = answered(settings, target, read_messages(settings))
+    verdict = judge(Probe(target, drafter, shared_tables(target), settings.batch), sequences, settings)
+    write_json(settings.output / "metrics.json", metrics(verdict, contradictions, settings, drafter))
+    print(rows(verdict, drafter))
+    for sentence in (*(f"Its manifest contradicts it: {half}." for half in contradictions), summary(verdict, drafter)):
+        print(sentence)
+    return 1 if verdict.off else 0
+
+
+def manifest_contradictions(path: str, drafter: LoadedDrafter, target: Target) -> list[str]:
+    manifest = read_manifest(resolve_folder(path))
+    return [] if manifest is None else mismatches(manifest, drafter.hf_config, drafter_layout(path), target)
+
+
+def read_messages(settings: ConformanceSettings) -> list[list[dict[str, str]]]:
+    """The turns before each prompt's first answer, `limit` of them spread over all the files."""
+    found = [
+        prompt_messages(row, f"{file} line {number}") for file in settings.prompts for number, row in read_jsonl(file)
+    ]
+    if len(found) < FEWEST:
+        raise UserError(f"There are {len(found)} prompts; a verdict needs {FEWEST} or more. Give more with --prompts.")
+    return list(islice(found, 0, None, max(1, len(found) // settings.limit)))[: settings.limit]
+
+
+def answered(settings: ConformanceSettings, target: Target, prompts: Sequence[list[dict[str, str]]]) -> Sequences:
+    """Whole conversations as training sees them, with the target's own answers and a next turn."""
+    if target.tokenizer is None:
+        raise UserError(f"{target.name} has no tokenizer files, so it can't read prompts; add tokenizer.json.")
+    form = chat_format(settings.chat_format)
+    system = [] if form.system_prompt is None else [{"role": "system", "content": form.system_prompt}]
+    prompts = [turns if turns[0]["role"] == "system" else [*system, *turns] for turns in prompts]
+    decode = DecodeConfig(
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        seed=settings.seed,
+        slots=settings.slots,
+        rounds_per_dispatch=64,
+    )
+    room = target.config.max_positions - settings.max_new_tokens
+    requests, asked = [], []
+    for turns in prompts:
+        tokens = tuple(int(token) for token in encode_prompt(target.tokenizer, turns, form))
+        if len(tokens) < room:
+            requests.append(Request(tokens))
+            asked.append(turns)
+    texts = [generation.text for generation in generate(target, None, requests, decode)]
+    longest = target.config.max_positions
+    return _padded(
+        [
+            encode_conversation(
+                target.tokenizer, [*turns, {"role": "assistant", "content": text}, NEXT_TURN], form, longest
+            )
+            for turns, text in zip(asked, texts, strict=True)
+        ]
+    )
+
+
+def _padded(conversations: Sequence[Encoded]) -> Sequences:
+    """Those with an answer of a few tokens and something after it."""
+    kept, spans = [], []
+    for conversation in conversations:
+        supervised = np.flatnonzero(conversation.loss_mask)
+        if len(supervised) >= 4 and supervised[-1] + 1 < len(conversation.input_ids):
+            kept.append(conversation.input_ids)
+            spans.append((supervised[0], supervised[-1]))
+    if len(kept) < FEWEST:
+        raise UserError(
+            f"{len(kept)} of the answers are long enough to be measured, and {FEWEST} are needed; give more prompts, "
+            "or the --chat-format of this target."
+        )
+    size = -(-max(map(len, kept)) // LENGTHS) * LENGTHS
+    tokens = np.zeros((len(kept), size), np.int32)
+    for row, ids in enumerate(kept):
+        tokens[row, : len(ids)] = ids
+    first, last = np.asarray(spans, np.int32).T
+    return Sequences(tokens, first, last)
+
+
+def judge(probe: Probe, sequences: Sequences, settings: ConformanceSettings) -> Verdict:
+    """Reads the drafter in all ways; the loss mask is judged under the reading that fits best."""
+    block = probe.drafter.config.block_size
+    inside = middle_anchors(sequences, block, settings.anchors, settings.seed)
+    whole = inside.min(axis=1) >= 0
+    if whole.sum() < FEWEST:
+        raise UserError(
+            f"{int(whole.sum())} of the answers are longer than a block of {block}, and {FEWEST} are needed; give more "
+            "prompts or a larger --max-new-tokens."
+        )
+    chosen = Sequences(*(field[whole] for field in sequences))
+    comparisons = compare(probe.acceptance(chosen, inside[whole], readings(probe.drafter)))
+    better = sorted((c for c in comparisons if c.better()), key=lambda c: -c.gain)
+    best = better[0] if better else comparisons[0]
+    if max(c.acceptance for c in comparisons) < UNTRAINED:
+        raise UserError(
+            f"The drafter's acceptance is {best.acceptance:.1%} under every reading, so none can be told from another; "
+            "it is untrained, or of another target."
+        )
+    at = edge_anchors(sequences, block)
+    end = edges(sequences, at, probe.acceptance(sequences, at, [best.reading])[best.reading])
+    off = [best.reading.convention] if better else []
+    off += ["loss mask"] if end.early(best.acceptance) or end.late() else []
+    return Verdict(comparisons, end, tuple(name for name in off if name), best.reading)
+
+
+def middle_anchors(sequences: Sequences, block: int, count: int, seed: int) -> np.ndarray:
+    """[S, count] anchors whose blocks lie wholly in the answer, rows of -1 where there is no room for one."""
+    rng = np.random.default_rng(seed)
+    anchors = np.full((len(sequences.first), count), -1, np.int32)
+    for row, (first, last) in enumerate(zip(sequences.first, sequences.last, strict=True)):
+        if last - block - 1 > first:
+            anchors[row] = np.sort(rng.integers(first, last - block - 1, count))
+    return anchors
+
+
+def rows(verdict: Verdict, drafter: LoadedDrafter) -> str:
+    shown = []
+    for c in verdict.comparisons:
+        name = c.reading.convention or "all"
+        difference = "" if c.reading == DECLARED else f"{c.gain:+.3f} ± {c.error:.3f}"
+        mark = "" if not c.better() else "fits best" if c.reading == verdict.best else "fits better"
+        shown.append((name, c.reading.describe(drafter), f"{c.acceptance:.3f}", f"{c.tau:.2f}", difference, mark))
+    end, mask = verdict.edges, "loss mask" in verdict.off
+    for what, value in (("the answer's last token but one", end.before), ("the answer's last token", end.last),
+                        ("the token after the answer", end.after)):  # fmt: skip
+        shown.append(("loss mask", what, f"{value:.3f}", "", "", ""))
+    shown[-1] = (*shown[-1][:-1], "trained on it" if mask and not end.late() else "")
+    shown[-2] = (*shown[-2][:-1], "not trained on it" if mask and end.late() else "")
+    return table(("convention", "read", "acceptance", "tau", "difference", ""), shown)
+
+
+def summary(verdict: Verdict, drafter: LoadedDrafter) -> str:
+    if not verdict.off:
+        return "The conventions fit: no shifted reading is better than the declared one."
+    said = []
+    if verdict.best.convention in verdict.off:
+        said.append(f"The {verdict.best.convention} convention is off: it was trained with "
+                    f"{verdict.best.describe(drafter)}.")  # fmt: skip
+    if "loss mask" in verdict.off:
+        early = "one position early: it has learnt the token after the answer"
+        late = "one position late: it has not learnt the answer's last token"
+        said.append(f"The loss mask is off: it was read {late if verdict.edges.late() else early}.")
+    return " ".join(said)
+
+
+def metrics(
+    verdict: Verdict, contradictions: Sequence[str], settings: ConformanceSettings, drafter: LoadedDrafter
+) -> dict[str, Any]:
+    def entry(c: Comparison) -> dict[str, Any]:
+        fields = {name: value for name, value in asdict(c).items() if name != "reading"}
+        named = {"convention": c.reading.convention or "declared", "read": c.reading.describe(drafter)}
+        return named | asdict(c.reading) | fields | {"better": c.better()}
+
+    return {
+        "off": list(verdict.off),
+        "best": asdict(verdict.best),
+        "readings": [entry(c) for c in verdict.comparisons],
+        "edges": asdict(verdict.edges),
+        "manifest_contradictions": list(contradictions),
+        "settings": asdict(settings),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
