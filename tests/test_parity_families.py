@@ -58,7 +58,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma, K = V, capped, tied": (
         "Gemma4",
         GEMMA | {
-            "attention_k_eq_v": True, "num_global_key_value_heads": 1, "final_logit_softcapping": 2.5,
+            "attention_k_eq_v": True, "attention_bias": True, "num_global_key_value_heads": 1,
+            "final_logit_softcapping": 2.5,
             "tie_word_embeddings": True,
         },
     ),

@@ -30,19 +30,19 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "enable_moe_block": ((False, None), "mixtures of experts"),
     "hidden_size_per_layer_input": ((0, None), "per-layer inputs"),
     "num_kv_shared_layers": ((0, None), "layers that share keys and values"),
-    "use_double_wide_mlp": ((False, None), "double-wide MLPs"),
     "use_bidirectional_attention": ((None, "vision"), "attention in both directions"),  # "vision": text stays causal
-    "attention_bias": ((False, None), "attention biases"),
 }
 
 
 def gemma4_config(config: Mapping[str, Any]) -> TargetConfig:
     """Reads the text config; UserError for what DeepSpec's drafters or this model don't have (NOTES 63)."""
+    if config["model_type"] == "gemma4_text":  # what the class makes of a file without the field
+        config = {"hidden_size_per_layer_input": 256, **config}
     for field, (neutral, what) in _REFUSED.items():
         if (found := config.get(field)) not in neutral:
             raise UserError(
                 f"config.json has {field} {found!r}: Gemma 4 targets with {what} are not supported; choose a dense one "
-                f"without them, such as Gemma 4 12B."
+                "without them, such as Gemma 4 12B."
             )
     check_activation(config, "hidden_activation", "gelu_pytorch_tanh")
     count = config["num_hidden_layers"]
@@ -71,7 +71,7 @@ def _layer(config: Mapping[str, Any], kind: str) -> LayerConfig:
     own = config.get("num_global_key_value_heads") if shared else None
     return LayerConfig(
         num_kv_heads=own or config["num_key_value_heads"],
-        head_dim=config.get("global_head_dim") or config["head_dim"],
+        head_dim=config.get("global_head_dim", 512) or config["head_dim"],
         rope=rope,
         values_are_keys=shared,
     )

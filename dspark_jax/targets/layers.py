@@ -86,7 +86,8 @@ class Attention(nnx.Module):
         if self.has_bias:
             self.q_bias_qh = param(jnp.zeros((q, h)), "heads", "head_dim")
             self.k_bias_gh = param(jnp.zeros((g, h)), "kv_heads", "head_dim")
-            self.v_bias_gh = param(jnp.zeros((g, h)), "kv_heads", "head_dim")
+            if not self.values_are_keys:
+                self.v_bias_gh = param(jnp.zeros((g, h)), "kv_heads", "head_dim")
             self.o_bias_d = param(jnp.zeros((d,)), "embed")
         self.has_norm = config.query_key_norm
         if self.has_norm:
@@ -111,9 +112,10 @@ class Attention(nnx.Module):
     def keys_values(self, x: Float[Array, "*n i"], rope: Rope) -> KeysValues:
         """([*n, G, H] keys after norm and RoPE, [*n, G, H] values): what a cache keeps."""
         k = jnp.einsum("...d,dgh->...gh", x, self.k_weight_dgh[...])
-        v = k if self.values_are_keys else jnp.einsum("...d,dgh->...gh", x, self.v_weight_dgh[...])
-        if self.has_bias:
-            k, v = k + self.k_bias_gh[...], v + self.v_bias_gh[...]
+        v = k = k + self.k_bias_gh[...] if self.has_bias else k
+        if not self.values_are_keys:
+            v = jnp.einsum("...d,dgh->...gh", x, self.v_weight_dgh[...])
+            v = v + self.v_bias_gh[...] if self.has_bias else v
         return KeysValues(rope.rotate(self.k_norm(k) if self.has_norm else k), self.values(v))
 
     def values(self, v: Float[Array, "*n g h"]) -> Float[Array, "*n g h"]:
@@ -121,7 +123,9 @@ class Attention(nnx.Module):
         return v
 
     def output(self, mixed: Float[Array, "*n q h"]) -> Float[Array, "*n d"]:
-        out = jnp.einsum("...qh,qhd->...d", mixed, self.o_weight_qhd[...])
+        weight = self.o_weight_qhd[...]
+        # One flat axis is contracted, not two: for those XLA:CPU transposes the weight anew in every call.
+        out = mixed.reshape(*mixed.shape[:-2], -1) @ weight.reshape(-1, weight.shape[-1])
         return out + self.o_bias_d[...] if self.has_bias else out
 
 
