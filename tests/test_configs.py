@@ -41,6 +41,7 @@ def test_every_configuration_loads_and_survives_json(name: str) -> None:
 
 def test_the_named_configurations_exist() -> None:
     wanted = {"debug", "embedded_dspark", "qwen3_4b_dspark", "qwen3_8b_dspark", "qwen3_14b_dspark"}
+    wanted |= {"gemma4_12b_dspark", "gemma4_12b_dflash"}
     assert wanted <= set(config_names())
     assert not {"cli", "schema", "serialise"} & set(config_names())
 
@@ -50,6 +51,10 @@ def test_reference_recipe() -> None:
     config = load_config("qwen3_14b_dspark")
     assert config.drafter.target_layer_ids == (1, 10, 19, 28, 37)
     assert load_config("qwen3_4b_dspark").drafter.target_layer_ids == (1, 9, 17, 25, 33)
+    gemma = load_config("gemma4_12b_dspark").drafter
+    assert (gemma.target_layer_ids, gemma.mask_token_id) == ((5, 17, 29, 41, 46), 4)
+    dflash = load_config("gemma4_12b_dflash")
+    assert (dflash.drafter.markov_rank, dflash.loss.ce_alpha, dflash.loss.l1_alpha) == (0, 1.0, 0.0)
     assert (config.drafter.num_layers, config.drafter.block_size, config.drafter.num_anchors) == (5, 7, 512)
     assert (config.drafter.markov_rank, config.drafter.mask_token_id) == (256, 151669)
     loss = config.loss

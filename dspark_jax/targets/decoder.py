@@ -3,7 +3,7 @@
 Axes: *n any leading axes of token rows, D hidden, V vocab, L layer, m tapped layers.
 """
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 from flax import nnx
@@ -40,9 +40,9 @@ class TargetModel(Protocol):
 
 
 class DecoderModel(nnx.Module):
-    """A `TargetModel` over decoder layers of class `layer`, whose norm the final one shares."""
+    """A `TargetModel` over decoder layers of the class `layer`, whose `norm` is the final one's class too."""
 
-    def __init__(self, config: TargetConfig, layer: type, *, rngs: nnx.Rngs):
+    def __init__(self, config: TargetConfig, layer: Any, *, rngs: nnx.Rngs):
         shape = (config.vocab_size, config.hidden_size)
         self.embed_weight_vd = param(normal(rngs, shape, config.initializer_range), "vocab", "embed")
         self.layers = nnx.List(layer(config, i, rngs=rngs) for i in range(config.num_layers))
