@@ -15,6 +15,7 @@ and is run as `python -m train.fit --config debug --drafter.block-size 16`.
 import contextlib
 import dataclasses
 import difflib
+import errno
 import functools
 import importlib
 import io
@@ -43,7 +44,8 @@ __all__ = [
 ]
 
 C = TypeVar("C")
-NOT_EXPERIMENTS = {"cli", "schema", "serialise", "sweep", "sweeps"}
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NOT_EXPERIMENTS = {"cli", "schema", "serialise", "sweep", "sweeps", "comparison"}
 
 
 def program(main: Callable[[list[str]], Any]) -> Callable[..., Any]:
@@ -58,6 +60,12 @@ def program(main: Callable[[list[str]], Any]) -> Callable[..., Any]:
             return main(list(sys.argv[1:] if argv is None else argv))
         except UserError as error:
             print(" ".join(str(error).split()), file=sys.stderr)
+            raise SystemExit(2) from None
+        except OSError as error:
+            if error.errno not in FULL_DISK:
+                raise
+            what = f" {error.filename}" if error.filename else ""
+            print(f"The disk takes no more ({error.strerror}{what}): make room and run again.", file=sys.stderr)
             raise SystemExit(2) from None
         except KeyboardInterrupt:
             print("Interrupted.", file=sys.stderr)

@@ -11,9 +11,12 @@ shard counts only once the manifest names it. So a run killed at any byte is con
 shard covers, and ends with the bytes of an undisturbed run.
 """
 
+import dataclasses
 import os
 import re
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +73,7 @@ class CacheWriter:
 
     Raises:
         UserError: a folder with other content, a cache of another spec (names the field and both values), a finished
-            shard that is missing or has another size.
+            shard that is missing or has another size; later, a disk that takes no more.
     """
 
     def __init__(self, folder: str | os.PathLike[str], spec: CacheSpec, max_shard_bytes: int = 512 * 2**20):
@@ -117,13 +120,19 @@ class CacheWriter:
             self._shard.dropped += 1
         else:
             spec = self._manifest.spec
-            record = encode_record(
-                Sample(source_index, sample.input_ids, sample.loss_mask, sample.features, sample.last_hidden), spec
-            )
-            self._shard.write(record, source_index, len(sample.input_ids))
+            record = encode_record(dataclasses.replace(sample, sample_id=source_index), spec)
+            with self._reported():
+                self._shard.write(record, source_index, len(sample.input_ids))
         self._next += 1
         if self._shard.payload_bytes >= self._manifest.max_shard_bytes:
-            self._close_shard(self._shard)
+            with self._reported():
+                self._close_shard(self._shard)
+
+    def flush(self) -> None:
+        """Ends the shard here, so that all that was added is kept whatever happens next."""
+        if self._shard is not None:
+            with self._reported():
+                self._close_shard(self._shard)
 
     def finish(self) -> None:
         """Closes the last shard and marks the cache complete; ValueError when sources are missing."""
@@ -131,11 +140,12 @@ class CacheWriter:
             return
         if self._next != self._manifest.spec.num_sources:
             raise ValueError(f"{self._next} of {self._manifest.spec.num_sources} sources were added")
-        if self._shard is not None:
-            self._close_shard(self._shard)
-        self._publish(
-            Manifest(self._manifest.spec, self._manifest.max_shard_bytes, self._manifest.shards, complete=True)
-        )
+        with self._reported():
+            if self._shard is not None:
+                self._close_shard(self._shard)
+            self._publish(
+                Manifest(self._manifest.spec, self._manifest.max_shard_bytes, self._manifest.shards, complete=True)
+            )
 
     def close(self) -> None:
         """Releases the folder; an unfinished shard is given up, and written again by the next run."""
@@ -181,6 +191,17 @@ class CacheWriter:
                 path.unlink()
         with open(self.folder / "samples.idx", "ab") as index:
             index.truncate(self._manifest.records * INDEX_DTYPE.itemsize)
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        """A write that fails, on a full disk above all, as a sentence: finished shards are as they were."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"The cache in {self.folder} could not be written ({error}); its {len(self._manifest.shards)} finished "
+                "shards are whole. Make room on the disk and give the same command again."
+            ) from error
 
     def _close_shard(self, shard: "_OpenShard") -> None:
         self._shard = None
@@ -239,7 +260,8 @@ class _OpenShard:
 
     def discard(self) -> None:
         if self._writer.is_open():
-            self._writer.close()
+            with suppress(RuntimeError):  # what can't be written is given up anyway
+                self._writer.close()
         self.temporary.unlink(missing_ok=True)
 
 

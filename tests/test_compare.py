@@ -1,0 +1,184 @@
+"""The study of drafters: its points, its tables and figures from results by hand, and one point from end to end."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from configs.comparison import BLOCKS, CONTESTANTS, MAIN, StudyPoint, study_points
+from dspark_jax.checkpoints.target_tables import describe_target
+from tests.tiny import write_tiny_target
+from train.compare import CompareSettings, all_points, finished, main, point_config
+from train.compare_report import estimate, publish, report
+from train.sidecar import weights_fingerprint, write_settings
+from train.synthetic_cache import write_synthetic_cache
+
+ABOUT = {"command": "python -m train.compare", "depth": 2, "steps": 10}
+
+
+def test_the_parts_share_their_points():
+    settings = CompareSettings(seeds=3)
+    points = all_points(settings)
+    assert len(study_points("main", 2, 3)) == 12 and len(points) == 12 + 4 + 12
+    assert len({p.name for p in points}) == len(points)
+    assert {p.block for p in points if p.drafter == "dspark_rnn"} == set(BLOCKS)
+    main_only = all_points(replace(settings, only=("main",), seeds=2))
+    assert [p.seed for p in main_only] == [0] * 4 + [1] * 4
+    depths = {p.drafter: p.depth for p in main_only}
+    assert depths == {"dspark": 2, "dflash": 2, "eagle3": 1, "mtp1": 1}
+
+
+@pytest.mark.parametrize("name", CONTESTANTS)
+def test_points_differ_in_kind_depth_and_block_alone(name: str):
+    settings = CompareSettings(layers=(1, 4, 7), steps=20)
+    one, other = (point_config(settings, StudyPoint(n, 1, 5, 2), 20) for n in (name, "dspark"))
+    for field in ("data", "max_steps", "epochs", "seed", "target"):
+        assert getattr(one, field) == getattr(other, field)
+    taps = (9,) if name == "mtp1" else (1, 4, 7)
+    assert one.drafter.target_layer_ids == taps and one.drafter.init_target_layers == ()
+    assert (one.max_steps, one.seed, one.data.seed, one.drafter.num_layers) == (20, 2, 2, 1)
+
+
+def test_dflash_is_the_backbone_alone():
+    config = point_config(CompareSettings(), StudyPoint("dflash", 2, 7, 0), 20)
+    assert (
+        config.drafter.kind == "dflash"
+        and config.drafter.markov_rank == 0
+        and not config.drafter.enable_confidence_head
+    )
+    assert (config.loss.l1_alpha, config.loss.confidence_alpha) == (0.0, 0.0)
+
+
+def test_layers_may_start_as_the_target_s_last():
+    settings = CompareSettings(start="target")
+    assert point_config(settings, StudyPoint("dspark", 2, 7, 0), 20).drafter.init_target_layers == (8, 9)
+    assert point_config(settings, StudyPoint("dflash", 1, 7, 0), 20).drafter.init_target_layers == (9,)
+
+
+def test_estimates_have_student_s_intervals():
+    made = estimate([1.0, 2.0, 3.0])
+    assert made["mean"] == 2.0 and made["ci95"] == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
+    assert estimate([1.5])["ci95"] is None
+
+
+def result(point: StudyPoint, tau: float) -> dict[str, Any]:
+    """Counts of 1000 rounds a domain that give this tau in code, and half a token more in chat and in math."""
+
+    def row(tau: float) -> dict[str, Any]:
+        accepted = np.linspace(600, 600 / point.block, point.block).astype(int).tolist()
+        return {"rounds": 1000, "committed": round(1000 * tau), "verified": [1000] * point.block, "accepted": accepted}
+
+    domains = {"code": row(tau), "chat": row(tau + 0.5), "math": row(tau + 0.5)}
+    trained = {f"train_{name}": 1.0 for name in ("seconds", "step_seconds", "loss", "tau_probabilistic")}
+    return {"t1": domains, "t0": domains, "parameters": 10, **trained}
+
+
+HEADS = {"none": 1e-3, "vanilla": 1.01e-3, "rnn": 1.02e-3}
+COST = {
+    "rank": 64,
+    "repeats": 3,
+    "rows": [
+        {"slots": slots, "block": block, "round_seconds": HEADS, "overhead": {"vanilla": 0.01, "rnn": 0.02}}
+        for slots in (1, 16)
+        for block in BLOCKS
+    ],
+}
+
+
+def test_the_report_of_a_whole_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    taus = {"dspark": 2.4, "dflash": 2.0, "eagle3": 1.8, "mtp1": 1.5, "dspark_rnn": 2.5}
+    found = {p: result(p, taus[p.drafter] + 0.1 * p.seed) for p in all_points(CompareSettings())}
+    assert report(tmp_path, found, COST, ABOUT)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    third = 1.0 / 3
+    assert metrics["tau_macro_t1"] == pytest.approx({name: taus[name] + 0.1 + third for name in MAIN})
+    assert metrics["table1_t1"]["dspark"]["code"]["values"] == pytest.approx([2.4, 2.5, 2.6])
+    gains = [(2.4 + d + third) / (2.0 + d + third) - 1 for d in (0.0, 0.1, 0.2)]
+    assert metrics["gains_t1"]["dflash"]["values"] == pytest.approx(gains)
+    assert [len(metrics["figure2_t1"][name]["all"]["rates"]) for name in MAIN] == [7, 7, 7, 1]
+    assert metrics["figure2_t1"]["dspark"]["math"]["rates"][0] == pytest.approx(0.6)
+    assert set(metrics["figure3_t1"]["dflash"]) == {"1", "2", "3"} == set(metrics["figure3_t1"]["dspark"])
+    assert len(metrics["figure3_t1"]["dspark"]["2"]["macro"]["values"]) == 3
+    assert {name: list(row) for name, row in metrics["figure4_t1"].items()} == {
+        name: [str(block) for block in BLOCKS] for name in ("dflash", "dspark", "dspark_rnn")
+    }
+    printed = capsys.readouterr().out
+    assert "DSpark over DFlash: +" in printed and "MTP-1" in printed and "+2.0%" in printed
+    for plot in ("figure2", "figure3", "figure4"):
+        assert (tmp_path / f"{plot}.png").stat().st_size > 5000
+    publish(tmp_path, tmp_path / "results")
+    assert json.loads((tmp_path / "results" / "compare.json").read_text()) == metrics
+    assert (tmp_path / "results" / "compare_figure2.png").exists()
+
+
+def test_a_report_of_what_there_is_so_far(tmp_path: Path):
+    assert not report(tmp_path, {}, None, ABOUT)
+    point = StudyPoint("dflash", 2, 7, 1)
+    assert report(tmp_path, {point: result(point, 2.0)}, None, ABOUT)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert list(metrics["tau_macro_t1"]) == ["dflash"] and metrics["gains_t1"] == {}
+    assert metrics["table1_t1"]["dflash"]["macro"]["ci95"] is None
+    unfinished = StudyPoint("dspark", 2, 7, 0)
+    nothing = {"rounds": 0, "committed": 0, "verified": [0] * 7, "accepted": [0] * 7}
+    assert report(tmp_path, {unfinished: {**result(unfinished, 1.0), "t1": {"code": nothing}}}, None, ABOUT)
+
+
+# The program, on a tiny target and a cache of random tokens.
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("compare")
+    target = write_tiny_target(folder / "target", num_hidden_layers=4)
+    cache = folder / "study" / "cache"
+    write_synthetic_cache(cache, describe_target(target), (0, 1, 3), records=8, length=24, seed=0)
+    write_settings(cache / "build.json", {"weights": weights_fingerprint(target)})
+    rows = [
+        {"id": f"{d}{i}", "domain": d, "messages": [{"role": "user", "content": "one"}]} for d in "ab" for i in "01"
+    ]
+    (folder / "study" / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    places = ["--target", str(target), "--output", str(folder / "study")]
+    options = "--layers 0 1 --steps 2 --max-new-tokens 8 --samples 2 --depth 1"
+    return [*places, *options.split()]
+
+
+def test_a_point_trains_decodes_and_is_found_again(study: list[str], capsys: pytest.CaptureFixture[str]):
+    point = StudyPoint("dspark", 1, 7, 0)
+    main([*study, "--only", "main", "--point", point.name])
+    output = Path(study[3])
+    found = finished(CompareSettings(output=output, depth=1))
+    assert list(found) == [point] and found[point]["seed"] == 0
+    for key, requests in (("t1", 4), ("t0", 2)):
+        assert set(found[point][key]) == {"a", "b"}
+        row = found[point][key]["a"]
+        assert row["committed"] <= 8 * requests and row["verified"][0] == row["rounds"] > 0
+    assert (output / "points" / point.name / "drafter" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--steps", "3", "--point", "x"], "was begun with steps = 2, this run has 3"),
+        (["--point", "x"], "no point 'x'; its points are dspark,depth=1,block=7,seed=0"),
+        (["--layers", "0", "3"], "up to 2"),
+        (["--seeds", "0"], "--seeds is 0"),
+    ],
+)
+def test_compare_refusals(study: list[str], more: list[str], said: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        main([*study, *more])
+    assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_a_cache_of_another_target_is_refused(study: list[str], capsys: pytest.CaptureFixture[str]):
+    path = Path(study[3]) / "cache" / "build.json"
+    kept = path.read_text()
+    write_settings(path, {"weights": "other"})
+    with pytest.raises(SystemExit):
+        main([*study, "--only", "data"])
+    path.write_text(kept)
+    assert "was built with target weights other" in capsys.readouterr().err
