@@ -78,6 +78,41 @@ def training_plot(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     _save(figure, path)
 
 
+def reliability_plot(path: Path, sets: Mapping[str, Mapping[str, Any]]) -> None:
+    """Share accepted against predicted survival, before calibration and, where it is known, after (Figure 6)."""
+    plt = _pyplot()
+    stages = [stage for stage in ("before", "after") if any(stage in found for found in sets.values())]
+    figure, panels = plt.subplots(1, len(stages), figsize=(4.6 * len(stages), 4.2), squeeze=False, sharey=True)
+    for panel, stage in zip(panels[0], stages, strict=True):
+        panel.plot([0, 1], [0, 1], color="black", linewidth=0.8)
+        for name, found in sets.items():
+            points = found[stage]["reliability"]
+            label = f"{name} (ECE {100 * found[stage]['ece']:.1f} %)"
+            panel.plot([p[0] for p in points], [p[1] for p in points], marker="o", label=label)
+        panel.set_title(f"{stage} calibration")
+        panel.set_xlabel("predicted prefix survival")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    panels[0][0].set_ylabel("share accepted")
+    _save(figure, path)
+
+
+def threshold_plot(path: Path, sets: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+    """Accepted length, and the share of verified tokens that is committed, by confidence threshold (Figure 5)."""
+    plt = _pyplot()
+    figure, panels = plt.subplots(1, 2, figsize=(10, 3.8))
+    for name, rows in sets.items():
+        thresholds = [float(value) for value in rows]
+        for panel, key in zip(panels, ("tau", "verify_rate"), strict=True):
+            panel.plot(thresholds, [row[key] for row in rows.values()], marker="o", label=name)
+    for panel, label in zip(panels, ("accepted length τ", "committed / verified tokens"), strict=True):
+        panel.set_xlabel("confidence threshold")
+        panel.set_ylabel(label)
+        panel.grid(alpha=0.3)
+    panels[0].legend(fontsize=8)
+    _save(figure, path)
+
+
 def _pyplot() -> Any:
     import matplotlib
 

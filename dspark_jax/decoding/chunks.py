@@ -25,31 +25,31 @@ def next_chunk(loop: DecodeLoop, width: int, entering: Sequence[tuple[int, Job, 
     """numpy arrays: for each (slot, job, start) the prompt's tokens from `start` on, at most `width` of them."""
     jobs = [job for _, job, _ in entering]
     settings = [job.settings for job in jobs]
-    starts = np.asarray([start for _, _, start in entering], np.int32)
-    tokens = np.zeros((len(jobs), width), np.int32)
-    counts = np.zeros(len(jobs), np.int32)
-    stops = np.full((len(jobs), loop.stop_slots), -1, np.int32)
+
+    def column(values: Any, dtype: Any = np.int32) -> Any:
+        return np.asarray(values, dtype)
+
+    starts, counts = column([start for _, _, start in entering]), column([0] * len(jobs))
+    tokens = column(np.zeros((len(jobs), width)))
+    stops = column(np.full((len(jobs), loop.stop_slots), -1))
     for row, (job, start) in enumerate(zip(jobs, starts, strict=True)):
         chunk = job.prompt[start : start + width]
         tokens[row, : len(chunk)], counts[row] = chunk, len(chunk)
         stops[row, : len(job.settings.stop_tokens or ())] = job.settings.stop_tokens or ()
-
-    def column(values: list[Any], dtype: Any) -> np.ndarray:
-        return np.asarray(values, dtype)
-
+    most = loop.block
     return Admission(
-        slots=column([slot for slot, _, _ in entering], np.int32),
+        slots=column([slot for slot, _, _ in entering]),
         tokens=tokens,
         starts=starts,
         counts=counts,
         final=starts + counts == [len(job.prompt) for job in jobs],
-        limit=column([job.longest for job in jobs], np.int32),
+        limit=column([job.longest for job in jobs]),
         stop_tokens=stops,
-        verify_cap=column([loop.block if s.verify_length is None else s.verify_length for s in settings], np.int32),
+        verify_cap=column([most if s.verify_length is None else min(s.verify_length, most) for s in settings]),
         keys=column([[w % 2**32 for w in job.seed_words] for job in jobs], np.uint32),
         sampling=SamplingParams(
             column([s.temperature for s in settings], np.float32),
-            column([s.top_k for s in settings], np.int32),
+            column([min(s.top_k, 2**31 - 1) for s in settings]),
             column([s.top_p for s in settings], np.float32),
             column([s.min_p for s in settings], np.float32),
         ),
@@ -59,12 +59,15 @@ def next_chunk(loop: DecodeLoop, width: int, entering: Sequence[tuple[int, Job, 
 def blank_chunk(loop: DecodeLoop, rows: int, width: int) -> Admission:
     """A chunk of nothing, for slot 0, that makes nobody active."""
     job = Job(0, (0,), DecodeConfig(max_new_tokens=1), (0, 0))
-    return next_chunk(loop, width, [(0, job, 0)] * rows)._replace(final=np.zeros(rows, bool))
+    batch = next_chunk(loop, width, [(0, job, 0)] * rows)
+    return batch._replace(final=batch.final & False)
 
 
 def chunk_widths(config: DecodeConfig, size: int, longest: int) -> tuple[set[int], set[int]]:
     """(widths of first chunks, widths of later ones) that prompts of up to `longest` tokens can meet."""
-    chunk, first, later = config.prefill_chunk, set(), set()
+    chunk = config.prefill_chunk
+    first: set[int] = set()
+    later: set[int] = set()
     for length in range(1, longest + 1):
         first.add(prompt_bucket(config, size, 0, length))
         if length > chunk:

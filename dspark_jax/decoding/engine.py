@@ -7,6 +7,7 @@ padded to length buckets, so that other prompts meet compiled programs.
 
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import jax
@@ -15,9 +16,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from dspark_jax.decoding.chunks import blank_chunk, chunk_widths, next_chunk, prompt_bucket
-from dspark_jax.decoding.loop import DecodeLoop, LoopParams, init_state, run_rounds
-from dspark_jax.decoding.occupancy import Occupancy, ScheduleTables
+from dspark_jax.decoding.loop import DecodeLoop, LoopParams, init_state, record_rounds, run_rounds
+from dspark_jax.decoding.occupancy import LoadMeter, Occupancy, ScheduleTables
 from dspark_jax.decoding.prefill import admit, retire
+from dspark_jax.decoding.profile import load_or_measure
 from dspark_jax.decoding.requests import (
     DecodeConfig,
     Generation,
@@ -29,12 +31,15 @@ from dspark_jax.decoding.requests import (
     make_job,
 )
 from dspark_jax.decoding.scheduler import bucket_ladder
-from dspark_jax.decoding.state import Admission, DecodeState
+from dspark_jax.decoding.state import Admission, DecodeState, RoundRecord
 from dspark_jax.drafters.registry import LoadedDrafter
 from dspark_jax.errors import UserError
 from dspark_jax.targets.target import Target
 
 CACHE_MULTIPLE = 64
+
+# (index of the request in each slot, None for a free one; numpy records [rounds, R, ...] of one dispatch).
+Recorder = Callable[[tuple[int | None, ...], RoundRecord], None]
 
 
 @dataclass(eq=False)
@@ -48,6 +53,7 @@ class _Entry:
     prefilled: int = 0
     tokens: list[int] = field(default_factory=list)
     counts: tuple[int, int, tuple[int, ...], tuple[int, ...]] = (0, 0, (), ())
+    drafted: int = 0
 
     @property
     def decoding(self) -> bool:
@@ -62,7 +68,8 @@ class _Entry:
 class Engine:
     """Continuous batching over the slots of one compiled loop.
 
-    `longest` is the most positions a request may take (prompt and new tokens); `submit` refuses longer ones.
+    `longest` is the most positions a request may take (prompt and new tokens); `submit` refuses longer ones. `signal`,
+    the user's word for what else the device carries, may be set at any time, and so may `recorder`, for studies.
     """
 
     target: Target
@@ -70,8 +77,11 @@ class Engine:
     config: DecodeConfig
     longest: int
     stop_slots: int = 4
-    tables: ScheduleTables | None = None  # what adaptive policies need
-    occupancy: Occupancy = field(default_factory=Occupancy.of)  # read by every dispatch
+    tables: ScheduleTables | None = None  # what adaptive policies need; None: profiled now, or read from the cache
+    signal: float = 1.0
+    meter: LoadMeter | None = field(default_factory=LoadMeter)  # None: the load stays as profiled
+    recorder: Recorder | None = None
+    occupancy: Occupancy = field(default_factory=Occupancy.of)  # what the next dispatch is told
     loop: DecodeLoop = field(init=False)
     params: LoopParams = field(init=False)
     state: DecodeState = field(init=False, repr=False)
@@ -80,11 +90,17 @@ class Engine:
         check_engine(self.config)
         self.loop = make_loop(self.target, self.drafter, self.config, self.longest, self.stop_slots)
         weights = self.target.params, {} if self.drafter is None else self.drafter.params
+        if self.tables is None and self.config.policy.needs_tables and self.loop.block:
+            # Before the state exists: a profile makes one of its own.
+            profile = load_or_measure(self.loop, LoopParams(*weights), self.config.temperature)
+            self.tables = ScheduleTables.of(profile.cost_table(), np.ones(self.loop.block).tolist())
         self.params = LoopParams(*weights, self.tables)
         self.state = init_state(self.loop, self.params)
         self._pending: deque[_Entry] = deque()
         self._slots: dict[int, _Entry] = {}
         self._open: dict[int, _Entry] = {}  # by request index: waiting or in a slot
+        self._told = (1.0, 1.0)  # load and signal in `occupancy`
+        self._timed = False  # whether a dispatch has run, so that the next one is not compiled first
 
     # Requests in and out
 
@@ -143,20 +159,42 @@ class Engine:
 
     def step(self) -> list[Progress]:
         """Admits what fits, runs one dispatch, and returns what each request gained."""
-        self.admit()
-        if any(entry.decoding for entry in self._slots.values()):
-            rounds = self.config.rounds_per_dispatch
-            if not all(entry.decoding for entry in self._slots.values()):
-                rounds = max(1, rounds // 4)  # a prompt waits for its next chunk
-            limit, until_free = jnp.asarray(rounds, jnp.int32), jnp.asarray(bool(self._pending))
-            self.state = run_rounds(self.loop, self.params, self.state, self.occupancy, limit, until_free)
-        return self._harvest()
+        prefilled = self.admit()
+        if not any(entry.decoding for entry in self._slots.values()):
+            return []
+        rounds = self.config.rounds_per_dispatch
+        if not all(entry.decoding for entry in self._slots.values()):
+            rounds = max(1, rounds // 4)  # a prompt waits for its next chunk
+        self._tell_occupancy()
+        started = time.perf_counter()
+        self._dispatch(rounds)
+        progress = self._harvest()
+        # Seconds that a prefill or the compiler may have had a part in say nothing about the rounds.
+        if self.meter is not None and self._timed and not prefilled and self.recorder is None:
+            self.meter.update(time.perf_counter() - started, float(self.state.predicted_seconds))
+        self._timed = True
+        return progress
+
+    def _dispatch(self, rounds: int) -> None:
+        if self.recorder is not None:
+            self.state, records = record_rounds(self.loop, self.params, self.state, self.occupancy, rounds)
+            holders = {slot: entry.job.index for slot, entry in self._slots.items() if entry.decoding}
+            self.recorder(tuple(holders.get(slot) for slot in range(self.config.slots)), jax.device_get(records))
+            return
+        limit, until_free = jnp.asarray(rounds, jnp.int32), jnp.asarray(bool(self._pending))
+        self.state = run_rounds(self.loop, self.params, self.state, self.occupancy, limit, until_free)
+
+    def _tell_occupancy(self) -> None:
+        known = (1.0 if self.meter is None else self.meter.load, self.signal)
+        if known != self._told:
+            self.occupancy, self._told = Occupancy.of(*known), known
 
     # Prompts
 
-    def admit(self) -> None:
+    def admit(self) -> int:
         """Moves waiting requests into free slots and prefills their prompts, in order of arrival, one chunk each:
-        all of them while nobody decodes, else up to `prefill_budget` tokens (at least one chunk)."""
+        all of them while nobody decodes, else up to `prefill_budget` tokens (at least one chunk). Returns how many
+        tokens were prefilled, padding included."""
         now = time.perf_counter()
         decoding = any(entry.decoding for entry in self._slots.values())
         for slot in range(self.config.slots):
@@ -184,6 +222,7 @@ class Engine:
                 self._prefill(width, part, self.config.slots if together else 1)
         for slot in later:
             self._prefill(self._chunk_bucket(self._slots[slot]), [slot], 1)
+        return spent
 
     def warm_up(self) -> None:
         """Compiles every program that a request can meet, so that none waits for the compiler. Needs an idle engine."""
@@ -218,8 +257,6 @@ class Engine:
     # Results
 
     def _harvest(self) -> list[Progress]:
-        if not self._slots:
-            return []
         state = self.state
         tokens, length, active, stopped, counters = jax.device_get(
             (state.tokens, state.length, state.active, state.stopped, state.counters)
@@ -238,6 +275,7 @@ class Engine:
                 tuple(counters.verified_at[slot].tolist()),
                 tuple(counters.accepted_at[slot].tolist()),
             )
+            entry.drafted = int(counters.drafted[slot])
             generation = None
             if not active[slot]:
                 generation = self._generation(entry, "stop" if stopped[slot] else "length", now)
@@ -250,7 +288,8 @@ class Engine:
         text, made = "", tuple(entry.tokens)
         if self.target.tokenizer is not None:
             text = self.target.tokenizer.decode(list(made[:-1] if reason == "stop" else made))
-        return Generation(entry.job.index, entry.job.prompt, made, text, reason, *entry.counts, entry.timing(now))
+        timing = entry.timing(now)
+        return Generation(entry.job.index, entry.job.prompt, made, text, reason, *entry.counts, entry.drafted, timing)
 
 
 def check_engine(config: DecodeConfig) -> None:

@@ -43,9 +43,10 @@ def admit(loop: DecodeLoop, params: LoopParams, state: DecodeState, new: Admissi
     stopped = new.final & jnp.any(first[:, None] == new.stop_tokens, axis=1)
     shared = shared_tables(target)
     draft = state.draft if drafter is None else _context(drafter, shared, state.draft, out.taps, new, fresh)
+    apart: Any = ()  # written on their own below
     entering = replace(
         state,
-        tokens=(),
+        tokens=apart,
         length=ends + 1,
         limit=new.limit,
         active=new.final & ~stopped & (ends + 1 < new.limit),
@@ -55,15 +56,17 @@ def admit(loop: DecodeLoop, params: LoopParams, state: DecodeState, new: Admissi
         keys=new.keys,
         sampling=new.sampling,
         counters=empty_counters(len(rows), loop.block),
-        target_cache=(),
-        draft=(),
+        target_cache=apart,
+        draft=apart,
         policy=loop.policy.init(len(rows), loop.block).slots,
-        predicted_seconds=(),
+        predicted_seconds=apart,
     )
     padded = jnp.pad(new.tokens, ((0, 0), (0, 1)))  # room for the first token after a full chunk
     padded = padded.at[rows, new.counts].set(first)
     kv = tuple(head_major(layer) for layer in out.kv)
-    slots = replace(state, tokens=(), target_cache=(), draft=(), policy=state.policy.slots, predicted_seconds=())
+    slots = replace(
+        state, tokens=apart, target_cache=apart, draft=apart, policy=state.policy.slots, predicted_seconds=apart
+    )
     settled = insert_rows(slots, entering, new.slots)
     return loop.place(
         replace(

@@ -82,6 +82,7 @@ class Generation:
     committed: int
     verified_at: tuple[int, ...]
     accepted_at: tuple[int, ...]
+    drafted: int = 0  # rounds that drafted at all
     timing: Timing = field(default=Timing(), compare=False)
 
     @property

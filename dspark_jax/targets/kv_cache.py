@@ -58,7 +58,7 @@ def insert_rows(
     def one(a: Array, stored: Tree) -> Tree:
         def insert(leaf: Array, new: Array) -> Array:
             row = jax.lax.dynamic_slice_in_dim(new, a, 1).astype(leaf.dtype)
-            at = [slots[a], *(0,) * (leaf.ndim - 1)]
+            at: list[Any] = [slots[a], *(0,) * (leaf.ndim - 1)]
             if starts is not None:
                 at[axis] = starts[a]
             return jax.lax.dynamic_update_slice(leaf, row, at)

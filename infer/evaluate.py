@@ -1,0 +1,280 @@
+"""Evaluates a drafter on evaluation sets: accepted length, acceptance by position, confidence, speed against plain.
+
+    python -m infer.evaluate --datasets eval_datasets --target Qwen/Qwen3-4B --drafter DIR --temperatures 1.0 0.0
+    python -m train.corpora --output heldout.jsonl   # the embedded target's own sets
+    python -m infer.evaluate --datasets heldout.jsonl --target assets/embedded_target --drafter runs/demo/fit/drafter
+
+A set is a JSONL file of {"turns": [...]} (answers are fed back between the turns) or of conversations; --datasets takes
+files, folders and hub ids. Each set is decoded plainly, with the policy (timed) and, verifying whole blocks, recorded.
+Writes metrics.json, conditional_acceptance.png, reliability.png and, with --thresholds, threshold_sweep.png.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from configs.cli import parse, program
+from dspark_jax.checkpoints.drafters import load_drafter
+from dspark_jax.checkpoints.huggingface import load_target
+from dspark_jax.decoding.calibration import calibration_metrics, prefix_survival
+from dspark_jax.decoding.engine import Engine
+from dspark_jax.decoding.measure import Acceptance
+from dspark_jax.decoding.requests import DecodeConfig
+from dspark_jax.decoding.scheduler import Fixed, Threshold, VerifyPolicy, bucket_ladder
+from dspark_jax.drafters.registry import LoadedDrafter
+from dspark_jax.errors import UserError
+from dspark_jax.targets.target import Target
+from infer.answers import Answered, ChatStyle, Proposals, answer, reach
+from infer.bench import machine
+from infer.datasets import DOMAINS, Sample, domain_of, read_datasets
+from infer.policies import PolicyName, policy_named, schedule_tables, temperatures_of
+from infer.report import acceptance_plot, reliability_plot, table, threshold_plot, write_json
+
+AVERAGED = ("tau", "drafted_per_round", "verify_rate", "plain_tokens_per_second", "tokens_per_second", "speedup")
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """Evaluates a drafter on evaluation sets."""
+
+    target: str
+    """Folder or hub id of the target."""
+    drafter: str
+    """Folder of the drafter."""
+    datasets: tuple[str, ...]
+    """JSONL files, folders of them, hub ids."""
+    output: Path = Path("runs/evaluate")
+    """Folder of metrics.json and the plots."""
+    temperatures: tuple[float, ...] = (1.0, 0.0)
+    thinking: bool = False
+    """Let the chat template open with thinking."""
+    limit: int = 0
+    """Samples taken of each set; 0: all."""
+    policy: PolicyName = "fixed"
+    threshold: float = 0.5
+    """Of the threshold policy."""
+    thresholds: tuple[float, ...] = ()
+    """Confidence thresholds to sweep (a program is compiled for each)."""
+    sts: Path | None = None
+    """sts.json: calibrated temperatures for policies and figures."""
+    sps: Path | None = None
+    """sps.json: steps per second, for adaptive policies; None: profiled at the start."""
+    slots: int = 8
+    max_new_tokens: int = 256
+    max_context: int = 0
+    """Positions that a conversation may take; 0: what the target holds."""
+    repeats: int = 1
+    """Timed passes of plain and speculative decoding, alternating."""
+    rounds_per_dispatch: int = 16
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] | None = None
+    chat_format: str = "qwen"
+
+
+@program
+def main(argv: list[str]) -> None:
+    settings = parse(EvaluateSettings, argv, description=__doc__)
+    if not settings.temperatures or settings.repeats < 1:
+        raise UserError("There is nothing to evaluate: give a temperature, and repeats of 1 or more.")
+    sets = read_datasets(settings.datasets, settings.limit or None)
+    target = load_target(settings.target, dtype=settings.dtype)
+    if target.tokenizer is None:
+        raise UserError(f"{target.name} has no tokenizer files, so it can't read prompts; add tokenizer.json.")
+    drafter = load_drafter(settings.drafter, target, dtype=settings.dtype)
+    evaluation = Evaluation(settings, target, drafter, sets)
+    metrics: dict[str, Any] = {"temperatures": {}}
+    for temperature in settings.temperatures:
+        figures = evaluation.at(temperature)
+        metrics["temperatures"][f"t{temperature:g}"] = figures
+        print(summary_table(temperature, figures))
+    plots(settings.output, metrics["temperatures"])
+    metrics |= {"machine": machine(), "settings": asdict(settings)}
+    write_json(settings.output / "metrics.json", metrics)
+    print(f"metrics and plots in {settings.output}")
+
+
+@dataclass
+class Evaluation:
+    """Engines made once and used for every set, so that a set compiles nothing."""
+
+    settings: EvaluateSettings
+    target: Target
+    drafter: LoadedDrafter
+    sets: dict[str, list[Sample]]
+    style: ChatStyle = field(init=False)
+    longest: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        settings = self.settings
+        self.style = ChatStyle(settings.chat_format, settings.thinking)
+        limit = min(settings.max_context or self.target.config.max_positions, self.target.config.max_positions)
+        samples = [sample for group in self.sets.values() for sample in group]
+        reached = (reach(self.target, self.style, sample, settings.max_new_tokens) for sample in samples)
+        self.longest = min(limit, max(reached))
+
+    def engine(self, temperature: float, policy: VerifyPolicy, speculative: bool = True) -> Engine:
+        settings = self.settings
+        drafter = self.drafter if speculative else None
+        width = self.drafter.config.block_size + 1 if speculative else 1
+        whole = (settings.slots * width,)
+        buckets = whole if policy == Fixed() else bucket_ladder(settings.slots, width)
+        config = DecodeConfig(
+            max_new_tokens=settings.max_new_tokens,
+            temperature=temperature,
+            slots=settings.slots,
+            rounds_per_dispatch=settings.rounds_per_dispatch,
+            policy=policy,
+            buckets=buckets,
+            smallest_prompt_bucket=128,
+        )
+        tables = schedule_tables(self.drafter, settings.slots, buckets, settings.sts, settings.sps)
+        engine = Engine(self.target, drafter, config, self.longest, max(1, len(self.target.stop_tokens)), tables)
+        engine.warm_up()
+        return engine
+
+    def at(self, temperature: float) -> dict[str, Any]:
+        """Figures of one temperature: by data set, their means by domain, and the mean of the domains."""
+        settings = self.settings
+        policy = policy_named(settings.policy, settings.threshold)
+        plain = self.engine(temperature, Fixed(), speculative=False)
+        timed = self.engine(temperature, policy)
+        whole = timed if policy == Fixed() else self.engine(temperature, Fixed())
+        swept = {value: self.engine(temperature, Threshold(value)) for value in settings.thresholds}
+        rows: dict[str, Any] = {}
+        for name, samples in tqdm(self.sets.items(), desc=f"temperature {temperature:g}", unit="set", disable=None):
+            passes: list[tuple[Answered, Answered]] = []
+            for i in range(settings.repeats):
+                order = [plain, timed] if i % 2 == 0 else [timed, plain]
+                done = {id(engine): self._answer(engine, samples) for engine in order}
+                passes.append((done[id(plain)], done[id(timed)]))
+            recorded, proposals = self._recorded(whole, samples)
+            rows[name] = speed_figures(samples, passes, self.drafter.config.block_size)
+            rows[name] |= acceptance_figures(recorded)
+            rows[name]["confidence"] = self._confidence(proposals)
+            rows[name]["thresholds"] = {
+                f"{value:g}": speed_figures(samples, [(passes[0][0], self._answer(engine, samples))], timed.loop.block)
+                for value, engine in swept.items()
+            }
+        return {"datasets": rows, **averages(rows)}
+
+    def _answer(self, engine: Engine, samples: Sequence[Sample]) -> Answered:
+        return answer(engine, self.style, samples, self.settings.seed)
+
+    def _recorded(self, engine: Engine, samples: Sequence[Sample]) -> tuple[Answered, Proposals]:
+        engine.recorder = proposals = Proposals()
+        try:
+            return self._answer(engine, samples), proposals
+        finally:
+            engine.recorder = None
+
+    def _confidence(self, proposals: Proposals) -> dict[str, Any] | None:
+        """Metrics of predicted prefix survival before and, with sts.json, after calibration."""
+        logits, accepted, observed = proposals.arrays()
+        if not logits.size:
+            return None
+        temperatures = temperatures_of(self.drafter, self.settings.sts)
+        found: dict[str, Any] = {}
+        for stage, scale in (("before", np.ones_like(temperatures)), ("after", temperatures)):
+            survival = prefix_survival(logits, scale)
+            metrics = calibration_metrics(survival, accepted, observed)
+            found[stage] = {name: metrics.mean(name) for name in ("ece", "auc", "brier")}
+            found[stage] |= {f"{name}_at": getattr(metrics, name).tolist() for name in ("ece", "auc", "brier")}
+            found[stage]["reliability"] = reliability(survival, accepted, observed)
+        return found if self.settings.sts is not None else {"before": found["before"]}
+
+
+def speed_figures(samples: Sequence[Sample], passes: Sequence[tuple[Answered, Answered]], block: int) -> dict[str, Any]:
+    """Of (plain, speculative) passes: medians of speeds, and what the policy drafted and verified (the first pass)."""
+    first = passes[0][1]
+    made = list(first.generations.values())
+    counts = Acceptance.of(made)
+    drafted = block * sum(g.drafted for g in made)
+    ratios = [fast.tokens_per_second / max(slow.tokens_per_second, 1e-9) for slow, fast in passes]
+    verified = sum(counts.verified)
+    return {
+        "samples": len(samples),
+        "cut": len(first.cut),
+        "answers": len(made),
+        "tokens": first.tokens,
+        "rounds": counts.rounds,
+        "tau": counts.tau,
+        "drafted_per_round": drafted / max(counts.rounds, 1),
+        "verified_share": verified / max(drafted, 1),
+        # As the reference counts it: committed tokens of all that the target ran on, anchors included.
+        "verify_rate": counts.committed / max(verified + counts.rounds, 1),
+        "plain_tokens_per_second": float(np.median([slow.tokens_per_second for slow, _ in passes])),
+        "tokens_per_second": float(np.median([fast.tokens_per_second for _, fast in passes])),
+        "speedup": float(np.median(ratios)),
+    }
+
+
+def acceptance_figures(recorded: Answered) -> dict[str, Any]:
+    """Acceptance by position where whole blocks are verified."""
+    counts = Acceptance.of(list(recorded.generations.values()))
+    return {"tau_whole": counts.tau, "unconditional": counts.unconditional, "conditional": counts.conditional}
+
+
+def reliability(survival: np.ndarray, accepted: np.ndarray, observed: np.ndarray, bins: int = 10) -> list[list[float]]:
+    """[mean predicted, share accepted, count] of every bin of predicted survival that is not empty."""
+    predicted, label = survival[observed], accepted[observed]
+    place = np.minimum((predicted * bins).astype(int), bins - 1)
+    found = []
+    for b in range(bins):
+        inside = place == b
+        if inside.any():
+            found.append([float(predicted[inside].mean()), float(label[inside].mean()), int(inside.sum())])
+    return found
+
+
+def averages(rows: dict[str, Any]) -> dict[str, Any]:
+    """Means over the sets of each domain, each set counting alike, and over the domains."""
+
+    def mean(group: Sequence[dict[str, Any]]) -> dict[str, float]:
+        return {key: float(np.mean([row[key] for row in group])) for key in AVERAGED}
+
+    names = [domain for domain in DOMAINS if any(domain_of(name) == domain for name in rows)]
+    names += [d for d in dict.fromkeys(map(domain_of, rows)) if d not in names]
+    domains = {d: mean([row for name, row in rows.items() if domain_of(name) == d]) for d in names}
+    return {"domains": domains, "macro": mean(list(domains.values()))}
+
+
+def summary_table(temperature: float, figures: dict[str, Any]) -> str:
+    header = ["set", "samples", "rounds", "tau", "drafted/round", "verify rate", "accepted given prefix, k = 1.."]
+    header += ["ECE", "AUROC", "plain tok/s", "tok/s", "ratio"]
+    body = []
+    for name, row in figures["datasets"].items():
+        confidence = row["confidence"] or {}
+        best = confidence.get("after", confidence.get("before", {}))
+        shown = [str(row["samples"]), str(row["rounds"]), *(f"{row[k]:.2f}" for k in AVERAGED[:3])]
+        shown += [" ".join(f"{rate:.2f}" for rate in row["conditional"])]
+        shown += [f"{best[key]:.3f}" if key in best else "-" for key in ("ece", "auc")]
+        body.append([name, *shown, *_speeds(row)])
+    for name, row in [*figures["domains"].items(), ("macro", figures["macro"])]:
+        body.append([f"= {name}", "", "", *(f"{row[k]:.2f}" for k in AVERAGED[:3]), "", "", "", *_speeds(row)])
+    return f"\ntemperature {temperature:g}\n{table(header, body)}"
+
+
+def _speeds(row: dict[str, Any]) -> list[str]:
+    speeds = [f"{row[key]:.0f}" for key in ("plain_tokens_per_second", "tokens_per_second")]
+    return [*speeds, f"{row['speedup']:.2f}"]
+
+
+def plots(folder: Path, temperatures: dict[str, Any]) -> None:
+    by_set = {
+        key: {name: row | {"tau": row["tau_whole"]} for name, row in figures["datasets"].items()}
+        for key, figures in temperatures.items()
+    }
+    acceptance_plot(folder / "conditional_acceptance.png", by_set)
+    first = next(iter(by_set.values()))
+    if any(row["confidence"] for row in first.values()):
+        reliability_plot(folder / "reliability.png", {n: r["confidence"] for n, r in first.items() if r["confidence"]})
+    if any(row["thresholds"] for row in first.values()):
+        threshold_plot(folder / "threshold_sweep.png", {name: row["thresholds"] for name, row in first.items()})
+
+
+if __name__ == "__main__":
+    main()
