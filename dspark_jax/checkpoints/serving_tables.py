@@ -13,6 +13,7 @@ from dspark_jax.checkpoints.tensors import read_json, write_json
 from dspark_jax.errors import UserError
 
 STS_FILE, SPS_FILE = "sts.json", "sps.json"
+OWN_FIELDS = ("valid_for", "profile")  # what this project's own files say besides, for no server
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ def _plain(table: Any) -> dict[str, Any]:
 
 
 def _table(kind: type, content: Mapping[str, Any], path: Path) -> Any:
+    content = {name: value for name, value in content.items() if name not in OWN_FIELDS}
     names = {field.name for field in fields(kind)}
     unknown = sorted(set(content) - names)
     if unknown:

@@ -1,7 +1,7 @@
 """Confidences that mean what they say, and how well they do.
 
-In the loop a `Calibration` turns confidence logits into probabilities of acceptance; on the host temperatures are
-fitted (SPEC section 4) and measured by ECE, AUROC and Brier score of prefix survival.
+In the loop a `Calibration` turns confidence logits into probabilities of acceptance; on the host they are measured by
+ECE, AUROC and Brier score of prefix survival (SPEC section 4). Temperatures are fitted in `decoding.sts`.
 
 Axes: n proposals, R request slots, K block position. Survival is the cumulative product of confidences.
 """
@@ -134,16 +134,17 @@ class CalibrationMetrics:
 
 def prefix_survival(confidence_logits: np.ndarray, temperatures: np.ndarray | float = 1.0) -> np.ndarray:
     """Π_{i<=k} σ(z_i / t_i) in float64, [n, K]."""
-    return np.cumprod(_sigmoid(np.asarray(confidence_logits, np.float64) / temperatures), axis=1)
+    return np.cumprod(sigmoid(np.asarray(confidence_logits, np.float64) / temperatures), axis=1)
 
 
 def calibration_metrics(survival: np.ndarray, accepted: np.ndarray, observed: np.ndarray) -> CalibrationMetrics:
     """survival [n, K] in [0, 1]; accepted [n, K] 1 where the whole prefix was; observed [n, K] bool."""
-    columns = [_position(survival[m, k], accepted[m, k]) for k, m in enumerate(np.asarray(observed, bool).T)]
+    columns = [position_metrics(survival[m, k], accepted[m, k]) for k, m in enumerate(np.asarray(observed, bool).T)]
     return CalibrationMetrics(*(np.array(values, np.float64) for values in zip(*columns, strict=True)))
 
 
-def _position(predicted: np.ndarray, label: np.ndarray) -> tuple[float, float, float, float, float, float]:
+def position_metrics(predicted: np.ndarray, label: np.ndarray) -> tuple[float, float, float, float, float, float]:
+    """(ECE, AUROC, Brier, mean prediction, mean label, count) of one position."""
     if not len(predicted):
         return (np.nan,) * 5 + (0.0,)
     predicted = np.clip(np.asarray(predicted, np.float64), CLAMP, 1 - CLAMP)
@@ -171,39 +172,14 @@ def _auc(predicted: np.ndarray, label: np.ndarray) -> float:
     return float(np.sum(positive * (below + 0.5 * negative)) / (positive.sum() * negative.sum()))
 
 
-TEMPERATURES = np.exp(np.linspace(np.log(0.1), np.log(10.0), 121))
-
-
-def fit_temperatures(logits: np.ndarray, accepted: np.ndarray, observed: np.ndarray) -> np.ndarray:
-    """Sequential Temperature Scaling: float64 [K].
-
-    For k = 1..K in order, the t_k of a grid (a factor 10 either way) that minimises the ECE of the cumulative product,
-    earlier positions fixed; of temperatures within the ECE's own noise the one of least Brier score, since the ECE of
-    finite samples has many minima. A position without both outcomes keeps 1.
-
-    Args:
-      logits: [n, K] confidence logits.
-      accepted: [n, K] 1 where the whole prefix x_<=k was accepted.
-      observed: [n, K] bool, where x_k was verified.
-    """
-    temperatures = np.ones(logits.shape[1])
-    before = np.ones(len(logits))
-    for k in range(logits.shape[1]):
-        rows = np.asarray(observed[:, k], bool)
-        z, label, prefix = np.asarray(logits[rows, k], np.float64), accepted[rows, k], before[rows]
-        if len(label) and 0 < np.sum(label) < len(label):
-            scores = np.array([_fit_scores(prefix * _sigmoid(z / t), label) for t in TEMPERATURES])
-            noise = 0.5 * np.sqrt(ECE_BINS / len(label)) * 0.1
-            close = scores[:, 0] <= scores[:, 0].min() + noise
-            temperatures[k] = TEMPERATURES[np.argmin(np.where(close, scores[:, 1], np.inf))]
-        before = before * _sigmoid(np.asarray(logits[:, k], np.float64) / temperatures[k])
-    return temperatures
-
-
-def _fit_scores(predicted: np.ndarray, label: np.ndarray) -> tuple[float, float]:
-    ece, _, brier = _position(predicted, label)[:3]
-    return ece, brier
-
-
-def _sigmoid(z: np.ndarray) -> np.ndarray:
+def sigmoid(z: np.ndarray) -> np.ndarray:
+    """float64, on the host."""
     return 1.0 / (1.0 + np.exp(-z))
+
+
+def reliability(survival: np.ndarray, accepted: np.ndarray, observed: np.ndarray, bins: int = 10) -> list[list[float]]:
+    """[mean prediction, share accepted, count] of every bin of predicted survival that is not empty."""
+    predicted, label = survival[observed], accepted[observed]
+    place = np.minimum((predicted * bins).astype(int), bins - 1)
+    groups = [(predicted[place == b], label[place == b]) for b in range(bins) if np.any(place == b)]
+    return [[float(np.mean(p)), float(np.mean(a)), float(len(p))] for p, a in groups]

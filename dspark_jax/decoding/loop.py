@@ -17,7 +17,7 @@ from jaxtyping import Array
 
 from dspark_jax.decoding.acceptance import AcceptanceRule, RejectionSampling, first_stop
 from dspark_jax.decoding.occupancy import Occupancy, ScheduleTables, round_costs
-from dspark_jax.decoding.sampling import DRAFT, RESIDUAL, SamplingParams, draw_token, sampling_law, uniforms
+from dspark_jax.decoding.sampling import DRAFT, RESIDUAL, SamplingParams, draw, draw_token, sampling_law, uniforms
 from dspark_jax.decoding.scheduler import Fixed, PolicyState, RoundView, VerifyPolicy
 from dspark_jax.decoding.state import DecodeState, RoundCounters, RoundRecord, empty_counters
 from dspark_jax.drafters.protocol import Drafter, DraftOutput, SharedTables
@@ -80,13 +80,11 @@ class DecodeLoop:
             return state
         rules = ShardingRules() if self.requests % self.mesh.size == 0 else ShardingRules(batch=None)
         spec, whole = NamedSharding(self.mesh, rules.spec(["batch"])), replicated(self.mesh)
-
-        def place(tree: Any, sharding: NamedSharding) -> Any:
-            return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, sharding), tree)
-
-        policy = PolicyState(place(state.policy.slots, spec), place(state.policy.shared, whole))
-        bare = place(replace(state, policy=(), predicted_seconds=()), spec)
-        return replace(bare, policy=policy, predicted_seconds=place(state.predicted_seconds, whole))
+        shardings: Any = jax.tree.map(lambda _: spec, state)
+        shared = jax.tree.map(lambda _: whole, state.policy.shared)
+        policy = shardings.policy._replace(shared=shared)
+        shardings = replace(shardings, policy=policy, predicted_seconds=whole)
+        return jax.lax.with_sharding_constraint(state, shardings)
 
     def models(self, params: LoopParams) -> tuple[TargetModel, Drafter | None]:
         target = nnx.merge(self.target, params.target)
@@ -122,7 +120,7 @@ class DecodeLoop:
         starts = state.length - 1
         anchors = jnp.take_along_axis(state.tokens, starts[:, None], axis=1)[:, 0]
         view, policy = self._view(params, state, occupancy)
-        draft = self._draft(target, drafter, state, anchors, starts, view.drafted)
+        draft = self.draft(target, drafter, state, anchors, starts, view.drafted)
         view = view._replace(confidence=draft.confidence)
         lengths, policy = self._schedule(view, policy)
         block = jnp.concatenate([anchors[:, None], draft.tokens], axis=1)
@@ -166,7 +164,7 @@ class DecodeLoop:
             predicted += costs.of(bucket) + jnp.where(jnp.any(drafted), costs.drafting, 0.0)
         return replace(state, counters=counters, policy=policy, predicted_seconds=predicted)
 
-    def _draft(
+    def draft(
         self,
         target: TargetModel,
         drafter: Drafter | None,
@@ -180,8 +178,7 @@ class DecodeLoop:
             return DraftOutput(empty, jnp.zeros((self.requests, 0, 1), jnp.float32), None)
 
         def sample(logits: Array, offset: int) -> tuple[Array, Array]:
-            law = sampling_law(logits, state.sampling)
-            return draw_token(law, state.keys, starts, offset, DRAFT, state.sampling), law
+            return draw(logits, state.keys, starts, offset, DRAFT, state.sampling)
 
         shared = shared_tables(target)
 
