@@ -120,6 +120,7 @@ def test_greedy_generation_plain_and_speculative(tmp_path: Path, name: str) -> N
     )  # fmt: skip
     rows = [row[: 3 + 7 * i].tolist() for i, row in enumerate(tokens(3))]
     expected = [torch_greedy(model, row, 16) for row in rows]
-    for drafter in (None, new_drafter("fresh", config, jax.random.key(1))):
-        found = generate(target, drafter, [Request(row) for row in rows], DecodeConfig(max_new_tokens=16, slots=2))
+    for drafter, width in ((None, 1), (new_drafter("fresh", config, jax.random.key(1)), 4)):
+        decode = DecodeConfig(max_new_tokens=16, slots=2, buckets=(2 * width,))
+        found = generate(target, drafter, [Request(row) for row in rows], decode)
         assert [list(generation.tokens) for generation in found] == expected

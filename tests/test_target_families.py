@@ -101,6 +101,12 @@ def test_layers_have_sizes_of_their_own() -> None:
     assert sparse.experts == ExpertsConfig(count=8, per_token=2, intermediate_size=16, normalise=True)
 
 
+def test_multimodal_files_say_outside_whether_the_head_is_tied() -> None:
+    whole = multimodal(GEMMA, "gemma4")
+    assert TargetConfig.from_hf_dict(whole).tie_word_embeddings
+    assert not TargetConfig.from_hf_dict(whole | {"tie_word_embeddings": False}).tie_word_embeddings
+
+
 def test_proportional_rope_turns_a_part_of_the_head() -> None:
     frequencies, factor = TargetConfig.from_hf_dict(GEMMA).layers[1].rope.inverse_frequencies(16)
     expected = [5e4 ** (-2 * i / 16) for i in range(4)] + [0.0] * 4

@@ -29,8 +29,8 @@ class TargetKind:
     def read(self, config: Mapping[str, Any]) -> TargetConfig:
         """UserError naming the field when one is missing or asks for what is not implemented."""
         fields = dict(text_config(config))
-        if "dtype" in config and "dtype" not in fields:  # multimodal files may state it once, outside
-            fields["dtype"] = config["dtype"]
+        # What multimodal files state outside counts: the head belongs to the outer model, the dtype to all parts.
+        fields |= {name: config[name] for name in ("dtype", "tie_word_embeddings") if config.get(name) is not None}
         try:
             return self.read_fields(fields)
         except KeyError as missing:
