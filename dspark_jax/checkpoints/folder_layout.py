@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from dspark_jax.drafters.config import drafter_family
+from dspark_jax.drafters.registry import kind_name
 from dspark_jax.errors import UserError
 from dspark_jax.targets.config import TargetConfig
 from dspark_jax.targets.target import Target
@@ -42,14 +43,6 @@ class FolderLayout(Protocol):
     def frozen(self, native: Config) -> tuple[str, ...]:
         """Which copies of the target's tables its readers expect."""
         ...
-
-
-def kind_name(native: Config) -> str:
-    """ "dspark", "dflash" (a DSpark model without heads, golden/NOTES 13), "eagle3", or another kind's architecture."""
-    architecture = str((native.get("architectures") or ["?"])[0]).removeprefix("Qwen3").removeprefix("Gemma4")
-    if architecture == "DSparkModel":
-        return "dspark" if native.get("markov_rank") or native.get("enable_confidence_head") else "dflash"
-    return {"Eagle3Model": "eagle3"}.get(architecture, architecture)
 
 
 def require_kind(native: Config, layout: str) -> str:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dspark_jax.checkpoints.folder_layout import Config, FolderLayout, kind_name
+from dspark_jax.checkpoints.folder_layout import Config, FolderLayout
 from dspark_jax.checkpoints.tensors import read_json, write_json
+from dspark_jax.drafters.registry import kind_name
 from dspark_jax.errors import UserError
 from dspark_jax.targets.target import Target
 
