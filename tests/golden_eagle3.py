@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from dspark_jax.checkpoints.deepspec import drafter_tensor_map, load_drafter, shared_tables
+from dspark_jax.checkpoints.deepspec import drafter_tensor_map
+from dspark_jax.checkpoints.drafters import load_drafter, shared_tables
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.checkpoints.tensors import stored_tensors
-from dspark_jax.decoding.engine import DecodeConfig
+from dspark_jax.decoding.requests import DecodeConfig
 from dspark_jax.drafters.paired import shift_left
 from dspark_jax.drafters.registry import LoadedDrafter
 from dspark_jax.targets.attention import Causal, prefix_mask
