@@ -1,4 +1,4 @@
-"""Training batches from a feature source; the order is a pure function of (seed, step).
+"""Training batches from a source of samples; the order is a pure function of (seed, step).
 
 Epoch after epoch the samples are shuffled globally and laid end to end; step s takes positions [s*B, (s+1)*B) and each
 host its slice of them. So the pipeline's whole state is the step: it survives a kill, and a change of the number of
@@ -16,7 +16,7 @@ import numpy as np
 
 from dspark_jax.data.deepspec_cache import DeepSpecCache
 from dspark_jax.data.manifest import FORMAT, read_manifest
-from dspark_jax.data.records import FeatureSource, Sample
+from dspark_jax.data.records import TokenSample, TokenSource
 from dspark_jax.data.target_cache import TargetCache
 from dspark_jax.errors import UserError
 
@@ -44,25 +44,23 @@ def length_buckets(max_length: int, smallest: int = 128) -> tuple[int, ...]:
     return tuple(sorted(buckets))
 
 
-def pad_batch(samples: Sequence[Sample], length: int) -> Batch:
+def pad_batch(samples: Sequence[TokenSample], length: int) -> Batch:
     """Rows padded at the right with zeros to `length` >= the longest.
 
     Returns:
-        input_ids int32 [B, T], loss_mask uint8 [B, T], features [B, T, m*D], last_hidden [B, T, D] in the cache's
-        dtype, lengths int32 [B], sample_ids int64 [B].
+        input_ids int32 [B, T], loss_mask uint8 [B, T], lengths int32 [B], sample_ids int64: of every conversation, row
+        after row. Of packed rows segments int32 [B, T], 0 in the padding. Where the source has states features
+        [B, T, m*D], last_hidden [B, T, D] and, with codes, scales [B, T, m+1], as the cache stores them.
     """
-    rows, first = len(samples), samples[0]
     batch: Batch = {
-        "input_ids": np.zeros((rows, length), np.int32),
-        "loss_mask": np.zeros((rows, length), np.uint8),
-        "features": np.zeros((rows, length, first.features.shape[1]), first.features.dtype),
-        "last_hidden": np.zeros((rows, length, first.last_hidden.shape[1]), first.last_hidden.dtype),
-        "lengths": np.array([len(s.input_ids) for s in samples], np.int32),
-        "sample_ids": np.array([s.sample_id for s in samples], np.int64),
+        name: np.zeros((len(samples), length, *array.shape[1:]), array.dtype)
+        for name, array in samples[0].arrays().items()
     }
     for row, sample in enumerate(samples):
-        for name in ("input_ids", "loss_mask", "features", "last_hidden"):
-            batch[name][row, : len(sample.input_ids)] = getattr(sample, name)
+        for name, array in sample.arrays().items():
+            batch[name][row, : len(array)] = array
+    batch["lengths"] = np.array([len(s.input_ids) for s in samples], np.int32)
+    batch["sample_ids"] = np.array([name for s in samples for name in s.members or (s.sample_id,)], np.int64)
     return batch
 
 
@@ -80,7 +78,7 @@ class Batches:
         UserError: an empty source, a sample longer than the largest bucket, rows that do not divide by the hosts.
     """
 
-    source: FeatureSource
+    source: TokenSource
     global_batch: int
     seed: int
     buckets: tuple[int, ...]

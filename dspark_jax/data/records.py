@@ -7,18 +7,16 @@ import dataclasses
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol, Self
 
-import ml_dtypes
 import numpy as np
 import xxhash
 
+from dspark_jax.data.codecs import CODECS, Codec, decode_states, encode_states
 from dspark_jax.errors import UserError
 
 LAYER_CONVENTION = "output of decoder layer i, -1 = embeddings"
-_DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
-_DTYPE_CODES = {"bfloat16": 1, "float32": 2}
 
 _MAGIC = b"DSTC"
 _VERSION = 1
@@ -44,7 +42,7 @@ class CacheSpec:
         max_length: samples were cut at their end to so many tokens.
         min_loss_tokens: samples with fewer supervised tokens after the cut were dropped.
         num_sources: conversations the cache is built from, dropped ones included.
-        dtype: of features and last hidden states, "bfloat16" or "float32".
+        dtype: how features and last hidden states are stored, a name in `codecs.CODECS`.
         sources_sha256: hash of the conversations, so that a changed file is not continued; None where not recorded.
     """
 
@@ -67,12 +65,22 @@ class CacheSpec:
             raise UserError(
                 f"layer_ids are {list(ids)}, expected at least one, strictly increasing, from -1 (embeddings) on."
             )
-        if self.dtype not in _DTYPES:
-            raise UserError(f"dtype is {self.dtype!r}, expected one of {', '.join(_DTYPES)}.")
+        if self.dtype not in CODECS:
+            raise UserError(f"dtype is {self.dtype!r}, expected one of {', '.join(CODECS)}.")
+
+    @property
+    def codec(self) -> Codec:
+        return CODECS[self.dtype]
 
     @property
     def numpy_dtype(self) -> np.dtype:
-        return _DTYPES[self.dtype]
+        """Of the stored states or codes."""
+        return self.codec.dtype
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token in a record: 5 for id and mask, then (m + 1) D states or codes, and m + 1 scales of 4."""
+        return sum(dtype.itemsize * width for dtype, width in _layout(self))
 
     @property
     def feature_size(self) -> int:
@@ -95,29 +103,57 @@ class CacheSpec:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One conversation with the target's hidden states.
+class TokenSample:
+    """One conversation, or several in one row, as token ids.
 
     Attributes:
-        sample_id: index of its source conversation (dense numbers in a DeepSpec cache).
+        sample_id: index of its source conversation (dense numbers in a DeepSpec cache); of a packed row: its number.
         input_ids: int32 [T].
         loss_mask: uint8 [T].
-        features: [T, m*D], the tapped layers concatenated in the order of `CacheSpec.layer_ids`.
-        last_hidden: [T, D], after the target's final norm.
+        segments: int32 [T] of a packed row: 1, 2, ... for one conversation after the other.
+        members: sample ids of a packed row's conversations.
     """
 
     sample_id: int
     input_ids: np.ndarray
     loss_mask: np.ndarray
+    segments: np.ndarray | None = field(default=None, kw_only=True)
+    members: tuple[int, ...] = field(default=(), kw_only=True)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Every array of the sample by its name; all have the tokens as their first axis."""
+        named = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: value for name, value in named.items() if isinstance(value, np.ndarray)}
+
+    def cut(self, end: int) -> Self:
+        """The first `end` tokens."""
+        changes: dict[str, Any] = {name: array[:end] for name, array in self.arrays().items()}
+        return dataclasses.replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Sample(TokenSample):
+    """One conversation with the target's hidden states, or their codes.
+
+    Attributes:
+        features: [T, m*D], the tapped layers concatenated in the order of `CacheSpec.layer_ids`.
+        last_hidden: [T, D], after the target's final norm.
+        scales: float32 [T, m+1] where both are codes (`codecs.encode_states`), else None.
+    """
+
     features: np.ndarray
     last_hidden: np.ndarray
+    scales: np.ndarray | None = None
+
+    def decoded(self, dtype: Any = np.float32) -> Self:
+        """The sample with states in place of codes."""
+        if self.scales is None:
+            return self
+        return dataclasses.replace(self, **decode_states(self.arrays(), dtype), scales=None)
 
 
-class FeatureSource(Protocol):
+class TokenSource(Protocol):
     """Random access to samples, from any storage; reading must be safe from several threads."""
-
-    @property
-    def spec(self) -> CacheSpec: ...
 
     @property
     def lengths(self) -> np.ndarray:
@@ -126,34 +162,48 @@ class FeatureSource(Protocol):
 
     def __len__(self) -> int: ...
 
+    def __getitem__(self, index: int) -> TokenSample: ...
+
+
+class FeatureSource(TokenSource, Protocol):
+    """A source whose samples have the target's states."""
+
+    @property
+    def spec(self) -> CacheSpec: ...
+
     def __getitem__(self, index: int) -> Sample: ...
 
 
 def convert(sample: Sample, spec: CacheSpec) -> Sample:
-    """The sample in the cache's dtypes, its shapes checked (ValueError): what is written is what will be read."""
-    converted = Sample(
+    """The sample as the cache stores it, its shapes checked (ValueError): what is written is what will be read. States
+    are encoded; codes with their scales are taken as they are."""
+    coded = sample.scales is not None
+    if coded and (not spec.codec.scaled or sample.features.dtype != spec.numpy_dtype):
+        raise ValueError(f"sample {sample.sample_id} has codes of {sample.features.dtype}, the cache is {spec.dtype}")
+    length = len(sample.input_ids)
+    shapes = (length, length, (length, spec.feature_size), (length, spec.hidden_size))
+    found = (len(sample.input_ids), len(sample.loss_mask), np.shape(sample.features), np.shape(sample.last_hidden))
+    if found != shapes or (coded and np.shape(sample.scales) != (length, len(spec.layer_ids) + 1)):
+        raise ValueError(f"sample {sample.sample_id} has the shapes {found}, expected {shapes}")
+    states = sample.features, sample.last_hidden
+    stored = sample.arrays() if coded else encode_states(*map(np.asarray, states), spec.codec)
+    scales = stored.get("scales")
+    return Sample(
         int(sample.sample_id),
         np.ascontiguousarray(sample.input_ids, np.dtype("<i4")),
         np.ascontiguousarray(sample.loss_mask, np.uint8),
-        np.ascontiguousarray(np.asarray(sample.features).astype(spec.numpy_dtype, copy=False)),
-        np.ascontiguousarray(np.asarray(sample.last_hidden).astype(spec.numpy_dtype, copy=False)),
+        np.ascontiguousarray(stored["features"]),
+        np.ascontiguousarray(stored["last_hidden"]),
+        None if scales is None else np.ascontiguousarray(scales, np.dtype("<f4")),
     )
-    length = len(converted.input_ids)
-    shapes = ((length,), (length,), (length, spec.feature_size), (length, spec.hidden_size))
-    found = tuple(
-        a.shape for a in (converted.input_ids, converted.loss_mask, converted.features, converted.last_hidden)
-    )
-    if found != shapes:
-        raise ValueError(f"sample {sample.sample_id} has the shapes {found}, expected {shapes}")
-    return converted
 
 
 def encode_record(sample: Sample, spec: CacheSpec) -> bytes:
-    """Header, int32 ids [T], uint8 loss mask [T], features [T, m*D], last hidden [T, D]; packed, little-endian."""
-    sample = convert(sample, spec)
-    arrays = (sample.input_ids, sample.loss_mask, sample.features, sample.last_hidden)
-    shape = (len(sample.input_ids), len(spec.layer_ids), spec.hidden_size)
-    header = _HEADER.pack(_MAGIC, _VERSION, _DTYPE_CODES[spec.dtype], *shape, 0, sample.sample_id)
+    """Header, int32 ids [T], uint8 loss mask [T], features [T, m*D], last hidden [T, D], float32 scales [T, m+1] where
+    the codec has them; packed, little-endian."""
+    arrays = list(convert(sample, spec).arrays().values())
+    shape = (len(arrays[0]), len(spec.layer_ids), spec.hidden_size)
+    header = _HEADER.pack(_MAGIC, _VERSION, spec.codec.code, *shape, 0, int(sample.sample_id))
     payload = [array.reshape(-1).view(np.uint8).data for array in arrays]
     return b"".join([header, _HASH.pack(_checksum(header, *payload)), *payload])
 
@@ -170,7 +220,7 @@ def decode_record(record: bytes, spec: CacheSpec) -> Sample:
     magic, version, code, length, layers, hidden, _, sample_id = _HEADER.unpack_from(record)
     if (magic, version) != (_MAGIC, _VERSION):
         raise ValueError(f"its header starts with {magic!r} version {version}, expected {_MAGIC!r} version {_VERSION}")
-    if (code, layers, hidden) != (_DTYPE_CODES[spec.dtype], len(spec.layer_ids), spec.hidden_size):
+    if (code, layers, hidden) != (spec.codec.code, len(spec.layer_ids), spec.hidden_size):
         raise ValueError(f"its header says dtype {code}, {layers} layers, hidden size {hidden}, unlike the manifest")
     if len(record) != record_bytes(length, spec):
         raise ValueError(f"it has {len(record)} bytes, expected {record_bytes(length, spec)} for {length} tokens")
@@ -182,21 +232,19 @@ def decode_record(record: bytes, spec: CacheSpec) -> Sample:
     for dtype, width in _layout(spec):
         arrays.append(np.frombuffer(record, dtype, length * width, offset))
         offset += length * width * dtype.itemsize
-    ids, mask, features, last_hidden = arrays
-    features = features.reshape(length, spec.feature_size)
-    return Sample(sample_id, ids, mask, features, last_hidden.reshape(length, spec.hidden_size))
+    ids, mask, *states = arrays
+    widths = [width for _, width in _layout(spec)[2:]]
+    return Sample(sample_id, ids, mask, *(a.reshape(length, w) for a, w in zip(states, widths, strict=True)))
 
 
 def record_bytes(length: int, spec: CacheSpec) -> int:
     """Bytes of the record of a sample with `length` tokens."""
-    return _START + length * sum(dtype.itemsize * width for dtype, width in _layout(spec))
+    return _START + length * spec.token_bytes
 
 
 def estimate_bytes(total_tokens: int, samples: int, spec: CacheSpec, max_shard_bytes: int) -> int:
     """Bytes on disk of a cache of so many tokens in so many samples: an upper bound, closer than 1 % for real sizes."""
-    payload = samples * (record_bytes(0, spec) + _RECORD_OVERHEAD) + total_tokens * (
-        record_bytes(1, spec) - record_bytes(0, spec)
-    )
+    payload = samples * (record_bytes(0, spec) + _RECORD_OVERHEAD) + total_tokens * spec.token_bytes
     shards = math.ceil(payload / max_shard_bytes)
     return payload + shards * (
         192 * 1024 + 512
@@ -224,8 +272,9 @@ def require_match(spec: CacheSpec, where: str, expected: Mapping[str, Any]) -> N
 
 
 def _layout(spec: CacheSpec) -> tuple[tuple[np.dtype, int], ...]:
-    dtype = spec.numpy_dtype
-    return ((np.dtype("<i4"), 1), (np.dtype(np.uint8), 1), (dtype, spec.feature_size), (dtype, spec.hidden_size))
+    dtype, scales = spec.numpy_dtype, ((np.dtype("<f4"), len(spec.layer_ids) + 1),)
+    states = ((np.dtype("<i4"), 1), (np.dtype(np.uint8), 1), (dtype, spec.feature_size), (dtype, spec.hidden_size))
+    return states + scales if spec.codec.scaled else states
 
 
 def _checksum(*parts: bytes | memoryview) -> int:

@@ -1,22 +1,25 @@
-"""Views of a feature source that read like one themselves."""
+"""Views of a source of samples that read like one themselves."""
 
-from dataclasses import dataclass
+import bisect
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 
-from dspark_jax.data.records import CacheSpec, FeatureSource, Sample
+from dspark_jax.data.records import CacheSpec, FeatureSource, Sample, TokenSample, TokenSource
+from dspark_jax.errors import UserError
+
+Row = TypeVar("Row", bound=TokenSample)
 
 
 @dataclass(frozen=True)
 class Truncated:
     """`source` with every sample cut at its end to `max_length` tokens; no shorter one is touched."""
 
-    source: FeatureSource
+    source: TokenSource
     max_length: int
-
-    @property
-    def spec(self) -> CacheSpec:
-        return self.source.spec
 
     @property
     def lengths(self) -> np.ndarray:
@@ -25,12 +28,129 @@ class Truncated:
     def __len__(self) -> int:
         return len(self.source)
 
+    def __getitem__(self, index: int) -> TokenSample:
+        return self.source[index].cut(self.max_length)
+
+
+@dataclass(frozen=True)
+class Tapped:
+    """`source` with the features of some of its layers alone; UserError when it does not hold one of them."""
+
+    source: FeatureSource
+    layer_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        missing = [layer for layer in self.layer_ids if layer not in self.source.spec.layer_ids]
+        if missing:
+            raise UserError(
+                f"The cache holds features of the layers {list(self.source.spec.layer_ids)}, not of layer "
+                f"{missing[0]}; build one with it."
+            )
+
+    @property
+    def spec(self) -> CacheSpec:
+        return dataclasses.replace(self.source.spec, layer_ids=self.layer_ids)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.source.lengths
+
+    def __len__(self) -> int:
+        return len(self.source)
+
     def __getitem__(self, index: int) -> Sample:
-        sample, end = self.source[index], self.max_length
-        return Sample(
-            sample.sample_id,
-            sample.input_ids[:end],
-            sample.loss_mask[:end],
-            sample.features[:end],
-            sample.last_hidden[:end],
-        )
+        sample, size = self.source[index], self.source.spec.hidden_size
+        places = [self.source.spec.layer_ids.index(layer) for layer in self.layer_ids]
+        features = np.concatenate([sample.features[:, at * size : (at + 1) * size] for at in places], axis=1)
+        scales = None if sample.scales is None else sample.scales[:, [*places, -1]]
+        return dataclasses.replace(sample, features=features, scales=scales)
+
+
+@dataclass(frozen=True)
+class Reordered:
+    """Sample i is `source[order[i]]` under the sample id names[i]."""
+
+    source: TokenSource
+    order: np.ndarray
+    names: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.source.lengths[self.order]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> TokenSample:
+        return dataclasses.replace(self.source[int(self.order[index])], sample_id=int(self.names[index]))
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Rows of at most `length` tokens with several samples of `source` each, in `segments` of their own.
+
+    Which samples share a row follows from their lengths alone, so the rows are the same in every epoch and on every
+    host, and only their order changes.
+
+    Attributes:
+        rows: the samples of every row, in order.
+    """
+
+    source: TokenSource
+    length: int
+    rows: tuple[tuple[int, ...], ...] = field(init=False, repr=False)
+    _lengths: np.ndarray = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        lengths = self.source.lengths
+        rows = tuple(map(tuple, pack(lengths, self.length)))
+        object.__setattr__(self, "rows", rows)
+        object.__setattr__(self, "_lengths", np.array([lengths[list(row)].sum() for row in rows], np.int64))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [len(self)], tokens of every row."""
+        return self._lengths
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> TokenSample:
+        return join(index, [self.source[member] for member in self.rows[index]])
+
+
+def join(name: int, samples: Sequence[Row]) -> Row:
+    """One row with the samples one after the other."""
+    parts = [sample.arrays() for sample in samples]
+    changes: dict[str, Any] = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    sizes = [len(sample.input_ids) for sample in samples]
+    changes["segments"] = np.repeat(np.arange(1, len(samples) + 1, dtype=np.int32), sizes)
+    changes["members"] = tuple(sample.sample_id for sample in samples)
+    return dataclasses.replace(samples[0], sample_id=name, **changes)
+
+
+def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
+    """Indices in rows whose lengths add up to at most `capacity`: from the longest down, each into the row with the
+    least room that takes it (best fit decreasing). ValueError for a length above the capacity."""
+    if len(lengths) and int(lengths.max()) > capacity:
+        raise ValueError(f"a length of {lengths.max()} does not fit a row of {capacity}")
+    rows: list[list[int]] = []
+    room: list[int] = []  # the different amounts of room that rows have left, ascending
+    having: dict[int, list[int]] = {}  # the rows of every such amount
+    for index in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[index])
+        at = bisect.bisect_left(room, length)
+        if at == len(room):
+            left, row = capacity, len(rows)
+            rows.append([])
+        else:
+            left = room[at]
+            row = having[left].pop()
+            if not having[left]:
+                del having[left], room[at]
+        rows[row].append(index)
+        left -= length
+        if left not in having:
+            bisect.insort(room, left)
+        having.setdefault(left, []).append(row)
+    return rows

@@ -52,12 +52,20 @@ class Backbone(nnx.Module):
         return tuple(layer.attention.keys_values(hidden, rope) for layer, rope in zip(self.layers, ropes, strict=True))
 
     def __call__(
-        self, x: Float[Array, "b n k d"], anchors: Int[Array, "b n"], context: Sequence[KeysValues]
+        self,
+        x: Float[Array, "b n k d"],
+        anchors: Int[Array, "b n"],
+        context: Sequence[KeysValues],
+        starts: Int[Array, "b n"] | None = None,
     ) -> Float[Array, "b n k d"]:
-        """h_k: block rows, at positions anchor + k, through layers and final norm; context [B, G, T, H] a layer."""
+        """h_k: block rows, at positions anchor + k, through layers and final norm; context [B, G, T, H] a layer.
+
+        `starts`: where in its row each anchor's sequence begins; None: each row is one sequence.
+        """
         x = x.astype(self.fc.weight_io.dtype)
-        ropes = layer_ropes(self.config, anchors[..., None] + jnp.arange(x.shape[2]))
-        allowed = prefix_mask(anchors, context[0].keys.shape[2], x.shape[2])
+        positions = anchors if starts is None else anchors - starts
+        ropes = layer_ropes(self.config, positions[..., None] + jnp.arange(x.shape[2]))
+        allowed = prefix_mask(anchors, context[0].keys.shape[2], x.shape[2], starts=starts)
         attend = BlocksOverContext(context, allowed)
         for layer, rope in zip(self.layers, ropes, strict=True):
             x, _ = layer(x, rope, attend)

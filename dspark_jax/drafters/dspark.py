@@ -15,6 +15,7 @@ from dspark_jax.drafters.backbone import Backbone
 from dspark_jax.drafters.config import DFlashConfig, DSparkConfig
 from dspark_jax.drafters.heads import ConfidenceHead, make_markov_head
 from dspark_jax.drafters.protocol import BlockOutput, DraftOutput, SampleFn, SharedTables
+from dspark_jax.targets.attention import segment_starts
 from dspark_jax.targets.kv_cache import KVCache, append_rows, empty_cache, head_major
 
 
@@ -73,33 +74,41 @@ class DSpark(nnx.Module):
         seen = jnp.stack(embeddings, axis=1) if embeddings else None
         return DraftOutput(jnp.stack(tokens, axis=1), jnp.stack(probs, axis=1), self._confidence(hidden, seen))
 
-    def context(self, taps: Float[Array, "b t md"]) -> KVCache:
-        """Context K/V of whole sequences, positions 0..T-1, head-major [B, G, T, H] a layer."""
+    def context(self, taps: Float[Array, "b t md"], segments: Int[Array, "b t"] | None = None) -> KVCache:
+        """Context K/V of whole rows, head-major [B, G, T, H] a layer; positions start at 0 in every segment."""
         positions = jnp.broadcast_to(jnp.arange(taps.shape[1]), taps.shape[:2])
+        if segments is not None:
+            positions = positions - segment_starts(segments)
         return tuple(head_major(layer) for layer in self.backbone.context(taps, positions))
 
-    def train_context(self, shared: SharedTables, taps: Float[Array, "b t md"], tokens: Int[Array, "b t"]) -> KVCache:
-        return self.context(taps)
+    def train_context(
+        self, shared: SharedTables, taps: Float[Array, "b t md"], tokens: Int[Array, "b t"],
+        segments: Int[Array, "b t"] | None = None,
+    ) -> KVCache:  # fmt: skip
+        return self.context(taps, segments)
 
     def train_outputs(
-        self, shared: SharedTables, context: KVCache, previous: Int[Array, "b n k"], anchors: Int[Array, "b n"]
-    ) -> BlockOutput:
+        self, shared: SharedTables, context: KVCache, previous: Int[Array, "b n k"], anchors: Int[Array, "b n"],
+        starts: Int[Array, "b n"] | None = None,
+    ) -> BlockOutput:  # fmt: skip
         """Blocks at positions `anchors`, each seeing context before its anchor only.
 
         previous: x_{k-1} of every position; previous[..., 0] is the anchor's token.
         """
-        hidden = self._block_hidden(shared, context, previous[..., 0], anchors)
+        hidden = self._block_hidden(shared, context, previous[..., 0], anchors, starts)
         logits, embeddings = shared.logits(hidden), None
         if self.markov_head is not None:
             embeddings = self.markov_head.embed(previous)
             logits = logits + self.markov_head.bias(self.markov_head.teacher_forced(embeddings, hidden))
         return BlockOutput(hidden, logits, self._confidence(hidden, embeddings))
 
-    def _block_hidden(self, shared: SharedTables, context: KVCache, tokens: Array, anchors: Array) -> Array:
+    def _block_hidden(
+        self, shared: SharedTables, context: KVCache, tokens: Array, anchors: Array, starts: Array | None = None
+    ) -> Array:
         count = self.block_size if self.config.sample_from_anchor else self.block_size + 1
         masks = jnp.full((*tokens.shape, count - 1), self.config.mask_token_id, tokens.dtype)
         inputs = jnp.concatenate([tokens[..., None], masks], axis=-1)
-        return self.backbone(shared.rows(inputs), anchors, context)[..., count - self.block_size :, :]
+        return self.backbone(shared.rows(inputs), anchors, context, starts)[..., count - self.block_size :, :]
 
     def _confidence(self, hidden: Array, embeddings: Array | None) -> Array | None:
         if self.confidence_head is None:

@@ -18,7 +18,7 @@ from dspark_jax.drafters.heads import Linear
 from dspark_jax.drafters.paired import OwnRows, PairedRows, PairedState, shift_left
 from dspark_jax.drafters.protocol import DraftOutput, SampleFn, SharedTables
 from dspark_jax.errors import UserError
-from dspark_jax.targets.attention import Attend, KeysValues
+from dspark_jax.targets.attention import Attend, KeysValues, segment_starts
 from dspark_jax.targets.kv_cache import head_major
 from dspark_jax.targets.registry import layer_class
 
@@ -114,30 +114,36 @@ class Eagle3(PairedRows):
         return DraftOutput(jnp.stack(tokens, axis=1), jnp.stack(laws, axis=1), None)
 
     def train_outputs(
-        self, shared: SharedTables, taps: Float[Array, "b t md"], tokens: Int[Array, "b t"]
-    ) -> Float[Array, "s b t d"]:
+        self, shared: SharedTables, taps: Float[Array, "b t md"], tokens: Int[Array, "b t"],
+        segments: Int[Array, "b t"] | None = None,
+    ) -> Float[Array, "s b t d"]:  # fmt: skip
         """The training-time test: hidden states of S = K steps, before the final norm.
 
         Step s at t has seen token t + 1 + s at position t + s, step 0's rows <= t and its own of the steps between
-        (golden/NOTES 47, 48). Rows whose tokens lie behind a sequence's end are junk that the loss masks.
+        (golden/NOTES 47, 48). Rows whose tokens lie behind a sequence's end are junk that the loss masks. `segments`
+        are the numbers of packed rows' sequences.
         """
         hidden = self.fuse(taps)
         limits = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        context = head_major(self.keys_values(shared, hidden, shift_left(tokens, 1), limits))
+        starts = None if segments is None else segment_starts(segments)
+        positions = limits if starts is None else limits - starts
+        context = head_major(self.keys_values(shared, hidden, shift_left(tokens, 1), positions))
         rows: tuple[KeysValues, ...] = ()
         out = []
         for s in range(self.block_size):
             run = jax.checkpoint(partial(self._rollout_step, shared, s))
-            hidden, kv = run(hidden, tokens, limits, context, rows)
+            hidden, kv = run(hidden, tokens, limits, context, rows, starts)
             rows = (*rows, kv)
             out.append(hidden)
         return jnp.stack(out)
 
     def _rollout_step(
         self, shared: SharedTables, s: int, hidden: Array, tokens: Array, limits: Array, context: KeysValues,
-        rows: tuple[KeysValues, ...],
+        rows: tuple[KeysValues, ...], starts: Array | None,
     ) -> tuple[Array, KeysValues]:  # fmt: skip
-        return self.step(shared, hidden, shift_left(tokens, s + 1), limits + s, OwnRows(context, limits, rows))
+        positions = limits + s if starts is None else limits + s - starts
+        attend = OwnRows(context, limits, rows, starts)
+        return self.step(shared, hidden, shift_left(tokens, s + 1), positions, attend)
 
     def _joined(self, shared: SharedTables, hidden: Array, tokens: Array) -> Array:
         layer, embedded = self.layers[0], shared.rows(tokens).astype(hidden.dtype)

@@ -19,7 +19,7 @@ from dspark_jax.drafters.heads import Linear
 from dspark_jax.drafters.paired import OwnRows, PairedRows, PairedState, shift_left
 from dspark_jax.drafters.protocol import BlockOutput, DraftOutput, SampleFn, SharedTables
 from dspark_jax.errors import UserError
-from dspark_jax.targets.attention import Causal, KeysValues
+from dspark_jax.targets.attention import Causal, KeysValues, segment_starts
 from dspark_jax.targets.registry import layer_class
 
 
@@ -91,17 +91,22 @@ class MTP(PairedRows):
         return DraftOutput(tokens[:, None], law[:, None], None)
 
     def train_context(
-        self, shared: SharedTables, taps: Float[Array, "b t d"], tokens: Int[Array, "b t"]
-    ) -> Float[Array, "b t d"]:
-        """Final-normed row t - 1 at t, where an anchor at t looks for it; zeros, a uniform law, at t = 0."""
+        self, shared: SharedTables, taps: Float[Array, "b t d"], tokens: Int[Array, "b t"],
+        segments: Int[Array, "b t"] | None = None,
+    ) -> Float[Array, "b t d"]:  # fmt: skip
+        """Final-normed row t - 1 at t, where an anchor at t looks for it; zeros, a uniform law, where a sequence
+        begins. A sequence's last row, which has the next one's token, is looked at by no anchor."""
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        if segments is not None:
+            positions = positions - segment_starts(segments)
         x = self._rows(shared, self.fuse(taps), shift_left(tokens, 1))
-        x, _ = self.layers[0](x, self.rope(positions), Causal())
-        return jnp.pad(self.norm(x), ((0, 0), (1, 0), (0, 0)))[:, :-1]
+        x, _ = self.layers[0](x, self.rope(positions), Causal(segments))
+        before = jnp.pad(self.norm(x), ((0, 0), (1, 0), (0, 0)))[:, :-1]
+        return before if segments is None else jnp.where(positions[..., None] > 0, before, 0)
 
     def train_outputs(
         self, shared: SharedTables, context: Float[Array, "b t d"], previous: Int[Array, "b n k"],
-        anchors: Int[Array, "b n"],
+        anchors: Int[Array, "b n"], starts: Int[Array, "b n"] | None = None,
     ) -> BlockOutput:  # fmt: skip
         hidden = jnp.take_along_axis(context, anchors[..., None], axis=1)[:, :, None]
         return BlockOutput(hidden, shared.logits(hidden), None)

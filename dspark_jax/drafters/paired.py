@@ -33,7 +33,8 @@ class PairedState(NamedTuple):
 
 @dataclass(frozen=True)
 class OwnRows:
-    """Query row n, at the request's position limits[n], sees `prefix` rows < limits[n], its `earlier` rows and itself.
+    """Query row n, at the request's position limits[n], sees `prefix` rows < limits[n], its `earlier` rows and itself;
+    of packed rows, none before starts[n].
 
     `earlier` are rows [B, N, G, H] of the same query's former steps. `query_chunk` bounds the float32 scores to
     [B, Q, query_chunk, T].
@@ -42,19 +43,20 @@ class OwnRows:
     prefix: KeysValues
     limits: Int[Array, "b n"]
     earlier: Sequence[KeysValues] = ()
+    starts: Int[Array, "b n"] | None = None
     query_chunk: int = 512
 
     def __call__(self, layer: int, q: Array, k: Array, v: Array, *, scale: float, window: int | None) -> Array:
         rows = [*self.earlier, KeysValues(k, v)]
         block = KeysValues(jnp.stack([r.keys for r in rows], 2), jnp.stack([r.values for r in rows], 2))
 
-        def attend(part: tuple[Array, KeysValues, Array]) -> Array:
-            queries, own, limits = part
-            allowed = prefix_mask(limits, self.prefix.keys.shape[2], 1)
+        def attend(part: tuple[Array, KeysValues, Array, Array | None]) -> Array:
+            queries, own, limits, starts = part
+            allowed = prefix_mask(limits, self.prefix.keys.shape[2], 1, starts=starts)
             return prefix_block_attention(queries[:, :, None], own, self.prefix, allowed, None, scale=scale)[:, :, 0]
 
         count, chunk = q.shape[1], self.query_chunk
-        operands = (q, block, self.limits)
+        operands = (q, block, self.limits, self.starts)
         if count <= chunk or count % chunk:
             return attend(operands)
         parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(len(x), -1, chunk, *x.shape[2:]), 1, 0), operands)

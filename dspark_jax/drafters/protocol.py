@@ -109,12 +109,26 @@ class BlockDrafter(Drafter, Protocol):
     `train_context` runs once a row, whatever the anchors; `train_outputs` on chunks of anchors, again in the backward
     pass. Row k of a block predicts token anchor + k + 1 from what decoding would know: the context before the anchor
     and x_{k-1}, with previous[..., 0] the anchor's own token.
+
+    In packed rows `segments` [B, T] are the numbers of their sequences, and anchor n's sequence begins at starts[n];
+    None: a row is one sequence.
     """
 
     config: Any
 
-    def train_context(self, shared: SharedTables, taps: Float[Array, "b t md"], tokens: Int[Array, "b t"]) -> Any: ...
+    def train_context(
+        self,
+        shared: SharedTables,
+        taps: Float[Array, "b t md"],
+        tokens: Int[Array, "b t"],
+        segments: Int[Array, "b t"] | None = None,
+    ) -> Any: ...
 
     def train_outputs(
-        self, shared: SharedTables, context: Any, previous: Int[Array, "b n k"], anchors: Int[Array, "b n"]
+        self,
+        shared: SharedTables,
+        context: Any,
+        previous: Int[Array, "b n k"],
+        anchors: Int[Array, "b n"],
+        starts: Int[Array, "b n"] | None = None,
     ) -> BlockOutput: ...

@@ -69,6 +69,12 @@ class Causal:
         return out[:, 0]
 
 
+def segment_starts(segments: Int[Array, "b t"]) -> Int[Array, "b t"]:
+    """The first position of every position's segment; a position's place in its segment is what lies between."""
+    changes = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return jax.lax.cummax(jnp.where(changes, jnp.arange(segments.shape[1]), 0), axis=1)
+
+
 def SegmentedCausal(segments: Int[Array, "b t"]) -> Causal:
     """Causal attention of packed rows: a query sees earlier positions of its own segment only."""
     return Causal(segments=segments)
@@ -124,10 +130,19 @@ class CachedBlock:
         return out if self.packed is None else self.packed.from_grid(out)
 
 
-def prefix_mask(lengths: Int[Array, "b n"], size: int, width: int, window: int | None = None) -> Bool[Array, "b n k t"]:
-    """Cached position t is visible to row k of a block starting at `lengths` iff t < lengths (and in the window)."""
+def prefix_mask(
+    lengths: Int[Array, "b n"],
+    size: int,
+    width: int,
+    window: int | None = None,
+    starts: Int[Array, "b n"] | None = None,
+) -> Bool[Array, "b n k t"]:
+    """Cached position t is visible to row k of a block starting at `lengths` iff t < lengths (and in the window, and
+    not before the block's segment, which begins at `starts`)."""
     columns = jnp.arange(size)
     allowed = columns < lengths[:, :, None, None]
+    if starts is not None:
+        allowed &= columns >= starts[:, :, None, None]
     if window is None:
         return jnp.broadcast_to(allowed, (*lengths.shape, 1, size))
     rows = lengths[:, :, None, None] + jnp.arange(width)[:, None]

@@ -56,7 +56,7 @@ def block_sums(
     repeats that in the backward pass, so nothing of size [N K, V] or [T + N K]^2 exists. `build` casts the parameters;
     it runs inside the chunk, so that gradients add up over chunks in the parameters' float32.
     """
-    narrow = build(params).train_context(shared, batch["features"], batch["input_ids"])
+    narrow = build(params).train_context(shared, batch["features"], batch["input_ids"], batch.get("segments"))
     # For the same reason: the context's gradient is a sum over chunks.
     context = jax.tree.map(lambda x: x.astype(jnp.float32), narrow)
 
@@ -83,7 +83,7 @@ def _split_anchors(x: Array, size: int) -> Array:
 
 
 def _chunk_sums(model: BlockDrafter, shared: SharedTables, context: Any, last_hidden: Array, blocks: Blocks) -> Sums:
-    out = model.train_outputs(shared, context, blocks.previous, blocks.anchors)
+    out = model.train_outputs(shared, context, blocks.previous, blocks.anchors, blocks.starts)
     return _terms(out, target_logits(shared, last_hidden, blocks), blocks)
 
 

@@ -7,13 +7,13 @@ from dspark_jax.training.anchors import Blocks, eligible_anchors
 from dspark_jax.training.losses import EPSILON, LossOptions, Sums
 
 
-def anchor_sums(blocks: Blocks, loss_mask: Array) -> Sums:
+def anchor_sums(blocks: Blocks, loss_mask: Array, segments: Array | None = None) -> Sums:
     """Sums over rows that depend on masks alone: rows, anchors eligible and sampled, supervised slots a kept block."""
     kept = jnp.sum(blocks.keep, axis=-1, dtype=jnp.float32)
     slots = jnp.sum(blocks.supervised, axis=(1, 2), dtype=jnp.float32)
     return {
         "rows": jnp.float32(loss_mask.shape[0]),
-        "eligible_anchors": jnp.sum(eligible_anchors(loss_mask), dtype=jnp.float32),
+        "eligible_anchors": jnp.sum(eligible_anchors(loss_mask, segments), dtype=jnp.float32),
         "sampled_anchors": jnp.sum(kept),
         "slots_per_block": jnp.sum(slots / jnp.maximum(kept, 1.0)),
     }

@@ -45,7 +45,8 @@ def cast_params(params: dict, dtype: Any) -> dict:
 @dataclass(frozen=True, eq=False)
 class BlockObjective:
     """The losses of SPEC section 3 on a batch of `input_ids`, `loss_mask` [B, T], `features` [B, T, m D] and
-    `last_hidden` [B, T, D]; other entries are ignored. Trains any `BlockDrafter`, with heads or without.
+    `last_hidden` [B, T, D], and `segments` [B, T] where rows are packed; other entries are ignored. Trains any
+    `BlockDrafter`, with heads or without.
 
     `config` says `block_size` and `num_anchors`.
     """
@@ -56,14 +57,15 @@ class BlockObjective:
     compute_dtype: Any = jnp.float32
 
     def plan(self, batch: Batch, key: Array) -> Plan:
-        anchors, keep = sample_anchors(key, batch["loss_mask"], self.config.num_anchors)
+        anchors, keep = sample_anchors(key, batch["loss_mask"], self.config.num_anchors, batch.get("segments"))
         return self.plan_at(batch, anchors, keep)
 
     def plan_at(self, batch: Batch, anchors: Array, keep: Array) -> Plan:
         """The plan of given anchors [B, N]."""
         size, gamma = self.config.block_size, self.options.decay_gamma
-        blocks = make_blocks(batch["input_ids"], batch["loss_mask"], anchors, keep, size, gamma)
-        return Plan(blocks, jnp.sum(blocks.weights) + EPSILON, anchor_sums(blocks, batch["loss_mask"]))
+        mask, segments = batch["loss_mask"], batch.get("segments")
+        blocks = make_blocks(batch["input_ids"], mask, anchors, keep, size, gamma, segments)
+        return Plan(blocks, jnp.sum(blocks.weights) + EPSILON, anchor_sums(blocks, mask, segments))
 
     def build(self, params: dict) -> BlockDrafter:
         return nnx.merge(self.graphdef, cast_params(params, self.compute_dtype))

@@ -22,8 +22,9 @@ from dspark_jax.training.objective import Plan, cast_params
 class RolloutObjective:
     """Loss sum_s decay^s CE_s / (B T), CE_s summed over the positions that step s supervises, padding in the divisor.
 
-    The batch has `input_ids`, `loss_mask` [B, T], `lengths` [B], `features` [B, T, m D], `last_hidden` [B, T, D]. Of
-    the options only `anchor_chunk` counts: positions whose logits [B, C, S, V] exist at once.
+    The batch has `input_ids`, `loss_mask` [B, T], `lengths` [B], `features` [B, T, m D], `last_hidden` [B, T, D], and
+    `segments` [B, T] where rows are packed. Of the options only `anchor_chunk` counts: positions whose logits
+    [B, C, S, V] exist at once.
     """
 
     graphdef: nnx.GraphDef
@@ -33,7 +34,7 @@ class RolloutObjective:
 
     def plan(self, batch: Batch, key: Array) -> Plan:
         """Everything but the loss's divisor follows from the mask: no anchors are drawn."""
-        mask = supervised_positions(batch["loss_mask"], batch["lengths"])
+        mask = supervised_positions(batch["loss_mask"], batch["lengths"], batch.get("segments"))
         return Plan(mask, jnp.float32(mask.size), {"positions": jnp.float32(mask.size)})
 
     def build(self, params: dict) -> Eagle3:
@@ -42,7 +43,8 @@ class RolloutObjective:
     def sums(self, params: dict, shared: SharedTables, batch: Batch, rows: Float[Array, "b t"]) -> Sums:
         """`ploss`, `accept`, `correct`, `supervised` [S]; `tau`, `tau_greedy`: 1 + expected and greedy prefix lengths,
         summed over the positions of step 0. See `_chunk_sums`."""
-        hidden = self.build(params).train_outputs(shared, batch["features"], batch["input_ids"])
+        segments = batch.get("segments")
+        hidden = self.build(params).train_outputs(shared, batch["features"], batch["input_ids"], segments)
         # Each chunk builds the model again, and takes float32 states, so that gradients add up in float32.
         hidden = jnp.moveaxis(hidden, 0, 2).astype(jnp.float32)  # [B, T, S, D]
         steps, size = hidden.shape[2], min(self.options.anchor_chunk, hidden.shape[1])
@@ -51,15 +53,16 @@ class RolloutObjective:
         # Position t needs the target's states at t + 1 .. t + S, and the mask up to t + S - 1.
         states = jnp.pad(shift_left(batch["last_hidden"], 1), ((0, 0), (0, padding + steps), (0, 0)))
         mask = jnp.pad(rows, ((0, 0), (0, padding + steps)))
+        numbers = None if segments is None else jnp.pad(segments, ((0, 0), (0, padding + steps)))
 
         def chunk(start: Array) -> Sums:
             def window(x: Array, count: int) -> Array:
                 return jax.lax.dynamic_slice_in_dim(x, start, count, axis=1)
 
             ahead = size + steps - 1
-            return _chunk_sums(
-                self.build(params), shared, window(hidden, size), window(states, ahead), window(mask, ahead)
-            )
+            same = None if numbers is None else window(numbers, ahead)
+            model, targets = self.build(params), window(states, ahead)
+            return _chunk_sums(model, shared, window(hidden, size), targets, window(mask, ahead), same)
 
         starts = jnp.arange(0, hidden.shape[1], size)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(chunk, starts[0]))
@@ -86,15 +89,19 @@ class RolloutObjective:
         return metrics
 
 
-def supervised_positions(loss_mask: Array, lengths: Array) -> Float[Array, "b t"]:
-    """1 where step 0 is supervised: the loss mask, unshifted, without each row's last real token (NOTES 50)."""
+def supervised_positions(loss_mask: Array, lengths: Array, segments: Array | None = None) -> Float[Array, "b t"]:
+    """1 where step 0 is supervised: the loss mask, unshifted, without each sequence's last real token (NOTES 50)."""
     last = jnp.arange(loss_mask.shape[1]) == lengths[:, None] - 1
+    if segments is not None:
+        last |= jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (0, 1)))
     return ((loss_mask > 0) & ~last).astype(jnp.float32)
 
 
-def _chunk_sums(model: Eagle3, shared: SharedTables, hidden: Array, states: Array, mask: Array) -> Sums:
-    """Sums over C positions: hidden [B, C, S, D], the target's states and the mask [B, C + S - 1, ...] from one and
-    from no position further on."""
+def _chunk_sums(
+    model: Eagle3, shared: SharedTables, hidden: Array, states: Array, mask: Array, segments: Array | None
+) -> Sums:
+    """Sums over C positions: hidden [B, C, S, D], the target's states [B, C + S - 1, ...] from one position further on,
+    mask and segments from none: step s at t is supervised as t + s is, in its own sequence."""
     count, steps = hidden.shape[1:3]
     targets = jax.lax.stop_gradient(shared.logits(states.astype(shared.head.dtype)))
     logits = model.logits(shared, hidden.astype(model.fc.weight_io.dtype))
@@ -102,6 +109,8 @@ def _chunk_sums(model: Eagle3, shared: SharedTables, hidden: Array, states: Arra
     tau = tau_greedy = jnp.float32(0.0)
     for s in range(steps):
         draft, target, valid = logits[:, :, s], targets[:, s : s + count], mask[:, s : s + count]
+        if segments is not None:
+            valid = valid * (segments[:, s : s + count] == segments[:, :count])
         entropy = -jnp.sum(jax.nn.softmax(target) * jax.nn.log_softmax(draft), axis=-1)
         accept = accept_rate(total_variation_l1(draft, target)) * valid
         correct = (jnp.argmax(draft, axis=-1) == jnp.argmax(target, axis=-1)) * valid

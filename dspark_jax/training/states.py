@@ -1,0 +1,77 @@
+"""Where a step's target states come from: the batch, as the cache stores them, or the frozen target in the step itself.
+
+Axes: B batch row, T position, D hidden, m taps.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from dspark_jax.data.codecs import CODECS, STATES, decode_states, encode_states
+from dspark_jax.targets.attention import Causal, segment_starts
+from dspark_jax.training.losses import Batch
+
+
+class States(Protocol):
+    """Gives a batch of token rows its `features` [B, T, m D] and `last_hidden` [B, T, D].
+
+    `target` is the step's argument of that name: the frozen target's parameters, or None where they are not needed.
+    """
+
+    def stored(self, target: Any, batch: Batch) -> dict[str, Array]:
+        """The states as a cache holds them: `codecs.STATES`."""
+        ...
+
+    def read(self, stored: dict[str, Array], batch: Batch) -> dict[str, Array]:
+        """The batch with these states, decoded."""
+        ...
+
+
+@dataclass(frozen=True)
+class StoredStates:
+    """States that came with the batch. Codes are decoded to `dtype`, a micro-batch at a time, on the device."""
+
+    dtype: Any = jnp.float32
+
+    def stored(self, target: Any, batch: Batch) -> dict[str, Array]:
+        return {name: batch[name] for name in STATES if name in batch}
+
+    def read(self, stored: dict[str, Array], batch: Batch) -> dict[str, Array]:
+        rest = {name: value for name, value in batch.items() if name not in STATES}
+        return rest | decode_states(stored, self.dtype, jnp)
+
+
+@dataclass(frozen=True, eq=False)
+class TargetStates:
+    """States that the target computes from the batch's tokens, under stop_gradient; segments of packed rows apart.
+
+    `codec`: they pass through this one, so that training meets what a cache would hold; None: they stay as they are.
+    `whole`: shardings of the parameters while they are used; a leaf is gathered where its layer needs it.
+    """
+
+    graphdef: nnx.GraphDef
+    layer_ids: tuple[int, ...]
+    dtype: Any = jnp.float32
+    codec: str | None = None
+    whole: Any = None
+
+    def stored(self, target: Any, batch: Batch) -> dict[str, Array]:
+        tokens, segments = batch["input_ids"], batch.get("segments")
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        if segments is not None:
+            positions = positions - segment_starts(segments)
+        if self.whole is not None:
+            target = jax.tree.map(jax.lax.with_sharding_constraint, target, self.whole)
+        model = nnx.merge(self.graphdef, target)
+        out = model(tokens, positions, Causal(segments), self.layer_ids)
+        states = jax.lax.stop_gradient((out.taps, out.hidden))
+        if self.codec is None:
+            return dict(zip(("features", "last_hidden"), states, strict=True))
+        return encode_states(*states, CODECS[self.codec], jnp)
+
+    def read(self, stored: dict[str, Array], batch: Batch) -> dict[str, Array]:
+        return dict(batch) | decode_states(stored, self.dtype, jnp)
