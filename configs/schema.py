@@ -136,7 +136,8 @@ class DataSettings:
     global_batch: int = 512
     """Sequences of one optimizer step, over all devices and micro-batches."""
     accumulation_steps: int = 1
-    """Micro-batches that a step's sequences are split into, one after the other."""
+    """Micro-batches that a step's sequences are split into, one after the other; 0: as many as leave one sequence a
+    device, on however many the run finds itself."""
     max_length: int = 4096
     """Tokens T that a sequence is cut to."""
     length_buckets: tuple[int, ...] = ()
@@ -148,9 +149,9 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         _require(self.max_length >= 2, "data.max_length", self.max_length, "at least 2")
-        _require(self.accumulation_steps >= 1, "data.accumulation_steps", self.accumulation_steps, "at least 1")
+        _require(self.accumulation_steps >= 0, "data.accumulation_steps", self.accumulation_steps, "0 or more")
         _require(
-            self.global_batch >= 1 and self.global_batch % self.accumulation_steps == 0,
+            self.global_batch >= 1 and self.global_batch % (self.accumulation_steps or 1) == 0,
             "data.global_batch",
             self.global_batch,
             f"a positive multiple of data.accumulation_steps ({self.accumulation_steps})",
@@ -173,12 +174,17 @@ class MeshSettings:
     """Copies of the parameters, each with its own sequences."""
     fsdp: int = 1
     """Devices that share one copy of the parameters and the optimizer's state; they divide the sequences too."""
+    tensor: int = 1
+    """Devices that share the work on each sequence: heads, MLPs, the vocabulary of the target's embedding and head."""
+    markov_tables: Literal["sharded", "replicated"] = "sharded"
+    """Whether fsdp and tensor split the Markov tables as well."""
 
     def __post_init__(self) -> None:
-        for name in ("data", "fsdp"):
+        sizes = (self.data, self.fsdp, self.tensor)
+        for name in ("data", "fsdp", "tensor"):
             size = getattr(self, name)
             _require(size == -1 or size >= 1, f"mesh.{name}", size, "a positive number or -1")
-        _require((self.data, self.fsdp) != (-1, -1), "mesh", (-1, -1), "at most one axis of size -1")
+        _require(sizes.count(-1) <= 1, "mesh", sizes, "at most one axis of size -1")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,32 +4,40 @@ Layers name the logical axes of their parameters (`param(..., axes=("embed", "ml
 `ShardingRules` turns those names into `NamedSharding`s. The same table serves parameters, optimizer state and batches.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dspark_jax.errors import UserError
 
-MESH_AXES = ("data", "fsdp")
+AnyMesh = Mesh | AbstractMesh
+MESH_AXES = ("data", "fsdp", "tensor")
 
 
 @dataclass(frozen=True)
 class ShardingRules:
-    """Logical axis -> mesh axis (None: replicated). `batch` may name several mesh axes."""
+    """Logical axis -> mesh axis (None: replicated). `batch` may name several mesh axes.
+
+    `fsdp` splits what lies on a device between uses, `tensor` the work itself: heads, MLPs and the vocabulary's rows of
+    embedding and head. The Markov tables [V, R] are whole by default, so that no drafted token waits for a collective;
+    `sharded_markov` splits them like the rest.
+    """
 
     batch: tuple[str, ...] | None = ("data", "fsdp")
     embed: str | None = "fsdp"
-    heads: str | None = None
-    kv_heads: str | None = None
+    heads: str | None = "tensor"
+    kv_heads: str | None = "tensor"
     head_dim: str | None = None
-    mlp: str | None = None
+    mlp: str | None = "tensor"
     experts: str | None = None
-    vocab: str | None = None
+    vocab: str | None = "tensor"
     features: str | None = None
+    markov_vocab: str | None = None
     rank: str | None = None
 
     def spec(self, axes: Sequence[str | None]) -> PartitionSpec:
@@ -51,25 +59,49 @@ class ShardingRules:
             entries.append(entry)
         return PartitionSpec(*entries)
 
+    def rows(self, mesh: AnyMesh, ndim: int, leading: int = 0) -> NamedSharding:
+        """Sharding of an array whose batch dimension comes after `leading` others."""
+        return NamedSharding(mesh, self.spec([None] * leading + ["batch"] + [None] * (ndim - leading - 1)))
 
-def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Mesh with axes (data, fsdp); a size of -1 takes the devices left. UserError if they don't divide."""
-    devices = list(devices if devices is not None else jax.devices())
-    sizes = {"data": data, "fsdp": fsdp}
+    def row_groups(self, mesh: AnyMesh) -> int:
+        """Devices, or groups of them, that the rows of a batch are spread over."""
+        return math.prod(mesh.shape[axis] for axis in self.batch or ())
+
+    def sharded_markov(self) -> "ShardingRules":
+        """These rules with Markov tables split as embedding and head are."""
+        return replace(self, markov_vocab=self.vocab, rank=self.embed)
+
+
+def mesh_shape(devices: int, data: int = -1, fsdp: int = 1, tensor: int = 1) -> tuple[int, int, int]:
+    """Sizes of `MESH_AXES` on so many devices; a size of -1 takes those left. UserError if they don't divide."""
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     open_axes = [name for name, size in sizes.items() if size == -1]
     if len(open_axes) > 1:
-        raise UserError("Only one mesh axis can be -1 (the devices that are left); both data and fsdp are.")
-    fixed = 1
-    for size in sizes.values():
-        fixed *= size if size != -1 else 1
-    if open_axes and len(devices) % fixed == 0:
-        sizes[open_axes[0]] = len(devices) // fixed
-    if sizes["data"] * sizes["fsdp"] != len(devices):
         raise UserError(
-            f"A mesh of data={data} x fsdp={fsdp} does not fit {len(devices)} devices; their product must be the "
-            "number of devices (one of them may be -1)."
+            f"Only one mesh axis can be -1 (the devices that are left); here {' and '.join(open_axes)} are."
         )
-    return jax.make_mesh((sizes["data"], sizes["fsdp"]), MESH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if open_axes and fixed > 0 and devices % fixed == 0:
+        sizes[open_axes[0]] = devices // fixed
+    if math.prod(sizes.values()) != devices or min(sizes.values()) < 1:
+        raise UserError(
+            f"A mesh of data={data} x fsdp={fsdp} x tensor={tensor} does not fit {devices} devices; their product must "
+            "be the number of devices (one of them may be -1)."
+        )
+    return sizes["data"], sizes["fsdp"], sizes["tensor"]
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh with the axes `MESH_AXES`, of `mesh_shape`."""
+    devices = list(devices if devices is not None else jax.devices())
+    shape = mesh_shape(len(devices), data, fsdp, tensor)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+
+
+def abstract_mesh(devices: int, data: int = -1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
+    """The mesh of devices that are not here: for shapes, estimates and lowering."""
+    shape = mesh_shape(devices, data, fsdp, tensor)
+    return AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
 def param(array: jax.Array, *axes: str | None) -> nnx.Param:
@@ -85,34 +117,44 @@ def split(module: nnx.Module) -> tuple[nnx.GraphDef, dict]:
     return graphdef, nnx.to_pure_dict(state)
 
 
-def parameter_shardings(module: nnx.Module, mesh: Mesh, rules: ShardingRules) -> dict:
-    """Nested dict, shaped like `split(module)[1]`, of the NamedSharding of every parameter.
-
-    A dimension that its mesh axis does not divide evenly is replicated: small norms and odd vocabularies need no rule.
-    """
+def parameter_shardings(module: nnx.Module, mesh: AnyMesh, rules: ShardingRules) -> dict:
+    """Nested dict, shaped like `split(module)[1]`, of the `array_sharding` of every parameter."""
     _, state = nnx.split(module, nnx.Param)
     flat = {}
     for path, variable in nnx.to_flat_state(state):
-        spec = rules.spec(variable.get_metadata()["logical_axes"])
-        flat[path] = NamedSharding(mesh, _divisible(spec, variable.shape, mesh))
+        flat[path] = array_sharding(variable.shape, variable.get_metadata()["logical_axes"], mesh, rules)
     return nnx.to_pure_dict(nnx.from_flat_state(flat.items()))
 
 
-def _divisible(spec: PartitionSpec, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+def array_sharding(
+    shape: Sequence[int], axes: Sequence[str | None], mesh: AnyMesh, rules: ShardingRules
+) -> NamedSharding:
+    """Sharding of an array with these logical axes. A dimension that its mesh axis does not divide evenly is
+    replicated: small norms and odd vocabularies need no rule."""
+
     def size(entry: Any) -> int:
-        names = (entry,) if isinstance(entry, str) else entry or ()
-        total = 1
-        for name in names:
-            total *= mesh.shape[name]
-        return total
+        return math.prod(mesh.shape[name] for name in _names(entry))
 
-    return PartitionSpec(*(e if dim % size(e) == 0 else None for e, dim in zip(spec, shape, strict=True)))
+    entries = rules.spec(axes)
+    return NamedSharding(mesh, PartitionSpec(*(e if n % size(e) == 0 else None for e, n in zip(entries, shape))))
 
 
-def batch_shardings(batch: Mapping[str, Any], mesh: Mesh, rules: ShardingRules) -> dict:
+def gathered(sharding: NamedSharding, rules: ShardingRules) -> NamedSharding:
+    """The sharding while a step computes: what is split over the batch's axes, for storage only, is whole; what
+    another axis splits stays."""
+    stored = set(rules.batch or ())
+    entries = (None if stored & set(_names(entry)) else entry for entry in sharding.spec)
+    return NamedSharding(sharding.mesh, PartitionSpec(*entries))
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+def batch_shardings(batch: Mapping[str, Any], mesh: AnyMesh, rules: ShardingRules) -> dict:
     """NamedSharding of every batch array: the leading dimension over the rules' batch axes, the rest whole."""
-    return {key: NamedSharding(mesh, rules.spec(["batch"] + [None] * (value.ndim - 1))) for key, value in batch.items()}
+    return {key: rules.rows(mesh, value.ndim) for key, value in batch.items()}
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: AnyMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())

@@ -20,7 +20,8 @@ from dspark_jax.data.chat import (
     load_tokenizer,
     tokenizer_hash,
 )
-from dspark_jax.data.jsonl import ResumableJsonl, parse_conversation, read_conversations
+from dspark_jax.data.conversations import read_conversations
+from dspark_jax.data.jsonl import ResumableJsonl, parse_conversation
 from dspark_jax.errors import UserError
 from tests.golden_data import check_chat
 
@@ -133,6 +134,19 @@ def test_bad_tokenizers_and_formats(qwen, tmp_path):
         encode_prompt(load_tokenizer(tmp_path / "t"), TURNS[:1], "qwen")
 
 
+def test_a_truncated_answer_does_not_learn_to_end(named_tokenizer):
+    name, tokenizer = named_tokenizer
+    first = [*TURNS, {"role": "user", "content": "And then?"}]
+    whole, cut = ({"role": "assistant", "content": "The sum"} | more for more in ({}, {"truncated": True}))
+    ended, broken = (encode_conversation(tokenizer, [*first, turn], name) for turn in (whole, cut))
+    assert ended.input_ids.tolist() == broken.input_ids.tolist()
+    marker = chat_format(name).end_of_turn
+    learnt = [tokenizer.decode(e.input_ids[e.loss_mask > 0].tolist()) for e in (ended, broken)]
+    assert learnt == ["Hello there." + marker + "The sum" + marker, "Hello there." + marker + "The sum"]
+    with pytest.raises(UserError, match="Turn 1 .* is marked as truncated, but others follow"):
+        encode_conversation(tokenizer, [TURNS[0], cut, *first], name)
+
+
 def test_conversation_layouts_mean_the_same(tmp_path):
     sharegpt = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello there."}]
     records = [{"messages": TURNS}, {"conversations": TURNS}, {"conversations": sharegpt, "id": "x", "domain": "chat"}]
@@ -140,7 +154,7 @@ def test_conversation_layouts_mean_the_same(tmp_path):
     path.write_text("\n\n".join(json.dumps(r) for r in records))
     found = list(read_conversations(path))
     assert [r.messages for r in found] == [TURNS] * 3
-    assert [(r.id, r.line) for r in found] == [("0", 1), ("1", 3), ("x", 5)]
+    assert [(r.id, r.where) for r in found] == [(i, f"{path} line {n}") for i, n in (("0", 1), ("1", 3), ("x", 5))]
     assert found[2].extra == {"domain": "chat"}
 
 

@@ -13,7 +13,7 @@ from dspark_jax.decoding.requests import DecodeConfig
 from dspark_jax.errors import UserError
 from dspark_jax.targets.target import Target
 from tests.tiny import SPECIAL, write_tiny_target
-from train.regeneration import Finished, Regenerator, Rejected, Source, prompt_segments
+from train.regeneration import Finished, Regenerator, Rejected, Source, answer_message, prompt_segments
 
 STOP = SPECIAL.index("<|im_end|>")
 
@@ -94,7 +94,13 @@ def test_turns_are_answered_one_after_the_other(target: Target, monkeypatch: pyt
 
 def test_a_cut_answer_ends_its_conversation(target: Target, monkeypatch: pytest.MonkeyPatch):
     (ended,), _ = scripted(target, monkeypatch, [[user("one"), assistant(""), user("two")]], {0: [None, "never"]})
-    assert list(ended.messages) == [user("one"), assistant("cut")] and ended.finish_reason == "length"
+    assert list(ended.messages) == [user("one"), assistant("cut") | {"truncated": True}]
+    assert ended.finish_reason == "length"
+
+
+def test_a_cut_answer_loses_the_character_it_was_cut_within():
+    assert answer_message("caf\ufffd", "length") == {"role": "assistant", "content": "caf", "truncated": True}
+    assert answer_message("caf\ufffd", "stop") == {"role": "assistant", "content": "caf\ufffd"}
 
 
 def test_what_is_set_aside(target: Target, monkeypatch: pytest.MonkeyPatch):

@@ -21,16 +21,20 @@ import numpy as np
 from tqdm import tqdm
 
 from configs.cli import parse, program
+from configs.schema import MeshSettings
 from dspark_jax.checkpoints.huggingface import DTYPES, load_target, resolve_folder
 from dspark_jax.checkpoints.tensors import read_json
 from dspark_jax.data.chat import Encoded, chat_format, encode_conversation, load_tokenizer, tokenizer_hash
-from dspark_jax.data.jsonl import read_conversations
+from dspark_jax.data.conversations import read_conversations
 from dspark_jax.data.pipeline import length_buckets
 from dspark_jax.data.target_cache import CacheSpec, CacheWriter, Sample, estimate_bytes, require_disk
+from dspark_jax.decoding.engine import parameter_mesh
 from dspark_jax.errors import UserError
+from dspark_jax.sharding import ShardingRules
 from dspark_jax.targets.attention import Causal
 from dspark_jax.targets.config import TargetConfig, config_sha256
 from dspark_jax.targets.target import Target
+from train.devices import mesh_of_several, require_rows
 from train.sidecar import require_same_settings, table, weights_fingerprint, write_json, write_settings
 
 WINDOW_BATCHES = 4
@@ -45,7 +49,7 @@ class CacheSettings:
     target: str
     """Folder or hub id of the target."""
     conversations: tuple[Path, ...]
-    """Conversation files in JSONL, in this order."""
+    """Conversation files in JSONL, JSON or Parquet, in this order."""
     layers: str
     """Target layers to tap, ascending, with commas: 0 is the first layer's output, -1 the embeddings."""
     output: Path
@@ -62,6 +66,8 @@ class CacheSettings:
     """Of the hidden states in the cache."""
     compute_dtype: Literal["bfloat16", "float32"] | None = None
     """Of the target's weights and activations; None: as its config says."""
+    mesh: MeshSettings = MeshSettings(data=1, fsdp=-1)
+    """How the target is laid over the devices, where there are several; they share the rows of a batch."""
     chat_format: str = "qwen"
     """How the target's chat template marks the assistant's turns."""
     estimate: bool = False
@@ -131,9 +137,11 @@ def main(argv: list[str]) -> None:
         "compute_dtype": settings.compute_dtype or config.dtype,
         "batch": settings.batch,
     }
+    mesh = mesh_of_several(settings.mesh)
+    require_rows("--batch", settings.batch, mesh)
     begun = require_same_settings(settings.output / "build.json", how, settings.output)
     require_disk(settings.output, needed - sum(path.stat().st_size for path in settings.output.glob("shard-*")))
-    target = load_target(folder, dtype=settings.compute_dtype, tokenizer=False)
+    target = load_target(folder, dtype=settings.compute_dtype, mesh=mesh, tokenizer=False)
     build(settings, target, spec, items, None if begun else how)
 
 
@@ -202,10 +210,10 @@ def encode_sources(settings: CacheSettings, tokenizer: Any, vocabulary: int) -> 
             try:
                 encoded = encode_conversation(tokenizer, record.messages, settings.chat_format, settings.max_length)
             except UserError as error:
-                raise UserError(f"{path} line {record.line}: {error}") from error
+                raise UserError(f"{record.where}: {error}") from error
             if len(encoded.input_ids) and encoded.input_ids.max() >= vocabulary:
                 raise UserError(
-                    f"{path} line {record.line}: token id {encoded.input_ids.max()} is outside the target's vocabulary "
+                    f"{record.where}: token id {encoded.input_ids.max()} is outside the target's vocabulary "
                     f"of {vocabulary}; the tokenizer in {settings.target} is another model's."
                 )
             digest.update(len(encoded.input_ids).to_bytes(8, "little"))
@@ -243,11 +251,14 @@ def compute_samples(
 
 
 def make_forward(target: Target, spec: CacheSpec) -> Callable[[dict, Any], tuple[jax.Array, jax.Array]]:
-    """(params, tokens [B, T]) -> features [B, T, m D] and last hidden [B, T, D] in the cache's dtype, jitted."""
-    dtype = DTYPES[spec.dtype]
+    """(params, tokens [B, T]) -> features [B, T, m D] and last hidden [B, T, D] in the cache's dtype, jitted; rows over
+    the mesh that the parameters lie on."""
+    dtype, mesh = DTYPES[spec.dtype], parameter_mesh(target.params)
 
     @jax.jit
     def forward(params: dict, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if mesh is not None:
+            tokens = jax.lax.with_sharding_constraint(tokens, ShardingRules().rows(mesh, tokens.ndim))
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         out = target.model(params)(tokens, positions, Causal(), spec.layer_ids)
         return out.taps.astype(dtype), out.hidden.astype(dtype)

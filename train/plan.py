@@ -17,7 +17,7 @@ from dspark_jax.decoding.prompts import Prompt, read_prompts
 from dspark_jax.drafters.config import DrafterConfig
 from dspark_jax.drafters.registry import drafter_hf_config, read_config
 from dspark_jax.errors import UserError
-from dspark_jax.sharding import make_mesh
+from dspark_jax.sharding import AnyMesh, ShardingRules, make_mesh
 from dspark_jax.targets.target import Target
 from train.run_folder import require_same_run, write_config
 from train.synthetic_cache import write_synthetic_cache
@@ -47,8 +47,8 @@ def make_plan(config: TrainConfig) -> RunPlan:
     require_same_run(folder, config)
     target = describe_target(config.target)
     drafter_hf = drafter_config(config, target)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
-    require_divisible(config.data, mesh)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    micro_batches(config.data, mesh)
     heldout = heldout_prompts(config.evaluation, target)
     batches = make_batches(config.data, open_records(config, folder, target))
     total = config.epochs * batches.steps_per_epoch
@@ -133,10 +133,14 @@ def make_batches(data: DataSettings, source: FeatureSource) -> Batches:
     )
 
 
-def require_divisible(data: DataSettings, mesh: Mesh) -> None:
-    rows = data.global_batch // data.accumulation_steps
-    if rows % mesh.size:
+def micro_batches(data: DataSettings, mesh: AnyMesh) -> int:
+    """Micro-batches of a step on this mesh; UserError when its devices can't share one evenly."""
+    groups = ShardingRules().row_groups(mesh)
+    steps = data.accumulation_steps or max(1, data.global_batch // groups)
+    if data.global_batch % (steps * groups):
         raise UserError(
-            f"A micro-batch of {rows} sequences (data.global_batch {data.global_batch} in data.accumulation_steps "
-            f"{data.accumulation_steps}) cannot be shared by {mesh.size} devices evenly; change one of the two."
+            f"A micro-batch of {data.global_batch // steps} sequences (data.global_batch {data.global_batch} in "
+            f"{steps} micro-batches, data.accumulation_steps {data.accumulation_steps}) cannot be shared by {groups} "
+            "devices evenly; change one of the two."
         )
+    return steps

@@ -8,13 +8,16 @@ does not matter beside which others it is decoded, and a run that was killed end
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from dspark_jax.data.chat import Message, encode_prompt
 from dspark_jax.decoding.engine import Engine
 from dspark_jax.decoding.requests import DecodeConfig, Generation, Request
 from dspark_jax.errors import UserError
 from dspark_jax.targets.target import Target
+
+Segments = tuple[tuple[Message, ...], ...]
+"""What stands before each answer: the user's turns, in the first one the system message too."""
 
 _TURN_SLACK = 16  # an answer's end-of-turn marker, and what its text may gain when it is tokenised again
 
@@ -25,14 +28,14 @@ class Source:
 
     Attributes:
         index: its place among all sources; with the configuration's seed it decides the random numbers.
-        segments: what stands before each answer: the user's turns, in the first one the system message too.
+        segments: the turns before each answer.
         extra: fields carried over to the output (a domain, ...).
         where: file and line, for messages.
     """
 
     index: int
     id: str
-    segments: tuple[tuple[Message, ...], ...]
+    segments: Segments
     extra: dict[str, Any] = field(default_factory=dict)
     where: str = ""
 
@@ -55,6 +58,25 @@ class Rejected:
     reason: str
 
 
+class Answerer(Protocol):
+    """Who answers: `Regenerator` with a target that runs here, `served.ServedAnswers` with a server."""
+
+    def sort_out(self, sources: Iterable[Source]) -> tuple[list[Source], list[Rejected]]:
+        """Sources that can be answered, and those that can't whatever the answers are."""
+        ...
+
+    def answers(self, todo: Sequence[Source], fitting: Sequence[Source]) -> Iterator[list[Finished | Rejected]]:
+        """Yields conversations of `todo` as they end; `fitting` are all that can be answered, finished ones too."""
+        ...
+
+
+def answer_message(text: str, finish_reason: str) -> Message:
+    """The assistant's turn; one that the limit cut is marked, and loses a character that it was cut within."""
+    if finish_reason == "stop":
+        return {"role": "assistant", "content": text}
+    return {"role": "assistant", "content": text.rstrip("\ufffd"), "truncated": True}
+
+
 @dataclass
 class _Open:
     source: Source
@@ -63,7 +85,7 @@ class _Open:
     tokens: int = 0
 
 
-def prompt_segments(messages: Sequence[Message]) -> tuple[tuple[Message, ...], ...]:
+def prompt_segments(messages: Sequence[Message]) -> Segments:
     """The turns before each answer, the answers themselves dropped.
 
     Raises:
@@ -93,7 +115,6 @@ class Regenerator:
         self._special = frozenset(target.tokenizer.all_special_ids)
 
     def sort_out(self, sources: Iterable[Source]) -> tuple[list[Source], list[Rejected]]:
-        """Sources that can be answered, and those that can't whatever the answers are."""
         fitting: list[Source] = []
         rejected: list[Rejected] = []
         for source in sources:
@@ -104,6 +125,9 @@ class Regenerator:
             else:
                 fitting.append(source)
         return fitting, rejected
+
+    def answers(self, todo: Sequence[Source], fitting: Sequence[Source]) -> Iterator[list[Finished | Rejected]]:
+        return self.run(todo, self.longest(fitting))
 
     def longest(self, sources: Sequence[Source]) -> int:
         """Positions that the longest of these conversations may take, at most the context."""
@@ -188,9 +212,9 @@ class Regenerator:
         turn = f"turn {conversation.turn + 1}"
         if special is not None:
             return Rejected(source, f"{turn}: the answer holds the special token {tokenizer.decode([special])!r}.")
-        if not made.text.strip():
+        if not made.text.strip("\ufffd \t\r\n"):
             return Rejected(source, f"{turn}: the answer is empty.")
-        conversation.messages.append({"role": "assistant", "content": made.text})
+        conversation.messages.append(answer_message(made.text, made.finish_reason))
         conversation.tokens += len(made.tokens)
         conversation.turn += 1
         if made.finish_reason == "stop" and conversation.turn < len(source.segments):

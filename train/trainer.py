@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from configs.schema import TrainConfig
 from dspark_jax.checkpoints.huggingface import DTYPES
 from dspark_jax.checkpoints.target_tables import load_layers, load_tables
 from dspark_jax.data.pipeline import Batch
@@ -23,9 +24,48 @@ from dspark_jax.training.step import (
     init_train_state,
     make_train_step,
 )
-from train.plan import RunPlan
+from train.plan import RunPlan, micro_batches
 
 BATCH_KEYS = ("input_ids", "loss_mask", "lengths", "features", "last_hidden")
+
+
+def sharding_rules(config: TrainConfig) -> ShardingRules:
+    """How a run lays parameters and tables over its mesh."""
+    rules = ShardingRules()
+    return rules.sharded_markov() if config.mesh.markov_tables == "sharded" else rules
+
+
+def recipe(config: TrainConfig, total_steps: int) -> tuple[Any, Any]:
+    """(optimizer, learning-rate schedule) of a run of so many steps."""
+    settings = config.optimizer
+    schedule = learning_rate_schedule(settings.learning_rate, total_steps, settings.warmup_ratio, settings.schedule)
+    return make_optimizer(schedule, settings.betas, settings.eps, settings.weight_decay, settings.clip_norm), schedule
+
+
+def train_step(
+    config: TrainConfig,
+    drafter_hf: dict[str, Any],
+    optimizer: Any,
+    schedule: Any,
+    placement: Placement,
+    abstract: TrainState,
+) -> TrainStep:
+    """The step that a run compiles; on an abstract mesh, the step that it would compile."""
+    options = LossOptions(
+        ce_alpha=config.loss.ce_alpha,
+        l1_alpha=config.loss.l1_alpha,
+        confidence_alpha=config.loss.confidence_alpha,
+        decay_gamma=config.loss.decay_gamma,
+        anchor_chunk=config.anchor_chunk,
+    )
+    return make_train_step(
+        make_objective(drafter_hf, options, DTYPES[config.compute_dtype]),
+        optimizer,
+        schedule,
+        accumulation_steps=micro_batches(config.data, placement.mesh),
+        placement=placement,
+        abstract=abstract,
+    )
 
 
 @dataclass(frozen=True)
@@ -40,10 +80,8 @@ class Trainer:
 
     @classmethod
     def of(cls, plan: RunPlan) -> "Trainer":
-        recipe = plan.config.optimizer
-        schedule = learning_rate_schedule(recipe.learning_rate, plan.total_steps, recipe.warmup_ratio, recipe.schedule)
-        optimizer = make_optimizer(schedule, recipe.betas, recipe.eps, recipe.weight_decay, recipe.clip_norm)
-        placement = Placement(plan.mesh, ShardingRules())
+        optimizer, schedule = recipe(plan.config, plan.total_steps)
+        placement = Placement(plan.mesh, sharding_rules(plan.config))
         return cls(plan, optimizer, schedule, placement, abstract_train_state(plan.drafter_hf, optimizer, placement))
 
     def target(self) -> Target:
@@ -64,21 +102,8 @@ class Trainer:
         return graft_target_layers(self.plan.drafter_hf, params, [layers[i] for i in ids], final_norm)
 
     def step(self) -> TrainStep:
-        config = self.plan.config
-        options = LossOptions(
-            ce_alpha=config.loss.ce_alpha,
-            l1_alpha=config.loss.l1_alpha,
-            confidence_alpha=config.loss.confidence_alpha,
-            decay_gamma=config.loss.decay_gamma,
-            anchor_chunk=config.anchor_chunk,
-        )
-        return make_train_step(
-            make_objective(self.plan.drafter_hf, options, DTYPES[config.compute_dtype]),
-            self.optimizer,
-            self.schedule,
-            accumulation_steps=config.data.accumulation_steps,
-            placement=self.placement,
-            abstract=self.abstract,
+        return train_step(
+            self.plan.config, self.plan.drafter_hf, self.optimizer, self.schedule, self.placement, self.abstract
         )
 
     def device_batch(self, batch: Batch) -> dict[str, jax.Array]:

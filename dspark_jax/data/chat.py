@@ -20,7 +20,11 @@ import numpy as np
 from dspark_jax.errors import UserError
 
 Message = Mapping[str, Any]
-"""One turn: "role" and "content", plus whatever else the tokenizer's template reads (tool_calls, ...)."""
+"""One turn: "role" and "content", plus whatever else the tokenizer's template reads (tool_calls, ...).
+
+A last answer that a length limit cut has "truncated": true: the template closes it like any other, but the target never
+said that it ends there, so its end-of-turn marker is not supervised.
+"""
 
 
 @dataclass(frozen=True)
@@ -123,13 +127,16 @@ def encode_conversation(
     A cut answer keeps its partial mask. Whether enough of it is left is the caller's decision (`Encoded.loss_tokens`).
 
     Raises:
-        UserError: messages the template cannot render (see `ChatFormat.render`).
+        UserError: messages the template cannot render (see `ChatFormat.render`), a truncated answer that is not last.
     """
     form = chat_format(form) if isinstance(form, str) else form
     text = form.render(tokenizer, messages)
+    spans = form.loss_spans(text)
+    if _ends_truncated(messages) and spans:
+        spans[-1] = (spans[-1][0], spans[-1][0] + len(text[slice(*spans[-1])].removesuffix(form.end_of_turn)))
     input_ids = np.asarray(_tokenise(tokenizer, text)[:max_length], np.int32)
     loss_mask = np.zeros(len(input_ids), np.uint8)
-    for start, end in form.loss_spans(text):
+    for start, end in spans:
         # Not the tokenizer's offsets: see the module docstring.
         first = len(_tokenise(tokenizer, text[:start]))
         if first >= len(input_ids):
@@ -233,6 +240,16 @@ def _apply_template(tokenizer: Any, messages: Sequence[Message], **kwargs: Any) 
     except Exception as error:  # jinja's own errors, and the templates' raise_exception
         roles = ", ".join(str(m["role"]) for m in messages)
         raise UserError(f"The chat template refused a conversation with the roles {roles}: {error}") from error
+
+
+def _ends_truncated(messages: Sequence[Message]) -> bool:
+    early = [index for index, message in enumerate(messages[:-1]) if message.get("truncated")]
+    if early:
+        raise UserError(
+            f"Turn {early[0]} of the conversation is marked as truncated, but others follow; expected only the last "
+            "answer to be cut."
+        )
+    return bool(messages[-1].get("truncated"))
 
 
 def _require_messages(messages: Sequence[Message]) -> None:

@@ -1,10 +1,9 @@
-"""Conversations in JSONL: reading with errors that name the line, and a writer that survives a kill at any byte."""
+"""JSONL and the turns in it: errors that name the line, and a writer that survives a kill at any byte."""
 
 import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ _SHAREGPT_ROLES = {
     "gpt": "assistant",
     "assistant": "assistant",
     "chatgpt": "assistant",
+    "model": "assistant",
     "system": "system",
     "tool": "tool",
     "function": "tool",
@@ -24,22 +24,6 @@ _SHAREGPT_ROLES = {
 
 Conversation = list[dict[str, Any]]
 """Turns with "role" and "content" (and any further key of the source turn)."""
-
-
-@dataclass(frozen=True)
-class ConversationRecord:
-    """One line of a conversations file.
-
-    Attributes:
-        id: the line's "id" as text, or its 0-based position among the records where it has none.
-        line: 1-based line number, for messages.
-        extra: the line's other fields (a domain, a source, ...).
-    """
-
-    id: str
-    messages: Conversation
-    line: int
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 def parse_conversation(record: Mapping[str, Any], where: str = "record") -> Conversation:
@@ -60,30 +44,18 @@ def parse_conversation(record: Mapping[str, Any], where: str = "record") -> Conv
     return [_parse_turn(turn, f"{where}, turn {index}") for index, turn in enumerate(turns)]
 
 
-def read_conversations(path: str | os.PathLike[str]) -> Iterator[ConversationRecord]:
-    """Yields the conversations of a JSONL file in order; empty lines are skipped, only the ids stay in memory.
-
-    Raises:
-        UserError: a missing file, a line that is not JSON, a record of another form, an id used twice.
-    """
-    seen: set[str] = set()
-    for line_number, record in read_jsonl(path):
-        where = f"{path} line {line_number}"
-        messages = parse_conversation(record, where)
-        name = str(record["id"]) if record.get("id") is not None else str(len(seen))
-        if name in seen:
-            raise UserError(f"{where}: the id {name!r} was used on an earlier line, expected every id once.")
-        seen.add(name)
-        extra = {k: v for k, v in record.items() if k not in ("id", "messages", "conversations")}
-        yield ConversationRecord(name, messages, line_number, extra)
-
-
 def read_jsonl(path: str | os.PathLike[str]) -> Iterator[tuple[int, Any]]:
     """Yields (1-based line number, value) for every non-empty line.
 
     Raises:
         UserError: the file cannot be opened, or a line is not UTF-8 JSON.
     """
+    for number, line in read_lines(path):
+        yield number, parse_line(line, f"{path} line {number}")
+
+
+def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:
+    """Yields (1-based line number, bytes) for every non-empty line; UserError when the file cannot be opened."""
     try:
         handle = open(path, "rb")  # noqa: SIM115 (only the opening is in this try)
     except OSError as error:
@@ -91,7 +63,20 @@ def read_jsonl(path: str | os.PathLike[str]) -> Iterator[tuple[int, Any]]:
     with handle:
         for number, line in enumerate(handle, start=1):
             if line.strip():
-                yield number, _parse_line(line, f"{path} line {number}")
+                yield number, line
+
+
+def parse_line(line: bytes, where: str) -> Any:
+    """The JSON value of a line; the UserError of a bad one starts with `where`."""
+    try:
+        return json.loads(line)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where}: byte {error.start} is not UTF-8, expected one JSON object a line in UTF-8."
+        ) from error
+    except json.JSONDecodeError as error:
+        shown = line[:60].decode(errors="replace").strip()
+        raise UserError(f"{where}: {error.msg} at column {error.colno}, expected one JSON object: {shown!r}") from error
 
 
 class ResumableJsonl:
@@ -144,7 +129,7 @@ class ResumableJsonl:
             if not line.endswith(b"\n"):
                 break
             where = f"{self.path} line {number}"
-            record = _parse_line(line, where)
+            record = parse_line(line, where)
             if not isinstance(record, dict) or "id" not in record:
                 raise UserError(
                     f"{where}: found {_kind(record)} without 'id'; this is not an output to resume, move it away."
@@ -177,20 +162,8 @@ def _parse_turn(turn: Any, where: str) -> dict[str, Any]:
             f"{where}: the content holds half of a UTF-16 surrogate pair, which no tokenizer takes; remove it."
         )
     if isinstance(rest.get("tool_calls"), str):
-        rest["tool_calls"] = _parse_line(rest["tool_calls"].encode(), f"{where}, 'tool_calls'")
+        rest["tool_calls"] = parse_line(rest["tool_calls"].encode(), f"{where}, 'tool_calls'")
     return {"role": role, "content": content, **rest}
-
-
-def _parse_line(line: bytes, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{where}: byte {error.start} is not UTF-8, expected one JSON object a line in UTF-8."
-        ) from error
-    except json.JSONDecodeError as error:
-        shown = line[:60].decode(errors="replace").strip()
-        raise UserError(f"{where}: {error.msg} at column {error.colno}, expected one JSON object: {shown!r}") from error
 
 
 def _kind(value: Any) -> str:

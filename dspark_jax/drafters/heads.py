@@ -41,8 +41,8 @@ class MarkovHead(nnx.Module):
 
     def __init__(self, config: DSparkConfig, *, rngs: nnx.Rngs):
         shape, std = (config.backbone.vocab_size, config.markov_rank), config.backbone.initializer_range
-        self.w1_vr = param(normal(rngs, shape, std), "vocab", "rank")
-        self.w2_vr = param(normal(rngs, shape, std), "vocab", "rank")
+        self.w1_vr = param(normal(rngs, shape, std), "markov_vocab", "rank")
+        self.w2_vr = param(normal(rngs, shape, std), "markov_vocab", "rank")
 
     def embed(self, tokens: Int[Array, "*n"]) -> Float[Array, "*n r"]:
         return jnp.take(self.w1_vr[...], tokens, axis=0)

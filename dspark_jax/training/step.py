@@ -10,13 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from dspark_jax.drafters.protocol import SharedTables
 from dspark_jax.drafters.registry import new_params, skeleton
 from dspark_jax.errors import UserError
-from dspark_jax.sharding import ShardingRules, parameter_shardings, replicated
+from dspark_jax.sharding import AnyMesh, ShardingRules, array_sharding, gathered, parameter_shardings, replicated
 from dspark_jax.training.losses import Sums
 from dspark_jax.training.objective import Batch, Objective, Plan, replicate
 
@@ -38,29 +38,28 @@ class TrainState:
 class Placement:
     """A mesh and what is laid over it. Masters and optimizer state are split by `rules`, rows over its batch axes."""
 
-    mesh: Mesh
+    mesh: AnyMesh
     rules: ShardingRules
 
     @property
     def whole(self) -> NamedSharding:
         return replicated(self.mesh)
 
-    @property
-    def row_groups(self) -> int:
-        """Devices that the rows of a batch are spread over."""
-        groups = 1
-        for axis in self.rules.batch or ():
-            groups *= self.mesh.shape[axis]
-        return groups
-
     def rows(self, tree: Any, leading: int = 0) -> Any:
         """Constrains every leaf's row dimension, which comes after `leading` others."""
 
         def place(x: Array) -> Array:
-            axes = [None] * leading + ["batch"] + [None] * (x.ndim - leading - 1)
-            return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self.rules.spec(axes)))
+            return jax.lax.with_sharding_constraint(x, self.rules.rows(self.mesh, x.ndim, leading))
 
         return jax.tree.map(place, tree)
+
+    def tables(self, shared: SharedTables) -> SharedTables:
+        """Shardings of the target's tables, as stored."""
+        return jax.tree.map(lambda x: array_sharding(x.shape, ("vocab", "embed"), self.mesh, self.rules), shared)
+
+    def gathered(self, tree: Any, shardings: Any) -> Any:
+        """Constrains every leaf to its sharding without what is split for storage only."""
+        return jax.tree.map(lambda x, s: jax.lax.with_sharding_constraint(x, gathered(s, self.rules)), tree, shardings)
 
 
 def abstract_train_state(
@@ -135,7 +134,12 @@ def make_train_step(
         if placement is not None:
             batch = placement.rows(dict(batch))
         plan = objective.plan(batch, jax.random.fold_in(state.key, state.step))
-        grads, sums = _gradients(objective, state.params, shared, batch, plan, accumulation_steps, placement)
+        params = state.params
+        if placement is not None and abstract is not None:
+            # Gathered once a step: left to the partitioner, every chunk of anchors would gather split parameters again.
+            params = placement.gathered(params, jax.tree.map(lambda x: x.sharding, abstract.params))
+            shared = placement.gathered(shared, placement.tables(shared))
+        grads, sums = _gradients(objective, params, shared, batch, plan, accumulation_steps, placement)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(objective.loss(sums, plan.denominator))
         metrics = objective.metrics(sums | plan.sums, length) | {
@@ -182,10 +186,6 @@ def _gradients(
     steps: int,
     placement: Placement | None,
 ) -> tuple[dict, Sums]:
-    # Gathered once a step: left to the partitioner, every chunk of anchors would gather the split parameters again.
-    whole = None if placement is None else placement.whole
-    params, shared = replicate(params, whole), replicate(shared, whole)
-
     def loss(params: dict, batch: Batch, rows: Any) -> tuple[Array, Sums]:
         sums = objective.sums(params, shared, batch, rows)
         return objective.loss(sums, plan.denominator), sums
@@ -208,7 +208,7 @@ def _split_rows(x: Array, steps: int) -> Array:
 
 
 def _check_rows(rows: int, steps: int, placement: Placement | None) -> None:
-    groups = 1 if placement is None else placement.row_groups
+    groups = 1 if placement is None else placement.rules.row_groups(placement.mesh)
     if rows % (steps * groups):
         raise UserError(
             f"A batch of {rows} rows does not divide into {steps} micro-batches over {groups} devices; make the global "
