@@ -48,6 +48,11 @@ class Preemption:
         self._told = True
 
 
+def updated(metrics: dict[str, jax.Array]) -> bool:
+    """Whether a step changed the parameters; waits for it."""
+    return not int(jax.device_get(metrics["skipped"]))
+
+
 class SkipGuard:
     """Counts the updates that were skipped one after the other; one more than the limit stops the run.
 
@@ -60,7 +65,7 @@ class SkipGuard:
 
     def watch(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Raises UserError, after writing RUN/nonfinite.json, when step `step` was one skip too many."""
-        if not int(jax.device_get(metrics["skipped"])):
+        if updated(metrics):
             self.streak.clear()
             return
         self.streak.append(step)

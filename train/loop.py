@@ -15,7 +15,8 @@ from dspark_jax.training.checkpoint import Checkpoints
 from dspark_jax.training.flops import peak_flops, training_flops
 from dspark_jax.training.step import TrainState
 from train.evaluation import TAU, Evaluator
-from train.guards import Preempted, Preemption, SkipGuard
+from train.feeds import open_feed
+from train.guards import Preempted, Preemption, SkipGuard, updated
 from train.plan import RunPlan
 from train.run_folder import MetricsLog
 from train.trainer import Trainer
@@ -100,20 +101,20 @@ def train(trainer: Trainer, shared: SharedTables, checkpoints: Checkpoints) -> t
     """
     plan, start = trainer.plan, checkpoints.latest or 0
     state, extra = checkpoints.restore(start, trainer.abstract) if start else (trainer.initial(), {"pending": []})
-    step, evaluator = trainer.step(), Evaluator.of(trainer)
+    feed, evaluator = open_feed(trainer, shared, start), Evaluator.of(trainer)
     with (
         MetricsLog(plan.folder, start) as log,
         tqdm(total=plan.total_steps, initial=start, desc=plan.config.name, unit="step", disable=None) as bar,
-        closing(trainer.device_batches(start)) as batches,
+        closing(feed),
         Preemption() as preemption,
         jax.transfer_guard("disallow"),
     ):
         window, guard = Window(trainer, extra["pending"]), SkipGuard(plan)
-        upcoming, before = next(batches, {}), None
+        upcoming, before = next(feed.batches, {}), None
         for done in range(start + 1, plan.total_steps + 1):
-            state, metrics = step(state, shared, upcoming)
+            state, metrics = feed.step(state, upcoming)
             # While that step runs: the next batch. Then at most this step and the one before it are under way.
-            upcoming = next(batches, {})
+            upcoming = next(feed.batches, {})
             window.add(done - 1, metrics)
             jax.block_until_ready(before if before is not None else metrics)
             if before is None:
@@ -129,7 +130,8 @@ def train(trainer: Trainer, shared: SharedTables, checkpoints: Checkpoints) -> t
                 log.write(record | (scores or {}))
                 bar.set_postfix(loss=record["loss"], tau=record["tau_probabilistic"], refresh=False)
             told = preemption.requested(done)
-            if due.save or told:
+            if told or due.end or (due.save and updated(metrics)):
+                feed.flush()
                 checkpoints.save(done, state, {"pending": window.fetch()}, scores[TAU] if scores else None)
             if told:
                 checkpoints.wait()
@@ -148,6 +150,7 @@ class Due:
     record: bool
     evaluation: bool
     save: bool
+    end: bool
 
     @classmethod
     def at(cls, done: int, plan: RunPlan) -> "Due":
@@ -155,4 +158,4 @@ class Due:
         every = config.evaluation.every_steps
         evaluation = bool(every) and (last or done % every == 0)
         record = last or evaluation or done % config.log_every == 0
-        return cls(record, evaluation, save=last or evaluation or done % config.checkpoint.every_steps == 0)
+        return cls(record, evaluation, save=evaluation or done % config.checkpoint.every_steps == 0, end=last)
