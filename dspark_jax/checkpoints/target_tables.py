@@ -1,11 +1,12 @@
 """The parts of a target that training needs: its embedding and output head, and layers that a drafter starts from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
+from jaxtyping import Array
 
 from dspark_jax.checkpoints.huggingface import (
     DTYPES,
@@ -50,6 +51,15 @@ def load_tables(target: Target, *, dtype: str, mesh: Mesh, rules: ShardingRules 
     it cannot run. UserError when the tensors are missing, cut off or of another shape.
     """
     return replace(target, params=_load(target, lambda path: path in _TABLES, dtype, mesh, rules))
+
+
+def load_rest(
+    target: Target, tables: Mapping[str, Array], *, dtype: str, mesh: Mesh, rules: ShardingRules | None = None
+) -> dict:
+    """All parameters of the described target, placed as `load_tables` does; those in `tables` are taken from there."""
+    names = ("embed_weight_vd",) if target.config.tie_word_embeddings else ("embed_weight_vd", "head_weight_vd")
+    rest = _load(target, lambda path: path not in _TABLES, dtype, mesh, rules)
+    return {**rest, **{name: tables[name] for name in names}}
 
 
 def load_layers(

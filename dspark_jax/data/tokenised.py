@@ -1,0 +1,76 @@
+"""Conversations as token ids in memory: what a run trains on when the target computes its states in the step."""
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dspark_jax.data.chat import Encoded, encode_conversation
+from dspark_jax.data.conversations import read_conversations
+from dspark_jax.data.records import TokenSample
+from dspark_jax.errors import UserError
+
+
+def encode_files(
+    files: Sequence[str | os.PathLike[str]], tokenizer: Any, chat_format: str, max_length: int, vocabulary: int
+) -> Iterator[Encoded]:
+    """Every conversation of the files, in order, cut to `max_length`; UserError naming file and line."""
+    for path in files:
+        for record in read_conversations(path):
+            try:
+                encoded = encode_conversation(tokenizer, record.messages, chat_format, max_length)
+            except UserError as error:
+                raise UserError(f"{record.where}: {error}") from error
+            if len(encoded.input_ids) and encoded.input_ids.max() >= vocabulary:
+                raise UserError(
+                    f"{record.where}: token id {encoded.input_ids.max()} is outside the target's vocabulary of "
+                    f"{vocabulary}; the tokenizer is another model's."
+                )
+            yield encoded
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """A `TokenSource` of the conversations with enough supervised tokens, one after the other in two flat arrays.
+
+    Attributes:
+        input_ids, loss_mask: int32 and uint8 [all tokens].
+        starts: int64 [len(self) + 1]: where each begins, and the last ends.
+        sample_ids: int64 [len(self)], index among all conversations, those left out included.
+        sha256: of all of it.
+    """
+
+    input_ids: np.ndarray
+    loss_mask: np.ndarray
+    starts: np.ndarray
+    sample_ids: np.ndarray
+    sha256: str
+
+    @classmethod
+    def of(cls, conversations: Iterator[Encoded], min_loss_tokens: int) -> "Tokenised":
+        kept = [(i, c) for i, c in enumerate(conversations) if c.loss_tokens >= min_loss_tokens]
+        sizes = [len(c.input_ids) for _, c in kept]
+        arrays = (
+            np.concatenate([np.zeros(0, np.int32), *(c.input_ids for _, c in kept)]),
+            np.concatenate([np.zeros(0, np.uint8), *(c.loss_mask for _, c in kept)]),
+            np.cumsum([0, *sizes], dtype=np.int64),
+            np.array([i for i, _ in kept], np.int64),
+        )
+        digest = hashlib.sha256()
+        for array in arrays:
+            digest.update(array.data)
+        return cls(*arrays, digest.hexdigest())
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.starts)
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def __getitem__(self, index: int) -> TokenSample:
+        span = slice(int(self.starts[index]), int(self.starts[index + 1]))
+        return TokenSample(int(self.sample_ids[index]), self.input_ids[span], self.loss_mask[span])
