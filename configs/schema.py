@@ -132,7 +132,21 @@ class DataSettings:
     """Which records a step sees. Their order is a function of (seed, step) alone."""
 
     cache: str
-    """Folder of the target cache (train.build_cache); empty: the program makes a few records itself (debug)."""
+    """Folder of the target cache (train.build_cache); empty: the program makes a few records itself (debug). A hybrid
+    run writes it, where empty in the run's own folder; an online run has none."""
+    source: Literal["offline", "online", "hybrid"] = "offline"
+    """Where hidden states come from: the cache; the target, which then runs in every step; the target in the first
+    epoch, which writes the cache, and the cache from then on."""
+    conversations: str = ""
+    """Conversations in JSONL, JSON or Parquet that an online or hybrid run reads."""
+    chat_format: str = "qwen"
+    """How the target's chat template marks the assistant's turns in them."""
+    min_loss_tokens: int = 2
+    """Those with fewer supervised tokens after the cut are dropped."""
+    codec: Literal["bfloat16", "float32", "float8_e4m3", "int8"] = "bfloat16"
+    """How a hybrid run stores the states, and sees them in its first epoch."""
+    packing: bool = False
+    """Put several sequences into a row of `max_length` tokens; none attends to another, and all share its anchors."""
     global_batch: int = 512
     """Sequences of one optimizer step, over all devices and micro-batches."""
     accumulation_steps: int = 1
@@ -156,6 +170,13 @@ class DataSettings:
             self.global_batch,
             f"a positive multiple of data.accumulation_steps ({self.accumulation_steps})",
         )
+        _require(
+            self.source == "offline" or bool(self.conversations),
+            "data.conversations",
+            self.conversations,
+            f"a file of conversations, as data.source is {self.source},",
+        )
+        _require(self.min_loss_tokens >= 1, "data.min_loss_tokens", self.min_loss_tokens, "at least 1")
         buckets = self.length_buckets
         _require(
             not buckets

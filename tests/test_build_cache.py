@@ -44,7 +44,7 @@ def build(folder: Path, name: str, *more: str) -> None:
         "--output",
         folder / name,
     ]
-    options = ["--layers", "-1,0,2", "--max-length", MAX_LENGTH, "--batch", 3, "--dtype", "float32", *more]
+    options = ["--layers", "-1,0,2", "--max-length", MAX_LENGTH, "--batch", 3, "--codec", "float32", *more]
     build_cache.main([str(word) for word in places + options])
 
 

@@ -168,7 +168,7 @@ def test_estimate_is_no_less_than_the_cache_and_writes_nothing(target, folder, c
 def test_other_settings_on_the_same_cache(target: Path, folder: Path, refused: Refused):
     main, *words = cache(target)
     main(list(map(str, words)))
-    for option, value, field in (("--dtype", "float32", "dtype"), ("--batch", 2, "batch")):
+    for option, value, field in (("--codec", "float32", "dtype"), ("--batch", 2, "batch")):
         assert f"was begun with {field} = " in refused(*cache(target, option, value))
     assert "was begun with layer_ids = [0, 1], this run has [1]" in refused(*cache(target, layers="1"))
     longer = {"messages": GOOD["messages"] * 2}

@@ -22,12 +22,13 @@ from tqdm import tqdm
 
 from configs.cli import parse, program
 from configs.schema import MeshSettings
-from dspark_jax.checkpoints.huggingface import DTYPES, load_target, resolve_folder
+from dspark_jax.checkpoints.huggingface import load_target, resolve_folder
 from dspark_jax.checkpoints.tensors import read_json
-from dspark_jax.data.chat import Encoded, chat_format, encode_conversation, load_tokenizer, tokenizer_hash
-from dspark_jax.data.conversations import read_conversations
+from dspark_jax.data.chat import Encoded, chat_format, load_tokenizer, tokenizer_hash
+from dspark_jax.data.codecs import encode_states
 from dspark_jax.data.pipeline import length_buckets
 from dspark_jax.data.target_cache import CacheSpec, CacheWriter, Sample, estimate_bytes, require_disk
+from dspark_jax.data.tokenised import encode_files
 from dspark_jax.decoding.engine import parameter_mesh
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import ShardingRules
@@ -62,8 +63,8 @@ class CacheSettings:
     """Conversations that the target runs at once."""
     max_shard_mb: float = 256
     """MiB after which a shard is closed; a killed run loses at most one shard's work."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the hidden states in the cache."""
+    codec: Literal["bfloat16", "float32", "float8_e4m3", "int8"] = "bfloat16"
+    """How hidden states are stored; the last two take half of bfloat16's bytes, with a scale a token and layer."""
     compute_dtype: Literal["bfloat16", "float32"] | None = None
     """Of the target's weights and activations; None: as its config says."""
     mesh: MeshSettings = MeshSettings(data=1, fsdp=-1)
@@ -126,7 +127,7 @@ def main(argv: list[str]) -> None:
         max_length=settings.max_length,
         min_loss_tokens=settings.min_loss_tokens,
         num_sources=len(items),
-        dtype=settings.dtype,
+        dtype=settings.codec,
         sources_sha256=sources_sha256,
     )
     needed = plan(settings, spec, items)
@@ -162,7 +163,8 @@ def plan(settings: CacheSettings, spec: CacheSpec, items: Sequence[Item]) -> int
     needed = estimate_bytes(tokens, len(kept), spec, settings.max_shard_bytes)
     if settings.estimate:
         counts = {"conversations": len(items), "records": len(kept), "dropped": len(items) - len(kept)}
-        print(table({**counts, "tokens": tokens, "bytes": needed, "gigabytes": f"{needed / 1e9:,.3f}"}))
+        counts |= {"tokens": tokens, "bytes_per_token": spec.token_bytes, "bytes": needed}
+        print(table({**counts, "gigabytes": f"{needed / 1e9:,.3f}"}))
     elif not kept:
         raise UserError(
             f"None of the {len(items)} conversations has {settings.min_loss_tokens} supervised tokens within "
@@ -194,6 +196,7 @@ def build(
         "records": records,
         "dropped": len(items) - records,
         "tokens": sum(item.length for item in items if item.kept),
+        "bytes_per_token": spec.token_bytes,
         "bytes": written,
         "seconds_this_run": round(seconds, 3),
         "tokens_per_second": made / seconds,
@@ -205,20 +208,12 @@ def build(
 def encode_sources(settings: CacheSettings, tokenizer: Any, vocabulary: int) -> tuple[list[Item], str]:
     """Every conversation tokenised and masked, and the hash of them all; UserError naming file and line."""
     digest, items = hashlib.sha256(), list[Item]()
-    for path in settings.conversations:
-        for record in tqdm(read_conversations(path), desc="encoding", unit="conversation", leave=False, delay=2):
-            try:
-                encoded = encode_conversation(tokenizer, record.messages, settings.chat_format, settings.max_length)
-            except UserError as error:
-                raise UserError(f"{record.where}: {error}") from error
-            if len(encoded.input_ids) and encoded.input_ids.max() >= vocabulary:
-                raise UserError(
-                    f"{record.where}: token id {encoded.input_ids.max()} is outside the target's vocabulary "
-                    f"of {vocabulary}; the tokenizer in {settings.target} is another model's."
-                )
-            digest.update(len(encoded.input_ids).to_bytes(8, "little"))
-            digest.update(encoded.input_ids.tobytes() + encoded.loss_mask.tobytes())
-            items.append(Item(len(items), encoded, encoded.loss_tokens >= settings.min_loss_tokens))
+    how = (settings.chat_format, settings.max_length, vocabulary)
+    conversations = encode_files(settings.conversations, tokenizer, *how)
+    for encoded in tqdm(conversations, desc="encoding", unit="conversation", leave=False, delay=2):
+        digest.update(len(encoded.input_ids).to_bytes(8, "little"))
+        digest.update(encoded.input_ids.tobytes() + encoded.loss_mask.tobytes())
+        items.append(Item(len(items), encoded, encoded.loss_tokens >= settings.min_loss_tokens))
     if not items:
         files = ", ".join(map(str, settings.conversations))
         raise UserError(f"{files} holds no conversations; at least one was expected.")
@@ -245,32 +240,32 @@ def compute_samples(
             tokens = np.zeros((batch, next(b for b in buckets if b >= group[-1].length)), np.int32)
             for row, item in enumerate(group):
                 tokens[row, : item.length] = item.encoded.input_ids
-            samples.update(_cut(group, *jax.device_get(forward(target.params, tokens))))
+            samples.update(_cut(group, jax.device_get(forward(target.params, tokens))))
         for item in members[max(0, start - first) :]:
             yield item.index, samples.get(item.index)
 
 
-def make_forward(target: Target, spec: CacheSpec) -> Callable[[dict, Any], tuple[jax.Array, jax.Array]]:
-    """(params, tokens [B, T]) -> features [B, T, m D] and last hidden [B, T, D] in the cache's dtype, jitted; rows over
-    the mesh that the parameters lie on."""
-    dtype, mesh = DTYPES[spec.dtype], parameter_mesh(target.params)
+def make_forward(target: Target, spec: CacheSpec) -> Callable[[dict, Any], dict[str, jax.Array]]:
+    """(params, tokens [B, T]) -> the states as the cache stores them (`codecs.STATES`), jitted; rows over the mesh that
+    the parameters lie on."""
+    mesh = parameter_mesh(target.params)
 
     @jax.jit
-    def forward(params: dict, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def forward(params: dict, tokens: jax.Array) -> dict[str, jax.Array]:
         if mesh is not None:
             tokens = jax.lax.with_sharding_constraint(tokens, ShardingRules().rows(mesh, tokens.ndim))
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         out = target.model(params)(tokens, positions, Causal(), spec.layer_ids)
-        return out.taps.astype(dtype), out.hidden.astype(dtype)
+        return encode_states(out.taps, out.hidden, spec.codec, jnp)
 
     return forward
 
 
-def _cut(group: Sequence[Item], features: np.ndarray, last_hidden: np.ndarray) -> Iterator[tuple[int, Sample]]:
+def _cut(group: Sequence[Item], stored: dict[str, np.ndarray]) -> Iterator[tuple[int, Sample]]:
     """(index, sample) of every row of a batch, without its padding."""
     for row, item in enumerate(group):
-        hidden = features[row, : item.length], last_hidden[row, : item.length]
-        yield item.index, Sample(item.index, item.encoded.input_ids, item.encoded.loss_mask, *hidden)
+        states = {name: array[row, : item.length] for name, array in stored.items()}
+        yield item.index, Sample(item.index, item.encoded.input_ids, item.encoded.loss_mask, **states)
 
 
 def _attach_layers(argv: Sequence[str]) -> list[str]:

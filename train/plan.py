@@ -11,8 +11,8 @@ from configs.schema import DataSettings, EvaluationSettings, TrainConfig
 from dspark_jax.checkpoints.target_tables import describe_target
 from dspark_jax.data.chat import tokenizer_hash
 from dspark_jax.data.pipeline import Batches, open_cache
-from dspark_jax.data.records import FeatureSource, require_match
-from dspark_jax.data.views import Truncated
+from dspark_jax.data.records import FeatureSource, TokenSource, require_match
+from dspark_jax.data.views import Packed, Tapped, Truncated
 from dspark_jax.decoding.prompts import Prompt, read_prompts
 from dspark_jax.drafters.config import DrafterConfig
 from dspark_jax.drafters.registry import drafter_hf_config, read_config
@@ -20,6 +20,7 @@ from dspark_jax.errors import UserError
 from dspark_jax.sharding import AnyMesh, ShardingRules, make_mesh
 from dspark_jax.targets.target import Target
 from train.run_folder import require_same_run, write_config
+from train.sources import open_conversations
 from train.synthetic_cache import write_synthetic_cache
 
 
@@ -50,7 +51,9 @@ def make_plan(config: TrainConfig) -> RunPlan:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     micro_batches(config.data, mesh)
     heldout = heldout_prompts(config.evaluation, target)
-    batches = make_batches(config.data, open_records(config, folder, target))
+    offline = config.data.source == "offline"
+    source = open_records(config, folder, target) if offline else open_conversations(config, target)
+    batches = make_batches(config.data, source)
     total = config.epochs * batches.steps_per_epoch
     return RunPlan(
         config=config,
@@ -99,7 +102,9 @@ def open_records(config: TrainConfig, folder: Path, target: Target) -> FeatureSo
         write_config(folder, config)
         records = 4 * data.global_batch
         write_synthetic_cache(where, target, layer_ids, records=records, length=data.max_length, seed=data.seed)
-    cache = open_cache(where)
+    cache: FeatureSource = open_cache(where)
+    if set(layer_ids) < set(cache.spec.layer_ids):
+        cache = Tapped(cache, layer_ids)
     require_match(
         cache.spec,
         str(where),
@@ -120,10 +125,11 @@ def heldout_prompts(settings: EvaluationSettings, target: Target) -> tuple[Promp
     return tuple(read_prompts(target, [Path(settings.prompts)], limit=settings.limit or None))
 
 
-def make_batches(data: DataSettings, source: FeatureSource) -> Batches:
-    """This process's rows of every step, cut to `max_length` and padded to a bucket."""
+def make_batches(data: DataSettings, source: TokenSource) -> Batches:
+    """This process's rows of every step, cut to `max_length`, packed where asked, and padded to a bucket."""
+    cut = Truncated(source, data.max_length)
     return Batches(
-        Truncated(source, data.max_length),
+        Packed(cut, data.max_length) if data.packing else cut,
         global_batch=data.global_batch,
         seed=data.seed,
         buckets=data.length_buckets or (data.max_length,),

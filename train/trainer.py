@@ -9,6 +9,7 @@ import jax
 from configs.schema import TrainConfig
 from dspark_jax.checkpoints.huggingface import DTYPES
 from dspark_jax.checkpoints.target_tables import load_layers, load_tables
+from dspark_jax.data.codecs import STATES
 from dspark_jax.data.pipeline import Batch
 from dspark_jax.drafters.registry import graft_target_layers, new_params
 from dspark_jax.sharding import ShardingRules, batch_shardings
@@ -16,6 +17,7 @@ from dspark_jax.targets.target import Target
 from dspark_jax.training.losses import LossOptions
 from dspark_jax.training.registry import make_objective
 from dspark_jax.training.schedule import learning_rate_schedule, make_optimizer
+from dspark_jax.training.states import States, StoredStates
 from dspark_jax.training.step import (
     Placement,
     TrainState,
@@ -26,7 +28,7 @@ from dspark_jax.training.step import (
 )
 from train.plan import RunPlan, micro_batches
 
-BATCH_KEYS = ("input_ids", "loss_mask", "lengths", "features", "last_hidden")
+BATCH_KEYS = ("input_ids", "loss_mask", "lengths", "segments", *STATES)
 
 
 def sharding_rules(config: TrainConfig) -> ShardingRules:
@@ -49,8 +51,11 @@ def train_step(
     schedule: Any,
     placement: Placement,
     abstract: TrainState,
+    states: States | None = None,
+    record: bool = False,
 ) -> TrainStep:
-    """The step that a run compiles; on an abstract mesh, the step that it would compile."""
+    """The step that a run compiles; on an abstract mesh, the step that it would compile. `states`, `record`: see
+    `make_train_step`; None: states that come with the batch."""
     options = LossOptions(
         ce_alpha=config.loss.ce_alpha,
         l1_alpha=config.loss.l1_alpha,
@@ -65,6 +70,8 @@ def train_step(
         accumulation_steps=micro_batches(config.data, placement.mesh),
         placement=placement,
         abstract=abstract,
+        states=states or StoredStates(DTYPES[config.compute_dtype]),
+        record=record,
     )
 
 
@@ -101,23 +108,22 @@ class Trainer:
         params = new_params(self.plan.drafter_hf, jax.random.key(self.plan.config.seed))
         return graft_target_layers(self.plan.drafter_hf, params, [layers[i] for i in ids], final_norm)
 
-    def step(self) -> TrainStep:
-        return train_step(
-            self.plan.config, self.plan.drafter_hf, self.optimizer, self.schedule, self.placement, self.abstract
-        )
+    def step(self, states: States | None = None, record: bool = False) -> TrainStep:
+        recipe = (self.optimizer, self.schedule, self.placement, self.abstract)
+        return train_step(self.plan.config, self.plan.drafter_hf, *recipe, states, record)
 
     def device_batch(self, batch: Batch) -> dict[str, jax.Array]:
         """This host's rows of a batch as global arrays, rows over the mesh."""
         rows = self.plan.batches.global_batch
-        kept = {key: batch[key] for key in BATCH_KEYS}
+        kept = {key: batch[key] for key in BATCH_KEYS if key in batch}
         shardings = batch_shardings(kept, self.plan.mesh, self.placement.rules)
         return {
             key: jax.make_array_from_process_local_data(shardings[key], value, (rows, *value.shape[1:]))
             for key, value in kept.items()
         }
 
-    def device_batches(self, start: int) -> Generator[dict[str, jax.Array]]:
-        """Batches from step `start` to the last, read and padded by threads ahead of the loop."""
-        with self.plan.batches.iterate(start, self.plan.total_steps) as batches:
+    def device_batches(self, start: int, stop: int | None = None) -> Generator[dict[str, jax.Array]]:
+        """Batches from step `start` up to `stop` (None: the last), read and padded by threads ahead of the loop."""
+        with self.plan.batches.iterate(start, self.plan.total_steps if stop is None else stop) as batches:
             for batch in batches:
                 yield self.device_batch(batch)

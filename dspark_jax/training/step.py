@@ -18,9 +18,10 @@ from dspark_jax.drafters.registry import new_params, skeleton
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import AnyMesh, ShardingRules, array_sharding, gathered, parameter_shardings, replicated
 from dspark_jax.training.losses import Sums
-from dspark_jax.training.objective import Batch, Objective, Plan, replicate
+from dspark_jax.training.objective import Batch, Objective, replicate
+from dspark_jax.training.states import States, StoredStates
 
-TrainStep = Callable[["TrainState", SharedTables, Batch], tuple["TrainState", dict[str, Array]]]
+TrainStep = Callable[..., Any]
 
 
 @jax.tree_util.register_dataclass
@@ -120,8 +121,13 @@ def make_train_step(
     accumulation_steps: int = 1,
     placement: Placement | None = None,
     abstract: TrainState | None = None,
+    states: States | None = None,
+    record: bool = False,
 ) -> TrainStep:
     """jitted (state, shared, batch) -> (state, metrics); the state is donated, the frozen tables are borrowed.
+
+    `states` (None: float32 ones in the batch) says where the target's states come from; where the target computes them,
+    its parameters are a fourth argument, borrowed too. `record` adds a third result: the states as a cache stores them.
 
     With a placement, `abstract` (of `abstract_train_state`) pins the new state where the old one lies. Denominators are
     those of the global batch, so splitting it into micro-batches changes nothing but memory. A step whose loss or
@@ -129,7 +135,9 @@ def make_train_step(
     UserError at the first call if the batch's rows do not divide over micro-batches and devices.
     """
 
-    def step(state: TrainState, shared: SharedTables, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    source = states or StoredStates()
+
+    def step(state: TrainState, shared: SharedTables, batch: Batch, target: Any = None) -> tuple:
         length = batch["input_ids"].shape[1]
         if placement is not None:
             batch = placement.rows(dict(batch))
@@ -139,7 +147,17 @@ def make_train_step(
             # Gathered once a step: left to the partitioner, every chunk of anchors would gather split parameters again.
             params = placement.gathered(params, jax.tree.map(lambda x: x.sharding, abstract.params))
             shared = placement.gathered(shared, placement.tables(shared))
-        grads, sums = _gradients(objective, params, shared, batch, plan, accumulation_steps, placement)
+
+        def loss(params: dict, batch: Batch, rows: Any) -> tuple[Array, Sums]:
+            sums = objective.sums(params, shared, batch, rows)
+            return objective.loss(sums, plan.denominator), sums
+
+        def gradient(batch: Batch, rows: Any) -> tuple[Any, dict[str, Array]]:
+            stored = source.stored(target, batch)
+            made = jax.grad(loss, has_aux=True)(params, source.read(stored, batch), rows)
+            return made, stored if record else {}
+
+        (grads, sums), stored = _over_micro_batches(gradient, batch, plan.rows, accumulation_steps, placement)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(objective.loss(sums, plan.denominator))
         metrics = objective.metrics(sums | plan.sums, length) | {
@@ -147,64 +165,77 @@ def make_train_step(
             "grad_norm": norm,
             "skipped": 1 - finite.astype(jnp.int32),
         }
+        if "lengths" in batch:
+            metrics["utilisation"] = jnp.mean(batch["lengths"]) / length
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         updated = optax.apply_updates(state.params, updates), opt_state
         # Chosen on the device: the host learns of it from the metrics, and waits for nothing.
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), updated, (state.params, state.opt_state)
         )
-        return TrainState(state.step + 1, params, opt_state, state.key), metrics
+        new = TrainState(state.step + 1, params, opt_state, state.key)
+        return (new, metrics, stored) if record else (new, metrics)
 
     if placement is None:
         return jax.jit(step, donate_argnums=0)
     if abstract is None:
         raise ValueError("a placement needs the abstract state that was laid over it")
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, placement.whole))
+    recorded = (placement.rules.rows(placement.mesh, 3),) if record else ()
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, placement.whole, *recorded))
 
 
-def make_eval_step(objective: Objective, placement: Placement | None = None) -> Callable[..., dict[str, Array]]:
-    """jitted (params, shared, batch, key) -> metrics, without an update."""
+def make_eval_step(
+    objective: Objective, placement: Placement | None = None, states: States | None = None
+) -> Callable[..., dict[str, Array]]:
+    """jitted (params, shared, batch, key[, target]) -> metrics, without an update."""
+    source = states or StoredStates()
 
-    def evaluate(params: dict, shared: SharedTables, batch: Batch, key: Array) -> dict[str, Array]:
+    def evaluate(params: dict, shared: SharedTables, batch: Batch, key: Array, target: Any = None) -> dict:
         if placement is not None:
             batch = placement.rows(dict(batch))
         plan = objective.plan(batch, key)
         whole = replicate(params, None if placement is None else placement.whole)
-        sums = objective.sums(whole, shared, batch, plan.rows)
+        given = source.read(source.stored(target, batch), batch)
+        sums = objective.sums(whole, shared, given, plan.rows)
         return objective.metrics(sums | plan.sums, batch["input_ids"].shape[1])
 
     return jax.jit(evaluate)
 
 
-def _gradients(
-    objective: Objective,
-    params: dict,
-    shared: SharedTables,
+def _over_micro_batches(
+    gradient: Callable[[Batch, Any], tuple[Any, dict[str, Array]]],
     batch: Batch,
-    plan: Plan,
+    rows: Any,
     steps: int,
     placement: Placement | None,
-) -> tuple[dict, Sums]:
-    def loss(params: dict, batch: Batch, rows: Any) -> tuple[Array, Sums]:
-        sums = objective.sums(params, shared, batch, rows)
-        return objective.loss(sums, plan.denominator), sums
-
-    gradient = jax.grad(loss, has_aux=True)
+) -> tuple[Any, dict[str, Array]]:
+    """(sum of what `gradient` makes, the rows it stores) over micro-batches, one after the other."""
     _check_rows(batch["input_ids"].shape[0], steps, placement)
     if steps == 1:
-        return gradient(params, batch, plan.rows)
-    micro = jax.tree.map(lambda x: _split_rows(x, steps), (dict(batch), plan.rows))
+        return gradient(batch, rows)
+    micro = jax.tree.map(lambda x: _split_rows(x, steps), (dict(batch), rows))
     if placement is not None:
         micro = placement.rows(micro, leading=1)
-    shapes = jax.eval_shape(gradient, params, *jax.tree.map(lambda x: x[0], micro))
+
+    def add(total: Any, part: Any) -> tuple[Any, dict[str, Array]]:
+        made, stored = gradient(*part)
+        return jax.tree.map(jnp.add, total, made), stored
+
+    shapes = jax.eval_shape(gradient, *jax.tree.map(lambda x: x[0], micro))[0]
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.scan(lambda total, m: (jax.tree.map(jnp.add, total, gradient(params, *m)), None), zeros, micro)[0]
+    total, stored = jax.lax.scan(add, zeros, micro)
+    return total, jax.tree.map(_join_rows, stored)
 
 
 def _split_rows(x: Array, steps: int) -> Array:
     """[B, ...] -> [A, B / A, ...], every A-th row to a micro-batch: contiguous device shards stay where they are."""
     return jnp.moveaxis(x.reshape(-1, steps, *x.shape[1:]), 1, 0)
+
+
+def _join_rows(x: Array) -> Array:
+    """What `_split_rows` did, undone."""
+    return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
 
 
 def _check_rows(rows: int, steps: int, placement: Placement | None) -> None:
