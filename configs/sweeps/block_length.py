@@ -10,9 +10,7 @@ from configs.sweep import Sweep, axis, chain, fixed, product
 
 
 def get_sweep() -> Sweep:
-    none = fixed(
-        drafter__markov_rank=0, drafter__enable_confidence_head=False, drafter__confidence_head_with_markov=False
-    )
-    heads = chain(none, axis("drafter.markov_head_type", "vanilla", "rnn"))
+    # DFlash has no heads, whatever their settings, and learns by cross-entropy alone.
+    heads = chain(fixed(drafter__kind="dflash", loss__l1_alpha=0.0), axis("drafter.markov_head_type", "vanilla", "rnn"))
     blocks = axis("drafter.block_size", 4, 8, 12, 16)
     return Sweep("block_length", load_config("embedded_dspark"), product(heads, blocks))

@@ -6,14 +6,13 @@ Expected:  not measured here; in the paper a 2-layer DSpark accepts more than a 
 """
 
 from configs.cli import load_config
-from configs.sweep import Sweep, axis, chain, fixed, product, zipped
+from configs.sweep import Sweep, axis, product, zipped
 
 
 def get_sweep() -> Sweep:
     # The draft layers start as copies of the target's last ones, so these change with the depth.
     layers = axis("drafter.num_layers", 1, 2, 3)
     copies = axis("drafter.init_target_layers", (8,), (8, 9), (7, 8, 9))
-    plain = fixed(drafter__markov_rank=0, drafter__enable_confidence_head=False)
-    plain = product(plain, fixed(drafter__confidence_head_with_markov=False))
-    depths = zipped(layers, copies)
-    return Sweep("depth", load_config("embedded_dspark"), chain(depths, product(depths, plain)))
+    # DFlash has no heads, whatever their settings, and learns by cross-entropy alone.
+    kinds = zipped(axis("drafter.kind", "dspark", "dflash"), axis("loss.l1_alpha", 0.9, 0.0))
+    return Sweep("depth", load_config("embedded_dspark"), product(kinds, zipped(layers, copies)))
