@@ -23,9 +23,9 @@ class DrafterSettings:
     target_layer_ids: tuple[int, ...]
     """Target layers whose outputs are tapped, ascending, counted from 0; -1 is the embedding output."""
     kind: str = "dspark"
-    """Name in the registry of drafters."""
+    """Name in the registry of drafters (dspark, dflash, eagle3, mtp); a kind reads the settings that it has use for."""
     block_size: int = 7
-    """Draft tokens γ of a round."""
+    """Draft tokens γ of a round, and the steps that Eagle3's training rolls out; MTP drafts one."""
     markov_rank: int = 256
     """Rank r of the sequential head; 0 leaves it out (DFlash)."""
     markov_head_type: str = "vanilla"
@@ -35,7 +35,7 @@ class DrafterSettings:
     confidence_head_with_markov: bool = True
     """Show the confidence head the previous token's Markov embedding as well."""
     num_anchors: int = 512
-    """Anchors N sampled from a training sequence."""
+    """Anchors N sampled from a training sequence, one position each for MTP; Eagle3 trains every position."""
     mask_token_id: int | None = None
     """Input of block positions after the anchor; None: the tokenizer's mask token."""
     intermediate_size: int | None = None

@@ -65,6 +65,27 @@ def tiny_pair(seed: int = 0, context: float = 0.08, block_size: int = 4, **confi
     return target, LoadedDrafter("bigram", read_config(hf_config), graphdef, unflatten_dict(params), hf_config)
 
 
+def taps_of(kind: str, layers: int) -> tuple[int, ...]:
+    """Layers that a drafter of this kind may tap in a target of so many."""
+    return (layers - 1,) if kind == "mtp" else tuple(range(max(layers - 1, 1)))
+
+
+@cache
+def kind_pair(kind: str, block_size: int = 3, spread: float = 0.4, **config: Any) -> tuple[Target, LoadedDrafter]:
+    """A target of six tokens, and a random drafter of any kind of the registry: over so few tokens chance alone is
+    right at times, and at temperature 1 often."""
+    small = {"vocab_size": 6, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "head_dim": 4}
+    small |= {"num_key_value_heads": 1, "initializer_range": 0.4, "max_position_embeddings": 64}
+    target = tiny_target(5, 1.0, **small | config)
+    hf_config = drafter_hf_config(
+        target.hf_config, kind=kind, num_layers=1, target_layer_ids=taps_of(kind, target.config.num_layers),
+        mask_token_id=0, block_size=block_size, markov_rank=4, dtype="float32",
+    )  # fmt: skip
+    graphdef, abstract = split(skeleton(hf_config))
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), random_leaves(abstract, spread, 1))
+    return target, LoadedDrafter(kind, read_config(hf_config), graphdef, params, hf_config)
+
+
 def random_leaves(abstract: dict, spread: float, seed: int) -> dict:
     """numpy leaves: matrices N(0, spread), vectors around 1 (norms) or 0 (biases). Nothing is compiled for it."""
     rng = np.random.default_rng(seed)

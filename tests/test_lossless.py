@@ -27,11 +27,11 @@ from dspark_jax.decoding.prompts import Prompt, encode
 from dspark_jax.decoding.requests import DecodeConfig, Generation, Request
 from dspark_jax.decoding.sampling import SamplingParams, sampling_law
 from dspark_jax.decoding.scheduler import Fixed, Threshold, VerifyPolicy
-from dspark_jax.drafters.registry import LoadedDrafter, drafter_hf_config, read_config, skeleton
+from dspark_jax.drafters.registry import DRAFTERS, LoadedDrafter, drafter_hf_config, read_config, skeleton
 from dspark_jax.sharding import split
 from dspark_jax.targets.target import Target
 from infer.measure import differences
-from tests.decoding_tiny import admission, next_logits, prompts, random_leaves, tiny_pair
+from tests.decoding_tiny import admission, kind_pair, next_logits, prompts, random_leaves, tiny_pair
 
 pytestmark = pytest.mark.lossless
 
@@ -135,6 +135,43 @@ def test_greedy_outputs_are_the_targets(name: str, slots: int, record_property: 
         assert kind != "bigram" or accepted > rounds / 2, line
 
 
+@cache
+def plain_of_kinds(slots: int) -> tuple[Generation, ...]:
+    return tuple(generate(kind_pair("dspark")[0], None, KIND_PROMPTS, replace(KIND_CONFIG, slots=slots)))
+
+
+KIND_PROMPTS = prompts(24, 6, seed=3)
+KIND_CONFIG = DecodeConfig(max_new_tokens=32, rounds_per_dispatch=8)
+
+
+@pytest.mark.parametrize("slots", [1, 8])
+@pytest.mark.parametrize("kind", DRAFTERS)
+def test_greedy_outputs_are_the_targets_with_every_kind(kind: str, slots: int, record_property: Record) -> None:
+    """Untrained drafters, nearly always wrong here; test_drafter_kinds decodes with trained ones."""
+    target, drafter = kind_pair(kind)
+    found = generate(target, drafter, KIND_PROMPTS, replace(KIND_CONFIG, slots=slots))
+    made = tuple(Prompt(str(i), kind, p) for i, p in enumerate(KIND_PROMPTS))
+    parted = differences(target, made, plain_of_kinds(slots), found)
+    accepted, verified = (sum(sum(getattr(g, name)) for g in found) for name in ("accepted_at", "verified_at"))
+    line = f"{kind}, R = {slots}: {len(found) - len(parted)}/{len(found)} identical, {accepted}/{verified} accepted"
+    print(line)
+    record_property(f"{kind}/{slots}", line)
+    assert all(d.gap < NEAR_TIE for d in parted) and len(parted) <= 1, line
+    assert verified > 20 * len(found), line
+
+
+@pytest.mark.parametrize("kind", DRAFTERS)
+def test_samples_are_the_requests_own_with_every_kind(kind: str) -> None:
+    """Temperature 1: eight slots give what one gives, prompts prefilled in chunks what prompts prefilled whole give."""
+    target, drafter = kind_pair(kind)
+    config = replace(KIND_CONFIG, temperature=1.0, smallest_prompt_bucket=4)
+    alone = generate(target, drafter, KIND_PROMPTS, replace(config, slots=1))
+    for other in (replace(config, slots=8), replace(config, slots=8, prefill_chunk=4)):
+        found = generate(target, drafter, KIND_PROMPTS, other)
+        assert [g.tokens for g in found] == [g.tokens for g in alone]
+        assert [g.accepted_at for g in found] == [g.accepted_at for g in alone]
+
+
 def test_a_difference_that_is_no_near_tie_is_seen() -> None:
     """The comparison itself: an output changed at one place is found there, with its gap."""
     case, plain = case_named("tiny"), plain_outputs("tiny", 8)
@@ -174,11 +211,11 @@ def small_engine(policy: VerifyPolicy) -> Engine:
 
 
 def samples(
-    loop: DecodeLoop, params: LoopParams, seed: int, caps: Any = None, **law: float
+    loop: DecodeLoop, params: LoopParams, seed: int, caps: Any = None, batches: int = BATCHES, **law: float
 ) -> tuple[np.ndarray, float]:
     """([n, 4] first tokens of n seeded requests, accepted drafts a round) through the compiled loop."""
     state, made, accepted, rounds = init_state(loop, params), [], 0, 0
-    for batch in range(BATCHES):
+    for batch in range(batches):
         keys = np.stack([np.arange(SLOTS) + batch * SLOTS, np.full(SLOTS, seed)], axis=1)
         new = admission(loop, [PROMPT] * SLOTS, 4, keys, caps=caps, bucket=4, **{"temperature": 1.0} | law)
         state = admit(loop, params, state, new, True)
@@ -242,6 +279,22 @@ def test_samples_follow_the_targets_law(name: str, record_property: Record) -> N
     record_property("chi-square", line)
     assert len(tokens) >= 50_000 and abs(law.sum() - 1) < 1e-5
     assert 0.3 < accepted < BLOCK - 0.5, "the drafter is to be neither always right nor always wrong"
+    assert min(first, later) > 1e-3, line
+
+
+@pytest.mark.parametrize("kind", [kind for kind in DRAFTERS if kind != "dspark"])
+def test_samples_follow_the_targets_law_with_every_kind(kind: str, record_property: Record) -> None:
+    target, drafter = kind_pair(kind)
+    width = drafter.config.block_size + 1
+    config = DecodeConfig(slots=SLOTS, buckets=(SLOTS * width,))
+    engine = Engine(target, drafter, config, longest=20)
+    tokens, accepted = samples(engine.loop, engine.params, 11, batches=40)
+    law = exact_law(target)
+    first, later = p_value(tokens[:, :3], law.sum(3)), p_value(tokens[:, 1:], law.sum(0))
+    line = f"{kind}: {len(tokens)} requests, p = {first:.4f} (tokens 1-3), {later:.4f} (2-4); accepted {accepted:.2f}"
+    print(line)
+    record_property("chi-square", line)
+    assert 0.1 < accepted < drafter.config.block_size - 0.1, line
     assert min(first, later) > 1e-3, line
 
 

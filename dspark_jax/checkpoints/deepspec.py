@@ -64,6 +64,6 @@ def drafter_tensor_map(config: DrafterConfig, paths: Iterable[ParamPath]) -> dic
         if below in LAYER_TENSORS:
             table[path] = layer_tensor(below, f"layers.{named[1]}")
         else:
-            leaf, layout = _LEAVES[path[-1]]
+            leaf, layout = _LEAVES.get(path[-1], (path[-1], Layout.SAME))
             table[path] = Stored(".".join([*map(str, named[:-1]), leaf]), layout)
     return table

@@ -98,8 +98,23 @@ class DrafterConfig:
 
 
 @dataclass(frozen=True)
-class DSparkConfig(DrafterConfig):
-    """`markov_rank` 0 means no Markov head; `num_anchors` blocks are trained a sequence.
+class BlockConfig(DrafterConfig):
+    """Of a drafter that the objective "blocks" trains, on `num_anchors` blocks a sequence."""
+
+    num_anchors: int
+
+    @classmethod
+    def read_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        return super().read_fields(config) | {"num_anchors": config["num_anchors"]}
+
+    @classmethod
+    def hf_fields(cls, *, num_anchors: int = 512, **settings: Any) -> dict[str, Any]:
+        return super().hf_fields(**settings) | {"num_anchors": num_anchors}
+
+
+@dataclass(frozen=True)
+class DSparkConfig(BlockConfig):
+    """`markov_rank` 0 means no Markov head.
 
     Without `sample_from_anchor` (z-lab's DFlash) the anchor's row predicts nothing and row k >= 1 token anchor + k;
     `block_size` always counts predictions, so such a block has one row more.
@@ -110,7 +125,6 @@ class DSparkConfig(DrafterConfig):
     markov_head_type: str
     enable_confidence_head: bool
     confidence_head_with_markov: bool
-    num_anchors: int
     sample_from_anchor: bool
 
     @classmethod
@@ -123,7 +137,6 @@ class DSparkConfig(DrafterConfig):
             "markov_head_type": config["markov_head_type"] if rank else "none",
             "enable_confidence_head": confidence,
             "confidence_head_with_markov": confidence and bool(config["confidence_head_with_markov"]),
-            "num_anchors": config["num_anchors"],
             "sample_from_anchor": bool(config.get("sample_from_anchor", True)),
         }
 
@@ -132,13 +145,11 @@ class DSparkConfig(DrafterConfig):
         cls,
         *,
         mask_token_id: int | None = None,
-        block_size: int = 7,
         markov_rank: int = 256,
         markov_head_type: str = "vanilla",
         enable_confidence_head: bool = True,
         confidence_head_with_markov: bool = True,
-        num_anchors: int = 512,
-        **_: Any,
+        **settings: Any,
     ) -> dict[str, Any]:
         """The fields of FIELD section 4a; a head's own are left out with the head, as the reference leaves them out."""
         if mask_token_id is None:
@@ -146,10 +157,8 @@ class DSparkConfig(DrafterConfig):
                 "The drafter has no mask token: the target's tokenizer names none. Name an unused token with "
                 "--drafter.mask-token-id."
             )
-        fields: dict[str, Any] = {
-            "block_size": block_size,
+        fields = super().hf_fields(**settings) | {
             "mask_token_id": mask_token_id,
-            "num_anchors": num_anchors,
             "enable_confidence_head": enable_confidence_head,
             "markov_rank": markov_rank,
         }

@@ -6,7 +6,7 @@ shape; it predicts token t + 2. Embedding and head are the target's.
 Axes: R request slots (B rows in training), T position, N blocks, D hidden, V vocab.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dspark_jax.drafters.config import DrafterConfig
+from dspark_jax.drafters.config import BlockConfig
 from dspark_jax.drafters.heads import Linear
 from dspark_jax.drafters.paired import OwnRows, PairedRows, PairedState, shift_left
 from dspark_jax.drafters.protocol import BlockOutput, DraftOutput, SampleFn, SharedTables
@@ -24,18 +24,12 @@ from dspark_jax.targets.registry import layer_class
 
 
 @dataclass(frozen=True)
-class MTPConfig(DrafterConfig):
-    """One draft token a round; `num_anchors` positions are trained a sequence."""
-
-    num_anchors: int
+class MTPConfig(BlockConfig):
+    """One draft token a round; an anchor is one trained position."""
 
     @classmethod
-    def read_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        return super().read_fields(config) | {"num_anchors": config["num_anchors"]}
-
-    @classmethod
-    def hf_fields(cls, *, num_anchors: int = 512, **_: Any) -> dict[str, Any]:
-        return {"block_size": 1, "num_anchors": num_anchors}
+    def hf_fields(cls, **settings: Any) -> dict[str, Any]:
+        return super().hf_fields(**settings | {"block_size": 1})
 
     @property
     def last_tap(self) -> int:

@@ -9,6 +9,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
 
+from dspark_jax.drafters.config import BlockConfig
 from dspark_jax.drafters.protocol import BlockDrafter, SharedTables
 from dspark_jax.training.anchors import Blocks, make_blocks, sample_anchors
 from dspark_jax.training.losses import EPSILON, Batch, LossOptions, Sums, block_sums
@@ -46,13 +47,10 @@ def cast_params(params: dict, dtype: Any) -> dict:
 class BlockObjective:
     """The losses of SPEC section 3 on a batch of `input_ids`, `loss_mask` [B, T], `features` [B, T, m D] and
     `last_hidden` [B, T, D], and `segments` [B, T] where rows are packed; other entries are ignored. Trains any
-    `BlockDrafter`, with heads or without.
-
-    `config` says `block_size` and `num_anchors`.
-    """
+    `BlockDrafter`, with heads or without."""
 
     graphdef: nnx.GraphDef
-    config: Any
+    config: BlockConfig
     options: LossOptions
     compute_dtype: Any = jnp.float32
 
