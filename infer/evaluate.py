@@ -20,7 +20,7 @@ from tqdm import tqdm
 from configs.cli import parse, program
 from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target
-from dspark_jax.decoding.calibration import calibration_metrics, prefix_survival
+from dspark_jax.decoding.calibration import calibration_metrics, prefix_survival, reliability
 from dspark_jax.decoding.engine import Engine
 from dspark_jax.decoding.measure import Acceptance
 from dspark_jax.decoding.requests import DecodeConfig
@@ -31,7 +31,7 @@ from dspark_jax.targets.target import Target
 from infer.answers import Answered, ChatStyle, Proposals, answer, reach
 from infer.bench import machine
 from infer.datasets import DOMAINS, Sample, domain_of, read_datasets
-from infer.policies import PolicyName, policy_named, schedule_tables, temperatures_of
+from infer.policies import PolicyName, make_engine, policy_named, temperatures_of
 from infer.report import acceptance_plot, reliability_plot, table, threshold_plot, write_json
 
 AVERAGED = ("tau", "drafted_per_round", "verify_rate", "plain_tokens_per_second", "tokens_per_second", "speedup")
@@ -111,6 +111,8 @@ class Evaluation:
     def __post_init__(self) -> None:
         settings = self.settings
         self.style = ChatStyle(settings.chat_format, settings.thinking)
+        for temperature in settings.temperatures:  # a calibration for something else is refused before anything runs
+            temperatures_of(self.target, self.drafter, DecodeConfig(temperature=temperature), settings.sts)
         limit = min(settings.max_context or self.target.config.max_positions, self.target.config.max_positions)
         samples = [sample for group in self.sets.values() for sample in group]
         reached = (reach(self.target, self.style, sample, settings.max_new_tokens) for sample in samples)
@@ -131,8 +133,7 @@ class Evaluation:
             buckets=buckets,
             smallest_prompt_bucket=128,
         )
-        tables = schedule_tables(self.drafter, settings.slots, buckets, settings.sts, settings.sps)
-        engine = Engine(self.target, drafter, config, self.longest, max(1, len(self.target.stop_tokens)), tables)
+        engine = make_engine(self.target, drafter, config, self.longest, settings.sts, settings.sps)
         engine.warm_up()
         return engine
 
@@ -154,7 +155,7 @@ class Evaluation:
             recorded, proposals = self._recorded(whole, samples)
             rows[name] = speed_figures(samples, passes, self.drafter.config.block_size)
             rows[name] |= acceptance_figures(recorded)
-            rows[name]["confidence"] = self._confidence(proposals)
+            rows[name]["confidence"] = self._confidence(proposals, whole.config)
             rows[name]["thresholds"] = {
                 f"{value:g}": speed_figures(samples, [(passes[0][0], self._answer(engine, samples))], timed.loop.block)
                 for value, engine in swept.items()
@@ -171,12 +172,12 @@ class Evaluation:
         finally:
             engine.recorder = None
 
-    def _confidence(self, proposals: Proposals) -> dict[str, Any] | None:
+    def _confidence(self, proposals: Proposals, config: DecodeConfig) -> dict[str, Any] | None:
         """Metrics of predicted prefix survival before and, with sts.json, after calibration."""
         logits, accepted, observed = proposals.arrays()
         if not logits.size:
             return None
-        temperatures = temperatures_of(self.drafter, self.settings.sts)
+        temperatures = np.array(temperatures_of(self.target, self.drafter, config, self.settings.sts))
         found: dict[str, Any] = {}
         for stage, scale in (("before", np.ones_like(temperatures)), ("after", temperatures)):
             survival = prefix_survival(logits, scale)
@@ -216,18 +217,6 @@ def acceptance_figures(recorded: Answered) -> dict[str, Any]:
     """Acceptance by position where whole blocks are verified."""
     counts = Acceptance.of(list(recorded.generations.values()))
     return {"tau_whole": counts.tau, "unconditional": counts.unconditional, "conditional": counts.conditional}
-
-
-def reliability(survival: np.ndarray, accepted: np.ndarray, observed: np.ndarray, bins: int = 10) -> list[list[float]]:
-    """[mean predicted, share accepted, count] of every bin of predicted survival that is not empty."""
-    predicted, label = survival[observed], accepted[observed]
-    place = np.minimum((predicted * bins).astype(int), bins - 1)
-    found = []
-    for b in range(bins):
-        inside = place == b
-        if inside.any():
-            found.append([float(predicted[inside].mean()), float(label[inside].mean()), int(inside.sum())])
-    return found
 
 
 def averages(rows: dict[str, Any]) -> dict[str, Any]:

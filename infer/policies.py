@@ -3,14 +3,16 @@
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
-from dspark_jax.checkpoints.serving_tables import SpsTable, StsTable, read_sps, read_sts
+from dspark_jax.checkpoints.serving_tables import SpsTable, read_sps
 from dspark_jax.checkpoints.tensors import read_json
+from dspark_jax.decoding.engine import Engine
 from dspark_jax.decoding.occupancy import CostTable, ScheduleTables
 from dspark_jax.decoding.profile import Profile
-from dspark_jax.decoding.scheduler import Asynchronous, Causal, Fixed, LookAhead, Threshold, VerifyPolicy
+from dspark_jax.decoding.requests import DecodeConfig
+from dspark_jax.decoding.scheduler import Asynchronous, Causal, Fixed, LookAhead, Threshold, VerifyPolicy, bucket_ladder
+from dspark_jax.decoding.sts import read_calibration, validity
 from dspark_jax.drafters.registry import LoadedDrafter
+from dspark_jax.targets.target import Target
 
 PolicyName = Literal["fixed", "threshold", "causal", "look-ahead", "asynchronous"]
 
@@ -27,13 +29,14 @@ def policy_named(name: PolicyName, threshold: float = 0.0) -> VerifyPolicy:
     return policies[name]
 
 
-def temperatures_of(drafter: LoadedDrafter, sts: Path | None) -> np.ndarray:
-    """[K] temperatures of the confidence logits: of sts.json, else ones. UserError for another block's table."""
+def temperatures_of(
+    target: Target, drafter: LoadedDrafter, config: DecodeConfig, sts: Path | None
+) -> tuple[float, ...]:
+    """[K] temperatures of the confidence logits: of sts.json, else ones. UserError for a table that was calibrated for
+    something else."""
     if sts is None:
-        return np.ones(drafter.config.block_size)
-    table: StsTable = read_sts(sts)
-    table.check_block(drafter.config.block_size)
-    return np.asarray(table.temperatures)
+        return (1.0,) * drafter.config.block_size
+    return tuple(read_calibration(sts, validity(target, drafter, config)).tolist())
 
 
 def costs_of(sps: Path, requests: int, buckets: tuple[int, ...]) -> CostTable:
@@ -48,10 +51,21 @@ def costs_of(sps: Path, requests: int, buckets: tuple[int, ...]) -> CostTable:
     return CostTable.of(buckets, seconds)
 
 
-def schedule_tables(
-    drafter: LoadedDrafter, requests: int, buckets: tuple[int, ...], sts: Path | None, sps: Path | None
-) -> ScheduleTables | None:
-    """What adaptive policies read, None without a cost table: the engine then profiles by itself."""
+def make_engine(
+    target: Target,
+    drafter: LoadedDrafter | None,
+    config: DecodeConfig,
+    longest: int,
+    sts: Path | None = None,
+    sps: Path | None = None,
+) -> Engine:
+    """An engine whose policy, if load-adaptive, has its tables: from the files, else from a profile of its own."""
+    stops = max(1, len(config.stop_tokens or target.stop_tokens))
+    if drafter is None or not config.policy.needs_tables:
+        return Engine(target, drafter, config, longest, stops)
+    temperatures = temperatures_of(target, drafter, config, sts)
     if sps is None:
-        return None
-    return ScheduleTables.of(costs_of(sps, requests, buckets), temperatures_of(drafter, sts).tolist())
+        return Engine(target, drafter, config, longest, stops, temperatures=temperatures)
+    buckets = config.buckets or bucket_ladder(config.slots, drafter.config.block_size + 1)
+    tables = ScheduleTables.of(costs_of(sps, config.slots, buckets), temperatures)
+    return Engine(target, drafter, config, longest, stops, tables)

@@ -113,6 +113,37 @@ def threshold_plot(path: Path, sets: Mapping[str, Mapping[str, Mapping[str, Any]
     _save(figure, path)
 
 
+def throughput_plot(path: Path, closed: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
+    """Tokens a second of all users against one user's, a line a strategy, a point a concurrency (Figure 7)."""
+    plt = _pyplot()
+    figure, panel = plt.subplots(figsize=(6, 4.4))
+    for strategy in next(iter(closed.values())):
+        rows = [group[strategy] for group in closed.values()]
+        panel.plot([r["user_median"] for r in rows], [r["tokens_per_second"] for r in rows], marker="o", label=strategy)
+    panel.set_xlabel("tokens a second and user (median)")
+    panel.set_ylabel("tokens a second, all users")
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8)
+    _save(figure, path)
+
+
+def budget_plot(path: Path, closed: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
+    """Throughput and tokens verified per request and round, by the number of users (Figure 8)."""
+    plt = _pyplot()
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4))
+    users = [int(count) for count in closed]
+    labels = {"tokens_per_second": "tokens a second, all users", "verify_budget": "tokens verified a request and round"}
+    for panel, (key, label) in zip(panels, labels.items(), strict=True):
+        for strategy in next(iter(closed.values())):
+            panel.plot(users, [group[strategy][key] for group in closed.values()], marker="o", label=strategy)
+        panel.set_xscale("log", base=2)
+        panel.set_xlabel("users")
+        panel.set_ylabel(label)
+        panel.grid(alpha=0.3)
+    panels[0].legend(fontsize=8)
+    _save(figure, path)
+
+
 def _pyplot() -> Any:
     import matplotlib
 

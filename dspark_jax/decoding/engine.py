@@ -78,6 +78,7 @@ class Engine:
     longest: int
     stop_slots: int = 4
     tables: ScheduleTables | None = None  # what adaptive policies need; None: profiled now, or read from the cache
+    temperatures: tuple[float, ...] | None = None  # of the confidence logits, for an engine that profiles itself
     signal: float = 1.0
     meter: LoadMeter | None = field(default_factory=LoadMeter)  # None: the load stays as profiled
     recorder: Recorder | None = None
@@ -93,7 +94,7 @@ class Engine:
         if self.tables is None and self.config.policy.needs_tables and self.loop.block:
             # Before the state exists: a profile makes one of its own.
             profile = load_or_measure(self.loop, LoopParams(*weights), self.config.temperature)
-            self.tables = ScheduleTables.of(profile.cost_table(), np.ones(self.loop.block).tolist())
+            self.tables = ScheduleTables.of(profile.cost_table(), self.temperatures or (1.0,) * self.loop.block)
         self.params = LoopParams(*weights, self.tables)
         self.state = init_state(self.loop, self.params)
         self._pending: deque[_Entry] = deque()
@@ -181,7 +182,8 @@ class Engine:
             holders = {slot: entry.job.index for slot, entry in self._slots.items() if entry.decoding}
             self.recorder(tuple(holders.get(slot) for slot in range(self.config.slots)), jax.device_get(records))
             return
-        limit, until_free = jnp.asarray(rounds, jnp.int32), jnp.asarray(bool(self._pending))
+        soon = bool(self._pending) or self.config.return_at_once
+        limit, until_free = jnp.asarray(rounds, jnp.int32), jnp.asarray(soon)
         self.state = run_rounds(self.loop, self.params, self.state, self.occupancy, limit, until_free)
 
     def _tell_occupancy(self) -> None:

@@ -1,0 +1,194 @@
+"""The simulator on numbers worked out by hand, and `infer.load` from beginning to end on a tiny pair."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dspark_jax.decoding.engine import Engine
+from dspark_jax.decoding.occupancy import CostTable, ScheduleTables
+from dspark_jax.decoding.prompts import Prompt
+from dspark_jax.decoding.requests import DecodeConfig
+from dspark_jax.decoding.scheduler import Causal, Fixed, Threshold
+from dspark_jax.decoding.simulator import LoadFigures, SimulatedDevice, Traces, simulate
+from dspark_jax.errors import UserError
+from infer.load import LoadSettings, RunLog, main, summarise, verdict
+from infer.traffic import OpenFigures, closed_loop, overheads, poisson, read_traces, record_traces, save_traces
+from tests.decoding_tiny import prompts, tiny_pair
+from tests.test_infer_programs import refused, write_drafter
+from tests.tiny import write_tiny_target
+
+CONFIG = DecodeConfig(slots=4, max_new_tokens=12, rounds_per_dispatch=4, return_at_once=True, stop_tokens=())
+
+
+def traces(accepted: list[int], length: int, logit: float = 2.0, block: int = 4) -> Traces:
+    """Two requests with the same rounds."""
+    rounds = accepted * 2
+    return Traces(
+        logits=np.full((len(rounds), block), logit, np.float32),
+        accepted=np.array(rounds, np.int32),
+        request=np.repeat([0, 1], len(accepted)).astype(np.int32),
+        prompts=np.array([10, 10], np.int32),
+        lengths=np.array([length, length], np.int32),
+    )
+
+
+def device(verify: list[float], buckets: tuple[int, ...], **more: Any) -> SimulatedDevice:
+    tables = ScheduleTables.of(CostTable.of(buckets, verify, 0.5), (1.0,) * 4)
+    return SimulatedDevice(tables, buckets, **more)
+
+
+# The simulator
+
+
+def test_a_simulated_clock_is_the_cost_table() -> None:
+    """One user, whole blocks: rounds of 3 tokens; 1 + 3 + 3 + 3 tokens a request, at 2 + 0.5 seconds a round."""
+    found = simulate(Fixed(), 4, traces([2], 10), device([1.0, 2.0], (1, 5)), 1, 5)
+    rounds, tokens = 4 * 3, 4 * 9 + 5
+    assert found.tokens_per_second == pytest.approx(tokens / (rounds * 2.5))
+    assert found.user_speeds == pytest.approx((10 / 7.5,) * 4)
+    assert (found.verify_budget, found.tau) == (5.0, 3.0)
+
+
+def test_plain_decoding_drafts_nothing() -> None:
+    found = simulate(Fixed(), 0, traces([2], 10), device([1.0, 2.0], (1, 5), prefill_seconds=1.0), 1, 2)
+    assert (found.verify_budget, found.tau) == (1.0, 1.0)
+    assert found.tokens_per_second == pytest.approx((9 + 2) / (9 * 1.0 + 1.0))
+
+
+def test_a_threshold_cuts_what_is_accepted() -> None:
+    sure, unsure = traces([4], 11), traces([4], 11, logit=-2.0)
+    at = device([1.0, 2.0], (2, 10))
+    assert simulate(Threshold(0.5), 4, sure, at, 2, 6).tau == 5.0
+    assert simulate(Threshold(0.5), 4, unsure, at, 2, 6).tau == 1.0
+
+
+def test_load_makes_adaptive_lengths_short() -> None:
+    """Free width: every draft is verified. Width that costs what it is worth to plain decoding: hardly any."""
+    recorded = traces([1, 0, 2], 30, logit=0.0)
+    free = simulate(Causal(), 4, recorded, device([1.0, 1.01], (4, 20)), 4, 12)
+    dear = simulate(Causal(), 4, recorded, device([1.0, 9.0], (4, 20)), 4, 12)
+    fixed = simulate(Fixed(), 4, recorded, device([1.0, 9.0], (4, 20)), 4, 12)
+    assert free.verify_budget > 4 and dear.verify_budget < 1.5
+    assert dear.tokens_per_second > 1.5 * fixed.tokens_per_second
+
+
+def test_dispatches_and_requests_that_do_not_fit_together() -> None:
+    quick = simulate(Fixed(), 4, traces([2], 10), device([1.0, 2.0], (1, 5)), 1, 5)
+    slow = simulate(Fixed(), 4, traces([2], 10), device([1.0, 2.0], (1, 5), dispatch_seconds=2.5), 1, 5)
+    assert slow.tokens_per_second == pytest.approx(quick.tokens_per_second * 7.5 / 10)
+    with pytest.raises(UserError, match="1 requests cannot keep 2 users busy"):
+        simulate(Fixed(), 4, traces([2], 10), device([1.0, 2.0], (1, 5)), 2, 1)
+    with pytest.raises(UserError, match="requests without a round"):
+        Traces(np.zeros((1, 4)), np.zeros(1), np.zeros(1), np.ones(2), np.ones(2))
+
+
+# Real traffic
+
+
+def made_prompts() -> list[Prompt]:
+    tokens = prompts(6, tiny_pair()[0].config.vocab_size)
+    return [Prompt(str(i), "tiny", p) for i, p in enumerate(tokens)]
+
+
+def test_traffic_and_traces_of_an_engine(tmp_path: Path) -> None:
+    engine = Engine(*tiny_pair(), CONFIG, longest=40)
+    closed = closed_loop(engine, made_prompts(), 3, 9, seed=0)
+    assert engine.idle and 6 <= len(closed.user_speeds) <= 9 and closed.tokens_per_second > 0
+    assert closed.verify_budget == pytest.approx(5.0) and 1 < closed.tau < 5
+    opened = poisson(engine, made_prompts(), 200.0, 8, seed=0)
+    assert engine.idle and len(opened.first_token_seconds) == len(opened.user_speeds) == 8
+    assert all(a <= b for a, b in zip(opened.queued_seconds, opened.first_token_seconds, strict=True))
+    recorded = record_traces(engine, made_prompts(), 5, seed=0)
+    assert engine.recorder is None and len(recorded.lengths) == 5 and set(recorded.lengths) == {12}
+    assert recorded.logits.shape == (len(recorded.accepted), 4) and set(recorded.request) == set(range(5))
+    # The recorded rounds make up the answers: what they accepted, a token a round, and the prefill's own.
+    made = np.bincount(recorded.request, recorded.accepted + 1) + 1
+    assert np.all(made >= recorded.lengths) and np.all(made < recorded.lengths + 5)
+    save_traces(tmp_path / "traces.npz", recorded)
+    np.testing.assert_array_equal(read_traces(tmp_path / "traces.npz").logits, recorded.logits)
+    with pytest.raises(UserError, match="holds no traces"):
+        read_traces(tmp_path / "nothing.npz")
+    assert all(seconds > 0 for seconds in overheads(engine, made_prompts(), repeats=2))
+
+
+def test_figures_of_runs() -> None:
+    row = summarise(OpenFigures(7.0, tuple(range(1, 101)), 2.0, 1.5, (0.1, 0.3), (0.0, 0.2)))
+    assert row["user_median"] == 50.5 and row["user_p95"] == pytest.approx(5.95)
+    assert row["first_token_seconds_median"] == pytest.approx(0.2)
+    closed = {
+        "8": {
+            n: {"tokens_per_second": v, "verify_budget": 2.0}
+            for n, v in (("plain", 10.0), ("fixed", 8.0), ("causal", 11.0))
+        }
+    }
+    assert verdict(closed) == {
+        "8": {"best_static": "plain", "causal": {"over_best_static": 1.1, "budget": 2.0, "over_fixed": 1.375}}
+    }
+
+
+def test_a_study_continues_where_it_stopped(tmp_path: Path) -> None:
+    settings = LoadSettings(output=tmp_path, seed=3)
+    log = RunLog(settings)
+    for speed in (1.0, 5.0, 2.0):
+        log.add("closed", 4, "plain", int(speed), LoadFigures(speed, (1.0,), 1.0, 1.0))
+    with (tmp_path / "runs.jsonl").open("a") as file:
+        file.write('{"key": ["closed", 4, "pl')  # killed while it wrote
+    again = RunLog(settings)
+    assert again.has("closed", 4, "plain", 5) and not again.has("closed", 4, "fixed", 0)
+    assert again.medians("closed", 4, "plain")["tokens_per_second"] == 2.0
+    with pytest.raises(UserError, match="holds runs of other settings"):
+        RunLog(LoadSettings(output=tmp_path, seed=4))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("load")
+    write_tiny_target(folder / "target")
+    write_drafter(folder / "target", folder / "drafter")
+    rows = [{"turns": [text]} for text in ("one", "Return the length of the list.", "two words")]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_load_measures_validates_and_simulates(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSPARK_JAX_CACHE", str(tmp_path / "cache"))
+    argv = ["--target", folder / "target", "--drafter", folder / "drafter", "--prompts", folder / "prompts.jsonl"]
+    argv += ["--concurrency", "2", "--repeats", "1", "--requests-per-user", "2", "--max-new-tokens", "8"]
+    argv += ["--strategies", "plain", "fixed", "causal", "--validate", "--output", tmp_path / "out"]
+    main([str(word) for word in [*argv, "--results", tmp_path / "results.json"]])
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert json.loads((tmp_path / "results.json").read_text()) == metrics
+    rows = metrics["closed"]["2"]
+    assert set(rows) == {"plain", "fixed", "causal"} and rows["plain"]["verify_budget"] == 1.0
+    assert rows["fixed"]["verify_budget"] == pytest.approx(4.0) and metrics["verdict"]["2"]["best_static"]
+    assert set(metrics["simulator"]["by_users"]["2"]) == set(rows) and metrics["simulator"]["summary"]["largest"] >= 0
+    for name in ("throughput", "budget"):
+        assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    sps = {"sample_batch_tokens": [1, 3, 9], "sample_steps_per_sec": [100.0, 90.0, 10.0], "max_batch_tokens": 64}
+    (tmp_path / "sps.json").write_text(json.dumps(sps))
+    again = ["--simulate", tmp_path / "out" / "traces.npz", "--sps", tmp_path / "sps.json", "--concurrency", "2", "8"]
+    main([str(word) for word in [*again, "--output", tmp_path / "simulated"]])
+    found = json.loads((tmp_path / "simulated" / "metrics.json").read_text())
+    assert found["simulated"] and set(found["closed"]) == {"2", "8"}
+
+
+LOAD: dict[str, tuple[list[str], str]] = {
+    "nothing": ([], "A load study needs --target"),
+    "no users": (["--concurrency", "0"], "every concurrency must be 1 or more"),
+    "mtp": (["--strategies", "mtp"], "The strategy mtp needs --mtp DIR"),
+    "no table": (["--simulate", "{}/traces.npz"], "holds no traces"),
+}
+
+
+@pytest.mark.parametrize("case", LOAD)
+def test_load_refuses(case: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv, message = LOAD[case]
+    argv = [word.replace("{}", str(folder)) for word in argv] + ["--output", str(tmp_path / "out")]
+    if case == "mtp":
+        argv += ["--target", str(folder / "target"), "--drafter", str(folder / "drafter")]
+        argv += ["--prompts", str(folder / "prompts.jsonl")]
+    assert message in refused(main, argv, capsys)
+    assert not list(tmp_path.iterdir())
