@@ -50,13 +50,14 @@ def encode_states(features: Any, last_hidden: Any, codec: Codec, xp: ModuleType 
             "last_hidden": last_hidden.astype(codec.dtype, copy=False),
         }
     states = xp.concatenate([features, last_hidden], axis=-1).astype(xp.float32)
-    states = states.reshape(*states.shape[:-1], -1, last_hidden.shape[-1])
+    width, size = features.shape[-1], last_hidden.shape[-1]
+    states = states.reshape(*states.shape[:-1], width // size + 1, size)
     top = xp.max(xp.abs(states), axis=-1, keepdims=True)
-    scales = xp.where(top > 0, top / codec.largest, 1.0).astype(xp.float32)
+    # A product, since compilers differ in how they divide by a constant.
+    scales = xp.where(top > 0, top * np.float32(1 / codec.largest), 1.0).astype(xp.float32)
     values = xp.clip(states / scales, -codec.largest, codec.largest)
     values = xp.rint(values) if np.issubdtype(codec.dtype, np.integer) else values
-    codes = values.astype(codec.dtype).reshape(*states.shape[:-2], -1)
-    width = features.shape[-1]
+    codes = values.astype(codec.dtype).reshape(*states.shape[:-2], width + size)
     return {"features": codes[..., :width], "last_hidden": codes[..., width:], "scales": scales[..., 0]}
 
 
@@ -72,5 +73,5 @@ def decode_states(stored: Mapping[str, Any], dtype: Any, xp: ModuleType = np) ->
 
 
 def _scaled(codes: Any, scales: Any, dtype: Any, xp: ModuleType) -> Any:
-    wide = codes.astype(xp.float32).reshape(*scales.shape, -1) * scales[..., None]
+    wide = codes.astype(xp.float32).reshape(*scales.shape, codes.shape[-1] // scales.shape[-1]) * scales[..., None]
     return wide.reshape(codes.shape).astype(dtype)
