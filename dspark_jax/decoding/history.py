@@ -43,7 +43,7 @@ class History:
 
     slot_decay: float = 0.9
     shared_decay: float = 0.98
-    prior_rounds: float = 4.0  # weight of the shared mean in a request's own
+    prior_rounds: float = 4.0  # weight of the shared mean in a new request's own
     survival: float = 0.8  # of a position that was not judged yet, with the weight of four judgements
     probe_after: int = 32
 
@@ -61,8 +61,9 @@ class History:
 
     def expected(self, slots: SlotHistory, shared: SharedHistory) -> tuple[Float[Array, " r"], Float[Array, " r"]]:
         """(accepted, verified) drafts of a round that drafts, by request."""
-        weight = self.prior_rounds / shared.rounds
-        total = slots.rounds + self.prior_rounds
+        # The others' mean fades as a request's own rounds fill its memory, of 1 / (1 - slot_decay) rounds.
+        prior = self.prior_rounds * jnp.maximum(1.0 - (1.0 - self.slot_decay) * slots.rounds, 1e-3)
+        weight, total = prior / shared.rounds, slots.rounds + prior
         return (slots.accepted + weight * shared.accepted) / total, (slots.verified + weight * shared.verified) / total
 
     def conditional(self, shared: SharedHistory) -> Float[Array, " k"]:
