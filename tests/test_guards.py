@@ -47,8 +47,8 @@ def poison(monkeypatch: pytest.MonkeyPatch, bad_steps: set[int]) -> None:
     """Features of these steps (from 1) become NaN on their way to the device."""
     plain = Trainer.device_batches
 
-    def device_batches(self: Trainer, start: int) -> Any:
-        for done, batch in enumerate(plain(self, start), start + 1):
+    def device_batches(self: Trainer, start: int, *stop: int) -> Any:
+        for done, batch in enumerate(plain(self, start, *stop), start + 1):
             if done in bad_steps:
                 with jax.transfer_guard("allow"):
                     batch = batch | {"features": batch["features"] * jnp.nan}
