@@ -19,6 +19,7 @@ def test_case_matches_the_reference(case: Path) -> None:
 
 def test_all_the_promised_cases_are_here() -> None:
     names = {"qwen3_dspark_vanilla", "qwen3_dspark_noconfmarkov", "target_cache", "chat_template", "sampling", "aux"}
+    names |= {"qwen3_eagle3_train"}
     assert names <= {case.name for case in CASES}
 
 
