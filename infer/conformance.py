@@ -10,7 +10,7 @@ compared between what the files declare and each shifted convention: slot, layer
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from configs.cli import parse, program
 from dspark_jax.checkpoints.drafters import drafter_layout, load_drafter, shared_tables
 from dspark_jax.checkpoints.huggingface import load_target, resolve_folder
 from dspark_jax.checkpoints.manifest import mismatches, read_manifest
+from dspark_jax.checkpoints.tensors import read_json
 from dspark_jax.data.chat import Encoded, chat_format, encode_conversation, encode_prompt
 from dspark_jax.data.jsonl import read_jsonl
 from dspark_jax.decoding.conformance import (
@@ -94,7 +95,7 @@ def main(argv: list[str]) -> int:
     if settings.limit < FEWEST or min(settings.anchors, settings.slots, settings.batch) < 1:
         raise UserError(f"Expected a limit of {FEWEST} prompts or more, and anchors, slots and batch of 1 or more.")
     target = load_target(settings.target, dtype=settings.dtype)
-    drafter = load_drafter(settings.drafter, target, dtype=settings.dtype, compare_manifest=False)
+    drafter = load_doubtful(settings, target)
     contradictions = manifest_contradictions(settings.drafter, drafter, target)
     sequences = answered(settings, target, read_messages(settings))
     verdict = judge(Probe(target, drafter, shared_tables(target), settings.batch), sequences, settings)
@@ -103,6 +104,17 @@ def main(argv: list[str]) -> int:
     for sentence in (*(f"Its manifest contradicts it: {half}." for half in contradictions), summary(verdict, drafter)):
         print(sentence)
     return 1 if verdict.off else 0
+
+
+def load_doubtful(settings: ConformanceSettings, target: Target) -> LoadedDrafter:
+    """The drafter, whatever its manifest says, and even where its layer ids, read as they stand, can't be right: ids
+    counted from 1 name the forbidden last layer."""
+    folder = resolve_folder(settings.drafter)
+    native = drafter_layout(folder).to_native(read_json(folder / "config.json"), target.config)
+    ids = tuple(native.get("target_layer_ids") or ())
+    shift = -1 if ids and ids[-1] == target.config.num_layers - 1 and "MTP" not in str(native["architectures"]) else 0
+    drafter = load_drafter(settings.drafter, target, dtype=settings.dtype, compare_manifest=False, layer_shift=shift)
+    return replace(drafter, config=replace(drafter.config, target_layer_ids=ids)) if shift else drafter
 
 
 def manifest_contradictions(path: str, drafter: LoadedDrafter, target: Target) -> list[str]:

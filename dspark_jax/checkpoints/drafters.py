@@ -60,18 +60,22 @@ def load_drafter(
     mesh: Mesh | None = None,
     rules: ShardingRules | None = None,
     compare_manifest: bool = True,
+    layer_shift: int = 0,
 ) -> LoadedDrafter:
     """Loads a drafter of `target` from a folder or hub id in any of the layouts.
 
     dtype: 'float32' or 'bfloat16'; None keeps the config's. The confidence head is float32 always. mesh: parameters are
     placed by `rules`, each device reading its own part. compare_manifest: refuse a folder whose dspark.json, where it
-    has one, contradicts its config or the target. Raises UserError for that, when files are missing or cut off, or when
+    has one, contradicts its config or the target. layer_shift is added to the layer ids that the files name, for those
+    who doubt them. Raises UserError for a contradiction, when files are missing or cut off, or when
     the drafter is of another target (depth, width, vocabulary, tapped layers, or frozen copies that differ).
     """
     folder = resolve_folder(path_or_id)
     stored = read_json(folder / CONFIG_FILE)
     layout = detect_layout(stored)
     hf_config = layout.to_native(stored, target.config)
+    if layer_shift:
+        hf_config["target_layer_ids"] = [i + layer_shift for i in hf_config["target_layer_ids"]]
     config = read_config(hf_config)
     config.check_target(target.config)
     if compare_manifest:
