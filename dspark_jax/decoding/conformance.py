@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from dspark_jax.drafters.config import DSparkConfig
 from dspark_jax.drafters.protocol import SharedTables
 from dspark_jax.drafters.registry import LoadedDrafter, skeleton
 from dspark_jax.sharding import split
@@ -72,17 +73,14 @@ def readings(drafter: LoadedDrafter) -> list[Reading]:
     """The declared reading first, then each off-by-one that these files could have been written with."""
     ids, layers = drafter.config.target_layer_ids, drafter.config.num_target_layers
     shifted = [s for s in (-1, 1) if ids[0] + s >= -1 and ids[-1] + s < layers]
-    if _is_block(drafter):
-        slots = [-1] if drafter.config.sample_from_anchor else [1]
-        slots = slots if drafter.config.block_size > 1 else []
+    config = drafter.config
+    if isinstance(config, DSparkConfig):
+        slots = [-1] if config.sample_from_anchor else [1]
+        slots = slots if config.block_size > 1 else []
     else:
         slots = [-1, 1]
     found = [DECLARED, *(Reading(slot=s) for s in slots), *(Reading(layer=s) for s in shifted)]
     return [*found, *(Reading(position=s) for s in (-1, 1))]
-
-
-def _is_block(drafter: LoadedDrafter) -> bool:
-    return "backbone" in drafter.params
 
 
 @dataclass(frozen=True)
@@ -113,8 +111,8 @@ class Probe:
 
     def _read(self, reading: Reading, features: Array, hidden: Array, tokens: Array, anchors: Array) -> np.ndarray:
         declared = self.drafter.config.block_size
-        if _is_block(self.drafter):
-            graph = _graph(self.drafter, reading)
+        if isinstance(self.drafter.config, DSparkConfig):
+            graph = _graph(self.drafter, self.drafter.config, reading)
             found = _block_overlap(graph, reading.position, self.drafter.params, self.shared, features, hidden, tokens,
                                    anchors)  # fmt: skip
             shift = 0
@@ -136,11 +134,11 @@ def _filled(tokens: np.ndarray, anchors: np.ndarray, rows: int) -> tuple[Array, 
     return jnp.asarray(np.asarray(tokens)[index]), jnp.asarray(anchors[index])
 
 
-def _graph(drafter: LoadedDrafter, reading: Reading) -> nnx.GraphDef:
+def _graph(drafter: LoadedDrafter, config: DSparkConfig, reading: Reading) -> nnx.GraphDef:
     """The drafter's structure; with the other anchor convention, over as many input rows, where `slot` says so."""
     if not reading.slot:
         return drafter.graphdef
-    predicts, size = drafter.config.sample_from_anchor, drafter.config.block_size
+    predicts, size = config.sample_from_anchor, config.block_size
     other = {"sample_from_anchor": not predicts, "block_size": size - 1 if predicts else size + 1}
     return split(skeleton({**drafter.hf_config, **other}))[0]
 
