@@ -25,7 +25,7 @@ from configs.schema import MeshSettings
 from dspark_jax.checkpoints.huggingface import load_target, resolve_folder
 from dspark_jax.checkpoints.tensors import read_json
 from dspark_jax.data.chat import Encoded, chat_format, load_tokenizer, tokenizer_hash
-from dspark_jax.data.codecs import encode_states
+from dspark_jax.data.codecs import STATES, encode_states
 from dspark_jax.data.pipeline import length_buckets
 from dspark_jax.data.target_cache import CacheSpec, CacheWriter, Sample, estimate_bytes, require_disk
 from dspark_jax.data.tokenised import encode_files
@@ -264,8 +264,8 @@ def make_forward(target: Target, spec: CacheSpec) -> Callable[[dict, Any], dict[
 def _cut(group: Sequence[Item], stored: dict[str, np.ndarray]) -> Iterator[tuple[int, Sample]]:
     """(index, sample) of every row of a batch, without its padding."""
     for row, item in enumerate(group):
-        states = {name: array[row, : item.length] for name, array in stored.items()}
-        yield item.index, Sample(item.index, item.encoded.input_ids, item.encoded.loss_mask, **states)
+        states = [stored[name][row, : item.length] for name in STATES if name in stored]
+        yield item.index, Sample(item.index, item.encoded.input_ids, item.encoded.loss_mask, *states)
 
 
 def _attach_layers(argv: Sequence[str]) -> list[str]:

@@ -210,7 +210,7 @@ def reading(folder: Path, passes: int) -> dict[str, float]:
 
 def report(settings: CodecSettings, command: str) -> None:
     """Writes metrics.json and prints the table of the codecs that have a finished point."""
-    found = {codec: finished(settings, codec) for codec in settings.codecs}
+    found: dict[str, dict[int, dict[str, Any]]] = {codec: finished(settings, codec) for codec in settings.codecs}
     found = {codec: results for codec, results in found.items() if results}
     reference = found.get(REFERENCE, {})
     rows: dict[str, dict[str, Any]] = {}

@@ -177,16 +177,17 @@ class FeatureSource(TokenSource, Protocol):
 def convert(sample: Sample, spec: CacheSpec) -> Sample:
     """The sample as the cache stores it, its shapes checked (ValueError): what is written is what will be read. States
     are encoded; codes with their scales are taken as they are."""
-    coded = sample.scales is not None
-    if coded and (not spec.codec.scaled or sample.features.dtype != spec.numpy_dtype):
+    given, codec = sample.scales, spec.codec
+    if given is not None and (not codec.scaled or sample.features.dtype != spec.numpy_dtype):
         raise ValueError(f"sample {sample.sample_id} has codes of {sample.features.dtype}, the cache is {spec.dtype}")
     length = len(sample.input_ids)
     shapes = (length, length, (length, spec.feature_size), (length, spec.hidden_size))
     found = (len(sample.input_ids), len(sample.loss_mask), np.shape(sample.features), np.shape(sample.last_hidden))
-    if found != shapes or (coded and np.shape(sample.scales) != (length, len(spec.layer_ids) + 1)):
+    if found != shapes or (given is not None and given.shape != (length, len(spec.layer_ids) + 1)):
         raise ValueError(f"sample {sample.sample_id} has the shapes {found}, expected {shapes}")
-    states = sample.features, sample.last_hidden
-    stored = sample.arrays() if coded else encode_states(*map(np.asarray, states), spec.codec)
+    stored = sample.arrays()
+    if given is None:
+        stored = encode_states(np.asarray(sample.features), np.asarray(sample.last_hidden), codec)
     scales = stored.get("scales")
     return Sample(
         int(sample.sample_id),

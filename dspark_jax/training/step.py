@@ -21,7 +21,7 @@ from dspark_jax.training.losses import Sums
 from dspark_jax.training.objective import Batch, Objective, replicate
 from dspark_jax.training.states import States, StoredStates
 
-TrainStep = Callable[..., Any]
+TrainStep = jax.stages.Wrapped
 
 
 @jax.tree_util.register_dataclass
