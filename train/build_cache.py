@@ -36,6 +36,7 @@ from dspark_jax.targets.attention import Causal
 from dspark_jax.targets.config import TargetConfig, config_sha256
 from dspark_jax.targets.target import Target
 from train.devices import mesh_of_several, require_rows
+from train.provenance import answers_of
 from train.sidecar import require_same_settings, table, weights_fingerprint, write_json, write_settings
 
 WINDOW_BATCHES = 4
@@ -182,7 +183,7 @@ def build(
         if new_settings is not None:
             if writer.next_source > 0:
                 raise UserError(f"{settings.output} is a cache without build.json, made elsewhere; give a new folder.")
-            write_settings(settings.output / "build.json", new_settings)
+            write_settings(settings.output / "build.json", new_settings, answers=answers_of(settings.conversations))
         start = writer.next_source
         samples = compute_samples(target, spec, items, start, settings.batch)
         for index, sample in tqdm(samples, total=len(items), initial=start, unit="conversation"):

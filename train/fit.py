@@ -14,6 +14,7 @@ from pathlib import Path
 from configs.cli import parse_named, program
 from configs.schema import TrainConfig
 from dspark_jax.checkpoints.drafters import save_drafter, shared_tables
+from dspark_jax.data.pipeline import open_cache
 from dspark_jax.drafters.registry import LoadedDrafter, skeleton
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import split
@@ -22,6 +23,7 @@ from dspark_jax.training.checkpoint import Checkpoints
 from train.guards import Preempted
 from train.loop import train
 from train.plan import RunPlan, make_plan
+from train.provenance import provenance
 from train.report import best_record, summarise, table
 from train.run_folder import require_same_run, write_config
 from train.sidecar import write_json
@@ -77,7 +79,10 @@ def export(plan: RunPlan, target: Target, params: dict, name: str = "drafter") -
     """Writes RUN/name and returns it."""
     folder = plan.folder / name
     graphdef, _ = split(skeleton(plan.drafter_hf))
-    save_drafter(folder, LoadedDrafter(str(folder), plan.drafter, graphdef, params, plan.drafter_hf), target)
+    cache = Path(plan.config.data.cache or plan.folder / "cache")
+    origin = provenance(plan.config, cache, open_cache(cache).spec)
+    drafter = LoadedDrafter(str(folder), plan.drafter, graphdef, params, plan.drafter_hf)
+    save_drafter(folder, drafter, target, provenance=origin)
     return folder
 
 

@@ -1,0 +1,32 @@
+"""The manifest of a trained drafter says how its answers were drawn and what it was trained on."""
+
+import json
+from pathlib import Path
+
+from configs.cli import load_config
+from dspark_jax.data.records import CacheSpec
+from train.provenance import answers_of, provenance
+
+
+def spec() -> CacheSpec:
+    return CacheSpec("target", "a" * 64, (0, 2), 32, "b" * 64, "qwen", 128, 2, 7, sources_sha256="c" * 64)
+
+
+def test_sampling_comes_from_the_answers(tmp_path: Path) -> None:
+    drawn = {"temperature": 0.7, "top_p": 0.95, "top_k": 0, "max_new_tokens": 64, "seed": 3}
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.settings.json").write_text(json.dumps({"settings": drawn | {"slots": 8}}))
+    answers = answers_of([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
+    assert answers == [{"file": str(tmp_path / f"{name}.jsonl"), "sampling": drawn} for name in ("a", "b")]
+    (tmp_path / "build.json").write_text(json.dumps({"settings": {}, "answers": answers}))
+    found = provenance(load_config("debug"), tmp_path, spec())
+    assert found.sampling == drawn and found.sources["sources_sha256"] == "c" * 64
+    assert found.sources["answers"] == answers and found.sources["loss"]["ce_alpha"] == 0.1
+
+
+def test_what_is_not_known_is_left_out(tmp_path: Path) -> None:
+    assert answers_of([tmp_path / "foreign.jsonl"]) == [{"file": str(tmp_path / "foreign.jsonl"), "sampling": {}}]
+    assert provenance(load_config("debug"), tmp_path, spec()).sampling == {}
+    mixed = [{"file": "a", "sampling": {"temperature": 0.7}}, {"file": "b", "sampling": {"temperature": 1.0}}]
+    (tmp_path / "build.json").write_text(json.dumps({"answers": mixed}))
+    assert provenance(load_config("debug"), tmp_path, spec()).sampling == {}
