@@ -20,9 +20,18 @@ ANCHORS = 512  # what DeepSpec trains with; other layouts needn't say
 class FolderLayout(Protocol):
     """`to_native(from_native(config))` is `config` again, for every drafter that the layout can hold."""
 
-    name: str
-    layer_id_base: int  # what is added to a 0-based layer id where it is stored
-    vocabulary_maps: bool  # its readers know `d2t` and `t2d`, tables between draft and target ids
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def layer_id_base(self) -> int:
+        """What is added to a 0-based layer id where it is stored."""
+        ...
+
+    @property
+    def vocabulary_maps(self) -> bool:
+        """Its readers know `d2t` and `t2d`, tables between draft and target ids."""
+        ...
 
     def detects(self, stored: Config) -> bool:
         """True when this config.json is of this layout."""

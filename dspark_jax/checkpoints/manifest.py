@@ -93,7 +93,10 @@ def provenance_of(manifest: Config | None) -> Provenance:
 def mismatches(manifest: Config, native: Config, layout: FolderLayout, target: Target) -> list[str]:
     """Where a folder's manifest contradicts its config.json or the target, as half sentences."""
     declared, found = manifest.get("conventions", {}), conventions(native, layout)
-    compared = [("layout", manifest.get("layout"), layout.name), ("kind", manifest.get("kind"), kind_name(native))]
+    compared: list[tuple[str, Any, Any]] = [
+        ("layout", manifest.get("layout"), layout.name),
+        ("kind", manifest.get("kind"), kind_name(native)),
+    ]
     compared += [(name, declared.get(name), found.get(name)) for name in sorted({*declared, *found})]
     wrong = [
         f"{name} is {was!r} in {MANIFEST_FILE} and {now!r} by config.json" for name, was, now in compared if was != now

@@ -64,9 +64,9 @@ DECLARED = Reading()
 class Sequences(NamedTuple):
     """Right-padded conversations; the supervised span of row s is first[s] .. last[s], followed by a token at least."""
 
-    tokens: Int[Array, "s t"]
-    first: Int[Array, " s"]
-    last: Int[Array, " s"]
+    tokens: Int[np.ndarray, "s t"]
+    first: Int[np.ndarray, " s"]
+    last: Int[np.ndarray, " s"]
 
 
 def readings(drafter: LoadedDrafter) -> list[Reading]:
