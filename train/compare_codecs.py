@@ -225,7 +225,9 @@ def report(settings: CodecSettings, command: str) -> None:
     if not rows:
         return
     about = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(settings).items() if name != "point"}
-    write_json(settings.output / "metrics.json", {"codecs": rows, "machine": machine(), **about, "command": command})
+    write_json(
+        settings.output / "metrics.json", {"codecs": rows, "machine": machine(), "settings": about, "command": command}
+    )
     print(table(rows))
     print(f"Metrics are in {settings.output / 'metrics.json'}.")
 
