@@ -5,29 +5,43 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from safetensors import safe_open
 
 from dspark_jax.checkpoints.drafters import drafter_layout, load_drafter, save_drafter
+from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.checkpoints.layouts import LAYOUTS, detect_layout
 from dspark_jax.checkpoints.manifest import MANIFEST_FILE, Provenance
-from dspark_jax.drafters.registry import LoadedDrafter
+from dspark_jax.drafters.registry import LoadedDrafter, drafter_hf_config, new_drafter
 from dspark_jax.errors import UserError
 from dspark_jax.targets.target import Target
 from infer.export import main as export
 from tests.drafters_tiny import HIDDEN, TAPS, VOCAB, write_pair
+from tests.families_tiny import write_family
 
 FILES = ("config.json", "model.safetensors", MANIFEST_FILE)
 DFLASH: dict[str, Any] = {"markov_rank": 0, "enable_confidence_head": False}
 KINDS = {"vanilla": {}, "gated": {"markov_head_type": "gated"}, "rnn": {"markov_head_type": "rnn"}, "dflash": DFLASH,
-         "no-confidence": {"enable_confidence_head": False}}  # fmt: skip
+         "no-confidence": {"enable_confidence_head": False},
+         "eagle3": {"kind": "eagle3", "num_layers": 1, "target_layer_ids": (0, 1, 2)}}  # fmt: skip
+GEMMA_KINDS: dict[str, dict[str, Any]] = {
+    "gemma-dspark": {"num_layers": 2, "block_size": 4, "markov_rank": 6, "mask_token_id": 5},
+    "gemma-dflash": {"kind": "dflash", "num_layers": 2, "block_size": 4, "mask_token_id": 5},
+    "gemma-eagle3": {"kind": "eagle3", "num_layers": 1},
+}
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Target, LoadedDrafter]]:
     folder = tmp_path_factory.mktemp("pairs")
-    return {name: write_pair(folder / name, dtype="bfloat16", **fields) for name, fields in KINDS.items()}
+    made = {name: write_pair(folder / name, dtype="bfloat16", **fields) for name, fields in KINDS.items()}
+    gemma = load_target(write_family(folder / "gemma", "gemma"), tokenizer=False)
+    for name, fields in GEMMA_KINDS.items():
+        config = drafter_hf_config(gemma.hf_config, target_layer_ids=(0, 1, 2), dtype="bfloat16", **fields)
+        made[name] = gemma, new_drafter(name, config, jax.random.key(1))
+    return made
 
 
 def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -71,7 +85,7 @@ CONFIDENCE = {"confidence_head.proj.weight": (1, HIDDEN + 6), "confidence_head.p
 MAPS = {"d2t": (VOCAB,), "t2d": (VOCAB,)}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *GEMMA_KINDS])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_round_trip_is_bit_for_bit(pairs: dict, tmp_path: Path, layout: str, kind: str) -> None:
     target, drafter = pairs[kind]
@@ -104,6 +118,51 @@ def test_tensors_are_the_fields_literally(pairs: dict, tmp_path: Path, layout: s
         save_drafter(tmp_path / f"{kind}-bare", drafter, target, layout=layout, frozen_copies=False)
         assert shapes(tmp_path / f"{kind}-bare") == BODY | heads
         load_drafter(tmp_path / f"{kind}-bare", target)
+
+
+def test_eagle3_tensors_literally(pairs: dict, tmp_path: Path) -> None:
+    """Its layer takes embedding and hidden state side by side; SpecForge calls it midlayer and keeps the head."""
+    target, drafter = pairs["eagle3"]
+    wide = {f"self_attn.{name}_proj.weight": (rows, 2 * HIDDEN) for name, rows in (("q", 40), ("k", 20), ("v", 20))}
+    layer = LAYER | wide | {"hidden_norm.weight": (HIDDEN,)}
+    rest = {"fc.weight": (HIDDEN, 3 * HIDDEN), "norm.weight": (HIDDEN,)}
+    for layout, prefix, frozen in (
+        ("deepspec", "layers.0", FROZEN),
+        ("specforge", "midlayer", {"lm_head.weight": (VOCAB, HIDDEN)}),
+        ("speculators", "layers.0", FROZEN),
+    ):
+        save_drafter(tmp_path / layout, drafter, target, layout=layout)
+        assert shapes(tmp_path / layout) == {f"{prefix}.{name}": shape for name, shape in layer.items()} | rest | frozen
+
+
+def test_gemma_tensors_literally(pairs: dict, tmp_path: Path) -> None:
+    """K = V: no v_proj; four norms and a scalar a layer."""
+    target, drafter = pairs["gemma-dspark"]
+    hidden, names = target.config.hidden_size, {"input", "post_attention", "pre_feedforward", "post_feedforward"}
+    for layout, frozen in (("deepspec", True), ("specforge", False), ("speculators", True)):
+        save_drafter(tmp_path / layout, drafter, target, layout=layout)
+        found = shapes(tmp_path / layout)
+        first = {name.removeprefix("layers.0."): shape for name, shape in found.items() if name.startswith("layers.0.")}
+        assert {name: first.pop(name) for name in (f"{norm}_layernorm.weight" for norm in names)} == dict.fromkeys(
+            (f"{norm}_layernorm.weight" for norm in names), (hidden,)
+        )
+        assert first == {
+            "layer_scalar": (1,), "self_attn.q_proj.weight": (64, hidden), "self_attn.k_proj.weight": (16, hidden),
+            "self_attn.o_proj.weight": (hidden, 64), "self_attn.q_norm.weight": (16,),
+            "self_attn.k_norm.weight": (16,), "mlp.gate_proj.weight": (40, hidden), "mlp.up_proj.weight": (40, hidden),
+            "mlp.down_proj.weight": (hidden, 40),
+        }  # fmt: skip
+        assert ({"embed_tokens.weight", "lm_head.weight"} <= set(found)) == frozen
+
+
+def test_mtp_has_a_place_in_deepspecs_layout_only(tmp_path: Path) -> None:
+    target, drafter = write_pair(tmp_path / "t", kind="mtp", num_layers=1, target_layer_ids=(3,))
+    for layout in ("specforge", "speculators"):
+        with pytest.raises(UserError, match="has no place for a drafter of kind mtp"):
+            save_drafter(tmp_path / layout, drafter, target, layout=layout)
+        assert not (tmp_path / layout).exists()
+    save_drafter(tmp_path / "deepspec", drafter, target)
+    load_drafter(tmp_path / "deepspec", target)
 
 
 def test_transformers_reads_the_written_folder(pairs: dict, tmp_path: Path) -> None:
