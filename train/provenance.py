@@ -8,9 +8,37 @@ from typing import Any
 
 from configs.schema import TrainConfig
 from dspark_jax.checkpoints.manifest import Provenance
+from dspark_jax.data.chat import tokenizer_hash
+from dspark_jax.data.pipeline import open_cache
 from dspark_jax.data.records import CacheSpec
+from dspark_jax.data.tokenised import Tokenised
+from dspark_jax.data.views import Packed, Truncated
+from train.plan import RunPlan
 
 SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens", "seed")
+
+
+def provenance_of(plan: RunPlan) -> Provenance:
+    """Of a run: its cache's, or where its own target reads conversations, these."""
+    config, data = plan.config, plan.config.data
+    if data.source == "offline":
+        cache = Path(data.cache or plan.folder / "cache")
+        return provenance(config, cache, open_cache(cache).spec)
+    answers, source = answers_of([Path(data.conversations)]), plan.batches.source
+    while isinstance(source, Packed | Truncated):
+        source = source.source
+    assert isinstance(source, Tokenised)
+    about = {
+        "target_name": config.target,
+        "tokenizer_hash": tokenizer_hash(plan.target.tokenizer),
+        "chat_template": data.chat_format,
+        "max_length": data.max_length,
+        "min_loss_tokens": data.min_loss_tokens,
+        "num_sources": len(source),
+        "sources_sha256": source.sha256,
+    }
+    sources = {"conversations": data.conversations, "answers": answers, "loss": asdict(config.loss)}
+    return Provenance(answers[0]["sampling"], sources | about)
 
 
 def answers_of(conversations: Sequence[Path]) -> list[dict[str, Any]]:
