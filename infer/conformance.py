@@ -11,7 +11,6 @@ compared between what the files declare and each shifted convention: slot, layer
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,7 +62,7 @@ class ConformanceSettings:
     """JSONL files of conversations or evaluation prompts."""
     output: Path = Path("runs/conformance")
     """Folder of metrics.json."""
-    limit: int = 48
+    limit: int = 96
     """Prompts taken, evenly from all; at least 8."""
     max_new_tokens: int = 96
     temperature: float = 0.7
@@ -129,7 +128,8 @@ def read_messages(settings: ConformanceSettings) -> list[list[dict[str, str]]]:
     ]
     if len(found) < FEWEST:
         raise UserError(f"There are {len(found)} prompts; a verdict needs {FEWEST} or more. Give more with --prompts.")
-    return list(islice(found, 0, None, max(1, len(found) // settings.limit)))[: settings.limit]
+    spread = np.linspace(0, len(found) - 1, min(settings.limit, len(found))).round().astype(int)
+    return [found[i] for i in spread]
 
 
 def answered(settings: ConformanceSettings, target: Target, prompts: Sequence[list[dict[str, str]]]) -> Sequences:

@@ -30,8 +30,8 @@ from tests.drafters_tiny import tiny_drafter, write_pair
 
 ASSETS = Path(__file__).parent.parent / "assets"
 TARGET, DRAFTER = str(ASSETS / "embedded_target"), str(ASSETS / "embedded_drafter")
-SETTINGS = ["--target", TARGET, "--dtype", "float32", "--limit", "40", "--max-new-tokens", "64", "--anchors", "8",
-            "--slots", "40", "--batch", "10"]  # fmt: skip
+SETTINGS = ["--target", TARGET, "--dtype", "float32", "--limit", "72", "--max-new-tokens", "64", "--anchors", "6",
+            "--slots", "36", "--batch", "12"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_a_layer_off_by_one_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shift", [1, -1])
 def test_a_block_position_off_by_one_is_named(given: Material, tmp_path: Path, shift: int) -> None:
-    save_drafter(tmp_path / "d", retrain(given, steps=40, position=shift), given.target, dtype="float32")
+    save_drafter(tmp_path / "d", retrain(given, steps=60, position=shift), given.target, dtype="float32")
     code, metrics = run(tmp_path / "d", tmp_path)
     assert code == 1 and metrics["off"] == ["block position"]
     assert metrics["best"] == {"slot": 0, "layer": 0, "position": shift}
