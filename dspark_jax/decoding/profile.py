@@ -24,6 +24,8 @@ from dspark_jax.decoding.occupancy import CostTable, Occupancy, ScheduleTables
 from dspark_jax.decoding.state import DecodeState
 from dspark_jax.errors import UserError
 
+RUNG_WORTH = 0.01
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -85,7 +87,8 @@ def monotone(values: np.ndarray) -> np.ndarray:
 
 def choose_ladder(tokens: Sequence[int], seconds: Sequence[float], rungs: int = 4) -> tuple[int, ...]:
     """At most `rungs` of the measured token counts, the first and last among them, that cost the least on average when
-    every token count between them is equally likely and runs at the next rung."""
+    every token count between them is equally likely and runs at the next rung. A rung that saves less than a hundredth
+    is left out: each is one more program to compile."""
     cost = monotone(np.asarray(seconds, float))
     count = len(tokens)
     best: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {(0, 1): (0.0, (0,))}
@@ -100,7 +103,9 @@ def choose_ladder(tokens: Sequence[int], seconds: Sequence[float], rungs: int = 
                 total, path = min(ways)
                 best[last, used] = total, (*path, last)
     ends = [best[count - 1, used] for used in range(1, rungs + 1) if (count - 1, used) in best]
-    return tuple(tokens[i] for i in min(ends)[1]) if ends else tuple(tokens)
+    if not ends:
+        return tuple(tokens)
+    return tuple(tokens[i] for i in min(ends, key=lambda end: end[0] * (1 + RUNG_WORTH * len(end[1])))[1])
 
 
 def profile_key(loop: DecodeLoop, params: LoopParams, temperature: float) -> dict[str, Any]:

@@ -1,0 +1,209 @@
+"""Temperatures, profiles and the programs that make them: the fit, the files and where they are refused, end to end."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dspark_jax.checkpoints.serving_tables import StsTable, read_sps, read_sts
+from dspark_jax.decoding.calibration import calibration_metrics, prefix_survival, reliability
+from dspark_jax.decoding.engine import make_loop
+from dspark_jax.decoding.loop import LoopParams, run_rounds
+from dspark_jax.decoding.profile import (
+    Effort,
+    Profile,
+    choose_ladder,
+    load_or_measure,
+    measure_profile,
+    monotone,
+)
+from dspark_jax.decoding.requests import DecodeConfig
+from dspark_jax.decoding.scheduler import Fixed, LookAhead
+from dspark_jax.decoding.sts import fingerprint, fit_temperatures, read_calibration, validity, write_calibration
+from dspark_jax.errors import UserError
+from infer.calibrate import main as calibrate
+from infer.profile import main as profile
+from tests.decoding_tiny import tiny_pair
+from tests.test_infer_programs import folder, refused
+
+__all__ = ["folder"]  # a fixture: a tiny target, a drafter with a confidence head, prompts
+
+# Temperatures
+
+
+def proposals(count: int, truth: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logits that are `truth` times too bold at each position, whether x_<=k was accepted, and a cut by a stop."""
+    rng = np.random.default_rng(seed)
+    honest = rng.normal(1.2, 1.5, (count, len(truth)))
+    accepted = np.cumprod(rng.random(honest.shape) < 1 / (1 + np.exp(-honest)), axis=1)
+    observed = np.arange(len(truth)) < rng.integers(2, 9, (count, 1))
+    return honest * truth, accepted, observed
+
+
+def test_temperatures_are_found_in_order() -> None:
+    truth = np.array([2.5, 1.0, 0.5, 3.0])
+    logits, accepted, observed = proposals(40000, truth, 0)
+    found = fit_temperatures(logits, accepted, observed)
+    np.testing.assert_allclose(found, truth, rtol=0.25)
+    test = proposals(40000, truth, 1)
+    before = calibration_metrics(prefix_survival(test[0]), *test[1:])
+    after = calibration_metrics(prefix_survival(test[0], found), *test[1:])
+    assert before.mean("ece") > 0.03 and after.mean("ece") < 0.012
+    assert after.mean("brier") < before.mean("brier")
+
+
+def test_a_position_with_one_outcome_keeps_its_logits() -> None:
+    logits = np.random.default_rng(0).normal(size=(50, 3))
+    accepted = np.stack([np.ones(50), np.zeros(50), np.zeros(50)], axis=1)
+    observed = np.stack([np.ones(50), np.ones(50), np.zeros(50)], axis=1).astype(bool)
+    assert fit_temperatures(logits, accepted, observed).tolist() == [1.0, 1.0, 1.0]
+
+
+def test_reliability_bins() -> None:
+    points = reliability(np.array([0.05, 0.95, 0.97, 0.5]), np.array([0, 1, 0, 1]), np.array([1, 1, 1, 0], bool))
+    np.testing.assert_allclose(points, [[0.05, 0.0, 1.0], [0.96, 0.5, 2.0]])
+
+
+def test_a_calibration_is_refused_elsewhere(tmp_path: Path) -> None:
+    target, drafter = tiny_pair()
+    config = DecodeConfig(temperature=1.0)
+    valid = validity(target, drafter, config)
+    path, table = tmp_path / "sts.json", StsTable((1.0, 2.0, 0.5, 1.0))
+    write_calibration(path, table, valid)
+    assert read_calibration(path, valid).tolist() == [1.0, 2.0, 0.5, 1.0] and read_sts(path) == table
+    w1 = drafter.params["markov_head"]["w1_vr"]
+    retrained = replace(
+        drafter, params=drafter.params | {"markov_head": drafter.params["markov_head"] | {"w1_vr": 2 * w1}}
+    )
+    for other, message in (
+        (validity(target, retrained, config), "calibrated for drafter bigram, this is bigram .of the same name, but"),
+        (validity(tiny_pair(seed=3)[0], drafter, config), "calibrated for target tiny"),
+        (validity(target, drafter, replace(config, temperature=0.5)), "calibrated for temperature 1.0, this is 0.5"),
+        (validity(target, drafter, replace(config, top_p=0.9)), "calibrated for top-p 1.0, this is 0.9"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_calibration(path, other)
+    path.write_text('{"temperatures": [1.0]}')
+    with pytest.raises(UserError, match="does not say what it is valid for"):
+        read_calibration(path, valid)
+
+
+def test_fingerprints_know_weights_and_not_dtypes() -> None:
+    _, drafter = tiny_pair()
+    import jax
+
+    half = jax.tree.map(lambda x: x.astype("bfloat16"), drafter.params)
+    assert fingerprint(half) == fingerprint(drafter.params) != fingerprint(tiny_pair(seed=1)[1].params)
+
+
+# Profiles
+
+
+def test_cleaning_pools_what_falls() -> None:
+    np.testing.assert_allclose(monotone(np.array([1.0, 3.0, 2.0, 4.0, 3.0, 2.0])), [1, 2.5, 2.5, 3, 3, 3])
+
+
+def test_ladders_spend_their_rungs_where_costs_rise() -> None:
+    tokens = tuple(range(8, 65, 8))
+    cliff = [1.0, 1.0, 1.0, 1.0, 5.0, 5.0, 5.0, 5.0]
+    assert choose_ladder(tokens, cliff, 3) == (8, 32, 64)
+    assert choose_ladder(tokens, [1.0] * 8, 4) == (8, 64)
+    assert choose_ladder(tokens, np.arange(1.0, 9.0).tolist(), 8) == tokens
+    assert choose_ladder((4,), [1.0], 3) == (4,)
+
+
+def made_profile() -> Profile:
+    rounds = ((1.0, 2.0, 1.9, 3.0), (1.5, 2.5, 2.6, 4.0))
+    spread = ((0.1,) * 4, (0.2,) * 4)
+    return Profile({"device": "x"}, (4, 8, 12, 20), (20.0, 50.0), rounds, spread, (0.5, 0.6), (0.01, 0.01))
+
+
+def test_profiles_become_tables_and_files(tmp_path: Path) -> None:
+    profile = made_profile()
+    table = profile.cost_table()
+    np.testing.assert_allclose(table.verify, [[1.0, 1.45, 1.45, 2.5], [1.5, 1.9, 2.0, 3.4]], rtol=1e-6)
+    np.testing.assert_allclose(table.drafting, [0.5, 0.6], rtol=1e-6)
+    profile.save(tmp_path / "sps.json")
+    assert Profile.read(tmp_path / "sps.json") == profile
+    served: Any = read_sps(tmp_path / "sps.json")
+    assert served.sample_batch_tokens == (1, 5, 9, 13) and served.max_batch_tokens == 20
+    assert served.steps_per_second(9) == served.steps_per_second(12) == pytest.approx(1 / (1.725 + 0.55), rel=1e-5)
+    (tmp_path / "sps.json").write_text(json.dumps(profile.serving()))
+    with pytest.raises(UserError, match="holds no profile"):
+        Profile.read(tmp_path / "sps.json")
+
+
+def test_a_loop_is_profiled_by_its_own_program_once(tmp_path: Path) -> None:
+    """Every bucket is run, nothing is compiled that decoding does not need, and the second start reads a file."""
+    target, drafter = tiny_pair()
+    loop = make_loop(target, drafter, DecodeConfig(slots=2, policy=LookAhead(), buckets=(2, 5, 10)), 60, 4)
+    params = LoopParams(target.params, drafter.params)
+    before = run_rounds._cache_size()
+    found = measure_profile(loop, params, 1.0, (0.2, 0.5), Effort(rounds=2, repeats=1))
+    assert run_rounds._cache_size() == before + 1
+    assert found.tokens == (2, 5, 10) and np.shape(found.rounds) == (2, 3) and min(map(min, found.rounds)) > 0
+    assert found.key["requests"] == 2 and found.key["sampled"] and min(found.drafting) > 0
+    found.cost_table()
+    first = load_or_measure(loop, params, 0.0, tmp_path)
+    assert run_rounds._cache_size() == before + 1 and len(list(tmp_path.iterdir())) == 1
+    assert load_or_measure(loop, params, 0.0, tmp_path) == first
+    (path,) = tmp_path.iterdir()
+    path.write_text("{torn")
+    assert load_or_measure(loop, params, 0.0, tmp_path).key == first.key
+    assert Profile.read(path).key == first.key
+    with pytest.raises(UserError, match="load-adaptive policy"):
+        measure_profile(make_loop(target, drafter, DecodeConfig(slots=2, policy=Fixed()), 60, 4), params)
+
+
+# Programs
+
+
+def test_calibrate_from_beginning_to_end(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [str(folder / name) for name in ("code.jsonl", "chat.jsonl")]
+    pair = ["--target", str(folder / "target"), "--drafter", str(folder / "drafter"), "--prompts", *files]
+    out = ["--output", str(tmp_path / "out"), "--results", str(tmp_path / "kept.json")]
+    calibrate([*pair, *out, "--samples", "3", "--slots", "4", "--max-new-tokens", "12"])
+    metrics = json.loads((tmp_path / "kept.json").read_text())
+    assert metrics == json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert {"ece_before_mean", "ece_after_mean", "auroc_mean", "command"} <= set(metrics)
+    assert len(metrics["temperatures"]) == len(metrics["after"]["ece"]) == len(metrics["before"]["auc"]) == 3
+    assert metrics["prompts"] == 5 and 0 < metrics["rounds_measured"] < metrics["rounds"]
+    assert metrics["after"]["observations"][0] == metrics["rounds_measured"]
+    target, drafter = metrics["valid_for"]["target"], metrics["valid_for"]["drafter"]
+    sts = json.loads((tmp_path / "out" / "sts.json").read_text())
+    assert sts["valid_for"] == metrics["valid_for"] and target != drafter
+    assert "valid_for" not in json.loads((tmp_path / "out" / "serving" / "sts.json").read_text())
+    assert (tmp_path / "out" / "reliability.png").stat().st_size > 1000
+    assert "temperature" in capsys.readouterr().out
+
+
+def test_profile_from_beginning_to_end(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pair = ["--target", str(folder / "target"), "--drafter", str(folder / "drafter"), "--longest", "64"]
+    short = ["--output", str(tmp_path), "--rounds", "2", "--repeats", "1", "--slots", "2"]
+    profile([*pair, *short, "--widths", "3", "--contexts", "0.3"])
+    found = Profile.read(tmp_path / "sps-2.json")
+    assert found.tokens == (2, 5, 8) and len(found.contexts) == 1
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["profiles"][0]["ladder"][-1] == 8
+    assert set(json.loads((tmp_path / "serving" / "sps-2.json").read_text())) == {
+        "sample_batch_tokens", "sample_steps_per_sec", "max_batch_tokens",
+    }  # fmt: skip
+    profile([*pair, *short, "--scheduler-cost"])
+    cost = json.loads((tmp_path / "metrics.json").read_text())["scheduler"]
+    assert cost["requests"] == 2 and cost["seconds"] > 0 and cost["share"] == cost["seconds"] / cost["round_seconds"]
+    assert "us" in capsys.readouterr().out
+
+
+def test_programs_refuse_in_a_sentence(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pair = ["--target", str(folder / "target"), "--drafter", str(folder / "drafter")]
+    prompts, out = ["--prompts", str(folder / "code.jsonl")], ["--output", str(tmp_path / "out")]
+    assert "samples and slots" in refused(calibrate, [*pair, *prompts, *out, "--samples", "0"], capsys)
+    assert "two prompts or more" in refused(calibrate, [*pair, *prompts, *out, "--limit", "1"], capsys)
+    assert "shares of --longest" in refused(profile, [*pair, *out, "--contexts", "1.5"], capsys)
+    assert "1 or more" in refused(profile, [*pair, *out, "--repeats", "0"], capsys)
+    adaptive = [*pair, *out, "--scheduler-cost", "--policy", "fixed"]
+    assert "name an adaptive one" in refused(profile, adaptive, capsys)
+    assert not (tmp_path / "out").exists()
