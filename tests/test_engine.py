@@ -11,16 +11,29 @@ import pytest
 from dspark_jax.decoding import engine as engine_module
 from dspark_jax.decoding.chunks import chunk_widths, prompt_bucket
 from dspark_jax.decoding.engine import Engine
-from dspark_jax.decoding.generate import generate
+from dspark_jax.decoding.occupancy import CostTable, ScheduleTables
 from dspark_jax.decoding.requests import DecodeConfig, Generation, QueueFull, Request
+from dspark_jax.decoding.scheduler import Causal
 from dspark_jax.errors import UserError
 from tests.decoding_tiny import prompts, tiny_pair
 
 NEW = 12
-CONFIG = DecodeConfig(max_new_tokens=NEW, slots=4, rounds_per_dispatch=4)
+LONGEST = 90
+# One bucket and one number of slots everywhere: the loop is then compiled once for all tests.
+CONFIG = DecodeConfig(max_new_tokens=NEW, slots=4, rounds_per_dispatch=4, buckets=(20,), smallest_prompt_bucket=64)
 CHUNKED = replace(CONFIG, smallest_prompt_bucket=8, prefill_chunk=8, prefill_budget=8)
 VOCAB = tiny_pair()[0].config.vocab_size
 LONG = [tuple(np.random.default_rng(n).integers(0, VOCAB, n).tolist()) for n in (3, 8, 9, 16, 17, 31, 40)]
+
+
+def made_with(config: DecodeConfig, requests: list[Request], speculative: bool = True) -> list[Generation]:
+    target, drafter = tiny_pair()
+    config = config if speculative else replace(config, buckets=(4,))
+    engine = Engine(target, drafter if speculative else None, config, LONGEST)
+    for index, request in enumerate(requests):
+        engine.submit(index, request)
+    done = drain(engine)
+    return [done[i] for i in range(len(requests))]
 
 
 def drain(engine: Engine) -> dict[int, Generation]:
@@ -36,19 +49,14 @@ def drain(engine: Engine) -> dict[int, Generation]:
 @pytest.mark.parametrize("speculative", [True, False])
 def test_prompts_in_chunks_say_the_same(speculative: bool) -> None:
     """Prompts shorter than a chunk, of exactly one, of several and a rest; greedy and sampled."""
-    target, drafter = tiny_pair()
     requests = [Request(p, temperature=float(i % 2), seed=i) for i, p in enumerate(LONG)]
-    whole, chunked = (
-        generate(target, drafter if speculative else None, requests, config) for config in (CONFIG, CHUNKED)
-    )
+    whole, chunked = (made_with(config, requests, speculative) for config in (CONFIG, CHUNKED))
     assert [g.tokens for g in chunked] == [g.tokens for g in whole]
 
 
 def test_chunks_give_the_drafter_its_whole_context() -> None:
     """The drafter's own proposals, not just the outputs, are those of an unchunked prompt."""
-    target, drafter = tiny_pair()
-    requests = [Request(p) for p in LONG]
-    plain, chunked = (generate(target, drafter, requests, config) for config in (CONFIG, CHUNKED))
+    plain, chunked = (made_with(config, [Request(p) for p in LONG]) for config in (CONFIG, CHUNKED))
     assert [(g.rounds, g.accepted_at) for g in chunked] == [(g.rounds, g.accepted_at) for g in plain]
 
 
@@ -62,7 +70,7 @@ def test_decoding_goes_on_while_a_long_prompt_comes_in(monkeypatch: pytest.Monke
 
     real = engine_module.admit
     monkeypatch.setattr(engine_module, "admit", admit)
-    engine = Engine(*tiny_pair(), replace(CHUNKED, slots=2, max_new_tokens=40, rounds_per_dispatch=4), longest=90)
+    engine = Engine(*tiny_pair(), replace(CHUNKED, max_new_tokens=40), LONGEST)
     engine.submit(0, Request(LONG[0], verify_length=0))
     gained, reached = [len(p.tokens) for p in engine.step()], False
     engine.submit(1, Request(LONG[-1]))  # 40 tokens: five chunks
@@ -74,10 +82,8 @@ def test_decoding_goes_on_while_a_long_prompt_comes_in(monkeypatch: pytest.Monke
         assert len(spent) == 1 + steps and max(spent) <= 8
         gained += [len(p.tokens) for p in progress if p.index == 0]
     assert steps == 5 and all(gained) and len(gained) == 6
-    assert (
-        drain(engine)[1].tokens
-        == generate(*tiny_pair(), [Request(LONG[-1])], replace(CONFIG, max_new_tokens=40))[0].tokens
-    )
+    alone = made_with(replace(CONFIG, max_new_tokens=40), [Request(LONG[-1])])[0]
+    assert drain(engine)[1].tokens == alone.tokens
 
 
 def test_chunks_fit_where_they_are_written() -> None:
@@ -99,7 +105,7 @@ def test_chunks_fit_where_they_are_written() -> None:
 
 
 def test_a_warm_engine_compiles_nothing_and_keeps_its_memory(caplog: pytest.LogCaptureFixture) -> None:
-    engine = Engine(*tiny_pair(), CHUNKED, longest=60)
+    engine = Engine(*tiny_pair(), CHUNKED, LONGEST)
     engine.warm_up()
     sizes = []
     with jax.log_compiles():
@@ -122,29 +128,30 @@ def test_a_warm_engine_compiles_nothing_and_keeps_its_memory(caplog: pytest.LogC
 
 
 def test_cancelled_requests_leave_their_slots() -> None:
-    engine = Engine(*tiny_pair(), replace(CHUNKED, slots=2, rounds_per_dispatch=1, max_new_tokens=30), longest=90)
-    alone = [g.tokens for g in generate(*tiny_pair(), [LONG[0], LONG[6], LONG[2]], replace(CONFIG, max_new_tokens=30))]
-    for i, p in enumerate((LONG[0], LONG[6], LONG[1], LONG[2])):
-        engine.submit(i, Request(p))
+    engine = Engine(*tiny_pair(), replace(CHUNKED, rounds_per_dispatch=1, max_new_tokens=30), LONGEST)
+    wanted = [Request(LONG[i]) for i in (0, 6, 1, 3, 1, 2)]
+    alone = [g.tokens for g in made_with(replace(CONFIG, max_new_tokens=30), wanted)]
+    for i, request in enumerate(wanted):
+        engine.submit(i, request)
     said = [token for p in engine.step() for token in p.tokens if p.index == 0]
-    assert (engine.running, engine.waiting) == (2, 2)
-    running, prefilling, queued = engine.cancel(0), engine.cancel(1), engine.cancel(2)
+    assert (engine.running, engine.waiting) == (4, 2)
+    running, prefilling, queued = engine.cancel(0), engine.cancel(1), engine.cancel(4)
     assert running is not None and prefilling is not None and queued is not None
     assert list(running.tokens) == said and running.tokens == alone[0][: len(said)] and said
     assert running.rounds >= 1 and running.timing.first_token < running.timing.ended
     assert {g.finish_reason for g in (running, prefilling, queued)} == {"cancelled"}
     assert prefilling.tokens == queued.tokens == () and queued.tokens_per_second == 0
     assert engine.cancel(0) is None and engine.cancel(99) is None
-    engine.submit(0, Request(LONG[6]))  # the index is free again, and so are the slots
-    done = drain(engine)
-    assert set(done) == {0, 3} and done[3].tokens == alone[2] and done[0].tokens == alone[1]
+    engine.submit(0, wanted[1])  # the index is free again, and so are the slots
+    done = {index: g.tokens for index, g in drain(engine).items()}
+    assert done == {0: alone[1], 2: alone[2], 3: alone[3], 5: alone[5]}
 
 
 # The queue
 
 
 def test_a_full_queue_refuses() -> None:
-    engine = Engine(*tiny_pair(), replace(CHUNKED, slots=2, queue=2, rounds_per_dispatch=1), longest=90)
+    engine = Engine(*tiny_pair(), replace(CHUNKED, queue=2, rounds_per_dispatch=1), LONGEST)
     engine.submit(0, Request((1, 2)))
     engine.submit(1, Request((1, 2)))
     with pytest.raises(QueueFull, match="Request 2 finds 2 others waiting, as many as this engine's queue holds"):
@@ -156,24 +163,22 @@ def test_a_full_queue_refuses() -> None:
     assert engine.cancel(2) is not None and set(drain(engine)) == {0, 1}
     for name in ("queue", "prefill_chunk", "prefill_budget"):
         with pytest.raises(UserError, match=f"The decoding setting {name} is 0; expected 1 or more"):
-            Engine(*tiny_pair(), replace(CONFIG, **{name: 0}), longest=40)
+            Engine(*tiny_pair(), replace(CONFIG, **{name: 0}), LONGEST)
 
 
 # What is told of a request
 
 
 def test_times_and_counts_of_requests() -> None:
-    engine = Engine(*tiny_pair(), replace(CONFIG, slots=1), longest=90)
-    for i in range(3):
-        engine.submit(i, Request(LONG[0], seed=i))
-    done = drain(engine)
-    for i, g in done.items():
+    done = made_with(CONFIG, [Request(LONG[0], seed=i) for i in range(6)])
+    for g in done:
         times = g.timing
         assert 0 <= times.admitted < times.first_token <= times.ended
         assert g.tokens_per_second == pytest.approx(len(g.tokens) / (times.ended - times.admitted))
-        assert i == 0 or times.admitted >= done[i - 1].timing.first_token, "one slot: the next waits for the last"
-        assert g.committed >= len(g.tokens) - 1 and g.verified_at[0] == g.rounds
+        assert g.committed >= len(g.tokens) - 1 and g.verified_at[0] == g.drafted == g.rounds
         assert list(g.accepted_at) == sorted(g.accepted_at, reverse=True)
+    waited, served = (min(g.timing.admitted for g in group) for group in (done[4:], done[:4]))
+    assert waited > served, "four slots: the fifth and sixth wait for one of the others to end"
     assert replace(done[0], timing=done[1].timing) == done[0], "times are no part of what was generated"
 
 
@@ -186,7 +191,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "empty": (Request(()), "has an empty prompt"),
     "id": (Request((VOCAB,)), "outside the vocabulary"),
     "negative id": (Request((-1,)), "outside the vocabulary"),
-    "too long": (Request((1,) * 39), "this engine holds 40. Shorten it or raise the limit"),
+    "too long": (Request((1,) * 89), "this engine holds 90. Shorten it or raise the limit"),
     "new tokens": (Request((1,), max_new_tokens="8"), "has max_new_tokens = '8'; expected a whole number"),
     "temperature": (Request((1,), temperature="hot"), "has temperature = 'hot'; expected a number"),
     "not a number": (Request((1,), temperature=float("nan")), "has temperature = nan; expected a number"),
@@ -209,4 +214,23 @@ def test_bad_requests_are_refused_in_a_sentence(case: str) -> None:
 
 @cache
 def _idle() -> Engine:
-    return Engine(*tiny_pair(), CONFIG, longest=40)
+    return Engine(*tiny_pair(), CONFIG, LONGEST)
+
+
+def test_measured_load_reaches_the_next_dispatch() -> None:
+    """A device slower than its table says, and the user's word for another job on it: both are told the loop."""
+    tables = ScheduleTables.of(CostTable.of((20,), [1e-7], 0.0), (1.0,) * 4)
+    config = replace(CONFIG, policy=Causal(), rounds_per_dispatch=2, max_new_tokens=40)
+    engine = Engine(*tiny_pair(), config, LONGEST, tables=tables)
+    told = []
+    for i in range(4):
+        engine.submit(i, Request(LONG[0]))
+    while not engine.idle:
+        engine.step()
+        told.append(float(engine.occupancy.load))
+    assert told[0] == told[1] == 1.0, "the first dispatch had the compiler beside it"
+    assert max(told) > 5 and engine.meter is not None and engine.meter.load > 5
+    engine.signal = 2.0
+    engine.submit(0, Request(LONG[0]))
+    engine.step()
+    assert float(engine.occupancy.signal) == 2.0

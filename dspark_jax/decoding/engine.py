@@ -160,21 +160,24 @@ class Engine:
 
     def step(self) -> list[Progress]:
         """Admits what fits, runs one dispatch, and returns what each request gained."""
-        prefilled = self.admit()
+        self.admit()
         if not any(entry.decoding for entry in self._slots.values()):
             return []
         rounds = self.config.rounds_per_dispatch
         if not all(entry.decoding for entry in self._slots.values()):
             rounds = max(1, rounds // 4)  # a prompt waits for its next chunk
         self._tell_occupancy()
+        if self.meter is None or self.tables is None:
+            self._dispatch(rounds)
+            return self._harvest()
+        jax.block_until_ready(self.state.length)  # a prefill's seconds say nothing about the rounds
         started = time.perf_counter()
         self._dispatch(rounds)
-        progress = self._harvest()
-        # Seconds that a prefill or the compiler may have had a part in say nothing about the rounds.
-        if self.meter is not None and self._timed and not prefilled and self.recorder is None:
-            self.meter.update(time.perf_counter() - started, float(self.state.predicted_seconds))
+        predicted = float(self.state.predicted_seconds)  # waits for the dispatch
+        if self._timed and self.recorder is None:
+            self.meter.update(time.perf_counter() - started, predicted)
         self._timed = True
-        return progress
+        return self._harvest()
 
     def _dispatch(self, rounds: int) -> None:
         if self.recorder is not None:
