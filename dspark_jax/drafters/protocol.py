@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from dspark_jax.drafters.config import DrafterConfig
 from dspark_jax.targets.config import TargetConfig
+from dspark_jax.targets.layers import head_logits
 
 # (logits [R, V] float32, block offset k) -> (tokens [R] int32, probs [R, V]: the law the token was drawn from).
 SampleFn = Callable[[Array, int], tuple[Array, Array]]
@@ -44,8 +45,7 @@ class SharedTables:
 
     def logits(self, hidden: Float[Array, "*n d"]) -> Float[Array, "*n v"]:
         """float32 logits of final-normed hidden states."""
-        logits = jnp.einsum("...d,vd->...v", hidden, self.head, preferred_element_type=jnp.float32)
-        return logits if self.softcap is None else jnp.tanh(logits / self.softcap) * self.softcap
+        return head_logits(hidden, self.head, self.softcap)
 
 
 class DraftOutput(NamedTuple):

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from dspark_jax.sharding import param
 from dspark_jax.targets.attention import Attend, KeysValues
 from dspark_jax.targets.config import TargetConfig
-from dspark_jax.targets.layers import layer_ropes, normal
+from dspark_jax.targets.layers import head_logits, layer_ropes, normal
 
 
 class TargetOutput(NamedTuple):
@@ -84,6 +84,4 @@ class DecoderModel(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*n d"]) -> Float[Array, "*n v"]:
         """float32 logits of final-normed hidden states, soft-capped where the config caps them (NOTES 61)."""
-        logits = jnp.einsum("...d,vd->...v", hidden, self.head_weight(), preferred_element_type=jnp.float32)
-        cap = self.config.logit_softcap
-        return logits if cap is None else jnp.tanh(logits / cap) * cap
+        return head_logits(hidden, self.head_weight(), self.config.logit_softcap)

@@ -4,6 +4,7 @@ Axes: D hidden, F mlp, Q query heads, G kv heads, H head dim, V vocab. Weights a
 at load from Hugging Face's output-first), except the [V, D] embedding and head.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -35,6 +36,29 @@ class Rope(NamedTuple):
         first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
         cos, sin = self.cos[..., None, :], self.sin[..., None, :]
         return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+FEW_ROWS = 32
+
+
+def head_logits(hidden: Float[Array, "*n d"], head: Float[Array, "v d"], softcap: float | None) -> Float[Array, "*n v"]:
+    """float32 logits of final-normed hidden states by an output head; `softcap` c bounds them, c tanh(x / c)."""
+
+    def as_rows(x: Array, weight: Array) -> Array:
+        return jnp.einsum("...d,vd->...v", x, weight, preferred_element_type=jnp.float32)
+
+    def as_columns(x: Array, weight: Array) -> Array:
+        # XLA:CPU repacks a transposed right-hand side in every call, and a head is the largest there is; as the left
+        # one it is read as it lies. Without the barrier the two are swapped back.
+        rows = x.reshape(-1, x.shape[-1])
+        columns = jnp.einsum("vd,nd->vn", weight, rows, preferred_element_type=jnp.float32)
+        return jax.lax.optimization_barrier(columns).T.reshape(*x.shape[:-1], -1)
+
+    if math.prod(hidden.shape[:-1]) <= FEW_ROWS:
+        logits = jax.lax.platform_dependent(hidden, head, cpu=as_columns, default=as_rows)
+    else:
+        logits = as_rows(hidden, head)
+    return logits if softcap is None else jnp.tanh(logits / softcap) * softcap
 
 
 def layer_ropes(config: TargetConfig, positions: Int[Array, "*n"]) -> tuple[Rope, ...]:
