@@ -45,7 +45,7 @@ __all__ = [
 
 C = TypeVar("C")
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-NOT_EXPERIMENTS = {"cli", "schema", "serialise", "sweep", "sweeps", "comparison"}
+NOT_EXPERIMENTS = {"cli", "recipe", "schema", "serialise", "sweep", "sweeps", "comparison"}
 
 
 def program(main: Callable[[list[str]], Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""DFlash on Gemma 4 12B, the baseline of the recipe: the same backbone without heads, trained by cross-entropy alone.
+"""DFlash on Gemma 4 12B, the baseline of the recipe: the backbone without heads, trained by cross-entropy alone.
 
 Command:   python -m train.build_cache --help      (the cache is that of gemma4_12b_dspark)
            python -m train.fit --config gemma4_12b_dflash --data.cache DIR
@@ -7,23 +7,9 @@ Expected:  not measured here. The paper's accepted length at temperature 1.0, γ
            GSM8K 5.45, MATH 5.04, HumanEval 4.95, MT-Bench 2.98.
 """
 
-import dataclasses
-
-from configs import gemma4_12b_dspark
-from configs.schema import LossSettings, TrainConfig
+from configs.recipe import GEMMA4_12B, dflash
+from configs.schema import TrainConfig
 
 
 def get_config() -> TrainConfig:
-    config = gemma4_12b_dspark.get_config()
-    return dataclasses.replace(
-        config,
-        name="gemma4_12b_dflash",
-        drafter=dataclasses.replace(
-            config.drafter,
-            kind="dflash",
-            markov_rank=0,
-            enable_confidence_head=False,
-            confidence_head_with_markov=False,
-        ),
-        loss=LossSettings(ce_alpha=1.0, l1_alpha=0.0, confidence_alpha=0.0),
-    )
+    return dflash("gemma4_12b_dflash", GEMMA4_12B)

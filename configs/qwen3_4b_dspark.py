@@ -2,21 +2,15 @@
 
 Command:   python -m train.build_cache --help      (first: answers of the target itself, then their hidden states)
            python -m train.fit --config qwen3_4b_dspark --data.cache DIR
-Hardware:  meant for one machine with 8 accelerators of 80 GB; elsewhere set --data.accumulation-steps, --mesh.fsdp.
+Hardware:  meant for one machine with 8 accelerators of 80 GB; `--plan` says what another takes.
            The cache takes 30,726 bytes a token (six states of 2560 in bfloat16, token id and mask).
 Expected:  not measured here. The paper's accepted length at temperature 1.0, γ = 7, without scheduling:
            GSM8K 6.11, MATH 5.70, HumanEval 5.38, MT-Bench 3.64.
 """
 
-from configs.schema import DataSettings, DrafterSettings, TrainConfig
+from configs.recipe import QWEN3_4B, dspark
+from configs.schema import TrainConfig
 
 
 def get_config() -> TrainConfig:
-    # Loss, optimizer (lr 6e-4, warm-up 4 %, cosine, clip 1.0) and 10 epochs are the schema's defaults.
-    return TrainConfig(
-        name="qwen3_4b_dspark",
-        target="Qwen/Qwen3-4B",
-        # The tokenizer has no mask token; this id is the first of the embedding's unused rows.
-        drafter=DrafterSettings(num_layers=5, target_layer_ids=(1, 9, 17, 25, 33), mask_token_id=151669),
-        data=DataSettings(cache="runs/qwen3_4b/cache", global_batch=512, accumulation_steps=64, max_length=4096),
-    )
+    return dspark("qwen3_4b_dspark", QWEN3_4B)

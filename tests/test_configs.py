@@ -40,8 +40,9 @@ def test_every_configuration_loads_and_survives_json(name: str) -> None:
 
 
 def test_the_named_configurations_exist() -> None:
-    wanted = {"debug", "embedded_dspark", "qwen3_4b_dspark", "qwen3_8b_dspark", "qwen3_14b_dspark"}
-    wanted |= {"gemma4_12b_dspark", "gemma4_12b_dflash"}
+    wanted = {"debug", "embedded_dspark"}
+    targets, kinds = ("qwen3_4b", "qwen3_8b", "qwen3_14b", "gemma4_12b"), ("dspark", "dflash", "eagle3")
+    wanted |= {f"{target}_{kind}" for target in targets for kind in kinds}
     assert wanted <= set(config_names())
     assert not {"cli", "schema", "serialise"} & set(config_names())
 

@@ -10,12 +10,14 @@ from typing import Any
 
 import jax
 
+from configs.schema import TrainConfig
 from dspark_jax.checkpoints.huggingface import DTYPES
 from dspark_jax.checkpoints.target_tables import load_rest
 from dspark_jax.drafters.protocol import SharedTables
 from dspark_jax.sharding import gathered
+from dspark_jax.targets.target import Target
 from dspark_jax.training.states import TargetStates
-from dspark_jax.training.step import TrainState
+from dspark_jax.training.step import Placement, TrainState
 from train.plan import RunPlan, make_batches
 from train.sources import FirstEpoch, Recorder
 from train.trainer import Trainer
@@ -49,7 +51,8 @@ class Online(Offline):
     def __init__(self, trainer: Trainer, shared: SharedTables, start: int):
         self.batches = trainer.device_batches(start)
         self._shared, self._target = shared, target_params(trainer, shared)
-        self._step = trainer.step(target_states(trainer, self._target))
+        plan = trainer.plan
+        self._step = trainer.step(target_states(plan.config, plan.target, trainer.placement, self._target))
 
     def step(self, state: TrainState, batch: dict[str, jax.Array]) -> Stepped:
         return self._step(state, self._shared, batch, self._target)
@@ -66,7 +69,8 @@ class Hybrid(Offline):
         self._target: Any = None
         if start < self._switch:
             self._target = target_params(trainer, shared)
-            states = target_states(trainer, self._target, plan.config.data.codec)
+            codec = plan.config.data.codec
+            states = target_states(plan.config, plan.target, trainer.placement, self._target, codec)
             self._recorded = trainer.step(states, record=True)
         self.batches = self._phases(start)
 
@@ -120,13 +124,15 @@ def target_params(trainer: Trainer, shared: SharedTables) -> dict:
     return load_rest(plan.target, tables, dtype=dtype, mesh=plan.mesh, rules=trainer.placement.rules)
 
 
-def target_states(trainer: Trainer, params: dict, codec: str | None = None) -> TargetStates:
-    """States of the run's layers from such parameters, each gathered from its storage where it is used."""
-    config, rules = trainer.plan.config, trainer.placement.rules
+def target_states(
+    config: TrainConfig, target: Target, placement: Placement, params: dict, codec: str | None = None
+) -> TargetStates:
+    """States of the run's layers from such parameters (or their shapes), each gathered from its storage where it is
+    used."""
     return TargetStates(
-        graphdef=trainer.plan.target.graphdef,
+        graphdef=target.graphdef,
         layer_ids=tuple(config.drafter.target_layer_ids),
         dtype=DTYPES[config.compute_dtype],
         codec=codec,
-        whole=jax.tree.map(lambda x: gathered(x.sharding, rules), params),
+        whole=jax.tree.map(lambda x: gathered(x.sharding, placement.rules), params),
     )

@@ -2,9 +2,11 @@
 
     python -m train.fit --config NAME [--option value ...]
     python -m train.fit --config NAME --export-only
+    python -m train.fit --config NAME --plan [--devices 64] [--mesh data=16,fsdp=4] [--topology v5e:4x4]
 
 A run that was stopped continues with the same command from its latest checkpoint, to the same parameters. At the end
 the drafter stands in RUN/drafter (DeepSpec-native layout); --export-only writes it from the latest checkpoint.
+--plan prints what a device would hold, on devices that need not be here, and trains nothing.
 """
 
 import signal
@@ -14,16 +16,16 @@ from pathlib import Path
 from configs.cli import parse_named, program
 from configs.schema import TrainConfig
 from dspark_jax.checkpoints.drafters import save_drafter, shared_tables
-from dspark_jax.data.pipeline import open_cache
 from dspark_jax.drafters.registry import LoadedDrafter, skeleton
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import split
 from dspark_jax.targets.target import Target
 from dspark_jax.training.checkpoint import Checkpoints
+from train.dry_run import PLAN, print_plan
 from train.guards import Preempted
 from train.loop import train
 from train.plan import RunPlan, make_plan
-from train.provenance import provenance
+from train.provenance import provenance_of
 from train.report import best_record, summarise, table
 from train.run_folder import require_same_run, write_config
 from train.sidecar import write_json
@@ -34,6 +36,9 @@ EXPORT_ONLY = "--export-only"
 
 @program
 def main(argv: list[str]) -> None:
+    if PLAN in argv:
+        print_plan(argv, __doc__)
+        return
     config = parse_named([word for word in argv if word != EXPORT_ONLY], description=__doc__)
     if not isinstance(config, TrainConfig):
         raise UserError(f"The configuration is a {type(config).__name__}; train.fit runs those of training.")
@@ -79,10 +84,8 @@ def export(plan: RunPlan, target: Target, params: dict, name: str = "drafter") -
     """Writes RUN/name and returns it."""
     folder = plan.folder / name
     graphdef, _ = split(skeleton(plan.drafter_hf))
-    cache = Path(plan.config.data.cache or plan.folder / "cache")
-    origin = provenance(plan.config, cache, open_cache(cache).spec)
     drafter = LoadedDrafter(str(folder), plan.drafter, graphdef, params, plan.drafter_hf)
-    save_drafter(folder, drafter, target, provenance=origin)
+    save_drafter(folder, drafter, target, provenance=provenance_of(plan))
     return folder
 
 

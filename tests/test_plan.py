@@ -1,0 +1,210 @@
+"""Plans: what a device holds, from shapes alone; every configuration lowered for TPUs that are not here."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs.cli import config_names, load_config
+from configs.schema import MeshSettings, TrainConfig
+from dspark_jax.checkpoints.huggingface import abstract_target
+from dspark_jax.errors import UserError
+from dspark_jax.sharding import ShardingRules, abstract_mesh, array_sharding, gathered, make_mesh
+from dspark_jax.targets.config import TargetConfig
+from train import fit, topology
+from train.abstract_run import AbstractRun
+from train.dry_run import mesh_settings
+from train.estimate import estimate, shard_bytes
+from train.liveness import peak_bytes
+from train.plan import micro_batches
+from train.published_targets import PUBLISHED
+
+MESHES = {8: (2, 4, 1), 64: (16, 2, 2), 256: (32, 4, 2)}
+# One of every kind and of every family: what the others differ in, their widths, the small mesh has shown.
+WIDE = ("embedded_mtp", "gemma4_12b_dspark", "qwen3_14b_dflash", "qwen3_4b_eagle3")
+
+
+def planned(name: str, devices: int, **mesh: str) -> AbstractRun:
+    """The run of a configuration on that many devices; batches that are smaller than the mesh grow to it."""
+    data, fsdp, tensor = MESHES[devices]
+    config = load_config(name)
+    rows = max(config.data.global_batch, devices)
+    changed = dataclasses.replace(config.data, global_batch=rows, accumulation_steps=0)
+    settings = MeshSettings(data=data, fsdp=fsdp, tensor=tensor, **mesh)
+    return AbstractRun.of(
+        dataclasses.replace(config, data=changed, mesh=settings), abstract_mesh(devices, data, fsdp, tensor)
+    )
+
+
+@pytest.mark.lowering
+@pytest.mark.parametrize("devices", MESHES)
+@pytest.mark.parametrize("name", config_names())
+def test_every_configuration_lowers_for_tpus(name: str, devices: int) -> None:
+    run = planned(name, devices)
+    if devices == 8 or name in WIDE:
+        data, fsdp, tensor = MESHES[devices]
+        assert f'"data"={data}, "fsdp"={fsdp}, "tensor"={tensor}]>' in run.lower("tpu").as_text()
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_estimates_of_every_kind(name: str) -> None:
+    parts = estimate(planned(name, 256))
+    assert min(parts.values()) >= 0 and parts["activations"] > 0
+    assert parts["total"] == sum(parts.values()) / 2
+
+
+def test_an_online_run_holds_the_target_and_no_states() -> None:
+    config, mesh = load_config("debug"), abstract_mesh(8, 1, 4, 2)
+    stored = dataclasses.replace(config.data, accumulation_steps=0)
+    made = dataclasses.replace(stored, source="online", conversations="c.jsonl", packing=True)
+    offline, online = (AbstractRun.of(dataclasses.replace(config, data=data), mesh) for data in (stored, made))
+    assert set(online.batch) == {"input_ids", "loss_mask", "lengths", "segments"}
+    few, many = estimate(offline), estimate(online)
+    assert many["batch"] < few["batch"] and few["target's other parameters"] == 0
+    tables = online.shared.embed.size * 4
+    assert (bytes_of(online.target_params) - tables) / 8 <= many["target's other parameters"]
+    assert many["activations"] > few["activations"] and many["target's layers, gathered"] > 0
+    online.lower("tpu")
+
+
+def bytes_of(tree: object) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def test_what_is_stored_is_split_over_the_devices() -> None:
+    run = planned("qwen3_4b_dspark", 64)
+    parts, whole = estimate(run), bytes_of(run.state.params)
+    # Nearly everything divides by fsdp (2), and heads, MLPs and vocabularies by tensor (2) as well.
+    assert whole / 4 <= parts["parameters"] < 0.28 * whole
+    assert parts["optimizer"] == pytest.approx(2 * parts["parameters"], rel=1e-3)
+    assert parts["gradients"] >= 2 * parts["parameters, gathered for a step"] > 2 * parts["parameters"]
+    assert parts["batch"] == bytes_of(run.batch) / 32
+    assert parts["target's embedding and head"] == 151936 * 2560 * 2 / 4  # tied: one array
+    replicated = estimate(planned("qwen3_4b_dspark", 64, markov_tables="replicated"))
+    tables = 2 * 151936 * 256 * 4
+    assert replicated["parameters"] - parts["parameters"] == tables - tables / 4
+
+
+def test_the_estimate_is_near_what_the_compiler_takes() -> None:
+    run = AbstractRun.of(load_config("debug"), make_mesh(devices=jax.devices()[:1]))
+    memory = run.step.trace(run.state, run.shared, run.batch).lower().compile().memory_analysis()
+    parts = estimate(run)
+    stored = parts["parameters"] + parts["optimizer"] + parts["batch"] + 2 * parts["target's embedding and head"]
+    assert memory.argument_size_in_bytes == pytest.approx(stored, rel=0.01)
+    assert 0.7 < (parts["gradients"] + parts["activations"]) / memory.temp_size_in_bytes < 1.5
+
+
+def test_liveness_of_loops_fusions_and_last_uses() -> None:
+    def size(aval: object) -> int:
+        return math.prod(aval.shape)
+
+    x = jnp.zeros((10, 10))
+    # The cosine is fused into the product's operand, which is read whole; the first product dies at the second.
+    assert peak_bytes(jax.make_jaxpr(lambda x: jnp.dot(jnp.cos(x) + 1, x))(x), size) == 200
+    assert peak_bytes(jax.make_jaxpr(lambda x: jnp.sum(jnp.cos(x) + 1))(x), size) == 1
+    assert peak_bytes(jax.make_jaxpr(lambda x: ((x @ x) @ x) @ x)(x), size) == 200
+
+    def loop(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jax.lax.scan(lambda total, row: (total + (x @ x) @ row, total), x[0], x)
+
+    # The first carry, the loop's two results, and in its body both products.
+    assert peak_bytes(jax.make_jaxpr(loop)(x), size) == 10 + (10 + 100) + (100 + 10)
+
+
+def test_rules_split_what_divides_and_gather_what_is_stored_split() -> None:
+    mesh, rules = abstract_mesh(8, 1, 4, 2), ShardingRules()
+    spec = array_sharding((6, 8), ("vocab", "embed"), mesh, rules)
+    assert spec.shard_shape((6, 8)) == (3, 2) and gathered(spec, rules).shard_shape((6, 8)) == (3, 8)
+    assert array_sharding((5, 6), ("vocab", "embed"), mesh, rules).shard_shape((5, 6)) == (5, 6)
+    markov = ("markov_vocab", "rank")
+    assert array_sharding((6, 8), markov, mesh, rules).shard_shape((6, 8)) == (6, 8)
+    assert array_sharding((6, 8), markov, mesh, rules.sharded_markov()).shard_shape((6, 8)) == (3, 2)
+    assert shard_bytes(jax.ShapeDtypeStruct((6, 8), jnp.bfloat16), spec) == 12
+    with pytest.raises(UserError, match="ShardingRules puts both 'vocab' and 'heads' .* on mesh axis 'tensor'"):
+        rules.spec(("vocab", "heads"))
+    with pytest.raises(UserError, match="ShardingRules has no logical axis 'vocabulary'; it knows .*vocab"):
+        rules.spec(("vocabulary",))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ((3, 1, 1), "A mesh of data=3 x fsdp=1 x tensor=1 does not fit 8 devices"),
+        ((-1, 3, 1), "does not fit 8 devices"),
+        ((-1, 1, -1), "Only one mesh axis can be -1 .* data and tensor are"),
+    ],
+)
+def test_meshes_that_do_not_fit(sizes: tuple[int, int, int], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        abstract_mesh(8, *sizes)
+
+
+def test_micro_batches_follow_the_mesh() -> None:
+    data = load_config("qwen3_4b_dspark").data
+    assert [micro_batches(data, abstract_mesh(n, -1, 4, t)) for n, t in ((8, 1), (64, 1), (256, 1), (64, 8))] == [
+        64, 8, 2, 64,
+    ]  # fmt: skip
+    fixed = dataclasses.replace(data, accumulation_steps=64)
+    with pytest.raises(UserError, match="A micro-batch of 8 sequences .* cannot be shared by 64 devices evenly"):
+        micro_batches(fixed, abstract_mesh(64, -1, 4, 1))
+    with pytest.raises(UserError, match="A micro-batch of 512 sequences .* cannot be shared by 1024 devices"):
+        micro_batches(data, abstract_mesh(1024))
+
+
+def test_the_mesh_option() -> None:
+    assert mesh_settings("data=16,fsdp=4", MeshSettings()) == MeshSettings(data=16, fsdp=4, tensor=1)
+    assert mesh_settings("fsdp=-1", MeshSettings()) == MeshSettings(data=1, fsdp=-1)
+    for text in ("data:16", "rows=2", "data=", "data=x"):
+        with pytest.raises(UserError, match=f"--mesh is '{text}'; sizes of data, fsdp and tensor were expected"):
+            mesh_settings(text, MeshSettings())
+
+
+def test_the_program_prints_a_plan_and_writes_nothing(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["--devices", "64", "--mesh", "data=16,fsdp=4", "--data.max-length", "1024"]
+    fit.main(["--config", "qwen3_4b_eagle3", "--plan", *options])
+    printed = capsys.readouterr().out
+    assert "data 16 x fsdp 4 x tensor 1" in printed and "activations" in printed and "524,288" in printed
+    assert not list(tmp_path.iterdir())
+    for words, said in (
+        ("--mesh data=3 --devices 8", "does not fit 8 devices"),
+        ("--device 8", "Unknown option --device"),
+        ("--topology v9:2x2", "--topology is 'v9:2x2'; a kind of TPU"),
+        ("--topology v5e:2x2 --devices 8", "leave out --devices"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            fit.main(["--config", "qwen3_4b_eagle3", "--plan", *words.split()])
+        assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_published_shapes() -> None:
+    """Parameter counts follow from them: 8.2 billion (Qwen3-8B), of which 6.95 not in embeddings, by its card."""
+    _, shapes = abstract_target(TargetConfig.from_hf_dict(PUBLISHED["Qwen/Qwen3-8B"]), "bfloat16")
+    total = sum(x.size for x in jax.tree.leaves(shapes))
+    assert (round(total / 1e9, 1), round((total - 2 * 151936 * 4096) / 1e9, 2)) == (8.2, 6.95)
+
+
+def test_collectives_are_counted_with_their_bytes() -> None:
+    program = """
+      %a = f32[8,128]{1,0} all-gather(%p), dimensions={0}
+      %b = (bf16[4]{0}, bf16[1024,1024]{1,0}) all-reduce-start(%q, %r)
+      %c = bf16[4]{0} all-reduce-done(%b)
+    """
+    assert topology.collectives(program) == {"all-gather": "1 of 0.0 MiB", "all-reduce": "1 of 2.0 MiB"}
+
+
+def test_recipes_of_the_paper() -> None:
+    layers = {"qwen3_4b": (1, 9, 17, 25, 33), "qwen3_8b": (1, 9, 17, 25, 33), "qwen3_14b": (1, 10, 19, 28, 37),
+              "gemma4_12b": (5, 17, 29, 41, 46)}  # fmt: skip
+    for target, taps in layers.items():
+        for kind, depth, loss in (("dspark", 5, (0.1, 0.9, 1.0)), ("dflash", 5, (1.0, 0.0, 0.0)), ("eagle3", 1, None)):
+            config: TrainConfig = load_config(f"{target}_{kind}")
+            drafter = config.drafter
+            assert (drafter.kind, drafter.num_layers, drafter.target_layer_ids) == (kind, depth, taps)
+            assert (drafter.block_size, drafter.num_anchors, config.data.accumulation_steps) == (7, 512, 0)
+            terms = (config.loss.ce_alpha, config.loss.l1_alpha, config.loss.confidence_alpha)
+            assert loss is None or terms == loss
+            assert (config.data.global_batch, config.data.max_length, config.epochs) == (512, 4096, 10)
+            assert PUBLISHED[config.target]["num_hidden_layers"] > max(taps) + 1

@@ -1,0 +1,67 @@
+"""What a run would take, before any hardware is rented: `train.fit --config NAME --plan`.
+
+--plan                                        the devices that are here
+--plan --devices 64 --mesh data=16,fsdp=4     devices that are not
+--plan --topology v5e:4x4                     the real step, compiled by the TPU compiler (extra `aot`)
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+
+from configs.cli import divide_options, parse, parse_named
+from configs.schema import MeshSettings, TrainConfig
+from dspark_jax.errors import UserError
+from dspark_jax.sharding import abstract_mesh
+from train.abstract_run import AbstractRun
+from train.estimate import describe, estimate
+from train.sidecar import table
+from train.topology import compile_for, topology_mesh
+
+PLAN = "--plan"
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Options of a plan."""
+
+    devices: int = 0
+    """Devices to plan for; 0: those that are here, or those of the topology."""
+    mesh: str = ""
+    """Devices along the mesh axes, as in data=16,fsdp=4; empty: as the configuration says."""
+    topology: str = ""
+    """TPUs to compile the step for, as in v5e:4x4, v5p:2x2x2 or v6e:4x4; empty: an estimate, nothing compiled."""
+
+
+def print_plan(argv: Sequence[str], description: str | None) -> None:
+    """Prints the plan of the configuration and options in argv."""
+    mine, rest = divide_options([word for word in argv if word != PLAN], PlanOptions)
+    options = parse(PlanOptions, mine)
+    config = parse_named(rest, description=description)
+    if not isinstance(config, TrainConfig):
+        raise UserError(f"The configuration is a {type(config).__name__}; a plan is made for those of training.")
+    if options.mesh:
+        config = dataclasses.replace(config, mesh=mesh_settings(options.mesh, config.mesh))
+    sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    if options.topology:
+        if options.devices:
+            raise UserError("A topology has its own number of devices; leave out --devices.")
+        run = AbstractRun.of(config, topology_mesh(options.topology, *sizes))
+        print(table(compile_for(run, options.topology)))
+        return
+    run = AbstractRun.of(config, abstract_mesh(options.devices or jax.device_count(), *sizes))
+    print(table(describe(run)))
+    print()
+    print(table({name: f"{count / 2**30:9.3f} GiB" for name, count in estimate(run).items()}))
+
+
+def mesh_settings(text: str, base: MeshSettings) -> MeshSettings:
+    """The mesh of `data=16,fsdp=4`: axes that it names have these sizes, others 1."""
+    words = [word.partition("=") for word in text.split(",")]
+    names = {name for name, _, _ in words}
+    if names - {"data", "fsdp", "tensor"} or not all(size.lstrip("-").isdigit() for _, _, size in words):
+        raise UserError(f"--mesh is {text!r}; sizes of data, fsdp and tensor were expected, as in data=16,fsdp=4.")
+    sizes = {name: int(size) for name, _, size in words}
+    return MeshSettings(sizes.get("data", 1), sizes.get("fsdp", 1), sizes.get("tensor", 1), base.markov_tables)

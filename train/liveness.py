@@ -1,0 +1,89 @@
+"""Bytes that a traced function holds at once besides its arguments: an estimate from its jaxpr, nothing compiled.
+
+Equations run in their order; a value lives from its equation to its last use. What XLA fuses into its only consumers
+(elementwise arithmetic, casts, broadcasts, reshapes) takes no memory of its own, but keeps alive what it is made of.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+Bytes = Callable[[Any], int]
+"""Bytes of an abstract value on one device."""
+
+_FUSED = frozenset([
+    "abs", "add", "add_any", "and", "broadcast_in_dim", "ceil", "clamp", "convert_element_type", "copy", "cos", "div",
+    "eq", "erf", "exp", "exp2", "expand_dims", "expm1", "floor", "ge", "gt", "integer_pow", "iota", "is_finite", "le",
+    "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "not", "or", "pow", "rem", "reshape", "round",
+    "rsqrt", "select_n", "sharding_constraint", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign",
+    "sin", "slice", "sqrt", "square", "squeeze", "stop_gradient", "sub", "tanh", "transpose", "xor",
+])  # fmt: skip
+_REDUCTIONS = frozenset(["reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "argmax", "argmin"])
+
+
+def peak_bytes(closed: ClosedJaxpr, size: Bytes) -> int:
+    """The most bytes that live at once inside a function, its results included and its arguments not."""
+    return _peak(closed.jaxpr, size)
+
+
+def _peak(jaxpr: Jaxpr, size: Bytes) -> int:
+    made_of = _origins(jaxpr)
+    ends: dict[Any, int] = {}
+    for index, equation in enumerate(jaxpr.eqns):
+        for var in _variables(equation.invars):
+            for origin in made_of.get(var, ()):
+                ends[origin] = index
+    for var in _variables(jaxpr.outvars):
+        for origin in made_of.get(var, ()):
+            ends[origin] = len(jaxpr.eqns)
+    dying: dict[int, list[Any]] = {}
+    for var, end in ends.items():
+        dying.setdefault(end, []).append(var)
+    live = peak = 0
+    for index, equation in enumerate(jaxpr.eqns):
+        made = [var for var in equation.outvars if made_of.get(var) == {var}]
+        own = sum(size(var.aval) for var in made)
+        inside = max((_peak(inner, size) for inner in _inner(equation)), default=0)
+        # A loop holds its results beside its body; a call's results are its body's.
+        peak = max(peak, live + (own + inside if equation.primitive.name in ("scan", "while") else max(own, inside)))
+        live += sum(size(var.aval) for var in made if var in ends)
+        live -= sum(size(var.aval) for var in dying.get(index, ()))
+    return peak
+
+
+def _origins(jaxpr: Jaxpr) -> dict[Any, set[Any]]:
+    """Of every value made here, the stored values that it is read from: itself, or what it is fused from. Arguments
+    have none, since their bytes are the caller's."""
+    stored = _read_whole(jaxpr)
+    origins: dict[Any, set[Any]] = {}
+    for equation in jaxpr.eqns:
+        fused = equation.primitive.name in _FUSED
+        for var in equation.outvars:
+            if fused and var not in stored:
+                origins[var] = {o for operand in _variables(equation.invars) for o in origins.get(operand, ())}
+            else:
+                origins[var] = {var}
+    return origins
+
+
+def _read_whole(jaxpr: Jaxpr) -> set[Any]:
+    """Values that something reads which can't be fused with making them: products, gathers, loops, results."""
+    whole = set(_variables(jaxpr.outvars))
+    for equation in jaxpr.eqns:
+        if equation.primitive.name not in _FUSED | _REDUCTIONS:
+            whole.update(_variables(equation.invars))
+    return whole
+
+
+def _inner(equation: Any) -> Iterator[Jaxpr]:
+    for value in equation.params.values():
+        for part in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(part, ClosedJaxpr):
+                yield part.jaxpr
+            elif isinstance(part, Jaxpr):
+                yield part
+
+
+def _variables(atoms: Any) -> Iterator[Any]:
+    return (atom for atom in atoms if not isinstance(atom, Literal))
