@@ -1,16 +1,28 @@
 """Bad input to the data programs: one sentence on stderr, exit code 2, nothing written or lost."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
+import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from dspark_jax.data import manifest
+from dspark_jax.data.target_cache import TargetCache
+from dspark_jax.errors import UserError
+from dspark_jax.sharding import abstract_mesh
 from tests.tiny import write_tiny_target
 from train import build_cache, prepare_data
+from train.devices import require_rows
+
+ROOT = Path(__file__).parents[1]
 
 GOOD = {"messages": [{"role": "user", "content": "Add 3 and 4."}, {"role": "assistant", "content": "It is 7."}]}
 Refused = Callable[..., str]
@@ -207,3 +219,27 @@ def test_answers_of_someone_else_are_kept(target: Path, folder: Path, refused: R
 
 def _content(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_target_over_several_devices_answers_and_fills_the_cache_alike(target: Path, folder: Path):
+    """Each process loads the target over all its devices, a part on each; both give what one device gives."""
+    shutil.copytree(target, folder / "target")
+    prompts = [{"messages": [{"role": "user", "content": f"Add {i} and 4."}]} for i in range(6)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for devices in ("1", "4"):
+        command = [sys.executable, "-m", "tests.sharded_data", str(folder), devices]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stderr
+    assert (folder / "1" / "c.jsonl").read_bytes() == (folder / "4" / "c.jsonl").read_bytes()
+    one, four = (TargetCache(folder / devices / "cache") for devices in ("1", "4"))
+    assert len(one) == len(four) == 6
+    for i in range(6):
+        np.testing.assert_array_equal(one[i].input_ids, four[i].input_ids)
+        np.testing.assert_allclose(one[i].features, four[i].features, atol=2e-5)
+
+
+def test_rows_that_the_devices_cannot_share():
+    with pytest.raises(UserError, match="--batch is 6, which 4 devices cannot share evenly"):
+        require_rows("--batch", 6, cast(Mesh, abstract_mesh(4, 1, 4)))
+    require_rows("--batch", 8, cast(Mesh, abstract_mesh(4, 1, 4)))
