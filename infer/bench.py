@@ -10,7 +10,7 @@ and, with a drafter, the plot of conditional acceptance by block position.
 import platform
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -23,10 +23,12 @@ from dspark_jax.checkpoints.huggingface import load_target, resolve_folder
 from dspark_jax.decoding.measure import Acceptance
 from dspark_jax.decoding.prompts import Prompt, read_prompts
 from dspark_jax.decoding.requests import DecodeConfig
+from dspark_jax.decoding.scheduler import Fixed
 from dspark_jax.drafters.registry import LoadedDrafter
 from dspark_jax.errors import UserError
 from dspark_jax.targets.target import Target
 from infer.measure import Decoder, Timed, alternate, differences, median_ratio, median_speed
+from infer.policies import PolicyName, policy_named
 from infer.report import acceptance_plot, table, write_json
 
 
@@ -55,6 +57,8 @@ class BenchSettings:
     limit: int = 0
     """Prompts taken of each domain; 0: all."""
     rounds_per_dispatch: int = 64
+    policy: PolicyName = "fixed"
+    """How many drafts are verified: fixed is the whole block, the load-adaptive ones weigh what a draft costs here."""
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] | None = None
     chat_format: str = "qwen"
@@ -67,6 +71,7 @@ class BenchSettings:
             slots=self.slots,
             rounds_per_dispatch=self.rounds_per_dispatch,
             smallest_prompt_bucket=64,
+            policy=policy_named(self.policy),
         )
 
 
@@ -103,8 +108,9 @@ def against_plain(
         config = settings.decode_config(temperature)
         decoders: dict[str, Callable[[], Timed]] = {}
         for domain, group in domains.items():
-            for name, with_drafter in (("plain", None), ("speculative", drafter)):
-                decoders[f"{domain}/{name}"] = partial(Decoder(target, with_drafter, config), group)
+            plain = replace(config, policy=Fixed())
+            decoders[f"{domain}/plain"] = partial(Decoder(target, None, plain), group)
+            decoders[f"{domain}/speculative"] = partial(Decoder(target, drafter, config), group)
         runs = alternate(decoders, settings.repeats if i == 0 else settings.sampled_repeats)
         key = f"t{temperature:g}"
         metrics["temperatures"][key] = compare(target, domains, runs, greedy=temperature == 0)

@@ -18,8 +18,8 @@ from dspark_jax.decoding.generate import stream
 from dspark_jax.decoding.measure import Acceptance
 from dspark_jax.decoding.prompts import Prompt, encode, read_prompts
 from dspark_jax.decoding.requests import DecodeConfig, Generation, Request
-from dspark_jax.decoding.scheduler import Fixed, Threshold
 from dspark_jax.errors import UserError
+from infer.policies import PolicyName, policy_named
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,10 @@ class GenerateSettings:
     """Requests decoded at once."""
     verify_length: int | None = None
     """Drafts verified a round; None: the whole block."""
-    confidence_threshold: float = 0.0
-    """Verify only the drafts before the first whose confidence is below this; 0: off."""
+    policy: PolicyName = "fixed"
+    """How many drafts are verified: fixed, threshold, or one that weighs what a draft costs on this machine."""
+    confidence_threshold: float = 0.5
+    """Of the threshold policy: the drafts before the first whose confidence is below this are verified."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of weights and activations; None: as the target's config says."""
     chat_format: str = "qwen"
@@ -69,7 +71,7 @@ class GenerateSettings:
             seed=self.seed,
             slots=self.slots,
             verify_length=self.verify_length,
-            policy=Threshold(self.confidence_threshold) if self.confidence_threshold > 0 else Fixed(),
+            policy=policy_named(self.policy, self.confidence_threshold),
         )
 
 
