@@ -7,7 +7,8 @@ Expected:  see the results in README.md, which `make demo` measures.
 float32, because matrix products in bfloat16 are no faster on a CPU. A few minutes of training are far from the
 reference recipe's 1.2e7 sequences, so this one differs from it: the draft layers start as copies of the target's last
 two, small batches buy more updates, and cross-entropy counts for more (the total-variation term alone learns slowly
-from far away). docs/log.md has the runs that decided it.
+from far away). Blocks are of 4, because every row of a verify pass is dear on a CPU. docs/log.md has the runs that
+decided it.
 """
 
 from configs.schema import (
@@ -27,7 +28,7 @@ def get_config() -> TrainConfig:
         drafter=DrafterSettings(
             num_layers=2,
             target_layer_ids=(1, 4, 7, 8),
-            block_size=7,
+            block_size=4,
             markov_rank=64,
             num_anchors=24,
             init_target_layers=(8, 9),

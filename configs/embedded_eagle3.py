@@ -19,7 +19,7 @@ def get_config() -> TrainConfig:
     return replace(
         base,
         name="embedded_eagle3",
-        drafter=replace(base.drafter, kind="eagle3", num_layers=1, init_target_layers=(9,)),
+        drafter=replace(base.drafter, kind="eagle3", num_layers=1, block_size=7, init_target_layers=(9,)),
         optimizer=replace(base.optimizer, learning_rate=2e-3),
         anchor_chunk=64,
     )
