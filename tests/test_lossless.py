@@ -160,8 +160,8 @@ def test_greedy_outputs_are_the_targets_with_every_kind(kind: str, slots: int, r
     assert verified > 20 * len(found), line
 
 
-@pytest.mark.parametrize("kind", DRAFTERS)
-def test_samples_are_the_requests_own_with_every_kind(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["eagle3", "mtp"])  # test_loop has DSpark, whose state DFlash shares
+def test_samples_are_the_requests_own_with_other_kinds(kind: str) -> None:
     """Temperature 1: eight slots give what one gives, prompts prefilled in chunks what prompts prefilled whole give."""
     target, drafter = kind_pair(kind)
     config = replace(KIND_CONFIG, temperature=1.0, smallest_prompt_bucket=4)
