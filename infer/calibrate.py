@@ -4,13 +4,13 @@
         --prompts runs/demo/heldout.jsonl --output runs/calibrate --results docs/results/calibration.json
 
 Every round verifies the whole block. Temperatures are fitted on one half of the prompts; the figures, before and after,
-are of the other half. Writes sts.json (with what it is valid for), serving/sts.json (as servers read it), metrics.json
-and the reliability diagrams.
+are of the other half. Writes sts.json (with what it is valid for), serving/sts.json (as servers read it), metrics.json,
+rounds.npz (what was recorded) and the reliability diagrams.
 """
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from configs.cli import parse, program
-from dspark_jax.checkpoints.drafters import load_drafter
+from dspark_jax.checkpoints.drafters import load_drafter, save_drafter
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.checkpoints.serving_tables import StsTable, write_sts
 from dspark_jax.decoding.calibration import CalibrationMetrics, calibration_metrics, prefix_survival, reliability
@@ -26,7 +26,7 @@ from dspark_jax.decoding.engine import Engine
 from dspark_jax.decoding.prompts import Prompt, read_prompts
 from dspark_jax.decoding.requests import DecodeConfig, Request
 from dspark_jax.decoding.state import RoundRecord
-from dspark_jax.decoding.sts import fit_temperatures, validity, write_calibration
+from dspark_jax.decoding.sts import fit_shift, fit_temperatures, validity, write_calibration
 from dspark_jax.drafters.registry import LoadedDrafter
 from dspark_jax.errors import UserError
 from dspark_jax.targets.target import Target
@@ -47,6 +47,9 @@ class CalibrateSettings:
     """Folder of sts.json, metrics.json and the diagrams."""
     results: Path | None = None
     """Where the figures are kept besides, with the command."""
+    recenter: Path | None = None
+    """Folder for a copy of the drafter with the bias of its confidence head set by the same rounds. No temperature
+    mends a head that is too sure by a constant, as after training data seen too often. sts.json is for the copy."""
     samples: int = 8
     """Answers sampled of each prompt, each with a seed of its own; 1 where the temperature is 0."""
     temperature: float = 1.0
@@ -104,9 +107,15 @@ def main(argv: list[str]) -> None:
     started = time.perf_counter()
     rounds = record(settings, target, drafter, prompts)
     seconds = time.perf_counter() - started
-    temperatures, before, after, diagrams = calibrate(rounds)
+    shift = 0.0
+    if settings.recenter is not None:
+        shift = fit_shift(*rounds.of(rounds.prompt % 2 == 0)[1:])
+        drafter = recentered(drafter, shift)
+        save_drafter(settings.recenter, drafter, target)
+    temperatures, before, after, diagrams = calibrate(rounds, shift)
     metrics = {
         **figures(rounds, temperatures, before, after),
+        "shift": shift,
         "prompts": len(prompts),
         "recording_seconds": seconds,
         "valid_for": validity(target, drafter, settings.decode_config(drafter.config.block_size)),
@@ -115,6 +124,7 @@ def main(argv: list[str]) -> None:
         "command": "python -m infer.calibrate " + " ".join(argv),
     }
     save(settings, metrics, temperatures, before, after)
+    np.savez_compressed(settings.output / "rounds.npz", **rounds._asdict())
     reliability_plot(settings.output / "reliability.png", diagrams)
     print(summary(metrics))
     print(f"sts.json, metrics and diagrams in {settings.output}")
@@ -148,11 +158,21 @@ def record(settings: CalibrateSettings, target: Target, drafter: LoadedDrafter, 
     return Rounds(*(np.concatenate(columns) for columns in zip(*kept, strict=True)))
 
 
-def calibrate(rounds: Rounds) -> tuple[np.ndarray, CalibrationMetrics, CalibrationMetrics, dict[str, Any]]:
-    """Fits on the even prompts; (temperatures, metrics of the odd prompts before and after, their diagrams)."""
+def recentered(drafter: LoadedDrafter, shift: float) -> LoadedDrafter:
+    """The drafter with `shift` added to its confidence head's bias."""
+    head = drafter.params["confidence_head"]
+    proj = head["proj"] | {"bias_o": head["proj"]["bias_o"] + shift}
+    return replace(drafter, params=drafter.params | {"confidence_head": head | {"proj": proj}})
+
+
+def calibrate(
+    rounds: Rounds, shift: float = 0.0
+) -> tuple[np.ndarray, CalibrationMetrics, CalibrationMetrics, dict[str, Any]]:
+    """Fits on the even prompts, logits moved by `shift`; (temperatures, metrics of the odd prompts before both and
+    after, their diagrams)."""
     fit, test = rounds.of(rounds.prompt % 2 == 0), rounds.of(rounds.prompt % 2 == 1)
-    temperatures = fit_temperatures(fit.logits, fit.accepted, fit.observed)
-    raw, scaled = prefix_survival(test.logits), prefix_survival(test.logits, temperatures)
+    temperatures = fit_temperatures(fit.logits + shift, fit.accepted, fit.observed)
+    raw, scaled = prefix_survival(test.logits), prefix_survival(test.logits + shift, temperatures)
     before = calibration_metrics(raw, test.accepted, test.observed)
     after = calibration_metrics(scaled, test.accepted, test.observed)
     diagrams = {

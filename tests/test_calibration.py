@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dspark_jax.checkpoints.drafters import load_drafter
+from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.checkpoints.serving_tables import StsTable, read_sps, read_sts
 from dspark_jax.decoding.calibration import calibration_metrics, prefix_survival, reliability
 from dspark_jax.decoding.engine import make_loop
@@ -22,7 +24,14 @@ from dspark_jax.decoding.profile import (
 )
 from dspark_jax.decoding.requests import DecodeConfig
 from dspark_jax.decoding.scheduler import Fixed, LookAhead
-from dspark_jax.decoding.sts import fingerprint, fit_temperatures, read_calibration, validity, write_calibration
+from dspark_jax.decoding.sts import (
+    fingerprint,
+    fit_shift,
+    fit_temperatures,
+    read_calibration,
+    validity,
+    write_calibration,
+)
 from dspark_jax.errors import UserError
 from infer.calibrate import main as calibrate
 from infer.profile import main as profile
@@ -53,6 +62,20 @@ def test_temperatures_are_found_in_order() -> None:
     after = calibration_metrics(prefix_survival(test[0], found), *test[1:])
     assert before.mean("ece") > 0.03 and after.mean("ece") < 0.012
     assert after.mean("brier") < before.mean("brier")
+
+
+def test_a_shift_mends_what_temperatures_cannot() -> None:
+    """A head too sure by a constant: the shift is found, and with it the temperatures."""
+    rng = np.random.default_rng(3)
+    honest = rng.normal(-0.3, 1.0, (40000, 3))
+    accepted = np.cumprod(rng.random(honest.shape) < 1 / (1 + np.exp(-honest)), axis=1)
+    logits, observed = honest + 0.9, np.ones(honest.shape, bool)
+    shift = fit_shift(logits, accepted, observed)
+    assert shift == pytest.approx(-0.9, abs=0.05)
+    alone = prefix_survival(logits, fit_temperatures(logits, accepted, observed))
+    both = prefix_survival(logits + shift, fit_temperatures(logits + shift, accepted, observed))
+    ece = [calibration_metrics(a, accepted, observed).mean("ece") for a in (alone, both)]
+    assert ece[0] > 0.04 and ece[1] < 0.01
 
 
 def test_a_position_with_one_outcome_keeps_its_logits() -> None:
@@ -178,6 +201,16 @@ def test_calibrate_from_beginning_to_end(folder: Path, tmp_path: Path, capsys: p
     assert "valid_for" not in json.loads((tmp_path / "out" / "serving" / "sts.json").read_text())
     assert (tmp_path / "out" / "reliability.png").stat().st_size > 1000
     assert "temperature" in capsys.readouterr().out
+    calibrate(
+        [*pair, *out, "--samples", "3", "--slots", "4", "--max-new-tokens", "12", "--recenter", str(tmp_path / "c")]
+    )
+    again = json.loads((tmp_path / "kept.json").read_text())
+    assert again["shift"] != 0 == metrics["shift"] and again["valid_for"]["drafter"] != drafter
+    copy = load_drafter(tmp_path / "c", load_target(folder / "target"))
+    old = load_drafter(folder / "drafter", load_target(folder / "target"))
+    biases = [float(d.params["confidence_head"]["proj"]["bias_o"][0]) for d in (copy, old)]
+    assert biases[0] - biases[1] == pytest.approx(again["shift"], abs=1e-5)
+    assert fingerprint(copy.params) == again["valid_for"]["drafter"]
 
 
 def test_profile_from_beginning_to_end(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

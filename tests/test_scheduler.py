@@ -253,21 +253,22 @@ def test_guard_without_drafters_says_so() -> None:
 
 
 def test_online_temperatures_find_the_truth() -> None:
-    """Over-confident by a factor of 2.5, and under-confident at the next position: both are learnt from what was
-    verified, and positions that never are keep what they have."""
+    """Over-confident by a factor of 2.5 and a shift, under-confident at the next position: both are learnt from what
+    was verified, and positions that never are keep what they have."""
     rng, online = np.random.default_rng(0), Online()
     state, t = online.init(3), jnp.ones(3)
     truth = np.array([1 / 2.5, 1.6, 1.0])
     observe = jax.jit(online.observe)
     for _ in range(300):
         z = rng.normal(0.5, 2.0, (16, 3)).astype(np.float32)
-        hit = rng.random((16, 3)) < 1 / (1 + np.exp(-z * truth))
+        hit = rng.random((16, 3)) < 1 / (1 + np.exp(-z * truth - [-0.8, 0.0, 0.0]))
         accepted = np.cumprod(hit, axis=1).sum(axis=1)
         state = observe(z, t, jnp.full(16, 2), np.minimum(accepted, 2), state)
-    np.testing.assert_allclose(np.asarray(state.scale), [truth[0], truth[1], 1.0], rtol=0.12)
-    assert state.scale[2] == 1.0
+    np.testing.assert_allclose(np.asarray(state.scale), [truth[0], truth[1], 1.0], rtol=0.15)
+    np.testing.assert_allclose(np.asarray(state.shift), [-0.8, 0.0, 0.0], atol=0.15)
+    assert state.scale[2] == 1.0 and state.shift[2] == 0.0
     got = online(jnp.ones((1, 3)), 2 * t, None, state)
-    np.testing.assert_allclose(got, jax.nn.sigmoid(state.scale / 2)[None], rtol=1e-6)
+    np.testing.assert_allclose(got, jax.nn.sigmoid(state.scale / 2 + state.shift)[None], rtol=1e-6)
 
 
 def test_static_divides_and_the_oracle_needs_the_truth() -> None:

@@ -53,28 +53,33 @@ class Static:
 
 
 class OnlineState(NamedTuple):
-    """[K] float32 each: the factor on the inverse temperatures, and the decayed curvature that sets its step."""
+    """[K] float32 each: factor and shift of the scaled logits; decayed sums of the curvature in (factor, shift)."""
 
     scale: Array
-    curvature: Array
+    shift: Array
+    scale_scale: Array
+    scale_shift: Array
+    shift_shift: Array
 
 
 @dataclass(frozen=True)
 class Online:
-    """Static temperatures times a running factor a position: Newton steps on the log-loss of what was verified.
+    """sigmoid(scale_k z_k / t_k + shift_k): Newton steps on the log-loss of what was verified.
 
-    Only verified positions are seen. That does not bias the estimate: whether x_k is verified depends on x_<k, never on
-    x_k, so among rounds of one confidence those verified are accepted as often as the others would have been.
+    The shift is what a temperature cannot mend: a drafter that has seen its training data too often is too sure by a
+    constant. Only verified positions are seen. That does not bias the estimate: whether x_k is verified depends on
+    x_<k, never on x_k, so among rounds of one confidence those verified are accepted as often as the others would be.
     """
 
     decay: float = 0.99
     prior: float = 20.0  # curvature of the belief that the static temperatures are right
 
     def init(self, block: int) -> OnlineState:
-        return OnlineState(jnp.ones((block,), jnp.float32), jnp.zeros((block,), jnp.float32))
+        zero = jnp.zeros((block,), jnp.float32)
+        return OnlineState(jnp.ones((block,), jnp.float32), *(zero.copy() for _ in range(4)))
 
     def __call__(self, logits: Array, temperatures: Array, truth: Array | None, state: OnlineState) -> Array:
-        return jax.nn.sigmoid(logits / temperatures * state.scale)
+        return jax.nn.sigmoid(logits / temperatures * state.scale + state.shift)
 
     def observe(
         self, logits: Array, temperatures: Array, lengths: Array, accepted: Array, state: OnlineState
@@ -82,12 +87,18 @@ class Online:
         position = jnp.arange(logits.shape[1])
         reached = (position < lengths[:, None]) & (position <= accepted[:, None])
         z = logits / temperatures
-        p = jax.nn.sigmoid(z * state.scale)
-        slope = jnp.sum(jnp.where(reached, (p - (position < accepted[:, None])) * z, 0.0), axis=0)
-        curvature = self.decay * state.curvature
-        curvature += jnp.sum(jnp.where(reached, p * (1 - p) * z**2, 0.0), axis=0)
-        step = slope / (curvature + self.prior)
-        return OnlineState(jnp.clip(state.scale - step, 0.05, 20.0), curvature)
+        p = jax.nn.sigmoid(z * state.scale + state.shift)
+        wrong = jnp.where(reached, p - (position < accepted[:, None]), 0.0)
+        weight = jnp.where(reached, p * (1 - p), 0.0)
+        aa = self.decay * state.scale_scale + jnp.sum(weight * z**2, axis=0)
+        ab = self.decay * state.scale_shift + jnp.sum(weight * z, axis=0)
+        bb = self.decay * state.shift_shift + jnp.sum(weight, axis=0)
+        # One Newton step a round in each position's (scale, shift): a system of two equations, solved by hand.
+        top, low, (g, h) = aa + self.prior, bb + self.prior, (jnp.sum(wrong * z, axis=0), jnp.sum(wrong, axis=0))
+        determinant = top * low - ab**2
+        scale = state.scale - (low * g - ab * h) / determinant
+        shift = state.shift - (top * h - ab * g) / determinant
+        return OnlineState(jnp.clip(scale, 0.05, 20.0), jnp.clip(shift, -5.0, 5.0), aa, ab, bb)
 
 
 @dataclass(frozen=True)

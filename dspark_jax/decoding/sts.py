@@ -50,6 +50,20 @@ def fit_temperatures(logits: np.ndarray, accepted: np.ndarray, observed: np.ndar
     return temperatures
 
 
+def fit_shift(logits: np.ndarray, accepted: np.ndarray, observed: np.ndarray) -> float:
+    """The one number that, added to every confidence logit, makes conditional acceptance likeliest: for the bias of a
+    head that is too sure of itself by the same amount everywhere, which no temperature mends. Arguments as
+    `fit_temperatures`."""
+    before = np.concatenate([np.ones((len(logits), 1), bool), np.asarray(accepted, bool)[:, :-1]], axis=1)
+    reached = np.asarray(observed, bool) & before  # x_k judged, with all before it accepted
+    z, label = np.asarray(logits, np.float64)[reached], np.asarray(accepted, np.float64)[reached]
+    shift = 0.0
+    for _ in range(50):
+        p = sigmoid(z + shift)
+        shift += float(np.clip(np.sum(label - p) / max(np.sum(p * (1 - p)), 1e-9), -1, 1))
+    return shift
+
+
 def validity(target: Target, drafter: LoadedDrafter, config: DecodeConfig) -> dict[str, Any]:
     """What a calibration holds for: these weights, and these sampling settings, which decide what is accepted."""
     return {
