@@ -1,0 +1,376 @@
+"""Scheduling is lossless, by enumeration: every draft, every outcome, every state a policy can be in after a round.
+
+A vocabulary of three, blocks of three, laws by hand, confidences that depend on drawn tokens, jagged costs. If the law
+of what a round commits is the target's in every reachable state (requests' last tokens and the policy's memory), then
+so is that of any number of rounds; states are enumerated to the second round. Axes: n draft combinations, R requests,
+K block position, V vocab, S = V^(K+1) continuations.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dspark_jax.decoding.calibration import Online, Static
+from dspark_jax.decoding.history import DraftGuard, History
+from dspark_jax.decoding.occupancy import CostTable, Occupancy, ScheduleTables
+from dspark_jax.decoding.scheduler import (
+    Adaptive,
+    Asynchronous,
+    Causal,
+    Fixed,
+    LookAhead,
+    PolicyState,
+    Ranked,
+    RoundView,
+    Threshold,
+)
+
+pytestmark = pytest.mark.lossless
+
+
+@dataclass(frozen=True)
+class World:
+    """Laws by the token before: `target` [V, V]; `draft` [K, V, V] and confidence `logits` [K, V] by block position."""
+
+    target: np.ndarray
+    draft: np.ndarray
+    logits: np.ndarray
+    costs: CostTable
+    load: float = 1.0
+    vocab: int = field(init=False)
+    block: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "vocab", self.target.shape[0])
+        object.__setattr__(self, "block", self.draft.shape[0])
+
+    @property
+    def tables(self) -> ScheduleTables:
+        return ScheduleTables.of(self.costs, [1.3, 0.8, 1.1][: self.block])
+
+    def drafts(self) -> np.ndarray:
+        return np.array(list(product(range(self.vocab), repeat=self.block)))
+
+    def draft_law(self, anchor: int) -> np.ndarray:
+        """[n] probability of every draft after an anchor."""
+        before = np.concatenate([np.full((len(self.drafts()), 1), anchor), self.drafts()[:, :-1]], axis=1)
+        return np.prod([self.draft[k, before[:, k], self.drafts()[:, k]] for k in range(self.block)], axis=0)
+
+    def confidence(self, anchor: int) -> np.ndarray:
+        """[n, K] logits: c_k by the token before x_k, as the confidence head has it."""
+        before = np.concatenate([np.full((len(self.drafts()), 1), anchor), self.drafts()[:, :-1]], axis=1)
+        return np.stack([self.logits[k, before[:, k]] for k in range(self.block)], axis=1)
+
+    def continuations(self, anchor: int) -> np.ndarray:
+        """[S] the target's law of the next K + 1 tokens."""
+        return self._tail(anchor, self.block + 1)
+
+    def outcomes(self, anchor: int, draft: np.ndarray, length: int) -> Iterator[tuple[int, int, float]]:
+        """(accepted, next token, probability): speculative sampling of a draft's first `length` tokens."""
+        reached, before = 1.0, anchor
+        for k in range(length + 1):
+            law = self.target[before]
+            if k == length:
+                yield from ((k, token, reached * p) for token, p in enumerate(law) if reached * p > 0)
+                return
+            q = self.draft[k, before]
+            accept = min(1.0, law[draft[k]] / q[draft[k]])
+            residual = np.maximum(law - q, 0)
+            if accept < 1:
+                residual = residual / residual.sum()
+                yield from ((k, t, reached * (1 - accept) * p) for t, p in enumerate(residual) if p > 0)
+            reached, before = reached * accept, draft[k]
+
+    def extended(self, anchor: int) -> np.ndarray:
+        """[n, K + 1, S]: law of the next K + 1 tokens for every draft and verify length, the target going on alone
+        after what the round commits."""
+        s, k1 = self.vocab ** (self.block + 1), self.block + 1
+        made = np.zeros((len(self.drafts()), k1, s))
+        for i, draft in enumerate(self.drafts()):
+            for length in range(k1):
+                for accepted, token, p in self.outcomes(anchor, draft, length):
+                    committed = [*draft[:accepted], token]
+                    tail = self._tail(token, k1 - len(committed))
+                    start = int(np.dot(committed, self.vocab ** np.arange(k1 - 1, k1 - 1 - len(committed), -1)))
+                    made[i, length, start : start + len(tail)] += p * tail
+        return made
+
+    def _tail(self, anchor: int, count: int) -> np.ndarray:
+        law, last = np.ones(1), np.array([anchor])
+        for _ in range(count):
+            law = (law[:, None] * self.target[last]).ravel()
+            last = np.tile(np.arange(self.vocab), len(last))
+        return law
+
+
+def world(load: float = 1.0, requests: int = 1) -> World:
+    target = np.array([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3], [0.35, 0.25, 0.4]])
+    draft = np.array(
+        [
+            [[0.2, 0.5, 0.3], [0.3, 0.3, 0.4], [0.6, 0.2, 0.2]],
+            [[0.45, 0.35, 0.2], [0.05, 0.7, 0.25], [0.1, 0.1, 0.8]],
+            [[0.7, 0.1, 0.2], [0.2, 0.4, 0.4], [0.3, 0.4, 0.3]],
+        ]
+    )
+    logits = np.array([[0.4, 3.5, 1.0], [3.0, -2.5, 0.3], [-3.0, 2.0, 0.8]])
+    # A first draft is dear and those behind it cheap, so that looking ahead at today's confidences would tempt.
+    tokens = (1, 2, 4) if requests == 1 else (1, 2, 3, 5, 6, 8)
+    seconds = (1.0, 1.8, 1.95) if requests == 1 else (0.9, 1.0, 1.5, 1.75, 1.8, 2.2)
+    return World(target, draft, logits, CostTable.of(tokens, seconds, 0.1), load)
+
+
+@dataclass(frozen=True)
+class Retrospective(Adaptive):
+    """The rule that the paper warns of: the best of all sizes by today's confidences, later ones included."""
+
+    def admit(self, ranked: Ranked, costs: Any, conditional: Any, own: Any) -> Any:
+        tokens = costs.base + jnp.concatenate([jnp.zeros(1), jnp.cumsum(ranked.survival)])
+        rate = tokens / (costs.drafting + costs.of(costs.base + jnp.arange(tokens.shape[0])))
+        return jnp.argmax(jnp.where(jnp.arange(tokens.shape[0]) <= jnp.sum(ranked.valid), rate, 0.0)), own
+
+
+@dataclass(frozen=True)
+class FallsBack(Adaptive):
+    """Another that looks innocent: Algorithm 1, then back to plain decoding when the whole did not pay."""
+
+    def admit(self, ranked: Ranked, costs: Any, conditional: Any, own: Any) -> Any:
+        count = jnp.minimum(2, jnp.sum(ranked.valid))
+        gained = jnp.sum(jnp.where(jnp.arange(ranked.survival.shape[0]) < count, ranked.survival, 0.0))
+        pays = (costs.base + gained) * costs.of(costs.base) > costs.base * costs.of(costs.base + count)
+        return jnp.where(pays, count, 0), own
+
+
+@partial(jax.jit, static_argnums=0)
+def decide(policy: Any, view: RoundView, states: PolicyState, confidence: jax.Array) -> tuple[Any, Any, Any, Any]:
+    """(drafted [g, R], lengths [g, n, R], states between [g, n], rounds' states before them) as the loop has it."""
+
+    def one(state: PolicyState, logits: jax.Array) -> Any:
+        drafted, before = policy.drafting(view, state)
+        drafted = view.active if drafted is None else drafted
+        shown = view._replace(drafted=drafted, caps=jnp.where(drafted, view.caps, 0))
+
+        def lengths(rows: jax.Array) -> Any:
+            found, after = policy(shown._replace(confidence=rows), before)
+            some = jnp.any(drafted)
+            return jnp.where(some, found, 0), jax.tree.map(lambda a, b: jnp.where(some, a, b), after, before)
+
+        return drafted, *jax.vmap(lengths)(logits)
+
+    return jax.vmap(one)(states, confidence)
+
+
+@partial(jax.jit, static_argnums=0)
+def remember(policy: Any, view: RoundView, drafted: Any, rows: Any, lengths: Any, accepted: Any, states: Any) -> Any:
+    def one(drafted: Any, rows: Any, lengths: Any, accepted: Any, state: Any) -> Any:
+        caps = jnp.where(drafted, view.caps, 0)
+        return policy.observe(view._replace(drafted=drafted, caps=caps, confidence=rows), lengths, accepted, state)
+
+    return jax.vmap(one)(drafted, rows, lengths, accepted, states)
+
+
+def stack(states: list[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *states)
+
+
+def take(tree: Any, index: Any) -> Any:
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[index], tree)
+
+
+@dataclass
+class Enumeration:
+    """Rounds of a policy in a world, with R requests, from every state in a set."""
+
+    world: World
+    policy: Any
+    requests: int
+    worst: float = 0.0
+    seen: set = field(default_factory=set)  # verify lengths
+    extended: dict[int, np.ndarray] = field(init=False)
+    outcomes: dict[tuple[int, int, int], list[tuple[int, int]]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        w = self.world
+        self.extended = {a: w.extended(a) for a in range(w.vocab)}
+        self.outcomes = {
+            (a, i, length): sorted({(k, t) for k, t, _ in w.outcomes(a, draft, length)})
+            for a in range(w.vocab)
+            for i, draft in enumerate(w.drafts())
+            for length in range(w.block + 1)
+        }
+
+    @property
+    def view(self) -> RoundView:
+        ones = np.ones(self.requests, np.int32)
+        load = Occupancy.of(self.world.load)
+        caps = ones * self.world.block
+        return RoundView(jnp.asarray(ones > 0), jnp.asarray(ones), jnp.asarray(caps), load, self.world.tables)
+
+    def round(self, group: list[tuple[tuple[int, ...], Any]], expand: bool) -> list[tuple[tuple[int, ...], Any]]:
+        """Plays a round from each (last tokens, policy state); notes the largest deviation of the law of the next K + 1
+        tokens of all requests together, and returns the distinct states that follow if asked."""
+        w, r = self.world, self.requests
+        grids = [np.array(list(product(range(len(w.drafts())), repeat=r)))] * len(group)
+        rows = [
+            np.stack([w.confidence(a)[grid[:, i]] for i, a in enumerate(anchors)], axis=1)
+            for (anchors, _), grid in zip(group, grids, strict=True)
+        ]
+        rows = np.stack(rows).astype(np.float32)
+        drafted, lengths, after = jax.device_get(
+            decide(self.policy, self.view, stack([state for _, state in group]), rows)
+        )
+        self.seen |= set(map(tuple, lengths.reshape(-1, r).tolist()))
+        follow: dict[Any, Any] = {}
+        for g, (anchors, _) in enumerate(group):
+            self._check(anchors, grids[g], lengths[g])
+            if expand:
+                self._follow(anchors, grids[g], rows[g], drafted[g], lengths[g], take(after, g), follow)
+        return list(follow.values())
+
+    def _check(self, anchors: tuple[int, ...], grid: np.ndarray, lengths: np.ndarray) -> None:
+        w = self.world
+        weight = np.prod([w.draft_law(a)[grid[:, i]] for i, a in enumerate(anchors)], axis=0)
+        laws = [self.extended[a][grid[:, i], lengths[:, i]] for i, a in enumerate(anchors)]
+        exact = [w.continuations(a) for a in anchors]
+        if self.requests == 1:
+            found, wanted = weight @ laws[0], exact[0]
+        else:
+            found, wanted = (weight[:, None] * laws[0]).T @ laws[1], np.outer(*exact)
+        self.worst = max(self.worst, float(np.abs(found - wanted).max()))
+
+    def _follow(
+        self, anchors: tuple[int, ...], grid: Any, rows: Any, drafted: Any, lengths: Any, after: Any, follow: dict
+    ) -> None:
+        n, tails = [], []
+        for i, (drafts, ell) in enumerate(zip(grid.tolist(), lengths.tolist(), strict=True)):
+            each = [self.outcomes[a, d, m] for a, d, m in zip(anchors, drafts, ell, strict=True)]
+            for outcome in product(*each):
+                n.append((i, tuple(k for k, _ in outcome)))
+                tails.append(tuple(t for _, t in outcome))
+        index = np.array([i for i, _ in n])
+        unique, inverse = np.unique(np.column_stack([index, np.array([k for _, k in n])]), axis=0, return_inverse=True)
+        size = 128 if self.requests == 1 else 8192  # one shape to compile
+        assert len(unique) <= size
+        padded = np.concatenate([unique, np.repeat(unique[:1], size - len(unique), axis=0)])
+        at, accepted = padded[:, 0], padded[:, 1:].astype(np.int32)
+        many = np.broadcast_to(drafted, (size, self.requests))
+        states = jax.device_get(
+            remember(self.policy, self.view, many, rows[at], lengths[at], accepted, take(after, at))
+        )
+        for tail, u in {(t, int(u)) for t, u in zip(tails, inverse.ravel(), strict=True)}:
+            state = take(states, u)
+            key = tail, b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state))
+            follow.setdefault(key, (tail, state))
+
+    def run(self, start: list[Any], most: int = 3000) -> tuple[float, int]:
+        """(largest deviation over two rounds, states entered). `start`: policy states of the past."""
+        anchors = list(product(range(self.world.vocab), repeat=self.requests))
+        group = [(a, state) for a in anchors[:: 2 if self.requests > 1 else 1] for state in start]
+        states = self.round(group, True)
+        if len(states) > most:  # the rest differ in their memory's last digits only
+            keep = np.random.default_rng(0).choice(len(states), most, replace=False)
+            states = [states[i] for i in keep]
+        for i in range(0, len(states), len(group)):
+            batch = states[i : i + len(group)]
+            self.round(batch + batch[:1] * (len(group) - len(batch)), False)
+        return self.worst, len(states)
+
+
+def pasts(policy: Any, requests: int) -> list[Any]:
+    """The policy's state at the start, and after rounds that went well and rounds that went badly."""
+    fresh = jax.device_get(policy.init(requests, 3))
+    states, view = [fresh], Enumeration(world(requests=requests), policy, requests).view
+    rng = np.random.default_rng(1)
+    for accepted in (3, 0):
+        state = fresh
+        for _ in range(4):
+            rows = rng.normal(size=(requests, 3)).astype(np.float32)
+            drafted, lengths, after = decide(policy, view, stack([state]), rows[None, None])
+            accept = np.minimum(accepted, lengths[:, 0])
+            state = remember(policy, view, drafted, rows[None], lengths[:, 0], accept, take(after, (slice(None), 0)))
+            state = take(jax.device_get(state), 0)
+        states.append(state)
+    return states
+
+
+# Guards that act within two rounds: no belief that outweighs what was seen, a probe after one round.
+QUICK: dict[str, Any] = {
+    "guard": DraftGuard(probe_at_most=2),
+    "history": History(slot_decay=0.5, shared_decay=0.5, prior_rounds=0.5, probe_after=1),
+}
+POLICIES: dict[str, Any] = {
+    "fixed": Fixed(),
+    "threshold": Threshold(0.5),
+    "causal": Causal(**QUICK),
+    "causal, no guard": Causal(guard=None, min_gain=0.0),
+    "look-ahead": LookAhead(**QUICK),
+    "asynchronous": Asynchronous(**QUICK),
+    "look-ahead, online calibration": LookAhead(calibration=Online(prior=0.2), **QUICK),
+}
+
+
+@pytest.mark.parametrize("requests", [1, 2])
+@pytest.mark.parametrize("name", POLICIES)
+def test_two_rounds_follow_the_targets_law(name: str, requests: int, record_property: Any) -> None:
+    policy, lengths, states, worst = POLICIES[name], set(), 0, 0.0
+    for load in (1.0, 1.5) if requests == 1 else (1.0,):
+        enumeration = Enumeration(world(load, requests), policy, requests)
+        deviation, entered = enumeration.run(pasts(policy, requests), most=300 if requests == 2 else 3000)
+        lengths, states, worst = lengths | enumeration.seen, states + entered, max(worst, deviation)
+    line = f"{name}, R = {requests}: {states} states, verify lengths {len(lengths)}, largest deviation {worst:.1e}"
+    print(line)
+    record_property("enumeration", line)
+    assert worst < 1e-6, line
+    assert name == "fixed" or len(lengths) >= 2, "the policy is to choose in this world"
+
+
+@pytest.mark.parametrize(
+    ("policy", "requests"), [(Retrospective(), 1), (Retrospective(guard=None), 2), (FallsBack(guard=None), 1)]
+)
+def test_rules_that_look_back_are_rejected(policy: Any, requests: int) -> None:
+    enumeration = Enumeration(world(requests=requests), policy, requests)
+    fresh = jax.device_get(policy.init(requests, 3))
+    enumeration.round([(anchors, fresh) for anchors in product(range(3), repeat=requests)], False)
+    assert enumeration.worst > 1e-3
+
+
+# The paper's counterexample (SPEC section 5)
+
+
+def counterexample() -> World:
+    sure, never = np.log(0.9 / 0.1), -200.0
+    return World(
+        target=np.array([[0.7, 0.3], [0.7, 0.3]]),
+        draft=np.full((2, 2, 2), 0.5),
+        logits=np.array([[np.log(4.0)] * 2, [sure, never]]),
+        costs=CostTable.of((1, 2, 3), 1 / np.array([1.0, 0.5, 0.45])),
+    )
+
+
+def chance_of_a(policy: Any) -> float:
+    w = counterexample()
+    tables = ScheduleTables.of(w.costs, [1.0, 1.0])
+    one = jnp.ones(1, jnp.int32)
+    view = RoundView(one > 0, one, 2 * one, Occupancy.of(), tables)
+    state = stack([jax.device_get(policy.init(1, 2))])
+    rows = w.confidence(0)[None, :, None].astype(np.float32)
+    lengths = np.asarray(decide(policy, view, state, rows)[1])[0, :, 0]
+    law = w.draft_law(0) @ w.extended(0)[np.arange(len(lengths)), lengths]
+    return float(law.reshape(2, -1).sum(1)[0])
+
+
+@pytest.mark.parametrize(
+    "policy", [Fixed(), Threshold(0.85), Causal(), LookAhead(), Asynchronous(), Causal(Static(), 0.0, None)]
+)
+def test_the_papers_counterexample(policy: Any) -> None:
+    assert chance_of_a(policy) == pytest.approx(0.70, abs=1e-6)
+
+
+def test_the_paper_rejects_a_global_search() -> None:
+    assert chance_of_a(Retrospective(guard=None)) == pytest.approx(0.85, abs=1e-6)
