@@ -173,8 +173,14 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: edit(f, rope_scaling={"rope_type": "longrope", "factor": 2}),
         "RoPE scaling 'longrope'; targets here read default, linear, yarn, llama3 and proportional",
     ),
-    "model": (lambda f: edit(f, model_type="gpt2"), r"model_type 'gpt2'; targets that load here are gemma4, .*, llama, qwen3, qwen3_moe"),
-    "activation": (lambda f: edit(f, hidden_act="gelu"), "hidden_act 'gelu'; qwen3 targets are implemented with 'silu' only"),
+    "model": (
+        lambda f: edit(f, model_type="gpt2"),
+        r"model_type 'gpt2'; targets that load here are gemma4, .*, llama, qwen3, qwen3_moe",
+    ),
+    "activation": (
+        lambda f: edit(f, hidden_act="gelu"),
+        "hidden_act 'gelu'; qwen3 targets are implemented with 'silu' only",
+    ),
     "layer types": (lambda f: edit(f, layer_types=["full_attention"]), "lists 1 layer_types for 2 layers"),
     "layer type": (lambda f: edit(f, layer_types=["full_attention", "chunked"]), "layer type 'chunked'"),
     "tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), "The tokenizer in .* does not load"),
