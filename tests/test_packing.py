@@ -101,8 +101,8 @@ def test_rows_hold_every_sequence_once_and_are_full():
     filled = [int(sizes[row].sum()) for row in rows]
     assert max(filled) <= 100 and np.mean(filled) > 97
     assert rows == pack(sizes, 100)
-    with pytest.raises(ValueError, match="does not fit a row of 50"):
-        pack(sizes, 50)
+    with pytest.raises(ValueError, match="does not fit a row of 40"):
+        pack(sizes, 40)
 
 
 def test_batches_of_packed_rows():
