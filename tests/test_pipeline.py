@@ -10,6 +10,7 @@ import pytest
 
 from dspark_jax.data.pipeline import Batches, length_buckets, open_cache, pad_batch
 from dspark_jax.data.target_cache import CacheWriter, TargetCache
+from dspark_jax.data.views import Tapped
 from dspark_jax.errors import UserError
 from tests.kill_cache import SPEC, make_sample, write_cache
 
@@ -173,3 +174,15 @@ def test_length_buckets():
 def test_pad_batch_takes_a_longer_length(cache):
     batch = pad_batch([cache[0], cache[1]], 50)
     assert batch["input_ids"].shape == (2, 50) and batch["lengths"].tolist() == cache.lengths[:2].tolist()
+
+
+def test_some_layers_of_a_cache(cache):
+    layers = cache.spec.layer_ids
+    assert len(layers) > 1
+    view, whole = Tapped(cache, layers[-1:]), cache[3]
+    assert view.spec.layer_ids == layers[-1:] and view.spec.feature_size == cache.spec.hidden_size
+    np.testing.assert_array_equal(view[3].features, whole.features[:, -cache.spec.hidden_size :])
+    np.testing.assert_array_equal(view[3].input_ids, whole.input_ids)
+    assert len(view) == len(cache) and view.lengths.tolist() == cache.lengths.tolist()
+    with pytest.raises(UserError, match="not of layer 77; build one with it"):
+        Tapped(cache, (layers[0], 77))

@@ -47,7 +47,7 @@ def sharp(drafter: LoadedDrafter, scale: float, bias: float) -> LoadedDrafter:
 
 # Temperature 1: the law, over 200 thousand seeded requests
 
-REQUESTS, BATCHES, BLOCK = 16, 12800, 3
+REQUESTS, BATCHES, BLOCK = 32, 6400, 3
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,8 @@ def sampled(policy: VerifyPolicy, seed: int, batches: int = BATCHES) -> tuple[np
     target, drafter = unlike_pair()
     buckets = (REQUESTS, 2 * REQUESTS, 4 * REQUESTS)
     loop = make_loop(target, drafter, DecodeConfig(slots=REQUESTS, policy=policy, buckets=buckets), 20, 1)
-    costs = tables(buckets, [1.0, 1.3, 1.9], 0.05, BLOCK)
+    stairs = np.arange(REQUESTS, 4 * REQUESTS + 1)
+    costs = tables(tuple(stairs.tolist()), 1.0 + 0.01 * (stairs - REQUESTS), 0.05, BLOCK)
     params = LoopParams(target.params, drafter.params, costs)
     made, counts = many_samples(loop, params, Occupancy.of(), batches, jnp.int32(seed))
     return np.asarray(made).reshape(-1, 4), np.asarray(counts).sum(axis=0)
