@@ -67,6 +67,14 @@ class ShardingRules:
         """Devices, or groups of them, that the rows of a batch are spread over."""
         return math.prod(mesh.shape[axis] for axis in self.batch or ())
 
+    def local_rows(self, mesh: Mesh, rows: int) -> tuple[int, ...]:
+        """Those rows of a batch that this process's devices hold, ascending: all of them where it is the only one.
+
+        Where an axis that splits no rows goes over processes, several hold the same.
+        """
+        spans = self.rows(mesh, 1).addressable_devices_indices_map((rows,)).values()
+        return tuple(sorted({row for (span,) in spans for row in range(*span.indices(rows))}))
+
     def sharded_markov(self) -> "ShardingRules":
         """These rules with Markov tables split as embedding and head are."""
         return replace(self, markov_vocab=self.vocab, rank=self.embed)

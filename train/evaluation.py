@@ -16,6 +16,7 @@ from dspark_jax.drafters.registry import LoadedDrafter, skeleton
 from dspark_jax.sharding import split
 from dspark_jax.targets.target import Target
 from dspark_jax.training.objective import cast_params
+from train.distributed import from_first
 from train.trainer import Trainer
 
 TAU = "eval_tau"
@@ -59,7 +60,9 @@ class Evaluator:
             drafter = LoadedDrafter(
                 self.blank.name, self.blank.config, self.blank.graphdef, local, self.blank.hf_config
             )
-            return figures(acceptance_by_domain(self.target, drafter, self.prompts, self.config))
+            found = figures(acceptance_by_domain(self.target, drafter, self.prompts, self.config))
+        # By this one checkpoints are ranked, on every process alike.
+        return found | {TAU: from_first(found[TAU])}
 
 
 def decode_config(settings: EvaluationSettings, prompts: int) -> DecodeConfig:

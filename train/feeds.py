@@ -97,7 +97,7 @@ class Hybrid(Offline):
         if total <= self._switch:
             return
         # Asked for once the epoch's last step is under way: from here on the target is not needed.
-        batches = make_batches(plan.config.data, self._recorder.finish())
+        batches = make_batches(plan.config.data, self._recorder.finish(), plan.mesh)
         self._target = None
         stored = replace(self._trainer, plan=replace(plan, batches=batches))
         yield from stored.device_batches(max(start, self._switch))

@@ -7,13 +7,17 @@
 A run that was stopped continues with the same command from its latest checkpoint, to the same parameters. At the end
 the drafter stands in RUN/drafter (DeepSpec-native layout); --export-only writes it from the latest checkpoint.
 --plan prints what a device would hold, on devices that need not be here, and trains nothing.
+Several processes are one job where train/distributed.py's variables say so; docs/tpu-pods.md has the scripts.
 """
 
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-from configs.cli import parse_named, program
+from xxhash import xxh3_64_hexdigest
+
+from configs.cli import parse_named, program, to_json
 from configs.schema import TrainConfig
 from dspark_jax.checkpoints.drafters import save_drafter, shared_tables
 from dspark_jax.drafters.registry import LoadedDrafter, skeleton
@@ -21,6 +25,7 @@ from dspark_jax.errors import UserError
 from dspark_jax.sharding import split
 from dspark_jax.targets.target import Target
 from dspark_jax.training.checkpoint import Checkpoints
+from train.distributed import barrier, bounded_by_peers, fetch, initialize_from_environment, is_first, require_same
 from train.dry_run import PLAN, print_plan
 from train.guards import Preempted
 from train.loop import train
@@ -42,24 +47,35 @@ def main(argv: list[str]) -> None:
     config = parse_named([word for word in argv if word != EXPORT_ONLY], description=__doc__)
     if not isinstance(config, TrainConfig):
         raise UserError(f"The configuration is a {type(config).__name__}; train.fit runs those of training.")
-    if EXPORT_ONLY in argv:
-        print(export_latest(config))
-    else:
-        fit(config)
+    initialize_from_environment()
+    require_same({"they were given different configurations": to_json(config)})
+    with bounded_by_peers():
+        if EXPORT_ONLY in argv:
+            export_latest(config)
+        else:
+            fit(config)
+        barrier("the end of the run")
 
 
 def fit(config: TrainConfig) -> None:
     """The whole run: what is left of it after earlier starts, the export, the closing table."""
     folder = Path(config.folder)
     require_same_run(folder, config)
-    if (folder / "metrics.json").exists():
-        print(f"The run in {folder} is finished; its drafter is in {folder / 'drafter'}.")
+    finished = (folder / "metrics.json").exists()
+    require_same({f"one finds the run in {folder} finished; the folder must be shared by all": finished})
+    if finished:
+        say(f"The run in {folder} is finished; its drafter is in {folder / 'drafter'}.")
         return
     plan = make_plan(config)
+    require_same(
+        {"their data are not the same": (xxh3_64_hexdigest(plan.batches.source.lengths.tobytes()), plan.total_steps)}
+    )
     trainer = Trainer.of(plan)
     target = trainer.target()
-    write_config(folder, config)
+    if is_first():
+        write_config(folder, config)
     with open_checkpoints(config) as checkpoints:
+        require_same({f"they find different checkpoints in {folder}, which must be shared by all": checkpoints.latest})
         try:
             state, records = train(trainer, shared_tables(target), checkpoints)
         except Preempted as stop:
@@ -70,9 +86,10 @@ def fit(config: TrainConfig) -> None:
         if best is not None:
             kept = state if best == plan.total_steps else checkpoints.restore(best, trainer.abstract)[0]
             export(plan, target, kept.params, "drafter_best")
-    summary = summarise(config.name, plan.total_steps, records, drafter) | best_record(records, best)
-    write_json(folder / "metrics.json", summary)
-    print(table(summary))
+    if is_first():
+        summary = summarise(config.name, plan.total_steps, records, drafter) | best_record(records, best)
+        write_json(folder / "metrics.json", summary)
+        print(table(summary))
 
 
 def open_checkpoints(config: TrainConfig) -> Checkpoints:
@@ -81,15 +98,17 @@ def open_checkpoints(config: TrainConfig) -> Checkpoints:
 
 
 def export(plan: RunPlan, target: Target, params: dict, name: str = "drafter") -> Path:
-    """Writes RUN/name and returns it."""
+    """Writes RUN/name and returns it; in a job its first process writes."""
     folder = plan.folder / name
     graphdef, _ = split(skeleton(plan.drafter_hf))
-    drafter = LoadedDrafter(str(folder), plan.drafter, graphdef, params, plan.drafter_hf)
-    save_drafter(folder, drafter, target, provenance=provenance_of(plan))
+    drafter = LoadedDrafter(str(folder), plan.drafter, graphdef, fetch(params), plan.drafter_hf)
+    target = replace(target, params=fetch(target.params))
+    if is_first():
+        save_drafter(folder, drafter, target, provenance=provenance_of(plan))
     return folder
 
 
-def export_latest(config: TrainConfig) -> str:
+def export_latest(config: TrainConfig) -> None:
     folder = Path(config.folder)
     require_same_run(folder, config)
     if not (folder / "config.json").exists():
@@ -101,7 +120,13 @@ def export_latest(config: TrainConfig) -> str:
         if step is None:
             raise UserError(f"The run in {folder} has no checkpoint yet; continue it without {EXPORT_ONLY}.")
         state, _ = checkpoints.restore(step, trainer.abstract)
-    return f"Step {step} is exported to {export(plan, trainer.target(), state.params)}."
+    say(f"Step {step} is exported to {export(plan, trainer.target(), state.params)}.")
+
+
+def say(text: str) -> None:
+    """Prints it once a job."""
+    if is_first():
+        print(text)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from dspark_jax.errors import UserError
+from train.distributed import is_first
 from train.plan import RunPlan
 from train.sidecar import write_json
 
@@ -79,9 +80,8 @@ class SkipGuard:
             )
 
     def _report(self) -> Path:
-        index = jax.process_index()
-        path = self.plan.folder / ("nonfinite.json" if index == 0 else f"nonfinite.{index}.json")
-        batches = self.plan.batches
-        steps = [{"step": s + 1, "sample_ids": batches.batch_at(s)["sample_ids"].tolist()} for s in self.streak]
-        write_json(path, {"cache": self.plan.config.data.cache, "steps": steps})
+        path, batches = self.plan.folder / "nonfinite.json", self.plan.batches
+        if is_first():
+            steps = [{"step": s + 1, "sample_ids": batches.sample_ids_at(s)} for s in self.streak]
+            write_json(path, {"cache": self.plan.config.data.cache, "steps": steps})
         return path

@@ -11,14 +11,16 @@ from tqdm import tqdm
 
 from dspark_jax.data.pipeline import Batches
 from dspark_jax.drafters.protocol import SharedTables
+from dspark_jax.hardware import peak_flops
 from dspark_jax.training.checkpoint import Checkpoints
-from dspark_jax.training.flops import peak_flops, training_flops
+from dspark_jax.training.flops import training_flops
 from dspark_jax.training.step import TrainState
+from train.distributed import is_first
 from train.evaluation import TAU, Evaluator
 from train.feeds import open_feed
 from train.guards import Preempted, Preemption, SkipGuard, updated
 from train.plan import RunPlan
-from train.run_folder import MetricsLog
+from train.run_folder import MetricsLog, NoLog
 from train.trainer import Trainer
 
 
@@ -102,9 +104,10 @@ def train(trainer: Trainer, shared: SharedTables, checkpoints: Checkpoints) -> t
     plan, start = trainer.plan, checkpoints.latest or 0
     state, extra = checkpoints.restore(start, trainer.abstract) if start else (trainer.initial(), {"pending": []})
     feed, evaluator = open_feed(trainer, shared, start), Evaluator.of(trainer)
+    quiet = None if is_first() else True  # None: unless stderr is no terminal
     with (
-        MetricsLog(plan.folder, start) as log,
-        tqdm(total=plan.total_steps, initial=start, desc=plan.config.name, unit="step", disable=None) as bar,
+        MetricsLog(plan.folder, start) if is_first() else NoLog() as log,
+        tqdm(total=plan.total_steps, initial=start, desc=plan.config.name, unit="step", disable=quiet) as bar,
         closing(feed),
         Preemption() as preemption,
         jax.transfer_guard("disallow"),

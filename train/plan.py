@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from configs.schema import DataSettings, EvaluationSettings, TrainConfig
@@ -19,6 +18,7 @@ from dspark_jax.drafters.registry import drafter_hf_config, read_config
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import AnyMesh, ShardingRules, make_mesh
 from dspark_jax.targets.target import Target
+from train.distributed import barrier, is_first
 from train.run_folder import require_same_run, write_config
 from train.sources import open_conversations
 from train.synthetic_cache import write_synthetic_cache
@@ -53,7 +53,7 @@ def make_plan(config: TrainConfig) -> RunPlan:
     heldout = heldout_prompts(config.evaluation, target)
     offline = config.data.source == "offline"
     source = open_records(config, folder, target) if offline else open_conversations(config, target)
-    batches = make_batches(config.data, source)
+    batches = make_batches(config.data, source, mesh)
     total = config.epochs * batches.steps_per_epoch
     return RunPlan(
         config=config,
@@ -99,9 +99,12 @@ def open_records(config: TrainConfig, folder: Path, target: Target) -> FeatureSo
     data, layer_ids = config.data, config.drafter.target_layer_ids
     where = Path(data.cache) if data.cache else folder / "cache"
     if not data.cache:
-        write_config(folder, config)
-        records = 4 * data.global_batch
-        write_synthetic_cache(where, target, layer_ids, records=records, length=data.max_length, seed=data.seed)
+        barrier("the folder has been looked at")
+        if is_first():
+            write_config(folder, config)
+            records = 4 * data.global_batch
+            write_synthetic_cache(where, target, layer_ids, records=records, length=data.max_length, seed=data.seed)
+        barrier("the synthetic cache is written")
     cache: FeatureSource = open_cache(where)
     if set(layer_ids) < set(cache.spec.layer_ids):
         cache = Tapped(cache, layer_ids)
@@ -125,7 +128,7 @@ def heldout_prompts(settings: EvaluationSettings, target: Target) -> tuple[Promp
     return tuple(read_prompts(target, [Path(settings.prompts)], limit=settings.limit or None))
 
 
-def make_batches(data: DataSettings, source: TokenSource) -> Batches:
+def make_batches(data: DataSettings, source: TokenSource, mesh: Mesh) -> Batches:
     """This process's rows of every step, cut to `max_length`, packed where asked, and padded to a bucket."""
     cut = Truncated(source, data.max_length)
     return Batches(
@@ -134,8 +137,7 @@ def make_batches(data: DataSettings, source: TokenSource) -> Batches:
         seed=data.seed,
         buckets=data.length_buckets or (data.max_length,),
         shuffle=data.shuffle,
-        host_index=jax.process_index(),
-        host_count=jax.process_count(),
+        rows=ShardingRules().local_rows(mesh, data.global_batch),
     )
 
 

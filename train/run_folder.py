@@ -65,6 +65,22 @@ def _first_difference(found: Any, wanted: Any, prefix: str = "") -> tuple[str, A
     return None
 
 
+class NoLog:
+    """What the processes of a job have that don't write its log."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        pass
+
+    def __enter__(self) -> "NoLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 class MetricsLog:
     """metrics.jsonl and TensorBoard, continued from a step: records after it go, so that none appears twice."""
 

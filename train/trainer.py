@@ -1,10 +1,13 @@
 """What a run compiles and places on its devices once: the step, the frozen tables, the shape of the state."""
 
+from bisect import bisect_left
 from collections.abc import Generator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 
 from configs.schema import TrainConfig
 from dspark_jax.checkpoints.huggingface import DTYPES
@@ -114,13 +117,20 @@ class Trainer:
 
     def device_batch(self, batch: Batch) -> dict[str, jax.Array]:
         """This host's rows of a batch as global arrays, rows over the mesh."""
-        rows = self.plan.batches.global_batch
+        rows, here = self.plan.batches.global_batch, self.plan.batches.rows
         kept = {key: batch[key] for key in BATCH_KEYS if key in batch}
         shardings = batch_shardings(kept, self.plan.mesh, self.placement.rules)
-        return {
-            key: jax.make_array_from_process_local_data(shardings[key], value, (rows, *value.shape[1:]))
-            for key, value in kept.items()
-        }
+
+        def part(value: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(rows)
+            first = start if here is None else bisect_left(here, start)
+            return value[first : first + stop - start]
+
+        with jax.transfer_guard_host_to_device("allow"):  # the one transfer that a step needs
+            return {
+                key: jax.make_array_from_callback((rows, *value.shape[1:]), shardings[key], partial(part, value))
+                for key, value in kept.items()
+            }
 
     def device_batches(self, start: int, stop: int | None = None) -> Generator[dict[str, jax.Array]]:
         """Batches from step `start` up to `stop` (None: the last), read and padded by threads ahead of the loop."""

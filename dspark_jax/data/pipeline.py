@@ -1,8 +1,8 @@
 """Training batches from a source of samples; the order is a pure function of (seed, step).
 
 Epoch after epoch the samples are shuffled globally and laid end to end; step s takes positions [s*B, (s+1)*B) and each
-host its slice of them. So the pipeline's whole state is the step: it survives a kill, and a change of the number of
-hosts.
+host reads those of them that its devices hold. So the pipeline's whole state is the step: it survives a kill, and a
+change of the number of hosts.
 """
 
 import bisect
@@ -72,10 +72,10 @@ class Batches:
         global_batch: rows of a step over all hosts.
         buckets: lengths a batch may be padded to, ascending; all hosts of a step use the same one.
         shuffle: False reads the source in order (evaluation).
-        host_index, host_count: which `global_batch / host_count` rows of a step are this host's.
+        rows: which of them this host reads, ascending; None: all.
 
     Raises:
-        UserError: an empty source, a sample longer than the largest bucket, rows that do not divide by the hosts.
+        UserError: an empty source, a sample longer than the largest bucket.
     """
 
     source: TokenSource
@@ -83,8 +83,7 @@ class Batches:
     seed: int
     buckets: tuple[int, ...]
     shuffle: bool = True
-    host_index: int = 0
-    host_count: int = 1
+    rows: tuple[int, ...] | None = None
     _lengths: np.ndarray = field(init=False, repr=False)
     _order: grain.MapDataset = field(init=False, repr=False)
 
@@ -93,10 +92,6 @@ class Batches:
         if count == 0:
             raise UserError(
                 "The cache has no samples: every conversation was dropped; lower min_loss_tokens or raise max_length."
-            )
-        if self.global_batch < 1 or self.global_batch % self.host_count:
-            raise UserError(
-                f"A global batch of {self.global_batch} rows cannot be shared by {self.host_count} hosts evenly."
             )
         lengths = self.source.lengths
         if not self.buckets or list(self.buckets) != sorted(set(self.buckets)):
@@ -129,9 +124,14 @@ class Batches:
 
     def batch_at(self, step: int) -> Batch:
         """This host's rows of a step, as `pad_batch` returns them; safe from several threads."""
-        rows = self.global_batch // self.host_count
-        mine = self.indices_at(step)[self.host_index * rows : (self.host_index + 1) * rows]
+        indices = self.indices_at(step)
+        mine = indices if self.rows is None else indices[list(self.rows)]
         return pad_batch([self.source[int(index)] for index in mine], self.length_at(step))
+
+    def sample_ids_at(self, step: int) -> list[int]:
+        """Of every conversation of a step, over all hosts, row after row."""
+        samples = [self.source[int(index)] for index in self.indices_at(step)]
+        return [int(name) for sample in samples for name in sample.members or (sample.sample_id,)]
 
     def iterate(self, start: int = 0, stop: int | None = None, threads: int = 4, prefetch: int = 4) -> "BatchIterator":
         """Batches from step `start` up to `stop` (None: endless), `prefetch` of them read ahead by `threads`."""

@@ -1,0 +1,171 @@
+"""A job of several processes: how each learns of the others, and what they must do together.
+
+JAX_COORDINATOR_ADDRESS   host:port of process 0 \\
+JAX_NUM_PROCESSES         how many there are       | all three, for processes started by hand
+JAX_PROCESS_ID            which one this is       /
+DSPARK_CLUSTER=auto       instead of them: as the TPU VM, SLURM, Open MPI or Kubernetes job says
+DSPARK_PEER_SECONDS       after so long without a sign of life a process is given up, and the job ends (default 100)
+DSPARK_START_SECONDS      how long the first waits for the last at the start (default 300)
+
+Without any of the first four a process is alone. Nothing here waits for anything then.
+"""
+
+import os
+import sys
+import traceback
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from dspark_jax.errors import UserError
+
+BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+CLUSTER, PEER_SECONDS, START_SECONDS = "DSPARK_CLUSTER", "DSPARK_PEER_SECONDS", "DSPARK_START_SECONDS"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the environment says of a job; None in the first three: the cluster knows."""
+
+    coordinator: str | None
+    processes: int | None
+    process: int | None
+    peer_seconds: int
+    start_seconds: int
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str]) -> "Job | None":
+        """None for a process that is alone; UserError for variables that do not go together."""
+        given = [name for name in BY_HAND if environment.get(name)]
+        cluster = environment.get(CLUSTER, "")
+        if cluster not in ("", "auto"):
+            raise UserError(f"{CLUSTER} is {cluster!r}; auto was expected, or no such variable.")
+        if cluster and given:
+            raise UserError(f"{CLUSTER}=auto and {given[0]} are both set; keep one of the two ways.")
+        if given and len(given) < len(BY_HAND):
+            missing = " and ".join(name for name in BY_HAND if name not in given)
+            raise UserError(
+                f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} set without {missing}; set all of "
+                f"{', '.join(BY_HAND)} for a job of several processes, or none of them."
+            )
+        if not given and not cluster:
+            return None
+        seconds = _number(environment, PEER_SECONDS, 1, "100"), _number(environment, START_SECONDS, 1, "300")
+        if cluster:
+            return cls(None, None, None, *seconds)
+        address = environment[BY_HAND[0]]
+        if not address.rpartition(":")[0] or not address.rpartition(":")[2].isdigit():
+            raise UserError(f"{BY_HAND[0]} is {address!r}; host:port was expected, as in 10.0.0.2:8476.")
+        processes, process = _number(environment, BY_HAND[1], 1), _number(environment, BY_HAND[2], 0)
+        if process >= processes:
+            raise UserError(f"{BY_HAND[2]} is {process}; of {processes} processes the last is number {processes - 1}.")
+        return cls(address, processes, process, *seconds)
+
+
+def initialize_from_environment() -> None:
+    """Joins the job that the environment tells of; call it before JAX is used. UserError where that cannot be done."""
+    job = Job.of(os.environ)
+    if job is None or jax.distributed.is_initialized():
+        return
+    # What other values there are need an MPI that is built in; the devices of TPUs and GPUs have their own.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(
+            job.coordinator,
+            job.processes,
+            job.process,
+            cluster_detection_method=None if job.coordinator is None else "deactivate",
+            initialization_timeout=job.start_seconds,
+            heartbeat_timeout_seconds=job.peer_seconds,
+            shutdown_timeout_seconds=job.peer_seconds,
+        )
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        where = "the cluster that DSPARK_CLUSTER=auto looked for" if job.coordinator is None else job.coordinator
+        raise UserError(
+            f"The job at {where} could not be joined ({reason}); see that all its processes are started, with the same "
+            "address and number of processes."
+        ) from error
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes what a job writes once."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Returns when every process has come here."""
+    if jax.process_count() > 1:
+        with jax.transfer_guard("allow"):
+            multihost_utils.sync_global_devices(name)
+
+
+def require_same(values: Mapping[str, Any]) -> None:
+    """UserError, on every process alike, for the first value whose text is not the same on all of them; its key is the
+    clause that says so."""
+    if jax.process_count() == 1:
+        return
+    mine = np.array([zlib.crc32(str(value).encode()) for value in values.values()], np.uint32)
+    for what, theirs in zip(values, multihost_utils.process_allgather(mine).T, strict=True):
+        other = np.flatnonzero(theirs != theirs[0])
+        if other.size:
+            raise UserError(f"Process {other[0]} of {jax.process_count()} and process 0 disagree: {what}.")
+
+
+def from_first(value: float) -> float:
+    """Process 0's value, on all of them."""
+    if jax.process_count() == 1:
+        return value
+    # As two words: where 64-bit numbers are switched off, JAX would round one of them.
+    words = np.array([value], np.float64).view(np.uint32)
+    with jax.transfer_guard("allow"):
+        return float(multihost_utils.process_allgather(words)[0].view(np.float64)[0])
+
+
+def fetch(tree: Any) -> Any:
+    """Every array of a tree as a numpy array in process 0's memory, one after the other, however they are split; the
+    other processes get empty ones. A process that is alone gets its tree back."""
+    if jax.process_count() == 1:
+        return tree
+
+    def one(x: jax.Array) -> np.ndarray:
+        # Every process takes part in the gathering.
+        whole = x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
+        return np.asarray(whole) if is_first() else np.zeros(0, x.dtype)
+
+    return jax.tree.map(one, tree)
+
+
+@contextmanager
+def bounded_by_peers() -> Iterator[None]:
+    """Ends a process at once whose computation failed while others wait for it, or because another is gone.
+
+    Left to itself it would wait for the others at the end, and they for it. The launcher starts all of them again.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        traceback.print_exc()
+        print(
+            f"Process {jax.process_index()} of {jax.process_count()} cannot go on ({' '.join(str(error).split())[:120]}"
+            "): another one is gone, or this machine failed. Start all processes again with the same command; the run "
+            "continues from its latest checkpoint.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+
+def _number(environment: Mapping[str, str], name: str, least: int, default: str = "") -> int:
+    text = environment.get(name) or default
+    if not text.isdecimal() or int(text) < least:
+        raise UserError(f"{name} is {text!r}; a whole number of at least {least} was expected.")
+    return int(text)
