@@ -21,9 +21,10 @@ from dspark_jax.data.deepspec_cache import DeepSpecCacheWriter
 from dspark_jax.data.target_cache import TargetCache
 from dspark_jax.drafters.protocol import SharedTables
 from dspark_jax.drafters.registry import drafter_hf_config, read_config, skeleton
+from dspark_jax.hardware import peak_flops
 from dspark_jax.sharding import split
 from dspark_jax.training.checkpoint import Checkpoints
-from dspark_jax.training.flops import peak_flops, training_flops
+from dspark_jax.training.flops import training_flops
 from dspark_jax.training.losses import LossOptions
 from dspark_jax.training.objective import BlockObjective
 from dspark_jax.training.schedule import learning_rate_schedule, make_optimizer

@@ -39,7 +39,10 @@ def test_contracts_notice_a_wrong_import(tmp_path: Path, module: str, line: str,
     for folder in folders:
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "__init__.py").touch()
-    for file in ["dspark_jax/sharding.py", "dspark_jax/errors.py", "infer/generate.py"]:
+    for file in [
+        *(f"dspark_jax/{name}.py" for name in ("compiled", "hardware", "sharding", "errors")),
+        "infer/generate.py",
+    ]:
         (tmp_path / file).touch()
     (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
     assert lint_imports(tmp_path).returncode == 0

@@ -10,16 +10,17 @@ import pytest
 from configs.cli import config_names, load_config
 from configs.schema import MeshSettings, TrainConfig
 from dspark_jax.checkpoints.huggingface import abstract_target
+from dspark_jax.checkpoints.published_targets import PUBLISHED
+from dspark_jax.compiled import collectives
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import ShardingRules, abstract_mesh, array_sharding, gathered, make_mesh
 from dspark_jax.targets.config import TargetConfig
-from train import fit, topology
+from train import fit
 from train.abstract_run import AbstractRun
 from train.dry_run import mesh_settings
 from train.estimate import estimate, shard_bytes
 from train.liveness import peak_bytes
 from train.plan import micro_batches
-from train.published_targets import PUBLISHED
 
 MESHES = {8: (2, 4, 1), 64: (16, 2, 2), 256: (32, 4, 2)}
 # One of every kind and of every family: what the others differ in, their widths, the small mesh has shown.
@@ -192,7 +193,7 @@ def test_collectives_are_counted_with_their_bytes() -> None:
       %b = (bf16[4]{0}, bf16[1024,1024]{1,0}) all-reduce-start(%q, %r)
       %c = bf16[4]{0} all-reduce-done(%b)
     """
-    assert topology.collectives(program) == {"all-gather": "1 of 0.0 MiB", "all-reduce": "1 of 2.0 MiB"}
+    assert collectives(program) == {"all-gather": "1 of 0.0 MiB", "all-reduce": "1 of 2.0 MiB"}
 
 
 def test_recipes_of_the_paper() -> None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from configs.schema import TrainConfig
 from dspark_jax.checkpoints.huggingface import DTYPES, target_skeleton
+from dspark_jax.checkpoints.published_targets import planned_target
 from dspark_jax.drafters.protocol import SharedTables
 from dspark_jax.sharding import AnyMesh, batch_shardings, parameter_shardings, split
 from dspark_jax.targets.config import TargetConfig
@@ -16,7 +17,6 @@ from dspark_jax.training.states import States, StoredStates
 from dspark_jax.training.step import Placement, TrainState, TrainStep, abstract_train_state
 from train.feeds import target_states
 from train.plan import drafter_config, micro_batches
-from train.published_targets import planned_target
 from train.trainer import recipe, sharding_rules, train_step
 
 SCHEDULED_STEPS = 10_000

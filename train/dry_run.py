@@ -13,12 +13,12 @@ import jax
 
 from configs.cli import divide_options, parse, parse_named
 from configs.schema import MeshSettings, TrainConfig
+from dspark_jax.compiled import compiled, figures, topology_mesh
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import abstract_mesh
 from train.abstract_run import AbstractRun
-from train.estimate import describe, estimate
+from train.estimate import describe, estimate, tied_bytes
 from train.sidecar import table
-from train.topology import compile_for, topology_mesh
 
 PLAN = "--plan"
 
@@ -49,7 +49,9 @@ def print_plan(argv: Sequence[str], description: str | None) -> None:
         if options.devices:
             raise UserError("A topology has its own number of devices; leave out --devices.")
         run = AbstractRun.of(config, topology_mesh(options.topology, *sizes))
-        print(table(compile_for(run, options.topology)))
+        step = compiled(run.lower("tpu"), "The step")
+        kind = run.placement.mesh.devices.flat[0].device_kind
+        print(table(describe(run) | {"device": kind} | figures(step, kind, tied_bytes(run))))
         return
     run = AbstractRun.of(config, abstract_mesh(options.devices or jax.device_count(), *sizes))
     print(table(describe(run)))

@@ -68,10 +68,11 @@ def block_sums(
     if count <= anchor_chunk:
         return chunk(blocks)
     parts = jax.tree.map(lambda x: _split_anchors(x, anchor_chunk), blocks)
-    zeros = jax.tree.map(
-        lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(chunk, jax.tree.map(lambda x: x[0], parts))
-    )
     body = jax.checkpoint(chunk, prevent_cse=False)
+    # Of the same function that the scan runs, so that it is traced once for both.
+    zeros = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(body, jax.tree.map(lambda x: x[0], parts))
+    )
     return jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, body(part)), None), zeros, parts)[0]
 
 

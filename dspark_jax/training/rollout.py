@@ -65,8 +65,8 @@ class RolloutObjective:
             return _chunk_sums(model, shared, window(hidden, size), targets, window(mask, ahead), same)
 
         starts = jnp.arange(0, hidden.shape[1], size)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(chunk, starts[0]))
         body = jax.checkpoint(chunk, prevent_cse=False)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(body, starts[0]))
         return jax.lax.scan(lambda total, at: (jax.tree.map(jnp.add, total, body(at)), None), zeros, starts)[0]
 
     def loss(self, sums: Sums, denominator: Array) -> Array:

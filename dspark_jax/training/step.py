@@ -222,6 +222,7 @@ def _over_micro_batches(
         made, stored = gradient(*part)
         return jax.tree.map(jnp.add, total, made), stored
 
+    gradient = jax.jit(gradient)  # traced once for its shapes and for the loop
     shapes = jax.eval_shape(gradient, *jax.tree.map(lambda x: x[0], micro))[0]
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     total, stored = jax.lax.scan(add, zeros, micro)

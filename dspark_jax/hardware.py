@@ -1,0 +1,93 @@
+"""What accelerators can do at most, and the least that work of given operations and bytes takes on one.
+
+Peaks are the makers' data sheets: dense bfloat16 products, and bytes to and from the device's own memory.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Device:
+    """`kind`: the beginning of jax's `device_kind`; bfloat16 FLOP/s, bytes/s and GiB of its memory."""
+
+    kind: str
+    flops: float
+    bandwidth: float
+    memory_gib: int
+
+
+# The first that fits counts, so longer names stand before shorter ones.
+DEVICES = (
+    Device("TPU v4", 275e12, 1.228e12, 32),
+    Device("TPU v5 lite", 197e12, 0.819e12, 16),
+    Device("TPU v5e", 197e12, 0.819e12, 16),
+    Device("TPU v5", 459e12, 2.765e12, 95),  # v5p calls itself both "TPU v5" and "TPU v5p"
+    Device("TPU v6 lite", 918e12, 1.64e12, 32),
+    Device("TPU v6e", 918e12, 1.64e12, 32),
+    Device("NVIDIA A100", 312e12, 2.039e12, 80),
+    Device("NVIDIA H100 PCIe", 756e12, 2.0e12, 80),
+    Device("NVIDIA H100", 989e12, 3.35e12, 80),
+    Device("NVIDIA H200", 989e12, 4.8e12, 141),
+)
+
+
+def known_device(kind: str) -> Device | None:
+    """The device of a `device_kind`; None for what is not in the table, as CPUs are not."""
+    return next((device for device in DEVICES if kind.startswith(device.kind)), None)
+
+
+def peak_flops(kind: str, compute_dtype: str) -> float | None:
+    """FLOP/s of one device; None where it is unknown: on a CPU, and in float32, whose peak depends on the precision."""
+    device = known_device(kind)
+    return None if device is None or compute_dtype != "bfloat16" else device.flops
+
+
+@dataclass(frozen=True)
+class Term:
+    """A part of some work: operations it needs, bytes it must move if every operand is read and every result written
+    once, and operations that a program which stores less does `again`."""
+
+    name: str
+    flops: float
+    bytes: float
+    again: float = 0.0
+
+    def __add__(self, other: "Term") -> "Term":
+        return Term(self.name, self.flops + other.flops, self.bytes + other.bytes, self.again + other.again)
+
+    def times(self, count: float) -> "Term":
+        return Term(self.name, self.flops * count, self.bytes * count, self.again * count)
+
+    def seconds(self, device: Device) -> float:
+        """The least that one device takes, products and traffic overlapping perfectly within the term."""
+        return max(self.flops / device.flops, self.bytes / device.bandwidth)
+
+
+def total(terms: Iterable[Term], name: str = "together") -> Term:
+    return sum(terms, Term(name, 0.0, 0.0))
+
+
+def floor_seconds(terms: Iterable[Term], device: Device) -> float:
+    """The floor of terms that run one after the other."""
+    return sum(term.seconds(device) for term in terms)
+
+
+def terms_table(terms: Iterable[Term], device: Device | None) -> str:
+    """Columns by term: Gflop, Gflop done again, GB, and on a known device the floor and what bounds it."""
+    rows = [("term", "Gflop", "again", "GB", *(("floor ms", "bound by") if device else ()))]
+    listed = list(terms)
+    for term in (*listed, total(listed)):
+        row = [term.name, f"{term.flops / 1e9:,.1f}", f"{term.again / 1e9:,.1f}", f"{term.bytes / 1e9:,.3f}"]
+        if device is not None:
+            products = term.flops / device.flops >= term.bytes / device.bandwidth
+            last = term.name == "together"
+            seconds = floor_seconds(listed, device) if last else term.seconds(device)
+            row += [f"{1e3 * seconds:,.3f}", "" if last else "products" if products else "memory"]
+        rows.append(tuple(row))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(cell.ljust(w) if i in (0, 5) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+        for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)
