@@ -229,3 +229,32 @@ def test_predicted_seconds_are_the_tables() -> None:
     state = run_rounds(loop, params, state, Occupancy.of(), jnp.int32(0), jnp.asarray(False))
     assert float(state.predicted_seconds) == 0.0
     assert "cond" in str(jax.make_jaxpr(loop.run)(params, state, Occupancy.of(), jnp.int32(1), jnp.asarray(False)))
+
+
+def test_rounds_without_drafts_cost_what_plain_decoding_does() -> None:
+    """Drafting never pays here, so all but the probes are plain rounds: predicted at the plain price, verified one row
+    a request, at the target's and the drafter's price of one row."""
+    engine = engine_of(LookAhead(), drafting=50.0)
+    loop, params = engine.loop, engine.params
+    costs = params.tables.costs._replace(plain=jnp.full((1,), 0.25, jnp.float32))
+    params = params._replace(tables=params.tables._replace(costs=costs))
+    state = admitted(loop, params, engine.state, PROMPTS[:SLOTS], NEW)
+    state = run_rounds(loop, params, state, Occupancy.of(), jnp.int32(4), jnp.asarray(False))
+    rounds, drafted = np.asarray(state.counters.rounds).max(), np.asarray(state.counters.drafted).max()
+    assert rounds == 4 and drafted == 0
+    assert float(state.predicted_seconds) == pytest.approx(4 * 0.25, rel=1e-5)
+
+    def flops(loop: DecodeLoop, params: LoopParams, state: DecodeState, plain: bool) -> float:
+        def one(state: DecodeState) -> Any:
+            if not plain:
+                return loop.round(params, state, Occupancy.of())
+            view, policy = loop._view(params, state, Occupancy.of())
+            return loop._plain_round(params, state, view, policy)
+
+        return jax.jit(one).lower(state).compile().cost_analysis()["flops"]
+
+    alone = make_loop(engine.target, None, DecodeConfig(slots=SLOTS), 64, 4)
+    weights = LoopParams(params.target, {})
+    baseline = flops(alone, weights, init_state(alone, weights), plain=False)
+    assert baseline < flops(loop, params, state, plain=True) < 1.5 * baseline
+    assert flops(loop, params, state, plain=False) > 2 * baseline

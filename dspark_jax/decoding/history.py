@@ -127,7 +127,7 @@ class DraftGuard:
         """(which of the `able` requests draft, histories)."""
         accepted, verified = history.expected(slots, shared)
         base = jnp.maximum(costs.base, 1).astype(jnp.float32)
-        plain = costs.of(costs.base)
+        plain = costs.plain
         room = jnp.maximum(costs.tokens[-1] - base, 1.0)
         worth = base / plain  # tokens a second that plain decoding makes: what time costs
         price = worth * (costs.seconds[-1] - plain) / room

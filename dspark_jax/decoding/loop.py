@@ -36,6 +36,16 @@ class LoopParams(NamedTuple):
     tables: ScheduleTables | None = None
 
 
+class _Planned(NamedTuple):
+    """Between two rounds: how many have run, the state, and what the policy says of the next one: who drafts, and the
+    policy's state once it has said so."""
+
+    done: Array
+    state: DecodeState
+    drafted: Array
+    policy: PolicyState
+
+
 class VerifyOutput(NamedTuple):
     """Target results on the [R, W] grid; cells past a request's verify length are junk or zero."""
 
@@ -116,52 +126,78 @@ class DecodeLoop:
 
     def round(self, params: LoopParams, state: DecodeState, occupancy: Occupancy) -> tuple[DecodeState, RoundRecord]:
         """One round for every slot: draft, schedule, verify, accept, commit (SPEC section 1)."""
-        target, drafter = self.models(params)
-        starts = state.length - 1
-        anchors = jnp.take_along_axis(state.tokens, starts[:, None], axis=1)[:, 0]
         view, policy = self._view(params, state, occupancy)
-        draft = self.draft(target, drafter, state, anchors, starts, view.drafted)
+        if self.block == 0:
+            return self._plain_round(params, state, view, policy)
+        return self._speculative_round(params, state, view, policy)
+
+    def _speculative_round(
+        self, params: LoopParams, state: DecodeState, view: RoundView, policy: PolicyState, someone: bool = False
+    ) -> tuple[DecodeState, RoundRecord]:
+        """`someone`: it is known that one request at least drafts, so the round need not ask."""
+        target, drafter = self.models(params)
+        starts, anchors = _anchors(state)
+        draft = self.draft(target, drafter, state, anchors, starts, None if someone else view.drafted)
         view = view._replace(confidence=draft.confidence)
-        lengths, policy = self._schedule(view, policy)
+        lengths, policy = self.policy(view, policy) if someone else self._schedule(view, policy)
         block = jnp.concatenate([anchors[:, None], draft.tokens], axis=1)
         verified, bucket = self._verify(target, state, block, starts, lengths)
         target_law = sampling_law(verified.logits, state.sampling)
-        if drafter is None:
-            accepted, next_law = jnp.zeros_like(starts), target_law[:, 0]
-        else:
-            draws = uniforms(state.keys, starts, self.block, state.sampling)
-            accepted, next_law = self.rule(draft.tokens, draft.probs, target_law, draws, lengths)
+        draws = uniforms(state.keys, starts, self.block, state.sampling)
+        accepted, next_law = self.rule(draft.tokens, draft.probs, target_law, draws, lengths)
         next_token = draw_token(next_law, state.keys, starts, self.block, RESIDUAL, state.sampling)
+        shared = shared_tables(target)
         state, record = self._commit(
-            drafter, state, block, draft, lengths, verified, accepted, next_token, bucket, shared_tables(target)
+            drafter, state, block, draft, lengths, verified, accepted, next_token, bucket, shared
         )
-        if self.block:
-            policy = self.policy.observe(view, record.verify_lengths, record.accepted, policy)
+        policy = self.policy.observe(view, record.verify_lengths, record.accepted, policy)
         return self._account(state, view, policy, bucket), record
+
+    def _plain_round(
+        self, params: LoopParams, state: DecodeState, view: RoundView, policy: PolicyState
+    ) -> tuple[DecodeState, RoundRecord]:
+        """A round in which nobody drafts, at the cost of plain decoding: the target on one row a request. The number
+        drawn is the one that a speculative round with verify length 0 would draw."""
+        target, drafter = self.models(params)
+        starts, anchors = _anchors(state)
+        none = jnp.zeros_like(starts)
+        verified, bucket = self._verify(target, state, anchors[:, None], starts, none)
+        logits = verified.logits[:, 0]
+        next_token, _ = draw(logits, state.keys, starts, self.block, RESIDUAL, state.sampling)
+        draft = self.draft(target, None, state, anchors, starts, None)
+        shared = shared_tables(target)
+        state, record = self._commit(
+            drafter, state, anchors[:, None], draft, none, verified, none, next_token, bucket, shared
+        )
+        return self._account(state, view._replace(drafted=jnp.zeros_like(view.active)), policy, bucket), record
 
     def _view(self, params: LoopParams, state: DecodeState, occupancy: Occupancy) -> tuple[RoundView, PolicyState]:
         """What the policy sees before anything is drafted, with its own word on who drafts."""
-        caps = jnp.where(state.active, jnp.clip(state.verify_cap, 0, self.block), 0)
-        view = RoundView(state.active, state.length, caps, occupancy, params.tables)
+        view = self._drafted_view(params, state, occupancy, None)
         if self.block == 0:
             return view, state.policy
-        if self.policy.needs_tables:  # one token comes without a draft, so more than this could not be kept
-            view = view._replace(caps=jnp.clip(state.limit - state.length - 1, 0, caps))
         drafted, policy = self.policy.drafting(view, state.policy)
-        if drafted is None:
-            return view, policy
-        return view._replace(drafted=drafted, caps=jnp.where(drafted, view.caps, 0)), policy
+        return self._drafted_view(params, state, occupancy, drafted), policy
+
+    def _drafted_view(
+        self, params: LoopParams, state: DecodeState, occupancy: Occupancy, drafted: Array | None
+    ) -> RoundView:
+        caps = jnp.where(state.active, jnp.clip(state.verify_cap, 0, self.block), 0)
+        if self.policy.needs_tables:  # one token comes without a draft, so more than this could not be kept
+            caps = jnp.clip(state.limit - state.length - 1, 0, caps)
+        if drafted is not None:
+            caps = jnp.where(drafted, caps, 0)
+        return RoundView(state.active, state.length, caps, occupancy, params.tables, drafted)
 
     def _account(self, state: DecodeState, view: RoundView, policy: PolicyState, bucket: Array) -> DecodeState:
         """Counts who drafted, and what the cost table says that this round takes with nothing beside it."""
         drafted = view.active if view.drafted is None else view.active & view.drafted
-        drafted &= self.block > 0
         counters = state.counters._replace(drafted=state.counters.drafted + drafted)
         predicted = state.predicted_seconds
         if view.tables is not None:
             ones = jnp.ones((), jnp.float32)
             costs = round_costs(view.tables.costs, Occupancy(ones, ones, ones), view.active, view.lengths)
-            predicted += costs.of(bucket) + jnp.where(jnp.any(drafted), costs.drafting, 0.0)
+            predicted += jnp.where(jnp.any(drafted), costs.of(bucket) + costs.drafting, costs.plain)
         return replace(state, counters=counters, policy=policy, predicted_seconds=predicted)
 
     def draft(
@@ -173,6 +209,7 @@ class DecodeLoop:
         starts: Array,
         drafted: Array | None,
     ) -> DraftOutput:
+        """Drafts of every slot; zeros where `drafted` is given and nobody does. Without a drafter, none."""
         if drafter is None:
             empty = jnp.zeros((self.requests, 0), jnp.int32)
             return DraftOutput(empty, jnp.zeros((self.requests, 0, 1), jnp.float32), None)
@@ -192,8 +229,6 @@ class DecodeLoop:
 
     def _schedule(self, view: RoundView, policy: PolicyState) -> tuple[Array, PolicyState]:
         """Verify lengths; where nobody drafted there is nothing to choose."""
-        if self.block == 0:
-            return view.caps, policy
         if view.drafted is None:
             return self.policy(view, policy)
 
@@ -209,11 +244,13 @@ class DecodeLoop:
 
         The cache is a read-only operand of the switch: branches that updated it would copy it whole every round.
         """
-        wanted = state.active[:, None] & (jnp.arange(self.width) <= lengths[:, None])
-        needed = jnp.sum(wanted)
-        buckets = jnp.asarray(self.buckets)
+        width = block.shape[1]
+        wanted = state.active[:, None] & (jnp.arange(width) <= lengths[:, None])
+        needed, cells = jnp.sum(wanted), self.requests * width
+        sizes = (*(size for size in self.buckets if size < cells), cells)
+        buckets = jnp.asarray(sizes)
         choice = jnp.searchsorted(buckets, needed)  # the last bucket holds every row, so this is in range
-        branches = [partial(self._verify_bucket, target, size) for size in self.buckets]
+        branches = [partial(self._verify_bucket, target, size) for size in sizes]
         operands = (state.target_cache, block, starts, wanted)
         if len(branches) == 1:
             # Still a branch: in straight-line code XLA may write a layer's new K/V before its attention has read the
@@ -226,13 +263,14 @@ class DecodeLoop:
     def _verify_bucket(
         self, target: TargetModel, size: int, cache: Any, block: Array, starts: Array, wanted: Array
     ) -> VerifyOutput:
-        positions = starts[:, None] + jnp.arange(self.width)
-        if size == self.requests * self.width:  # every cell has its row: no packing to undo
+        width = block.shape[1]
+        cells = self.requests * width
+        positions = starts[:, None] + jnp.arange(width)
+        if size == cells:  # every cell has its row: no packing to undo
             out = target(block, positions, CachedBlock(cache, starts), self.tap_layers)
             return VerifyOutput(target.logits(out.hidden), out.taps, out.kv)
-        cells = self.requests * self.width
         index = jnp.nonzero(wanted.ravel(), size=size, fill_value=cells)[0]
-        packed = PackedRows(index, self.requests, self.width)
+        packed = PackedRows(index, self.requests, width)
         attend = CachedBlock(cache, starts, packed)
         out = target(packed.from_grid(block), packed.from_grid(positions), attend, self.tap_layers)
         grid = packed.to_grid
@@ -253,7 +291,7 @@ class DecodeLoop:
         shared: SharedTables,
     ) -> tuple[DecodeState, RoundRecord]:
         """Appends x_1..x_n and the next token, cut at the first stop token and at the request's limit."""
-        starts, columns = state.length - 1, jnp.arange(self.width)
+        starts, columns = state.length - 1, jnp.arange(block.shape[1])
         fresh = jnp.where(columns == accepted[:, None], next_token[:, None], jnp.roll(block, -1, axis=1))
         kept, stopped = first_stop(fresh, state.stop_tokens, accepted + 1)
         kept = jnp.where(state.active, kept, 0)
@@ -269,8 +307,7 @@ class DecodeLoop:
             counts = jnp.where(state.active, accepted + 1, 0)
             draft_state = drafter.commit(shared, draft_state, verified.taps, block, starts, counts)
         write = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))
-        positions = columns[: self.block]
-        live = state.active[:, None]
+        positions, live = jnp.arange(self.block), state.active[:, None]
         counters = RoundCounters(
             rounds=state.counters.rounds + state.active,
             drafted=state.counters.drafted,
@@ -300,18 +337,55 @@ class DecodeLoop:
         """Up to `rounds` rounds; fewer when no slot is active or, with `until_free`, once an active slot has ended."""
         started = jnp.sum(state.active)
 
-        def unfinished(carry: tuple[Array, DecodeState]) -> Array:
-            done, current = carry
+        def unfinished(done: Array, current: DecodeState) -> Array:
             remaining = jnp.sum(current.active)
             return (done < rounds) & (remaining > 0) & ~(until_free & (remaining < started))
+
+        # Zero, but computed from the old value: a donated buffer that nothing reads would not be reused.
+        state = replace(state, predicted_seconds=jnp.minimum(state.predicted_seconds, 0.0))
+        begin = jnp.zeros((), jnp.int32)
+        if self.block and self._view(params, state, occupancy)[0].drafted is not None:
+            return self.place(self._run_by_stretches(params, state, occupancy, unfinished))
 
         def body(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
             done, current = carry
             return done + 1, self.round(params, current, occupancy)[0]
 
-        # Zero, but computed from the old value: a donated buffer that nothing reads would not be reused.
-        state = replace(state, predicted_seconds=jnp.minimum(state.predicted_seconds, 0.0))
-        return self.place(jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), state))[1])
+        return self.place(jax.lax.while_loop(lambda carry: unfinished(*carry), body, (begin, state))[1])
+
+    def _run_by_stretches(
+        self, params: LoopParams, state: DecodeState, occupancy: Occupancy, unfinished: Callable[..., Array]
+    ) -> DecodeState:
+        """Rounds of a policy that may leave drafting off: a loop of speculative rounds for as long as somebody drafts,
+        then one of plain rounds, in turn. Two loops and no branch: what a branch updates, XLA copies whole."""
+
+        def plan(done: Array, current: DecodeState) -> _Planned:
+            view, policy = self._view(params, current, occupancy)
+            drafted = current.active if view.drafted is None else view.drafted
+            return _Planned(done, current, drafted, policy)
+
+        def someone(carry: _Planned) -> Array:
+            return unfinished(carry.done, carry.state) & jnp.any(carry.drafted)
+
+        def nobody(carry: _Planned) -> Array:
+            return unfinished(carry.done, carry.state) & ~jnp.any(carry.drafted)
+
+        def speculative(carry: _Planned) -> _Planned:
+            view = self._drafted_view(params, carry.state, occupancy, carry.drafted)
+            new, _ = self._speculative_round(params, carry.state, view, carry.policy, someone=True)
+            return plan(carry.done + 1, new)
+
+        def plain(carry: _Planned) -> _Planned:
+            view = self._drafted_view(params, carry.state, occupancy, carry.drafted)
+            new, _ = self._plain_round(params, carry.state, view, carry.policy)
+            return plan(carry.done + 1, new)
+
+        def stretches(carry: _Planned) -> _Planned:
+            return jax.lax.while_loop(nobody, plain, jax.lax.while_loop(someone, speculative, carry))
+
+        # A plan that the last round has left is dropped: the next dispatch, told of another load, makes its own.
+        first = plan(jnp.zeros((), jnp.int32), state)
+        return jax.lax.while_loop(lambda carry: unfinished(carry.done, carry.state), stretches, first).state
 
     def record(
         self, params: LoopParams, state: DecodeState, occupancy: Occupancy, rounds: int
@@ -323,6 +397,12 @@ class DecodeLoop:
 
         state, records = jax.lax.scan(body, state, None, length=rounds)
         return self.place(state), records
+
+
+def _anchors(state: DecodeState) -> tuple[Array, Array]:
+    """(positions, tokens) [R] of the last committed tokens."""
+    starts = state.length - 1
+    return starts, jnp.take_along_axis(state.tokens, starts[:, None], axis=1)[:, 0]
 
 
 def shared_tables(target: TargetModel) -> SharedTables:

@@ -52,12 +52,18 @@ class CostTable(NamedTuple):
 
     tokens: Array  # [P] int32 ascending
     contexts: Array  # [C] float32 ascending: mean committed positions of the active requests
-    verify: Array  # [C, P] float32: a whole round that drafts nothing
+    verify: Array  # [C, P] float32: a round's seconds without drafting
     drafting: Array  # [C] float32: what drafting adds
+    plain: Array | None = None  # [C] float32: a round in which nobody drafts; None: what its tokens cost in `verify`
 
     @classmethod
     def of(
-        cls, tokens: Sequence[int], verify: Any, drafting: Any = 0.0, contexts: Sequence[float] = (0.0,)
+        cls,
+        tokens: Sequence[int],
+        verify: Any,
+        drafting: Any = 0.0,
+        contexts: Sequence[float] = (0.0,),
+        plain: Any = None,
     ) -> "CostTable":
         """From seconds [P] or [C, P]. UserError for costs that don't fit or rungs that don't ascend."""
         seconds = np.atleast_2d(np.asarray(verify, np.float32))
@@ -70,17 +76,21 @@ class CostTable(NamedTuple):
                 f"A cost table for {len(probes)} contexts and {len(rungs)} token counts needs that many seconds, all "
                 f"above 0; found an array of {seconds.shape}."
             )
-        return cls(*jax.device_put((rungs, probes, seconds, draft)))
+        rest = None if plain is None else np.broadcast_to(np.asarray(plain, np.float32), (len(contexts),))
+        return cls(*jax.device_put((rungs, probes, seconds, draft, rest)))
 
-    def at(self, context: Array) -> tuple[Float[Array, " p"], Float[Array, ""]]:
-        """(verify [P], drafting []) at a mean context length."""
+    def at(self, context: Array) -> tuple[Float[Array, " p"], Float[Array, ""], Float[Array, ""] | None]:
+        """(verify [P], drafting [], plain []) at a mean context length."""
         if self.contexts.shape[0] == 1:
-            return self.verify[0], self.drafting[0]
+            return self.verify[0], self.drafting[0], None if self.plain is None else self.plain[0]
         index = jnp.clip(jnp.searchsorted(self.contexts, context) - 1, 0, self.contexts.shape[0] - 2)
         low, high = self.contexts[index], self.contexts[index + 1]
         share = jnp.clip((context - low) / (high - low), 0.0, 1.0)
-        mixed = [x[index] * (1 - share) + x[index + 1] * share for x in (self.verify, self.drafting)]
-        return mixed[0], mixed[1]
+
+        def mixed(x: Array) -> Array:
+            return x[index] * (1 - share) + x[index + 1] * share
+
+        return mixed(self.verify), mixed(self.drafting), None if self.plain is None else mixed(self.plain)
 
 
 class ScheduleTables(NamedTuple):
@@ -96,12 +106,14 @@ class ScheduleTables(NamedTuple):
 
 
 class RoundCosts(NamedTuple):
-    """A cost table at this round's contexts and pressure, `base` the tokens that are verified whatever is scheduled."""
+    """A cost table at this round's contexts and pressure, `base` the tokens that are verified whatever is scheduled,
+    `plain` the seconds of a round in which nobody drafts."""
 
     tokens: Int[Array, " p"]
     seconds: Float[Array, " p"]
     drafting: Float[Array, ""]
     base: Int[Array, ""]
+    plain: Float[Array, ""]
 
     def rung(self, tokens: Array) -> Array:
         """The rung that a pass over `tokens` runs at; the last one for more than that."""
@@ -119,10 +131,10 @@ def round_costs(
     multiplied by its pressure."""
     base = jnp.sum(active)
     mean = jnp.sum(jnp.where(active, lengths, 0)) / jnp.maximum(base, 1)
-    verify, drafting = table.at(mean)
+    verify, drafting, plain = table.at(mean)
     least = verify[jnp.minimum(jnp.searchsorted(table.tokens, base), table.tokens.shape[0] - 1)]
     seconds = least + occupancy.pressure * jnp.maximum(verify - least, 0.0)
-    return RoundCosts(table.tokens, seconds, drafting, base)
+    return RoundCosts(table.tokens, seconds, drafting, base, least if plain is None else plain)
 
 
 @dataclass

@@ -34,20 +34,25 @@ class Profile:
     key: dict[str, Any]
     tokens: tuple[int, ...]
     contexts: tuple[float, ...]
-    rounds: tuple[tuple[float, ...], ...]  # [C][P] with drafting, but for the first rung: plain decoding
+    rounds: tuple[tuple[float, ...], ...]  # [C][P] with drafting, but for the first rung: nobody drafts
     rounds_spread: tuple[tuple[float, ...], ...]
     drafting: tuple[float, ...]  # [C] the draft pass alone
     drafting_spread: tuple[float, ...]
 
     def cost_table(self) -> CostTable:
-        """Monotone-cleaned: clocks are noisy, but no pass is cheaper for being wider."""
-        drafting = np.array(self.drafting)
-        rounds = np.array(self.rounds)
-        verify = np.concatenate([rounds[:, :1], rounds[:, 1:] - drafting[:, None]], axis=1)
-        floor = rounds[:, :1] * 1e-3
-        return CostTable.of(
-            self.tokens, np.stack([monotone(row) for row in np.maximum(verify, floor)]), drafting, self.contexts
-        )
+        """Monotone-cleaned: clocks are noisy, but no pass is cheaper for being wider.
+
+        The anchors' own pass in a round that drafts cannot be forced apart; it is taken to lie as far below the second
+        rung as tokens cost between the second and the last, and not below a plain round."""
+        drafting, rounds = np.array(self.drafting), np.array(self.rounds)
+        plain = rounds[:, 0]
+        if len(self.tokens) == 1:
+            return CostTable.of(self.tokens, rounds, drafting, self.contexts, plain)
+        wide = np.stack([monotone(row) for row in np.maximum(rounds[:, 1:] - drafting[:, None], 1e-3 * plain[:, None])])
+        tokens = np.array(self.tokens, float)
+        slope = (wide[:, -1] - wide[:, 0]) / max(tokens[-1] - tokens[1], 1.0)
+        first = np.clip(wide[:, 0] - slope * (tokens[1] - tokens[0]), np.minimum(plain, wide[:, 0]), wide[:, 0])
+        return CostTable.of(self.tokens, np.concatenate([first[:, None], wide], axis=1), drafting, self.contexts, plain)
 
     def serving(self) -> dict[str, Any]:
         """`sps.json` as servers read it: steps per second of the largest probe not above a batch, so each stair is

@@ -176,7 +176,7 @@ def _learn(
 def _round_seconds(device: SimulatedDevice, occupancy: Occupancy, view: RoundView, tokens: int, drafted: bool) -> float:
     costs = round_costs(device.tables.costs, occupancy, view.active, view.lengths)
     bucket = next((b for b in device.buckets if b >= tokens), device.buckets[-1])
-    return float(costs.of(jnp.asarray(bucket))) + (float(costs.drafting) if drafted else 0.0)
+    return float(costs.of(jnp.asarray(bucket)) + costs.drafting) if drafted else float(costs.plain)
 
 
 def _put(ended: np.ndarray, leaf: jax.Array, fresh: jax.Array) -> jax.Array:
