@@ -28,6 +28,7 @@ from typing import Any, TypeVar, get_type_hints, overload
 import tyro
 
 import configs
+from configs.schema import MeshSettings
 from configs.serialise import from_json, to_json
 from dspark_jax.errors import UserError
 
@@ -37,6 +38,7 @@ __all__ = [
     "divide_options",
     "from_json",
     "load_config",
+    "mesh_settings",
     "parse",
     "parse_named",
     "program",
@@ -158,6 +160,16 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`": did you mean A or B?"` for known words close to `word`, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=2, cutoff=0.6)
     return f": did you mean {' or '.join(close)}?" if close else ""
+
+
+def mesh_settings(text: str, base: MeshSettings) -> MeshSettings:
+    """The mesh of `data=16,fsdp=4`: axes that it names have these sizes, others 1."""
+    words = [word.partition("=") for word in text.split(",")]
+    names = {name for name, _, _ in words}
+    if names - {"data", "fsdp", "tensor"} or not all(size.lstrip("-").isdigit() for _, _, size in words):
+        raise UserError(f"--mesh is {text!r}; sizes of data, fsdp and tensor were expected, as in data=16,fsdp=4.")
+    sizes = {name: int(size) for name, _, size in words}
+    return MeshSettings(sizes.get("data", 1), sizes.get("fsdp", 1), sizes.get("tensor", 1), base.markov_tables)
 
 
 def _take_option(argv: list[str], option: str) -> tuple[str | None, list[str]]:

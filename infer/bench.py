@@ -2,9 +2,11 @@
 
     python -m infer.bench --target assets/embedded_target --drafter runs/demo/drafter --prompts runs/demo/heldout.jsonl
     python -m infer.bench --target assets/embedded_target --prompts runs/demo/heldout.jsonl --against transformers
+    python -m infer.bench --plan --config qwen3_4b_dspark --slots 8 --longest 4096 [--topology v5e:2x2]
 
 Every figure is a median over alternating runs after one that compiles; prefill is part of the time. Writes metrics.json
-and, with a drafter, the plot of conditional acceptance by block position.
+and, with a drafter, the plot of conditional acceptance by block position. --plan compiles the decode loop from shapes
+alone and prints what a device would hold; it decodes nothing.
 """
 
 import platform
@@ -28,6 +30,7 @@ from dspark_jax.drafters.registry import LoadedDrafter
 from dspark_jax.errors import UserError
 from dspark_jax.targets.target import Target
 from infer.measure import Decoder, Timed, alternate, differences, median_ratio, median_speed
+from infer.plan import PLAN, print_plan
 from infer.policies import PolicyName, policy_named
 from infer.report import acceptance_plot, table, write_json
 
@@ -77,6 +80,9 @@ class BenchSettings:
 
 @program
 def main(argv: list[str]) -> None:
+    if PLAN in argv:
+        print_plan(argv, __doc__)
+        return
     settings = parse(BenchSettings, argv, description=__doc__)
     if settings.against == "plain" and not settings.drafter:
         raise UserError("There is nothing to compare: give --drafter DIR, or --against transformers.")

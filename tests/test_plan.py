@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs.cli import config_names, load_config
+from configs.cli import config_names, load_config, mesh_settings
 from configs.schema import MeshSettings, TrainConfig
 from dspark_jax.checkpoints.huggingface import abstract_target
 from dspark_jax.checkpoints.published_targets import PUBLISHED
@@ -17,7 +17,6 @@ from dspark_jax.sharding import ShardingRules, abstract_mesh, array_sharding, ga
 from dspark_jax.targets.config import TargetConfig
 from train import fit
 from train.abstract_run import AbstractRun
-from train.dry_run import mesh_settings
 from train.estimate import estimate, shard_bytes
 from train.liveness import peak_bytes
 from train.plan import micro_batches

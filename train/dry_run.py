@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import jax
 
-from configs.cli import divide_options, parse, parse_named
-from configs.schema import MeshSettings, TrainConfig
+from configs.cli import divide_options, mesh_settings, parse, parse_named
+from configs.schema import TrainConfig
 from dspark_jax.compiled import compiled, figures, topology_mesh
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import abstract_mesh
@@ -57,13 +57,3 @@ def print_plan(argv: Sequence[str], description: str | None) -> None:
     print(table(describe(run)))
     print()
     print(table({name: f"{count / 2**30:9.3f} GiB" for name, count in estimate(run).items()}))
-
-
-def mesh_settings(text: str, base: MeshSettings) -> MeshSettings:
-    """The mesh of `data=16,fsdp=4`: axes that it names have these sizes, others 1."""
-    words = [word.partition("=") for word in text.split(",")]
-    names = {name for name, _, _ in words}
-    if names - {"data", "fsdp", "tensor"} or not all(size.lstrip("-").isdigit() for _, _, size in words):
-        raise UserError(f"--mesh is {text!r}; sizes of data, fsdp and tensor were expected, as in data=16,fsdp=4.")
-    sizes = {name: int(size) for name, _, size in words}
-    return MeshSettings(sizes.get("data", 1), sizes.get("fsdp", 1), sizes.get("tensor", 1), base.markov_tables)

@@ -9,11 +9,11 @@ from jax.sharding import NamedSharding
 
 from dspark_jax.checkpoints.huggingface import DTYPES
 from dspark_jax.sharding import gathered
-from dspark_jax.training.losses import LossOptions
 from dspark_jax.training.registry import make_objective
 from dspark_jax.training.states import TargetStates
 from train.abstract_run import AbstractRun
 from train.liveness import peak_bytes
+from train.trainer import loss_options
 
 
 def describe(run: AbstractRun) -> dict[str, Any]:
@@ -71,11 +71,7 @@ def activation_bytes(run: AbstractRun) -> int:
     """Peak of the gradient of one micro-batch's rows on one device, the gradient itself included."""
     config, mesh = run.config, run.placement.mesh
     rows = config.data.global_batch // (run.micro_batches * run.placement.rules.row_groups(mesh))
-    loss = config.loss
-    options = LossOptions(
-        loss.ce_alpha, loss.l1_alpha, loss.confidence_alpha, loss.decay_gamma, anchor_chunk=config.anchor_chunk
-    )
-    objective = make_objective(run.drafter_hf, options, DTYPES[config.compute_dtype])
+    objective = make_objective(run.drafter_hf, loss_options(config), DTYPES[config.compute_dtype])
     states = dataclasses.replace(run.states, whole=None) if isinstance(run.states, TargetStates) else run.states
     batch = {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in run.batch.items()}
 

@@ -47,6 +47,12 @@ def recipe(config: TrainConfig, total_steps: int) -> tuple[Any, Any]:
     return make_optimizer(schedule, settings.betas, settings.eps, settings.weight_decay, settings.clip_norm), schedule
 
 
+def loss_options(config: TrainConfig) -> LossOptions:
+    loss = config.loss
+    terms = loss.ce_alpha, loss.l1_alpha, loss.confidence_alpha, loss.decay_gamma
+    return LossOptions(*terms, anchor_chunk=config.anchor_chunk)
+
+
 def train_step(
     config: TrainConfig,
     drafter_hf: dict[str, Any],
@@ -59,15 +65,8 @@ def train_step(
 ) -> TrainStep:
     """The step that a run compiles; on an abstract mesh, the step that it would compile. `states`, `record`: see
     `make_train_step`; None: states that come with the batch."""
-    options = LossOptions(
-        ce_alpha=config.loss.ce_alpha,
-        l1_alpha=config.loss.l1_alpha,
-        confidence_alpha=config.loss.confidence_alpha,
-        decay_gamma=config.loss.decay_gamma,
-        anchor_chunk=config.anchor_chunk,
-    )
     return make_train_step(
-        make_objective(drafter_hf, options, DTYPES[config.compute_dtype]),
+        make_objective(drafter_hf, loss_options(config), DTYPES[config.compute_dtype]),
         optimizer,
         schedule,
         accumulation_steps=micro_batches(config.data, placement.mesh),
