@@ -1,8 +1,11 @@
 """Jobs of several processes on this machine, each with a few simulated devices.
 
-`python -m tests.jobs RUNS.json` is what a process executes: it runs train.fit on every list of arguments in the file.
+`python -m tests.jobs RUNS.json` is what a process executes: it runs every program in the file, a module of train/
+with its arguments, one after the other, whatever came of those before, and ends with the last one's exit code.
+{process} stands for its number. RUNS.json.INDEX gets all exit codes.
 """
 
+import importlib
 import json
 import os
 import socket
@@ -52,11 +55,18 @@ def start(
     return job
 
 
-def run(scratch: Path, name: str, runs: Sequence[Sequence[object]], processes: int = 1, devices: int = 1) -> None:
-    """The whole job; AssertionError with the words of a process that failed."""
-    for process in start(scratch, name, runs, processes, devices):
-        code, errors = process.end()
+def run(scratch: Path, name: str, runs: Sequence[Sequence[object]], processes: int = 1, devices: int = 1) -> list[str]:
+    """The whole job, and what its processes wrote to stderr; AssertionError with these words if the last run failed."""
+    job = start(scratch, name, runs, processes, devices)
+    ended = [process.end() for process in job]
+    for code, errors in ended:
         assert code == 0, errors[-3000:]
+    return [errors for _, errors in ended]
+
+
+def exit_codes(scratch: Path, name: str, process: int = 0) -> list[int]:
+    """Of every run of a finished job."""
+    return json.loads((scratch / f"{name}.json.{process}").read_text())
 
 
 def free_port() -> int:
@@ -65,12 +75,17 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def main(file: Path) -> None:
-    from train import fit
-
-    for arguments in json.loads(file.read_text(encoding="utf-8")):
-        fit.main(arguments)
+def main(file: Path) -> int:
+    index, codes = os.environ.get("JAX_PROCESS_ID", "0"), list[int]()
+    for module, *arguments in json.loads(file.read_text(encoding="utf-8")):
+        try:
+            importlib.import_module(f"train.{module}").main([word.replace("{process}", index) for word in arguments])
+            codes.append(0)
+        except SystemExit as stop:
+            codes.append(int(stop.code or 0))
+    file.with_name(f"{file.name}.{index}").write_text(json.dumps(codes))
+    return codes[-1]
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    sys.exit(main(Path(sys.argv[1])))

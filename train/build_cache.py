@@ -6,11 +6,15 @@
 
 A run that was killed is continued by the same command and ends with the same bytes: sources are taken in fixed windows,
 each window's batches are a function of its sources alone, and a resumed run computes its first window whole again.
+
+Several processes are one job where train/distributed.py's variables say so: the target runs on all of their devices,
+and the first process writes. The output must be a folder that all of them see.
 """
 
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,11 +35,12 @@ from dspark_jax.data.target_cache import CacheSpec, CacheWriter, Sample, estimat
 from dspark_jax.data.tokenised import encode_files
 from dspark_jax.decoding.engine import parameter_mesh
 from dspark_jax.errors import UserError
-from dspark_jax.sharding import ShardingRules
+from dspark_jax.sharding import ShardingRules, replicated
 from dspark_jax.targets.attention import Causal
 from dspark_jax.targets.config import TargetConfig, config_sha256
 from dspark_jax.targets.target import Target
 from train.devices import mesh_of_several, require_rows
+from train.distributed import barrier, bounded_by_peers, from_first, initialize_from_environment, is_first, require_same
 from train.provenance import answers_of
 from train.sidecar import require_same_settings, table, weights_fingerprint, write_json, write_settings
 
@@ -112,6 +117,15 @@ class Item:
 @program
 def main(argv: list[str]) -> None:
     settings = parse(CacheSettings, _attach_layers(argv), description=__doc__)
+    initialize_from_environment()
+    require_same({"they were given different options": settings})
+    with bounded_by_peers():
+        make(settings)
+        barrier("the end of the cache")
+
+
+def make(settings: CacheSettings) -> None:
+    """The whole cache, or with `estimate` its size alone."""
     folder = resolve_folder(settings.target)
     hf_config = read_json(folder / "config.json")
     config = TargetConfig.from_hf_dict(hf_config)
@@ -132,6 +146,7 @@ def main(argv: list[str]) -> None:
         sources_sha256=sources_sha256,
     )
     needed = plan(settings, spec, items)
+    require_same({"their conversations are not the same": sources_sha256})
     if settings.estimate:
         return
     how = {
@@ -162,11 +177,11 @@ def plan(settings: CacheSettings, spec: CacheSpec, items: Sequence[Item]) -> int
     kept = [item for item in items if item.kept]
     tokens = sum(item.length for item in kept)
     needed = estimate_bytes(tokens, len(kept), spec, settings.max_shard_bytes)
-    if settings.estimate:
+    if settings.estimate and is_first():
         counts = {"conversations": len(items), "records": len(kept), "dropped": len(items) - len(kept)}
         counts |= {"tokens": tokens, "bytes_per_token": spec.token_bytes, "bytes": needed}
         print(table({**counts, "gigabytes": f"{needed / 1e9:,.3f}"}))
-    elif not kept:
+    elif not kept and not settings.estimate:
         raise UserError(
             f"None of the {len(items)} conversations has {settings.min_loss_tokens} supervised tokens within "
             f"{settings.max_length}; raise --max-length, or look at the answers."
@@ -179,13 +194,18 @@ def build(
 ) -> None:
     """Writes what is missing of the cache and prints the table; `new_settings` are recorded first (None: they are)."""
     began, made = time.perf_counter(), 0
-    with CacheWriter(settings.output, spec, settings.max_shard_bytes) as writer:
-        if new_settings is not None:
-            if writer.next_source > 0:
-                raise UserError(f"{settings.output} is a cache without build.json, made elsewhere; give a new folder.")
-            write_settings(settings.output / "build.json", new_settings, answers=answers_of(settings.conversations))
-        start = writer.next_source
+    with ExitStack() as stack:
+        writer = None
+        if is_first():
+            writer = stack.enter_context(CacheWriter(settings.output, spec, settings.max_shard_bytes))
+            if new_settings is not None:
+                begin(settings, writer, new_settings)
+        start = int(from_first(writer.next_source if writer else 0))
         samples = compute_samples(target, spec, items, start, settings.batch)
+        if writer is None:
+            for _ in samples:  # computed together, written by the first process
+                pass
+            return
         for index, sample in tqdm(samples, total=len(items), initial=start, unit="conversation"):
             writer.add(index, sample)
             made += items[index].length
@@ -204,6 +224,13 @@ def build(
     }
     write_json(settings.output / "metrics.json", metrics)
     print(table(metrics))
+
+
+def begin(settings: CacheSettings, writer: CacheWriter, new_settings: dict) -> None:
+    """Records what a new cache is made with; UserError where it is not new."""
+    if writer.next_source > 0:
+        raise UserError(f"{settings.output} is a cache without build.json, made elsewhere; give a new folder.")
+    write_settings(settings.output / "build.json", new_settings, answers=answers_of(settings.conversations))
 
 
 def encode_sources(settings: CacheSettings, tokenizer: Any, vocabulary: int) -> tuple[list[Item], str]:
@@ -248,10 +275,9 @@ def compute_samples(
 
 def make_forward(target: Target, spec: CacheSpec) -> Callable[[dict, Any], dict[str, jax.Array]]:
     """(params, tokens [B, T]) -> the states as the cache stores them (`codecs.STATES`), jitted; rows over the mesh that
-    the parameters lie on."""
+    the parameters lie on, the states whole in every process."""
     mesh = parameter_mesh(target.params)
 
-    @jax.jit
     def forward(params: dict, tokens: jax.Array) -> dict[str, jax.Array]:
         if mesh is not None:
             tokens = jax.lax.with_sharding_constraint(tokens, ShardingRules().rows(mesh, tokens.ndim))
@@ -259,7 +285,7 @@ def make_forward(target: Target, spec: CacheSpec) -> Callable[[dict, Any], dict[
         out = target.model(params)(tokens, positions, Causal(), spec.layer_ids)
         return encode_states(out.taps, out.hidden, spec.codec, jnp)
 
-    return forward
+    return jax.jit(forward, out_shardings=replicated(mesh) if mesh is not None and jax.process_count() > 1 else None)
 
 
 def _cut(group: Sequence[Item], stored: dict[str, np.ndarray]) -> Iterator[tuple[int, Sample]]:

@@ -1,0 +1,225 @@
+"""Jobs of two processes: the curve of one, files written once, stops and continuations on other numbers of them."""
+
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from dspark_jax.checkpoints.drafters import load_drafter
+from dspark_jax.checkpoints.huggingface import load_target
+from dspark_jax.data.target_cache import TargetCache
+from dspark_jax.errors import UserError
+from dspark_jax.sharding import ShardingRules, make_mesh
+from dspark_jax.training.checkpoint import Checkpoints
+from tests import jobs
+from tests.tiny import write_tiny_target
+from train import build_cache
+from train.distributed import Job
+from train.fit import main
+from train.run_folder import read_records
+
+STEPS = 20
+ADDRESS = {"JAX_COORDINATOR_ADDRESS": "host:1234"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A target, conversations, their cache, and a held-out prompt."""
+    folder = tmp_path_factory.mktemp("jobs")
+    write_tiny_target(folder / "target", num_hidden_layers=3, tie_word_embeddings=False)
+    rng = np.random.default_rng(0)
+    with open(folder / "conversations.jsonl", "w", encoding="utf-8") as lines:
+        for index in range(40):
+            answer = "word " * int(rng.integers(1, 9))
+            messages = [{"role": "user", "content": f"{index}?"}, {"role": "assistant", "content": answer}]
+            lines.write(json.dumps({"messages": messages}) + "\n")
+    heldout = {"messages": [{"role": "user", "content": "What is the sum?"}], "domain": "math"}
+    (folder / "heldout.jsonl").write_text(json.dumps(heldout) + "\n", encoding="utf-8")
+    build_cache.main(caching(folder, "cache"))
+    return folder
+
+
+def caching(folder: Path, output: str) -> list[str]:
+    places = ["--target", folder / "target", "--conversations", folder / "conversations.jsonl"]
+    options = ["--output", folder / output, "--layers", "0,1", "--max-length", 48, "--codec", "float32"]
+    return [str(word) for word in (*places, *options)]
+
+
+def command(folder: Path, run: str, *more: object) -> list[str]:
+    """The debug configuration on a smaller drafter, a micro-batch for every device."""
+    drafter = "--drafter.target-layer-ids 0 1 --drafter.block-size 2 --drafter.num-anchors 4"
+    data = "--data.global-batch 8 --data.accumulation-steps 0 --data.max-length 48 --epochs 99"
+    recipe = f"--max-steps {STEPS} --checkpoint.every-steps 10 --checkpoint.keep 9"
+    places = ["--target", folder / "target", "--run-dir", folder / run]
+    return [
+        str(word) for word in ("--config", "debug", *places, *drafter.split(), *data.split(), *recipe.split(), *more)
+    ]
+
+
+def offline(folder: Path, run: str, *more: object) -> list[str]:
+    return command(folder, run, "--data.cache", folder / "cache", "--drafter.init-target-layers", 2, *more)
+
+
+def online(folder: Path, run: str, *more: object) -> list[str]:
+    return command(
+        folder, run, "--data.source", "online", "--data.conversations", folder / "conversations.jsonl", *more
+    )
+
+
+def evaluated(folder: Path) -> list[object]:
+    options = "--evaluation.every-steps 20 --evaluation.max-new-tokens 6 --evaluation.temperature 0"
+    return ["--evaluation.prompts", folder / "heldout.jsonl", *options.split()]
+
+
+def losses(folder: Path, run: str) -> list[float]:
+    records = read_records(folder / run / "metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1)), "a record is missing, or there twice"
+    return [record["loss"] for record in records]
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> Path:
+    """On one device of this process: both sources, and a run that is stopped after step 10."""
+    main(offline(folder, "offline-1"))
+    main(online(folder, "online-1", *evaluated(folder)))
+    save = Checkpoints.save
+
+    def save_and_stop(self: Checkpoints, done: int, *rest: Any) -> None:
+        save(self, done, *rest)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Checkpoints, "save", save_and_stop)
+        main(offline(folder, "grown"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path, alone: Path) -> list[str]:
+    """Two processes of 4 devices; parameters split over both, and in the continued run the work on every row."""
+    runs = [
+        ["fit", *offline(folder, "disagreeing", "--seed", "{process}")],
+        ["build_cache", *caching(folder, "cache-2x4")],
+        ["fit", *offline(folder, "offline-2x4")],
+        ["fit", *online(folder, "online-2x4", "--mesh.data", 1, "--mesh.fsdp", 8, *evaluated(folder))],
+        ["fit", *offline(folder, "grown", "--mesh.data", 1, "--mesh.fsdp", 1, "--mesh.tensor", 8)],
+    ]
+    return jobs.run(folder, "two", runs, processes=2, devices=4)
+
+
+@pytest.mark.multiprocess
+def test_two_processes_learn_what_one_does(folder: Path, two: list[str]):
+    jobs.run(
+        folder, "one", [["fit", *offline(folder, "offline-1x8")], ["fit", *online(folder, "online-1x8")]], devices=8
+    )
+    for source in ("offline", "online"):
+        for shape in ("1x8", "2x4"):
+            found, expected = losses(folder, f"{source}-{shape}"), losses(folder, f"{source}-1")
+            np.testing.assert_allclose(found, expected, rtol=2e-4, err_msg=f"{source} {shape}")
+
+
+@pytest.mark.multiprocess
+def test_what_two_processes_leave(folder: Path, two: list[str]):
+    for source in ("offline", "online"):
+        one, both = folder / f"{source}-1", folder / f"{source}-2x4"
+        assert sorted(path.name for path in both.iterdir()) == sorted(path.name for path in one.iterdir())
+        assert len(list((both / "tensorboard").iterdir())) == 1
+        assert json.loads((both / "metrics.json").read_text())["steps"] == STEPS
+        target = load_target(folder / "target")
+        theirs, ours = (load_drafter(run / "drafter", target).params for run in (both, one))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-4), theirs, ours)
+
+
+@pytest.mark.multiprocess
+def test_evaluations_agree(folder: Path, two: list[str]):
+    one, both = (read_records(folder / run / "metrics.jsonl")[-1] for run in ("online-1", "online-2x4"))
+    assert both["eval_tau"] == one["eval_tau"] >= 1
+    assert (folder / "online-2x4" / "drafter_best" / "model.safetensors").exists()
+
+
+@pytest.mark.multiprocess
+def test_a_run_of_one_continues_on_two(folder: Path, two: list[str]):
+    np.testing.assert_allclose(losses(folder, "grown"), losses(folder, "offline-1"), rtol=2e-4)
+
+
+@pytest.mark.multiprocess
+def test_two_processes_fill_one_cache(folder: Path, two: list[str]):
+    one, both = TargetCache(folder / "cache"), TargetCache(folder / "cache-2x4")
+    both.verify()
+    for index in range(len(one)):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), both[index].arrays(), one[index].arrays()
+        )
+
+
+@pytest.mark.multiprocess
+def test_processes_that_were_started_differently_are_told(folder: Path, two: list[str]):
+    for process, errors in enumerate(two):
+        assert jobs.exit_codes(folder, "two", process) == [2, 0, 0, 0, 0]
+        assert "Process 1 of 2 and process 0 disagree: they were given different configurations." in errors
+    assert not (folder / "disagreeing").exists()
+
+
+@pytest.mark.multiprocess
+def test_sigterm_to_one_stops_both_and_one_continues(folder: Path, alone: Path):
+    arguments = offline(folder, "shrunk", "--checkpoint.every-steps", 99)
+    log = folder / "shrunk" / "metrics.jsonl"
+    job = jobs.start(folder, "stopped", [["fit", *arguments]], processes=2)
+    until = time.monotonic() + 200
+    while time.monotonic() < until and job[1].popen.poll() is None and len(read_records(log)) < 2:
+        time.sleep(0.01)
+    job[1].popen.send_signal(signal.SIGTERM)
+    for process in job:
+        code, errors = process.end()
+        assert code == 128 + signal.SIGTERM and "Stopped by SIGTERM after step" in errors, errors[-2000:]
+    saved = [path.name for path in (folder / "shrunk" / "checkpoints").iterdir()]
+    assert len(saved) == 1 and 2 <= int(saved[0]) < STEPS
+    main(arguments)
+    np.testing.assert_allclose(losses(folder, "shrunk"), losses(folder, "offline-1"), rtol=2e-4)
+
+
+def test_rows_of_this_process():
+    assert ShardingRules().local_rows(make_mesh(), 6) == tuple(range(6))
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        (ADDRESS, "JAX_COORDINATOR_ADDRESS is set without JAX_NUM_PROCESSES and JAX_PROCESS_ID"),
+        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "are set without JAX_COORDINATOR_ADDRESS"),
+        (ADDRESS | {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}, "of 2 processes the last is number 1"),
+        (ADDRESS | {"JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"}, "JAX_NUM_PROCESSES is 'two'"),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "host", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"},
+            "host:port was expected",
+        ),
+        ({"DSPARK_CLUSTER": "slurm"}, "DSPARK_CLUSTER is 'slurm'; auto was expected"),
+        (ADDRESS | {"DSPARK_CLUSTER": "auto"}, "are both set"),
+        ({"DSPARK_CLUSTER": "auto", "DSPARK_PEER_SECONDS": "0"}, "DSPARK_PEER_SECONDS is '0'"),
+    ],
+)
+def test_variables_that_do_not_go_together(environment: dict[str, str], said: str):
+    with pytest.raises(UserError, match=said):
+        Job.of(environment)
+
+
+def test_what_the_variables_say():
+    assert Job.of({}) is None and Job.of({"DSPARK_PEER_SECONDS": "5"}) is None
+    by_hand = ADDRESS | {"JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3", "DSPARK_PEER_SECONDS": "7"}
+    assert Job.of(by_hand) == Job("host:1234", 4, 3, 7, 300)
+    assert Job.of({"DSPARK_CLUSTER": "auto"}) == Job(None, None, None, 100, 300)
+
+
+def test_the_program_refuses_half_a_job(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    with pytest.raises(SystemExit) as stop:
+        main(offline(folder, "half"))
+    assert stop.value.code == 2 and "JAX_NUM_PROCESSES is set without" in capsys.readouterr().err
+    assert not (folder / "half").exists()
