@@ -26,7 +26,8 @@ from train.run_folder import read_records
 from train.synthetic_cache import write_synthetic_cache
 
 STEPS, EVERY = 40, 2
-SURVIVAL_SECONDS = 6 * jobs.PEER_SECONDS
+PEER_SECONDS = 20
+SURVIVAL_SECONDS = 5 * PEER_SECONDS
 """A process that lost the other may live so long; it notices after `PEER_SECONDS`, and the machine may be busy."""
 PATIENCE_SECONDS = 300
 RTOL = 1e-5
@@ -68,7 +69,9 @@ def arguments(scratch: Path, name: str) -> list[str]:
 
 
 def start(scratch: Path, name: str) -> list[jobs.Process]:
-    return jobs.start(scratch, name, [["fit", *arguments(scratch, name)]], processes=2, devices=2)
+    return jobs.start(
+        scratch, name, [["fit", *arguments(scratch, name)]], processes=2, devices=2, peer_seconds=PEER_SECONDS
+    )
 
 
 def finish(job: list[jobs.Process]) -> None:

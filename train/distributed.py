@@ -12,6 +12,7 @@ Without any of the first four a process is alone. Nothing here waits for anythin
 
 import os
 import sys
+import threading
 import traceback
 import zlib
 from collections.abc import Iterator, Mapping
@@ -86,7 +87,7 @@ def initialize_from_environment() -> None:
             shutdown_timeout_seconds=job.peer_seconds,
         )
     except (ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200].rstrip(".")
+        reason = _one_line(error)[:200].rstrip(".")
         where = "the cluster that DSPARK_CLUSTER=auto looked for" if job.coordinator is None else job.coordinator
         raise UserError(
             f"The job at {where} could not be joined ({reason}); see that all its processes are started, with the same "
@@ -144,9 +145,10 @@ def fetch(tree: Any) -> Any:
 
 @contextmanager
 def bounded_by_peers() -> Iterator[None]:
-    """Ends a process at once whose computation failed while others wait for it, or because another is gone.
+    """Ends a process whose part failed, at once where a computation did, which others wait for or have left.
 
-    Left to itself it would wait for the others at the end, and they for it. The launcher starts all of them again.
+    What else goes wrong may be met by all processes alike, so there is time to close files and end together; but where
+    one alone fails, the others wait for it and it for them, and `DSPARK_PEER_SECONDS` is all it gets.
     """
     try:
         yield
@@ -154,14 +156,30 @@ def bounded_by_peers() -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         traceback.print_exc()
-        print(
-            f"Process {jax.process_index()} of {jax.process_count()} cannot go on ({' '.join(str(error).split())[:120]}"
-            "): another one is gone, or this machine failed. Start all processes again with the same command; the run "
-            "continues from its latest checkpoint.",
-            file=sys.stderr,
-            flush=True,
+        who = f"Process {jax.process_index()} of {jax.process_count()}"
+        _leave(
+            1,
+            f"{who} cannot go on ({_one_line(error)[:120]}): another one is gone, or this machine failed. Start all "
+            "processes again with the same command; the run continues from its latest checkpoint.",
         )
-        os._exit(1)
+    except Exception as error:
+        job = Job.of(os.environ)
+        if job is not None and jax.process_count() > 1:
+            code = 2 if isinstance(error, UserError) else 1
+            watchdog = threading.Timer(job.peer_seconds, _leave, (code, _one_line(error)))
+            watchdog.daemon = True
+            watchdog.start()
+        raise
+
+
+def _leave(code: int, words: str) -> None:
+    """Without waiting for anything."""
+    print(words, file=sys.stderr, flush=True)
+    os._exit(code)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _number(environment: Mapping[str, str], name: str, least: int, default: str = "") -> int:

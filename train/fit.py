@@ -74,7 +74,7 @@ def fit(config: TrainConfig) -> None:
     target = trainer.target()
     if is_first():
         write_config(folder, config)
-    with open_checkpoints(config) as checkpoints:
+    with open_checkpoints(config) as checkpoints, bounded_by_peers():
         require_same({f"they find different checkpoints in {folder}, which must be shared by all": checkpoints.latest})
         try:
             state, records = train(trainer, shared_tables(target), checkpoints)

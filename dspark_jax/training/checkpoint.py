@@ -103,6 +103,8 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
+            if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+                raise  # not the disk: another process is gone
             reason = " ".join(str(error).split())[:200]
             before = self.latest
             kept = "none was saved before it" if before is None else f"the one of step {before} is whole"
