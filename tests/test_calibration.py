@@ -147,7 +147,9 @@ def made_profile() -> Profile:
 def test_profiles_become_tables_and_files(tmp_path: Path) -> None:
     profile = made_profile()
     table = profile.cost_table()
-    np.testing.assert_allclose(table.verify, [[1.0, 1.45, 1.45, 2.5], [1.5, 1.9, 2.0, 3.4]], rtol=1e-6)
+    # The anchors' own pass in a round that drafts: 4 tokens below the second rung, at 1.05 / 12 and 1.5 / 12 a token.
+    np.testing.assert_allclose(table.verify, [[1.1, 1.45, 1.45, 2.5], [1.5, 1.9, 2.0, 3.4]], rtol=1e-6)
+    np.testing.assert_allclose(table.plain, [1.0, 1.5], rtol=1e-6)
     np.testing.assert_allclose(table.drafting, [0.5, 0.6], rtol=1e-6)
     profile.save(tmp_path / "sps.json")
     assert Profile.read(tmp_path / "sps.json") == profile
