@@ -27,7 +27,7 @@ class Process:
     popen: subprocess.Popen
     errors: Path
 
-    def end(self, seconds: float = 240) -> tuple[int, str]:
+    def end(self, seconds: float = 500) -> tuple[int, str]:
         """(exit code, stderr) once it has ended."""
         code = self.popen.wait(seconds)
         return code, self.errors.read_text(errors="replace")

@@ -120,7 +120,7 @@ def test_two_processes_learn_what_one_does(folder: Path, two: list[str]):
     for source in ("offline", "online"):
         for shape in ("1x8", "2x4"):
             found, expected = losses(folder, f"{source}-{shape}"), losses(folder, f"{source}-1")
-            np.testing.assert_allclose(found, expected, rtol=2e-4, err_msg=f"{source} {shape}")
+            np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=f"{source} {shape}")
 
 
 @pytest.mark.multiprocess
@@ -144,7 +144,7 @@ def test_evaluations_agree(folder: Path, two: list[str]):
 
 @pytest.mark.multiprocess
 def test_a_run_of_one_continues_on_two(folder: Path, two: list[str]):
-    np.testing.assert_allclose(losses(folder, "grown"), losses(folder, "offline-1"), rtol=2e-4)
+    np.testing.assert_allclose(losses(folder, "grown"), losses(folder, "offline-1"), rtol=1e-5)
 
 
 @pytest.mark.multiprocess
@@ -180,7 +180,7 @@ def test_sigterm_to_one_stops_both_and_one_continues(folder: Path, alone: Path):
     saved = [path.name for path in (folder / "shrunk" / "checkpoints").iterdir()]
     assert len(saved) == 1 and 2 <= int(saved[0]) < STEPS
     main(arguments)
-    np.testing.assert_allclose(losses(folder, "shrunk"), losses(folder, "offline-1"), rtol=2e-4)
+    np.testing.assert_allclose(losses(folder, "shrunk"), losses(folder, "offline-1"), rtol=1e-5)
 
 
 def test_rows_of_this_process():

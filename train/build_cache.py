@@ -40,7 +40,15 @@ from dspark_jax.targets.attention import Causal
 from dspark_jax.targets.config import TargetConfig, config_sha256
 from dspark_jax.targets.target import Target
 from train.devices import mesh_of_several, require_rows
-from train.distributed import barrier, bounded_by_peers, from_first, initialize_from_environment, is_first, require_same
+from train.distributed import (
+    barrier,
+    bounded_by_peers,
+    connect,
+    from_first,
+    initialize_from_environment,
+    is_first,
+    require_same,
+)
 from train.provenance import answers_of
 from train.sidecar import require_same_settings, table, weights_fingerprint, write_json, write_settings
 
@@ -156,6 +164,8 @@ def make(settings: CacheSettings) -> None:
     }
     mesh = mesh_of_several(settings.mesh)
     require_rows("--batch", settings.batch, mesh)
+    if mesh is not None:
+        connect(mesh)
     begun = require_same_settings(settings.output / "build.json", how, settings.output)
     require_disk(settings.output, needed - sum(path.stat().st_size for path in settings.output.glob("shard-*")))
     target = load_target(folder, dtype=settings.compute_dtype, mesh=mesh, tokenizer=False)

@@ -18,11 +18,14 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dspark_jax.errors import UserError
 
@@ -105,6 +108,24 @@ def barrier(name: str) -> None:
     if jax.process_count() > 1:
         with jax.transfer_guard("allow"):
             multihost_utils.sync_global_devices(name)
+
+
+def connect(mesh: Mesh) -> None:
+    """Opens on CPUs the connections of collectives over the mesh's axes; call it where all processes are together.
+
+    A connection is made at the first use, and there all its processes must meet within 30 seconds: in a step, one may
+    still be compiling.
+    """
+    if jax.process_count() == 1 or mesh.devices.flat[0].platform != "cpu":
+        return
+    names = [name for name in mesh.axis_names if mesh.shape[name] > 1]
+    everywhere = NamedSharding(mesh, PartitionSpec(tuple(mesh.axis_names)))
+    ones = jax.make_array_from_callback((mesh.size,), everywhere, lambda index: np.ones(1, np.float32))
+    for count in range(1, len(names) + 1):
+        for axes in combinations(names, count):
+            rest = PartitionSpec(tuple(name for name in mesh.axis_names if name not in axes))
+            add = partial(jax.lax.psum, axis_name=axes)
+            jax.jit(jax.shard_map(add, mesh=mesh, in_specs=everywhere.spec, out_specs=rest))(ones).block_until_ready()
 
 
 def require_same(values: Mapping[str, Any]) -> None:

@@ -25,7 +25,15 @@ from dspark_jax.errors import UserError
 from dspark_jax.sharding import split
 from dspark_jax.targets.target import Target
 from dspark_jax.training.checkpoint import Checkpoints
-from train.distributed import barrier, bounded_by_peers, fetch, initialize_from_environment, is_first, require_same
+from train.distributed import (
+    barrier,
+    bounded_by_peers,
+    connect,
+    fetch,
+    initialize_from_environment,
+    is_first,
+    require_same,
+)
 from train.dry_run import PLAN, print_plan
 from train.guards import Preempted
 from train.loop import train
@@ -70,6 +78,7 @@ def fit(config: TrainConfig) -> None:
     require_same(
         {"their data are not the same": (xxh3_64_hexdigest(plan.batches.source.lengths.tobytes()), plan.total_steps)}
     )
+    connect(plan.mesh)
     trainer = Trainer.of(plan)
     target = trainer.target()
     if is_first():
