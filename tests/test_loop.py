@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dspark_jax.compiled import copies
 from dspark_jax.decoding.chunks import blank_chunk
 from dspark_jax.decoding.engine import Engine
 from dspark_jax.decoding.generate import generate, stream
@@ -57,17 +58,8 @@ def bytes_of(tree: Any) -> int:
 
 
 def cache_copies(compiled: Any, state: DecodeState) -> list[str]:
-    """Instructions of the optimised program, outside the entry, that copy an array of a cache's whole shape."""
     caches = [leaf for leaf in jax.tree.leaves((state.target_cache, state.draft)) if leaf.nbytes > 100_000]
-    shapes = {",".join(map(str, leaf.shape)) for leaf in caches}
-    entry, found = False, []
-    for line in compiled.as_text().splitlines():
-        if line and not line[0].isspace():
-            entry = line.startswith("ENTRY")
-        copy = re.search(r"= \(?\w+\[([\d,]*)\]\S* copy(?:-start)?\(", line)
-        if copy and not entry and copy.group(1) in shapes:
-            found.append(line.strip())
-    return found
+    return copies(compiled.as_text(), {leaf.shape for leaf in caches})
 
 
 class UpdatesInSwitch(DecodeLoop):

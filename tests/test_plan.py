@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +18,13 @@ from dspark_jax.sharding import ShardingRules, abstract_mesh, array_sharding, ga
 from dspark_jax.targets.config import TargetConfig
 from train import fit
 from train.abstract_run import AbstractRun
+from train.bench import preset
 from train.estimate import estimate, shard_bytes
 from train.liveness import peak_bytes
 from train.plan import micro_batches
 
 MESHES = {8: (2, 4, 1), 64: (16, 2, 2), 256: (32, 4, 2)}
-# One of every kind and of every family: what the others differ in, their widths, the small mesh has shown.
+# One of every kind and of every family.
 WIDE = ("embedded_mtp", "gemma4_12b_dspark", "qwen3_14b_dflash", "qwen3_4b_eagle3")
 
 
@@ -42,10 +44,20 @@ def planned(name: str, devices: int, **mesh: str) -> AbstractRun:
 @pytest.mark.parametrize("devices", MESHES)
 @pytest.mark.parametrize("name", config_names())
 def test_every_configuration_lowers_for_tpus(name: str, devices: int) -> None:
-    run = planned(name, devices)
-    if devices == 8 or name in WIDE:
-        data, fsdp, tensor = MESHES[devices]
-        assert f'"data"={data}, "fsdp"={fsdp}, "tensor"={tensor}]>' in run.lower("tpu").as_text()
+    data, fsdp, tensor = MESHES[devices]
+    lowered = planned(name, devices).lower("tpu")
+    assert f'"data"={data}, "fsdp"={fsdp}, "tensor"={tensor}]>' in lowered.as_text()
+
+
+@pytest.mark.lowering
+def test_the_step_of_the_paper_lowers_for_tpus_and_gpus() -> None:
+    run = AbstractRun.of(preset("qwen3_4b"), abstract_mesh(1))
+    assert (run.batch["input_ids"].shape, run.config.drafter.num_anchors) == ((1, 4096), 512)
+    traced = run.step.trace(run.state, run.shared, run.batch)
+    for platform in ("tpu", "cuda"):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        # The logits of 64 blocks of 7 at a time, and never those of all 512.
+        assert re.search(r"<1x64x7x151936xf32>", text) and not re.search(r"x(512x7|3584)x151936x", text)
 
 
 @pytest.mark.parametrize("name", WIDE)

@@ -1,0 +1,107 @@
+"""infer.bench --plan: the decode loop compiled from shapes alone, and that it is the loop which an engine runs."""
+
+import json
+from pathlib import Path
+
+import jax
+import pytest
+
+from dspark_jax.checkpoints.drafters import load_drafter, save_drafter
+from dspark_jax.checkpoints.huggingface import load_target
+from dspark_jax.decoding.engine import Engine
+from dspark_jax.decoding.requests import DecodeConfig
+from dspark_jax.drafters.registry import drafter_hf_config, new_drafter
+from dspark_jax.hardware import known_device
+from infer import bench
+from infer.plan import DecodePlan, PlanOptions
+from infer.policies import policy_named
+from tests.tiny import write_tiny_target
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A target and a drafter; the plans below find no weights, only the configs."""
+    folder: Path = tmp_path_factory.mktemp("plan")
+    target = load_target(write_tiny_target(folder / "target"))
+    config = drafter_hf_config(
+        target.hf_config, num_layers=1, target_layer_ids=(-1, 0), mask_token_id=3, markov_rank=8, block_size=3
+    )  # fmt: skip
+    save_drafter(folder / "drafter", new_drafter("new", config, jax.random.key(0)), target)
+    return str(folder / "target"), str(folder / "drafter")
+
+
+def options(folders: tuple[str, str], **given: object) -> PlanOptions:
+    made = {"target": folders[0], "drafter": folders[1], "slots": 3, "longest": 100, "dtype": "float32"}
+    return PlanOptions(**made | given)
+
+
+@pytest.mark.parametrize("policy", ["fixed", "look-ahead"])
+def test_the_plan_is_of_the_engines_loop(folders: tuple[str, str], policy: str) -> None:
+    plan = DecodePlan.of(options(folders, policy=policy))
+    target = load_target(folders[0], dtype="float32")
+    drafter = load_drafter(folders[1], target, dtype="float32")
+    config = DecodeConfig(slots=3, policy=policy_named(policy))
+    engine = Engine(target, drafter, config, 100, len(target.stop_tokens), tables=tables_for(plan))
+    assert plan.loop == engine.loop
+
+    def shapes(tree: object) -> list[tuple]:
+        return [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
+
+    assert shapes(plan.params) == shapes(engine.params) and shapes(plan.state) == shapes(engine.state)
+    assert plan.loop.buckets[-1] == 12
+
+
+def tables_for(plan: DecodePlan) -> object:
+    """Tables of ones in the plan's shapes."""
+    return jax.tree.map(lambda x: jax.numpy.ones(x.shape, x.dtype), plan.params.tables)
+
+
+def test_the_program_compiles_the_loop_and_finds_no_copied_cache(folders: tuple[str, str], tmp_path, capsys) -> None:
+    words = ["--plan", "--target", folders[0], "--drafter", folders[1], "--slots", "3", "--longest", "1000"]
+    bench.main([*words, "--device", "NVIDIA H200"])
+    printed = capsys.readouterr().out
+    rows = dict(line.split("  ", 1) for line in printed.splitlines() if "  " in line)
+    found = {name: value.strip() for name, value in rows.items()}
+    assert found["whole-cache copies"] == "0" and found["requests x positions"] == "3 x 1024"
+    assert found["verify buckets"].split()[-1] == "12"
+    # 2 layers, 2 heads of 16, keys and values, bfloat16
+    assert found["target's cache a device"] == f"{3 * 1024 * 2 * 2 * 16 * 2 * 2 / 2**20:,.1f} MiB"
+    assert float(found["arguments a device"].removesuffix(" MiB")) > float(
+        found["target's cache a device"].removesuffix(" MiB")
+    )
+    assert "verify: attention over the cache" in printed and "bound by" in printed
+
+
+def test_what_a_plan_refuses(folders: tuple[str, str], capsys) -> None:
+    for words, said in (
+        ("--plan", "There is nothing to plan: give --config NAME"),
+        (f"--plan --target {folders[0]} --slots 0", "A plan needs --slots of 1 or more"),
+        (f"--plan --target {folders[0]} --topology v9:2x2", "--topology is 'v9:2x2'; a kind of TPU"),
+        (f"--plan --target {folders[0]} --mesh rows=2", "--mesh is 'rows=2'"),
+        (f"--plan --target {folders[0]} --slot 3", "Unknown option --slot"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            bench.main(words.split())
+        assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_a_plan_reads_no_weights(folders: tuple[str, str], tmp_path, capsys) -> None:
+    """A published target needs nothing at all; the floor of a round with it is that of its weights."""
+    bench.main(["--plan", "--config", "qwen3_4b_dspark", "--no-compile", "--device", "NVIDIA H200", "--slots", "1"])
+    printed = capsys.readouterr().out
+    line = next(line for line in printed.splitlines() if line.startswith("verify: projections and MLP"))
+    device = known_device("NVIDIA H200")
+    assert device is not None and line.endswith("memory")
+    weights = 36 * (2560 * (2 * 4096 + 2 * 1024) + 3 * 2560 * 9728) * 2
+    assert f"{1e3 * weights / device.bandwidth:,.3f}" in line and "whole-cache" not in printed
+    config = Path(folders[0]) / "config.json"
+    copy = tmp_path / "target"
+    copy.mkdir()
+    (copy / "config.json").write_text(json.dumps(json.loads(config.read_text())))
+    assert DecodePlan.of(PlanOptions(target=str(copy))).drafter is None
+
+
+@pytest.mark.lowering
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_the_loop_lowers_for_hardware_that_is_not_here(folders: tuple[str, str], platform: str) -> None:
+    assert "stablehlo.while" in DecodePlan.of(options(folders)).lower(platform).as_text()
