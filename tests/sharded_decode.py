@@ -69,6 +69,19 @@ def check_generate(folder: Path) -> None:
         engine.step()
         for leaf in jax.tree.leaves((engine.state.target_cache, engine.state.draft)):
             assert {shard.data.nbytes for shard in leaf.addressable_shards} == {leaf.nbytes // 8}
+    # With a tensor axis fewer groups share the slots, and the target's cache is split by head as its layers are.
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    target = load_target(folder / "target", mesh=mesh)
+    engine = Engine(target, load_drafter(folder / "drafter", target, mesh=mesh), config, 40)
+    for i, request in enumerate(requests[:4]):
+        engine.submit(i, request)
+    done: dict[int, Any] = {}
+    while not engine.idle:
+        done |= {p.index: p.generation for p in engine.step() if p.generation is not None}
+        for tree, parts in ((engine.state.target_cache, 8), (engine.state.draft, 4)):
+            for leaf in jax.tree.leaves(tree):
+                assert {shard.data.nbytes for shard in leaf.addressable_shards} == {leaf.nbytes // parts}
+    assert [done[i].tokens for i in range(4)] == [g.tokens for g in expected[:4]]
 
 
 if __name__ == "__main__":

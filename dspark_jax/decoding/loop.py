@@ -21,7 +21,7 @@ from dspark_jax.decoding.sampling import DRAFT, RESIDUAL, SamplingParams, draw, 
 from dspark_jax.decoding.scheduler import Fixed, PolicyState, RoundView, VerifyPolicy
 from dspark_jax.decoding.state import DecodeState, RoundCounters, RoundRecord, empty_counters
 from dspark_jax.drafters.protocol import Drafter, DraftOutput, SharedTables
-from dspark_jax.sharding import ShardingRules, replicated
+from dspark_jax.sharding import ShardingRules, array_sharding, replicated
 from dspark_jax.targets.attention import CachedBlock, KeysValues, PackedRows
 from dspark_jax.targets.decoder import TargetModel
 from dspark_jax.targets.kv_cache import append_rows, empty_cache
@@ -85,15 +85,20 @@ class DecodeLoop:
         return self.block + 1
 
     def place(self, state: DecodeState) -> DecodeState:
-        """Slots over all devices where their number allows it, else the whole state on each."""
+        """Slots over the mesh's groups of rows where their number allows it, else on each device; the target's cache
+        over the tensor axis by kv head too."""
         if self.mesh is None:
             return state
-        rules = ShardingRules() if self.requests % self.mesh.size == 0 else ShardingRules(batch=None)
+        rules = ShardingRules()
+        if self.requests % rules.row_groups(self.mesh):
+            rules = replace(rules, batch=None)
         spec, whole = NamedSharding(self.mesh, rules.spec(["batch"])), replicated(self.mesh)
         shardings: Any = jax.tree.map(lambda _: spec, state)
+        axes = ["batch", "kv_heads", None, None]
+        cache = jax.tree.map(lambda x: array_sharding(x.shape, axes, self.mesh, rules), state.target_cache)
         shared = jax.tree.map(lambda _: whole, state.policy.shared)
         policy = shardings.policy._replace(shared=shared)
-        shardings = replace(shardings, policy=policy, predicted_seconds=whole)
+        shardings = replace(shardings, target_cache=cache, policy=policy, predicted_seconds=whole)
         return jax.lax.with_sharding_constraint(state, shardings)
 
     def models(self, params: LoopParams) -> tuple[TargetModel, Drafter | None]:
