@@ -73,7 +73,7 @@ class ShardingRules:
         Where an axis that splits no rows goes over processes, several hold the same.
         """
         spans = self.rows(mesh, 1).addressable_devices_indices_map((rows,)).values()
-        return tuple(sorted({row for (span,) in spans for row in range(*span.indices(rows))}))
+        return tuple(sorted({row for index in spans if index for row in range(*index[0].indices(rows))}))
 
     def sharded_markov(self) -> "ShardingRules":
         """These rules with Markov tables split as embedding and head are."""

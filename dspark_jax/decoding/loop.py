@@ -87,15 +87,15 @@ class DecodeLoop:
     def place(self, state: DecodeState) -> DecodeState:
         """Slots over the mesh's groups of rows where their number allows it, else on each device; the target's cache
         over the tensor axis by kv head too."""
-        if self.mesh is None:
+        mesh, rules = self.mesh, ShardingRules()
+        if mesh is None:
             return state
-        rules = ShardingRules()
-        if self.requests % rules.row_groups(self.mesh):
+        if self.requests % rules.row_groups(mesh):
             rules = replace(rules, batch=None)
-        spec, whole = NamedSharding(self.mesh, rules.spec(["batch"])), replicated(self.mesh)
+        spec, whole = NamedSharding(mesh, rules.spec(["batch"])), replicated(mesh)
         shardings: Any = jax.tree.map(lambda _: spec, state)
         axes = ["batch", "kv_heads", None, None]
-        cache = jax.tree.map(lambda x: array_sharding(x.shape, axes, self.mesh, rules), state.target_cache)
+        cache = jax.tree.map(lambda x: array_sharding(x.shape, axes, mesh, rules), state.target_cache)
         shared = jax.tree.map(lambda _: whole, state.policy.shared)
         policy = shardings.policy._replace(shared=shared)
         shardings = replace(shardings, target_cache=cache, policy=policy, predicted_seconds=whole)
