@@ -55,7 +55,8 @@ def check_load(folder: Path) -> None:
 
 def check_generate(folder: Path) -> None:
     requests = [Request(p, temperature=float(i % 2), seed=i) for i, p in enumerate(prompts(5, SHAPES["vocab_size"]))]
-    config = DecodeConfig(max_new_tokens=12, slots=4, rounds_per_dispatch=4)
+    # Of one shape wherever it is used: compiling is what takes time here.
+    config = DecodeConfig(max_new_tokens=12, slots=8, rounds_per_dispatch=2)
     single = load_target(folder / "target")
     expected = generate(single, load_drafter(folder / "drafter", single), requests, config)
     mesh = make_mesh(data=2, fsdp=4)
@@ -64,7 +65,7 @@ def check_generate(folder: Path) -> None:
         drafter = load_drafter(folder / "drafter", target, mesh=mesh, rules=rules)
         found = generate(target, drafter, requests, config)
         assert [g.tokens for g in found] == [g.tokens for g in expected]
-        engine = Engine(target, drafter, DecodeConfig(max_new_tokens=12, slots=8, rounds_per_dispatch=2), 40)
+        engine = Engine(target, drafter, config, 40)
         engine.submit(0, requests[0])
         engine.step()
         for leaf in jax.tree.leaves((engine.state.target_cache, engine.state.draft)):

@@ -183,22 +183,26 @@ def test_the_meter_averages_and_forgives_a_clock() -> None:
 # What it remembers
 
 
-def play(policy: Any, accepted: Any, rounds: int, drafting: float, state: Any = None) -> tuple[list[np.ndarray], Any]:
-    """Rounds in which request r gets accepted[r] drafts at most; who drafted in each."""
+def play(
+    policy: Any, accepted: Any, rounds: int, drafting: float, state: Any = None, ending_every: int = 0
+) -> tuple[list[np.ndarray], Any]:
+    """Rounds in which request r gets accepted[r] drafts at most; who drafted in each. Every so many rounds
+    (`ending_every`) all are at their last token, where no draft could be kept."""
     seconds = (1.0, 1.05, 1.1, 1.15, 1.2)
     tables = ScheduleTables.of(CostTable.of(TOKENS, seconds, drafting), [1.0] * K)
     shown = view(np.full((R, K), 3.0), [K] * R)._replace(tables=tables, drafted=None, confidence=None)
     state, drafted = policy.init(R, K) if state is None else state, []
 
     @jax.jit
-    def one(state: Any) -> Any:
-        flags, state = policy.drafting(shown, state)
-        seen = shown._replace(drafted=flags, caps=jnp.where(flags, shown.caps, 0), confidence=jnp.full((R, K), 3.0))
+    def one(state: Any, caps: Any) -> Any:
+        flags, state = policy.drafting(shown._replace(caps=caps), state)
+        seen = shown._replace(drafted=flags, caps=jnp.where(flags, caps, 0), confidence=jnp.full((R, K), 3.0))
         lengths, state = policy(seen, state)
         return flags, policy.observe(seen, lengths, jnp.minimum(lengths, jnp.asarray(accepted)), state)
 
-    for _ in range(rounds):
-        flags, state = one(state)
+    for i in range(rounds):
+        ending = ending_every and i % ending_every == ending_every - 1
+        flags, state = one(state, jnp.zeros_like(shown.caps) if ending else shown.caps)
         drafted.append(np.asarray(flags))
     return drafted, state
 
@@ -213,6 +217,12 @@ def test_drafting_stops_where_it_does_not_pay_and_is_tried_again() -> None:
     assert len(probes) >= 2 and np.all(gaps[1:] > gaps[:-1]) and rounds.sum() < 0.15 * rounds.size
     again, _ = play(LookAhead(), [4, 4, 4], 600, 0.5, state)
     assert np.array(again)[-50:].all(), "it comes back once drafts are accepted again"
+
+
+def test_the_wait_for_a_probe_outlives_the_request() -> None:
+    """Requests of 40 rounds one after the other: probes stay as rare as in one long request."""
+    long, short = (np.array(play(LookAhead(), [0, 0, 0], 600, 0.5, ending_every=n)[0])[40:, 0] for n in (0, 40))
+    assert 2 <= short.sum() <= long.sum() + 1
 
 
 def test_one_bad_request_is_set_aside_alone() -> None:

@@ -142,9 +142,11 @@ class DraftGuard:
         aside = jnp.any(able & ~wants)
         probe = aside & (shared.since >= shared.interval)
         longer = jnp.where(probe, jnp.minimum(2 * shared.interval, self.probe_at_most), shared.interval)
+        # A round in which nobody could draft, as at a request's last token, says nothing: the wait goes on.
+        someone = jnp.any(able)
         shared = shared._replace(
-            since=jnp.where(aside & ~probe, shared.since + 1, 0),
-            interval=jnp.where(aside, longer, history.probe_after),
-            off=~pays,
+            since=jnp.where(aside & ~probe, shared.since + 1, jnp.where(someone, 0, shared.since)),
+            interval=jnp.where(aside, longer, jnp.where(someone, history.probe_after, shared.interval)),
+            off=jnp.where(someone, ~pays, shared.off),
         )
         return able & (wants | probe), slots._replace(off=able & ~wants), shared
