@@ -3,6 +3,7 @@
 Compiled is not run: this says what fits and what travels, nothing of numbers or speed.
 """
 
+import math
 import os
 import re
 from collections import Counter
@@ -49,10 +50,13 @@ def topology_devices(topology: str) -> list[Any]:
         ) from error
 
 
-def topology_mesh(topology: str, data: int, fsdp: int, tensor: int) -> Mesh:
-    """The mesh over the chips of a topology; UserError as `topology_devices` and where the sizes do not fit it."""
-    found = topology_devices(topology)
-    devices: np.ndarray = np.array(found).reshape(mesh_shape(len(found), data, fsdp, tensor))
+def topology_mesh(topology: str, data: int, fsdp: int, tensor: int, part: bool = False) -> Mesh:
+    """The mesh over the chips of a topology, or, with `part`, over as many of the first as its sizes name. UserError as
+    `topology_devices` and where the sizes do not fit it."""
+    found, sizes = topology_devices(topology), (data, fsdp, tensor)
+    if part and -1 not in sizes:
+        found = found[: math.prod(sizes)]
+    devices: np.ndarray = np.array(found).reshape(mesh_shape(len(found), *sizes))
     return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * devices.ndim)
 
 

@@ -197,8 +197,8 @@ class Study:
         for users in self.settings.concurrency:
             engine = self.engine("fixed", users, Causal())
             prefill, dispatch = overheads(engine, self.prompts)
-            tables = engine.tables
-            assert tables is not None  # a load-adaptive engine always has them
+            if (tables := engine.tables) is None:
+                raise ValueError("a load-adaptive engine has tables, profiled or given")
             traces = record_traces(
                 self.engine("fixed", users), self.prompts, max(32, 2 * users), self.settings.seed + 10_000
             )

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from configs.cli import load_config, mesh_settings, parse
 from configs.schema import MeshSettings, TrainConfig
@@ -27,7 +27,7 @@ from dspark_jax.checkpoints.huggingface import DTYPES, resolve_folder, target_sk
 from dspark_jax.checkpoints.layouts import detect_layout
 from dspark_jax.checkpoints.published_targets import planned_target
 from dspark_jax.checkpoints.tensors import read_json
-from dspark_jax.compiled import compiled, copies, figures, mebibytes, topology_devices
+from dspark_jax.compiled import compiled, copies, figures, mebibytes, topology_mesh
 from dspark_jax.decoding.engine import make_loop
 from dspark_jax.decoding.floor import round_terms
 from dspark_jax.decoding.loop import DecodeLoop, LoopParams, run_rounds
@@ -37,7 +37,7 @@ from dspark_jax.decoding.state import DecodeState
 from dspark_jax.drafters.registry import LoadedDrafter, drafter_hf_config, read_config, skeleton
 from dspark_jax.errors import UserError
 from dspark_jax.hardware import known_device, terms_table
-from dspark_jax.sharding import MESH_AXES, ShardingRules, make_mesh, mesh_shape, parameter_shardings, split
+from dspark_jax.sharding import ShardingRules, make_mesh, parameter_shardings, split
 from dspark_jax.targets.target import Target
 from infer.policies import PolicyName, policy_named
 from infer.report import table
@@ -170,12 +170,8 @@ def plan_mesh(options: PlanOptions) -> Mesh | None:
         settings = mesh_settings(options.mesh, MeshSettings())
         mesh = make_mesh(settings.data, settings.fsdp, settings.tensor)
         return None if mesh.size == 1 else mesh
-    chips = topology_devices(options.topology)
-    settings = mesh_settings(options.mesh, MeshSettings()) if options.mesh else MeshSettings(data=1, tensor=len(chips))
-    sizes = settings.data, settings.fsdp, settings.tensor
-    count = len(chips) if -1 in sizes else min(len(chips), math.prod(sizes))
-    devices: np.ndarray = np.array(chips[:count]).reshape(mesh_shape(count, *sizes))
-    return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * devices.ndim)
+    settings = mesh_settings(options.mesh, MeshSettings()) if options.mesh else MeshSettings(data=1, tensor=-1)
+    return topology_mesh(options.topology, settings.data, settings.fsdp, settings.tensor, part=True)
 
 
 def planned_pair(options: PlanOptions, mesh: Mesh | None) -> tuple[Target, LoadedDrafter | None]:

@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 
 from dspark_jax.compiled import copies
+from dspark_jax.decoding import verification
 from dspark_jax.decoding.chunks import blank_chunk
 from dspark_jax.decoding.engine import Engine
 from dspark_jax.decoding.generate import generate, stream
-from dspark_jax.decoding.loop import DecodeLoop, VerifyOutput, init_state, run_round, run_rounds
+from dspark_jax.decoding.loop import DecodeLoop, init_state, run_round, run_rounds
 from dspark_jax.decoding.prefill import admit
 from dspark_jax.decoding.requests import DecodeConfig, Generation, Request
 from dspark_jax.decoding.scheduler import bucket_ladder
 from dspark_jax.decoding.state import DecodeState
+from dspark_jax.decoding.verification import VerifyOutput, verify
 from dspark_jax.drafters.registry import DRAFTERS
 from dspark_jax.errors import UserError
 from dspark_jax.targets.kv_cache import append_rows
@@ -65,9 +67,16 @@ def cache_copies(compiled: Any, state: DecodeState) -> list[str]:
 class UpdatesInSwitch(DecodeLoop):
     """The same round, but the branches of the switch return the updated cache: the form that XLA copies."""
 
-    def _verify_bucket(self, target: Any, size: int, cache: Any, block: Any, starts: Any, wanted: Any) -> VerifyOutput:
-        out = super()._verify_bucket(target, size, cache, block, starts, wanted)
-        return out._replace(kv=(out.kv, append_rows(cache, out.kv, starts)))
+    def verify(self, target: Any, state: DecodeState, block: Any, starts: Any, lengths: Any) -> Any:
+        whole = verification._verify_bucket
+
+        def grown(target: Any, size: int, taps: Any, cache: Any, *rest: Any) -> VerifyOutput:
+            out = whole(target, size, taps, cache, *rest)
+            return out._replace(kv=(out.kv, append_rows(cache, out.kv, starts)))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(verification, "_verify_bucket", grown)
+            return super().verify(target, state, block, starts, lengths)
 
     def _commit(self, drafter: Any, state: DecodeState, *rest: Any) -> Any:
         rest = list(rest)
@@ -231,11 +240,12 @@ def test_every_bucket_computes_the_same_rows() -> None:
     block = jnp.asarray(np.random.default_rng(0).integers(0, target.config.vocab_size, (4, loop.width)), jnp.int32)
 
     @jax.jit
-    def both(params: Any, state: DecodeState) -> tuple[VerifyOutput, VerifyOutput]:
+    def both(params: Any, state: DecodeState) -> list[tuple[VerifyOutput, jax.Array]]:
         model, operands = loop.models(params)[0], (state.target_cache, block, state.length - 1, jnp.asarray(wanted))
-        return loop._verify_bucket(model, 9, *operands), loop._verify_bucket(model, 4 * loop.width, *operands)
+        return [verify(model, buckets, loop.tap_layers, *operands) for buckets in ((9,), ())]
 
-    packed, padded = both(engine.params, state)
+    (packed, small), (padded, whole) = both(engine.params, state)
+    assert (small, whole) == (9, block.size)
     for a, b in zip(jax.tree.leaves(packed), jax.tree.leaves(padded), strict=True):
         np.testing.assert_allclose(np.asarray(a)[wanted], np.asarray(b)[wanted], atol=2e-5)
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dspark_jax.decoding.sampling import SamplingParams, sampling_law
+from dspark_jax.decoding.sampling import RESIDUAL, SamplingParams, draw, draw_token, round_keys, sampling_law, uniforms
 
 
 def settings(rows: list[tuple[float, ...]]) -> SamplingParams:
@@ -66,3 +66,50 @@ def test_ties_are_kept_whole_and_greedy_takes_the_first() -> None:
 
     assert law(0.0, 0) == [0, 1, 0, 0]
     assert law(1.0, 1) == [0, 0.5, 0.5, 0]
+
+
+def jax_key(seed: np.ndarray, position: int, purpose: int, offset: int) -> jax.Array:
+    key = jax.random.wrap_key_data(jnp.asarray(seed), impl="threefry2x32")
+    for number in (position, purpose, offset):
+        key = jax.random.fold_in(key, number)
+    return key
+
+
+def test_keys_and_uniforms_are_the_bits_of_jax_random() -> None:
+    seeds = np.array([[0, 0], [1, 2**32 - 1], [0xDEADBEEF, 77]], np.uint32)
+    positions, offsets = np.array([0, 5, 131071], np.int32), np.array([0, 3, 7], np.int32)
+    keys = jax.jit(round_keys, static_argnums=3)(seeds, positions, offsets, RESIDUAL)
+    drawn = np.asarray(jax.jit(lambda key: key.uniform(1001))(keys))  # an odd count, too
+    for r, seed in enumerate(seeds):
+        for k, offset in enumerate(offsets):
+            key = jax_key(seed, positions[r], RESIDUAL, offset)
+            np.testing.assert_array_equal((keys.high[r, k], keys.low[r, k]), jax.random.key_data(key))
+            np.testing.assert_array_equal(drawn[r, k], jax.random.uniform(key, (1001,)))
+    assert np.all((drawn >= 0) & (drawn < 1))
+
+
+def test_a_token_is_the_gumbel_max_of_its_law() -> None:
+    rng = np.random.default_rng(1)
+    logits = jnp.asarray(rng.normal(size=(4, 300)), jnp.float32)
+    rows = settings([(1.0, 0, 1.0, 0.0), (0.7, 20, 1.0, 0.0), (1.3, 0, 0.8, 0.0), (0.0, 0, 1.0, 0.0)])
+    seeds = jnp.asarray(rng.integers(0, 2**32, (4, 2), dtype=np.uint32))
+    law = np.asarray(sampling_law(logits, rows))
+    seen = set()
+    for position in range(20):
+        positions = jnp.full((4,), position, jnp.int32)
+        token, drawn_from = draw(logits, seeds, positions, 2, RESIDUAL, rows)
+        np.testing.assert_array_equal(drawn_from, law)
+        again = draw_token(jnp.asarray(law), seeds, positions, 2, RESIDUAL, rows)
+        for r in range(4):
+            gumbel = np.asarray(jax.random.gumbel(jax_key(np.asarray(seeds[r]), position, RESIDUAL, 2), (300,)))
+            with np.errstate(divide="ignore"):
+                assert token[r] == again[r] == np.argmax(np.log(law[r]) + gumbel)
+        seen.add(tuple(np.asarray(token).tolist()))
+    assert len(seen) == 20 and {tokens[3] for tokens in seen} == {int(np.argmax(logits[3]))}
+
+
+def test_nobody_samples_and_no_number_is_drawn() -> None:
+    rows = settings([(0.0, 0, 1.0, 0.0)] * 2)
+    assert not np.any(uniforms(jnp.ones((2, 2), jnp.uint32), jnp.arange(2), 5, rows))
+    sampled = uniforms(jnp.ones((2, 2), jnp.uint32), jnp.arange(2), 5, rows._replace(temperature=jnp.ones(2)))
+    assert len(set(np.asarray(sampled).ravel().tolist())) == 10

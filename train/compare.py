@@ -53,6 +53,8 @@ class CompareSettings:
     """Draft layers of DSpark and DFlash outside the curve over depth."""
     layers: tuple[int, ...] = (1, 3, 5, 7, 8)
     """Target layers whose hidden states all drafters are given."""
+    anchors: int = 24
+    """Blocks that DSpark, DFlash and MTP-1 learn from in a sequence of a step; Eagle3 learns from every position."""
     start: Literal["random", "target"] = "random"
     """What the layers of DSpark and DFlash start as; the other kinds' layers fit no target layer."""
     prompts: int = 500
@@ -77,7 +79,7 @@ class CompareSettings:
     """Run this one point in this process."""
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "steps", "depth", "prompts", "heldout", "samples", "max_new_tokens"):
+        for name in ("seeds", "steps", "depth", "anchors", "prompts", "heldout", "samples", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; at least 1 was expected.")
 
@@ -94,7 +96,9 @@ class CompareSettings:
         return self.output / "heldout.jsonl"
 
 
-IDENTITY = ("minutes", "depth", "layers", "start", "prompts", "cache", "heldout", "samples", "max_new_tokens")
+IDENTITY = (
+    "minutes", "depth", "layers", "anchors", "start", "prompts", "cache", "heldout", "samples", "max_new_tokens",
+)  # fmt: skip
 """What every point of a study shares, beside the target and the steps."""
 
 
@@ -246,6 +250,7 @@ def point_config(settings: CompareSettings, point: StudyPoint, steps: int) -> Tr
         "target": settings.target,
         "run_dir": str(settings.output / "points" / point.name),
         "drafter.target_layer_ids": settings.layers,
+        "drafter.num_anchors": settings.anchors,
         "data.cache": str(settings.cache_folder),
         "data.max_length": MAX_LENGTH,
         "data.length_buckets": (128, 192, 256),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from dspark_jax.checkpoints.huggingface import DTYPES
 from dspark_jax.drafters.backbone import Backbone
@@ -19,8 +19,7 @@ from dspark_jax.drafters.dspark import DSpark
 from dspark_jax.drafters.registry import read_config
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import split
-from dspark_jax.targets.attention import KeysValues, prefix_block_attention, prefix_mask
-from dspark_jax.targets.layers import layer_ropes
+from dspark_jax.targets.attention import Attend, KeysValues, prefix_block_attention, prefix_mask
 from dspark_jax.training.objective import BlockObjective
 from dspark_jax.training.step import make_train_step
 from train.abstract_run import SCHEDULED_STEPS, AbstractRun
@@ -48,25 +47,15 @@ class OneMask:
 
 
 class NaiveBackbone(Backbone):
-    def __call__(
-        self,
-        x: Float[Array, "b n k d"],
-        anchors: Int[Array, "b n"],
-        context: Sequence[KeysValues],
-        starts: Int[Array, "b n"] | None = None,
-    ) -> Float[Array, "b n k d"]:
-        x = x.astype(self.fc.weight_io.dtype)
-        count, width = x.shape[1:3]
-        positions = anchors if starts is None else anchors - starts
-        ropes = layer_ropes(self.config, positions[..., None] + jnp.arange(width))
+    def attending(
+        self, context: Sequence[KeysValues], anchors: Int[Array, "b n"], width: int, starts: Int[Array, "b n"] | None
+    ) -> Attend:
+        batch, count = anchors.shape
         before = prefix_mask(anchors, context[0].keys.shape[2], width, starts=starts)
         before = jnp.repeat(before[:, :, 0], width, axis=1)
         block = jnp.arange(count * width) // width
-        own = jnp.broadcast_to(block[:, None] == block, (x.shape[0], count * width, count * width))
-        attend = OneMask(context, jnp.concatenate([before, own], axis=-1)[:, None])
-        for layer, rope in zip(self.layers, ropes, strict=True):
-            x, _ = layer(x, rope, attend)
-        return self.norm(x)
+        own = jnp.broadcast_to(block[:, None] == block, (batch, count * width, count * width))
+        return OneMask(context, jnp.concatenate([before, own], axis=-1)[:, None])
 
 
 class NaiveDSpark(DSpark):

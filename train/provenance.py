@@ -27,7 +27,8 @@ def provenance_of(plan: RunPlan) -> Provenance:
     answers, source = answers_of([Path(data.conversations)]), plan.batches.source
     while isinstance(source, Packed | Truncated):
         source = source.source
-    assert isinstance(source, Tokenised)
+    if not isinstance(source, Tokenised):
+        raise TypeError(f"an online run reads conversations, not {type(source).__name__}")
     about = {
         "target_name": config.target,
         "tokenizer_hash": tokenizer_hash(plan.target.tokenizer),

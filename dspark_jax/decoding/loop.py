@@ -1,7 +1,7 @@
 """The compiled draft-verify-accept loop. One dispatch runs many rounds on the device; the host reads results between.
 
-Axes: R request slots, W = K + 1 rows of a block (anchor and drafts), S cached positions, V vocab, P packed rows of a
-bucket. Plain decoding is this loop with no drafter: K = 0, W = 1.
+Axes: R request slots, W = K + 1 rows of a block (anchor and drafts), S cached positions, V vocab. Plain decoding is
+this loop with no drafter: K = 0, W = 1.
 """
 
 from collections.abc import Callable
@@ -12,17 +12,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from dspark_jax.decoding.acceptance import AcceptanceRule, RejectionSampling, first_stop
 from dspark_jax.decoding.occupancy import Occupancy, ScheduleTables, round_costs
 from dspark_jax.decoding.sampling import DRAFT, RESIDUAL, SamplingParams, draw, draw_token, sampling_law, uniforms
 from dspark_jax.decoding.scheduler import Fixed, PolicyState, RoundView, VerifyPolicy
-from dspark_jax.decoding.state import DecodeState, RoundCounters, RoundRecord, empty_counters
+from dspark_jax.decoding.state import DecodeState, RoundCounters, RoundRecord, empty_counters, spread
+from dspark_jax.decoding.verification import VerifyOutput, verify, zeros_of
 from dspark_jax.drafters.protocol import Drafter, DraftOutput, SharedTables
-from dspark_jax.sharding import ShardingRules, array_sharding, replicated
-from dspark_jax.targets.attention import CachedBlock, KeysValues, PackedRows
 from dspark_jax.targets.decoder import TargetModel
 from dspark_jax.targets.kv_cache import append_rows, empty_cache
 
@@ -46,12 +45,12 @@ class _Planned(NamedTuple):
     policy: PolicyState
 
 
-class VerifyOutput(NamedTuple):
-    """Target results on the [R, W] grid; cells past a request's verify length are junk or zero."""
+class _Stretch(NamedTuple):
+    """Plain rounds so far [], and the taps [R, W, m D] of the tokens that they fed: the drafter has not seen them."""
 
-    logits: Array
+    planned: _Planned
+    rounds: Array
     taps: Array
-    kv: tuple[KeysValues, ...]
 
 
 @dataclass(frozen=True)
@@ -85,21 +84,7 @@ class DecodeLoop:
         return self.block + 1
 
     def place(self, state: DecodeState) -> DecodeState:
-        """Slots over the mesh's groups of rows where their number allows it, else on each device; the target's cache
-        over the tensor axis by kv head too."""
-        mesh, rules = self.mesh, ShardingRules()
-        if mesh is None:
-            return state
-        if self.requests % rules.row_groups(mesh):
-            rules = replace(rules, batch=None)
-        spec, whole = NamedSharding(mesh, rules.spec(["batch"])), replicated(mesh)
-        shardings: Any = jax.tree.map(lambda _: spec, state)
-        axes = ["batch", "kv_heads", None, None]
-        cache = jax.tree.map(lambda x: array_sharding(x.shape, axes, mesh, rules), state.target_cache)
-        shared = jax.tree.map(lambda _: whole, state.policy.shared)
-        policy = shardings.policy._replace(shared=shared)
-        shardings = replace(shardings, target_cache=cache, policy=policy, predicted_seconds=whole)
-        return jax.lax.with_sharding_constraint(state, shardings)
+        return state if self.mesh is None else spread(state, self.mesh)
 
     def models(self, params: LoopParams) -> tuple[TargetModel, Drafter | None]:
         target = nnx.merge(self.target, params.target)
@@ -133,7 +118,8 @@ class DecodeLoop:
         """One round for every slot: draft, schedule, verify, accept, commit (SPEC section 1)."""
         view, policy = self._view(params, state, occupancy)
         if self.block == 0:
-            return self._plain_round(params, state, view, policy)
+            state, record, _ = self._plain_round(params, state, view, policy)
+            return state, record
         return self._speculative_round(params, state, view, policy)
 
     def _speculative_round(
@@ -146,7 +132,7 @@ class DecodeLoop:
         view = view._replace(confidence=draft.confidence)
         lengths, policy = self.policy(view, policy) if someone else self._schedule(view, policy)
         block = jnp.concatenate([anchors[:, None], draft.tokens], axis=1)
-        verified, bucket = self._verify(target, state, block, starts, lengths)
+        verified, bucket = self.verify(target, state, block, starts, lengths)
         target_law = sampling_law(verified.logits, state.sampling)
         draws = uniforms(state.keys, starts, self.block, state.sampling)
         accepted, next_law = self.rule(draft.tokens, draft.probs, target_law, draws, lengths)
@@ -160,21 +146,23 @@ class DecodeLoop:
 
     def _plain_round(
         self, params: LoopParams, state: DecodeState, view: RoundView, policy: PolicyState
-    ) -> tuple[DecodeState, RoundRecord]:
-        """A round in which nobody drafts, at the cost of plain decoding: the target on one row a request. The number
-        drawn is the one that a speculative round with verify length 0 would draw."""
-        target, drafter = self.models(params)
+    ) -> tuple[DecodeState, RoundRecord, Array]:
+        """A round in which nobody drafts, at the cost of plain decoding: the target on one row a request, whose taps
+        [R, 1, m D] are the third result. The drafter is told nothing. The number drawn is the one that a speculative
+        round with verify length 0 would draw."""
+        target, _ = self.models(params)
         starts, anchors = _anchors(state)
         none = jnp.zeros_like(starts)
-        verified, bucket = self._verify(target, state, anchors[:, None], starts, none)
+        verified, bucket = self.verify(target, state, anchors[:, None], starts, none)
         logits = verified.logits[:, 0]
         next_token, _ = draw(logits, state.keys, starts, self.block, RESIDUAL, state.sampling)
         draft = self.draft(target, None, state, anchors, starts, None)
         shared = shared_tables(target)
         state, record = self._commit(
-            drafter, state, anchors[:, None], draft, none, verified, none, next_token, bucket, shared
+            None, state, anchors[:, None], draft, none, verified, none, next_token, bucket, shared
         )
-        return self._account(state, view._replace(drafted=jnp.zeros_like(view.active)), policy, bucket), record
+        state = self._account(state, view._replace(drafted=jnp.zeros_like(view.active)), policy, bucket)
+        return state, record, verified.taps
 
     def _view(self, params: LoopParams, state: DecodeState, occupancy: Occupancy) -> tuple[RoundView, PolicyState]:
         """What the policy sees before anything is drafted, with its own word on who drafts."""
@@ -242,45 +230,11 @@ class DecodeLoop:
 
         return jax.lax.cond(jnp.any(view.drafted), partial(self.policy, view), nothing, policy)
 
-    def _verify(
+    def verify(
         self, target: TargetModel, state: DecodeState, block: Array, starts: Array, lengths: Array
     ) -> tuple[VerifyOutput, Array]:
-        """The target on [anchor, x_1..x_l] of every request, packed into the smallest bucket that holds them.
-
-        The cache is a read-only operand of the switch: branches that updated it would copy it whole every round.
-        """
-        width = block.shape[1]
-        wanted = state.active[:, None] & (jnp.arange(width) <= lengths[:, None])
-        needed, cells = jnp.sum(wanted), self.requests * width
-        sizes = (*(size for size in self.buckets if size < cells), cells)
-        buckets = jnp.asarray(sizes)
-        choice = jnp.searchsorted(buckets, needed)  # the last bucket holds every row, so this is in range
-        branches = [partial(self._verify_bucket, target, size) for size in sizes]
-        operands = (state.target_cache, block, starts, wanted)
-        if len(branches) == 1:
-            # Still a branch: in straight-line code XLA may write a layer's new K/V before its attention has read the
-            # cache, and so copies the whole cache first, every round.
-            out = jax.lax.cond(needed > 0, branches[0], partial(zeros_of, branches[0]), *operands)
-        else:
-            out = jax.lax.switch(choice, branches, *operands)
-        return out, buckets[choice]
-
-    def _verify_bucket(
-        self, target: TargetModel, size: int, cache: Any, block: Array, starts: Array, wanted: Array
-    ) -> VerifyOutput:
-        width = block.shape[1]
-        cells = self.requests * width
-        positions = starts[:, None] + jnp.arange(width)
-        if size == cells:  # every cell has its row: no packing to undo
-            out = target(block, positions, CachedBlock(cache, starts), self.tap_layers)
-            return VerifyOutput(target.logits(out.hidden), out.taps, out.kv)
-        index = jnp.nonzero(wanted.ravel(), size=size, fill_value=cells)[0]
-        packed = PackedRows(index, self.requests, width)
-        attend = CachedBlock(cache, starts, packed)
-        out = target(packed.from_grid(block), packed.from_grid(positions), attend, self.tap_layers)
-        grid = packed.to_grid
-        kv = tuple(KeysValues(grid(layer.keys), grid(layer.values)) for layer in out.kv)
-        return VerifyOutput(grid(target.logits(out.hidden)), grid(out.taps), kv)
+        wanted = state.active[:, None] & (jnp.arange(block.shape[1]) <= lengths[:, None])
+        return verify(target, self.buckets, self.tap_layers, state.target_cache, block, starts, wanted)
 
     def _commit(
         self,
@@ -362,7 +316,14 @@ class DecodeLoop:
         self, params: LoopParams, state: DecodeState, occupancy: Occupancy, unfinished: Callable[..., Array]
     ) -> DecodeState:
         """Rounds of a policy that may leave drafting off: a loop of speculative rounds for as long as somebody drafts,
-        then one of plain rounds, in turn. Two loops and no branch: what a branch updates, XLA copies whole."""
+        then one of plain rounds, in turn. Two loops and no branch: what a branch updates, XLA copies whole.
+
+        The drafter is given the tokens of plain rounds W at a time: as rows of one block they cost it about as much as
+        one of them would, every round."""
+
+        target, drafter = self.models(params)
+        shape = (self.requests, self.width, len(self.tap_layers) * target.config.hidden_size)
+        dtype = params.target["embed_weight_vd"].dtype
 
         def plan(done: Array, current: DecodeState) -> _Planned:
             view, policy = self._view(params, current, occupancy)
@@ -380,10 +341,26 @@ class DecodeLoop:
             new, _ = self._speculative_round(params, carry.state, view, carry.policy, someone=True)
             return plan(carry.done + 1, new)
 
-        def plain(carry: _Planned) -> _Planned:
+        def plain_round(stretch: _Stretch) -> _Stretch:
+            carry = stretch.planned
             view = self._drafted_view(params, carry.state, occupancy, carry.drafted)
-            new, _ = self._plain_round(params, carry.state, view, carry.policy)
-            return plan(carry.done + 1, new)
+            new, _, taps = self._plain_round(params, carry.state, view, carry.policy)
+            taps = jax.lax.dynamic_update_slice_in_dim(stretch.taps, taps, stretch.rounds, axis=1)
+            return _Stretch(plan(carry.done + 1, new), stretch.rounds + 1, taps)
+
+        def more(stretch: _Stretch) -> Array:
+            return (stretch.rounds < self.width) & nobody(stretch.planned)
+
+        def plain(carry: _Planned) -> _Planned:
+            stretch = _Stretch(carry, jnp.zeros((), jnp.int32), jnp.zeros(shape, dtype))
+            stretch = jax.lax.while_loop(more, plain_round, stretch)
+            state, starts = stretch.planned.state, carry.state.length - 1
+            tokens = jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (self.width,)))(state.tokens, starts)
+            counts = state.length - carry.state.length
+            draft = state.draft
+            if drafter is not None:
+                draft = drafter.commit(shared_tables(target), draft, stretch.taps, tokens, starts, counts)
+            return stretch.planned._replace(state=replace(state, draft=draft))
 
         def stretches(carry: _Planned) -> _Planned:
             return jax.lax.while_loop(nobody, plain, jax.lax.while_loop(someone, speculative, carry))
@@ -412,11 +389,6 @@ def _anchors(state: DecodeState) -> tuple[Array, Array]:
 
 def shared_tables(target: TargetModel) -> SharedTables:
     return SharedTables.of(target.config, target.embed_weight_vd[...], target.head_weight())
-
-
-def zeros_of(branch: Callable, *operands: Any) -> Any:
-    """Zeros in the shape of what `branch` returns."""
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(branch, *operands))
 
 
 @partial(jax.jit, static_argnums=0)

@@ -3,15 +3,18 @@
 Axes: R request slots, V vocab; `*n` any leading axes that start with R.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from dspark_jax.decoding.noise import Key
+
 # Below this a temperature means greedy: the law is one-hot at the lowest-indexed argmax (golden/NOTES 38).
 GREEDY_BELOW = 1e-5
-PRNG = "threefry2x32"  # named, so that samples don't depend on the caller's jax_default_prng_impl
 
 # Purposes of a random number, folded into its key beside position and offset.
 DRAFT, ACCEPT, RESIDUAL = 0, 1, 2
@@ -36,63 +39,79 @@ def sampling_law(logits: Float[Array, "r *n v"], params: SamplingParams) -> Floa
     Tokens tied with the last one kept by top-k or top-p are kept too, so the law does not depend on a sort's order.
     Greedy-only batches skip the softmax, and batches without top-k and top-p skip the sort.
     """
-    expand = (slice(None),) + (None,) * (logits.ndim - 1)
-    logits = logits.astype(jnp.float32)
-
-    def greedy() -> Array:
-        return jax.nn.one_hot(first_argmax(logits), logits.shape[-1], dtype=jnp.float32)
-
-    def sampled() -> Array:
-        scaled = logits / jnp.maximum(params.temperature, GREEDY_BELOW)[expand]
-        truncated = jnp.any((params.top_k > 0) | (params.top_p < 1.0))
-        scaled = jax.lax.cond(truncated, lambda z: _truncate(z, params, expand), lambda z: z, scaled)
-        floor = jnp.max(scaled, axis=-1, keepdims=True) + jnp.log(params.min_p)[expand]
-        law = jax.nn.softmax(jnp.where(scaled >= floor, scaled, -jnp.inf), axis=-1)
-        return jnp.where(params.stochastic[expand], law, greedy())
-
-    return jax.lax.cond(jnp.any(params.stochastic), sampled, greedy)
+    return _by_need(params, _greedy_law, _plain_law, _truncated_law, logits)
 
 
-def _truncate(scaled: Array, params: SamplingParams, expand: tuple) -> Array:
+def _by_need(params: SamplingParams, greedy: Callable, plain: Callable, truncated: Callable, *operands: Any) -> Any:
+    """One of three ways to the same laws: the first where nobody samples, the second where nobody asks for top-k or
+    top-p. One flat branch: XLA:CPU takes as long to enter a nested one as to make a small law."""
+    stochastic = jnp.any(params.stochastic)
+    sorts = stochastic & jnp.any((params.top_k > 0) | (params.top_p < 1.0))
+    need = stochastic.astype(jnp.int32) + sorts
+    return jax.lax.switch(need, (greedy, partial(plain, params), partial(truncated, params)), *operands)
+
+
+def _greedy_law(logits: Array) -> Array:
+    return jax.nn.one_hot(first_argmax(logits), logits.shape[-1], dtype=jnp.float32)
+
+
+def _plain_law(params: SamplingParams, logits: Array) -> Array:
+    return _law(params, logits, _scaled(params, logits))
+
+
+def _truncated_law(params: SamplingParams, logits: Array) -> Array:
+    return _law(params, logits, _truncate(_scaled(params, logits), params))
+
+
+def _law(params: SamplingParams, logits: Array, scaled: Array) -> Array:
+    floor = jnp.max(scaled, axis=-1, keepdims=True) + _per_request(jnp.log(params.min_p), logits)
+    law = jax.nn.softmax(jnp.where(scaled >= floor, scaled, -jnp.inf), axis=-1)
+    return jnp.where(_per_request(params.stochastic, logits), law, _greedy_law(logits))
+
+
+def _scaled(params: SamplingParams, logits: Array) -> Array:
+    temperature = jnp.maximum(params.temperature, GREEDY_BELOW)
+    return logits.astype(jnp.float32) / _per_request(temperature, logits)
+
+
+def _per_request(value: Float[Array, " r"], like: Float[Array, "r *n v"]) -> Array:
+    return value.reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def _truncate(scaled: Array, params: SamplingParams) -> Array:
     """-inf outside the top-k, then outside the smallest set of the rest whose mass reaches top_p."""
     vocab = scaled.shape[-1]
     ordered = -jnp.sort(-scaled, axis=-1)
-    k = jnp.where(params.top_k > 0, jnp.minimum(params.top_k, vocab), vocab)[expand]
-    ordered = jnp.where(jnp.arange(vocab) < k, ordered, -jnp.inf)
+    k = jnp.where(params.top_k > 0, jnp.minimum(params.top_k, vocab), vocab)
+    ordered = jnp.where(jnp.arange(vocab) < _per_request(k, scaled), ordered, -jnp.inf)
     mass = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(mass, axis=-1) - mass
     # The first token always stays, even at top_p = 0; a token enters while the mass before it is short of top_p. Off
     # (top_p = 1) keeps every token, also those before which the mass has already been rounded up to 1.
-    top_p = params.top_p[expand]
+    top_p = _per_request(params.top_p, scaled)
     kept = (before < top_p) | (top_p >= 1.0) | (jnp.arange(vocab) == 0)
     last = jnp.min(jnp.where(kept & (ordered > -jnp.inf), ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(scaled >= last, scaled, -jnp.inf)
 
 
-def fold_keys(
-    keys: UInt32[Array, "r 2"], positions: Int[Array, " r"], offsets: Int[Array, " k"], purpose: int
-) -> Array:
-    """Typed keys [R, K] of a request's draws in one round.
+def round_keys(keys: UInt32[Array, "r 2"], positions: Int[Array, " r"], offsets: Int[Array, " k"], purpose: int) -> Key:
+    """Keys [R, K] of a request's draws in one round.
 
     Folding the anchor's position makes the noise fresh in every round; nothing of slot or neighbours enters.
     """
-
-    def one(key: Array, position: Array) -> Array:
-        key = jax.random.fold_in(jax.random.fold_in(key, position), purpose)
-        return jax.vmap(lambda offset: jax.random.fold_in(key, offset))(offsets)
-
-    return jax.vmap(one)(jax.random.wrap_key_data(keys, impl=PRNG), positions)
+    request = Key.of(keys).fold_in(positions).fold_in(jnp.full_like(positions, purpose))
+    return Key(request.high[:, None], request.low[:, None]).fold_in(offsets[None])
 
 
 def uniforms(
     keys: UInt32[Array, "r 2"], positions: Int[Array, " r"], count: int, params: SamplingParams
 ) -> Float[Array, "r k"]:
     """Acceptance draws u_k in [0, 1); zeros, never looked at by a one-hot law, when nobody samples."""
-    shape = (positions.shape[0], count)
 
     def draw() -> Array:
-        return jax.vmap(jax.vmap(jax.random.uniform))(fold_keys(keys, positions, jnp.arange(count), ACCEPT))
+        return round_keys(keys, positions, jnp.arange(count), ACCEPT).uniform(1)[..., 0]
 
+    shape = (positions.shape[0], count)
     return jax.lax.cond(jnp.any(params.stochastic), draw, lambda: jnp.zeros(shape, jnp.float32))
 
 
@@ -104,14 +123,12 @@ def draw_token(
     purpose: int,
     params: SamplingParams,
 ) -> Int[Array, " r"]:
-    """One token a request from its law, by Gumbel-max; the argmax, with no random number drawn, when nobody samples."""
+    """One token a request from its law; the argmax, with no random number drawn, when nobody samples."""
 
-    def gumbel() -> Array:
-        folded = fold_keys(keys, positions, jnp.full((1,), offset), purpose)[:, 0]
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, law.shape[1:]))(folded)
-        return first_argmax(jnp.log(law) + noise)
+    def race() -> Array:
+        return _race(law, round_keys(keys, positions, jnp.full((1,), offset), purpose))
 
-    return jax.lax.cond(jnp.any(params.stochastic), gumbel, lambda: first_argmax(law))
+    return jax.lax.cond(jnp.any(params.stochastic), race, lambda: first_argmax(law))
 
 
 def draw(
@@ -122,17 +139,25 @@ def draw(
     purpose: int,
     params: SamplingParams,
 ) -> tuple[Int[Array, " r"], Float[Array, "r v"]]:
-    """(a token of each request's `sampling_law`, that law): one branch and one argmax when nobody samples."""
+    """(a token of each request's `sampling_law`, that law), in one branch."""
 
-    def sampled() -> tuple[Array, Array]:
-        law = sampling_law(logits, params)
-        return draw_token(law, keys, positions, offset, purpose, params), law
-
-    def greedy() -> tuple[Array, Array]:
+    def greedy(logits: Array) -> tuple[Array, Array]:
         token = first_argmax(logits)
         return token, jax.nn.one_hot(token, logits.shape[-1], dtype=jnp.float32)
 
-    return jax.lax.cond(jnp.any(params.stochastic), sampled, greedy)
+    def sampled(law_of: Callable, params: SamplingParams, logits: Array) -> tuple[Array, Array]:
+        law = law_of(params, logits)
+        return _race(law, round_keys(keys, positions, jnp.full((1,), offset), purpose)), law
+
+    return _by_need(params, greedy, partial(sampled, _plain_law), partial(sampled, _truncated_law), logits)
+
+
+def _race(law: Float[Array, "r v"], key: Key) -> Int[Array, " r"]:
+    """A token of each law, `key` [R, 1]: the first of V clocks that ring at rates `law`, which is Gumbel-max with a
+    logarithm less."""
+    tiny = jnp.finfo(jnp.float32).tiny
+    waits = -jnp.log(jnp.maximum(key.uniform(law.shape[-1])[:, 0], tiny))
+    return first_argmax(law / waits)
 
 
 def first_argmax(x: Float[Array, "*n v"]) -> Int[Array, "*n"]:

@@ -7,7 +7,6 @@ already; the best of the frontier is let in, or admission stops. As a falls with
 Axes: R request slots, K block position, M = R * K drafts, P token rungs.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -313,14 +312,6 @@ def _tables(view: RoundView) -> ScheduleTables:
 
 def _costs(view: RoundView) -> RoundCosts:
     return round_costs(_tables(view).costs, view.occupancy, view.active, view.lengths)
-
-
-POLICIES: dict[str, Callable[[], VerifyPolicy]] = {
-    "fixed": Fixed,
-    "causal": Causal,
-    "lookahead": LookAhead,
-    "asynchronous": Asynchronous,
-}
 
 
 def bucket_ladder(requests: int, width: int, rungs: int = 3) -> tuple[int, ...]:

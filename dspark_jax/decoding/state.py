@@ -3,14 +3,16 @@
 Axes: R request slots, S positions a slot can hold, K drafts a round (gamma), E stop tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
 from dspark_jax.decoding.sampling import SamplingParams
+from dspark_jax.sharding import ShardingRules, array_sharding, replicated
 from dspark_jax.targets.attention import KeysValues
 
 
@@ -80,3 +82,19 @@ class RoundRecord(NamedTuple):
 def empty_counters(requests: int, block: int) -> RoundCounters:
     per_slot, per_position = jnp.zeros((requests,), jnp.int32), jnp.zeros((requests, block), jnp.int32)
     return RoundCounters(per_slot, per_slot.copy(), per_slot.copy(), per_position, per_position.copy())
+
+
+def spread(state: DecodeState, mesh: Mesh) -> DecodeState:
+    """Slots over the mesh's groups of rows where their number allows it, else on each device; the target's cache over
+    the tensor axis by kv head too."""
+    rules = ShardingRules()
+    if state.length.shape[0] % rules.row_groups(mesh):
+        rules = replace(rules, batch=None)
+    spec, whole = NamedSharding(mesh, rules.spec(["batch"])), replicated(mesh)
+    shardings: Any = jax.tree.map(lambda _: spec, state)
+    axes = ["batch", "kv_heads", None, None]
+    cache = jax.tree.map(lambda x: array_sharding(x.shape, axes, mesh, rules), state.target_cache)
+    shared = jax.tree.map(lambda _: whole, state.policy.shared)
+    policy = shardings.policy._replace(shared=shared)
+    shardings = replace(shardings, target_cache=cache, policy=policy, predicted_seconds=whole)
+    return jax.lax.with_sharding_constraint(state, shardings)

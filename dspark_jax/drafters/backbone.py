@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dspark_jax.drafters.config import DrafterConfig
 from dspark_jax.drafters.heads import Linear
-from dspark_jax.targets.attention import KeysValues, prefix_block_attention, prefix_mask
+from dspark_jax.targets.attention import Attend, KeysValues, prefix_block_attention, prefix_mask
 from dspark_jax.targets.layers import layer_ropes
 from dspark_jax.targets.registry import layer_class
 
@@ -65,8 +65,13 @@ class Backbone(nnx.Module):
         x = x.astype(self.fc.weight_io.dtype)
         positions = anchors if starts is None else anchors - starts
         ropes = layer_ropes(self.config, positions[..., None] + jnp.arange(x.shape[2]))
-        allowed = prefix_mask(anchors, context[0].keys.shape[2], x.shape[2], starts=starts)
-        attend = BlocksOverContext(context, allowed)
+        attend = self.attending(context, anchors, x.shape[2], starts)
         for layer, rope in zip(self.layers, ropes, strict=True):
             x, _ = layer(x, rope, attend)
         return self.norm(x)
+
+    def attending(
+        self, context: Sequence[KeysValues], anchors: Int[Array, "b n"], width: int, starts: Int[Array, "b n"] | None
+    ) -> Attend:
+        """What the rows of blocks of `width` see."""
+        return BlocksOverContext(context, prefix_mask(anchors, context[0].keys.shape[2], width, starts=starts))
