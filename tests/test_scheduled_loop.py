@@ -252,8 +252,7 @@ def test_rounds_without_drafts_cost_what_plain_decoding_does() -> None:
         def one(state: DecodeState) -> Any:
             if not plain:
                 return loop.round(params, state, Occupancy.of())
-            view, policy = loop._view(params, state, Occupancy.of())
-            return loop._plain_round(params, state, view, policy)
+            return loop._plain_round(params, state)
 
         return jax.jit(one).lower(state).cost_analysis()["flops"]
 

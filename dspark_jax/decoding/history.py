@@ -133,9 +133,7 @@ class DraftGuard:
         price = worth * (costs.seconds[-1] - plain) / room
         good = able & (accepted > jnp.where(slots.off, 1 + self.gain, 1.0) * price * verified)
         tokens = base + jnp.sum(jnp.where(good, accepted, 0.0))
-        wanted = jnp.interp(
-            base + jnp.sum(jnp.where(good, verified, 0.0)), costs.tokens.astype(jnp.float32), costs.seconds
-        )
+        wanted = costs.between(base + jnp.sum(jnp.where(good, verified, 0.0)))
         seconds = jnp.maximum(wanted, plain) + pressure * costs.drafting
         pays = tokens > jnp.where(shared.off, 1 + self.gain, 1.0) * worth * seconds
         wants = good & pays
@@ -150,3 +148,7 @@ class DraftGuard:
             off=jnp.where(someone, ~pays, shared.off),
         )
         return able & (wants | probe), slots._replace(off=able & ~wants), shared
+
+    def rested(self, slots: SlotHistory, shared: SharedHistory, rounds: Int[Array, ""]) -> SharedHistory:
+        """`rounds` more rounds passed as the last one did; those in which somebody is set aside count for the probe."""
+        return shared._replace(since=shared.since + jnp.where(jnp.any(slots.off), rounds, 0))

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from dspark_jax.decoding.acceptance import AcceptanceRule, RejectionSampling, first_stop
-from dspark_jax.decoding.occupancy import Occupancy, ScheduleTables, round_costs
+from dspark_jax.decoding.occupancy import Occupancy, RoundCosts, ScheduleTables, round_costs
 from dspark_jax.decoding.sampling import DRAFT, RESIDUAL, SamplingParams, draw, draw_token, sampling_law, uniforms
 from dspark_jax.decoding.scheduler import Fixed, PolicyState, RoundView, VerifyPolicy
 from dspark_jax.decoding.state import DecodeState, RoundCounters, RoundRecord, empty_counters, spread
@@ -48,8 +48,8 @@ class _Planned(NamedTuple):
 class _Stretch(NamedTuple):
     """Plain rounds so far [], and the taps [R, W, m D] of the tokens that they fed: the drafter has not seen them."""
 
-    planned: _Planned
     rounds: Array
+    state: DecodeState
     taps: Array
 
 
@@ -116,10 +116,10 @@ class DecodeLoop:
 
     def round(self, params: LoopParams, state: DecodeState, occupancy: Occupancy) -> tuple[DecodeState, RoundRecord]:
         """One round for every slot: draft, schedule, verify, accept, commit (SPEC section 1)."""
-        view, policy = self._view(params, state, occupancy)
         if self.block == 0:
-            state, record, _ = self._plain_round(params, state, view, policy)
+            state, record, _ = self._plain_round(params, state)
             return state, record
+        view, policy = self._view(params, state, occupancy)
         return self._speculative_round(params, state, view, policy)
 
     def _speculative_round(
@@ -144,12 +144,10 @@ class DecodeLoop:
         policy = self.policy.observe(view, record.verify_lengths, record.accepted, policy)
         return self._account(state, view, policy, bucket), record
 
-    def _plain_round(
-        self, params: LoopParams, state: DecodeState, view: RoundView, policy: PolicyState
-    ) -> tuple[DecodeState, RoundRecord, Array]:
+    def _plain_round(self, params: LoopParams, state: DecodeState) -> tuple[DecodeState, RoundRecord, Array]:
         """A round in which nobody drafts, at the cost of plain decoding: the target on one row a request, whose taps
-        [R, 1, m D] are the third result. The drafter is told nothing. The number drawn is the one that a speculative
-        round with verify length 0 would draw."""
+        [R, 1, m D] are the third result. Neither drafter nor policy is told. The number drawn is the one that a
+        speculative round with verify length 0 would draw."""
         target, _ = self.models(params)
         starts, anchors = _anchors(state)
         none = jnp.zeros_like(starts)
@@ -161,7 +159,6 @@ class DecodeLoop:
         state, record = self._commit(
             None, state, anchors[:, None], draft, none, verified, none, next_token, bucket, shared
         )
-        state = self._account(state, view._replace(drafted=jnp.zeros_like(view.active)), policy, bucket)
         return state, record, verified.taps
 
     def _view(self, params: LoopParams, state: DecodeState, occupancy: Occupancy) -> tuple[RoundView, PolicyState]:
@@ -188,10 +185,15 @@ class DecodeLoop:
         counters = state.counters._replace(drafted=state.counters.drafted + drafted)
         predicted = state.predicted_seconds
         if view.tables is not None:
-            ones = jnp.ones((), jnp.float32)
-            costs = round_costs(view.tables.costs, Occupancy(ones, ones, ones), view.active, view.lengths)
+            costs = _costs_alone(view.tables, view.active, view.lengths)
             predicted += jnp.where(jnp.any(drafted), costs.of(bucket) + costs.drafting, costs.plain)
         return replace(state, counters=counters, policy=policy, predicted_seconds=predicted)
+
+    def _plain_seconds(self, params: LoopParams, state: DecodeState) -> Array:
+        """What the cost table says of a plain round; 0 without one."""
+        if params.tables is None:
+            return jnp.zeros((), jnp.float32)
+        return _costs_alone(params.tables, state.active, state.length).plain
 
     def draft(
         self,
@@ -318,8 +320,8 @@ class DecodeLoop:
         """Rounds of a policy that may leave drafting off: a loop of speculative rounds for as long as somebody drafts,
         then one of plain rounds, in turn. Two loops and no branch: what a branch updates, XLA copies whole.
 
-        The drafter is given the tokens of plain rounds W at a time: as rows of one block they cost it about as much as
-        one of them would, every round."""
+        Plain rounds run W at a time before the drafter is given their tokens, as rows of one block which cost it about
+        as much as one of them, and before the policy is asked again."""
 
         target, drafter = self.models(params)
         shape = (self.requests, self.width, len(self.tap_layers) * target.config.hidden_size)
@@ -342,25 +344,24 @@ class DecodeLoop:
             return plan(carry.done + 1, new)
 
         def plain_round(stretch: _Stretch) -> _Stretch:
-            carry = stretch.planned
-            view = self._drafted_view(params, carry.state, occupancy, carry.drafted)
-            new, _, taps = self._plain_round(params, carry.state, view, carry.policy)
+            new, _, taps = self._plain_round(params, stretch.state)
             taps = jax.lax.dynamic_update_slice_in_dim(stretch.taps, taps, stretch.rounds, axis=1)
-            return _Stretch(plan(carry.done + 1, new), stretch.rounds + 1, taps)
-
-        def more(stretch: _Stretch) -> Array:
-            return (stretch.rounds < self.width) & nobody(stretch.planned)
+            return _Stretch(stretch.rounds + 1, new, taps)
 
         def plain(carry: _Planned) -> _Planned:
-            stretch = _Stretch(carry, jnp.zeros((), jnp.int32), jnp.zeros(shape, dtype))
-            stretch = jax.lax.while_loop(more, plain_round, stretch)
-            state, starts = stretch.planned.state, carry.state.length - 1
+            def more(stretch: _Stretch) -> Array:
+                return (stretch.rounds < self.width) & unfinished(carry.done + stretch.rounds, stretch.state)
+
+            first = _Stretch(jnp.zeros((), jnp.int32), carry.state, jnp.zeros(shape, dtype))
+            rounds, state, taps = jax.lax.while_loop(more, plain_round, first)
+            starts, counts, draft = carry.state.length - 1, state.length - carry.state.length, state.draft
             tokens = jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (self.width,)))(state.tokens, starts)
-            counts = state.length - carry.state.length
-            draft = state.draft
             if drafter is not None:
-                draft = drafter.commit(shared_tables(target), draft, stretch.taps, tokens, starts, counts)
-            return stretch.planned._replace(state=replace(state, draft=draft))
+                draft = drafter.commit(shared_tables(target), draft, taps, tokens, starts, counts)
+            seconds = state.predicted_seconds + rounds * self._plain_seconds(params, carry.state)
+            policy = self.policy.rested(carry.policy, rounds - 1)
+            new = replace(state, draft=draft, policy=policy, predicted_seconds=seconds)
+            return plan(carry.done + rounds, new)
 
         def stretches(carry: _Planned) -> _Planned:
             return jax.lax.while_loop(nobody, plain, jax.lax.while_loop(someone, speculative, carry))
@@ -385,6 +386,12 @@ def _anchors(state: DecodeState) -> tuple[Array, Array]:
     """(positions, tokens) [R] of the last committed tokens."""
     starts = state.length - 1
     return starts, jnp.take_along_axis(state.tokens, starts[:, None], axis=1)[:, 0]
+
+
+def _costs_alone(tables: ScheduleTables, active: Array, lengths: Array) -> RoundCosts:
+    """Costs of a round with nothing beside it: what the clock is compared with."""
+    ones = jnp.ones((), jnp.float32)
+    return round_costs(tables.costs, Occupancy(ones, ones, ones), active, lengths)
 
 
 def shared_tables(target: TargetModel) -> SharedTables:

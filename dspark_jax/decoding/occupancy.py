@@ -83,7 +83,7 @@ class CostTable(NamedTuple):
         """(verify [P], drafting [], plain []) at a mean context length."""
         if self.contexts.shape[0] == 1:
             return self.verify[0], self.drafting[0], None if self.plain is None else self.plain[0]
-        index = jnp.clip(jnp.searchsorted(self.contexts, context) - 1, 0, self.contexts.shape[0] - 2)
+        index = jnp.clip(below(self.contexts, context) - 1, 0, self.contexts.shape[0] - 2)
         low, high = self.contexts[index], self.contexts[index + 1]
         share = jnp.clip((context - low) / (high - low), 0.0, 1.0)
 
@@ -117,11 +117,25 @@ class RoundCosts(NamedTuple):
 
     def rung(self, tokens: Array) -> Array:
         """The rung that a pass over `tokens` runs at; the last one for more than that."""
-        return jnp.minimum(jnp.searchsorted(self.tokens, tokens), self.tokens.shape[0] - 1)
+        return jnp.minimum(below(self.tokens, tokens), self.tokens.shape[0] - 1)
 
     def of(self, tokens: Array) -> Array:
         """Seconds of a round, without drafting, that verifies `tokens`."""
         return self.seconds[self.rung(tokens)]
+
+    def between(self, tokens: Float[Array, ""]) -> Float[Array, ""]:
+        """Seconds at a mean number of tokens, linear between rungs."""
+        high = self.rung(tokens)
+        low = jnp.maximum(high - 1, 0)
+        start, end = self.tokens[low], self.tokens[high]
+        share = jnp.clip((tokens - start) / jnp.maximum(end - start, 1), 0.0, 1.0)
+        return self.seconds[low] * (1 - share) + self.seconds[high] * share
+
+
+def below(rungs: Array, values: Array) -> Int[Array, "..."]:
+    """How many of a few ascending `rungs` lie below each value: `searchsorted` without its loop, which took the decode
+    loop as long as a layer of the target (docs/log.md)."""
+    return jnp.sum(jnp.expand_dims(values, -1) > rungs, axis=-1)
 
 
 def round_costs(
@@ -132,7 +146,7 @@ def round_costs(
     base = jnp.sum(active)
     mean = jnp.sum(jnp.where(active, lengths, 0)) / jnp.maximum(base, 1)
     verify, drafting, plain = table.at(mean)
-    least = verify[jnp.minimum(jnp.searchsorted(table.tokens, base), table.tokens.shape[0] - 1)]
+    least = verify[jnp.minimum(below(table.tokens, base), table.tokens.shape[0] - 1)]
     seconds = least + occupancy.pressure * jnp.maximum(verify - least, 0.0)
     return RoundCosts(table.tokens, seconds, drafting, base, least if plain is None else plain)
 

@@ -55,6 +55,10 @@ class VerifyPolicy(Protocol):
         """Which requests draft at all; where none does, the drafter is not run. None: always everybody."""
         ...
 
+    def rested(self, state: PolicyState, rounds: Int[Array, ""]) -> PolicyState:
+        """After `rounds` more rounds in which nobody drafted, without being asked."""
+        ...
+
     def __call__(self, view: RoundView, state: PolicyState) -> tuple[Int[Array, " r"], PolicyState]:
         """Verify lengths 0..caps."""
         ...
@@ -77,6 +81,9 @@ class Fixed:
 
     def drafting(self, view: RoundView, state: PolicyState) -> tuple[None, PolicyState]:
         return None, state
+
+    def rested(self, state: PolicyState, rounds: Array) -> PolicyState:
+        return state
 
     def __call__(self, view: RoundView, state: PolicyState) -> tuple[Array, PolicyState]:
         return view.caps, state
@@ -145,6 +152,12 @@ class Adaptive:
             self.history, _costs(view), able, pressure, state.slots, state.shared.history
         )
         return drafts, PolicyState(slots, state.shared._replace(history=history))
+
+    def rested(self, state: PolicyState, rounds: Array) -> PolicyState:
+        if self.guard is None:
+            return state
+        history = self.guard.rested(state.slots, state.shared.history, rounds)
+        return PolicyState(state.slots, state.shared._replace(history=history))
 
     def __call__(self, view: RoundView, state: PolicyState) -> tuple[Array, PolicyState]:
         shared = state.shared

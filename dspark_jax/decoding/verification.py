@@ -41,7 +41,7 @@ def verify(
     """
     needed = jnp.sum(wanted)
     sizes = (*(size for size in buckets if size < block.size), block.size)
-    choice = jnp.searchsorted(jnp.asarray(sizes), needed)  # the last bucket holds every row, so this is in range
+    choice = jnp.sum(needed > jnp.asarray(sizes))  # the last bucket holds every row, so this is in range
     branches = [partial(_verify_bucket, target, size, tap_layers) for size in sizes]
     operands = (cache, block, starts, wanted)
     if len(branches) == 1:
