@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -189,7 +190,7 @@ class Study:
         for repeat, strategy in tqdm(missing, desc=f"{mode} {load:g}", unit="run", disable=None):
             self.log.add(mode, load, strategy, repeat, run(engines[strategy]))
         engines.clear()
-        gc.collect()
+        forget_programs()
 
     def validation(self, closed: dict[str, Any]) -> dict[str, Any]:
         """The simulator against the medians of the real engine, strategy by strategy."""
@@ -205,6 +206,7 @@ class Study:
             save_traces(self.settings.output / "traces.npz", traces)
             device = SimulatedDevice(tables, engine.loop.buckets, prefill, dispatch, self.settings.rounds_per_dispatch)
             rows[str(users)] = {}
+            forget_programs()
             for strategy in self.settings.strategies:
                 if strategy == "mtp":
                     continue  # the traces are of the other drafter
@@ -217,6 +219,13 @@ class Study:
                 }
         errors = [abs(row["error"]) for group in rows.values() for row in group.values()]
         return {"by_users": rows, "summary": {"median": float(np.median(errors)), "largest": float(max(errors))}}
+
+
+def forget_programs() -> None:
+    """Each compiled program holds memory maps, and a study over many numbers of users compiles more of them than a
+    process may have."""
+    jax.clear_caches()
+    gc.collect()
 
 
 class RunLog:
