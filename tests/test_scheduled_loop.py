@@ -263,6 +263,17 @@ def test_rounds_without_drafts_cost_what_plain_decoding_does() -> None:
     assert flops(loop, params, state, plain=False) > 2 * baseline
 
 
+def test_plain_rounds_count_for_the_next_probe() -> None:
+    """Though the policy is asked once a stretch of them, and not once a round."""
+    engine = engine_of(LookAhead(), drafting=50.0)
+    state = admitted(engine.loop, engine.params, engine.state, PROMPTS[:SLOTS], 42)
+    drafted = []
+    for _ in range(3):
+        state = run_rounds(engine.loop, engine.params, state, Occupancy.of(), jnp.int32(13), jnp.asarray(False))
+        drafted.append(int(np.asarray(state.counters.drafted).max()))
+    assert drafted == [0, 0, 1], "the first probe is due after 32 rounds"
+
+
 @pytest.mark.parametrize("kind", DRAFTERS)
 def test_a_drafter_hears_of_the_tokens_of_plain_rounds(kind: str) -> None:
     """It drafts, after more plain rounds than a block has rows, as if it had been told round by round. One request

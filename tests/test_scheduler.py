@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from dspark_jax.decoding.calibration import Online, Oracle, Static
 from dspark_jax.decoding.history import DraftGuard, History
-from dspark_jax.decoding.occupancy import CostTable, LoadMeter, Occupancy, ScheduleTables, round_costs
+from dspark_jax.decoding.occupancy import (
+    CostTable,
+    LoadMeter,
+    Occupancy,
+    RoundCosts,
+    ScheduleTables,
+    below,
+    round_costs,
+)
 from dspark_jax.decoding.scheduler import Asynchronous, Causal, LookAhead, RoundView, Threshold, rank, survival
 from dspark_jax.errors import UserError
 
@@ -299,3 +307,14 @@ def test_without_a_confidence_head_history_stands_in() -> None:
         lengths, state = policy(shown, state)
         state = policy.observe(shown, lengths, jnp.zeros(R, jnp.int32), state)
     assert policy(shown, state)[0].sum() < hopeful
+
+
+@pytest.mark.parametrize("rungs", [[3], [1, 5], [1, 5, 8]])
+def test_tables_are_searched_as_numpy_searches(rungs: list[int]) -> None:
+    values = np.linspace(0, 10, 41)
+    np.testing.assert_array_equal(below(jnp.asarray(rungs), jnp.asarray(values)), np.searchsorted(rungs, values))
+    seconds = np.asarray(rungs, np.float32) ** 1.5
+    zero = jnp.zeros(())
+    costs = RoundCosts(jnp.asarray(rungs), jnp.asarray(seconds), zero, jnp.int32(1), zero)
+    found = [float(costs.between(jnp.float32(value))) for value in values]
+    np.testing.assert_allclose(found, np.interp(values, rungs, seconds), rtol=1e-6)

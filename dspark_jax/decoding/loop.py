@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from dspark_jax.decoding.acceptance import AcceptanceRule, RejectionSampling, first_stop
-from dspark_jax.decoding.occupancy import Occupancy, RoundCosts, ScheduleTables, round_costs
+from dspark_jax.decoding.occupancy import Occupancy, ScheduleTables, idle_costs
 from dspark_jax.decoding.sampling import DRAFT, RESIDUAL, SamplingParams, draw, draw_token, sampling_law, uniforms
 from dspark_jax.decoding.scheduler import Fixed, PolicyState, RoundView, VerifyPolicy
 from dspark_jax.decoding.state import DecodeState, RoundCounters, RoundRecord, empty_counters, spread
@@ -185,7 +185,7 @@ class DecodeLoop:
         counters = state.counters._replace(drafted=state.counters.drafted + drafted)
         predicted = state.predicted_seconds
         if view.tables is not None:
-            costs = _costs_alone(view.tables, view.active, view.lengths)
+            costs = idle_costs(view.tables.costs, view.active, view.lengths)
             predicted += jnp.where(jnp.any(drafted), costs.of(bucket) + costs.drafting, costs.plain)
         return replace(state, counters=counters, policy=policy, predicted_seconds=predicted)
 
@@ -193,7 +193,7 @@ class DecodeLoop:
         """What the cost table says of a plain round; 0 without one."""
         if params.tables is None:
             return jnp.zeros((), jnp.float32)
-        return _costs_alone(params.tables, state.active, state.length).plain
+        return idle_costs(params.tables.costs, state.active, state.length).plain
 
     def draft(
         self,
@@ -322,7 +322,6 @@ class DecodeLoop:
 
         Plain rounds run W at a time before the drafter is given their tokens, as rows of one block which cost it about
         as much as one of them, and before the policy is asked again."""
-
         target, drafter = self.models(params)
         shape = (self.requests, self.width, len(self.tap_layers) * target.config.hidden_size)
         dtype = params.target["embed_weight_vd"].dtype
@@ -386,12 +385,6 @@ def _anchors(state: DecodeState) -> tuple[Array, Array]:
     """(positions, tokens) [R] of the last committed tokens."""
     starts = state.length - 1
     return starts, jnp.take_along_axis(state.tokens, starts[:, None], axis=1)[:, 0]
-
-
-def _costs_alone(tables: ScheduleTables, active: Array, lengths: Array) -> RoundCosts:
-    """Costs of a round with nothing beside it: what the clock is compared with."""
-    ones = jnp.ones((), jnp.float32)
-    return round_costs(tables.costs, Occupancy(ones, ones, ones), active, lengths)
 
 
 def shared_tables(target: TargetModel) -> SharedTables:

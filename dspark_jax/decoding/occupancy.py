@@ -151,6 +151,12 @@ def round_costs(
     return RoundCosts(table.tokens, seconds, drafting, base, least if plain is None else plain)
 
 
+def idle_costs(table: CostTable, active: Bool[Array, " r"], lengths: Int[Array, " r"]) -> RoundCosts:
+    """Costs with nothing beside the loop: what the clock is compared with."""
+    ones = jnp.ones((), jnp.float32)
+    return round_costs(table, Occupancy(ones, ones, ones), active, lengths)
+
+
 @dataclass
 class LoadMeter:
     """Host side, between dispatches: an exponential average of measured over predicted seconds.
