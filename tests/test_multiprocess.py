@@ -71,6 +71,12 @@ def online(folder: Path, run: str, *more: object) -> list[str]:
     )
 
 
+def hybrid(folder: Path, run: str, *more: object) -> list[str]:
+    """Online for five steps, whose states are stored as they are; then from the cache."""
+    stored = ("--data.source", "hybrid", "--data.codec", "float32")
+    return online(folder, run, *stored, *more)
+
+
 def evaluated(folder: Path) -> list[object]:
     options = "--evaluation.every-steps 20 --evaluation.max-new-tokens 6 --evaluation.temperature 0"
     return ["--evaluation.prompts", folder / "heldout.jsonl", *options.split()]
@@ -108,6 +114,8 @@ def two(folder: Path, alone: Path) -> list[str]:
         ["fit", *offline(folder, "offline-2x4")],
         ["fit", *online(folder, "online-2x4", "--mesh.data", 1, "--mesh.fsdp", 8, *evaluated(folder))],
         ["fit", *offline(folder, "grown", "--mesh.data", 1, "--mesh.fsdp", 1, "--mesh.tensor", 8)],
+        ["fit", *hybrid(folder, "hybrid-2x4")],
+        ["tests.fetched_rows", str(folder)],
     ]
     return jobs.run(folder, "two", runs, processes=2, devices=4)
 
@@ -158,16 +166,39 @@ def test_two_processes_fill_one_cache(folder: Path, two: list[str]):
 
 
 @pytest.mark.multiprocess
+def test_a_hybrid_job_learns_as_online_and_leaves_a_cache(folder: Path, two: list[str]):
+    np.testing.assert_allclose(losses(folder, "hybrid-2x4"), losses(folder, "online-1"), rtol=1e-5)
+    one, both = TargetCache(folder / "cache"), TargetCache(folder / "hybrid-2x4" / "cache")
+    both.verify()
+    expected = {one[index].input_ids.tobytes(): one[index] for index in range(len(one))}
+    assert len(both) == len(one) == len(expected)
+    for index in range(len(both)):
+        found = both[index]
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+            found.arrays(),
+            expected[found.input_ids.tobytes()].arrays(),
+        )
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("layout", ["rows", "both"])
+def test_rows_of_all_come_to_the_first(folder: Path, two: list[str], layout: str):
+    np.testing.assert_array_equal(np.load(folder / f"fetched-{layout}.npy"), np.arange(72).reshape(24, 3))
+
+
+@pytest.mark.multiprocess
 def test_processes_that_were_started_differently_are_told(folder: Path, two: list[str]):
     for process, errors in enumerate(two):
-        assert jobs.exit_codes(folder, "two", process) == [2, 0, 0, 0, 0]
+        assert jobs.exit_codes(folder, "two", process) == [2, 0, 0, 0, 0, 0, 0]
         assert "Process 1 of 2 and process 0 disagree: they were given different configurations." in errors
     assert not (folder / "disagreeing").exists()
 
 
 @pytest.mark.multiprocess
 def test_sigterm_to_one_stops_both_and_one_continues(folder: Path, alone: Path):
-    arguments = offline(folder, "shrunk", "--checkpoint.every-steps", 99)
+    """In a hybrid run, whose cache one process then goes on with."""
+    arguments = hybrid(folder, "shrunk", "--checkpoint.every-steps", 99)
     log = folder / "shrunk" / "metrics.jsonl"
     job = jobs.start(folder, "stopped", [["fit", *arguments]], processes=2)
     until = time.monotonic() + 200
@@ -180,7 +211,7 @@ def test_sigterm_to_one_stops_both_and_one_continues(folder: Path, alone: Path):
     saved = [path.name for path in (folder / "shrunk" / "checkpoints").iterdir()]
     assert len(saved) == 1 and 2 <= int(saved[0]) < STEPS
     main(arguments)
-    np.testing.assert_allclose(losses(folder, "shrunk"), losses(folder, "offline-1"), rtol=1e-5)
+    np.testing.assert_allclose(losses(folder, "shrunk"), losses(folder, "online-1"), rtol=1e-5)
 
 
 def test_rows_of_this_process():

@@ -164,6 +164,31 @@ def fetch(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
+def fetch_rows(x: jax.Array, most_bytes: int = 2**28) -> np.ndarray:
+    """An array [rows, ...] as a numpy array in process 0's memory; the other processes get one without rows.
+
+    The rows travel through every device's memory, at most `most_bytes` of them at a time (but one row at least).
+    """
+    if jax.process_count() == 1:
+        return jax.device_get(x)
+    assert isinstance(x.sharding, NamedSharding)
+    everywhere, rows = NamedSharding(x.sharding.mesh, PartitionSpec()), max(1, most_bytes * len(x) // max(x.nbytes, 1))
+    parts = [np.zeros((0, *x.shape[1:]), x.dtype)]
+    with jax.transfer_guard("allow"):
+        for first in range(0, len(x), rows):
+            part = _rows(x, first, min(rows, len(x) - first), everywhere)
+            if is_first():
+                parts.append(np.asarray(part))
+            else:
+                part.block_until_ready()
+    return np.concatenate(parts)
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _rows(x: jax.Array, first: int, rows: int, sharding: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(jax.lax.dynamic_slice_in_dim(x, first, rows), sharding)
+
+
 @contextmanager
 def bounded_by_peers() -> Iterator[None]:
     """Ends a process whose part failed, at once where a computation did, which others wait for or have left.

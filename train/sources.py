@@ -19,6 +19,7 @@ from dspark_jax.data.tokenised import Tokenised, encode_files
 from dspark_jax.data.views import Packed, Reordered
 from dspark_jax.errors import UserError
 from dspark_jax.targets.target import Target
+from train.distributed import barrier, fetch_rows, from_first, is_first
 from train.sidecar import require_same_settings, weights_fingerprint, write_settings
 
 SHARD_BYTES = 256 * 2**20
@@ -33,11 +34,6 @@ def open_conversations(config: TrainConfig, target: Target) -> Tokenised:
         )
     if target.tokenizer is None:
         raise UserError(f"{target.name} has no tokenizer files to read conversations with; add tokenizer.json.")
-    if data.source == "hybrid" and jax.process_count() > 1:
-        raise UserError(
-            f"data.source is hybrid on {jax.process_count()} processes, but one process writes a cache; take online, "
-            "or build the cache first."
-        )
     files = [data.conversations]
     encoded = encode_files(files, target.tokenizer, data.chat_format, data.max_length, target.config.vocab_size)
     found = Tokenised.of(encoded, data.min_loss_tokens)
@@ -104,7 +100,8 @@ class Recorder:
     """Writes what the steps of the first epoch computed, each while the next one runs.
 
     Steps that a resumed run computes again are not written twice. `flush` before a checkpoint is what makes the cache
-    cover every step that the checkpoint has behind it.
+    cover every step that the checkpoint has behind it. The first process of a job writes; the others bring it their
+    rows, so every process calls every method, at the same steps.
     """
 
     def __init__(self, folder: Path, epoch: FirstEpoch, config: TrainConfig, target: Target, start: int):
@@ -116,18 +113,21 @@ class Recorder:
         begun = require_same_settings(folder / "build.json", made, folder)
         here = sum(path.stat().st_size for path in folder.glob("shard-*"))
         require_disk(folder, estimate_bytes(tokens, len(epoch.order), spec, SHARD_BYTES) - here)
-        self._writer = CacheWriter(folder, spec, SHARD_BYTES)
+        barrier("the cache's folder has been looked at")
+        self._writer = CacheWriter(folder, spec, SHARD_BYTES) if is_first() else None
+        # What the first process has written, as all of them know it.
+        self._next = int(from_first(self._writer.next_source if self._writer else 0))
         behind = int(epoch.firsts[min(start * epoch.batches.global_batch, len(epoch.firsts) - 1)])
-        if self._writer.next_source < behind:
-            self._writer.close()
+        if self._next < behind:
+            self.close()
             raise UserError(
-                f"The cache in {folder} has {self._writer.next_source} records of the {behind} that the run has behind "
+                f"The cache in {folder} has {self._next} records of the {behind} that the run has behind "
                 "it; restore it, or begin the run anew in another folder."
             )
-        if not begun:
-            if self._writer.next_source > 0:
-                self._writer.close()
-                raise UserError(f"{folder} is a cache without build.json, made elsewhere; give a new data.cache.")
+        if not begun and self._next > 0:
+            self.close()
+            raise UserError(f"{folder} is a cache without build.json, made elsewhere; give a new data.cache.")
+        if not begun and is_first():
             write_settings(folder / "build.json", made)
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
 
@@ -135,13 +135,14 @@ class Recorder:
         """Writes the states of the step before, and keeps these for later."""
         self._write()
         for array in stored.values():
-            array.copy_to_host_async()
+            if array.is_fully_addressable:
+                array.copy_to_host_async()
         self._pending = step, stored
 
     def flush(self) -> None:
         """All that was taken is on the disk, and the cache is finished where that is all there is."""
         self._write()
-        if not self._writer.complete:
+        if self._writer and not self._writer.complete:
             if self._writer.next_source == len(self.epoch.order):
                 self._writer.finish()
             else:
@@ -150,13 +151,15 @@ class Recorder:
     def finish(self) -> TokenSource:
         """The sequences from the cache, by their own numbers."""
         self.flush()
-        self._writer.close()
+        self.close()
+        barrier("the cache is written")
         inverse = np.empty_like(self.epoch.order)
         inverse[self.epoch.order] = np.arange(len(inverse))
         return Reordered(TargetCache(self.folder), inverse, self.epoch.names())
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer:
+            self._writer.close()
 
     def _write(self) -> None:
         if self._pending is None:
@@ -164,15 +167,24 @@ class Recorder:
         (step, stored), self._pending = self._pending, None
         rows, firsts = self.epoch.batches.global_batch, self.epoch.firsts
         first = step * rows
-        if first >= len(firsts) - 1 or firsts[min(first + rows, len(firsts) - 1)] <= self._writer.next_source:
+        last = min(first + rows, len(firsts) - 1)
+        if first >= last or firsts[last] <= self._next:
             return
-        arrays = jax.device_get(stored)
-        for row in range(min(rows, len(firsts) - 1 - first)):
-            start = 0
-            for record in range(int(firsts[first + row]), int(firsts[first + row + 1])):
-                tokens = self.epoch.sequences[int(self.epoch.order[record])]
-                span = slice(start, start + len(tokens.input_ids))
-                start = span.stop
-                if record == self._writer.next_source:
-                    states = [arrays[name][row, span] for name in STATES if name in arrays]
-                    self._writer.add(record, Sample(record, tokens.input_ids, tokens.loss_mask, *states))
+        arrays = {name: fetch_rows(array) for name, array in stored.items()}
+        if self._writer:
+            for row in range(last - first):
+                span = int(firsts[first + row]), int(firsts[first + row + 1])
+                self._write_row(*span, {name: array[row] for name, array in arrays.items()})
+        self._next = int(firsts[last])
+
+    def _write_row(self, first: int, stop: int, states: dict[str, np.ndarray]) -> None:
+        """Those of a row's records from `first` to `stop` that the cache does not have."""
+        assert self._writer
+        start = 0
+        for record in range(first, stop):
+            tokens = self.epoch.sequences[int(self.epoch.order[record])]
+            span = slice(start, start + len(tokens.input_ids))
+            start = span.stop
+            if record == self._writer.next_source:
+                parts = [states[name][span] for name in STATES if name in states]
+                self._writer.add(record, Sample(record, tokens.input_ids, tokens.loss_mask, *parts))
