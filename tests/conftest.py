@@ -7,9 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.xla import FAST_COMPILER
+
 # Before anything imports jax. Tests that simulate several devices or processes start programs of their own.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("XLA_FLAGS", FAST_COMPILER)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

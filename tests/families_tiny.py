@@ -6,8 +6,10 @@ python -m tests.families_tiny: loads them split over 8 simulated devices (a prog
 import os
 import sys
 
+from tests.xla import xla_flags
+
 if __name__ == "__main__":
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    os.environ["XLA_FLAGS"] = xla_flags(8)
     os.environ["JAX_PLATFORMS"] = "cpu"
 
 import tempfile

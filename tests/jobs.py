@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.xla import xla_flags
+
 ROOT = Path(__file__).parent.parent
 PEER_SECONDS = 60
 """A machine that is busy with other tests may leave a process without a turn for long."""
@@ -49,7 +51,7 @@ def start(
         joined = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(index)}
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": xla_flags(devices),
             "DSPARK_PEER_SECONDS": str(peer_seconds),
             **(joined if processes > 1 else {}),
         }

@@ -6,8 +6,10 @@ python -m tests.sharded_data FOLDER DEVICES: writes FOLDER/DEVICES from FOLDER/t
 import os
 import sys
 
+from tests.xla import xla_flags
+
 if __name__ == "__main__":
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={sys.argv[2]}"
+    os.environ["XLA_FLAGS"] = xla_flags(int(sys.argv[2]))
     os.environ["JAX_PLATFORMS"] = "cpu"
 
 from pathlib import Path

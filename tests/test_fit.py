@@ -30,6 +30,7 @@ from dspark_jax.training.objective import BlockObjective
 from dspark_jax.training.schedule import learning_rate_schedule, make_optimizer
 from dspark_jax.training.step import TrainState, abstract_train_state, make_train_step
 from tests.tiny import write_tiny_target
+from tests.xla import xla_flags
 from train.fit import main
 from train.plan import make_plan
 from train.run_folder import MetricsLog, read_records
@@ -172,7 +173,7 @@ def test_eight_devices_give_the_losses_of_one(target: Path, cache: Path, unsplit
     done = subprocess.run(
         [sys.executable, "-m", "train.fit", *command(target, tmp_path / "run", *mesh, cache=cache)],
         cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        env=os.environ | {"XLA_FLAGS": xla_flags(8)},
         capture_output=True,
         text=True,
     )

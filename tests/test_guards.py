@@ -20,6 +20,7 @@ from dspark_jax.data.target_cache import CacheWriter, TargetCache
 from dspark_jax.errors import UserError
 from dspark_jax.training.checkpoint import Checkpoints
 from tests.tiny import write_tiny_target
+from tests.xla import xla_flags
 from train.fit import main
 from train.run_folder import read_records
 from train.synthetic_cache import write_synthetic_cache
@@ -122,7 +123,7 @@ def test_another_number_of_devices_continues_with_the_same_losses(folder: Path):
     done = subprocess.run(
         [sys.executable, "-m", "train.fit", *arguments],
         cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+        env=os.environ | {"XLA_FLAGS": xla_flags(4)},
         capture_output=True,
         text=True,
     )

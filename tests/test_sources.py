@@ -19,6 +19,7 @@ from dspark_jax.data.manifest import Manifest
 from dspark_jax.data.target_cache import TargetCache
 from dspark_jax.training.checkpoint import Checkpoints
 from tests.tiny import write_tiny_target
+from tests.xla import xla_flags
 from train import build_cache
 from train.fit import main
 from train.plan import make_plan
@@ -87,7 +88,7 @@ def test_the_target_is_split_over_the_mesh(folder: Path, online: Path):
     done = subprocess.run(
         [sys.executable, "-m", "train.fit", *command(folder, "four", *mesh, steps=20)],
         cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+        env=os.environ | {"XLA_FLAGS": xla_flags(4)},
         capture_output=True,
         text=True,
     )
