@@ -64,9 +64,9 @@ def test_decoding_goes_on_while_a_long_prompt_comes_in(monkeypatch: pytest.Monke
     """While others decode, no more than the budget is prefilled between two dispatches, in order of arrival."""
     spent: list[int] = []
 
-    def admit(loop: Any, params: Any, state: Any, batch: Any, fresh: bool) -> Any:
+    def admit(loop: Any, params: Any, state: Any, batch: Any, *how: bool) -> Any:
         spent.append(batch.tokens.size)
-        return real(loop, params, state, batch, fresh)
+        return real(loop, params, state, batch, *how)
 
     real = engine_module.admit
     monkeypatch.setattr(engine_module, "admit", admit)

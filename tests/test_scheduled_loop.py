@@ -252,7 +252,7 @@ def test_rounds_without_drafts_cost_what_plain_decoding_does() -> None:
         def one(state: DecodeState) -> Any:
             if not plain:
                 return loop.round(params, state, Occupancy.of())
-            return loop._plain_round(params, state)
+            return loop.plain_round(params, state)
 
         return jax.jit(one).lower(state).cost_analysis()["flops"]
 

@@ -8,7 +8,7 @@ padded to length buckets, so that other prompts meet compiled programs.
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from dspark_jax.decoding.chunks import blank_chunk, chunk_widths, next_chunk, prompt_bucket
 from dspark_jax.decoding.loop import DecodeLoop, LoopParams, init_state, record_rounds, run_rounds
 from dspark_jax.decoding.occupancy import LoadMeter, Occupancy, ScheduleTables
-from dspark_jax.decoding.prefill import admit, retire
+from dspark_jax.decoding.prefill import admit, recall, retire
 from dspark_jax.decoding.profile import load_or_measure
 from dspark_jax.decoding.requests import (
     DecodeConfig,
@@ -30,6 +30,7 @@ from dspark_jax.decoding.requests import (
     Timing,
     make_job,
 )
+from dspark_jax.decoding.resting import DraftRest, run_undrafted
 from dspark_jax.decoding.scheduler import bucket_ladder
 from dspark_jax.decoding.state import Admission, DecodeState, RoundRecord
 from dspark_jax.drafters.registry import LoadedDrafter
@@ -54,6 +55,12 @@ class _Entry:
     tokens: list[int] = field(default_factory=list)
     counts: tuple[int, int, tuple[int, ...], tuple[int, ...]] = (0, 0, (), ())
     drafted: int = 0
+    context: bool = False  # whether the drafter knows the request's tokens
+
+    @property
+    def committed(self) -> tuple[int, ...]:
+        """What the target has run on: prompt and tokens without the anchor."""
+        return (*self.job.prompt, *self.tokens[:-1])
 
     @property
     def decoding(self) -> bool:
@@ -100,6 +107,9 @@ class Engine:
         self._pending: deque[_Entry] = deque()
         self._slots: dict[int, _Entry] = {}
         self._open: dict[int, _Entry] = {}  # by request index: waiting or in a slot
+        after, adaptive = self.config.rest_after, bool(self.loop.block) and self.config.policy.needs_tables
+        self._rest = DraftRest(after) if adaptive and after is not None else None
+        self._wake = jnp.zeros((), bool)  # what the last dispatch without the drafter said
         self._told = (1.0, 1.0)  # load and signal in `occupancy`
         self._timed = False  # whether a dispatch has run, so that the next one is not compiled first
 
@@ -163,6 +173,7 @@ class Engine:
         self.admit()
         if not any(entry.decoding for entry in self._slots.values()):
             return []
+        self._recall()
         rounds = self.config.rounds_per_dispatch
         if not all(entry.decoding for entry in self._slots.values()):
             rounds = max(1, rounds // 4)  # a prompt waits for its next chunk
@@ -186,8 +197,11 @@ class Engine:
             self.recorder(tuple(holders.get(slot) for slot in range(self.config.slots)), jax.device_get(records))
             return
         soon = bool(self._pending) or self.config.return_at_once
-        limit, until_free = jnp.asarray(rounds, jnp.int32), jnp.asarray(soon)
-        self.state = run_rounds(self.loop, self.params, self.state, self.occupancy, limit, until_free)
+        how = self.occupancy, jnp.asarray(rounds, jnp.int32), jnp.asarray(soon)
+        if self._rest is not None and not any(entry.context for entry in self._slots.values() if entry.decoding):
+            self.state, self._wake = run_undrafted(self.loop, self.params, self.state, *how)
+        else:
+            self.state = run_rounds(self.loop, self.params, self.state, *how)
 
     def _tell_occupancy(self) -> None:
         known = (1.0 if self.meter is None else self.meter.load, self.signal)
@@ -206,6 +220,9 @@ class Engine:
             if self._pending and slot not in self._slots:
                 self._slots[slot] = self._pending.popleft()
                 self._slots[slot].admitted = now
+        if self._resting:
+            for entry in self._slots.values():
+                entry.context = False
         budget = self.config.prefill_budget if decoding else None
         fresh: dict[int, list[int]] = {}
         later: list[int] = []
@@ -236,11 +253,13 @@ class Engine:
         first, later = chunk_widths(self.config, self.loop.size, self.longest - 1)
         for width in sorted(first):
             for rows in {1, self.config.slots}:
-                self._run_chunk(blank_chunk(self.loop, rows, width), fresh=True)
+                self._warm_up_chunk(blank_chunk(self.loop, rows, width), fresh=True)
         for width in sorted(later):
-            self._run_chunk(blank_chunk(self.loop, 1, width), fresh=False)
-        none, until_free = jnp.asarray(0, jnp.int32), jnp.asarray(False)
-        self.state = run_rounds(self.loop, self.params, self.state, self.occupancy, none, until_free)
+            self._warm_up_chunk(blank_chunk(self.loop, 1, width), fresh=False)
+        how = self.occupancy, jnp.asarray(0, jnp.int32), jnp.asarray(False)
+        self.state = run_rounds(self.loop, self.params, self.state, *how)
+        if self._rest is not None:
+            self.state, _ = run_undrafted(self.loop, self.params, self.state, *how)
         self.state = retire(self.loop, self.state, jax.device_put(np.zeros(self.config.slots, bool)))
 
     def _chunk_bucket(self, entry: _Entry) -> int:
@@ -251,22 +270,70 @@ class Engine:
         filled = slots + slots[:1] * (rows - len(slots))
         entries = [(slot, self._slots[slot]) for slot in filled]
         batch = next_chunk(self.loop, width, [(slot, entry.job, entry.prefilled) for slot, entry in entries])
-        self._run_chunk(batch, fresh=not self._slots[slots[0]].prefilled)
+        first = self._slots[slots[0]]
+        fresh = not first.prefilled
+        context = not self._resting and (fresh or first.context)
+        self._run_chunk(batch, fresh, context)
         for slot in slots:
             entry = self._slots[slot]
+            entry.context = context
             entry.prefilled = min(entry.prefilled + width, len(entry.job.prompt))
 
-    def _run_chunk(self, batch: Admission, fresh: bool) -> None:
-        self.state = admit(self.loop, self.params, self.state, jax.device_put(batch), fresh)
+    def _run_chunk(self, batch: Admission, fresh: bool, context: bool = True) -> None:
+        if not context:
+            batch = batch._replace(verify_cap=batch.verify_cap * 0)
+        self.state = admit(self.loop, self.params, self.state, jax.device_put(batch), fresh, context)
+
+    def _warm_up_chunk(self, batch: Admission, fresh: bool) -> None:
+        self._run_chunk(batch, fresh)
+        if self._rest is not None:
+            self._run_chunk(batch, fresh, context=False)
+            if len(batch.slots) == 1:
+                self.state = recall(self.loop, self.params, self.state, jax.device_put(batch), fresh)
+
+    # The drafter left out
+
+    @property
+    def _resting(self) -> bool:
+        return self._rest is not None and self._rest.resting and self.recorder is None
+
+    def _recall(self) -> None:
+        """Tells the drafter, unless it rests, what it missed of the requests that decode, in order of arrival: up to
+        `prefill_budget` tokens between two dispatches, one request at least."""
+        if self._rest is None or self._resting:
+            return
+        missed = [(slot, entry) for slot, entry in self._slots.items() if entry.decoding and not entry.context]
+        spent = 0
+        for slot, entry in sorted(missed, key=lambda pair: pair[1].submitted):
+            spent += len(entry.committed)
+            if spent > len(entry.committed) and spent > self.config.prefill_budget:
+                break
+            job, start = replace(entry.job, prompt=entry.committed), 0
+            while start < len(job.prompt):
+                width = prompt_bucket(self.config, self.loop.size, start, len(job.prompt) - start)
+                batch = jax.device_put(next_chunk(self.loop, width, [(slot, job, start)]))
+                self.state = recall(self.loop, self.params, self.state, batch, not start)
+                start += width
+            entry.context = True
+
+    def _see_drafts(self, gained: list[tuple[int, int]], wake: bool) -> None:
+        """Decides whether the drafter is left out from here on. `gained`: of every request that it knows, the rounds of
+        the last dispatch and those that drafted; `wake`: where it knows none, whether the policy would draft."""
+        if self._rest is None:
+            return
+        if gained:
+            self._rest.saw(max(rounds for rounds, _ in gained), max(drafted for _, drafted in gained))
+        elif wake and self._rest.resting:
+            self._rest.wake()
 
     # Results
 
     def _harvest(self) -> list[Progress]:
         state = self.state
-        tokens, length, active, stopped, counters = jax.device_get(
-            (state.tokens, state.length, state.active, state.stopped, state.counters)
+        tokens, length, active, stopped, counters, wake = jax.device_get(
+            (state.tokens, state.length, state.active, state.stopped, state.counters, self._wake)
         )
-        now, progress = time.perf_counter(), []
+        now, progress, gained = time.perf_counter(), [], list[tuple[int, int]]()
         for slot, entry in list(self._slots.items()):
             if not entry.decoding:
                 continue
@@ -274,6 +341,9 @@ class Engine:
             new = tokens[slot, start + len(entry.tokens) : length[slot]].tolist()
             entry.tokens += new
             entry.first_token = now if entry.first_token is None else entry.first_token
+            if entry.context:
+                before = entry.counts[0], entry.drafted
+                gained.append((int(counters.rounds[slot]) - before[0], int(counters.drafted[slot]) - before[1]))
             entry.counts = (
                 int(counters.rounds[slot]),
                 int(counters.committed[slot]),
@@ -286,6 +356,7 @@ class Engine:
                 generation = self._generation(entry, "stop" if stopped[slot] else "length", now)
                 del self._slots[slot]
             progress.append(Progress(entry.job.index, tuple(new), generation))
+        self._see_drafts(gained, bool(wake))
         return progress
 
     def _generation(self, entry: _Entry, reason: str, now: float) -> Generation:
@@ -302,6 +373,10 @@ def check_engine(config: DecodeConfig) -> None:
     for name in ("slots", "rounds_per_dispatch", "smallest_prompt_bucket", "prefill_chunk", "prefill_budget"):
         if getattr(config, name) < 1:
             raise UserError(f"The decoding setting {name} is {getattr(config, name)}; expected 1 or more.")
+    if config.rest_after is not None and config.rest_after < 1:
+        raise UserError(
+            f"The decoding setting rest_after is {config.rest_after}; expected 1 or more, or None for never."
+        )
     if config.queue is not None and config.queue < 1:
         raise UserError(f"The decoding setting queue is {config.queue}; expected 1 or more, or None for no bound.")
 

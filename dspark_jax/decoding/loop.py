@@ -117,9 +117,9 @@ class DecodeLoop:
     def round(self, params: LoopParams, state: DecodeState, occupancy: Occupancy) -> tuple[DecodeState, RoundRecord]:
         """One round for every slot: draft, schedule, verify, accept, commit (SPEC section 1)."""
         if self.block == 0:
-            state, record, _ = self._plain_round(params, state)
+            state, record, _ = self.plain_round(params, state)
             return state, record
-        view, policy = self._view(params, state, occupancy)
+        view, policy = self.view(params, state, occupancy)
         return self._speculative_round(params, state, view, policy)
 
     def _speculative_round(
@@ -144,7 +144,7 @@ class DecodeLoop:
         policy = self.policy.observe(view, record.verify_lengths, record.accepted, policy)
         return self._account(state, view, policy, bucket), record
 
-    def _plain_round(self, params: LoopParams, state: DecodeState) -> tuple[DecodeState, RoundRecord, Array]:
+    def plain_round(self, params: LoopParams, state: DecodeState) -> tuple[DecodeState, RoundRecord, Array]:
         """A round in which nobody drafts, at the cost of plain decoding: the target on one row a request, whose taps
         [R, 1, m D] are the third result. Neither drafter nor policy is told. The number drawn is the one that a
         speculative round with verify length 0 would draw."""
@@ -161,7 +161,7 @@ class DecodeLoop:
         )
         return state, record, verified.taps
 
-    def _view(self, params: LoopParams, state: DecodeState, occupancy: Occupancy) -> tuple[RoundView, PolicyState]:
+    def view(self, params: LoopParams, state: DecodeState, occupancy: Occupancy) -> tuple[RoundView, PolicyState]:
         """What the policy sees before anything is drafted, with its own word on who drafts."""
         view = self._drafted_view(params, state, occupancy, None)
         if self.block == 0:
@@ -189,7 +189,7 @@ class DecodeLoop:
             predicted += jnp.where(jnp.any(drafted), costs.of(bucket) + costs.drafting, costs.plain)
         return replace(state, counters=counters, policy=policy, predicted_seconds=predicted)
 
-    def _plain_seconds(self, params: LoopParams, state: DecodeState) -> Array:
+    def plain_seconds(self, params: LoopParams, state: DecodeState) -> Array:
         """What the cost table says of a plain round; 0 without one."""
         if params.tables is None:
             return jnp.zeros((), jnp.float32)
@@ -296,16 +296,9 @@ class DecodeLoop:
         self, params: LoopParams, state: DecodeState, occupancy: Occupancy, rounds: Array, until_free: Array
     ) -> DecodeState:
         """Up to `rounds` rounds; fewer when no slot is active or, with `until_free`, once an active slot has ended."""
-        started = jnp.sum(state.active)
-
-        def unfinished(done: Array, current: DecodeState) -> Array:
-            remaining = jnp.sum(current.active)
-            return (done < rounds) & (remaining > 0) & ~(until_free & (remaining < started))
-
-        # Zero, but computed from the old value: a donated buffer that nothing reads would not be reused.
-        state = replace(state, predicted_seconds=jnp.minimum(state.predicted_seconds, 0.0))
+        state, unfinished = self.opened(state, rounds, until_free)
         begin = jnp.zeros((), jnp.int32)
-        if self.block and self._view(params, state, occupancy)[0].drafted is not None:
+        if self.block and self.view(params, state, occupancy)[0].drafted is not None:
             return self.place(self._run_by_stretches(params, state, occupancy, unfinished))
 
         def body(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
@@ -313,6 +306,19 @@ class DecodeLoop:
             return done + 1, self.round(params, current, occupancy)[0]
 
         return self.place(jax.lax.while_loop(lambda carry: unfinished(*carry), body, (begin, state))[1])
+
+    def opened(
+        self, state: DecodeState, rounds: Array, until_free: Array
+    ) -> tuple[DecodeState, Callable[[Array, DecodeState], Array]]:
+        """A dispatch begins: the state, nothing predicted yet, and whether after so many rounds it goes on."""
+        started = jnp.sum(state.active)
+
+        def unfinished(done: Array, current: DecodeState) -> Array:
+            remaining = jnp.sum(current.active)
+            return (done < rounds) & (remaining > 0) & ~(until_free & (remaining < started))
+
+        # Zero, but computed from the old value: a donated buffer that nothing reads would not be reused.
+        return replace(state, predicted_seconds=jnp.minimum(state.predicted_seconds, 0.0)), unfinished
 
     def _run_by_stretches(
         self, params: LoopParams, state: DecodeState, occupancy: Occupancy, unfinished: Callable[..., Array]
@@ -327,7 +333,7 @@ class DecodeLoop:
         dtype = params.target["embed_weight_vd"].dtype
 
         def plan(done: Array, current: DecodeState) -> _Planned:
-            view, policy = self._view(params, current, occupancy)
+            view, policy = self.view(params, current, occupancy)
             drafted = current.active if view.drafted is None else view.drafted
             return _Planned(done, current, drafted, policy)
 
@@ -343,7 +349,7 @@ class DecodeLoop:
             return plan(carry.done + 1, new)
 
         def plain_round(stretch: _Stretch) -> _Stretch:
-            new, _, taps = self._plain_round(params, stretch.state)
+            new, _, taps = self.plain_round(params, stretch.state)
             taps = jax.lax.dynamic_update_slice_in_dim(stretch.taps, taps, stretch.rounds, axis=1)
             return _Stretch(stretch.rounds + 1, new, taps)
 
@@ -357,7 +363,7 @@ class DecodeLoop:
             tokens = jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (self.width,)))(state.tokens, starts)
             if drafter is not None:
                 draft = drafter.commit(shared_tables(target), draft, taps, tokens, starts, counts)
-            seconds = state.predicted_seconds + rounds * self._plain_seconds(params, carry.state)
+            seconds = state.predicted_seconds + rounds * self.plain_seconds(params, carry.state)
             policy = self.policy.rested(carry.policy, rounds - 1)
             new = replace(state, draft=draft, policy=policy, predicted_seconds=seconds)
             return plan(carry.done + rounds, new)
