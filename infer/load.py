@@ -66,6 +66,8 @@ class LoadSettings:
     """Requests a second of Poisson arrivals, on as many slots as the highest concurrency."""
     repeats: int = 3
     requests_per_user: int = 4
+    least_requests: int = 0
+    """Requests of a closed loop at least, so that a run of few users is long enough to be timed."""
     max_new_tokens: int = 64
     temperature: float = 1.0
     threshold: float = 0.5
@@ -167,7 +169,7 @@ class Study:
 
     def closed(self, users: int) -> dict[str, Any]:
         """Medians of every strategy at this many users."""
-        requests = users * self.settings.requests_per_user + users
+        requests = requests_of(self.settings, users)
         self._runs("closed", users, users, lambda e: closed_loop(e, self.prompts, users, requests, self.settings.seed))
         return {s: self.log.medians("closed", users, s) for s in self.settings.strategies}
 
@@ -233,8 +235,10 @@ class RunLog:
 
     def __init__(self, settings: LoadSettings):
         self.path = settings.output / "runs.jsonl"
-        kept = ("target", "drafter", "mtp", "max_new_tokens", "temperature", "threshold", "requests_per_user", "seed")
-        self.header = {name: getattr(settings, name) for name in (*kept, "rounds_per_dispatch", "dtype", "limit")}
+        kept = ("target", "drafter", "mtp", "max_new_tokens", "temperature", "threshold", "seed")
+        kept += ("requests_per_user", "least_requests", "prompts", "sts", "sps")
+        kept += ("rounds_per_dispatch", "dtype", "limit")
+        self.header = json.loads(json.dumps({name: getattr(settings, name) for name in kept}, default=str))
         text = self.path.read_text() if self.path.exists() else ""
         whole = text[: text.rfind("\n") + 1]  # a run that was killed while it wrote leaves a torn line
         header, *self.rows = [json.loads(line) for line in whole.splitlines()] or [self.header]
@@ -258,6 +262,11 @@ class RunLog:
     def _write(self, row: dict[str, Any]) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def requests_of(settings: LoadSettings, users: int) -> int:
+    """Of a closed loop, with those that are open at its end."""
+    return max(users * settings.requests_per_user, settings.least_requests) + users
 
 
 def ladder(slots: int, block: int) -> tuple[int, ...]:
@@ -339,8 +348,7 @@ def simulate_strategy(
 ) -> LoadFigures:
     cap = {"plain": 0, "fixed-1": 1}.get(strategy, int(traces.logits.shape[1]))
     policy = strategy_policy(strategy, settings.threshold)
-    requests = users * settings.requests_per_user + users
-    return simulate(policy, cap, traces, replace(device), users, requests)
+    return simulate(policy, cap, traces, replace(device), users, requests_of(settings, users))
 
 
 if __name__ == "__main__":

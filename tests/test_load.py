@@ -1,6 +1,7 @@
 """The simulator on numbers worked out by hand, and `infer.load` from beginning to end on a tiny pair."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from dspark_jax.decoding.requests import DecodeConfig
 from dspark_jax.decoding.scheduler import Causal, Fixed, Threshold
 from dspark_jax.decoding.simulator import LoadFigures, SimulatedDevice, Traces, simulate
 from dspark_jax.errors import UserError
-from infer.load import LoadSettings, RunLog, main, summarise, verdict
+from infer.load import LoadSettings, RunLog, main, requests_of, summarise, verdict
 from infer.traffic import OpenFigures, closed_loop, overheads, poisson, read_traces, record_traces, save_traces
 from tests.decoding_tiny import prompts, tiny_pair
 from tests.test_infer_programs import refused, write_drafter
@@ -139,8 +140,14 @@ def test_a_study_continues_where_it_stopped(tmp_path: Path) -> None:
     again = RunLog(settings)
     assert again.has("closed", 4, "plain", 5) and not again.has("closed", 4, "fixed", 0)
     assert again.medians("closed", 4, "plain")["tokens_per_second"] == 2.0
-    with pytest.raises(UserError, match="holds runs of other settings"):
-        RunLog(LoadSettings(output=tmp_path, seed=4))
+    for other in (replace(settings, seed=4), replace(settings, prompts=(Path("others.jsonl"),))):
+        with pytest.raises(UserError, match="holds runs of other settings"):
+            RunLog(other)
+
+
+def test_few_users_ask_often_enough_to_be_timed() -> None:
+    settings = LoadSettings(requests_per_user=5, least_requests=48)
+    assert [requests_of(settings, users) for users in (1, 4, 16)] == [49, 52, 96]
 
 
 @pytest.fixture(scope="module")
