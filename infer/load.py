@@ -235,9 +235,8 @@ class RunLog:
 
     def __init__(self, settings: LoadSettings):
         self.path = settings.output / "runs.jsonl"
-        kept = ("target", "drafter", "mtp", "max_new_tokens", "temperature", "threshold", "seed")
-        kept += ("requests_per_user", "least_requests", "prompts", "sts", "sps")
-        kept += ("rounds_per_dispatch", "dtype", "limit")
+        what = ["target", "drafter", "mtp", "prompts", "limit", "sts", "sps", "dtype", "max_new_tokens", "temperature"]
+        kept = [*what, "threshold", "requests_per_user", "least_requests", "rounds_per_dispatch", "seed"]
         self.header = json.loads(json.dumps({name: getattr(settings, name) for name in kept}, default=str))
         text = self.path.read_text() if self.path.exists() else ""
         whole = text[: text.rfind("\n") + 1]  # a run that was killed while it wrote leaves a torn line

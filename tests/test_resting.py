@@ -22,7 +22,7 @@ from tests.decoding_tiny import kind_pair, prompts, tiny_pair
 from tests.test_loop import bytes_of, cache_copies
 from tests.test_scheduled_loop import engine_of, tables
 
-LONG = 40
+LONG, LONGEST = 80, 100
 
 
 def test_it_takes_long_and_little_drafting_to_rest() -> None:
@@ -50,7 +50,7 @@ def drain(engine: Engine, until: Callable[[], bool] = lambda: False) -> dict[int
 
 
 def dear(drafting: float, **config: Any) -> Engine:
-    engine = engine_of(LookAhead(), drafting, rest_after=8, **config)
+    engine = engine_of(LookAhead(), drafting, LONGEST, rest_after=8, **config)
     for i, prompt in enumerate(ROWS):
         engine.submit(i, Request(prompt))
     return engine
@@ -60,7 +60,7 @@ ROWS = prompts(6, tiny_pair()[0].config.vocab_size, seed=3)
 
 
 def plain_answers(new: int) -> dict[int, tuple[int, ...]]:
-    engine = engine_of(Fixed(), max_new_tokens=new, verify_length=0)
+    engine = engine_of(Fixed(), longest=LONGEST, max_new_tokens=new, verify_length=0)
     for i, prompt in enumerate(ROWS):
         engine.submit(i, Request(prompt))
     return {i: g.tokens for i, g in drain(engine).items()}
@@ -99,6 +99,7 @@ def test_answers_are_the_targets_whether_or_not_the_drafter_rests(
         assert not any(entry.context for entry in engine._slots.values())
         assert not np.any(np.asarray(engine.state.verify_cap)[list(engine._slots)])
 
+        assert any(entry.worth_recalling for entry in engine._slots.values())
         engine.params = engine.params._replace(tables=cheap)
         before = np.asarray(engine.state.counters.drafted).sum()
         for _ in range(3):  # one to see that it pays, then those whose tokens fit the budget are recalled
@@ -128,15 +129,16 @@ def test_what_a_drafter_missed_is_made_up(kind: str) -> None:
     """It drafts as if it had been told of every token, prompt and answer; the prompts take more than one chunk."""
     target, drafter = kind_pair(kind)
     config = DecodeConfig(
-        slots=3, policy=LookAhead(), max_new_tokens=20, rounds_per_dispatch=4, prefill_chunk=8,
+        slots=3, policy=LookAhead(), max_new_tokens=40, rounds_per_dispatch=4, prefill_chunk=8,
         smallest_prompt_bucket=4, prefill_budget=1000, rest_after=4,
     )  # fmt: skip
-    rows = prompts(3, target.config.vocab_size, seed=1)
-    loop = make_loop(target, drafter, config, LONG, 4)
+    rows = prompts(3, target.config.vocab_size, seed=1, longest=14)
+    assert max(map(len, rows)) > config.prefill_chunk
+    loop = make_loop(target, drafter, config, 56, 4)
     costs = tables(loop.buckets, [1.0 + 0.1 * i for i in range(len(loop.buckets))], 50.0, loop.block)
 
     def after_three(rest_after: int | None) -> Engine:
-        engine = Engine(target, drafter, replace(config, rest_after=rest_after), LONG, tables=costs, meter=None)
+        engine = Engine(target, drafter, replace(config, rest_after=rest_after), 56, tables=costs, meter=None)
         for i, row in enumerate(rows):
             engine.submit(i, Request(row))
         for _ in range(3):

@@ -137,13 +137,13 @@ def pair() -> tuple[Target, LoadedDrafter]:
     return target, sharp(drafter, 6.0, 2.0)
 
 
-def engine_of(policy: VerifyPolicy, drafting: float = 0.1, **config: Any) -> Engine:
+def engine_of(policy: VerifyPolicy, drafting: float = 0.1, longest: int = 64, **config: Any) -> Engine:
     target, drafter = pair()
     settings = DecodeConfig(
         **{"max_new_tokens": NEW, "slots": SLOTS, "rounds_per_dispatch": 4, "policy": policy} | config
     )
     costs = tables(tuple(STAIRS), list(STAIRS.values()), drafting, drafter.config.block_size)
-    return Engine(target, drafter, replace(settings, buckets=BUCKETS), 64, tables=costs, meter=None)
+    return Engine(target, drafter, replace(settings, buckets=BUCKETS), longest, tables=costs, meter=None)
 
 
 PROMPTS = prompts(10, tiny_pair()[0].config.vocab_size)

@@ -63,6 +63,13 @@ class _Entry:
         return (*self.job.prompt, *self.tokens[:-1])
 
     @property
+    def worth_recalling(self) -> bool:
+        """Whether the drafter does not know the request, which has at least as many tokens to come as would have to go
+        through the target again."""
+        left = self.job.longest - len(self.committed)
+        return self.decoding and not self.context and left >= len(self.committed)
+
+    @property
     def decoding(self) -> bool:
         return self.prefilled == len(self.job.prompt)
 
@@ -298,11 +305,11 @@ class Engine:
         return self._rest is not None and self._rest.resting and self.recorder is None
 
     def _recall(self) -> None:
-        """Tells the drafter, unless it rests, what it missed of the requests that decode, in order of arrival: up to
-        `prefill_budget` tokens between two dispatches, one request at least."""
+        """Tells the drafter, unless it rests, what it missed of the requests for which that is worth it, in order of
+        arrival: up to `prefill_budget` tokens between two dispatches, one request at least."""
         if self._rest is None or self._resting:
             return
-        missed = [(slot, entry) for slot, entry in self._slots.items() if entry.decoding and not entry.context]
+        missed = [(slot, entry) for slot, entry in self._slots.items() if entry.worth_recalling]
         spent = 0
         for slot, entry in sorted(missed, key=lambda pair: pair[1].submitted):
             spent += len(entry.committed)

@@ -110,10 +110,11 @@ class DraftGuard:
     """Who drafts this round. A request is set aside when its accepted drafts are worth less than the verify time they
     took, and all of them when drafting as a whole is slower than plain decoding; both by recent rounds. Sticky: what is
     set aside comes back by `gain` or more, and is looked at again in a probe round, all of them in the same one, after
-    `probe_after` rounds, then after twice as many, and so on up to `probe_at_most`."""
+    `probe_after` rounds, then after twice as many, and so on up to `probe_at_most`; a round in which nobody is set aside
+    takes an eighth off the wait."""
 
     gain: float = 0.05
-    probe_at_most: int = 512
+    probe_at_most: int = 2048
 
     def __call__(
         self,
@@ -140,11 +141,13 @@ class DraftGuard:
         aside = jnp.any(able & ~wants)
         probe = aside & (shared.since >= shared.interval)
         longer = jnp.where(probe, jnp.minimum(2 * shared.interval, self.probe_at_most), shared.interval)
+        # Little by little: a probe may have been lucky, and the next ones would be as dear as it was.
+        shorter = jnp.maximum(shared.interval - shared.interval // 8, history.probe_after)
         # A round in which nobody could draft, as at a request's last token, says nothing: the wait goes on.
         someone = jnp.any(able)
         shared = shared._replace(
             since=jnp.where(aside & ~probe, shared.since + 1, jnp.where(someone, 0, shared.since)),
-            interval=jnp.where(aside, longer, jnp.where(someone, history.probe_after, shared.interval)),
+            interval=jnp.where(aside, longer, jnp.where(someone, shorter, shared.interval)),
             off=jnp.where(someone, ~pays, shared.off),
         )
         return able & (wants | probe), slots._replace(off=able & ~wants), shared

@@ -41,7 +41,7 @@ class DraftRest:
         while sum(rounds for rounds, _ in self._seen) - self._seen[0][0] >= self._needed:
             self._seen.popleft()
         total, drafts = (sum(column) for column in zip(*self._seen, strict=True))
-        if SELDOM * drafts > total:
+        if 2 * drafts > total:
             self._needed = self.after
         self.resting = total >= self._needed and SELDOM * drafts <= total
 
