@@ -267,6 +267,18 @@ def test_guard_without_drafters_says_so() -> None:
     assert not drafts.any() and not slots.off.any() and int(shared.since) == 0
 
 
+def test_drafting_that_pays_shortens_the_wait_for_a_probe_little_by_little() -> None:
+    history, table = History(), CostTable.of(TOKENS, [1.0] * 5, 0.1)
+    costs = round_costs(table, Occupancy.of(), jnp.ones(R, bool), jnp.ones(R, jnp.int32))
+    slots, shared = history.init_slots(R), history.init_shared(K)
+    shared, waits = shared._replace(interval=jnp.asarray(256, jnp.int32)), []
+    for _ in range(30):
+        drafts, slots, shared = DraftGuard()(history, costs, jnp.ones(R, bool), jnp.ones(()), slots, shared)
+        assert drafts.all()
+        waits.append(int(shared.interval))
+    assert waits[:3] == [224, 196, 172] and waits[-1] == history.probe_after
+
+
 # Calibration in the loop
 
 
