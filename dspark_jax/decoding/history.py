@@ -110,8 +110,8 @@ class DraftGuard:
     """Who drafts this round. A request is set aside when its accepted drafts are worth less than the verify time they
     took, and all of them when drafting as a whole is slower than plain decoding; both by recent rounds. Sticky: what is
     set aside comes back by `gain` or more, and is looked at again in a probe round, all of them in the same one, after
-    `probe_after` rounds, then after twice as many, and so on up to `probe_at_most`. A round with nobody set aside takes an
-    eighth off that wait."""
+    `probe_after` rounds, then after twice as many, and so on up to `probe_at_most`. A round with nobody set aside takes
+    an eighth off that wait."""
 
     gain: float = 0.05
     probe_at_most: int = 2048
