@@ -200,13 +200,16 @@ class Study:
         for users in self.settings.concurrency:
             engine = self.engine("fixed", users, Causal())
             prefill, dispatch = overheads(engine, self.prompts)
+            plain_prefill, _ = overheads(self.engine("plain", users), self.prompts)
             if (tables := engine.tables) is None:
                 raise ValueError("a load-adaptive engine has tables, profiled or given")
             traces = record_traces(
                 self.engine("fixed", users), self.prompts, max(32, 2 * users), self.settings.seed + 10_000
             )
             save_traces(self.settings.output / "traces.npz", traces)
-            device = SimulatedDevice(tables, engine.loop.buckets, prefill, dispatch, self.settings.rounds_per_dispatch)
+            device = SimulatedDevice(
+                tables, engine.loop.buckets, prefill, plain_prefill, dispatch, self.settings.rounds_per_dispatch
+            )
             rows[str(users)] = {}
             forget_programs()
             for strategy in self.settings.strategies:

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dspark_jax.decoding.chunks import prompt_bucket
 from dspark_jax.decoding.engine import Engine
 from dspark_jax.decoding.loop import run_rounds
 from dspark_jax.decoding.prompts import Prompt
 from dspark_jax.decoding.requests import Generation, Request
-from dspark_jax.decoding.simulator import LoadFigures, Traces
+from dspark_jax.decoding.simulator import LoadFigures, Prefill, Traces
 from dspark_jax.decoding.state import RoundRecord
 from dspark_jax.errors import UserError
 
@@ -128,19 +129,33 @@ def read_traces(path: Path) -> Traces:
         raise UserError(f"{path} holds no traces ({error}); a load study leaves them as traces.npz.") from None
 
 
-def overheads(engine: Engine, prompts: Sequence[Prompt], repeats: int = 7) -> tuple[float, float]:
-    """Medians on a warm engine: seconds of one prompt's prefill, seconds of a dispatch that runs no round."""
-    prefill, dispatch = [], []
+def overheads(engine: Engine, prompts: Sequence[Prompt], repeats: int = 7) -> tuple[Prefill, float]:
+    """Medians on a warm, idle engine: what prompts of every width take, seconds of a dispatch that runs no round."""
     none, until_free = jnp.asarray(0, jnp.int32), jnp.asarray(False)
-    for i in range(repeats + 1):
-        engine.submit(i, Request(prompts[i % len(prompts)].tokens))
+    dispatch: list[float] = []
+
+    def admitted(tokens: Sequence[int], count: int) -> float:
+        for i in range(count):
+            engine.submit(i, Request(tokens))
         start = time.perf_counter()
         engine.admit()
         jax.block_until_ready(engine.state.length)
-        prefill.append(time.perf_counter() - start)
-        start = time.perf_counter()
+        prefilled = time.perf_counter()
         engine.state = run_rounds(engine.loop, engine.params, engine.state, engine.occupancy, none, until_free)
         jax.device_get((engine.state.tokens, engine.state.length))
-        dispatch.append(time.perf_counter() - start)
-        engine.cancel(i)
-    return float(np.median(prefill[1:])), float(np.median(dispatch[1:]))
+        dispatch.append(time.perf_counter() - prefilled)
+        for i in range(count):
+            engine.cancel(i)
+        return prefilled - start
+
+    def median(tokens: Sequence[int], count: int) -> float:
+        return float(np.median([admitted(tokens, count) for _ in range(repeats + 1)][1:]))
+
+    by_width: dict[int, Sequence[int]] = {}
+    for prompt in sorted(prompts, key=lambda prompt: len(prompt.tokens)):
+        width = prompt_bucket(engine.config, engine.loop.size, 0, len(prompt.tokens))
+        by_width.setdefault(width, prompt.tokens)
+    alone = tuple(median(tokens, 1) for tokens in by_width.values())
+    slots = engine.config.slots
+    house = alone if slots == 1 else tuple(median(tokens, slots) for tokens in by_width.values())
+    return Prefill(tuple(by_width), alone, house), float(np.median(dispatch))

@@ -13,7 +13,7 @@ from dspark_jax.decoding.occupancy import CostTable, ScheduleTables
 from dspark_jax.decoding.prompts import Prompt
 from dspark_jax.decoding.requests import DecodeConfig
 from dspark_jax.decoding.scheduler import Causal, Fixed, Threshold
-from dspark_jax.decoding.simulator import LoadFigures, SimulatedDevice, Traces, simulate
+from dspark_jax.decoding.simulator import LoadFigures, Prefill, SimulatedDevice, Traces, simulate
 from dspark_jax.errors import UserError
 from infer.load import LoadSettings, RunLog, main, requests_of, summarise, verdict
 from infer.traffic import OpenFigures, closed_loop, overheads, poisson, read_traces, record_traces, save_traces
@@ -53,8 +53,28 @@ def test_a_simulated_clock_is_the_cost_table() -> None:
     assert (found.verify_budget, found.tau) == (5.0, 3.0)
 
 
+def test_prompts_that_come_together_are_prefilled_together() -> None:
+    """More than half a house of one width at once, fewer one by one; what is wider than all goes with the widest."""
+    prefill = Prefill((64, 128), (1.0, 2.0), (3.0, 5.0))
+    assert prefill.seconds(np.array([10, 64, 65]), 4) == 2 * 1.0 + 2.0
+    assert prefill.seconds(np.array([10, 64, 64, 500]), 4) == 3.0 + 2.0
+    assert prefill.seconds(np.array([100, 100, 100]), 4) == 5.0 and prefill.seconds(np.array([], int), 4) == 0
+
+
+def test_a_drafter_that_rests_is_kept_from_prompts() -> None:
+    """Drafting never pays: after the rest has begun a prompt costs what it does without a drafter."""
+    costs = {"prefill": Prefill((16,), (100.0,), (100.0,)), "plain_prefill": Prefill((16,), (1.0,), (1.0,))}
+    dear = ScheduleTables.of(CostTable.of((1, 5), [1.0, 2.0], 50.0), (1.0,) * 4)
+    slow, quick = (
+        simulate(Causal(), 4, traces([2], 20), SimulatedDevice(dear, (1, 5), **costs, rest_after=rest), 1, 12)
+        for rest in (10_000, 16)
+    )
+    assert quick.tokens_per_second > 3 * slow.tokens_per_second
+
+
 def test_plain_decoding_drafts_nothing() -> None:
-    found = simulate(Fixed(), 0, traces([2], 10), device([1.0, 2.0], (1, 5), prefill_seconds=1.0), 1, 2)
+    prefill = Prefill((16,), (1.0,), (1.0,))
+    found = simulate(Fixed(), 0, traces([2], 10), device([1.0, 2.0], (1, 5), plain_prefill=prefill), 1, 2)
     assert (found.verify_budget, found.tau) == (1.0, 1.0)
     assert found.tokens_per_second == pytest.approx((9 + 2) / (9 * 1.0 + 1.0))
 
@@ -112,7 +132,9 @@ def test_traffic_and_traces_of_an_engine(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_traces(tmp_path / "traces.npz").logits, recorded.logits)
     with pytest.raises(UserError, match="holds no traces"):
         read_traces(tmp_path / "nothing.npz")
-    assert all(seconds > 0 for seconds in overheads(engine, made_prompts(), repeats=2))
+    prefill, dispatch = overheads(engine, made_prompts(), repeats=2)
+    assert dispatch > 0 and all(seconds > 0 for seconds in (*prefill.alone, *prefill.house))
+    assert list(prefill.widths) == sorted(prefill.widths) and len(prefill.house) == len(prefill.widths)
 
 
 def test_figures_of_runs() -> None:

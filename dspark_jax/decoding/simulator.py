@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dspark_jax.decoding.occupancy import Occupancy, ScheduleTables, round_costs
+from dspark_jax.decoding.resting import DraftRest
 from dspark_jax.decoding.scheduler import PolicyState, RoundView, VerifyPolicy
 from dspark_jax.errors import UserError
 
@@ -35,15 +36,38 @@ class Traces:
 
 
 @dataclass(frozen=True)
+class Prefill:
+    """Seconds that prompts take, by the compiled width that holds them: of one alone, and of a full house at once."""
+
+    widths: tuple[int, ...]
+    alone: tuple[float, ...]
+    house: tuple[float, ...]
+
+    def seconds(self, prompts: np.ndarray, slots: int) -> float:
+        """Of prompts of so many tokens that come together, as `Engine.admit` groups them."""
+        places = np.minimum(np.searchsorted(self.widths, prompts), len(self.widths) - 1)
+        counts = np.bincount(places, minlength=len(self.widths))
+        return sum(
+            house if 2 * count > slots else count * alone
+            for count, alone, house in zip(counts, self.alone, self.house, strict=True)
+        )
+
+
+NO_PREFILL = Prefill((1,), (0.0,), (0.0,))
+
+
+@dataclass(frozen=True)
 class SimulatedDevice:
-    """`tables` the cost of rounds, `buckets` what the verify pass is compiled for; seconds that a request's prefill and
-    a dispatch add."""
+    """`tables` the cost of rounds, `buckets` what the verify pass is compiled for; what prompts take with the drafter
+    and, where nothing is drafted or it rests, without; the seconds that a dispatch adds."""
 
     tables: ScheduleTables
     buckets: tuple[int, ...]
-    prefill_seconds: float = 0.0
+    prefill: Prefill = NO_PREFILL
+    plain_prefill: Prefill = NO_PREFILL
     dispatch_seconds: float = 0.0
     rounds_per_dispatch: int = 16
+    rest_after: int = 64
 
 
 @dataclass(frozen=True)
@@ -79,11 +103,11 @@ def simulate(
     state = jax.tree.map(jnp.asarray, policy.init(concurrency, traces.logits.shape[1]))
     fresh, clock = policy.init(concurrency, traces.logits.shape[1]).slots, 0.0
     asked, speeds, tokens, verified, rounds = concurrency, [], 0, 0, 0
-    clock += concurrency * device.prefill_seconds
+    rest = DraftRest(device.rest_after)
     begin, first = clock, concurrency  # a request's first token comes with its prefill
     while asked < requests:
         clock += device.dispatch_seconds
-        ended = np.zeros(concurrency, bool)
+        ended, begun, drafting = np.zeros(concurrency, bool), rounds, 0
         for _ in range(device.rounds_per_dispatch):
             view = slots.view(told, device.tables)
             drafted, lengths, view, state = _schedule(policy, view, slots.proposals(), state)
@@ -95,16 +119,21 @@ def simulate(
                 verified + int(np.sum(np.asarray(lengths) + 1)),
                 rounds + concurrency,
             )
+            drafting += bool(jnp.any(drafted))
             ended = slots.ended
             if ended.any():
                 break
         for slot in np.flatnonzero(ended):
             speeds.append(slots.wanted[slot] / max(clock - slots.since[slot], 1e-9))
         state = PolicyState(jax.tree.map(partial(_put, ended), state.slots, fresh), state.shared)
-        for slot in np.flatnonzero(ended):
+        rest.saw((rounds - begun) // concurrency, drafting)
+        entering = np.flatnonzero(ended)
+        for slot in entering:
             slots.enter(int(slot), asked % len(traces.lengths), clock)
-            clock += device.prefill_seconds
             asked, first = asked + 1, first + 1
+        undrafted = cap == 0 or (policy.needs_tables and rest.resting)
+        prefill = device.plain_prefill if undrafted else device.prefill
+        clock += prefill.seconds(traces.prompts[slots.source[entering]], concurrency)
     seconds = max(clock - begin, 1e-9)
     return LoadFigures((tokens + first) / seconds, tuple(speeds), verified / max(rounds, 1), tokens / max(rounds, 1))
 
