@@ -127,9 +127,9 @@ def test_answers_do_not_depend_on_the_batch(target: Target, monkeypatch: pytest.
     """The same answers in another order, with other neighbours and slots; every prompt prefilled by itself."""
     prefilled: list[int] = []
 
-    def admit(loop, params, state, batch, fresh):
+    def admit(loop, params, state, batch, *how):
         prefilled.append(len(batch.tokens))
-        return whole(loop, params, state, batch, fresh)
+        return whole(loop, params, state, batch, *how)
 
     whole = engine.admit
     monkeypatch.setattr(engine, "admit", admit)
