@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,7 +17,7 @@ from dspark_jax.data.target_cache import TargetCache
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import ShardingRules, make_mesh
 from dspark_jax.training.checkpoint import Checkpoints
-from tests import jobs
+from tests import fetched_rows, jobs
 from tests.tiny import write_tiny_target
 from train import build_cache
 from train.distributed import Job
@@ -184,7 +185,10 @@ def test_a_hybrid_job_learns_as_online_and_leaves_a_cache(folder: Path, two: lis
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("layout", ["rows", "both"])
 def test_rows_of_all_come_to_the_first(folder: Path, two: list[str], layout: str):
-    np.testing.assert_array_equal(np.load(folder / f"fetched-{layout}.npy"), np.arange(72).reshape(24, 3))
+    with np.load(folder / f"fetched-{layout}.npz") as found:
+        for dtype in fetched_rows.DTYPES:
+            expected = np.arange(72).reshape(24, 3).astype(jnp.dtype(dtype)).astype(np.float32)
+            np.testing.assert_array_equal(found[dtype], expected, err_msg=dtype)
 
 
 @pytest.mark.multiprocess

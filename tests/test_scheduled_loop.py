@@ -182,13 +182,18 @@ def test_greedy_outputs_are_the_targets_at_every_load(name: str) -> None:
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_state_is_updated_in_place(name: str) -> None:
+    check_in_place(run_rounds, POLICIES[name])
+
+
+def check_in_place(program: Any, policy: VerifyPolicy) -> None:
+    """A dispatch of this kind, on caches large enough that a copy of one would show."""
     target, drafter = tiny_pair(block_size=2, head_dim=64, max_position_embeddings=4096)
     buckets = (4, 8, 12)
-    loop = make_loop(target, drafter, DecodeConfig(slots=4, policy=POLICIES[name], buckets=buckets), 1000, 4)
+    loop = make_loop(target, drafter, DecodeConfig(slots=4, policy=policy, buckets=buckets), 1000, 4)
     params = LoopParams(target.params, drafter.params, tables(buckets, [1.0, 1.1, 1.2], 0.1, 2))
     state = init_state(loop, params)
     limits = jnp.int32(8), jnp.asarray(False)
-    compiled = run_rounds.lower(loop, params, state, Occupancy.of(), *limits).compile()
+    compiled = program.lower(loop, params, state, Occupancy.of(), *limits).compile()
     caches = bytes_of((state.target_cache, state.draft))
     assert compiled.memory_analysis().alias_size_in_bytes >= bytes_of(state) >= caches
     assert compiled.memory_analysis().temp_size_in_bytes < caches / 8

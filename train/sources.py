@@ -174,17 +174,16 @@ class Recorder:
         if self._writer:
             for row in range(last - first):
                 span = int(firsts[first + row]), int(firsts[first + row + 1])
-                self._write_row(*span, {name: array[row] for name, array in arrays.items()})
+                self._write_row(self._writer, *span, {name: array[row] for name, array in arrays.items()})
         self._next = int(firsts[last])
 
-    def _write_row(self, first: int, stop: int, states: dict[str, np.ndarray]) -> None:
+    def _write_row(self, writer: CacheWriter, first: int, stop: int, states: dict[str, np.ndarray]) -> None:
         """Those of a row's records from `first` to `stop` that the cache does not have."""
-        assert self._writer
         start = 0
         for record in range(first, stop):
             tokens = self.epoch.sequences[int(self.epoch.order[record])]
             span = slice(start, start + len(tokens.input_ids))
             start = span.stop
-            if record == self._writer.next_source:
+            if record == writer.next_source:
                 parts = [states[name][span] for name in STATES if name in states]
-                self._writer.add(record, Sample(record, tokens.input_ids, tokens.loss_mask, *parts))
+                writer.add(record, Sample(record, tokens.input_ids, tokens.loss_mask, *parts))

@@ -64,10 +64,10 @@ class _Entry:
 
     @property
     def worth_recalling(self) -> bool:
-        """Whether the drafter does not know the request, which has at least as many tokens to come as would have to go
-        through the target again."""
-        left = self.job.longest - len(self.committed)
-        return self.decoding and not self.context and left >= len(self.committed)
+        """Whether the drafter does not know the request, which may draft and has at least as many tokens to come as
+        would have to go through the target again."""
+        missed = self.decoding and not self.context and self.job.settings.verify_length != 0
+        return missed and self.job.longest >= 2 * len(self.committed)
 
     @property
     def decoding(self) -> bool:
