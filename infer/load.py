@@ -34,7 +34,7 @@ from dspark_jax.targets.target import Target
 from infer.bench import machine
 from infer.policies import costs_of, make_engine, policy_named
 from infer.report import budget_plot, table, throughput_plot, write_json
-from infer.traffic import closed_loop, overheads, poisson, read_traces, record_traces, save_traces
+from infer.traffic import Traffic, closed_loop, overheads, poisson, read_traces, record_traces, save_traces
 
 Strategy = Literal["plain", "fixed-1", "mtp", "fixed", "threshold", "causal", "look-ahead", "asynchronous"]
 STATIC = ("plain", "fixed-1", "mtp", "fixed", "threshold")
@@ -69,6 +69,9 @@ class LoadSettings:
     least_requests: int = 0
     """Requests of a closed loop at least, so that a run of few users is long enough to be timed."""
     max_new_tokens: int = 64
+    answer_spread: float = 0.5
+    """Answers are up to this share of max-new-tokens shorter, the same for every strategy. 0: all are equally long,
+    which keeps the requests of plain decoding in step, as no users do."""
     temperature: float = 1.0
     threshold: float = 0.5
     sts: Path | None = None
@@ -92,6 +95,8 @@ def main(argv: list[str]) -> None:
     settings = parse(LoadSettings, argv, description=__doc__)
     if min(settings.repeats, settings.requests_per_user, *settings.concurrency) < 1:
         raise UserError("Repeats, requests-per-user and every concurrency must be 1 or more.")
+    if not 0 <= settings.answer_spread <= 1:
+        raise UserError(f"The answer spread is {settings.answer_spread}; expected a share, 0 to 1.")
     if settings.simulate is not None:
         metrics = simulated(settings, read_traces(settings.simulate))
     else:
@@ -153,7 +158,7 @@ class Study:
         config = DecodeConfig(
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
-            stop_tokens=(),  # every answer has the same length, whatever the strategy
+            stop_tokens=(),  # an answer has the same length, whatever the strategy
             verify_length=1 if strategy == "fixed-1" else None,
             slots=slots,
             rounds_per_dispatch=settings.rounds_per_dispatch,
@@ -167,16 +172,20 @@ class Study:
         engine.warm_up()
         return engine
 
+    def traffic(self, shift: int = 0) -> Traffic:
+        settings = self.settings
+        return Traffic(self.prompts, settings.max_new_tokens, settings.answer_spread, settings.seed + shift)
+
     def closed(self, users: int) -> dict[str, Any]:
         """Medians of every strategy at this many users."""
         requests = requests_of(self.settings, users)
-        self._runs("closed", users, users, lambda e: closed_loop(e, self.prompts, users, requests, self.settings.seed))
+        self._runs("closed", users, users, lambda e: closed_loop(e, self.traffic(), users, requests))
         return {s: self.log.medians("closed", users, s) for s in self.settings.strategies}
 
     def poisson(self, rate: float) -> dict[str, Any]:
         slots = max(self.settings.concurrency)
         requests = slots * self.settings.requests_per_user
-        self._runs("poisson", rate, slots, lambda e: poisson(e, self.prompts, rate, requests, self.settings.seed))
+        self._runs("poisson", rate, slots, lambda e: poisson(e, self.traffic(), rate, requests))
         return {s: self.log.medians("poisson", rate, s) for s in self.settings.strategies}
 
     def _runs(self, mode: str, load: float, slots: int, run: Any) -> None:
@@ -203,9 +212,7 @@ class Study:
             plain_prefill, _ = overheads(self.engine("plain", users), self.prompts)
             if (tables := engine.tables) is None:
                 raise ValueError("a load-adaptive engine has tables, profiled or given")
-            traces = record_traces(
-                self.engine("fixed", users), self.prompts, max(32, 2 * users), self.settings.seed + 10_000
-            )
+            traces = record_traces(self.engine("fixed", users), self.traffic(10_000), max(32, 2 * users))
             save_traces(self.settings.output / "traces.npz", traces)
             device = SimulatedDevice(
                 tables, engine.loop.buckets, prefill, plain_prefill, dispatch, self.settings.rounds_per_dispatch
@@ -239,7 +246,15 @@ class RunLog:
     def __init__(self, settings: LoadSettings):
         self.path = settings.output / "runs.jsonl"
         what = ["target", "drafter", "mtp", "prompts", "limit", "sts", "sps", "dtype", "max_new_tokens", "temperature"]
-        kept = [*what, "threshold", "requests_per_user", "least_requests", "rounds_per_dispatch", "seed"]
+        kept = [
+            *what,
+            "threshold",
+            "requests_per_user",
+            "least_requests",
+            "rounds_per_dispatch",
+            "seed",
+            "answer_spread",
+        ]
         self.header = json.loads(json.dumps({name: getattr(settings, name) for name in kept}, default=str))
         text = self.path.read_text() if self.path.exists() else ""
         whole = text[: text.rfind("\n") + 1]  # a run that was killed while it wrote leaves a torn line

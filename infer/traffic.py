@@ -20,6 +20,22 @@ from dspark_jax.errors import UserError
 
 
 @dataclass(frozen=True)
+class Traffic:
+    """The requests of a study, the same for every strategy: request i asks prompt i, from the first again after the
+    last, for `max_new_tokens` tokens less up to a share `spread` of them, drawn evenly."""
+
+    prompts: Sequence[Prompt]
+    max_new_tokens: int
+    spread: float = 0.0
+    seed: int = 0
+
+    def request(self, index: int) -> Request:
+        less = np.random.default_rng((self.seed, index)).integers(int(self.spread * self.max_new_tokens) + 1)
+        tokens = self.prompts[index % len(self.prompts)].tokens
+        return Request(tokens, seed=self.seed + index, max_new_tokens=max(1, self.max_new_tokens - int(less)))
+
+
+@dataclass(frozen=True)
 class OpenFigures(LoadFigures):
     """Of Poisson arrivals, seconds since each request came: until its first token, and in the queue."""
 
@@ -27,7 +43,7 @@ class OpenFigures(LoadFigures):
     queued_seconds: tuple[float, ...]
 
 
-def closed_loop(engine: Engine, prompts: Sequence[Prompt], users: int, requests: int, seed: int) -> LoadFigures:
+def closed_loop(engine: Engine, traffic: Traffic, users: int, requests: int) -> LoadFigures:
     """`users` who ask again as soon as they are answered, until `requests` have asked; what is open then is cancelled.
 
     Timed while every user has a request in a slot, the first prefills left out.
@@ -37,7 +53,7 @@ def closed_loop(engine: Engine, prompts: Sequence[Prompt], users: int, requests:
 
     def ask() -> None:
         nonlocal asked
-        engine.submit(asked, Request(prompts[asked % len(prompts)].tokens, seed=seed + asked))
+        engine.submit(asked, traffic.request(asked))
         asked += 1
 
     for _ in range(users):
@@ -57,15 +73,15 @@ def closed_loop(engine: Engine, prompts: Sequence[Prompt], users: int, requests:
     return LoadFigures(tokens / seconds, tuple(g.tokens_per_second for g in done), *_shares(done))
 
 
-def poisson(engine: Engine, prompts: Sequence[Prompt], rate: float, requests: int, seed: int) -> OpenFigures:
+def poisson(engine: Engine, traffic: Traffic, rate: float, requests: int) -> OpenFigures:
     """`requests` arrivals at `rate` a second, the same moments for every strategy; a user's speed counts the queue."""
-    moments = np.cumsum(np.random.default_rng(seed).exponential(1 / rate, requests))
+    moments = np.cumsum(np.random.default_rng(traffic.seed).exponential(1 / rate, requests))
     done: list[Generation] = []
     begin, asked = time.perf_counter(), 0
     while len(done) < requests:
         now = time.perf_counter() - begin
         while asked < requests and moments[asked] <= now:
-            engine.submit(asked, Request(prompts[asked % len(prompts)].tokens, seed=seed + asked))
+            engine.submit(asked, traffic.request(asked))
             asked += 1
         if engine.idle:
             time.sleep(max(0.0, moments[asked] - now))
@@ -84,7 +100,7 @@ def _shares(done: Sequence[Generation]) -> tuple[float, float]:
     return sum(sum(g.verified_at) + g.rounds for g in done) / rounds, sum(g.committed for g in done) / rounds
 
 
-def record_traces(engine: Engine, prompts: Sequence[Prompt], requests: int, seed: int) -> Traces:
+def record_traces(engine: Engine, traffic: Traffic, requests: int) -> Traces:
     """Every proposal of `requests` requests through an engine that verifies whole blocks."""
     found: dict[int, list[tuple[np.ndarray, int]]] = {}
 
@@ -97,7 +113,7 @@ def record_traces(engine: Engine, prompts: Sequence[Prompt], requests: int, seed
 
     engine.recorder = take
     for index in range(requests):
-        engine.submit(index, Request(prompts[index % len(prompts)].tokens, seed=seed + index))
+        engine.submit(index, traffic.request(index))
     made: dict[int, Generation] = {}
     while not engine.idle:
         made |= {p.index: p.generation for p in engine.step() if p.generation is not None}

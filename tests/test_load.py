@@ -16,7 +16,7 @@ from dspark_jax.decoding.scheduler import Causal, Fixed, Threshold
 from dspark_jax.decoding.simulator import LoadFigures, Prefill, SimulatedDevice, Traces, simulate
 from dspark_jax.errors import UserError
 from infer.load import LoadSettings, RunLog, main, requests_of, summarise, verdict
-from infer.traffic import OpenFigures, closed_loop, overheads, poisson, read_traces, record_traces, save_traces
+from infer.traffic import OpenFigures, Traffic, closed_loop, overheads, poisson, read_traces, record_traces, save_traces
 from tests.decoding_tiny import prompts, tiny_pair
 from tests.test_infer_programs import refused, write_drafter
 from tests.tiny import write_tiny_target
@@ -116,13 +116,13 @@ def made_prompts() -> list[Prompt]:
 
 def test_traffic_and_traces_of_an_engine(tmp_path: Path) -> None:
     engine = Engine(*tiny_pair(), CONFIG, longest=40)
-    closed = closed_loop(engine, made_prompts(), 3, 9, seed=0)
+    closed = closed_loop(engine, Traffic(made_prompts(), 12), 3, 9)
     assert engine.idle and 6 <= len(closed.user_speeds) <= 9 and closed.tokens_per_second > 0
     assert closed.verify_budget == pytest.approx(5.0) and 1 < closed.tau < 5
-    opened = poisson(engine, made_prompts(), 200.0, 8, seed=0)
+    opened = poisson(engine, Traffic(made_prompts(), 12), 200.0, 8)
     assert engine.idle and len(opened.first_token_seconds) == len(opened.user_speeds) == 8
     assert all(a <= b for a, b in zip(opened.queued_seconds, opened.first_token_seconds, strict=True))
-    recorded = record_traces(engine, made_prompts(), 5, seed=0)
+    recorded = record_traces(engine, Traffic(made_prompts(), 12), 5)
     assert engine.recorder is None and len(recorded.lengths) == 5 and set(recorded.lengths) == {12}
     assert recorded.logits.shape == (len(recorded.accepted), 4) and set(recorded.request) == set(range(5))
     # The recorded rounds make up the answers: what they accepted, a token a round, and the prefill's own.
@@ -135,6 +135,17 @@ def test_traffic_and_traces_of_an_engine(tmp_path: Path) -> None:
     prefill, dispatch = overheads(engine, made_prompts(), repeats=2)
     assert dispatch > 0 and all(seconds > 0 for seconds in (*prefill.alone, *prefill.house))
     assert list(prefill.widths) == sorted(prefill.widths) and len(prefill.house) == len(prefill.widths)
+
+
+def test_answers_are_of_many_lengths() -> None:
+    """Those of a number the same whoever asks, evenly spread down to the share named; of a spread of 0 all the same."""
+    spread, level = (Traffic(made_prompts(), 12, share, seed=3) for share in (0.5, 0.0))
+    lengths = [spread.request(i).max_new_tokens for i in range(400)]
+    assert lengths == [spread.request(i).max_new_tokens for i in range(400)]
+    assert set(lengths) == set(range(6, 13)) and np.mean(lengths) == pytest.approx(9, abs=0.5)
+    assert {level.request(i).max_new_tokens for i in range(20)} == {12}
+    assert spread.request(7) == replace(level.request(7), max_new_tokens=lengths[7])
+    assert min(Traffic(made_prompts(), 12, 1.0).request(i).max_new_tokens or 0 for i in range(200)) == 1
 
 
 def test_figures_of_runs() -> None:
@@ -207,6 +218,7 @@ def test_load_measures_validates_and_simulates(folder: Path, tmp_path: Path, mon
 LOAD: dict[str, tuple[list[str], str]] = {
     "nothing": ([], "A load study needs --target"),
     "no users": (["--concurrency", "0"], "every concurrency must be 1 or more"),
+    "too much spread": (["--answer-spread", "1.5"], "The answer spread is 1.5; expected a share, 0 to 1"),
     "mtp": (["--strategies", "mtp"], "The strategy mtp needs --mtp DIR"),
     "no table": (["--simulate", "{}/traces.npz"], "holds no traces"),
 }
