@@ -28,9 +28,10 @@ from dspark_jax.checkpoints.layouts import detect_layout
 from dspark_jax.checkpoints.published_targets import planned_target
 from dspark_jax.checkpoints.tensors import read_json
 from dspark_jax.compiled import compiled, copies, figures, mebibytes, topology_mesh
+from dspark_jax.decoding.dispatch import run_rounds
 from dspark_jax.decoding.engine import make_loop
 from dspark_jax.decoding.floor import round_terms
-from dspark_jax.decoding.loop import DecodeLoop, LoopParams, run_rounds
+from dspark_jax.decoding.loop import DecodeLoop, LoopParams
 from dspark_jax.decoding.occupancy import CostTable, Occupancy, ScheduleTables
 from dspark_jax.decoding.requests import DecodeConfig
 from dspark_jax.decoding.state import DecodeState

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dspark_jax.decoding.chunks import prompt_bucket
+from dspark_jax.decoding.dispatch import run_rounds
 from dspark_jax.decoding.engine import Engine
-from dspark_jax.decoding.loop import run_rounds
 from dspark_jax.decoding.prompts import Prompt
 from dspark_jax.decoding.requests import Generation, Request
 from dspark_jax.decoding.simulator import LoadFigures, Prefill, Traces

@@ -12,8 +12,9 @@ from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.checkpoints.serving_tables import StsTable, read_sps, read_sts
 from dspark_jax.decoding.calibration import calibration_metrics, prefix_survival, reliability
+from dspark_jax.decoding.dispatch import run_rounds
 from dspark_jax.decoding.engine import make_loop
-from dspark_jax.decoding.loop import LoopParams, run_rounds
+from dspark_jax.decoding.loop import LoopParams
 from dspark_jax.decoding.profile import (
     Effort,
     Profile,

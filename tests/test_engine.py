@@ -10,8 +10,8 @@ import pytest
 
 from dspark_jax.decoding import engine as engine_module
 from dspark_jax.decoding.chunks import chunk_widths, prompt_bucket
-from dspark_jax.decoding.engine import Engine
-from dspark_jax.decoding.occupancy import CostTable, ScheduleTables
+from dspark_jax.decoding.engine import SELDOM_TIMED, Engine
+from dspark_jax.decoding.occupancy import CostTable, LoadMeter, ScheduleTables
 from dspark_jax.decoding.requests import DecodeConfig, Generation, QueueFull, Request
 from dspark_jax.decoding.scheduler import Causal
 from dspark_jax.errors import UserError
@@ -234,3 +234,23 @@ def test_measured_load_reaches_the_next_dispatch() -> None:
     engine.submit(0, Request(LONG[0]))
     engine.step()
     assert float(engine.occupancy.signal) == 2.0
+
+
+def test_dispatches_behind_prefills_are_seldom_timed() -> None:
+    """To time one, the host waits until the prompts are through; others leave them to the device."""
+    seen: list[int] = []
+
+    class Counting(LoadMeter):
+        def update(self, measured: float, predicted: float) -> float:
+            seen.append(step)
+            return super().update(measured, predicted)
+
+    tables = ScheduleTables.of(CostTable.of((20,), [1.0], 0.0), (1.0,) * 4)
+    config = replace(CONFIG, policy=Causal(), rounds_per_dispatch=1, max_new_tokens=40)
+    engine = Engine(*tiny_pair(), config, LONGEST, tables=tables, meter=Counting())
+    for step in range(12):
+        if step < 8:
+            engine.cancel(step - 1)
+            engine.submit(step, Request(LONG[0]))
+        engine.step()
+    assert seen == [SELDOM_TIMED - 1, 2 * SELDOM_TIMED - 1, *range(8, 12)]

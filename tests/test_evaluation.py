@@ -11,7 +11,7 @@ import pytest
 from configs.cli import load_config, parse
 from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target
-from dspark_jax.decoding.loop import run_rounds
+from dspark_jax.decoding.dispatch import run_rounds
 from dspark_jax.decoding.measure import Acceptance, acceptance_by_domain, macro_tau
 from dspark_jax.decoding.requests import DecodeConfig, Generation
 from dspark_jax.training.checkpoint import Checkpoints

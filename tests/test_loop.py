@@ -13,9 +13,10 @@ import pytest
 from dspark_jax.compiled import copies
 from dspark_jax.decoding import verification
 from dspark_jax.decoding.chunks import blank_chunk
+from dspark_jax.decoding.dispatch import run_round, run_rounds
 from dspark_jax.decoding.engine import Engine
 from dspark_jax.decoding.generate import generate, stream
-from dspark_jax.decoding.loop import DecodeLoop, init_state, run_round, run_rounds
+from dspark_jax.decoding.loop import DecodeLoop, init_state
 from dspark_jax.decoding.prefill import admit
 from dspark_jax.decoding.requests import DecodeConfig, Generation, Request
 from dspark_jax.decoding.scheduler import bucket_ladder
@@ -160,7 +161,8 @@ def test_a_dispatch_asks_the_host_for_nothing() -> None:
     engine = Engine(target, drafter, CONFIG, longest=44)
     state = admitted(engine.loop, engine.params, engine.state, PROMPTS[:4], NEW, temperature=0.7)
     rounds, until_free, occupancy = jnp.int32(5), jnp.asarray(False), engine.occupancy
-    jaxpr = str(jax.make_jaxpr(engine.loop.run)(engine.params, state, occupancy, rounds, until_free))
+    traced = jax.make_jaxpr(run_rounds, static_argnums=0)
+    jaxpr = str(traced(engine.loop, engine.params, state, occupancy, rounds, until_free))
     assert "while" in jaxpr and not re.search(r"callback|infeed|outfeed|device_put", jaxpr)
     state = run_rounds(engine.loop, engine.params, state, occupancy, rounds, until_free)
     with jax.transfer_guard("disallow"):

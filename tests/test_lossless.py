@@ -18,9 +18,10 @@ from scipy.stats import chi2
 from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.decoding.acceptance import Acceptance, RejectionSampling
+from dspark_jax.decoding.dispatch import run_rounds
 from dspark_jax.decoding.engine import Engine
 from dspark_jax.decoding.generate import generate
-from dspark_jax.decoding.loop import DecodeLoop, LoopParams, init_state, run_rounds
+from dspark_jax.decoding.loop import DecodeLoop, LoopParams, init_state
 from dspark_jax.decoding.occupancy import Occupancy
 from dspark_jax.decoding.prefill import admit
 from dspark_jax.decoding.prompts import Prompt, encode

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from dspark_jax.decoding import engine as engine_module
+from dspark_jax.decoding.dispatch import run_undrafted
 from dspark_jax.decoding.engine import Engine, make_loop
 from dspark_jax.decoding.loop import LoopParams
 from dspark_jax.decoding.requests import DecodeConfig, Generation, Request
-from dspark_jax.decoding.resting import DraftRest, run_undrafted
+from dspark_jax.decoding.resting import DraftRest
 from dspark_jax.decoding.scheduler import Fixed, LookAhead
 from dspark_jax.drafters.registry import DRAFTERS
 from dspark_jax.errors import UserError

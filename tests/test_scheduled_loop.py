@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from dspark_jax.decoding.calibration import Online
+from dspark_jax.decoding.dispatch import record_rounds, run_rounds
 from dspark_jax.decoding.engine import Engine, make_loop
-from dspark_jax.decoding.loop import DecodeLoop, LoopParams, init_state, record_rounds, run_rounds
+from dspark_jax.decoding.loop import DecodeLoop, LoopParams, init_state
 from dspark_jax.decoding.occupancy import CostTable, Occupancy, ScheduleTables
 from dspark_jax.decoding.prefill import admit
 from dspark_jax.decoding.requests import DecodeConfig, Request
@@ -83,7 +84,7 @@ def many_samples(loop: DecodeLoop, params: LoopParams, occupancy: Occupancy, bat
         keys = jnp.stack([ids, jnp.full_like(ids, seed)], axis=1).astype(jnp.uint32)
         new = admission(loop, [PROMPT] * loop.requests, 5, np.zeros((loop.requests, 2)), bucket=4, temperature=1.0)
         state = admit(loop, params, state, new._replace(keys=keys), True)
-        state = loop.run(params, state, occupancy, jnp.int32(8), jnp.asarray(False))
+        state = run_rounds(loop, params, state, occupancy, jnp.int32(8), jnp.asarray(False))
         made = state.tokens[:, len(PROMPT) : len(PROMPT) + 4]
         counts = state.counters.verified_at, state.counters.accepted_at, state.counters.rounds
         return state, (made, jnp.stack([jnp.sum(x) for x in counts]))
@@ -236,7 +237,8 @@ def test_predicted_seconds_are_the_tables() -> None:
     loop = engine_of(LookAhead()).loop
     state = run_rounds(loop, params, state, Occupancy.of(), jnp.int32(0), jnp.asarray(False))
     assert float(state.predicted_seconds) == 0.0
-    assert "cond" in str(jax.make_jaxpr(loop.run)(params, state, Occupancy.of(), jnp.int32(1), jnp.asarray(False)))
+    once = jnp.int32(1), jnp.asarray(False)
+    assert "cond" in str(jax.make_jaxpr(run_rounds, static_argnums=0)(loop, params, state, Occupancy.of(), *once))
 
 
 def test_rounds_without_drafts_cost_what_plain_decoding_does() -> None:

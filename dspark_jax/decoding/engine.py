@@ -16,7 +16,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from dspark_jax.decoding.chunks import blank_chunk, chunk_widths, next_chunk, prompt_bucket
-from dspark_jax.decoding.loop import DecodeLoop, LoopParams, init_state, record_rounds, run_rounds
+from dspark_jax.decoding.dispatch import record_rounds, run_rounds, run_undrafted
+from dspark_jax.decoding.loop import DecodeLoop, LoopParams, init_state
 from dspark_jax.decoding.occupancy import LoadMeter, Occupancy, ScheduleTables
 from dspark_jax.decoding.prefill import admit, recall, retire
 from dspark_jax.decoding.profile import load_or_measure
@@ -30,7 +31,7 @@ from dspark_jax.decoding.requests import (
     Timing,
     make_job,
 )
-from dspark_jax.decoding.resting import DraftRest, run_undrafted
+from dspark_jax.decoding.resting import DraftRest
 from dspark_jax.decoding.scheduler import bucket_ladder
 from dspark_jax.decoding.state import Admission, DecodeState, RoundRecord
 from dspark_jax.drafters.registry import LoadedDrafter
@@ -38,6 +39,7 @@ from dspark_jax.errors import UserError
 from dspark_jax.targets.target import Target
 
 CACHE_MULTIPLE = 64
+SELDOM_TIMED = 4
 
 # (index of the request in each slot, None for a free one; numpy records [rounds, R, ...] of one dispatch).
 Recorder = Callable[[tuple[int | None, ...], RoundRecord], None]
@@ -118,7 +120,8 @@ class Engine:
         self._rest = DraftRest(after) if adaptive and after is not None else None
         self._wake = jnp.zeros((), bool)  # what the last dispatch without the drafter said
         self._told = (1.0, 1.0)  # load and signal in `occupancy`
-        self._timed = False  # whether a dispatch has run, so that the next one is not compiled first
+        self._prefilling = False  # whether the device may still be at prompts
+        self._untimed = 0  # dispatches since one was timed
 
     # Requests in and out
 
@@ -185,17 +188,25 @@ class Engine:
         if not all(entry.decoding for entry in self._slots.values()):
             rounds = max(1, rounds // 4)  # a prompt waits for its next chunk
         self._tell_occupancy()
-        if self.meter is None or self.tables is None:
+        if (meter := self._due_meter()) is None:
             self._dispatch(rounds)
             return self._harvest()
-        jax.block_until_ready(self.state.length)  # a prefill's seconds say nothing about the rounds
+        jax.block_until_ready(self.state.length)
         started = time.perf_counter()
         self._dispatch(rounds)
         predicted = float(self.state.predicted_seconds)  # waits for the dispatch
-        if self._timed and self.recorder is None:
-            self.meter.update(time.perf_counter() - started, predicted)
-        self._timed = True
+        meter.update(time.perf_counter() - started, predicted)
+        self._untimed = 0
         return self._harvest()
+
+    def _due_meter(self) -> LoadMeter | None:
+        """The meter, if the coming dispatch is to be timed. A prefill's seconds say nothing about the rounds', and to
+        wait for its end costs more than it tells: behind one, one dispatch in `SELDOM_TIMED` is. The first, which may
+        meet the compiler, is behind one."""
+        if self.meter is None or self.tables is None or self.recorder is not None:
+            return None
+        self._untimed += 1
+        return self.meter if not self._prefilling or self._untimed >= SELDOM_TIMED else None
 
     def _dispatch(self, rounds: int) -> None:
         if self.recorder is not None:
@@ -204,7 +215,7 @@ class Engine:
             self.recorder(tuple(holders.get(slot) for slot in range(self.config.slots)), jax.device_get(records))
             return
         soon = bool(self._pending) or self.config.return_at_once
-        how = self.occupancy, jnp.asarray(rounds, jnp.int32), jnp.asarray(soon)
+        how = self.occupancy, *jax.device_put((np.int32(rounds), np.bool_(soon)))
         if self._rest is not None and not any(entry.context for entry in self._slots.values() if entry.decoding):
             self.state, self._wake = run_undrafted(self.loop, self.params, self.state, *how)
         else:
@@ -289,6 +300,7 @@ class Engine:
     def _run_chunk(self, batch: Admission, fresh: bool, context: bool = True) -> None:
         if not context:
             batch = batch._replace(verify_cap=batch.verify_cap * 0)
+        self._prefilling = True
         self.state = admit(self.loop, self.params, self.state, jax.device_put(batch), fresh, context)
 
     def _warm_up_chunk(self, batch: Admission, fresh: bool) -> None:
@@ -319,6 +331,7 @@ class Engine:
             while start < len(job.prompt):
                 width = prompt_bucket(self.config, self.loop.size, start, len(job.prompt) - start)
                 batch = jax.device_put(next_chunk(self.loop, width, [(slot, job, start)]))
+                self._prefilling = True
                 self.state = recall(self.loop, self.params, self.state, batch, not start)
                 start += width
             entry.context = True
@@ -340,6 +353,7 @@ class Engine:
         tokens, length, active, stopped, counters, wake = jax.device_get(
             (state.tokens, state.length, state.active, state.stopped, state.counters, self._wake)
         )
+        self._prefilling = False
         now, progress, gained = time.perf_counter(), [], list[tuple[int, int]]()
         for slot, entry in list(self._slots.items()):
             if not entry.decoding:

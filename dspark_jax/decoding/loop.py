@@ -1,10 +1,9 @@
-"""The compiled draft-verify-accept loop. One dispatch runs many rounds on the device; the host reads results between.
+"""A round of the compiled draft-verify-accept loop, as often as `decoding/dispatch.py` wants it in one call.
 
 Axes: R request slots, W = K + 1 rows of a block (anchor and drafts), S cached positions, V vocab. Plain decoding is
 this loop with no drafter: K = 0, W = 1.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -33,24 +32,6 @@ class LoopParams(NamedTuple):
     target: dict
     drafter: dict
     tables: ScheduleTables | None = None
-
-
-class _Planned(NamedTuple):
-    """Between two rounds: how many have run, the state, and what the policy says of the next one: who drafts, and the
-    policy's state once it has said so."""
-
-    done: Array
-    state: DecodeState
-    drafted: Array
-    policy: PolicyState
-
-
-class _Stretch(NamedTuple):
-    """Plain rounds so far [], and the taps [R, W, m D] of the tokens that they fed: the drafter has not seen them."""
-
-    rounds: Array
-    state: DecodeState
-    taps: Array
 
 
 @dataclass(frozen=True)
@@ -121,6 +102,14 @@ class DecodeLoop:
             return state, record
         view, policy = self.view(params, state, occupancy)
         return self._speculative_round(params, state, view, policy)
+
+    def planned_round(
+        self, params: LoopParams, state: DecodeState, occupancy: Occupancy, drafted: Array, policy: PolicyState
+    ) -> DecodeState:
+        """A round in which those of `drafted` [R] draft, one at least, as the policy has said; `policy`: its state
+        since."""
+        view = self._drafted_view(params, state, occupancy, drafted)
+        return self._speculative_round(params, state, view, policy, someone=True)[0]
 
     def _speculative_round(
         self, params: LoopParams, state: DecodeState, view: RoundView, policy: PolicyState, someone: bool = False
@@ -292,100 +281,6 @@ class DecodeLoop:
             record,
         )
 
-    def run(
-        self, params: LoopParams, state: DecodeState, occupancy: Occupancy, rounds: Array, until_free: Array
-    ) -> DecodeState:
-        """Up to `rounds` rounds; fewer when no slot is active or, with `until_free`, once an active slot has ended."""
-        state, unfinished = self.opened(state, rounds, until_free)
-        begin = jnp.zeros((), jnp.int32)
-        if self.block and self.view(params, state, occupancy)[0].drafted is not None:
-            return self.place(self._run_by_stretches(params, state, occupancy, unfinished))
-
-        def body(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
-            done, current = carry
-            return done + 1, self.round(params, current, occupancy)[0]
-
-        return self.place(jax.lax.while_loop(lambda carry: unfinished(*carry), body, (begin, state))[1])
-
-    def opened(
-        self, state: DecodeState, rounds: Array, until_free: Array
-    ) -> tuple[DecodeState, Callable[[Array, DecodeState], Array]]:
-        """A dispatch begins: the state, nothing predicted yet, and whether after so many rounds it goes on."""
-        started = jnp.sum(state.active)
-
-        def unfinished(done: Array, current: DecodeState) -> Array:
-            remaining = jnp.sum(current.active)
-            return (done < rounds) & (remaining > 0) & ~(until_free & (remaining < started))
-
-        # Zero, but computed from the old value: a donated buffer that nothing reads would not be reused.
-        return replace(state, predicted_seconds=jnp.minimum(state.predicted_seconds, 0.0)), unfinished
-
-    def _run_by_stretches(
-        self, params: LoopParams, state: DecodeState, occupancy: Occupancy, unfinished: Callable[..., Array]
-    ) -> DecodeState:
-        """Rounds of a policy that may leave drafting off: a loop of speculative rounds for as long as somebody drafts,
-        then one of plain rounds, in turn. Two loops and no branch: what a branch updates, XLA copies whole.
-
-        Plain rounds run W at a time before the drafter is given their tokens, as rows of one block which cost it about
-        as much as one of them, and before the policy is asked again."""
-        target, drafter = self.models(params)
-        shape = (self.requests, self.width, len(self.tap_layers) * target.config.hidden_size)
-        dtype = params.target["embed_weight_vd"].dtype
-
-        def plan(done: Array, current: DecodeState) -> _Planned:
-            view, policy = self.view(params, current, occupancy)
-            drafted = current.active if view.drafted is None else view.drafted
-            return _Planned(done, current, drafted, policy)
-
-        def someone(carry: _Planned) -> Array:
-            return unfinished(carry.done, carry.state) & jnp.any(carry.drafted)
-
-        def nobody(carry: _Planned) -> Array:
-            return unfinished(carry.done, carry.state) & ~jnp.any(carry.drafted)
-
-        def speculative(carry: _Planned) -> _Planned:
-            view = self._drafted_view(params, carry.state, occupancy, carry.drafted)
-            new, _ = self._speculative_round(params, carry.state, view, carry.policy, someone=True)
-            return plan(carry.done + 1, new)
-
-        def plain_round(stretch: _Stretch) -> _Stretch:
-            new, _, taps = self.plain_round(params, stretch.state)
-            taps = jax.lax.dynamic_update_slice_in_dim(stretch.taps, taps, stretch.rounds, axis=1)
-            return _Stretch(stretch.rounds + 1, new, taps)
-
-        def plain(carry: _Planned) -> _Planned:
-            def more(stretch: _Stretch) -> Array:
-                return (stretch.rounds < self.width) & unfinished(carry.done + stretch.rounds, stretch.state)
-
-            first = _Stretch(jnp.zeros((), jnp.int32), carry.state, jnp.zeros(shape, dtype))
-            rounds, state, taps = jax.lax.while_loop(more, plain_round, first)
-            starts, counts, draft = carry.state.length - 1, state.length - carry.state.length, state.draft
-            tokens = jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (self.width,)))(state.tokens, starts)
-            if drafter is not None:
-                draft = drafter.commit(shared_tables(target), draft, taps, tokens, starts, counts)
-            seconds = state.predicted_seconds + rounds * self.plain_seconds(params, carry.state)
-            policy = self.policy.rested(carry.policy, rounds - 1)
-            new = replace(state, draft=draft, policy=policy, predicted_seconds=seconds)
-            return plan(carry.done + rounds, new)
-
-        def stretches(carry: _Planned) -> _Planned:
-            return jax.lax.while_loop(nobody, plain, jax.lax.while_loop(someone, speculative, carry))
-
-        # A plan that the last round has left is dropped: the next dispatch, told of another load, makes its own.
-        first = plan(jnp.zeros((), jnp.int32), state)
-        return jax.lax.while_loop(lambda carry: unfinished(carry.done, carry.state), stretches, first).state
-
-    def record(
-        self, params: LoopParams, state: DecodeState, occupancy: Occupancy, rounds: int
-    ) -> tuple[DecodeState, RoundRecord]:
-        """`rounds` rounds and what each did, leaves [rounds, ...]; `committed` is 0 where a slot had ended."""
-
-        def body(current: DecodeState, _: None) -> tuple[DecodeState, RoundRecord]:
-            return self.round(params, current, occupancy)
-
-        state, records = jax.lax.scan(body, state, None, length=rounds)
-        return self.place(state), records
-
 
 def _anchors(state: DecodeState) -> tuple[Array, Array]:
     """(positions, tokens) [R] of the last committed tokens."""
@@ -400,29 +295,3 @@ def shared_tables(target: TargetModel) -> SharedTables:
 @partial(jax.jit, static_argnums=0)
 def init_state(loop: DecodeLoop, params: LoopParams) -> DecodeState:
     return loop.init_state(params)
-
-
-@partial(jax.jit, static_argnums=0, donate_argnums=2)
-def run_rounds(
-    loop: DecodeLoop,
-    params: LoopParams,
-    state: DecodeState,
-    occupancy: Occupancy,
-    rounds: Array,
-    until_free: Array,
-) -> DecodeState:
-    return loop.run(params, state, occupancy, rounds, until_free)
-
-
-@partial(jax.jit, static_argnums=0, donate_argnums=2)
-def run_round(
-    loop: DecodeLoop, params: LoopParams, state: DecodeState, occupancy: Occupancy
-) -> tuple[DecodeState, RoundRecord]:
-    return loop.round(params, state, occupancy)
-
-
-@partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
-def record_rounds(
-    loop: DecodeLoop, params: LoopParams, state: DecodeState, occupancy: Occupancy, rounds: int
-) -> tuple[DecodeState, RoundRecord]:
-    return loop.record(params, state, occupancy, rounds)

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dspark_jax.checkpoints.tensors import read_json, write_json
-from dspark_jax.decoding.loop import DecodeLoop, LoopParams, init_state, run_rounds
+from dspark_jax.decoding.dispatch import run_rounds
+from dspark_jax.decoding.loop import DecodeLoop, LoopParams, init_state
 from dspark_jax.decoding.occupancy import CostTable, Occupancy, ScheduleTables
 from dspark_jax.decoding.state import DecodeState
 from dspark_jax.errors import UserError

@@ -7,17 +7,7 @@ tokens from it. Every dispatch still asks the policy, with today's load, whether
 """
 
 from collections import deque
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import NamedTuple
-
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Bool
-
-from dspark_jax.decoding.loop import DecodeLoop, LoopParams
-from dspark_jax.decoding.occupancy import Occupancy
-from dspark_jax.decoding.state import DecodeState
+from dataclasses import dataclass, field
 
 SELDOM = 16
 """Drafting in one round of so many, as probes do, is as good as none."""
@@ -49,42 +39,3 @@ class DraftRest:
         """Drafts may pay again. If they don't after all, it takes a quarter of the rounds to see that."""
         self._seen.clear()
         self._needed, self.resting = max(1, self.after // 4), False
-
-
-class _Undrafted(NamedTuple):
-    done: Array
-    state: DecodeState
-
-
-@partial(jax.jit, static_argnums=0, donate_argnums=2)
-def run_undrafted(
-    loop: DecodeLoop,
-    params: LoopParams,
-    state: DecodeState,
-    occupancy: Occupancy,
-    rounds: Array,
-    until_free: Array,
-) -> tuple[DecodeState, Bool[Array, ""]]:
-    """`run_rounds` with plain rounds alone, of which the drafter hears nothing: requests that decode here have a
-    verify cap of 0 afterwards, until they are recalled. Second result: whether the policy, asked once at the start,
-    would have drafted for any of them; it then waits as it was."""
-    state, unfinished = loop.opened(state, rounds, until_free)
-    able = replace(state, verify_cap=jnp.full_like(state.verify_cap, loop.block))
-    view, policy = loop.view(params, able, occupancy)
-    wake = jnp.any(state.active if view.drafted is None else view.drafted)
-
-    def more(carry: _Undrafted) -> Array:
-        return unfinished(carry.done, carry.state)
-
-    def plain(carry: _Undrafted) -> _Undrafted:
-        return _Undrafted(carry.done + 1, loop.plain_round(params, carry.state)[0])
-
-    done, after = jax.lax.while_loop(more, plain, _Undrafted(jnp.zeros((), jnp.int32), state))
-    rested = loop.policy.rested(policy, jnp.maximum(done - 1, 0))
-    after = replace(
-        after,
-        verify_cap=jnp.where(state.active, 0, state.verify_cap),
-        policy=jax.tree.map(partial(jnp.where, wake), state.policy, rested),
-        predicted_seconds=after.predicted_seconds + done * loop.plain_seconds(params, state),
-    )
-    return loop.place(after), wake
