@@ -136,6 +136,7 @@ def _table(slots: int, profile: Profile, costs: CostTable, ladder: Sequence[int]
         rows.append([f"{tokens}{' plain' if p == 0 else ''}", *cells, clean, "x" if tokens in ladder else ""])
     drafting = zip(profile.drafting, profile.drafting_spread, strict=True)
     rows.append(["draft pass", *(f"{1e3 * t:.2f} ({1e3 * s:.2f})" for t, s in drafting), "", ""])
+    rows.append(["dispatch", f"{1e3 * profile.dispatch:.2f}", *[""] * (len(header) - 2)])
     return f"\n{slots} slots\n{table(header, rows)}"
 
 

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.checkpoints.serving_tables import StsTable, read_sps, read_sts
+from dspark_jax.decoding import profile as profile_module
 from dspark_jax.decoding.calibration import calibration_metrics, prefix_survival, reliability
 from dspark_jax.decoding.dispatch import run_rounds
 from dspark_jax.decoding.engine import make_loop
@@ -142,7 +144,7 @@ def test_ladders_spend_their_rungs_where_costs_rise() -> None:
 def made_profile() -> Profile:
     rounds = ((1.0, 2.0, 1.9, 3.0), (1.5, 2.5, 2.6, 4.0))
     spread = ((0.1,) * 4, (0.2,) * 4)
-    return Profile({"device": "x"}, (4, 8, 12, 20), (20.0, 50.0), rounds, spread, (0.5, 0.6), (0.01, 0.01))
+    return Profile({"device": "x"}, (4, 8, 12, 20), (20.0, 50.0), rounds, spread, (0.5, 0.6), (0.01, 0.01), 0.25)
 
 
 def test_profiles_become_tables_and_files(tmp_path: Path) -> None:
@@ -152,6 +154,7 @@ def test_profiles_become_tables_and_files(tmp_path: Path) -> None:
     np.testing.assert_allclose(table.verify, [[1.1, 1.45, 1.45, 2.5], [1.5, 1.9, 2.0, 3.4]], rtol=1e-6)
     np.testing.assert_allclose(table.plain, [1.0, 1.5], rtol=1e-6)
     np.testing.assert_allclose(table.drafting, [0.5, 0.6], rtol=1e-6)
+    assert float(np.asarray(table.dispatch)) == 0.25
     profile.save(tmp_path / "sps.json")
     assert Profile.read(tmp_path / "sps.json") == profile
     served: Any = read_sps(tmp_path / "sps.json")
@@ -172,6 +175,7 @@ def test_a_loop_is_profiled_by_its_own_program_once(tmp_path: Path) -> None:
     assert run_rounds._cache_size() == before + 1
     assert found.tokens == (2, 5, 10) and np.shape(found.rounds) == (2, 3) and min(map(min, found.rounds)) > 0
     assert found.key["requests"] == 2 and found.key["sampled"] and min(found.drafting) > 0
+    assert found.dispatch > 0
     found.cost_table()
     first = load_or_measure(loop, params, 0.0, tmp_path)
     assert run_rounds._cache_size() == before + 1 and len(list(tmp_path.iterdir())) == 1
@@ -182,6 +186,28 @@ def test_a_loop_is_profiled_by_its_own_program_once(tmp_path: Path) -> None:
     assert Profile.read(path).key == first.key
     with pytest.raises(UserError, match="load-adaptive policy"):
         measure_profile(make_loop(target, drafter, DecodeConfig(slots=2, policy=Fixed()), 60, 4), params)
+
+
+def test_what_a_call_takes_is_no_part_of_its_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock by which a dispatch takes 5 seconds and each of its rounds 2."""
+    target, drafter = tiny_pair()
+    loop = make_loop(target, drafter, DecodeConfig(slots=2, policy=LookAhead(), buckets=(2, 10)), 60, 4)
+    now = 0.0
+
+    def dispatch(loop: Any, params: Any, state: Any, occupancy: Any, rounds: Any, until_free: Any) -> Any:
+        nonlocal now
+        now += 5.0 + 2.0 * int(rounds)
+        return state
+
+    def drafts(loop: Any, params: Any, state: Any, count: Any) -> Any:
+        nonlocal now
+        now += 3.0 + 0.5 * int(count)
+
+    monkeypatch.setattr(profile_module, "run_rounds", dispatch)
+    monkeypatch.setattr(profile_module, "_draft_passes", drafts)
+    monkeypatch.setattr(profile_module, "time", SimpleNamespace(perf_counter=lambda: now))
+    found = measure_profile(loop, LoopParams(target.params, drafter.params), effort=Effort(rounds=3, repeats=2))
+    assert found.dispatch == 5.0 and found.drafting == (0.5, 0.5) and found.rounds == ((2.0, 2.0), (2.0, 2.0))
 
 
 # Programs

@@ -236,6 +236,16 @@ def test_measured_load_reaches_the_next_dispatch() -> None:
     assert float(engine.occupancy.signal) == 2.0
 
 
+def test_what_a_dispatch_takes_by_itself_is_no_load() -> None:
+    tables = ScheduleTables.of(CostTable.of((20,), [1e-7], 0.0, dispatch=1e3), (1.0,) * 4)
+    config = replace(CONFIG, policy=Causal(), rounds_per_dispatch=2, max_new_tokens=40)
+    engine = Engine(*tiny_pair(), config, LONGEST, tables=tables)
+    engine.submit(0, Request(LONG[0]))
+    while not engine.idle:
+        engine.step()
+    assert engine.meter is not None and engine.meter.ratio == 1.0
+
+
 def test_dispatches_behind_prefills_are_seldom_timed() -> None:
     """To time one, the host waits until the prompts are through; others leave them to the device."""
     seen: list[int] = []

@@ -120,6 +120,8 @@ class Engine:
         self._rest = DraftRest(after) if adaptive and after is not None else None
         self._wake = jnp.zeros((), bool)  # what the last dispatch without the drafter said
         self._told = (1.0, 1.0)  # load and signal in `occupancy`
+        beside = None if self.tables is None else self.tables.costs.dispatch
+        self._dispatch_seconds = 0.0 if beside is None else float(beside)
         self._prefilling = False  # whether the device may still be at prompts
         self._untimed = 0  # dispatches since one was timed
 
@@ -195,7 +197,7 @@ class Engine:
         started = time.perf_counter()
         self._dispatch(rounds)
         predicted = float(self.state.predicted_seconds)  # waits for the dispatch
-        meter.update(time.perf_counter() - started, predicted)
+        meter.update(time.perf_counter() - started - self._dispatch_seconds, predicted)
         self._untimed = 0
         return self._harvest()
 

@@ -55,6 +55,7 @@ class CostTable(NamedTuple):
     verify: Array  # [C, P] float32: a round's seconds without drafting
     drafting: Array  # [C] float32: what drafting adds
     plain: Array | None = None  # [C] float32: a round in which nobody drafts; None: what its tokens cost in `verify`
+    dispatch: Array | None = None  # [] float32: what a dispatch takes beside its rounds; None: nothing
 
     @classmethod
     def of(
@@ -64,6 +65,7 @@ class CostTable(NamedTuple):
         drafting: Any = 0.0,
         contexts: Sequence[float] = (0.0,),
         plain: Any = None,
+        dispatch: float | None = None,
     ) -> "CostTable":
         """From seconds [P] or [C, P]. UserError for costs that don't fit or rungs that don't ascend."""
         seconds = np.atleast_2d(np.asarray(verify, np.float32))
@@ -77,7 +79,8 @@ class CostTable(NamedTuple):
                 f"above 0; found an array of {seconds.shape}."
             )
         rest = None if plain is None else np.broadcast_to(np.asarray(plain, np.float32), (len(contexts),))
-        return cls(*jax.device_put((rungs, probes, seconds, draft, rest)))
+        beside = None if dispatch is None else np.float32(dispatch)
+        return cls(*jax.device_put((rungs, probes, seconds, draft, rest, beside)))
 
     def at(self, context: Array) -> tuple[Float[Array, " p"], Float[Array, ""], Float[Array, ""] | None]:
         """(verify [P], drafting [], plain []) at a mean context length."""

@@ -39,6 +39,7 @@ class Profile:
     rounds_spread: tuple[tuple[float, ...], ...]
     drafting: tuple[float, ...]  # [C] the draft pass alone
     drafting_spread: tuple[float, ...]
+    dispatch: float  # what a dispatch takes beside its rounds; no part of the figures above
 
     def cost_table(self) -> CostTable:
         """Monotone-cleaned: clocks are noisy, but no pass is cheaper for being wider.
@@ -48,12 +49,13 @@ class Profile:
         drafting, rounds = np.array(self.drafting), np.array(self.rounds)
         plain = rounds[:, 0]
         if len(self.tokens) == 1:
-            return CostTable.of(self.tokens, rounds, drafting, self.contexts, plain)
+            return CostTable.of(self.tokens, rounds, drafting, self.contexts, plain, self.dispatch)
         wide = np.stack([monotone(row) for row in np.maximum(rounds[:, 1:] - drafting[:, None], 1e-3 * plain[:, None])])
         tokens = np.array(self.tokens, float)
         slope = (wide[:, -1] - wide[:, 0]) / max(tokens[-1] - tokens[1], 1.0)
         first = np.clip(wide[:, 0] - slope * (tokens[1] - tokens[0]), np.minimum(plain, wide[:, 0]), wide[:, 0])
-        return CostTable.of(self.tokens, np.concatenate([first[:, None], wide], axis=1), drafting, self.contexts, plain)
+        verify = np.concatenate([first[:, None], wide], axis=1)
+        return CostTable.of(self.tokens, verify, drafting, self.contexts, plain, self.dispatch)
 
     def serving(self) -> dict[str, Any]:
         """`sps.json` as servers read it: steps per second of the largest probe not above a batch, so each stair is
@@ -154,8 +156,9 @@ def measure_profile(
     effort: Effort = Effort(),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Profile:
-    """Times rounds at every bucket and the draft pass, `contexts` being shares of a slot's positions. Makes a state of
-    its own and lets it go, so call it before there is another where memory is short.
+    """Times rounds at every bucket and the draft pass, `contexts` being shares of a slot's positions: what a dispatch
+    takes over one of no rounds, since a small model's rounds are not much longer than the call. Makes a state of its
+    own and lets it go, so call it before there is another where memory is short.
 
     Raises UserError for a loop whose policy reads no table: its verify lengths could not be forced.
     """
@@ -170,17 +173,26 @@ def measure_profile(
     state = replace(state, limit=jnp.full((loop.requests,), loop.size, jnp.int32), sampling=sampling)
     points = [(c, p) for c in range(len(contexts)) for p in range(-1, len(loop.buckets))]
     times: dict[tuple[int, int], list[float]] = {point: [] for point in points}
+    calls: list[float] = []
+
+    def seconds(c: int, p: int, count: int) -> float:
+        nonlocal state
+        ready = jax.block_until_ready(_forced(loop, state, lengths[c], max(p, 0)))
+        limits = jax.device_put((np.int32(count), np.bool_(False)))
+        start = time.perf_counter()
+        if p < 0:
+            jax.block_until_ready(_draft_passes(loop, params, ready, limits[0]))
+        else:
+            state = jax.block_until_ready(run_rounds(loop, params, ready, occupancy, *limits))
+        return time.perf_counter() - start
+
     for repeat in range(-1, effort.repeats):  # once to compile and warm up
         for at, (c, p) in enumerate(points if repeat % 2 else points[::-1]):
-            ready = _forced(loop, state, lengths[c], max(p, 0))
-            start = time.perf_counter()
-            if p < 0:
-                jax.block_until_ready(_draft_passes(loop, params, ready, rounds))
-            else:
-                limits = jnp.asarray(rounds, jnp.int32), jnp.asarray(False)
-                state = jax.block_until_ready(run_rounds(loop, params, ready, occupancy, *limits))
+            call, whole = seconds(c, p, 0), seconds(c, p, rounds)
             if repeat >= 0:
-                times[c, p].append((time.perf_counter() - start) / rounds)
+                # Never nothing: a cost table's rounds take time.
+                times[c, p].append(max(whole - call, 0.01 * whole) / rounds)
+                calls += [call] if p >= 0 else []
             progress((repeat + 1) * len(points) + at + 1, (effort.repeats + 1) * len(points))
 
     def grid(measure: Callable[[list[float]], float]) -> tuple[tuple[float, ...], ...]:
@@ -191,7 +203,7 @@ def measure_profile(
 
     return Profile(
         profile_key(loop, params, temperature), loop.buckets, tuple(map(float, lengths)),
-        grid(_median), grid(_spread), line(_median), line(_spread),
+        grid(_median), grid(_spread), line(_median), line(_spread), _median(calls),
     )  # fmt: skip
 
 
@@ -220,8 +232,8 @@ def _forced(loop: DecodeLoop, state: DecodeState, length: int, bucket: int) -> D
     )
 
 
-@partial(jax.jit, static_argnums=(0, 3))
-def _draft_passes(loop: DecodeLoop, params: LoopParams, state: DecodeState, count: int) -> Any:
+@partial(jax.jit, static_argnums=0)
+def _draft_passes(loop: DecodeLoop, params: LoopParams, state: DecodeState, count: jax.Array) -> Any:
     """The draft pass `count` times, each from an anchor of the one before, so that none can be left out."""
     target, drafter = loop.models(params)
 
