@@ -15,7 +15,7 @@ from dspark_jax.checkpoints.drafters import drafter_layout, load_drafter, save_d
 from dspark_jax.checkpoints.huggingface import load_target, resolve_folder
 from dspark_jax.checkpoints.manifest import provenance_of, read_manifest
 from dspark_jax.errors import UserError
-from infer.report import table
+from infer.report import check_new_folder, table
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,7 @@ class ExportSettings:
 def main(argv: list[str]) -> None:
     settings = parse(ExportSettings, argv, description=__doc__)
     out = settings.out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} holds something already; give a folder that is empty or missing.")
+    check_new_folder(out)
     target = load_target(settings.target, tokenizer=False)
     found = drafter_layout(settings.drafter)
     drafter = load_drafter(settings.drafter, target)

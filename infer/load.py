@@ -40,6 +40,11 @@ from infer.traffic import Traffic, closed_loop, overheads, poisson, read_traces,
 Strategy = Literal["plain", "fixed-1", "mtp", "fixed", "threshold", "causal", "look-ahead", "asynchronous"]
 STATIC = ("plain", "fixed-1", "mtp", "fixed", "threshold")
 ADAPTIVE = ("causal", "look-ahead", "asynchronous")
+IDENTITY = (
+    "target", "drafter", "mtp", "prompts", "limit", "sts", "sps", "dtype", "max_new_tokens", "answer_spread",
+    "temperature", "threshold", "requests_per_user", "least_requests", "rounds_per_dispatch", "seed",
+)  # fmt: skip
+"""Settings that decide what a run measures: a study continues only where these are the same."""
 WIDTHS = (1, 2, 4)  # tokens a request for which verify buckets are compiled, beside the whole block
 
 
@@ -251,17 +256,7 @@ class RunLog:
 
     def __init__(self, settings: LoadSettings):
         self.path = settings.output / "runs.jsonl"
-        what = ["target", "drafter", "mtp", "prompts", "limit", "sts", "sps", "dtype", "max_new_tokens", "temperature"]
-        kept = [
-            *what,
-            "threshold",
-            "requests_per_user",
-            "least_requests",
-            "rounds_per_dispatch",
-            "seed",
-            "answer_spread",
-        ]
-        self.header = json.loads(json.dumps({name: getattr(settings, name) for name in kept}, default=str))
+        self.header = json.loads(json.dumps({name: getattr(settings, name) for name in IDENTITY}, default=str))
         text = self.path.read_text() if self.path.exists() else ""
         whole = text[: text.rfind("\n") + 1]  # a run that was killed while it wrote leaves a torn line
         header, *self.rows = [json.loads(line) for line in whole.splitlines()] or [self.header]

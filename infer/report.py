@@ -1,4 +1,4 @@
-"""Tables, plots and metrics files of the inference programs."""
+"""Tables, plots and metrics files of the inference programs, and the folders that they write models in."""
 
 import json
 import math
@@ -26,6 +26,12 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
         temporary.replace(path)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}); give an output that can.") from None
+
+
+def check_new_folder(folder: Path) -> None:
+    """UserError where the folder holds something: a model's files are not to be mixed with others."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} holds something already; give a folder that is empty or missing.")
 
 
 def _plain(value: Any) -> Any:

@@ -24,7 +24,7 @@ from dspark_jax.errors import UserError
 from dspark_jax.sharding import split
 from dspark_jax.targets.config import config_sha256, text_config
 from dspark_jax.targets.target import Target
-from infer.report import table
+from infer.report import check_new_folder, table
 
 WRITTEN_ANEW = ("config.json", "model.safetensors.index.json")
 COPIED = (".json", ".jinja", ".txt", ".model")  # tokenizer, chat template, stop tokens
@@ -48,8 +48,7 @@ class WidenSettings:
 def main(argv: list[str]) -> None:
     settings = parse(WidenSettings, argv, description=__doc__)
     out = settings.output
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} holds something already; give a folder that is empty or missing.")
+    check_new_folder(out)
     target = load_target(settings.target, tokenizer=False)
     drafter = load_drafter(settings.drafter, target) if settings.drafter else None
     wide = widened(target, settings.intermediate_size)
