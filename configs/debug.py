@@ -6,7 +6,7 @@ Data:      `data.cache` is empty, so the program makes a few records itself; --d
 Expected:  it finishes. The drafter is far too small and too little trained to accept anything.
 """
 
-from configs.schema import CheckpointSettings, DataSettings, DrafterSettings, OptimizerSettings, TrainConfig
+from dspark_jax.config.schema import CheckpointSettings, DataSettings, DrafterSettings, OptimizerSettings, TrainConfig
 
 
 def get_config() -> TrainConfig:

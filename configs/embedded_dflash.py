@@ -2,7 +2,7 @@
 
 Command:   python -m train.fit --config embedded_dflash --data.cache runs/demo/cache
 Hardware:  2 CPU cores, no accelerator, no network.
-Expected:  not measured by itself; `python -m train.compare` trains it beside the others.
+Expected:  not measured by itself; `python -m train.studies.compare` trains it beside the others.
 
 Cross-entropy alone, as the reference trains DFlash.
 """
@@ -10,7 +10,7 @@ Cross-entropy alone, as the reference trains DFlash.
 from dataclasses import replace
 
 from configs.embedded_dspark import get_config as dspark
-from configs.schema import LossSettings, TrainConfig
+from dspark_jax.config.schema import LossSettings, TrainConfig
 
 
 def get_config() -> TrainConfig:

@@ -11,7 +11,7 @@ from far away). Blocks are of 4, because every row of a verify pass is dear on a
 decided it.
 """
 
-from configs.schema import (
+from dspark_jax.config.schema import (
     CheckpointSettings,
     DataSettings,
     DrafterSettings,

@@ -2,7 +2,7 @@
 
 Command:   python -m train.fit --config embedded_eagle3 --data.cache runs/demo/cache
 Hardware:  2 CPU cores, no accelerator, no network.
-Expected:  not measured by itself; `python -m train.compare` trains it beside the others.
+Expected:  not measured by itself; `python -m train.studies.compare` trains it beside the others.
 
 One layer, seven steps of training-time test weighted 0.8^s. Its layer starts as the target's last one on the hidden
 half of its inputs, as embedded_dspark's layers do.
@@ -11,7 +11,7 @@ half of its inputs, as embedded_dspark's layers do.
 from dataclasses import replace
 
 from configs.embedded_dspark import get_config as dspark
-from configs.schema import TrainConfig
+from dspark_jax.config.schema import TrainConfig
 
 
 def get_config() -> TrainConfig:

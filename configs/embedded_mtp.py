@@ -3,7 +3,7 @@
 Command:   python -m train.build_cache ... --layers 9      (or with the other drafters' layers: 1,4,7,8,9)
            python -m train.fit --config embedded_mtp --data.cache DIR
 Hardware:  2 CPU cores, no accelerator, no network.
-Expected:  not measured by itself; `python -m train.compare` trains it beside the others.
+Expected:  not measured by itself; `python -m train.studies.compare` trains it beside the others.
 
 All supervised positions are trained. Its layer starts as a copy of the target's last.
 """
@@ -11,7 +11,7 @@ All supervised positions are trained. Its layer starts as a copy of the target's
 from dataclasses import replace
 
 from configs.embedded_dspark import get_config as dspark
-from configs.schema import TrainConfig
+from dspark_jax.config.schema import TrainConfig
 
 
 def get_config() -> TrainConfig:

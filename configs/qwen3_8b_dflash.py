@@ -8,7 +8,7 @@ Expected:  not measured here. The paper's accepted length at temperature 1.0, γ
 """
 
 from configs.recipe import QWEN3_8B, dflash
-from configs.schema import TrainConfig
+from dspark_jax.config.schema import TrainConfig
 
 
 def get_config() -> TrainConfig:

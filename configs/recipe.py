@@ -6,7 +6,7 @@ defaults; sequences of 4096 tokens, 512 a step, one on a device at a time.
 
 from dataclasses import dataclass
 
-from configs.schema import DataSettings, DrafterSettings, LossSettings, TrainConfig
+from dspark_jax.config.schema import DataSettings, DrafterSettings, LossSettings, TrainConfig
 
 
 @dataclass(frozen=True)

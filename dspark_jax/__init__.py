@@ -7,9 +7,9 @@ from dspark_jax.errors import UserError
 if TYPE_CHECKING:
     from dspark_jax.checkpoints.drafters import load_drafter, save_drafter
     from dspark_jax.checkpoints.huggingface import load_target
-    from dspark_jax.decoding.engine import Engine
-    from dspark_jax.decoding.generate import generate, stream
-    from dspark_jax.decoding.requests import DecodeConfig, Generation, QueueFull, Request
+    from dspark_jax.serving.engine import Engine
+    from dspark_jax.serving.generate import generate, stream
+    from dspark_jax.serving.requests import DecodeConfig, Generation, QueueFull, Request
 
 __all__ = [
     "DecodeConfig",
@@ -29,9 +29,9 @@ _HOMES = {
     "load_target": "dspark_jax.checkpoints.huggingface",
     "load_drafter": "dspark_jax.checkpoints.drafters",
     "save_drafter": "dspark_jax.checkpoints.drafters",
-    "Engine": "dspark_jax.decoding.engine",
-    "generate": "dspark_jax.decoding.generate",
-    "stream": "dspark_jax.decoding.generate",
+    "Engine": "dspark_jax.serving.engine",
+    "generate": "dspark_jax.serving.generate",
+    "stream": "dspark_jax.serving.generate",
 }
 
 
@@ -41,4 +41,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'dspark_jax' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOMES.get(name, "dspark_jax.decoding.requests")), name)
+    return getattr(import_module(_HOMES.get(name, "dspark_jax.serving.requests")), name)

@@ -19,20 +19,21 @@ from typing import Any, Literal
 
 import jax
 
-from configs.cli import parse, program
 from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target, resolve_folder
-from dspark_jax.decoding.measure import Acceptance
-from dspark_jax.decoding.prompts import Prompt, read_prompts
-from dspark_jax.decoding.requests import DecodeConfig
-from dspark_jax.decoding.scheduler import Fixed
+from dspark_jax.config.cli import parse, program
 from dspark_jax.drafters.registry import LoadedDrafter
 from dspark_jax.errors import UserError
+from dspark_jax.evaluation.acceptance import Acceptance
+from dspark_jax.evaluation.timing import Decoder, Timed, alternate, differences, median_ratio, median_speed
+from dspark_jax.files import write_json
+from dspark_jax.planning.decoding import PLAN, print_plan
+from dspark_jax.report import acceptance_plot, table
+from dspark_jax.scheduling.policies import Fixed
+from dspark_jax.serving.policies import PolicyName, policy_named
+from dspark_jax.serving.prompts import Prompt, read_prompts
+from dspark_jax.serving.requests import DecodeConfig
 from dspark_jax.targets.target import Target
-from infer.measure import Decoder, Timed, alternate, differences, median_ratio, median_speed
-from infer.plan import PLAN, print_plan
-from infer.policies import PolicyName, policy_named
-from infer.report import acceptance_plot, table, write_json
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,7 @@ class TransformersDecoder:
 
         import torch
 
-        from dspark_jax.decoding.requests import Generation
+        from dspark_jax.serving.requests import Generation
 
         start, made = time.perf_counter(), []
         for i, prompt in enumerate(prompts):

@@ -17,20 +17,21 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from configs.cli import parse, program
 from dspark_jax.checkpoints.drafters import load_drafter, save_drafter
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.checkpoints.serving_tables import StsTable, write_sts
-from dspark_jax.decoding.calibration import CalibrationMetrics, calibration_metrics, prefix_survival, reliability
-from dspark_jax.decoding.engine import Engine
-from dspark_jax.decoding.prompts import Prompt, read_prompts
-from dspark_jax.decoding.requests import DecodeConfig, Request
+from dspark_jax.config.cli import parse, program
 from dspark_jax.decoding.state import RoundRecord
-from dspark_jax.decoding.sts import fit_shift, fit_temperatures, validity, write_calibration
 from dspark_jax.drafters.registry import LoadedDrafter
 from dspark_jax.errors import UserError
+from dspark_jax.files import write_json
+from dspark_jax.report import reliability_plot, table
+from dspark_jax.scheduling.calibration import CalibrationMetrics, calibration_metrics, prefix_survival, reliability
+from dspark_jax.serving.engine import Engine
+from dspark_jax.serving.prompts import Prompt, read_prompts
+from dspark_jax.serving.requests import DecodeConfig, Request
+from dspark_jax.serving.temperatures import fit_shift, fit_temperatures, validity, write_calibration
 from dspark_jax.targets.target import Target
-from infer.report import reliability_plot, table, write_json
 
 
 @dataclass(frozen=True)

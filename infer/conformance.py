@@ -16,14 +16,16 @@ from typing import Any, Literal
 
 import numpy as np
 
-from configs.cli import parse, program
 from dspark_jax.checkpoints.drafters import drafter_layout, load_drafter, shared_tables
 from dspark_jax.checkpoints.huggingface import load_target, resolve_folder
 from dspark_jax.checkpoints.manifest import mismatches, read_manifest
 from dspark_jax.checkpoints.tensors import read_json
+from dspark_jax.config.cli import parse, program
 from dspark_jax.data.chat import Encoded, chat_format, encode_conversation, encode_prompt
 from dspark_jax.data.jsonl import read_jsonl
-from dspark_jax.decoding.conformance import (
+from dspark_jax.drafters.registry import LoadedDrafter
+from dspark_jax.errors import UserError
+from dspark_jax.evaluation.conformance import (
     DECLARED,
     Comparison,
     Edges,
@@ -35,13 +37,12 @@ from dspark_jax.decoding.conformance import (
     edges,
     readings,
 )
-from dspark_jax.decoding.generate import generate
-from dspark_jax.decoding.prompts import prompt_messages
-from dspark_jax.decoding.requests import DecodeConfig, Request
-from dspark_jax.drafters.registry import LoadedDrafter
-from dspark_jax.errors import UserError
+from dspark_jax.files import write_json
+from dspark_jax.report import table
+from dspark_jax.serving.generate import generate
+from dspark_jax.serving.prompts import prompt_messages
+from dspark_jax.serving.requests import DecodeConfig, Request
 from dspark_jax.targets.target import Target
-from infer.report import table, write_json
 
 DEFAULT_PROMPTS = Path(__file__).parent.parent / "assets" / "conformance_prompts.jsonl"
 NEXT_TURN = {"role": "user", "content": "Thank you."}  # so that something follows the answer, which no loss covers

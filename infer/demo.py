@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.cli import parse, program
+from dspark_jax.config.cli import parse, program
 from dspark_jax.errors import UserError
-from infer.report import training_plot, write_json
+from dspark_jax.files import write_json
+from dspark_jax.report import training_plot
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def steps(settings: DemoSettings) -> dict[str, list[str]]:
             *("train.fit", "--config", "embedded_dspark", "--target", target, "--data.cache", str(cache)),
             *("--run-dir", str(folder / "fit"), "--max-steps", str(settings.steps), "--epochs", "1000"),
         ],
-        "held-out prompts": ["train.corpora", "--limit", str(settings.heldout), "--output", str(heldout)],
+        "held-out prompts": ["train.embedded.corpora", "--limit", str(settings.heldout), "--output", str(heldout)],
         "decode held-out prompts": [
             *("infer.bench", "--target", target, "--drafter", str(folder / "fit" / "drafter")),
             *("--prompts", str(heldout), "--output", str(folder / "bench"), "--repeats", str(settings.repeats)),

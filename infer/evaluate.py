@@ -1,7 +1,7 @@
 """Evaluates a drafter on evaluation sets: accepted length, acceptance by position, confidence, speed against plain.
 
     python -m infer.evaluate --datasets eval_datasets --target Qwen/Qwen3-4B --drafter DIR --temperatures 1.0 0.0
-    python -m train.corpora --output heldout.jsonl   # the embedded target's own sets
+    python -m train.embedded.corpora --output heldout.jsonl   # the embedded target's own sets
     python -m infer.evaluate --datasets heldout.jsonl --target assets/embedded_target --drafter runs/demo/fit/drafter
 
 A set is a JSONL file of {"turns": [...]} (answers are fed back between the turns) or of conversations; --datasets takes
@@ -17,22 +17,23 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from configs.cli import parse, program
 from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target
-from dspark_jax.decoding.calibration import calibration_metrics, prefix_survival, reliability
-from dspark_jax.decoding.engine import Engine
-from dspark_jax.decoding.measure import Acceptance
-from dspark_jax.decoding.requests import DecodeConfig
-from dspark_jax.decoding.scheduler import Fixed, Threshold, VerifyPolicy, bucket_ladder
+from dspark_jax.config.cli import parse, program
 from dspark_jax.drafters.registry import LoadedDrafter
 from dspark_jax.errors import UserError
+from dspark_jax.evaluation.acceptance import Acceptance
+from dspark_jax.evaluation.answers import Answered, ChatStyle, Proposals, answer, reach
+from dspark_jax.evaluation.datasets import DOMAINS, Sample, domain_of, read_datasets
+from dspark_jax.files import write_json
+from dspark_jax.report import acceptance_plot, reliability_plot, table, threshold_plot
+from dspark_jax.scheduling.calibration import calibration_metrics, prefix_survival, reliability
+from dspark_jax.scheduling.policies import Fixed, Threshold, VerifyPolicy, bucket_ladder
+from dspark_jax.serving.engine import Engine
+from dspark_jax.serving.policies import PolicyName, make_engine, policy_named, temperatures_of
+from dspark_jax.serving.requests import DecodeConfig
 from dspark_jax.targets.target import Target
-from infer.answers import Answered, ChatStyle, Proposals, answer, reach
 from infer.bench import machine
-from infer.datasets import DOMAINS, Sample, domain_of, read_datasets
-from infer.policies import PolicyName, make_engine, policy_named, temperatures_of
-from infer.report import acceptance_plot, reliability_plot, table, threshold_plot, write_json
 
 AVERAGED = ("tau", "drafted_per_round", "verify_rate", "plain_tokens_per_second", "tokens_per_second", "speedup")
 

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from configs.cli import parse, program
 from dspark_jax.checkpoints.drafters import drafter_layout, load_drafter, save_drafter
 from dspark_jax.checkpoints.huggingface import load_target, resolve_folder
 from dspark_jax.checkpoints.manifest import provenance_of, read_manifest
+from dspark_jax.config.cli import parse, program
 from dspark_jax.errors import UserError
-from infer.report import check_new_folder, table
+from dspark_jax.files import check_new_folder
+from dspark_jax.report import table
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from configs.cli import parse, program
 from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target
-from dspark_jax.decoding.generate import stream
-from dspark_jax.decoding.measure import Acceptance
-from dspark_jax.decoding.prompts import Prompt, encode, read_prompts
-from dspark_jax.decoding.requests import DecodeConfig, Generation, Request
+from dspark_jax.config.cli import parse, program
 from dspark_jax.errors import UserError
-from infer.policies import PolicyName, policy_named
+from dspark_jax.evaluation.acceptance import Acceptance
+from dspark_jax.serving.generate import stream
+from dspark_jax.serving.policies import PolicyName, policy_named
+from dspark_jax.serving.prompts import Prompt, encode, read_prompts
+from dspark_jax.serving.requests import DecodeConfig, Generation, Request
 
 
 @dataclass(frozen=True)

@@ -20,21 +20,22 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from configs.cli import parse, program
 from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.checkpoints.serving_tables import SpsTable, write_sps
-from dspark_jax.decoding.engine import make_loop
-from dspark_jax.decoding.loop import DecodeLoop, LoopParams
-from dspark_jax.decoding.occupancy import CostTable, Occupancy, ScheduleTables
-from dspark_jax.decoding.profile import Effort, Profile, choose_ladder, measure_profile
-from dspark_jax.decoding.requests import DecodeConfig
-from dspark_jax.decoding.scheduler import Adaptive, LookAhead, RoundView
+from dspark_jax.config.cli import parse, program
+from dspark_jax.decoding.round import DecodeLoop, LoopParams
 from dspark_jax.drafters.registry import LoadedDrafter
 from dspark_jax.errors import UserError
+from dspark_jax.files import write_json
+from dspark_jax.report import table
+from dspark_jax.scheduling.costs import CostTable, Occupancy, ScheduleTables
+from dspark_jax.scheduling.policies import Adaptive, LookAhead, RoundView
+from dspark_jax.serving.engine import make_loop
+from dspark_jax.serving.policies import PolicyName, policy_named
+from dspark_jax.serving.profile import Effort, Profile, choose_ladder, measure_profile
+from dspark_jax.serving.requests import DecodeConfig
 from dspark_jax.targets.target import Target
-from infer.policies import PolicyName, policy_named
-from infer.report import table, write_json
 
 
 @dataclass(frozen=True)

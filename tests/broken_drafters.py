@@ -13,6 +13,7 @@ from flax import nnx
 from dspark_jax.checkpoints.drafters import load_drafter, shared_tables
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.data.chat import encode_conversation
+from dspark_jax.datagen.corpora import DOMAINS, conversations
 from dspark_jax.drafters.protocol import SharedTables
 from dspark_jax.drafters.registry import LoadedDrafter
 from dspark_jax.targets.attention import Causal
@@ -20,7 +21,6 @@ from dspark_jax.targets.kv_cache import head_major
 from dspark_jax.targets.target import Target
 from dspark_jax.training.anchors import make_blocks, sample_anchors
 from dspark_jax.training.losses import target_logits, total_variation_l1
-from train.corpora import DOMAINS, conversations
 
 LENGTH, ROWS, ANCHORS = 160, 4, 10
 NEXT_TURN = {"role": "user", "content": "Go on."}

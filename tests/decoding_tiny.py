@@ -13,8 +13,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dspark_jax.checkpoints.huggingface import abstract_target
-from dspark_jax.decoding.loop import DecodeLoop, LoopParams
 from dspark_jax.decoding.prefill import admit
+from dspark_jax.decoding.round import DecodeLoop, LoopParams
 from dspark_jax.decoding.sampling import SamplingParams
 from dspark_jax.decoding.state import Admission, DecodeState
 from dspark_jax.drafters.registry import LoadedDrafter, drafter_hf_config, read_config, skeleton

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dspark_jax.distributed import fetch_rows, initialize_from_environment, is_first
 from dspark_jax.sharding import ShardingRules, make_mesh
-from train.distributed import fetch_rows, initialize_from_environment, is_first
 
 DTYPES = ("float32", "bfloat16", "int8", "float8_e4m3fn")  # those that caches store
 

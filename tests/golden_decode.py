@@ -13,13 +13,13 @@ import numpy as np
 from dspark_jax.checkpoints.drafters import load_drafter, shared_tables
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.decoding.acceptance import RejectionSampling, first_stop, residual_law
-from dspark_jax.decoding.calibration import calibration_metrics, prefix_survival
 from dspark_jax.decoding.dispatch import run_round
-from dspark_jax.decoding.engine import Engine
-from dspark_jax.decoding.requests import DecodeConfig, Request
 from dspark_jax.decoding.sampling import SamplingParams, sampling_law
-from dspark_jax.decoding.scheduler import Fixed, Threshold
 from dspark_jax.drafters.registry import LoadedDrafter
+from dspark_jax.scheduling.calibration import calibration_metrics, prefix_survival
+from dspark_jax.scheduling.policies import Fixed, Threshold
+from dspark_jax.serving.engine import Engine
+from dspark_jax.serving.requests import DecodeConfig, Request
 from dspark_jax.targets.attention import Causal
 from dspark_jax.targets.target import Target
 

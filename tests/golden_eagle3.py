@@ -20,9 +20,9 @@ from dspark_jax.checkpoints.drafters import load_drafter, shared_tables
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.checkpoints.target_tables import describe_target
 from dspark_jax.checkpoints.tensors import stored_tensors
-from dspark_jax.decoding.requests import DecodeConfig
 from dspark_jax.drafters.paired import shift_left
 from dspark_jax.drafters.registry import LoadedDrafter
+from dspark_jax.serving.requests import DecodeConfig
 from dspark_jax.targets.attention import Causal, prefix_mask
 from dspark_jax.targets.target import Target
 from dspark_jax.training.losses import LossOptions

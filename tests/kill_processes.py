@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 
 from dspark_jax.checkpoints.target_tables import describe_target
+from dspark_jax.training.run_folder import read_records
+from dspark_jax.training.synthetic_cache import write_synthetic_cache
 from tests import jobs
 from tests.tiny import write_tiny_target
-from train.run_folder import read_records
-from train.synthetic_cache import write_synthetic_cache
 
 STEPS, EVERY = 40, 2
 PEER_SECONDS = 20

@@ -18,8 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from dspark_jax.datagen import corpora
 from tests.tiny import write_tiny_target
-from train import corpora
 
 ROOT = Path(__file__).parent.parent
 EMBEDDED = ROOT / "assets" / "embedded_target"
@@ -99,8 +99,8 @@ def sweep_task(target: Path, scratch: Path) -> Task:
 
 
 SIX_POINTS = """
-from configs.cli import load_config
-from configs.sweep import Sweep, axis, fixed, product
+from dspark_jax.config.cli import load_config
+from dspark_jax.config.sweep import Sweep, axis, fixed, product
 
 def get_sweep():
     layers = fixed(drafter__target_layer_ids=(0, 1))

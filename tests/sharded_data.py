@@ -16,7 +16,7 @@ from pathlib import Path
 
 import jax
 
-from dspark_jax.decoding.engine import parameter_mesh
+from dspark_jax.serving.engine import parameter_mesh
 from train import build_cache, prepare_data
 
 

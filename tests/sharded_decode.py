@@ -22,11 +22,11 @@ from flax.traverse_util import flatten_dict
 
 from dspark_jax.checkpoints.drafters import load_drafter, save_drafter
 from dspark_jax.checkpoints.huggingface import load_target, save_target
-from dspark_jax.decoding.engine import Engine, make_loop, parameter_mesh
-from dspark_jax.decoding.generate import generate
-from dspark_jax.decoding.occupancy import CostTable, ScheduleTables
-from dspark_jax.decoding.requests import DecodeConfig, Request
-from dspark_jax.decoding.scheduler import LookAhead
+from dspark_jax.scheduling.costs import CostTable, ScheduleTables
+from dspark_jax.scheduling.policies import LookAhead
+from dspark_jax.serving.engine import Engine, make_loop, parameter_mesh
+from dspark_jax.serving.generate import generate
+from dspark_jax.serving.requests import DecodeConfig, Request
 from dspark_jax.sharding import ShardingRules, make_mesh
 from dspark_jax.targets.target import Target
 from tests.decoding_tiny import prompts, tiny_pair

@@ -11,9 +11,9 @@ import pytest
 
 from dspark_jax.checkpoints.drafters import load_drafter, save_drafter, shared_tables
 from dspark_jax.checkpoints.huggingface import DTYPES
-from dspark_jax.decoding.generate import generate
-from dspark_jax.decoding.requests import DecodeConfig
 from dspark_jax.drafters.registry import DRAFTERS, DrafterKind, kind_name
+from dspark_jax.serving.generate import generate
+from dspark_jax.serving.requests import DecodeConfig
 from dspark_jax.training.losses import LossOptions
 from dspark_jax.training.registry import make_objective
 from dspark_jax.training.schedule import learning_rate_schedule, make_optimizer

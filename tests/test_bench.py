@@ -9,19 +9,19 @@ import jax
 import numpy as np
 import pytest
 
-from configs.cli import load_config
-from configs.schema import TrainConfig
 from dspark_jax.checkpoints.huggingface import abstract_target
-from dspark_jax.compiled import memory_of
-from dspark_jax.decoding.floor import round_terms
+from dspark_jax.config.cli import load_config
+from dspark_jax.config.schema import TrainConfig
 from dspark_jax.drafters.registry import read_config, skeleton
-from dspark_jax.hardware import Term, floor_seconds, known_device, terms_table, total
+from dspark_jax.planning.compiled import memory_of
+from dspark_jax.planning.training import AbstractRun
+from dspark_jax.roofline.decoding import round_terms
+from dspark_jax.roofline.hardware import Term, floor_seconds, known_device, terms_table, total
 from dspark_jax.sharding import abstract_mesh, make_mesh, split
-from train import bench
-from train.abstract_run import AbstractRun
-from train.bench_inputs import random_inputs
-from train.naive import naive_run
-from train.plan import drafter_config
+from dspark_jax.training.run import drafter_config
+from train.bench import __main__ as bench
+from train.bench.inputs import random_inputs
+from train.bench.naive import naive_run
 
 
 def run_of(name: str, **drafter: int) -> AbstractRun:

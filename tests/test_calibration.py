@@ -12,12 +12,14 @@ import pytest
 from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.checkpoints.serving_tables import StsTable, read_sps, read_sts
-from dspark_jax.decoding import profile as profile_module
-from dspark_jax.decoding.calibration import calibration_metrics, prefix_survival, reliability
 from dspark_jax.decoding.dispatch import run_rounds
-from dspark_jax.decoding.engine import make_loop
-from dspark_jax.decoding.loop import LoopParams
-from dspark_jax.decoding.profile import (
+from dspark_jax.decoding.round import LoopParams
+from dspark_jax.errors import UserError
+from dspark_jax.scheduling.calibration import calibration_metrics, prefix_survival, reliability
+from dspark_jax.scheduling.policies import Fixed, LookAhead
+from dspark_jax.serving import profile as profile_module
+from dspark_jax.serving.engine import make_loop
+from dspark_jax.serving.profile import (
     Effort,
     Profile,
     choose_ladder,
@@ -25,9 +27,8 @@ from dspark_jax.decoding.profile import (
     measure_profile,
     monotone,
 )
-from dspark_jax.decoding.requests import DecodeConfig
-from dspark_jax.decoding.scheduler import Fixed, LookAhead
-from dspark_jax.decoding.sts import (
+from dspark_jax.serving.requests import DecodeConfig
+from dspark_jax.serving.temperatures import (
     fingerprint,
     fit_shift,
     fit_temperatures,
@@ -35,7 +36,6 @@ from dspark_jax.decoding.sts import (
     validity,
     write_calibration,
 )
-from dspark_jax.errors import UserError
 from infer.calibrate import main as calibrate
 from infer.profile import main as profile
 from tests.decoding_tiny import tiny_pair

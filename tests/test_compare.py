@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from configs.comparison import BLOCKS, CONTESTANTS, MAIN, StudyPoint, study_points
 from dspark_jax.checkpoints.target_tables import describe_target
+from dspark_jax.files import weights_fingerprint, write_settings
+from dspark_jax.training.synthetic_cache import write_synthetic_cache
 from tests.tiny import write_tiny_target
-from train.compare import CompareSettings, all_points, finished, main, point_config
-from train.compare_report import estimate, publish, report
-from train.sidecar import weights_fingerprint, write_settings
-from train.synthetic_cache import write_synthetic_cache
+from train.studies.compare import CompareSettings, all_points, finished, main, point_config
+from train.studies.compare_report import estimate, publish, report
+from train.studies.comparison import BLOCKS, CONTESTANTS, MAIN, StudyPoint, study_points
 
-ABOUT = {"command": "python -m train.compare", "depth": 2, "steps": 10}
+ABOUT = {"command": "python -m train.studies.compare", "depth": 2, "steps": 10}
 
 
 def test_the_parts_share_their_points():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.kill_cache import SPEC, write_cache
-from train.compare_codecs import CodecSettings, main, point_config, report
+from train.studies.compare_codecs import CodecSettings, main, point_config, report
 
 CODECS = ("bfloat16", "float8_e4m3", "int8")
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from configs.cli import config_names, from_json, load_config, parse, parse_named, program, to_json
-from configs.schema import DataSettings, DrafterSettings, MeshSettings, OptimizerSettings, TrainConfig
+from dspark_jax.config.cli import config_names, from_json, load_config, parse, parse_named, program, to_json
+from dspark_jax.config.schema import DataSettings, DrafterSettings, MeshSettings, OptimizerSettings, TrainConfig
 from dspark_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -214,7 +214,9 @@ def test_program_turns_errors_into_exit_codes(capsys: pytest.CaptureFixture[str]
 
 def test_as_a_process() -> None:
     """Exit codes and streams as a shell sees them, argv taken from the process."""
-    code = "from configs.cli import parse_named, program; program(lambda argv: print(parse_named(argv).seed))()"
+    code = (
+        "from dspark_jax.config.cli import parse_named, program; program(lambda argv: print(parse_named(argv).seed))()"
+    )
 
     def run(*argv: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True, timeout=60)

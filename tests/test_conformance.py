@@ -14,7 +14,7 @@ import pytest
 
 from dspark_jax.checkpoints.drafters import load_drafter, save_drafter
 from dspark_jax.checkpoints.huggingface import load_target
-from dspark_jax.decoding.conformance import (
+from dspark_jax.evaluation.conformance import (
     DECLARED,
     Edges,
     Reading,
@@ -166,7 +166,7 @@ def test_an_untrained_drafter_gets_no_verdict(tmp_path: Path, capsys: pytest.Cap
 def test_any_drafter_can_be_read_by_the_protocol(tmp_path: Path) -> None:
     """Eagle3 drafts step by step: its slots are shifted by the tokens it is fed, no block convention is assumed."""
     from dspark_jax.checkpoints.drafters import shared_tables
-    from dspark_jax.decoding.conformance import Probe
+    from dspark_jax.evaluation.conformance import Probe
 
     target, drafter = write_pair(tmp_path / "t", kind="eagle3", num_layers=1, target_layer_ids=(0, 1, 2))
     assert Reading(slot=1) in readings(drafter) and Reading(slot=-1) in readings(drafter)

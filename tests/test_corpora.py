@@ -12,13 +12,13 @@ from tokenizers import Tokenizer
 
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.data.chat import encode_conversation, encode_prompt
+from dspark_jax.datagen.corpora import DOMAINS, conversations, prompts
+from dspark_jax.datagen.corpora.stdlib import definitions, split_of
 from dspark_jax.errors import UserError
-from train import embedded_report
-from train.corpora import DOMAINS, conversations, prompts
-from train.corpora.stdlib import definitions, split_of
-from train.embedded_target import History, Recipe, Run, export, train
-from train.embedded_tokenizer import MASK, SPECIAL, VOCABULARY, learn_tokenizer, save_tokenizer
-from train.packing import Encoder, batches, mixture
+from train.embedded import report as embedded_report
+from train.embedded.packing import Encoder, batches, mixture
+from train.embedded.target import History, Recipe, Run, export, train
+from train.embedded.tokenizer import MASK, SPECIAL, VOCABULARY, learn_tokenizer, save_tokenizer
 
 LIMIT = 400
 
@@ -186,7 +186,7 @@ def test_a_killed_run_continues_bit_for_bit_and_its_folder_loads(
 
 def _train_steps(run: Run, steps: int) -> None:
     """Trains as `train` does and saves after `steps`, as a run that is killed right after a checkpoint leaves it."""
-    from train.embedded_target import Progress, learning_rate, make_optimizer, make_step
+    from train.embedded.target import Progress, learning_rate, make_optimizer, make_step
 
     step = make_step(run.graphdef, make_optimizer(run.recipe))
     for rows in islice(run.data(), steps):

@@ -8,13 +8,13 @@ import pytest
 
 from dspark_jax.checkpoints.drafters import load_drafter, save_drafter
 from dspark_jax.checkpoints.huggingface import load_target
-from dspark_jax.decoding.engine import Engine
-from dspark_jax.decoding.requests import DecodeConfig
 from dspark_jax.drafters.registry import drafter_hf_config, new_drafter
-from dspark_jax.hardware import known_device
+from dspark_jax.planning.decoding import DecodePlan, PlanOptions
+from dspark_jax.roofline.hardware import known_device
+from dspark_jax.serving.engine import Engine
+from dspark_jax.serving.policies import policy_named
+from dspark_jax.serving.requests import DecodeConfig
 from infer import bench
-from infer.plan import DecodePlan, PlanOptions
-from infer.policies import policy_named
 from tests.tiny import write_tiny_target
 
 

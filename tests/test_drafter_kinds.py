@@ -13,15 +13,15 @@ import pytest
 from safetensors.numpy import load_file
 
 from dspark_jax.checkpoints.drafters import load_drafter, save_drafter, shared_tables
-from dspark_jax.decoding.generate import generate
-from dspark_jax.decoding.requests import DecodeConfig
 from dspark_jax.drafters.paired import OwnRows, PairedState
 from dspark_jax.drafters.protocol import SharedTables
 from dspark_jax.drafters.registry import DRAFTERS, drafter_hf_config, kind_name, new_drafter, read_config
 from dspark_jax.errors import UserError
+from dspark_jax.roofline.training import training_flops
+from dspark_jax.serving.generate import generate
+from dspark_jax.serving.requests import DecodeConfig
 from dspark_jax.targets.attention import Causal, KeysValues
 from dspark_jax.targets.target import Target
-from dspark_jax.training.flops import training_flops
 from dspark_jax.training.losses import LossOptions
 from dspark_jax.training.objective import Objective
 from dspark_jax.training.registry import make_objective
@@ -385,10 +385,10 @@ def test_fit_trains_stops_and_continues(
 
 
 def test_one_cache_serves_drafters_of_other_layers(folder: Path, tmp_path: Path) -> None:
-    from configs.cli import load_config, parse
     from dspark_jax.checkpoints.target_tables import describe_target
-    from train.plan import open_records
-    from train.synthetic_cache import write_synthetic_cache
+    from dspark_jax.config.cli import load_config, parse
+    from dspark_jax.training.run import open_records
+    from dspark_jax.training.synthetic_cache import write_synthetic_cache
 
     write_synthetic_cache(tmp_path / "cache", describe_target(folder), (0, 1, 3), records=4, length=8, seed=0)
     arguments = [*fit_command(folder, tmp_path / "run", "mtp"), "--data.cache", str(tmp_path / "cache")]

@@ -8,13 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from dspark_jax.decoding import engine as engine_module
-from dspark_jax.decoding.chunks import chunk_widths, prompt_bucket
-from dspark_jax.decoding.engine import SELDOM_TIMED, Engine
-from dspark_jax.decoding.occupancy import CostTable, LoadMeter, ScheduleTables
-from dspark_jax.decoding.requests import DecodeConfig, Generation, QueueFull, Request
-from dspark_jax.decoding.scheduler import Causal
 from dspark_jax.errors import UserError
+from dspark_jax.scheduling.costs import CostTable, LoadMeter, ScheduleTables
+from dspark_jax.scheduling.policies import Causal
+from dspark_jax.serving import engine as engine_module
+from dspark_jax.serving.chunks import chunk_widths, prompt_bucket
+from dspark_jax.serving.engine import SELDOM_TIMED, Engine
+from dspark_jax.serving.requests import DecodeConfig, Generation, QueueFull, Request
 from tests.decoding_tiny import prompts, tiny_pair
 
 NEW = 12

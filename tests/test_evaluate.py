@@ -9,11 +9,11 @@ import pytest
 from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.data.chat import encode_prompt
-from dspark_jax.decoding.engine import Engine
-from dspark_jax.decoding.requests import DecodeConfig
 from dspark_jax.errors import UserError
-from infer.answers import ChatStyle, Proposals, answer, reach
-from infer.datasets import domain_of, read_datasets
+from dspark_jax.evaluation.answers import ChatStyle, Proposals, answer, reach
+from dspark_jax.evaluation.datasets import domain_of, read_datasets
+from dspark_jax.serving.engine import Engine
+from dspark_jax.serving.requests import DecodeConfig
 from infer.evaluate import averages, main
 from tests.test_infer_programs import refused, write_drafter
 from tests.tiny import write_tiny_target

@@ -8,19 +8,19 @@ import jax
 import numpy as np
 import pytest
 
-from configs.cli import load_config, parse
 from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target
+from dspark_jax.config.cli import load_config, parse
 from dspark_jax.decoding.dispatch import run_rounds
-from dspark_jax.decoding.measure import Acceptance, acceptance_by_domain, macro_tau
-from dspark_jax.decoding.requests import DecodeConfig, Generation
+from dspark_jax.evaluation.acceptance import Acceptance, acceptance_by_domain, macro_tau
+from dspark_jax.serving.requests import DecodeConfig, Generation
 from dspark_jax.training.checkpoint import Checkpoints
+from dspark_jax.training.evaluation import Evaluator
+from dspark_jax.training.run import make_plan
+from dspark_jax.training.run_folder import read_records
+from dspark_jax.training.trainer import Trainer
 from tests.tiny import write_tiny_target
-from train.evaluation import Evaluator
 from train.fit import main
-from train.plan import make_plan
-from train.run_folder import read_records
-from train.trainer import Trainer
 
 PROMPTS = {"chat": ("What is the sum of three and four?", "one"), "code": ("Return the length of the list.",)}
 

@@ -13,29 +13,29 @@ import jax
 import numpy as np
 import pytest
 
-from configs.cli import load_config, parse
 from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.checkpoints.target_tables import describe_target
+from dspark_jax.config.cli import load_config, parse
 from dspark_jax.data.deepspec_cache import DeepSpecCacheWriter
 from dspark_jax.data.target_cache import TargetCache
 from dspark_jax.drafters.protocol import SharedTables
 from dspark_jax.drafters.registry import drafter_hf_config, read_config, skeleton
-from dspark_jax.hardware import peak_flops
+from dspark_jax.roofline.hardware import peak_flops
+from dspark_jax.roofline.training import training_flops
 from dspark_jax.sharding import split
 from dspark_jax.training.checkpoint import Checkpoints
-from dspark_jax.training.flops import training_flops
 from dspark_jax.training.losses import LossOptions
 from dspark_jax.training.objective import BlockObjective
+from dspark_jax.training.run import make_plan
+from dspark_jax.training.run_folder import MetricsLog, read_records
 from dspark_jax.training.schedule import learning_rate_schedule, make_optimizer
 from dspark_jax.training.step import TrainState, abstract_train_state, make_train_step
+from dspark_jax.training.synthetic_cache import write_synthetic_cache
+from dspark_jax.training.trainer import Trainer
 from tests.tiny import write_tiny_target
 from tests.xla import xla_flags
 from train.fit import main
-from train.plan import make_plan
-from train.run_folder import MetricsLog, read_records
-from train.synthetic_cache import write_synthetic_cache
-from train.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (0, 2)

@@ -19,12 +19,12 @@ from dspark_jax.checkpoints.target_tables import describe_target
 from dspark_jax.data.target_cache import CacheWriter, TargetCache
 from dspark_jax.errors import UserError
 from dspark_jax.training.checkpoint import Checkpoints
+from dspark_jax.training.run_folder import read_records
+from dspark_jax.training.synthetic_cache import write_synthetic_cache
+from dspark_jax.training.trainer import Trainer
 from tests.tiny import write_tiny_target
 from tests.xla import xla_flags
 from train.fit import main
-from train.run_folder import read_records
-from train.synthetic_cache import write_synthetic_cache
-from train.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 SMALL = "--drafter.target-layer-ids 0 1 --drafter.block-size 3 --drafter.num-anchors 4 --data.max-length 24"

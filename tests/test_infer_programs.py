@@ -10,13 +10,13 @@ import pytest
 
 from dspark_jax.checkpoints.drafters import save_drafter
 from dspark_jax.checkpoints.huggingface import load_target
-from dspark_jax.decoding.measure import Acceptance
-from dspark_jax.decoding.requests import Generation
 from dspark_jax.drafters.registry import LoadedDrafter, drafter_hf_config, read_config, skeleton
+from dspark_jax.evaluation.acceptance import Acceptance
+from dspark_jax.evaluation.timing import Timed, alternate, median_ratio, median_speed
+from dspark_jax.serving.requests import Generation
 from dspark_jax.sharding import split
 from infer.bench import main as bench
 from infer.generate import main as generate
-from infer.measure import Timed, alternate, median_ratio, median_speed
 from tests.decoding_tiny import random_leaves
 from tests.tiny import write_tiny_target
 

@@ -1,4 +1,4 @@
-"""The simulator on numbers worked out by hand, and `infer.load` from beginning to end on a tiny pair."""
+"""The simulator on numbers worked out by hand, and `infer.studies.load` from beginning to end on a tiny pair."""
 
 import json
 from dataclasses import replace
@@ -8,15 +8,24 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dspark_jax.decoding.engine import Engine
-from dspark_jax.decoding.occupancy import CostTable, ScheduleTables
-from dspark_jax.decoding.prompts import Prompt
-from dspark_jax.decoding.requests import DecodeConfig
-from dspark_jax.decoding.scheduler import Causal, Fixed, Threshold
-from dspark_jax.decoding.simulator import LoadFigures, Prefill, SimulatedDevice, Traces, simulate
 from dspark_jax.errors import UserError
-from infer.load import LoadSettings, RunLog, main, requests_of, summarise, verdict
-from infer.traffic import OpenFigures, Traffic, closed_loop, overheads, poisson, read_traces, record_traces, save_traces
+from dspark_jax.evaluation.simulator import LoadFigures, Prefill, SimulatedDevice, Traces, simulate
+from dspark_jax.evaluation.traffic import (
+    OpenFigures,
+    Traffic,
+    closed_loop,
+    overheads,
+    poisson,
+    read_traces,
+    record_traces,
+    save_traces,
+)
+from dspark_jax.scheduling.costs import CostTable, ScheduleTables
+from dspark_jax.scheduling.policies import Causal, Fixed, Threshold
+from dspark_jax.serving.engine import Engine
+from dspark_jax.serving.prompts import Prompt
+from dspark_jax.serving.requests import DecodeConfig
+from infer.studies.load import LoadSettings, RunLog, main, requests_of, summarise, verdict
 from tests.decoding_tiny import prompts, tiny_pair
 from tests.test_infer_programs import refused, write_drafter
 from tests.tiny import write_tiny_target

@@ -10,20 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dspark_jax.compiled import copies
 from dspark_jax.decoding import verification
-from dspark_jax.decoding.chunks import blank_chunk
 from dspark_jax.decoding.dispatch import run_round, run_rounds
-from dspark_jax.decoding.engine import Engine
-from dspark_jax.decoding.generate import generate, stream
-from dspark_jax.decoding.loop import DecodeLoop, init_state
 from dspark_jax.decoding.prefill import admit
-from dspark_jax.decoding.requests import DecodeConfig, Generation, Request
-from dspark_jax.decoding.scheduler import bucket_ladder
+from dspark_jax.decoding.round import DecodeLoop, init_state
 from dspark_jax.decoding.state import DecodeState
 from dspark_jax.decoding.verification import VerifyOutput, verify
 from dspark_jax.drafters.registry import DRAFTERS
 from dspark_jax.errors import UserError
+from dspark_jax.planning.compiled import copies
+from dspark_jax.scheduling.policies import bucket_ladder
+from dspark_jax.serving.chunks import blank_chunk
+from dspark_jax.serving.engine import Engine
+from dspark_jax.serving.generate import generate, stream
+from dspark_jax.serving.requests import DecodeConfig, Generation, Request
 from dspark_jax.targets.kv_cache import append_rows
 from tests.decoding_tiny import admitted, kind_pair, prompts, run_python, tiny_pair
 

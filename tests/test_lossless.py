@@ -19,19 +19,19 @@ from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.decoding.acceptance import Acceptance, RejectionSampling
 from dspark_jax.decoding.dispatch import run_rounds
-from dspark_jax.decoding.engine import Engine
-from dspark_jax.decoding.generate import generate
-from dspark_jax.decoding.loop import DecodeLoop, LoopParams, init_state
-from dspark_jax.decoding.occupancy import Occupancy
 from dspark_jax.decoding.prefill import admit
-from dspark_jax.decoding.prompts import Prompt, encode
-from dspark_jax.decoding.requests import DecodeConfig, Generation, Request
+from dspark_jax.decoding.round import DecodeLoop, LoopParams, init_state
 from dspark_jax.decoding.sampling import SamplingParams, sampling_law
-from dspark_jax.decoding.scheduler import Fixed, Threshold, VerifyPolicy
 from dspark_jax.drafters.registry import DRAFTERS, LoadedDrafter, drafter_hf_config, read_config, skeleton
+from dspark_jax.evaluation.timing import differences
+from dspark_jax.scheduling.costs import Occupancy
+from dspark_jax.scheduling.policies import Fixed, Threshold, VerifyPolicy
+from dspark_jax.serving.engine import Engine
+from dspark_jax.serving.generate import generate
+from dspark_jax.serving.prompts import Prompt, encode
+from dspark_jax.serving.requests import DecodeConfig, Generation, Request
 from dspark_jax.sharding import split
 from dspark_jax.targets.target import Target
-from infer.measure import differences
 from tests.decoding_tiny import admission, kind_pair, next_logits, prompts, random_leaves, tiny_pair
 
 pytestmark = pytest.mark.lossless
@@ -81,8 +81,8 @@ def tiny_case() -> Case:
 
 def embedded_case() -> Case:
     """The target that comes with the project, on held-out prompts of its three domains."""
-    from train.corpora import DOMAINS
-    from train.corpora import prompts as corpus
+    from dspark_jax.datagen.corpora import DOMAINS
+    from dspark_jax.datagen.corpora import prompts as corpus
 
     target = load_target(ASSETS / "embedded_target", dtype="float32")
     made = []

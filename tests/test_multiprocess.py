@@ -14,15 +14,15 @@ import pytest
 from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.data.target_cache import TargetCache
+from dspark_jax.distributed import Job
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import ShardingRules, make_mesh
 from dspark_jax.training.checkpoint import Checkpoints
+from dspark_jax.training.run_folder import read_records
 from tests import fetched_rows, jobs
 from tests.tiny import write_tiny_target
 from train import build_cache
-from train.distributed import Job
 from train.fit import main
-from train.run_folder import read_records
 
 STEPS = 20
 ADDRESS = {"JAX_COORDINATOR_ADDRESS": "host:1234"}

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from dspark_jax.decoding.engine import Engine
-from dspark_jax.decoding.occupancy import CostTable, ScheduleTables
-from dspark_jax.decoding.requests import DecodeConfig, Generation, QueueFull, Request
-from dspark_jax.decoding.scheduler import Asynchronous, Causal, Fixed, LookAhead, Threshold, VerifyPolicy
 from dspark_jax.errors import UserError
+from dspark_jax.scheduling.costs import CostTable, ScheduleTables
+from dspark_jax.scheduling.policies import Asynchronous, Causal, Fixed, LookAhead, Threshold, VerifyPolicy
+from dspark_jax.serving.engine import Engine
+from dspark_jax.serving.requests import DecodeConfig, Generation, QueueFull, Request
 from tests.decoding_tiny import tiny_pair
 
 REQUESTS, SLOTS, LONGEST = 500, 8, 60

@@ -8,20 +8,20 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs.cli import config_names, load_config, mesh_settings
-from configs.schema import MeshSettings, TrainConfig
 from dspark_jax.checkpoints.huggingface import abstract_target
-from dspark_jax.checkpoints.published_targets import PUBLISHED
-from dspark_jax.compiled import collectives
+from dspark_jax.config.cli import config_names, load_config, mesh_settings
+from dspark_jax.config.schema import MeshSettings, TrainConfig
 from dspark_jax.errors import UserError
+from dspark_jax.planning.compiled import collectives
+from dspark_jax.planning.estimate import estimate, shard_bytes
+from dspark_jax.planning.liveness import peak_bytes
+from dspark_jax.planning.published_targets import PUBLISHED
+from dspark_jax.planning.training import AbstractRun
 from dspark_jax.sharding import ShardingRules, abstract_mesh, array_sharding, gathered, make_mesh
 from dspark_jax.targets.config import TargetConfig
+from dspark_jax.training.run import micro_batches
 from train import fit
-from train.abstract_run import AbstractRun
-from train.bench import preset
-from train.estimate import estimate, shard_bytes
-from train.liveness import peak_bytes
-from train.plan import micro_batches
+from train.bench.__main__ import preset
 
 MESHES = {8: (2, 4, 1), 64: (16, 2, 2), 256: (32, 4, 2)}
 # One of every kind and of every family.

@@ -9,10 +9,10 @@ import pytest
 from pyarrow import parquet
 
 from dspark_jax.data.conversations import BadRow, file_rows, hub_rows, parse_rows, read_conversations
+from dspark_jax.datagen.regeneration import Rejected, Source
+from dspark_jax.datagen.settings import PrepareSettings
+from dspark_jax.datagen.sources import prompts_sha256, read_sources
 from dspark_jax.errors import UserError
-from train.prepare_settings import PrepareSettings
-from train.prompt_sources import prompts_sha256, read_sources
-from train.regeneration import Rejected, Source
 
 MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
 # The columns of Open-PerfectBlend.

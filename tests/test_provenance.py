@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-from configs.cli import load_config
+from dspark_jax.config.cli import load_config
 from dspark_jax.data.records import CacheSpec
-from train.provenance import answers_of, provenance
+from dspark_jax.training.provenance import answers_of, provenance
 
 
 def spec() -> CacheSpec:

@@ -5,15 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 
-import train.regeneration as regeneration
+import dspark_jax.datagen.regeneration as regeneration
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.data.chat import encode_prompt
-from dspark_jax.decoding import engine
-from dspark_jax.decoding.requests import DecodeConfig
+from dspark_jax.datagen.regeneration import Finished, Regenerator, Rejected, Source, answer_message, prompt_segments
 from dspark_jax.errors import UserError
+from dspark_jax.serving import engine
+from dspark_jax.serving.requests import DecodeConfig
 from dspark_jax.targets.target import Target
 from tests.tiny import SPECIAL, write_tiny_target
-from train.regeneration import Finished, Regenerator, Rejected, Source, answer_message, prompt_segments
 
 STOP = SPECIAL.index("<|im_end|>")
 

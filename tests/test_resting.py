@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dspark_jax.decoding import engine as engine_module
 from dspark_jax.decoding.dispatch import run_undrafted
-from dspark_jax.decoding.engine import Engine, make_loop
-from dspark_jax.decoding.loop import LoopParams
-from dspark_jax.decoding.requests import DecodeConfig, Generation, Request
-from dspark_jax.decoding.resting import DraftRest
-from dspark_jax.decoding.scheduler import Fixed, LookAhead
+from dspark_jax.decoding.round import LoopParams
 from dspark_jax.drafters.registry import DRAFTERS
 from dspark_jax.errors import UserError
+from dspark_jax.scheduling.policies import Fixed, LookAhead
+from dspark_jax.serving import engine as engine_module
+from dspark_jax.serving.engine import Engine, make_loop
+from dspark_jax.serving.requests import DecodeConfig, Generation, Request
+from dspark_jax.serving.resting import DraftRest
 from tests.decoding_tiny import kind_pair, prompts, tiny_pair
 from tests.test_scheduled_loop import check_in_place, engine_of, tables
 

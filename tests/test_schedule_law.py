@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dspark_jax.decoding.calibration import Online, Static
-from dspark_jax.decoding.history import DraftGuard, History
-from dspark_jax.decoding.occupancy import CostTable, Occupancy, ScheduleTables
-from dspark_jax.decoding.scheduler import (
+from dspark_jax.scheduling.calibration import Online, Static
+from dspark_jax.scheduling.costs import CostTable, Occupancy, ScheduleTables
+from dspark_jax.scheduling.history import DraftGuard, History
+from dspark_jax.scheduling.policies import (
     Adaptive,
     Asynchronous,
     Causal,

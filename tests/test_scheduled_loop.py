@@ -9,16 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dspark_jax.decoding.calibration import Online
 from dspark_jax.decoding.dispatch import record_rounds, run_rounds
-from dspark_jax.decoding.engine import Engine, make_loop
-from dspark_jax.decoding.loop import DecodeLoop, LoopParams, init_state
-from dspark_jax.decoding.occupancy import CostTable, Occupancy, ScheduleTables
 from dspark_jax.decoding.prefill import admit
-from dspark_jax.decoding.requests import DecodeConfig, Request
-from dspark_jax.decoding.scheduler import Adaptive, Asynchronous, Causal, LookAhead, VerifyPolicy
+from dspark_jax.decoding.round import DecodeLoop, LoopParams, init_state
 from dspark_jax.decoding.state import DecodeState
 from dspark_jax.drafters.registry import DRAFTERS, LoadedDrafter
+from dspark_jax.scheduling.calibration import Online
+from dspark_jax.scheduling.costs import CostTable, Occupancy, ScheduleTables
+from dspark_jax.scheduling.policies import Adaptive, Asynchronous, Causal, LookAhead, VerifyPolicy
+from dspark_jax.serving.engine import Engine, make_loop
+from dspark_jax.serving.requests import DecodeConfig, Request
 from dspark_jax.targets.target import Target
 from tests.decoding_tiny import admission, admitted, kind_pair, prompts, tiny_pair
 from tests.test_loop import bytes_of, cache_copies
@@ -152,7 +152,7 @@ PROMPTS = prompts(10, tiny_pair()[0].config.vocab_size)
 
 @cache
 def plain() -> list[tuple[int, ...]]:
-    from dspark_jax.decoding.generate import generate
+    from dspark_jax.serving.generate import generate
 
     made = generate(pair()[0], None, PROMPTS, DecodeConfig(max_new_tokens=NEW, slots=SLOTS))
     return [g.tokens for g in made]

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspark_jax.decoding.calibration import Online, Oracle, Static
-from dspark_jax.decoding.history import DraftGuard, History
-from dspark_jax.decoding.occupancy import (
+from dspark_jax.errors import UserError
+from dspark_jax.scheduling.calibration import Online, Oracle, Static
+from dspark_jax.scheduling.costs import (
     CostTable,
     LoadMeter,
     Occupancy,
@@ -20,8 +20,8 @@ from dspark_jax.decoding.occupancy import (
     below,
     round_costs,
 )
-from dspark_jax.decoding.scheduler import Asynchronous, Causal, LookAhead, RoundView, Threshold, rank, survival
-from dspark_jax.errors import UserError
+from dspark_jax.scheduling.history import DraftGuard, History
+from dspark_jax.scheduling.policies import Asynchronous, Causal, LookAhead, RoundView, Threshold, rank, survival
 
 R, K = 3, 4
 POLICIES = [Causal(), LookAhead(), Asynchronous(), Causal(guard=None, min_gain=0.0)]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-import train.served as served
+import dspark_jax.datagen.server as served
 from train import prepare_data
 
 Script = Callable[[str, int], Any]

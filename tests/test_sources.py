@@ -12,18 +12,18 @@ import jax
 import numpy as np
 import pytest
 
-from configs.cli import load_config, parse
 from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target
+from dspark_jax.config.cli import load_config, parse
 from dspark_jax.data.manifest import Manifest
 from dspark_jax.data.target_cache import TargetCache
 from dspark_jax.training.checkpoint import Checkpoints
+from dspark_jax.training.run import make_plan
+from dspark_jax.training.run_folder import read_records
 from tests.tiny import write_tiny_target
 from tests.xla import xla_flags
 from train import build_cache
 from train.fit import main
-from train.plan import make_plan
-from train.run_folder import read_records
 
 ROOT = Path(__file__).parent.parent
 TIMES = ("seconds", "step_seconds", "tokens_per_s", "mfu")

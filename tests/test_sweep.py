@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from configs.cli import divide_options, load_config
-from configs.sweep import Sweep, apply_diff, axis, chain, fixed, load_sweep, part, product, run_name, zipped
+from dspark_jax.config.cli import divide_options, load_config
+from dspark_jax.config.sweep import Sweep, apply_diff, axis, chain, fixed, load_sweep, part, product, run_name, zipped
 from dspark_jax.errors import UserError
+from dspark_jax.training.points import Runner
+from dspark_jax.training.run_folder import read_records
+from dspark_jax.training.sweep_report import summary_plot, summary_rows, summary_table
 from tests.counting_point import counting, run_six
 from tests.tiny import write_tiny_target
-from train.points import Runner
-from train.run_folder import read_records
 from train.sweep import SweepSettings
 from train.sweep import main as sweep_main
-from train.sweep_report import summary_plot, summary_rows, summary_table
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "configs" / "sweeps").glob("[!_]*.py"))
@@ -177,7 +177,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
     folder = tmp_path_factory.mktemp("sweep")
     target = write_tiny_target(folder / "target", num_hidden_layers=3)
     (folder / "tiny.py").write_text(
-        "from configs.cli import load_config\nfrom configs.sweep import Sweep, axis\n"
+        "from dspark_jax.config.cli import load_config\nfrom dspark_jax.config.sweep import Sweep, axis\n"
         "def get_sweep():\n    return Sweep('tiny', load_config('debug'), axis('drafter.block_size', 2, 3))\n"
     )
     options = "--max-steps 2 --data.max-length 24 --drafter.num-anchors 4 --drafter.target-layer-ids 0 1"

@@ -1,4 +1,4 @@
-"""`infer.widen`: wider MLPs, the same answers, and a drafter that drafts for them as before."""
+"""`infer.studies.widen`: wider MLPs, the same answers, and a drafter that drafts for them as before."""
 
 from pathlib import Path
 
@@ -8,9 +8,9 @@ import pytest
 
 from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target
-from dspark_jax.decoding.generate import generate
-from dspark_jax.decoding.requests import DecodeConfig
-from infer.widen import main, widened
+from dspark_jax.serving.generate import generate
+from dspark_jax.serving.requests import DecodeConfig
+from infer.studies.widen import main, widened
 from tests.decoding_tiny import prompts
 from tests.families_tiny import write_family
 from tests.test_infer_programs import refused, write_drafter

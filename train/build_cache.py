@@ -7,8 +7,8 @@
 A run that was killed is continued by the same command and ends with the same bytes: sources are taken in fixed windows,
 each window's batches are a function of its sources alone, and a resumed run computes its first window whole again.
 
-Several processes are one job where train/distributed.py's variables say so: the target runs on all of their devices,
-and the first process writes. The output must be a folder that all of them see.
+Several processes are one job where dspark_jax/distributed.py's variables say so: the target runs on all of their
+devices, and the first process writes. The output must be a folder that all of them see.
 """
 
 import hashlib
@@ -24,23 +24,16 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from configs.cli import parse, program
-from configs.schema import MeshSettings
 from dspark_jax.checkpoints.huggingface import load_target, resolve_folder
 from dspark_jax.checkpoints.tensors import read_json
+from dspark_jax.config.cli import parse, program
+from dspark_jax.config.schema import MeshSettings
 from dspark_jax.data.chat import Encoded, chat_format, load_tokenizer, tokenizer_hash
 from dspark_jax.data.codecs import STATES, encode_states
 from dspark_jax.data.pipeline import length_buckets
 from dspark_jax.data.target_cache import CacheSpec, CacheWriter, Sample, estimate_bytes, require_disk
 from dspark_jax.data.tokenised import encode_files
-from dspark_jax.decoding.engine import parameter_mesh
-from dspark_jax.errors import UserError
-from dspark_jax.sharding import ShardingRules, replicated
-from dspark_jax.targets.attention import Causal
-from dspark_jax.targets.config import TargetConfig, config_sha256
-from dspark_jax.targets.target import Target
-from train.devices import mesh_of_several, require_rows
-from train.distributed import (
+from dspark_jax.distributed import (
     barrier,
     bounded_by_peers,
     connect,
@@ -49,8 +42,16 @@ from train.distributed import (
     is_first,
     require_same,
 )
-from train.provenance import answers_of
-from train.sidecar import require_same_settings, table, weights_fingerprint, write_json, write_settings
+from dspark_jax.errors import UserError
+from dspark_jax.files import require_same_settings, weights_fingerprint, write_json, write_settings
+from dspark_jax.report import listing
+from dspark_jax.serving.engine import parameter_mesh
+from dspark_jax.sharding import ShardingRules, replicated
+from dspark_jax.targets.attention import Causal
+from dspark_jax.targets.config import TargetConfig, config_sha256
+from dspark_jax.targets.target import Target
+from dspark_jax.training.provenance import answers_of
+from train.devices import mesh_of_several, require_rows
 
 WINDOW_BATCHES = 4
 """Batches' worth of sources that are sorted by length together."""
@@ -190,7 +191,7 @@ def plan(settings: CacheSettings, spec: CacheSpec, items: Sequence[Item]) -> int
     if settings.estimate and is_first():
         counts = {"conversations": len(items), "records": len(kept), "dropped": len(items) - len(kept)}
         counts |= {"tokens": tokens, "bytes_per_token": spec.token_bytes, "bytes": needed}
-        print(table({**counts, "gigabytes": f"{needed / 1e9:,.3f}"}))
+        print(listing({**counts, "gigabytes": f"{needed / 1e9:,.3f}"}))
     elif not kept and not settings.estimate:
         raise UserError(
             f"None of the {len(items)} conversations has {settings.min_loss_tokens} supervised tokens within "
@@ -233,7 +234,7 @@ def build(
         "tokens_per_second": made / seconds,
     }
     write_json(settings.output / "metrics.json", metrics)
-    print(table(metrics))
+    print(listing(metrics))
 
 
 def begin(settings: CacheSettings, writer: CacheWriter, new_settings: dict) -> None:

@@ -3,7 +3,7 @@
 import jax
 from jax.sharding import Mesh
 
-from configs.schema import MeshSettings
+from dspark_jax.config.schema import MeshSettings
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import ShardingRules, make_mesh
 

@@ -7,7 +7,7 @@
 A run that was stopped continues with the same command from its latest checkpoint, to the same parameters. At the end
 the drafter stands in RUN/drafter (DeepSpec-native layout); --export-only writes it from the latest checkpoint.
 --plan prints what a device would hold, on devices that need not be here, and trains nothing.
-Several processes are one job where train/distributed.py's variables say so; docs/tpu-pods.md has the scripts.
+Several processes are one job where dspark_jax/distributed.py's variables say so; docs/tpu-pods.md has the scripts.
 """
 
 import signal
@@ -17,15 +17,10 @@ from pathlib import Path
 
 from xxhash import xxh3_64_hexdigest
 
-from configs.cli import parse_named, program, to_json
-from configs.schema import TrainConfig
 from dspark_jax.checkpoints.drafters import save_drafter, shared_tables
-from dspark_jax.drafters.registry import LoadedDrafter, skeleton
-from dspark_jax.errors import UserError
-from dspark_jax.sharding import split
-from dspark_jax.targets.target import Target
-from dspark_jax.training.checkpoint import Checkpoints
-from train.distributed import (
+from dspark_jax.config.cli import parse_named, program, to_json
+from dspark_jax.config.schema import TrainConfig
+from dspark_jax.distributed import (
     barrier,
     bounded_by_peers,
     connect,
@@ -34,15 +29,20 @@ from train.distributed import (
     is_first,
     require_same,
 )
-from train.dry_run import PLAN, print_plan
-from train.guards import Preempted
-from train.loop import train
-from train.plan import RunPlan, make_plan
-from train.provenance import provenance_of
-from train.report import best_record, summarise, table
-from train.run_folder import require_same_run, write_config
-from train.sidecar import write_json
-from train.trainer import Trainer
+from dspark_jax.drafters.registry import LoadedDrafter, skeleton
+from dspark_jax.errors import UserError
+from dspark_jax.files import write_json
+from dspark_jax.sharding import split
+from dspark_jax.targets.target import Target
+from dspark_jax.training.checkpoint import Checkpoints
+from dspark_jax.training.guards import Preempted
+from dspark_jax.training.loop import train
+from dspark_jax.training.provenance import provenance_of
+from dspark_jax.training.run import RunPlan, make_plan
+from dspark_jax.training.run_folder import require_same_run, write_config
+from dspark_jax.training.summary import best_record, summarise, table
+from dspark_jax.training.trainer import Trainer
+from train.plan import PLAN, print_plan
 
 EXPORT_ONLY = "--export-only"
 

@@ -1,154 +1,59 @@
-"""What a run will do, checked as a whole before anything is written."""
+"""What a run would take, before any hardware is rented: `train.fit --config NAME --plan`.
 
+--plan                                        the devices that are here
+--plan --devices 64 --mesh data=16,fsdp=4     devices that are not
+--plan --topology v5e:4x4                     the real step, compiled by the TPU compiler (extra `aot`)
+"""
+
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from jax.sharding import Mesh
+import jax
 
-from configs.schema import DataSettings, EvaluationSettings, TrainConfig
-from dspark_jax.checkpoints.target_tables import describe_target
-from dspark_jax.data.chat import tokenizer_hash
-from dspark_jax.data.pipeline import Batches, open_cache
-from dspark_jax.data.records import FeatureSource, TokenSource, require_match
-from dspark_jax.data.views import Packed, Tapped, Truncated
-from dspark_jax.decoding.prompts import Prompt, read_prompts
-from dspark_jax.drafters.config import DrafterConfig
-from dspark_jax.drafters.registry import drafter_hf_config, read_config
+from dspark_jax.config.cli import divide_options, mesh_settings, parse, parse_named
+from dspark_jax.config.schema import TrainConfig
 from dspark_jax.errors import UserError
-from dspark_jax.sharding import AnyMesh, ShardingRules, make_mesh
-from dspark_jax.targets.target import Target
-from train.distributed import barrier, is_first
-from train.run_folder import require_same_run, write_config
-from train.sources import open_conversations
-from train.synthetic_cache import write_synthetic_cache
+from dspark_jax.planning.compiled import compiled, figures, topology_mesh
+from dspark_jax.planning.estimate import describe, estimate, tied_bytes
+from dspark_jax.planning.training import AbstractRun
+from dspark_jax.report import listing
+from dspark_jax.sharding import abstract_mesh
+
+PLAN = "--plan"
 
 
 @dataclass(frozen=True)
-class RunPlan:
-    """A run's configuration and what follows from it; `target` has no parameters yet."""
+class PlanOptions:
+    """Options of a plan."""
 
-    config: TrainConfig
-    folder: Path
-    target: Target
-    drafter_hf: dict[str, Any]
-    drafter: DrafterConfig
-    mesh: Mesh
-    batches: Batches
-    total_steps: int
-    heldout: tuple[Prompt, ...] = ()
+    devices: int = 0
+    """Devices to plan for; 0: those that are here, or those of the topology."""
+    mesh: str = ""
+    """Devices along the mesh axes, as in data=16,fsdp=4; empty: as the configuration says."""
+    topology: str = ""
+    """TPUs to compile the step for, as in v5e:4x4, v5p:2x2x2 or v6e:4x4; empty: an estimate, nothing compiled."""
 
 
-def make_plan(config: TrainConfig) -> RunPlan:
-    """Reads the small files of target and cache; UserError for whatever does not fit together.
-
-    Nothing is written, except where `data.cache` is empty: then the run's folder gets its synthetic cache, last.
-    """
-    folder = Path(config.folder)
-    require_same_run(folder, config)
-    target = describe_target(config.target)
-    drafter_hf = drafter_config(config, target)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    micro_batches(config.data, mesh)
-    heldout = heldout_prompts(config.evaluation, target)
-    offline = config.data.source == "offline"
-    source = open_records(config, folder, target) if offline else open_conversations(config, target)
-    batches = make_batches(config.data, source, mesh)
-    total = config.epochs * batches.steps_per_epoch
-    return RunPlan(
-        config=config,
-        folder=folder,
-        target=target,
-        drafter_hf=drafter_hf,
-        drafter=read_config(drafter_hf),
-        mesh=mesh,
-        batches=batches,
-        total_steps=total if config.max_steps is None else min(total, config.max_steps),
-        heldout=heldout,
-    )
-
-
-def drafter_config(config: TrainConfig, target: Target) -> dict[str, Any]:
-    """config.json of the drafter that the settings describe; exported in the dtype it is computed in."""
-    settings = config.drafter
-    mask_token = settings.mask_token_id
-    if mask_token is None:
-        mask_token = getattr(target.tokenizer, "mask_token_id", None)
-    return drafter_hf_config(
-        target.hf_config,
-        kind=settings.kind,
-        num_layers=settings.num_layers,
-        target_layer_ids=settings.target_layer_ids,
-        mask_token_id=mask_token,
-        block_size=settings.block_size,
-        markov_rank=settings.markov_rank,
-        markov_head_type=settings.markov_head_type,
-        enable_confidence_head=settings.enable_confidence_head,
-        confidence_head_with_markov=settings.confidence_head_with_markov,
-        num_anchors=settings.num_anchors,
-        dtype=config.compute_dtype,
-        intermediate_size=settings.intermediate_size,
-        num_attention_heads=settings.num_attention_heads,
-        num_key_value_heads=settings.num_key_value_heads,
-        head_dim=settings.head_dim,
-    )
-
-
-def open_records(config: TrainConfig, folder: Path, target: Target) -> FeatureSource:
-    """The cache of the settings, checked against target and drafter; where none is named, a synthetic one."""
-    data, layer_ids = config.data, config.drafter.target_layer_ids
-    where = Path(data.cache) if data.cache else folder / "cache"
-    if not data.cache:
-        barrier("the folder has been looked at")
-        if is_first():
-            write_config(folder, config)
-            records = 4 * data.global_batch
-            write_synthetic_cache(where, target, layer_ids, records=records, length=data.max_length, seed=data.seed)
-        barrier("the synthetic cache is written")
-    cache: FeatureSource = open_cache(where)
-    if set(layer_ids) < set(cache.spec.layer_ids):
-        cache = Tapped(cache, layer_ids)
-    require_match(
-        cache.spec,
-        str(where),
-        {
-            "layer_ids": layer_ids,
-            "hidden_size": target.config.hidden_size,
-            "target_sha256": target.config_sha256,
-            **({} if target.tokenizer is None else {"tokenizer_hash": tokenizer_hash(target.tokenizer)}),
-        },
-    )
-    return cache
-
-
-def heldout_prompts(settings: EvaluationSettings, target: Target) -> tuple[Prompt, ...]:
-    """The prompts that the run is evaluated on; () without evaluations."""
-    if not settings.every_steps:
-        return ()
-    return tuple(read_prompts(target, [Path(settings.prompts)], limit=settings.limit or None))
-
-
-def make_batches(data: DataSettings, source: TokenSource, mesh: Mesh) -> Batches:
-    """This process's rows of every step, cut to `max_length`, packed where asked, and padded to a bucket."""
-    cut = Truncated(source, data.max_length)
-    return Batches(
-        Packed(cut, data.max_length) if data.packing else cut,
-        global_batch=data.global_batch,
-        seed=data.seed,
-        buckets=data.length_buckets or (data.max_length,),
-        shuffle=data.shuffle,
-        rows=ShardingRules().local_rows(mesh, data.global_batch),
-    )
-
-
-def micro_batches(data: DataSettings, mesh: AnyMesh) -> int:
-    """Micro-batches of a step on this mesh; UserError when its devices can't share one evenly."""
-    groups = ShardingRules().row_groups(mesh)
-    steps = data.accumulation_steps or max(1, data.global_batch // groups)
-    if data.global_batch % (steps * groups):
-        raise UserError(
-            f"A micro-batch of {data.global_batch // steps} sequences (data.global_batch {data.global_batch} in "
-            f"{steps} micro-batches, data.accumulation_steps {data.accumulation_steps}) cannot be shared by {groups} "
-            "devices evenly; change one of the two."
-        )
-    return steps
+def print_plan(argv: Sequence[str], description: str | None) -> None:
+    """Prints the plan of the configuration and options in argv."""
+    mine, rest = divide_options([word for word in argv if word != PLAN], PlanOptions)
+    options = parse(PlanOptions, mine)
+    config = parse_named(rest, description=description)
+    if not isinstance(config, TrainConfig):
+        raise UserError(f"The configuration is a {type(config).__name__}; a plan is made for those of training.")
+    if options.mesh:
+        config = dataclasses.replace(config, mesh=mesh_settings(options.mesh, config.mesh))
+    sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    if options.topology:
+        if options.devices:
+            raise UserError("A topology has its own number of devices; leave out --devices.")
+        run = AbstractRun.of(config, topology_mesh(options.topology, *sizes))
+        step = compiled(run.lower("tpu"), "The step")
+        kind = run.placement.mesh.devices.flat[0].device_kind
+        print(listing(describe(run) | {"device": kind} | figures(step, kind, tied_bytes(run))))
+        return
+    run = AbstractRun.of(config, abstract_mesh(options.devices or jax.device_count(), *sizes))
+    print(listing(describe(run)))
+    print()
+    print(listing({name: f"{count / 2**30:9.3f} GiB" for name, count in estimate(run).items()}))

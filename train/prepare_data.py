@@ -24,20 +24,20 @@ from typing import Any
 
 from tqdm import tqdm
 
-from configs.cli import parse, program
 from dspark_jax.checkpoints.huggingface import load_target, resolve_folder
 from dspark_jax.checkpoints.tensors import read_json
+from dspark_jax.config.cli import parse, program
 from dspark_jax.data.chat import load_tokenizer, tokenizer_hash
 from dspark_jax.data.jsonl import ResumableJsonl
-from dspark_jax.data.manifest import fsync
+from dspark_jax.datagen.regeneration import Answerer, Finished, Regenerator, Rejected, Source
+from dspark_jax.datagen.server import ServedAnswers
+from dspark_jax.datagen.settings import PrepareSettings
+from dspark_jax.datagen.sources import prompts_sha256, read_sources
 from dspark_jax.errors import UserError
+from dspark_jax.files import fsync, require_same_settings, weights_fingerprint, write_json, write_settings
+from dspark_jax.report import listing
 from dspark_jax.targets.config import TargetConfig, config_sha256
 from train.devices import mesh_of_several
-from train.prepare_settings import PrepareSettings
-from train.prompt_sources import prompts_sha256, read_sources
-from train.regeneration import Answerer, Finished, Regenerator, Rejected, Source
-from train.served import ServedAnswers
-from train.sidecar import require_same_settings, table, weights_fingerprint, write_json, write_settings
 
 
 @program
@@ -133,7 +133,7 @@ def report(settings: PrepareSettings, made: int, seconds: float) -> None:
         "tokens_per_second": made / seconds,
     }
     write_json(settings.beside("metrics.json"), metrics)
-    print(table(metrics))
+    print(listing(metrics))
     alike = Counter(re.sub(r"\d+", "#", reason) for reason in reasons)
     for reason, count in alike.most_common(10):
         print(f"set aside ({count:,}): {reason}")

@@ -14,14 +14,14 @@ out.
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from configs.cli import divide_options, parse, program
-from configs.schema import TrainConfig
-from configs.sweep import Sweep, load_sweep, part
+from dspark_jax.config.cli import divide_options, parse, program
+from dspark_jax.config.schema import TrainConfig
+from dspark_jax.config.sweep import Sweep, load_sweep, part
 from dspark_jax.errors import UserError
-from train.points import Point, Runner, report_failures
-from train.run_folder import require_same_run
-from train.sidecar import write_json
-from train.sweep_report import summary_plot, summary_rows, summary_table
+from dspark_jax.files import write_json
+from dspark_jax.training.points import Point, Runner, report_failures
+from dspark_jax.training.run_folder import require_same_run
+from dspark_jax.training.sweep_report import summary_plot, summary_rows, summary_table
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ Hardware:  2 CPU cores; a few minutes a point, more for long blocks.
 Expected:  not measured here; in the paper the gain over no head grows with the block.
 """
 
-from configs.cli import load_config
-from configs.sweep import Sweep, axis, chain, fixed, product
+from dspark_jax.config.cli import load_config
+from dspark_jax.config.sweep import Sweep, axis, chain, fixed, product
 
 
 def get_sweep() -> Sweep:

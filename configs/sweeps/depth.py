@@ -5,8 +5,8 @@ Hardware:  2 CPU cores; a few minutes a point.
 Expected:  not measured here; in the paper a 2-layer DSpark accepts more than a 5-layer DFlash.
 """
 
-from configs.cli import load_config
-from configs.sweep import Sweep, axis, product, zipped
+from dspark_jax.config.cli import load_config
+from dspark_jax.config.sweep import Sweep, axis, product, zipped
 
 
 def get_sweep() -> Sweep:

@@ -5,8 +5,8 @@ Hardware:  2 CPU cores; a few minutes a point.
 Expected:  not measured here.
 """
 
-from configs.cli import load_config
-from configs.sweep import Sweep, axis, product
+from dspark_jax.config.cli import load_config
+from dspark_jax.config.sweep import Sweep, axis, product
 
 
 def get_sweep() -> Sweep:

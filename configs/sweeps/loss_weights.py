@@ -5,8 +5,8 @@ Hardware:  2 CPU cores; a few minutes a point.
 Expected:  not measured here; the reference recipe has 0.1, 0.9 and decay 4 for runs of 1e7 sequences.
 """
 
-from configs.cli import load_config
-from configs.sweep import Sweep, axis, chain, product, zipped
+from dspark_jax.config.cli import load_config
+from dspark_jax.config.sweep import Sweep, axis, chain, product, zipped
 
 
 def get_sweep() -> Sweep:

@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from dspark_jax.data.manifest import fsync, read_manifest, write_atomically
+from dspark_jax.data.manifest import read_manifest
 from dspark_jax.data.records import CacheSpec, Sample, convert, require_match
 from dspark_jax.errors import UserError
+from dspark_jax.files import fsync, write_atomically
 
 _INDEX = struct.Struct("<QIIQQQQQ")
 _INDEX_DTYPE = np.dtype([("sample_id", "<u8"), ("shard", "<u4"), ("length", "<u4"), ("offsets", "<u8", (5,))])

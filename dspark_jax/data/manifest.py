@@ -1,6 +1,5 @@
 """The manifest of a target cache: which shards are finished, and how a folder changes atomically."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -10,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from dspark_jax.data.records import CacheSpec
 from dspark_jax.errors import UserError
+from dspark_jax.files import write_atomically
 
 FORMAT = "dspark_jax target cache"
 VERSION = 1
@@ -131,47 +130,3 @@ def read_manifest(path: Path) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object; restore it or build the cache again.")
     return value
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replaces a file so that after a kill or power loss either the old or the new content stands there."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as handle:
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
-    fsync(path.parent)
-
-
-def file_hash(path: Path) -> str:
-    """xxh3-128 of a file, as hex."""
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as handle:
-        while chunk := handle.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def fsync(path: Path) -> None:
-    """Forces a file or a folder's entries to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def lock_folder(folder: Path) -> int:
-    """Creates the folder and holds it until the returned descriptor is closed; UserError when another process does."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"The cache folder {folder} cannot be used: {error.strerror}.") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise UserError(f"Another process is writing the cache {folder}; wait for it or give a new folder.") from error
-    return descriptor

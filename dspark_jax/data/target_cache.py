@@ -29,9 +29,6 @@ from dspark_jax.data.manifest import (
     Manifest,
     ShardEntry,
     check_sizes,
-    file_hash,
-    fsync,
-    lock_folder,
     require_disk,
 )
 from dspark_jax.data.records import (
@@ -45,6 +42,7 @@ from dspark_jax.data.records import (
     require_match,
 )
 from dspark_jax.errors import UserError
+from dspark_jax.files import file_hash, fsync, lock_folder
 
 __all__ = [
     "LAYER_CONVENTION",

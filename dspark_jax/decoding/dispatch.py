@@ -1,6 +1,6 @@
 """Dispatches: many rounds of a loop in one compiled call, after which the host reads what they made.
 
-`run_rounds` is the usual one, `run_undrafted` the one for as long as the drafter rests (decoding/resting.py),
+`run_rounds` is the usual one, `run_undrafted` the one for as long as the drafter rests (serving/resting.py),
 `record_rounds` tells what every round did, and `run_round` is a single round. All donate the state.
 """
 
@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from dspark_jax.decoding.loop import DecodeLoop, LoopParams, shared_tables
-from dspark_jax.decoding.occupancy import Occupancy
-from dspark_jax.decoding.scheduler import PolicyState
+from dspark_jax.decoding.round import DecodeLoop, LoopParams, shared_tables
 from dspark_jax.decoding.state import DecodeState, RoundRecord
+from dspark_jax.scheduling.costs import Occupancy
+from dspark_jax.scheduling.policies import PolicyState
 
 GoesOn = Callable[[Array, DecodeState], Array]
 """Whether a dispatch goes on after so many rounds, which have left this state."""

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from dspark_jax.decoding.loop import DecodeLoop, LoopParams, shared_tables, zeros_of
+from dspark_jax.decoding.round import DecodeLoop, LoopParams, shared_tables, zeros_of
 from dspark_jax.decoding.sampling import RESIDUAL, draw_token, sampling_law
 from dspark_jax.decoding.state import Admission, DecodeState, empty_counters
 from dspark_jax.drafters.protocol import Drafter, SharedTables

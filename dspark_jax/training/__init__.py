@@ -1,1 +1,1 @@
-"""Training of drafters: anchors and blocks, chunked losses, the jitted step. One process or many, one mesh."""
+"""Training of drafters: anchors, losses, the jitted step, and the run around it. One process or many, one mesh."""

@@ -1,0 +1,1 @@
+"""A run's configuration: its schema, the command line, serialisation, sweeps. Plain data; loads without jax."""

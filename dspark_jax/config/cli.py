@@ -1,0 +1,231 @@
+"""The command line of every program: named configurations, typed overrides, and mistakes answered in one sentence.
+
+A program in train/ or infer/ reads
+
+    @program
+    def main(argv: list[str]) -> None:
+        config = parse_named(argv, description=__doc__)
+
+    if __name__ == "__main__":
+        main()
+
+and is run as `python -m train.fit --config debug --drafter.block-size 16`.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import errno
+import functools
+import importlib
+import io
+import pkgutil
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from types import ModuleType
+from typing import Any, TypeVar, get_type_hints, overload
+
+import tyro
+
+from dspark_jax.config.schema import MeshSettings
+from dspark_jax.config.serialise import from_json, to_json
+from dspark_jax.errors import UserError
+
+__all__ = [
+    "config_names",
+    "did_you_mean",
+    "divide_options",
+    "from_json",
+    "load_config",
+    "mesh_settings",
+    "parse",
+    "parse_named",
+    "program",
+    "to_json",
+]
+
+C = TypeVar("C")
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NOT_EXPERIMENTS = {"recipe", "sweeps"}
+
+
+def program(main: Callable[[list[str]], Any]) -> Callable[..., Any]:
+    """Wraps a program's `main(argv)`: a `UserError` becomes its sentence on stderr and exit code 2, an interrupt 130.
+
+    The wrapped main takes argv (`None`: the process's own) and returns what `main` returned.
+    """
+
+    @functools.wraps(main)
+    def run(argv: Sequence[str] | None = None) -> Any:
+        try:
+            return main(list(sys.argv[1:] if argv is None else argv))
+        except UserError as error:
+            print(" ".join(str(error).split()), file=sys.stderr)
+            raise SystemExit(2) from None
+        except OSError as error:
+            if error.errno not in FULL_DISK:
+                raise
+            what = f" {error.filename}" if error.filename else ""
+            print(f"The disk takes no more ({error.strerror}{what}): make room and run again.", file=sys.stderr)
+            raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            print("Interrupted.", file=sys.stderr)
+            raise SystemExit(130) from None
+
+    return run
+
+
+def experiments() -> ModuleType:
+    """The package of experiments: `configs/` of a checkout. Imported by name, since the library stands below it."""
+    return importlib.import_module("configs")
+
+
+def config_names() -> list[str]:
+    """Names that `load_config` knows, sorted."""
+    found = pkgutil.iter_modules(experiments().__path__)
+    return sorted(m.name for m in found if m.name not in NOT_EXPERIMENTS)
+
+
+def load_config(name: str) -> Any:
+    """The configuration that `configs/NAME.py` describes, from its `get_config()`; UserError for an unknown name."""
+    known = config_names()
+    module_name = name.replace("-", "_")
+    if module_name not in known:
+        hint = did_you_mean(module_name, known)
+        raise UserError(f"Unknown configuration {name}{hint} (known: {', '.join(known)}).")
+    module = importlib.import_module(f"{experiments().__name__}.{module_name}")
+    if not hasattr(module, "get_config"):
+        raise UserError(f"configs/{module_name}.py has no get_config(): add one that returns the configuration.")
+    return module.get_config()
+
+
+def parse_named(argv: Sequence[str], default: str | None = None, description: str | None = None) -> Any:
+    """Reads `--config NAME` (or `default`) and applies the remaining options to that configuration.
+
+    `--help` without a name prints the known names; with one, every option and its value in that configuration.
+    """
+    name, rest = _take_option(list(argv), "--config")
+    if name is None and default is None:
+        names = ", ".join(config_names())
+        if {"-h", "--help"} & set(rest):
+            print(f"{description or ''}\n\n--config NAME [--option value ...], NAME one of: {names}".strip())
+            print("--config NAME --help shows the options and their values in that configuration.")
+            raise SystemExit(0)
+        raise UserError(f"No configuration was named: pass --config NAME, one of {names}.")
+    return parse(load_config(name or default or ""), rest, description=description)
+
+
+@overload
+def parse(config: type[C], argv: Sequence[str], description: str | None = None) -> C: ...
+
+
+@overload
+def parse(config: C, argv: Sequence[str], description: str | None = None) -> C: ...
+
+
+def parse(config: Any, argv: Sequence[str], description: str | None = None) -> Any:
+    """A dataclass from options such as `--drafter.block-size 16`.
+
+    Args:
+      config: an instance, whose values are the defaults, or a class, whose fields without a default are required.
+      argv: options without the program's name.
+      description: text of `--help`; without one the class's docstring is shown.
+    Raises:
+      UserError: an option that does not exist, or a value that does not fit, in one sentence.
+    """
+    cls = config if isinstance(config, type) else type(config)
+    _refuse_unknown(argv, _flags(cls))
+    # tyro draws its complaints as a box; capture it and keep the first paragraph. `--help` (exit code 0) is passed on.
+    complaints = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaints):
+            if isinstance(config, type):
+                return tyro.cli(cls, args=list(argv), description=description)
+            return tyro.cli(cls, default=config, args=list(argv), description=description)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(_first_paragraph(complaints.getvalue())) from None
+
+
+def divide_options(argv: Sequence[str], cls: type) -> tuple[list[str], list[str]]:
+    """(options of the dataclass `cls` with their values, everything else in its order)."""
+    flags = _flags(cls)
+    mine: list[str] = []
+    rest: list[str] = []
+    taken = rest
+    for word in argv:
+        if word.startswith("--") and len(word) > 2:
+            taken = mine if word.split("=", 1)[0].replace("_", "-") in flags else rest
+        taken.append(word)
+    return mine, rest
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`": did you mean A or B?"` for known words close to `word`, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=2, cutoff=0.6)
+    return f": did you mean {' or '.join(close)}?" if close else ""
+
+
+def mesh_settings(text: str, base: MeshSettings) -> MeshSettings:
+    """The mesh of `data=16,fsdp=4`: axes that it names have these sizes, others 1."""
+    words = [word.partition("=") for word in text.split(",")]
+    names = {name for name, _, _ in words}
+    if names - {"data", "fsdp", "tensor"} or not all(size.lstrip("-").isdigit() for _, _, size in words):
+        raise UserError(f"--mesh is {text!r}; sizes of data, fsdp and tensor were expected, as in data=16,fsdp=4.")
+    sizes = {name: int(size) for name, _, size in words}
+    return MeshSettings(sizes.get("data", 1), sizes.get("fsdp", 1), sizes.get("tensor", 1), base.markov_tables)
+
+
+def _take_option(argv: list[str], option: str) -> tuple[str | None, list[str]]:
+    """Removes `option VALUE` or `option=VALUE` from argv; the last one wins, as for every other option."""
+    value, rest = None, []
+    words = iter(argv)
+    for word in words:
+        if word == option:
+            value = next(words, None)
+            if value is None:
+                raise UserError(f"{option} needs a value.")
+        elif word.startswith(f"{option}="):
+            value = word.split("=", 1)[1]
+        else:
+            rest.append(word)
+    return value, rest
+
+
+def _flags(cls: type, prefix: str = "--") -> list[str]:
+    """Every option of a dataclass, nested ones with dots, in tyro's spelling (hyphens; `--no-` for booleans)."""
+    hints = get_type_hints(cls)
+    flags = []
+    for field in dataclasses.fields(cls):
+        name = field.name.replace("_", "-")
+        if dataclasses.is_dataclass(hints[field.name]):
+            flags += _flags(hints[field.name], f"{prefix}{name}.")
+        else:
+            flags += [f"{prefix}{name}"] + ([f"{prefix}no-{name}"] if hints[field.name] is bool else [])
+    return flags
+
+
+def _refuse_unknown(argv: Sequence[str], flags: list[str]) -> None:
+    for word in argv:
+        flag = word.split("=", 1)[0]
+        if flag.startswith("--") and flag != "--help" and flag.replace("_", "-") not in flags:
+            raise UserError(f"Unknown option {flag}{_closest_flag(flag, flags) or '; --help lists the options.'}")
+
+
+def _closest_flag(flag: str, flags: list[str]) -> str:
+    """Suggestions by the whole name, or else by its last part, for options given without their group."""
+    whole = did_you_mean(flag.replace("_", "-"), flags)
+    tail = flag.replace("_", "-").lstrip("-").rsplit(".", 1)[-1]
+    same_tail = [f for f in flags if f.lstrip("-").rsplit(".", 1)[-1] == tail]
+    return f": did you mean {' or '.join(same_tail[:2])}?" if same_tail else whole
+
+
+def _first_paragraph(box: str) -> str:
+    """The complaint in tyro's box as one line: what follows the title (part of the frame, or in ASCII above a rule)."""
+    framed = "╭" in box
+    lines = [line.strip(" │|") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+    parts = re.split(r"\n[─-]{5,}(?:\n|$)", "\n".join(lines))
+    sentence = " ".join(parts[0 if framed else min(1, len(parts) - 1)].split()) or "The options could not be read"
+    return sentence if sentence.endswith((".", "?")) else f"{sentence}."

@@ -1,0 +1,159 @@
+"""Sweeps: one base configuration, and the differences that make the points; combined by product, zip and chain.
+
+    def get_sweep() -> Sweep:
+        diffs = product(axis("drafter.num_layers", 1, 2), axis("seed", 0, 1, 2))
+        return Sweep("depth", load_config("embedded_dspark"), diffs)
+
+A point's name is its difference, `num_layers=2,seed=1`: the same file gives the same names in every job of an array.
+"""
+
+import dataclasses
+import importlib.util
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dspark_jax.config.schema import TrainConfig
+from dspark_jax.config.serialise import from_json, to_json
+from dspark_jax.errors import UserError
+
+Diff = dict[str, Any]
+Diffs = list[Diff]
+
+
+def axis(field: str, *values: Any) -> Diffs:
+    """One field, by its dotted name in `TrainConfig`, a value a point."""
+    return [{field: value} for value in values]
+
+
+def fixed(**fields: Any) -> Diffs:
+    """One point of several fields; a dot is written as two underscores: `fixed(drafter__num_layers=2)`."""
+    return [{name.replace("__", "."): value for name, value in fields.items()}]
+
+
+def product(*parts: Diffs) -> Diffs:
+    """Every combination; the last part runs fastest."""
+    return [_join(diffs) for diffs in itertools.product(*parts)]
+
+
+def zipped(*parts: Diffs) -> Diffs:
+    """The parts side by side; UserError when their lengths differ."""
+    if len({len(part) for part in parts}) > 1:
+        raise UserError(f"zipped was given parts of {[len(part) for part in parts]} points; expected equal lengths.")
+    return [_join(diffs) for diffs in zip(*parts, strict=True)]
+
+
+def chain(*parts: Diffs) -> Diffs:
+    """One part after the other; a point that two of them share is kept once."""
+    points: Diffs = []
+    for diff in itertools.chain(*parts):
+        if diff not in points:
+            points.append(diff)
+    return points
+
+
+def _join(diffs: Iterable[Diff]) -> Diff:
+    joined: Diff = {}
+    for diff in diffs:
+        twice = joined.keys() & diff.keys()
+        if twice:
+            raise UserError(f"A point of the sweep is given {min(twice)} twice; name a field in one part only.")
+        joined |= diff
+    return joined
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """`metric`: what the summary plots, a key of a run's metrics.json."""
+
+    name: str
+    base: TrainConfig
+    diffs: Diffs
+    metric: str = "tau_probabilistic"
+
+    def points(self, base: TrainConfig | None = None) -> dict[str, TrainConfig]:
+        """Configurations by name, in order; every field is checked. `base` replaces the sweep's own.
+
+        Raises UserError for an unknown field, a value that does not fit, or two points of one name.
+        """
+        if not self.diffs:
+            raise UserError(f"The sweep {self.name} has no points; give it at least one difference.")
+        names = [run_name(diff) for diff in self.diffs]
+        name, count = Counter(names).most_common(1)[0]
+        if count > 1:
+            raise UserError(f"The sweep {self.name} has {count} points named {name}; leave out the repeated ones.")
+        made = (apply_diff(base or self.base, diff) for diff in self.diffs)
+        return dict(zip(names, made, strict=True))
+
+
+def apply_diff(config: TrainConfig, diff: Diff) -> TrainConfig:
+    """The configuration with the fields of `diff` replaced; as strict as reading it from JSON."""
+    values = to_json(config)
+    for field, value in diff.items():
+        *groups, leaf = field.split(".")
+        place = values
+        for depth, group in enumerate(groups):
+            if not isinstance(place.get(group), dict):
+                known = ", ".join(name for name, inner in place.items() if isinstance(inner, dict))
+                raise UserError(f"Unknown field {'.'.join(groups[: depth + 1])} in a sweep; groups are {known}.")
+            place = place[group]
+        place[leaf] = value
+    return from_json(TrainConfig, values)
+
+
+def run_name(diff: Diff) -> str:
+    """The difference as a folder's name, `num_layers=2,betas=0.9-0.95`; a leaf of several groups keeps its group."""
+    shared = {leaf for leaf, count in Counter(_leaves(TrainConfig)).items() if count > 1}
+    parts = []
+    for field, value in diff.items():
+        leaf = field.rsplit(".", 1)[-1]
+        parts.append(f"{field if leaf in shared else leaf}={_shown(value)}")
+    return ",".join(parts) or "base"
+
+
+def _leaves(cls: type) -> Iterable[str]:
+    for field in dataclasses.fields(cls):
+        inner = field.type if isinstance(field.type, type) and dataclasses.is_dataclass(field.type) else None
+        if inner is None:
+            yield field.name
+        else:
+            yield from _leaves(inner)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "-".join(map(_shown, value)) or "none"
+    return re.sub(r"[^\w.+-]", "_", f"{value:g}" if isinstance(value, float) else str(value))
+
+
+def shipped_sweeps() -> list[Path]:
+    """The sweeps of `configs/sweeps`."""
+    spec = importlib.util.find_spec("configs.sweeps")
+    folders = [] if spec is None else spec.submodule_search_locations or []
+    return [file for folder in folders for file in Path(folder).glob("[!_]*.py")]
+
+
+def load_sweep(path: str) -> Sweep:
+    """The sweep of a Python file's `get_sweep()`; UserError when there is no such file or function."""
+    file = Path(path)
+    if not file.is_file():
+        shipped = ", ".join(sorted(f"configs/sweeps/{p.name}" for p in shipped_sweeps()))
+        raise UserError(f"{path} is not a file; give a sweep's Python file, as {shipped}.")
+    spec = importlib.util.spec_from_file_location(f"sweep_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path} is not a Python file; give one with a get_sweep().")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_sweep"):
+        raise UserError(f"{path} has no get_sweep(): add one that returns a dspark_jax.config.sweep.Sweep.")
+    return module.get_sweep()
+
+
+def part(points: Sequence[str], index: int | None, count: int) -> list[str]:
+    """The points of job `index` of `count`, every count-th of them; all without an index."""
+    if count < 1 or (index is not None and not 0 <= index < count):
+        raise UserError(f"--index {index} --count {count}: expected 0 <= index < count.")
+    return list(points) if index is None else list(points[index::count])

@@ -1,0 +1,1 @@
+"""Conversations and target caches: prompt sources, corpora, answers by the engine or a server, the cache builder."""

@@ -1,0 +1,227 @@
+"""Answers from the target itself: every assistant turn of a conversation generated anew, many conversations at once.
+
+A conversation's answers depend on (its prompts, its index, the decoding settings) alone, to the last bit: its random
+numbers come from its index, its prompt is prefilled by itself, and every round runs one program over all slots. So it
+does not matter beside which others it is decoded, and a run that was killed ends with what it would have written.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from dspark_jax.data.chat import Message, encode_prompt
+from dspark_jax.errors import UserError
+from dspark_jax.serving.engine import Engine
+from dspark_jax.serving.requests import DecodeConfig, Generation, Request
+from dspark_jax.targets.target import Target
+
+Segments = tuple[tuple[Message, ...], ...]
+"""What stands before each answer: the user's turns, in the first one the system message too."""
+
+_TURN_SLACK = 16  # an answer's end-of-turn marker, and what its text may gain when it is tokenised again
+
+
+@dataclass(frozen=True)
+class Source:
+    """A conversation to answer.
+
+    Attributes:
+        index: its place among all sources; with the configuration's seed it decides the random numbers.
+        segments: the turns before each answer.
+        extra: fields carried over to the output (a domain, ...).
+        where: file and line, for messages.
+    """
+
+    index: int
+    id: str
+    segments: Segments
+    extra: dict[str, Any] = field(default_factory=dict)
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A conversation with the target's answers. `tokens` are the generated ones, stop tokens included."""
+
+    source: Source
+    messages: tuple[Message, ...]
+    finish_reason: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A conversation that is set aside, and why."""
+
+    source: Source
+    reason: str
+
+
+class Answerer(Protocol):
+    """Who answers: `Regenerator` with a target that runs here, `served.ServedAnswers` with a server."""
+
+    def sort_out(self, sources: Iterable[Source]) -> tuple[list[Source], list[Rejected]]:
+        """Sources that can be answered, and those that can't whatever the answers are."""
+        ...
+
+    def answers(self, todo: Sequence[Source], fitting: Sequence[Source]) -> Iterator[list[Finished | Rejected]]:
+        """Yields conversations of `todo` as they end; `fitting` are all that can be answered, finished ones too."""
+        ...
+
+
+def answer_message(text: str, finish_reason: str) -> Message:
+    """The assistant's turn; one that the limit cut is marked, and loses a character that it was cut within."""
+    if finish_reason == "stop":
+        return {"role": "assistant", "content": text}
+    return {"role": "assistant", "content": text.rstrip("\ufffd"), "truncated": True}
+
+
+@dataclass
+class _Open:
+    source: Source
+    messages: list[Message] = field(default_factory=list)
+    turn: int = 0
+    tokens: int = 0
+
+
+def prompt_segments(messages: Sequence[Message]) -> Segments:
+    """The turns before each answer, the answers themselves dropped.
+
+    Raises:
+        UserError: no user turn, or tool turns, whose place depends on the answers that are dropped.
+    """
+    segments: list[list[Message]] = [[]]
+    for message in messages:
+        if message["role"] == "tool" or message.get("tool_calls"):
+            raise UserError("it uses tools, whose calls depend on the answers that are generated anew.")
+        if message["role"] != "assistant":
+            segments[-1].append(message)
+        elif segments[-1]:
+            segments.append([])
+    if not segments[-1]:
+        segments.pop()
+    if not any(message["role"] == "user" for segment in segments for message in segment):
+        raise UserError("it has no user turn to answer.")
+    return tuple(map(tuple, segments))
+
+
+class Regenerator:
+    """Answers conversations with `target` through one engine of `config.slots` slots."""
+
+    def __init__(self, target: Target, form: str, config: DecodeConfig, context: int):
+        """`context` is the most positions that a conversation may take."""
+        self.target, self.form, self.config, self.context = target, form, config, context
+        self._special = frozenset(target.tokenizer.all_special_ids)
+
+    def sort_out(self, sources: Iterable[Source]) -> tuple[list[Source], list[Rejected]]:
+        fitting: list[Source] = []
+        rejected: list[Rejected] = []
+        for source in sources:
+            try:
+                self._encode(source.segments[0])
+            except UserError as error:
+                rejected.append(Rejected(source, str(error)))
+            else:
+                fitting.append(source)
+        return fitting, rejected
+
+    def answers(self, todo: Sequence[Source], fitting: Sequence[Source]) -> Iterator[list[Finished | Rejected]]:
+        return self.run(todo, self.longest(fitting))
+
+    def longest(self, sources: Sequence[Source]) -> int:
+        """Positions that the longest of these conversations may take, at most the context."""
+        return min(self.context, max(map(self._reach, sources), default=1))
+
+    def run(self, sources: Iterable[Source], longest: int) -> Iterator[list[Finished | Rejected]]:
+        """Yields, dispatch by dispatch, the conversations that ended; their order depends on their lengths.
+
+        `longest` shapes the compiled programs, so runs that are to agree pass the same (from `longest` over all
+        sources, finished ones included).
+        """
+        slots = self.config.slots
+        engine = Engine(self.target, None, self.config, longest, max(1, len(self.target.stop_tokens)))
+        # At most half the slots are filled at once: the engine then prefills each prompt by itself, and a prompt's
+        # hidden states do not depend on how many others arrived with it.
+        together = max(1, slots // 2)
+        fresh, later = iter(sources), deque[_Open]()
+        open_: dict[int, _Open] = {}
+        waiting = running = 0
+        while True:
+            ended: list[Finished | Rejected] = []
+            while waiting < together:
+                conversation = later.popleft() if later else _start(fresh)
+                if conversation is None:
+                    break
+                if (refusal := self._submit(engine, conversation, longest)) is not None:
+                    ended.append(refusal)
+                    continue
+                open_[conversation.source.index] = conversation
+                waiting += 1
+            if not open_ and not ended:
+                return
+            admitted = min(waiting, slots - running)
+            waiting, running = waiting - admitted, running + admitted
+            for progress in engine.step():
+                if progress.generation is not None:
+                    running -= 1
+                    conversation = open_.pop(progress.index)
+                    outcome = self._answer(conversation, progress.generation)
+                    ended += [] if outcome is None else [outcome]
+                    later.extend([conversation] if outcome is None else [])
+            yield ended
+
+    def _encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Token ids of a prompt; UserError when it leaves no room for an answer or the tokenizer isn't the target's."""
+        prompt = tuple(int(t) for t in encode_prompt(self.target.tokenizer, messages, self.form))
+        new = self.config.max_new_tokens
+        if len(prompt) + new > self.context:
+            raise UserError(
+                f"a prompt of {len(prompt)} tokens leaves no room for {new} new ones in a context of {self.context}."
+            )
+        vocabulary = self.target.config.vocab_size
+        if max(prompt) >= vocabulary:
+            raise UserError(f"token id {max(prompt)} is outside the target's vocabulary of {vocabulary}.")
+        return prompt
+
+    def _reach(self, source: Source) -> int:
+        turns = len(source.segments)
+        messages: list[Message] = []
+        for segment in source.segments:
+            messages += [*segment, {"role": "assistant", "content": ""}]
+        prompt = encode_prompt(self.target.tokenizer, messages[:-1], self.form)
+        return len(prompt) + turns * self.config.max_new_tokens + (turns - 1) * _TURN_SLACK
+
+    def _submit(self, engine: Engine, conversation: _Open, longest: int) -> Rejected | None:
+        source = conversation.source
+        conversation.messages += source.segments[conversation.turn]
+        try:
+            prompt = self._encode(conversation.messages)
+        except UserError as error:
+            return Rejected(source, f"turn {conversation.turn + 1}: {error}")
+        if len(prompt) + self.config.max_new_tokens > longest:
+            return Rejected(source, f"turn {conversation.turn + 1}: its {len(prompt)} tokens outgrew the engine.")
+        engine.submit(source.index, Request(prompt))
+        return None
+
+    def _answer(self, conversation: _Open, made: Generation) -> Finished | Rejected | None:
+        """Adds an answer; None when the next turn is to be answered. An answer cut by the limit ends a conversation."""
+        source, tokenizer = conversation.source, self.target.tokenizer
+        said = made.tokens[:-1] if made.finish_reason == "stop" else made.tokens
+        special = next((t for t in said if t in self._special), None)
+        turn = f"turn {conversation.turn + 1}"
+        if special is not None:
+            return Rejected(source, f"{turn}: the answer holds the special token {tokenizer.decode([special])!r}.")
+        if not made.text.strip("\ufffd \t\r\n"):
+            return Rejected(source, f"{turn}: the answer is empty.")
+        conversation.messages.append(answer_message(made.text, made.finish_reason))
+        conversation.tokens += len(made.tokens)
+        conversation.turn += 1
+        if made.finish_reason == "stop" and conversation.turn < len(source.segments):
+            return None
+        return Finished(source, tuple(conversation.messages), made.finish_reason, conversation.tokens)
+
+
+def _start(sources: Iterator[Source]) -> _Open | None:
+    source = next(sources, None)
+    return None if source is None else _Open(source)

@@ -1,0 +1,147 @@
+"""The options of train.prepare_data."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dspark_jax.config.schema import MeshSettings
+from dspark_jax.data.chat import chat_format
+from dspark_jax.errors import UserError
+from dspark_jax.serving.requests import DecodeConfig
+
+
+@dataclass(frozen=True)
+class PrepareSettings:
+    """Regenerates the answers of conversations with the target."""
+
+    output: Path
+    """The JSONL file to write, one finished conversation a line."""
+    target: str = ""
+    """Folder or hub id of the target, decoded here."""
+    server: str = ""
+    """Instead of --target: address of an OpenAI-compatible server of it, as in http://host:8000/v1. The key, where it
+    wants one, is read from OPENAI_API_KEY."""
+    server_model: str = ""
+    """Name of the model on that server."""
+    server_concurrency: int = 16
+    """Conversations asked for at once."""
+    server_timeout: float = 300.0
+    """Seconds that an answer may take."""
+    server_attempts: int = 5
+    """Attempts at an answer, with growing pauses, before its conversation is set aside."""
+    server_extra: str = "{}"
+    """JSON object of further fields of a request, as in {"chat_template_kwargs": {"enable_thinking": false}}."""
+    prompts: tuple[Path, ...] = ()
+    """Conversation files in JSONL, JSON or Parquet; with several, ids get the file's name in front."""
+    dataset: str = ""
+    """Hub id of a dataset, or a local folder in the hub's layout."""
+    dataset_config: str | None = None
+    """Configuration of the dataset, where it has several."""
+    dataset_split: str = "train"
+    """Split of the dataset, or a slice of one: train[:10%]."""
+    embedded_prompts: str = ""
+    """Prompts that come with the project instead: domains of code, chat and math, with commas."""
+    split: Literal["train", "heldout"] = "train"
+    """Which side of the held-out split to answer; files and datasets have one by --heldout."""
+    heldout: float = 0.0
+    """Part of the prompts of files and datasets that is held out, chosen by the first prompt's text alone."""
+    dedup: bool = True
+    """Set aside conversations whose prompts an earlier one has."""
+    bad_rows: Literal["stop", "set-aside"] = "stop"
+    """What a row that is no conversation does."""
+    limit: int = 0
+    """Conversations taken of each file, dataset or embedded domain; 0: all (math has no end and needs a limit)."""
+    temperature: float = 0.7
+    """0: greedy."""
+    top_p: float = 0.95
+    """1: off."""
+    top_k: int = 0
+    """0: off."""
+    max_new_tokens: int = 192
+    """Longest answer; one that is cut by it ends its conversation, and its end is marked as not the target's."""
+    max_context: int = 0
+    """Positions a conversation may take; longer prompts are set aside. 0: the target's context."""
+    slots: int = 16
+    """Conversations decoded at once."""
+    rounds_per_dispatch: int = 16
+    """Tokens decoded between two looks at what has ended."""
+    seed: int = 0
+    """Decides, with a conversation's place in the input, its random numbers; and the order of embedded prompts."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the target's weights and activations; None: as its config says."""
+    mesh: MeshSettings = MeshSettings(data=1, fsdp=-1)
+    """How the target is laid over the devices, where there are several."""
+    chat_format: str = "qwen"
+    """How the target's chat template marks turns."""
+
+    def __post_init__(self) -> None:
+        if bool(self.target) == bool(self.server):
+            raise UserError("Say who answers in one way: --target FOLDER_OR_ID, or --server URL --server-model NAME.")
+        if self.server and not self.server_model:
+            raise UserError("--server needs --server-model, the model's name on that server.")
+        if sum(map(bool, (self.prompts, self.dataset, self.embedded_prompts))) != 1:
+            raise UserError(
+                "Give the prompts in one way: --prompts FILE.jsonl, --dataset ID, or --embedded-prompts code,chat,math."
+            )
+        if self.limit == 0 and "math" in self.domains:
+            raise UserError("The embedded math prompts have no end: give --limit, the number of each domain's prompts.")
+        counts = ("max_new_tokens", "slots", "rounds_per_dispatch", "server_concurrency", "server_attempts")
+        for name, least in (("limit", 0), *((name, 1) for name in counts)):
+            if getattr(self, name) < least:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; at least {least} was expected.")
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.max_context < 0:
+            raise UserError("Expected --temperature >= 0, --top-p in (0, 1], --top-k >= 0 and --max-context >= 0.")
+        if self.server_timeout <= 0 or not 0 <= self.heldout < 1:
+            raise UserError("Expected --server-timeout > 0 and --heldout in [0, 1).")
+        if self.split == "heldout" and not (self.embedded_prompts or self.heldout):
+            raise UserError("--split heldout needs --heldout, the part of the prompts that is held out.")
+        chat_format(self.chat_format)
+        self.extra_fields  # noqa: B018 - read once here, so that bad JSON is refused at the start
+
+    @property
+    def domains(self) -> list[str]:
+        return [domain.strip() for domain in self.embedded_prompts.split(",")] if self.embedded_prompts else []
+
+    @property
+    def extra_fields(self) -> dict[str, Any]:
+        try:
+            fields = json.loads(self.server_extra)
+        except ValueError:
+            fields = None
+        if not isinstance(fields, dict):
+            raise UserError(f"--server-extra is {self.server_extra!r}; a JSON object was expected.")
+        return fields
+
+    @property
+    def described(self) -> str:
+        """Where the prompts come from, for messages."""
+        if self.prompts:
+            return ", ".join(map(str, self.prompts))
+        if self.dataset:
+            return f"{self.dataset} {self.dataset_split}"
+        return f"The embedded split {self.split!r} of {self.embedded_prompts}"
+
+    def beside(self, kind: str) -> Path:
+        """OUTPUT.kind, e.g. conversations.rejected.jsonl."""
+        return self.output.with_name(f"{self.output.name.removesuffix('.jsonl')}.{kind}")
+
+    def recorded(self) -> dict[str, Any]:
+        """The options that decide what is written: kept beside the output, and compared when it is continued."""
+        common = ("temperature", "top_p", "top_k", "max_new_tokens", "seed", "chat_format", "dedup")
+        here = ("max_context", "slots", "dtype")
+        served = ("server_model", "server_extra")
+        return {name: getattr(self, name) for name in common + (served if self.server else here)}
+
+    def decode_config(self) -> DecodeConfig:
+        return DecodeConfig(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            seed=self.seed,
+            slots=self.slots,
+            rounds_per_dispatch=self.rounds_per_dispatch,
+            buckets=(self.slots,),
+            smallest_prompt_bucket=64,  # one program for most prompts: compiling another costs more than the padding
+        )

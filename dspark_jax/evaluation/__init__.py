@@ -1,0 +1,1 @@
+"""Measuring drafters and engines: acceptance, conformance, evaluation sets, timing, traffic, the simulator."""

@@ -1,0 +1,88 @@
+"""Acceptance counted over real speculative decoding: what a drafter is judged by, in training as in inference."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dspark_jax.drafters.registry import LoadedDrafter
+from dspark_jax.serving.generate import generate
+from dspark_jax.serving.prompts import Prompt
+from dspark_jax.serving.requests import DecodeConfig, Generation, Request
+from dspark_jax.targets.target import Target
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """What a set of generations counted. tau: committed tokens a round. By block position k = 1..K: `verified` and
+    `accepted` drafts; `unconditional`, x_1..x_k all accepted, of rounds that verified x_k; `conditional`, x_k accepted
+    given x_<k. A rate of nothing is nan."""
+
+    rounds: int
+    committed: int
+    tau: float
+    verified: tuple[int, ...]
+    accepted: tuple[int, ...]
+    unconditional: tuple[float, ...]
+    conditional: tuple[float, ...]
+
+    @classmethod
+    def of(cls, generations: Sequence[Generation]) -> "Acceptance":
+        block = max((len(g.verified_at) for g in generations), default=0)
+        return cls.counted(
+            sum(g.rounds for g in generations),
+            sum(g.committed for g in generations),
+            _total([g.verified_at for g in generations], block),
+            _total([g.accepted_at for g in generations], block),
+        )
+
+    @classmethod
+    def pooled(cls, parts: Sequence["Acceptance"]) -> "Acceptance":
+        """Several sets of generations as one."""
+        block = max((len(part.verified) for part in parts), default=0)
+        return cls.counted(
+            sum(part.rounds for part in parts),
+            sum(part.committed for part in parts),
+            _total([part.verified for part in parts], block),
+            _total([part.accepted for part in parts], block),
+        )
+
+    @classmethod
+    def counted(cls, rounds: int, committed: int, verified: np.ndarray, accepted: np.ndarray) -> "Acceptance":
+        reached = np.concatenate([verified[:1], np.minimum(accepted[:-1], verified[1:])])
+        counts = tuple(verified.tolist()), tuple(accepted.tolist())
+        tau = committed / max(rounds, 1)
+        return cls(rounds, committed, tau, *counts, _rates(accepted, verified), _rates(accepted, reached))
+
+
+def _total(counts: Sequence[tuple[int, ...]], block: int) -> np.ndarray:
+    """Sums by position; what had no block (plain decoding, no round at all) counts nothing."""
+    total = np.zeros(block, np.int64)
+    for count in counts:
+        total[: len(count)] += np.asarray(count, np.int64)
+    return total
+
+
+def _rates(good: np.ndarray, tried: np.ndarray) -> tuple[float, ...]:
+    return tuple(float(g / t) if t else float("nan") for g, t in zip(good, tried, strict=True))
+
+
+def acceptance_by_domain(
+    target: Target, drafter: LoadedDrafter, prompts: Sequence[Prompt], config: DecodeConfig
+) -> dict[str, Acceptance]:
+    """Decodes all prompts together; a prompt keeps its random numbers whatever the drafter and the other prompts.
+
+    Calls with drafters of one structure, the same prompts and settings share compiled programs.
+    """
+    requests = [Request(prompt.tokens, seed=config.seed + i) for i, prompt in enumerate(prompts)]
+    made = generate(target, drafter, requests, config)
+    domains = dict.fromkeys(prompt.domain for prompt in prompts)
+    return {
+        domain: Acceptance.of([g for g, prompt in zip(made, prompts, strict=True) if prompt.domain == domain])
+        for domain in domains
+    }
+
+
+def macro_tau(by_domain: Mapping[str, Acceptance]) -> float:
+    """The mean of the domains' accepted lengths, each domain counting alike."""
+    return float(np.mean([acceptance.tau for acceptance in by_domain.values()]))

@@ -1,0 +1,213 @@
+"""An engine under load without the engine: recorded proposals and a cost table, for accelerators and loads not at hand.
+
+The policies are the real ones, run on recorded confidences; only drafting, verifying and the clock are simulated. A
+request follows the proposals of a recorded one in order, each of them judged once with the whole block verified.
+
+Axes: n recorded rounds, m recorded requests, R request slots, K block position.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dspark_jax.errors import UserError
+from dspark_jax.scheduling.costs import Occupancy, ScheduleTables, round_costs
+from dspark_jax.scheduling.policies import PolicyState, RoundView, VerifyPolicy
+from dspark_jax.serving.resting import DraftRest
+
+
+@dataclass(frozen=True)
+class Traces:
+    """`logits` [n, K] and `accepted` [n] of rounds that verified the whole block, sorted by request; `request` [n] the
+    request of each round; of a request `prompts` [m] tokens before, `lengths` [m] tokens made."""
+
+    logits: np.ndarray
+    accepted: np.ndarray
+    request: np.ndarray
+    prompts: np.ndarray
+    lengths: np.ndarray
+
+    def __post_init__(self) -> None:
+        if not len(self.lengths) or len(np.unique(self.request)) != len(self.lengths):
+            raise UserError("The traces name requests without a round, or no request at all; record them again.")
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Seconds that prompts take, by the compiled width that holds them: of one alone, and of a full house at once."""
+
+    widths: tuple[int, ...]
+    alone: tuple[float, ...]
+    house: tuple[float, ...]
+
+    def seconds(self, prompts: np.ndarray, slots: int) -> float:
+        """Of prompts of so many tokens that come together, as `Engine.admit` groups them."""
+        places = np.minimum(np.searchsorted(self.widths, prompts), len(self.widths) - 1)
+        counts = np.bincount(places, minlength=len(self.widths))
+        return sum(
+            house if 2 * count > slots else count * alone
+            for count, alone, house in zip(counts, self.alone, self.house, strict=True)
+        )
+
+
+NO_PREFILL = Prefill((1,), (0.0,), (0.0,))
+
+
+@dataclass(frozen=True)
+class SimulatedDevice:
+    """`tables` the cost of rounds, `buckets` what the verify pass is compiled for; what prompts take with the drafter
+    and, where nothing is drafted or it rests, without; the seconds that a dispatch adds."""
+
+    tables: ScheduleTables
+    buckets: tuple[int, ...]
+    prefill: Prefill = NO_PREFILL
+    plain_prefill: Prefill = NO_PREFILL
+    dispatch_seconds: float = 0.0
+    rounds_per_dispatch: int = 16
+    rest_after: int = 64
+
+
+@dataclass(frozen=True)
+class LoadFigures:
+    """Of one run: tokens a second over all users; each finished request's tokens a second; tokens verified, anchors
+    included, per request and round; accepted length."""
+
+    tokens_per_second: float
+    user_speeds: tuple[float, ...]
+    verify_budget: float
+    tau: float
+
+
+def simulate(
+    policy: VerifyPolicy,
+    cap: int,
+    traces: Traces,
+    device: SimulatedDevice,
+    concurrency: int,
+    requests: int,
+    occupancy: Occupancy | None = None,
+) -> LoadFigures:
+    """A closed loop of `concurrency` users, who ask again as soon as they are answered, until `requests` have asked.
+
+    `cap` is the most drafts verified a request (0: plain decoding). Figures are of the time in which every slot is
+    taken. Raises UserError for fewer requests than users.
+    """
+    if requests < concurrency:
+        raise UserError(f"{requests} requests cannot keep {concurrency} users busy; simulate at least as many.")
+    told = Occupancy.of() if occupancy is None else occupancy
+    starts = np.searchsorted(traces.request, np.arange(len(traces.lengths) + 1))
+    slots = _Slots(traces, starts, concurrency, cap, clipped=policy.needs_tables)
+    state = jax.tree.map(jnp.asarray, policy.init(concurrency, traces.logits.shape[1]))
+    fresh, clock = policy.init(concurrency, traces.logits.shape[1]).slots, 0.0
+    asked, speeds, tokens, verified, rounds = concurrency, [], 0, 0, 0
+    rest = DraftRest(device.rest_after)
+    begin, first = clock, concurrency  # a request's first token comes with its prefill
+    while asked < requests:
+        clock += device.dispatch_seconds
+        ended, begun, drafting = np.zeros(concurrency, bool), rounds, 0
+        for _ in range(device.rounds_per_dispatch):
+            view = slots.view(told, device.tables)
+            drafted, lengths, view, state = _schedule(policy, view, slots.proposals(), state)
+            accepted, made = slots.advance(np.asarray(lengths))
+            state = _learn(policy, view, lengths, jnp.asarray(accepted), state)
+            clock += _round_seconds(device, told, view, int(np.sum(np.asarray(lengths) + 1)), bool(jnp.any(drafted)))
+            tokens, verified, rounds = (
+                tokens + made,
+                verified + int(np.sum(np.asarray(lengths) + 1)),
+                rounds + concurrency,
+            )
+            drafting += bool(jnp.any(drafted))
+            ended = slots.ended
+            if ended.any():
+                break
+        for slot in np.flatnonzero(ended):
+            speeds.append(slots.wanted[slot] / max(clock - slots.since[slot], 1e-9))
+        state = PolicyState(jax.tree.map(partial(_put, ended), state.slots, fresh), state.shared)
+        rest.saw((rounds - begun) // concurrency, drafting)
+        entering = np.flatnonzero(ended)
+        for slot in entering:
+            slots.enter(int(slot), asked % len(traces.lengths), clock)
+            asked, first = asked + 1, first + 1
+        undrafted = cap == 0 or (policy.needs_tables and rest.resting)
+        prefill = device.plain_prefill if undrafted else device.prefill
+        clock += prefill.seconds(traces.prompts[slots.source[entering]], concurrency)
+    seconds = max(clock - begin, 1e-9)
+    return LoadFigures((tokens + first) / seconds, tuple(speeds), verified / max(rounds, 1), tokens / max(rounds, 1))
+
+
+class _Slots:
+    """What each slot's request has done so far; host arrays [R]."""
+
+    def __init__(self, traces: Traces, starts: np.ndarray, concurrency: int, cap: int, clipped: bool):
+        self.traces, self.starts, self.cap, self.clipped = traces, starts, cap, clipped
+        shape = (concurrency,)
+        self.source, self.place = np.zeros(shape, int), np.zeros(shape, int)
+        self.made, self.wanted, self.since = np.zeros(shape, int), np.zeros(shape, int), np.zeros(shape)
+        for slot in range(concurrency):
+            self.enter(slot, slot % len(traces.lengths), 0.0)
+
+    def enter(self, slot: int, source: int, now: float) -> None:
+        # One token comes with the prefill.
+        self.source[slot], self.place[slot], self.made[slot] = source, 0, 1
+        self.wanted[slot], self.since[slot] = max(self.traces.lengths[source], 2), now
+
+    @property
+    def rows(self) -> np.ndarray:
+        counts = self.starts[self.source + 1] - self.starts[self.source]
+        return self.starts[self.source] + self.place % counts
+
+    @property
+    def ended(self) -> np.ndarray:
+        return self.made >= self.wanted
+
+    def proposals(self) -> jax.Array:
+        return jnp.asarray(self.traces.logits[self.rows], jnp.float32)
+
+    def view(self, occupancy: Occupancy, tables: ScheduleTables) -> RoundView:
+        most = self.wanted - self.made - 1 if self.clipped else self.cap  # as the loop asks adaptive policies
+        left = np.broadcast_to(np.clip(most, 0, self.cap), self.made.shape).astype(np.int32)
+        lengths = (self.traces.prompts[self.source] + self.made).astype(np.int32)
+        active = jnp.ones(left.shape, bool)
+        return RoundView(active, jnp.asarray(lengths), jnp.asarray(left), occupancy, tables)
+
+    def advance(self, lengths: np.ndarray) -> tuple[np.ndarray, int]:
+        """(drafts accepted [R], tokens made by all)."""
+        accepted = np.minimum(self.traces.accepted[self.rows], lengths)
+        made = np.minimum(accepted + 1, self.wanted - self.made)
+        self.made += made
+        self.place += 1
+        return accepted.astype(np.int32), int(made.sum())
+
+
+@partial(jax.jit, static_argnums=0)
+def _schedule(
+    policy: VerifyPolicy, view: RoundView, logits: jax.Array, state: PolicyState
+) -> tuple[jax.Array, jax.Array, RoundView, PolicyState]:
+    """(who drafted, verify lengths, what the policy saw, its state), in the order of the compiled round."""
+    drafted, state = policy.drafting(view, state)
+    drafted = view.caps > 0 if drafted is None else drafted
+    view = view._replace(drafted=drafted, caps=jnp.where(drafted, view.caps, 0), confidence=logits)
+    lengths, new = policy(view, state)
+    state = jax.tree.map(lambda a, b: jnp.where(jnp.any(drafted), a, b), new, state)
+    return drafted, jnp.where(drafted, lengths, 0), view, state
+
+
+@partial(jax.jit, static_argnums=0)
+def _learn(
+    policy: VerifyPolicy, view: RoundView, lengths: jax.Array, accepted: jax.Array, state: PolicyState
+) -> PolicyState:
+    return policy.observe(view, lengths, accepted, state)
+
+
+def _round_seconds(device: SimulatedDevice, occupancy: Occupancy, view: RoundView, tokens: int, drafted: bool) -> float:
+    costs = round_costs(device.tables.costs, occupancy, view.active, view.lengths)
+    bucket = next((b for b in device.buckets if b >= tokens), device.buckets[-1])
+    return float(costs.of(jnp.asarray(bucket)) + costs.drafting) if drafted else float(costs.plain)
+
+
+def _put(ended: np.ndarray, leaf: jax.Array, fresh: jax.Array) -> jax.Array:
+    mask = ended.reshape(ended.shape + (1,) * (leaf.ndim - 1))
+    return jnp.where(mask, fresh, leaf)

@@ -1,0 +1,102 @@
+"""Timed decoding and what is counted of it. Figures are medians over alternating runs: machines drift."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dspark_jax.drafters.registry import LoadedDrafter
+from dspark_jax.serving.generate import generate
+from dspark_jax.serving.prompts import Prompt
+from dspark_jax.serving.requests import DecodeConfig, Generation, Request
+from dspark_jax.targets.target import Target
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One pass over a set of prompts: its generations in order and its wall-clock seconds, prefill included."""
+
+    generations: tuple[Generation, ...]
+    seconds: float
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(g.tokens) for g in self.generations)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A way of decoding: the target alone, or with a drafter. A request keeps its seed whatever the set it is in."""
+
+    target: Target
+    drafter: LoadedDrafter | None
+    config: DecodeConfig
+
+    def __call__(self, prompts: Sequence[Prompt]) -> Timed:
+        requests = [Request(prompt.tokens, seed=self.config.seed + i) for i, prompt in enumerate(prompts)]
+        start = time.perf_counter()
+        generations = generate(self.target, self.drafter, requests, self.config)
+        return Timed(tuple(generations), time.perf_counter() - start)
+
+
+def alternate(decoders: Mapping[str, Callable[[], Timed]], times: int) -> dict[str, list[Timed]]:
+    """Runs each decoder once to compile, then all in turn, `times` times, the order reversed each time."""
+    for decode in decoders.values():
+        decode()
+    runs: dict[str, list[Timed]] = {name: [] for name in decoders}
+    for i in range(times):
+        names = list(decoders) if i % 2 == 0 else list(decoders)[::-1]
+        for name in names:
+            runs[name].append(decoders[name]())
+    return runs
+
+
+def median_speed(runs: Sequence[Timed]) -> float:
+    return statistics.median(run.tokens_per_second for run in runs)
+
+
+def median_ratio(fast: Sequence[Timed], slow: Sequence[Timed]) -> float:
+    """Median of the pairwise ratios of tokens per second."""
+    pairs = zip(fast, slow, strict=True)
+    return statistics.median(a.tokens_per_second / b.tokens_per_second for a, b in pairs)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where two greedy outputs first part, and the target's top-2 logit gap there."""
+
+    prompt: str
+    position: int
+    gap: float
+
+
+def differences(
+    target: Target, prompts: Sequence[Prompt], plain: Sequence[Generation], other: Sequence[Generation]
+) -> list[Difference]:
+    """Prompts whose outputs are not token for token the same; a tiny gap tells a near-tie from a fault."""
+    found = []
+    for prompt, a, b in zip(prompts, plain, other, strict=True):
+        if a.tokens == b.tokens:
+            continue
+        shared = zip(a.tokens, b.tokens, strict=False)
+        at = next((i for i, (x, y) in enumerate(shared) if x != y), min(len(a.tokens), len(b.tokens)))
+        found.append(Difference(prompt.id, at, _top2_gap(target, prompt.tokens + a.tokens[:at])))
+    return found
+
+
+def _top2_gap(target: Target, tokens: Sequence[int]) -> float:
+    import jax.numpy as jnp
+
+    from dspark_jax.targets.attention import Causal
+
+    model = target.model(target.params)
+    ids = jnp.asarray([tokens])
+    out = model(ids, jnp.arange(ids.shape[1])[None], Causal())
+    second, first = np.sort(np.asarray(model.logits(out.hidden[:, -1])[0]))[-2:]
+    return float(first - second)

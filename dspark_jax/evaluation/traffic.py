@@ -1,0 +1,177 @@
+"""Requests sent at a real engine as users would, and what they got: closed loops, Poisson arrivals, recorded traces."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dspark_jax.decoding.dispatch import run_rounds
+from dspark_jax.decoding.state import RoundRecord
+from dspark_jax.errors import UserError
+from dspark_jax.evaluation.simulator import LoadFigures, Prefill, Traces
+from dspark_jax.serving.chunks import prompt_bucket
+from dspark_jax.serving.engine import Engine
+from dspark_jax.serving.prompts import Prompt
+from dspark_jax.serving.requests import Generation, Request
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """The requests of a study, the same for every strategy: request i asks prompt i, from the first again after the
+    last, for `max_new_tokens` tokens less up to a share `spread` of them, drawn evenly."""
+
+    prompts: Sequence[Prompt]
+    max_new_tokens: int
+    spread: float = 0.0
+    seed: int = 0
+
+    def request(self, index: int) -> Request:
+        less = np.random.default_rng((self.seed, index)).integers(int(self.spread * self.max_new_tokens) + 1)
+        tokens = self.prompts[index % len(self.prompts)].tokens
+        return Request(tokens, seed=self.seed + index, max_new_tokens=max(1, self.max_new_tokens - int(less)))
+
+
+@dataclass(frozen=True)
+class OpenFigures(LoadFigures):
+    """Of Poisson arrivals, seconds since each request came: until its first token, and in the queue."""
+
+    first_token_seconds: tuple[float, ...]
+    queued_seconds: tuple[float, ...]
+
+
+def closed_loop(engine: Engine, traffic: Traffic, users: int, requests: int) -> LoadFigures:
+    """`users` who ask again as soon as they are answered, until `requests` have asked; what is open then is cancelled.
+
+    Timed while every user has a request in a slot, the first prefills left out.
+    """
+    asked, tokens = 0, 0
+    done: list[Generation] = []
+
+    def ask() -> None:
+        nonlocal asked
+        engine.submit(asked, traffic.request(asked))
+        asked += 1
+
+    for _ in range(users):
+        ask()
+    engine.admit()
+    jax.block_until_ready(engine.state.length)
+    begin = time.perf_counter()
+    while asked < requests:
+        for progress in engine.step():
+            tokens += len(progress.tokens)
+            if progress.generation is not None:
+                done.append(progress.generation)
+                ask()
+    seconds = time.perf_counter() - begin
+    for index in range(asked):
+        engine.cancel(index)
+    return LoadFigures(tokens / seconds, tuple(g.tokens_per_second for g in done), *_shares(done))
+
+
+def poisson(engine: Engine, traffic: Traffic, rate: float, requests: int) -> OpenFigures:
+    """`requests` arrivals at `rate` a second, the same moments for every strategy; a user's speed counts the queue."""
+    moments = np.cumsum(np.random.default_rng(traffic.seed).exponential(1 / rate, requests))
+    done: list[Generation] = []
+    begin, asked = time.perf_counter(), 0
+    while len(done) < requests:
+        now = time.perf_counter() - begin
+        while asked < requests and moments[asked] <= now:
+            engine.submit(asked, traffic.request(asked))
+            asked += 1
+        if engine.idle:
+            time.sleep(max(0.0, moments[asked] - now))
+            continue
+        done += [p.generation for p in engine.step() if p.generation is not None]
+    seconds = time.perf_counter() - begin
+    tokens = sum(len(g.tokens) for g in done)
+    speeds = tuple(len(g.tokens) / g.timing.ended for g in done)
+    waits = [tuple(getattr(g.timing, name) for g in done) for name in ("first_token", "admitted")]
+    return OpenFigures(tokens / seconds, speeds, *_shares(done), *waits)
+
+
+def _shares(done: Sequence[Generation]) -> tuple[float, float]:
+    """(tokens verified a round, anchors included; accepted length)."""
+    rounds = max(sum(g.rounds for g in done), 1)
+    return sum(sum(g.verified_at) + g.rounds for g in done) / rounds, sum(g.committed for g in done) / rounds
+
+
+def record_traces(engine: Engine, traffic: Traffic, requests: int) -> Traces:
+    """Every proposal of `requests` requests through an engine that verifies whole blocks."""
+    found: dict[int, list[tuple[np.ndarray, int]]] = {}
+
+    def take(holders: tuple[int | None, ...], records: RoundRecord) -> None:
+        live, logits, accepted = (np.asarray(x) for x in (records.committed, records.confidence, records.accepted))
+        for r, slot in zip(*np.nonzero(live), strict=True):
+            index = holders[slot]
+            if index is not None:
+                found.setdefault(index, []).append((logits[r, slot], int(accepted[r, slot])))
+
+    engine.recorder = take
+    for index in range(requests):
+        engine.submit(index, traffic.request(index))
+    made: dict[int, Generation] = {}
+    while not engine.idle:
+        made |= {p.index: p.generation for p in engine.step() if p.generation is not None}
+    engine.recorder = None
+    kept = sorted(found)
+    rows = [(place, *row) for place, index in enumerate(kept) for row in found[index]]
+    if not rows:
+        raise UserError("No request lasted a round, so there is nothing to simulate with; raise --max-new-tokens.")
+    return Traces(
+        logits=np.array([logits for _, logits, _ in rows], np.float32),
+        accepted=np.array([accepted for _, _, accepted in rows], np.int32),
+        request=np.array([place for place, _, _ in rows], np.int32),
+        prompts=np.array([len(made[i].prompt_tokens) for i in kept], np.int32),
+        lengths=np.array([len(made[i].tokens) for i in kept], np.int32),
+    )
+
+
+def save_traces(path: Path, traces: Traces) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(path, **vars(traces))
+
+
+def read_traces(path: Path) -> Traces:
+    """UserError where the file is missing or holds something else."""
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            return Traces(**{name: content[name] for name in Traces.__dataclass_fields__})
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} holds no traces ({error}); a load study leaves them as traces.npz.") from None
+
+
+def overheads(engine: Engine, prompts: Sequence[Prompt], repeats: int = 7) -> tuple[Prefill, float]:
+    """Medians on a warm, idle engine: what prompts of every width take, seconds of a dispatch that runs no round."""
+    none, until_free = jnp.asarray(0, jnp.int32), jnp.asarray(False)
+    dispatch: list[float] = []
+
+    def admitted(tokens: Sequence[int], count: int) -> float:
+        for i in range(count):
+            engine.submit(i, Request(tokens))
+        start = time.perf_counter()
+        engine.admit()
+        jax.block_until_ready(engine.state.length)
+        prefilled = time.perf_counter()
+        engine.state = run_rounds(engine.loop, engine.params, engine.state, engine.occupancy, none, until_free)
+        jax.device_get((engine.state.tokens, engine.state.length))
+        dispatch.append(time.perf_counter() - prefilled)
+        for i in range(count):
+            engine.cancel(i)
+        return prefilled - start
+
+    def median(tokens: Sequence[int], count: int) -> float:
+        return float(np.median([admitted(tokens, count) for _ in range(repeats + 1)][1:]))
+
+    by_width: dict[int, Sequence[int]] = {}
+    for prompt in sorted(prompts, key=lambda prompt: len(prompt.tokens)):
+        width = prompt_bucket(engine.config, engine.loop.size, 0, len(prompt.tokens))
+        by_width.setdefault(width, prompt.tokens)
+    alone = tuple(median(tokens, 1) for tokens in by_width.values())
+    slots = engine.config.slots
+    house = alone if slots == 1 else tuple(median(tokens, slots) for tokens in by_width.values())
+    return Prefill(tuple(by_width), alone, house), float(np.median(dispatch))

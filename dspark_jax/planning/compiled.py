@@ -1,0 +1,134 @@
+"""What a compiled program takes of a device, and compilers of TPUs that are not here.
+
+Compiled is not run: this says what fits and what travels, nothing of numbers or speed.
+"""
+
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from dspark_jax.errors import UserError
+from dspark_jax.roofline.hardware import known_device
+from dspark_jax.sharding import MESH_AXES, mesh_shape
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+ACCELERATORS = {"v4": "v4", "v5e": "v5litepod", "v5p": "v5p", "v6e": "v6e"}
+
+
+def topology_devices(topology: str) -> list[Any]:
+    """The chips of a topology such as v5e:4x4, in its order.
+
+    Raises:
+        UserError: no such topology, or the compiler is not installed (extra `aot`).
+    """
+    kind, _, shape = topology.partition(":")
+    if kind not in ACCELERATORS or not re.fullmatch(r"\d+(x\d+)+", shape):
+        raise UserError(
+            f"--topology is {topology!r}; a kind of TPU ({', '.join(ACCELERATORS)}) and its shape were expected, as in "
+            "v5e:4x4 or v5p:2x2x2."
+        )
+    # Without these the compiler looks for the machine that it is on.
+    chips = int(np.prod([int(n) for n in shape.split("x")]))
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{ACCELERATORS[kind]}-{chips}")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except Exception as error:  # the plugin's own types
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"No TPU compiler for {topology} ({reason}). It comes with `pip install 'dspark-jax[aot]'`."
+        ) from error
+
+
+def topology_mesh(topology: str, data: int, fsdp: int, tensor: int, part: bool = False) -> Mesh:
+    """The mesh over the chips of a topology, or, with `part`, over as many of the first as its sizes name. UserError as
+    `topology_devices` and where the sizes do not fit it."""
+    found, sizes = topology_devices(topology), (data, fsdp, tensor)
+    if part and -1 not in sizes:
+        found = found[: math.prod(sizes)]
+    devices: np.ndarray = np.array(found).reshape(mesh_shape(len(found), *sizes))
+    return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * devices.ndim)
+
+
+def compiled(lowered: jax.stages.Lowered, what: str) -> jax.stages.Compiled:
+    """Compiles `what`; UserError when the compiler finds no room for it."""
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        lines = str(error).splitlines()
+        said = next((line for line in lines if "RESOURCE_EXHAUSTED" in line or "Used" in line), lines[0])
+        raise UserError(f"{what} does not fit: {said.strip()[:400]}") from error
+
+
+def memory_of(program: jax.stages.Compiled, counted_twice: int = 0) -> dict[str, int]:
+    """Bytes of one device while the program runs. `counted_twice`: of arguments that are one array handed over twice.
+
+    Donated arguments and the results in their place are the same bytes.
+    """
+    memory: Any = program.memory_analysis()
+    arguments = memory.argument_size_in_bytes - counted_twice
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return {
+        "arguments": arguments,
+        "new results": results,
+        "temporary": memory.temp_size_in_bytes,
+        "together": arguments + results + memory.temp_size_in_bytes,
+    }
+
+
+def figures(program: jax.stages.Compiled, device_kind: str, counted_twice: int = 0) -> dict[str, str | float]:
+    """Memory, collectives and cost of a compiled program, a device, as a plan prints them."""
+    cost: Any = program.cost_analysis() or {}
+    memory: Any = program.memory_analysis()
+    device = known_device(device_kind)
+    return {
+        **{f"{name} a device": mebibytes(size) for name, size in memory_of(program, counted_twice).items()},
+        **({} if device is None else {"of a device's memory": mebibytes(device.memory_gib * 2**30)}),
+        "program": mebibytes(memory.generated_code_size_in_bytes),
+        **collectives(program.as_text() or ""),
+        "Gflop a device, loop bodies once": cost.get("flops", 0.0) / 1e9,
+        "GB moved a device, loop bodies once": cost.get("bytes accessed", 0.0) / 1e9,
+    }
+
+
+def collectives(program: str) -> dict[str, str]:
+    """Instructions of every kind of collective in an optimised program, and the bytes of their results. Those in a loop
+    are counted once, though it runs them every time."""
+    counts, sizes = Counter[str](), Counter[str]()
+    for shapes, name in re.findall(rf"= (.+?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", program):
+        counts[name] += 1
+        sizes[name] += sum(_shape_bytes(*part) for part in re.findall(r"([a-z]+\d+)\[([\d,]*)\]", shapes))
+    return {name: f"{counts[name]} of {mebibytes(sizes[name])}" for name in COLLECTIVES if counts[name]}
+
+
+def copies(program: str, shapes: Iterable[tuple[int, ...]]) -> list[str]:
+    """Instructions of an optimised program that copy an array of one of these shapes, as they lie on one device. The
+    entry is left out: what it copies is copied once a call, not once a round."""
+    wanted = {",".join(map(str, shape)) for shape in shapes}
+    entry, found = False, []
+    for line in program.splitlines():
+        if line and not line[0].isspace():
+            entry = line.startswith("ENTRY")
+        copy = re.search(r"= \(?\w+\[([\d,]*)\]\S* copy(?:-start)?\(", line)
+        if copy and not entry and copy.group(1) in wanted:
+            found.append(line.strip())
+    return found
+
+
+def mebibytes(count: float) -> str:
+    return f"{count / 2**20:,.1f} MiB"
+
+
+def _shape_bytes(kind: str, dimensions: str) -> int:
+    bits = int(re.sub(r"\D", "", kind)[:2] or 8) if kind != "pred" else 8
+    return int(np.prod([int(n) for n in dimensions.split(",") if n], dtype=np.int64)) * bits // 8

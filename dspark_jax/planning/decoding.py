@@ -1,0 +1,248 @@
+"""What decoding would take, before any weights are fetched or hardware is rented: `infer.bench --plan`.
+
+    --plan --config qwen3_4b_dspark --slots 8 --longest 4096         the loop compiled for the device that is here
+    --plan --target DIR --drafter DIR --topology v5e:2x2 --mesh tensor=4      by the TPU compiler (extra `aot`)
+    --plan --config qwen3_4b_dspark --no-compile --device "NVIDIA H200"       the floor of a round alone
+
+Read are config.json files, and nothing of those for the targets that configs/ names. The program is the one that the
+engine dispatches: all rounds, every verify bucket, the state donated.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+
+from dspark_jax.checkpoints.drafters import CONFIG_FILE
+from dspark_jax.checkpoints.huggingface import DTYPES, resolve_folder, target_skeleton
+from dspark_jax.checkpoints.layouts import detect_layout
+from dspark_jax.checkpoints.tensors import read_json
+from dspark_jax.config.cli import load_config, mesh_settings, parse
+from dspark_jax.config.schema import MeshSettings, TrainConfig
+from dspark_jax.decoding.dispatch import run_rounds
+from dspark_jax.decoding.round import DecodeLoop, LoopParams
+from dspark_jax.decoding.state import DecodeState
+from dspark_jax.drafters.registry import LoadedDrafter, drafter_hf_config, read_config, skeleton
+from dspark_jax.errors import UserError
+from dspark_jax.planning.compiled import compiled, copies, figures, mebibytes, topology_mesh
+from dspark_jax.planning.published_targets import planned_target
+from dspark_jax.report import table
+from dspark_jax.roofline.decoding import round_terms
+from dspark_jax.roofline.hardware import known_device, terms_table
+from dspark_jax.scheduling.costs import CostTable, Occupancy, ScheduleTables
+from dspark_jax.serving.engine import make_loop
+from dspark_jax.serving.policies import PolicyName, policy_named
+from dspark_jax.serving.requests import DecodeConfig
+from dspark_jax.sharding import ShardingRules, make_mesh, parameter_shardings, split
+from dspark_jax.targets.target import Target
+
+PLAN = "--plan"
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Options of a plan."""
+
+    config: str = ""
+    """Training configuration whose target and drafter are planned for."""
+    target: str = ""
+    """Folder or hub id of the target, in place of the configuration's."""
+    drafter: str = ""
+    """Folder or hub id of the drafter, in place of the configuration's; without either the loop decodes plainly."""
+    slots: int = 8
+    """Requests decoded at once."""
+    longest: int = 4096
+    """Positions that a request may take, prompt and new tokens."""
+    context: int = 0
+    """Positions cached of each request, for the floor; 0: half of the longest."""
+    policy: PolicyName = "fixed"
+    """How many drafts are verified; the load-adaptive policies bring their tables."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    mesh: str = ""
+    """Devices along the mesh axes, as in tensor=4; empty: one device, or with a topology all along tensor."""
+    topology: str = ""
+    """TPUs to compile for, as in v5e:2x2; a mesh smaller than that takes its first chips. Empty: the devices here."""
+    device: str = ""
+    """Whose peaks the floor is for, a device kind; empty: the device that the loop is compiled for."""
+    compile: bool = True
+    """Compile the loop; without, only the floor is printed."""
+
+    def __post_init__(self) -> None:
+        if self.slots < 1 or self.longest < 2:
+            raise UserError("A plan needs --slots of 1 or more and --longest of 2 or more.")
+
+
+def print_plan(argv: Sequence[str], description: str | None) -> None:
+    """Prints the plan that the options in argv ask for."""
+    options = parse(PlanOptions, [word for word in argv if word != PLAN], description=description)
+    plan = DecodePlan.of(options)
+    rows, kind = plan.describe(), options.device or plan.device_kind
+    if options.compile:
+        rows |= plan.compile()
+    print(table(["decoding", ""], [[name, shown(value)] for name, value in rows.items()]))
+    context = options.context or options.longest // 2
+    drafter = None if plan.drafter is None else plan.drafter.config
+    itemsize = DTYPES[options.dtype].dtype.itemsize
+    terms = round_terms(plan.target.config, drafter, options.slots, context, itemsize)
+    if terms is not None:
+        print(f"\nThe floor of a round on one device, {context} positions cached a request")
+        print(terms_table(terms, known_device(kind)))
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """The loop that an engine would run, and ShapeDtypeStructs of everything that it takes. `mesh` None: one device
+    that is here; of one device: a chip of a topology."""
+
+    target: Target
+    drafter: LoadedDrafter | None
+    loop: DecodeLoop
+    params: LoopParams
+    state: DecodeState
+    mesh: Mesh | None
+
+    @classmethod
+    def of(cls, options: PlanOptions) -> "DecodePlan":
+        """UserError for configurations that don't fit together, or a mesh that the devices don't have."""
+        mesh = plan_mesh(options)
+        target, drafter = planned_pair(options, mesh)
+        config = DecodeConfig(slots=options.slots, policy=policy_named(options.policy))
+        loop = make_loop(target, drafter, config, options.longest, max(1, len(target.stop_tokens)))
+        tables = None
+        if drafter is not None and config.policy.needs_tables:
+            costs = CostTable.of(loop.buckets, np.linspace(1.0, 2.0, len(loop.buckets)))
+            tables = shapes_of(ScheduleTables.of(costs, (1.0,) * loop.block))
+        params = LoopParams(target.params, {} if drafter is None else drafter.params, tables)
+        return cls(target, drafter, loop, params, abstract_state(loop, params), mesh)
+
+    @property
+    def device_kind(self) -> str:
+        return (jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0]).device_kind
+
+    @property
+    def platform(self) -> str:
+        return jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
+
+    def describe(self) -> dict[str, Any]:
+        loop, mesh = self.loop, self.mesh
+        return {
+            "target": self.target.name,
+            "drafter": "none" if self.drafter is None else self.drafter.name,
+            "devices": f"{1 if mesh is None else mesh.size} x {self.device_kind}",
+            "requests x positions": f"{loop.requests} x {loop.size}",
+            "verify buckets": " ".join(map(str, loop.buckets)),
+            "target's parameters a device": mebibytes(bytes_of(self.params.target)),
+            "drafter's parameters a device": mebibytes(bytes_of(self.params.drafter)),
+            "target's cache a device": mebibytes(bytes_of(self.state.target_cache)),
+            "drafter's state a device": mebibytes(bytes_of(self.state.draft)),
+        }
+
+    def lower(self, platform: str) -> jax.stages.Lowered:
+        """One dispatch, lowered for a platform, whatever is here."""
+        scalar = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), bool)
+        occupancy = shapes_of(Occupancy.of())
+        traced = run_rounds.trace(self.loop, self.params, self.state, occupancy, *scalar)
+        return traced.lower(lowering_platforms=(platform,))
+
+    def compile(self) -> dict[str, Any]:
+        """Figures of the compiled dispatch; UserError where it does not fit."""
+        program = compiled(self.lower(self.platform), "The decode loop")
+        copied = copies(program.as_text() or "", self.cache_shapes())
+        return figures(program, self.device_kind) | {"whole-cache copies": len(copied)}
+
+    def cache_shapes(self) -> set[tuple[int, ...]]:
+        """Shapes of cached keys and values as they lie on one device."""
+        leaves = jax.tree.leaves((self.state.target_cache, self.state.draft))
+        return {local_shape(x) for x in leaves if x.ndim == 4 and x.shape[2] == self.loop.size}
+
+
+def plan_mesh(options: PlanOptions) -> Mesh | None:
+    """The mesh of the options; None for one device that is here."""
+    if not options.topology:
+        if not options.mesh:
+            return None
+        settings = mesh_settings(options.mesh, MeshSettings())
+        mesh = make_mesh(settings.data, settings.fsdp, settings.tensor)
+        return None if mesh.size == 1 else mesh
+    settings = mesh_settings(options.mesh, MeshSettings()) if options.mesh else MeshSettings(data=1, tensor=-1)
+    return topology_mesh(options.topology, settings.data, settings.fsdp, settings.tensor, part=True)
+
+
+def planned_pair(options: PlanOptions, mesh: Mesh | None) -> tuple[Target, LoadedDrafter | None]:
+    """Target and drafter with shapes in place of parameters, laid over the mesh as loading them does."""
+    config = load_config(options.config) if options.config else None
+    if config is not None and not isinstance(config, TrainConfig):
+        raise UserError(f"The configuration {options.config} is a {type(config).__name__}; name one of training.")
+    name = options.target or (config.target if config is not None else "")
+    if not name:
+        raise UserError("There is nothing to plan: give --config NAME, or --target and --drafter.")
+    target = planned_target(name)
+    module = target_skeleton(target.config)
+    target = dataclasses.replace(target, params=abstract_params(module, mesh, options.dtype))
+    hf_config = None
+    if options.drafter:
+        stored = read_json(resolve_folder(options.drafter) / CONFIG_FILE)
+        hf_config = detect_layout(stored).to_native(stored, target.config)
+    elif config is not None:
+        hf_config = described_drafter(config, target)
+    if hf_config is None:
+        return target, None
+    described = read_config(hf_config)
+    described.check_target(target.config)
+    module = skeleton(hf_config)
+    params = abstract_params(module, mesh, options.dtype)
+    return target, LoadedDrafter(options.drafter or options.config, described, split(module)[0], params, hf_config)
+
+
+def described_drafter(config: TrainConfig, target: Target) -> dict[str, Any]:
+    """config.json of the drafter that a training configuration describes."""
+    settings = dataclasses.asdict(config.drafter)
+    del settings["init_target_layers"]
+    if settings["mask_token_id"] is None:
+        settings["mask_token_id"] = getattr(target.tokenizer, "mask_token_id", None)
+    return drafter_hf_config(target.hf_config, dtype=config.compute_dtype, **settings)
+
+
+def abstract_params(module: Any, mesh: Mesh | None, dtype: str) -> dict:
+    """ShapeDtypeStructs of a module's parameters as decoding holds them, with shardings where there is a mesh."""
+    leaves = flatten_dict(split(module)[1])
+    over = {} if mesh is None else flatten_dict(parameter_shardings(module, mesh, ShardingRules()))
+
+    def one(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
+        kind = jnp.float32 if path[0] == "confidence_head" else DTYPES[dtype]
+        return jax.ShapeDtypeStruct(leaf.shape, kind, sharding=over.get(path))
+
+    return unflatten_dict({path: one(path, leaf) for path, leaf in leaves.items()})
+
+
+def abstract_state(loop: DecodeLoop, params: LoopParams) -> DecodeState:
+    """The empty state as shapes, laid over the loop's mesh as it lays it itself."""
+    if loop.mesh is None:
+        return jax.eval_shape(loop.init_state, params)
+    platform = loop.mesh.devices.flat[0].platform
+    made = jax.jit(loop.init_state).trace(params).lower(lowering_platforms=(platform,))
+    shapes, placed = made.out_info, made.compile().output_shardings
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
+
+
+def shapes_of(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def local_shape(x: Any) -> tuple[int, ...]:
+    return x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+
+
+def bytes_of(tree: Any) -> int:
+    return sum(math.prod(local_shape(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def shown(value: Any) -> str:
+    return f"{value:,.1f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,112 @@
+"""Memory of a training step on one device, by what holds it, from shapes alone."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+
+from dspark_jax.checkpoints.huggingface import DTYPES
+from dspark_jax.planning.liveness import peak_bytes
+from dspark_jax.planning.training import AbstractRun
+from dspark_jax.sharding import gathered
+from dspark_jax.training.registry import make_objective
+from dspark_jax.training.states import TargetStates
+from dspark_jax.training.trainer import loss_options
+
+
+def describe(run: AbstractRun) -> dict[str, Any]:
+    """What the estimate is for."""
+    data, mesh = run.config.data, run.placement.mesh
+    parameters = sum(x.size for x in jax.tree.leaves(run.state.params))
+    return {
+        "configuration": run.config.name,
+        "target": run.target.name,
+        "drafter parameters": parameters,
+        "mesh": " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
+        "tokens a step": data.global_batch * run.batch["input_ids"].shape[1],
+        "micro-batches": run.micro_batches,
+        "sequences a device": data.global_batch // (run.micro_batches * run.placement.rules.row_groups(mesh)),
+    }
+
+
+def estimate(run: AbstractRun) -> dict[str, int]:
+    """Bytes a device, by what holds them, and their sum: the peak, which is in the gradient of a micro-batch.
+
+    The figures of what is stored are exact. Activations are what `liveness.peak_bytes` makes of the traced gradient.
+    """
+    rules = run.placement.rules
+
+    def stored(tree: Any) -> int:
+        return sum(shard_bytes(x, x.sharding) for x in jax.tree.leaves(tree))
+
+    def whole(tree: Any) -> int:
+        return sum(shard_bytes(x, gathered(x.sharding, rules)) for x in jax.tree.leaves(tree))
+
+    def copies(tree: Any) -> int:
+        return sum(whole(x) for x in jax.tree.leaves(tree) if whole(x) != stored(x))
+
+    online = run.target_params is not None
+    layers = (run.target_params or {}).get("layers", {})
+    gradients = whole(run.state.params)
+    parts = {
+        "parameters": stored(run.state.params),
+        "optimizer": stored(run.state.opt_state),
+        "parameters, gathered for a step": copies(run.state.params),
+        # With several micro-batches, the sum of those done stands beside the one at work.
+        "gradients": gradients * (2 if run.micro_batches > 1 else 1),
+        "target's embedding and head": stored(run.shared) - tied_bytes(run),
+        "embedding and head, gathered": copies(run.shared),
+        "batch": stored(run.batch),
+        "target's other parameters": stored(run.target_params) - stored(run.shared) + tied_bytes(run) if online else 0,
+        # One at work, and the next on its way.
+        "target's layers, gathered": 2 * max(map(copies, layers.values()), default=0),
+        "activations": activation_bytes(run) - gradients,
+    }
+    return parts | {"total": sum(parts.values())}
+
+
+def activation_bytes(run: AbstractRun) -> int:
+    """Peak of the gradient of one micro-batch's rows on one device, the gradient itself included."""
+    config, mesh = run.config, run.placement.mesh
+    rows = config.data.global_batch // (run.micro_batches * run.placement.rules.row_groups(mesh))
+    objective = make_objective(run.drafter_hf, loss_options(config), DTYPES[config.compute_dtype])
+    states = dataclasses.replace(run.states, whole=None) if isinstance(run.states, TargetStates) else run.states
+    batch = {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in run.batch.items()}
+
+    def gradient(params: Any, shared: Any, batch: Any, key: Any, target: Any) -> Any:
+        planned = objective.plan(batch, key)
+        read = states.read(states.stored(target, batch), batch)
+
+        def mean(params: Any) -> Any:
+            return objective.loss(objective.sums(params, shared, read, planned.rows), planned.denominator)
+
+        return jax.grad(mean)(params)
+
+    params, tables, target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (run.state.params, run.shared, run.target_params)
+    )
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    vocabulary, ways = run.target.config.vocab_size, mesh.shape["tensor"]
+
+    def size(aval: Any) -> int:
+        whole = value_bytes(aval)
+        return whole // ways if vocabulary in getattr(aval, "shape", ()) and vocabulary % ways == 0 else whole
+
+    return peak_bytes(jax.make_jaxpr(gradient)(params, tables, batch, key, target), size)
+
+
+def tied_bytes(run: AbstractRun) -> int:
+    """Of the head, where it is the embedding: one array then, though the step takes it twice."""
+    head: Any = run.shared.head
+    return shard_bytes(head, head.sharding) if run.target.config.tie_word_embeddings else 0
+
+
+def value_bytes(value: Any) -> int:
+    """Bytes of an abstract value; 0 for what is none (effects, tokens)."""
+    return math.prod(value.shape) * value.dtype.itemsize if hasattr(value, "shape") else 0
+
+
+def shard_bytes(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> int:
+    return math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize

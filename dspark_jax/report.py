@@ -1,0 +1,146 @@
+"""Tables and plots of the programs."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Left-aligned columns under a rule."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def listing(rows: Mapping[str, Any]) -> str:
+    """Two aligned columns; counts with thousands separators, other numbers with one decimal."""
+    width = max(map(len, rows))
+
+    def shown(value: Any) -> str:
+        return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" if isinstance(value, float) else str(value)
+
+    return "\n".join(f"{name:<{width}}  {shown(value)}" for name, value in rows.items())
+
+
+def acceptance_plot(path: Path, temperatures: Mapping[str, Mapping[str, Any]]) -> None:
+    """Conditional acceptance by block position, a line a domain, a panel a temperature."""
+    plt = pyplot()
+    count = len(temperatures)
+    figure, panels = plt.subplots(1, count, figsize=(5 * count, 3.6), squeeze=False, sharey=True)
+    for panel, (key, rows) in zip(panels[0], temperatures.items(), strict=True):
+        for domain, row in rows.items():
+            rates = row["conditional"]
+            style = {"color": "black", "linestyle": "--"} if domain == "all" else {}
+            panel.plot(range(1, len(rates) + 1), rates, marker="o", label=f"{domain} (τ = {row['tau']:.2f})", **style)
+        panel.set_title(f"temperature {key.removeprefix('t')}")
+        panel.set_xlabel("block position k")
+        panel.set_ylim(0, 1)
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    panels[0][0].set_ylabel("x_k accepted, given x_<k were")
+    save(figure, path)
+
+
+def training_plot(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Loss, expected accepted length and per-position acceptance over the steps of a run's metrics.jsonl."""
+    plt = pyplot()
+    figure, panels = plt.subplots(1, 3, figsize=(13, 3.6))
+    steps = [record["step"] for record in records]
+    for name in ("loss", "ce_loss", "l1_loss", "confidence_loss"):
+        if records and name in records[0]:
+            panels[0].plot(steps, [record[name] for record in records], label=name)
+    panels[0].legend(fontsize=8)
+    panels[1].plot(steps, [record["tau_probabilistic"] for record in records])
+    positions = [name for name in (records[0] if records else {}) if name.startswith("accept_rate@")]
+    for name in positions:
+        panels[2].plot(steps, [record[name] for record in records], label=f"k = {int(name.split('@')[1]) + 1}")
+    panels[2].legend(fontsize=7, ncols=2)
+    for panel, title in zip(panels, ("losses", "expected accepted length", "acceptance rate by position"), strict=True):
+        panel.set_title(title)
+        panel.set_xlabel("step")
+        panel.grid(alpha=0.3)
+    save(figure, path)
+
+
+def reliability_plot(path: Path, sets: Mapping[str, Mapping[str, Any]]) -> None:
+    """Share accepted against predicted survival, before calibration and, where it is known, after (Figure 6)."""
+    plt = pyplot()
+    stages = [stage for stage in ("before", "after") if any(stage in found for found in sets.values())]
+    figure, panels = plt.subplots(1, len(stages), figsize=(4.6 * len(stages), 4.2), squeeze=False, sharey=True)
+    for panel, stage in zip(panels[0], stages, strict=True):
+        panel.plot([0, 1], [0, 1], color="black", linewidth=0.8)
+        for name, found in sets.items():
+            points = found[stage]["reliability"]
+            label = f"{name} (ECE {100 * found[stage]['ece']:.1f} %)"
+            panel.plot([p[0] for p in points], [p[1] for p in points], marker="o", label=label)
+        panel.set_title(f"{stage} calibration")
+        panel.set_xlabel("predicted prefix survival")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    panels[0][0].set_ylabel("share accepted")
+    save(figure, path)
+
+
+def threshold_plot(path: Path, sets: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+    """Accepted length, and the share of verified tokens that is committed, by confidence threshold (Figure 5)."""
+    plt = pyplot()
+    figure, panels = plt.subplots(1, 2, figsize=(10, 3.8))
+    for name, rows in sets.items():
+        thresholds = [float(value) for value in rows]
+        for panel, key in zip(panels, ("tau", "verify_rate"), strict=True):
+            panel.plot(thresholds, [row[key] for row in rows.values()], marker="o", label=name)
+    for panel, label in zip(panels, ("accepted length τ", "committed / verified tokens"), strict=True):
+        panel.set_xlabel("confidence threshold")
+        panel.set_ylabel(label)
+        panel.grid(alpha=0.3)
+    panels[0].legend(fontsize=8)
+    save(figure, path)
+
+
+def throughput_plot(path: Path, closed: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
+    """Tokens a second of all users against one user's, a line a strategy, a point a concurrency (Figure 7)."""
+    plt = pyplot()
+    figure, panel = plt.subplots(figsize=(6, 4.4))
+    for strategy in next(iter(closed.values())):
+        rows = [group[strategy] for group in closed.values()]
+        panel.plot([r["user_median"] for r in rows], [r["tokens_per_second"] for r in rows], marker="o", label=strategy)
+    panel.set_xlabel("tokens a second and user (median)")
+    panel.set_ylabel("tokens a second, all users")
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8)
+    save(figure, path)
+
+
+def budget_plot(path: Path, closed: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
+    """Throughput and tokens verified per request and round, by the number of users (Figure 8)."""
+    plt = pyplot()
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4))
+    users = [int(count) for count in closed]
+    labels = {"tokens_per_second": "tokens a second, all users", "verify_budget": "tokens verified a request and round"}
+    for panel, (key, label) in zip(panels, labels.items(), strict=True):
+        for strategy in next(iter(closed.values())):
+            panel.plot(users, [group[strategy][key] for group in closed.values()], marker="o", label=strategy)
+        panel.set_xscale("log", base=2)
+        panel.set_xlabel("users")
+        panel.set_ylabel(label)
+        panel.grid(alpha=0.3)
+    panels[0].legend(fontsize=8)
+    save(figure, path)
+
+
+def pyplot() -> Any:
+    """matplotlib without a display; imported where something is drawn."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot().close(figure)

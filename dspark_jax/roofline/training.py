@@ -1,0 +1,185 @@
+"""The floor of a training step by term: floating-point operations and bytes, counted from shapes.
+
+A product x W of n rows costs 2 n i o forward and as much again for each gradient: frozen tables have no weight
+gradient, taps no input gradient, the target's logits neither. It reads both operands and writes its result once, each
+time, in the compute dtype; weight gradients are written in float32. Attention and the losses keep scores and logits on
+the chip. Recomputation (`Term.again`) is counted apart, norms and ropes not at all. A query sees T/2 positions on
+average.
+
+Letters: B sequences of a step, T padded tokens, N anchors, γ block size, P = N γ rows, m taps, D hidden, F mlp, Q query
+heads, G kv heads, H head dim, V vocab, L draft layers, R Markov rank, b bytes of the compute dtype, W parameters.
+"""
+
+from functools import singledispatch
+
+from dspark_jax.drafters.config import DrafterConfig, DSparkConfig
+from dspark_jax.drafters.eagle3 import Eagle3Config
+from dspark_jax.drafters.mtp import MTPConfig
+from dspark_jax.roofline.hardware import Term, total
+from dspark_jax.targets.config import TargetConfig
+
+ELEMENTWISE = 20  # operations per logit of the losses: two softmaxes, their difference, both gradients
+ADAMW_FLOPS = 16
+# A parameter and two moments read and written, its gradient read for the norm and for the update.
+ADAMW_BYTES = 8 * 4
+
+
+def training_flops(config: DrafterConfig, sequences: int, length: int) -> float | None:
+    """Operations of the products that one step of B sequences padded to T needs, forward and backward; None: not
+    counted for a kind that isn't registered below."""
+    terms = product_terms(config, sequences, length, 2)
+    return None if terms is None else total(terms).flops
+
+
+def step_terms(
+    config: DrafterConfig,
+    sequences: int,
+    length: int,
+    parameters: int,
+    itemsize: int,
+    micro_batches: int = 1,
+    remat: bool = True,
+) -> list[Term] | None:
+    """The terms of one optimizer step on one device, of so many micro-batches of B sequences each; None as above.
+
+    `remat`: the program runs the forward pass of blocks and heads a second time, as it does with more than one chunk.
+    """
+    terms = product_terms(config, sequences, length, itemsize)
+    if terms is None:
+        return None
+    losses = Term("losses", ELEMENTWISE * sequences * _loss_rows(config, length) * config.backbone.vocab_size, 0.0)
+    # Each micro-batch reads the parameters in float32 and writes them in the compute dtype.
+    cast = Term("cast of the parameters", 0.0, (4 + itemsize) * parameters)
+    update = Term("optimizer", ADAMW_FLOPS * parameters, ADAMW_BYTES * parameters)
+    counted = [term.times(micro_batches) for term in (*terms, losses, cast)] + [update]
+    return counted if remat else [Term(term.name, term.flops, term.bytes) for term in counted]
+
+
+@singledispatch
+def product_terms(config: DrafterConfig, sequences: int, length: int, itemsize: int) -> list[Term] | None:
+    """The products of one micro-batch, forward and backward, by term; None for a kind that isn't registered below."""
+    return None
+
+
+@product_terms.register
+def _(config: DSparkConfig, sequences: int, length: int, itemsize: int) -> list[Term]:
+    dims, b, positions = config.backbone, itemsize, sequences * length
+    d, v, layers, blocks = dims.hidden_size, dims.vocab_size, dims.num_layers, sequences * config.num_anchors
+    queries, keys = _heads(dims)
+    # A block has a row that predicts nothing where its anchor does not.
+    width = config.block_size + (not config.sample_from_anchor)
+    inputs, rows = blocks * width, blocks * config.block_size
+    attention = _product("", inputs, d, queries + 2 * keys, b) + _product("", inputs, queries, d, b)
+    scores = _attention(inputs, positions, length / 2 + width, queries, 2 * keys, b)
+    mlp = _product("", inputs, d, 2 * dims.intermediate_size, b) + _product("", inputs, dims.intermediate_size, d, b)
+    terms = [
+        _product("feature fusion", positions, len(config.target_layer_ids) * d, d, b, inputs=False),
+        _named("context K/V projection", _product("", positions, d, 2 * keys, b).times(layers)),
+        _named("block attention, projections", _again(attention.times(layers))),
+        _named("block attention, scores", _again(scores.times(layers))),
+        _named("MLP", _again(mlp.times(layers))),
+        *_frozen_heads(rows, rows, d, v, b),
+    ]
+    if config.markov_rank:
+        terms.append(_again(_markov(config, rows, b)))
+    if config.enable_confidence_head:
+        size = d + (config.markov_rank if config.confidence_head_with_markov else 0)
+        terms.append(_again(_product("confidence head", rows, size, 1, 4)))
+    return terms
+
+
+@product_terms.register
+def _(config: MTPConfig, sequences: int, length: int, itemsize: int) -> list[Term]:
+    dims, d, positions = config.backbone, config.backbone.hidden_size, sequences * length
+    rows = sequences * config.num_anchors
+    return [
+        _product("feature fusion", positions, 2 * d, d, itemsize),
+        *_layer(dims, positions, length / 2, d, itemsize),
+        *_frozen_heads(rows, rows, d, dims.vocab_size, itemsize),
+    ]
+
+
+@product_terms.register
+def _(config: Eagle3Config, sequences: int, length: int, itemsize: int) -> list[Term]:
+    dims, steps, d = config.backbone, config.block_size, config.backbone.hidden_size
+    seen, positions = length / 2 + steps / 2, sequences * length
+    return [
+        _product("feature fusion", positions, len(config.target_layer_ids) * d, d, itemsize, inputs=False),
+        *(term.times(steps) for term in _layer(dims, positions, seen, 2 * d, itemsize)),
+        # The target's logits are the same for all steps.
+        *_frozen_heads(steps * positions, positions, d, dims.vocab_size, itemsize),
+    ]
+
+
+def _frozen_heads(rows: int, target_rows: int, d: int, v: int, b: int) -> list[Term]:
+    """The target's output head on the drafter's rows and on its own, whose logits stay on the chip."""
+    return [
+        _again(_product("draft head", rows, d, v, b, weights=False, kept=True), 2),
+        _again(_product("target's head", target_rows, d, v, b, weights=False, inputs=False, kept=True), 1),
+    ]
+
+
+def _layer(dims: TargetConfig, rows: int, seen: float, width: int, b: int) -> list[Term]:
+    """A decoder layer over whole rows, its attention reading rows of `width`, each over `seen` others."""
+    d, (queries, keys) = dims.hidden_size, _heads(dims)
+    projections = _product("", rows, width, queries + 2 * keys, b) + _product("", rows, queries, d, b)
+    mlp = _product("", rows, d, 2 * dims.intermediate_size, b) + _product("", rows, dims.intermediate_size, d, b)
+    return [
+        _named("attention, projections", projections),
+        _named("attention, scores", _attention(rows, 0, seen, queries, 2 * keys, b)),
+        _named("MLP", mlp),
+    ]
+
+
+def _heads(dims: TargetConfig) -> tuple[int, int]:
+    """(Q H, G H) of the draft layers, which are all alike."""
+    layer = dims.layers[0]
+    return dims.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
+
+
+def _loss_rows(config: DrafterConfig, length: int) -> int:
+    """Rows of a sequence that have logits."""
+    if isinstance(config, Eagle3Config):
+        return length * config.block_size
+    return getattr(config, "num_anchors", 0) * config.block_size
+
+
+def _product(
+    name: str, rows: float, i: int, o: int, b: int, weights: bool = True, inputs: bool = True, kept: bool = False
+) -> Term:
+    """x W with the gradients asked for; `kept`: the result [rows, o] stays on the chip, as its gradient does."""
+    once = 2.0 * rows * i * o
+    operands, result = (rows * i + i * o) * b, 0.0 if kept else rows * o * b
+    moved = operands + result
+    if inputs:
+        moved += i * o * b + rows * i * b + result
+    if weights:
+        moved += rows * i * b + i * o * 4 + result
+    return Term(name, once * (1 + weights + inputs), moved)
+
+
+def _attention(rows: float, context: float, seen: float, queries: int, keys: int, b: int) -> Term:
+    """Scores and mixing, each row over `seen` positions; keys and values of context and rows. The backward pass does
+    two such pairs of products, and moves everything twice."""
+    once = 2 * 2.0 * rows * seen * queries
+    moved = (2 * rows * queries + (rows + context) * keys) * b
+    return Term("", 3 * once, 3 * moved)
+
+
+def _markov(config: DSparkConfig, rows: int, b: int) -> Term:
+    """Rows of W_1, what the head's type makes of them, and the bias over the vocabulary; W_1's gradient is dense."""
+    d, r, v = config.backbone.hidden_size, config.markov_rank, config.backbone.vocab_size
+    head = _product("Markov head", rows, r, v, b, kept=True) + Term("", 0.0, 2 * rows * r * b + v * r * 4)
+    shapes = {"gated": (d + r, r), "rnn": (d + 2 * r, 3 * r)}
+    if config.markov_head_type in shapes:
+        head = head + _product("", rows, *shapes[config.markov_head_type], b)
+    return head
+
+
+def _again(term: Term, passes: int = 3) -> Term:
+    """Its forward pass, one of so many like it, runs a second time in the backward pass."""
+    return Term(term.name, term.flops, term.bytes, term.flops / passes)
+
+
+def _named(name: str, term: Term) -> Term:
+    return Term(name, term.flops, term.bytes, term.again)

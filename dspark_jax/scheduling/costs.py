@@ -1,0 +1,186 @@
+"""What the device can carry: the cost of a round by tokens verified, and how busy the device is beside it.
+
+Axes: R request slots, C context probes, P token rungs. Everything the compiled loop reads is an array of fixed shape,
+so that a new profile, load or share compiles nothing.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from dspark_jax.errors import UserError
+
+
+class Occupancy(NamedTuple):
+    """What a dispatch is told from outside, float32 scalars, 1 = as profiled. Who is active and how long the contexts
+    are, the loop sees for itself.
+
+    `load`: measured over profiled round time (`LoadMeter`). `signal`: the user's word for what shares the device: 2 for
+    a co-located job of equal weight, 1 / share for a tenant. `forecast`: expected change of load during the dispatch.
+    """
+
+    load: Array
+    signal: Array
+    forecast: Array
+
+    @classmethod
+    def of(cls, load: float = 1.0, signal: float = 1.0, forecast: float = 1.0) -> "Occupancy":
+        """On the device. UserError for a factor that is no finite number above 0."""
+        for name, value in (("load", load), ("signal", signal), ("forecast", forecast)):
+            if not math.isfinite(value) or value <= 0:
+                raise UserError(f"The occupancy's {name} is {value}; expected a number above 0, 1 for as profiled.")
+        return cls(*jax.device_put((np.float32(load), np.float32(signal), np.float32(forecast))))
+
+    @property
+    def pressure(self) -> Array:
+        """How much dearer than profiled one more token is. What an idle device gives away for nothing, the work beside
+        it pays for, so pressure scales the cost above the cheapest verify pass and not the pass itself."""
+        return self.load * self.signal * self.forecast
+
+
+class CostTable(NamedTuple):
+    """Seconds of a round, measured (`serving.profile`) or given: SPS(B) = 1 / (verify + drafting).
+
+    A round of B tokens costs what the first rung >= B does. Between context probes costs are linear.
+    """
+
+    tokens: Array  # [P] int32 ascending
+    contexts: Array  # [C] float32 ascending: mean committed positions of the active requests
+    verify: Array  # [C, P] float32: a round's seconds without drafting
+    drafting: Array  # [C] float32: what drafting adds
+    plain: Array | None = None  # [C] float32: a round in which nobody drafts; None: what its tokens cost in `verify`
+    dispatch: Array | None = None  # [] float32: what a dispatch takes beside its rounds; None: nothing
+
+    @classmethod
+    def of(
+        cls,
+        tokens: Sequence[int],
+        verify: Any,
+        drafting: Any = 0.0,
+        contexts: Sequence[float] = (0.0,),
+        plain: Any = None,
+        dispatch: float | None = None,
+    ) -> "CostTable":
+        """From seconds [P] or [C, P]. UserError for costs that don't fit or rungs that don't ascend."""
+        seconds = np.atleast_2d(np.asarray(verify, np.float32))
+        draft = np.broadcast_to(np.asarray(drafting, np.float32), (len(contexts),))
+        rungs, probes = np.asarray(tokens, np.int32), np.asarray(contexts, np.float32)
+        if np.any(np.diff(rungs) <= 0) or np.any(np.diff(probes) <= 0) or not len(rungs):
+            raise UserError(f"A cost table's tokens {list(tokens)} and contexts {list(contexts)} must ascend.")
+        if seconds.shape != (len(probes), len(rungs)) or not np.all(np.isfinite(seconds) & (seconds > 0)):
+            raise UserError(
+                f"A cost table for {len(probes)} contexts and {len(rungs)} token counts needs that many seconds, all "
+                f"above 0; found an array of {seconds.shape}."
+            )
+        rest = None if plain is None else np.broadcast_to(np.asarray(plain, np.float32), (len(contexts),))
+        beside = None if dispatch is None else np.float32(dispatch)
+        return cls(*jax.device_put((rungs, probes, seconds, draft, rest, beside)))
+
+    def at(self, context: Array) -> tuple[Float[Array, " p"], Float[Array, ""], Float[Array, ""] | None]:
+        """(verify [P], drafting [], plain []) at a mean context length."""
+        if self.contexts.shape[0] == 1:
+            return self.verify[0], self.drafting[0], None if self.plain is None else self.plain[0]
+        index = jnp.clip(below(self.contexts, context) - 1, 0, self.contexts.shape[0] - 2)
+        low, high = self.contexts[index], self.contexts[index + 1]
+        share = jnp.clip((context - low) / (high - low), 0.0, 1.0)
+
+        def mixed(x: Array) -> Array:
+            return x[index] * (1 - share) + x[index + 1] * share
+
+        return mixed(self.verify), mixed(self.drafting), None if self.plain is None else mixed(self.plain)
+
+
+class ScheduleTables(NamedTuple):
+    """What policies read beside the round: `costs`, and `temperatures` [K] float32 of the confidence logits (ones: not
+    calibrated)."""
+
+    costs: CostTable
+    temperatures: Array
+
+    @classmethod
+    def of(cls, costs: CostTable, temperatures: Sequence[float]) -> "ScheduleTables":
+        return cls(costs, jax.device_put(np.asarray(temperatures, np.float32)))
+
+
+class RoundCosts(NamedTuple):
+    """A cost table at this round's contexts and pressure, `base` the tokens that are verified whatever is scheduled,
+    `plain` the seconds of a round in which nobody drafts."""
+
+    tokens: Int[Array, " p"]
+    seconds: Float[Array, " p"]
+    drafting: Float[Array, ""]
+    base: Int[Array, ""]
+    plain: Float[Array, ""]
+
+    def rung(self, tokens: Array) -> Array:
+        """The rung that a pass over `tokens` runs at; the last one for more than that."""
+        return jnp.minimum(below(self.tokens, tokens), self.tokens.shape[0] - 1)
+
+    def of(self, tokens: Array) -> Array:
+        """Seconds of a round, without drafting, that verifies `tokens`."""
+        return self.seconds[self.rung(tokens)]
+
+    def between(self, tokens: Float[Array, ""]) -> Float[Array, ""]:
+        """Seconds at a mean number of tokens, linear between rungs."""
+        high = self.rung(tokens)
+        low = jnp.maximum(high - 1, 0)
+        start, end = self.tokens[low], self.tokens[high]
+        share = jnp.clip((tokens - start) / jnp.maximum(end - start, 1), 0.0, 1.0)
+        return self.seconds[low] * (1 - share) + self.seconds[high] * share
+
+
+def below(rungs: Array, values: Array) -> Int[Array, "..."]:
+    """How many of a few ascending `rungs` lie below each value: `searchsorted` without its loop, which took the decode
+    loop as long as a layer of the target (docs/log.md)."""
+    return jnp.sum(jnp.expand_dims(values, -1) > rungs, axis=-1)
+
+
+def round_costs(
+    table: CostTable, occupancy: Occupancy, active: Bool[Array, " r"], lengths: Int[Array, " r"]
+) -> RoundCosts:
+    """Costs as `occupancy` makes them: seconds above the cheapest possible pass, that of the anchors alone, are
+    multiplied by its pressure."""
+    base = jnp.sum(active)
+    mean = jnp.sum(jnp.where(active, lengths, 0)) / jnp.maximum(base, 1)
+    verify, drafting, plain = table.at(mean)
+    least = verify[jnp.minimum(below(table.tokens, base), table.tokens.shape[0] - 1)]
+    seconds = least + occupancy.pressure * jnp.maximum(verify - least, 0.0)
+    return RoundCosts(table.tokens, seconds, drafting, base, least if plain is None else plain)
+
+
+def idle_costs(table: CostTable, active: Bool[Array, " r"], lengths: Int[Array, " r"]) -> RoundCosts:
+    """Costs with nothing beside the loop: what the clock is compared with."""
+    ones = jnp.ones((), jnp.float32)
+    return round_costs(table, Occupancy(ones, ones, ones), active, lengths)
+
+
+@dataclass
+class LoadMeter:
+    """Host side, between dispatches: an exponential average of measured over predicted seconds.
+
+    `weight` of the newest dispatch; ratios within `tolerance` of 1 count as 1, since a clock is not that good.
+    """
+
+    weight: float = 0.5
+    tolerance: float = 0.15
+    highest: float = 16.0
+    ratio: float = 1.0
+
+    def update(self, measured: float, predicted: float) -> float:
+        """Takes in one dispatch (`DecodeState.predicted_seconds` against the clock) and returns `load`. A dispatch that
+        ran no round (0 predicted) says nothing."""
+        if predicted > 0 and measured > 0:
+            newest = min(measured / predicted, self.highest)
+            self.ratio += self.weight * (newest - self.ratio)
+        return self.load
+
+    @property
+    def load(self) -> float:
+        """Never below 1: a device faster than its profile has no more spare capacity than was profiled."""
+        return self.ratio if self.ratio > 1 + self.tolerance else 1.0

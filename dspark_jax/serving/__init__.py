@@ -1,0 +1,1 @@
+"""Requests in, generations out: the engine, generate and stream, profiles, calibrated temperatures."""

@@ -1,0 +1,77 @@
+"""Prompts cut into chunks of compiled widths, and the arrays that take a chunk to the device."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dspark_jax.decoding.round import DecodeLoop
+from dspark_jax.decoding.sampling import SamplingParams
+from dspark_jax.decoding.state import Admission
+from dspark_jax.serving.requests import DecodeConfig, Job
+
+
+def prompt_bucket(config: DecodeConfig, size: int, start: int, tokens: int) -> int:
+    """The compiled width for the next chunk of a prompt with `tokens` left from position `start` on: a power of two
+    times the smallest, at most a chunk, and no wider than a slot of `size` has room for."""
+    bucket = config.smallest_prompt_bucket
+    while bucket < min(tokens, config.prefill_chunk):
+        bucket *= 2
+    # Clamped last: a chunk's junk must not wrap over what the slot holds, and one token is sampled behind it.
+    return min(bucket, config.prefill_chunk, size - 1 - start)
+
+
+def next_chunk(loop: DecodeLoop, width: int, entering: Sequence[tuple[int, Job, int]]) -> Admission:
+    """numpy arrays: for each (slot, job, start) the prompt's tokens from `start` on, at most `width` of them."""
+    jobs = [job for _, job, _ in entering]
+    settings = [job.settings for job in jobs]
+
+    def column(values: Any, dtype: Any = np.int32) -> Any:
+        return np.asarray(values, dtype)
+
+    starts, counts = column([start for _, _, start in entering]), column([0] * len(jobs))
+    tokens = column(np.zeros((len(jobs), width)))
+    stops = column(np.full((len(jobs), loop.stop_slots), -1))
+    for row, (job, start) in enumerate(zip(jobs, starts, strict=True)):
+        chunk = job.prompt[start : start + width]
+        tokens[row, : len(chunk)], counts[row] = chunk, len(chunk)
+        stops[row, : len(job.settings.stop_tokens or ())] = job.settings.stop_tokens or ()
+    most = loop.block
+    return Admission(
+        slots=column([slot for slot, _, _ in entering]),
+        tokens=tokens,
+        starts=starts,
+        counts=counts,
+        final=starts + counts == [len(job.prompt) for job in jobs],
+        limit=column([job.longest for job in jobs]),
+        stop_tokens=stops,
+        verify_cap=column([most if s.verify_length is None else min(s.verify_length, most) for s in settings]),
+        keys=column([[w % 2**32 for w in job.seed_words] for job in jobs], np.uint32),
+        sampling=SamplingParams(
+            column([s.temperature for s in settings], np.float32),
+            column([min(s.top_k, 2**31 - 1) for s in settings]),
+            column([s.top_p for s in settings], np.float32),
+            column([s.min_p for s in settings], np.float32),
+        ),
+    )
+
+
+def blank_chunk(loop: DecodeLoop, rows: int, width: int) -> Admission:
+    """A chunk of nothing, for slot 0, that makes nobody active."""
+    job = Job(0, (0,), DecodeConfig(max_new_tokens=1), (0, 0))
+    batch = next_chunk(loop, width, [(0, job, 0)] * rows)
+    return batch._replace(final=batch.final & False)
+
+
+def chunk_widths(config: DecodeConfig, size: int, longest: int) -> tuple[set[int], set[int]]:
+    """(widths of first chunks, widths of later ones) that prompts of up to `longest` tokens can meet."""
+    chunk = config.prefill_chunk
+    first: set[int] = set()
+    later: set[int] = set()
+    for length in range(1, longest + 1):
+        first.add(prompt_bucket(config, size, 0, length))
+        if length > chunk:
+            last = (length - 1) // chunk * chunk
+            later.add(prompt_bucket(config, size, last, length - last))
+            later |= {chunk} if last > chunk else set()
+    return first, later

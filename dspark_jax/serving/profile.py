@@ -1,0 +1,273 @@
+"""Measures what a round costs by tokens verified, on the compiled loop itself: the table that adaptive policies need.
+
+Costs are forced through a loop of any adaptive policy by caps and a flat table, under which every draft is worth
+letting in; so a profile compiles nothing that decoding doesn't. Axes: R request slots, C context probes, P token rungs.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dspark_jax.checkpoints.tensors import read_json, write_json
+from dspark_jax.decoding.dispatch import run_rounds
+from dspark_jax.decoding.round import DecodeLoop, LoopParams, init_state
+from dspark_jax.decoding.state import DecodeState
+from dspark_jax.errors import UserError
+from dspark_jax.scheduling.costs import CostTable, Occupancy, ScheduleTables
+
+RUNG_WORTH = 0.01
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Median seconds and their interquartile ranges. `key` says where and of what: device kind, dtype, shapes."""
+
+    key: dict[str, Any]
+    tokens: tuple[int, ...]
+    contexts: tuple[float, ...]
+    rounds: tuple[tuple[float, ...], ...]  # [C][P] with drafting, but for the first rung: nobody drafts
+    rounds_spread: tuple[tuple[float, ...], ...]
+    drafting: tuple[float, ...]  # [C] the draft pass alone
+    drafting_spread: tuple[float, ...]
+    dispatch: float  # what a dispatch takes beside its rounds; no part of the figures above
+
+    def cost_table(self) -> CostTable:
+        """Monotone-cleaned: clocks are noisy, but no pass is cheaper for being wider.
+
+        The anchors' own pass in a round that drafts cannot be forced apart; it is taken to lie as far below the second
+        rung as tokens cost between the second and the last, and not below a plain round."""
+        drafting, rounds = np.array(self.drafting), np.array(self.rounds)
+        plain = rounds[:, 0]
+        if len(self.tokens) == 1:
+            return CostTable.of(self.tokens, rounds, drafting, self.contexts, plain, self.dispatch)
+        wide = np.stack([monotone(row) for row in np.maximum(rounds[:, 1:] - drafting[:, None], 1e-3 * plain[:, None])])
+        tokens = np.array(self.tokens, float)
+        slope = (wide[:, -1] - wide[:, 0]) / max(tokens[-1] - tokens[1], 1.0)
+        first = np.clip(wide[:, 0] - slope * (tokens[1] - tokens[0]), np.minimum(plain, wide[:, 0]), wide[:, 0])
+        verify = np.concatenate([first[:, None], wide], axis=1)
+        return CostTable.of(self.tokens, verify, drafting, self.contexts, plain, self.dispatch)
+
+    def serving(self) -> dict[str, Any]:
+        """`sps.json` as servers read it: steps per second of the largest probe not above a batch, so each stair is
+        named by its first token count. Drafting is part of a step."""
+        table = self.cost_table()
+        seconds = np.asarray(table.verify).mean(axis=0) + np.asarray(table.drafting).mean()
+        starts = [1, *(n + 1 for n in self.tokens[:-1])]
+        return {
+            "sample_batch_tokens": starts,
+            "sample_steps_per_sec": [float(1 / s) for s in seconds],
+            "max_batch_tokens": self.tokens[-1],
+        }
+
+    def save(self, path: Path) -> None:
+        write_json(path, {**self.serving(), "profile": asdict(self)})
+
+    @classmethod
+    def read(cls, path: Path) -> "Profile":
+        """UserError where the file is missing or was not written by `save`."""
+        content = read_json(path).get("profile")
+        if not isinstance(content, dict) or set(content) != set(cls.__dataclass_fields__):
+            raise UserError(f"{path} holds no profile of this program; measure one with infer.profile.")
+        rows: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in content.items()}
+        return cls(**rows | {name: tuple(map(tuple, rows[name])) for name in ("rounds", "rounds_spread")})
+
+
+def monotone(values: np.ndarray) -> np.ndarray:
+    """The closest sequence that never falls (pool adjacent violators)."""
+    blocks: list[tuple[float, int]] = []
+    for value in values:
+        blocks.append((float(value), 1))
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            (b, m), (a, n) = blocks.pop(), blocks.pop()
+            blocks.append(((a * n + b * m) / (n + m), n + m))
+    return np.array([value for value, count in blocks for _ in range(count)])
+
+
+def choose_ladder(tokens: Sequence[int], seconds: Sequence[float], rungs: int = 4) -> tuple[int, ...]:
+    """At most `rungs` of the measured token counts, the first and last among them, that cost the least on average when
+    every token count between them is equally likely and runs at the next rung. A rung that saves less than a hundredth
+    is left out: each is one more program to compile."""
+    cost = monotone(np.asarray(seconds, float))
+    count = len(tokens)
+    best: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {(0, 1): (0.0, (0,))}
+    for used in range(2, min(rungs, count) + 1):
+        for last in range(1, count):
+            ways = [
+                (best[first, used - 1][0] + (tokens[last] - tokens[first]) * cost[last], best[first, used - 1][1])
+                for first in range(last)
+                if (first, used - 1) in best
+            ]
+            if ways:
+                total, path = min(ways)
+                best[last, used] = total, (*path, last)
+    ends = [best[count - 1, used] for used in range(1, rungs + 1) if (count - 1, used) in best]
+    if not ends:
+        return tuple(tokens)
+    return tuple(tokens[i] for i in min(ends, key=lambda end: end[0] * (1 + RUNG_WORTH * len(end[1])))[1])
+
+
+def profile_key(loop: DecodeLoop, params: LoopParams, temperature: float) -> dict[str, Any]:
+    """What a profile depends on."""
+    device = jax.tree.leaves(params.target)[0].devices()
+
+    def shapes(tree: Any) -> str:
+        leaves = [(jax.tree_util.keystr(path), x.shape, str(x.dtype)) for path, x in jax.tree.leaves_with_path(tree)]
+        return hashlib.sha256(json.dumps(leaves).encode()).hexdigest()[:16]
+
+    return {
+        "device": next(iter(device)).device_kind,
+        "devices": len(device),
+        "cores": os.cpu_count() if next(iter(device)).platform == "cpu" else None,
+        "jax": jax.__version__,
+        "dtype": str(params.target["embed_weight_vd"].dtype),
+        "target": shapes(params.target),
+        "drafter": shapes(params.drafter),
+        "requests": loop.requests,
+        "positions": loop.size,
+        "block": loop.block,
+        "buckets": list(loop.buckets),
+        "sampled": temperature > 0,
+    }
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure: dispatches of at most `rounds` rounds, each point `repeats` times, all in turn."""
+
+    rounds: int = 8
+    repeats: int = 5
+
+
+def measure_profile(
+    loop: DecodeLoop,
+    params: LoopParams,
+    temperature: float = 1.0,
+    contexts: Sequence[float] = (0.1, 0.8),
+    effort: Effort = Effort(),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Profile:
+    """Times rounds at every bucket and the draft pass, `contexts` being shares of a slot's positions: what a dispatch
+    takes over one of no rounds, since a small model's rounds are not much longer than the call. Makes a state of its
+    own and lets it go, so call it before there is another where memory is short.
+
+    Raises UserError for a loop whose policy reads no table: its verify lengths could not be forced.
+    """
+    if not loop.policy.needs_tables or loop.block == 0:
+        raise UserError("Only a loop with a drafter and a load-adaptive policy can be profiled.")
+    flat = CostTable.of(loop.buckets, np.ones((len(contexts), len(loop.buckets))), 0.0, range(len(contexts)))
+    params = params._replace(tables=ScheduleTables.of(flat, [1.0] * loop.block))
+    state, occupancy = init_state(loop, params), Occupancy.of()
+    rounds = max(1, min(effort.rounds, (loop.size - 2) // (4 * loop.width)))
+    lengths = [int(max(2, min(share * loop.size, loop.size - (rounds + 1) * loop.width - 1))) for share in contexts]
+    sampling = state.sampling._replace(temperature=jnp.full((loop.requests,), temperature, jnp.float32))
+    state = replace(state, limit=jnp.full((loop.requests,), loop.size, jnp.int32), sampling=sampling)
+    points = [(c, p) for c in range(len(contexts)) for p in range(-1, len(loop.buckets))]
+    times: dict[tuple[int, int], list[float]] = {point: [] for point in points}
+    calls: list[float] = []
+
+    def seconds(c: int, p: int, count: int) -> float:
+        nonlocal state
+        ready = jax.block_until_ready(_forced(loop, state, lengths[c], max(p, 0)))
+        limits = jax.device_put((np.int32(count), np.bool_(False)))
+        start = time.perf_counter()
+        if p < 0:
+            jax.block_until_ready(_draft_passes(loop, params, ready, limits[0]))
+        else:
+            state = jax.block_until_ready(run_rounds(loop, params, ready, occupancy, *limits))
+        return time.perf_counter() - start
+
+    for repeat in range(-1, effort.repeats):  # once to compile and warm up
+        for at, (c, p) in enumerate(points if repeat % 2 else points[::-1]):
+            call, whole = seconds(c, p, 0), seconds(c, p, rounds)
+            if repeat >= 0:
+                # Never nothing: a cost table's rounds take time.
+                times[c, p].append(max(whole - call, 0.01 * whole) / rounds)
+                calls += [call] if p >= 0 else []
+            progress((repeat + 1) * len(points) + at + 1, (effort.repeats + 1) * len(points))
+
+    def grid(measure: Callable[[list[float]], float]) -> tuple[tuple[float, ...], ...]:
+        return tuple(tuple(measure(times[c, p]) for p in range(len(loop.buckets))) for c in range(len(contexts)))
+
+    def line(measure: Callable[[list[float]], float]) -> tuple[float, ...]:
+        return tuple(measure(times[c, -1]) for c in range(len(contexts)))
+
+    return Profile(
+        profile_key(loop, params, temperature), loop.buckets, tuple(map(float, lengths)),
+        grid(_median), grid(_spread), line(_median), line(_spread), _median(calls),
+    )  # fmt: skip
+
+
+def _median(times: list[float]) -> float:
+    return float(np.median(times))
+
+
+def _spread(times: list[float]) -> float:
+    low, high = np.percentile(times, [25, 75])
+    return float(high - low)
+
+
+def _forced(loop: DecodeLoop, state: DecodeState, length: int, bucket: int) -> DecodeState:
+    """`state` with requests at `length` whose caps fill that bucket; what they hold is junk, which costs the same."""
+    tokens, requests = loop.buckets[bucket], loop.requests
+    extra = max(tokens - requests, 0)
+    slots = np.arange(requests)
+    caps = extra // requests + (slots < extra % requests)
+    fresh = loop.policy.init(requests, loop.block)
+    return replace(
+        state,
+        length=jnp.full((requests,), length, jnp.int32),
+        active=jnp.asarray(slots < tokens),
+        verify_cap=jnp.asarray(caps, jnp.int32),
+        policy=jax.tree.map(jnp.asarray, fresh),
+    )
+
+
+@partial(jax.jit, static_argnums=0)
+def _draft_passes(loop: DecodeLoop, params: LoopParams, state: DecodeState, count: jax.Array) -> Any:
+    """The draft pass `count` times, each from an anchor of the one before, so that none can be left out."""
+    target, drafter = loop.models(params)
+
+    def body(_: Any, anchors: jax.Array) -> jax.Array:
+        return loop.draft(target, drafter, state, anchors, state.length - 1, None).tokens[:, -1]
+
+    return jax.lax.fori_loop(0, count, body, jnp.zeros((loop.requests,), jnp.int32))
+
+
+def cache_folder() -> Path:
+    """$DSPARK_JAX_CACHE, else dspark_jax in the user's cache folder."""
+    named = os.environ.get("DSPARK_JAX_CACHE")
+    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dspark_jax"
+
+
+def load_or_measure(
+    loop: DecodeLoop, params: LoopParams, temperature: float = 1.0, folder: Path | None = None
+) -> Profile:
+    """The profile for this loop on this device: from `folder` (None: `cache_folder()`), or measured in a few seconds
+    and kept there. A folder that can't be written costs a measurement at every start and nothing else."""
+    key = profile_key(loop, params, temperature)
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    path = (folder or cache_folder()) / f"sps-{name}.json"
+    if path.exists():
+        try:
+            found = Profile.read(path)
+            if found.key == key:
+                return found
+        except UserError:  # a torn or foreign file: measure again
+            pass
+    profile = measure_profile(loop, params, temperature)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        profile.save(path)
+    except (UserError, OSError):
+        pass
+    return profile

@@ -1,0 +1,81 @@
+"""Accepted length in training: held-out prompts decoded with the drafter as it is, by the loop that serves it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from dspark_jax.checkpoints.huggingface import DTYPES, load_target
+from dspark_jax.config.schema import EvaluationSettings
+from dspark_jax.distributed import from_first
+from dspark_jax.drafters.registry import LoadedDrafter, skeleton
+from dspark_jax.evaluation.acceptance import Acceptance, acceptance_by_domain, macro_tau
+from dspark_jax.serving.prompts import Prompt
+from dspark_jax.serving.requests import DecodeConfig
+from dspark_jax.sharding import split
+from dspark_jax.targets.target import Target
+from dspark_jax.training.objective import cast_params
+from dspark_jax.training.trainer import Trainer
+
+TAU = "eval_tau"
+"""The record's key of the macro-averaged accepted length, by which checkpoints are ranked."""
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Every process decodes all prompts on a device of its own, with a copy of the target; all get the same figures.
+
+    The first call compiles; drafters of later steps meet the same programs.
+    """
+
+    target: Target
+    prompts: tuple[Prompt, ...]
+    config: DecodeConfig
+    blank: LoadedDrafter
+    gather: Callable[[dict], dict]
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> "Evaluator | None":
+        """None where the run's configuration asks for no evaluations."""
+        plan, settings = trainer.plan, trainer.plan.config.evaluation
+        if not settings.every_steps:
+            return None
+        dtype = plan.config.compute_dtype
+        graphdef, _ = split(skeleton(plan.drafter_hf))
+        return cls(
+            target=load_target(plan.target.name, dtype=dtype),
+            prompts=plan.heldout,
+            config=decode_config(settings, len(plan.heldout)),
+            blank=LoadedDrafter(plan.config.name, plan.drafter, graphdef, {}, plan.drafter_hf),
+            # One whole copy on every device: what the decode loop then runs on is local.
+            gather=jax.jit(lambda params: cast_params(params, DTYPES[dtype]), out_shardings=trainer.placement.whole),
+        )
+
+    def __call__(self, params: dict) -> dict[str, float]:
+        """The figures of a record, from the run's (split, float32) parameters."""
+        with jax.transfer_guard("allow"):
+            local = jax.tree.map(lambda x: x.addressable_data(0), self.gather(params))
+            drafter = LoadedDrafter(
+                self.blank.name, self.blank.config, self.blank.graphdef, local, self.blank.hf_config
+            )
+            found = figures(acceptance_by_domain(self.target, drafter, self.prompts, self.config))
+        # By this one checkpoints are ranked, on every process alike.
+        return found | {TAU: from_first(found[TAU])}
+
+
+def decode_config(settings: EvaluationSettings, prompts: int) -> DecodeConfig:
+    return DecodeConfig(
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        slots=min(settings.slots, prompts),
+        smallest_prompt_bucket=64,
+    )
+
+
+def figures(by_domain: dict[str, Acceptance]) -> dict[str, Any]:
+    """`eval_tau` over all domains alike, `eval_tau_DOMAIN`, and `eval_accept@k`: x_k accepted given x_<k."""
+    pooled = Acceptance.pooled(list(by_domain.values()))
+    rates = {f"eval_accept@{k}": rate for k, rate in enumerate(pooled.conditional) if not np.isnan(rate)}
+    return {TAU: macro_tau(by_domain)} | {f"{TAU}_{name}": a.tau for name, a in by_domain.items()} | rates

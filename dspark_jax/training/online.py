@@ -1,0 +1,189 @@
+"""Conversations that a run's own target reads: tokenised, and in hybrid mode the cache that the first epoch leaves."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+import xxhash
+
+from dspark_jax.checkpoints.huggingface import resolve_folder
+from dspark_jax.config.schema import TrainConfig
+from dspark_jax.data.chat import tokenizer_hash
+from dspark_jax.data.codecs import STATES
+from dspark_jax.data.manifest import require_disk
+from dspark_jax.data.pipeline import Batches
+from dspark_jax.data.records import CacheSpec, Sample, TokenSource, estimate_bytes
+from dspark_jax.data.target_cache import CacheWriter, TargetCache
+from dspark_jax.data.tokenised import Tokenised, encode_files
+from dspark_jax.data.views import Packed, Reordered
+from dspark_jax.distributed import barrier, fetch_rows, from_first, is_first
+from dspark_jax.errors import UserError
+from dspark_jax.files import require_same_settings, weights_fingerprint, write_settings
+from dspark_jax.targets.target import Target
+
+SHARD_BYTES = 256 * 2**20
+
+
+def open_conversations(config: TrainConfig, target: Target) -> Tokenised:
+    """The conversations of the settings as token ids; UserError where target and settings don't allow it."""
+    data = config.data
+    if data.max_length > target.config.max_positions:
+        raise UserError(
+            f"data.max_length is {data.max_length}, the target's context {target.config.max_positions}; lower it."
+        )
+    if target.tokenizer is None:
+        raise UserError(f"{target.name} has no tokenizer files to read conversations with; add tokenizer.json.")
+    files = [data.conversations]
+    encoded = encode_files(files, target.tokenizer, data.chat_format, data.max_length, target.config.vocab_size)
+    found = Tokenised.of(encoded, data.min_loss_tokens)
+    if not len(found):
+        raise UserError(
+            f"No conversation in {data.conversations} has {data.min_loss_tokens} supervised tokens within "
+            f"{data.max_length}; raise data.max_length, or look at the answers."
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class FirstEpoch:
+    """The sequences in the order in which the first epoch meets them: the order of the cache that it writes.
+
+    Attributes:
+        sequences: the source beneath packed rows.
+        order: int64, the sequence of each record.
+        firsts: int64 [rows + 1], for every row of the epoch its first record.
+    """
+
+    batches: Batches
+    sequences: TokenSource
+    order: np.ndarray
+    firsts: np.ndarray
+
+    @classmethod
+    def of(cls, batches: Batches) -> "FirstEpoch":
+        source, count = batches.source, len(batches.source)
+        steps = range(batches.steps_per_epoch)
+        rows = np.concatenate([batches.indices_at(step) for step in steps])[:count]
+        if not isinstance(source, Packed):
+            return cls(batches, source, rows, np.arange(count + 1))
+        members = [source.rows[row] for row in rows]
+        firsts = np.cumsum([0, *map(len, members)])
+        return cls(batches, source.source, np.concatenate(members).astype(np.int64), firsts)
+
+    def spec(self, config: TrainConfig, target: Target) -> CacheSpec:
+        """Of the cache; its sources are the sequences in this order."""
+        data, digest = config.data, xxhash.xxh3_128(self.order.astype("<i8").tobytes())
+        for index in self.order.tolist():
+            sample = self.sequences[index]
+            digest.update(sample.input_ids.tobytes() + sample.loss_mask.tobytes())
+        return CacheSpec(
+            target_name=target.name,
+            target_sha256=target.config_sha256,
+            layer_ids=tuple(config.drafter.target_layer_ids),
+            hidden_size=target.config.hidden_size,
+            tokenizer_hash=tokenizer_hash(target.tokenizer),
+            chat_template=data.chat_format,
+            max_length=data.max_length,
+            min_loss_tokens=data.min_loss_tokens,
+            num_sources=len(self.order),
+            dtype=data.codec,
+            sources_sha256=digest.hexdigest(),
+        )
+
+    def names(self) -> np.ndarray:
+        """int64, by sequence: the sample id of its conversation."""
+        return np.array([self.sequences[index].sample_id for index in range(len(self.sequences))], np.int64)
+
+
+class Recorder:
+    """Writes what the steps of the first epoch computed, each while the next one runs.
+
+    Steps that a resumed run computes again are not written twice. `flush` before a checkpoint is what makes the cache
+    cover every step that the checkpoint has behind it. The first process of a job writes; the others bring it their
+    rows, so every process calls every method, at the same steps.
+    """
+
+    def __init__(self, folder: Path, epoch: FirstEpoch, config: TrainConfig, target: Target, start: int):
+        """`start`: the step that the run continues at. UserError for a folder that is not this run's cache up to it."""
+        self.folder, self.epoch = folder, epoch
+        spec = epoch.spec(config, target)
+        tokens = int(epoch.sequences.lengths.sum())
+        made = {"weights": weights_fingerprint(resolve_folder(target.name)), "compute_dtype": config.compute_dtype}
+        begun = require_same_settings(folder / "build.json", made, folder)
+        here = sum(path.stat().st_size for path in folder.glob("shard-*"))
+        require_disk(folder, estimate_bytes(tokens, len(epoch.order), spec, SHARD_BYTES) - here)
+        barrier("the cache's folder has been looked at")
+        self._writer = CacheWriter(folder, spec, SHARD_BYTES) if is_first() else None
+        # What the first process has written, as all of them know it.
+        self._next = int(from_first(self._writer.next_source if self._writer else 0))
+        behind = int(epoch.firsts[min(start * epoch.batches.global_batch, len(epoch.firsts) - 1)])
+        if self._next < behind:
+            self.close()
+            raise UserError(
+                f"The cache in {folder} has {self._next} records of the {behind} that the run has behind "
+                "it; restore it, or begin the run anew in another folder."
+            )
+        if not begun and self._next > 0:
+            self.close()
+            raise UserError(f"{folder} is a cache without build.json, made elsewhere; give a new data.cache.")
+        if not begun and is_first():
+            write_settings(folder / "build.json", made)
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+
+    def take(self, step: int, stored: dict[str, jax.Array]) -> None:
+        """Writes the states of the step before, and keeps these for later."""
+        self._write()
+        for array in stored.values():
+            if array.is_fully_addressable:
+                array.copy_to_host_async()
+        self._pending = step, stored
+
+    def flush(self) -> None:
+        """All that was taken is on the disk, and the cache is finished where that is all there is."""
+        self._write()
+        if self._writer and not self._writer.complete:
+            if self._writer.next_source == len(self.epoch.order):
+                self._writer.finish()
+            else:
+                self._writer.flush()
+
+    def finish(self) -> TokenSource:
+        """The sequences from the cache, by their own numbers."""
+        self.flush()
+        self.close()
+        barrier("the cache is written")
+        inverse = np.empty_like(self.epoch.order)
+        inverse[self.epoch.order] = np.arange(len(inverse))
+        return Reordered(TargetCache(self.folder), inverse, self.epoch.names())
+
+    def close(self) -> None:
+        if self._writer:
+            self._writer.close()
+
+    def _write(self) -> None:
+        if self._pending is None:
+            return
+        (step, stored), self._pending = self._pending, None
+        rows, firsts = self.epoch.batches.global_batch, self.epoch.firsts
+        first = step * rows
+        last = min(first + rows, len(firsts) - 1)
+        if first >= last or firsts[last] <= self._next:
+            return
+        arrays = {name: fetch_rows(array) for name, array in stored.items()}
+        if self._writer:
+            for row in range(last - first):
+                span = int(firsts[first + row]), int(firsts[first + row + 1])
+                self._write_row(self._writer, *span, {name: array[row] for name, array in arrays.items()})
+        self._next = int(firsts[last])
+
+    def _write_row(self, writer: CacheWriter, first: int, stop: int, states: dict[str, np.ndarray]) -> None:
+        """Those of a row's records from `first` to `stop` that the cache does not have."""
+        start = 0
+        for record in range(first, stop):
+            tokens = self.epoch.sequences[int(self.epoch.order[record])]
+            span = slice(start, start + len(tokens.input_ids))
+            start = span.stop
+            if record == writer.next_source:
+                parts = [states[name][span] for name in STATES if name in states]
+                writer.add(record, Sample(record, tokens.input_ids, tokens.loss_mask, *parts))

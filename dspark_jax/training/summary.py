@@ -1,0 +1,63 @@
+"""What is left of a run when it is over: metrics.json and a table."""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+Records = list[dict[str, Any]]
+
+
+def summarise(name: str, total_steps: int, records: Records, drafter: Path) -> dict[str, Any]:
+    """The last good record's metrics and, over all records: training time, median speed, skipped updates."""
+    last = next((record for record in reversed(records) if record["loss"] is not None), {})
+    measured = {k: v for k, v in last.items() if k not in ("step", "epoch", "seconds", *SPEED) and "@" not in k}
+    return {
+        "name": name,
+        "steps": total_steps,
+        "seconds": sum(record["seconds"] for record in records),
+        **{key: _median(records, key) for key in SPEED},
+        **measured,
+        "skipped": sum(record["skipped"] for record in records),
+        "accept_rate": [v for k, v in last.items() if k.startswith("accept_rate@")],
+        "drafter": str(drafter),
+    }
+
+
+def best_record(records: Records, step: int | None) -> dict[str, Any]:
+    """Step and accepted length of the checkpoint in drafter_best; {} without one."""
+    found = next((record for record in records if record["step"] == step), None)
+    return {} if found is None else {"best_step": step, "best_eval_tau": found["eval_tau"]}
+
+
+SPEED = ("step_seconds", "tokens_per_s", "mfu")
+
+
+def _median(records: Records, key: str) -> float | None:
+    values = [record[key] for record in records if record.get(key) is not None]
+    return statistics.median(values) if values else None
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The summary for people; what is not known on this machine is left out."""
+    rows = [
+        ("steps", f"{summary['steps']}, in {summary['seconds']:.1f} s"),
+        ("loss", _parts(summary, "loss", "ce_loss", "l1_loss", "confidence_loss")),
+        ("expected τ at temperature 1", f"{summary['tau_probabilistic']:.3f}"),
+        ("accept rate per position", "  ".join(f"{rate:.3f}" for rate in summary["accept_rate"])),
+    ]
+    if "eval_tau" in summary:
+        rows.append(("accepted length, decoding", f"{summary['eval_tau']:.3f}"))
+    if "best_step" in summary:
+        rows.append(("best accepted length", f"{summary['best_eval_tau']:.3f}, step {summary['best_step']}"))
+    if summary["step_seconds"] is not None:
+        rows.append(("step", f"{1e3 * summary['step_seconds']:.1f} ms, {summary['tokens_per_s']:,.0f} tokens/s"))
+    if summary["mfu"] is not None:
+        rows.append(("model FLOPs utilisation", f"{summary['mfu']:.1%}"))
+    rows.append(("drafter", summary["drafter"]))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _parts(summary: dict[str, Any], total: str, *terms: str) -> str:
+    named = [f"{term.removesuffix('_loss')} {summary[term]:.4f}" for term in terms if term in summary]
+    return f"{summary[total]:.4f} ({', '.join(named)})"

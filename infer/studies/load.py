@@ -1,0 +1,382 @@
+"""Throughput under load: plain decoding, fixed and adaptive verification, by the number of users or the arrival rate.
+
+    python -m infer.studies.load --target assets/embedded_target --drafter assets/embedded_drafter \
+        --prompts heldout.jsonl --concurrency 1 2 4 8 16 32 64 --validate --results docs/results/load.json
+    python -m infer.studies.load --simulate runs/load/traces.npz --sps sps.json --concurrency 16 64 256
+
+Every strategy is run in turn, order reversed each time, and figures are medians; a stopped study continues in the same
+--output. Writes runs.jsonl, traces.npz, metrics.json, throughput.png (Figure 7) and budget.png (Figure 8).
+--validate compares the simulator with the engine; --simulate asks it alone, with a cost table measured or made up.
+"""
+
+import gc
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from dspark_jax.checkpoints.drafters import load_drafter
+from dspark_jax.checkpoints.huggingface import load_target
+from dspark_jax.config.cli import parse, program
+from dspark_jax.drafters.registry import LoadedDrafter
+from dspark_jax.errors import UserError
+from dspark_jax.evaluation.simulator import LoadFigures, SimulatedDevice, Traces, simulate
+from dspark_jax.evaluation.traffic import (
+    Traffic,
+    closed_loop,
+    overheads,
+    poisson,
+    read_traces,
+    record_traces,
+    save_traces,
+)
+from dspark_jax.files import write_json
+from dspark_jax.report import budget_plot, table, throughput_plot
+from dspark_jax.scheduling.costs import ScheduleTables
+from dspark_jax.scheduling.policies import Causal, Fixed, VerifyPolicy
+from dspark_jax.serving.engine import Engine
+from dspark_jax.serving.policies import costs_of, make_engine, policy_named, temperatures_of
+from dspark_jax.serving.profile import measure_profile
+from dspark_jax.serving.prompts import Prompt, read_prompts
+from dspark_jax.serving.requests import DecodeConfig
+from dspark_jax.targets.target import Target
+from infer.bench import machine
+
+Strategy = Literal["plain", "fixed-1", "mtp", "fixed", "threshold", "causal", "look-ahead", "asynchronous"]
+STATIC = ("plain", "fixed-1", "mtp", "fixed", "threshold")
+ADAPTIVE = ("causal", "look-ahead", "asynchronous")
+IDENTITY = (
+    "target", "drafter", "mtp", "prompts", "limit", "sts", "sps", "dtype", "max_new_tokens", "answer_spread",
+    "temperature", "threshold", "requests_per_user", "least_requests", "rounds_per_dispatch", "seed",
+)  # fmt: skip
+"""Settings that decide what a run measures: a study continues only where these are the same."""
+WIDTHS = (1, 2, 4)  # tokens a request for which verify buckets are compiled, beside the whole block
+
+
+@dataclass(frozen=True)
+class LoadSettings:
+    """Measures throughput under load."""
+
+    target: str = ""
+    """Folder or hub id of the target."""
+    drafter: str = ""
+    """Folder of the drafter."""
+    prompts: tuple[Path, ...] = ()
+    """JSONL files of conversations or evaluation prompts."""
+    mtp: str = ""
+    """Folder of an MTP-1 drafter, for the strategy mtp."""
+    output: Path = Path("runs/load")
+    results: Path | None = None
+    """Where metrics.json is kept besides."""
+    strategies: tuple[Strategy, ...] = (
+        "plain", "fixed-1", "fixed", "threshold", "causal", "look-ahead", "asynchronous",
+    )  # fmt: skip
+    concurrency: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    """Users of the closed loops; the engine has as many slots."""
+    rates: tuple[float, ...] = ()
+    """Requests a second of Poisson arrivals, on as many slots as the highest concurrency."""
+    repeats: int = 3
+    requests_per_user: int = 4
+    least_requests: int = 0
+    """Requests of a closed loop at least, so that a run of few users is long enough to be timed."""
+    max_new_tokens: int = 64
+    answer_spread: float = 0.5
+    """Answers are up to this share of max-new-tokens shorter, the same for every strategy. 0: all are equally long,
+    which keeps the requests of plain decoding in step, as no users do."""
+    temperature: float = 1.0
+    threshold: float = 0.5
+    sts: Path | None = None
+    """sts.json: calibrated temperatures."""
+    sps: Path | None = None
+    """sps.json; None: every engine profiles itself."""
+    validate: bool = False
+    """Compare the simulator with the engine at every concurrency."""
+    simulate: Path | None = None
+    """traces.npz of an earlier study: simulate only, with --sps."""
+    rounds_per_dispatch: int = 16
+    limit: int = 0
+    """Prompts taken of each domain; 0: all."""
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] | None = None
+    chat_format: str = "qwen"
+
+
+@program
+def main(argv: list[str]) -> None:
+    settings = parse(LoadSettings, argv, description=__doc__)
+    if min(settings.repeats, settings.requests_per_user, *settings.concurrency) < 1:
+        raise UserError("Repeats, requests-per-user and every concurrency must be 1 or more.")
+    if not 0 <= settings.answer_spread <= 1:
+        raise UserError(f"The answer spread is {settings.answer_spread}; expected a share, 0 to 1.")
+    if settings.simulate is not None:
+        metrics = simulated(settings, read_traces(settings.simulate))
+    else:
+        metrics = measured(settings)
+    metrics |= {"machine": machine(), "settings": asdict(settings)}
+    for path in (settings.output / "metrics.json", settings.results):
+        if path is not None:
+            write_json(path, metrics)
+    throughput_plot(settings.output / "throughput.png", metrics["closed"])
+    budget_plot(settings.output / "budget.png", metrics["closed"])
+    print(closed_table(metrics["closed"]))
+    print(f"metrics and plots in {settings.output}")
+
+
+# Real engines
+
+
+def measured(settings: LoadSettings) -> dict[str, Any]:
+    for name in ("target", "drafter", "prompts"):
+        if not getattr(settings, name):
+            raise UserError(f"A load study needs --{name}; or give --simulate TRACES with --sps.")
+    if "mtp" in settings.strategies and not settings.mtp:
+        raise UserError("The strategy mtp needs --mtp DIR, the folder of an MTP-1 drafter.")
+    target = load_target(settings.target, dtype=settings.dtype)
+    study = Study(
+        settings,
+        target,
+        load_drafter(settings.drafter, target, dtype=settings.dtype),
+        load_drafter(settings.mtp, target, dtype=settings.dtype) if settings.mtp else None,
+        read_prompts(target, settings.prompts, settings.chat_format, settings.limit or None),
+    )
+    metrics: dict[str, Any] = {"closed": {}, "poisson": {}}
+    compared: dict[str, Any] = {}
+    for users in settings.concurrency:
+        metrics["closed"][str(users)] = study.closed(users)
+        if settings.validate:
+            compared[str(users)] = study.validation(users, metrics["closed"][str(users)])
+    for rate in settings.rates:
+        metrics["poisson"][f"{rate:g}"] = study.poisson(rate)
+    metrics["verdict"] = verdict(metrics["closed"])
+    if settings.validate:
+        errors = [abs(row["error"]) for rows in compared.values() for row in rows.values()]
+        summary = {"median": float(np.median(errors)), "largest": float(max(errors))}
+        metrics["simulator"] = {"by_users": compared, "summary": summary}
+        print(f"simulator: {json.dumps(metrics['simulator']['summary'])}")
+    return metrics
+
+
+@dataclass
+class Study:
+    settings: LoadSettings
+    target: Target
+    drafter: LoadedDrafter
+    mtp: LoadedDrafter | None
+    prompts: list[Prompt]
+    log: "RunLog" = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.log = RunLog(self.settings)
+
+    def engine(self, strategy: str, slots: int, policy: VerifyPolicy | None = None) -> Engine:
+        settings = self.settings
+        drafter = None if strategy == "plain" else self.mtp if strategy == "mtp" else self.drafter
+        config = DecodeConfig(
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            stop_tokens=(),  # an answer has the same length, whatever the strategy
+            verify_length=1 if strategy == "fixed-1" else None,
+            slots=slots,
+            rounds_per_dispatch=settings.rounds_per_dispatch,
+            policy=policy or strategy_policy(strategy, settings.threshold),
+            buckets=ladder(slots, 0 if drafter is None else drafter.config.block_size),
+            smallest_prompt_bucket=64,
+            return_at_once=True,
+        )
+        longest = max(len(prompt.tokens) for prompt in self.prompts) + settings.max_new_tokens
+        engine = make_engine(self.target, drafter, config, longest, settings.sts, settings.sps)
+        engine.warm_up()
+        return engine
+
+    def traffic(self, shift: int = 0) -> Traffic:
+        settings = self.settings
+        return Traffic(self.prompts, settings.max_new_tokens, settings.answer_spread, settings.seed + shift)
+
+    def closed(self, users: int) -> dict[str, Any]:
+        """Medians of every strategy at this many users."""
+        requests = requests_of(self.settings, users)
+        self._runs("closed", users, users, lambda e: closed_loop(e, self.traffic(), users, requests))
+        return {s: self.log.medians("closed", users, s) for s in self.settings.strategies}
+
+    def poisson(self, rate: float) -> dict[str, Any]:
+        slots = max(self.settings.concurrency)
+        requests = slots * self.settings.requests_per_user
+        self._runs("poisson", rate, slots, lambda e: poisson(e, self.traffic(), rate, requests))
+        return {s: self.log.medians("poisson", rate, s) for s in self.settings.strategies}
+
+    def _runs(self, mode: str, load: float, slots: int, run: Any) -> None:
+        missing = [
+            (repeat, strategy)
+            for repeat in range(self.settings.repeats)
+            for strategy in (self.settings.strategies if repeat % 2 == 0 else self.settings.strategies[::-1])
+            if not self.log.has(mode, load, strategy, repeat)
+        ]
+        engines = {strategy: self.engine(strategy, slots) for strategy in dict.fromkeys(s for _, s in missing)}
+        for engine in engines.values():
+            run(engine)  # the first of each is not counted
+        for repeat, strategy in tqdm(missing, desc=f"{mode} {load:g}", unit="run", disable=None):
+            self.log.add(mode, load, strategy, repeat, run(engines[strategy]))
+        engines.clear()
+        forget_programs()
+
+    def validation(self, users: int, closed: dict[str, Any]) -> dict[str, Any]:
+        """The simulator against the medians of the real engine at this many users, strategy by strategy. What a round
+        and a prompt cost is measured now: machines are not always as fast as when a kept profile was made."""
+        engine = self.engine("fixed", users, Causal())
+        temperatures = temperatures_of(self.target, self.drafter, engine.config, self.settings.sts)
+        costs = measure_profile(engine.loop, engine.params, self.settings.temperature).cost_table()
+        prefill, dispatch = overheads(engine, self.prompts)
+        plain_prefill, _ = overheads(self.engine("plain", users), self.prompts)
+        traces = record_traces(self.engine("fixed", users), self.traffic(10_000), max(32, 2 * users))
+        save_traces(self.settings.output / "traces.npz", traces)
+        device = SimulatedDevice(
+            ScheduleTables.of(costs, temperatures),
+            engine.loop.buckets,
+            prefill,
+            plain_prefill,
+            dispatch,
+            self.settings.rounds_per_dispatch,
+        )
+        forget_programs()
+        rows: dict[str, Any] = {}
+        for strategy in self.settings.strategies:
+            if strategy == "mtp":
+                continue  # the traces are of the other drafter
+            found = simulate_strategy(self.settings, strategy, traces, device, users)
+            real = closed[strategy]["tokens_per_second"]
+            error = found.tokens_per_second / real - 1
+            rows[strategy] = {"simulated": found.tokens_per_second, "measured": real, "error": error}
+        return rows
+
+
+def forget_programs() -> None:
+    """Each compiled program holds memory maps, and a study over many numbers of users compiles more of them than a
+    process may have."""
+    jax.clear_caches()
+    gc.collect()
+
+
+class RunLog:
+    """runs.jsonl: one finished run a line, so that a stopped study loses one run at most."""
+
+    def __init__(self, settings: LoadSettings):
+        self.path = settings.output / "runs.jsonl"
+        self.header = json.loads(json.dumps({name: getattr(settings, name) for name in IDENTITY}, default=str))
+        text = self.path.read_text() if self.path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]  # a run that was killed while it wrote leaves a torn line
+        header, *self.rows = [json.loads(line) for line in whole.splitlines()] or [self.header]
+        if header != self.header:
+            raise UserError(f"{self.path} holds runs of other settings; give another --output or those settings.")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(whole or json.dumps(self.header) + "\n")
+
+    def has(self, mode: str, load: float, strategy: str, repeat: int) -> bool:
+        return any(row["key"] == [mode, load, strategy, repeat] for row in self.rows)
+
+    def add(self, mode: str, load: float, strategy: str, repeat: int, figures: LoadFigures) -> None:
+        row = {"key": [mode, load, strategy, repeat], **summarise(figures)}
+        self.rows.append(row)
+        self._write(row)
+
+    def medians(self, mode: str, load: float, strategy: str) -> dict[str, float]:
+        rows = [row for row in self.rows if row["key"][:3] == [mode, load, strategy]]
+        return {name: float(np.median([row[name] for row in rows])) for name in rows[0] if name != "key"}
+
+    def _write(self, row: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def requests_of(settings: LoadSettings, users: int) -> int:
+    """Of a closed loop, with those that are open at its end."""
+    return max(users * settings.requests_per_user, settings.least_requests) + users
+
+
+def ladder(slots: int, block: int) -> tuple[int, ...]:
+    return tuple(sorted({slots * width for width in (*WIDTHS, block + 1) if width <= block + 1}))
+
+
+def strategy_policy(strategy: str, threshold: float) -> VerifyPolicy:
+    if strategy in ("threshold", *ADAPTIVE):
+        return policy_named(strategy, threshold)  # type: ignore[arg-type]
+    return Fixed()
+
+
+def summarise(figures: LoadFigures) -> dict[str, float]:
+    """One run's figures; `user_p95` is the speed that 95 % of the requests reach."""
+    speeds = figures.user_speeds or (float("nan"),)
+    row = {
+        "tokens_per_second": figures.tokens_per_second,
+        "user_median": float(np.median(speeds)),
+        "user_p95": float(np.percentile(speeds, 5)),
+        "verify_budget": figures.verify_budget,
+        "tau": figures.tau,
+    }
+    for name in ("first_token_seconds", "queued_seconds"):
+        if hasattr(figures, name):
+            row[f"{name}_median"] = float(np.median(getattr(figures, name)))
+            row[f"{name}_p95"] = float(np.percentile(getattr(figures, name), 95))
+    return row
+
+
+def verdict(closed: dict[str, Any]) -> dict[str, Any]:
+    """By users: each adaptive strategy's throughput over the best static one's, and over fixed verification's."""
+    found: dict[str, Any] = {}
+    for users, rows in closed.items():
+        static = {name: row["tokens_per_second"] for name, row in rows.items() if name in STATIC}
+        best = max(static, key=lambda name: static[name]) if static else None
+        found[users] = {"best_static": best}
+        for name in ADAPTIVE:
+            if name in rows and best is not None:
+                speed = rows[name]["tokens_per_second"]
+                found[users][name] = {"over_best_static": speed / static[best], "budget": rows[name]["verify_budget"]}
+                if "fixed" in static:
+                    found[users][name]["over_fixed"] = speed / static["fixed"]
+    return found
+
+
+def closed_table(closed: dict[str, Any]) -> str:
+    header = ["users", "strategy", "tok/s", "tok/s a user", "p95", "verified a round", "tau"]
+    body = []
+    for users, rows in closed.items():
+        for name, row in rows.items():
+            speeds = [f"{row[key]:.0f}" for key in ("tokens_per_second", "user_median", "user_p95")]
+            body.append([users, name, *speeds, f"{row['verify_budget']:.2f}", f"{row['tau']:.2f}"])
+    return table(header, body)
+
+
+# The simulator alone
+
+
+def simulated(settings: LoadSettings, traces: Traces) -> dict[str, Any]:
+    """Closed loops on a device that is known by its cost table only."""
+    if settings.sps is None:
+        raise UserError("A simulation needs --sps FILE: the cost table of the device, measured or made up.")
+    block = traces.logits.shape[1]
+    closed: dict[str, Any] = {}
+    for users in settings.concurrency:
+        buckets = ladder(users, block)
+        tables = ScheduleTables.of(costs_of(settings.sps, users, buckets), (1.0,) * block)
+        device = SimulatedDevice(tables, buckets, rounds_per_dispatch=settings.rounds_per_dispatch)
+        closed[str(users)] = {
+            strategy: summarise(simulate_strategy(settings, strategy, traces, device, users))
+            for strategy in settings.strategies
+            if strategy != "mtp"
+        }
+    return {"closed": closed, "verdict": verdict(closed), "simulated": True}
+
+
+def simulate_strategy(
+    settings: LoadSettings, strategy: str, traces: Traces, device: SimulatedDevice, users: int
+) -> LoadFigures:
+    cap = {"plain": 0, "fixed-1": 1}.get(strategy, int(traces.logits.shape[1]))
+    policy = strategy_policy(strategy, settings.threshold)
+    return simulate(policy, cap, traces, replace(device), users, requests_of(settings, users))
+
+
+if __name__ == "__main__":
+    main()

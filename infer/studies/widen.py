@@ -1,0 +1,101 @@
+"""Writes a target that answers as another does and costs what a larger one costs, with its drafter.
+
+    python -m infer.studies.widen --target assets/embedded_target --drafter assets/embedded_drafter \
+        --intermediate-size 16384 --output runs/wide
+
+For studies of speed and load (infer.bench, infer.studies.load) where a step is as dear as that of a larger model that
+has no drafter: the MLPs get more hidden units, copies of those they have, whose results are multiplied by zero.
+What is drafted and accepted stays as it was. Writes OUTPUT/target and OUTPUT/drafter; sts.json is not carried over.
+"""
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from dspark_jax.checkpoints.drafters import load_drafter, save_drafter
+from dspark_jax.checkpoints.huggingface import load_target, resolve_folder, save_target, target_skeleton
+from dspark_jax.checkpoints.manifest import provenance_of, read_manifest
+from dspark_jax.config.cli import parse, program
+from dspark_jax.errors import UserError
+from dspark_jax.files import check_new_folder
+from dspark_jax.report import table
+from dspark_jax.sharding import split
+from dspark_jax.targets.config import config_sha256, text_config
+from dspark_jax.targets.target import Target
+
+WRITTEN_ANEW = ("config.json", "model.safetensors.index.json")
+COPIED = (".json", ".jinja", ".txt", ".model")  # tokenizer, chat template, stop tokens
+
+
+@dataclass(frozen=True)
+class WidenSettings:
+    """Writes a target with wider MLPs that answers as another does."""
+
+    target: str
+    """Folder or hub id of the target."""
+    intermediate_size: int
+    """Hidden units of the new target's MLPs."""
+    output: Path
+    """Folder to write target/ and drafter/ in; it must be empty or missing."""
+    drafter: str = ""
+    """Folder or hub id of its drafter, to be written for the new target."""
+
+
+@program
+def main(argv: list[str]) -> None:
+    settings = parse(WidenSettings, argv, description=__doc__)
+    out = settings.output
+    check_new_folder(out)
+    target = load_target(settings.target, tokenizer=False)
+    drafter = load_drafter(settings.drafter, target) if settings.drafter else None
+    wide = widened(target, settings.intermediate_size)
+    try:
+        save_target(out / "target", wide.hf_config, wide.params, wide.config.dtype)
+        for file in resolve_folder(settings.target).iterdir():
+            if file.suffix in COPIED and file.name not in WRITTEN_ANEW:
+                shutil.copy(file, out / "target")
+        if drafter is not None:
+            provenance = provenance_of(read_manifest(resolve_folder(settings.drafter)))
+            save_drafter(out / "drafter", drafter, replace(wide, name=str(out / "target")), provenance=provenance)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror}); give a folder that can.") from None
+    sizes = [f"{sum(leaf.size for leaf in flatten_dict(one.params).values()):,}" for one in (target, wide)]
+    print(table(("", settings.target, str(out / "target")), [("parameters", *sizes)]))
+
+
+def widened(target: Target, intermediate_size: int) -> Target:
+    """The target with MLPs of so many units, those beyond its own without effect: every output is what it was, but for
+    rounding. Raises UserError for fewer units than it has, and for mixtures of experts."""
+    units = target.config.intermediate_size
+    if target.config.experts is not None:
+        raise UserError(f"{target.name} has mixtures of experts; expected a target whose MLPs are dense.")
+    if intermediate_size < units:
+        raise UserError(f"{target.name} has MLPs of {units} units; expected at least as many, got {intermediate_size}.")
+    repeated = np.arange(intermediate_size) % units
+    params = {}
+    for path, leaf in flatten_dict(target.params).items():
+        if path[-2:-1] == ("mlp",) and path[-1].endswith("f"):  # gate and up, into the units: [d, f], biases [f]
+            leaf = jnp.asarray(leaf)[..., repeated]
+        elif path[-2:-1] == ("mlp",) and path[-1].endswith("fd"):
+            leaf = jnp.pad(leaf, ((0, intermediate_size - units), (0, 0)))
+        params[path] = leaf
+    whole = target.hf_config
+    inner = {**text_config(whole), "intermediate_size": intermediate_size}
+    hf_config = inner if text_config(whole) is whole else {**whole, "text_config": inner}
+    config = replace(target.config, intermediate_size=intermediate_size)
+    return replace(
+        target,
+        config=config,
+        graphdef=split(target_skeleton(config))[0],
+        params=unflatten_dict(params),
+        hf_config=hf_config,
+        config_sha256=config_sha256(hf_config),
+    )
+
+
+if __name__ == "__main__":
+    main()

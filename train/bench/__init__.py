@@ -1,0 +1,1 @@
+"""The training step timed alone: python -m train.bench."""

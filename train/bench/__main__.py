@@ -1,0 +1,218 @@
+"""Times the drafter's training step alone, and says what it could take at best and how much memory it needs.
+
+    python -m train.bench                                          the embedded drafter, or Qwen3-4B's on an accelerator
+    python -m train.bench --preset qwen3_4b [--results FILE]       T 4096, N 512, blocks of 7, bfloat16, random weights
+    python -m train.bench --config NAME [--option value ...]       any configuration
+    python -m train.bench --config NAME --batch cache              a batch of its cache instead of a random one
+    python -m train.bench --preset qwen3_4b --show floor --device "NVIDIA H200"      the floor by term; nothing runs
+    python -m train.bench --preset qwen3_4b --show memory          compiled, not run; the naive one beside it
+
+The step is the one that train.fit runs, its state donated. Compilation and the first steps are left out; each of
+several runs is a few steps in a row, waited for at the end. Figures are the median over runs and their spread.
+"""
+
+import dataclasses
+import os
+import platform
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from dspark_jax.checkpoints.huggingface import DTYPES
+from dspark_jax.config.cli import divide_options, load_config, parse, parse_named, program
+from dspark_jax.config.schema import TrainConfig
+from dspark_jax.drafters.registry import read_config
+from dspark_jax.errors import UserError
+from dspark_jax.files import write_json
+from dspark_jax.planning.compiled import compiled, memory_of
+from dspark_jax.planning.estimate import tied_bytes
+from dspark_jax.planning.training import AbstractRun
+from dspark_jax.report import listing
+from dspark_jax.roofline.hardware import Term, floor_seconds, known_device, peak_flops, terms_table, total
+from dspark_jax.roofline.training import step_terms
+from dspark_jax.sharding import make_mesh
+from train.bench.inputs import cached_inputs, random_inputs
+from train.bench.naive import naive_run
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """Options of the measurement, beside those of the configuration."""
+
+    preset: Literal["auto", "embedded", "qwen3_4b"] = "auto"
+    """Where no --config is named: embedded_dspark as it is, or one sequence a device of qwen3_4b_dspark; auto: the
+    first on a CPU, the second elsewhere."""
+    show: Literal["time", "floor", "memory"] = "time"
+    """time: run the step; floor: count its operations and bytes; memory: compile it and the naive one."""
+    batch: Literal["random", "cache"] = "random"
+    """Random states and tokens, or the first batch of the run."""
+    device: str = ""
+    """Whose peaks the floor is for, a device kind such as "NVIDIA H200"; empty: the device that is here."""
+    runs: int = 7
+    """Timed runs."""
+    steps_per_run: int = 0
+    """Steps of a timed run; 0: what fills about a second."""
+    warm_up: int = 2
+    """Steps after compilation that are not timed."""
+    results: Path | None = None
+    """JSON file of the figures."""
+
+    def __post_init__(self) -> None:
+        if self.runs < 1 or self.steps_per_run < 0 or self.warm_up < 1:
+            raise UserError("There is nothing to measure: --runs and --warm-up must be 1 or more.")
+
+
+@program
+def main(argv: list[str]) -> None:
+    mine, rest = divide_options(argv, BenchOptions)
+    options = parse(BenchOptions, mine)
+    config = configuration(options, rest)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    run = AbstractRun.of(config, mesh)
+    kind = options.device or jax.devices()[0].device_kind
+    terms = floor_terms(run)
+    figures: dict[str, Any] = shapes(run) | {"device": f"{mesh.size} x {kind}"}
+    if options.show == "memory":
+        figures |= memory_figures(run)
+    elif options.show == "time":
+        figures |= measure(run, options, terms)
+    print(listing({name: shown(value) for name, value in figures.items()}))
+    if terms is not None and options.show != "memory":
+        print(f"\nThe floor of a step on one device\n{terms_table(terms, known_device(kind))}")
+        figures["terms"] = [dataclasses.asdict(term) for term in terms]
+    if options.results is not None:
+        machine = {"python": platform.python_version(), "jax": jax.__version__, "cores": os.cpu_count()}
+        write_json(options.results, figures | {"machine": machine, "load": os.getloadavg()[0]})
+
+
+def configuration(options: BenchOptions, rest: list[str]) -> TrainConfig:
+    """What `--config` names, or the preset; the other options apply to either."""
+    if any(word == "--config" or word.startswith("--config=") for word in rest) or {"-h", "--help"} & set(rest):
+        config = parse_named(rest, description=__doc__)
+    else:
+        config = parse(preset(options.preset), rest, description=__doc__)
+    if not isinstance(config, TrainConfig):
+        raise UserError(f"The configuration is a {type(config).__name__}; train.bench times those of training.")
+    return config
+
+
+def preset(name: str) -> TrainConfig:
+    if name == "embedded" or (name == "auto" and jax.default_backend() == "cpu"):
+        return load_config("embedded_dspark")
+    config: TrainConfig = load_config("qwen3_4b_dspark")
+    data = dataclasses.replace(config.data, global_batch=jax.device_count(), accumulation_steps=1)
+    return dataclasses.replace(config, data=data)
+
+
+def shapes(run: AbstractRun) -> dict[str, Any]:
+    config = run.config
+    return {
+        "configuration": config.name,
+        "target": run.target.name,
+        "sequences a step": config.data.global_batch,
+        "micro-batches": run.micro_batches,
+        "tokens a sequence": run.batch["input_ids"].shape[1],
+        "anchors x block": f"{config.drafter.num_anchors} x {config.drafter.block_size}",
+        "drafter parameters": parameters(run),
+        "dtype": config.compute_dtype,
+        "mesh": " x ".join(f"{axis} {size}" for axis, size in run.placement.mesh.shape.items()),
+    }
+
+
+def parameters(run: AbstractRun) -> int:
+    return sum(x.size for x in jax.tree.leaves(run.state.params))
+
+
+def floor_terms(run: AbstractRun) -> list[Term] | None:
+    """Of one device, its share of the sequences and the whole update; None where a target runs in the step, where the
+    tensor axis shares the work on a sequence, and for kinds of drafters that are not counted."""
+    data, config, mesh = run.config.data, read_config(run.drafter_hf), run.placement.mesh
+    if run.target_params is not None or mesh.shape["tensor"] > 1:
+        return None
+    rows = data.global_batch // (run.micro_batches * run.placement.rules.row_groups(mesh))
+    chunked = config.num_anchors > run.config.anchor_chunk if hasattr(config, "num_anchors") else True
+    itemsize = DTYPES[run.config.compute_dtype].dtype.itemsize
+    length = run.batch["input_ids"].shape[1]
+    return step_terms(config, rows, length, parameters(run), itemsize, run.micro_batches, chunked)
+
+
+def measure(run: AbstractRun, options: BenchOptions, terms: list[Term] | None) -> dict[str, Any]:
+    """Runs the step and says how fast it was."""
+    make = random_inputs if options.batch == "random" else cached_inputs
+    state, borrowed = make(run)
+    step = compiled(run.step.lower(state, *borrowed), "The step")
+    seconds, metrics = timed_runs(step, state, borrowed, options)
+    config, mesh = run.config, run.placement.mesh
+    rows, length = borrowed[1]["input_ids"].shape
+    found = statistics.median(seconds)
+    figures: dict[str, Any] = {
+        "steps timed": f"{len(seconds)} runs of {metrics['steps a run']}",
+        "seconds a step": found,
+        "least and most": [min(seconds), max(seconds)],
+        "tokens/s": rows * length / found,
+        "skipped updates": metrics["skipped"],
+        **{f"{name}, compiled": gibibytes(size) for name, size in memory_of(step, tied_bytes(run)).items()},
+    }
+    stats: dict[str, int] = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        figures["peak on the device"] = gibibytes(stats["peak_bytes_in_use"])
+    if terms is not None:
+        work, device = total(terms), known_device(mesh.devices.flat[0].device_kind)
+        peak = peak_flops(mesh.devices.flat[0].device_kind, config.compute_dtype)
+        figures |= {
+            "TFLOP/s a device": work.flops / found / 1e12,
+            "TFLOP/s with recomputation": (work.flops + work.again) / found / 1e12,
+            "MFU": "not known" if peak is None else work.flops / found / peak,
+            "floor / time": "not known" if peak is None or device is None else floor_seconds(terms, device) / found,
+        }
+    return figures
+
+
+def timed_runs(step: Any, state: Any, borrowed: tuple, options: BenchOptions) -> tuple[list[float], dict[str, Any]]:
+    """(seconds a step of every run, steps a run and updates skipped). The state is used up."""
+    metrics: Any = None
+    for _ in range(options.warm_up):
+        state, metrics = step(state, *borrowed)
+    jax.block_until_ready((state, metrics))
+    count = options.steps_per_run
+    seconds: list[float] = []
+    while len(seconds) < options.runs:
+        start = time.perf_counter()
+        for _ in range(count or 1):
+            state, metrics = step(state, *borrowed)
+        jax.block_until_ready((state, metrics))
+        spent = (time.perf_counter() - start) / (count or 1)
+        if count:
+            seconds.append(spent)
+        count = count or min(100, max(1, round(1.0 / spent)))
+    return seconds, {"steps a run": count, "skipped": int(metrics["skipped"])}
+
+
+def memory_figures(run: AbstractRun) -> dict[str, Any]:
+    """Compiled memory of one device, of the step and of the naive one."""
+    platform_name = jax.default_backend()
+    found: dict[str, Any] = {}
+    for name, one in (("step", run), ("naive step", naive_run(run))):
+        start = time.perf_counter()
+        memory = memory_of(compiled(one.lower(platform_name), f"The {name}"), tied_bytes(run))
+        found |= {f"{name}: {part}": gibibytes(size) for part, size in memory.items()}
+        found[f"{name}: seconds to compile"] = time.perf_counter() - start
+    return found
+
+
+def gibibytes(count: int) -> str:
+    return f"{count / 2**30:.3f} GiB"
+
+
+def shown(value: Any) -> Any:
+    if isinstance(value, list):
+        return " to ".join(f"{x:.4g}" for x in value)
+    return f"{value:,.4g}" if isinstance(value, float) and value < 1000 else value
+
+
+if __name__ == "__main__":
+    main()

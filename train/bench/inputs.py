@@ -1,0 +1,76 @@
+"""What a training step is timed on: random parameters, states and tokens in a run's shapes, or its own first batch."""
+
+from contextlib import closing
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dspark_jax.checkpoints.drafters import shared_tables
+from dspark_jax.drafters.protocol import SharedTables
+from dspark_jax.errors import UserError
+from dspark_jax.planning.training import SCHEDULED_STEPS, AbstractRun
+from dspark_jax.training.run import make_plan
+from dspark_jax.training.step import TrainState, init_train_state
+from dspark_jax.training.trainer import Trainer, recipe
+
+Borrowed = tuple[Any, ...]  # the step's arguments after the state
+
+
+def random_inputs(run: AbstractRun) -> tuple[TrainState, Borrowed]:
+    """A fresh state, random tables, rows full of supervised random tokens, and where it takes part a random target."""
+    spread = run.target.config.initializer_range
+
+    def fill(tree: Any, seed: int) -> Any:
+        """Weights as drafters start with, norms 1."""
+        leaves, structure = jax.tree.flatten(tree)
+
+        def make(key: jax.Array) -> list[jax.Array]:
+            keys = jax.random.split(key, len(leaves))
+            return [
+                spread * jax.random.normal(k, x.shape, x.dtype) if x.ndim > 1 else jnp.ones(x.shape, x.dtype)
+                for k, x in zip(keys, leaves, strict=True)
+            ]
+
+        made = jax.jit(make, out_shardings=[x.sharding for x in leaves])(jax.random.key(seed))
+        return jax.tree.unflatten(structure, made)
+
+    target = () if run.target_params is None else (fill(run.target_params, 1),)
+    shared, config = run.shared, run.target.config
+    embed, head = fill([shared.embed, shared.head], 2)
+    tables = SharedTables.of(config, embed, embed if config.tie_word_embeddings else head)
+    return initial_state(run), (tables, random_batch(run), *target)
+
+
+def random_batch(run: AbstractRun) -> dict[str, jax.Array]:
+    def value(name: str, x: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
+        if name == "input_ids":
+            return jax.random.randint(key, x.shape, 0, run.target.config.vocab_size, x.dtype)
+        if name == "lengths":
+            return jnp.full(x.shape, run.batch["input_ids"].shape[1], x.dtype)
+        if jnp.issubdtype(x.dtype, jnp.integer):  # loss_mask; one segment
+            return jnp.ones(x.shape, x.dtype)
+        return jax.random.normal(key, x.shape, x.dtype)
+
+    def make(key: jax.Array) -> dict[str, jax.Array]:
+        keys = jax.random.split(key, len(run.batch))
+        return {name: value(name, x, k) for (name, x), k in zip(run.batch.items(), keys, strict=True)}
+
+    shardings = {name: x.sharding for name, x in run.batch.items()}
+    return jax.jit(make, out_shardings=shardings)(jax.random.key(run.config.data.seed))
+
+
+def cached_inputs(run: AbstractRun) -> tuple[TrainState, Borrowed]:
+    """A fresh state, the target's own tables and the first batch of the run's cache."""
+    if run.config.data.source != "offline" or not run.config.data.cache:
+        raise UserError("A batch of a cache needs data.source offline and data.cache; name one, or leave out --batch.")
+    trainer = Trainer.of(make_plan(run.config))
+    target = trainer.target()
+    with closing(trainer.device_batches(0, 1)) as batches:
+        batch = next(batches)
+    return initial_state(run), (shared_tables(target), batch)
+
+
+def initial_state(run: AbstractRun) -> TrainState:
+    optimizer, _ = recipe(run.config, SCHEDULED_STEPS)
+    return init_train_state(run.drafter_hf, optimizer, run.config.seed, run.placement)

@@ -1,0 +1,83 @@
+"""The training step without what keeps it small, for comparison: all logits at once, one attention over everything.
+
+The same parameters, losses and gradients as the real step. Axes: B batch, N block, K block position, T context,
+G kv heads, H head dim.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Int
+
+from dspark_jax.checkpoints.huggingface import DTYPES
+from dspark_jax.drafters.backbone import Backbone
+from dspark_jax.drafters.config import DSparkConfig
+from dspark_jax.drafters.dspark import DSpark
+from dspark_jax.drafters.registry import read_config
+from dspark_jax.errors import UserError
+from dspark_jax.planning.training import SCHEDULED_STEPS, AbstractRun
+from dspark_jax.sharding import split
+from dspark_jax.targets.attention import Attend, KeysValues, prefix_block_attention, prefix_mask
+from dspark_jax.training.objective import BlockObjective
+from dspark_jax.training.step import make_train_step
+from dspark_jax.training.trainer import loss_options, recipe
+
+
+@dataclass(frozen=True)
+class OneMask:
+    """All rows of all blocks attend to [context ; all rows] under one mask [N K, T + N K]."""
+
+    context: Sequence[KeysValues]
+    allowed: Array
+
+    def __call__(self, layer: int, q: Array, k: Array, v: Array, *, scale: float, window: int | None) -> Array:
+        b, n, width, groups, size = k.shape
+
+        def joined(cached: Array, own: Array) -> Array:
+            return jnp.concatenate([cached, own.reshape(b, n * width, groups, size).swapaxes(1, 2)], axis=2)
+
+        stored = self.context[layer]
+        everything = KeysValues(joined(stored.keys, k), joined(stored.values, v))
+        rows = q.reshape(b, 1, n * width, *q.shape[3:])
+        out = prefix_block_attention(rows, None, everything, self.allowed, None, scale=scale)
+        return out.reshape(q.shape)
+
+
+class NaiveBackbone(Backbone):
+    def attending(
+        self, context: Sequence[KeysValues], anchors: Int[Array, "b n"], width: int, starts: Int[Array, "b n"] | None
+    ) -> Attend:
+        batch, count = anchors.shape
+        before = prefix_mask(anchors, context[0].keys.shape[2], width, starts=starts)
+        before = jnp.repeat(before[:, :, 0], width, axis=1)
+        block = jnp.arange(count * width) // width
+        own = jnp.broadcast_to(block[:, None] == block, (batch, count * width, count * width))
+        return OneMask(context, jnp.concatenate([before, own], axis=-1)[:, None])
+
+
+class NaiveDSpark(DSpark):
+    def __init__(self, config: DSparkConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)
+        self.backbone = NaiveBackbone(config, rngs=rngs)
+
+
+def naive_run(run: AbstractRun) -> AbstractRun:
+    """The run with the naive step. UserError for a kind of drafter that has none."""
+    config, settings = read_config(run.drafter_hf), run.config
+    if not isinstance(config, DSparkConfig):
+        raise UserError(f"A naive step is written for DSpark and DFlash drafters, not for {settings.drafter.kind}.")
+    options = dataclasses.replace(loss_options(settings), anchor_chunk=config.num_anchors)
+    module = nnx.eval_shape(lambda: NaiveDSpark(config, rngs=nnx.Rngs(0)))
+    objective = BlockObjective(split(module)[0], config, options, DTYPES[settings.compute_dtype])
+    step = make_train_step(
+        objective,
+        *recipe(settings, SCHEDULED_STEPS),
+        accumulation_steps=run.micro_batches,
+        placement=run.placement,
+        abstract=run.state,
+        states=run.states,
+    )
+    return dataclasses.replace(run, step=step)

@@ -1,0 +1,1 @@
+"""The embedded target: its corpora, tokenizer, recipe and report."""

@@ -1,0 +1,339 @@
+"""Trains the embedded target from scratch: tokenizer, a small Qwen3 model, and the folder that ships with the project.
+
+    python -m train.embedded.target --out assets/embedded_target --run-dir runs/embedded_target --minutes 55
+
+The schedule runs on the wall clock, so that the run ends on time on a busy machine; `--steps N` follows the step count
+instead, and two such runs are the same. A killed run continues from its last checkpoint with the same command; a
+finished one only writes its folder and report again.
+"""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+from flax import nnx
+from tokenizers import Tokenizer
+
+from dspark_jax.checkpoints.huggingface import save_target
+from dspark_jax.config.cli import parse, program
+from dspark_jax.datagen.corpora import DOMAINS, conversations
+from dspark_jax.errors import UserError
+from dspark_jax.sharding import split
+from dspark_jax.targets.attention import SegmentedCausal
+from dspark_jax.targets.config import TargetConfig
+from dspark_jax.targets.registry import target_module
+from train.embedded.packing import Encoder, Rows, batches, mixture
+from train.embedded.report import evaluate, samples, write_readme
+from train.embedded.tokenizer import END, PAD, VOCABULARY, learn_tokenizer, save_tokenizer
+
+TOKENIZER_MATH = 3000  # generated problems that the tokenizer learns from, beside all of code and chat
+Params = Any
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the embedded target is made."""
+
+    out: Path = Path("assets/embedded_target")
+    run_dir: Path = Path("runs/embedded_target")
+    minutes: float = 55.0  # wall-clock budget of the whole run, interruptions not counted
+    steps: int = 0  # if positive, the schedule's length; the clock is then ignored
+    seed: int = 0
+    rows: int = 8
+    length: int = 256
+    learning_rate: float = 3e-3
+    warmup: int = 150
+    weight_decay: float = 0.1
+    context_weight: float = 0.3
+    code: float = 0.45
+    chat: float = 0.25
+    math: float = 0.30
+    save_minutes: float = 4.0
+    hidden: int = 160
+    layers: int = 10
+    heads: int = 6
+    kv_heads: int = 2
+    head_dim: int = 32
+    mlp: int = 448
+    context: int = 1024
+
+    def shares(self) -> dict[str, float]:
+        return {"code": self.code, "chat": self.chat, "math": self.math}
+
+    def hf_config(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        """The model's config.json."""
+        return {
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            "vocab_size": VOCABULARY,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.mlp,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 10000.0,
+            "rope_scaling": None,
+            "max_position_embeddings": self.context,
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "tie_word_embeddings": True,
+            "initializer_range": 0.02,
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.token_to_id(END),
+            "pad_token_id": tokenizer.token_to_id(PAD),
+        }
+
+
+class State(NamedTuple):
+    params: Params
+    optimizer: optax.OptState
+
+
+class Progress(NamedTuple):
+    """Host-side counters: optimizer steps, supervised and unsupervised tokens seen, seconds spent."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
+    """Muon for the layers' matrices, AdamW for embedding and norms, both at rate 1: the clock's rate comes in the step.
+
+    Muon's updates are scaled to the RMS that AdamW's have (0.2), so that one rate serves both.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.contrib.muon(
+            learning_rate=1.0,
+            weight_decay=recipe.weight_decay,
+            adam_b1=0.9,
+            adam_b2=0.95,
+            muon_weight_dimension_numbers=_matrices,
+            consistent_rms=0.2,
+        ),
+    )
+
+
+def _matrices(params: Params) -> Params:
+    """Which axes of each parameter are inputs and outputs, by the axis letters that its name ends with."""
+    axes = {"dqh": ((0,), (1, 2)), "dgh": ((0,), (1, 2)), "qhd": ((0, 1), (2,)), "df": ((0,), (1,)), "fd": ((0,), (1,))}
+
+    def of(path: Any, _: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+        found = axes.get(str(path[-1].key).rsplit("_", 1)[-1])
+        return optax.contrib.MuonDimensionNumbers(*found) if found else None
+
+    return jax.tree_util.tree_map_with_path(of, params)
+
+
+def make_loss(graphdef: nnx.GraphDef) -> Callable[[Params, Rows], jax.Array]:
+    """Cross-entropy of packed rows, averaged by the rows' weights: float32 scalar."""
+
+    def loss(params: Params, rows: Rows) -> jax.Array:
+        model = nnx.merge(graphdef, params)
+        logits = model.logits(model(rows.tokens, rows.positions, SegmentedCausal(jnp.asarray(rows.segments))).hidden)
+        right = jnp.take_along_axis(logits, rows.labels[..., None], axis=-1)[..., 0]
+        entropy = jax.nn.logsumexp(logits, axis=-1) - right
+        return jnp.sum(entropy * rows.weights) / jnp.maximum(jnp.sum(rows.weights), 1e-6)
+
+    return loss
+
+
+def make_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation) -> Callable:
+    """(state, rows, learning rate) -> (state, loss), jitted, the old state donated."""
+    loss = make_loss(graphdef)
+
+    def step(state: State, rows: Rows, learning_rate: jax.Array) -> tuple[State, jax.Array]:
+        value, gradients = jax.value_and_grad(loss)(state.params, rows)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+        params = jax.tree.map(lambda p, u: p + learning_rate * u, state.params, updates)
+        return State(params, optimizer_state), value
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def learning_rate(recipe: Recipe, step: int, fraction: float) -> float:
+    """Linear warm-up by steps, then a cosine from the full rate to a hundredth of it at fraction 1 of the run."""
+    warm = min(1.0, (step + 1) / recipe.warmup)
+    return recipe.learning_rate * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(fraction, 1.0))))
+
+
+@dataclass
+class Run:
+    """One training run: what is fixed, and where it stands."""
+
+    recipe: Recipe
+    tokenizer: Tokenizer
+    graphdef: nnx.GraphDef
+    state: State
+    progress: Progress
+
+    @classmethod
+    def start(cls, recipe: Recipe) -> "Run":
+        """A fresh run, or the one that the run folder's checkpoint continues."""
+        tokenizer = _tokenizer(recipe)
+        config = TargetConfig.from_hf_dict(recipe.hf_config(tokenizer))
+        graphdef, params = split(target_module(config, rngs=nnx.Rngs(recipe.seed)))
+        state = State(params, make_optimizer(recipe).init(params))
+        run = cls(recipe, tokenizer, graphdef, state, Progress())
+        if run.checkpoint.exists():
+            run._restore()
+        return run
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.recipe.run_dir / "checkpoint.npz"
+
+    def fraction(self) -> float:
+        """How much of the schedule is done, 0..1."""
+        if self.recipe.steps:
+            return self.progress.step / self.recipe.steps
+        return self.progress.seconds / (60 * self.recipe.minutes)
+
+    def data(self) -> Iterator[Rows]:
+        """The batches still to come; what an interrupted run has seen is generated again and skipped."""
+        encoder = Encoder(self.tokenizer, self.recipe.context_weight)
+        stream = mixture(encoder, self.recipe.shares(), self.recipe.length)
+        return islice(batches(stream, self.recipe.rows, self.recipe.length), self.progress.step, None)
+
+    def save(self) -> None:
+        leaves: dict[str, Any] = {
+            f"leaf_{i:04d}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(self.state))
+        }
+        header = json.dumps({"progress": self.progress._asdict(), "recipe": _identity(self.recipe)})
+        temporary = self.checkpoint.with_name("checkpoint.partial.npz")
+        np.savez(temporary, header=np.frombuffer(header.encode(), np.uint8), **leaves)
+        temporary.replace(self.checkpoint)
+
+    def _restore(self) -> None:
+        with np.load(self.checkpoint, allow_pickle=False) as stored:
+            header = json.loads(stored["header"].tobytes())
+            if header["recipe"] != _identity(self.recipe):
+                raise UserError(
+                    f"{self.checkpoint} belongs to a run with another recipe ({header['recipe']}); "
+                    "name another --run-dir or remove it."
+                )
+            leaves = [jnp.asarray(stored[f"leaf_{i:04d}"]) for i in range(len(jax.tree.leaves(self.state)))]
+        self.state = jax.tree.unflatten(jax.tree.structure(self.state), leaves)
+        self.progress = Progress(**header["progress"])
+
+
+def _identity(recipe: Recipe) -> dict[str, Any]:
+    """The part of a recipe that a continued run must share: all but the folders and the run's length."""
+    free = {"out", "run_dir", "minutes", "steps", "save_minutes"}
+    return {key: value for key, value in asdict(recipe).items() if key not in free}
+
+
+def _tokenizer(recipe: Recipe) -> Tokenizer:
+    path = recipe.run_dir / "tokenizer.json"
+    if not path.exists():
+        limits = {domain: TOKENIZER_MATH if domain == "math" else None for domain in DOMAINS}
+        texts = (c["messages"] for domain in DOMAINS for c in conversations(domain, "train", limits[domain]))
+        recipe.run_dir.mkdir(parents=True, exist_ok=True)
+        learn_tokenizer(texts).save(str(path))
+    return Tokenizer.from_file(str(path))
+
+
+def export(run: Run, losses: list[dict[str, Any]], final: bool) -> None:
+    """Writes the Hugging Face folder beside `out` and swaps it in, so that a reader never meets half a model."""
+    out = run.recipe.out
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    save_tokenizer(run.tokenizer, partial, run.recipe.context)
+    save_target(partial, run.recipe.hf_config(run.tokenizer), run.state.params, dtype="bfloat16")
+    shown = samples(run.graphdef, run.state.params, run.tokenizer, run.recipe.length) if final else None
+    write_readme(partial, run.recipe, run.progress, losses, shown)
+    previous = out.with_name(out.name + ".previous")
+    shutil.rmtree(previous, ignore_errors=True)
+    if out.exists():
+        out.rename(previous)
+    partial.rename(out)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def train(run: Run, history: "History") -> None:
+    """Steps until the schedule's end, with a checkpoint, an evaluation and an export every `save_minutes`."""
+    recipe = run.recipe
+    step = make_step(run.graphdef, make_optimizer(recipe))
+    clock = time.monotonic()
+    saved, logged, recent = run.progress.seconds, run.progress, []
+    for rows in run.data():
+        rate = learning_rate(recipe, run.progress.step, run.fraction())
+        run.state, loss = step(run.state, rows, jnp.float32(rate))
+        recent.append(float(loss))
+        now, clock = time.monotonic() - clock, time.monotonic()
+        count, tokens, seconds = run.progress
+        run.progress = Progress(count + 1, tokens + int((rows.segments > 0).sum()), seconds + now)
+        if run.progress.step % 20 == 0:
+            pace = (run.progress.tokens - logged.tokens) / (run.progress.seconds - logged.seconds)
+            print(
+                f"{100 * run.fraction():5.1f}%  step {run.progress.step:5d}  loss {np.mean(recent):.3f}  "
+                f"lr {rate:.5f}  {pace:5.0f} tokens/s  {run.progress.seconds / 60:5.1f} min",
+                flush=True,
+            )
+            logged, recent = run.progress, []
+        if run.fraction() >= 1:
+            break
+        if run.progress.seconds - saved > 60 * recipe.save_minutes:
+            saved = run.progress.seconds
+            history.record(run)
+            export(run, history.entries, final=False)
+            run.save()
+    history.record(run)
+    run.save()
+
+
+@dataclass
+class History:
+    """The held-out losses over the run, kept in a JSON-lines file of the run folder."""
+
+    path: Path
+    entries: list[dict[str, Any]]
+
+    @classmethod
+    def open(cls, run: Run) -> "History":
+        path = run.recipe.run_dir / "heldout.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        entries = [entry for entry in map(json.loads, lines) if entry["step"] <= run.progress.step]
+        return cls(path, entries)
+
+    def record(self, run: Run) -> None:
+        losses = evaluate(run.graphdef, run.state.params, run.tokenizer, run.recipe.length)
+        self.entries.append({**run.progress._asdict(), "heldout": losses})
+        self.path.write_text("".join(json.dumps(entry) + "\n" for entry in self.entries))
+        shown = "  ".join(f"{domain} {value['loss']:.3f}" for domain, value in losses.items())
+        print(f"held out at step {run.progress.step}: {shown}", flush=True)
+
+
+@program
+def main(argv: list[str]) -> None:
+    recipe = parse(Recipe, argv, description=__doc__)
+    recipe.out.parent.mkdir(parents=True, exist_ok=True)
+    run = Run.start(recipe)
+    history = History.open(run)
+    if run.fraction() < 1:
+        train(run, history)
+    if not history.entries or history.entries[-1]["step"] != run.progress.step:
+        history.record(run)
+    export(run, history.entries, final=True)
+    print(f"{recipe.out}: {run.progress.step} steps, {run.progress.tokens / 1e6:.1f} M tokens", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Studies of drafters at equal budget."""

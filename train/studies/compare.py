@@ -1,0 +1,283 @@
+"""Trains the paper's drafters for one target at equal budget, decodes with them, and makes its tables and figures.
+
+    python -m train.studies.compare                          everything; about 45 minutes on two idle cores
+    python -m train.studies.compare --only main              DSpark, DFlash, Eagle3 and MTP-1, 3 seeds each (Table 1)
+    python -m train.studies.compare --only depth block       the curves over depth and block length (Figures 3 and 4)
+    python -m train.studies.compare --results docs/results   also copies metrics, plots and the command there
+
+The target answers the embedded prompts once, and one cache of its hidden states serves every point. Each point is a
+process: it trains for the same steps on the same sequences, then decodes held-out prompts. The same command continues
+a study that was stopped. OUTPUT/points/NAME is a run, NAME.json its figures; metrics.json and the plots are the study.
+"""
+
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dspark_jax.checkpoints.huggingface import resolve_folder
+from dspark_jax.checkpoints.tensors import read_json
+from dspark_jax.config.cli import parse, program
+from dspark_jax.config.schema import TrainConfig
+from dspark_jax.config.sweep import Diff, part
+from dspark_jax.data.manifest import Manifest
+from dspark_jax.errors import UserError
+from dspark_jax.files import require_same_settings, weights_fingerprint, write_json, write_settings
+from dspark_jax.targets.config import TargetConfig, config_sha256
+from dspark_jax.training.points import Point, Runner, report_failures
+from train.studies.compare_report import publish, report
+from train.studies.comparison import PARTS, Part, StudyPoint, study_points
+
+MAX_LENGTH = 256
+HEAD_COST = "head_cost"
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """Trains and compares drafters of one target."""
+
+    target: str = "assets/embedded_target"
+    """Folder or hub id of the target."""
+    output: Path = Path("runs/compare")
+    """Folder of the study."""
+    only: tuple[Literal["data", "main", "depth", "block"], ...] = ()
+    """Parts to run; none: all. What earlier runs finished is reported too."""
+    seeds: int = 3
+    """Runs of each drafter in the main comparison; the curves have one."""
+    steps: int = 1000
+    """Optimizer steps of a point."""
+    minutes: float = 0.0
+    """Instead of steps: as many as DSpark takes in so many minutes here, measured once."""
+    depth: int = 2
+    """Draft layers of DSpark and DFlash outside the curve over depth."""
+    layers: tuple[int, ...] = (1, 3, 5, 7, 8)
+    """Target layers whose hidden states all drafters are given."""
+    anchors: int = 24
+    """Blocks that DSpark, DFlash and MTP-1 learn from in a sequence of a step; Eagle3 learns from every position."""
+    start: Literal["random", "target"] = "random"
+    """What the layers of DSpark and DFlash start as; the other kinds' layers fit no target layer."""
+    prompts: int = 500
+    """Training prompts of each domain."""
+    cache: str = ""
+    """A target cache to use if its manifest fits; empty: OUTPUT/cache, made where it is missing."""
+    heldout: int = 20
+    """Held-out prompts of each domain."""
+    samples: int = 2
+    """Times that each held-out prompt is decoded at temperature 1."""
+    max_new_tokens: int = 128
+    """Longest answer, in the data and held out."""
+    jobs: int = 1
+    """Points run at once."""
+    index: int | None = None
+    """Which part of the points this process runs, counted from 0; None: all."""
+    count: int = 1
+    """Parts that the points are dealt into."""
+    results: str = ""
+    """Folder to copy metrics and plots to."""
+    point: str = ""
+    """Run this one point in this process."""
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "steps", "depth", "anchors", "prompts", "heldout", "samples", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; at least 1 was expected.")
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return tuple(p for p in PARTS if p in self.only) if self.only else PARTS
+
+    @property
+    def cache_folder(self) -> Path:
+        return Path(self.cache) if self.cache else self.output / "cache"
+
+    @property
+    def prompts_file(self) -> Path:
+        return self.output / "heldout.jsonl"
+
+
+IDENTITY = (
+    "minutes", "depth", "layers", "anchors", "start", "prompts", "cache", "heldout", "samples", "max_new_tokens",
+)  # fmt: skip
+"""What every point of a study shares, beside the target and the steps."""
+
+
+@program
+def main(argv: list[str]) -> None:
+    settings = parse(CompareSettings, argv, description=__doc__)
+    begin(settings)
+    points = all_points(settings)
+    if settings.point:
+        run_point(settings, points, settings.point)
+        return
+    prepare(settings)
+    steps = step_count(settings)
+    jobs = {p.name: Point(p.name, command(argv, p.name), result_file(settings, p.name)) for p in points}
+    if "block" in settings.parts:
+        jobs[HEAD_COST] = Point(HEAD_COST, command(argv, HEAD_COST), result_file(settings, HEAD_COST))
+    runner = Runner(settings.output / "logs", settings.jobs)
+    failed = runner.run([jobs[name] for name in part(list(jobs), settings.index, settings.count)])
+    about = {"command": " ".join(["python -m train.studies.compare", *argv]), "steps": steps, **asdict(settings)}
+    made = report(settings.output, finished(settings), read_if_there(result_file(settings, HEAD_COST)), about)
+    if made and settings.results:
+        publish(settings.output, Path(settings.results))
+    report_failures(failed, runner.logs)
+
+
+def command(argv: list[str], point: str) -> tuple[str, ...]:
+    return ("train.studies.compare", *argv, "--point", point)
+
+
+def result_file(settings: CompareSettings, name: str) -> Path:
+    return settings.output / "points" / f"{name}.json"
+
+
+def all_points(settings: CompareSettings) -> list[StudyPoint]:
+    """The points of the parts asked for, each once: the curves pass through the main comparison."""
+    return list(dict.fromkeys(p for name in settings.parts for p in study_points(name, settings.depth, settings.seeds)))
+
+
+def finished(settings: CompareSettings) -> dict[StudyPoint, dict[str, Any]]:
+    """What every finished point of any part found, whoever ran it."""
+    everything = dict.fromkeys(p for name in PARTS for p in study_points(name, settings.depth, 99))
+    found = {p: read_if_there(result_file(settings, p.name)) for p in everything}
+    return {p: result for p, result in found.items() if result is not None}
+
+
+def read_if_there(path: Path) -> dict[str, Any] | None:
+    return dict(read_json(path)) if path.exists() else None
+
+
+# The study's settings and data
+
+
+def begin(settings: CompareSettings) -> None:
+    """Refuses to mix two studies in one folder, before anything runs."""
+    folder = resolve_folder(settings.target)
+    layers = target_layers(settings)
+    if settings.depth > layers or max(settings.layers) > layers - 2:
+        raise UserError(
+            f"The target has {layers} layers; expected --layers up to {layers - 2} and --depth up to {layers}, found "
+            f"{list(settings.layers)} and {settings.depth}."
+        )
+    identity = {name: getattr(settings, name) for name in IDENTITY} | {"weights": weights_fingerprint(folder)}
+    if not settings.minutes:
+        identity["steps"] = settings.steps
+    if not require_same_settings(settings.output / "study.json", identity, settings.output):
+        write_settings(settings.output / "study.json", identity, target=settings.target)
+
+
+def prepare(settings: CompareSettings) -> None:
+    """Held-out prompts, the target's answers and the cache of its hidden states, by the programs that make them."""
+    if not settings.prompts_file.exists():
+        run("train.embedded.corpora", "--limit", settings.heldout, "--output", settings.prompts_file)
+    if cache_fits(settings):
+        return
+    if settings.cache:
+        raise UserError(f"{settings.cache} is no finished cache; leave --cache out, and the study makes its own.")
+    conversations = settings.output / "conversations.jsonl"
+    run(
+        *("train.prepare_data", "--target", settings.target, "--embedded-prompts", "code,chat,math"),
+        *("--limit", settings.prompts, "--output", conversations, "--max-new-tokens", settings.max_new_tokens),
+        *("--temperature", 1.0, "--top-p", 1.0, "--slots", 64, "--dtype", "float32"),
+    )
+    run(
+        *("train.build_cache", "--target", settings.target, "--conversations", conversations),
+        *("--output", settings.cache_folder, "--layers", ",".join(map(str, cached_layers(settings)))),
+        *("--max-length", MAX_LENGTH, "--compute-dtype", "float32"),
+    )
+
+
+def target_layers(settings: CompareSettings) -> int:
+    return TargetConfig.from_hf_dict(read_json(resolve_folder(settings.target) / "config.json")).num_layers
+
+
+def cached_layers(settings: CompareSettings) -> tuple[int, ...]:
+    """The layers of all drafters, the last one for MTP-1."""
+    return (*settings.layers, target_layers(settings) - 1)
+
+
+def cache_fits(settings: CompareSettings) -> bool:
+    """Whether the study's cache is there and whole; UserError when it is of other layers or another target."""
+    folder = settings.cache_folder
+    if not (folder / "manifest.json").exists() or not Manifest.load(folder).complete:
+        return False
+    spec, target = Manifest.load(folder).spec, resolve_folder(settings.target)
+    built = read_json(folder / "build.json")["settings"] if (folder / "build.json").exists() else {}
+    found = (tuple(spec.layer_ids), spec.target_sha256, built.get("weights", ""))
+    wanted = (cached_layers(settings), config_sha256(read_json(target / "config.json")), weights_fingerprint(target))
+    for name, theirs, ours in zip(("layers", "target config", "target weights"), found, wanted, strict=True):
+        if theirs != ours:
+            raise UserError(
+                f"The cache {folder} was built with {name} {theirs}, this study has {ours}; give a new --output, or "
+                "leave --cache out."
+            )
+    return True
+
+
+def run(*words: object) -> None:
+    """Runs a program of the project; its sentence is on stderr already when it fails."""
+    print(f"== python -m {' '.join(map(str, words))}", flush=True)
+    code = subprocess.run([sys.executable, "-m", *map(str, words)], check=False).returncode
+    if code:
+        raise UserError(f"The study stopped at {words[0]} (exit code {code}); the same command continues there.")
+
+
+# Points
+
+
+def run_point(settings: CompareSettings, points: list[StudyPoint], name: str) -> None:
+    from train.studies import compare_point  # here, so that the program that only starts the points needs little memory
+
+    if name == HEAD_COST:
+        write_json(result_file(settings, name), compare_point.head_cost(settings.target))
+        return
+    point = next((point for point in points if point.name == name), None)
+    if point is None:
+        raise UserError(f"The study has no point {name!r}; its points are {', '.join(p.name for p in points)}.")
+    result = compare_point.train_and_decode(
+        point_config(settings, point, step_count(settings)),
+        settings.prompts_file,
+        max_new_tokens=settings.max_new_tokens,
+        samples=settings.samples,
+    )
+    write_json(result_file(settings, name), {**asdict(point), **result})
+
+
+def point_config(settings: CompareSettings, point: StudyPoint, steps: int) -> TrainConfig:
+    """The point's training run: its drafter's own recipe on the data and the steps of all."""
+    common: Diff = {
+        "target": settings.target,
+        "run_dir": str(settings.output / "points" / point.name),
+        "drafter.target_layer_ids": settings.layers,
+        "drafter.num_anchors": settings.anchors,
+        "data.cache": str(settings.cache_folder),
+        "data.max_length": MAX_LENGTH,
+        "data.length_buckets": (128, 192, 256),
+        "data.global_batch": 4,
+        "epochs": 1_000_000,
+        "max_steps": steps,
+        "log_every": max(1, steps // 20),
+        "checkpoint.every_steps": max(1, steps // 3),
+        "checkpoint.keep": 1,
+    }
+    return point.config(common, target_layers(settings), copies=settings.start == "target")
+
+
+def step_count(settings: CompareSettings) -> int:
+    """`steps`, or what DSpark makes in `minutes` on this machine: measured once, then kept."""
+    if not settings.minutes:
+        return settings.steps
+    path = settings.output / "budget.json"
+    if not path.exists():
+        from train.studies.compare_point import seconds_a_step
+
+        probe = StudyPoint("dspark", settings.depth, 7, 0)
+        config = point_config(settings, probe, 60)
+        seconds = seconds_a_step(config, settings.output / "probe")
+        write_json(path, {"step_seconds": seconds, "steps": max(1, round(60 * settings.minutes / seconds))})
+    return int(read_json(path)["steps"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""The plots of `train.studies.compare`, from its metrics.json alone."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dspark_jax.report import pyplot, save
+from train.studies.comparison import CONTESTANTS
+
+COLOURS = {"dspark": "C0", "dflash": "C1", "eagle3": "C2", "mtp1": "C3", "dspark_rnn": "C4"}
+
+
+def plot_all(folder: Path, metrics: Mapping[str, Any]) -> None:
+    """figure2.png, figure3.png and figure4.png, each where its points are there."""
+    if metrics["figure2_t1"]:
+        conditional_acceptance(folder / "figure2.png", metrics)
+    if metrics["figure3_t1"]:
+        figure, panel = pyplot().subplots(figsize=(5, 3.8))
+        _curves(panel, metrics["figure3_t1"], "draft layers")
+        save(figure, folder / "figure3.png")
+    if metrics["figure4_t1"] or metrics["figure4_head_cost"]:
+        block_length(folder / "figure4.png", metrics)
+
+
+def conditional_acceptance(path: Path, metrics: Mapping[str, Any]) -> None:
+    """Figure 2: x_k accepted, given x_<k were; a panel a domain at temperature 1, seeds as thin lines."""
+    rows = metrics["figure2_t1"]
+    domains = list(next(iter(rows.values())))
+    figure, panels = pyplot().subplots(1, len(domains), figsize=(3.4 * len(domains), 3.6), squeeze=False, sharey=True)
+    for panel, domain in zip(panels[0], domains, strict=True):
+        for name, by_domain in rows.items():
+            rates, style = by_domain[domain], {"color": COLOURS[name]}
+            panel.plot(*_known(rates["rates"]), marker="o", label=CONTESTANTS[name].label, **style)
+            for seed in rates["seeds"]:
+                panel.plot(*_known(seed), linewidth=0.6, alpha=0.4, **style)
+        panel.set_title(domain)
+        panel.set_xlabel("block position k")
+        panel.set_ylim(0, 1)
+        panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel("x_k accepted, given x_<k were")
+    panels[0][0].legend(fontsize=8)
+    save(figure, path)
+
+
+def _known(rates: list[float | None]) -> tuple[list[int], list[float]]:
+    pairs = [(k, rate) for k, rate in enumerate(rates, 1) if rate is not None]
+    return [k for k, _ in pairs], [rate for _, rate in pairs]
+
+
+def block_length(path: Path, metrics: Mapping[str, Any]) -> None:
+    """Figure 4: accepted length by block length, the gain over DFlash, and what the sequential head costs a round."""
+    figure, panels = pyplot().subplots(1, 3, figsize=(13, 3.8))
+    rows, cost = metrics["figure4_t1"], metrics["figure4_head_cost"]
+    _curves(panels[0], rows, "block length")
+    for name, row in rows.items():
+        shared = [at for at in row if at in rows.get("dflash", {})]
+        if name != "dflash" and shared:
+            gain = [row[at]["macro"]["mean"] / rows["dflash"][at]["macro"]["mean"] - 1 for at in shared]
+            label = CONTESTANTS[name].label
+            panels[1].plot(list(map(int, shared)), np.multiply(gain, 100), marker="o", label=label, color=COLOURS[name])
+    if cost:
+        _head_cost(panels[2], cost["rows"])
+    for panel, title, unit in zip(
+        panels,
+        ("accepted length", "gain over DFlash", "cost of the sequential head"),
+        ("τ, macro-average", "%", "% of a round"),
+        strict=True,
+    ):
+        panel.set_title(title)
+        panel.set_ylabel(unit)
+        panel.set_xlabel("block length")
+        panel.grid(alpha=0.3)
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(fontsize=7)
+    save(figure, path)
+
+
+def _head_cost(panel: Any, rows: list[Mapping[str, Any]]) -> None:
+    """A line a head and a number of requests at once."""
+    for head, name in (("vanilla", "dspark"), ("rnn", "dspark_rnn")):
+        for slots, style in zip(dict.fromkeys(row["slots"] for row in rows), ("-", "--"), strict=False):
+            line = [(row["block"], 100 * row["overhead"][head]) for row in rows if row["slots"] == slots]
+            label = f"{CONTESTANTS[name].label}, {slots} at once"
+            panel.plot(*zip(*line, strict=True), style, marker="o", label=label, color=COLOURS[name])
+
+
+def _curves(panel: Any, rows: Mapping[str, Any], label: str) -> None:
+    for name, row in rows.items():
+        at = sorted(map(int, row))
+        means = [row[str(x)]["macro"]["mean"] for x in at]
+        spread = [row[str(x)]["macro"]["ci95"] or 0.0 for x in at]
+        panel.errorbar(
+            at, means, yerr=spread, marker="o", capsize=3, label=CONTESTANTS[name].label, color=COLOURS[name]
+        )
+        panel.set_xticks(at)
+    panel.set_xlabel(label)
+    panel.set_ylabel("τ at temperature 1, macro-average")
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8)

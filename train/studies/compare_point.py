@@ -1,0 +1,132 @@
+"""One point of `train.studies.compare`: a drafter trained and decoded with, or a sequential head's cost measured."""
+
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dspark_jax.checkpoints.drafters import load_drafter
+from dspark_jax.checkpoints.huggingface import load_target
+from dspark_jax.config.schema import TrainConfig
+from dspark_jax.drafters.registry import LoadedDrafter, drafter_hf_config, new_drafter
+from dspark_jax.evaluation.acceptance import Acceptance, acceptance_by_domain
+from dspark_jax.serving.engine import Engine
+from dspark_jax.serving.prompts import read_prompts
+from dspark_jax.serving.requests import DecodeConfig, Request
+from dspark_jax.targets.target import Target
+from train.fit import fit
+from train.studies.comparison import BLOCKS
+
+HEADS = {"none": 0, "vanilla": 64, "rnn": 64}
+SLOTS = (1, 16)
+ROUNDS = 16
+
+
+def train_and_decode(config: TrainConfig, prompts: Path, *, max_new_tokens: int, samples: int) -> dict[str, Any]:
+    """Trains, or finds the run finished; then counts acceptance over the held-out prompts, greedy and sampled."""
+    fit(config)
+    run = Path(config.folder)
+    trained = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    target = load_target(config.target, dtype=config.compute_dtype)
+    drafter = load_drafter(run / "drafter", target, dtype=config.compute_dtype)
+    heldout = read_prompts(target, [prompts])
+    decode = DecodeConfig(max_new_tokens=max_new_tokens, slots=min(30, len(heldout)), smallest_prompt_bucket=64)
+    decoded = {}
+    for key, temperature, seeds in (("t1", 1.0, range(samples)), ("t0", 0.0, range(1))):
+        # A prompt's random numbers come from (decode seed, its place): seeds a thousand apart share none.
+        passes = [
+            acceptance_by_domain(
+                target,
+                drafter,
+                heldout,
+                replace(decode, temperature=temperature, seed=1000 * (config.seed * 97 + seed)),
+            )
+            for seed in seeds
+        ]
+        decoded[key] = {domain: counts(Acceptance.pooled([p[domain] for p in passes])) for domain in passes[0]}
+    measured = ("seconds", "step_seconds", "loss", "tau_probabilistic", "skipped")
+    return {
+        **decoded,
+        "parameters": sum(x.size for x in jax.tree.leaves(drafter.params)),
+        **{f"train_{name}": trained.get(name) for name in measured},
+    }
+
+
+def counts(acceptance: Acceptance) -> dict[str, Any]:
+    """What `Acceptance.counted` needs to be made again; no rate of nothing, which JSON lacks."""
+    names = ("rounds", "committed", "verified", "accepted")
+    return {name: getattr(acceptance, name) for name in names}
+
+
+def seconds_a_step(config: TrainConfig, folder: Path) -> float:
+    """Median seconds of a step in a short run."""
+    fit(replace(config, run_dir=str(folder), log_every=10))
+    return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["step_seconds"]
+
+
+def head_cost(target_folder: str, repeats: int = 7) -> dict[str, Any]:
+    """Seconds of a round at every block length, without and with a sequential head; weights are random, since a
+    round's time does not depend on them. Dispatches of the heads alternate, so that drift hits all alike."""
+    target = load_target(target_folder, dtype="float32")
+    rows = []
+    for slots in SLOTS:
+        for block in BLOCKS:
+            engines = {head: _dispatches(target, _drafter(target, block, head), slots, repeats) for head in HEADS}
+            seconds: dict[str, list[float]] = {head: [] for head in HEADS}
+            for i in range(repeats):
+                for head in list(HEADS) if i % 2 else list(HEADS)[::-1]:
+                    seconds[head].append(next(engines[head]))
+            ratios = {h: [a / b for a, b in zip(seconds[h], seconds["none"], strict=True)] for h in HEADS}
+            rows.append(
+                {
+                    "slots": slots,
+                    "block": block,
+                    "round_seconds": {head: statistics.median(values) for head, values in seconds.items()},
+                    "overhead": {h: statistics.median(ratios[h]) - 1 for h in HEADS if h != "none"},
+                    "overhead_range": {h: [min(ratios[h]) - 1, max(ratios[h]) - 1] for h in HEADS if h != "none"},
+                }
+            )
+    return {"rank": HEADS["vanilla"], "repeats": repeats, "rows": rows}
+
+
+def _drafter(target: Target, block: int, head: str) -> LoadedDrafter:
+    layers = target.config.num_layers
+    hf_config = drafter_hf_config(
+        target.hf_config,
+        kind="dflash" if head == "none" else "dspark",
+        num_layers=2,
+        target_layer_ids=tuple(sorted({0, layers // 2, layers - 2})),
+        mask_token_id=0,
+        block_size=block,
+        markov_rank=HEADS[head],
+        markov_head_type="vanilla" if head == "none" else head,
+        enable_confidence_head=False,
+        dtype="float32",
+    )
+    return new_drafter(head, hf_config, jax.random.key(0))
+
+
+def _dispatches(target: Target, drafter: LoadedDrafter, slots: int, count: int) -> Iterator[float]:
+    """Seconds a round of one dispatch after the other, all slots decoding throughout."""
+    new_tokens = min(ROUNDS * (count + 2) * (drafter.config.block_size + 1), target.config.max_positions - 64)
+    config = DecodeConfig(
+        max_new_tokens=new_tokens, slots=slots, rounds_per_dispatch=ROUNDS, stop_tokens=(),
+        buckets=(slots * (drafter.config.block_size + 1),),
+    )  # fmt: skip
+    engine = Engine(target, drafter, config, longest=32 + new_tokens)
+    rng = np.random.default_rng(0)
+    for slot in range(slots):
+        engine.submit(slot, Request(tuple(rng.integers(0, target.config.vocab_size, 24).tolist())))
+    engine.step()
+    engine.step()
+    while True:
+        start = time.perf_counter()
+        engine.step()
+        jax.block_until_ready(engine.state.length)
+        yield (time.perf_counter() - start) / ROUNDS

@@ -1,0 +1,218 @@
+"""The tables and figures of `train.studies.compare`, from the points that are finished, whichever they are."""
+
+import math
+import os
+import platform
+import shutil
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dspark_jax.evaluation.acceptance import Acceptance, macro_tau
+from dspark_jax.files import write_json
+from dspark_jax.report import table
+from train.studies.compare_plots import plot_all
+from train.studies.comparison import BLOCK, BLOCKS, CONTESTANTS, DEEP, LONG, MAIN, StudyPoint
+
+Found = Mapping[StudyPoint, Mapping[str, Any]]
+TEMPERATURES = ("t1", "t0")
+# Two-sided 95 % quantiles of Student's t by degrees of freedom; 1.96 beyond.
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+def estimate(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, the half-width of its 95 % confidence interval over seeds (None of a single one), and the values."""
+    n = len(values)
+    half = None
+    if n > 1:
+        quantile = T_QUANTILES[n - 2] if n - 2 < len(T_QUANTILES) else 1.96
+        half = quantile * statistics.stdev(values) / math.sqrt(n)
+    return {"mean": statistics.fmean(values), "ci95": half, "values": list(values)}
+
+
+def acceptance(result: Mapping[str, Any], key: str) -> dict[str, Acceptance]:
+    """The domains of a point's result at one temperature."""
+    return {
+        domain: Acceptance.counted(
+            row["rounds"], row["committed"], np.array(row["verified"]), np.array(row["accepted"])
+        )
+        for domain, row in result[key].items()
+    }
+
+
+def report(folder: Path, found: Found, head_cost: Mapping[str, Any] | None, about: Mapping[str, Any]) -> bool:
+    """Writes metrics.json and the plots and prints the tables; False, and nothing written, while no point is done."""
+    if not found:
+        return False
+    depth = int(about["depth"])
+    metrics: dict[str, Any] = {}
+    for key in TEMPERATURES:
+        table = main_table(found, depth, key)
+        metrics[f"tau_macro_{key}"] = {name: row["macro"]["mean"] for name, row in table.items()}
+        metrics[f"table1_{key}"] = table
+        metrics[f"gains_{key}"] = gains(found, depth, key)
+        metrics[f"figure2_{key}"] = positions(found, depth, key)
+        metrics[f"figure3_{key}"] = curve(found, DEEP, "depth", key)
+        metrics[f"figure4_{key}"] = curve(found, LONG, "block", key, depth)
+    metrics["figure4_head_cost"] = head_cost
+    metrics["training"] = training(found, depth)
+    metrics |= {"machine": machine(), **_plain(about)}
+    write_json(folder / "metrics.json", metrics)
+    plot_all(folder, metrics)
+    print(tables(metrics))
+    print(f"{len(found)} points; metrics and plots in {folder}.")
+    return True
+
+
+def main_points(found: Found, name: str, depth: int) -> list[StudyPoint]:
+    """Every seed of a contestant of the main comparison, in order."""
+    contestant = CONTESTANTS[name]
+    layers = 1 if contestant.single else depth
+    mine = (p for p in found if (p.drafter, p.depth, p.block) == (name, layers, contestant.block))
+    return sorted(mine, key=lambda p: p.seed)
+
+
+def main_table(found: Found, depth: int, key: str) -> dict[str, dict[str, Any]]:
+    """Table 1: drafter -> domain or "macro" -> estimate of the accepted length over seeds."""
+    table: dict[str, dict[str, Any]] = {}
+    for name in MAIN:
+        runs = [acceptance(found[p], key) for p in main_points(found, name, depth)]
+        if runs:
+            table[name] = {domain: estimate([run[domain].tau for run in runs]) for domain in runs[0]}
+            table[name]["macro"] = estimate([macro_tau(run) for run in runs])
+    return table
+
+
+def gains(found: Found, depth: int, key: str) -> dict[str, Any]:
+    """DSpark's macro-average over each other one, paired by seed: both saw the same sequences in the same order."""
+    macro = {
+        name: {p.seed: macro_tau(acceptance(found[p], key)) for p in main_points(found, name, depth)} for name in MAIN
+    }
+    made = {}
+    for name in MAIN[1:]:
+        seeds = sorted(macro["dspark"].keys() & macro[name].keys())
+        if seeds:
+            made[name] = estimate([macro["dspark"][s] / macro[name][s] - 1 for s in seeds])
+    return made
+
+
+def positions(found: Found, depth: int, key: str) -> dict[str, dict[str, Any]]:
+    """Figure 2: drafter -> domain or "all" -> conditional acceptance by position, counts pooled over seeds, with the
+    seeds' own curves."""
+    made: dict[str, dict[str, Any]] = {}
+    for name in MAIN:
+        runs = [acceptance(found[p], key) for p in main_points(found, name, depth)]
+        for domain in [*runs[0], "all"] if runs else []:
+            parts = [Acceptance.pooled([a for d, a in run.items() if domain in (d, "all")]) for run in runs]
+            seeds = [_rates(part) for part in parts]
+            made.setdefault(name, {})[domain] = {"rates": _rates(Acceptance.pooled(parts)), "seeds": seeds}
+    return made
+
+
+def _rates(pooled: Acceptance) -> list[float | None]:
+    return [None if math.isnan(rate) else rate for rate in pooled.conditional]
+
+
+def curve(found: Found, names: Iterable[str], field: str, key: str, depth: int | None = None) -> dict[str, Any]:
+    """Figures 3 and 4: drafter -> depth or block -> accepted length of all seeds there, macro and by domain."""
+    made: dict[str, Any] = {}
+    for name in names:
+        for point in sorted((p for p in found if p.drafter == name), key=lambda p: (getattr(p, field), p.seed)):
+            fits = point.block == BLOCK if depth is None else point.depth == depth and point.block in BLOCKS
+            if fits:
+                by_domain = acceptance(found[point], key)
+                row = made.setdefault(name, {}).setdefault(str(getattr(point, field)), {"macro": []})
+                row["macro"].append(macro_tau(by_domain))
+                for domain, counted in by_domain.items():
+                    row.setdefault(domain, []).append(counted.tau)
+    return {
+        name: {at: {domain: estimate(values) for domain, values in row.items()} for at, row in rows.items()}
+        for name, rows in made.items()
+    }
+
+
+def training(found: Found, depth: int) -> dict[str, Any]:
+    """What each main drafter's training took and reached, by drafter."""
+    names = ("train_seconds", "train_step_seconds", "train_loss", "train_tau_probabilistic", "parameters")
+    made = {}
+    for name in MAIN:
+        runs = [found[p] for p in main_points(found, name, depth)]
+        if runs:
+            made[name] = {n.removeprefix("train_"): [run[n] for run in runs] for n in names}
+    return made
+
+
+def tables(metrics: Mapping[str, Any]) -> str:
+    """Table 1 at both temperatures, the gains, and the curves, for people."""
+    parts = []
+    for key in TEMPERATURES:
+        title = f"\naccepted length at temperature {key[1:]} (mean and 95 % interval over seeds)"
+        parts += [title, _main_text(metrics[f"table1_{key}"])] if metrics[f"table1_{key}"] else []
+        for name, gain in metrics[f"gains_{key}"].items():
+            parts.append(f"DSpark over {CONTESTANTS[name].label}: {_shown(gain, percent=True)}")
+    for figure, field in (("figure3_t1", "depth"), ("figure4_t1", "block")):
+        rows = metrics[figure]
+        at = sorted({int(x) for row in rows.values() for x in row})
+        if rows:
+            body = [
+                [CONTESTANTS[n].label, *(_shown(r[str(x)]["macro"]) if str(x) in r else "" for x in at)]
+                for n, r in rows.items()
+            ]
+            parts += [f"\nmacro-averaged accepted length by {field}", table([field, *map(str, at)], body)]
+    if metrics["figure4_head_cost"]:
+        parts += ["\ncost of the sequential head in a round", _cost_text(metrics["figure4_head_cost"])]
+    return "\n".join(parts)
+
+
+def _main_text(taus: Mapping[str, Any]) -> str:
+    domains = list(next(iter(taus.values())))
+    body = [[CONTESTANTS[name].label, *(_shown(row[domain]) for domain in domains)] for name, row in taus.items()]
+    return table(["drafter", *domains], body)
+
+
+def _cost_text(cost: Mapping[str, Any]) -> str:
+    body = [
+        [str(row["slots"]), str(row["block"]), f"{1e3 * row['round_seconds']['none']:.2f} ms"]
+        + [f"{row['overhead'][head]:+.1%}" for head in ("vanilla", "rnn")]
+        for row in cost["rows"]
+    ]
+    return table(["requests", "block", "round without", "Markov", "RNN"], body)
+
+
+def _shown(value: Mapping[str, Any], percent: bool = False) -> str:
+    form = "{:+.1%}" if percent else "{:.2f}"
+    spread = "" if value["ci95"] is None else f" ± {form.format(value['ci95']).lstrip('+')}"
+    return form.format(value["mean"]) + spread
+
+
+def publish(folder: Path, results: Path) -> None:
+    """Copies metrics.json to RESULTS/compare.json and the plots beside it."""
+    results.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(folder / "metrics.json", results / "compare.json")
+    for plot in sorted(folder.glob("*.png")):
+        shutil.copyfile(plot, results / f"compare_{plot.name}")
+    print(f"copied to {results / 'compare.json'}")
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    import jax
+
+    load = statistics.fmean(os.getloadavg())
+    device = jax.devices()[0].device_kind
+    return {
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "device": device,
+        "cores": os.cpu_count(),
+        "load": load,
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,96 @@
+"""The study of drafters on one target: which points it has, and how each differs from `embedded_dspark`.
+
+All points share recipe, data, feature layers, sequences a step, steps and seeds; they differ in kind, depth and block.
+"""
+
+import dataclasses
+from typing import Literal, get_args
+
+from dspark_jax.config.cli import load_config
+from dspark_jax.config.schema import TrainConfig
+from dspark_jax.config.sweep import Diff, apply_diff
+
+Part = Literal["main", "depth", "block"]
+PARTS: tuple[Part, ...] = get_args(Part)
+DEPTHS = (1, 2, 3)
+BLOCKS = (4, 8, 12, 16)
+BLOCK = 7
+"""γ of the main comparison."""
+HEADLESS: Diff = {
+    "drafter.markov_rank": 0,
+    "drafter.enable_confidence_head": False,
+    "drafter.confidence_head_with_markov": False,
+}
+CROSS_ENTROPY: Diff = {"loss.ce_alpha": 1.0, "loss.l1_alpha": 0.0, "loss.confidence_alpha": 0.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Contestant:
+    """A `single` one has one layer, whatever the others have; `last_layer`: it is fed by the target's last layer, as it
+    was devised, and not by the layers that the others share."""
+
+    label: str
+    diff: Diff
+    single: bool = False
+    block: int = BLOCK
+    last_layer: bool = False
+
+
+CONTESTANTS: dict[str, Contestant] = {
+    "dspark": Contestant("DSpark", {}),
+    "dflash": Contestant("DFlash", {"drafter.kind": "dflash", **HEADLESS, **CROSS_ENTROPY}),
+    # Its loss is its own, a soft cross-entropy over the steps of its rollout.
+    "eagle3": Contestant("Eagle3", {"drafter.kind": "eagle3", **HEADLESS}, single=True),
+    "mtp1": Contestant(
+        "MTP-1", {"drafter.kind": "mtp", **HEADLESS, **CROSS_ENTROPY}, single=True, block=1, last_layer=True
+    ),
+    "dspark_rnn": Contestant("DSpark RNN", {"drafter.markov_head_type": "rnn"}),
+}
+MAIN = ("dspark", "dflash", "eagle3", "mtp1")
+DEEP = ("dspark", "dflash")
+LONG = ("dflash", "dspark", "dspark_rnn")
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyPoint:
+    """One training run of the study."""
+
+    drafter: str
+    depth: int
+    block: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.drafter},depth={self.depth},block={self.block},seed={self.seed}"
+
+    def config(self, common: Diff, target_layers: int, copies: bool) -> TrainConfig:
+        """`common`: the fields that all points share. `copies`: the draft layers start as the last target layers, where
+        they are alike."""
+        contestant = CONTESTANTS[self.drafter]
+        first = target_layers - self.depth if copies and not contestant.single else target_layers
+        own: Diff = {
+            "name": self.name,
+            "seed": self.seed,
+            "data.seed": self.seed,
+            "drafter.num_layers": self.depth,
+            "drafter.block_size": self.block,
+            "drafter.init_target_layers": tuple(range(first, target_layers)),
+        }
+        if contestant.last_layer:
+            own["drafter.target_layer_ids"] = (target_layers - 1,)
+        return apply_diff(load_config("embedded_dspark"), {**contestant.diff, **common, **own})
+
+
+def study_points(part: Part, depth: int, seeds: int) -> list[StudyPoint]:
+    """The points of one part, at the study's depth where the part does not vary it."""
+    if part == "main":
+        return [_point(name, depth, seed) for seed in range(seeds) for name in MAIN]
+    if part == "depth":
+        return [_point(name, layers, 0) for name in DEEP for layers in DEPTHS]
+    return [dataclasses.replace(_point(name, depth, 0), block=block) for block in BLOCKS for name in LONG]
+
+
+def _point(name: str, depth: int, seed: int) -> StudyPoint:
+    contestant = CONTESTANTS[name]
+    return StudyPoint(name, 1 if contestant.single else depth, contestant.block, seed)
