@@ -22,7 +22,7 @@ import jax
 from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target, resolve_folder
 from dspark_jax.config.cli import parse, program
-from dspark_jax.drafters.registry import LoadedDrafter
+from dspark_jax.drafters.registry import Drafter
 from dspark_jax.errors import UserError
 from dspark_jax.evaluation.acceptance import Acceptance
 from dspark_jax.evaluation.timing import Decoder, Timed, alternate, differences, median_ratio, median_speed
@@ -106,7 +106,7 @@ def main(argv: list[str]) -> None:
 
 
 def against_plain(
-    settings: BenchSettings, target: Target, drafter: LoadedDrafter, prompts: Sequence[Prompt]
+    settings: BenchSettings, target: Target, drafter: Drafter, prompts: Sequence[Prompt]
 ) -> dict[str, Any]:
     """Per temperature and domain: tau, acceptance by position, speeds, ratio, and (greedy) identical outputs."""
     domains = {name: [p for p in prompts if p.domain == name] for name in dict.fromkeys(p.domain for p in prompts)}

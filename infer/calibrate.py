@@ -22,7 +22,7 @@ from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.checkpoints.serving_tables import StsTable, write_sts
 from dspark_jax.config.cli import parse, program
 from dspark_jax.decoding.state import RoundRecord
-from dspark_jax.drafters.registry import LoadedDrafter
+from dspark_jax.drafters.registry import Drafter
 from dspark_jax.errors import UserError
 from dspark_jax.files import write_json
 from dspark_jax.report import reliability_plot, table
@@ -131,7 +131,7 @@ def main(argv: list[str]) -> None:
     print(f"sts.json, metrics and diagrams in {settings.output}")
 
 
-def record(settings: CalibrateSettings, target: Target, drafter: LoadedDrafter, prompts: Sequence[Prompt]) -> Rounds:
+def record(settings: CalibrateSettings, target: Target, drafter: Drafter, prompts: Sequence[Prompt]) -> Rounds:
     """Decodes every prompt `samples` times with the whole block verified, and keeps each round of each request."""
     samples = settings.samples if settings.temperature > 0 else 1
     kept: list[Rounds] = []
@@ -159,7 +159,7 @@ def record(settings: CalibrateSettings, target: Target, drafter: LoadedDrafter, 
     return Rounds(*(np.concatenate(columns) for columns in zip(*kept, strict=True)))
 
 
-def recentered(drafter: LoadedDrafter, shift: float) -> LoadedDrafter:
+def recentered(drafter: Drafter, shift: float) -> Drafter:
     """The drafter with `shift` added to its confidence head's bias."""
     head = drafter.params["confidence_head"]
     proj = head["proj"] | {"bias_o": head["proj"]["bias_o"] + shift}

@@ -23,7 +23,7 @@ from dspark_jax.checkpoints.tensors import read_json
 from dspark_jax.config.cli import parse, program
 from dspark_jax.data.chat import Encoded, chat_format, encode_conversation, encode_prompt
 from dspark_jax.data.jsonl import read_jsonl
-from dspark_jax.drafters.registry import LoadedDrafter
+from dspark_jax.drafters.registry import Drafter
 from dspark_jax.errors import UserError
 from dspark_jax.evaluation.conformance import (
     DECLARED,
@@ -106,7 +106,7 @@ def main(argv: list[str]) -> int:
     return 1 if verdict.off else 0
 
 
-def load_doubtful(settings: ConformanceSettings, target: Target) -> LoadedDrafter:
+def load_doubtful(settings: ConformanceSettings, target: Target) -> Drafter:
     """The drafter, whatever its manifest says, and even where its layer ids, read as they stand, can't be right: ids
     counted from 1 name the forbidden last layer."""
     folder = resolve_folder(settings.drafter)
@@ -117,7 +117,7 @@ def load_doubtful(settings: ConformanceSettings, target: Target) -> LoadedDrafte
     return replace(drafter, config=replace(drafter.config, target_layer_ids=ids)) if shift else drafter
 
 
-def manifest_contradictions(path: str, drafter: LoadedDrafter, target: Target) -> list[str]:
+def manifest_contradictions(path: str, drafter: Drafter, target: Target) -> list[str]:
     manifest = read_manifest(resolve_folder(path))
     return [] if manifest is None else mismatches(manifest, drafter.hf_config, drafter_layout(path), target)
 
@@ -223,7 +223,7 @@ def middle_anchors(sequences: Sequences, block: int, count: int, seed: int) -> n
     return anchors
 
 
-def rows(verdict: Verdict, drafter: LoadedDrafter) -> str:
+def rows(verdict: Verdict, drafter: Drafter) -> str:
     shown = []
     for c in verdict.comparisons:
         name = c.reading.convention or "all"
@@ -239,7 +239,7 @@ def rows(verdict: Verdict, drafter: LoadedDrafter) -> str:
     return table(("convention", "read", "acceptance", "tau", "difference", ""), shown)
 
 
-def summary(verdict: Verdict, drafter: LoadedDrafter) -> str:
+def summary(verdict: Verdict, drafter: Drafter) -> str:
     if not verdict.off:
         return "The conventions fit: no shifted reading is better than the declared one."
     said = []
@@ -254,7 +254,7 @@ def summary(verdict: Verdict, drafter: LoadedDrafter) -> str:
 
 
 def metrics(
-    verdict: Verdict, contradictions: Sequence[str], settings: ConformanceSettings, drafter: LoadedDrafter
+    verdict: Verdict, contradictions: Sequence[str], settings: ConformanceSettings, drafter: Drafter
 ) -> dict[str, Any]:
     def entry(c: Comparison) -> dict[str, Any]:
         fields = {name: value for name, value in asdict(c).items() if name != "reading"}

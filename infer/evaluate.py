@@ -20,7 +20,7 @@ from tqdm import tqdm
 from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.config.cli import parse, program
-from dspark_jax.drafters.registry import LoadedDrafter
+from dspark_jax.drafters.registry import Drafter
 from dspark_jax.errors import UserError
 from dspark_jax.evaluation.acceptance import Acceptance
 from dspark_jax.evaluation.answers import Answered, ChatStyle, Proposals, answer, reach
@@ -104,7 +104,7 @@ class Evaluation:
 
     settings: EvaluateSettings
     target: Target
-    drafter: LoadedDrafter
+    drafter: Drafter
     sets: dict[str, list[Sample]]
     style: ChatStyle = field(init=False)
     longest: int = field(init=False)

@@ -25,7 +25,7 @@ from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.checkpoints.serving_tables import SpsTable, write_sps
 from dspark_jax.config.cli import parse, program
 from dspark_jax.decoding.round import DecodeLoop, LoopParams
-from dspark_jax.drafters.registry import LoadedDrafter
+from dspark_jax.drafters.registry import Drafter
 from dspark_jax.errors import UserError
 from dspark_jax.files import write_json
 from dspark_jax.report import table
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> None:
     print(f"tables and metrics in {settings.output}")
 
 
-def profile_slots(settings: ProfileSettings, target: Target, drafter: LoadedDrafter, slots: int) -> dict[str, Any]:
+def profile_slots(settings: ProfileSettings, target: Target, drafter: Drafter, slots: int) -> dict[str, Any]:
     """Measures one number of slots, prints and writes its tables."""
     width = drafter.config.block_size + 1
     counts = sorted({round(n) for n in np.linspace(slots, slots * width, min(settings.widths, width))})
@@ -118,7 +118,7 @@ def _tuple(value: Any) -> Any:
 
 
 def _loop(
-    settings: ProfileSettings, target: Target, drafter: LoadedDrafter, slots: int, buckets: tuple[int, ...], policy: Any
+    settings: ProfileSettings, target: Target, drafter: Drafter, slots: int, buckets: tuple[int, ...], policy: Any
 ) -> tuple[DecodeLoop, LoopParams]:
     config = DecodeConfig(slots=slots, policy=policy, buckets=buckets)
     loop = make_loop(target, drafter, config, settings.longest, stop_slots=4)
@@ -141,7 +141,7 @@ def _table(slots: int, profile: Profile, costs: CostTable, ladder: Sequence[int]
     return f"\n{slots} slots\n{table(header, rows)}"
 
 
-def scheduler_cost(settings: ProfileSettings, target: Target, drafter: LoadedDrafter) -> dict[str, Any]:
+def scheduler_cost(settings: ProfileSettings, target: Target, drafter: Drafter) -> dict[str, Any]:
     """Seconds of a policy's part of a round (who drafts, how much is verified, what is learnt) and of the whole round.
 
     The policy runs by itself in a compiled loop on confidences drawn at random; the round is that of the fixed policy's

@@ -15,7 +15,7 @@ from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.data.chat import encode_conversation
 from dspark_jax.datagen.corpora import DOMAINS, conversations
 from dspark_jax.drafters.protocol import SharedTables
-from dspark_jax.drafters.registry import LoadedDrafter
+from dspark_jax.drafters.registry import Drafter
 from dspark_jax.targets.attention import Causal
 from dspark_jax.targets.kv_cache import head_major
 from dspark_jax.targets.target import Target
@@ -32,7 +32,7 @@ class Material:
     states [S, T, D] and the drafter's taps [S, T, m D]."""
 
     target: Target
-    drafter: LoadedDrafter
+    drafter: Drafter
     tokens: jax.Array
     mask: np.ndarray
     hidden: jax.Array
@@ -61,7 +61,7 @@ def material(target_folder: str, drafter_folder: str, each: int = 12) -> Materia
     return Material(target, drafter, jnp.asarray(tokens), mask, *run(jnp.asarray(tokens)))
 
 
-def retrain(given: Material, *, steps: int, position: int = 0, mask_read: int = 0, rate: float = 2e-3) -> LoadedDrafter:
+def retrain(given: Material, *, steps: int, position: int = 0, mask_read: int = 0, rate: float = 2e-3) -> Drafter:
     """The drafter, trained on from where it is with its blocks at anchor + k + `position` and the loss mask read at
     label + `mask_read`; its config says nothing of it."""
     mask = jnp.asarray(np.roll(given.mask, -mask_read, axis=1))

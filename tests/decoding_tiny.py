@@ -17,7 +17,7 @@ from dspark_jax.decoding.prefill import admit
 from dspark_jax.decoding.round import DecodeLoop, LoopParams
 from dspark_jax.decoding.sampling import SamplingParams
 from dspark_jax.decoding.state import Admission, DecodeState
-from dspark_jax.drafters.registry import LoadedDrafter, drafter_hf_config, read_config, skeleton
+from dspark_jax.drafters.registry import Drafter, drafter_hf_config, read_config, skeleton
 from dspark_jax.sharding import split
 from dspark_jax.targets.attention import Causal
 from dspark_jax.targets.config import TargetConfig, config_sha256
@@ -40,7 +40,7 @@ def tiny_target(seed: int = 0, context: float = 1.0, **config: Any) -> Target:
 
 
 @cache
-def tiny_pair(seed: int = 0, context: float = 0.08, block_size: int = 4, **config: Any) -> tuple[Target, LoadedDrafter]:
+def tiny_pair(seed: int = 0, context: float = 0.08, block_size: int = 4, **config: Any) -> tuple[Target, Drafter]:
     """A nearly-bigram target, and a drafter whose Markov head is that bigram beside random base logits.
 
     No training, and yet some drafts are accepted and some are not. `config` overrides the target's config.json.
@@ -62,7 +62,7 @@ def tiny_pair(seed: int = 0, context: float = 0.08, block_size: int = 4, **confi
     params = {
         path: jnp.asarray(leaf, jnp.float32 if path[0] == "confidence_head" else dtype) for path, leaf in flat.items()
     }
-    return target, LoadedDrafter("bigram", read_config(hf_config), graphdef, unflatten_dict(params), hf_config)
+    return target, Drafter("bigram", read_config(hf_config), graphdef, unflatten_dict(params), hf_config)
 
 
 def taps_of(kind: str, layers: int) -> tuple[int, ...]:
@@ -71,7 +71,7 @@ def taps_of(kind: str, layers: int) -> tuple[int, ...]:
 
 
 @cache
-def kind_pair(kind: str, block_size: int = 3, spread: float = 0.4, **config: Any) -> tuple[Target, LoadedDrafter]:
+def kind_pair(kind: str, block_size: int = 3, spread: float = 0.4, **config: Any) -> tuple[Target, Drafter]:
     """A target of six tokens, and a random drafter of any kind of the registry: over so few tokens chance alone is
     right at times, and at temperature 1 often."""
     small = {"vocab_size": 6, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "head_dim": 4}
@@ -83,7 +83,7 @@ def kind_pair(kind: str, block_size: int = 3, spread: float = 0.4, **config: Any
     )  # fmt: skip
     graphdef, abstract = split(skeleton(hf_config))
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), random_leaves(abstract, spread, 1))
-    return target, LoadedDrafter(kind, read_config(hf_config), graphdef, params, hf_config)
+    return target, Drafter(kind, read_config(hf_config), graphdef, params, hf_config)
 
 
 def random_leaves(abstract: dict, spread: float, seed: int) -> dict:

@@ -10,7 +10,7 @@ import numpy as np
 
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.drafters.protocol import SharedTables
-from dspark_jax.drafters.registry import LoadedDrafter, drafter_hf_config, new_drafter
+from dspark_jax.drafters.registry import Drafter, drafter_hf_config, new_drafter
 from dspark_jax.targets.config import TargetConfig
 from dspark_jax.targets.target import Target
 from tests.tiny import write_tiny_target
@@ -42,7 +42,7 @@ def target_hf_config(**overrides: Any) -> dict[str, Any]:
 
 
 @cache
-def tiny_drafter(**fields: Any) -> LoadedDrafter:
+def tiny_drafter(**fields: Any) -> Drafter:
     given = {
         "num_layers": 2, "target_layer_ids": TAPS, "mask_token_id": VOCAB - 1, "block_size": 4, "markov_rank": 6,
         "num_anchors": 7, "dtype": "float32",
@@ -69,7 +69,7 @@ def tiny_batch(rows: int = 4, length: int = 20, seed: int = 0) -> dict[str, jax.
     }
 
 
-def write_pair(folder: Path, seed: int = 0, **fields: Any) -> tuple[Target, LoadedDrafter]:
+def write_pair(folder: Path, seed: int = 0, **fields: Any) -> tuple[Target, Drafter]:
     """A target on disk, loaded, and a fresh drafter for it."""
     config = target_hf_config(num_hidden_layers=4)
     target = load_target(write_tiny_target(folder, seed=seed, **config), tokenizer=False)

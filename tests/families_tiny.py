@@ -22,7 +22,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dspark_jax.checkpoints.huggingface import abstract_target, load_target, save_target
-from dspark_jax.drafters.registry import LoadedDrafter, drafter_hf_config, read_config, skeleton
+from dspark_jax.drafters.registry import Drafter, drafter_hf_config, read_config, skeleton
 from dspark_jax.sharding import ShardingRules, make_mesh, split
 from dspark_jax.targets.config import TargetConfig, config_sha256
 from dspark_jax.targets.target import Target
@@ -72,7 +72,7 @@ def write_family(folder: Path, name: str) -> Path:
     return folder
 
 
-def gemma_pair(context: float = 0.1) -> tuple[Target, LoadedDrafter]:
+def gemma_pair(context: float = 0.1) -> tuple[Target, Drafter]:
     """A Gemma target whose layers add little (`context`), so nearly a bigram model, and a drafter whose Markov head is
     that bigram: without training, some drafts are accepted and some are not."""
     hf_config = GEMMA | {"tie_word_embeddings": False}
@@ -97,7 +97,7 @@ def gemma_pair(context: float = 0.1) -> tuple[Target, LoadedDrafter]:
     leaves["markov_head", "w2_vr"] = np.asarray(params["head_weight_vd"])
     leaves["backbone", "norm", "weight"] = 0.1 * leaves["backbone", "norm", "weight"]
     made = unflatten_dict({path: jnp.asarray(leaf, jnp.float32) for path, leaf in leaves.items()})
-    return target, LoadedDrafter("bigram", read_config(draft_config), graphdef, made, draft_config)
+    return target, Drafter("bigram", read_config(draft_config), graphdef, made, draft_config)
 
 
 def check_split(name: str) -> None:

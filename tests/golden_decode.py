@@ -15,7 +15,7 @@ from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.decoding.acceptance import RejectionSampling, first_stop, residual_law
 from dspark_jax.decoding.dispatch import run_round
 from dspark_jax.decoding.sampling import SamplingParams, sampling_law
-from dspark_jax.drafters.registry import LoadedDrafter
+from dspark_jax.drafters.registry import Drafter
 from dspark_jax.scheduling.calibration import calibration_metrics, prefix_survival
 from dspark_jax.scheduling.policies import Fixed, Threshold
 from dspark_jax.serving.engine import Engine
@@ -70,7 +70,7 @@ def check_decode(case: Path) -> Iterator[Result]:
 
 
 def play(
-    target: Target, drafter: LoadedDrafter | None, prompt: list[int], config: DecodeConfig
+    target: Target, drafter: Drafter | None, prompt: list[int], config: DecodeConfig
 ) -> tuple[list[int], list[Any]]:
     """(prompt and new tokens, the round records) of one request, round by round through the compiled round.
 
@@ -96,7 +96,7 @@ def play(
 class Forward:
     """Whole-sequence passes of target and drafter, jitted once: sequences are right-padded, which causality ignores."""
 
-    def __init__(self, target: Target, drafter: LoadedDrafter):
+    def __init__(self, target: Target, drafter: Drafter):
         self.target, self.drafter = target, drafter
         self.shared = shared_tables(target)
 
@@ -163,7 +163,7 @@ def check_first_rounds(vectors: Any, forward: Forward) -> Iterator[Result]:
 
 
 def check_transcripts(
-    group: str, vectors: Any, target: Target, drafter: LoadedDrafter, stops_drafting: bool = False
+    group: str, vectors: Any, target: Target, drafter: Drafter, stops_drafting: bool = False
 ) -> Iterator[Result]:
     """A whole set of greedy transcripts, round by round, with its summary as the reference's evaluator counts it.
 
@@ -269,7 +269,7 @@ def check_sampled_rounds(vectors: Any, forward: Forward) -> Iterator[Result]:
     yield close("t1/next_token_dist", found.next_law, vectors["t1/next_token_dist"])
 
 
-def check_statistics(case: Path, vectors: Any, target: Target, drafter: LoadedDrafter) -> Iterator[Result]:
+def check_statistics(case: Path, vectors: Any, target: Target, drafter: Drafter) -> Iterator[Result]:
     """`t1_stats/*`: as many one-round samples of our own as the reference drew; exact laws by chi-square, the
     acceptance-length histogram by a two-sample chi-square."""
     meta = json.loads((case / "meta.json").read_text())

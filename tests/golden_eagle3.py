@@ -21,7 +21,7 @@ from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.checkpoints.target_tables import describe_target
 from dspark_jax.checkpoints.tensors import stored_tensors
 from dspark_jax.drafters.paired import shift_left
-from dspark_jax.drafters.registry import LoadedDrafter
+from dspark_jax.drafters.registry import Drafter
 from dspark_jax.serving.requests import DecodeConfig
 from dspark_jax.targets.attention import Causal, prefix_mask
 from dspark_jax.targets.target import Target
@@ -35,7 +35,7 @@ from tests.golden_train import Result, check_target, close, exact, relative
 CHUNK = 5
 
 
-def load_case(case: Path) -> tuple[Any, Target, LoadedDrafter]:
+def load_case(case: Path) -> tuple[Any, Target, Drafter]:
     """A case without target weights has the target's tables in the drafter's frozen copies, enough for training."""
     if (case / "target" / "model.safetensors").exists():
         target = load_target(case / "target", dtype="float32", tokenizer=False)
@@ -69,7 +69,7 @@ def check_train(case: str | Path) -> Iterator[Result]:
     yield from check_losses(vectors, target, drafter, objective, batch)
 
 
-def check_rollout(vectors: Any, target: Target, drafter: LoadedDrafter, batch: Batch) -> Iterator[Result]:
+def check_rollout(vectors: Any, target: Target, drafter: Drafter, batch: Batch) -> Iterator[Result]:
     """Tokens, masks and hidden states of every step, where this and all earlier steps have a query."""
     shared, steps = shared_tables(target), drafter.config.block_size
 
@@ -102,7 +102,7 @@ def check_rollout(vectors: Any, target: Target, drafter: LoadedDrafter, batch: B
 
 
 def check_losses(
-    vectors: Any, target: Target, drafter: LoadedDrafter, objective: RolloutObjective, batch: Batch
+    vectors: Any, target: Target, drafter: Drafter, objective: RolloutObjective, batch: Batch
 ) -> Iterator[Result]:
     shared, plan = shared_tables(target), objective.plan(batch, jax.random.key(0))
 
@@ -131,7 +131,7 @@ def check_decode(case: str | Path) -> Iterator[Result]:
         yield from check_transcripts(group, vectors, target, drafter, stops_drafting=True)
 
 
-def check_first_rounds(vectors: Any, target: Target, drafter: LoadedDrafter) -> Iterator[Result]:
+def check_first_rounds(vectors: Any, target: Target, drafter: Drafter) -> Iterator[Result]:
     """The tokens of three rounds through the compiled loop, and the logits of drafter and target behind them."""
     prompt = vectors["infer/prompt_ids"].tolist()
     config = DecodeConfig(max_new_tokens=NEW_TOKENS, stop_tokens=())

@@ -20,7 +20,7 @@ from dspark_jax.checkpoints.deepspec import drafter_tensor_map
 from dspark_jax.checkpoints.drafters import load_drafter, shared_tables
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.checkpoints.tensors import stored_tensors
-from dspark_jax.drafters.registry import LoadedDrafter
+from dspark_jax.drafters.registry import Drafter
 from dspark_jax.targets.attention import SegmentedCausal, prefix_mask
 from dspark_jax.targets.target import Target
 from dspark_jax.training.anchors import Blocks, eligible_anchors
@@ -87,7 +87,7 @@ def check_train(case: str | Path) -> Iterator[Result]:
     yield from check_losses(vectors, meta, target, drafter, objective, batch)
 
 
-def check_target(vectors: Any, target: Target, drafter: LoadedDrafter) -> Iterator[Result]:
+def check_target(vectors: Any, target: Target, drafter: Drafter) -> Iterator[Result]:
     """Logits and every layer's hidden states of a padded batch; then the features that training was given."""
     layers = tuple(range(-1, target.config.num_layers - 1))
 
@@ -115,7 +115,7 @@ def check_target(vectors: Any, target: Target, drafter: LoadedDrafter) -> Iterat
 
 
 def check_blocks(
-    vectors: Any, target: Target, drafter: LoadedDrafter, objective: BlockObjective, batch: Batch
+    vectors: Any, target: Target, drafter: Drafter, objective: BlockObjective, batch: Batch
 ) -> Iterator[Result]:
     """Masks, labels and the teacher-forced forward pass at the given anchors."""
     anchors = jnp.asarray(vectors["train/anchor_positions"], jnp.int32)
@@ -151,7 +151,7 @@ def check_blocks(
 
 
 def check_losses(
-    vectors: Any, meta: dict, target: Target, drafter: LoadedDrafter, objective: BlockObjective, batch: Batch
+    vectors: Any, meta: dict, target: Target, drafter: Drafter, objective: BlockObjective, batch: Batch
 ) -> Iterator[Result]:
     """Numerators, denominators, totals, metrics and gradients; then other weights, and two ranks with a row each."""
     anchors = jnp.asarray(vectors["train/anchor_positions"], jnp.int32)
@@ -188,7 +188,7 @@ def check_losses(
 
 
 def _other_total(
-    objective: BlockObjective, meta: dict, drafter: LoadedDrafter, shared: Any, batch: Batch, anchors: Any, keep: Any
+    objective: BlockObjective, meta: dict, drafter: Drafter, shared: Any, batch: Batch, anchors: Any, keep: Any
 ) -> Any:
     """The loss under the weights that the array's description names, all anchors in one chunk."""
     named = dict(re.findall(r"(\w+)=([\w.]+)", meta["arrays"]["loss/total_alt_nodecay"]["meaning"]))
@@ -206,7 +206,7 @@ def _other_total(
 
 
 def _rank_losses(
-    objective: BlockObjective, drafter: LoadedDrafter, shared: Any, batch: Batch, plan: Any, ranks: int
+    objective: BlockObjective, drafter: Drafter, shared: Any, batch: Batch, plan: Any, ranks: int
 ) -> np.ndarray:
     """What the reference's ranks backpropagate: their own numerators over the global denominator, times the ranks."""
     sums = jax.jit(objective.sums)

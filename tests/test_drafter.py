@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from dspark_jax.drafters.heads import MARKOV_HEADS, MarkovHead
-from dspark_jax.drafters.registry import LoadedDrafter, drafter_hf_config
+from dspark_jax.drafters.registry import Drafter, drafter_hf_config
 from dspark_jax.errors import UserError
 from dspark_jax.targets.attention import KeysValues
 from dspark_jax.targets.config import TargetConfig, config_sha256
@@ -39,7 +39,7 @@ def _draft(graphdef: nnx.GraphDef, params: dict, taps: jax.Array) -> Any:
     return model.draft(tiny_tables(), state, ANCHORS, POSITIONS, greedy)
 
 
-def draft_with(drafter: LoadedDrafter, taps: jax.Array) -> Any:
+def draft_with(drafter: Drafter, taps: jax.Array) -> Any:
     return _draft(drafter.graphdef, drafter.params, taps)
 
 

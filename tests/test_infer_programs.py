@@ -10,7 +10,7 @@ import pytest
 
 from dspark_jax.checkpoints.drafters import save_drafter
 from dspark_jax.checkpoints.huggingface import load_target
-from dspark_jax.drafters.registry import LoadedDrafter, drafter_hf_config, read_config, skeleton
+from dspark_jax.drafters.registry import Drafter, drafter_hf_config, read_config, skeleton
 from dspark_jax.evaluation.acceptance import Acceptance
 from dspark_jax.evaluation.timing import Timed, alternate, median_ratio, median_speed
 from dspark_jax.serving.requests import Generation
@@ -32,7 +32,7 @@ def write_drafter(target_folder: Path, folder: Path) -> None:
     )  # fmt: skip
     graphdef, abstract = split(skeleton(config))
     params = random_leaves(abstract, 0.2, 1)
-    save_drafter(folder, LoadedDrafter("new", read_config(config), graphdef, params, config), target)
+    save_drafter(folder, Drafter("new", read_config(config), graphdef, params, config), target)
 
 
 @pytest.fixture(scope="module")

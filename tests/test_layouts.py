@@ -14,7 +14,7 @@ from dspark_jax.checkpoints.drafters import drafter_layout, load_drafter, save_d
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.checkpoints.layouts import LAYOUTS, detect_layout
 from dspark_jax.checkpoints.manifest import MANIFEST_FILE, Provenance
-from dspark_jax.drafters.registry import LoadedDrafter, drafter_hf_config, new_drafter
+from dspark_jax.drafters.registry import Drafter, drafter_hf_config, new_drafter
 from dspark_jax.errors import UserError
 from dspark_jax.targets.target import Target
 from infer.export import main as export
@@ -34,7 +34,7 @@ GEMMA_KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Target, LoadedDrafter]]:
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Target, Drafter]]:
     folder = tmp_path_factory.mktemp("pairs")
     made = {name: write_pair(folder / name, dtype="bfloat16", **fields) for name, fields in KINDS.items()}
     gemma = load_target(write_family(folder / "gemma", "gemma"), tokenizer=False)

@@ -22,7 +22,7 @@ from dspark_jax.decoding.dispatch import run_rounds
 from dspark_jax.decoding.prefill import admit
 from dspark_jax.decoding.round import DecodeLoop, LoopParams, init_state
 from dspark_jax.decoding.sampling import SamplingParams, sampling_law
-from dspark_jax.drafters.registry import DRAFTERS, LoadedDrafter, drafter_hf_config, read_config, skeleton
+from dspark_jax.drafters.registry import DRAFTERS, Drafter, drafter_hf_config, read_config, skeleton
 from dspark_jax.evaluation.timing import differences
 from dspark_jax.scheduling.costs import Occupancy
 from dspark_jax.scheduling.policies import Fixed, Threshold, VerifyPolicy
@@ -50,11 +50,11 @@ class Case:
 
     target: Target
     prompts: tuple[Prompt, ...]
-    drafters: dict[str, LoadedDrafter]
+    drafters: dict[str, Drafter]
     config: DecodeConfig
 
 
-def adversary(drafter: LoadedDrafter) -> LoadedDrafter:
+def adversary(drafter: Drafter) -> Drafter:
     """The same drafter turned round: it is certain, one-hot almost, of what it held for least likely."""
     markov = drafter.params["markov_head"]
     norm = drafter.params["backbone"]["norm"]
@@ -63,13 +63,13 @@ def adversary(drafter: LoadedDrafter) -> LoadedDrafter:
     return replace(drafter, params=drafter.params | {"backbone": backbone, "markov_head": markov})
 
 
-def untrained(target: Target) -> LoadedDrafter:
+def untrained(target: Target) -> Drafter:
     config = drafter_hf_config(
         target.hf_config, num_layers=1, target_layer_ids=(1, 4), mask_token_id=3, markov_rank=16, dtype="float32"
     )
     graphdef, abstract = split(skeleton(config))
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), random_leaves(abstract, 0.05, 0))
-    return LoadedDrafter("untrained", read_config(config), graphdef, params, config)
+    return Drafter("untrained", read_config(config), graphdef, params, config)
 
 
 def tiny_case() -> Case:

@@ -13,7 +13,7 @@ from dspark_jax.decoding.dispatch import record_rounds, run_rounds
 from dspark_jax.decoding.prefill import admit
 from dspark_jax.decoding.round import DecodeLoop, LoopParams, init_state
 from dspark_jax.decoding.state import DecodeState
-from dspark_jax.drafters.registry import DRAFTERS, LoadedDrafter
+from dspark_jax.drafters.registry import DRAFTERS, Drafter
 from dspark_jax.scheduling.calibration import Online
 from dspark_jax.scheduling.costs import CostTable, Occupancy, ScheduleTables
 from dspark_jax.scheduling.policies import Adaptive, Asynchronous, Causal, LookAhead, VerifyPolicy
@@ -41,7 +41,7 @@ def tables(buckets: tuple[int, ...], seconds: Any, drafting: float, block: int) 
     return ScheduleTables.of(CostTable.of(buckets, seconds, drafting, plain=plain), [1.0] * block)
 
 
-def sharp(drafter: LoadedDrafter, scale: float, bias: float) -> LoadedDrafter:
+def sharp(drafter: Drafter, scale: float, bias: float) -> Drafter:
     """Confidences that differ: a tiny drafter's own lie around one half."""
     head = drafter.params["confidence_head"]
     proj = {"weight_io": scale * head["proj"]["weight_io"], "bias_o": head["proj"]["bias_o"] + bias}
@@ -63,7 +63,7 @@ class LooksBack(Adaptive):
 
 
 @cache
-def unlike_pair() -> tuple[Target, LoadedDrafter]:
+def unlike_pair() -> tuple[Target, Drafter]:
     """A target and a drafter of unlike laws over V tokens, as test_lossless has them."""
     shapes = {"vocab_size": V, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
     target, drafter = tiny_pair(
@@ -133,7 +133,7 @@ def test_a_policy_that_looks_back_is_rejected(record_property: Any) -> None:
 
 
 @cache
-def pair() -> tuple[Target, LoadedDrafter]:
+def pair() -> tuple[Target, Drafter]:
     target, drafter = tiny_pair()
     return target, sharp(drafter, 6.0, 2.0)
 

@@ -29,7 +29,7 @@ from dspark_jax.distributed import (
     is_first,
     require_same,
 )
-from dspark_jax.drafters.registry import LoadedDrafter, skeleton
+from dspark_jax.drafters.registry import Drafter, skeleton
 from dspark_jax.errors import UserError
 from dspark_jax.files import write_json
 from dspark_jax.sharding import split
@@ -110,7 +110,7 @@ def export(plan: RunPlan, target: Target, params: dict, name: str = "drafter") -
     """Writes RUN/name and returns it; in a job its first process writes."""
     folder = plan.folder / name
     graphdef, _ = split(skeleton(plan.drafter_hf))
-    drafter = LoadedDrafter(str(folder), plan.drafter, graphdef, fetch(params), plan.drafter_hf)
+    drafter = Drafter(str(folder), plan.drafter, graphdef, fetch(params), plan.drafter_hf)
     target = replace(target, params=fetch(target.params))
     if is_first():
         save_drafter(folder, drafter, target, provenance=provenance_of(plan))

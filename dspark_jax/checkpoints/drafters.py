@@ -24,7 +24,7 @@ from dspark_jax.checkpoints.tensors import (
     write_tensors,
 )
 from dspark_jax.drafters.protocol import SharedTables
-from dspark_jax.drafters.registry import LoadedDrafter, read_config, skeleton
+from dspark_jax.drafters.registry import Drafter, read_config, skeleton
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import ShardingRules, parameter_shardings, split
 from dspark_jax.targets.target import Target
@@ -61,7 +61,7 @@ def load_drafter(
     rules: ShardingRules | None = None,
     compare_manifest: bool = True,
     layer_shift: int = 0,
-) -> LoadedDrafter:
+) -> Drafter:
     """Loads a drafter of `target` from a folder or hub id in any of the layouts.
 
     dtype: 'float32' or 'bfloat16'; None keeps the config's. The confidence head is float32 always. mesh: parameters are
@@ -99,12 +99,12 @@ def load_drafter(
         shardings,
         lambda path: jnp.float32 if path[0] == "confidence_head" else storage,
     )
-    return LoadedDrafter(str(path_or_id), config, graphdef, params, hf_config)
+    return Drafter(str(path_or_id), config, graphdef, params, hf_config)
 
 
 def save_drafter(
     folder: str | Path,
-    drafter: LoadedDrafter,
+    drafter: Drafter,
     target: Target,
     *,
     layout: str = "deepspec",

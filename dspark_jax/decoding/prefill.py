@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool
 from dspark_jax.decoding.round import DecodeLoop, LoopParams, shared_tables, zeros_of
 from dspark_jax.decoding.sampling import RESIDUAL, draw_token, sampling_law
 from dspark_jax.decoding.state import Admission, DecodeState, empty_counters
-from dspark_jax.drafters.protocol import Drafter, SharedTables
+from dspark_jax.drafters.protocol import DrafterModel, SharedTables
 from dspark_jax.targets.attention import Attend, CachedBlock, Causal
 from dspark_jax.targets.decoder import TargetModel
 from dspark_jax.targets.kv_cache import KVCache, head_major, insert_rows, take_slots
@@ -110,7 +110,7 @@ def _forward(target: TargetModel, layers: tuple[int, ...], cache: KVCache, new: 
     return run(()) if fresh else jax.lax.cond(new.counts[0] > 0, run, partial(zeros_of, run), cache)
 
 
-def _context(drafter: Drafter, shared: SharedTables, stored: Any, taps: Array, new: Admission, fresh: bool) -> Any:
+def _context(drafter: DrafterModel, shared: SharedTables, stored: Any, taps: Array, new: Admission, fresh: bool) -> Any:
     if fresh:
         return insert_rows(stored, drafter.prefill(shared, taps, new.tokens, new.counts), new.slots)
 

@@ -18,7 +18,7 @@ from dspark_jax.decoding.acceptance import AcceptanceRule, RejectionSampling, fi
 from dspark_jax.decoding.sampling import DRAFT, RESIDUAL, SamplingParams, draw, draw_token, sampling_law, uniforms
 from dspark_jax.decoding.state import DecodeState, RoundCounters, RoundRecord, empty_counters, spread
 from dspark_jax.decoding.verification import VerifyOutput, verify, zeros_of
-from dspark_jax.drafters.protocol import Drafter, DraftOutput, SharedTables
+from dspark_jax.drafters.protocol import DrafterModel, DraftOutput, SharedTables
 from dspark_jax.scheduling.costs import Occupancy, ScheduleTables, idle_costs
 from dspark_jax.scheduling.policies import Fixed, PolicyState, RoundView, VerifyPolicy
 from dspark_jax.targets.decoder import TargetModel
@@ -67,7 +67,7 @@ class DecodeLoop:
     def place(self, state: DecodeState) -> DecodeState:
         return state if self.mesh is None else spread(state, self.mesh)
 
-    def models(self, params: LoopParams) -> tuple[TargetModel, Drafter | None]:
+    def models(self, params: LoopParams) -> tuple[TargetModel, DrafterModel | None]:
         target = nnx.merge(self.target, params.target)
         return target, None if self.drafter is None else nnx.merge(self.drafter, params.drafter)
 
@@ -187,7 +187,7 @@ class DecodeLoop:
     def draft(
         self,
         target: TargetModel,
-        drafter: Drafter | None,
+        drafter: DrafterModel | None,
         state: DecodeState,
         anchors: Array,
         starts: Array,
@@ -229,7 +229,7 @@ class DecodeLoop:
 
     def _commit(
         self,
-        drafter: Drafter | None,
+        drafter: DrafterModel | None,
         state: DecodeState,
         block: Array,
         draft: DraftOutput,

@@ -56,7 +56,7 @@ class DraftOutput(NamedTuple):
     confidence: Array | None
 
 
-class Drafter(Protocol):
+class DrafterModel(Protocol):
     """Every leaf of a DraftState has the request slot as its first axis; positions past a request's length are junk.
 
     The context of a request at anchor position s covers positions < s. `init_state` makes an empty one; `prefill` one
@@ -103,7 +103,7 @@ class BlockOutput(NamedTuple):
     confidence: Array | None
 
 
-class BlockDrafter(Drafter, Protocol):
+class BlockDrafter(DrafterModel, Protocol):
     """A drafter whose training is blocks of tokens behind sampled anchors: the objective "blocks".
 
     `train_context` runs once a row, whatever the anchors; `train_outputs` on chunks of anchors, again in the backward

@@ -1,4 +1,4 @@
-"""Kinds of drafters by name, and what a drafter on disk or in memory is: `LoadedDrafter`."""
+"""Kinds of drafters by name, and what a drafter on disk or in memory is: `Drafter`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +20,8 @@ from dspark_jax.targets.config import TargetConfig, config_sha256
 @dataclass(frozen=True)
 class DrafterKind:
     """`architecture` is the name in config.json without the family's prefix (`Qwen3DSparkModel`);
-    `module(config, rngs=...)` implements `protocol.Drafter`; `objective` trains it, a name in `training.registry`."""
+    `module(config, rngs=...)` implements `protocol.DrafterModel`; `objective`, a name in `training.registry`, trains
+    it."""
 
     architecture: str
     module: Any
@@ -106,7 +107,7 @@ def drafter_hf_config(
 
 
 @dataclass(frozen=True)
-class LoadedDrafter:
+class Drafter:
     """Static structure beside `params`, a nested dict of arrays that travels through jit apart (as `Target` is).
 
     `name` is the path it was loaded from; `hf_config` its config.json, written back unchanged when it is saved.
@@ -124,7 +125,7 @@ class LoadedDrafter:
         return self.config.target_sha256
 
     def model(self, params: dict) -> Any:
-        """The module (a `protocol.Drafter`) over `params`; call it inside the jitted function."""
+        """The module (a `protocol.DrafterModel`) over `params`; call it inside the jitted function."""
         return nnx.merge(self.graphdef, params)
 
 
@@ -140,11 +141,11 @@ def new_params(hf_config: Mapping[str, Any], key: jax.Array) -> dict:
     return split(kind.module(config, rngs=nnx.Rngs(params=key)))[1]
 
 
-def new_drafter(name: str, hf_config: Mapping[str, Any], key: jax.Array) -> LoadedDrafter:
+def new_drafter(name: str, hf_config: Mapping[str, Any], key: jax.Array) -> Drafter:
     """An untrained drafter, on the default device."""
     graphdef, _ = split(skeleton(hf_config))
     # Not jitted: random bits compile slowly on a CPU, and one by one each shape compiles once.
-    return LoadedDrafter(name, read_config(hf_config), graphdef, new_params(hf_config, key), hf_config)
+    return Drafter(name, read_config(hf_config), graphdef, new_params(hf_config, key), hf_config)
 
 
 def graft_target_layers(hf_config: Mapping[str, Any], params: dict, layers: Sequence[dict], final_norm: dict) -> dict:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dspark_jax.drafters.registry import LoadedDrafter
+from dspark_jax.drafters.registry import Drafter
 from dspark_jax.serving.generate import generate
 from dspark_jax.serving.prompts import Prompt
 from dspark_jax.serving.requests import DecodeConfig, Generation, Request
@@ -68,7 +68,7 @@ def _rates(good: np.ndarray, tried: np.ndarray) -> tuple[float, ...]:
 
 
 def acceptance_by_domain(
-    target: Target, drafter: LoadedDrafter, prompts: Sequence[Prompt], config: DecodeConfig
+    target: Target, drafter: Drafter, prompts: Sequence[Prompt], config: DecodeConfig
 ) -> dict[str, Acceptance]:
     """Decodes all prompts together; a prompt keeps its random numbers whatever the drafter and the other prompts.
 

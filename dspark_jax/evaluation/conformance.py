@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from dspark_jax.drafters.config import DSparkConfig
 from dspark_jax.drafters.protocol import SharedTables
-from dspark_jax.drafters.registry import LoadedDrafter, skeleton
+from dspark_jax.drafters.registry import Drafter, skeleton
 from dspark_jax.sharding import split
 from dspark_jax.targets.attention import Causal
 from dspark_jax.targets.kv_cache import head_major
@@ -45,7 +45,7 @@ class Reading:
         changed = zip(CONVENTIONS, (self.slot, self.layer, self.position), strict=False)
         return next((name for name, shift in changed if shift), None)
 
-    def describe(self, drafter: LoadedDrafter) -> str:
+    def describe(self, drafter: Drafter) -> str:
         if self.slot and hasattr(drafter.config, "sample_from_anchor"):
             return "the anchor's row predicts nothing" if self.slot < 0 else "the anchor's row predicts too"
         for shift, one, few in (
@@ -69,7 +69,7 @@ class Sequences(NamedTuple):
     last: Int[np.ndarray, " s"]
 
 
-def readings(drafter: LoadedDrafter) -> list[Reading]:
+def readings(drafter: Drafter) -> list[Reading]:
     """The declared reading first, then each off-by-one that these files could have been written with."""
     ids, layers = drafter.config.target_layer_ids, drafter.config.num_target_layers
     shifted = [s for s in (-1, 1) if ids[0] + s >= -1 and ids[-1] + s < layers]
@@ -88,7 +88,7 @@ class Probe:
     """A target and a drafter to be read in several ways; `batch` sequences are run at once."""
 
     target: Target
-    drafter: LoadedDrafter
+    drafter: Drafter
     shared: SharedTables
     batch: int = 8
 
@@ -134,7 +134,7 @@ def _filled(tokens: np.ndarray, anchors: np.ndarray, rows: int) -> tuple[Array, 
     return jnp.asarray(np.asarray(tokens)[index]), jnp.asarray(anchors[index])
 
 
-def _graph(drafter: LoadedDrafter, config: DSparkConfig, reading: Reading) -> nnx.GraphDef:
+def _graph(drafter: Drafter, config: DSparkConfig, reading: Reading) -> nnx.GraphDef:
     """The drafter's structure; with the other anchor convention, over as many input rows, where `slot` says so."""
     if not reading.slot:
         return drafter.graphdef

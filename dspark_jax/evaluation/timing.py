@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dspark_jax.drafters.registry import LoadedDrafter
+from dspark_jax.drafters.registry import Drafter
 from dspark_jax.serving.generate import generate
 from dspark_jax.serving.prompts import Prompt
 from dspark_jax.serving.requests import DecodeConfig, Generation, Request
@@ -35,7 +35,7 @@ class Decoder:
     """A way of decoding: the target alone, or with a drafter. A request keeps its seed whatever the set it is in."""
 
     target: Target
-    drafter: LoadedDrafter | None
+    drafter: Drafter | None
     config: DecodeConfig
 
     def __call__(self, prompts: Sequence[Prompt]) -> Timed:

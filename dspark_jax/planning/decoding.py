@@ -29,7 +29,7 @@ from dspark_jax.config.schema import MeshSettings, TrainConfig
 from dspark_jax.decoding.dispatch import run_rounds
 from dspark_jax.decoding.round import DecodeLoop, LoopParams
 from dspark_jax.decoding.state import DecodeState
-from dspark_jax.drafters.registry import LoadedDrafter, drafter_hf_config, read_config, skeleton
+from dspark_jax.drafters.registry import Drafter, drafter_hf_config, read_config, skeleton
 from dspark_jax.errors import UserError
 from dspark_jax.planning.compiled import compiled, copies, figures, mebibytes, topology_mesh
 from dspark_jax.planning.published_targets import planned_target
@@ -102,7 +102,7 @@ class DecodePlan:
     that is here; of one device: a chip of a topology."""
 
     target: Target
-    drafter: LoadedDrafter | None
+    drafter: Drafter | None
     loop: DecodeLoop
     params: LoopParams
     state: DecodeState
@@ -175,7 +175,7 @@ def plan_mesh(options: PlanOptions) -> Mesh | None:
     return topology_mesh(options.topology, settings.data, settings.fsdp, settings.tensor, part=True)
 
 
-def planned_pair(options: PlanOptions, mesh: Mesh | None) -> tuple[Target, LoadedDrafter | None]:
+def planned_pair(options: PlanOptions, mesh: Mesh | None) -> tuple[Target, Drafter | None]:
     """Target and drafter with shapes in place of parameters, laid over the mesh as loading them does."""
     config = load_config(options.config) if options.config else None
     if config is not None and not isinstance(config, TrainConfig):
@@ -198,7 +198,7 @@ def planned_pair(options: PlanOptions, mesh: Mesh | None) -> tuple[Target, Loade
     described.check_target(target.config)
     module = skeleton(hf_config)
     params = abstract_params(module, mesh, options.dtype)
-    return target, LoadedDrafter(options.drafter or options.config, described, split(module)[0], params, hf_config)
+    return target, Drafter(options.drafter or options.config, described, split(module)[0], params, hf_config)
 
 
 def described_drafter(config: TrainConfig, target: Target) -> dict[str, Any]:

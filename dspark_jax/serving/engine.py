@@ -19,7 +19,7 @@ from dspark_jax.decoding.dispatch import record_rounds, run_rounds, run_undrafte
 from dspark_jax.decoding.prefill import admit, recall, retire
 from dspark_jax.decoding.round import DecodeLoop, LoopParams, init_state
 from dspark_jax.decoding.state import Admission, DecodeState, RoundRecord
-from dspark_jax.drafters.registry import LoadedDrafter
+from dspark_jax.drafters.registry import Drafter
 from dspark_jax.errors import UserError
 from dspark_jax.scheduling.costs import LoadMeter, Occupancy, ScheduleTables
 from dspark_jax.scheduling.policies import bucket_ladder
@@ -89,7 +89,7 @@ class Engine:
     """
 
     target: Target
-    drafter: LoadedDrafter | None
+    drafter: Drafter | None
     config: DecodeConfig
     longest: int
     stop_slots: int = 4
@@ -405,7 +405,7 @@ def check_engine(config: DecodeConfig) -> None:
 
 
 def make_loop(
-    target: Target, drafter: LoadedDrafter | None, config: DecodeConfig, longest: int, stop_slots: int
+    target: Target, drafter: Drafter | None, config: DecodeConfig, longest: int, stop_slots: int
 ) -> DecodeLoop:
     """The loop for these settings; a slot holds `longest` positions and the widest write behind them."""
     block = 0 if drafter is None else drafter.config.block_size

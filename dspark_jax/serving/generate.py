@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from dspark_jax.drafters.registry import LoadedDrafter
+from dspark_jax.drafters.registry import Drafter
 from dspark_jax.scheduling.policies import Fixed
 from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.requests import DecodeConfig, Generation, Progress, Prompt, Request, tokenize_prompt
@@ -14,7 +14,7 @@ DEFAULTS = DecodeConfig()
 
 def stream(
     target: Target,
-    drafter: LoadedDrafter | None,
+    drafter: Drafter | None,
     prompts: Sequence[Prompt | Request],
     config: DecodeConfig = DEFAULTS,
 ) -> Iterator[Progress]:
@@ -42,7 +42,7 @@ def stream(
 
 def generate(
     target: Target,
-    drafter: LoadedDrafter | None,
+    drafter: Drafter | None,
     prompts: Sequence[Prompt | Request],
     config: DecodeConfig = DEFAULTS,
 ) -> list[Generation]:

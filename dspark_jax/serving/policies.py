@@ -5,7 +5,7 @@ from typing import Literal
 
 from dspark_jax.checkpoints.serving_tables import SpsTable, read_sps
 from dspark_jax.checkpoints.tensors import read_json
-from dspark_jax.drafters.registry import LoadedDrafter
+from dspark_jax.drafters.registry import Drafter
 from dspark_jax.scheduling.costs import CostTable, ScheduleTables
 from dspark_jax.scheduling.policies import (
     Asynchronous,
@@ -37,9 +37,7 @@ def policy_named(name: PolicyName, threshold: float = 0.0) -> VerifyPolicy:
     return policies[name]
 
 
-def temperatures_of(
-    target: Target, drafter: LoadedDrafter, config: DecodeConfig, sts: Path | None
-) -> tuple[float, ...]:
+def temperatures_of(target: Target, drafter: Drafter, config: DecodeConfig, sts: Path | None) -> tuple[float, ...]:
     """[K] temperatures of the confidence logits: of sts.json, else ones. UserError for a table that was calibrated for
     something else."""
     if sts is None:
@@ -61,7 +59,7 @@ def costs_of(sps: Path, requests: int, buckets: tuple[int, ...]) -> CostTable:
 
 def make_engine(
     target: Target,
-    drafter: LoadedDrafter | None,
+    drafter: Drafter | None,
     config: DecodeConfig,
     longest: int,
     sts: Path | None = None,

@@ -14,7 +14,7 @@ import numpy as np
 
 from dspark_jax.checkpoints.serving_tables import StsTable
 from dspark_jax.checkpoints.tensors import read_json, write_json
-from dspark_jax.drafters.registry import LoadedDrafter
+from dspark_jax.drafters.registry import Drafter
 from dspark_jax.errors import UserError
 from dspark_jax.scheduling.calibration import ECE_BINS, position_metrics, sigmoid
 from dspark_jax.serving.requests import DecodeConfig
@@ -64,7 +64,7 @@ def fit_shift(logits: np.ndarray, accepted: np.ndarray, observed: np.ndarray) ->
     return shift
 
 
-def validity(target: Target, drafter: LoadedDrafter, config: DecodeConfig) -> dict[str, Any]:
+def validity(target: Target, drafter: Drafter, config: DecodeConfig) -> dict[str, Any]:
     """What a calibration holds for: these weights, and these sampling settings, which decide what is accepted."""
     return {
         "target": fingerprint(target.params),

@@ -10,7 +10,7 @@ import numpy as np
 from dspark_jax.checkpoints.huggingface import DTYPES, load_target
 from dspark_jax.config.schema import EvaluationSettings
 from dspark_jax.distributed import from_first
-from dspark_jax.drafters.registry import LoadedDrafter, skeleton
+from dspark_jax.drafters.registry import Drafter, skeleton
 from dspark_jax.evaluation.acceptance import Acceptance, acceptance_by_domain, macro_tau
 from dspark_jax.serving.prompts import Prompt
 from dspark_jax.serving.requests import DecodeConfig
@@ -33,7 +33,7 @@ class Evaluator:
     target: Target
     prompts: tuple[Prompt, ...]
     config: DecodeConfig
-    blank: LoadedDrafter
+    blank: Drafter
     gather: Callable[[dict], dict]
 
     @classmethod
@@ -48,7 +48,7 @@ class Evaluator:
             target=load_target(plan.target.name, dtype=dtype),
             prompts=plan.heldout,
             config=decode_config(settings, len(plan.heldout)),
-            blank=LoadedDrafter(plan.config.name, plan.drafter, graphdef, {}, plan.drafter_hf),
+            blank=Drafter(plan.config.name, plan.drafter, graphdef, {}, plan.drafter_hf),
             # One whole copy on every device: what the decode loop then runs on is local.
             gather=jax.jit(lambda params: cast_params(params, DTYPES[dtype]), out_shardings=trainer.placement.whole),
         )
@@ -57,9 +57,7 @@ class Evaluator:
         """The figures of a record, from the run's (split, float32) parameters."""
         with jax.transfer_guard("allow"):
             local = jax.tree.map(lambda x: x.addressable_data(0), self.gather(params))
-            drafter = LoadedDrafter(
-                self.blank.name, self.blank.config, self.blank.graphdef, local, self.blank.hf_config
-            )
+            drafter = Drafter(self.blank.name, self.blank.config, self.blank.graphdef, local, self.blank.hf_config)
             found = figures(acceptance_by_domain(self.target, drafter, self.prompts, self.config))
         # By this one checkpoints are ranked, on every process alike.
         return found | {TAU: from_first(found[TAU])}

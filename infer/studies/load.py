@@ -22,7 +22,7 @@ from tqdm import tqdm
 from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.config.cli import parse, program
-from dspark_jax.drafters.registry import LoadedDrafter
+from dspark_jax.drafters.registry import Drafter
 from dspark_jax.errors import UserError
 from dspark_jax.evaluation.simulator import LoadFigures, SimulatedDevice, Traces, simulate
 from dspark_jax.evaluation.traffic import (
@@ -164,8 +164,8 @@ def measured(settings: LoadSettings) -> dict[str, Any]:
 class Study:
     settings: LoadSettings
     target: Target
-    drafter: LoadedDrafter
-    mtp: LoadedDrafter | None
+    drafter: Drafter
+    mtp: Drafter | None
     prompts: list[Prompt]
     log: "RunLog" = field(init=False)
 

@@ -14,7 +14,7 @@ import numpy as np
 from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.config.schema import TrainConfig
-from dspark_jax.drafters.registry import LoadedDrafter, drafter_hf_config, new_drafter
+from dspark_jax.drafters.registry import Drafter, drafter_hf_config, new_drafter
 from dspark_jax.evaluation.acceptance import Acceptance, acceptance_by_domain
 from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.prompts import read_prompts
@@ -95,7 +95,7 @@ def head_cost(target_folder: str, repeats: int = 7) -> dict[str, Any]:
     return {"rank": HEADS["vanilla"], "repeats": repeats, "rows": rows}
 
 
-def _drafter(target: Target, block: int, head: str) -> LoadedDrafter:
+def _drafter(target: Target, block: int, head: str) -> Drafter:
     layers = target.config.num_layers
     hf_config = drafter_hf_config(
         target.hf_config,
@@ -112,7 +112,7 @@ def _drafter(target: Target, block: int, head: str) -> LoadedDrafter:
     return new_drafter(head, hf_config, jax.random.key(0))
 
 
-def _dispatches(target: Target, drafter: LoadedDrafter, slots: int, count: int) -> Iterator[float]:
+def _dispatches(target: Target, drafter: Drafter, slots: int, count: int) -> Iterator[float]:
     """Seconds a round of one dispatch after the other, all slots decoding throughout."""
     new_tokens = min(ROUNDS * (count + 2) * (drafter.config.block_size + 1), target.config.max_positions - 64)
     config = DecodeConfig(
