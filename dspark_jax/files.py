@@ -1,10 +1,16 @@
-"""Files on disk: atomic replacement, locks, hashes, and the settings recorded beside a program's output."""
+"""Files on disk: one atomic writer, one lock, content hashes, and the settings recorded beside a program's output.
+
+A file is replaced whole or not at all (`replacing`), and is on the disk before it gets its name. A folder is written by
+one process at a time (`lock_folder`). Content is identified by the bytes of the files themselves (`file_hash`,
+`hash_tree`, `weights_hash`).
+"""
 
 import fcntl
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +18,76 @@ import xxhash
 
 from dspark_jax.errors import UserError
 
-_SAMPLED = 1 << 20
+WEIGHTS = ("*.safetensors", "*.gguf")
+_CHUNK = 1 << 22
+
+
+# -- Atomic replacement -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write to; at the end of the block it replaces `path`, whole and on the disk.
+
+    After a kill or a power loss either the old or the new content stands there. A block that raises leaves the old
+    content and no temporary file.
+
+    Yields:
+        `path` with `.tmp` appended, in the same folder, which must exist.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        fsync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    # The new name is an entry of the folder, which has to reach the disk as well.
+    fsync(path.parent)
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Replaces a file by these bytes, or this text in UTF-8, as `replacing` does; OSError when the disk refuses."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+
+
+def write_json(path: Path, value: Mapping[str, Any], *, indent: int = 1, sort_keys: bool = False) -> None:
+    """An indented JSON file, replaced atomically; NaN, which JSON lacks, becomes null, a path its text.
+
+    Raises:
+        UserError: the file can't be written.
+    """
+    text = json.dumps(_plain(value), indent=indent, sort_keys=sort_keys, allow_nan=False) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); give an output that can.") from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def fsync(path: Path) -> None:
+    """Forces a file or a folder's entries to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# -- Settings ---------------------------------------------------------------------------------------------------------
 
 
 def require_same_settings(path: Path, settings: Mapping[str, Any], output: Path) -> bool:
@@ -24,10 +99,13 @@ def require_same_settings(path: Path, settings: Mapping[str, Any], output: Path)
     """
     try:
         recorded = json.loads(path.read_bytes())["settings"]
+        if not isinstance(recorded, dict):
+            raise TypeError("its settings are no JSON object")
     except FileNotFoundError:
         return False
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as settings ({error}); move {output} away and run again.") from error
+
     wanted = json.loads(json.dumps(settings))
     for name in [*wanted, *recorded]:
         if recorded.get(name) != wanted.get(name):
@@ -43,87 +121,142 @@ def write_settings(path: Path, settings: Mapping[str, Any], **about: Any) -> Non
     write_json(path, {**about, "settings": settings})
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """An indented JSON file, replaced atomically; NaN, which JSON lacks, becomes null, a path its text.
-
-    Raises:
-        UserError: the file can't be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(_plain(value), indent=1, allow_nan=False).encode() + b"\n")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); give an output that can.") from error
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and math.isnan(value):
-        return None
-    return str(value) if isinstance(value, Path) else value
-
-
-def weights_fingerprint(folder: Path) -> str:
-    """Identity of a folder's safetensors by names, sizes and the first and last MiB of each (xxh3-128, hex).
-
-    Training changes every tensor, so this tells a retrained model from its predecessor without reading all of it.
-    """
-    digest = xxhash.xxh3_128()
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}:".encode())
-        with open(path, "rb") as handle:
-            digest.update(handle.read(_SAMPLED))
-            handle.seek(max(0, size - _SAMPLED))
-            digest.update(handle.read(_SAMPLED))
-    return digest.hexdigest()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replaces a file so that after a kill or power loss either the old or the new content stands there."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as handle:
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
-    fsync(path.parent)
+# -- Content hashes ---------------------------------------------------------------------------------------------------
 
 
 def file_hash(path: Path) -> str:
-    """xxh3-128 of a file, as hex."""
+    """xxh3-128 of a file's bytes, 32 hexadecimal digits; OSError when it can't be read."""
     digest = xxhash.xxh3_128()
     with open(path, "rb") as handle:
-        while chunk := handle.read(1 << 22):
+        while chunk := handle.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
 
 
-def fsync(path: Path) -> None:
-    """Forces a file or a folder's entries to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def hash_tree(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, str]:
+    """`file_hash` of every file below a folder.
+
+    Args:
+        folder: what is hashed; a folder that is missing has no files.
+        wanted: which relative names count; temporary files (`.tmp`) never do.
+    Returns:
+        Hashes by relative name with forward slashes, in ascending order of the names.
+    """
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    names = sorted(name for name in files if not name.endswith(".tmp") and wanted(name))
+    return {name: file_hash(files[name]) for name in names}
 
 
-def lock_folder(folder: Path) -> int:
-    """Creates a cache folder and holds it until the returned descriptor is closed; UserError when another does."""
+def weights_hash(folder: Path) -> str:
+    """Identity of a model folder's weights: every byte of its safetensors and GGUF files, and their names.
+
+    Hashes are remembered by path, size and time of change in the user's cache folder, so that gigabytes are read once.
+
+    Returns:
+        xxh3-128, 32 hexadecimal digits.
+    Raises:
+        UserError: a file can't be read.
+    """
+    digest = xxhash.xxh3_128()
+    files = sorted(path for pattern in WEIGHTS for path in folder.glob(pattern))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
+        for path in files:
+            digest.update(f"{path.name}:{_remembered_hash(path)};".encode())
     except OSError as error:
-        raise UserError(f"The cache folder {folder} cannot be used: {error.strerror}.") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        raise UserError(f"{error.filename or folder} cannot be read ({error.strerror}); copy it again.") from error
+    return digest.hexdigest()
+
+
+def user_cache() -> Path:
+    """$DSPARK_JAX_CACHE, else dspark_jax in the user's cache folder: hashes and measured costs, made again at need."""
+    named = os.environ.get("DSPARK_JAX_CACHE")
+    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dspark_jax"
+
+
+def _remembered_hash(path: Path) -> str:
+    """`file_hash`, from the user's cache where the file is the one that was hashed."""
+    stat = path.stat()
+    now = {"path": str(path.resolve()), "bytes": stat.st_size, "changed_ns": stat.st_mtime_ns}
+    note = user_cache() / "hashes" / f"{xxhash.xxh3_64_hexdigest(now['path'].encode())}.json"
+    with suppress(OSError, ValueError, AttributeError):
+        known = json.loads(note.read_bytes())
+        if {name: known.get(name) for name in now} == now and isinstance(known.get("xxh3"), str):
+            return known["xxh3"]
+
+    found = file_hash(path)
+    # A cache that can't be written (a read-only home, a full disk) costs the next reading its time and nothing else.
+    with suppress(OSError, UserError):
+        note.parent.mkdir(parents=True, exist_ok=True)
+        with lock_folder(note.parent, "the hashes' folder", wait=True):
+            write_json(note, now | {"xxh3": found})
+    return found
+
+
+# -- Locks ------------------------------------------------------------------------------------------------------------
+
+
+class FolderLock:
+    """A folder that this process alone writes, until `release` or the end of `with`."""
+
+    def __init__(self, folder: Path, descriptor: int, created: bool):
+        self.folder = folder
+        self._descriptor, self._created = descriptor, created
+
+    def release(self) -> None:
+        """Gives the folder up; one that was made for the lock and got no content goes again."""
+        if self._descriptor < 0:
+            return
+        if self._created:
+            with suppress(OSError):
+                self.folder.rmdir()  # refuses a folder that holds something
+        os.close(self._descriptor)
+        self._descriptor = -1
+
+    def __enter__(self) -> "FolderLock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def lock_folder(folder: Path, what: str = "the folder", *, wait: bool = False) -> FolderLock:
+    """Takes the exclusive right to write a folder, made where it is missing; a process that dies gives it up.
+
+    Args:
+        folder: a run, a cache, an export.
+        what: the folder's role in a sentence, as in "the cache".
+        wait: wait for another process that has it, and do not refuse.
+    Raises:
+        UserError: another process writes there, or the folder can't be made.
+    """
+    while True:
+        try:
+            created = not folder.exists()
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            where = f"{what} {folder}"
+            raise UserError(
+                f"{where[0].upper()}{where[1:]} cannot be used ({error.strerror}); give another."
+            ) from error
+        try:
+            lock_descriptor(descriptor, folder, what, wait=wait)
+        except UserError:
+            os.close(descriptor)
+            raise
+        # Between opening and locking, its last owner may have removed the folder: then this one has no name any more.
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+                return FolderLock(folder, descriptor, created)
         os.close(descriptor)
-        raise UserError(f"Another process is writing the cache {folder}; wait for it or give a new folder.") from error
-    return descriptor
+
+
+def lock_descriptor(descriptor: int, path: Path, what: str, *, wait: bool = False) -> None:
+    """The same right on an open file, held until it is closed; UserError where another process has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError as error:
+        raise UserError(f"Another process is writing {what} {path}; wait for it or give another output.") from error
 
 
 def check_new_folder(folder: Path) -> None:

@@ -16,6 +16,7 @@ from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.config.cli import parse, program
 from dspark_jax.errors import UserError
 from dspark_jax.evaluation.acceptance import Acceptance
+from dspark_jax.files import write_atomically
 from dspark_jax.serving.generate import stream
 from dspark_jax.serving.policies import PolicyName, policy_named
 from dspark_jax.serving.prompts import Prompt, encode, read_prompts
@@ -123,7 +124,7 @@ def _write(path: Path, prompts: list[Prompt], generations: list[Generation]) -> 
         rows.append(json.dumps({"id": prompt.id, "domain": prompt.domain, **fields}))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+        write_atomically(path, "\n".join(rows) + "\n")
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}); give an output that can.") from None
 

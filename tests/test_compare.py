@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dspark_jax.checkpoints.target_tables import describe_target
-from dspark_jax.files import weights_fingerprint, write_settings
+from dspark_jax.files import weights_hash, write_settings
 from dspark_jax.training.synthetic_cache import write_synthetic_cache
 from tests.tiny import write_tiny_target
 from train.studies.compare import CompareSettings, all_points, finished, main, point_config
@@ -136,7 +136,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     target = write_tiny_target(folder / "target", num_hidden_layers=4)
     cache = folder / "study" / "cache"
     write_synthetic_cache(cache, describe_target(target), (0, 1, 3), records=8, length=24, seed=0)
-    write_settings(cache / "build.json", {"weights": weights_fingerprint(target)})
+    write_settings(cache / "build.json", {"weights_xxh3": weights_hash(target)})
     rows = [
         {"id": f"{d}{i}", "domain": d, "messages": [{"role": "user", "content": "one"}]} for d in "ab" for i in "01"
     ]
@@ -178,7 +178,7 @@ def test_compare_refusals(study: list[str], more: list[str], said: str, capsys: 
 def test_a_cache_of_another_target_is_refused(study: list[str], capsys: pytest.CaptureFixture[str]):
     path = Path(study[3]) / "cache" / "build.json"
     kept = path.read_text()
-    write_settings(path, {"weights": "other"})
+    write_settings(path, {"weights_xxh3": "other"})
     with pytest.raises(SystemExit):
         main([*study, "--only", "data"])
     path.write_text(kept)

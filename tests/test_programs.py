@@ -207,7 +207,7 @@ def test_other_settings_on_the_same_answers(
     assert "begun with temperature = 0.7, this run has 1.0" in refused(*prepare(target, "--temperature", 1))
     assert "begun with seed = 0, this run has 5" in refused(*prepare(target, "--seed", 5))
     retrained = write_tiny_target(folder / "retrained", seed=1)
-    assert "begun with weights = " in refused(*prepare(retrained))
+    assert "begun with weights_xxh3 = " in refused(*prepare(retrained))
     (folder / "good.jsonl").write_text(json.dumps(GOOD) + "\n")
     assert "begun with prompts_sha256 = " in refused(*prepare(target))
 

@@ -1,17 +1,16 @@
 """Target-cache shards and DeepSpec's version-2 cache."""
 
-import contextlib
 import dataclasses
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from dspark_jax.data import manifest as manifest_module
 from dspark_jax.data import target_cache as target_cache_module
 from dspark_jax.data.deepspec_cache import DeepSpecCache, DeepSpecCacheWriter
 from dspark_jax.data.pipeline import open_cache
@@ -89,7 +88,7 @@ class Crash(BaseException):
 
 def test_crash_at_every_file_operation_ends_with_the_same_bytes(written, tmp_path, monkeypatch):
     """Stops before the k-th fsync or replace, for each k: every state a kill can leave between two of them."""
-    left, descriptors = [0], []
+    left, locks = [0], []
 
     def counted(function):
         def call(*args):
@@ -100,12 +99,18 @@ def test_crash_at_every_file_operation_ends_with_the_same_bytes(written, tmp_pat
 
         return call
 
-    def remembered(folder, lock=manifest_module.lock_folder):
-        descriptors.append(lock(folder))
-        return descriptors[-1]
+    def remembered(folder, what, lock=target_cache_module.lock_folder):
+        locks.append(lock(folder, what))
+        return locks[-1]
+
+    def unlink(path, missing_ok=False, remove=Path.unlink):
+        if left[0] <= 0:
+            raise Crash  # the dead remove nothing
+        remove(path, missing_ok)
 
     monkeypatch.setattr(os, "fsync", counted(os.fsync))
     monkeypatch.setattr(os, "replace", counted(os.replace))
+    monkeypatch.setattr(Path, "unlink", unlink)
     monkeypatch.setattr(target_cache_module, "lock_folder", remembered)
     expected, operations = digest(written), 0
     while True:
@@ -115,8 +120,8 @@ def test_crash_at_every_file_operation_ends_with_the_same_bytes(written, tmp_pat
             write_and_leave(folder)
             break
         except Crash:
-            with contextlib.suppress(OSError):
-                os.close(descriptors.pop())  # what the kernel does for a killed process
+            locks.pop().release()  # what the kernel does for a killed process
+            left[0] = sys.maxsize
         write_cache(folder)
         assert digest(folder) == expected, operations
     assert operations > 15

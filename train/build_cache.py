@@ -43,7 +43,7 @@ from dspark_jax.distributed import (
     require_same,
 )
 from dspark_jax.errors import UserError
-from dspark_jax.files import require_same_settings, weights_fingerprint, write_json, write_settings
+from dspark_jax.files import require_same_settings, weights_hash, write_json, write_settings
 from dspark_jax.report import listing
 from dspark_jax.serving.engine import parameter_mesh
 from dspark_jax.sharding import ShardingRules, replicated
@@ -159,7 +159,7 @@ def make(settings: CacheSettings) -> None:
     if settings.estimate:
         return
     how = {
-        "weights": weights_fingerprint(folder),
+        "weights_xxh3": weights_hash(folder),
         "compute_dtype": settings.compute_dtype or config.dtype,
         "batch": settings.batch,
     }

@@ -13,7 +13,6 @@ OUTPUT.rejected.jsonl (conversations set aside, each with the reason), OUTPUT.se
 """
 
 import json
-import os
 import re
 import time
 from collections import Counter
@@ -34,7 +33,7 @@ from dspark_jax.datagen.server import ServedAnswers
 from dspark_jax.datagen.settings import PrepareSettings
 from dspark_jax.datagen.sources import prompts_sha256, read_sources
 from dspark_jax.errors import UserError
-from dspark_jax.files import fsync, require_same_settings, weights_fingerprint, write_json, write_settings
+from dspark_jax.files import require_same_settings, weights_hash, write_atomically, write_json, write_settings
 from dspark_jax.report import listing
 from dspark_jax.targets.config import TargetConfig, config_sha256
 from train.devices import mesh_of_several
@@ -65,7 +64,7 @@ def load_regenerator(settings: PrepareSettings, prompts: str) -> Regenerator:
         raise UserError(f"The tokenizer in {folder} has no chat template; put a chat_template.jinja beside it.")
     identity = {
         "target_sha256": config_sha256(hf_config),
-        "weights": weights_fingerprint(folder),
+        "weights_xxh3": weights_hash(folder),
         "tokenizer_hash": tokenizer_hash(tokenizer),
         "prompts_sha256": prompts,
         **settings.recorded(),
@@ -152,13 +151,7 @@ def _sort_lines(path: Path, order: Mapping[str, int]) -> None:
     """Rewrites a finished file in the order of the sources, atomically."""
     lines = path.read_bytes().splitlines(keepends=True)
     lines.sort(key=lambda line: order[json.loads(line)["id"]])
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as handle:
-        handle.writelines(lines)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
-    fsync(path.parent)
+    write_atomically(path, b"".join(lines))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from jax.sharding import Sharding
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from dspark_jax import files
 from dspark_jax.errors import UserError
 
 ParamPath = tuple[Any, ...]
@@ -232,10 +233,9 @@ def stored_tensors(table: TensorMap, params: dict, dtype: str | None) -> dict[st
 
 
 def write_tensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Writes beside the file and renames, so that a kill leaves the old file or the new one."""
-    temporary = file.with_name(file.name + ".tmp")
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    temporary.replace(file)
+    """A safetensors file, replaced atomically."""
+    with files.replacing(file) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
 
 
 def read_json(path: Path) -> dict:
@@ -248,6 +248,5 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    """As transformers writes it: two spaces, sorted."""
+    files.write_json(path, content, indent=2, sort_keys=True)

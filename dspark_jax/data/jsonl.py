@@ -1,6 +1,5 @@
 """JSONL and the turns in it: errors that name the line, and a writer that survives a kill at any byte."""
 
-import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dspark_jax.errors import UserError
+from dspark_jax.files import lock_descriptor
 
 _SHAREGPT_ROLES = {
     "human": "user",
@@ -94,7 +94,7 @@ class ResumableJsonl:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._handle = open(self.path, "a+b")  # noqa: SIM115 (held until close)
         try:
-            _lock(self._handle.fileno(), self.path)
+            lock_descriptor(self._handle.fileno(), self.path, "the conversations")
             self.finished: set[str] = self._recover()
         except BaseException:
             self._handle.close()
@@ -170,10 +170,3 @@ def _kind(value: Any) -> str:
     if value is None or isinstance(value, dict | str):
         return "null" if value is None else ("text" if isinstance(value, str) else "an object")
     return f"a list of {len(value)}" if isinstance(value, list) else f"{type(value).__name__} {value!r}"
-
-
-def _lock(descriptor: int, path: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"{path} is being written by another process; wait for it or choose another output.") from error

@@ -77,13 +77,13 @@ class CacheWriter:
     def __init__(self, folder: str | os.PathLike[str], spec: CacheSpec, max_shard_bytes: int = 512 * 2**20):
         self.folder = Path(folder)
         self._shard: _OpenShard | None = None
-        self._descriptor = lock_folder(self.folder)
+        self._lock = lock_folder(self.folder, "the cache")
         try:
             self._manifest = self._open_manifest(spec, max_shard_bytes)
             check_sizes(self.folder, self._manifest)
             self._remove_orphans()
         except BaseException:
-            os.close(self._descriptor)
+            self._lock.release()
             raise
         self._next = self._manifest.next_source
 
@@ -150,9 +150,7 @@ class CacheWriter:
         if self._shard is not None:
             self._shard.discard()
             self._shard = None
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        self._lock.release()
 
     def __enter__(self) -> "CacheWriter":
         return self

@@ -23,6 +23,7 @@ from dspark_jax.decoding.dispatch import run_rounds
 from dspark_jax.decoding.round import DecodeLoop, LoopParams, init_state
 from dspark_jax.decoding.state import DecodeState
 from dspark_jax.errors import UserError
+from dspark_jax.files import user_cache
 from dspark_jax.scheduling.costs import CostTable, Occupancy, ScheduleTables
 
 RUNG_WORTH = 0.01
@@ -243,20 +244,14 @@ def _draft_passes(loop: DecodeLoop, params: LoopParams, state: DecodeState, coun
     return jax.lax.fori_loop(0, count, body, jnp.zeros((loop.requests,), jnp.int32))
 
 
-def cache_folder() -> Path:
-    """$DSPARK_JAX_CACHE, else dspark_jax in the user's cache folder."""
-    named = os.environ.get("DSPARK_JAX_CACHE")
-    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dspark_jax"
-
-
 def load_or_measure(
     loop: DecodeLoop, params: LoopParams, temperature: float = 1.0, folder: Path | None = None
 ) -> Profile:
-    """The profile for this loop on this device: from `folder` (None: `cache_folder()`), or measured in a few seconds
+    """The profile for this loop on this device: from `folder` (None: `user_cache()`), or measured in a few seconds
     and kept there. A folder that can't be written costs a measurement at every start and nothing else."""
     key = profile_key(loop, params, temperature)
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    path = (folder or cache_folder()) / f"sps-{name}.json"
+    path = (folder or user_cache()) / f"sps-{name}.json"
     if path.exists():
         try:
             found = Profile.read(path)

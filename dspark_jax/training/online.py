@@ -19,7 +19,7 @@ from dspark_jax.data.tokenised import Tokenised, encode_files
 from dspark_jax.data.views import Packed, Reordered
 from dspark_jax.distributed import barrier, fetch_rows, from_first, is_first
 from dspark_jax.errors import UserError
-from dspark_jax.files import require_same_settings, weights_fingerprint, write_settings
+from dspark_jax.files import require_same_settings, weights_hash, write_settings
 from dspark_jax.targets.target import Target
 
 SHARD_BYTES = 256 * 2**20
@@ -109,7 +109,7 @@ class Recorder:
         self.folder, self.epoch = folder, epoch
         spec = epoch.spec(config, target)
         tokens = int(epoch.sequences.lengths.sum())
-        made = {"weights": weights_fingerprint(resolve_folder(target.name)), "compute_dtype": config.compute_dtype}
+        made = {"weights_xxh3": weights_hash(resolve_folder(target.name)), "compute_dtype": config.compute_dtype}
         begun = require_same_settings(folder / "build.json", made, folder)
         here = sum(path.stat().st_size for path in folder.glob("shard-*"))
         require_disk(folder, estimate_bytes(tokens, len(epoch.order), spec, SHARD_BYTES) - here)

@@ -29,6 +29,7 @@ from dspark_jax.checkpoints.huggingface import save_target
 from dspark_jax.config.cli import parse, program
 from dspark_jax.datagen.corpora import DOMAINS, conversations
 from dspark_jax.errors import UserError
+from dspark_jax.files import replacing, write_atomically
 from dspark_jax.sharding import split
 from dspark_jax.targets.attention import SegmentedCausal
 from dspark_jax.targets.config import TargetConfig
@@ -217,9 +218,8 @@ class Run:
             f"leaf_{i:04d}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(self.state))
         }
         header = json.dumps({"progress": self.progress._asdict(), "recipe": _identity(self.recipe)})
-        temporary = self.checkpoint.with_name("checkpoint.partial.npz")
-        np.savez(temporary, header=np.frombuffer(header.encode(), np.uint8), **leaves)
-        temporary.replace(self.checkpoint)
+        with replacing(self.checkpoint) as temporary, open(temporary, "wb") as file:
+            np.savez(file, header=np.frombuffer(header.encode(), np.uint8), **leaves)
 
     def _restore(self) -> None:
         with np.load(self.checkpoint, allow_pickle=False) as stored:
@@ -316,7 +316,7 @@ class History:
     def record(self, run: Run) -> None:
         losses = evaluate(run.graphdef, run.state.params, run.tokenizer, run.recipe.length)
         self.entries.append({**run.progress._asdict(), "heldout": losses})
-        self.path.write_text("".join(json.dumps(entry) + "\n" for entry in self.entries))
+        write_atomically(self.path, "".join(json.dumps(entry) + "\n" for entry in self.entries))
         shown = "  ".join(f"{domain} {value['loss']:.3f}" for domain, value in losses.items())
         print(f"held out at step {run.progress.step}: {shown}", flush=True)
 

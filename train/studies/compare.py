@@ -23,7 +23,7 @@ from dspark_jax.config.schema import TrainConfig
 from dspark_jax.config.sweep import Diff, part
 from dspark_jax.data.manifest import Manifest
 from dspark_jax.errors import UserError
-from dspark_jax.files import require_same_settings, weights_fingerprint, write_json, write_settings
+from dspark_jax.files import require_same_settings, weights_hash, write_json, write_settings
 from dspark_jax.targets.config import TargetConfig, config_sha256
 from dspark_jax.training.points import Point, Runner, report_failures
 from train.studies.compare_report import publish, report
@@ -160,7 +160,7 @@ def begin(settings: CompareSettings) -> None:
             f"The target has {layers} layers; expected --layers up to {layers - 2} and --depth up to {layers}, found "
             f"{list(settings.layers)} and {settings.depth}."
         )
-    identity = {name: getattr(settings, name) for name in IDENTITY} | {"weights": weights_fingerprint(folder)}
+    identity = {name: getattr(settings, name) for name in IDENTITY} | {"weights_xxh3": weights_hash(folder)}
     if not settings.minutes:
         identity["steps"] = settings.steps
     if not require_same_settings(settings.output / "study.json", identity, settings.output):
@@ -204,8 +204,8 @@ def cache_fits(settings: CompareSettings) -> bool:
         return False
     spec, target = Manifest.load(folder).spec, resolve_folder(settings.target)
     built = read_json(folder / "build.json")["settings"] if (folder / "build.json").exists() else {}
-    found = (tuple(spec.layer_ids), spec.target_sha256, built.get("weights", ""))
-    wanted = (cached_layers(settings), config_sha256(read_json(target / "config.json")), weights_fingerprint(target))
+    found = (tuple(spec.layer_ids), spec.target_sha256, built.get("weights_xxh3", ""))
+    wanted = (cached_layers(settings), config_sha256(read_json(target / "config.json")), weights_hash(target))
     for name, theirs, ours in zip(("layers", "target config", "target weights"), found, wanted, strict=True):
         if theirs != ours:
             raise UserError(
