@@ -176,8 +176,9 @@ def user_cache() -> Path:
 def _remembered_hash(path: Path) -> str:
     """`file_hash`, from the user's cache where the file is the one that was hashed."""
     stat = path.stat()
-    now = {"path": str(path.resolve()), "bytes": stat.st_size, "changed_ns": stat.st_mtime_ns}
-    note = user_cache() / "hashes" / f"{xxhash.xxh3_64_hexdigest(now['path'].encode())}.json"
+    name = str(path.resolve())
+    now = {"path": name, "bytes": stat.st_size, "changed_ns": stat.st_mtime_ns}
+    note = user_cache() / "hashes" / f"{xxhash.xxh3_64_hexdigest(name.encode())}.json"
     with suppress(OSError, ValueError, AttributeError):
         known = json.loads(note.read_bytes())
         if {name: known.get(name) for name in now} == now and isinstance(known.get("xxh3"), str):

@@ -215,7 +215,7 @@ def test_jsonl_refuses_what_it_would_spoil(tmp_path):
         root = Path(__file__).parents[1]
         env = {**os.environ, "PYTHONPATH": str(root)}
         second = subprocess.run([sys.executable, "-c", opened], capture_output=True, text=True, cwd=root, env=env)
-        assert "being written by another process" in second.stderr
+        assert "Another process is writing the conversations" in second.stderr
     path.write_text('{"id": "a"}\n{"text": 1}\n{"id"')
     with pytest.raises(UserError, match="line 2: found an object without 'id'"):
         ResumableJsonl(path)
