@@ -188,7 +188,7 @@ def _policy_rounds(policy: Any, slots: int, block: int, tables: ScheduleTables, 
     logits = 2.0 + 2.0 * jax.random.normal(jax.random.key(0), (16, slots, block))
     one = jnp.ones((), jnp.float32)
     caps = jnp.full((slots,), block, jnp.int32)
-    view = RoundView(caps > 0, caps, caps, Occupancy(one, one, one), tables)
+    view = RoundView(caps > 0, caps, caps, Occupancy(one, one), tables)
 
     def body(i: jax.Array, state: Any) -> Any:
         drafted, state = policy.drafting(view, state)

@@ -13,11 +13,13 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dspark_jax.checkpoints.huggingface import abstract_target
+from dspark_jax.decoding.dispatch import record_rounds
 from dspark_jax.decoding.prefill import admit
 from dspark_jax.decoding.round import DecodeLoop, LoopParams
-from dspark_jax.decoding.sampling import SamplingParams
-from dspark_jax.decoding.state import Admission, DecodeState
+from dspark_jax.decoding.sampling import SamplingArrays
+from dspark_jax.decoding.state import Admission, DecodeState, RoundRecord
 from dspark_jax.drafters.registry import Drafter, drafter_hf_config, read_config, skeleton
+from dspark_jax.scheduling.costs import Occupancy
 from dspark_jax.sharding import split
 from dspark_jax.targets.attention import Causal
 from dspark_jax.targets.config import TargetConfig, config_sha256
@@ -126,7 +128,7 @@ def admission(
         stop_tokens=np.full((count, loop.stop_slots), -1, np.int32),
         verify_cap=full(loop.block, np.int32) if caps is None else np.asarray(caps, np.int32),
         keys=np.asarray(keys, np.uint32),
-        sampling=SamplingParams(
+        sampling=SamplingArrays(
             full(temperature, np.float32), full(top_k, np.int32), full(top_p, np.float32), full(min_p, np.float32)
         ),
     )
@@ -138,6 +140,14 @@ def admitted(
     """`state` with greedy rows (unless `how` says otherwise) in its slots."""
     keys = np.stack([np.arange(len(rows)), np.zeros(len(rows))], axis=1)
     return admit(loop, params, state, admission(loop, rows, new, keys, **how), True)
+
+
+def one_round(
+    loop: DecodeLoop, params: LoopParams, state: DecodeState, occupancy: Occupancy
+) -> tuple[DecodeState, RoundRecord]:
+    """A single round and its record."""
+    state, records = record_rounds(loop, params, state, occupancy, 1)
+    return state, jax.tree.map(lambda x: x[0], records)
 
 
 def next_logits(target: Target, rows: np.ndarray) -> np.ndarray:

@@ -13,8 +13,7 @@ import numpy as np
 from dspark_jax.checkpoints.drafters import load_drafter, shared_tables
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.decoding.acceptance import RejectionSampling, first_stop, residual_law
-from dspark_jax.decoding.dispatch import run_round
-from dspark_jax.decoding.sampling import SamplingParams, sampling_law
+from dspark_jax.decoding.sampling import SamplingArrays, sampling_law
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.scheduling.calibration import calibration_metrics, prefix_survival
 from dspark_jax.scheduling.policies import Fixed, Threshold
@@ -87,7 +86,7 @@ def play(
     engine.admit()
     records = []
     while bool(engine.state.active[0]):
-        engine.state, record = run_round(engine.loop, engine.params, engine.state, engine.occupancy)
+        engine.state, record = one_round(engine.loop, engine.params, engine.state, engine.occupancy)
         records.append(jax.tree.map(lambda x: np.asarray(x[0]) if x.ndim else np.asarray(x), record))
     tokens = np.asarray(engine.state.tokens[0, : int(engine.state.length[0])])
     return tokens[:wanted].tolist(), records
@@ -283,7 +282,7 @@ def check_statistics(case: Path, vectors: Any, target: Target, drafter: Drafter)
         for i in range(slots):
             engine.submit(begin + i, Request(prompt))
         engine.admit()
-        engine.state, record = run_round(engine.loop, engine.params, engine.state, engine.occupancy)
+        engine.state, record = one_round(engine.loop, engine.params, engine.state, engine.occupancy)
         tokens = np.asarray(engine.state.tokens)
         firsts.append(tokens[:, len(prompt)])
         seconds.append(tokens[:, len(prompt) + 1])
@@ -369,7 +368,7 @@ def check_calibration(case: Path) -> Iterator[Result]:
             yield close(key, found.mean(field), vectors[key])
 
 
-def _params(temperatures: Any) -> SamplingParams:
+def _params(temperatures: Any) -> SamplingArrays:
     rows = len(temperatures)
     zeros = jnp.zeros((rows,))
-    return SamplingParams(jnp.asarray(temperatures, jnp.float32), zeros.astype(jnp.int32), zeros + 1, zeros)
+    return SamplingArrays(jnp.asarray(temperatures, jnp.float32), zeros.astype(jnp.int32), zeros + 1, zeros)

@@ -12,7 +12,6 @@ os.environ["XLA_FLAGS"] = xla_flags(8)
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,10 @@ from flax.traverse_util import flatten_dict
 
 from dspark_jax.checkpoints.drafters import load_drafter, save_drafter
 from dspark_jax.checkpoints.huggingface import load_target, save_target
-from dspark_jax.scheduling.costs import CostTable, ScheduleTables
-from dspark_jax.scheduling.policies import LookAhead
-from dspark_jax.serving.engine import Engine, make_loop, parameter_mesh
+from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.generate import generate
 from dspark_jax.serving.requests import DecodeConfig, Request
 from dspark_jax.sharding import ShardingRules, make_mesh
-from dspark_jax.targets.target import Target
 from tests.decoding_tiny import prompts, tiny_pair
 
 RULES = {
@@ -89,36 +85,6 @@ def check_generate(folder: Path) -> None:
             for leaf in jax.tree.leaves(tree):
                 assert {shard.data.nbytes for shard in leaf.addressable_shards} == {leaf.nbytes // parts}
     assert [done[i].tokens for i in range(4)] == [g.tokens for g in expected[:4]]
-    check_rest(single, target, folder)
-
-
-def check_rest(single: Target, target: Target, folder: Path) -> None:
-    """With the drafter left out, and after it was told what it missed: the same tokens, in slots spread as ever."""
-    drafter = load_drafter(folder / "drafter", target, mesh=parameter_mesh(target.params))
-    plain = DecodeConfig(max_new_tokens=30, slots=8, rounds_per_dispatch=2, stop_tokens=())
-    request = Request((5, 7))
-    expected = generate(single, None, [request], plain)[0].tokens
-    config = replace(plain, policy=LookAhead(), rest_after=2)
-    loop = make_loop(target, drafter, config, 40, 4)
-    seconds = [1.0 + 0.1 * i for i in range(len(loop.buckets))]
-    costs = CostTable.of(loop.buckets, seconds, 50.0, plain=1.0)
-    engine = Engine(target, drafter, config, 40, tables=ScheduleTables.of(costs, [1.0] * loop.block), meter=None)
-    engine.submit(0, request)
-    made: list[int] = []
-    for _ in range(3):
-        made += [token for progress in engine.step() for token in progress.tokens]
-    assert engine._resting and not engine._slots[0].context
-    # Cheap from here on: the policy says so, and the request drafts.
-    cheap = ScheduleTables.of(costs._replace(drafting=0 * costs.drafting), [1.0] * loop.block)
-    engine.params = engine.params._replace(tables=cheap)
-    drafted = 0
-    while not engine.idle:
-        for progress in engine.step():
-            made += progress.tokens
-            drafted = progress.generation.drafted if progress.generation else 0
-        for leaf in jax.tree.leaves(engine.state.draft):
-            assert {shard.data.nbytes for shard in leaf.addressable_shards} == {leaf.nbytes // 4}
-    assert tuple(made) == expected and drafted
 
 
 if __name__ == "__main__":

@@ -70,17 +70,6 @@ def test_prompts_that_come_together_are_prefilled_together() -> None:
     assert prefill.seconds(np.array([100, 100, 100]), 4) == 5.0 and prefill.seconds(np.array([], int), 4) == 0
 
 
-def test_a_drafter_that_rests_is_kept_from_prompts() -> None:
-    """Drafting never pays: after the rest has begun a prompt costs what it does without a drafter."""
-    costs = {"prefill": Prefill((16,), (100.0,), (100.0,)), "plain_prefill": Prefill((16,), (1.0,), (1.0,))}
-    dear = ScheduleTables.of(CostTable.of((1, 5), [1.0, 2.0], 50.0), (1.0,) * 4)
-    slow, quick = (
-        simulate(Causal(), 4, traces([2], 20), SimulatedDevice(dear, (1, 5), **costs, rest_after=rest), 1, 12)
-        for rest in (10_000, 16)
-    )
-    assert quick.tokens_per_second > 3 * slow.tokens_per_second
-
-
 def test_plain_decoding_drafts_nothing() -> None:
     prefill = Prefill((16,), (1.0,), (1.0,))
     found = simulate(Fixed(), 0, traces([2], 10), device([1.0, 2.0], (1, 5), plain_prefill=prefill), 1, 2)

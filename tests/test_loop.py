@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dspark_jax.decoding import verification
-from dspark_jax.decoding.dispatch import run_round, run_rounds
+from dspark_jax.decoding.dispatch import run_rounds
 from dspark_jax.decoding.prefill import admit
 from dspark_jax.decoding.round import DecodeLoop, init_state
 from dspark_jax.decoding.state import DecodeState
@@ -25,7 +25,7 @@ from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.generate import generate, stream
 from dspark_jax.serving.requests import DecodeConfig, Generation, Request
 from dspark_jax.targets.kv_cache import append_rows
-from tests.decoding_tiny import admitted, kind_pair, prompts, run_python, tiny_pair
+from tests.decoding_tiny import admitted, kind_pair, one_round, prompts, run_python, tiny_pair
 
 NEW = 24
 CONFIG = DecodeConfig(max_new_tokens=NEW, slots=4, rounds_per_dispatch=3)
@@ -236,7 +236,7 @@ def test_every_bucket_computes_the_same_rows() -> None:
     engine = Engine(target, drafter, CONFIG, longest=44)
     loop = engine.loop
     state = admitted(loop, engine.params, engine.state, PROMPTS[:4], NEW)
-    state, _ = run_round(loop, engine.params, state, engine.occupancy)
+    state, _ = one_round(loop, engine.params, state, engine.occupancy)
     wanted = np.arange(loop.width) <= np.array([0, 2, 1, 3])[:, None]
     wanted[2] = False  # an idle slot
     block = jnp.asarray(np.random.default_rng(0).integers(0, target.config.vocab_size, (4, loop.width)), jnp.int32)
@@ -260,7 +260,7 @@ def test_the_bucket_is_the_smallest_that_fits() -> None:
         state = admitted(engine.loop, engine.params, state, PROMPTS[:4], 9, caps=caps)
         for _ in range(10):
             active = np.asarray(state.active)
-            state, record = run_round(engine.loop, engine.params, state, engine.occupancy)
+            state, record = one_round(engine.loop, engine.params, state, engine.occupancy)
             needed = int(np.sum(active * (np.minimum(caps, engine.loop.block) + 1)))
             assert int(record.bucket) == min(b for b in engine.loop.buckets if b >= needed)
             np.testing.assert_array_equal(np.asarray(record.committed) > 0, active)
@@ -296,7 +296,7 @@ def kinds_of_positions(chosen: list[tuple[int, ...]]) -> list[list[str]]:
     engine = Engine(target, drafter, CONFIG, longest=44)
     state, kinds = admitted(engine.loop, engine.params, engine.state, chosen, NEW), [["first"] for _ in chosen]
     while bool(jnp.any(state.active)):
-        state, record = run_round(engine.loop, engine.params, state, engine.occupancy)
+        state, record = one_round(engine.loop, engine.params, state, engine.occupancy)
         for mine, accepted in zip(kinds, np.asarray(record.accepted), strict=True):
             mine += ["draft"] * int(accepted) + ["bonus"]
     return kinds

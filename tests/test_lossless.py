@@ -21,7 +21,7 @@ from dspark_jax.decoding.acceptance import Acceptance, RejectionSampling
 from dspark_jax.decoding.dispatch import run_rounds
 from dspark_jax.decoding.prefill import admit
 from dspark_jax.decoding.round import DecodeLoop, LoopParams, init_state
-from dspark_jax.decoding.sampling import SamplingParams, sampling_law
+from dspark_jax.decoding.sampling import SamplingArrays, sampling_law
 from dspark_jax.drafters.registry import DRAFTERS, Drafter, drafter_hf_config, read_config, skeleton
 from dspark_jax.evaluation.timing import differences
 from dspark_jax.scheduling.costs import Occupancy
@@ -235,7 +235,7 @@ def exact_law(target: Target, **law: float) -> np.ndarray:
     logits = next_logits(target, whole)[:, len(PROMPT) - 1 : -1]
     full = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | law
     kinds = (jnp.float32, jnp.int32, jnp.float32, jnp.float32)
-    settings = SamplingParams(*(jnp.full((len(rows),), v, k) for v, k in zip(full.values(), kinds, strict=True)))
+    settings = SamplingArrays(*(jnp.full((len(rows),), v, k) for v, k in zip(full.values(), kinds, strict=True)))
     steps = np.asarray(sampling_law(jnp.asarray(logits), settings), np.float64)
     chosen = np.take_along_axis(steps, rows[..., None], axis=-1)[..., 0]
     return np.prod(chosen, axis=1).reshape((V,) * 4)

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dspark_jax.decoding.sampling import RESIDUAL, SamplingParams, draw, draw_token, round_keys, sampling_law, uniforms
+from dspark_jax.decoding.sampling import RESIDUAL, SamplingArrays, draw, draw_token, round_keys, sampling_law, uniforms
 
 
-def settings(rows: list[tuple[float, ...]]) -> SamplingParams:
+def settings(rows: list[tuple[float, ...]]) -> SamplingArrays:
     """Rows of (temperature, top_k, top_p, min_p)."""
     columns, kinds = zip(*rows, strict=True), (jnp.float32, jnp.int32, jnp.float32, jnp.float32)
-    return SamplingParams(*(jnp.asarray(column, kind) for column, kind in zip(columns, kinds, strict=True)))
+    return SamplingArrays(*(jnp.asarray(column, kind) for column, kind in zip(columns, kinds, strict=True)))
 
 
 def law_by_hand(logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float) -> np.ndarray:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dspark_jax.errors import UserError
-from dspark_jax.scheduling.calibration import Online, Oracle, Static
+from dspark_jax.scheduling.calibration import Online, Static
 from dspark_jax.scheduling.costs import (
     CostTable,
     LoadMeter,
@@ -143,7 +143,7 @@ def test_capacity_of_asynchronous_is_two_rounds_old() -> None:
     assert totals == [12, 12, 12, 12, 12, 0, 0]
 
 
-@pytest.mark.parametrize("factor", ["load", "signal", "forecast"])
+@pytest.mark.parametrize("factor", ["load", "signal"])
 def test_every_part_of_occupancy_counts(factor: str) -> None:
     shown = view(np.full((R, K), 1.5), [K] * R)
     for index in (0, 1, 2):
@@ -297,17 +297,13 @@ def test_online_temperatures_find_the_truth() -> None:
     np.testing.assert_allclose(np.asarray(state.scale), [truth[0], truth[1], 1.0], rtol=0.15)
     np.testing.assert_allclose(np.asarray(state.shift), [-0.8, 0.0, 0.0], atol=0.15)
     assert state.scale[2] == 1.0 and state.shift[2] == 0.0
-    got = online(jnp.ones((1, 3)), 2 * t, None, state)
+    got = online(jnp.ones((1, 3)), 2 * t, state)
     np.testing.assert_allclose(got, jax.nn.sigmoid(state.scale / 2 + state.shift)[None], rtol=1e-6)
 
 
-def test_static_divides_and_the_oracle_needs_the_truth() -> None:
+def test_static_temperatures_divide() -> None:
     z, t = jnp.asarray([[1.0, -2.0]]), jnp.asarray([2.0, 0.5])
-    np.testing.assert_allclose(Static()(z, t, None, ()), jax.nn.sigmoid(jnp.asarray([[0.5, -4.0]])))
-    truth = jnp.asarray([[0.3, 0.9]])
-    np.testing.assert_array_equal(Oracle()(z, t, truth, ()), truth)
-    with pytest.raises(UserError, match="only a study has"):
-        Oracle()(z, t, None, ())
+    np.testing.assert_allclose(Static()(z, t, ()), jax.nn.sigmoid(jnp.asarray([[0.5, -4.0]])))
 
 
 def test_without_a_confidence_head_history_stands_in() -> None:

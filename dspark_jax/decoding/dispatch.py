@@ -1,7 +1,6 @@
 """Dispatches: many rounds of a loop in one compiled call, after which the host reads what they made.
 
-`run_rounds` is the usual one, `run_undrafted` the one for as long as the drafter rests (serving/resting.py),
-`record_rounds` tells what every round did, and `run_round` is a single round. All donate the state.
+`run_rounds` serves, `record_rounds` also returns a record of every round. Both donate the state.
 """
 
 from collections.abc import Callable
@@ -44,39 +43,6 @@ def run_rounds(
     return loop.place(jax.lax.while_loop(lambda carry: goes_on(*carry), body, (begin, state))[1])
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=2)
-def run_undrafted(
-    loop: DecodeLoop,
-    params: LoopParams,
-    state: DecodeState,
-    occupancy: Occupancy,
-    rounds: Int[Array, ""],
-    until_free: Bool[Array, ""],
-) -> tuple[DecodeState, Bool[Array, ""]]:
-    """`run_rounds` with plain rounds alone, of which the drafter hears nothing: requests that decode here have a
-    verify cap of 0 afterwards, until they are recalled. Second result: whether the policy, asked once at the start,
-    would have drafted for any of them; it then waits as it was."""
-    state, goes_on = _opened(state, rounds, until_free)
-    able = replace(state, verify_cap=jnp.full_like(state.verify_cap, loop.block))
-    view, policy = loop.view(params, able, occupancy)
-    wake = jnp.any(state.active if view.drafted is None else view.drafted)
-
-    def plain(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
-        done, current = carry
-        return done + 1, loop.plain_round(params, current)[0]
-
-    begin = jnp.zeros((), jnp.int32)
-    done, after = jax.lax.while_loop(lambda carry: goes_on(*carry), plain, (begin, state))
-    rested = loop.policy.rested(policy, jnp.maximum(done - 1, 0))
-    after = replace(
-        after,
-        verify_cap=jnp.where(state.active, 0, state.verify_cap),
-        policy=jax.tree.map(partial(jnp.where, wake), state.policy, rested),
-        predicted_seconds=after.predicted_seconds + done * loop.plain_seconds(params, state),
-    )
-    return loop.place(after), wake
-
-
 @partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
 def record_rounds(
     loop: DecodeLoop, params: LoopParams, state: DecodeState, occupancy: Occupancy, rounds: int
@@ -88,13 +54,6 @@ def record_rounds(
 
     state, records = jax.lax.scan(body, state, None, length=rounds)
     return loop.place(state), records
-
-
-@partial(jax.jit, static_argnums=0, donate_argnums=2)
-def run_round(
-    loop: DecodeLoop, params: LoopParams, state: DecodeState, occupancy: Occupancy
-) -> tuple[DecodeState, RoundRecord]:
-    return loop.round(params, state, occupancy)
 
 
 def _opened(state: DecodeState, rounds: Array, until_free: Array) -> tuple[DecodeState, GoesOn]:

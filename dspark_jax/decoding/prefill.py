@@ -21,26 +21,23 @@ from dspark_jax.targets.decoder import TargetModel
 from dspark_jax.targets.kv_cache import KVCache, head_major, insert_rows, take_slots
 
 
-@partial(jax.jit, static_argnums=(0, 4, 5), donate_argnums=2)
-def admit(
-    loop: DecodeLoop, params: LoopParams, state: DecodeState, new: Admission, fresh: bool, context: bool = True
-) -> DecodeState:
-    """Runs one chunk of A prompts. `fresh`: they all start at 0, so nothing cached is read. `context` False keeps them
-    from the drafter, which may not draft for them then.
+@partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
+def admit(loop: DecodeLoop, params: LoopParams, state: DecodeState, new: Admission, fresh: bool) -> DecodeState:
+    """Runs one chunk of A prompts. `fresh`: they all start at 0, so nothing cached is read.
 
     Where a chunk is final, the request's first token is sampled: its first anchor (golden/NOTES 32). Until then the
     slot stays inactive, with a length that keeps the rounds' junk behind what it holds.
     """
     target, drafter = loop.models(params)
     rows = jnp.arange(new.tokens.shape[0])
-    out = _forward(target, loop.tap_layers if context else (), state.target_cache, new, fresh)
+    out = _forward(target, loop.tap_layers, state.target_cache, new, fresh)
     ends = new.starts + new.counts
     law = sampling_law(target.logits(out.hidden[rows, new.counts - 1]), new.sampling)
     first = draw_token(law, new.keys, ends - 1, 0, RESIDUAL, new.sampling)
     stopped = new.final & jnp.any(first[:, None] == new.stop_tokens, axis=1)
     shared = shared_tables(target)
     draft = state.draft
-    if drafter is not None and context:
+    if drafter is not None:
         draft = _context(drafter, shared, draft, out.taps, new, fresh)
     apart: Any = ()  # written on their own below
     entering = replace(
@@ -77,25 +74,6 @@ def admit(
             predicted_seconds=state.predicted_seconds,
         )
     )
-
-
-@partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
-def recall(loop: DecodeLoop, params: LoopParams, state: DecodeState, new: Admission, fresh: bool) -> DecodeState:
-    """Makes up one chunk of what the drafter has missed of requests that decode: the target runs over their tokens
-    again, for its hidden states alone. With the final chunk a request may draft.
-
-    Args:
-        new: chunks of the prompt and all committed tokens but the anchor; what it says of limits, stop tokens, seeds
-            and sampling is not looked at.
-        fresh: as in `admit`.
-    """
-    target, drafter = loop.models(params)
-    if drafter is None:
-        raise ValueError("a loop without a drafter has nothing to recall")
-    out = _forward(target, loop.tap_layers, state.target_cache, new, fresh)
-    draft = _context(drafter, shared_tables(target), state.draft, out.taps, new, fresh)
-    caps = state.verify_cap.at[new.slots].set(jnp.where(new.final, new.verify_cap, 0))
-    return loop.place(replace(state, draft=draft, verify_cap=caps))
 
 
 def _forward(target: TargetModel, layers: tuple[int, ...], cache: KVCache, new: Admission, fresh: bool) -> Any:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from dspark_jax.decoding.acceptance import AcceptanceRule, RejectionSampling, first_stop
-from dspark_jax.decoding.sampling import DRAFT, RESIDUAL, SamplingParams, draw, draw_token, sampling_law, uniforms
+from dspark_jax.decoding.sampling import DRAFT, RESIDUAL, SamplingArrays, draw, draw_token, sampling_law, uniforms
 from dspark_jax.decoding.state import DecodeState, RoundCounters, RoundRecord, empty_counters, spread
 from dspark_jax.decoding.verification import VerifyOutput, verify, zeros_of
 from dspark_jax.drafters.protocol import DrafterModel, DraftOutput, SharedTables
@@ -86,7 +86,7 @@ class DecodeLoop:
             stop_tokens=jnp.full((r, self.stop_slots), -1, jnp.int32),
             verify_cap=zeros,
             keys=jnp.zeros((r, 2), jnp.uint32),
-            sampling=SamplingParams(floats, zeros, floats + 1, floats),
+            sampling=SamplingArrays(floats, zeros, floats + 1, floats),
             target_cache=empty_cache(target.config.kv_shapes, r, self.size, dtype),
             draft=() if drafter is None else drafter.init_state(r, self.size, dtype),
             counters=empty_counters(r, self.block),

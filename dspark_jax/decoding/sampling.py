@@ -20,7 +20,7 @@ GREEDY_BELOW = 1e-5
 DRAFT, ACCEPT, RESIDUAL = 0, 1, 2
 
 
-class SamplingParams(NamedTuple):
+class SamplingArrays(NamedTuple):
     """Per-request settings [R]: temperature (0 = greedy), top_k (0 = off), top_p (1 = off), min_p (0 = off)."""
 
     temperature: Array
@@ -33,7 +33,7 @@ class SamplingParams(NamedTuple):
         return self.temperature >= GREEDY_BELOW
 
 
-def sampling_law(logits: Float[Array, "r *n v"], params: SamplingParams) -> Float[Array, "r *n v"]:
+def sampling_law(logits: Float[Array, "r *n v"], params: SamplingArrays) -> Float[Array, "r *n v"]:
     """float32 probabilities after temperature, top-k, top-p and min-p, in that order; one-hot where greedy.
 
     Tokens tied with the last one kept by top-k or top-p are kept too, so the law does not depend on a sort's order.
@@ -42,7 +42,7 @@ def sampling_law(logits: Float[Array, "r *n v"], params: SamplingParams) -> Floa
     return _by_need(params, _greedy_law, _plain_law, _truncated_law, logits)
 
 
-def _by_need(params: SamplingParams, greedy: Callable, plain: Callable, truncated: Callable, *operands: Any) -> Any:
+def _by_need(params: SamplingArrays, greedy: Callable, plain: Callable, truncated: Callable, *operands: Any) -> Any:
     """One of three ways to the same laws: the first where nobody samples, the second where nobody asks for top-k or
     top-p. One flat branch: XLA:CPU takes as long to enter a nested one as to make a small law."""
     stochastic = jnp.any(params.stochastic)
@@ -55,21 +55,21 @@ def _greedy_law(logits: Array) -> Array:
     return jax.nn.one_hot(first_argmax(logits), logits.shape[-1], dtype=jnp.float32)
 
 
-def _plain_law(params: SamplingParams, logits: Array) -> Array:
+def _plain_law(params: SamplingArrays, logits: Array) -> Array:
     return _law(params, logits, _scaled(params, logits))
 
 
-def _truncated_law(params: SamplingParams, logits: Array) -> Array:
+def _truncated_law(params: SamplingArrays, logits: Array) -> Array:
     return _law(params, logits, _truncate(_scaled(params, logits), params))
 
 
-def _law(params: SamplingParams, logits: Array, scaled: Array) -> Array:
+def _law(params: SamplingArrays, logits: Array, scaled: Array) -> Array:
     floor = jnp.max(scaled, axis=-1, keepdims=True) + _per_request(jnp.log(params.min_p), logits)
     law = jax.nn.softmax(jnp.where(scaled >= floor, scaled, -jnp.inf), axis=-1)
     return jnp.where(_per_request(params.stochastic, logits), law, _greedy_law(logits))
 
 
-def _scaled(params: SamplingParams, logits: Array) -> Array:
+def _scaled(params: SamplingArrays, logits: Array) -> Array:
     temperature = jnp.maximum(params.temperature, GREEDY_BELOW)
     return logits.astype(jnp.float32) / _per_request(temperature, logits)
 
@@ -78,7 +78,7 @@ def _per_request(value: Float[Array, " r"], like: Float[Array, "r *n v"]) -> Arr
     return value.reshape(-1, *(1,) * (like.ndim - 1))
 
 
-def _truncate(scaled: Array, params: SamplingParams) -> Array:
+def _truncate(scaled: Array, params: SamplingArrays) -> Array:
     """-inf outside the top-k, then outside the smallest set of the rest whose mass reaches top_p."""
     vocab = scaled.shape[-1]
     ordered = -jnp.sort(-scaled, axis=-1)
@@ -104,7 +104,7 @@ def round_keys(keys: UInt32[Array, "r 2"], positions: Int[Array, " r"], offsets:
 
 
 def uniforms(
-    keys: UInt32[Array, "r 2"], positions: Int[Array, " r"], count: int, params: SamplingParams
+    keys: UInt32[Array, "r 2"], positions: Int[Array, " r"], count: int, params: SamplingArrays
 ) -> Float[Array, "r k"]:
     """Acceptance draws u_k in [0, 1); zeros, never looked at by a one-hot law, when nobody samples."""
 
@@ -121,7 +121,7 @@ def draw_token(
     positions: Int[Array, " r"],
     offset: int,
     purpose: int,
-    params: SamplingParams,
+    params: SamplingArrays,
 ) -> Int[Array, " r"]:
     """One token a request from its law; the argmax, with no random number drawn, when nobody samples."""
 
@@ -137,7 +137,7 @@ def draw(
     positions: Int[Array, " r"],
     offset: int,
     purpose: int,
-    params: SamplingParams,
+    params: SamplingArrays,
 ) -> tuple[Int[Array, " r"], Float[Array, "r v"]]:
     """(a token of each request's `sampling_law`, that law), in one branch."""
 
@@ -145,7 +145,7 @@ def draw(
         token = first_argmax(logits)
         return token, jax.nn.one_hot(token, logits.shape[-1], dtype=jnp.float32)
 
-    def sampled(law_of: Callable, params: SamplingParams, logits: Array) -> tuple[Array, Array]:
+    def sampled(law_of: Callable, params: SamplingArrays, logits: Array) -> tuple[Array, Array]:
         law = law_of(params, logits)
         return _race(law, round_keys(keys, positions, jnp.full((1,), offset), purpose)), law
 

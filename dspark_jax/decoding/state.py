@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
-from dspark_jax.decoding.sampling import SamplingParams
+from dspark_jax.decoding.sampling import SamplingArrays
 from dspark_jax.sharding import ShardingRules, array_sharding, replicated
 from dspark_jax.targets.attention import KeysValues
 
@@ -42,7 +42,7 @@ class DecodeState:
     stop_tokens: Array  # [R, E] int32, -1 padded
     verify_cap: Array  # [R] int32 in 0..K: the most drafts verified for this request
     keys: Array  # [R, 2] uint32: raw threefry key of the request's seed
-    sampling: SamplingParams  # [R] each
+    sampling: SamplingArrays  # [R] each
     target_cache: tuple[KeysValues, ...]  # one a layer, [R, G, S, H]
     draft: Any  # DraftState; () without a drafter
     counters: RoundCounters
@@ -63,7 +63,7 @@ class Admission(NamedTuple):
     stop_tokens: Array  # [A, E] int32
     verify_cap: Array  # [A] int32
     keys: Array  # [A, 2] uint32
-    sampling: SamplingParams  # [A] each
+    sampling: SamplingArrays  # [A] each
 
 
 class RoundRecord(NamedTuple):

@@ -16,7 +16,6 @@ import numpy as np
 from dspark_jax.errors import UserError
 from dspark_jax.scheduling.costs import Occupancy, ScheduleTables, round_costs
 from dspark_jax.scheduling.policies import PolicyState, RoundView, VerifyPolicy
-from dspark_jax.serving.resting import DraftRest
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ NO_PREFILL = Prefill((1,), (0.0,), (0.0,))
 @dataclass(frozen=True)
 class SimulatedDevice:
     """`tables` the cost of rounds, `buckets` what the verify pass is compiled for; what prompts take with the drafter
-    and, where nothing is drafted or it rests, without; the seconds that a dispatch adds."""
+    and, for plain decoding, without; the seconds that a dispatch adds."""
 
     tables: ScheduleTables
     buckets: tuple[int, ...]
@@ -67,7 +66,6 @@ class SimulatedDevice:
     plain_prefill: Prefill = NO_PREFILL
     dispatch_seconds: float = 0.0
     rounds_per_dispatch: int = 16
-    rest_after: int = 64
 
 
 @dataclass(frozen=True)
@@ -103,11 +101,10 @@ def simulate(
     state = jax.tree.map(jnp.asarray, policy.init(concurrency, traces.logits.shape[1]))
     fresh, clock = policy.init(concurrency, traces.logits.shape[1]).slots, 0.0
     asked, speeds, tokens, verified, rounds = concurrency, [], 0, 0, 0
-    rest = DraftRest(device.rest_after)
     begin, first = clock, concurrency  # a request's first token comes with its prefill
     while asked < requests:
         clock += device.dispatch_seconds
-        ended, begun, drafting = np.zeros(concurrency, bool), rounds, 0
+        ended = np.zeros(concurrency, bool)
         for _ in range(device.rounds_per_dispatch):
             view = slots.view(told, device.tables)
             drafted, lengths, view, state = _schedule(policy, view, slots.proposals(), state)
@@ -119,20 +116,17 @@ def simulate(
                 verified + int(np.sum(np.asarray(lengths) + 1)),
                 rounds + concurrency,
             )
-            drafting += bool(jnp.any(drafted))
             ended = slots.ended
             if ended.any():
                 break
         for slot in np.flatnonzero(ended):
             speeds.append(slots.wanted[slot] / max(clock - slots.since[slot], 1e-9))
         state = PolicyState(jax.tree.map(partial(_put, ended), state.slots, fresh), state.shared)
-        rest.saw((rounds - begun) // concurrency, drafting)
         entering = np.flatnonzero(ended)
         for slot in entering:
             slots.enter(int(slot), asked % len(traces.lengths), clock)
             asked, first = asked + 1, first + 1
-        undrafted = cap == 0 or (policy.needs_tables and rest.resting)
-        prefill = device.plain_prefill if undrafted else device.prefill
+        prefill = device.prefill if cap else device.plain_prefill
         clock += prefill.seconds(traces.prompts[slots.source[entering]], concurrency)
     seconds = max(clock - begin, 1e-9)
     return LoadFigures((tokens + first) / seconds, tuple(speeds), verified / max(rounds, 1), tokens / max(rounds, 1))

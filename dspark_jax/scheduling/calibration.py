@@ -14,8 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dspark_jax.errors import UserError
-
 
 class Calibration(Protocol):
     """A frozen strategy. Its state is kept for the loop's life and learns from earlier rounds only."""
@@ -23,7 +21,7 @@ class Calibration(Protocol):
     def init(self, block: int) -> Any: ...
 
     def __call__(
-        self, logits: Float[Array, "r k"], temperatures: Float[Array, " k"], truth: Array | None, state: Any
+        self, logits: Float[Array, "r k"], temperatures: Float[Array, " k"], state: Any
     ) -> Float[Array, "r k"]:
         """c_k: the probability that x_k is accepted, given that x_<k were."""
         ...
@@ -45,7 +43,7 @@ class Static:
     def init(self, block: int) -> Any:
         return ()
 
-    def __call__(self, logits: Array, temperatures: Array, truth: Array | None, state: Any) -> Array:
+    def __call__(self, logits: Array, temperatures: Array, state: Any) -> Array:
         return jax.nn.sigmoid(logits / temperatures)
 
     def observe(self, logits: Array, temperatures: Array, lengths: Array, accepted: Array, state: Any) -> Any:
@@ -78,7 +76,7 @@ class Online:
         zero = jnp.zeros((block,), jnp.float32)
         return OnlineState(jnp.ones((block,), jnp.float32), *(zero.copy() for _ in range(4)))
 
-    def __call__(self, logits: Array, temperatures: Array, truth: Array | None, state: OnlineState) -> Array:
+    def __call__(self, logits: Array, temperatures: Array, state: OnlineState) -> Array:
         return jax.nn.sigmoid(logits / temperatures * state.scale + state.shift)
 
     def observe(
@@ -99,23 +97,6 @@ class Online:
         scale = state.scale - (low * g - ab * h) / determinant
         shift = state.shift - (top * h - ab * g) / determinant
         return OnlineState(jnp.clip(scale, 0.05, 20.0), jnp.clip(shift, -5.0, 5.0), aa, ab, bb)
-
-
-@dataclass(frozen=True)
-class Oracle:
-    """The true acceptance probabilities, handed in by a study or a test. Not for serving: in a real round nobody knows
-    them before the target has run, and a flipped coin told in advance is no longer lossless."""
-
-    def init(self, block: int) -> Any:
-        return ()
-
-    def __call__(self, logits: Array, temperatures: Array, truth: Array | None, state: Any) -> Array:
-        if truth is None:
-            raise UserError("The oracle calibration needs true acceptance probabilities, which only a study has.")
-        return truth
-
-    def observe(self, logits: Array, temperatures: Array, lengths: Array, accepted: Array, state: Any) -> Any:
-        return state
 
 
 ECE_BINS = 20

@@ -22,26 +22,25 @@ class Occupancy(NamedTuple):
     are, the loop sees for itself.
 
     `load`: measured over profiled round time (`LoadMeter`). `signal`: the user's word for what shares the device: 2 for
-    a co-located job of equal weight, 1 / share for a tenant. `forecast`: expected change of load during the dispatch.
+    a co-located job of equal weight, 1 / share for a tenant.
     """
 
     load: Array
     signal: Array
-    forecast: Array
 
     @classmethod
-    def of(cls, load: float = 1.0, signal: float = 1.0, forecast: float = 1.0) -> "Occupancy":
+    def of(cls, load: float = 1.0, signal: float = 1.0) -> "Occupancy":
         """On the device. UserError for a factor that is no finite number above 0."""
-        for name, value in (("load", load), ("signal", signal), ("forecast", forecast)):
+        for name, value in (("load", load), ("signal", signal)):
             if not math.isfinite(value) or value <= 0:
                 raise UserError(f"The occupancy's {name} is {value}; expected a number above 0, 1 for as profiled.")
-        return cls(*jax.device_put((np.float32(load), np.float32(signal), np.float32(forecast))))
+        return cls(*jax.device_put((np.float32(load), np.float32(signal))))
 
     @property
     def pressure(self) -> Array:
         """How much dearer than profiled one more token is. What an idle device gives away for nothing, the work beside
         it pays for, so pressure scales the cost above the cheapest verify pass and not the pass itself."""
-        return self.load * self.signal * self.forecast
+        return self.load * self.signal
 
 
 class CostTable(NamedTuple):
@@ -157,7 +156,7 @@ def round_costs(
 def idle_costs(table: CostTable, active: Bool[Array, " r"], lengths: Int[Array, " r"]) -> RoundCosts:
     """Costs with nothing beside the loop: what the clock is compared with."""
     ones = jnp.ones((), jnp.float32)
-    return round_costs(table, Occupancy(ones, ones, ones), active, lengths)
+    return round_costs(table, Occupancy(ones, ones), active, lengths)
 
 
 @dataclass

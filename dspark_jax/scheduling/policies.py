@@ -29,7 +29,7 @@ class PolicyState(NamedTuple):
 
 class RoundView(NamedTuple):
     """What a policy is shown of a round. `caps` are 0 for a request that is idle or did not draft; `confidence` and
-    `drafted` are there once the drafter has run, `truth` in studies only."""
+    `drafted` are there once the drafter has run."""
 
     active: Bool[Array, " r"]
     lengths: Int[Array, " r"]  # committed tokens
@@ -38,7 +38,6 @@ class RoundView(NamedTuple):
     tables: ScheduleTables | None
     drafted: Bool[Array, " r"] | None = None
     confidence: Float[Array, "r k"] | None = None  # logits; None too when the drafter has no confidence head
-    truth: Float[Array, "r k"] | None = None
 
 
 class VerifyPolicy(Protocol):
@@ -172,7 +171,7 @@ class Adaptive:
         if view.confidence is None:
             conditional = self.history.conditional(shared.history)
             return jnp.broadcast_to(conditional, (view.caps.shape[0], conditional.shape[0]))
-        return self.calibration(view.confidence, _tables(view).temperatures, view.truth, shared.calibration)
+        return self.calibration(view.confidence, _tables(view).temperatures, shared.calibration)
 
     def observe(self, view: RoundView, lengths: Array, accepted: Array, state: PolicyState) -> PolicyState:
         drafted = view.active if view.drafted is None else view.active & view.drafted

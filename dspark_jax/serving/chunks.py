@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from dspark_jax.decoding.round import DecodeLoop
-from dspark_jax.decoding.sampling import SamplingParams
+from dspark_jax.decoding.sampling import SamplingArrays
 from dspark_jax.decoding.state import Admission
 from dspark_jax.serving.requests import DecodeConfig, Job
 
@@ -47,7 +47,7 @@ def next_chunk(loop: DecodeLoop, width: int, entering: Sequence[tuple[int, Job, 
         stop_tokens=stops,
         verify_cap=column([most if s.verify_length is None else min(s.verify_length, most) for s in settings]),
         keys=column([[w % 2**32 for w in job.seed_words] for job in jobs], np.uint32),
-        sampling=SamplingParams(
+        sampling=SamplingArrays(
             column([s.temperature for s in settings], np.float32),
             column([min(s.top_k, 2**31 - 1) for s in settings]),
             column([s.top_p for s in settings], np.float32),

@@ -8,15 +8,15 @@ padded to length buckets, so that other prompts meet compiled programs.
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from dspark_jax.decoding.dispatch import record_rounds, run_rounds, run_undrafted
-from dspark_jax.decoding.prefill import admit, recall, retire
+from dspark_jax.decoding.dispatch import record_rounds, run_rounds
+from dspark_jax.decoding.prefill import admit, retire
 from dspark_jax.decoding.round import DecodeLoop, LoopParams, init_state
 from dspark_jax.decoding.state import Admission, DecodeState, RoundRecord
 from dspark_jax.drafters.registry import Drafter
@@ -35,7 +35,6 @@ from dspark_jax.serving.requests import (
     Timing,
     make_job,
 )
-from dspark_jax.serving.resting import DraftRest
 from dspark_jax.targets.target import Target
 
 CACHE_MULTIPLE = 64
@@ -57,19 +56,6 @@ class _Entry:
     tokens: list[int] = field(default_factory=list)
     counts: tuple[int, int, tuple[int, ...], tuple[int, ...]] = (0, 0, (), ())
     drafted: int = 0
-    context: bool = False  # whether the drafter knows the request's tokens
-
-    @property
-    def committed(self) -> tuple[int, ...]:
-        """What the target has run on: prompt and tokens without the anchor."""
-        return (*self.job.prompt, *self.tokens[:-1])
-
-    @property
-    def worth_recalling(self) -> bool:
-        """Whether the drafter does not know the request, which may draft and has at least as many tokens to come as
-        would have to go through the target again."""
-        missed = self.decoding and not self.context and self.job.settings.verify_length != 0
-        return missed and self.job.longest >= 2 * len(self.committed)
 
     @property
     def decoding(self) -> bool:
@@ -116,9 +102,6 @@ class Engine:
         self._pending: deque[_Entry] = deque()
         self._slots: dict[int, _Entry] = {}
         self._open: dict[int, _Entry] = {}  # by request index: waiting or in a slot
-        after, adaptive = self.config.rest_after, bool(self.loop.block) and self.config.policy.needs_tables
-        self._rest = DraftRest(after) if adaptive and after is not None else None
-        self._wake = jnp.zeros((), bool)  # what the last dispatch without the drafter said
         self._told = (1.0, 1.0)  # load and signal in `occupancy`
         beside = None if self.tables is None else self.tables.costs.dispatch
         self._dispatch_seconds = 0.0 if beside is None else float(beside)
@@ -185,7 +168,6 @@ class Engine:
         self.admit()
         if not any(entry.decoding for entry in self._slots.values()):
             return []
-        self._recall()
         rounds = self.config.rounds_per_dispatch
         if not all(entry.decoding for entry in self._slots.values()):
             rounds = max(1, rounds // 4)  # a prompt waits for its next chunk
@@ -218,10 +200,7 @@ class Engine:
             return
         soon = bool(self._pending) or self.config.return_at_once
         how = self.occupancy, *jax.device_put((np.int32(rounds), np.bool_(soon)))
-        if self._rest is not None and not any(entry.context for entry in self._slots.values() if entry.decoding):
-            self.state, self._wake = run_undrafted(self.loop, self.params, self.state, *how)
-        else:
-            self.state = run_rounds(self.loop, self.params, self.state, *how)
+        self.state = run_rounds(self.loop, self.params, self.state, *how)
 
     def _tell_occupancy(self) -> None:
         known = (1.0 if self.meter is None else self.meter.load, self.signal)
@@ -240,9 +219,6 @@ class Engine:
             if self._pending and slot not in self._slots:
                 self._slots[slot] = self._pending.popleft()
                 self._slots[slot].admitted = now
-        if self._resting:
-            for entry in self._slots.values():
-                entry.context = False
         budget = self.config.prefill_budget if decoding else None
         fresh: dict[int, list[int]] = {}
         later: list[int] = []
@@ -273,13 +249,11 @@ class Engine:
         first, later = chunk_widths(self.config, self.loop.size, self.longest - 1)
         for width in sorted(first):
             for rows in {1, self.config.slots}:
-                self._warm_up_chunk(blank_chunk(self.loop, rows, width), fresh=True)
+                self._run_chunk(blank_chunk(self.loop, rows, width), fresh=True)
         for width in sorted(later):
-            self._warm_up_chunk(blank_chunk(self.loop, 1, width), fresh=False)
+            self._run_chunk(blank_chunk(self.loop, 1, width), fresh=False)
         how = self.occupancy, jnp.asarray(0, jnp.int32), jnp.asarray(False)
         self.state = run_rounds(self.loop, self.params, self.state, *how)
-        if self._rest is not None:
-            self.state, _ = run_undrafted(self.loop, self.params, self.state, *how)
         self.state = retire(self.loop, self.state, jax.device_put(np.zeros(self.config.slots, bool)))
 
     def _chunk_bucket(self, entry: _Entry) -> int:
@@ -290,73 +264,24 @@ class Engine:
         filled = slots + slots[:1] * (rows - len(slots))
         entries = [(slot, self._slots[slot]) for slot in filled]
         batch = next_chunk(self.loop, width, [(slot, entry.job, entry.prefilled) for slot, entry in entries])
-        first = self._slots[slots[0]]
-        fresh = not first.prefilled
-        context = not self._resting and (fresh or first.context)
-        self._run_chunk(batch, fresh, context)
+        self._run_chunk(batch, fresh=not self._slots[slots[0]].prefilled)
         for slot in slots:
             entry = self._slots[slot]
-            entry.context = context
             entry.prefilled = min(entry.prefilled + width, len(entry.job.prompt))
 
-    def _run_chunk(self, batch: Admission, fresh: bool, context: bool = True) -> None:
-        if not context:
-            batch = batch._replace(verify_cap=batch.verify_cap * 0)
+    def _run_chunk(self, batch: Admission, fresh: bool) -> None:
         self._prefilling = True
-        self.state = admit(self.loop, self.params, self.state, jax.device_put(batch), fresh, context)
-
-    def _warm_up_chunk(self, batch: Admission, fresh: bool) -> None:
-        self._run_chunk(batch, fresh)
-        if self._rest is not None:
-            self._run_chunk(batch, fresh, context=False)
-            if len(batch.slots) == 1:
-                self.state = recall(self.loop, self.params, self.state, jax.device_put(batch), fresh)
-
-    # The drafter left out
-
-    @property
-    def _resting(self) -> bool:
-        return self._rest is not None and self._rest.resting and self.recorder is None
-
-    def _recall(self) -> None:
-        """Tells the drafter, unless it rests, what it missed of the requests for which that is worth it, in order of
-        arrival: up to `prefill_budget` tokens between two dispatches, one request at least."""
-        if self._rest is None or self._resting:
-            return
-        missed = [(slot, entry) for slot, entry in self._slots.items() if entry.worth_recalling]
-        spent = 0
-        for slot, entry in sorted(missed, key=lambda pair: pair[1].submitted):
-            spent += len(entry.committed)
-            if spent > len(entry.committed) and spent > self.config.prefill_budget:
-                break
-            job, start = replace(entry.job, prompt=entry.committed), 0
-            while start < len(job.prompt):
-                width = prompt_bucket(self.config, self.loop.size, start, len(job.prompt) - start)
-                batch = jax.device_put(next_chunk(self.loop, width, [(slot, job, start)]))
-                self._prefilling = True
-                self.state = recall(self.loop, self.params, self.state, batch, not start)
-                start += width
-            entry.context = True
-
-    def _see_drafts(self, gained: list[tuple[int, int]], wake: bool) -> None:
-        """Decides whether the drafter is left out from here on. `gained`: of every request that it knows, the rounds of
-        the last dispatch and those that drafted; `wake`: where it knows none, whether the policy would draft."""
-        if self._rest is None:
-            return
-        if gained:
-            self._rest.saw(max(rounds for rounds, _ in gained), max(drafted for _, drafted in gained))
-        elif wake and self._rest.resting:
-            self._rest.wake()
+        self.state = admit(self.loop, self.params, self.state, jax.device_put(batch), fresh)
 
     # Results
 
     def _harvest(self) -> list[Progress]:
         state = self.state
-        tokens, length, active, stopped, counters, wake = jax.device_get(
-            (state.tokens, state.length, state.active, state.stopped, state.counters, self._wake)
+        tokens, length, active, stopped, counters = jax.device_get(
+            (state.tokens, state.length, state.active, state.stopped, state.counters)
         )
         self._prefilling = False
-        now, progress, gained = time.perf_counter(), [], list[tuple[int, int]]()
+        now, progress = time.perf_counter(), []
         for slot, entry in list(self._slots.items()):
             if not entry.decoding:
                 continue
@@ -364,9 +289,6 @@ class Engine:
             new = tokens[slot, start + len(entry.tokens) : length[slot]].tolist()
             entry.tokens += new
             entry.first_token = now if entry.first_token is None else entry.first_token
-            if entry.context:
-                before = entry.counts[0], entry.drafted
-                gained.append((int(counters.rounds[slot]) - before[0], int(counters.drafted[slot]) - before[1]))
             entry.counts = (
                 int(counters.rounds[slot]),
                 int(counters.committed[slot]),
@@ -379,7 +301,6 @@ class Engine:
                 generation = self._generation(entry, "stop" if stopped[slot] else "length", now)
                 del self._slots[slot]
             progress.append(Progress(entry.job.index, tuple(new), generation))
-        self._see_drafts(gained, bool(wake))
         return progress
 
     def _generation(self, entry: _Entry, reason: str, now: float) -> Generation:
@@ -396,10 +317,6 @@ def check_engine(config: DecodeConfig) -> None:
     for name in ("slots", "rounds_per_dispatch", "smallest_prompt_bucket", "prefill_chunk", "prefill_budget"):
         if getattr(config, name) < 1:
             raise UserError(f"The decoding setting {name} is {getattr(config, name)}; expected 1 or more.")
-    if config.rest_after is not None and config.rest_after < 1:
-        raise UserError(
-            f"The decoding setting rest_after is {config.rest_after}; expected 1 or more, or None for never."
-        )
     if config.queue is not None and config.queue < 1:
         raise UserError(f"The decoding setting queue is {config.queue}; expected 1 or more, or None for no bound.")
 

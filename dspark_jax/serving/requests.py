@@ -38,9 +38,6 @@ class DecodeConfig:
     prefill_chunk: int = 256  # longer prompts are prefilled in chunks of this many tokens
     prefill_budget: int = 512  # prompt tokens prefilled between two dispatches while other requests decode
     queue: int | None = None  # requests that may wait; None: any number
-    rest_after: int | None = (
-        64  # rounds without drafts after which an adaptive policy's drafter is left out; None: never
-    )
     return_at_once: bool = False  # a dispatch ends with the first request that does, even if nobody waits
 
 
