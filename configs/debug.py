@@ -12,7 +12,7 @@ from dspark_jax.config.schema import CheckpointSettings, DataSettings, DrafterSe
 def get_config() -> TrainConfig:
     return TrainConfig(
         name="debug",
-        target="assets/embedded_target",
+        target="embedded",
         drafter=DrafterSettings(
             num_layers=1, target_layer_ids=(1, 5), block_size=4, markov_rank=8, num_anchors=8, intermediate_size=64
         ),

@@ -9,8 +9,9 @@ Cross-entropy alone, as the reference trains DFlash.
 
 from dataclasses import replace
 
-from configs.embedded_dspark import get_config as dspark
 from dspark_jax.config.schema import LossSettings, TrainConfig
+
+from .embedded_dspark import get_config as dspark
 
 
 def get_config() -> TrainConfig:

@@ -24,7 +24,7 @@ from dspark_jax.config.schema import (
 def get_config() -> TrainConfig:
     return TrainConfig(
         name="embedded_dspark",
-        target="assets/embedded_target",
+        target="embedded",
         drafter=DrafterSettings(
             num_layers=2,
             target_layer_ids=(1, 4, 7, 8),

@@ -10,8 +10,9 @@ half of its inputs, as embedded_dspark's layers do.
 
 from dataclasses import replace
 
-from configs.embedded_dspark import get_config as dspark
 from dspark_jax.config.schema import TrainConfig
+
+from .embedded_dspark import get_config as dspark
 
 
 def get_config() -> TrainConfig:

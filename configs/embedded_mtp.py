@@ -10,8 +10,9 @@ All supervised positions are trained. Its layer starts as a copy of the target's
 
 from dataclasses import replace
 
-from configs.embedded_dspark import get_config as dspark
 from dspark_jax.config.schema import TrainConfig
+
+from .embedded_dspark import get_config as dspark
 
 
 def get_config() -> TrainConfig:

@@ -7,8 +7,9 @@ Expected:  not measured here. The paper's accepted length at temperature 1.0, γ
            GSM8K 5.45, MATH 5.04, HumanEval 4.95, MT-Bench 2.98.
 """
 
-from configs.recipe import GEMMA4_12B, dflash
 from dspark_jax.config.schema import TrainConfig
+
+from .recipe import GEMMA4_12B, dflash
 
 
 def get_config() -> TrainConfig:

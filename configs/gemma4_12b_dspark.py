@@ -8,8 +8,9 @@ Expected:  not measured here. The paper's accepted length at temperature 1.0, γ
            GSM8K 6.05, MATH 5.78, HumanEval 5.64, MT-Bench 3.49.
 """
 
-from configs.recipe import GEMMA4_12B, dspark
 from dspark_jax.config.schema import TrainConfig
+
+from .recipe import GEMMA4_12B, dspark
 
 
 def get_config() -> TrainConfig:

@@ -7,8 +7,9 @@ Expected:  not measured here. The paper's accepted length at temperature 1.0, γ
            GSM8K 5.87, MATH 5.46, HumanEval 5.37, MT-Bench 3.19.
 """
 
-from configs.recipe import GEMMA4_12B, eagle3
 from dspark_jax.config.schema import TrainConfig
+
+from .recipe import GEMMA4_12B, eagle3
 
 
 def get_config() -> TrainConfig:

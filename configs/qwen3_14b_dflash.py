@@ -7,8 +7,9 @@ Expected:  not measured here. The paper's accepted length at temperature 1.0, γ
            GSM8K 5.41, MATH 4.84, HumanEval 4.59, MT-Bench 3.10.
 """
 
-from configs.recipe import QWEN3_14B, dflash
 from dspark_jax.config.schema import TrainConfig
+
+from .recipe import QWEN3_14B, dflash
 
 
 def get_config() -> TrainConfig:

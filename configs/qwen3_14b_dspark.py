@@ -8,8 +8,9 @@ Expected:  not measured here. The paper's accepted length at temperature 1.0, γ
            GSM8K 6.21, MATH 5.74, HumanEval 5.43, MT-Bench 3.70.
 """
 
-from configs.recipe import QWEN3_14B, dspark
 from dspark_jax.config.schema import TrainConfig
+
+from .recipe import QWEN3_14B, dspark
 
 
 def get_config() -> TrainConfig:

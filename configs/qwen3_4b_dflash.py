@@ -7,8 +7,9 @@ Expected:  not measured here. The paper's accepted length at temperature 1.0, γ
            GSM8K 5.40, MATH 4.85, HumanEval 4.74, MT-Bench 3.07.
 """
 
-from configs.recipe import QWEN3_4B, dflash
 from dspark_jax.config.schema import TrainConfig
+
+from .recipe import QWEN3_4B, dflash
 
 
 def get_config() -> TrainConfig:

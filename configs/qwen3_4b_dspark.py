@@ -8,8 +8,9 @@ Expected:  not measured here. The paper's accepted length at temperature 1.0, γ
            GSM8K 6.11, MATH 5.70, HumanEval 5.38, MT-Bench 3.64.
 """
 
-from configs.recipe import QWEN3_4B, dspark
 from dspark_jax.config.schema import TrainConfig
+
+from .recipe import QWEN3_4B, dspark
 
 
 def get_config() -> TrainConfig:

@@ -7,8 +7,9 @@ Expected:  not measured here. The paper's accepted length at temperature 1.0, γ
            GSM8K 5.14, MATH 4.62, HumanEval 4.16, MT-Bench 2.39.
 """
 
-from configs.recipe import QWEN3_4B, eagle3
 from dspark_jax.config.schema import TrainConfig
+
+from .recipe import QWEN3_4B, eagle3
 
 
 def get_config() -> TrainConfig:

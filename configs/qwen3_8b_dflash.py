@@ -7,8 +7,9 @@ Expected:  not measured here. The paper's accepted length at temperature 1.0, γ
            GSM8K 5.33, MATH 4.91, HumanEval 4.64, MT-Bench 3.11.
 """
 
-from configs.recipe import QWEN3_8B, dflash
 from dspark_jax.config.schema import TrainConfig
+
+from .recipe import QWEN3_8B, dflash
 
 
 def get_config() -> TrainConfig:

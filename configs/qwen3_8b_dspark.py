@@ -8,8 +8,9 @@ Expected:  not measured here. The paper's accepted length at temperature 1.0, γ
            GSM8K 6.17, MATH 5.78, HumanEval 5.52, MT-Bench 3.72.
 """
 
-from configs.recipe import QWEN3_8B, dspark
 from dspark_jax.config.schema import TrainConfig
+
+from .recipe import QWEN3_8B, dspark
 
 
 def get_config() -> TrainConfig:

@@ -260,6 +260,21 @@ def lock_descriptor(descriptor: int, path: Path, what: str, *, wait: bool = Fals
         raise UserError(f"Another process is writing {what} {path}; wait for it or give another output.") from error
 
 
+def make_output(folder: Path) -> None:
+    """Makes a program's output folder before anything is computed, and tries it.
+
+    Raises:
+        UserError: it can't be made or written to.
+    """
+    probe = folder / f".writable-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{folder} can't be written to ({error.strerror}); give an output folder that can.") from error
+
+
 def check_new_folder(folder: Path) -> None:
     """UserError where the folder holds something: a model's files are not to be mixed with others."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -9,24 +9,21 @@ and, with a drafter, the plot of conditional acceptance by block position. --pla
 alone and prints what a device would hold; it decodes nothing.
 """
 
-import platform
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-
 from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target, resolve_folder
 from dspark_jax.config.cli import parse, program
+from dspark_jax.devices import announce, machine
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.errors import UserError
 from dspark_jax.evaluation.acceptance import Acceptance
 from dspark_jax.evaluation.timing import Decoder, Timed, alternate, differences, median_ratio, median_speed
-from dspark_jax.files import write_json
+from dspark_jax.files import make_output, write_json
 from dspark_jax.planning.decoding import PLAN, print_plan
 from dspark_jax.report import acceptance_plot, table
 from dspark_jax.scheduling.policies import Fixed
@@ -91,6 +88,8 @@ def main(argv: list[str]) -> None:
         raise UserError(
             "There is nothing to measure: repeats and sampled-repeats must be 1 or more, and a temperature given."
         )
+    make_output(settings.output)
+    announce(settings.dtype)
     target = load_target(settings.target, dtype=settings.dtype)
     prompts = read_prompts(target, settings.prompts, settings.chat_format, settings.limit or None)
     if settings.against == "transformers":
@@ -232,19 +231,6 @@ class TransformersDecoder:
             tokens = tuple(out[0, len(prompt.tokens) :].tolist())
             made.append(Generation(i, prompt.tokens, tokens, "", "", 0, 0, (), ()))
         return Timed(tuple(made), time.perf_counter() - start)
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    import os
-
-    return {
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
-        "load": statistics.fmean(os.getloadavg()),
-    }
 
 
 if __name__ == "__main__":

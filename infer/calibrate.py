@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import jax
 import numpy as np
 
 from dspark_jax.checkpoints.drafters import load_drafter, save_drafter
@@ -22,9 +21,10 @@ from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.checkpoints.serving_tables import StsTable, write_sts
 from dspark_jax.config.cli import parse, program
 from dspark_jax.decoding.state import RoundRecord
+from dspark_jax.devices import announce, machine
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.errors import UserError
-from dspark_jax.files import write_json
+from dspark_jax.files import make_output, write_json
 from dspark_jax.report import reliability_plot, table
 from dspark_jax.scheduling.calibration import CalibrationMetrics, calibration_metrics, prefix_survival, reliability
 from dspark_jax.serving.engine import Engine
@@ -98,6 +98,8 @@ def main(argv: list[str]) -> None:
     settings = parse(CalibrateSettings, argv, description=__doc__)
     if min(settings.samples, settings.slots) < 1:
         raise UserError("There is nothing to record: samples and slots must be 1 or more.")
+    make_output(settings.output)
+    announce(settings.dtype)
     target = load_target(settings.target, dtype=settings.dtype)
     drafter = load_drafter(settings.drafter, target, dtype=settings.dtype)
     if not getattr(drafter.config, "enable_confidence_head", False):
@@ -120,7 +122,7 @@ def main(argv: list[str]) -> None:
         "prompts": len(prompts),
         "recording_seconds": seconds,
         "valid_for": validity(target, drafter, settings.decode_config(drafter.config.block_size)),
-        "machine": {"device": jax.devices()[0].device_kind, "jax": jax.__version__},
+        "machine": machine(),
         "settings": asdict(settings),
         "command": "python -m infer.calibrate " + " ".join(argv),
     }

@@ -23,6 +23,7 @@ from dspark_jax.checkpoints.tensors import read_json
 from dspark_jax.config.cli import parse, program
 from dspark_jax.data.chat import Encoded, chat_format, encode_conversation, encode_prompt
 from dspark_jax.data.jsonl import read_jsonl
+from dspark_jax.devices import announce
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.errors import UserError
 from dspark_jax.evaluation.conformance import (
@@ -37,14 +38,15 @@ from dspark_jax.evaluation.conformance import (
     edges,
     readings,
 )
-from dspark_jax.files import write_json
+from dspark_jax.files import make_output, write_json
+from dspark_jax.programs import asset
 from dspark_jax.report import table
 from dspark_jax.serving.generate import generate
 from dspark_jax.serving.prompts import prompt_messages
 from dspark_jax.serving.requests import DecodeConfig, Request
 from dspark_jax.targets.target import Target
 
-DEFAULT_PROMPTS = Path(__file__).parent.parent / "assets" / "conformance_prompts.jsonl"
+DEFAULT_PROMPTS = asset("conformance_prompts.jsonl")
 NEXT_TURN = {"role": "user", "content": "Thank you."}  # so that something follows the answer, which no loss covers
 LENGTHS = 64  # sequences are padded to a multiple of this
 FEWEST = 8  # answers below which a difference is no evidence
@@ -94,6 +96,8 @@ def main(argv: list[str]) -> int:
     settings = parse(ConformanceSettings, argv, description=__doc__)
     if settings.limit < FEWEST or min(settings.anchors, settings.slots, settings.batch) < 1:
         raise UserError(f"Expected a limit of {FEWEST} prompts or more, and anchors, slots and batch of 1 or more.")
+    make_output(settings.output)
+    announce(settings.dtype)
     target = load_target(settings.target, dtype=settings.dtype)
     drafter = load_doubtful(settings, target)
     contradictions = manifest_contradictions(settings.drafter, drafter, target)
@@ -109,7 +113,7 @@ def main(argv: list[str]) -> int:
 def load_doubtful(settings: ConformanceSettings, target: Target) -> Drafter:
     """The drafter, whatever its manifest says, and even where its layer ids, read as they stand, can't be right: ids
     counted from 1 name the forbidden last layer."""
-    folder = resolve_folder(settings.drafter)
+    folder = resolve_folder(settings.drafter, "drafter")
     native = drafter_layout(folder).to_native(read_json(folder / "config.json"), target.config)
     ids = tuple(native.get("target_layer_ids") or ())
     shift = -1 if ids and ids[-1] == target.config.num_layers - 1 and "MTP" not in str(native["architectures"]) else 0
@@ -118,7 +122,7 @@ def load_doubtful(settings: ConformanceSettings, target: Target) -> Drafter:
 
 
 def manifest_contradictions(path: str, drafter: Drafter, target: Target) -> list[str]:
-    manifest = read_manifest(resolve_folder(path))
+    manifest = read_manifest(resolve_folder(path, "drafter"))
     return [] if manifest is None else mismatches(manifest, drafter.hf_config, drafter_layout(path), target)
 
 

@@ -7,9 +7,7 @@ stopped demo continues where it was.
 """
 
 import json
-import os
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 from dspark_jax.config.cli import parse, program
 from dspark_jax.errors import UserError
 from dspark_jax.files import write_json
+from dspark_jax.programs import program_command
 from dspark_jax.report import training_plot
 
 
@@ -27,7 +26,7 @@ class DemoSettings:
 
     folder: Path = Path("runs/demo")
     """Where everything goes."""
-    target: str = "assets/embedded_target"
+    target: str = "embedded"
     prompts: int = 500
     """Training prompts of each domain."""
     heldout: int = 20
@@ -89,7 +88,7 @@ def main(argv: list[str]) -> None:
 def run(name: str, command: list[str]) -> None:
     """Runs a program of the project; its failure is the demo's, with its own sentence already on stderr."""
     print(f"\n== {name}: python -m {' '.join(command)}", flush=True)
-    code = subprocess.run([sys.executable, "-m", *command], env=os.environ, check=False).returncode
+    code = subprocess.run(program_command(*command), check=False).returncode
     if code:
         raise UserError(f"The demo stopped at the step '{name}' (exit code {code}); the same command continues there.")
 

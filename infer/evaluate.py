@@ -20,12 +20,13 @@ from tqdm import tqdm
 from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.config.cli import parse, program
+from dspark_jax.devices import announce, machine
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.errors import UserError
 from dspark_jax.evaluation.acceptance import Acceptance
 from dspark_jax.evaluation.answers import Answered, ChatStyle, Proposals, answer, reach
 from dspark_jax.evaluation.datasets import DOMAINS, Sample, domain_of, read_datasets
-from dspark_jax.files import write_json
+from dspark_jax.files import make_output, write_json
 from dspark_jax.report import acceptance_plot, reliability_plot, table, threshold_plot
 from dspark_jax.scheduling.calibration import calibration_metrics, prefix_survival, reliability
 from dspark_jax.scheduling.policies import Fixed, Threshold, VerifyPolicy, bucket_ladder
@@ -33,7 +34,6 @@ from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.policies import PolicyName, make_engine, policy_named, temperatures_of
 from dspark_jax.serving.requests import DecodeConfig
 from dspark_jax.targets.target import Target
-from infer.bench import machine
 
 AVERAGED = ("tau", "drafted_per_round", "verify_rate", "plain_tokens_per_second", "tokens_per_second", "speedup")
 
@@ -82,6 +82,8 @@ def main(argv: list[str]) -> None:
     if not settings.temperatures or settings.repeats < 1:
         raise UserError("There is nothing to evaluate: give a temperature, and repeats of 1 or more.")
     sets = read_datasets(settings.datasets, settings.limit or None)
+    make_output(settings.output)
+    announce(settings.dtype)
     target = load_target(settings.target, dtype=settings.dtype)
     if target.tokenizer is None:
         raise UserError(f"{target.name} has no tokenizer files, so it can't read prompts; add tokenizer.json.")

@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
             dtype=settings.dtype,
             frozen_copies=settings.frozen_copies,
             vocabulary_maps=settings.vocabulary_maps,
-            provenance=provenance_of(read_manifest(resolve_folder(settings.drafter))),
+            provenance=provenance_of(read_manifest(resolve_folder(settings.drafter, "drafter"))),
         )
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}); give a folder that can.") from None

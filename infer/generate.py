@@ -7,16 +7,18 @@ python -m infer.generate --target Qwen/Qwen3-4B --prompts-file questions.jsonl -
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.config.cli import parse, program
+from dspark_jax.devices import announce
 from dspark_jax.errors import UserError
 from dspark_jax.evaluation.acceptance import Acceptance
-from dspark_jax.files import write_atomically
+from dspark_jax.files import make_output, write_atomically
+from dspark_jax.programs import EMBEDDED
 from dspark_jax.serving.generate import stream
 from dspark_jax.serving.policies import PolicyName, policy_named
 from dspark_jax.serving.prompts import Prompt, encode, read_prompts
@@ -27,10 +29,10 @@ from dspark_jax.serving.requests import DecodeConfig, Generation, Request
 class GenerateSettings:
     """Decodes prompts, plainly or with a drafter."""
 
-    target: str
-    """Folder or hub id of the target."""
+    target: str = ""
+    """Folder or hub id of the target, or `embedded`; empty: the pair that comes with this package."""
     drafter: str = ""
-    """Folder of the drafter; empty: plain decoding."""
+    """Folder or hub id of the drafter; empty: plain decoding."""
     prompt: tuple[str, ...] = ()
     """What the user says, one conversation each."""
     prompts_file: tuple[Path, ...] = ()
@@ -81,6 +83,11 @@ def main(argv: list[str]) -> None:
     settings = parse(GenerateSettings, argv, description=__doc__)
     if bool(settings.prompt) == bool(settings.prompts_file):
         raise UserError("Give what to decode in one way: --prompt TEXT, or --prompts-file FILE.jsonl.")
+    if settings.output is not None:
+        make_output(settings.output.parent)
+    if not settings.target:
+        settings = replace(settings, target=EMBEDDED, drafter=settings.drafter or EMBEDDED)
+    announce(settings.dtype)
     target = load_target(settings.target, dtype=settings.dtype)
     drafter = load_drafter(settings.drafter, target, dtype=settings.dtype) if settings.drafter else None
     if settings.prompts_file:

@@ -25,9 +25,10 @@ from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.checkpoints.serving_tables import SpsTable, write_sps
 from dspark_jax.config.cli import parse, program
 from dspark_jax.decoding.round import DecodeLoop, LoopParams
+from dspark_jax.devices import announce
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.errors import UserError
-from dspark_jax.files import write_json
+from dspark_jax.files import make_output, write_json
 from dspark_jax.report import table
 from dspark_jax.scheduling.costs import CostTable, Occupancy, ScheduleTables
 from dspark_jax.scheduling.policies import Adaptive, LookAhead, RoundView
@@ -78,6 +79,8 @@ def main(argv: list[str]) -> None:
         raise UserError("There is nothing to measure: slots, widths, rungs, rounds and repeats must be 1 or more.")
     if any(not 0 <= share <= 1 for share in settings.contexts) or not settings.contexts:
         raise UserError(f"The contexts are {settings.contexts}; expected shares of --longest, between 0 and 1.")
+    make_output(settings.output)
+    announce(settings.dtype)
     target = load_target(settings.target, dtype=settings.dtype)
     drafter = load_drafter(settings.drafter, target, dtype=settings.dtype)
     if settings.scheduler_cost:

@@ -226,4 +226,4 @@ def test_sweep_refusals(
 def test_a_missing_sweep_file_names_the_shipped_ones(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         sweep_main(["configs/sweeps/dept.py"])
-    assert "configs/sweeps/depth.py" in capsys.readouterr().err
+    assert "one of block_length, depth, head_type, loss_weights" in capsys.readouterr().err

@@ -33,6 +33,7 @@ from dspark_jax.data.codecs import STATES, encode_states
 from dspark_jax.data.pipeline import length_buckets
 from dspark_jax.data.target_cache import CacheSpec, CacheWriter, Sample, estimate_bytes, require_disk
 from dspark_jax.data.tokenised import encode_files
+from dspark_jax.devices import announce
 from dspark_jax.distributed import (
     barrier,
     bounded_by_peers,
@@ -51,7 +52,8 @@ from dspark_jax.targets.attention import Causal
 from dspark_jax.targets.config import TargetConfig, config_sha256
 from dspark_jax.targets.target import Target
 from dspark_jax.training.provenance import answers_of
-from train.devices import mesh_of_several, require_rows
+
+from .devices import mesh_of_several, require_rows
 
 WINDOW_BATCHES = 4
 """Batches' worth of sources that are sorted by length together."""
@@ -127,6 +129,7 @@ class Item:
 def main(argv: list[str]) -> None:
     settings = parse(CacheSettings, _attach_layers(argv), description=__doc__)
     initialize_from_environment()
+    announce(settings.compute_dtype)
     require_same({"they were given different options": settings})
     with bounded_by_peers():
         make(settings)

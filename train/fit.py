@@ -20,6 +20,7 @@ from xxhash import xxh3_64_hexdigest
 from dspark_jax.checkpoints.drafters import save_drafter, shared_tables
 from dspark_jax.config.cli import parse_named, program, to_json
 from dspark_jax.config.schema import TrainConfig
+from dspark_jax.devices import announce
 from dspark_jax.distributed import (
     barrier,
     bounded_by_peers,
@@ -42,7 +43,8 @@ from dspark_jax.training.run import RunPlan, make_plan
 from dspark_jax.training.run_folder import require_same_run, write_config
 from dspark_jax.training.summary import best_record, summarise, table
 from dspark_jax.training.trainer import Trainer
-from train.plan import PLAN, print_plan
+
+from .plan import PLAN, print_plan
 
 EXPORT_ONLY = "--export-only"
 
@@ -56,6 +58,7 @@ def main(argv: list[str]) -> None:
     if not isinstance(config, TrainConfig):
         raise UserError(f"The configuration is a {type(config).__name__}; train.fit runs those of training.")
     initialize_from_environment()
+    announce(config.compute_dtype)
     require_same({"they were given different configurations": to_json(config)})
     with bounded_by_peers():
         if EXPORT_ONLY in argv:

@@ -32,11 +32,13 @@ from dspark_jax.datagen.regeneration import Answerer, Finished, Regenerator, Rej
 from dspark_jax.datagen.server import ServedAnswers
 from dspark_jax.datagen.settings import PrepareSettings
 from dspark_jax.datagen.sources import prompts_sha256, read_sources
+from dspark_jax.devices import announce
 from dspark_jax.errors import UserError
 from dspark_jax.files import require_same_settings, weights_hash, write_atomically, write_json, write_settings
 from dspark_jax.report import listing
 from dspark_jax.targets.config import TargetConfig, config_sha256
-from train.devices import mesh_of_several
+
+from .devices import mesh_of_several
 
 
 @program
@@ -70,6 +72,7 @@ def load_regenerator(settings: PrepareSettings, prompts: str) -> Regenerator:
         **settings.recorded(),
     }
     check_begun(settings, identity)
+    announce(settings.dtype)
     mesh = mesh_of_several(settings.mesh)
     target = replace(load_target(folder, dtype=settings.dtype, mesh=mesh, tokenizer=False), tokenizer=tokenizer)
     begin(settings, identity)

@@ -75,7 +75,7 @@ def sweep_folder(sweep: Sweep, settings: SweepSettings) -> Path:
 def run_point(configs: dict[str, TrainConfig], name: str) -> None:
     if name not in configs:
         raise UserError(f"The sweep has no point {name!r}; its points are {', '.join(configs)}.")
-    from train.fit import fit  # here, so that the program that only starts the points needs no jax
+    from .fit import fit  # here, so that the program that only starts the points needs no jax
 
     fit(configs[name])
 

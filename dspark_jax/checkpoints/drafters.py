@@ -49,7 +49,7 @@ class _NamedTensors(TensorFolder):
 
 def drafter_layout(path_or_id: str | Path) -> FolderLayout:
     """The layout of a drafter's folder or hub id."""
-    return detect_layout(read_json(resolve_folder(path_or_id) / CONFIG_FILE))
+    return detect_layout(read_json(resolve_folder(path_or_id, "drafter") / CONFIG_FILE))
 
 
 def load_drafter(
@@ -70,7 +70,7 @@ def load_drafter(
     who doubt them. Raises UserError for a contradiction, when files are missing or cut off, or when
     the drafter is of another target (depth, width, vocabulary, tapped layers, or frozen copies that differ).
     """
-    folder = resolve_folder(path_or_id)
+    folder = resolve_folder(path_or_id, "drafter")
     stored = read_json(folder / CONFIG_FILE)
     layout = detect_layout(stored)
     hf_config = layout.to_native(stored, target.config)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from dspark_jax.checkpoints.tensors import (
     write_tensors,
 )
 from dspark_jax.errors import UserError
+from dspark_jax.programs import EMBEDDED, asset
 from dspark_jax.sharding import ShardingRules, parameter_shardings, split
 from dspark_jax.targets.config import TargetConfig, config_sha256, text_config
 from dspark_jax.targets.registry import target_module
@@ -31,14 +32,28 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
-def resolve_folder(path_or_id: str | Path) -> Path:
-    """A local folder as it is; anything else as a hub id, from the hub or from the local hub cache when offline."""
+def resolve_folder(path_or_id: str | Path, kind: Literal["target", "drafter"] = "target") -> Path:
+    """The folder of a model.
+
+    Args:
+        path_or_id: a local folder, taken as it is; `embedded`, the target or drafter that comes with this package;
+            anything else is a hub id, from the hub or, offline, from the local hub cache.
+        kind: which of the two `embedded` means.
+
+    Raises:
+        UserError: neither a folder nor a model that the hub gives.
+    """
     folder = Path(path_or_id)
     if folder.is_dir():
         return folder
     name = str(path_or_id)
+    if name == EMBEDDED:
+        return asset(f"{EMBEDDED}_{kind}")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"{name} is not a folder; give a model folder in Hugging Face layout or a hub id (owner/name).")
+        raise UserError(
+            f"{name} is not a folder; give a model folder in Hugging Face layout, "
+            f"a hub id (owner/name) or '{EMBEDDED}'."
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -18,11 +18,13 @@ import difflib
 import errno
 import functools
 import importlib
+import importlib.util
 import io
 import pkgutil
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar, get_type_hints, overload
 
@@ -31,11 +33,13 @@ import tyro
 from dspark_jax.config.schema import MeshSettings
 from dspark_jax.config.serialise import from_json, to_json
 from dspark_jax.errors import UserError
+from dspark_jax.programs import module_name
 
 __all__ = [
     "config_names",
     "did_you_mean",
     "divide_options",
+    "from_file",
     "from_json",
     "load_config",
     "mesh_settings",
@@ -77,8 +81,8 @@ def program(main: Callable[[list[str]], Any]) -> Callable[..., Any]:
 
 
 def experiments() -> ModuleType:
-    """The package of experiments: `configs/` of a checkout. Imported by name, since the library stands below it."""
-    return importlib.import_module("configs")
+    """The package of experiments, `configs/`. Imported by name, since it stands above the library."""
+    return importlib.import_module(module_name("configs"))
 
 
 def config_names() -> list[str]:
@@ -88,16 +92,34 @@ def config_names() -> list[str]:
 
 
 def load_config(name: str) -> Any:
-    """The configuration that `configs/NAME.py` describes, from its `get_config()`; UserError for an unknown name."""
+    """The configuration of `get_config()` in `configs/NAME.py`, or in the Python file that `name` is the path of.
+
+    Raises:
+      UserError: no such configuration or file, or a file without the function.
+    """
+    if name.endswith(".py"):
+        return from_file(Path(name), "get_config")
     known = config_names()
-    module_name = name.replace("-", "_")
-    if module_name not in known:
-        hint = did_you_mean(module_name, known)
-        raise UserError(f"Unknown configuration {name}{hint} (known: {', '.join(known)}).")
-    module = importlib.import_module(f"{experiments().__name__}.{module_name}")
+    stem = name.replace("-", "_")
+    if stem not in known:
+        hint = did_you_mean(stem, known)
+        raise UserError(f"Unknown configuration {name}{hint} (known: {', '.join(known)}; or a path that ends in .py).")
+    module = importlib.import_module(f"{experiments().__name__}.{stem}")
     if not hasattr(module, "get_config"):
-        raise UserError(f"configs/{module_name}.py has no get_config(): add one that returns the configuration.")
+        raise UserError(f"configs/{stem}.py has no get_config(): add one that returns the configuration.")
     return module.get_config()
+
+
+def from_file(path: Path, function: str) -> Any:
+    """Calls a function of a Python file; UserError when there is no such file or function."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise UserError(f"There is no Python file {path}; give the path of one that has a {function}().")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, function):
+        raise UserError(f"{path} has no {function}(); add one, as the files in configs/ have it.")
+    return getattr(module, function)()
 
 
 def parse_named(argv: Sequence[str], default: str | None = None, description: str | None = None) -> Any:

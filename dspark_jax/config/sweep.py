@@ -8,7 +8,6 @@ A point's name is its difference, `num_layers=2,seed=1`: the same file gives the
 """
 
 import dataclasses
-import importlib.util
 import itertools
 import re
 from collections import Counter
@@ -16,9 +15,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dspark_jax.config.cli import from_file
 from dspark_jax.config.schema import TrainConfig
 from dspark_jax.config.serialise import from_json, to_json
 from dspark_jax.errors import UserError
+from dspark_jax.programs import ROOT
 
 Diff = dict[str, Any]
 Diffs = list[Diff]
@@ -129,27 +130,24 @@ def _shown(value: Any) -> str:
     return re.sub(r"[^\w.+-]", "_", f"{value:g}" if isinstance(value, float) else str(value))
 
 
-def shipped_sweeps() -> list[Path]:
-    """The sweeps of `configs/sweeps`."""
-    spec = importlib.util.find_spec("configs.sweeps")
-    folders = [] if spec is None else spec.submodule_search_locations or []
-    return [file for folder in folders for file in Path(folder).glob("[!_]*.py")]
+def shipped_sweeps() -> dict[str, Path]:
+    """The files of `configs/sweeps`, by name."""
+    return {file.stem: file for file in sorted((ROOT / "configs" / "sweeps").glob("[!_]*.py"))}
 
 
 def load_sweep(path: str) -> Sweep:
-    """The sweep of a Python file's `get_sweep()`; UserError when there is no such file or function."""
-    file = Path(path)
+    """The sweep of `get_sweep()` in a Python file, or in the file of `configs/sweeps` that is named.
+
+    Raises:
+      UserError: no such file, or no such function in it.
+    """
+    shipped = shipped_sweeps()
+    file = shipped.get(path, Path(path))
     if not file.is_file():
-        shipped = ", ".join(sorted(f"configs/sweeps/{p.name}" for p in shipped_sweeps()))
-        raise UserError(f"{path} is not a file; give a sweep's Python file, as {shipped}.")
-    spec = importlib.util.spec_from_file_location(f"sweep_{file.stem}", file)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{path} is not a Python file; give one with a get_sweep().")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_sweep"):
-        raise UserError(f"{path} has no get_sweep(): add one that returns a dspark_jax.config.sweep.Sweep.")
-    return module.get_sweep()
+        raise UserError(
+            f"There is no sweep {path}; expected a Python file with a get_sweep(), or one of {', '.join(shipped)}."
+        )
+    return from_file(file, "get_sweep")
 
 
 def part(points: Sequence[str], index: int | None, count: int) -> list[str]:

@@ -188,7 +188,7 @@ def planned_pair(options: PlanOptions, mesh: Mesh | None) -> tuple[Target, Draft
     target = dataclasses.replace(target, params=abstract_params(module, mesh, options.dtype))
     hf_config = None
     if options.drafter:
-        stored = read_json(resolve_folder(options.drafter) / CONFIG_FILE)
+        stored = read_json(resolve_folder(options.drafter, "drafter") / CONFIG_FILE)
         hf_config = detect_layout(stored).to_native(stored, target.config)
     elif config is not None:
         hf_config = described_drafter(config, target)

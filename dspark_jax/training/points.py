@@ -21,6 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dspark_jax.errors import UserError
+from dspark_jax.programs import program_command
 
 TRIES = 2
 POLL_SECONDS = 0.1
@@ -94,7 +95,7 @@ class Runner:
                 return False  # a process of an earlier or another run has it
             if point.done:
                 return True
-            command = [sys.executable, "-m", *point.command]
+            command = program_command(*point.command)
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self.tried[point.name] = self.tried.get(point.name, 0) + 1
         self._running.append(_Running(point, process, free[0]))

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.config.cli import parse, program
+from dspark_jax.devices import announce, machine
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.errors import UserError
 from dspark_jax.evaluation.simulator import LoadFigures, SimulatedDevice, Traces, simulate
@@ -34,7 +35,7 @@ from dspark_jax.evaluation.traffic import (
     record_traces,
     save_traces,
 )
-from dspark_jax.files import write_json
+from dspark_jax.files import make_output, write_json
 from dspark_jax.report import budget_plot, table, throughput_plot
 from dspark_jax.scheduling.costs import ScheduleTables
 from dspark_jax.scheduling.policies import Causal, Fixed, VerifyPolicy
@@ -44,7 +45,6 @@ from dspark_jax.serving.profile import measure_profile
 from dspark_jax.serving.prompts import Prompt, read_prompts
 from dspark_jax.serving.requests import DecodeConfig
 from dspark_jax.targets.target import Target
-from infer.bench import machine
 
 Strategy = Literal["plain", "fixed-1", "mtp", "fixed", "threshold", "causal", "look-ahead", "asynchronous"]
 STATIC = ("plain", "fixed-1", "mtp", "fixed", "threshold")
@@ -112,6 +112,8 @@ def main(argv: list[str]) -> None:
         raise UserError("Repeats, requests-per-user and every concurrency must be 1 or more.")
     if not 0 <= settings.answer_spread <= 1:
         raise UserError(f"The answer spread is {settings.answer_spread}; expected a share, 0 to 1.")
+    make_output(settings.output)
+    announce(settings.dtype)
     if settings.simulate is not None:
         metrics = simulated(settings, read_traces(settings.simulate))
     else:

@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
             if file.suffix in COPIED and file.name not in WRITTEN_ANEW:
                 shutil.copy(file, out / "target")
         if drafter is not None:
-            provenance = provenance_of(read_manifest(resolve_folder(settings.drafter)))
+            provenance = provenance_of(read_manifest(resolve_folder(settings.drafter, "drafter")))
             save_drafter(out / "drafter", drafter, replace(wide, name=str(out / "target")), provenance=provenance)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}); give a folder that can.") from None

@@ -12,8 +12,6 @@ several runs is a few steps in a row, waited for at the end. Figures are the med
 """
 
 import dataclasses
-import os
-import platform
 import statistics
 import time
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ import jax
 from dspark_jax.checkpoints.huggingface import DTYPES
 from dspark_jax.config.cli import divide_options, load_config, parse, parse_named, program
 from dspark_jax.config.schema import TrainConfig
+from dspark_jax.devices import announce, machine
 from dspark_jax.drafters.registry import read_config
 from dspark_jax.errors import UserError
 from dspark_jax.files import write_json
@@ -35,8 +34,9 @@ from dspark_jax.report import listing
 from dspark_jax.roofline.hardware import Term, floor_seconds, known_device, peak_flops, terms_table, total
 from dspark_jax.roofline.training import step_terms
 from dspark_jax.sharding import make_mesh
-from train.bench.inputs import cached_inputs, random_inputs
-from train.bench.naive import naive_run
+
+from .inputs import cached_inputs, random_inputs
+from .naive import naive_run
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ def main(argv: list[str]) -> None:
     mine, rest = divide_options(argv, BenchOptions)
     options = parse(BenchOptions, mine)
     config = configuration(options, rest)
+    announce(config.compute_dtype)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     run = AbstractRun.of(config, mesh)
     kind = options.device or jax.devices()[0].device_kind
@@ -85,8 +86,7 @@ def main(argv: list[str]) -> None:
         print(f"\nThe floor of a step on one device\n{terms_table(terms, known_device(kind))}")
         figures["terms"] = [dataclasses.asdict(term) for term in terms]
     if options.results is not None:
-        machine = {"python": platform.python_version(), "jax": jax.__version__, "cores": os.cpu_count()}
-        write_json(options.results, figures | {"machine": machine, "load": os.getloadavg()[0]})
+        write_json(options.results, figures | {"machine": machine()})
 
 
 def configuration(options: BenchOptions, rest: list[str]) -> TrainConfig:

@@ -12,7 +12,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from dspark_jax.datagen.corpora import conversations
-from train.embedded.tokenizer import DEFAULT_SYSTEM, END, START
+
+from .tokenizer import DEFAULT_SYSTEM, END, START
 
 _POOL = 160  # conversations to choose from when filling the rest of a row
 

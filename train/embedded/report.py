@@ -12,11 +12,12 @@ from tokenizers import Tokenizer
 
 from dspark_jax.datagen.corpora import DOMAINS, conversations, prompts
 from dspark_jax.targets.attention import SegmentedCausal
-from train.embedded.packing import Encoder, Rows, batches, render
-from train.embedded.tokenizer import END, VOCABULARY
+
+from .packing import Encoder, Rows, batches, render
+from .tokenizer import END, VOCABULARY
 
 if TYPE_CHECKING:
-    from train.embedded.target import Progress, Recipe
+    from .target import Progress, Recipe
 
 HELD_OUT = 160  # conversations a domain
 BATCH = 8

@@ -28,15 +28,17 @@ from tokenizers import Tokenizer
 from dspark_jax.checkpoints.huggingface import save_target
 from dspark_jax.config.cli import parse, program
 from dspark_jax.datagen.corpora import DOMAINS, conversations
+from dspark_jax.devices import announce
 from dspark_jax.errors import UserError
 from dspark_jax.files import replacing, write_atomically
 from dspark_jax.sharding import split
 from dspark_jax.targets.attention import SegmentedCausal
 from dspark_jax.targets.config import TargetConfig
 from dspark_jax.targets.registry import target_module
-from train.embedded.packing import Encoder, Rows, batches, mixture
-from train.embedded.report import evaluate, samples, write_readme
-from train.embedded.tokenizer import END, PAD, VOCABULARY, learn_tokenizer, save_tokenizer
+
+from .packing import Encoder, Rows, batches, mixture
+from .report import evaluate, samples, write_readme
+from .tokenizer import END, PAD, VOCABULARY, learn_tokenizer, save_tokenizer
 
 TOKENIZER_MATH = 3000  # generated problems that the tokenizer learns from, beside all of code and chat
 Params = Any
@@ -324,6 +326,7 @@ class History:
 @program
 def main(argv: list[str]) -> None:
     recipe = parse(Recipe, argv, description=__doc__)
+    announce("float32")
     recipe.out.parent.mkdir(parents=True, exist_ok=True)
     run = Run.start(recipe)
     history = History.open(run)

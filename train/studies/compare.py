@@ -11,7 +11,6 @@ a study that was stopped. OUTPUT/points/NAME is a run, NAME.json its figures; me
 """
 
 import subprocess
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,10 +23,12 @@ from dspark_jax.config.sweep import Diff, part
 from dspark_jax.data.manifest import Manifest
 from dspark_jax.errors import UserError
 from dspark_jax.files import require_same_settings, weights_hash, write_json, write_settings
+from dspark_jax.programs import program_command
 from dspark_jax.targets.config import TargetConfig, config_sha256
 from dspark_jax.training.points import Point, Runner, report_failures
-from train.studies.compare_report import publish, report
-from train.studies.comparison import PARTS, Part, StudyPoint, study_points
+
+from .compare_report import publish, report
+from .comparison import PARTS, Part, StudyPoint, study_points
 
 MAX_LENGTH = 256
 HEAD_COST = "head_cost"
@@ -37,7 +38,7 @@ HEAD_COST = "head_cost"
 class CompareSettings:
     """Trains and compares drafters of one target."""
 
-    target: str = "assets/embedded_target"
+    target: str = "embedded"
     """Folder or hub id of the target."""
     output: Path = Path("runs/compare")
     """Folder of the study."""
@@ -218,7 +219,7 @@ def cache_fits(settings: CompareSettings) -> bool:
 def run(*words: object) -> None:
     """Runs a program of the project; its sentence is on stderr already when it fails."""
     print(f"== python -m {' '.join(map(str, words))}", flush=True)
-    code = subprocess.run([sys.executable, "-m", *map(str, words)], check=False).returncode
+    code = subprocess.run(program_command(*words), check=False).returncode
     if code:
         raise UserError(f"The study stopped at {words[0]} (exit code {code}); the same command continues there.")
 
@@ -227,7 +228,7 @@ def run(*words: object) -> None:
 
 
 def run_point(settings: CompareSettings, points: list[StudyPoint], name: str) -> None:
-    from train.studies import compare_point  # here, so that the program that only starts the points needs little memory
+    from . import compare_point  # here, so that the program that only starts the points needs little memory
 
     if name == HEAD_COST:
         write_json(result_file(settings, name), compare_point.head_cost(settings.target))
@@ -270,7 +271,7 @@ def step_count(settings: CompareSettings) -> int:
         return settings.steps
     path = settings.output / "budget.json"
     if not path.exists():
-        from train.studies.compare_point import seconds_a_step
+        from .compare_point import seconds_a_step
 
         probe = StudyPoint("dspark", settings.depth, 7, 0)
         config = point_config(settings, probe, 60)

@@ -24,13 +24,15 @@ from dspark_jax.data.manifest import Manifest
 from dspark_jax.data.pipeline import Batches
 from dspark_jax.data.target_cache import TargetCache
 from dspark_jax.data.views import Truncated
+from dspark_jax.devices import machine
 from dspark_jax.errors import UserError
 from dspark_jax.evaluation.acceptance import macro_tau
 from dspark_jax.files import require_same_settings, weights_hash, write_json, write_settings
 from dspark_jax.report import table
 from dspark_jax.training.points import Point, Runner, report_failures
-from train.studies.compare import run
-from train.studies.compare_report import TEMPERATURES, acceptance, estimate, machine
+
+from .compare import run
+from .compare_report import TEMPERATURES, acceptance, estimate
 
 CodecName = Literal["bfloat16", "float32", "float8_e4m3", "int8"]
 REFERENCE = "bfloat16"
@@ -44,7 +46,7 @@ IDENTITY = ("conversations", "steps", "prompts", "heldout", "samples", "max_new_
 class CodecSettings:
     """Trains and compares drafters from caches of several codecs."""
 
-    target: str = "assets/embedded_target"
+    target: str = "embedded"
     """Folder or hub id of the target."""
     output: Path = Path("runs/compare_codecs")
     """Folder of the study."""
@@ -157,7 +159,7 @@ def base_config() -> TrainConfig:
 
 
 def run_point(settings: CodecSettings, points: Mapping[str, tuple[str, int]], name: str) -> None:
-    from train.studies.compare_point import (
+    from .compare_point import (
         train_and_decode,  # here, so that the program that starts the points stays small
     )
 

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from dspark_jax.report import pyplot, save
-from train.studies.comparison import CONTESTANTS
+
+from .comparison import CONTESTANTS
 
 COLOURS = {"dspark": "C0", "dflash": "C1", "eagle3": "C2", "mtp1": "C3", "dspark_rnn": "C4"}
 

@@ -20,8 +20,9 @@ from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.prompts import read_prompts
 from dspark_jax.serving.requests import DecodeConfig, Request
 from dspark_jax.targets.target import Target
-from train.fit import fit
-from train.studies.comparison import BLOCKS
+
+from ..fit import fit
+from .comparison import BLOCKS
 
 HEADS = {"none": 0, "vanilla": 64, "rnn": 64}
 SLOTS = (1, 16)

@@ -1,8 +1,6 @@
 """The tables and figures of `train.studies.compare`, from the points that are finished, whichever they are."""
 
 import math
-import os
-import platform
 import shutil
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,11 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from dspark_jax.devices import machine
 from dspark_jax.evaluation.acceptance import Acceptance, macro_tau
 from dspark_jax.files import write_json
 from dspark_jax.report import table
-from train.studies.compare_plots import plot_all
-from train.studies.comparison import BLOCK, BLOCKS, CONTESTANTS, DEEP, LONG, MAIN, StudyPoint
+
+from .compare_plots import plot_all
+from .comparison import BLOCK, BLOCKS, CONTESTANTS, DEEP, LONG, MAIN, StudyPoint
 
 Found = Mapping[StudyPoint, Mapping[str, Any]]
 TEMPERATURES = ("t1", "t0")
@@ -195,21 +195,6 @@ def publish(folder: Path, results: Path) -> None:
     for plot in sorted(folder.glob("*.png")):
         shutil.copyfile(plot, results / f"compare_{plot.name}")
     print(f"copied to {results / 'compare.json'}")
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    import jax
-
-    load = statistics.fmean(os.getloadavg())
-    device = jax.devices()[0].device_kind
-    return {
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "device": device,
-        "cores": os.cpu_count(),
-        "load": load,
-    }
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,68 @@
+"""The devices of this process: the line that every program starts with, and the record beside every figure."""
+
+import os
+import platform
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+GOOGLE = "0x1ae0"  # vendor of TPUs on the PCI bus
+
+
+def announce(dtype: str | None = None) -> None:
+    """Prints the devices and the dtype of a run on stderr, and a warning for an accelerator that this jax can't use.
+
+    Starts jax's backend, so jobs of several processes join before; there the first process speaks.
+
+    Args:
+        dtype: of weights and activations; None where the target's configuration decides.
+    """
+    if jax.process_index() == 0:
+        print(device_line(dtype), file=sys.stderr)
+        warning = unused_accelerator()
+        if warning:
+            print(f"Warning: {warning}", file=sys.stderr, flush=True)
+
+
+def device_line(dtype: str | None = None) -> str:
+    """`Device: 1 x cpu, float32, jax 0.10.2`."""
+    kinds: dict[str, int] = {}
+    for device in jax.devices():
+        kinds[device.device_kind] = kinds.get(device.device_kind, 0) + 1
+    devices = " and ".join(f"{count} x {kind}" for kind, count in kinds.items())
+    return f"Device: {devices}, {dtype or 'dtype of the model'}, jax {jax.__version__}"
+
+
+def unused_accelerator(root: Path = Path("/")) -> str:
+    """A sentence on an NVIDIA GPU or a TPU of this machine while jax runs on the CPU unasked, or an empty one.
+
+    root: of the file system that is searched.
+    """
+    if jax.default_backend() != "cpu" or os.environ.get("JAX_PLATFORMS"):
+        return ""
+    if any((root / "dev").glob("nvidia[0-9]*")):
+        return (
+            "this machine has an NVIDIA GPU that this jax can't use; install dspark-jax[cuda13], "
+            "or dspark-jax[cuda12] for a driver older than 580."
+        )
+    if any((root / "dev").glob("accel[0-9]*")) or _vendors(root) & {GOOGLE} and any((root / "dev/vfio").glob("[0-9]*")):
+        return "this machine has a TPU that this jax can't use; install dspark-jax[tpu]."
+    return ""
+
+
+def _vendors(root: Path) -> set[str]:
+    return {file.read_text().strip() for file in (root / "sys/bus/pci/devices").glob("*/vendor")}
+
+
+def machine() -> dict[str, Any]:
+    """The machine that figures were measured on: interpreter, jax, device, cores and their load."""
+    return {
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+        "load": statistics.fmean(os.getloadavg()),
+    }
