@@ -216,12 +216,12 @@ def cache_fits(settings: CompareSettings) -> bool:
     return True
 
 
-def run(*words: object) -> None:
+def run(module: str, *words: object) -> None:
     """Runs a program of the project; its sentence is on stderr already when it fails."""
-    print(f"== python -m {' '.join(map(str, words))}", flush=True)
-    code = subprocess.run(program_command(*words), check=False).returncode
+    print(f"== python -m {' '.join(map(str, (module, *words)))}", flush=True)
+    code = subprocess.run(program_command(module, *words), check=False).returncode
     if code:
-        raise UserError(f"The study stopped at {words[0]} (exit code {code}); the same command continues there.")
+        raise UserError(f"The study stopped at {module} (exit code {code}); the same command continues there.")
 
 
 # Points
