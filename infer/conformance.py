@@ -18,8 +18,8 @@ import numpy as np
 
 from dspark_jax.checkpoints.drafters import drafter_layout, load_drafter, shared_tables
 from dspark_jax.checkpoints.huggingface import load_target, resolve_folder
+from dspark_jax.checkpoints.layouts import native_config, read_stored_config
 from dspark_jax.checkpoints.manifest import mismatches, read_manifest
-from dspark_jax.checkpoints.tensors import read_json
 from dspark_jax.config.cli import parse, program
 from dspark_jax.data.chat import Encoded, chat_format, encode_conversation, encode_prompt
 from dspark_jax.data.jsonl import read_jsonl
@@ -113,8 +113,7 @@ def main(argv: list[str]) -> int:
 def load_doubtful(settings: ConformanceSettings, target: Target) -> Drafter:
     """The drafter, whatever its manifest says, and even where its layer ids, read as they stand, can't be right: ids
     counted from 1 name the forbidden last layer."""
-    folder = resolve_folder(settings.drafter, "drafter")
-    native = drafter_layout(folder).to_native(read_json(folder / "config.json"), target.config)
+    native = native_config(*read_stored_config(resolve_folder(settings.drafter, "drafter")), target.config)
     ids = tuple(native.get("target_layer_ids") or ())
     shift = -1 if ids and ids[-1] == target.config.num_layers - 1 and "MTP" not in str(native["architectures"]) else 0
     drafter = load_drafter(settings.drafter, target, dtype=settings.dtype, compare_manifest=False, layer_shift=shift)

@@ -22,7 +22,8 @@ from dspark_jax.drafters.registry import Drafter, drafter_hf_config, read_config
 from dspark_jax.scheduling.costs import Occupancy
 from dspark_jax.sharding import split
 from dspark_jax.targets.attention import Causal
-from dspark_jax.targets.config import TargetConfig, config_sha256
+from dspark_jax.targets.config import config_sha256
+from dspark_jax.targets.registry import read_target_config
 from dspark_jax.targets.target import Target
 from tests.drafters_tiny import target_hf_config
 from tests.tiny import random_params
@@ -31,7 +32,7 @@ from tests.tiny import random_params
 def tiny_target(seed: int = 0, context: float = 1.0, **config: Any) -> Target:
     """A random untied target. `context` scales what its layers add, so that a small one is nearly a bigram model."""
     hf_config = target_hf_config(num_hidden_layers=2, tie_word_embeddings=False) | config
-    parsed = TargetConfig.from_hf_dict(hf_config)
+    parsed = read_target_config(hf_config)
     flat = flatten_dict(random_params(hf_config, seed))
     for path in flat:
         if path[-1] in ("o_weight_qhd", "down_weight_fd"):

@@ -11,7 +11,7 @@ import numpy as np
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.drafters.protocol import SharedTables
 from dspark_jax.drafters.registry import Drafter, drafter_hf_config, new_drafter
-from dspark_jax.targets.config import TargetConfig
+from dspark_jax.targets.registry import read_target_config
 from dspark_jax.targets.target import Target
 from tests.tiny import write_tiny_target
 
@@ -74,5 +74,5 @@ def write_pair(folder: Path, seed: int = 0, **fields: Any) -> tuple[Target, Draf
     config = target_hf_config(num_hidden_layers=4)
     target = load_target(write_tiny_target(folder, seed=seed, **config), tokenizer=False)
     given = {"num_layers": 2, "target_layer_ids": TAPS, "mask_token_id": 5, "block_size": 4, "markov_rank": 6} | fields
-    assert TargetConfig.from_hf_dict(config) == target.config
+    assert read_target_config(config) == target.config
     return target, new_drafter("fresh", drafter_hf_config(target.hf_config, **given), jax.random.key(7))

@@ -24,7 +24,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from dspark_jax.checkpoints.huggingface import abstract_target, load_target, save_target
 from dspark_jax.drafters.registry import Drafter, drafter_hf_config, read_config, skeleton
 from dspark_jax.sharding import ShardingRules, make_mesh, split
-from dspark_jax.targets.config import TargetConfig, config_sha256
+from dspark_jax.targets.config import config_sha256
+from dspark_jax.targets.registry import read_target_config
 from dspark_jax.targets.target import Target
 from tests.decoding_tiny import random_leaves
 from tests.drafters_tiny import target_hf_config
@@ -83,7 +84,7 @@ def gemma_pair(context: float = 0.1) -> tuple[Target, Drafter]:
         if path[-1] == "layer_scalar":
             flat[path] = 1.0 + 0.2 * flat[path]
     params = jax.tree.map(jnp.asarray, unflatten_dict(flat))
-    config = TargetConfig.from_hf_dict(hf_config)
+    config = read_target_config(hf_config)
     target = Target("gemma", config, abstract_target(config, "float32")[0], params, hf_config, config_sha256(hf_config))
     draft_config = drafter_hf_config(
         hf_config, num_layers=2, target_layer_ids=(-1, 1), mask_token_id=2, block_size=4, markov_rank=32,

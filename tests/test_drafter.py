@@ -14,8 +14,9 @@ from dspark_jax.drafters.heads import MARKOV_HEADS, MarkovHead
 from dspark_jax.drafters.registry import Drafter, drafter_hf_config
 from dspark_jax.errors import UserError
 from dspark_jax.targets.attention import KeysValues
-from dspark_jax.targets.config import TargetConfig, config_sha256
+from dspark_jax.targets.config import config_sha256
 from dspark_jax.targets.kv_cache import append_rows, empty_cache, insert_rows
+from dspark_jax.targets.registry import read_target_config
 from tests.drafters_tiny import HIDDEN, TAPS, VOCAB, target_hf_config, tiny_drafter, tiny_tables
 
 SIZE = 24
@@ -200,6 +201,6 @@ def test_impossible_drafters_are_refused(fields: dict[str, Any], message: str) -
     ],
 )
 def test_a_drafter_of_another_target_is_refused(change: dict[str, int], message: str) -> None:
-    other = TargetConfig.from_hf_dict(target_hf_config(**change))
+    other = read_target_config(target_hf_config(**change))
     with pytest.raises(UserError, match=message):
         tiny_drafter().config.check_target(other)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dspark_jax import DecodeConfig, Request, generate, load_target
-from dspark_jax.targets.config import TargetConfig
+from dspark_jax.targets.registry import read_target_config
 from dspark_jax.targets.target import Target
 from tests.parity import (
     SHAPES,
@@ -107,7 +107,7 @@ def test_old_spelling_of_the_config_is_the_same(pair: tuple[Any, Target, Path]) 
     rope = config.pop("rope_parameters")
     config["rope_theta"], kind = rope.pop("rope_theta"), rope.pop("rope_type")
     config["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
-    assert TargetConfig.from_hf_dict(config) == target.config
+    assert read_target_config(config) == target.config
 
 
 def test_bfloat16_is_as_close_as_pytorchs(pair: tuple[Any, Target, Path]) -> None:

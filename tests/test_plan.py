@@ -18,7 +18,7 @@ from dspark_jax.planning.liveness import peak_bytes
 from dspark_jax.planning.published_targets import PUBLISHED
 from dspark_jax.planning.training import AbstractRun
 from dspark_jax.sharding import ShardingRules, abstract_mesh, array_sharding, gathered, make_mesh
-from dspark_jax.targets.config import TargetConfig
+from dspark_jax.targets.registry import read_target_config
 from dspark_jax.training.run import micro_batches
 from train import fit
 from train.bench.__main__ import preset
@@ -193,7 +193,7 @@ def test_the_program_prints_a_plan_and_writes_nothing(tmp_path, monkeypatch, cap
 
 def test_published_shapes() -> None:
     """Parameter counts follow from them: 8.2 billion (Qwen3-8B), of which 6.95 not in embeddings, by its card."""
-    _, shapes = abstract_target(TargetConfig.from_hf_dict(PUBLISHED["Qwen/Qwen3-8B"]), "bfloat16")
+    _, shapes = abstract_target(read_target_config(PUBLISHED["Qwen/Qwen3-8B"]), "bfloat16")
     total = sum(x.size for x in jax.tree.leaves(shapes))
     assert (round(total / 1e9, 1), round((total - 2 * 151936 * 4096) / 1e9, 2)) == (8.2, 6.95)
 

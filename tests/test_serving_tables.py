@@ -66,11 +66,12 @@ def test_additive_sps_interpolates_and_is_told_by_its_bias(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"temperatures": []}, "above 0 for every"),
-        ({"temperatures": [1.0, 0.0]}, "above 0 for every"),
+        ({"temperatures": []}, "1 or more, each a number above 0"),
+        ({"temperatures": [1.0, 0.0]}, "each a number above 0"),
         ({"temperatures": [1.0], "ece_after": [0.1, 0.2]}, "2 values of ece_after for 1 temperatures"),
         ({"temperature": [1.0]}, "has the field 'temperature'"),
-        ({"dataset": "x"}, "is no serving table"),
+        ({"dataset": "x"}, "has no field 'temperatures'"),
+        ({"temperatures": ["1.0"]}, r"temperatures = \[.1\.0.\]; expected a list"),
     ],
 )
 def test_bad_sts_is_refused(tmp_path: Path, content: dict, message: str) -> None:
@@ -82,14 +83,14 @@ def test_bad_sts_is_refused(tmp_path: Path, content: dict, message: str) -> None
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"sample_batch_tokens": [], "sample_steps_per_sec": [], "max_batch_tokens": 1}, "one or more"),
+        ({"sample_batch_tokens": [], "sample_steps_per_sec": [], "max_batch_tokens": 1}, "1 or more"),
         ({"sample_batch_tokens": [2, 1], "sample_steps_per_sec": [1.0, 1.0], "max_batch_tokens": 2}, "increasing"),
         ({"sample_batch_tokens": [1, 2], "sample_steps_per_sec": [1.0], "max_batch_tokens": 2}, "a value for each"),
         ({"sample_batch_tokens": [1], "sample_steps_per_sec": [0.0], "max_batch_tokens": 2}, "above 0"),
         ({"sample_batch_tokens": [4], "sample_steps_per_sec": [1.0], "max_batch_tokens": 2}, "below its largest probe"),
         (
             {"bias_seconds": 0, "bs_probes": [1], "alpha_seconds": [1.0], "m_probes": [1], "theta_seconds": [1.0]},
-            "bias_seconds is 0",
+            "bias_seconds = 0; expected a number above 0",
         ),
     ],
 )

@@ -255,13 +255,13 @@ def test_damaged_manifest_and_index(copied):
         ({"version": 9}, "version 9, expected"),
         ({"records": 1}, "says 1 records, its shards add up"),
         ({"spec": {**value["spec"], "colour": 1}}, "missing or unknown fields .colour"),
-        ({"shards": [{}]}, "cannot be understood"),
+        ({"shards": [{}]}, "shard 0, has no field"),
     ):
         path.write_text(json.dumps({**value, **change}))
         with pytest.raises(UserError, match=words):
             TargetCache(copied)
     path.write_text("{")
-    with pytest.raises(UserError, match="cannot be read as JSON"):
+    with pytest.raises(UserError, match="manifest.json: not JSON"):
         TargetCache(copied)
     path.unlink()
     with pytest.raises(UserError, match="no manifest.json"):

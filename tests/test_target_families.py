@@ -19,9 +19,9 @@ from dspark_jax.checkpoints.target_tables import describe_target, load_layers
 from dspark_jax.drafters.registry import drafter_hf_config, new_drafter, read_config, skeleton
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import make_mesh, split
-from dspark_jax.targets.config import ExpertsConfig, LayerConfig, TargetConfig
+from dspark_jax.targets.config import ExpertsConfig, LayerConfig
 from dspark_jax.targets.moe import SparseMLP
-from dspark_jax.targets.registry import TARGETS
+from dspark_jax.targets.registry import TARGETS, read_target_config
 from dspark_jax.training.schedule import make_optimizer
 from tests.decoding_tiny import next_logits, prompts, run_python
 from tests.families_tiny import FAMILIES, GEMMA, LLAMA, MOE, gemma_pair, write_family
@@ -89,26 +89,26 @@ def test_eight_devices_hold_their_parts_only() -> None:
 
 
 def test_layers_have_sizes_of_their_own() -> None:
-    config = TargetConfig.from_hf_dict(GEMMA)
+    config = read_target_config(GEMMA)
     assert config.kv_shapes == ((2, 8), (1, 16), (2, 8), (1, 16))
     assert [layer.window for layer in config.layers] == [6, None, 6, None]
     assert [layer.values_are_keys for layer in config.layers] == [False, True, False, True]
-    plain = TargetConfig.from_hf_dict(GEMMA | {"attention_k_eq_v": False, "global_head_dim": None, "layer_types": None})
+    plain = read_target_config(GEMMA | {"attention_k_eq_v": False, "global_head_dim": None, "layer_types": None})
     assert plain.kv_shapes == ((2, 8),) * 4  # the global number of kv heads counts with K = V only
     assert [layer.window for layer in plain.layers] == [6, 6, 6, None]  # every sixth layer and the last one are global
-    sparse = TargetConfig.from_hf_dict(MOE | {"num_hidden_layers": 6, "mlp_only_layers": [3]})
+    sparse = read_target_config(MOE | {"num_hidden_layers": 6, "mlp_only_layers": [3]})
     assert [layer.sparse for layer in sparse.layers] == [False, True, False, False, False, True]
     assert sparse.experts == ExpertsConfig(count=8, per_token=2, intermediate_size=16, normalise=True)
 
 
 def test_multimodal_files_say_outside_whether_the_head_is_tied() -> None:
     whole = multimodal(GEMMA, "gemma4")
-    assert TargetConfig.from_hf_dict(whole).tie_word_embeddings
-    assert not TargetConfig.from_hf_dict(whole | {"tie_word_embeddings": False}).tie_word_embeddings
+    assert read_target_config(whole).tie_word_embeddings
+    assert not read_target_config(whole | {"tie_word_embeddings": False}).tie_word_embeddings
 
 
 def test_proportional_rope_turns_a_part_of_the_head() -> None:
-    frequencies, factor = TargetConfig.from_hf_dict(GEMMA).layers[1].rope.inverse_frequencies(16)
+    frequencies, factor = read_target_config(GEMMA).layers[1].rope.inverse_frequencies(16)
     expected = [5e4 ** (-2 * i / 16) for i in range(4)] + [0.0] * 4
     np.testing.assert_allclose(frequencies, expected)
     assert factor == 1.0
@@ -146,13 +146,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_what_is_not_implemented_is_refused_in_a_sentence(case: str) -> None:
     config, message = REFUSED[case]
     with pytest.raises(UserError, match=message) as refused:
-        TargetConfig.from_hf_dict(config)
+        read_target_config(config)
     assert str(refused.value).endswith(".")
 
 
 def test_a_new_kind_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TARGETS, "llama_next", TARGETS["llama"])
-    assert TargetConfig.from_hf_dict(LLAMA | {"model_type": "llama_next"}).model_type == "llama_next"
+    assert read_target_config(LLAMA | {"model_type": "llama_next"}).model_type == "llama_next"
 
 
 # What they compute
@@ -176,8 +176,8 @@ def test_logits_are_capped(tmp_path: Path) -> None:
 
 def test_both_forms_of_the_experts_agree() -> None:
     """`grouped` is what TPUs run."""
-    layer = LayerConfig(1, 8, TargetConfig.from_hf_dict(MOE).layers[0].rope, sparse=True)
-    config = replace(TargetConfig.from_hf_dict(MOE), layers=(layer,))
+    layer = LayerConfig(1, 8, read_target_config(MOE).layers[0].rope, sparse=True)
+    config = replace(read_target_config(MOE), layers=(layer,))
     mlp = SparseMLP(config, rngs=nnx.Rngs(0))
     rows = jax.random.normal(jax.random.key(1), (13, 32))
     weights, chosen = mlp.route(rows)
@@ -228,7 +228,7 @@ def test_drafters_of_other_targets_are_dense_qwen3_blocks(target: dict[str, Any]
 def test_a_drafter_of_another_cap_is_refused(fields: dict[str, Any], message: str) -> None:
     config = drafter_hf_config(GEMMA, num_layers=1, target_layer_ids=(0,), mask_token_id=4)
     with pytest.raises(UserError, match=message):
-        read_config(config).check_target(TargetConfig.from_hf_dict(GEMMA | fields))
+        read_config(config).check_target(read_target_config(GEMMA | fields))
 
 
 def test_layer_scalars_are_no_trained_parameters() -> None:

@@ -16,7 +16,8 @@ from safetensors.numpy import load_file, save_file
 from dspark_jax import load_target
 from dspark_jax.checkpoints.huggingface import save_target
 from dspark_jax.errors import UserError
-from dspark_jax.targets.config import RopeConfig, TargetConfig, config_sha256
+from dspark_jax.targets.config import RopeConfig, config_sha256
+from dspark_jax.targets.registry import read_target_config
 from tests.decoding_tiny import next_logits, run_python
 from tests.drafters_tiny import target_hf_config
 from tests.tiny import write_tiny_target
@@ -165,8 +166,8 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"holds neither model\.safetensors nor model\.safete"),
     "no shard": (lose_shard, r"model-00002-of-00002\.safetensors is missing in .* though its index names it"),
     "wrong index": (misplace, "though the index places it there"),
-    "no config": (lambda f: (f / "config.json").unlink(), r"config\.json does not exist; expected a model folder"),
-    "config not JSON": (lambda f: (f / "config.json").write_text("{"), r"config\.json is not JSON"),
+    "no config": (lambda f: (f / "config.json").unlink(), r"config\.json does not exist; expected the config.json of"),
+    "config not JSON": (lambda f: (f / "config.json").write_text("{"), r"config\.json: not JSON"),
     "no field": (lambda f: edit(f, hidden_size=None), r"config\.json has no field 'hidden_size'"),
     "no theta": (lambda f: edit(f, rope_theta=None), "gives no rope_theta"),
     "rope": (
@@ -221,7 +222,7 @@ def test_rope_is_read_in_both_spellings() -> None:
 
 def test_windows_follow_transformers() -> None:
     def windows(**fields: Any) -> tuple[int | None, ...]:
-        return tuple(layer.window for layer in TargetConfig.from_hf_dict(target_hf_config(**fields)).layers)
+        return tuple(layer.window for layer in read_target_config(target_hf_config(**fields)).layers)
 
     kinds = ["sliding_attention", "full_attention"] * 2
     assert windows(sliding_window=8) == (None,) * 4

@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dspark_jax.checkpoints.huggingface import abstract_target, save_target
-from dspark_jax.targets.config import TargetConfig
+from dspark_jax.targets.registry import read_target_config
 
 TOKENIZER_SIZE = 300
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>")  # ids 0..3
@@ -62,7 +62,7 @@ def write_tiny_target(folder: str | Path, *, seed: int = 0, **config_overrides: 
 
 def random_params(hf_config: dict[str, Any], seed: int = 0) -> dict:
     """Random parameters (numpy arrays) of a target with this config.json: norm weights around 1, biases around 0."""
-    _, abstract = abstract_target(TargetConfig.from_hf_dict(hf_config), hf_config["dtype"])
+    _, abstract = abstract_target(read_target_config(hf_config), hf_config["dtype"])
     rng = np.random.default_rng(seed)
     spread = hf_config["initializer_range"]
 

@@ -24,8 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from dspark_jax.checkpoints.huggingface import load_target, resolve_folder
-from dspark_jax.checkpoints.tensors import read_json
+from dspark_jax.checkpoints.huggingface import load_target, read_hf_config, resolve_folder
 from dspark_jax.config.cli import parse, program
 from dspark_jax.config.schema import MeshSettings
 from dspark_jax.data.chat import Encoded, chat_format, load_tokenizer, tokenizer_hash
@@ -50,6 +49,7 @@ from dspark_jax.serving.engine import parameter_mesh
 from dspark_jax.sharding import ShardingRules, replicated
 from dspark_jax.targets.attention import Causal
 from dspark_jax.targets.config import TargetConfig, config_sha256
+from dspark_jax.targets.registry import read_target_config
 from dspark_jax.targets.target import Target
 from dspark_jax.training.provenance import answers_of
 
@@ -139,8 +139,8 @@ def main(argv: list[str]) -> None:
 def make(settings: CacheSettings) -> None:
     """The whole cache, or with `estimate` its size alone."""
     folder = resolve_folder(settings.target)
-    hf_config = read_json(folder / "config.json")
-    config = TargetConfig.from_hf_dict(hf_config)
+    hf_config = read_hf_config(folder)
+    config = read_target_config(hf_config)
     check_settings(settings, config)
     tokenizer = load_tokenizer(folder)
     items, sources_sha256 = encode_sources(settings, tokenizer, config.vocab_size)

@@ -23,8 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dspark_jax.checkpoints.huggingface import load_target, resolve_folder
-from dspark_jax.checkpoints.tensors import read_json
+from dspark_jax.checkpoints.huggingface import load_target, read_hf_config, resolve_folder
 from dspark_jax.config.cli import parse, program
 from dspark_jax.data.chat import load_tokenizer, tokenizer_hash
 from dspark_jax.data.jsonl import ResumableJsonl
@@ -36,7 +35,8 @@ from dspark_jax.devices import announce
 from dspark_jax.errors import UserError
 from dspark_jax.files import require_same_settings, weights_hash, write_atomically, write_json, write_settings
 from dspark_jax.report import listing
-from dspark_jax.targets.config import TargetConfig, config_sha256
+from dspark_jax.targets.config import config_sha256
+from dspark_jax.targets.registry import read_target_config
 
 from .devices import mesh_of_several
 
@@ -57,8 +57,8 @@ def main(argv: list[str]) -> None:
 def load_regenerator(settings: PrepareSettings, prompts: str) -> Regenerator:
     """The target of the settings, loaded once its small files and the output were found to fit."""
     folder = resolve_folder(settings.target)
-    hf_config = read_json(folder / "config.json")
-    context = TargetConfig.from_hf_dict(hf_config).max_positions
+    hf_config = read_hf_config(folder)
+    context = read_target_config(hf_config).max_positions
     if settings.max_context > context:
         raise UserError(f"--max-context is {settings.max_context}, the target's context {context}; lower it.")
     tokenizer = load_tokenizer(folder)

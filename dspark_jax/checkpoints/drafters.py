@@ -10,15 +10,14 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from dspark_jax.checkpoints.deepspec import drafter_tensor_map
-from dspark_jax.checkpoints.folder_layout import EMBEDDING, HEAD, FolderLayout
+from dspark_jax.checkpoints.folder_layout import CONFIG_FILE, EMBEDDING, HEAD, WEIGHTS_FILE, FolderLayout
 from dspark_jax.checkpoints.huggingface import DTYPES, resolve_folder
-from dspark_jax.checkpoints.layouts import detect_layout, layout_named
+from dspark_jax.checkpoints.layouts import layout_named, native_config, read_stored_config
 from dspark_jax.checkpoints.manifest import UNKNOWN, Provenance, check_manifest, write_manifest
 from dspark_jax.checkpoints.tensors import (
     Stored,
     TensorFolder,
     load_params,
-    read_json,
     stored_tensors,
     write_json,
     write_tensors,
@@ -29,7 +28,6 @@ from dspark_jax.errors import UserError
 from dspark_jax.sharding import ShardingRules, parameter_shardings, split
 from dspark_jax.targets.target import Target
 
-WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 _SAMPLED_ROWS = 64
 
 
@@ -49,7 +47,7 @@ class _NamedTensors(TensorFolder):
 
 def drafter_layout(path_or_id: str | Path) -> FolderLayout:
     """The layout of a drafter's folder or hub id."""
-    return detect_layout(read_json(resolve_folder(path_or_id, "drafter") / CONFIG_FILE))
+    return read_stored_config(resolve_folder(path_or_id, "drafter"))[1]
 
 
 def load_drafter(
@@ -71,9 +69,8 @@ def load_drafter(
     the drafter is of another target (depth, width, vocabulary, tapped layers, or frozen copies that differ).
     """
     folder = resolve_folder(path_or_id, "drafter")
-    stored = read_json(folder / CONFIG_FILE)
-    layout = detect_layout(stored)
-    hf_config = layout.to_native(stored, target.config)
+    stored, layout = read_stored_config(folder)
+    hf_config = native_config(stored, layout, target.config)
     if layer_shift:
         hf_config["target_layer_ids"] = [i + layer_shift for i in hf_config["target_layer_ids"]]
     config = read_config(hf_config)

@@ -1,5 +1,6 @@
 """Targets in Hugging Face layout: config.json, safetensors, tokenizer, generation_config.json; a folder or a hub id."""
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -16,16 +17,17 @@ from dspark_jax.checkpoints.tensors import (
     TensorFolder,
     layer_tensor,
     load_params,
-    read_json,
     stored_tensors,
     write_json,
     write_tensors,
 )
 from dspark_jax.errors import UserError
 from dspark_jax.programs import EMBEDDED, asset
+from dspark_jax.readers import check_fields, read_object
 from dspark_jax.sharding import ShardingRules, parameter_shardings, split
 from dspark_jax.targets.config import TargetConfig, config_sha256, text_config
-from dspark_jax.targets.registry import target_module
+from dspark_jax.targets.fields import TOKEN_IDS
+from dspark_jax.targets.registry import read_target_config, target_module
 from dspark_jax.targets.target import Target
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -68,6 +70,11 @@ def resolve_folder(path_or_id: str | Path, kind: Literal["target", "drafter"] = 
         ) from None
 
 
+def read_hf_config(folder: Path) -> dict[str, Any]:
+    """A target's config.json; UserError where it is missing or no JSON object."""
+    return read_object(folder / "config.json", expected="the config.json of a model folder")
+
+
 def load_target(
     path_or_id: str | Path,
     *,
@@ -82,8 +89,8 @@ def load_target(
     its own part. Raises UserError when files are missing, cut off or of another model.
     """
     folder = resolve_folder(path_or_id)
-    hf_config = read_json(folder / "config.json")
-    config = TargetConfig.from_hf_dict(hf_config)
+    hf_config = read_hf_config(folder)
+    config = read_target_config(hf_config)
     if (dtype or config.dtype) not in DTYPES:
         raise UserError(f"Target dtype {dtype or config.dtype!r} is not supported; choose float32 or bfloat16.")
     kind = DTYPES[dtype or config.dtype]
@@ -145,8 +152,11 @@ def target_tensor_map(paths: Iterable[ParamPath], prefix: str = "model") -> dict
 def stop_tokens(folder: Path, hf_config: Mapping[str, Any]) -> tuple[int, ...]:
     """End-of-sequence ids: generation_config.json's if it names any, else config.json's."""
     path = folder / "generation_config.json"
-    declared = read_json(path).get("eos_token_id") if path.exists() else None
+    stored = read_object(path) if os.path.lexists(path) else {}
+    check_fields(stored, {"eos_token_id": TOKEN_IDS}, str(path))
+    declared = stored.get("eos_token_id")
     if declared is None:
+        check_fields(hf_config, {"eos_token_id": TOKEN_IDS}, "config.json")
         declared = hf_config.get("eos_token_id", text_config(hf_config).get("eos_token_id"))
     if declared is None:
         return ()

@@ -1,13 +1,31 @@
 """The layouts of drafter folders by name. A new one is a file beside these and a line here."""
 
+from pathlib import Path
+from typing import Any
+
 from dspark_jax.checkpoints.deepspec import DeepSpecLayout
-from dspark_jax.checkpoints.folder_layout import Config, FolderLayout
+from dspark_jax.checkpoints.folder_layout import CONFIG_FILE, Config, FolderLayout
 from dspark_jax.checkpoints.specforge import SpecForgeLayout
 from dspark_jax.checkpoints.speculators import SpeculatorsLayout
+from dspark_jax.drafters.config import check_drafter_fields
 from dspark_jax.errors import UserError
+from dspark_jax.readers import Schema, check_fields, integer, list_of, object_of, optional, read_object, text
+from dspark_jax.targets.config import TargetConfig
+from dspark_jax.targets.fields import refuse_rotations
 
 LAYOUTS: dict[str, FolderLayout] = {
     layout.name: layout for layout in (DeepSpecLayout(), SpecForgeLayout(), SpeculatorsLayout())
+}
+
+# Where other layouts than DeepSpec's keep fields that it keeps at top level.
+NESTED = ("dflash_config", "eagle_config", "transformer_layer_config")
+_LAYER_IDS = list_of(integer(0, 1024), least=1)
+_STORED: Schema = {
+    **dict.fromkeys(NESTED, optional(object_of())),
+    "speculators_model_type": text(),
+    "aux_hidden_state_layer_ids": _LAYER_IDS,
+    "eagle_aux_hidden_state_layer_ids": _LAYER_IDS,
+    "quantization_config": optional(object_of()),
 }
 
 
@@ -21,3 +39,31 @@ def detect_layout(stored: Config) -> FolderLayout:
     """The layout whose config.json this is; DeepSpec's where no other claims it, whose reader then names the fault."""
     claims = [layout for layout in LAYOUTS.values() if layout.detects(stored)]
     return claims[0] if claims else LAYOUTS["deepspec"]
+
+
+def read_stored_config(folder: Path) -> tuple[Config, FolderLayout]:
+    """(config.json of a drafter's folder as it is stored, its layout).
+
+    Raises:
+        UserError: the file cannot be read, or a field, nested ones included, is of another type or range than any
+            drafter's, or asks for a rotation of keys and queries that is not implemented.
+    """
+    path = folder / CONFIG_FILE
+    stored = read_object(path, expected="the config.json of a drafter")
+    check_fields(stored, _STORED, str(path))
+    check_drafter_fields(stored, str(path))
+    for name in NESTED:
+        if stored.get(name):
+            check_drafter_fields(stored[name], f"{path}, under {name},")
+    refuse_rotations(stored, str(path))
+    return stored, detect_layout(stored)
+
+
+def native_config(stored: Config, layout: FolderLayout, target: TargetConfig) -> dict[str, Any]:
+    """DeepSpec's config.json of a drafter stored in `layout`; UserError where a field is missing or out of place."""
+    try:
+        return layout.to_native(stored, target)
+    except KeyError as missing:
+        raise UserError(
+            f"The drafter's config.json has no field {missing}, which the {layout.name} layout needs; copy it again."
+        ) from None

@@ -4,15 +4,17 @@ None of the layouts' own configs says all of it, and a drafter read under anothe
 without an error (FIELD 4f). So each save writes it, and each load that finds one compares.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dspark_jax.checkpoints.folder_layout import Config, FolderLayout
-from dspark_jax.checkpoints.tensors import read_json, write_json
+from dspark_jax.checkpoints.tensors import write_json
 from dspark_jax.drafters.registry import kind_name
 from dspark_jax.errors import UserError
+from dspark_jax.readers import Schema, check_fields, object_of, read_object, text
 from dspark_jax.targets.target import Target
 
 MANIFEST_FILE = "dspark.json"
@@ -72,16 +74,27 @@ def write_manifest(
     write_json(folder / MANIFEST_FILE, content)
 
 
+_FIELDS: Schema = {
+    "layout": text(),
+    "kind": text(),
+    **dict.fromkeys(("conventions", "target", "sampling", "sources"), object_of()),
+}
+_TARGET: Schema = {"name": text(), "config_sha256": text()}
+
+
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The folder's manifest, None where there is none; UserError where it is none of ours."""
-    if not (folder / MANIFEST_FILE).exists():
+    path = folder / MANIFEST_FILE
+    if not os.path.lexists(path):
         return None
-    content = read_json(folder / MANIFEST_FILE)
+    content = read_object(path, expected="the manifest of a drafter")
     if content.get("format") != FORMAT or content.get("version") != VERSION:
         raise UserError(
-            f"{folder / MANIFEST_FILE} has format {content.get('format')!r} version {content.get('version')!r}; "
+            f"{path} has format {content.get('format')!r} version {content.get('version')!r}; "
             f"expected {FORMAT!r} version {VERSION}. Read it with the version of dspark_jax that wrote it."
         )
+    check_fields(content, _FIELDS, str(path), required=("layout", "kind", "conventions", "target"))
+    check_fields(content["target"], _TARGET, f"{path}, under target,", required=_TARGET)
     return content
 
 

@@ -5,12 +5,13 @@ Axes: K block position. Both are plain JSON; a table that a server would refuse 
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from dspark_jax.checkpoints.tensors import read_json, write_json
+from dspark_jax.checkpoints.tensors import write_json
 from dspark_jax.errors import UserError
+from dspark_jax.readers import Schema, check_fields, integer, list_of, number, read_object, text
 
 STS_FILE, SPS_FILE = "sts.json", "sps.json"
 OWN_FIELDS = ("valid_for", "profile")  # what this project's own files say besides, for no server
@@ -107,7 +108,7 @@ def write_sts(path: str | Path, table: StsTable) -> None:
 
 def read_sts(path: str | Path) -> StsTable:
     """UserError where the file is missing, no JSON or no table that a server takes."""
-    return _table(StsTable, read_json(Path(path)), Path(path))
+    return _table(StsTable, read_object(Path(path)), Path(path))
 
 
 def write_sps(path: str | Path, table: SpsTable | SpsAdditiveTable) -> None:
@@ -116,12 +117,30 @@ def write_sps(path: str | Path, table: SpsTable | SpsAdditiveTable) -> None:
 
 def read_sps(path: str | Path) -> SpsTable | SpsAdditiveTable:
     """The additive form if the file names `bias_seconds`, as SGLang decides; UserError as `read_sts`."""
-    content = read_json(Path(path))
+    content = read_object(Path(path))
     return _table(SpsAdditiveTable if "bias_seconds" in content else SpsTable, content, Path(path))
 
 
 def _plain(table: Any) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(table).items()}
+
+
+_SECONDS = list_of(number(0), least=1)
+_FIELDS: Schema = {
+    "temperatures": list_of(number(above=0), least=1),
+    "dataset": text(),
+    "num_samples": integer(),
+    "ece_before": list_of(number(0)),
+    "ece_after": list_of(number(0)),
+    "sample_batch_tokens": list_of(integer(1), least=1),
+    "sample_steps_per_sec": list_of(number(above=0), least=1),
+    "max_batch_tokens": integer(1),
+    "bias_seconds": number(above=0),
+    "bs_probes": list_of(integer(), least=1),
+    "alpha_seconds": _SECONDS,
+    "m_probes": list_of(integer(), least=1),
+    "theta_seconds": _SECONDS,
+}
 
 
 def _table(kind: type, content: Mapping[str, Any], path: Path) -> Any:
@@ -130,10 +149,9 @@ def _table(kind: type, content: Mapping[str, Any], path: Path) -> Any:
     unknown = sorted(set(content) - names)
     if unknown:
         raise UserError(f"{path} has the field {unknown[0]!r}; expected {', '.join(sorted(names))}.")
-    try:
-        return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in content.items()})
-    except TypeError as error:
-        raise UserError(f"{path} is no serving table ({error}); expected {', '.join(sorted(names))}.") from None
+    needed = [field.name for field in fields(kind) if field.default is MISSING]
+    check_fields(content, _FIELDS, str(path), required=needed)
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in content.items()})
 
 
 def _check_probes(name: str, probes: Sequence[int], values: Sequence[float]) -> None:

@@ -11,16 +11,18 @@ from jaxtyping import Array
 from dspark_jax.checkpoints.huggingface import (
     DTYPES,
     load_tokenizer,
+    read_hf_config,
     resolve_folder,
     stop_tokens,
     stored_prefix,
     target_skeleton,
     target_tensor_map,
 )
-from dspark_jax.checkpoints.tensors import ParamPath, TensorFolder, load_params, read_json
+from dspark_jax.checkpoints.tensors import ParamPath, TensorFolder, load_params
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import ShardingRules, parameter_shardings, split
-from dspark_jax.targets.config import TargetConfig, config_sha256
+from dspark_jax.targets.config import config_sha256
+from dspark_jax.targets.registry import read_target_config
 from dspark_jax.targets.target import Target
 
 _TABLES = (("embed_weight_vd",), ("head_weight_vd",))
@@ -29,8 +31,8 @@ _TABLES = (("embed_weight_vd",), ("head_weight_vd",))
 def describe_target(path_or_id: str | Path, *, tokenizer: bool = True) -> Target:
     """A target with no parameters at all, from its small files: to check and to plan before anything is read."""
     folder = resolve_folder(path_or_id)
-    hf_config = read_json(folder / "config.json")
-    config = TargetConfig.from_hf_dict(hf_config)
+    hf_config = read_hf_config(folder)
+    config = read_target_config(hf_config)
     graphdef, _ = split(target_skeleton(config))
     return Target(
         name=str(path_or_id),

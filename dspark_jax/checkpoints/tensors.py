@@ -1,6 +1,5 @@
 """Named tensors in safetensors folders and their layout here, read slice by slice: a device holds only its part."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -18,6 +17,7 @@ from safetensors.numpy import save_file
 
 from dspark_jax import files
 from dspark_jax.errors import UserError
+from dspark_jax.readers import read_object
 
 ParamPath = tuple[Any, ...]
 
@@ -139,7 +139,7 @@ class TensorFolder:
         self._open: dict[Path, Any] = {}
         index = folder / "model.safetensors.index.json"
         if index.exists():
-            for name, file in read_json(index).get("weight_map", {}).items():
+            for name, file in read_object(index).get("weight_map", {}).items():
                 self._file_of[name] = folder / file
         elif (folder / "model.safetensors").exists():
             path = folder / "model.safetensors"
@@ -236,15 +236,6 @@ def write_tensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
     """A safetensors file, replaced atomically."""
     with files.replacing(file) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; expected a model folder in Hugging Face layout there.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON ({error}); copy it again.") from None
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

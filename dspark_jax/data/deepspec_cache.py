@@ -23,6 +23,7 @@ from dspark_jax.data.manifest import read_manifest
 from dspark_jax.data.records import CacheSpec, Sample, convert, require_match
 from dspark_jax.errors import UserError
 from dspark_jax.files import fsync, write_atomically
+from dspark_jax.readers import Schema, check_fields, integer, list_of, object_of, text
 
 _INDEX = struct.Struct("<QIIQQQQQ")
 _INDEX_DTYPE = np.dtype([("sample_id", "<u8"), ("shard", "<u4"), ("length", "<u4"), ("offsets", "<u8", (5,))])
@@ -33,6 +34,16 @@ _FIXED = {
     "mask_dtype": "uint8",
     "index_record_size": _INDEX.size,
 }
+
+_FIELDS: Schema = {
+    **dict.fromkeys(("num_samples", "num_shards"), integer(0, 1 << 40)),
+    "target_layer_ids": list_of(integer(-1, 1024), least=1),
+    "hidden_size": integer(1, 1 << 24),
+    **dict.fromkeys(("max_length", "min_loss_tokens"), integer()),
+    **dict.fromkeys(("target_model_name_or_path", "chat_template"), text()),
+    "shards": list_of(object_of()),
+}
+_SHARD: Schema = {"file_name": text(empty=False), "shard_id": integer()}
 
 
 class DeepSpecCache:
@@ -106,7 +117,7 @@ class DeepSpecCache:
         if not path.exists():
             raise UserError(f"{path} is missing; the cache is incomplete, copy it again.")
         data = path.read_bytes()
-        wanted = int(self.manifest["num_samples"]) * _INDEX.size
+        wanted = self.manifest["num_samples"] * _INDEX.size
         if len(data) != wanted:
             raise UserError(
                 f"{path} has {len(data)} bytes, expected {wanted} for {self.manifest['num_samples']} samples; "
@@ -223,32 +234,29 @@ def _spec_of(manifest: Mapping[str, Any], path: Path) -> CacheSpec:
     for name, value in _FIXED.items():
         if manifest[name] != value:
             raise UserError(f"{path} has {name} = {manifest[name]!r}, only {value!r} can be read.")
-    try:
-        return CacheSpec(
-            target_name=str(manifest.get("target_model_name_or_path", "")),
-            target_sha256=None,
-            layer_ids=tuple(int(i) for i in manifest["target_layer_ids"]),
-            hidden_size=int(manifest["hidden_size"]),
-            tokenizer_hash=None,
-            chat_template=str(manifest.get("chat_template", "")),
-            max_length=int(manifest.get("max_length", 0)),
-            min_loss_tokens=int(manifest.get("min_loss_tokens", 0)),
-            num_sources=int(manifest["num_samples"]),
-        )
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path} cannot be understood ({error}); copy the cache again.") from error
+    check_fields(manifest, _FIELDS, str(path))
+    return CacheSpec(
+        target_name=manifest.get("target_model_name_or_path", ""),
+        target_sha256=None,
+        layer_ids=tuple(manifest["target_layer_ids"]),
+        hidden_size=manifest["hidden_size"],
+        tokenizer_hash=None,
+        chat_template=manifest.get("chat_template", ""),
+        max_length=manifest.get("max_length", 0),
+        min_loss_tokens=manifest.get("min_loss_tokens", 0),
+        num_sources=manifest["num_samples"],
+    )
 
 
 def _shard_paths(manifest: Mapping[str, Any], folder: Path) -> list[Path]:
-    entries = manifest["shards"]
-    try:
-        names = [str(entry["file_name"]) for entry in entries if int(entry["shard_id"]) >= 0]
-        numbers = [int(entry["shard_id"]) for entry in entries]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder / 'manifest.json'}: its 'shards' cannot be understood ({error}).") from error
-    if numbers != list(range(int(manifest["num_shards"]))):
+    path = folder / "manifest.json"
+    for number, entry in enumerate(manifest["shards"]):
+        check_fields(entry, _SHARD, f"{path}, shard {number},", required=_SHARD)
+    names = [entry["file_name"] for entry in manifest["shards"]]
+    numbers = [entry["shard_id"] for entry in manifest["shards"]]
+    if numbers != list(range(manifest["num_shards"])):
         raise UserError(
-            f"{folder / 'manifest.json'} lists the shards {numbers}, expected 0 to {int(manifest['num_shards']) - 1}."
+            f"{path} lists the shards {numbers}, expected 0 to {manifest['num_shards'] - 1}; copy the cache again."
         )
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():

@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy as np
 from dspark_jax.data.records import CacheSpec
 from dspark_jax.errors import UserError
 from dspark_jax.files import write_atomically
+from dspark_jax.readers import Schema, check_fields, flag, integer, list_of, object_of, read_object, text
 
 FORMAT = "dspark_jax target cache"
 VERSION = 1
@@ -33,6 +34,19 @@ class ShardEntry:
     index_xxh3: str
     first_source: int
     last_source: int
+
+
+_SHARD: Schema = {
+    **dict.fromkeys(("records", "dropped", "tokens", "bytes", "first_source", "last_source"), integer(0, 1 << 60)),
+    **dict.fromkeys(("file", "xxh3", "index_xxh3"), text(empty=False)),
+}
+_FIELDS: Schema = {
+    "spec": object_of(),
+    "max_shard_bytes": integer(1, 1 << 60),
+    "records": integer(0, 1 << 60),
+    "complete": flag(),
+    "shards": list_of(object_of()),
+}
 
 
 @dataclass(frozen=True)
@@ -73,6 +87,12 @@ class Manifest:
                 f"{path} has format {value.get('format')!r} version {value.get('version')!r}, expected "
                 f"{FORMAT!r} version {VERSION}."
             )
+        check_fields(value, _FIELDS, str(path), required=_FIELDS)
+        for number, shard in enumerate(value["shards"]):
+            where = f"{path}, shard {number},"
+            check_fields(shard, _SHARD, where, required=_SHARD)
+            if PurePath(shard["file"]).name != shard["file"]:
+                raise UserError(f"{where} names the file {shard['file']!r}; expected a name within the cache's folder.")
         try:
             spec = CacheSpec.from_json(value["spec"], str(path))
             shards = tuple(ShardEntry(**shard) for shard in value["shards"])
@@ -121,12 +141,6 @@ def require_disk(folder: str | os.PathLike[str], needed_bytes: int) -> None:
 
 def read_manifest(path: Path) -> Mapping[str, Any]:
     """The JSON object in a manifest.json; UserError when it is missing or not one."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise UserError(f"{path.parent} is no target cache: it has no manifest.json.") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}); restore it or build the cache again.") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object; restore it or build the cache again.")
-    return value
+    if not os.path.lexists(path):
+        raise UserError(f"{path.parent} is no target cache: it has no manifest.json.")
+    return read_object(path, expected="the manifest of a target cache")

@@ -15,6 +15,7 @@ import xxhash
 
 from dspark_jax.data.codecs import CODECS, Codec, decode_states, encode_states
 from dspark_jax.errors import UserError
+from dspark_jax.readers import Schema, check_fields, integer, list_of, optional, text
 
 LAYER_CONVENTION = "output of decoder layer i, -1 = embeddings"
 
@@ -26,6 +27,17 @@ _HASH = struct.Struct("<Q")
 _START = _HEADER.size + _HASH.size
 # A record's chunk header and index entry in an array_record, and samples.idx; measured at 112 bytes.
 _RECORD_OVERHEAD = 128
+
+
+SPEC_FIELDS: Schema = {
+    **dict.fromkeys(("target_name", "chat_template", "dtype", "layer_convention"), text()),
+    **dict.fromkeys(("target_sha256", "tokenizer_hash", "sources_sha256"), optional(text())),
+    "layer_ids": list_of(integer(-1, 1024), least=1),
+    "hidden_size": integer(1, 1 << 24),
+    **dict.fromkeys(("max_length", "min_loss_tokens"), integer()),
+    "num_sources": integer(0, 1 << 60),
+}
+"""Types and ranges of a stored spec."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +111,7 @@ class CacheSpec:
             raise UserError(
                 f"{where}: the cache's spec has missing or unknown fields ({odd}); it was written by another version."
             )
+        check_fields(value, SPEC_FIELDS, f"{where}, under spec,")
         return cls(**{**value, "layer_ids": tuple(value["layer_ids"])})
 
 

@@ -6,9 +6,39 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from dspark_jax.errors import UserError
+from dspark_jax.readers import Schema, check_fields, flag, integer, list_of, number, optional, text
 from dspark_jax.targets.config import TargetConfig, text_config
+from dspark_jax.targets.fields import check_target_fields, refuse_rotations
+from dspark_jax.targets.registry import read_target_config
 
 TARGET_SHA_FIELD = "target_config_sha256"
+WHERE = "The drafter's config.json"
+
+# The fields that a drafter's config.json has beside a target's, in DeepSpec's layout.
+DRAFTER_FIELDS: Schema = {
+    "architectures": optional(list_of(text(), most=64)),
+    "num_hidden_layers": integer(1, 1024),
+    "block_size": integer(1, 1 << 16),
+    "target_layer_ids": list_of(integer(-1, 1024), least=1),
+    "num_target_layers": integer(1, 1024),
+    TARGET_SHA_FIELD: optional(text()),
+    "num_anchors": integer(1),
+    "mask_token_id": integer(),
+    "markov_rank": optional(integer(0, 1 << 20)),
+    "markov_head_type": optional(text()),
+    "enable_confidence_head": optional(flag()),
+    "confidence_head_with_markov": optional(flag()),
+    "sample_from_anchor": optional(flag()),
+    "ttt_length": optional(integer(1, 1 << 16)),
+    "step_loss_decay": optional(number(above=0, high=1)),
+    "draft_vocab_size": optional(integer(1)),
+}
+
+
+def check_drafter_fields(config: Mapping[str, Any], where: str = WHERE) -> None:
+    """UserError naming the first field that is of another type or range than any drafter's or target's."""
+    check_fields(config, DRAFTER_FIELDS, where)
+    check_target_fields(config, where)
 
 
 @dataclass(frozen=True)
@@ -27,7 +57,9 @@ class DrafterConfig:
 
     @classmethod
     def from_hf_dict(cls, config: Mapping[str, Any]) -> Self:
-        """Reads a config.json; UserError naming a field that is missing or contradicts another."""
+        """Reads a config.json; UserError naming a field that is missing, mistyped or contradicts another."""
+        check_drafter_fields(config, WHERE)
+        refuse_rotations(config, WHERE)
         try:
             made = cls(**cls.read_fields(config))
         except KeyError as missing:
@@ -44,7 +76,7 @@ class DrafterConfig:
         heads Gemma has sizes of its own for, and never slide (golden/NOTES 12, 59)."""
         full = ["full_attention"] * (config.get("num_hidden_layers") or 0)
         return {
-            "backbone": TargetConfig.from_hf_dict({**config, "layer_types": full}),
+            "backbone": read_target_config({**config, "layer_types": full}, WHERE),
             "block_size": config["block_size"],
             "target_layer_ids": tuple(config["target_layer_ids"]),
             "num_target_layers": config["num_target_layers"],
@@ -229,7 +261,7 @@ def family_fields(
         return config, sizes
     # Readers of Qwen3 drafters build dense Qwen3 blocks, whatever the target's are.
     if config["model_type"] != "qwen3":
-        layer = TargetConfig.from_hf_dict(config).layers[0]
+        layer = read_target_config(config).layers[0]
         config |= {"model_type": "qwen3", "head_dim": layer.head_dim, "num_key_value_heads": layer.num_kv_heads}
         for name in _OTHER_BLOCKS:
             config.pop(name, None)

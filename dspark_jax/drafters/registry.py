@@ -14,7 +14,8 @@ from dspark_jax.drafters.eagle3 import Eagle3
 from dspark_jax.drafters.mtp import MTP
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import split
-from dspark_jax.targets.config import TargetConfig, config_sha256
+from dspark_jax.targets.config import config_sha256
+from dspark_jax.targets.registry import read_target_config
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def drafter_hf_config(
     The sizes replace the draft layers' own, None keeps the target's; `settings` go to the kind's `hf_fields`. Raises
     UserError if the result is no valid drafter of that target.
     """
-    target, described = TargetConfig.from_hf_dict(target_hf_config), drafter_kind(kind)
+    target, described = read_target_config(target_hf_config), drafter_kind(kind)
     given = {
         "intermediate_size": intermediate_size,
         "num_attention_heads": num_attention_heads,

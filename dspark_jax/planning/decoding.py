@@ -20,10 +20,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
-from dspark_jax.checkpoints.drafters import CONFIG_FILE
 from dspark_jax.checkpoints.huggingface import DTYPES, resolve_folder, target_skeleton
-from dspark_jax.checkpoints.layouts import detect_layout
-from dspark_jax.checkpoints.tensors import read_json
+from dspark_jax.checkpoints.layouts import native_config, read_stored_config
 from dspark_jax.config.cli import load_config, mesh_settings, parse
 from dspark_jax.config.schema import MeshSettings, TrainConfig
 from dspark_jax.decoding.dispatch import run_rounds
@@ -188,8 +186,7 @@ def planned_pair(options: PlanOptions, mesh: Mesh | None) -> tuple[Target, Draft
     target = dataclasses.replace(target, params=abstract_params(module, mesh, options.dtype))
     hf_config = None
     if options.drafter:
-        stored = read_json(resolve_folder(options.drafter, "drafter") / CONFIG_FILE)
-        hf_config = detect_layout(stored).to_native(stored, target.config)
+        hf_config = native_config(*read_stored_config(resolve_folder(options.drafter, "drafter")), target.config)
     elif config is not None:
         hf_config = described_drafter(config, target)
     if hf_config is None:

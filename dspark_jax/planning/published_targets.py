@@ -6,7 +6,8 @@ from typing import Any
 from dspark_jax.checkpoints.huggingface import target_skeleton
 from dspark_jax.checkpoints.target_tables import describe_target
 from dspark_jax.sharding import split
-from dspark_jax.targets.config import TargetConfig, config_sha256
+from dspark_jax.targets.config import config_sha256
+from dspark_jax.targets.registry import read_target_config
 from dspark_jax.targets.target import Target
 
 _QWEN3: dict[str, Any] = {
@@ -79,6 +80,6 @@ def planned_target(name: str) -> Target:
     if name not in PUBLISHED:
         return describe_target(name)
     hf_config = PUBLISHED[name]
-    config = TargetConfig.from_hf_dict(hf_config)
+    config = read_target_config(hf_config)
     graphdef, _ = split(target_skeleton(config))
     return Target(name, config, graphdef, {}, hf_config, config_sha256(hf_config))

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Literal
 
 from dspark_jax.checkpoints.serving_tables import SpsTable, read_sps
-from dspark_jax.checkpoints.tensors import read_json
 from dspark_jax.drafters.registry import Drafter
+from dspark_jax.readers import read_object
 from dspark_jax.scheduling.costs import CostTable, ScheduleTables
 from dspark_jax.scheduling.policies import (
     Asynchronous,
@@ -47,7 +47,7 @@ def temperatures_of(target: Target, drafter: Drafter, config: DecodeConfig, sts:
 
 def costs_of(sps: Path, requests: int, buckets: tuple[int, ...]) -> CostTable:
     """Seconds of a round at each bucket: of a profile of this project, or of sps.json as servers write it."""
-    if "profile" in read_json(sps):
+    if "profile" in read_object(sps):
         return Profile.read(sps).cost_table()
     table = read_sps(sps)
     if isinstance(table, SpsTable):

@@ -18,12 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dspark_jax.checkpoints.tensors import read_json, write_json
+from dspark_jax.checkpoints.tensors import write_json
 from dspark_jax.decoding.dispatch import run_rounds
 from dspark_jax.decoding.round import DecodeLoop, LoopParams, init_state
 from dspark_jax.decoding.state import DecodeState
 from dspark_jax.errors import UserError
 from dspark_jax.files import user_cache
+from dspark_jax.readers import Schema, check_fields, integer, list_of, number, object_of, read_object
 from dspark_jax.scheduling.costs import CostTable, Occupancy, ScheduleTables
 
 RUNG_WORTH = 0.01
@@ -76,11 +77,36 @@ class Profile:
     @classmethod
     def read(cls, path: Path) -> "Profile":
         """UserError where the file is missing or was not written by `save`."""
-        content = read_json(path).get("profile")
+        content = read_object(path, expected="a profile that infer.profile measured").get("profile")
         if not isinstance(content, dict) or set(content) != set(cls.__dataclass_fields__):
             raise UserError(f"{path} holds no profile of this program; measure one with infer.profile.")
+        where, cure = f"{path}, under profile,", "measure one with infer.profile"
+        check_fields(content, _FIELDS, where, cure=cure)
         rows: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in content.items()}
-        return cls(**rows | {name: tuple(map(tuple, rows[name])) for name in ("rounds", "rounds_spread")})
+        rows |= {name: tuple(map(tuple, rows[name])) for name in ("rounds", "rounds_spread")}
+        made = cls(**rows)
+        tokens, contexts = len(made.tokens), len(made.contexts)
+        grids, lines = (made.rounds, made.rounds_spread), (made.drafting, made.drafting_spread)
+        whole = all([len(row) for row in grid] == [tokens] * contexts for grid in grids)
+        if not whole or any(len(line) != contexts for line in lines) or list(made.tokens) != sorted(set(made.tokens)):
+            raise UserError(
+                f"{where} does not hold a time for each of its {contexts} contexts and {tokens} increasing token "
+                f"counts; {cure}."
+            )
+        return made
+
+
+_TIMES = list_of(number(0), least=1)
+_FIELDS: Schema = {
+    "key": object_of(),
+    "tokens": list_of(integer(1), least=1),
+    "contexts": _TIMES,
+    "rounds": list_of(list_of(number(above=0), least=1), least=1),
+    "rounds_spread": list_of(_TIMES, least=1),
+    "drafting": _TIMES,
+    "drafting_spread": _TIMES,
+    "dispatch": number(0),
+}
 
 
 def monotone(values: np.ndarray) -> np.ndarray:

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dspark_jax.checkpoints.serving_tables import StsTable
-from dspark_jax.checkpoints.tensors import read_json, write_json
+from dspark_jax.checkpoints.serving_tables import StsTable, read_sts
+from dspark_jax.checkpoints.tensors import write_json
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.errors import UserError
+from dspark_jax.readers import read_object
 from dspark_jax.scheduling.calibration import ECE_BINS, position_metrics, sigmoid
 from dspark_jax.serving.requests import DecodeConfig
 from dspark_jax.targets.target import Target
@@ -101,9 +102,8 @@ def read_calibration(path: Path, valid_for: Mapping[str, Any]) -> np.ndarray:
     Raises:
       UserError: a file that is no calibration, or one made for other weights or sampling settings than `validity` says.
     """
-    content = dict(read_json(path))
-    made_for = content.pop("valid_for", None)
-    if not isinstance(made_for, dict) or "temperatures" not in content:
+    table, made_for = read_sts(path), read_object(path).get("valid_for")
+    if not isinstance(made_for, dict):
         raise UserError(f"{path} does not say what it is valid for; calibrate with infer.calibrate.")
     for name, expected in valid_for.items():
         if not name.endswith("_name") and made_for.get(name) != expected:
@@ -113,4 +113,4 @@ def read_calibration(path: Path, valid_for: Mapping[str, Any]) -> np.ndarray:
                 f"{path} was calibrated for {name.replace('_', '-')} {said}, this is {here}{same}; calibrate "
                 "again with infer.calibrate."
             )
-    return np.asarray(StsTable(tuple(content["temperatures"])).temperatures)
+    return np.asarray(table.temperatures)

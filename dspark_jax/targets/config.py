@@ -1,4 +1,7 @@
-"""A target's architecture, read once from a Hugging Face `config.json`; no second default anywhere else."""
+"""A target's architecture, read once from a Hugging Face `config.json`; no second default anywhere else.
+
+`registry.read_target_config` reads one; the families in the files beside this build it.
+"""
 
 import hashlib
 import json
@@ -8,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dspark_jax.errors import UserError
+from dspark_jax.readers import check_fields, require_object, shown
+from dspark_jax.targets.fields import ROPE_FIELDS, refuse_rotations
 
 ROPE_KINDS = ("default", "linear", "yarn", "llama3", "proportional")
 
@@ -35,17 +40,21 @@ class RopeConfig:
 
     @classmethod
     def from_hf_dict(cls, config: Mapping[str, Any], layer_type: str | None = None) -> "RopeConfig":
-        """Reads `rope_parameters` (transformers 5) or top-level `rope_theta` and `rope_scaling` (golden/NOTES 72).
+        """Reads `rope_parameters` (transformers 5) or top-level `rope_theta` and `rope_scaling`.
 
         layer_type: its entry of `rope_parameters`, in families that give each type of layer its own.
+        Raises UserError for a field of another type or range, and for rotations that are not implemented.
         """
-        scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        refuse_rotations(config, "config.json")
+        where = "config.json, under rope_parameters or rope_scaling,"
+        scaling = require_object(config.get("rope_parameters") or config.get("rope_scaling") or {}, where)
         if layer_type is not None:
-            scaling = dict(scaling.get(layer_type) or {})
+            scaling = require_object(scaling.get(layer_type) or {}, where)
+        check_fields(scaling, ROPE_FIELDS, where)
         theta = scaling.get("rope_theta", config.get("rope_theta"))
         if theta is None:
             raise UserError("config.json gives no rope_theta, neither at top level nor under rope_parameters; add it.")
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        kind = scaling.get("rope_type") or scaling.get("type") or "default"
         if kind not in ROPE_KINDS:
             raise UserError(
                 f"config.json asks for RoPE scaling {kind!r}; targets here read {', '.join(ROPE_KINDS[:-1])} and "
@@ -67,6 +76,11 @@ class RopeConfig:
                          "high_freq_factor")
             if scaling.get(name) is not None
         }  # fmt: skip
+        if kind == "llama3" and optional.get("low_freq_factor", 1.0) >= optional.get("high_freq_factor", 4.0):
+            raise UserError(
+                f"config.json has {shown(dict(scaling))} as its llama3 RoPE; expected low_freq_factor below "
+                "high_freq_factor; correct the file or copy it again."
+            )
         return cls(
             theta=float(theta),
             kind=kind,
@@ -182,16 +196,6 @@ class TargetConfig:
     def kv_shapes(self) -> tuple[tuple[int, int], ...]:
         """(kv heads, head dim) of every layer: what `kv_cache.empty_cache` takes."""
         return tuple((layer.num_kv_heads, layer.head_dim) for layer in self.layers)
-
-    @classmethod
-    def from_hf_dict(cls, config: Mapping[str, Any]) -> "TargetConfig":
-        """Reads a Hugging Face `config.json` of any family in the registry.
-
-        Raises UserError naming the field when one is missing or asks for what the family doesn't implement here.
-        """
-        from dspark_jax.targets.registry import target_kind  # its readers build this class
-
-        return target_kind(config).read(config)
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

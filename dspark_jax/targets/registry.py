@@ -9,6 +9,7 @@ from flax import nnx
 from dspark_jax.errors import UserError
 from dspark_jax.targets.config import TargetConfig, text_config
 from dspark_jax.targets.decoder import DecoderModel
+from dspark_jax.targets.fields import check_target_fields
 from dspark_jax.targets.gemma4 import Gemma4Layer, gemma4_config
 from dspark_jax.targets.layers import DecoderLayer
 from dspark_jax.targets.llama import llama_config
@@ -26,17 +27,20 @@ class TargetKind:
     layer: type
     multimodal: str | None = None
 
-    def read(self, config: Mapping[str, Any]) -> TargetConfig:
-        """UserError naming the field when one is missing or asks for what is not implemented."""
+    def read(self, config: Mapping[str, Any], where: str) -> TargetConfig:
+        """As `read_target_config`, for a file that is known to be of this kind."""
         fields = dict(text_config(config))
         # What multimodal files state outside counts: the head belongs to the outer model, the dtype to all parts.
         fields |= {name: config[name] for name in ("dtype", "tie_word_embeddings") if config.get(name) is not None}
+        check_target_fields(fields, where)
         try:
-            return self.read_fields(fields)
+            made = self.read_fields(fields)
         except KeyError as missing:
             raise UserError(
-                f"config.json has no field {missing}, which a {fields['model_type']} target needs; add it."
+                f"{where} has no field {missing}, which a {fields['model_type']} target needs; add it."
             ) from None
+        _check_heads(made, where)
+        return made
 
 
 TARGETS: dict[str, TargetKind] = {
@@ -48,14 +52,43 @@ TARGETS: dict[str, TargetKind] = {
 }
 
 
-def target_kind(config: Mapping[str, Any]) -> TargetKind:
-    """The kind of a config.json, multimodal or text-only."""
+def read_target_config(config: Mapping[str, Any], where: str = "config.json") -> TargetConfig:
+    """The architecture that a Hugging Face `config.json` of any family here describes, multimodal or text-only.
+
+    Args:
+        config: the file's object.
+        where: what a sentence calls the file.
+
+    Raises:
+        UserError: a field is missing, is of another type or range, contradicts another, or asks for what the family
+            does not implement here; names it.
+    """
+    return target_kind(config, where).read(config, where)
+
+
+def target_kind(config: Mapping[str, Any], where: str = "config.json") -> TargetKind:
+    """The kind of a config.json, multimodal or text-only; UserError for one of no family here."""
     outer, named = config.get("model_type"), text_config(config).get("model_type")
     kind = TARGETS.get(str(named))
     if kind is None or outer not in (named, kind.multimodal):
         known = sorted([*TARGETS, *(kind.multimodal for kind in TARGETS.values() if kind.multimodal)])
-        raise UserError(f"config.json has model_type {outer!r}; targets that load here are {', '.join(known)}.")
+        raise UserError(f"{where} has model_type {outer!r}; targets that load here are {', '.join(known)}.")
     return kind
+
+
+def _check_heads(config: TargetConfig, where: str) -> None:
+    """UserError where heads cannot be grouped, or a head cannot be rotated by halves."""
+    for layer in config.layers:
+        if config.num_heads % layer.num_kv_heads:
+            raise UserError(
+                f"{where} has {config.num_heads} attention heads for {layer.num_kv_heads} key/value heads; expected a "
+                "multiple of them; correct the file or copy it again."
+            )
+        if layer.head_dim < 2 or layer.head_dim % 2:
+            raise UserError(
+                f"{where} gives heads of size {layer.head_dim}; expected an even number of at least 2, whose halves "
+                "the rotary embedding turns; correct the file or copy it again."
+            )
 
 
 def layer_class(config: TargetConfig) -> Any:

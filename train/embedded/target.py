@@ -33,8 +33,7 @@ from dspark_jax.errors import UserError
 from dspark_jax.files import replacing, write_atomically
 from dspark_jax.sharding import split
 from dspark_jax.targets.attention import SegmentedCausal
-from dspark_jax.targets.config import TargetConfig
-from dspark_jax.targets.registry import target_module
+from dspark_jax.targets.registry import read_target_config, target_module
 
 from .packing import Encoder, Rows, batches, mixture
 from .report import evaluate, samples, write_readme
@@ -191,7 +190,7 @@ class Run:
     def start(cls, recipe: Recipe) -> "Run":
         """A fresh run, or the one that the run folder's checkpoint continues."""
         tokenizer = _tokenizer(recipe)
-        config = TargetConfig.from_hf_dict(recipe.hf_config(tokenizer))
+        config = read_target_config(recipe.hf_config(tokenizer))
         graphdef, params = split(target_module(config, rngs=nnx.Rngs(recipe.seed)))
         state = State(params, make_optimizer(recipe).init(params))
         run = cls(recipe, tokenizer, graphdef, state, Progress())

@@ -15,8 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dspark_jax.checkpoints.huggingface import resolve_folder
-from dspark_jax.checkpoints.tensors import read_json
+from dspark_jax.checkpoints.huggingface import read_hf_config, resolve_folder
 from dspark_jax.config.cli import parse, program
 from dspark_jax.config.schema import TrainConfig
 from dspark_jax.config.sweep import Diff, part
@@ -24,7 +23,9 @@ from dspark_jax.data.manifest import Manifest
 from dspark_jax.errors import UserError
 from dspark_jax.files import require_same_settings, weights_hash, write_json, write_settings
 from dspark_jax.programs import program_command
-from dspark_jax.targets.config import TargetConfig, config_sha256
+from dspark_jax.readers import read_object
+from dspark_jax.targets.config import config_sha256
+from dspark_jax.targets.registry import read_target_config
 from dspark_jax.training.points import Point, Runner, report_failures
 
 from .compare_report import publish, report
@@ -146,7 +147,7 @@ def finished(settings: CompareSettings) -> dict[StudyPoint, dict[str, Any]]:
 
 
 def read_if_there(path: Path) -> dict[str, Any] | None:
-    return dict(read_json(path)) if path.exists() else None
+    return dict(read_object(path)) if path.exists() else None
 
 
 # The study's settings and data
@@ -190,7 +191,7 @@ def prepare(settings: CompareSettings) -> None:
 
 
 def target_layers(settings: CompareSettings) -> int:
-    return TargetConfig.from_hf_dict(read_json(resolve_folder(settings.target) / "config.json")).num_layers
+    return read_target_config(read_hf_config(resolve_folder(settings.target))).num_layers
 
 
 def cached_layers(settings: CompareSettings) -> tuple[int, ...]:
@@ -204,9 +205,9 @@ def cache_fits(settings: CompareSettings) -> bool:
     if not (folder / "manifest.json").exists() or not Manifest.load(folder).complete:
         return False
     spec, target = Manifest.load(folder).spec, resolve_folder(settings.target)
-    built = read_json(folder / "build.json")["settings"] if (folder / "build.json").exists() else {}
+    built = read_object(folder / "build.json")["settings"] if (folder / "build.json").exists() else {}
     found = (tuple(spec.layer_ids), spec.target_sha256, built.get("weights_xxh3", ""))
-    wanted = (cached_layers(settings), config_sha256(read_json(target / "config.json")), weights_hash(target))
+    wanted = (cached_layers(settings), config_sha256(read_hf_config(target)), weights_hash(target))
     for name, theirs, ours in zip(("layers", "target config", "target weights"), found, wanted, strict=True):
         if theirs != ours:
             raise UserError(
@@ -277,7 +278,7 @@ def step_count(settings: CompareSettings) -> int:
         config = point_config(settings, probe, 60)
         seconds = seconds_a_step(config, settings.output / "probe")
         write_json(path, {"step_seconds": seconds, "steps": max(1, round(60 * settings.minutes / seconds))})
-    return int(read_json(path)["steps"])
+    return int(read_object(path)["steps"])
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dspark_jax.checkpoints.huggingface import resolve_folder
-from dspark_jax.checkpoints.tensors import read_json
 from dspark_jax.config.cli import load_config, parse, program
 from dspark_jax.config.schema import TrainConfig
 from dspark_jax.config.sweep import Diff, apply_diff
@@ -28,6 +27,7 @@ from dspark_jax.devices import machine
 from dspark_jax.errors import UserError
 from dspark_jax.evaluation.acceptance import macro_tau
 from dspark_jax.files import require_same_settings, weights_hash, write_json, write_settings
+from dspark_jax.readers import read_object
 from dspark_jax.report import table
 from dspark_jax.training.points import Point, Runner, report_failures
 
@@ -238,7 +238,7 @@ def report(settings: CodecSettings, command: str) -> None:
 
 def finished(settings: CodecSettings, codec: str) -> dict[int, dict[str, Any]]:
     paths = {seed: settings.result(codec, seed) for seed in range(settings.seeds)}
-    return {seed: dict(read_json(path)) for seed, path in paths.items() if path.exists()}
+    return {seed: dict(read_object(path)) for seed, path in paths.items() if path.exists()}
 
 
 def accepted(key: str, results: Mapping[int, Any], reference: Mapping[int, Any]) -> dict[str, Any]:

@@ -1,0 +1,395 @@
+"""Strict readers of what comes from outside: JSON files, JSON lines, safetensors headers, and typed fields of objects.
+
+Every fault is a `UserError` of one sentence: the file, the field, what was found, what was expected, what to do. A
+value is returned whole or not at all.
+"""
+
+import json
+import math
+import os
+import stat
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from dspark_jax.errors import UserError
+
+MAX_JSON_BYTES = 64 << 20
+MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own bound
+MAX_DEPTH = 64
+INT32_MAX = 2**31 - 1
+COPY_AGAIN = "correct the file or copy it again"
+
+Object = dict[str, Any]
+
+
+# ---- files and JSON values
+
+
+def read_bytes(path: str | Path, *, limit: int = MAX_JSON_BYTES, expected: str = "a JSON file") -> bytes:
+    """The bytes of a regular file of at most `limit` bytes.
+
+    Raises:
+        UserError: the file is missing, unreadable, no regular file (a folder, pipe or device), a loop of links, or
+            larger than `limit`.
+    """
+    with _opened(Path(path), expected) as handle:
+        size = os.fstat(handle.fileno()).st_size
+        if size > limit:
+            raise UserError(f"{path} has {size:,} bytes; expected {expected} of at most {limit:,}.")
+        return handle.read(limit)
+
+
+@contextmanager
+def _opened(path: Path, expected: str) -> Iterator[BinaryIO]:
+    """A regular file for reading; UserError for anything else, and where a read fails."""
+    try:
+        # O_NONBLOCK: opening a pipe would otherwise wait for a writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; expected {expected} there.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({reason_of(error)}); give {expected} that can.") from None
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise UserError(f"{path} is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}; expected {expected}.")
+    with open(descriptor, "rb") as handle:
+        try:
+            yield handle
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({reason_of(error)}); copy it again.") from None
+
+
+def parse_json(data: bytes, where: str, *, expected: str = "one JSON value in UTF-8") -> Any:
+    """The JSON value in `data`, strictly by RFC 8259; the UserError of a bad one starts with `where`.
+
+    Refused beside what is no JSON: other encodings than UTF-8, a byte order mark, NaN and Infinity, numbers that
+    overflow, halves of surrogate pairs, a name that stands twice in one object, and nesting beyond `MAX_DEPTH`.
+    """
+
+    def fail(found: str) -> UserError:
+        return UserError(f"{where}: {found}; expected {expected}.")
+
+    if data.startswith(b"\xef\xbb\xbf"):
+        raise fail("found a byte order mark at the start")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise fail(f"byte {error.start} is not UTF-8") from None
+    try:
+        value = json.loads(
+            text,
+            parse_constant=_refuse_constant,
+            parse_int=_integer_of,
+            parse_float=_number_of,
+            object_pairs_hook=_object_of,
+        )
+    except json.JSONDecodeError as error:
+        shown = " ".join(text[max(error.pos - 20, 0) : error.pos + 20].split())
+        raise fail(f"not JSON, {error.msg} at line {error.lineno} column {error.colno} near {shown!r}") from None
+    except _Refused as error:
+        raise fail(str(error)) from None
+    except RecursionError:
+        raise fail(f"nested deeper than {MAX_DEPTH} levels") from None
+    _check_tree(value, fail)
+    return value
+
+
+def read_object(path: str | Path, *, expected: str = "a JSON object", limit: int = MAX_JSON_BYTES) -> Object:
+    """The JSON object in a file.
+
+    Raises:
+        UserError: as `read_bytes` and `parse_json`, and where the file holds another JSON value than an object.
+    """
+    value = parse_json(read_bytes(path, limit=limit, expected=expected), str(path), expected=expected)
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds {kind_of_value(value)}; expected {expected}; {COPY_AGAIN}.")
+    return value
+
+
+def read_records(path: str | Path, *, limit: int = 1 << 30) -> list[Object]:
+    """The objects of a JSON-lines file; [] where there is no file. A last line without its newline, which a kill left
+    torn, is dropped.
+
+    Raises:
+        UserError: the file is unreadable, or a whole line is no JSON object; names the line.
+    """
+    if not os.path.lexists(path):
+        return []
+    *lines, _torn = read_bytes(path, limit=limit, expected="a JSON-lines file").split(b"\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path} line {number}"
+        value = parse_json(line, where, expected="one JSON object a line")
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: found {kind_of_value(value)}; expected one JSON object a line.")
+        records.append(value)
+    return records
+
+
+class _Refused(Exception):
+    """Found by a hook of the JSON parser, which knows no path."""
+
+
+def _refuse_constant(name: str) -> Any:
+    raise _Refused(f"found {name}, which JSON does not have")
+
+
+def _integer_of(digits: str) -> int:
+    if len(digits) > 400:
+        raise _Refused(f"found a whole number of {len(digits)} digits")
+    return int(digits)
+
+
+def _number_of(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise _Refused(f"found {shown(digits)}, which no float64 holds")
+    return value
+
+
+def _object_of(pairs: list[tuple[str, Any]]) -> Object:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _Refused(f"the name {shown(twice)} stands twice in one object")
+    return value
+
+
+def _check_tree(value: Any, fail: Callable[[str], UserError]) -> None:
+    """Depth and text of a parsed value, without recursion: copies and encoders recurse, so depth is bounded here."""
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > MAX_DEPTH + 1:
+            raise fail(f"nested deeper than {MAX_DEPTH} levels")
+        following: list[Any] = []
+        for item in level:
+            if isinstance(item, str):
+                if not item.isascii() and any("\ud800" <= char <= "\udfff" for char in item):
+                    raise fail(f"{shown(item)} holds half of a UTF-16 surrogate pair")
+            elif isinstance(item, dict):
+                following += [*item, *item.values()]
+            elif isinstance(item, list):
+                following += item
+        level = following
+
+
+# ---- typed fields
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a field may hold: `holds(value)` decides, `expected` says it in a sentence."""
+
+    expected: str
+    holds: Callable[[Any], bool]
+
+
+Schema = Mapping[str, Check]
+
+
+def integer(low: int = 0, high: int = INT32_MAX) -> Check:
+    """A whole number from `low` to `high`; neither true nor 2.0 is one."""
+    return Check(f"a whole number from {low} to {high}", lambda value: _is_integer(value) and low <= value <= high)
+
+
+def number(low: float | None = None, high: float | None = None, *, above: float | None = None) -> Check:
+    """A finite number, at least `low`, at most `high`, greater than `above`."""
+    bounds = [
+        *([f"of at least {low:g}"] if low is not None else []),
+        *([f"above {above:g}"] if above is not None else []),
+        *([f"of at most {high:g}"] if high is not None else []),
+    ]
+
+    def holds(value: Any) -> bool:
+        if not (_is_integer(value) or isinstance(value, float)):
+            return False
+        try:
+            finite = math.isfinite(value)
+        except OverflowError:
+            return False
+        within = (low is None or value >= low) and (high is None or value <= high)
+        return finite and within and (above is None or value > above)
+
+    return Check(" ".join(["a number", " and ".join(bounds)]).strip(), holds)
+
+
+def text(*, empty: bool = True) -> Check:
+    expected = "text" if empty else "text that is not empty"
+    return Check(expected, lambda value: isinstance(value, str) and (empty or bool(value)))
+
+
+def flag() -> Check:
+    return Check("true or false", lambda value: isinstance(value, bool))
+
+
+def one_of(*values: Any) -> Check:
+    shown_values = ", ".join(json.dumps(value) for value in values)
+    return Check(f"one of {shown_values}", lambda value: any(value == v and type(value) is type(v) for v in values))
+
+
+def list_of(item: Check, *, least: int = 0, most: int = 1_000_000) -> Check:
+    """A list of `least` to `most` items that `item` accepts."""
+    amount = f"{least} or more, each " if least else "each "
+    return Check(
+        f"a list of values, {amount}{item.expected}",
+        lambda value: isinstance(value, list) and least <= len(value) <= most and all(map(item.holds, value)),
+    )
+
+
+def object_of(item: Check | None = None) -> Check:
+    """An object, whose values `item` accepts where it is given."""
+    each = "" if item is None else f" whose values are each {item.expected}"
+    return Check(
+        f"an object{each}",
+        lambda value: isinstance(value, Mapping) and (item is None or all(map(item.holds, value.values()))),
+    )
+
+
+def either(*checks: Check) -> Check:
+    return Check(" or ".join(check.expected for check in checks), lambda value: any(c.holds(value) for c in checks))
+
+
+def optional(check: Check) -> Check:
+    return Check(f"{check.expected}, or null", lambda value: value is None or check.holds(value))
+
+
+def check_fields(
+    values: Mapping[str, Any], schema: Schema, where: str, *, required: Iterable[str] = (), cure: str = COPY_AGAIN
+) -> None:
+    """Checks the fields of an object that `schema` names; others pass.
+
+    Raises:
+        UserError: a field of `required` is missing, or one holds another value than its check accepts.
+    """
+    for name in required:
+        if name not in values:
+            raise UserError(f"{where} has no field {name!r}; expected {schema[name].expected}; {cure}.")
+    for name, check in schema.items():
+        if name in values and not check.holds(values[name]):
+            raise UserError(f"{where} has {name} = {shown(values[name])}; expected {check.expected}; {cure}.")
+
+
+def require_object(value: Any, where: str, *, cure: str = COPY_AGAIN) -> Mapping[str, Any]:
+    """`value` where it is an object, UserError otherwise."""
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where} is {kind_of_value(value)}; expected an object; {cure}.")
+    return value
+
+
+def shown(value: Any, most: int = 60) -> str:
+    """A value as JSON for a sentence, cut to `most` characters."""
+    if isinstance(value, list | dict) and len(value) > most:
+        return kind_of_value(value)
+    found = ascii(value) if isinstance(value, str) and not value.isprintable() else _encoded(value)
+    return found if len(found) <= most else found[: most - 3] + "..."
+
+
+def kind_of_value(value: Any) -> str:
+    """What a JSON value is, for a sentence: `null`, `text`, `a list of 3`, `an object`."""
+    if value is None or isinstance(value, bool):
+        return _encoded(value)
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    if isinstance(value, Mapping):
+        return "an object"
+    return "text" if isinstance(value, str) else f"the number {shown(value)}"
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _encoded(value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        return repr(value)
+
+
+def reason_of(error: Exception) -> str:
+    """What the system says of a failed file operation, without its path and number."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+# ---- safetensors headers
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a safetensors file: the format's dtype name (`F32`, `BF16`, ...) and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "C64": 64, "F64": 64, "I64": 64,
+    "U64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+}  # fmt: skip
+_ENTRY: Schema = {
+    "dtype": one_of(*_BITS),
+    "shape": list_of(integer(0, 2**48), most=64),
+    "data_offsets": list_of(integer(0, 2**60), least=2, most=2),
+}
+
+
+def read_tensor_header(path: Path) -> dict[str, TensorEntry]:
+    """The tensors that a safetensors file holds, from its header alone.
+
+    Raises:
+        UserError: the file is unreadable or no regular file, its header is no object of tensors or larger than the
+            format allows, or the tensors do not fill the file to its end.
+    """
+    with _opened(path, "a safetensors file") as handle:
+        size, start = os.fstat(handle.fileno()).st_size, handle.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+            raise UserError(
+                f"{path} is not a whole safetensors file: its {size:,} bytes announce a header of {length:,}; copy it "
+                "again."
+            )
+        header = handle.read(length)
+
+    where = f"{path}, its header"
+    stored = require_object(parse_json(header, where, expected="an object of tensors"), where)
+    return _tensor_entries(stored, path, size - 8 - length)
+
+
+def _tensor_entries(stored: Mapping[str, Any], path: Path, data_bytes: int) -> dict[str, TensorEntry]:
+    """Checked entries: each tensor as large as its shape, all of them one after the other up to the end."""
+    entries, spans = {}, []
+    for name, value in stored.items():
+        if name == "__metadata__":
+            continue
+        where = f"{path}, tensor {shown(name)},"
+        check_fields(require_object(value, where), _ENTRY, where, required=_ENTRY)
+        dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+        if (end - begin) * 8 != math.prod(shape) * _BITS[dtype]:
+            raise UserError(
+                f"{path} gives tensor {shown(name)} {end - begin:,} bytes, and {dtype} {list(shape)} takes "
+                f"{math.prod(shape) * _BITS[dtype] // 8:,}; copy it again."
+            )
+        entries[name] = TensorEntry(dtype, shape)
+        spans.append((begin, end))
+
+    reached = 0
+    for begin, end in sorted(spans):
+        if begin != reached:
+            raise UserError(f"{path} has a gap or an overlap between its tensors at byte {reached:,}; copy it again.")
+        reached = end
+    if reached != data_bytes:
+        raise UserError(
+            f"{path} is not a whole safetensors file: its tensors take {reached:,} bytes and {data_bytes:,} follow its "
+            "header; copy it again."
+        )
+    return entries
