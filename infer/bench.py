@@ -1,12 +1,10 @@
 """Measures decoding: speculative against plain, over prompts in domains; or plain against transformers' generate.
 
-    python -m infer.bench --target assets/embedded_target --drafter runs/demo/drafter --prompts runs/demo/heldout.jsonl
-    python -m infer.bench --target assets/embedded_target --prompts runs/demo/heldout.jsonl --against transformers
-    python -m infer.bench --plan --config qwen3_4b_dspark --slots 8 --longest 4096 [--topology v5e:2x2]
+    python -m infer.bench --target embedded --drafter runs/demo/fit/drafter --prompts runs/demo/heldout.jsonl
+    python -m infer.bench --target embedded --prompts runs/demo/heldout.jsonl --against transformers
 
 Every figure is a median over alternating runs after one that compiles; prefill is part of the time. Writes metrics.json
-and, with a drafter, the plot of conditional acceptance by block position. --plan compiles the decode loop from shapes
-alone and prints what a device would hold; it decodes nothing.
+and, with a drafter, the plot of conditional acceptance by block position.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +22,6 @@ from dspark_jax.errors import UserError
 from dspark_jax.evaluation.acceptance import Acceptance
 from dspark_jax.evaluation.timing import Decoder, Timed, alternate, differences, median_ratio, median_speed
 from dspark_jax.files import make_output, write_json
-from dspark_jax.planning.decoding import PLAN, print_plan
 from dspark_jax.report import acceptance_plot, table
 from dspark_jax.scheduling.policies import Fixed
 from dspark_jax.serving.policies import PolicyName, policy_named
@@ -78,9 +75,6 @@ class BenchSettings:
 
 @program
 def main(argv: list[str]) -> None:
-    if PLAN in argv:
-        print_plan(argv, __doc__)
-        return
     settings = parse(BenchSettings, argv, description=__doc__)
     if settings.against == "plain" and not settings.drafter:
         raise UserError("There is nothing to compare: give --drafter DIR, or --against transformers.")

@@ -1,4 +1,4 @@
-"""infer.bench --plan: the decode loop compiled from shapes alone, and that it is the loop which an engine runs."""
+"""infer.plan: the decode loop compiled from shapes alone, and that it is the loop which an engine runs."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from dspark_jax.roofline.hardware import known_device
 from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.policies import policy_named
 from dspark_jax.serving.requests import DecodeConfig
-from infer import bench
+from infer import plan as program
 from tests.tiny import write_tiny_target
 
 
@@ -57,8 +57,8 @@ def tables_for(plan: DecodePlan) -> object:
 
 
 def test_the_program_compiles_the_loop_and_finds_no_copied_cache(folders: tuple[str, str], tmp_path, capsys) -> None:
-    words = ["--plan", "--target", folders[0], "--drafter", folders[1], "--slots", "3", "--longest", "1000"]
-    bench.main([*words, "--device", "NVIDIA H200"])
+    words = ["--target", folders[0], "--drafter", folders[1], "--slots", "3", "--longest", "1000"]
+    program.main([*words, "--device", "NVIDIA H200"])
     printed = capsys.readouterr().out
     rows = dict(line.split("  ", 1) for line in printed.splitlines() if "  " in line)
     found = {name: value.strip() for name, value in rows.items()}
@@ -74,20 +74,20 @@ def test_the_program_compiles_the_loop_and_finds_no_copied_cache(folders: tuple[
 
 def test_what_a_plan_refuses(folders: tuple[str, str], capsys) -> None:
     for words, said in (
-        ("--plan", "There is nothing to plan: give --config NAME"),
-        (f"--plan --target {folders[0]} --slots 0", "A plan needs --slots of 1 or more"),
-        (f"--plan --target {folders[0]} --topology v9:2x2", "--topology is 'v9:2x2'; a kind of TPU"),
-        (f"--plan --target {folders[0]} --mesh rows=2", "--mesh is 'rows=2'"),
-        (f"--plan --target {folders[0]} --slot 3", "Unknown option --slot"),
+        ("", "There is nothing to plan: give --config NAME"),
+        (f"--target {folders[0]} --slots 0", "A plan needs --slots of 1 or more"),
+        (f"--target {folders[0]} --topology v9:2x2", "--topology is 'v9:2x2'; a kind of TPU"),
+        (f"--target {folders[0]} --mesh rows=2", "--mesh is 'rows=2'"),
+        (f"--target {folders[0]} --slot 3", "Unknown option --slot"),
     ):
         with pytest.raises(SystemExit) as stop:
-            bench.main(words.split())
+            program.main(words.split())
         assert stop.value.code == 2 and said in capsys.readouterr().err
 
 
 def test_a_plan_reads_no_weights(folders: tuple[str, str], tmp_path, capsys) -> None:
     """A published target needs nothing at all; the floor of a round with it is that of its weights."""
-    bench.main(["--plan", "--config", "qwen3_4b_dspark", "--no-compile", "--device", "NVIDIA H200", "--slots", "1"])
+    program.main(["--config", "qwen3_4b_dspark", "--no-compile", "--device", "NVIDIA H200", "--slots", "1"])
     printed = capsys.readouterr().out
     line = next(line for line in printed.splitlines() if line.startswith("verify: projections and MLP"))
     device = known_device("NVIDIA H200")

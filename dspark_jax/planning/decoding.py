@@ -1,16 +1,11 @@
-"""What decoding would take, before any weights are fetched or hardware is rented: `infer.bench --plan`.
+"""The decode loop from shapes alone: what a device would hold, before weights are fetched or hardware is rented.
 
-    --plan --config qwen3_4b_dspark --slots 8 --longest 4096         the loop compiled for the device that is here
-    --plan --target DIR --drafter DIR --topology v5e:2x2 --mesh tensor=4      by the TPU compiler (extra `aot`)
-    --plan --config qwen3_4b_dspark --no-compile --device "NVIDIA H200"       the floor of a round alone
-
-Read are config.json files, and nothing of those for the targets that configs/ names. The program is the one that the
-engine dispatches: all rounds, every verify bucket, the state donated.
+Only config.json files are read, and nothing of those for the targets that configs/ names. The program is the one that
+the engine dispatches: all rounds, every verify bucket, the state donated. `infer.plan` prints it.
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,7 +17,7 @@ from jax.sharding import Mesh
 
 from dspark_jax.checkpoints.huggingface import DTYPES, resolve_folder, target_skeleton
 from dspark_jax.checkpoints.layouts import native_config, read_stored_config
-from dspark_jax.config.cli import load_config, mesh_settings, parse
+from dspark_jax.config.cli import load_config, mesh_settings
 from dspark_jax.config.schema import MeshSettings, TrainConfig
 from dspark_jax.decoding.dispatch import run_rounds
 from dspark_jax.decoding.round import DecodeLoop, LoopParams
@@ -31,17 +26,12 @@ from dspark_jax.drafters.registry import Drafter, drafter_hf_config, read_config
 from dspark_jax.errors import UserError
 from dspark_jax.planning.compiled import compiled, copies, figures, mebibytes, topology_mesh
 from dspark_jax.planning.published_targets import planned_target
-from dspark_jax.report import table
-from dspark_jax.roofline.decoding import round_terms
-from dspark_jax.roofline.hardware import known_device, terms_table
 from dspark_jax.scheduling.costs import CostTable, Occupancy, ScheduleTables
 from dspark_jax.serving.engine import make_loop
 from dspark_jax.serving.policies import PolicyName, policy_named
 from dspark_jax.serving.requests import DecodeConfig
 from dspark_jax.sharding import ShardingRules, make_mesh, parameter_shardings, split
 from dspark_jax.targets.target import Target
-
-PLAN = "--plan"
 
 
 @dataclass(frozen=True)
@@ -75,23 +65,6 @@ class PlanOptions:
     def __post_init__(self) -> None:
         if self.slots < 1 or self.longest < 2:
             raise UserError("A plan needs --slots of 1 or more and --longest of 2 or more.")
-
-
-def print_plan(argv: Sequence[str], description: str | None) -> None:
-    """Prints the plan that the options in argv ask for."""
-    options = parse(PlanOptions, [word for word in argv if word != PLAN], description=description)
-    plan = DecodePlan.of(options)
-    rows, kind = plan.describe(), options.device or plan.device_kind
-    if options.compile:
-        rows |= plan.compile()
-    print(table(["decoding", ""], [[name, shown(value)] for name, value in rows.items()]))
-    context = options.context or options.longest // 2
-    drafter = None if plan.drafter is None else plan.drafter.config
-    itemsize = DTYPES[options.dtype].dtype.itemsize
-    terms = round_terms(plan.target.config, drafter, options.slots, context, itemsize)
-    if terms is not None:
-        print(f"\nThe floor of a round on one device, {context} positions cached a request")
-        print(terms_table(terms, known_device(kind)))
 
 
 @dataclass(frozen=True)
@@ -239,7 +212,3 @@ def local_shape(x: Any) -> tuple[int, ...]:
 
 def bytes_of(tree: Any) -> int:
     return sum(math.prod(local_shape(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
-def shown(value: Any) -> str:
-    return f"{value:,.1f}" if isinstance(value, float) else str(value)
