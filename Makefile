@@ -2,6 +2,7 @@
 #   make env          .venv with the project and the development tools
 #   make parity-env   the same plus PyTorch, the oracle of the parity tests
 #   make demo         the whole pipeline on the embedded target; leaves runs/demo/
+#   make quick        the tests without long files and without processes of their own: under three minutes on two cores
 #   make test         all tests (pass more with PYTEST_ARGS="-m lossless -x")
 #   make check        format, lint, types, import directions
 #   make format       rewrites the code to the format that `make check` wants
@@ -12,13 +13,15 @@ INSTALLED := $(VENV)/.installed
 PARITY_INSTALLED := $(VENV)/.installed-parity
 CODE := dspark_jax train infer configs tests
 PYTEST_ARGS ?=
+# A file's tests share what they compile, so they stay together; tests/conftest.py says in which order files begin.
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
 # Compiled programs are kept, so that a second run spends its time on the work itself.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= 0
 
-.PHONY: env parity-env demo test check format clean
+.PHONY: env parity-env demo quick test check format clean
 
 env: $(INSTALLED)
 
@@ -38,8 +41,11 @@ $(PARITY_INSTALLED): $(INSTALLED)
 demo: $(INSTALLED)
 	$(BIN)/python -m infer.demo
 
+quick: $(INSTALLED)
+	$(BIN)/python -m pytest $(WORKERS) -m "not (long or subprocesses or multiprocess or lowering or parity)" $(PYTEST_ARGS)
+
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check $(CODE)

@@ -1,9 +1,10 @@
-"""What all tests share: the CPU, no network, and PyTorch only where the extra `parity` is installed."""
+"""What all tests share: the CPU, no network, the order of files, and compiled programs while there is room for them."""
 
 import gc
 import importlib.util
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -14,9 +15,41 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("XLA_FLAGS", FAST_COMPILER)
 
+# Files that take half a minute or more, the longest first: a worker that begins one last would keep the other waiting.
+# `make quick` leaves them out.
+LONG_FILES = (
+    "test_multiprocess",
+    "test_golden",
+    "test_lossless",
+    "test_fit",
+    "test_load",
+    "test_drafter_kinds",
+    "test_sweep",
+    "test_scheduled_loop",
+    "test_kill_resume",
+    "test_compare",
+    "test_guards",
+    "test_sources",
+    "test_infer_programs",
+    "test_loop",
+    "test_parity",
+    "test_parity_families",
+    "test_programs",
+)
 
+# A process may hold so many memory maps, and each compiled program holds some. One that runs out dies in the compiler.
+MAPS, MAPS_LIMIT = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
+SHARE_OF_MAPS = 0.4
+
+
+@pytest.hookimpl(tryfirst=True)  # the option -m looks at the marks afterwards
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Without the extra, parity tests are reported as skipped with the command that runs them; .ci/run installs it."""
+    """Long files come first. Without PyTorch, parity tests are reported as skipped with the command that runs them."""
+    place = {name: i for i, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+    for item in items:
+        if item.path.stem in place:
+            item.add_marker(pytest.mark.long)
     if importlib.util.find_spec("torch") is None:
         for item in items:
             if item.get_closest_marker("parity"):
@@ -25,10 +58,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_compiled_programs() -> Iterator[None]:
-    """Every compiled program holds memory maps; a worker that keeps those of all test files runs out of them (65,530 by
-    default), and the compiler then dies with a segmentation fault."""
+    """Files share what was traced and compiled for the tiny pairs, until the memory maps of this process run short."""
     yield
-    import jax
+    if maps_run_short():
+        import jax
 
-    jax.clear_caches()
-    gc.collect()
+        jax.clear_caches()
+        gc.collect()
+
+
+def maps_run_short() -> bool:
+    """Whether this process holds more than `SHARE_OF_MAPS` of the maps it may; True where that can't be told."""
+    if not (MAPS.exists() and MAPS_LIMIT.exists()):
+        return True
+    with open(MAPS, "rb") as lines:
+        return sum(1 for _ in lines) > SHARE_OF_MAPS * int(MAPS_LIMIT.read_text())

@@ -406,6 +406,7 @@ def test_bfloat16_stays_bfloat16() -> None:
     assert sum(sum(g.accepted_at) for g in done) > 0
 
 
+@pytest.mark.subprocesses
 def test_eight_devices_decode_as_one() -> None:
     """A target whose parameters are split over 8 simulated devices, and a drafter on top: the same tokens."""
     run_python("-m", "tests.sharded_decode", "generate")

@@ -81,6 +81,7 @@ def test_names_are_the_families_own(tmp_path: Path) -> None:
     assert "model.layers.0.mlp.down_proj.bias" in llama and "model.layers.0.self_attn.q_norm.weight" not in llama
 
 
+@pytest.mark.subprocesses
 def test_eight_devices_hold_their_parts_only() -> None:
     run_python("-m", "tests.families_tiny", *FAMILIES)
 

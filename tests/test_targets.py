@@ -97,6 +97,7 @@ def test_other_dtypes_are_asked_for(folder: Path) -> None:
         load_target(folder, dtype="float16")
 
 
+@pytest.mark.subprocesses
 def test_hub_layout_is_found_offline(folder: Path, tmp_path: Path) -> None:
     """The local hub cache under HF_HOME, without network; in a process of its own, as HF_HOME is read at import."""
     repo, commit = tmp_path / "hub" / "models--tiny--Target", "0" * 40
@@ -204,6 +205,7 @@ def test_a_path_that_is_no_folder_is_refused(name: str) -> None:
         load_target(name)
 
 
+@pytest.mark.subprocesses
 def test_eight_devices_hold_their_parts_only() -> None:
     run_python("-m", "tests.sharded_decode", "load")
 

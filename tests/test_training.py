@@ -226,6 +226,7 @@ def test_schedule_hands_over_as_the_reference_does() -> None:
     assert np.isfinite(learning_rate_schedule(1.0, 1, 0.04)(0, np))
 
 
+@pytest.mark.subprocesses
 def test_eight_devices_are_one(tmp_path: Path) -> None:
     """Data 2 x fsdp 4 in a process of its own: same parameters as one device, masters split, one compilation."""
     program = Path(__file__).with_name("sharded_step.py")
