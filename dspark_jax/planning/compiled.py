@@ -1,6 +1,6 @@
-"""What a compiled program takes of a device, and compilers of TPUs that are not here.
+"""Memory, collectives and cost of a compiled program, and compilers for TPUs that are not attached.
 
-Compiled is not run: this says what fits and what travels, nothing of numbers or speed.
+Nothing is run: this shows what fits and what is communicated, and says nothing about results or speed.
 """
 
 import math
@@ -34,7 +34,8 @@ def topology_devices(topology: str) -> list[Any]:
             f"--topology is {topology!r}; a kind of TPU ({', '.join(ACCELERATORS)}) and its shape were expected, as in "
             "v5e:4x4 or v5p:2x2x2."
         )
-    # Without these the compiler looks for the machine that it is on.
+
+    # Without these the compiler queries the metadata server of the machine that it runs on.
     chips = int(np.prod([int(n) for n in shape.split("x")]))
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{ACCELERATORS[kind]}-{chips}")
@@ -61,7 +62,7 @@ def topology_mesh(topology: str, data: int, fsdp: int, tensor: int, part: bool =
 
 
 def compiled(lowered: jax.stages.Lowered, what: str) -> jax.stages.Compiled:
-    """Compiles `what`; UserError when the compiler finds no room for it."""
+    """Compiles a lowered program, named by `what` in errors; UserError when it does not fit the device."""
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -71,9 +72,10 @@ def compiled(lowered: jax.stages.Lowered, what: str) -> jax.stages.Compiled:
 
 
 def memory_of(program: jax.stages.Compiled, counted_twice: int = 0) -> dict[str, int]:
-    """Bytes of one device while the program runs. `counted_twice`: of arguments that are one array handed over twice.
+    """Bytes on one device while the program runs.
 
-    Donated arguments and the results in their place are the same bytes.
+    Donated arguments and the results that replace them are the same bytes. `counted_twice`: bytes of an array that is
+    passed as two arguments.
     """
     memory: Any = program.memory_analysis()
     arguments = memory.argument_size_in_bytes - counted_twice
@@ -102,8 +104,8 @@ def figures(program: jax.stages.Compiled, device_kind: str, counted_twice: int =
 
 
 def collectives(program: str) -> dict[str, str]:
-    """Instructions of every kind of collective in an optimised program, and the bytes of their results. Those in a loop
-    are counted once, though it runs them every time."""
+    """Instructions of every kind of collective in an optimised program, and the bytes of their results. One inside a
+    loop is counted once, although it runs in each iteration."""
     counts, sizes = Counter[str](), Counter[str]()
     for shapes, name in re.findall(rf"= (.+?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", program):
         counts[name] += 1
@@ -112,8 +114,8 @@ def collectives(program: str) -> dict[str, str]:
 
 
 def copies(program: str, shapes: Iterable[tuple[int, ...]]) -> list[str]:
-    """Instructions of an optimised program that copy an array of one of these shapes, as they lie on one device. The
-    entry is left out: what it copies is copied once a call, not once a round."""
+    """Instructions of an optimised program that copy an array of one of these per-device shapes. The entry computation
+    is left out: its copies happen once a call, not once a round."""
     wanted = {",".join(map(str, shape)) for shape in shapes}
     entry, found = False, []
     for line in program.splitlines():

@@ -1,4 +1,4 @@
-"""Memory of a training step on one device, by what holds it, from shapes alone."""
+"""Memory of a training step on one device, by component, from shapes alone."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ from dspark_jax.training.trainer import loss_options
 
 
 def describe(run: AbstractRun) -> dict[str, Any]:
-    """What the estimate is for."""
+    """The run that an estimate is for: configuration, target, mesh, micro-batches."""
     data, mesh = run.config.data, run.placement.mesh
     parameters = sum(x.size for x in jax.tree.leaves(run.state.params))
     return {
@@ -32,9 +32,9 @@ def describe(run: AbstractRun) -> dict[str, Any]:
 
 
 def estimate(run: AbstractRun) -> dict[str, int]:
-    """Bytes a device, by what holds them, and their sum: the peak, which is in the gradient of a micro-batch.
+    """Bytes on one device by component, and their sum: the peak, which occurs in the gradient of a micro-batch.
 
-    The figures of what is stored are exact. Activations are what `liveness.peak_bytes` makes of the traced gradient.
+    Stored arrays are exact. Activations are `liveness.peak_bytes` of the traced gradient, an estimate.
     """
     rules = run.placement.rules
 
@@ -54,13 +54,13 @@ def estimate(run: AbstractRun) -> dict[str, int]:
         "parameters": stored(run.state.params),
         "optimizer": stored(run.state.opt_state),
         "parameters, gathered for a step": copies(run.state.params),
-        # With several micro-batches, the sum of those done stands beside the one at work.
+        # With several micro-batches, the running sum is held while the next gradient is computed.
         "gradients": gradients * (2 if run.micro_batches > 1 else 1),
         "target's embedding and head": stored(run.shared) - tied_bytes(run),
         "embedding and head, gathered": copies(run.shared),
         "batch": stored(run.batch),
         "target's other parameters": stored(run.target_params) - stored(run.shared) + tied_bytes(run) if online else 0,
-        # One at work, and the next on its way.
+        # The layer in use, and the next one, whose gather overlaps with it.
         "target's layers, gathered": 2 * max(map(copies, layers.values()), default=0),
         "activations": activation_bytes(run) - gradients,
     }
@@ -90,6 +90,7 @@ def activation_bytes(run: AbstractRun) -> int:
     key = jax.eval_shape(lambda: jax.random.key(0))
     vocabulary, ways = run.target.config.vocab_size, mesh.shape["tensor"]
 
+    # A tensor axis splits whatever has the vocabulary among its axes.
     def size(aval: Any) -> int:
         whole = value_bytes(aval)
         return whole // ways if vocabulary in getattr(aval, "shape", ()) and vocabulary % ways == 0 else whole
@@ -98,13 +99,13 @@ def activation_bytes(run: AbstractRun) -> int:
 
 
 def tied_bytes(run: AbstractRun) -> int:
-    """Of the head, where it is the embedding: one array then, though the step takes it twice."""
+    """Bytes of the head where it is tied to the embedding: one array that the step takes twice; otherwise 0."""
     head: Any = run.shared.head
     return shard_bytes(head, head.sharding) if run.target.config.tie_word_embeddings else 0
 
 
 def value_bytes(value: Any) -> int:
-    """Bytes of an abstract value; 0 for what is none (effects, tokens)."""
+    """Bytes of an abstract value; 0 for effects and tokens, which have no shape."""
     return math.prod(value.shape) * value.dtype.itemsize if hasattr(value, "shape") else 0
 
 

@@ -1,7 +1,7 @@
 """Bytes that a traced function holds at once besides its arguments: an estimate from its jaxpr, nothing compiled.
 
 Equations run in their order; a value lives from its equation to its last use. What XLA fuses into its only consumers
-(elementwise arithmetic, casts, broadcasts, reshapes) takes no memory of its own, but keeps alive what it is made of.
+(elementwise arithmetic, casts, broadcasts, reshapes) takes no memory of its own, but keeps its operands alive.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,11 +23,12 @@ _REDUCTIONS = frozenset(["reduce_sum", "reduce_max", "reduce_min", "reduce_and",
 
 
 def peak_bytes(closed: ClosedJaxpr, size: Bytes) -> int:
-    """The most bytes that live at once inside a function, its results included and its arguments not."""
+    """Largest number of bytes alive at once inside a function, counting its results and not its arguments."""
     return _peak(closed.jaxpr, size)
 
 
 def _peak(jaxpr: Jaxpr, size: Bytes) -> int:
+    # The last use of every stored value, directly or through what is fused from it.
     made_of = _origins(jaxpr)
     ends: dict[Any, int] = {}
     for index, equation in enumerate(jaxpr.eqns):
@@ -37,9 +38,11 @@ def _peak(jaxpr: Jaxpr, size: Bytes) -> int:
     for var in _variables(jaxpr.outvars):
         for origin in made_of.get(var, ()):
             ends[origin] = len(jaxpr.eqns)
+
     dying: dict[int, list[Any]] = {}
     for var, end in ends.items():
         dying.setdefault(end, []).append(var)
+
     live = peak = 0
     for index, equation in enumerate(jaxpr.eqns):
         made = [var for var in equation.outvars if made_of.get(var) == {var}]
@@ -68,7 +71,7 @@ def _origins(jaxpr: Jaxpr) -> dict[Any, set[Any]]:
 
 
 def _read_whole(jaxpr: Jaxpr) -> set[Any]:
-    """Values that something reads which can't be fused with making them: products, gathers, loops, results."""
+    """Values with a reader that can't be fused with their producer: products, gathers, loops, results."""
     whole = set(_variables(jaxpr.outvars))
     for equation in jaxpr.eqns:
         if equation.primitive.name not in _FUSED | _REDUCTIONS:

@@ -1,4 +1,4 @@
-"""Shapes of the targets that configs/ names, as their publishers state them: a plan needs no download."""
+"""Shapes of the targets that configs/ names, as published, so that a plan needs no download."""
 
 import functools
 from typing import Any

@@ -1,4 +1,4 @@
-"""A run as shapes alone, on devices that need not be here: what lowering, estimates and plans start from."""
+"""A training run as shapes, on devices that need not be attached: the start of lowering, estimates and plans."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,4 +1,4 @@
-"""What accelerators can do at most, and the least that work of given operations and bytes takes on one.
+"""Peaks of accelerators, and the least time that given operations and bytes take on one.
 
 Peaks are the makers' data sheets: dense bfloat16 products, and bytes to and from the device's own memory.
 """
@@ -17,7 +17,7 @@ class Device:
     memory_gib: int
 
 
-# The first that fits counts, so longer names stand before shorter ones.
+# The first match is taken, so longer names stand before their prefixes.
 DEVICES = (
     Device("TPU v4", 275e12, 1.228e12, 32),
     Device("TPU v5 lite", 197e12, 0.819e12, 16),
@@ -38,7 +38,7 @@ def known_device(kind: str) -> Device | None:
 
 
 def peak_flops(kind: str, compute_dtype: str) -> float | None:
-    """FLOP/s of one device; None where it is unknown: on a CPU, and in float32, whose peak depends on the precision."""
+    """FLOP/s of one device; None on a CPU, and in float32, whose peak depends on the precision setting."""
     device = known_device(kind)
     return None if device is None or compute_dtype != "bfloat16" else device.flops
 
