@@ -162,7 +162,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: edit(f, intermediate_size=48),
         r"down_proj\.weight in .* has shape \[32, 64\]; config\.json calls for \[32, 48\]",
     ),
-    "cut file": (cut_file, r"model\.safetensors is not a whole safetensors file \(.*\); copy it again"),
+    "cut file": (cut_file, r"model\.safetensors is not a whole safetensors file: its tensors take .*; copy it again"),
     "empty file": (lambda f: (f / "model.safetensors").write_bytes(b""), "is not a whole safetensors file"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"holds neither model\.safetensors nor model\.safete"),
     "no shard": (lose_shard, r"model-00002-of-00002\.safetensors is missing in .* though its index names it"),

@@ -10,14 +10,17 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from dspark_jax.checkpoints.deepspec import drafter_tensor_map
-from dspark_jax.checkpoints.folder_layout import CONFIG_FILE, EMBEDDING, HEAD, WEIGHTS_FILE, FolderLayout
+from dspark_jax.checkpoints.folder_layout import CONFIG_FILE, EMBEDDING, HEAD, FolderLayout
 from dspark_jax.checkpoints.huggingface import DTYPES, resolve_folder
 from dspark_jax.checkpoints.layouts import layout_named, native_config, read_stored_config
+from dspark_jax.checkpoints.leftovers import HARMLESS, refuse_leftovers
 from dspark_jax.checkpoints.manifest import UNKNOWN, Provenance, check_manifest, write_manifest
 from dspark_jax.checkpoints.tensors import (
+    WEIGHTS_FILE,
     Stored,
     TensorFolder,
     load_params,
+    stored_names,
     stored_tensors,
     write_json,
     write_tensors,
@@ -86,12 +89,17 @@ def load_drafter(
     graphdef, abstract = split(module)
     leaves = flatten_dict(abstract)
     shardings = None if mesh is None else flatten_dict(parameter_shardings(module, mesh, rules or ShardingRules()))
-    tensors = _NamedTensors(folder, lambda name: layout.tensor(name, hf_config))
+    tensors, table = (
+        _NamedTensors(folder, lambda name: layout.tensor(name, hf_config)),
+        drafter_tensor_map(config, leaves),
+    )
+    needed = {layout.tensor(name, hf_config) for name in stored_names(table, leaves)}
+    refuse_leftovers(tensors, needed, ("drafter", layout.name) if layout.name in HARMLESS else ("drafter",))
     _check_frozen_copies(tensors, target)
     _check_vocabulary_map(tensors)
     params = load_params(
         tensors,
-        drafter_tensor_map(config, leaves),
+        table,
         leaves,
         shardings,
         lambda path: jnp.float32 if path[0] == "confidence_head" else storage,
@@ -131,7 +139,6 @@ def save_drafter(
     tensors = {form.tensor(name, native): array for name, array in tensors.items()}
     if vocabulary_maps and form.vocabulary_maps:
         tensors |= {"d2t": np.zeros(native["vocab_size"], np.int64), "t2d": np.ones(native["vocab_size"], np.bool_)}
-    folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / WEIGHTS_FILE, tensors)
     write_manifest(folder, native, form, target, provenance)
     write_json(folder / CONFIG_FILE, stored)
@@ -168,7 +175,7 @@ def _check_frozen_copies(tensors: _NamedTensors, target: Target) -> None:
 
 
 def _check_vocabulary_map(tensors: _NamedTensors) -> None:
-    if "d2t" in tensors.names and np.any(np.asarray(tensors.stored("d2t")[:])):
+    if "d2t" in tensors.names and np.any(np.asarray(tensors.raw("d2t")[:])):
         raise UserError(
             f"The drafter in {tensors.folder} speaks ids of its own (its d2t is not zero); drafters here speak the "
             "target's. Give one that was trained with the whole vocabulary."

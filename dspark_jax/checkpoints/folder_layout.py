@@ -13,7 +13,7 @@ from dspark_jax.targets.config import TargetConfig
 from dspark_jax.targets.target import Target
 
 Config = Mapping[str, Any]
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+CONFIG_FILE = "config.json"
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 ANCHORS = 512  # what DeepSpec trains with; other layouts needn't say
 

@@ -1,22 +1,26 @@
 """Targets in Hugging Face layout: config.json, safetensors, tokenizer, generation_config.json; a folder or a hub id."""
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
+from dspark_jax.checkpoints.leftovers import refuse_leftovers
 from dspark_jax.checkpoints.tensors import (
     ParamPath,
     Stored,
     TensorFolder,
     layer_tensor,
     load_params,
+    stored_names,
     stored_tensors,
     write_json,
     write_tensors,
@@ -30,6 +34,7 @@ from dspark_jax.targets.fields import TOKEN_IDS
 from dspark_jax.targets.registry import read_target_config, target_module
 from dspark_jax.targets.target import Target
 
+HEAD_TENSOR = "lm_head.weight"
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
@@ -98,9 +103,9 @@ def load_target(
     graphdef, abstract = split(skeleton)
     leaves = flatten_dict(abstract)
     shardings = None if mesh is None else flatten_dict(parameter_shardings(skeleton, mesh, rules or ShardingRules()))
-    tensors = TensorFolder(folder)
-    table = target_tensor_map(leaves, stored_prefix(tensors, hf_config))
+    tensors, table = target_tensors(folder, config, hf_config, leaves)
     params = load_params(tensors, table, leaves, shardings, lambda path: kind)
+    words = load_tokenizer(folder) if tokenizer else None
     return Target(
         name=str(path_or_id),
         config=config,
@@ -109,14 +114,14 @@ def load_target(
         hf_config=hf_config,
         config_sha256=config_sha256(hf_config),
         stop_tokens=stop_tokens(folder, hf_config),
-        tokenizer=load_tokenizer(folder) if tokenizer else None,
+        tokenizer=words,
+        known_tokens=count_known_tokens(words, config, str(path_or_id)),
     )
 
 
 def save_target(folder: str | Path, hf_config: Mapping[str, Any], params: dict, dtype: str = "bfloat16") -> None:
     """Writes config.json and model.safetensors in Hugging Face naming; a tied head is not written."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     table = target_tensor_map(flatten_dict(params), _PREFIXES[text_config(hf_config) is not hf_config])
     write_json(folder / "config.json", {**hf_config, "dtype": dtype})
     write_tensors(folder / "model.safetensors", stored_tensors(table, params, dtype))
@@ -136,12 +141,45 @@ def stored_prefix(tensors: TensorFolder, hf_config: Mapping[str, Any]) -> str:
     return own
 
 
+def target_tensors(
+    folder: Path, config: TargetConfig, hf_config: Mapping[str, Any], leaves: Mapping[ParamPath, Any]
+) -> tuple[TensorFolder, dict[ParamPath, Stored]]:
+    """The folder's tensors, and which of them hold the parameters at the paths of `leaves`, all of the target's.
+
+    Raises:
+        UserError: the folder holds tensors that the config does not call for, or a head that differs from the
+            embedding to which the config ties it.
+    """
+    tensors = TensorFolder(folder)
+    prefix = stored_prefix(tensors, hf_config)
+    table = target_tensor_map(leaves, prefix)
+    needed = stored_names(table, leaves)
+    if config.tie_word_embeddings and HEAD_TENSOR in tensors.names:
+        _check_tied_head(tensors, f"{prefix}.embed_tokens.weight")
+        needed.add(HEAD_TENSOR)
+    refuse_leftovers(tensors, needed, ("multimodal",) if prefix == _PREFIXES[1] else ())
+    return tensors, table
+
+
+def _check_tied_head(tensors: TensorFolder, embedding: str) -> None:
+    """UserError where sampled rows of a stored head are not the embedding's, as a tied one's are."""
+    embed, head = tensors.stored(embedding), tensors.stored(HEAD_TENSOR)
+    count = embed.get_shape()[0]
+    rows = [slice(int(r), int(r) + 1) for r in np.linspace(0, count - 1, min(count, 64))]
+    same = embed.get_shape() == head.get_shape() and all(np.array_equal(embed[row], head[row]) for row in rows)
+    if not same:
+        raise UserError(
+            f"{tensors.folder} holds a {HEAD_TENSOR} that differs from {embedding}, and its config.json ties the head "
+            "to the embedding (tie_word_embeddings); give the config.json that the weights were saved with."
+        )
+
+
 def target_tensor_map(paths: Iterable[ParamPath], prefix: str = "model") -> dict[ParamPath, Stored]:
     """Parameter path -> Hugging Face tensor, for the parameters at `paths`."""
     outer = {
         ("embed_weight_vd",): Stored(f"{prefix}.embed_tokens.weight"),
         ("final_norm", "weight"): Stored(f"{prefix}.norm.weight"),
-        ("head_weight_vd",): Stored("lm_head.weight"),
+        ("head_weight_vd",): Stored(HEAD_TENSOR),
     }
     return {
         path: layer_tensor(path[2:], f"{prefix}.layers.{path[1]}") if path[0] == "layers" else outer[path]
@@ -167,12 +205,38 @@ def load_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer, or None when it has no tokenizer files. Never runs code from the folder."""
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        if os.path.lexists(folder / name):
+            read_object(folder / name)
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"The tokenizer in {folder} does not load ({error}); copy its files again.") from None
+    except BaseException as error:  # of damaged files it raises nearly anything, panics of its Rust part included
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"The tokenizer in {folder} does not load ({reason}); copy its files again.") from None
+
+
+def count_known_tokens(tokenizer: Any, config: TargetConfig, name: str) -> int | None:
+    """`Target.known_tokens`, with a warning where the target's vocabulary is padded beyond it or falls short of it."""
+    if tokenizer is None:
+        return None
+    known = 1 + max(tokenizer.get_vocab().values(), default=-1)
+    if known < config.vocab_size:
+        warnings.warn(
+            f"{name} has a vocabulary of {config.vocab_size:,} ids and a tokenizer of {known:,}: ids from {known:,} on "
+            "are no tokens.",
+            stacklevel=3,
+        )
+    if known > config.vocab_size:
+        warnings.warn(
+            f"{name} has a tokenizer of {known:,} ids and a vocabulary of {config.vocab_size:,}: text that needs the "
+            "others cannot be decoded.",
+            stacklevel=3,
+        )
+    return known
 
 
 def target_skeleton(config: TargetConfig) -> nnx.Module:

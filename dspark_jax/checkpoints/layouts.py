@@ -11,7 +11,7 @@ from dspark_jax.drafters.config import check_drafter_fields
 from dspark_jax.errors import UserError
 from dspark_jax.readers import Schema, check_fields, integer, list_of, object_of, optional, read_object, text
 from dspark_jax.targets.config import TargetConfig
-from dspark_jax.targets.fields import refuse_rotations
+from dspark_jax.targets.fields import refuse_quantisation, refuse_rotations
 
 LAYOUTS: dict[str, FolderLayout] = {
     layout.name: layout for layout in (DeepSpecLayout(), SpecForgeLayout(), SpeculatorsLayout())
@@ -25,7 +25,6 @@ _STORED: Schema = {
     "speculators_model_type": text(),
     "aux_hidden_state_layer_ids": _LAYER_IDS,
     "eagle_aux_hidden_state_layer_ids": _LAYER_IDS,
-    "quantization_config": optional(object_of()),
 }
 
 
@@ -56,6 +55,8 @@ def read_stored_config(folder: Path) -> tuple[Config, FolderLayout]:
         if stored.get(name):
             check_drafter_fields(stored[name], f"{path}, under {name},")
     refuse_rotations(stored, str(path))
+    for values in (stored, *(stored.get(name) or {} for name in NESTED)):
+        refuse_quantisation(values, str(path))
     return stored, detect_layout(stored)
 
 

@@ -10,15 +10,15 @@ from jaxtyping import Array
 
 from dspark_jax.checkpoints.huggingface import (
     DTYPES,
+    count_known_tokens,
     load_tokenizer,
     read_hf_config,
     resolve_folder,
     stop_tokens,
-    stored_prefix,
     target_skeleton,
-    target_tensor_map,
+    target_tensors,
 )
-from dspark_jax.checkpoints.tensors import ParamPath, TensorFolder, load_params
+from dspark_jax.checkpoints.tensors import ParamPath, load_params
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import ShardingRules, parameter_shardings, split
 from dspark_jax.targets.config import config_sha256
@@ -34,6 +34,7 @@ def describe_target(path_or_id: str | Path, *, tokenizer: bool = True) -> Target
     hf_config = read_hf_config(folder)
     config = read_target_config(hf_config)
     graphdef, _ = split(target_skeleton(config))
+    words = load_tokenizer(folder) if tokenizer else None
     return Target(
         name=str(path_or_id),
         config=config,
@@ -42,7 +43,8 @@ def describe_target(path_or_id: str | Path, *, tokenizer: bool = True) -> Target
         hf_config=hf_config,
         config_sha256=config_sha256(hf_config),
         stop_tokens=stop_tokens(folder, hf_config),
-        tokenizer=load_tokenizer(folder) if tokenizer else None,
+        tokenizer=words,
+        known_tokens=count_known_tokens(words, config, str(path_or_id)),
     )
 
 
@@ -88,12 +90,12 @@ def _load(
     if dtype not in DTYPES:
         raise UserError(f"Target dtype {dtype!r} is not supported; choose float32 or bfloat16.")
     module = target_skeleton(target.config)
-    leaves = {path: leaf for path, leaf in flatten_dict(split(module)[1]).items() if wanted(path)}
-    tensors = TensorFolder(resolve_folder(target.name))
+    leaves = flatten_dict(split(module)[1])
+    tensors, table = target_tensors(resolve_folder(target.name), target.config, target.hf_config, leaves)
     return load_params(
         tensors,
-        target_tensor_map(leaves, stored_prefix(tensors, target.hf_config)),
-        leaves,
+        table,
+        {path: leaf for path, leaf in leaves.items() if wanted(path)},
         flatten_dict(parameter_shardings(module, mesh, rules or ShardingRules())),
         lambda path: DTYPES[dtype],
     )

@@ -1,11 +1,12 @@
 """Named tensors in safetensors folders and their layout here, read slice by slice: a device holds only its part."""
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar
 
 import jax
 import ml_dtypes
@@ -17,7 +18,9 @@ from safetensors.numpy import save_file
 
 from dspark_jax import files
 from dspark_jax.errors import UserError
-from dspark_jax.readers import read_object
+from dspark_jax.readers import TensorEntry, check_fields, object_of, read_object, read_tensor_header, reason_of, text
+
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 ParamPath = tuple[Any, ...]
 
@@ -131,48 +134,102 @@ def layer_tensor(below: ParamPath, prefix: str) -> Stored:
 
 
 class TensorFolder:
-    """Tensors of a folder holding `model.safetensors`, or shards listed in `model.safetensors.index.json`."""
+    """Tensors of a folder holding `model.safetensors`, or shards listed in `model.safetensors.index.json`.
+
+    The headers of all files are read at once, so that what is missing, cut off or misplaced is found before the first
+    tensor is. UserError says which.
+    """
+
+    readable: ClassVar[frozenset[str]] = frozenset({"F16", "BF16", "F32", "F64"})
+    """Stored dtypes that are weights; others, as of quantised tensors, are refused by name."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._file_of: dict[str, Path] = {}
         self._open: dict[Path, Any] = {}
-        index = folder / "model.safetensors.index.json"
-        if index.exists():
-            for name, file in read_object(index).get("weight_map", {}).items():
-                self._file_of[name] = folder / file
-        elif (folder / "model.safetensors").exists():
-            path = folder / "model.safetensors"
-            self._file_of = dict.fromkeys(self._handle(path).keys(), path)
-        else:
+        self._file_of: dict[str, Path] = {}
+        index = folder / INDEX_FILE
+        listed = _weight_map(index) if os.path.lexists(index) else {}
+        if not listed and not os.path.lexists(folder / WEIGHTS_FILE):
             raise UserError(
-                f"{folder} holds neither model.safetensors nor model.safetensors.index.json; "
-                "point to a folder with safetensors weights."
+                f"{folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}; point to a folder with safetensors weights."
             )
+
+        files = {name: _inside(folder, name, index) for name in sorted(set(listed.values()))}
+        headers = {path: self._header(path) for path in files.values() or [folder / WEIGHTS_FILE]}
+        for name, file in listed.items():
+            if name not in headers[files[file]]:
+                raise UserError(f"{files[file]} has no tensor {name} though the index places it there.")
+        # Tensors that the index leaves out count as well: they may be what makes it another model.
+        for path, entries in headers.items():
+            self._file_of |= dict.fromkeys(entries, path)
+        self._file_of |= {name: files[file] for name, file in listed.items()}
+        self._entries = {name: headers[path][name] for name, path in self._file_of.items()}
 
     @property
     def names(self) -> set[str]:
         return set(self._file_of)
 
+    def stored(self, name: str) -> Any:
+        """The slices of a weight; UserError where it is missing or of no dtype that is a weight's."""
+        found = self.raw(name)
+        if self._entries[name].dtype not in self.readable:
+            raise UserError(
+                f"Tensor {name} in {self.folder} is of type {self._entries[name].dtype}; weights are read as "
+                f"{', '.join(sorted(self.readable))}. Give a folder whose weights are not quantised."
+            )
+        return found
+
+    def raw(self, name: str) -> Any:
+        """The slices of a tensor of any dtype; UserError where it is missing."""
+        if name not in self._file_of:
+            raise UserError(f"{self.folder} has no tensor {name}, which its config.json calls for.")
+        return self._handle(self._file_of[name]).get_slice(name)
+
+    def _header(self, path: Path) -> dict[str, TensorEntry]:
+        if not os.path.lexists(path):
+            raise UserError(f"{path.name} is missing in {self.folder} though its index names it; copy the file there.")
+        return read_tensor_header(path)
+
     def _handle(self, path: Path) -> Any:
         if path not in self._open:
-            if not path.exists():
-                raise UserError(
-                    f"{path.name} is missing in {self.folder} though its index names it; copy the file there."
-                )
             try:
                 self._open[path] = safe_open(path, framework="numpy")
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{path} is not a whole safetensors file ({error}); copy it again.") from None
         return self._open[path]
 
-    def stored(self, name: str) -> Any:
-        if name not in self._file_of:
-            raise UserError(f"{self.folder} has no tensor {name}, which its config.json calls for.")
-        handle = self._handle(self._file_of[name])
-        if name not in handle.keys():  # noqa: SIM118 - a safetensors handle, not a dict
-            raise UserError(f"{self._file_of[name]} has no tensor {name} though the index places it there.")
-        return handle.get_slice(name)
+
+def _weight_map(index: Path) -> Mapping[str, str]:
+    """Tensor -> file, as an index says; UserError where it says none."""
+    stored = read_object(index, expected="an index of safetensors files")
+    expected = object_of(text(empty=False))
+    check_fields(stored, {"weight_map": expected}, str(index), required=("weight_map",))
+    if not stored["weight_map"]:
+        raise UserError(f"{index} places no tensor in any file; copy it again.")
+    return stored["weight_map"]
+
+
+def _inside(folder: Path, name: str, index: Path) -> Path:
+    """The path of a file that an index names; UserError for one outside the folder, by its name or by a link.
+
+    The hub's cache keeps its files as links into the folder `blobs` beside its snapshots.
+    """
+    path, home = folder / name, folder.resolve()
+    try:
+        real = path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{index} names the file {name!r}, which cannot be read ({reason_of(error)}).") from None
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    if (
+        PurePosixPath(name).is_absolute()
+        or ".." in PurePosixPath(name).parts
+        or not any(map(real.is_relative_to, homes))
+    ):
+        raise UserError(
+            f"{index} names the file {name!r}, which lies outside the folder; expected files beside the index. Copy "
+            "the model again from its source."
+        )
+    return path
 
 
 def load_params(
@@ -187,7 +244,8 @@ def load_params(
     for path, leaf in abstract.items():
         source = table[path]
         kind = np.dtype(dtype(path))
-        part = partial(_read_part, _checked_slices(folder, source, leaf.shape), source, leaf.shape, kind)
+        where = f"{source.name} in {folder.folder}"
+        part = partial(_read_part, _checked_slices(folder, source, leaf.shape), source, leaf.shape, kind, where)
         if shardings is None:
             flat[path] = jax.device_put(part(None))
         else:
@@ -209,14 +267,46 @@ def _checked_slices(folder: TensorFolder, source: Stored, shape: tuple[int, ...]
 
 
 def _read_part(
-    slices: list[Any], source: Stored, shape: tuple[int, ...], dtype: np.dtype, index: tuple[slice, ...] | None
+    slices: list[Any],
+    source: Stored,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    where: str,
+    index: tuple[slice, ...] | None,
 ) -> np.ndarray:
     index = index or (slice(None),) * len(shape)
-    if source.stacked:
-        part = np.stack([source.layout.read(one, shape[1:], index[1:]) for one in slices[index[0]]])
-    else:
-        part = source.layout.read(slices[0], shape, index)
-    return np.ascontiguousarray(part).astype(dtype, copy=False)
+    try:
+        if source.stacked:
+            part = np.stack([source.layout.read(one, shape[1:], index[1:]) for one in slices[index[0]]])
+        else:
+            part = source.layout.read(slices[0], shape, index)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"Tensor {where} cannot be read ({error}); copy the folder again.") from None
+    part = np.ascontiguousarray(part).astype(dtype, copy=False)
+    if not all_finite(part):
+        raise UserError(
+            f"Tensor {where} holds values that are not finite in {dtype.name}; the weights are damaged or overflowed. "
+            "Copy the folder again, or load it in float32."
+        )
+    return part
+
+
+_EXPONENTS = {"bfloat16": (np.uint16, 0x7F80), "float16": (np.uint16, 0x7C00), "float32": (np.uint32, 0x7F800000)}
+
+
+def all_finite(array: np.ndarray, chunk: int = 1 << 18) -> bool:
+    """Whether a contiguous array holds neither NaN nor infinity, by its exponent bits; true of other dtypes than
+    bfloat16, float16 and float32. Chunks fit a core's cache, so that it costs one reading of the array."""
+    if array.dtype.name not in _EXPONENTS:
+        return True
+    kind, ones = _EXPONENTS[array.dtype.name]
+    bits = array.reshape(-1).view(kind)
+    return all(np.max(bits[at : at + chunk] & kind(ones)) < ones for at in range(0, bits.size, chunk))
+
+
+def stored_names(table: TensorMap, leaves: Mapping[ParamPath, Any]) -> set[str]:
+    """The names of all tensors that parameters of these shapes are stored in."""
+    return {name for path, leaf in leaves.items() for name, _ in table[path].parts(leaf.shape)}
 
 
 def stored_tensors(table: TensorMap, params: dict, dtype: str | None) -> dict[str, np.ndarray]:
@@ -233,9 +323,13 @@ def stored_tensors(table: TensorMap, params: dict, dtype: str | None) -> dict[st
 
 
 def write_tensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
-    """A safetensors file, replaced atomically."""
-    with files.replacing(file) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+    """A safetensors file, replaced atomically; UserError where it cannot be written."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with files.replacing(file) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} cannot be written ({reason_of(error)}); give a folder that can.") from None
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -89,7 +89,7 @@ def drafter_hf_config(
         "head_dim": head_dim,
     }
     config, sizes = family_fields(target_hf_config, {name: n for name, n in given.items() if n is not None})
-    for name in ("torch_dtype", "_name_or_path"):
+    for name in ("torch_dtype", "_name_or_path", "quantization_config"):
         config.pop(name, None)
     config |= {
         "architectures": [drafter_family(config) + described.architecture],

@@ -15,6 +15,7 @@ from dspark_jax.readers import (
     number,
     object_of,
     optional,
+    shown,
     text,
 )
 
@@ -107,6 +108,17 @@ _ROTATIONS: Mapping[str, tuple[Any, ...]] = {
 def check_target_fields(config: Mapping[str, Any], where: str) -> None:
     """UserError naming the first field that is of another type or range than any target's."""
     check_fields(config, TARGET_FIELDS, where)
+
+
+def refuse_quantisation(config: Mapping[str, Any], where: str) -> None:
+    """UserError where a config says that the weights are quantised, by any of the fields in use for that."""
+    for name in ("quantization_config", "quantization", "compression_config"):
+        if found := config.get(name):
+            method = found.get("quant_method") or found.get("format") if isinstance(found, Mapping) else found
+            raise UserError(
+                f"{where} has a {name} ({shown(method)}): the weights are quantised in a form that is not read. Give "
+                "the model's unquantised weights."
+            )
 
 
 def refuse_rotations(config: Mapping[str, Any], where: str) -> None:

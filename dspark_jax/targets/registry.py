@@ -9,7 +9,7 @@ from flax import nnx
 from dspark_jax.errors import UserError
 from dspark_jax.targets.config import TargetConfig, text_config
 from dspark_jax.targets.decoder import DecoderModel
-from dspark_jax.targets.fields import check_target_fields
+from dspark_jax.targets.fields import check_target_fields, refuse_quantisation
 from dspark_jax.targets.gemma4 import Gemma4Layer, gemma4_config
 from dspark_jax.targets.layers import DecoderLayer
 from dspark_jax.targets.llama import llama_config
@@ -20,16 +20,21 @@ from dspark_jax.targets.qwen3 import qwen3_config, qwen3_moe_config
 class TargetKind:
     """`read_fields` makes the architecture of a text config; `layer(config, index, rngs=...)` is its decoder block.
 
-    `multimodal`: the `model_type` of the files that hold such a model under `text_config`.
+    `multimodal`: the `model_type` of the files that hold such a model under `text_config`. `quantised`: its quantised
+    checkpoints are read.
     """
 
     read_fields: Callable[[Mapping[str, Any]], TargetConfig]
     layer: type
     multimodal: str | None = None
+    quantised: bool = False
 
     def read(self, config: Mapping[str, Any], where: str) -> TargetConfig:
         """As `read_target_config`, for a file that is known to be of this kind."""
         fields = dict(text_config(config))
+        if not self.quantised:
+            refuse_quantisation(config, where)
+            refuse_quantisation(fields, where)
         # What multimodal files state outside counts: the head belongs to the outer model, the dtype to all parts.
         fields |= {name: config[name] for name in ("dtype", "tie_word_embeddings") if config.get(name) is not None}
         check_target_fields(fields, where)

@@ -15,6 +15,8 @@ class Target:
     """Static structure (`graphdef`, config) beside `params`, a nested dict of arrays that travels through jit apart.
 
     `name` is the path or hub id it was loaded from, `config_sha256` the identity that caches and drafters record.
+    `known_tokens`: the ids below this are the tokenizer's, those from it to the vocabulary's end padding; None without
+    a tokenizer.
     """
 
     name: str
@@ -25,6 +27,7 @@ class Target:
     config_sha256: str
     stop_tokens: tuple[int, ...] = ()
     tokenizer: Any = field(default=None, repr=False)
+    known_tokens: int | None = None
 
     def model(self, params: dict) -> TargetModel:
         """The module over `params`; call it inside the jitted function."""
