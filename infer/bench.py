@@ -59,7 +59,8 @@ class BenchSettings:
     """How many drafts are verified: fixed is the whole block, the load-adaptive ones weigh what a draft costs here."""
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] | None = None
-    chat_format: str = "qwen"
+    thinking: bool = False
+    """Let the chat template open with thinking."""
 
     def decode_config(self, temperature: float) -> DecodeConfig:
         return DecodeConfig(
@@ -85,7 +86,7 @@ def main(argv: list[str]) -> None:
     make_output(settings.output)
     announce(settings.dtype)
     target = load_target(settings.target, dtype=settings.dtype)
-    prompts = read_prompts(target, settings.prompts, settings.chat_format, settings.limit or None)
+    prompts = read_prompts(target, settings.prompts, settings.limit or None, settings.thinking)
     if settings.against == "transformers":
         metrics = against_transformers(settings, target, prompts)
     else:

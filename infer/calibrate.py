@@ -64,7 +64,8 @@ class CalibrateSettings:
     """Requests decoded at once."""
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] | None = None
-    chat_format: str = "qwen"
+    thinking: bool = False
+    """Let the chat template open with thinking."""
 
     def decode_config(self, block: int) -> DecodeConfig:
         return DecodeConfig(
@@ -104,7 +105,7 @@ def main(argv: list[str]) -> None:
     drafter = load_drafter(settings.drafter, target, dtype=settings.dtype)
     if not getattr(drafter.config, "enable_confidence_head", False):
         raise UserError(f"{settings.drafter} has no confidence head; there is nothing to calibrate.")
-    prompts = read_prompts(target, settings.prompts, settings.chat_format, settings.limit or None)
+    prompts = read_prompts(target, settings.prompts, settings.limit or None, settings.thinking)
     if len(prompts) < 2:
         raise UserError("Calibration needs two prompts or more: it fits on one half and measures on the other.")
     started = time.perf_counter()

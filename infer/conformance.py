@@ -21,8 +21,8 @@ from dspark_jax.checkpoints.huggingface import load_target, resolve_folder
 from dspark_jax.checkpoints.layouts import native_config, read_stored_config
 from dspark_jax.checkpoints.manifest import mismatches, read_manifest
 from dspark_jax.config.cli import parse, program
-from dspark_jax.data.chat import Encoded, chat_format, encode_conversation, encode_prompt
-from dspark_jax.data.jsonl import read_jsonl
+from dspark_jax.data.chat import Encoded, Message, encode_conversation
+from dspark_jax.data.conversations import read_prompt_records
 from dspark_jax.devices import announce
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.errors import UserError
@@ -42,7 +42,7 @@ from dspark_jax.files import make_output, write_json
 from dspark_jax.programs import asset
 from dspark_jax.report import table
 from dspark_jax.serving.generate import generate
-from dspark_jax.serving.prompts import prompt_messages
+from dspark_jax.serving.prompts import encode
 from dspark_jax.serving.requests import DecodeConfig, Request
 from dspark_jax.targets.target import Target
 
@@ -78,7 +78,8 @@ class ConformanceSettings:
     """Answers measured at once."""
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] | None = None
-    chat_format: str = "qwen"
+    thinking: bool = False
+    """Let the chat template open with thinking."""
 
 
 @dataclass(frozen=True)
@@ -125,24 +126,17 @@ def manifest_contradictions(path: str, drafter: Drafter, target: Target) -> list
     return [] if manifest is None else mismatches(manifest, drafter.hf_config, drafter_layout(path), target)
 
 
-def read_messages(settings: ConformanceSettings) -> list[list[dict[str, str]]]:
+def read_messages(settings: ConformanceSettings) -> list[Sequence[Message]]:
     """The turns before each prompt's first answer, `limit` of them spread over all the files."""
-    found = [
-        prompt_messages(row, f"{file} line {number}") for file in settings.prompts for number, row in read_jsonl(file)
-    ]
+    found = [record.segments()[0] for file in settings.prompts for record in read_prompt_records(file)]
     if len(found) < FEWEST:
         raise UserError(f"There are {len(found)} prompts; a verdict needs {FEWEST} or more. Give more with --prompts.")
     spread = np.linspace(0, len(found) - 1, min(settings.limit, len(found))).round().astype(int)
     return [found[i] for i in spread]
 
 
-def answered(settings: ConformanceSettings, target: Target, prompts: Sequence[list[dict[str, str]]]) -> Sequences:
+def answered(settings: ConformanceSettings, target: Target, prompts: Sequence[Sequence[Message]]) -> Sequences:
     """Whole conversations as training sees them, with the target's own answers and a next turn."""
-    if target.tokenizer is None:
-        raise UserError(f"{target.name} has no tokenizer files, so it can't read prompts; add tokenizer.json.")
-    form = chat_format(settings.chat_format)
-    system = [] if form.system_prompt is None else [{"role": "system", "content": form.system_prompt}]
-    prompts = [turns if turns[0]["role"] == "system" else [*system, *turns] for turns in prompts]
     decode = DecodeConfig(
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
@@ -153,41 +147,57 @@ def answered(settings: ConformanceSettings, target: Target, prompts: Sequence[li
     room = target.config.max_positions - settings.max_new_tokens
     requests, asked = [], []
     for turns in prompts:
-        tokens = tuple(int(token) for token in encode_prompt(target.tokenizer, turns, form))
+        tokens = encode(target, turns, settings.thinking)
         if len(tokens) < room:
             requests.append(Request(tokens))
             asked.append(turns)
     texts = [generation.text for generation in generate(target, None, requests, decode)]
-    longest = target.config.max_positions
-    return _padded(
-        [
-            encode_conversation(
-                target.tokenizer, [*turns, {"role": "assistant", "content": text}, NEXT_TURN], form, longest
-            )
-            for turns, text in zip(asked, texts, strict=True)
-        ]
-    )
+
+    found = []
+    for turns, text in zip(asked, texts, strict=True):
+        conversation = [*turns, {"role": "assistant", "content": text}]
+        row = encode_conversation(target.tokenizer, conversation, None, settings.thinking)[-1]
+        following = encode(target, [*conversation, NEXT_TURN], settings.thinking)
+        if (one := _followed(target.tokenizer, row, following)) is not None:
+            found.append(one)
+    return _padded(found, target.config.max_positions)
 
 
-def _padded(conversations: Sequence[Encoded]) -> Sequences:
-    """Those with an answer of a few tokens and something after it."""
-    kept, spans = [], []
-    for conversation in conversations:
-        supervised = np.flatnonzero(conversation.loss_mask)
-        if len(supervised) >= 4 and supervised[-1] + 1 < len(conversation.input_ids):
-            kept.append(conversation.input_ids)
-            spans.append((supervised[0], supervised[-1]))
+def _followed(tokenizer: Any, row: Encoded, following: Sequence[int]) -> tuple[np.ndarray, int, int, int] | None:
+    """(tokens with those of a next turn, the answer's first and last position, the first after its closing).
+
+    Whitespace that the template writes after an end marker belongs to the closing: some trainers supervise it, some
+    don't, so it is judged in neither way. None where the next prompt does not repeat the answer.
+    """
+    supervised = np.flatnonzero(row.loss_mask)
+    answer = row.input_ids[supervised].tolist()
+    starts = range(len(following) - len(answer), -1, -1)
+    at = next((i for i in starts if list(following[i : i + len(answer)]) == answer), None)
+    if at is None or len(answer) < 4:
+        return None
+
+    rest = following[at + len(answer) :]
+    blank = next((i for i, token in enumerate(rest) if tokenizer.decode([token]).strip()), None)
+    if blank is None:
+        return None
+    last = int(supervised[-1])
+    return np.concatenate([row.input_ids, np.asarray(rest, np.int32)]), int(supervised[0]), last, last + 1 + blank
+
+
+def _padded(found: Sequence[tuple[np.ndarray, int, int, int]], longest: int) -> Sequences:
+    """Those that fit, with an answer of a few tokens and something after it."""
+    kept = [one for one in found if one[3] < min(len(one[0]), longest)]
     if len(kept) < FEWEST:
         raise UserError(
-            f"{len(kept)} of the answers are long enough to be measured, and {FEWEST} are needed; give more prompts, "
-            "or the --chat-format of this target."
+            f"{len(kept)} of the answers are long enough to be measured, and {FEWEST} are needed; give more prompts."
         )
-    size = -(-max(map(len, kept)) // LENGTHS) * LENGTHS
-    tokens = np.zeros((len(kept), size), np.int32)
-    for row, ids in enumerate(kept):
+    rows = [tokens[:longest] for tokens, *_ in kept]
+    size = -(-max(map(len, rows)) // LENGTHS) * LENGTHS
+    tokens = np.zeros((len(rows), size), np.int32)
+    for row, ids in enumerate(rows):
         tokens[row, : len(ids)] = ids
-    first, last = np.asarray(spans, np.int32).T
-    return Sequences(tokens, first, last)
+    first, last, after = (np.asarray([one[i] for one in kept], np.int32) for i in (1, 2, 3))
+    return Sequences(tokens, first, last, after)
 
 
 def judge(probe: Probe, sequences: Sequences, settings: ConformanceSettings) -> Verdict:

@@ -24,8 +24,8 @@ from dspark_jax.devices import announce, machine
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.errors import UserError
 from dspark_jax.evaluation.acceptance import Acceptance
-from dspark_jax.evaluation.answers import Answered, ChatStyle, Proposals, answer, reach
-from dspark_jax.evaluation.datasets import DOMAINS, Sample, domain_of, read_datasets
+from dspark_jax.evaluation.answers import Answered, Proposals, answer, reach
+from dspark_jax.evaluation.datasets import DOMAINS, Dialogue, domain_of, read_datasets
 from dspark_jax.files import make_output, write_json
 from dspark_jax.report import acceptance_plot, reliability_plot, table, threshold_plot
 from dspark_jax.scheduling.calibration import calibration_metrics, prefix_survival, reliability
@@ -73,7 +73,6 @@ class EvaluateSettings:
     rounds_per_dispatch: int = 16
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] | None = None
-    chat_format: str = "qwen"
 
 
 @program
@@ -107,18 +106,16 @@ class Evaluation:
     settings: EvaluateSettings
     target: Target
     drafter: Drafter
-    sets: dict[str, list[Sample]]
-    style: ChatStyle = field(init=False)
+    sets: dict[str, list[Dialogue]]
     longest: int = field(init=False)
 
     def __post_init__(self) -> None:
         settings = self.settings
-        self.style = ChatStyle(settings.chat_format, settings.thinking)
         for temperature in settings.temperatures:  # a calibration for something else is refused before anything runs
             temperatures_of(self.target, self.drafter, DecodeConfig(temperature=temperature), settings.sts)
         limit = min(settings.max_context or self.target.config.max_positions, self.target.config.max_positions)
         samples = [sample for group in self.sets.values() for sample in group]
-        reached = (reach(self.target, self.style, sample, settings.max_new_tokens) for sample in samples)
+        reached = (reach(self.target, one, settings.max_new_tokens, settings.thinking) for one in samples)
         self.longest = min(limit, max(reached))
 
     def engine(self, temperature: float, policy: VerifyPolicy, speculative: bool = True) -> Engine:
@@ -165,10 +162,10 @@ class Evaluation:
             }
         return {"datasets": rows, **averages(rows)}
 
-    def _answer(self, engine: Engine, samples: Sequence[Sample]) -> Answered:
-        return answer(engine, self.style, samples, self.settings.seed)
+    def _answer(self, engine: Engine, samples: Sequence[Dialogue]) -> Answered:
+        return answer(engine, samples, self.settings.seed, self.settings.thinking)
 
-    def _recorded(self, engine: Engine, samples: Sequence[Sample]) -> tuple[Answered, Proposals]:
+    def _recorded(self, engine: Engine, samples: Sequence[Dialogue]) -> tuple[Answered, Proposals]:
         engine.recorder = proposals = Proposals()
         try:
             return self._answer(engine, samples), proposals
@@ -191,7 +188,9 @@ class Evaluation:
         return found if self.settings.sts is not None else {"before": found["before"]}
 
 
-def speed_figures(samples: Sequence[Sample], passes: Sequence[tuple[Answered, Answered]], block: int) -> dict[str, Any]:
+def speed_figures(
+    samples: Sequence[Dialogue], passes: Sequence[tuple[Answered, Answered]], block: int
+) -> dict[str, Any]:
     """Of (plain, speculative) passes: medians of speeds, and what the policy drafted and verified (the first pass)."""
     first = passes[0][1]
     made = list(first.generations.values())

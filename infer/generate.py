@@ -61,8 +61,8 @@ class GenerateSettings:
     """Of the threshold policy: the drafts before the first whose confidence is below this are verified."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of weights and activations; None: as the target's config says."""
-    chat_format: str = "qwen"
-    """How the target's chat template marks turns."""
+    thinking: bool = False
+    """Let the chat template open with thinking."""
 
     def decode_config(self) -> DecodeConfig:
         return DecodeConfig(
@@ -91,11 +91,11 @@ def main(argv: list[str]) -> None:
     target = load_target(settings.target, dtype=settings.dtype)
     drafter = load_drafter(settings.drafter, target, dtype=settings.dtype) if settings.drafter else None
     if settings.prompts_file:
-        prompts = read_prompts(target, settings.prompts_file, settings.chat_format)
+        prompts = read_prompts(target, settings.prompts_file, thinking=settings.thinking)
     else:
         before = [{"role": "system", "content": settings.system}] if settings.system else []
         turns = [[*before, {"role": "user", "content": text}] for text in settings.prompt]
-        prompts = [Prompt(str(i), "prompt", encode(target, t, settings.chat_format)) for i, t in enumerate(turns)]
+        prompts = [Prompt(str(i), "prompt", encode(target, t, settings.thinking)) for i, t in enumerate(turns)]
     requests = [Request(prompt.tokens) for prompt in prompts]
     started, done = time.perf_counter(), {}
     for progress in stream(target, drafter, requests, settings.decode_config()):

@@ -12,7 +12,7 @@ from flax import nnx
 
 from dspark_jax.checkpoints.drafters import load_drafter, shared_tables
 from dspark_jax.checkpoints.huggingface import load_target
-from dspark_jax.data.chat import encode_conversation
+from dspark_jax.data.deepspec_chat import DEEPSPEC_FORMATS
 from dspark_jax.datagen.corpora import DOMAINS, conversations
 from dspark_jax.drafters.protocol import SharedTables
 from dspark_jax.drafters.registry import Drafter
@@ -45,7 +45,7 @@ def material(target_folder: str, drafter_folder: str, each: int = 12) -> Materia
     rows = []
     for domain in DOMAINS:
         for item in islice(conversations(domain, "train"), 4 * each):
-            encoded = encode_conversation(target.tokenizer, [*item["messages"], NEXT_TURN], "qwen")
+            encoded = DEEPSPEC_FORMATS["qwen"].encode(target.tokenizer, [*item["messages"], NEXT_TURN])
             if len(encoded.input_ids) <= LENGTH and encoded.loss_tokens > 12:
                 rows.append(encoded)
     tokens, mask = np.zeros((2, len(rows), LENGTH), np.int32)

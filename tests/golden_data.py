@@ -7,16 +7,18 @@ their error is the largest difference, or infinity where the shapes differ.
 import json
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dspark_jax.data.chat import chat_format, collate_conversations, encode_conversation, encode_prompt, load_tokenizer
+from dspark_jax.data.chat import Encoded, encode_prompt, load_tokenizer
 from dspark_jax.data.deepspec_cache import DeepSpecCache, DeepSpecCacheWriter
+from dspark_jax.data.deepspec_chat import DEEPSPEC_FORMATS
 from dspark_jax.data.pipeline import pad_batch
 from dspark_jax.data.records import Sample
+from dspark_jax.data.templates import render
 
 Result = tuple[str, float, float, bool]
 
@@ -43,15 +45,23 @@ def check_chat(case_dir: str | Path) -> Iterator[Result]:
     for entry in vectors["cases"]:
         name, tokenizer = entry["template"], tokenizers[entry["template"]]
         label = f"{name}/{entry['name']}/{entry['max_length']}"
-        encoded = encode_conversation(tokenizer, entry["conversations"], name, entry["max_length"])
-        yield exact(f"{label}/rendered", chat_format(name).render(tokenizer, entry["conversations"]), entry["rendered"])
+        parser = DEEPSPEC_FORMATS[name]
+        encoded = parser.encode(tokenizer, entry["conversations"], entry["max_length"])
+        yield exact(f"{label}/rendered", parser.render(tokenizer, entry["conversations"]), entry["rendered"])
         yield exact(f"{label}/input_ids", encoded.input_ids, entry["input_ids"])
         yield exact(f"{label}/loss_mask", encoded.loss_mask, entry["loss_mask"])
         masked = tokenizer.decode(encoded.input_ids[encoded.loss_mask > 0].tolist())
         yield exact(f"{label}/masked_text", masked, entry["masked_text"])
     for number, entry in enumerate(vectors.get("generation_prompts", [])):
         name = entry["template"]
-        ids = encode_prompt(tokenizers[name], entry["messages"], name, entry["enable_thinking"])
+        thinking = entry["enable_thinking"]  # null: the template's own default
+        switches = {} if thinking is None else {"enable_thinking": thinking}
+        text = render(tokenizers[name], entry["messages"], add_generation_prompt=True, **switches)
+        yield exact(f"{name}/prompt{number}/rendered", text, entry["rendered"])
+        ids = tokenizers[name](text, add_special_tokens=False)["input_ids"]
+        if thinking is not None:
+            ours = encode_prompt(tokenizers[name], entry["messages"], thinking)
+            yield exact(f"{name}/prompt{number}/encode_prompt", ours, entry["input_ids"])
         yield exact(f"{name}/prompt{number}/input_ids", ids, entry["input_ids"])
     for entry in vectors.get("collator", []):
         yield from _check_collator(entry, vectors["cases"], tokenizers)
@@ -80,16 +90,31 @@ def _check_collator(entry: Mapping[str, Any], cases: list[Any], tokenizers: Mapp
     name = entry.get("template", "qwen")
     conversations = {c["name"]: c["conversations"] for c in cases if c["template"] == name}
     samples = [
-        encode_conversation(tokenizers[name], conversations[c], name, entry["max_length"])
+        DEEPSPEC_FORMATS[name].encode(tokenizers[name], conversations[c], entry["max_length"])
         for c in entry["conversation_order"]
     ]
-    batch = collate_conversations(samples, entry["min_loss_tokens"])
+    batch = _collated(samples, entry["min_loss_tokens"])
     label = f"{name}/collator/min{entry['min_loss_tokens']}"
     if entry["batch"] is None or batch is None:
         yield exact(f"{label}/dropped", batch is None, entry["batch"] is None)
         return
     for field, expected in entry["batch"].items():
         yield exact(f"{label}/{field}", batch[field], expected)
+
+
+def _collated(samples: Sequence[Encoded], min_loss_tokens: int) -> dict[str, np.ndarray] | None:
+    """Right-padded with zeros, or None when every sample has fewer than `min_loss_tokens` supervised tokens."""
+    kept = [s for s in samples if s.loss_tokens >= min_loss_tokens]
+    if not kept:
+        return None
+    shape = (len(kept), max(len(s.input_ids) for s in kept))
+    batch = {name: np.zeros(shape, int) for name in ("input_ids", "attention_mask", "loss_mask")}
+    for row, sample in enumerate(kept):
+        length = len(sample.input_ids)
+        batch["input_ids"][row, :length] = sample.input_ids
+        batch["attention_mask"][row, :length] = 1
+        batch["loss_mask"][row, :length] = sample.loss_mask
+    return batch
 
 
 def _check_batches(cache: DeepSpecCache, vectors: Mapping[str, np.ndarray]) -> Iterator[Result]:

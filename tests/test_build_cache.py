@@ -57,7 +57,7 @@ def cache(folder: Path) -> TargetCache:
 def test_records_hold_what_the_target_computes_alone(folder: Path, cache: TargetCache):
     target = load_target(folder / "target")
     lines = [json.loads(line) for line in (folder / "conversations.jsonl").read_text().splitlines()]
-    encoded = [encode_conversation(target.tokenizer, line["messages"], "qwen", MAX_LENGTH) for line in lines]
+    encoded = [encode_conversation(target.tokenizer, line["messages"], MAX_LENGTH)[0] for line in lines]
     assert list(cache.sample_ids) == [i for i in range(30) if encoded[i].loss_tokens >= 2]
     assert max(cache.lengths) == MAX_LENGTH > min(cache.lengths)  # some were cut, some were padded
     for at in (0, 11, len(cache) - 1):

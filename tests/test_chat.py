@@ -10,28 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dspark_jax.data.chat import (
-    CHAT_FORMATS,
-    Encoded,
-    chat_format,
-    collate_conversations,
-    encode_conversation,
-    encode_prompt,
-    load_tokenizer,
-    tokenizer_hash,
-)
-from dspark_jax.data.conversations import read_conversations
-from dspark_jax.data.jsonl import ResumableJsonl, parse_conversation
+from dspark_jax.data.chat import encode_conversation, encode_prompt, load_tokenizer, tokenizer_hash
+from dspark_jax.data.conversations import parse_conversation, read_conversations
+from dspark_jax.data.deepspec_chat import DEEPSPEC_FORMATS
+from dspark_jax.data.jsonl import ResumableJsonl
 from dspark_jax.errors import UserError
 from tests.golden_data import check_chat
 
 CASE = Path(__file__).parent / "data" / "chat_template"
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there."}]
-
-
-@pytest.fixture(scope="module", params=["qwen", "gemma4"])
-def named_tokenizer(request):
-    return request.param, load_tokenizer(CASE / f"tokenizer_{request.param}")
 
 
 @pytest.fixture(scope="module")
@@ -45,53 +32,36 @@ def test_golden_case():
     assert [r for r in results if not r[3]] == []
 
 
-def test_masked_tokens_are_the_answer_and_its_end(named_tokenizer):
-    name, tokenizer = named_tokenizer
-    encoded = encode_conversation(tokenizer, TURNS, name)
-    assert (encoded.input_ids.dtype, encoded.loss_mask.dtype) == (np.int32, np.uint8)
-    said = tokenizer.decode(encoded.input_ids[encoded.loss_mask == 1].tolist())
-    assert said == "Hello there." + chat_format(name).end_of_turn
-
-
-def test_span_ends_at_the_text_when_the_marker_is_missing():
-    for form in CHAT_FORMATS.values():
+def test_deepspec_spans_end_at_the_text_when_the_marker_is_missing():
+    for form in DEEPSPEC_FORMATS.values():
         text = f"{form.assistant_header}{form.answer_prefix}one{form.end_of_turn}{form.assistant_header}two"
         assert [text[a:b] for a, b in form.loss_spans(text)] == [f"one{form.end_of_turn}", "two"]
 
 
-def test_gemma_prefix_is_added_once_and_never_supervised():
-    tokenizer, form = load_tokenizer(CASE / "tokenizer_gemma4"), chat_format("gemma4")
+def test_deepspec_adds_the_gemma_prefix_once_and_never_supervises_it():
+    tokenizer, form = load_tokenizer(CASE / "tokenizer_gemma4"), DEEPSPEC_FORMATS["gemma4"]
     prefixed = [TURNS[0], {"role": "assistant", "content": form.answer_prefix + "Hello there."}]
-    plain, given = (encode_conversation(tokenizer, turns, form) for turns in (TURNS, prefixed))
+    plain, given = (form.encode(tokenizer, turns) for turns in (TURNS, prefixed))
     np.testing.assert_array_equal(plain.input_ids, given.input_ids)
     np.testing.assert_array_equal(plain.loss_mask, given.loss_mask)
     assert form.render(tokenizer, TURNS).count(form.answer_prefix) == 1
 
 
-def test_default_system_message_only_in_training_text(qwen):
-    text = chat_format("qwen").render(qwen, TURNS)
-    assert text.startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n")
-    own = chat_format("qwen").render(qwen, [{"role": "system", "content": "Be brief."}, *TURNS])
-    assert "helpful" not in own and own.startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
-    assert "system" not in qwen.decode(encode_prompt(qwen, TURNS[:1], "qwen").tolist())
+def test_nothing_is_inserted_and_the_loss_ends_with_the_marker(qwen):
+    """Where DeepSpec's parser puts a system message in front and supervises the newline after the marker."""
+    (row,) = encode_conversation(qwen, TURNS)
+    assert "system" not in qwen.decode(row.input_ids.tolist())
+    assert qwen.decode(row.input_ids[row.loss_mask == 1].tolist()) == "Hello there.<|im_end|>"
+    assert DEEPSPEC_FORMATS["qwen"].render(qwen, TURNS).startswith("<|im_start|>system\nYou are a helpful assistant.")
 
 
 def test_truncation_keeps_a_partial_mask(qwen):
-    whole = encode_conversation(qwen, TURNS, "qwen")
+    (whole,) = encode_conversation(qwen, TURNS)
     first = int(np.argmax(whole.loss_mask))
-    cut = encode_conversation(qwen, TURNS, "qwen", max_length=first + 2)
+    (cut,) = encode_conversation(qwen, TURNS, max_length=first + 2)
     np.testing.assert_array_equal(cut.input_ids, whole.input_ids[: first + 2])
     assert cut.loss_tokens == 2
-    assert encode_conversation(qwen, TURNS, "qwen", max_length=first).loss_tokens == 0
-
-
-def test_collator_drops_after_truncation_and_pads_with_zeros():
-    samples = [Encoded(np.arange(1, n + 1, dtype=np.int32), np.ones(n, np.uint8)) for n in (2, 5, 3)]
-    batch = collate_conversations(samples, min_loss_tokens=3)
-    assert batch is not None
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5], [1, 2, 3, 0, 0]]
-    assert batch["attention_mask"].tolist() == batch["loss_mask"].tolist() == [[1] * 5, [1, 1, 1, 0, 0]]
-    assert collate_conversations(samples, min_loss_tokens=6) is None
+    assert encode_conversation(qwen, TURNS, max_length=first)[0].loss_tokens == 0
 
 
 def test_tokenizer_hash_is_of_the_content(qwen, tmp_path):
@@ -112,39 +82,40 @@ def test_tokenizer_hash_is_of_the_content(qwen, tmp_path):
         ([], "no turns"),
         ([TURNS[1]], "expected 'user'"),
         ([{"role": "user"}], "content None"),
+        ([{"role": "user", "content": "a\udc00"}], "Turn 0 .* surrogate"),
+        ([{"role": "wizard", "content": "a"}], "has the role 'wizard', expected one of system, developer, user"),
+        ([{"role": ["user"], "content": "a"}], "expected an object with a role"),
+        (["Hi"], "Turn 0 .* is 'Hi', expected an object"),
+        ("Hi", "expected a list"),
         ([{"role": "user", "content": [{"type": "image"}]}], "only text"),
     ],
 )
 def test_bad_conversations_are_named(qwen, turns, words):
     with pytest.raises(UserError, match=words):
-        encode_conversation(qwen, turns, "qwen")
+        encode_conversation(qwen, turns)
 
 
-def test_bad_tokenizers_and_formats(qwen, tmp_path):
+def test_bad_tokenizers(qwen, tmp_path):
     with pytest.raises(UserError, match="holds no tokenizer"):
         load_tokenizer(tmp_path)
-    with pytest.raises(UserError, match="known are gemma4, qwen"):
-        encode_prompt(qwen, TURNS[:1], "chatml")
     shutil.copytree(CASE / "tokenizer_qwen", tmp_path / "t")
     (tmp_path / "t" / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match="no chat template"):
-        encode_prompt(load_tokenizer(tmp_path / "t"), TURNS[:1], "qwen")
+        encode_prompt(load_tokenizer(tmp_path / "t"), TURNS[:1])
     (tmp_path / "t" / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(UserError, match="roles user: roles must alternate"):
-        encode_prompt(load_tokenizer(tmp_path / "t"), TURNS[:1], "qwen")
+        encode_prompt(load_tokenizer(tmp_path / "t"), TURNS[:1])
 
 
-def test_a_truncated_answer_does_not_learn_to_end(named_tokenizer):
-    name, tokenizer = named_tokenizer
+def test_a_truncated_answer_does_not_learn_to_end(qwen):
     first = [*TURNS, {"role": "user", "content": "And then?"}]
     whole, cut = ({"role": "assistant", "content": "The sum"} | more for more in ({}, {"truncated": True}))
-    ended, broken = (encode_conversation(tokenizer, [*first, turn], name) for turn in (whole, cut))
-    assert ended.input_ids.tolist() == broken.input_ids.tolist()
-    marker = chat_format(name).end_of_turn
-    learnt = [tokenizer.decode(e.input_ids[e.loss_mask > 0].tolist()) for e in (ended, broken)]
-    assert learnt == ["Hello there." + marker + "The sum" + marker, "Hello there." + marker + "The sum"]
+    ended, broken = (encode_conversation(qwen, [*first, turn])[-1] for turn in (whole, cut))
+    assert ended.input_ids[:-1].tolist() == broken.input_ids.tolist()
+    learnt = [qwen.decode(row.input_ids[row.loss_mask > 0].tolist()) for row in (ended, broken)]
+    assert learnt == ["The sum<|im_end|>", "The sum"]
     with pytest.raises(UserError, match="Turn 1 .* is marked as truncated, but others follow"):
-        encode_conversation(tokenizer, [TURNS[0], cut, *first], name)
+        encode_conversation(qwen, [TURNS[0], cut, *first])
 
 
 def test_conversation_layouts_mean_the_same(tmp_path):
@@ -161,12 +132,19 @@ def test_conversation_layouts_mean_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ('{"messages": [', "line 2: .* at column"),
+        ('{"messages": [', "line 2: not JSON"),
         ('{"text": "a"}', "line 2: found 'text'"),
         ('{"messages": []}', "line 2: 'messages' is a list of 0"),
-        ('{"messages": [{"role": "user", "content": 3}]}', "line 2, turn 0: found role text and content int 3"),
+        ('{"messages": [{"role": "user", "content": 3}]}', "line 2, turn 0: found role text and content the number 3"),
         ('{"messages": [{"from": "alien", "value": "x"}]}', "line 2, turn 0: found 'from' 'alien'"),
-        ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "surrogate"),
+        ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "line 2: .*surrogate"),
+        ('{"messages": [{"role": "user", "content": "a"}], "id": "\\udfff"}', "line 2: .*surrogate"),
+        ('{"messages": [{"role": "wizard", "content": "a"}]}', "line 2, turn 0: found the role 'wizard', expected one"),
+        ('{"messages": [{"from": ["human"], "value": "x"}]}', "line 2, turn 0: found 'from' .'human'."),
+        ('{"messages": ' + "[" * 200 + "]" * 200 + "}", "line 2: nested deeper than 64"),
+        ("[" * 200_000, "line 2: nested deeper than 64"),
+        ('{"messages": 1' + "0" * 5000 + "}", "line 2: found a whole number of 5001 digits"),
+        ('{"turns": ["a"]}', "line 2: found 'turns', expected the field 'messages'"),
         ('{"id": "0", "messages": [{"role": "user", "content": "x"}]}', "line 2: the id '0' was used"),
         ("[1]", "line 2: found a list of 1"),
     ],

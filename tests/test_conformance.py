@@ -117,7 +117,7 @@ def test_a_gain_counts_beyond_chance_only() -> None:
 
 
 def test_edges_pick_the_labels_around_the_end() -> None:
-    sequences = Sequences(np.zeros((2, 20), np.int32), np.asarray([3, 5]), np.asarray([12, 9]))
+    sequences = Sequences(np.zeros((2, 20), np.int32), np.asarray([3, 5]), np.asarray([12, 9]), np.asarray([13, 10]))
     anchors = edge_anchors(sequences, 4)
     assert anchors.tolist() == [[11, 10, 9], [8, 7, 6]]
     labels = anchors[..., None] + 1 + np.arange(4)
@@ -135,7 +135,6 @@ def test_edges_pick_the_labels_around_the_end() -> None:
         (["--limit", "3"], "Expected a limit of 8"),
         (["--prompts", "{few}"], "There are 2 prompts; a verdict needs 8"),
         (["--drafter", "{none}"], "is not a folder"),
-        (["--chat-format", "morse"], "Unknown chat format 'morse'"),
     ],
 )
 def test_bad_input_is_a_sentence(
@@ -173,7 +172,9 @@ def test_any_drafter_can_be_read_by_the_protocol(tmp_path: Path) -> None:
     tokens = np.random.default_rng(0).integers(0, 60, (3, 24)).astype(np.int32)
     anchors = np.asarray([[4, 9], [5, 6], [7, 12]], np.int32)
     probe = Probe(target, drafter, shared_tables(target), batch=2)
-    found = probe.acceptance(Sequences(tokens, anchors[:, 0], anchors[:, 1]), anchors, readings(drafter))
+    found = probe.acceptance(
+        Sequences(tokens, anchors[:, 0], anchors[:, 1], anchors[:, 1] + 1), anchors, readings(drafter)
+    )
     block = drafter.config.block_size
     assert all(values.shape == (3, 2, block) for values in found.values())
     assert np.isnan(found[Reading(slot=1)][..., 0]).all() and np.isnan(found[Reading(slot=-1)][..., -1]).all()

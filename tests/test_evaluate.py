@@ -10,7 +10,7 @@ from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.data.chat import encode_prompt
 from dspark_jax.errors import UserError
-from dspark_jax.evaluation.answers import ChatStyle, Proposals, answer, reach
+from dspark_jax.evaluation.answers import Answered, Proposals, answer, reach, turn_seed
 from dspark_jax.evaluation.datasets import domain_of, read_datasets
 from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.requests import DecodeConfig
@@ -41,8 +41,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_sets_from_files_and_folders(folder: Path) -> None:
     sets = read_datasets([str(folder / "sets")])
     assert {name: len(samples) for name, samples in sets.items()} == {"gsm8k": 1, "own": 1, "mt-bench": 3}
-    assert [sample.turns for sample in sets["mt-bench"]] == list(map(tuple, TURNS))
-    assert sets["gsm8k"][0].turns == ("what", "what") and sets["gsm8k"][0].system == "s"
+    assert [[m["content"] for (m,) in sample.segments] for sample in sets["mt-bench"]] == TURNS
+    what = {"role": "user", "content": "what"}
+    assert sets["gsm8k"][0].segments == (({"role": "system", "content": "s"}, what), (what,))
     samples = [sample for group in sets.values() for sample in group]
     assert sorted(sample.index for sample in samples) == list(range(5))
     assert len(read_datasets([str(folder / "sets" / "mt-bench.jsonl")], limit=2)["mt-bench"]) == 2
@@ -50,7 +51,7 @@ def test_sets_from_files_and_folders(folder: Path) -> None:
     with pytest.raises(UserError, match="neither a file nor a folder here"):
         read_datasets([str(folder / "nothing")])
     (folder / "bare").mkdir(exist_ok=True)
-    with pytest.raises(UserError, match=r"holds no .jsonl file"):
+    with pytest.raises(UserError, match=r"holds no .jsonl or .parquet file"):
         read_datasets([str(folder / "bare")])
     for row, message in (({"turns": []}, "expected a list of texts"), ({"turns": [1]}, "expected a list of texts")):
         (folder / "odd.jsonl").write_text(json.dumps(row) + "\n")
@@ -58,27 +59,45 @@ def test_sets_from_files_and_folders(folder: Path) -> None:
             read_datasets([str(folder / "odd.jsonl")])
 
 
+def said_by(done: Answered, dialogue: int) -> dict[int, tuple[tuple[int, ...], ...]]:
+    return {turn: (g.prompt_tokens, g.tokens) for (index, turn), g in done.generations.items() if index == dialogue}
+
+
 @pytest.mark.parametrize("thinking", [False, True])
 def test_answers_are_fed_back(folder: Path, thinking: bool) -> None:
     target = load_target(folder / "target")
-    style = ChatStyle(thinking=thinking)
     samples = read_datasets([str(folder / "sets" / "mt-bench.jsonl")])["mt-bench"]
-    longest = max(reach(target, style, sample, 6) for sample in samples)
+    longest = max(reach(target, sample, 6, thinking) for sample in samples)
     engine = Engine(target, None, DecodeConfig(max_new_tokens=6, slots=2, temperature=1.0, buckets=(2,)), longest)
-    done = answer(engine, style, samples, seed=5)
-    assert not done.cut and set(done.generations) == {(s.index, t) for s in samples for t in range(len(s.turns))}
+    done = answer(engine, samples, 5, thinking)
+    assert not done.cut and set(done.generations) == {(s.index, t) for s in samples for t in range(len(s.segments))}
     for sample in samples:
         messages = []
-        for turn, said in enumerate(sample.turns):
-            messages.append({"role": "user", "content": said})
+        for turn, said in enumerate(sample.segments):
+            messages += said
             made = done.generations[sample.index, turn]
-            expected = encode_prompt(target.tokenizer, messages, "qwen", thinking)
+            expected = encode_prompt(target.tokenizer, messages, thinking)
             assert made.prompt_tokens == tuple(expected.tolist())
             messages.append({"role": "assistant", "content": made.text})
-    one = answer(engine, style, samples[2:], seed=5)
-    assert one.generations == {key: g for key, g in done.generations.items() if key[0] == samples[2].index}
+    one = answer(engine, samples[2:], 5, thinking)
+    assert said_by(one, 2) == said_by(done, 2)
     small = Engine(target, None, engine.config, len(done.generations[samples[1].index, 0].prompt_tokens) + 6)
-    assert set(answer(small, style, samples, seed=5).cut) <= {0, 2} and small.idle
+    assert set(answer(small, samples, 5, thinking).cut) <= {0, 2} and small.idle
+
+
+def test_more_turns_than_any_bound_stay_their_own_samples(folder: Path, tmp_path: Path) -> None:
+    """70 turns of one dialogue beside the turns of the next: no answer is written over another's, no seed repeats."""
+    turns = [[f"{i}" for i in range(70)], ["a", "b"]]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps({"turns": t}) + "\n" for t in turns))
+    target = load_target(folder / "target")
+    samples = read_datasets([str(tmp_path / "long.jsonl")])["long"]
+    decode = DecodeConfig(max_new_tokens=1, slots=2, temperature=1.0, buckets=(2,))
+    done = answer(Engine(target, None, decode, 512), samples, seed=0)
+    asked = {key for key in done.generations if key[0] == 0}
+    assert asked == {(0, turn) for turn in range(len(asked))} and len(asked) > 20 and done.cut in ((), (0,))
+    alone = answer(Engine(target, None, decode, 512), samples[1:], seed=0)
+    assert said_by(alone, 1) == said_by(done, 1)
+    assert len({turn_seed(seed, i, t) for seed in (0, 1, 64) for i in range(20) for t in range(200)}) == 12_000
 
 
 def test_proposals_become_arrays(folder: Path) -> None:
@@ -87,7 +106,7 @@ def test_proposals_become_arrays(folder: Path) -> None:
     engine = Engine(target, drafter, DecodeConfig(max_new_tokens=20, slots=2, buckets=(8,)), 120)
     engine.recorder = proposals = Proposals()
     samples = read_datasets([str(folder / "sets" / "mt-bench.jsonl")])["mt-bench"][1:2]
-    made = answer(engine, ChatStyle(), samples, seed=0).generations[samples[0].index, 0]
+    made = answer(engine, samples, seed=0).generations[samples[0].index, 0]
     logits, accepted, observed = proposals.arrays()
     assert logits.shape == accepted.shape == observed.shape == (made.rounds, 3)
     assert tuple(accepted.sum(0)) == made.accepted_at and tuple(observed.sum(0)) == made.verified_at

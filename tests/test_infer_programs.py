@@ -149,8 +149,8 @@ GENERATE: dict[str, tuple[list[str], str]] = {
         "The decoding setting slots is 0; expected 1 or more.",
     ),
     "chat format": (
-        ["--target", "{}/target", "--prompt", "a", "--chat-format", "latin"],
-        "latin",
+        ["--target", "{}/target", "--prompt", "a", "--chat-format", "qwen"],
+        "--chat-format",
     ),
 }
 

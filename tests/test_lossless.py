@@ -87,7 +87,7 @@ def embedded_case() -> Case:
     target = load_target(ASSETS / "embedded_target", dtype="float32")
     made = []
     for domain in DOMAINS:
-        items = [(item["id"], encode(target, item["messages"], "qwen")) for item in corpus(domain, "heldout", 60)]
+        items = [(item["id"], encode(target, item["messages"])) for item in corpus(domain, "heldout", 60)]
         made += [Prompt(name, domain, tokens) for name, tokens in items if len(tokens) <= 128][:21]
     folder = ASSETS / "embedded_drafter"
     drafter = load_drafter(folder, target, dtype="float32") if folder.exists() else untrained(target)

@@ -91,7 +91,7 @@ def test_files_that_are_not_what_their_names_say(tmp_path: Path):
         with pytest.raises(UserError, match=f"{name} cannot be read"):
             list(file_rows(tmp_path / name))
     (tmp_path / "a.json").write_text('[{"messages": [}]')
-    with pytest.raises(UserError, match="a.json line 1: .* expected one JSON object"):
+    with pytest.raises(UserError, match="a.json line 1: not JSON.* expected one JSON object"):
         list(read_conversations(tmp_path / "a.json"))
 
 
@@ -106,7 +106,7 @@ def test_bad_rows_stop_or_are_set_aside_with_their_place(tmp_path: Path):
         sources_of(prompts=(path,))
     sources, refused = sources_of(prompts=(path,), bad_rows="set-aside")
     assert [(s.index, s.id) for s in sources] == [(0, "a"), (3, "3")]
-    assert [r.source.index for r in refused] == [1, 2] and "line 3: Expecting" in refused[1].reason
+    assert [r.source.index for r in refused] == [1, 2] and "line 3: not JSON" in refused[1].reason
 
 
 def test_repeated_prompts_are_set_aside(tmp_path: Path):

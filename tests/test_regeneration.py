@@ -8,7 +8,8 @@ import pytest
 import dspark_jax.datagen.regeneration as regeneration
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.data.chat import encode_prompt
-from dspark_jax.datagen.regeneration import Finished, Regenerator, Rejected, Source, answer_message, prompt_segments
+from dspark_jax.data.conversations import prompt_segments
+from dspark_jax.datagen.regeneration import Finished, Regenerator, Rejected, Source, answer_message
 from dspark_jax.errors import UserError
 from dspark_jax.serving import engine
 from dspark_jax.serving.requests import DecodeConfig
@@ -66,7 +67,7 @@ def scripted(
     fake = ScriptedEngine(script, target.tokenizer)
     monkeypatch.setattr(regeneration, "Engine", fake)
     sources = [Source(i, str(i), prompt_segments(c)) for i, c in enumerate(conversations)]
-    regenerator = Regenerator(target, "qwen", DecodeConfig(**({"max_new_tokens": 8, "slots": 4} | config)), 200)
+    regenerator = Regenerator(target, False, DecodeConfig(**({"max_new_tokens": 8, "slots": 4} | config)), 200)
     ended = [e for batch in regenerator.run(sources, regenerator.longest(sources)) for e in batch]
     return sorted(ended, key=lambda e: e.source.index), fake
 
@@ -88,7 +89,7 @@ def test_turns_are_answered_one_after_the_other(target: Target, monkeypatch: pyt
     (ended,), fake = scripted(target, monkeypatch, [conversation], {0: ["A", "B", "C"]})
     expected = [user("one"), assistant("A"), user("two"), assistant("B"), user("three"), assistant("C")]
     assert list(ended.messages) == expected and ended.finish_reason == "stop" and ended.tokens == 6
-    prompts = [tuple(encode_prompt(target.tokenizer, expected[:end], "qwen").tolist()) for end in (1, 3, 5)]
+    prompts = [tuple(encode_prompt(target.tokenizer, expected[:end]).tolist()) for end in (1, 3, 5)]
     assert fake.prompts[0] == prompts
 
 
@@ -134,7 +135,7 @@ def test_answers_do_not_depend_on_the_batch(target: Target, monkeypatch: pytest.
     whole = engine.admit
     monkeypatch.setattr(engine, "admit", admit)
     config = DecodeConfig(max_new_tokens=12, temperature=0.9, top_p=0.95, slots=4, buckets=(4,), rounds_per_dispatch=4)
-    regenerator = Regenerator(target, "qwen", config, 200)
+    regenerator = Regenerator(target, False, config, 200)
     sources = [Source(i, str(i), ((user("word " * (i % 5) + str(i)),),)) for i in range(10)]
     longest = regenerator.longest(sources)
 

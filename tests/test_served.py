@@ -132,7 +132,6 @@ def test_what_is_set_aside_and_why(server, tmp_path):
         "broken": (500, "no luck", {}),
         "empty": " \n",
         "null": None,
-        "marked": "so <|im_end|> it goes",
         "filtered": (200, completion("x", "content_filter"), {}),
         "thoughtful": (200, completion("x", reasoning_content="hm"), {}),
         "too long": (400, '{"error": "maximum context length is 8"}', {}),
@@ -142,11 +141,10 @@ def test_what_is_set_aside_and_why(server, tmp_path):
     assert list(finished) == ["0"]
     assert rejected["1"] == "turn 1: no answer in 3 attempts, the last: HTTP 500: no luck"
     assert rejected["2"] == rejected["3"] == "turn 1: the answer is empty."
-    assert rejected["4"] == "turn 1: the answer holds the marker '<|im_end|>' of the chat format."
-    assert rejected["5"] == "turn 1: the answer ended with 'content_filter'; stop or length was expected."
-    assert "reasoning apart from it; turn thinking off by --server-extra" in rejected["6"]
-    assert 'refused the request (HTTP 400: {"error": "maximum context length is 8"})' in rejected["7"]
-    assert [server.prompts().count(prompt) for prompt in answers] == [1, 3, 1, 1, 1, 1, 1, 1]
+    assert rejected["4"] == "turn 1: the answer ended with 'content_filter'; stop or length was expected."
+    assert "reasoning apart from it; turn thinking off by --server-extra" in rejected["5"]
+    assert 'refused the request (HTTP 400: {"error": "maximum context length is 8"})' in rejected["6"]
+    assert [server.prompts().count(prompt) for prompt in answers] == [1, 3, 1, 1, 1, 1, 1]
 
 
 def test_an_answer_cut_by_the_limit_ends_its_conversation_and_is_marked(server, tmp_path):

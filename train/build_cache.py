@@ -27,7 +27,7 @@ from tqdm import tqdm
 from dspark_jax.checkpoints.huggingface import load_target, read_hf_config, resolve_folder
 from dspark_jax.config.cli import parse, program
 from dspark_jax.config.schema import MeshSettings
-from dspark_jax.data.chat import Encoded, chat_format, load_tokenizer, tokenizer_hash
+from dspark_jax.data.chat import Encoded, load_tokenizer, template_id, tokenizer_hash
 from dspark_jax.data.codecs import STATES, encode_states
 from dspark_jax.data.pipeline import length_buckets
 from dspark_jax.data.target_cache import CacheSpec, CacheWriter, Sample, estimate_bytes, require_disk
@@ -86,8 +86,8 @@ class CacheSettings:
     """Of the target's weights and activations; None: as its config says."""
     mesh: MeshSettings = MeshSettings(data=1, fsdp=-1)
     """How the target is laid over the devices, where there are several; they share the rows of a batch."""
-    chat_format: str = "qwen"
-    """How the target's chat template marks the assistant's turns."""
+    thinking: bool = False
+    """Let the chat template open with thinking."""
     estimate: bool = False
     """Print the bytes of the cache and write nothing."""
 
@@ -97,7 +97,6 @@ class CacheSettings:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; at least {least} was expected.")
         if not self.conversations:
             raise UserError("No conversations were given; name at least one JSONL file after --conversations.")
-        chat_format(self.chat_format)
         self.layer_ids  # noqa: B018 - read once here, so that a wrong list is refused at the start
 
     @property
@@ -150,7 +149,7 @@ def make(settings: CacheSettings) -> None:
         layer_ids=settings.layer_ids,
         hidden_size=config.hidden_size,
         tokenizer_hash=tokenizer_hash(tokenizer),
-        chat_template=settings.chat_format,
+        chat_template=template_id(tokenizer, settings.thinking),
         max_length=settings.max_length,
         min_loss_tokens=settings.min_loss_tokens,
         num_sources=len(items),
@@ -250,7 +249,7 @@ def begin(settings: CacheSettings, writer: CacheWriter, new_settings: dict) -> N
 def encode_sources(settings: CacheSettings, tokenizer: Any, vocabulary: int) -> tuple[list[Item], str]:
     """Every conversation tokenised and masked, and the hash of them all; UserError naming file and line."""
     digest, items = hashlib.sha256(), list[Item]()
-    how = (settings.chat_format, settings.max_length, vocabulary)
+    how = (settings.thinking, settings.max_length, vocabulary)
     conversations = encode_files(settings.conversations, tokenizer, *how)
     for encoded in tqdm(conversations, desc="encoding", unit="conversation", leave=False, delay=2):
         digest.update(len(encoded.input_ids).to_bytes(8, "little"))

@@ -139,8 +139,8 @@ class DataSettings:
     epoch, which writes the cache, and the cache from then on."""
     conversations: str = ""
     """Conversations in JSONL, JSON or Parquet that an online or hybrid run reads."""
-    chat_format: str = "qwen"
-    """How the target's chat template marks the assistant's turns in them."""
+    thinking: bool = False
+    """Let the chat template open with thinking."""
     min_loss_tokens: int = 2
     """Those with fewer supervised tokens after the cut are dropped."""
     codec: Literal["bfloat16", "float32", "float8_e4m3", "int8"] = "bfloat16"

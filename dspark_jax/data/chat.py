@@ -1,114 +1,45 @@
-"""Conversations to token ids and a loss mask, as the DeepSpec reference parser does it.
+"""Conversations to token ids and loss masks, through the tokenizer's own chat template: one renderer for everything.
 
-The loss covers what the assistant says, its end-of-turn marker and the newline after it. Spans are found in the
-*rendered text*, then turned into token spans by tokenising the two prefixes: when a merge crosses a span's start (an
-answer that opens with newlines) the token span shifts, and a drafter trained on the reference's masks has seen exactly
-that shift.
+Decoding, regeneration, evaluation and training meet in one rule, whatever the template is (docs/algorithm.md, rule
+103): the prompt that decoding sends is, token for token, a prefix of the training row and carries no loss; what carries
+loss is what the target generates after it, its end marker included. Nothing is inserted into a conversation, and no
+marker is searched for in text: a template shows by what it renders how it closes an answer.
+
+Texts of people and models stay text: the name of a special token in a message becomes ordinary tokens.
 """
 
+import copy
 import hashlib
 import json
 import os
 import re
+import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dspark_jax.data.templates import render
 from dspark_jax.errors import UserError
 
 Message = Mapping[str, Any]
 """One turn: "role" and "content", plus whatever else the tokenizer's template reads (tool_calls, ...).
 
-A last answer that a length limit cut has "truncated": true: the template closes it like any other, but the target never
-said that it ends there, so its end-of-turn marker is not supervised.
+A last answer that a length limit cut has "truncated": true: the target never said that it ends there, so no end marker
+follows it.
 """
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
-@dataclass(frozen=True)
-class ChatFormat:
-    """How one family of chat templates marks an assistant turn.
-
-    Attributes:
-        assistant_header: text after which an assistant turn starts.
-        end_of_turn: marker that closes it, with its newline; part of the loss.
-        system_prompt: system message of training text whose data has none (None: insert nothing).
-        answer_prefix: put before an assistant's text where it is missing, and left out of the loss (Gemma's empty
-            thought, which its generation prompt ends with when thinking is off).
-    """
-
-    name: str
-    assistant_header: str
-    end_of_turn: str
-    system_prompt: str | None = None
-    answer_prefix: str = ""
-
-    def render(self, tokenizer: Any, messages: Sequence[Message]) -> str:
-        """The training text of a conversation, through the tokenizer's own template.
-
-        Raises:
-            UserError: no messages, a first turn that is not the user's, or a turn the template refuses.
-        """
-        _require_messages(messages)
-        system = [m for m in messages[:1] if m["role"] == "system"]
-        turns = messages[len(system) :]
-        if turns and turns[0]["role"] != "user":
-            raise UserError(
-                f"The conversation's first turn after the system message has the role {turns[0]['role']!r}, "
-                "expected 'user'; "
-                "drop the turns before the first user turn."
-            )
-        if not system and self.system_prompt is not None:
-            system = [{"role": "system", "content": self.system_prompt}]
-        return _apply_template(tokenizer, [*system, *map(self._with_prefix, turns)], add_generation_prompt=False)
-
-    def loss_spans(self, text: str) -> list[tuple[int, int]]:
-        """Character spans [start, end) of rendered `text` that carry the loss, in order.
-
-        A span runs from after the header (and the answer prefix) through the end-of-turn marker, or to the end of the
-        text where the marker is missing.
-        """
-        spans = []
-        for match in re.finditer(
-            f"{re.escape(self.assistant_header)}([\\s\\S]*?(?:{re.escape(self.end_of_turn)}|$))", text
-        ):
-            start, end = match.span(1)
-            if self.answer_prefix and text.startswith(self.answer_prefix, start):
-                start += len(self.answer_prefix)
-            spans.append((start, end))
-        return spans
-
-    def _with_prefix(self, message: Message) -> Message:
-        if (
-            not self.answer_prefix
-            or message["role"] != "assistant"
-            or message["content"].startswith(self.answer_prefix)
-        ):
-            return message
-        return {**message, "content": self.answer_prefix + message["content"]}
-
-
-CHAT_FORMATS: dict[str, ChatFormat] = {
-    form.name: form
-    for form in (
-        ChatFormat("qwen", "<|im_start|>assistant\n", "<|im_end|>\n", system_prompt="You are a helpful assistant."),
-        ChatFormat("gemma4", "<|turn>model\n", "<turn|>\n", answer_prefix="<|channel>thought\n<channel|>"),
-    )
-}
-
-
-def chat_format(name: str) -> ChatFormat:
-    """The registered format of that name; UserError names the known ones."""
-    if name not in CHAT_FORMATS:
-        raise UserError(f"Unknown chat format {name!r}; known are {', '.join(sorted(CHAT_FORMATS))}.")
-    return CHAT_FORMATS[name]
+_STAND_INS = range(0xE000, 0xF8FF)  # Unicode's private use: characters that no text means
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One tokenised conversation: `input_ids` int32 [T], `loss_mask` uint8 [T] (1: the token is to be predicted)."""
+    """One training row: `input_ids` int32 [T], `loss_mask` uint8 [T] (1: the token is to be predicted)."""
 
     input_ids: np.ndarray
     loss_mask: np.ndarray
@@ -119,71 +50,244 @@ class Encoded:
         return int(self.loss_mask.sum())
 
 
-def encode_conversation(
-    tokenizer: Any, messages: Sequence[Message], form: ChatFormat | str, max_length: int | None = None
-) -> Encoded:
-    """Tokenises a conversation and marks the assistant's tokens; cut at the end to `max_length` (None: not cut).
+def encode_prompt(tokenizer: Any, messages: Sequence[Message], thinking: bool = False) -> np.ndarray:
+    """Token ids of a prompt that ends where the assistant's answer begins.
 
-    A cut answer keeps its partial mask. Whether enough of it is left is the caller's decision (`Encoded.loss_tokens`).
-
-    Raises:
-        UserError: messages the template cannot render (see `ChatFormat.render`), a truncated answer that is not last.
-    """
-    form = chat_format(form) if isinstance(form, str) else form
-    text = form.render(tokenizer, messages)
-    spans = form.loss_spans(text)
-    if _ends_truncated(messages) and spans:
-        spans[-1] = (spans[-1][0], spans[-1][0] + len(text[slice(*spans[-1])].removesuffix(form.end_of_turn)))
-    input_ids = np.asarray(_tokenise(tokenizer, text)[:max_length], np.int32)
-    loss_mask = np.zeros(len(input_ids), np.uint8)
-    for start, end in spans:
-        # Not the tokenizer's offsets: see the module docstring.
-        first = len(_tokenise(tokenizer, text[:start]))
-        if first >= len(input_ids):
-            break
-        loss_mask[first : len(_tokenise(tokenizer, text[:end]))] = 1
-    return Encoded(input_ids, loss_mask)
-
-
-def encode_prompt(
-    tokenizer: Any, messages: Sequence[Message], form: ChatFormat | str = "qwen", enable_thinking: bool | None = False
-) -> np.ndarray:
-    """Token ids int32 [T] of a prompt that ends where the assistant's answer begins.
-
-    Messages are rendered as they are: no default system message (the reference's evaluator inserts none), no answer
-    prefix on earlier turns. `enable_thinking` goes to the template; None leaves it to the template's default.
-
-    Raises:
-        UserError: an unknown format, no messages, or messages the template refuses.
-    """
-    _ = chat_format(form) if isinstance(form, str) else form
-    _require_messages(messages)
-    kwargs = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-    text = _apply_template(tokenizer, messages, add_generation_prompt=True, **kwargs)
-    return np.asarray(_tokenise(tokenizer, text), np.int32)
-
-
-def collate_conversations(samples: Sequence[Encoded], min_loss_tokens: int) -> dict[str, np.ndarray] | None:
-    """Right-padded batch with zeros, or None when every sample has fewer than `min_loss_tokens` supervised tokens.
+    Args:
+        tokenizer: a Hugging Face tokenizer with a chat template.
+        messages: the turns so far, rendered as they are.
+        thinking: what the template's switch is set to, where it has one.
 
     Returns:
-        input_ids int32 [B, T], attention_mask uint8 [B, T], loss_mask uint8 [B, T]; T is the longest kept sample.
+        int32 [T].
+
+    Raises:
+        UserError: no messages, messages of another form, or ones that the template refuses.
     """
-    kept = [s for s in samples if s.loss_tokens >= min_loss_tokens]
-    if not kept:
-        return None
-    shape = (len(kept), max(len(s.input_ids) for s in kept))
-    batch: dict[str, np.ndarray] = {
-        "input_ids": np.zeros(shape, np.int32),
-        "attention_mask": np.zeros(shape, np.uint8),
-        "loss_mask": np.zeros(shape, np.uint8),
-    }
-    for row, sample in enumerate(kept):
-        length = len(sample.input_ids)
-        batch["input_ids"][row, :length] = sample.input_ids
-        batch["attention_mask"][row, :length] = 1
-        batch["loss_mask"][row, :length] = sample.loss_mask
-    return batch
+    check_messages(messages)
+    chat = _Chat(tokenizer, messages, thinking)
+    return np.asarray(chat.tokenise(chat.prompt(len(messages))), np.int32)
+
+
+def encode_conversation(
+    tokenizer: Any, messages: Sequence[Message], max_length: int | None = None, thinking: bool = False
+) -> tuple[Encoded, ...]:
+    """The training rows of a conversation: prompts as decoding sends them, each followed by its answer.
+
+    One row, as long as each prompt goes on from the row so far. Where a template shows an earlier answer otherwise than
+    it was generated (thoughts dropped, spaces trimmed, a merge across its start), the prompt after it begins a new row,
+    so that no answer is learnt after a context that decoding never has. Turns after the last answer are left out.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer with a chat template.
+        messages: the whole conversation.
+        max_length: tokens that a row is cut to, at its end; None: not cut. A cut answer keeps its part of the mask.
+        thinking: what the template's switch is set to, where it has one.
+
+    Returns:
+        One row or more; one without loss where no turn is the assistant's.
+
+    Raises:
+        UserError: messages of another form, a first turn that is not the user's, messages that the template refuses, a
+            truncated answer that is not last.
+    """
+    _check_conversation(messages)
+    chat = _Chat(tokenizer, messages, thinking)
+    answered = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answered:
+        ids = chat.tokenise(chat.prompt(len(messages)))
+        return (_row(ids, [0] * len(ids), max_length),)
+
+    rows: list[Encoded] = []
+    ids, mask = list[int](), list[int]()
+    for index in answered:
+        prompt, answer = chat.turn(index)
+        if prompt[: len(ids)] != ids:
+            rows.append(_row(ids, mask, max_length))
+            ids, mask = [], []
+        mask += [0] * (len(prompt) - len(ids)) + [1] * len(answer)
+        ids = prompt + answer
+    return (*rows, _row(ids, mask, max_length))
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """UserError unless there is a turn, and each has a known role and text as its content."""
+    if isinstance(messages, str | bytes) or not isinstance(messages, Sequence) or not messages:
+        raise UserError("The conversation has no turns, expected a list with at least one user turn.")
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise UserError(f"Turn {index} of the conversation is {message!r:.80}, expected an object with a role.")
+        if message["role"] not in ROLES:
+            raise UserError(
+                f"Turn {index} of the conversation has the role {message['role']!r:.40}, expected one of "
+                f"{', '.join(ROLES)}."
+            )
+        content = message.get("content")
+        if not isinstance(content, str):
+            raise UserError(
+                f"Turn {index} of the conversation has content {content!r:.80}, expected text; only text turns can be "
+                "used."
+            )
+        if any("\ud800" <= character <= "\udfff" for character in content):
+            raise UserError(
+                f"Turn {index} of the conversation holds half of a UTF-16 surrogate pair, which no tokenizer takes."
+            )
+
+
+def template_id(tokenizer: Any, thinking: bool = False) -> str:
+    """Identity of a template and its switch, recorded with what was made through it: a changed template is noticed."""
+    content = json.dumps(getattr(tokenizer, "chat_template", None), sort_keys=True)
+    return f"{hashlib.sha256(content.encode(errors='replace')).hexdigest()[:16]}{' thinking' if thinking else ''}"
+
+
+@dataclass(frozen=True)
+class _Chat:
+    """A conversation on its way through a template.
+
+    While a text passes the template, names of special tokens in its messages are replaced by `stand_ins`, single
+    characters that occur nowhere else. Special tokens in the rendered text are then those that the template wrote.
+    """
+
+    tokenizer: Any
+    messages: Sequence[Message]
+    thinking: bool
+    specials: Mapping[str, tuple[int, Any]] = field(init=False)
+    stand_ins: Mapping[str, str] = field(init=False)
+    probe: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        specials = {token.content: (number, token) for number, token in added.items() if token.special}
+        texts = "".join(message["content"] for message in self.messages)
+        named = [name for name in sorted(specials, key=len, reverse=True) if name in texts]
+        free = (chr(code) for code in _STAND_INS if chr(code) not in texts)
+        object.__setattr__(self, "specials", specials)
+        object.__setattr__(self, "stand_ins", {name: next(free) for name in named})
+        object.__setattr__(self, "probe", next(free))
+
+    def prompt(self, end: int) -> str:
+        """Text of the first `end` turns, up to where the next answer begins."""
+        return self._render(self._shielded[:end], add_generation_prompt=True)
+
+    def turn(self, index: int) -> tuple[list[int], list[int]]:
+        """Token ids of the prompt before answer `index`, and of what the target generates after it."""
+        text = self.prompt(index)
+        answer = self._answer(index, text)
+        prompt, whole = self.tokenise(text), self.tokenise(text + answer)
+        if whole[: len(prompt)] == prompt:
+            return prompt, whole[len(prompt) :]
+        # A merge crosses the border. The prompt was there before the answer, so it keeps its tokens.
+        return prompt, self.tokenise(answer)
+
+    def tokenise(self, text: str) -> list[int]:
+        """Token ids of a rendered text, the stand-ins in it replaced by what they stand for."""
+        if not self.stand_ins:
+            return list(self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"])
+        ids: list[int] = []
+        # Special tokens split a text before anything else does, so its parts can be tokenised one by one.
+        parts = re.split(self._special_names, text)
+        for at, part in enumerate(parts):
+            if at % 2:
+                ids.append(self.specials[part][0])
+                continue
+            if at and self.specials[parts[at - 1]][1].rstrip:
+                part = part.lstrip()
+            if at + 1 < len(parts) and self.specials[parts[at + 1]][1].lstrip:
+                part = part.rstrip()
+            for name, stand_in in self.stand_ins.items():
+                part = part.replace(stand_in, name)
+            ids += _plain_ids(self.tokenizer, part)
+        return ids
+
+    @cached_property
+    def _shielded(self) -> list[Message]:
+        if not self.stand_ins:
+            return list(self.messages)
+        return [{**message, "content": self._shield(message["content"])} for message in self.messages]
+
+    def _shield(self, text: str) -> str:
+        for name, stand_in in self.stand_ins.items():
+            text = text.replace(name, stand_in)
+        return text
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        turns = [{k: v for k, v in message.items() if k != "truncated"} for message in messages]
+        # Two names of one switch: Qwen, Gemma and GLM read the first, DeepSeek and Granite the second.
+        switches = {"enable_thinking": self.thinking, "thinking": self.thinking}
+        return render(self.tokenizer, turns, add_generation_prompt=add_generation_prompt, **switches)
+
+    def _answer(self, index: int, prompt: str) -> str:
+        """Text of answer `index` as the target generates it after `prompt`, its end marker included."""
+        message, before = self._shielded[index], self._shielded[:index]
+        probed = self._render([*before, {"role": "assistant", "content": self.probe}], add_generation_prompt=False)
+        at = probed.rfind(self.probe)
+        if at < 0:
+            raise UserError("The chat template leaves out what the assistant says, so it cannot be trained on.")
+        closing = probed[at + 1 :]
+        end = "" if message.get("truncated") else self._end_marker(closing)
+        lead = probed[len(prompt) : at] if probed.startswith(prompt) else ""
+
+        if lead.strip() or message.get("tool_calls") or (self.thinking and message.get("reasoning_content")):
+            # More than the content is generated, in the template's own notation.
+            whole = self._render([*before, message], add_generation_prompt=False)
+            if not whole.startswith(prompt) or not whole.endswith(closing):
+                raise UserError(
+                    f"Turn {index} of the conversation has tool calls or thoughts that the chat template does not "
+                    "write where the answer begins; leave the conversation out."
+                )
+            return whole[len(prompt) : len(whole) - len(closing)] + end
+
+        # Some templates put a space before each answer; an answer that was generated may have it already.
+        return message["content"] + end if message["content"].startswith(lead) else lead + message["content"] + end
+
+    def _end_marker(self, closing: str) -> str:
+        """The target stops at the first special token after an answer; the rest of a closing is the template's."""
+        first = re.search(self._special_names, closing) if self.specials else None
+        if first:
+            return closing[: first.end()]
+        return getattr(self.tokenizer, "eos_token", None) or ""
+
+    @cached_property
+    def _special_names(self) -> str:
+        return "(" + "|".join(map(re.escape, sorted(self.specials, key=len, reverse=True))) + ")"
+
+
+def _row(ids: Sequence[int], mask: Sequence[int], max_length: int | None) -> Encoded:
+    return Encoded(np.asarray(ids[:max_length], np.int32), np.asarray(mask[:max_length], np.uint8))
+
+
+def _check_conversation(messages: Sequence[Message]) -> None:
+    check_messages(messages)
+    first = next((m["role"] for m in messages if m["role"] not in ("system", "developer")), None)
+    if first != "user":
+        raise UserError(
+            f"The conversation's first turn after the system message has the role {first!r}, expected 'user'; "
+            "drop the turns before the first user turn."
+        )
+    early = [index for index, message in enumerate(messages[:-1]) if message.get("truncated")]
+    if early:
+        raise UserError(
+            f"Turn {early[0]} of the conversation is marked as truncated, but others follow; expected only the last "
+            "answer to be cut."
+        )
+
+
+_plain_backends: "weakref.WeakKeyDictionary[Any, Any]" = weakref.WeakKeyDictionary()
+
+
+def _plain_ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text in which no special token is meant."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"])
+    # A copy, since the switch is state of the backend, which other threads use.
+    if tokenizer not in _plain_backends:
+        plain = copy.deepcopy(backend)
+        plain.encode_special_tokens = True
+        plain.no_truncation()
+        plain.no_padding()
+        _plain_backends[tokenizer] = plain
+    return list(_plain_backends[tokenizer].encode(text, add_special_tokens=False).ids)
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
@@ -223,42 +327,3 @@ def tokenizer_hash(folder_or_tokenizer: Any) -> str:
         content.pop("truncation", None)  # state of the last call, not of the tokenizer
         content.pop("padding", None)
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _tokenise(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"])
-
-
-def _apply_template(tokenizer: Any, messages: Sequence[Message], **kwargs: Any) -> str:
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError(
-            f"The tokenizer {tokenizer.name_or_path} has no chat template; put a chat_template.jinja beside its "
-            "tokenizer.json."
-        )
-    try:
-        return tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, **kwargs)
-    except Exception as error:  # jinja's own errors, and the templates' raise_exception
-        roles = ", ".join(str(m["role"]) for m in messages)
-        raise UserError(f"The chat template refused a conversation with the roles {roles}: {error}") from error
-
-
-def _ends_truncated(messages: Sequence[Message]) -> bool:
-    early = [index for index, message in enumerate(messages[:-1]) if message.get("truncated")]
-    if early:
-        raise UserError(
-            f"Turn {early[0]} of the conversation is marked as truncated, but others follow; expected only the last "
-            "answer to be cut."
-        )
-    return bool(messages[-1].get("truncated"))
-
-
-def _require_messages(messages: Sequence[Message]) -> None:
-    if not messages:
-        raise UserError("The conversation has no turns, expected at least one user turn.")
-    for index, message in enumerate(messages):
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                raise UserError(
-                    f"Turn {index} of the conversation has {key} {message.get(key)!r}, expected text; only text "
-                    "turns can be used."
-                )

@@ -1,17 +1,42 @@
-"""Conversations from JSONL, JSON and Parquet files and from hub datasets, each row's place kept for messages."""
+"""Conversations from JSONL, JSON and Parquet files and from hub datasets: the one reader of everything that has turns.
 
-import json
+A row is {"messages": [...]} or {"conversations": [...]}, its turns with role/content or ShareGPT's from/value. Readers
+of prompts also take evaluation sets, {"turns": [...]}: the user's turns alone. Those are no training data, so the
+other readers refuse them.
+"""
+
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dspark_jax.data.jsonl import Conversation, parse_conversation, parse_line, read_lines
+from dspark_jax.data.chat import ROLES, Message
+from dspark_jax.data.jsonl import parse_line, read_lines
 from dspark_jax.errors import UserError
+from dspark_jax.readers import kind_of_value as kind
 
 Row = tuple[str, Any]
 """(where it stands, its value); the value is a UserError where the row could not be decoded."""
+
+Conversation = list[dict[str, Any]]
+"""Turns with "role" and "content" (and any further key of the source turn)."""
+
+Segments = tuple[tuple[Message, ...], ...]
+"""The turns before each answer, the answers left out: the user's, in the first one the system message too."""
+
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+}
 
 
 @dataclass(frozen=True)
@@ -22,12 +47,23 @@ class ConversationRecord:
         id: the row's "id" as text, or its 0-based position among the rows where it has none.
         where: file and line (or row), for messages.
         extra: the row's other fields (a domain, a source, ...).
+        user_only: an evaluation set's row, whose answers were never written down.
     """
 
     id: str
     messages: Conversation
     where: str
     extra: dict[str, Any] = field(default_factory=dict)
+    user_only: bool = False
+
+    def segments(self) -> Segments:
+        """What stands before each answer; UserError, naming the place, where no user turn does."""
+        if self.user_only:
+            return tuple((message,) for message in self.messages)
+        try:
+            return prompt_segments(self.messages)
+        except UserError as error:
+            raise UserError(f"{self.where}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -51,27 +87,75 @@ def read_conversations(path: str | os.PathLike[str]) -> Iterator[ConversationRec
         yield record
 
 
+def read_prompt_records(path: str | os.PathLike[str]) -> Iterator[ConversationRecord]:
+    """Yields the conversations of a file, evaluation sets among them; a row without an id is named after the file.
+
+    Raises:
+        UserError: as `read_conversations`, but ids may repeat.
+    """
+    for number, (where, value) in enumerate(file_rows(path), start=1):
+        if isinstance(value, UserError):
+            raise value
+        yield _record(value, where, f"{Path(path).stem}-{number}", evaluation_sets=True)
+
+
 def parse_rows(rows: Iterable[Row]) -> Iterator[ConversationRecord | BadRow]:
     """Every row as a conversation, or as what is wrong with it; all ids differ."""
     seen: set[str] = set()
     for position, (where, value) in enumerate(rows):
-        named = value.get("id") if isinstance(value, dict) else None
-        name = str(position) if named is None else str(named)
+        name = _id_of(value, str(position))
         repeated = name in seen
         try:
             if repeated:
                 raise UserError(f"{where}: the id {name!r} was used on an earlier line, expected every id once.")
             if isinstance(value, UserError):
                 raise value
-            messages = parse_conversation(value, where)
+            record: ConversationRecord | BadRow = _record(value, where, str(position), evaluation_sets=False)
         except UserError as error:
             name = f"{name}#{position}" if repeated else name
-            seen.add(name)
-            yield BadRow(name, where, str(error))
-            continue
+            record = BadRow(name, where, str(error))
         seen.add(name)
-        extra = {k: v for k, v in value.items() if k not in ("id", "messages", "conversations")}
-        yield ConversationRecord(name, messages, where, extra)
+        yield record
+
+
+def parse_conversation(record: Mapping[str, Any], where: str = "record") -> Conversation:
+    """Turns of {"messages": [...]} or {"conversations": [...]}, each turn with role/content or ShareGPT's from/value.
+
+    Raises:
+        UserError: neither field, or a turn of another form; the message starts with `where`.
+    """
+    if not isinstance(record, Mapping):
+        raise UserError(f"{where}: found {kind(record)}, expected an object with 'messages' or 'conversations'.")
+    key = next((k for k in ("messages", "conversations") if k in record), None)
+    if key is None:
+        found = ", ".join(f"{k!r:.40}" for k in list(record)[:8]) or "no fields"
+        raise UserError(f"{where}: found {found}, expected the field 'messages' or 'conversations'.")
+    turns = record[key]
+    if not isinstance(turns, list) or not turns:
+        raise UserError(f"{where}: {key!r} is {kind(turns)}, expected a list with at least one turn.")
+    return [_parse_turn(turn, f"{where}, turn {index}") for index, turn in enumerate(turns)]
+
+
+def prompt_segments(messages: Sequence[Message]) -> Segments:
+    """The turns before each answer, the answers themselves dropped.
+
+    Raises:
+        UserError: no user turn, or tool turns, whose place depends on the answers that are dropped.
+    """
+    segments: list[list[Message]] = [[]]
+    for message in messages:
+        if message["role"] == "tool" or message.get("tool_calls"):
+            raise UserError("it uses tools, whose calls depend on the answers that are generated anew.")
+        if message["role"] != "assistant":
+            segments[-1].append(message)
+        elif segments[-1]:
+            segments.append([])
+
+    if not segments[-1]:
+        segments.pop()
+    if not any(message["role"] == "user" for segment in segments for message in segment):
+        raise UserError("it has no user turn to answer.")
+    return tuple(map(tuple, segments))
 
 
 def file_rows(path: str | os.PathLike[str]) -> Iterator[Row]:
@@ -114,10 +198,12 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
 
 def _json_rows(path: Path) -> Iterator[Row]:
     try:
-        value = json.loads(path.read_bytes())
+        data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); give the path of a JSON file.") from error
-    except ValueError:
+    try:
+        value = parse_line(data, str(path))
+    except UserError:
         yield from _jsonl_rows(path)  # whose messages name the line
         return
     for number, row in enumerate(value if isinstance(value, list) else [value], start=1):
@@ -147,3 +233,47 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(v) for v in value]
     return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+def _record(value: Any, where: str, position: str, evaluation_sets: bool) -> ConversationRecord:
+    user_only = evaluation_sets and isinstance(value, Mapping) and "turns" in value
+    messages = _user_turns(value["turns"], where) if user_only else parse_conversation(value, where)
+    read = ("id", "turns") if user_only else ("id", "messages", "conversations")
+    extra = {k: v for k, v in value.items() if k not in read}
+    return ConversationRecord(_id_of(value, position), messages, where, extra, user_only)
+
+
+def _id_of(value: Any, position: str) -> str:
+    named = value.get("id") if isinstance(value, Mapping) else None
+    return position if named is None else str(named)
+
+
+def _user_turns(turns: Any, where: str) -> Conversation:
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn for turn in turns):
+        raise UserError(f"{where}: its turns are {turns!r:.60}; expected a list of texts.")
+    return [{"role": "user", "content": turn} for turn in turns]
+
+
+def _parse_turn(turn: Any, where: str) -> dict[str, Any]:
+    if not isinstance(turn, dict):
+        raise UserError(f"{where}: found {kind(turn)}, expected an object with 'role' and 'content'.")
+    if "role" in turn and "content" in turn:
+        role, content = turn["role"], turn["content"]
+        rest = {k: v for k, v in turn.items() if k not in ("role", "content")}
+    elif "from" in turn and "value" in turn:
+        role = _SHAREGPT_ROLES.get(turn["from"]) if isinstance(turn["from"], str) else None
+        if role is None:
+            known = ", ".join(_SHAREGPT_ROLES)
+            raise UserError(f"{where}: found 'from' {turn['from']!r:.60}, expected one of {known}.")
+        content, rest = turn["value"], {}
+    else:
+        found = ", ".join(list(turn)[:8])
+        raise UserError(f"{where}: found the fields {found:.200}, expected 'role' and 'content' or 'from' and 'value'.")
+
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise UserError(f"{where}: found role {kind(role)} and content {kind(content)}, expected text for both.")
+    if role not in ROLES:
+        raise UserError(f"{where}: found the role {role!r:.60}, expected one of {', '.join(ROLES)}.")
+    if isinstance(rest.get("tool_calls"), str):
+        rest["tool_calls"] = parse_line(rest["tool_calls"].encode(), f"{where}, 'tool_calls'")
+    return {"role": role, "content": content, **rest}

@@ -50,10 +50,10 @@ class CacheSpec:
         layer_ids: tapped layers, strictly increasing, in `layer_convention` (the order of the features' last axis).
         hidden_size: D.
         tokenizer_hash: `chat.tokenizer_hash` of the tokenizer that made the ids; None where not recorded.
-        chat_template: name of the `ChatFormat`.
+        chat_template: `chat.template_id` of the template that made the texts.
         max_length: samples were cut at their end to so many tokens.
         min_loss_tokens: samples with fewer supervised tokens after the cut were dropped.
-        num_sources: conversations the cache is built from, dropped ones included.
+        num_sources: training rows the cache is built from, dropped ones included.
         dtype: how features and last hidden states are stored, a name in `codecs.CODECS`.
         sources_sha256: hash of the conversations, so that a changed file is not continued; None where not recorded.
     """

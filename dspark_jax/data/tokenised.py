@@ -15,31 +15,37 @@ from dspark_jax.errors import UserError
 
 
 def encode_files(
-    files: Sequence[str | os.PathLike[str]], tokenizer: Any, chat_format: str, max_length: int, vocabulary: int
+    files: Sequence[str | os.PathLike[str]], tokenizer: Any, thinking: bool, max_length: int, vocabulary: int
 ) -> Iterator[Encoded]:
-    """Every conversation of the files, in order, cut to `max_length`; UserError naming file and line."""
+    """The training rows of every conversation of the files, in order, cut to `max_length`.
+
+    Raises:
+        UserError: a conversation that cannot be read or rendered, or that has ids outside the vocabulary; names its
+            file and line.
+    """
     for path in files:
         for record in read_conversations(path):
             try:
-                encoded = encode_conversation(tokenizer, record.messages, chat_format, max_length)
+                rows = encode_conversation(tokenizer, record.messages, max_length, thinking)
             except UserError as error:
                 raise UserError(f"{record.where}: {error}") from error
-            if len(encoded.input_ids) and encoded.input_ids.max() >= vocabulary:
-                raise UserError(
-                    f"{record.where}: token id {encoded.input_ids.max()} is outside the target's vocabulary of "
-                    f"{vocabulary}; the tokenizer is another model's."
-                )
-            yield encoded
+            for row in rows:
+                if len(row.input_ids) and row.input_ids.max() >= vocabulary:
+                    raise UserError(
+                        f"{record.where}: token id {row.input_ids.max()} is outside the target's vocabulary of "
+                        f"{vocabulary}; the tokenizer is another model's."
+                    )
+            yield from rows
 
 
 @dataclass(frozen=True)
 class Tokenised:
-    """A `TokenSource` of the conversations with enough supervised tokens, one after the other in two flat arrays.
+    """A `TokenSource` of the training rows with enough supervised tokens, one after the other in two flat arrays.
 
     Attributes:
         input_ids, loss_mask: int32 and uint8 [all tokens].
         starts: int64 [len(self) + 1]: where each begins, and the last ends.
-        sample_ids: int64 [len(self)], index among all conversations, those left out included.
+        sample_ids: int64 [len(self)], index among all training rows, those left out included.
         sha256: of all of it.
     """
 

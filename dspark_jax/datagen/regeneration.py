@@ -11,13 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from dspark_jax.data.chat import Message, encode_prompt
+from dspark_jax.data.conversations import Segments
 from dspark_jax.errors import UserError
 from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.requests import DecodeConfig, Generation, Request
 from dspark_jax.targets.target import Target
-
-Segments = tuple[tuple[Message, ...], ...]
-"""What stands before each answer: the user's turns, in the first one the system message too."""
 
 _TURN_SLACK = 16  # an answer's end-of-turn marker, and what its text may gain when it is tokenised again
 
@@ -85,33 +83,12 @@ class _Open:
     tokens: int = 0
 
 
-def prompt_segments(messages: Sequence[Message]) -> Segments:
-    """The turns before each answer, the answers themselves dropped.
-
-    Raises:
-        UserError: no user turn, or tool turns, whose place depends on the answers that are dropped.
-    """
-    segments: list[list[Message]] = [[]]
-    for message in messages:
-        if message["role"] == "tool" or message.get("tool_calls"):
-            raise UserError("it uses tools, whose calls depend on the answers that are generated anew.")
-        if message["role"] != "assistant":
-            segments[-1].append(message)
-        elif segments[-1]:
-            segments.append([])
-    if not segments[-1]:
-        segments.pop()
-    if not any(message["role"] == "user" for segment in segments for message in segment):
-        raise UserError("it has no user turn to answer.")
-    return tuple(map(tuple, segments))
-
-
 class Regenerator:
     """Answers conversations with `target` through one engine of `config.slots` slots."""
 
-    def __init__(self, target: Target, form: str, config: DecodeConfig, context: int):
+    def __init__(self, target: Target, thinking: bool, config: DecodeConfig, context: int):
         """`context` is the most positions that a conversation may take."""
-        self.target, self.form, self.config, self.context = target, form, config, context
+        self.target, self.thinking, self.config, self.context = target, thinking, config, context
         self._special = frozenset(target.tokenizer.all_special_ids)
 
     def sort_out(self, sources: Iterable[Source]) -> tuple[list[Source], list[Rejected]]:
@@ -173,7 +150,7 @@ class Regenerator:
 
     def _encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Token ids of a prompt; UserError when it leaves no room for an answer or the tokenizer isn't the target's."""
-        prompt = tuple(int(t) for t in encode_prompt(self.target.tokenizer, messages, self.form))
+        prompt = tuple(int(t) for t in encode_prompt(self.target.tokenizer, messages, self.thinking))
         new = self.config.max_new_tokens
         if len(prompt) + new > self.context:
             raise UserError(
@@ -189,7 +166,7 @@ class Regenerator:
         messages: list[Message] = []
         for segment in source.segments:
             messages += [*segment, {"role": "assistant", "content": ""}]
-        prompt = encode_prompt(self.target.tokenizer, messages[:-1], self.form)
+        prompt = encode_prompt(self.target.tokenizer, messages[:-1], self.thinking)
         return len(prompt) + turns * self.config.max_new_tokens + (turns - 1) * _TURN_SLACK
 
     def _submit(self, engine: Engine, conversation: _Open, longest: int) -> Rejected | None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from dspark_jax.data.chat import Message, chat_format
+from dspark_jax.data.chat import Message
 from dspark_jax.datagen.regeneration import Finished, Rejected, Source, answer_message
 from dspark_jax.datagen.settings import PrepareSettings
 from dspark_jax.errors import UserError
@@ -59,8 +59,6 @@ class ServedAnswers:
         if not address.startswith(("http://", "https://")):
             raise UserError(f"--server is {settings.server!r}; an address as in http://host:8000/v1 was expected.")
         self.url = address if address.endswith("/chat/completions") else f"{address}/chat/completions"
-        form = chat_format(settings.chat_format)
-        self._markers = (form.assistant_header.strip(), form.end_of_turn.strip())
         self._stopped = threading.Event()
 
     def sort_out(self, sources: Iterable[Source]) -> tuple[list[Source], list[Rejected]]:
@@ -178,9 +176,6 @@ class ServedAnswers:
     def _usable(self, answer: Answer) -> Answer:
         if not answer.text.strip("\ufffd \t\r\n"):
             raise UserError("the answer is empty.")
-        marker = next((m for m in self._markers if m in answer.text), None)
-        if marker is not None:
-            raise UserError(f"the answer holds the marker {marker!r} of the chat format.")
         return answer
 
 

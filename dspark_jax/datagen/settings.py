@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dspark_jax.config.schema import MeshSettings
-from dspark_jax.data.chat import chat_format
 from dspark_jax.errors import UserError
 from dspark_jax.serving.requests import DecodeConfig
 
@@ -72,8 +71,8 @@ class PrepareSettings:
     """Of the target's weights and activations; None: as its config says."""
     mesh: MeshSettings = MeshSettings(data=1, fsdp=-1)
     """How the target is laid over the devices, where there are several."""
-    chat_format: str = "qwen"
-    """How the target's chat template marks turns."""
+    thinking: bool = False
+    """Let the chat template open with thinking."""
 
     def __post_init__(self) -> None:
         if bool(self.target) == bool(self.server):
@@ -96,7 +95,6 @@ class PrepareSettings:
             raise UserError("Expected --server-timeout > 0 and --heldout in [0, 1).")
         if self.split == "heldout" and not (self.embedded_prompts or self.heldout):
             raise UserError("--split heldout needs --heldout, the part of the prompts that is held out.")
-        chat_format(self.chat_format)
         self.extra_fields  # noqa: B018 - read once here, so that bad JSON is refused at the start
 
     @property
@@ -128,7 +126,7 @@ class PrepareSettings:
 
     def recorded(self) -> dict[str, Any]:
         """The options that decide what is written: kept beside the output, and compared when it is continued."""
-        common = ("temperature", "top_p", "top_k", "max_new_tokens", "seed", "chat_format", "dedup")
+        common = ("temperature", "top_p", "top_k", "max_new_tokens", "seed", "thinking", "dedup")
         here = ("max_context", "slots", "dtype")
         served = ("server_model", "server_extra")
         return {name: getattr(self, name) for name in common + (served if self.server else here)}

@@ -6,9 +6,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from dspark_jax.data.chat import Message
-from dspark_jax.data.conversations import BadRow, ConversationRecord, Row, file_rows, hub_rows, parse_rows
+from dspark_jax.data.conversations import (
+    BadRow,
+    ConversationRecord,
+    Row,
+    Segments,
+    file_rows,
+    hub_rows,
+    parse_rows,
+    prompt_segments,
+)
 from dspark_jax.datagen import corpora
-from dspark_jax.datagen.regeneration import Rejected, Segments, Source, prompt_segments
+from dspark_jax.datagen.regeneration import Rejected, Source
 from dspark_jax.datagen.settings import PrepareSettings
 from dspark_jax.errors import UserError
 

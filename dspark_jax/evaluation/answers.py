@@ -6,32 +6,21 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dspark_jax.data.chat import encode_prompt
+from dspark_jax.data.chat import Message
 from dspark_jax.decoding.state import RoundRecord
 from dspark_jax.errors import UserError
-from dspark_jax.evaluation.datasets import Sample
+from dspark_jax.evaluation.datasets import Dialogue
 from dspark_jax.serving.engine import Engine
+from dspark_jax.serving.prompts import encode
 from dspark_jax.serving.requests import Generation, Request
 from dspark_jax.targets.target import Target
 
-TURNS_APART = 64  # seeds between two samples: more than any conversation has turns
 TURN_SLACK = 16  # tokens: what an answer may gain when it is tokenised again with its markers
 
 
 @dataclass(frozen=True)
-class ChatStyle:
-    """How conversations become prompts."""
-
-    form: str = "qwen"
-    thinking: bool = False
-
-    def encode(self, target: Target, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
-        return tuple(int(t) for t in encode_prompt(target.tokenizer, messages, self.form, self.thinking))
-
-
-@dataclass(frozen=True)
 class Answered:
-    """One pass over a set. `generations` by (sample index, turn); `cut`: conversations, by sample index, that ended
+    """One pass over a set. `generations` by (dialogue, turn); `cut`: dialogues that ended
     before their last turn or never began, because the next prompt did not fit."""
 
     generations: dict[tuple[int, int], Generation]
@@ -71,49 +60,56 @@ class Proposals:
         return logits, (k < accepted).astype(np.float64), k < lengths
 
 
-def first_messages(sample: Sample) -> list[dict[str, str]]:
-    system = [{"role": "system", "content": sample.system}] if sample.system else []
-    return [*system, {"role": "user", "content": sample.turns[0]}]
-
-
-def reach(target: Target, style: ChatStyle, sample: Sample, new: int) -> int:
+def reach(target: Target, dialogue: Dialogue, new: int, thinking: bool = False) -> int:
     """Positions that a conversation may take at most, with answers of `new` tokens."""
-    messages: list[dict[str, str]] = []
-    for turn in sample.turns:
-        messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": ""}]
-    system = first_messages(sample)[:-1]
-    count = len(style.encode(target, [*system, *messages[:-1]]))
-    return count + len(sample.turns) * new + (len(sample.turns) - 1) * TURN_SLACK
+    messages: list[Message] = []
+    for segment in dialogue.segments:
+        messages += [*segment, {"role": "assistant", "content": ""}]
+    turns = len(dialogue.segments)
+    return len(encode(target, messages[:-1], thinking)) + turns * new + (turns - 1) * TURN_SLACK
 
 
-def answer(engine: Engine, style: ChatStyle, samples: Sequence[Sample], seed: int) -> Answered:
-    """Answers every turn of every sample. A turn's random numbers come from (seed, sample, turn) alone."""
-    target = engine.target
-    messages = {sample.index: first_messages(sample) for sample in samples}
-    prompts = {index: style.encode(target, said) for index, said in messages.items()}
-    by_index = {sample.index: sample for sample in samples}
+def answer(engine: Engine, dialogues: Sequence[Dialogue], seed: int, thinking: bool = False) -> Answered:
+    """Answers every turn of every dialogue, each answer fed back before the next turn.
+
+    Args:
+        engine: an idle one.
+        dialogues: with indices that differ.
+        seed: a turn's random numbers come from (seed, dialogue, turn) alone.
+        thinking: what the chat template's switch is set to.
+    """
+    messages: dict[int, list[Message]] = {dialogue.index: [] for dialogue in dialogues}
+    by_index = {dialogue.index: dialogue for dialogue in dialogues}
+    asked: list[tuple[int, int]] = []  # (dialogue, turn) of every request; its place is the engine's index
     made: dict[tuple[int, int], Generation] = {}
     cut: list[int] = []
-    started = time.perf_counter()
 
-    def ask(index: int, turn: int, prompt: tuple[int, ...]) -> None:
+    def ask(index: int, turn: int) -> None:
+        messages[index] += by_index[index].segments[turn]
+        prompt = encode(engine.target, messages[index], thinking)
         try:
-            engine.submit(index * TURNS_APART + turn, Request(prompt, seed=seed + index * TURNS_APART + turn))
+            engine.submit(len(asked), Request(prompt, seed=turn_seed(seed, index, turn)))
         except UserError:
             cut.append(index)
+        else:
+            asked.append((index, turn))
 
-    for sample in samples:
-        ask(sample.index, 0, prompts[sample.index])
+    started = time.perf_counter()
+    for dialogue in dialogues:
+        ask(dialogue.index, 0)
     while not engine.idle:
         for progress in engine.step():
             if progress.generation is None:
                 continue
-            index, turn = divmod(progress.index, TURNS_APART)
+            index, turn = asked[progress.index]
             made[index, turn] = progress.generation
-            if turn + 1 < len(by_index[index].turns):
-                messages[index] += [
-                    {"role": "assistant", "content": progress.generation.text},
-                    {"role": "user", "content": by_index[index].turns[turn + 1]},
-                ]
-                ask(index, turn + 1, style.encode(target, messages[index]))
+            messages[index].append({"role": "assistant", "content": progress.generation.text})
+            if turn + 1 < len(by_index[index].segments):
+                ask(index, turn + 1)
     return Answered(made, tuple(cut), time.perf_counter() - started)
+
+
+def turn_seed(seed: int, index: int, turn: int) -> int:
+    """A seed of 32 bits for one turn: neighbouring dialogues and turns share no random numbers, however many."""
+    words = (seed % 2**32, seed // 2**32 % 2**32, index, turn)
+    return int(np.random.SeedSequence(words).generate_state(1)[0])

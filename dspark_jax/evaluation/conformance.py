@@ -62,11 +62,13 @@ DECLARED = Reading()
 
 
 class Sequences(NamedTuple):
-    """Right-padded conversations; the supervised span of row s is first[s] .. last[s], followed by a token at least."""
+    """Right-padded conversations. Row s has its answer at first[s] .. last[s], the end marker included, and after[s] is
+    the first position that no trainer supervises: past the whitespace that closes a turn."""
 
     tokens: Int[np.ndarray, "s t"]
     first: Int[np.ndarray, " s"]
     last: Int[np.ndarray, " s"]
+    after: Int[np.ndarray, " s"]
 
 
 def readings(drafter: Drafter) -> list[Reading]:
@@ -236,7 +238,7 @@ def _comparison(reading: Reading, values: np.ndarray, declared: np.ndarray) -> C
 @dataclass(frozen=True)
 class Edges:
     """Acceptance at the end of the answers: of the last supervised token but one, of the last, and of the first token
-    after them, which a drafter has learnt only if its loss mask was read one position early."""
+    after the turn, which a drafter has learnt only if its loss mask was read one position early."""
 
     before: float
     last: float
@@ -260,10 +262,11 @@ def edge_anchors(sequences: Sequences, block: int) -> Int[np.ndarray, "s k"]:
 def edges(sequences: Sequences, anchors: Int[np.ndarray, "s k"], acceptance: Float[np.ndarray, "s k j"]) -> Edges:
     """From the acceptance of all labels at `edge_anchors`."""
 
-    def of(offset: int) -> float:
-        label = np.asarray(sequences.last)[:, None] + offset - anchors - 1  # column of last + offset
+    def of(positions: Int[np.ndarray, " s"]) -> float:
+        label = positions[:, None] - anchors - 1  # the column of that position
         inside = (label >= 0) & (label < acceptance.shape[2])
         picked = np.take_along_axis(acceptance, np.clip(label, 0, acceptance.shape[2] - 1)[..., None], axis=2)[..., 0]
         return float(np.nanmean(np.where(inside, picked, np.nan)))
 
-    return Edges(of(-1), of(0), of(1))
+    last = np.asarray(sequences.last)
+    return Edges(of(last - 1), of(last), of(np.asarray(sequences.after)))

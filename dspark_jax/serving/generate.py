@@ -25,7 +25,7 @@ def stream(
     longest = 1
     for index, request in enumerate(requests):
         new = config.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
-        longest = max(longest, len(tokenize_prompt(target, request.prompt, f"Request {index}")) + new)
+        longest = max(longest, len(tokenize_prompt(target, request.prompt, f"Request {index}", request.thinking)) + new)
     if config.buckets is None and isinstance(config.policy, Fixed):
         # Every request always verifies one length: a bucket that no round can need would only cost compile time.
         caps = {config.verify_length if r.verify_length is None else r.verify_length for r in requests}

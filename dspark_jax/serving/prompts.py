@@ -1,13 +1,11 @@
 """Prompts to decode: from conversation files, from evaluation sets ({"turns": [...]})."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from dspark_jax.data.chat import encode_prompt
-from dspark_jax.data.jsonl import parse_conversation, read_jsonl
+from dspark_jax.data.chat import Message, encode_prompt
+from dspark_jax.data.conversations import read_prompt_records
 from dspark_jax.errors import UserError
 from dspark_jax.targets.target import Target
 
@@ -21,39 +19,37 @@ class Prompt:
     tokens: tuple[int, ...]
 
 
-def read_prompts(target: Target, files: Sequence[Path], form: str = "qwen", limit: int | None = None) -> list[Prompt]:
-    """The first `limit` prompts of every domain of JSONL files: conversations (their turns up to the first answer) or
-    evaluation sets (their first turn). A line's domain is its `domain` field, else the file's name."""
+def read_prompts(
+    target: Target, files: Sequence[Path], limit: int | None = None, thinking: bool = False
+) -> list[Prompt]:
+    """The prompts of conversations (their turns up to the first answer) and of evaluation sets (their first turn).
+
+    Args:
+        target: its tokenizer encodes them.
+        files: JSONL, JSON or Parquet.
+        limit: prompts taken of each domain, a row's `domain` field or else its file's name; None: all.
+        thinking: what the chat template's switch is set to.
+
+    Raises:
+        UserError: a file that cannot be read, a row of another form, no prompt at all, a target without a tokenizer.
+    """
     prompts: list[Prompt] = []
     taken: dict[str, int] = {}
     for file in files:
-        for number, row in read_jsonl(file):
-            domain = str(row.get("domain", file.stem)) if isinstance(row, dict) else file.stem
+        for record in read_prompt_records(file):
+            domain = str(record.extra.get("domain", Path(file).stem))
             if limit is not None and taken.get(domain, 0) >= limit:
                 continue
             taken[domain] = taken.get(domain, 0) + 1
-            messages = prompt_messages(row, f"{file} line {number}")
-            name = str(row.get("id", f"{file.stem}-{number}"))
-            prompts.append(Prompt(name, domain, encode(target, messages, form)))
+            prompts.append(Prompt(record.id, domain, encode(target, record.segments()[0], thinking)))
     if not prompts:
         named = ", ".join(map(str, files)) or "No file"
         raise UserError(f"{named} holds no prompt; give JSONL with messages or turns.")
     return prompts
 
 
-def encode(target: Target, messages: list[dict[str, str]], form: str) -> tuple[int, ...]:
+def encode(target: Target, messages: Sequence[Message], thinking: bool = False) -> tuple[int, ...]:
+    """Token ids of a prompt that ends where the answer begins; UserError where the target has no tokenizer."""
     if target.tokenizer is None:
         raise UserError(f"{target.name} has no tokenizer files, so it can't read prompts; add tokenizer.json.")
-    return tuple(int(token) for token in encode_prompt(target.tokenizer, messages, form))
-
-
-def prompt_messages(row: Any, where: str) -> list[dict[str, str]]:
-    """The turns before the first answer of a line of JSONL; `where` names the line in the UserError of a bad one."""
-    if isinstance(row, dict) and "turns" in row:
-        turns = row["turns"]
-        if not isinstance(turns, list) or not turns or not isinstance(turns[0], str):
-            raise UserError(f"{where}: turns is {json.dumps(turns)[:60]}; expected a list of texts.")
-        return [{"role": "user", "content": turns[0]}]
-    messages = list(parse_conversation(row, where))
-    answers = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
-    return messages[: answers[0]] if answers else messages
+    return tuple(encode_prompt(target.tokenizer, messages, thinking).tolist())

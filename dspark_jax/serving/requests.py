@@ -3,10 +3,11 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
+from dspark_jax.data.chat import encode_prompt
 from dspark_jax.errors import UserError
 from dspark_jax.scheduling.policies import Fixed, VerifyPolicy
 from dspark_jax.targets.target import Target
@@ -55,6 +56,7 @@ class Request:
     seed: int | None = None
     stop_tokens: tuple[int, ...] | None = None
     verify_length: int | None = None
+    thinking: bool = False  # the chat template opens with thinking, where it can
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def make_job(target: Target, config: DecodeConfig, index: int, request: Request)
         raise UserError(f"Request {index} is a {type(request).__name__}; wrap its prompt in a Request.")
     overrides = {name: getattr(request, name) for name in _OVERRIDES if getattr(request, name) is not None}
     settings = replace(config, **overrides)
-    prompt = tokenize_prompt(target, request.prompt, f"Request {index}")
+    prompt = tokenize_prompt(target, request.prompt, f"Request {index}", request.thinking)
     _check_types(settings, request.seed, index)
     check_request(target, prompt, settings, index)
     stops = target.stop_tokens if settings.stop_tokens is None else settings.stop_tokens
@@ -140,7 +142,7 @@ def make_job(target: Target, config: DecodeConfig, index: int, request: Request)
     return Job(index, prompt, replace(settings, stop_tokens=tuple(stops)), words)
 
 
-def tokenize_prompt(target: Target, prompt: Prompt, who: str = "A prompt") -> tuple[int, ...]:
+def tokenize_prompt(target: Target, prompt: Prompt, who: str = "A prompt", thinking: bool = False) -> tuple[int, ...]:
     """Token ids of a prompt: ids as they are, text as it is, chat messages through the tokenizer's template."""
     if not isinstance(prompt, str):
         if not isinstance(prompt, Sequence | np.ndarray):
@@ -155,7 +157,7 @@ def tokenize_prompt(target: Target, prompt: Prompt, who: str = "A prompt") -> tu
     if target.tokenizer is None:
         raise UserError(f"{target.name} has no tokenizer files; give prompts as token ids, or add tokenizer.json.")
     if not isinstance(prompt, str):
-        prompt = target.tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+        return tuple(encode_prompt(target.tokenizer, cast(Sequence[Mapping[str, Any]], prompt), thinking).tolist())
     return tuple(target.tokenizer(prompt, add_special_tokens=False)["input_ids"])
 
 

@@ -9,7 +9,7 @@ import xxhash
 
 from dspark_jax.checkpoints.huggingface import resolve_folder
 from dspark_jax.config.schema import TrainConfig
-from dspark_jax.data.chat import tokenizer_hash
+from dspark_jax.data.chat import template_id, tokenizer_hash
 from dspark_jax.data.codecs import STATES
 from dspark_jax.data.manifest import require_disk
 from dspark_jax.data.pipeline import Batches
@@ -35,7 +35,7 @@ def open_conversations(config: TrainConfig, target: Target) -> Tokenised:
     if target.tokenizer is None:
         raise UserError(f"{target.name} has no tokenizer files to read conversations with; add tokenizer.json.")
     files = [data.conversations]
-    encoded = encode_files(files, target.tokenizer, data.chat_format, data.max_length, target.config.vocab_size)
+    encoded = encode_files(files, target.tokenizer, data.thinking, data.max_length, target.config.vocab_size)
     found = Tokenised.of(encoded, data.min_loss_tokens)
     if not len(found):
         raise UserError(
@@ -83,7 +83,7 @@ class FirstEpoch:
             layer_ids=tuple(config.drafter.target_layer_ids),
             hidden_size=target.config.hidden_size,
             tokenizer_hash=tokenizer_hash(target.tokenizer),
-            chat_template=data.chat_format,
+            chat_template=template_id(target.tokenizer, data.thinking),
             max_length=data.max_length,
             min_loss_tokens=data.min_loss_tokens,
             num_sources=len(self.order),

@@ -8,7 +8,7 @@ from typing import Any
 
 from dspark_jax.checkpoints.manifest import Provenance
 from dspark_jax.config.schema import TrainConfig
-from dspark_jax.data.chat import tokenizer_hash
+from dspark_jax.data.chat import template_id, tokenizer_hash
 from dspark_jax.data.pipeline import open_cache
 from dspark_jax.data.records import CacheSpec
 from dspark_jax.data.tokenised import Tokenised
@@ -32,7 +32,7 @@ def provenance_of(plan: RunPlan) -> Provenance:
     about = {
         "target_name": config.target,
         "tokenizer_hash": tokenizer_hash(plan.target.tokenizer),
-        "chat_template": data.chat_format,
+        "chat_template": template_id(plan.target.tokenizer, data.thinking),
         "max_length": data.max_length,
         "min_loss_tokens": data.min_loss_tokens,
         "num_sources": len(source),

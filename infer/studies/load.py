@@ -102,7 +102,8 @@ class LoadSettings:
     """Prompts taken of each domain; 0: all."""
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] | None = None
-    chat_format: str = "qwen"
+    thinking: bool = False
+    """Let the chat template open with thinking."""
 
 
 @program
@@ -143,7 +144,7 @@ def measured(settings: LoadSettings) -> dict[str, Any]:
         target,
         load_drafter(settings.drafter, target, dtype=settings.dtype),
         load_drafter(settings.mtp, target, dtype=settings.dtype) if settings.mtp else None,
-        read_prompts(target, settings.prompts, settings.chat_format, settings.limit or None),
+        read_prompts(target, settings.prompts, settings.limit or None, settings.thinking),
     )
     metrics: dict[str, Any] = {"closed": {}, "poisson": {}}
     compared: dict[str, Any] = {}
