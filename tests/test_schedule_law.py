@@ -315,6 +315,7 @@ POLICIES: dict[str, Any] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("requests", [1, 2])
 @pytest.mark.parametrize("name", POLICIES)
 def test_two_rounds_follow_the_targets_law(name: str, requests: int, record_property: Any) -> None:
