@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 
+import dspark_jax.datagen.client as client
 import dspark_jax.datagen.server as served
+from dspark_jax.datagen.client import ChatClient, UnansweredError, read_answer
+from dspark_jax.errors import UserError
 from train import prepare_data
 
 Script = Callable[[str, int], Any]
@@ -58,6 +61,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body.encode())
+
+    def drip(self, start: str, part: bytes, seconds: float) -> None:
+        """Sends `start`, then `part` again and again, with a pause, until the other side hangs up."""
+        self.close_connection = True
+        try:
+            self.wfile.write(start.encode())
+            while True:
+                self.wfile.write(part)
+                time.sleep(seconds)
+        except OSError:
+            return
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -207,4 +221,142 @@ def test_no_server_and_other_settings(server, tmp_path, capsys):
     (tmp_path / "new").mkdir()
     with pytest.raises(SystemExit):
         prepare(server, tmp_path / "new", [["a"]])
-    assert "Connection refused" in capsys.readouterr().err
+    assert "All connection attempts failed" in capsys.readouterr().err
+
+
+def refused(server: Server, folder: Path, rows: list[list[str]], capsys: pytest.CaptureFixture[str], *more: str) -> str:
+    """The sentence of a run that must end with one; it has set nothing aside."""
+    with pytest.raises(SystemExit) as stop:
+        prepare(server, folder, rows, *more)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in said
+    assert (folder / "out.rejected.jsonl").read_text() == "" and (folder / "out.jsonl").read_text() == ""
+    return said.splitlines()[-1]
+
+
+def test_a_redirect_takes_neither_prompts_nor_key_elsewhere(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    with Server() as other:
+        server.script = lambda prompt, attempt: (307, "", {"Location": other.url + "/chat/completions"})
+        said = refused(server, tmp_path, [["a"], ["b"]], capsys)
+        assert f"redirects to '{other.url}/chat/completions' (HTTP 307), which is not followed" in said
+        assert other.asked == [] and len(server.asked) <= 2
+        other.shutdown()
+
+
+def test_a_server_that_refuses_all_alike_ends_the_run(server, tmp_path, capsys):
+    server.script = lambda prompt, attempt: (400, f"no {prompt}", {})
+    rows = [[str(i)] for i in range(60)]
+    said = refused(server, tmp_path, rows, capsys, "--server-concurrency", "4")
+    assert "answered none of the first 1" in said and "all refused alike" in said and "HTTP 400" in said
+    assert len(server.asked) < 30
+    server.script = lambda prompt, attempt: "ok" if prompt == "7" else (400, f"no {prompt}", {})
+    finished, rejected = prepare(server, tmp_path, rows, "--server-concurrency", "4")
+    assert list(finished) == ["7"] and len(rejected) == 59
+
+
+def test_a_few_conversations_refused_alike_end_the_run_too(server, tmp_path, capsys):
+    server.script = lambda prompt, attempt: (200, completion("x", reasoning_content="hm"), {})
+    assert "none of the first 3" in refused(server, tmp_path, [["a"], ["b"], ["c"]], capsys)
+
+
+DRIPS = {
+    "slow body": ("HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n", b" ", 0.05),
+    "slow headers": ("HTTP/1.1 200 OK\r\nX-Long: ", b"x", 0.05),
+    "slow refusal": ("HTTP/1.1 400 Bad\r\n\r\n", b" ", 0.05),
+    "endless body": ("HTTP/1.1 200 OK\r\n\r\n", b" " * 65536, 0.0),
+    "endless headers": ("HTTP/1.1 200 OK\r\nX-Long: ", b"x" * 65536, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", DRIPS)
+def test_replies_that_never_end_are_bounded(name, server, monkeypatch):
+    monkeypatch.setattr(client, "MOST_BYTES", 1 << 20)
+    server.script = lambda prompt, attempt: lambda handler: handler.drip(*DRIPS[name])
+    asked = ChatClient(server.url, seconds=0.5)
+    began = time.monotonic()
+    with pytest.raises((UnansweredError, UserError), match="within 0.5 seconds|longer than 1 MiB|no connection"):
+        asked.ask(b'{"messages": [{"content": "a"}]}')
+    assert time.monotonic() - began < 5
+    asked.close()
+    asked.close()
+    with pytest.raises(UnansweredError, match="stopped"):
+        asked.ask(b"{}")
+
+
+def test_closing_ends_what_is_under_way(server):
+    server.script = lambda prompt, attempt: lambda handler: handler.drip("HTTP/1.1 200 OK\r\n\r\n", b" ", 0.05)
+    asked, outcome = ChatClient(server.url, seconds=60), []
+
+    def ask() -> None:
+        try:
+            asked.ask(b'{"messages": [{"content": "a"}]}')
+        except UnansweredError as error:
+            outcome.append(str(error))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    while not server.asked:
+        time.sleep(0.01)
+    asked.close()
+    thread.join(5)
+    assert outcome == ["the run was stopped."]
+
+
+ODD = {
+    b'{"choices": ' + b"[" * 100_000: "no chat completion",
+    b'{"choices": [' + b"1" * 9000 + b"]}": "no chat completion",
+    b"\xff\xfe{": "no chat completion",
+    b'{"choices": {"0": 1}}': "no chat completion",
+    b'{"choices": [{"message": "x", "finish_reason": "stop"}]}': "no chat completion",
+    b"[]": "no chat completion",
+    completion("\ud800").encode(): "no chat completion",
+    completion("x", "stop").replace("3", '"many"').encode(): "completion_tokens are 'many'",
+    completion("x", "stop").replace("3", "-1").encode(): "completion_tokens are -1",
+    completion("x", "stop").replace("3", "1e3").encode(): "completion_tokens are 1000.0",
+    completion("x", "stop").replace("3", "true").encode(): "completion_tokens are True",
+    completion("x", "stop").replace('{"completion_tokens": 3}', "7").encode(): "no chat completion",
+    completion(["x"]).encode(): "the answer is a list",
+    completion("x", ["stop"]).encode(): "the answer ended with",
+    completion("").encode(): "the answer is empty",
+}
+
+
+@pytest.mark.parametrize("reply", ODD, ids=lambda reply: reply[:20].decode(errors="replace"))
+def test_odd_replies_are_sentences(reply):
+    with pytest.raises((UnansweredError, UserError), match=ODD[reply]) as caught:
+        read_answer(reply)
+    assert len(str(caught.value)) < 400 and str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("named", ["²", "-1", "1e9", "soon", "99999999999", ""])
+def test_odd_pauses_are_not_waited_for(named, server):
+    server.script = lambda prompt, attempt: (429, "\ud800".encode(errors="replace").decode(), {"Retry-After": named})
+    asked = ChatClient(server.url, seconds=5)
+    with pytest.raises(UnansweredError, match="HTTP 429") as caught:
+        asked.ask(b'{"messages": [{"content": "a"}]}')
+    assert caught.value.pause is None
+    asked.close()
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "ftp://host/v1",
+        "http://",
+        "host:8000",
+        "http://[",
+        "http://a:b@host/v1",
+        "http://host/v1?key=1",
+        "http://host:99999999/",
+    ],
+)
+def test_addresses_that_no_request_can_be_sent_to(address):
+    with pytest.raises(UserError, match="--server is .* an address as in"):
+        ChatClient(address, 1.0)
+
+
+def test_a_key_that_no_header_can_carry(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "ключ")
+    with pytest.raises(UserError, match="OPENAI_API_KEY holds characters"):
+        ChatClient("http://127.0.0.1:1/v1", 1.0)

@@ -1,47 +1,29 @@
-"""Answers from an OpenAI-compatible server of the target, many conversations at once.
+"""Conversations answered by an OpenAI-compatible server of the target, many at once.
 
-What the server gives depends on its batching, so unlike `Regenerator` a run that was killed does not end with the bytes
-it would have had; every conversation is asked for once all the same, and finished ones are never asked for again.
+A server's answers depend on its batching, so unlike `Regenerator` a run that was killed does not end with the bytes it
+would have had; every conversation is asked for once all the same, and finished ones are never asked for again.
 """
 
-import http.client
 import json
-import os
 import random
+import re
 import threading
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from dspark_jax.data.chat import Message
+from dspark_jax.datagen.client import Answer, ChatClient, ServerError, UnansweredError
 from dspark_jax.datagen.regeneration import Finished, Rejected, Source, answer_message
 from dspark_jax.datagen.settings import PrepareSettings
 from dspark_jax.errors import UserError
+from dspark_jax.evaluation.answers import turn_seed
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
-"""Seconds between attempts: doubled each time, or what the server asks for."""
-RETRIED = frozenset({408, 409, 425, 429, *range(500, 600)})
-WRONG_SERVER = {401: "wants another key (OPENAI_API_KEY)", 403: "denies access", 404: "has no such address or model"}
-
-
-@dataclass(frozen=True)
-class Answer:
-    text: str
-    finish_reason: str
-    tokens: int
-
-
-class _Unanswered(Exception):
-    """An attempt that may succeed when it is repeated, after `pause` seconds where the server named them."""
-
-    def __init__(self, reason: str, pause: float | None = None):
-        super().__init__(reason)
-        self.pause = pause
+"""Seconds between attempts: doubled each time, or as many as the server asks for."""
+FIRST_ALIKE = 16
+"""When so many conversations end first, none is answered, and all are refused alike, the fault is not theirs."""
 
 
 class _GaveUp(Exception):
@@ -51,47 +33,40 @@ class _GaveUp(Exception):
 
 
 class ServedAnswers:
-    """Answers conversations turn by turn through `POST {server}/chat/completions`."""
+    """Answers conversations turn by turn through a `ChatClient`."""
 
     def __init__(self, settings: PrepareSettings):
         self.settings = settings
-        address = settings.server.rstrip("/")
-        if not address.startswith(("http://", "https://")):
-            raise UserError(f"--server is {settings.server!r}; an address as in http://host:8000/v1 was expected.")
-        self.url = address if address.endswith("/chat/completions") else f"{address}/chat/completions"
+        self.client = ChatClient(settings.server, settings.server_timeout)
         self._stopped = threading.Event()
 
     def sort_out(self, sources: Iterable[Source]) -> tuple[list[Source], list[Rejected]]:
-        """All of them: what is too long, the server says."""
+        """All of them fit: a prompt that is too long is the server's to refuse."""
         return list(sources), []
 
     def answers(self, todo: Sequence[Source], fitting: Sequence[Source]) -> Iterator[list[Finished | Rejected]]:
         """Yields the conversations that ended, in any order.
 
-        One that got no answer in all its attempts counts as set aside only beside others that were answered: when more
-        than `server_concurrency` in a row get none, or all do, the server is down, and the run ends with a UserError
-        that loses nothing.
+        A conversation is set aside only beside others that are answered. While none is, refusals are held back.
+
+        Raises:
+            UserError: the server is down (more than `server_concurrency` conversations in a row, or all of them, got no
+                answer in all their attempts), or refuses the first conversations alike. Nothing is lost by it.
         """
-        waiting, unanswered = iter(todo), list[Rejected]()
-        most, answered = self.settings.server_concurrency, False
+        waiting, most = iter(todo), self.settings.server_concurrency
+        held = _Held(self.client.url, nothing_finished=len(todo) == len(fitting))
         with ThreadPoolExecutor(most) as pool:
             try:
                 running = {pool.submit(self._converse, source) for source in islice(waiting, most)}
-                while running and len(unanswered) <= most:
+                while running and len(held.unanswered) <= most:
                     done, running = wait(running, return_when=FIRST_COMPLETED)
                     running |= {pool.submit(self._converse, source) for source in islice(waiting, len(done))}
-                    if ended := _ended(done, unanswered):
-                        yield [*unanswered, *ended]
-                        unanswered.clear()
-                        answered = True
-                if len(unanswered) > most or (unanswered and not answered):
-                    raise UserError(
-                        f"{self.url} left {len(unanswered)} conversations in a row unanswered, the last: "
-                        f"{unanswered[-1].reason} What is finished is kept; run again when the server answers."
-                    )
-                yield list(unanswered)
+                    if ended := held.sift(done):
+                        yield ended
+                yield held.rest(most)
             finally:
                 self._stopped.set()
+                self.client.close()
                 pool.shutdown(wait=True, cancel_futures=True)
 
     def _converse(self, source: Source) -> Finished | Rejected:
@@ -102,9 +77,9 @@ class ServedAnswers:
             messages += segment
             try:
                 answer = self._ask(messages, source.index, turn)
-            except _Unanswered as error:
+            except UnansweredError as error:
                 raise _GaveUp(Rejected(source, f"turn {turn + 1}: {error}")) from None
-            except _ServerError:
+            except ServerError:
                 raise
             except UserError as error:
                 return Rejected(source, f"turn {turn + 1}: {error}")
@@ -115,16 +90,16 @@ class ServedAnswers:
         return Finished(source, tuple(messages), reason, tokens)
 
     def _ask(self, messages: Sequence[Message], index: int, turn: int) -> Answer:
-        """One answer; UserError for one that can't be used, _Unanswered when no attempt got any."""
+        """One answer; UserError for one that can't be used, UnansweredError when no attempt got any."""
         body = json.dumps(self.request(messages, index, turn)).encode()
         attempt, pause = 0, FIRST_PAUSE
         while True:
             attempt += 1
             try:
-                return self._usable(_read_answer(self._post(body)))
-            except _Unanswered as error:
+                return self.client.ask(body)
+            except UnansweredError as error:
                 if attempt == self.settings.server_attempts or self._stopped.is_set():
-                    raise _Unanswered(f"no answer in {attempt} attempts, the last: {error}") from None
+                    raise UnansweredError(f"no answer in {attempt} attempts, the last: {error}") from None
                 # Spread out, so that what failed together does not come back together.
                 asked = pause * random.uniform(0.5, 1.0) if error.pause is None else error.pause
                 self._stopped.wait(min(asked, LONGEST_PAUSE))
@@ -139,80 +114,66 @@ class ServedAnswers:
             "temperature": settings.temperature,
             "top_p": settings.top_p,
             "max_tokens": settings.max_new_tokens,
-            "seed": (settings.seed * 1_000_003 + index * 101 + turn) % 2**31,
+            "seed": turn_seed(settings.seed, index, turn) % 2**31,
         }
         return fields | ({"top_k": settings.top_k} if settings.top_k else {}) | settings.extra_fields
 
-    def _post(self, body: bytes) -> bytes:
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("OPENAI_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(self.url, body, headers)
-        began = time.monotonic()
-        try:
-            with urllib.request.urlopen(request, timeout=self.settings.server_timeout) as reply:
-                return reply.read()
-        except urllib.error.HTTPError as error:
-            raise self._refusal(error) from None
-        except TimeoutError:
-            raise _Unanswered(f"nothing came for {time.monotonic() - began:.1f} seconds.") from None
-        except urllib.error.URLError as error:
-            raise _Unanswered(f"{error.reason}.") from None
-        except (OSError, http.client.HTTPException) as error:
-            raise _Unanswered(f"the connection broke off ({type(error).__name__}).") from None
 
-    def _refusal(self, error: urllib.error.HTTPError) -> Exception:
-        try:
-            said = " ".join(error.read(2000).decode(errors="replace").split())[:300]
-        except (OSError, http.client.HTTPException):
-            said = ""
-        if error.code in RETRIED:
-            named = error.headers.get("Retry-After", "")
-            return _Unanswered(f"HTTP {error.code}: {said}", float(named) if named.isdigit() else None)
-        if error.code in WRONG_SERVER:
-            return _ServerError(f"{self.url} {WRONG_SERVER[error.code]} (HTTP {error.code}: {said})")
-        return UserError(f"the server refused the request (HTTP {error.code}: {said})")
+class _Held:
+    """Conversations without an answer that are not set aside yet, since the server may be at fault."""
 
-    def _usable(self, answer: Answer) -> Answer:
-        if not answer.text.strip("\ufffd \t\r\n"):
-            raise UserError("the answer is empty.")
-        return answer
+    def __init__(self, url: str, nothing_finished: bool):
+        self.url, self.nothing_finished = url, nothing_finished
+        self.unanswered: list[Rejected] = []
+        self.refused: list[Rejected] = []
+        self._trusted = False
 
+    def sift(self, done: Iterable[Future[Finished | Rejected]]) -> list[Finished | Rejected]:
+        """What may be handed on now; UserError when the first conversations were refused alike."""
+        ended: list[Finished | Rejected] = []
+        for future in done:
+            try:
+                ended.append(future.result())
+            except _GaveUp as gave_up:
+                self.unanswered.append(gave_up.rejected)
+        refused = [e for e in ended if isinstance(e, Rejected)]
+        if not ended:
+            return []
 
-def _ended(done: Iterable[Future[Finished | Rejected]], unanswered: list[Rejected]) -> list[Finished | Rejected]:
-    """The conversations that came to an end; those without an answer go to `unanswered`."""
-    ended: list[Finished | Rejected] = []
-    for future in done:
-        try:
-            ended.append(future.result())
-        except _GaveUp as gave_up:
-            unanswered.append(gave_up.rejected)
-    return ended
+        if not self._trusted and len(refused) == len(ended):
+            self.refused += refused
+            if self._alike():
+                if len(self.refused) >= FIRST_ALIKE:
+                    raise self._refusal()
+                return []
+            ended = []  # refused for several reasons, which are theirs
+        self._trusted = True
+        ended = [*self.unanswered, *self.refused, *ended]
+        self.unanswered, self.refused = [], []
+        return ended
 
+    def rest(self, most: int) -> list[Finished | Rejected]:
+        """The last of them, at the end of the run; UserError when the server answered none."""
+        if len(self.unanswered) > most or (self.unanswered and not self._trusted):
+            raise UserError(
+                f"{self.url} left {len(self.unanswered)} conversations in a row unanswered, the last: "
+                f"{self.unanswered[-1].reason} What is finished is kept; run again when the server answers."
+            )
+        if self.refused and self.nothing_finished:
+            raise self._refusal()
+        return [*self.unanswered, *self.refused]
 
-class _ServerError(UserError):
-    """What no other conversation would fare better with: it ends the run."""
+    def _alike(self) -> bool:
+        return len({_kind(rejected.reason) for rejected in self.refused}) == 1
 
-
-def _read_answer(reply: bytes) -> Answer:
-    """The answer in a reply; _Unanswered where the reply is not one, UserError where it can't be trained on."""
-    try:
-        value = json.loads(reply)
-        choice = value["choices"][0]
-        message, reason = choice["message"], choice["finish_reason"]
-        text = message["content"]
-        thoughts = message.get("reasoning_content") or message.get("reasoning")
-        tokens = (value.get("usage") or {}).get("completion_tokens") or 0
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        shown = reply[:80].decode(errors="replace").strip()
-        raise _Unanswered(f"the reply is no chat completion: {shown!r}") from None
-    if thoughts:
-        raise UserError(
-            "the server gives the answer's reasoning apart from it; turn thinking off by --server-extra, or the "
-            "server's reasoning parser."
+    def _refusal(self) -> UserError:
+        return UserError(
+            f"{self.url} answered none of the first {len(self.refused)} conversations, all refused alike, the last: "
+            f"{self.refused[-1].reason} Nothing was set aside; mend the options or the server, and run again."
         )
-    if reason not in ("stop", "length"):
-        raise UserError(f"the answer ended with {reason!r}; stop or length was expected.")
-    if text is not None and not isinstance(text, str):
-        raise UserError(f"the answer is a {type(text).__name__}; text was expected.")
-    return Answer(text or "", reason, int(tokens))
+
+
+def _kind(reason: str) -> str:
+    """What a refusal has in common with others: the status, or the sentence without its numbers."""
+    status = re.search(r"\(HTTP \d+", reason)
+    return status.group() if status else re.sub(r"\d+", "#", reason)

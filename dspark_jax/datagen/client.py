@@ -1,0 +1,210 @@
+"""A client of an OpenAI-compatible server: one bounded request at a time, and nothing believed that comes back.
+
+Redirects are never followed, so neither prompts nor the key reach another host than the one that was named.
+"""
+
+import asyncio
+import concurrent.futures
+import os
+import re
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import httpx
+
+from dspark_jax.errors import UserError
+from dspark_jax.readers import parse_json
+
+MOST_BYTES = 16 << 20
+"""A reply of more is no answer: a megabyte of tokens in JSON, many times over."""
+RETRIED = frozenset({408, 409, 425, 429, *range(500, 600)})
+WRONG_SERVER = {401: "wants another key (OPENAI_API_KEY)", 403: "denies access", 404: "has no such address or model"}
+
+_SHOWN_BYTES = 2000  # of a refusal
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A text, why it ended ("stop" or "length"), and its tokens by the server's count, 0 where it gave none."""
+
+    text: str
+    finish_reason: str
+    tokens: int
+
+
+class UnansweredError(Exception):
+    """An attempt that may succeed when it is repeated, after `pause` seconds where the server named them."""
+
+    def __init__(self, reason: str, pause: float | None = None):
+        super().__init__(reason)
+        self.pause = pause
+
+
+class ServerError(UserError):
+    """A fault that every other request would meet too: it ends the run."""
+
+
+class ChatClient:
+    """Sends requests to `POST {server}/chat/completions`, from any thread.
+
+    A request is bounded as a whole, from the connection to the last byte: its coroutine runs on a loop of the client's
+    own, where a deadline can cancel it whatever it waits for.
+    """
+
+    def __init__(self, server: str, seconds: float):
+        """
+        Args:
+            server: address as in http://host:8000/v1. The key, where it wants one, is read from OPENAI_API_KEY.
+            seconds: that a whole reply may take.
+
+        Raises:
+            UserError: an address or a key that no request can carry.
+        """
+        self.url, self.seconds = _url(server), seconds
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        if key := os.environ.get("OPENAI_API_KEY", "").strip():
+            if not re.fullmatch(r"[!-~]+", key):
+                raise UserError("OPENAI_API_KEY holds characters that no header can carry; expected visible ASCII.")
+            headers["Authorization"] = f"Bearer {key}"
+        try:
+            self._client = httpx.AsyncClient(headers=headers, timeout=seconds, follow_redirects=False)
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, ImportError, OSError) as error:
+            raise UserError(f"No client of {self.url} can be made ({error}); look at the proxy variables.") from error
+
+        self._closed, self._lock = False, threading.Lock()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+
+    def ask(self, body: bytes) -> Answer:
+        """The answer to a request.
+
+        Args:
+            body: the request as JSON.
+
+        Raises:
+            UnansweredError: no reply in time, one that is no chat completion, or a status that passes (429, 5xx).
+            ServerError: the server wants another key, has no such model, or redirects.
+            UserError: the request is refused, or its answer cannot be trained on.
+        """
+        with self._lock:
+            if self._closed:
+                raise UnansweredError("the run was stopped.")
+            future = asyncio.run_coroutine_threadsafe(self._post(body), self._loop)
+        try:
+            status, headers, data = future.result()
+        except (concurrent.futures.CancelledError, asyncio.CancelledError):
+            raise UnansweredError("the run was stopped.") from None
+        except TimeoutError:
+            raise UnansweredError(f"no whole reply within {self.seconds:g} seconds.") from None
+        except httpx.TimeoutException:
+            raise UnansweredError(f"nothing came for {self.seconds:g} seconds.") from None
+        except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, OSError, ValueError) as error:
+            raise UnansweredError(f"no connection ({_shown(error) or type(error).__name__}).") from None
+        if status == 200:
+            return read_answer(data)
+        raise self._refusal(status, headers, data)
+
+    def close(self) -> None:
+        """Cancels what is under way; requests after it are unanswered."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        asyncio.run_coroutine_threadsafe(self._cancel(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _post(self, body: bytes) -> tuple[int, Mapping[str, str], bytes]:
+        async with asyncio.timeout(self.seconds), self._client.stream("POST", self.url, content=body) as reply:
+            data = bytearray()
+            async for part in reply.aiter_raw():
+                data += part
+                if reply.status_code != 200 and len(data) > _SHOWN_BYTES:
+                    break
+                if len(data) > MOST_BYTES:
+                    raise UserError(f"the reply is longer than {MOST_BYTES >> 20} MiB.")
+            return reply.status_code, reply.headers, bytes(data)
+
+    async def _cancel(self) -> None:
+        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._client.aclose()
+
+    def _refusal(self, status: int, headers: Mapping[str, str], data: bytes) -> Exception:
+        said = " ".join(data[:_SHOWN_BYTES].decode(errors="replace").split())[:300]
+        if 300 <= status < 400:
+            where = headers.get("Location", "elsewhere")[:200]
+            return ServerError(
+                f"{self.url} redirects to {where!r} (HTTP {status}), which is not followed; give --server the address "
+                "that answers."
+            )
+        if status in RETRIED or status < 300:
+            named = headers.get("Retry-After", "")
+            return UnansweredError(
+                f"HTTP {status}: {said}", float(named) if re.fullmatch("[0-9]{1,6}", named) else None
+            )
+        if status in WRONG_SERVER:
+            return ServerError(f"{self.url} {WRONG_SERVER[status]} (HTTP {status}: {said})")
+        return UserError(f"the server refused the request (HTTP {status}: {said})")
+
+
+def read_answer(reply: bytes) -> Answer:
+    """The answer in a chat completion.
+
+    Raises:
+        UnansweredError: the reply is no chat completion.
+        UserError: its answer cannot be trained on.
+    """
+    try:
+        value = parse_json(reply, "it", expected="a chat completion")
+        choice = value["choices"][0]
+        message, reason = choice["message"], choice["finish_reason"]
+        text = message["content"]
+        thoughts = message.get("reasoning_content") or message.get("reasoning")
+        tokens = (value.get("usage") or {}).get("completion_tokens") or 0
+    except UserError as error:
+        raise UnansweredError(f"the reply is no chat completion: {error}") from None
+    except (KeyError, IndexError, TypeError, AttributeError):
+        shown = reply[:80].decode(errors="replace").strip()
+        raise UnansweredError(f"the reply is no chat completion: {shown!r}") from None
+
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or not 0 <= tokens < 2**31:
+        raise UnansweredError(f"the reply's completion_tokens are {tokens!r:.40}; a count was expected.")
+    if thoughts:
+        raise UserError(
+            "the server gives the answer's reasoning apart from it; turn thinking off by --server-extra, or the "
+            "server's reasoning parser."
+        )
+    if reason not in ("stop", "length"):
+        raise UserError(f"the answer ended with {reason!r:.60}; stop or length was expected.")
+    if text is not None and not isinstance(text, str):
+        raise UserError(f"the answer is a {type(text).__name__}; text was expected.")
+    if not (text or "").strip("\ufffd \t\r\n"):
+        raise UserError("the answer is empty.")
+    return Answer(text or "", reason, tokens)
+
+
+def _url(server: str) -> str:
+    try:
+        httpx.URL(server)
+        url = urlsplit(server)
+        _ = url.port  # a ValueError where it is none
+        fits = url.scheme in ("http", "https") and url.hostname and not (url.username or url.query or url.fragment)
+    except (httpx.InvalidURL, ValueError, TypeError):
+        fits = False
+    if not fits:
+        raise UserError(
+            f"--server is {server!r:.200}; an address as in http://host:8000/v1 was expected, without a key or a query."
+        )
+    address = server.rstrip("/")
+    return address if address.endswith("/chat/completions") else f"{address}/chat/completions"
+
+
+def _shown(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200].encode(errors="replace").decode()
