@@ -325,10 +325,12 @@ def reason_of(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a safetensors file: the format's dtype name (`F32`, `BF16`, ...) and its shape."""
+    """One tensor of a safetensors file: the format's dtype name (`F32`, `BF16`, ...), its shape, and where it begins
+    in the file, in bytes behind the header."""
 
     dtype: str
     shape: tuple[int, ...]
+    begin: int
 
 
 _BITS = {
@@ -379,7 +381,7 @@ def _tensor_entries(stored: Mapping[str, Any], path: Path, data_bytes: int) -> d
                 f"{path} gives tensor {shown(name)} {end - begin:,} bytes, and {dtype} {list(shape)} takes "
                 f"{math.prod(shape) * _BITS[dtype] // 8:,}; copy it again."
             )
-        entries[name] = TensorEntry(dtype, shape)
+        entries[name] = TensorEntry(dtype, shape, begin)
         spans.append((begin, end))
 
     reached = 0

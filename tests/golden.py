@@ -22,7 +22,7 @@ def checks_of(case: Path) -> list[Check] | None:
     """The checks that fit a case, told by its files; None for a family that is not covered."""
     from dspark_jax.drafters.registry import kind_name
     from dspark_jax.errors import UserError
-    from tests import golden_data, golden_decode, golden_eagle3, golden_train
+    from tests import golden_data, golden_decode, golden_eagle3, golden_train, golden_v4
 
     if (case / "draft" / "config.json").exists():
         config = json.loads((case / "draft" / "config.json").read_text())
@@ -37,7 +37,12 @@ def checks_of(case: Path) -> list[Check] | None:
         return [golden_data.check_target_cache]
     if (case / "vectors.json").exists():
         return [golden_data.check_chat]
+    if (case / "target" / "config.json").exists():
+        config = json.loads((case / "target" / "config.json").read_text())
+        return golden_v4.checks(case) if config.get("model_type") == "deepseek_v4" else None
     arrays = json.loads((case / "meta.json").read_text()).get("arrays", {})
+    if "e4m3/bytes" in arrays or "fp8/square/weight_bytes" in arrays or "fp4/up/weight_bytes" in arrays:
+        return [golden_v4.check_formats]
     if "verify/u" in arrays or "residual/out" in arrays:
         return [golden_decode.check_sampling]
     if "lr/a" in arrays or "conf/ece" in arrays:

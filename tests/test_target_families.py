@@ -20,7 +20,7 @@ from dspark_jax.drafters.registry import drafter_hf_config, new_drafter, read_co
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import make_mesh, split
 from dspark_jax.targets.config import ExpertsConfig, LayerConfig
-from dspark_jax.targets.moe import SparseMLP
+from dspark_jax.targets.moe import SparseMLP, all_experts, experts_one_by_one, grouped_experts
 from dspark_jax.targets.registry import TARGETS, read_target_config
 from dspark_jax.training.schedule import make_optimizer
 from tests.decoding_tiny import next_logits, prompts, run_python
@@ -175,16 +175,18 @@ def test_logits_are_capped(tmp_path: Path) -> None:
     assert np.abs(raw).max() > 3.0  # else the cap changes little
 
 
-def test_both_forms_of_the_experts_agree() -> None:
-    """`grouped` is what TPUs run."""
+def test_all_forms_of_the_experts_agree() -> None:
+    """Grouped products are what TPUs run, all experts on all rows what both are held against."""
     layer = LayerConfig(1, 8, read_target_config(MOE).layers[0].rope, sparse=True)
     config = replace(read_target_config(MOE), layers=(layer,))
     mlp = SparseMLP(config, rngs=nnx.Rngs(0))
     rows = jax.random.normal(jax.random.key(1), (13, 32))
     weights, chosen = mlp.route(rows)
     np.testing.assert_allclose(jnp.sum(weights, axis=1), 1.0, atol=1e-6)
-    found = mlp.grouped(rows, weights, chosen)
-    np.testing.assert_allclose(found, mlp.one_by_one(rows, weights, chosen), atol=2e-6)
+    how = rows, weights, chosen, mlp.stack, lambda gate, up: jax.nn.silu(gate) * up
+    found = grouped_experts(*how)
+    np.testing.assert_allclose(found, all_experts(*how), atol=2e-6)
+    np.testing.assert_allclose(found, experts_one_by_one(*how), atol=2e-6)
     np.testing.assert_allclose(found, mlp(rows), atol=2e-6)
     assert jax.export.export(jax.jit(mlp.__call__), platforms=["tpu"])(rows).platforms == ("tpu",)
 

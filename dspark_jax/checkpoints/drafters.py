@@ -9,6 +9,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
+from dspark_jax.checkpoints.deepseek_v4_drafters import holds_v4, load_v4_drafter
 from dspark_jax.checkpoints.deepspec import drafter_tensor_map
 from dspark_jax.checkpoints.folder_layout import CONFIG_FILE, EMBEDDING, HEAD, FolderLayout
 from dspark_jax.checkpoints.huggingface import DTYPES, resolve_folder
@@ -72,6 +73,8 @@ def load_drafter(
     the drafter is of another target (depth, width, vocabulary, tapped layers, or frozen copies that differ).
     """
     folder = resolve_folder(path_or_id, "drafter")
+    if holds_v4(folder):
+        return load_v4_drafter(folder, target, dtype=dtype, mesh=mesh, rules=rules)
     stored, layout = read_stored_config(folder)
     hf_config = native_config(stored, layout, target.config)
     if layer_shift:

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
+from dspark_jax.checkpoints.deepseek_v4 import V4Folder, v4_needed, v4_tensor_map
 from dspark_jax.checkpoints.leftovers import refuse_leftovers
 from dspark_jax.checkpoints.tensors import (
     ParamPath,
@@ -31,7 +32,7 @@ from dspark_jax.readers import check_fields, read_object
 from dspark_jax.sharding import ShardingRules, parameter_shardings, split
 from dspark_jax.targets.config import TargetConfig, config_sha256, text_config
 from dspark_jax.targets.fields import TOKEN_IDS
-from dspark_jax.targets.registry import read_target_config, target_module
+from dspark_jax.targets.registry import TARGETS, read_target_config, target_module
 from dspark_jax.targets.target import Target
 
 HEAD_TENSOR = "lm_head.weight"
@@ -104,7 +105,7 @@ def load_target(
     leaves = flatten_dict(abstract)
     shardings = None if mesh is None else flatten_dict(parameter_shardings(skeleton, mesh, rules or ShardingRules()))
     tensors, table = target_tensors(folder, config, hf_config, leaves)
-    params = load_params(tensors, table, leaves, shardings, lambda path: kind)
+    params = load_params(tensors, table, leaves, shardings, parameter_dtypes(config, leaves, kind).__getitem__)
     words = load_tokenizer(folder) if tokenizer else None
     return Target(
         name=str(path_or_id),
@@ -150,6 +151,10 @@ def target_tensors(
         UserError: the folder holds tensors that the config does not call for, or a head that differs from the
             embedding to which the config ties it.
     """
+    if config.model_type == "deepseek_v4":
+        published, table = V4Folder(folder), v4_tensor_map(leaves)
+        refuse_leftovers(published, v4_needed(published, stored_names(table, leaves)), ("deepseek_v4",))
+        return published, table
     tensors = TensorFolder(folder)
     prefix = stored_prefix(tensors, hf_config)
     table = target_tensor_map(leaves, prefix)
@@ -185,6 +190,18 @@ def target_tensor_map(paths: Iterable[ParamPath], prefix: str = "model") -> dict
         path: layer_tensor(path[2:], f"{prefix}.layers.{path[1]}") if path[0] == "layers" else outer[path]
         for path in paths
     }
+
+
+def parameter_dtypes(config: TargetConfig, leaves: Mapping[ParamPath, Any], storage: Any) -> dict[ParamPath, Any]:
+    """What each parameter is kept in: `storage`, but for tables of ids and what the family computes in float32."""
+    wide = TARGETS[config.model_type].float32
+
+    def dtype(path: ParamPath, leaf: Any) -> Any:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf.dtype
+        return jnp.float32 if path[-1] in wide else storage
+
+    return {path: dtype(path, leaf) for path, leaf in leaves.items()}
 
 
 def stop_tokens(folder: Path, hf_config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -247,4 +264,8 @@ def target_skeleton(config: TargetConfig) -> nnx.Module:
 def abstract_target(config: TargetConfig, dtype: str) -> tuple[nnx.GraphDef, dict]:
     """(graphdef, ShapeDtypeStructs of params) of a target that is not loaded, for planning and lowering."""
     graphdef, abstract = split(target_skeleton(config))
-    return graphdef, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, DTYPES[dtype]), abstract)
+    leaves = flatten_dict(abstract)
+    dtypes = parameter_dtypes(config, leaves, DTYPES[dtype])
+    return graphdef, unflatten_dict(
+        {path: jax.ShapeDtypeStruct(leaf.shape, dtypes[path]) for path, leaf in leaves.items()}
+    )

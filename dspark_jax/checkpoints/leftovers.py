@@ -15,6 +15,9 @@ HARMLESS: Mapping[str, tuple[str, ...]] = {
     "any": (r"(.*\.)?rotary_emb\.inv_freq",),
     # The parts of a multimodal model beside its language model.
     "multimodal": (r"model\.\w*(vision|visual|audio|multi_?modal)\w*\..*",),
+    # A V4 repository's drafter, which is read apart, and the target beside it.
+    "deepseek_v4": (r"mtp\..*",),
+    "deepseek_v4_drafter": (r"(?!mtp\.).*",),
     # The target's own tables, compared with it, and the maps between draft and target ids, which are read apart.
     "drafter": (r"embed_tokens\.weight", r"lm_head\.weight", r"d2t", r"t2d"),
     # The verifier's, which the speculators library keeps beside a drafter and reads from the verifier.

@@ -12,6 +12,7 @@ from dspark_jax.checkpoints.huggingface import (
     DTYPES,
     count_known_tokens,
     load_tokenizer,
+    parameter_dtypes,
     read_hf_config,
     resolve_folder,
     stop_tokens,
@@ -97,5 +98,5 @@ def _load(
         table,
         {path: leaf for path, leaf in leaves.items() if wanted(path)},
         flatten_dict(parameter_shardings(module, mesh, rules or ShardingRules())),
-        lambda path: DTYPES[dtype],
+        parameter_dtypes(target.config, leaves, DTYPES[dtype]).__getitem__,
     )

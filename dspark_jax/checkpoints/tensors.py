@@ -33,6 +33,7 @@ class Layout(Enum):
     HEADS_OUT = "[N*H, D] -> [D, N, H]"
     HEADS_IN = "[D, N*H] -> [N, H, D]"
     HEADS_BIAS = "[N*H] -> [N, H]"
+    GROUPS_OUT = "[G*O, I] -> [G, I, O]"
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         if self is Layout.LINEAR:
@@ -43,6 +44,8 @@ class Layout(Enum):
             return (shape[2], shape[0] * shape[1])
         if self is Layout.HEADS_BIAS:
             return (shape[0] * shape[1],)
+        if self is Layout.GROUPS_OUT:
+            return (shape[0] * shape[2], shape[1])
         return shape
 
     def read(self, stored: Any, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
@@ -63,6 +66,10 @@ class Layout(Enum):
         if self is Layout.HEADS_BIAS:
             h = shape[1]
             return stored[lo[0] * h : hi[0] * h].reshape(-1, h)[:, lo[1] : hi[1]]
+        if self is Layout.GROUPS_OUT:
+            o = shape[2]
+            rows = stored[lo[0] * o : hi[0] * o, lo[1] : hi[1]]
+            return rows.reshape(-1, o, rows.shape[-1]).transpose(0, 2, 1)[..., lo[2] : hi[2]]
         return stored[tuple(slice(a, b) for a, b in zip(lo, hi, strict=True))]
 
     def write(self, array: np.ndarray) -> np.ndarray:
@@ -73,6 +80,8 @@ class Layout(Enum):
             return array.transpose(1, 2, 0).reshape(stored)
         if self is Layout.HEADS_IN:
             return array.transpose(2, 0, 1).reshape(stored)
+        if self is Layout.GROUPS_OUT:
+            return array.transpose(0, 2, 1).reshape(stored)
         return array.reshape(stored)
 
 

@@ -95,7 +95,7 @@ def _by_stretches(
     Plain rounds run W at a time before the drafter is given their tokens, as rows of one block which cost it about as
     much as one of them, and before the policy is asked again."""
     target, drafter = loop.models(params)
-    shape = (loop.requests, loop.width, len(loop.tap_layers) * target.config.hidden_size)
+    shape = (loop.requests, loop.width, target.config.tap_width(loop.tap_layers))
     dtype = params.target["embed_weight_vd"].dtype
 
     def plan(done: Array, current: DecodeState) -> _Planned:

@@ -17,8 +17,8 @@ from dspark_jax.decoding.sampling import RESIDUAL, draw_token, sampling_law
 from dspark_jax.decoding.state import Admission, DecodeState, empty_counters
 from dspark_jax.drafters.protocol import DrafterModel, SharedTables
 from dspark_jax.targets.attention import Attend, CachedBlock, Causal
-from dspark_jax.targets.decoder import TargetModel
-from dspark_jax.targets.kv_cache import KVCache, head_major, insert_rows, take_slots
+from dspark_jax.targets.decoder import Cache, TargetModel
+from dspark_jax.targets.kv_cache import insert_rows, take_slots
 
 
 @partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
@@ -59,7 +59,6 @@ def admit(loop: DecodeLoop, params: LoopParams, state: DecodeState, new: Admissi
     )
     padded = jnp.pad(new.tokens, ((0, 0), (0, 1)))  # room for the first token after a full chunk
     padded = padded.at[rows, new.counts].set(first)
-    kv = tuple(head_major(layer) for layer in out.kv)
     slots = replace(
         state, tokens=apart, target_cache=apart, draft=apart, policy=state.policy.slots, predicted_seconds=apart
     )
@@ -68,7 +67,7 @@ def admit(loop: DecodeLoop, params: LoopParams, state: DecodeState, new: Admissi
         replace(
             settled,
             tokens=insert_rows(state.tokens, padded, new.slots, new.starts, axis=1),
-            target_cache=insert_rows(state.target_cache, kv, new.slots, new.starts, axis=2),
+            target_cache=target.insert(state.target_cache, out.kv, new.slots, new.starts, new.counts),
             draft=draft,
             policy=state.policy._replace(slots=settled.policy),
             predicted_seconds=state.predicted_seconds,
@@ -76,11 +75,11 @@ def admit(loop: DecodeLoop, params: LoopParams, state: DecodeState, new: Admissi
     )
 
 
-def _forward(target: TargetModel, layers: tuple[int, ...], cache: KVCache, new: Admission, fresh: bool) -> Any:
+def _forward(target: TargetModel, layers: tuple[int, ...], cache: Cache, new: Admission, fresh: bool) -> Any:
     """The target on a chunk, which `fresh` ones need no cache for."""
     positions = new.starts[:, None] + jnp.arange(new.tokens.shape[1])
 
-    def run(cache: KVCache) -> Any:
+    def run(cache: Cache) -> Any:
         attend: Attend = Causal() if fresh else CachedBlock(take_slots(cache, new.slots), new.starts)
         return target(new.tokens, positions, attend, layers)
 

@@ -22,7 +22,6 @@ from dspark_jax.drafters.protocol import DrafterModel, DraftOutput, SharedTables
 from dspark_jax.scheduling.costs import Occupancy, ScheduleTables, idle_costs
 from dspark_jax.scheduling.policies import Fixed, PolicyState, RoundView, VerifyPolicy
 from dspark_jax.targets.decoder import TargetModel
-from dspark_jax.targets.kv_cache import append_rows, empty_cache
 
 
 class LoopParams(NamedTuple):
@@ -87,7 +86,7 @@ class DecodeLoop:
             verify_cap=zeros,
             keys=jnp.zeros((r, 2), jnp.uint32),
             sampling=SamplingArrays(floats, zeros, floats + 1, floats),
-            target_cache=empty_cache(target.config.kv_shapes, r, self.size, dtype),
+            target_cache=target.empty_cache(r, self.size, self.width, dtype),
             draft=() if drafter is None else drafter.init_state(r, self.size, dtype),
             counters=empty_counters(r, self.block),
             policy=self.policy.init(r, self.block),
@@ -126,9 +125,8 @@ class DecodeLoop:
         draws = uniforms(state.keys, starts, self.block, state.sampling)
         accepted, next_law = self.rule(draft.tokens, draft.probs, target_law, draws, lengths)
         next_token = draw_token(next_law, state.keys, starts, self.block, RESIDUAL, state.sampling)
-        shared = shared_tables(target)
         state, record = self._commit(
-            drafter, state, block, draft, lengths, verified, accepted, next_token, bucket, shared
+            drafter, state, block, draft, lengths, verified, accepted, next_token, bucket, target
         )
         policy = self.policy.observe(view, record.verify_lengths, record.accepted, policy)
         return self._account(state, view, policy, bucket), record
@@ -144,9 +142,8 @@ class DecodeLoop:
         logits = verified.logits[:, 0]
         next_token, _ = draw(logits, state.keys, starts, self.block, RESIDUAL, state.sampling)
         draft = self.draft(target, None, state, anchors, starts, None)
-        shared = shared_tables(target)
         state, record = self._commit(
-            None, state, anchors[:, None], draft, none, verified, none, next_token, bucket, shared
+            None, state, anchors[:, None], draft, none, verified, none, next_token, bucket, target
         )
         return state, record, verified.taps
 
@@ -238,7 +235,7 @@ class DecodeLoop:
         accepted: Array,
         next_token: Array,
         bucket: Array,
-        shared: SharedTables,
+        target: TargetModel,
     ) -> tuple[DecodeState, RoundRecord]:
         """Appends x_1..x_n and the next token, cut at the first stop token and at the request's limit."""
         starts, columns = state.length - 1, jnp.arange(block.shape[1])
@@ -255,7 +252,7 @@ class DecodeLoop:
         draft_state = state.draft
         if drafter is not None:
             counts = jnp.where(state.active, accepted + 1, 0)
-            draft_state = drafter.commit(shared, draft_state, verified.taps, block, starts, counts)
+            draft_state = drafter.commit(shared_tables(target), draft_state, verified.taps, block, starts, counts)
         write = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))
         positions, live = jnp.arange(self.block), state.active[:, None]
         counters = RoundCounters(
@@ -274,7 +271,7 @@ class DecodeLoop:
                 length=length,
                 active=state.active & ~stopped & (length < state.limit),
                 stopped=state.stopped | stopped,
-                target_cache=append_rows(state.target_cache, verified.kv, starts),
+                target_cache=target.append(state.target_cache, verified.kv, starts),
                 draft=draft_state,
                 counters=counters,
             ),

@@ -14,6 +14,7 @@ from jaxtyping import Array
 from dspark_jax.decoding.sampling import SamplingArrays
 from dspark_jax.sharding import ShardingRules, array_sharding, replicated
 from dspark_jax.targets.attention import KeysValues
+from dspark_jax.targets.decoder import Cache
 
 
 class RoundCounters(NamedTuple):
@@ -43,7 +44,7 @@ class DecodeState:
     verify_cap: Array  # [R] int32 in 0..K: the most drafts verified for this request
     keys: Array  # [R, 2] uint32: raw threefry key of the request's seed
     sampling: SamplingArrays  # [R] each
-    target_cache: tuple[KeysValues, ...]  # one a layer, [R, G, S, H]
+    target_cache: Cache  # the target's: one KeysValues a layer, [R, G, S, H], where there is nothing but K and V
     draft: Any  # DraftState; () without a drafter
     counters: RoundCounters
     policy: Any  # scheduler.PolicyState: what the verify policy has learnt
@@ -85,15 +86,21 @@ def empty_counters(requests: int, block: int) -> RoundCounters:
 
 
 def spread(state: DecodeState, mesh: Mesh) -> DecodeState:
-    """Slots over the mesh's groups of rows where their number allows it, else on each device; the target's cache over
-    the tensor axis by kv head too."""
+    """Slots over the mesh's groups of rows where their number allows it, else on each device; keys and values of the
+    target over the tensor axis by kv head too."""
     rules = ShardingRules()
     if state.length.shape[0] % rules.row_groups(mesh):
         rules = replace(rules, batch=None)
     spec, whole = NamedSharding(mesh, rules.spec(["batch"])), replicated(mesh)
     shardings: Any = jax.tree.map(lambda _: spec, state)
     axes = ["batch", "kv_heads", None, None]
-    cache = jax.tree.map(lambda x: array_sharding(x.shape, axes, mesh, rules), state.target_cache)
+
+    def cache_sharding(part: Any) -> Any:
+        if not isinstance(part, KeysValues):
+            return spec
+        return jax.tree.map(lambda x: array_sharding(x.shape, axes, mesh, rules), part)
+
+    cache = jax.tree.map(cache_sharding, state.target_cache, is_leaf=lambda part: isinstance(part, KeysValues))
     shared = jax.tree.map(lambda _: whole, state.policy.shared)
     policy = shardings.policy._replace(shared=shared)
     shardings = replace(shardings, target_cache=cache, policy=policy, predicted_seconds=whole)

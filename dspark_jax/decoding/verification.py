@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from dspark_jax.targets.attention import CachedBlock, KeysValues, PackedRows
-from dspark_jax.targets.decoder import TargetModel
-from dspark_jax.targets.kv_cache import KVCache
+from dspark_jax.targets.attention import CachedBlock, PackedRows
+from dspark_jax.targets.decoder import Cache, TargetModel
 
 
 class VerifyOutput(NamedTuple):
@@ -21,14 +20,14 @@ class VerifyOutput(NamedTuple):
 
     logits: Array
     taps: Array
-    kv: tuple[KeysValues, ...]
+    kv: Any
 
 
 def verify(
     target: TargetModel,
     buckets: Sequence[int],
     tap_layers: tuple[int, ...],
-    cache: KVCache,
+    cache: Cache,
     block: Int[Array, "r w"],
     starts: Int[Array, " r"],
     wanted: Bool[Array, "r w"],
@@ -57,7 +56,7 @@ def _verify_bucket(
     target: TargetModel,
     size: int,
     tap_layers: tuple[int, ...],
-    cache: KVCache,
+    cache: Cache,
     block: Array,
     starts: Array,
     wanted: Array,
@@ -72,8 +71,7 @@ def _verify_bucket(
     attend = CachedBlock(cache, starts, packed)
     out = target(packed.from_grid(block), packed.from_grid(positions), attend, tap_layers)
     grid = packed.to_grid
-    kv = tuple(KeysValues(grid(layer.keys), grid(layer.values)) for layer in out.kv)
-    return VerifyOutput(grid(target.logits(out.hidden)), grid(out.taps), kv)
+    return VerifyOutput(grid(target.logits(out.hidden)), grid(out.taps), out.kv)
 
 
 def zeros_of(branch: Callable, *operands: Any) -> Any:

@@ -41,6 +41,15 @@ def check_drafter_fields(config: Mapping[str, Any], where: str = WHERE) -> None:
     check_target_fields(config, where)
 
 
+_FLOAT32 = frozenset({"fn", "base", "scale", "ape", "sink", "bias"})
+
+
+def float32_parameter(path: tuple[Any, ...]) -> bool:
+    """Whether a drafter's parameter is float32 whatever the others are: the confidence head's, which are compared with
+    thresholds and multiplied, and those of V4's streams, sinks and routers."""
+    return path[0] == "confidence_head" or path[-1] in _FLOAT32
+
+
 @dataclass(frozen=True)
 class DrafterConfig:
     """What loop, trainer and checkpoints ask of any drafter; a kind with fields of its own extends it.

@@ -56,8 +56,8 @@ class DSpark(nnx.Module):
         sample: SampleFn,
     ) -> DraftOutput:  # fmt: skip
         """One parallel pass for h and U, then K cheap sequential draws from softmax(U_k + B_k)."""
-        hidden = self._block_hidden(shared, state, anchors[:, None], positions[:, None])[:, 0]
-        base = shared.logits(hidden)
+        hidden = self.draft_hidden(shared, state, anchors, positions)
+        base = self.base_logits(shared, hidden)
         markov = self.markov_head
         carry = None if markov is None else markov.init(anchors.shape)
         previous, tokens, probs, embeddings = anchors, [], [], []
@@ -73,6 +73,16 @@ class DSpark(nnx.Module):
             probs.append(law)
         seen = jnp.stack(embeddings, axis=1) if embeddings else None
         return DraftOutput(jnp.stack(tokens, axis=1), jnp.stack(probs, axis=1), self._confidence(hidden, seen))
+
+    def draft_hidden(
+        self, shared: SharedTables, state: Any, anchors: Int[Array, " r"], positions: Int[Array, " r"]
+    ) -> Float[Array, "r k d"]:
+        """h_k of a block a request, from its draft state."""
+        return self._block_hidden(shared, state, anchors[:, None], positions[:, None])[:, 0]
+
+    def base_logits(self, shared: SharedTables, hidden: Float[Array, "*n d"]) -> Float[Array, "*n v"]:
+        """U_k, float32, from h_k."""
+        return shared.logits(hidden)
 
     def context(self, taps: Float[Array, "b t md"], segments: Int[Array, "b t"] | None = None) -> KVCache:
         """Context K/V of whole rows, head-major [B, G, T, H] a layer; positions start at 0 in every segment."""
@@ -96,7 +106,7 @@ class DSpark(nnx.Module):
         previous: x_{k-1} of every position; previous[..., 0] is the anchor's token.
         """
         hidden = self._block_hidden(shared, context, previous[..., 0], anchors, starts)
-        logits, embeddings = shared.logits(hidden), None
+        logits, embeddings = self.base_logits(shared, hidden), None
         if self.markov_head is not None:
             embeddings = self.markov_head.embed(previous)
             logits = logits + self.markov_head.bias(self.markov_head.teacher_forced(embeddings, hidden))

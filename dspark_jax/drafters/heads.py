@@ -137,13 +137,13 @@ class ConfidenceHead(nnx.Module):
     The raw row of W_1 enters whatever the Markov head's type; without `with_markov` only h_k does (golden/NOTES 19).
     """
 
-    def __init__(self, config: DSparkConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: DSparkConfig, *, rngs: nnx.Rngs, bias: bool = True):
         self.with_markov = config.confidence_head_with_markov
         size = config.backbone.hidden_size + (config.markov_rank if self.with_markov else 0)
-        self.proj = Linear(size, 1, config.backbone.initializer_range, rngs=rngs)
+        self.proj = Linear(size, 1, config.backbone.initializer_range, rngs=rngs, bias=bias)
 
     def __call__(self, hidden: Float[Array, "*n d"], embedding: Float[Array, "*n r"] | None) -> Float[Array, "*n"]:
         features = hidden if embedding is None else jnp.concatenate([hidden, embedding], axis=-1)
         weight = self.proj.weight_io[..., 0].astype(jnp.float32)
         logits = jnp.einsum("...i,i->...", features.astype(jnp.float32), weight, precision=jax.lax.Precision.HIGHEST)
-        return logits + self.proj.bias_o[0].astype(jnp.float32)
+        return logits + self.proj.bias_o[0].astype(jnp.float32) if self.proj.has_bias else logits

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dspark_jax.drafters.config import FAMILIES, TARGET_SHA_FIELD, DrafterConfig, drafter_family, family_fields
+from dspark_jax.drafters.deepseek_v4.dspark import V4DSpark
+from dspark_jax.drafters.deepseek_v4.mtp import V4MTP
 from dspark_jax.drafters.dspark import DFlash, DSpark
 from dspark_jax.drafters.eagle3 import Eagle3
 from dspark_jax.drafters.mtp import MTP
@@ -22,11 +24,12 @@ from dspark_jax.targets.registry import read_target_config
 class DrafterKind:
     """`architecture` is the name in config.json without the family's prefix (`Qwen3DSparkModel`);
     `module(config, rngs=...)` implements `protocol.DrafterModel`; `objective`, a name in `training.registry`, trains
-    it."""
+    it; `families`: the prefixes that it comes with."""
 
     architecture: str
     module: Any
     objective: str
+    families: tuple[str, ...] = FAMILIES
 
 
 DRAFTERS: dict[str, DrafterKind] = {
@@ -35,6 +38,16 @@ DRAFTERS: dict[str, DrafterKind] = {
     "eagle3": DrafterKind("Eagle3Model", Eagle3, "rollout"),
     "mtp": DrafterKind("MTPModel", MTP, "blocks"),
 }
+
+# Of one family of targets alone, whose own blocks they are made of; they lie in the target's files.
+OWN_DRAFTERS: dict[str, DrafterKind] = {
+    "deepseek_v4_dspark": DrafterKind("DSparkModel", V4DSpark, "blocks", ("DeepseekV4",)),
+    "deepseek_v4_mtp": DrafterKind("MTPModel", V4MTP, "blocks", ("DeepseekV4",)),
+}
+
+
+def _kinds() -> dict[str, DrafterKind]:
+    return {**DRAFTERS, **OWN_DRAFTERS}
 
 
 def drafter_kind(name: str) -> DrafterKind:
@@ -46,16 +59,18 @@ def drafter_kind(name: str) -> DrafterKind:
 def kind_name(hf_config: Mapping[str, Any]) -> str:
     """The name of the kind that a drafter's config.json describes; UserError when it is none of ours."""
     named = hf_config.get("architectures") or []
-    for name, kind in DRAFTERS.items():
-        known = {family + kind.architecture for family in FAMILIES}
-        if known & set(named) and kind.module.config_type.describes(hf_config):
+    for name, kind in _kinds().items():
+        mine = {family + kind.architecture for family in kind.families}
+        if mine & set(named) and kind.module.config_type.describes(hf_config):
             return name
-    kinds = ", ".join(dict.fromkeys(family + kind.architecture for family in FAMILIES for kind in DRAFTERS.values()))
+    kinds = ", ".join(
+        dict.fromkeys(family + kind.architecture for kind in _kinds().values() for family in kind.families)
+    )
     raise UserError(f"The drafter's config.json names architectures {named}; expected one of {kinds}.")
 
 
 def kind_of(hf_config: Mapping[str, Any]) -> DrafterKind:
-    return DRAFTERS[kind_name(hf_config)]
+    return _kinds()[kind_name(hf_config)]
 
 
 def read_config(hf_config: Mapping[str, Any]) -> DrafterConfig:

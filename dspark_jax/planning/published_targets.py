@@ -66,7 +66,92 @@ def _qwen3(hidden: int, mlp: int, layers: int, heads: int, tied: bool) -> dict[s
     }
 
 
+_V4: dict[str, Any] = {
+    "architectures": ["DeepseekV4ForCausalLM"],
+    "model_type": "deepseek_v4",
+    "vocab_size": 129280,
+    "num_key_value_heads": 1,
+    "head_dim": 512,
+    "qk_rope_head_dim": 64,
+    "o_lora_rank": 1024,
+    "sliding_window": 128,
+    "index_n_heads": 64,
+    "index_head_dim": 128,
+    "num_experts_per_tok": 6,
+    "n_shared_experts": 1,
+    "num_hash_layers": 3,
+    "scoring_func": "sqrtsoftplus",
+    "norm_topk_prob": True,
+    "swiglu_limit": 10.0,
+    "hidden_act": "silu",
+    "hc_mult": 4,
+    "hc_sinkhorn_iters": 20,
+    "hc_eps": 1e-6,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000,
+    "compress_rope_theta": 160000,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 16,
+        "original_max_position_embeddings": 65536,
+        "beta_fast": 32,
+        "beta_slow": 1,
+    },
+    "max_position_embeddings": 1048576,
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "num_nextn_predict_layers": 1,
+    "torch_dtype": "bfloat16",
+}
+_V4_FLASH = _V4 | {
+    "hidden_size": 4096,
+    "num_hidden_layers": 43,
+    "num_attention_heads": 64,
+    "q_lora_rank": 1024,
+    "o_groups": 8,
+    "index_topk": 512,
+    "n_routed_experts": 256,
+    "moe_intermediate_size": 2048,
+    "routed_scaling_factor": 1.5,
+    "compress_ratios": [0, 0, *[4, 128] * 20, 4],
+}
+_V4_PRO = _V4 | {
+    "hidden_size": 7168,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "q_lora_rank": 1536,
+    "o_groups": 16,
+    "index_topk": 1024,
+    "n_routed_experts": 384,
+    "moe_intermediate_size": 3072,
+    "routed_scaling_factor": 2.5,
+    "compress_ratios": [128, 128, *[4, 128] * 29, 4],
+}
+
+
+def _with_stages(config: dict[str, Any], taps: list[int], rank: int) -> dict[str, Any]:
+    """The repository that holds a DSpark module: three blocks past the layers, and its fields."""
+    return config | {
+        "compress_ratios": [*config["compress_ratios"], 0, 0, 0],
+        "dspark_target_layer_ids": taps,
+        "dspark_block_size": 5,
+        "dspark_noise_token_id": 128799,
+        "dspark_markov_rank": rank,
+    }
+
+
+def _with_mtp(config: dict[str, Any]) -> dict[str, Any]:
+    return config | {"compress_ratios": [*config["compress_ratios"], 0]}
+
+
 PUBLISHED: dict[str, dict[str, Any]] = {
+    "deepseek-ai/DeepSeek-V4-Flash": _with_mtp(_V4_FLASH),
+    "deepseek-ai/DeepSeek-V4-Flash-DSpark": _with_stages(_V4_FLASH, [40, 41, 42], 256),
+    "deepseek-ai/DeepSeek-V4-Pro": _with_mtp(_V4_PRO),
+    "deepseek-ai/DeepSeek-V4-Pro-DSpark": _with_stages(_V4_PRO, [58, 59, 60], 512),
     "Qwen/Qwen3-4B": _qwen3(2560, 9728, 36, 32, True),
     "Qwen/Qwen3-8B": _qwen3(4096, 12288, 36, 32, False),
     "Qwen/Qwen3-14B": _qwen3(5120, 17408, 40, 40, False),

@@ -197,6 +197,10 @@ class TargetConfig:
         """(kv heads, head dim) of every layer: what `kv_cache.empty_cache` takes."""
         return tuple((layer.num_kv_heads, layer.head_dim) for layer in self.layers)
 
+    def tap_width(self, tap_layers: Sequence[int]) -> int:
+        """Channels of the features that these taps give."""
+        return len(tap_layers) * self.hidden_size
+
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The language model's part of a config.json: `text_config` of a multimodal file, else the file itself."""

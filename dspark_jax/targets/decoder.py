@@ -5,27 +5,37 @@ Axes: *n any leading axes of token rows, D hidden, V vocab, L layer, m tapped la
 
 from typing import Any, NamedTuple, Protocol
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dspark_jax.sharding import param
-from dspark_jax.targets.attention import Attend, KeysValues
+from dspark_jax.targets.attention import Attend, CachedBlock
 from dspark_jax.targets.config import TargetConfig
+from dspark_jax.targets.kv_cache import KVCache, append_rows, empty_cache, head_major, insert_rows
 from dspark_jax.targets.layers import head_logits, layer_ropes, normal
+
+Cache = Any
+"""A target's decode state, whose leaves have the request slot first. Its module alone knows what is in it."""
 
 
 class TargetOutput(NamedTuple):
-    """`hidden` [*n, D] after the final norm; `taps` [*n, m D] raw outputs of the tapped layers, in order;
-    `kv` one KeysValues [*n, G, H] a layer, for the cache."""
+    """`hidden` [*n, D] after the final norm; `taps` [*n, m D] raw outputs of the tapped layers, in order; `kv`, a layer
+    an entry, what the rows add to the decode state, on the [R, W] grid of (request, block offset) even where the rows
+    themselves are packed: KeysValues [R, W, G, H] in families that have nothing but K and V."""
 
     hidden: Array
     taps: Array
-    kv: tuple[KeysValues, ...]
+    kv: Any
 
 
 class TargetModel(Protocol):
-    """What the decode loop, the cache builder and the drafters' frozen tables ask of a target's module."""
+    """What the decode loop, the cache builder and the drafters' frozen tables ask of a target's module.
+
+    The decode state holds positions before each request's length, and a length is all that says what it holds: to drop
+    the rows last appended is to keep a smaller one, for up to `width` rows of `empty_cache`.
+    """
 
     config: TargetConfig
     embed_weight_vd: nnx.Param
@@ -37,6 +47,23 @@ class TargetModel(Protocol):
     def head_weight(self) -> Float[Array, "v d"]: ...
 
     def logits(self, hidden: Float[Array, "*n d"]) -> Float[Array, "*n v"]: ...
+
+    def empty_cache(self, requests: int, size: int, width: int, dtype: Any) -> Cache:
+        """An empty state of `size` positions a request; blocks of up to `width` rows may be dropped in part."""
+        ...
+
+    def append(self, cache: Cache, rows: Any, starts: Int[Array, " r"]) -> Cache:
+        """The state with a block of every request, `TargetOutput.kv`, at positions starts.. ."""
+        ...
+
+    def insert(
+        self, cache: Cache, rows: Any, slots: Int[Array, " a"], starts: Int[Array, " a"], counts: Int[Array, " a"]
+    ) -> Cache:
+        """The state with chunks of A requests in `slots`, of any width, the first `counts` rows of each real.
+
+        A slot may come twice with the same chunk.
+        """
+        ...
 
 
 class DecoderModel(nnx.Module):
@@ -67,12 +94,13 @@ class DecoderModel(nnx.Module):
     ) -> TargetOutput:
         """Runs the rows. `tap_layers` are 0-based layer ids whose outputs are kept; -1 is the embedding (NOTES 1)."""
         x = self.embed(tokens)
+        packed = attend.packed if isinstance(attend, CachedBlock) else None
         ropes = layer_ropes(self.config, positions)
         tapped = {-1: x} if -1 in tap_layers else {}
         kv = []
         for layer, rope in zip(self.layers, ropes, strict=True):
             x, layer_kv = layer(x, rope, attend)
-            kv.append(layer_kv)
+            kv.append(layer_kv if packed is None else jax.tree.map(packed.to_grid, layer_kv))
             if layer.index in tap_layers:
                 tapped[layer.index] = x
         taps = jnp.concatenate([tapped[i] for i in tap_layers], axis=-1) if tap_layers else x[..., :0]
@@ -85,3 +113,16 @@ class DecoderModel(nnx.Module):
     def logits(self, hidden: Float[Array, "*n d"]) -> Float[Array, "*n v"]:
         """float32 logits of final-normed hidden states, soft-capped where the config caps them (NOTES 61)."""
         return head_logits(hidden, self.head_weight(), self.config.logit_softcap)
+
+    def empty_cache(self, requests: int, size: int, width: int, dtype: Any) -> KVCache:
+        return empty_cache(self.config.kv_shapes, requests, size, dtype)
+
+    def append(self, cache: KVCache, rows: KVCache, starts: Int[Array, " r"]) -> KVCache:
+        return append_rows(cache, rows, starts)
+
+    def insert(
+        self, cache: KVCache, rows: KVCache, slots: Int[Array, " a"], starts: Int[Array, " a"],
+        counts: Int[Array, " a"],
+    ) -> KVCache:  # fmt: skip
+        """Rows past `counts` become junk beyond the length; starts + their number must fit, since the write clamps."""
+        return insert_rows(cache, tuple(head_major(layer) for layer in rows), slots, starts, axis=2)

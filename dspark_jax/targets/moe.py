@@ -1,7 +1,12 @@
 """Mixtures of experts: each token's MLP is a weighted sum of a few experts'.
 
+`mix_experts` is the product over a stack of experts that every family here shares; routers are their own.
+
 Axes: *n any leading axes of token rows, N of them flattened, K experts of a token, D hidden, F expert width, E experts.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +16,82 @@ from jaxtyping import Array, Float, Int
 from dspark_jax.sharding import param
 from dspark_jax.targets.config import TargetConfig
 
+Activation = Callable[[Array, Array], Array]
+"""(gate [N, F], up [N, F]) -> what `down` projects."""
+
+
+class ExpertStack(NamedTuple):
+    """gate and up [E, D, F], down [E, F, D]."""
+
+    gate: Array
+    up: Array
+    down: Array
+
+
+def mix_experts(
+    rows: Float[Array, "n d"],
+    weights: Float[Array, "n k"],
+    chosen: Int[Array, "n k"],
+    stack: ExpertStack,
+    activation: Activation,
+) -> Float[Array, "n d"]:
+    """Σ_k weights_k expert_{chosen_k}(row). No expert has a capacity, so a row's result depends on that row alone."""
+
+    def grouped(rows: Array, weights: Array, chosen: Array) -> Array:
+        return grouped_experts(rows, weights, chosen, stack, activation)
+
+    def apart(rows: Array, weights: Array, chosen: Array) -> Array:
+        return experts_one_by_one(rows, weights, chosen, stack, activation)
+
+    # Grouped products are one instruction on TPUs; elsewhere XLA expands them to [E, N per_token, D].
+    return jax.lax.platform_dependent(rows, weights, chosen, tpu=grouped, default=apart)
+
+
+def grouped_experts(
+    rows: Array, weights: Array, chosen: Array, stack: ExpertStack, activation: Activation
+) -> Float[Array, "n d"]:
+    """The (row, expert) pairs sorted by expert, through ragged products: the work of the chosen experts only."""
+    count, k = chosen.shape
+    order = jnp.argsort(chosen.ravel(), stable=True)
+    sizes = jnp.zeros((len(stack.gate),), jnp.int32).at[chosen.ravel()].add(1)
+    gathered = jnp.take(rows, order // k, axis=0)
+    inner = activation(jax.lax.ragged_dot(gathered, stack.gate, sizes), jax.lax.ragged_dot(gathered, stack.up, sizes))
+    out = jax.lax.ragged_dot(inner, stack.down, sizes)
+    pairs = jnp.zeros_like(out).at[order].set(out, unique_indices=True).reshape(count, k, -1)
+    return jnp.einsum("nk,nkd->nd", weights.astype(pairs.dtype), pairs)
+
+
+def experts_one_by_one(
+    rows: Array, weights: Array, chosen: Array, stack: ExpertStack, activation: Activation
+) -> Float[Array, "n d"]:
+    """One expert after the other on all rows, in the memory of one dense MLP; those that no row chose are left out."""
+
+    def add(total: Array, expert: tuple[Array, ...]) -> tuple[Array, None]:
+        index, gate, up, down = expert
+        share = jnp.sum(jnp.where(chosen == index, weights, 0), axis=1, keepdims=True).astype(rows.dtype)
+
+        def run(total: Array) -> Array:
+            return total + share * (activation(rows @ gate, rows @ up) @ down)
+
+        return jax.lax.cond(jnp.any(chosen == index), run, lambda total: total, total), None
+
+    return jax.lax.scan(add, jnp.zeros_like(rows), (jnp.arange(len(stack.gate)), *stack))[0]
+
+
+def all_experts(
+    rows: Array, weights: Array, chosen: Array, stack: ExpertStack, activation: Activation
+) -> Float[Array, "n d"]:
+    """Every expert on every row in one einsum, E/K times the work: what the other forms are held against."""
+    share = jnp.einsum("nk,nke->ne", weights, jax.nn.one_hot(chosen, len(stack.gate), dtype=weights.dtype))
+    gate = jnp.einsum("nd,edf->nef", rows, stack.gate)
+    up = jnp.einsum("nd,edf->nef", rows, stack.up)
+    return jnp.einsum("ne,nef,efd->nd", share.astype(rows.dtype), activation(gate, up), stack.down)
+
 
 class SparseMLP(nnx.Module):
     """Σ_e w_e down_e(silu(gate_e x) * up_e x) over the `per_token` experts with the largest router probabilities.
 
-    Probabilities are float32, the weights of the sum of x's dtype, as in the reference. A row's result does not depend
-    on its neighbours: no expert has a capacity.
+    Probabilities are float32, the weights of the sum of x's dtype, as in the reference.
     """
 
     def __init__(self, config: TargetConfig, *, rngs: nnx.Rngs):
@@ -37,9 +112,11 @@ class SparseMLP(nnx.Module):
     def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
         rows = x.reshape(-1, x.shape[-1])
         weights, chosen = self.route(rows)
-        # Grouped products are one instruction on TPUs; elsewhere XLA expands them to [E, N per_token, D].
-        out = jax.lax.platform_dependent(rows, weights, chosen, tpu=self.grouped, default=self.one_by_one)
-        return out.reshape(x.shape)
+        return mix_experts(rows, weights, chosen, self.stack, _swiglu).reshape(x.shape)
+
+    @property
+    def stack(self) -> ExpertStack:
+        return ExpertStack(self.gate_weight_edf[...], self.up_weight_edf[...], self.down_weight_efd[...])
 
     def route(self, rows: Float[Array, "n d"]) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
         """Weights and ids of each row's experts."""
@@ -49,25 +126,6 @@ class SparseMLP(nnx.Module):
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         return weights.astype(rows.dtype), chosen
 
-    def grouped(self, rows: Array, weights: Array, chosen: Array) -> Float[Array, "n d"]:
-        """The (row, expert) pairs sorted by expert, through ragged products: the work of the chosen experts only."""
-        count, k = chosen.shape
-        order = jnp.argsort(chosen.ravel(), stable=True)
-        sizes = jnp.zeros((self.experts.count,), jnp.int32).at[chosen.ravel()].add(1)
-        gathered = jnp.take(rows, order // k, axis=0)
-        gate = jax.lax.ragged_dot(gathered, self.gate_weight_edf[...], sizes)
-        up = jax.lax.ragged_dot(gathered, self.up_weight_edf[...], sizes)
-        out = jax.lax.ragged_dot(jax.nn.silu(gate) * up, self.down_weight_efd[...], sizes)
-        pairs = jnp.zeros_like(out).at[order].set(out, unique_indices=True).reshape(count, k, -1)
-        return jnp.einsum("nk,nkd->nd", weights, pairs)
 
-    def one_by_one(self, rows: Array, weights: Array, chosen: Array) -> Float[Array, "n d"]:
-        """Every expert on all rows, one after the other: more work, memory of one dense MLP."""
-
-        def add(total: Array, expert: tuple[Array, ...]) -> tuple[Array, None]:
-            index, gate, up, down = expert
-            share = jnp.sum(jnp.where(chosen == index, weights, 0), axis=1, keepdims=True)
-            return total + share * ((jax.nn.silu(rows @ gate) * (rows @ up)) @ down), None
-
-        stacked = (self.gate_weight_edf[...], self.up_weight_edf[...], self.down_weight_efd[...])
-        return jax.lax.scan(add, jnp.zeros_like(rows), (jnp.arange(self.experts.count), *stacked))[0]
+def _swiglu(gate: Array, up: Array) -> Array:
+    return jax.nn.silu(gate) * up

@@ -9,6 +9,10 @@ from flax import nnx
 from dspark_jax.errors import UserError
 from dspark_jax.targets.config import TargetConfig, text_config
 from dspark_jax.targets.decoder import DecoderModel
+from dspark_jax.targets.deepseek_v4.block import V4Block
+from dspark_jax.targets.deepseek_v4.config import v4_config
+from dspark_jax.targets.deepseek_v4.model import FLOAT32 as V4_FLOAT32
+from dspark_jax.targets.deepseek_v4.model import V4Model
 from dspark_jax.targets.fields import check_target_fields, refuse_quantisation
 from dspark_jax.targets.gemma4 import Gemma4Layer, gemma4_config
 from dspark_jax.targets.layers import DecoderLayer
@@ -21,13 +25,16 @@ class TargetKind:
     """`read_fields` makes the architecture of a text config; `layer(config, index, rngs=...)` is its decoder block.
 
     `multimodal`: the `model_type` of the files that hold such a model under `text_config`. `quantised`: its quantised
-    checkpoints are read.
+    checkpoints are read. `model(config, rngs=...)`: the whole module of a family that is not a `DecoderModel` over
+    `layer`. `float32`: names of parameters that are kept so whatever the others are.
     """
 
     read_fields: Callable[[Mapping[str, Any]], TargetConfig]
     layer: type
     multimodal: str | None = None
     quantised: bool = False
+    model: Any = None
+    float32: frozenset[str] = frozenset()
 
     def read(self, config: Mapping[str, Any], where: str) -> TargetConfig:
         """As `read_target_config`, for a file that is known to be of this kind."""
@@ -52,6 +59,7 @@ TARGETS: dict[str, TargetKind] = {
     "qwen3": TargetKind(qwen3_config, DecoderLayer),
     "qwen3_moe": TargetKind(qwen3_moe_config, DecoderLayer),
     "llama": TargetKind(llama_config, DecoderLayer),
+    "deepseek_v4": TargetKind(v4_config, V4Block, quantised=True, model=V4Model, float32=V4_FLOAT32),
     "gemma4_text": TargetKind(gemma4_config, Gemma4Layer, multimodal="gemma4"),
     "gemma4_unified_text": TargetKind(gemma4_config, Gemma4Layer, multimodal="gemma4_unified"),
 }
@@ -101,6 +109,7 @@ def layer_class(config: TargetConfig) -> Any:
     return TARGETS[config.model_type].layer
 
 
-def target_module(config: TargetConfig, *, rngs: nnx.Rngs) -> DecoderModel:
+def target_module(config: TargetConfig, *, rngs: nnx.Rngs) -> Any:
     """The target's module, with fresh weights; under `nnx.eval_shape` with shapes alone."""
-    return DecoderModel(config, layer_class(config), rngs=rngs)
+    kind = TARGETS[config.model_type]
+    return DecoderModel(config, kind.layer, rngs=rngs) if kind.model is None else kind.model(config, rngs=rngs)

@@ -9,7 +9,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
 
-from dspark_jax.drafters.config import BlockConfig
+from dspark_jax.drafters.config import BlockConfig, float32_parameter
 from dspark_jax.drafters.protocol import BlockDrafter, SharedTables
 from dspark_jax.training.anchors import Blocks, make_blocks, sample_anchors
 from dspark_jax.training.losses import EPSILON, Batch, LossOptions, Sums, block_sums
@@ -38,9 +38,9 @@ class Objective(Protocol):
 
 
 def cast_params(params: dict, dtype: Any) -> dict:
-    """Parameters in the compute dtype; the confidence head stays float32, in training as in decoding."""
+    """Parameters in the compute dtype but for those that are float32 in decoding too."""
     flat = flatten_dict(params)
-    return unflatten_dict({p: x if p[0] == "confidence_head" else x.astype(dtype) for p, x in flat.items()})
+    return unflatten_dict({p: x if float32_parameter(p) else x.astype(dtype) for p, x in flat.items()})
 
 
 @dataclass(frozen=True, eq=False)

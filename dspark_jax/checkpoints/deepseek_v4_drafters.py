@@ -1,0 +1,124 @@
+"""V4's drafters in the target's own files, found by their tensors: a DSpark module, or the preview's MTP-1 block."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
+
+from dspark_jax.checkpoints.deepseek_v4 import V4Folder, block_tensor, v4_needed
+from dspark_jax.checkpoints.huggingface import DTYPES, read_hf_config, resolve_folder
+from dspark_jax.checkpoints.leftovers import refuse_leftovers
+from dspark_jax.checkpoints.tensors import Layout, ParamPath, Stored, load_params, stored_names
+from dspark_jax.drafters.config import DrafterConfig, float32_parameter
+from dspark_jax.drafters.deepseek_v4.config import native_config
+from dspark_jax.drafters.registry import Drafter, read_config, skeleton
+from dspark_jax.errors import UserError
+from dspark_jax.sharding import ShardingRules, parameter_shardings, split
+from dspark_jax.targets.config import config_sha256
+from dspark_jax.targets.target import Target
+
+_MARKS = {"dspark": "mtp.0.main_proj.weight", "mtp": "mtp.0.e_proj.weight"}
+_SAMPLED_ROWS = 64
+
+_HEADS: dict[ParamPath, Stored] = {
+    ("norm", "weight"): Stored("norm.weight"),
+    **{("collapse", leaf): Stored(f"hc_head_{leaf}") for leaf in ("fn", "base", "scale")},
+    ("markov_head", "w1_vr"): Stored("markov_head.markov_w1.weight"),
+    ("markov_head", "w2_vr"): Stored("markov_head.markov_w2.weight"),
+    ("confidence_head", "proj", "weight_io"): Stored("confidence_head.proj.weight", Layout.LINEAR),
+}
+_FIRST: dict[ParamPath, Stored] = {
+    ("main_proj", "weight_io"): Stored("main_proj.weight", Layout.LINEAR),
+    ("main_norm", "weight"): Stored("main_norm.weight"),
+    ("e_proj", "weight_io"): Stored("e_proj.weight", Layout.LINEAR),
+    ("h_proj", "weight_io"): Stored("h_proj.weight", Layout.LINEAR),
+    ("enorm", "weight"): Stored("enorm.weight"),
+    ("hnorm", "weight"): Stored("hnorm.weight"),
+}
+
+
+def holds_v4(folder: Path) -> bool:
+    """Whether the folder's config.json is of a V4 repository."""
+    return read_hf_config(folder).get("model_type") == "deepseek_v4"
+
+
+def drafter_kind_in(tensors: V4Folder) -> str:
+    """'dspark' or 'mtp', by what the folder holds; UserError for neither."""
+    for kind, mark in _MARKS.items():
+        if mark in tensors.names:
+            return kind
+    raise UserError(
+        f"{tensors.folder} holds no drafter: neither {' nor '.join(_MARKS.values())} is among its tensors. Give a "
+        "repository whose name ends in -DSpark, or the preview's."
+    )
+
+
+def v4_drafter_map(config: DrafterConfig, paths: Iterable[ParamPath]) -> dict[ParamPath, Stored]:
+    """Parameter path -> published tensor, for a V4 drafter's parameters at `paths`."""
+    paths = list(paths)
+    stages = [path[1] for path in paths if path[0] == "stages"]
+    last = f"mtp.{max(stages, default=0)}"
+    table = {}
+    for path in paths:
+        if path[0] == "stages":
+            table[path] = block_tensor(path[2:], f"mtp.{path[1]}")
+        elif path[0] == "block":
+            table[path] = block_tensor(path[1:], "mtp.0")
+        else:
+            stored, prefix = (_FIRST[path], "mtp.0") if path in _FIRST else (_HEADS[path], last)
+            table[path] = Stored(f"{prefix}.{stored.name}", stored.layout)
+    return table
+
+
+def load_v4_drafter(
+    path_or_id: str | Path,
+    target: Target,
+    *,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    rules: ShardingRules | None = None,
+) -> Drafter:
+    """The drafter in a V4 folder or hub id, the target's own or one that holds a drafter alone.
+
+    Raises UserError when there is none, when its widths are not the config's, or when it is of another target.
+    """
+    folder = resolve_folder(path_or_id)
+    stored = read_hf_config(folder)
+    tensors = V4Folder(folder)
+    hf_config = native_config(stored, drafter_kind_in(tensors), num_anchors=stored.get("num_anchors", 512))
+    config = read_config(hf_config)
+    config.check_target(target.config)
+    if config.target_sha256 != target.config_sha256 and config_sha256(stored) != target.config_sha256:
+        _check_same_target(tensors, target)
+    storage = DTYPES[dtype or config.backbone.dtype]
+    module = skeleton(hf_config)
+    graphdef, abstract = split(module)
+    leaves = flatten_dict(abstract)
+    shardings = None if mesh is None else flatten_dict(parameter_shardings(module, mesh, rules or ShardingRules()))
+
+    def kept(path: ParamPath) -> Any:
+        return np.float32 if float32_parameter(path) else storage
+
+    table = v4_drafter_map(config, leaves)
+    refuse_leftovers(tensors, v4_needed(tensors, stored_names(table, leaves)), ("deepseek_v4_drafter",))
+    params = load_params(tensors, table, leaves, shardings, kept)
+    return Drafter(str(path_or_id), config, graphdef, params, hf_config)
+
+
+def _check_same_target(tensors: V4Folder, target: Target) -> None:
+    """Where the folder has an embedding too, rows of it against the target's."""
+    table = target.params.get("embed_weight_vd")
+    if "embed.weight" not in tensors.names or table is None or not table.is_fully_addressable:
+        return
+    rows = np.unique(np.linspace(0, table.shape[0] - 1, _SAMPLED_ROWS).astype(int))
+    stored = tensors.stored("embed.weight")
+    mine = np.stack([np.asarray(stored[int(r) : int(r) + 1])[0] for r in rows]).astype(np.float32)
+    theirs = np.asarray(table[rows]).astype(np.float32)
+    if np.any(np.abs(mine - theirs) > 2.0**-7 * np.abs(theirs) + 1e-6):
+        raise UserError(
+            f"Target/drafter mismatch: the embedding in {tensors.folder} is not {target.name}'s; load the drafter from "
+            "the target's own folder."
+        )

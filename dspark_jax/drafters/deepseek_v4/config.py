@@ -1,0 +1,94 @@
+"""The configs of V4's drafters: the target's own config.json, in which their fields stand."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from dspark_jax.drafters.config import TARGET_SHA_FIELD, WHERE, BlockConfig, DSparkConfig
+from dspark_jax.errors import UserError
+from dspark_jax.targets.config import config_sha256
+from dspark_jax.targets.deepseek_v4.config import V4Config
+from dspark_jax.targets.registry import read_target_config
+
+ARCHITECTURES = {"dspark": "DeepseekV4DSparkModel", "mtp": "DeepseekV4MTPModel"}
+_OURS = ("architectures", "num_anchors", TARGET_SHA_FIELD)
+
+
+def native_config(target_hf_config: Mapping[str, Any], kind: str, **fields: Any) -> dict[str, Any]:
+    """The config of a drafter of this kind in the files of the target with this config.json."""
+    described = {key: value for key, value in target_hf_config.items() if key not in _OURS}
+    made = {"architectures": [ARCHITECTURES[kind]], "num_anchors": 512, **fields}
+    return described | made | {TARGET_SHA_FIELD: config_sha256(described)}
+
+
+def target_config_of(native: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json that a published folder has for `native`: without the fields that are ours alone."""
+    return {key: value for key, value in native.items() if key not in _OURS}
+
+
+def _common(config: Mapping[str, Any]) -> dict[str, Any]:
+    backbone = read_target_config(config, WHERE)
+    return {
+        "backbone": backbone,
+        "num_target_layers": backbone.num_layers,
+        "target_sha256": config.get(TARGET_SHA_FIELD),
+        "num_anchors": config["num_anchors"],
+    }
+
+
+@dataclass(frozen=True)
+class V4DSparkConfig(DSparkConfig):
+    """As many stages as the config has blocks past its layers."""
+
+    @property
+    def dims(self) -> V4Config:
+        return cast(V4Config, self.backbone)
+
+    @classmethod
+    def read_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        return _common(config) | {
+            "block_size": config["dspark_block_size"],
+            "target_layer_ids": tuple(config["dspark_target_layer_ids"]),
+            "mask_token_id": config["dspark_noise_token_id"],
+            "markov_rank": config["dspark_markov_rank"],
+            "markov_head_type": "vanilla",
+            "enable_confidence_head": True,
+            "confidence_head_with_markov": True,
+            "sample_from_anchor": True,
+        }
+
+    @property
+    def last_tap(self) -> int:
+        """Taps are means over streams, which no norm has touched: the last layer's too."""
+        return self.num_target_layers - 1
+
+    def check(self) -> None:
+        super().check()
+        if self.dims.drafter_blocks < 1:
+            raise UserError(
+                f"config.json has compress_ratios for its {self.num_target_layers} layers alone; a DSpark module needs "
+                "one 0 more for each of its stages."
+            )
+        if not 0 <= self.mask_token_id < self.backbone.vocab_size:
+            raise UserError(
+                f"config.json has dspark_noise_token_id {self.mask_token_id}; expected a token below "
+                f"{self.backbone.vocab_size}."
+            )
+
+
+@dataclass(frozen=True)
+class V4MTPConfig(BlockConfig):
+    """One draft token from the target's streams, tapped under the id one past its last layer."""
+
+    @property
+    def dims(self) -> V4Config:
+        return cast(V4Config, self.backbone)
+
+    @classmethod
+    def read_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        common = _common(config)
+        return common | {"block_size": 1, "target_layer_ids": (common["num_target_layers"],)}
+
+    @property
+    def last_tap(self) -> int:
+        return self.num_target_layers

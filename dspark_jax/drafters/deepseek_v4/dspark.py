@@ -1,0 +1,138 @@
+"""DSpark on V4: stages of V4 blocks over a window of the target's taps, a Markov head, a confidence head.
+
+One context, main_norm(taps W), serves all stages: each projects its own keys from it, past its attention's norm and
+streams. Block rows see the last `window` context positions before the anchor and the whole block, in both directions.
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from dspark_jax.drafters.deepseek_v4.config import V4DSparkConfig
+from dspark_jax.drafters.deepseek_v4.window import filled_ring, ring_positions
+from dspark_jax.drafters.dspark import DSpark
+from dspark_jax.drafters.heads import ConfidenceHead, Linear, VanillaMarkov
+from dspark_jax.drafters.protocol import SharedTables
+from dspark_jax.targets.attention import segment_starts
+from dspark_jax.targets.deepseek_v4.attention import Keys, sink_attention
+from dspark_jax.targets.deepseek_v4.block import V4Block
+from dspark_jax.targets.deepseek_v4.rings import write_ring
+from dspark_jax.targets.deepseek_v4.streams import Collapse, Norm, spread_streams
+
+Rings = tuple[Array, ...]
+"""One [R, window, H] a stage."""
+
+
+class V4DSpark(DSpark):
+    """The draft state is a ring of context keys a stage; block keys are scratch, so there is nothing to roll back."""
+
+    config_type: ClassVar[type[V4DSparkConfig]] = V4DSparkConfig  # type: ignore[assignment]
+
+    def __init__(self, config: V4DSparkConfig, *, rngs: nnx.Rngs):
+        nnx.Module.__init__(self)
+        dims, d = config.dims, config.dims.hidden_size
+        taps = len(config.target_layer_ids) * d
+        self.main_proj = Linear(taps, d, dims.initializer_range, rngs=rngs, bias=False, axes=("features", "embed"))
+        self.main_norm = Norm(d, dims.rms_norm_eps)
+        self.stages = nnx.List(V4Block(dims, dims.window_layer, rngs=rngs) for _ in range(dims.drafter_blocks))
+        self.collapse = Collapse(dims, rngs=rngs)
+        self.norm = Norm(d, dims.rms_norm_eps)
+        self.markov_head = VanillaMarkov(config, rngs=rngs)
+        self.confidence_head = ConfidenceHead(config, rngs=rngs, bias=False)
+        self.config = config
+        self.block_size, self.tap_layers = config.block_size, config.target_layer_ids
+        self.window = dims.window
+
+    # Decoding
+
+    def init_state(self, requests: int, size: int, dtype: Any) -> Rings:
+        shape = (requests, self.window, self.config.dims.head_dim)
+        return tuple(jnp.zeros(shape, dtype) for _ in self.stages)
+
+    def prefill(
+        self, shared: SharedTables, taps: Float[Array, "r t md"], tokens: Int[Array, "r t"], lengths: Int[Array, " r"]
+    ) -> Rings:
+        starts = jnp.zeros_like(lengths)
+        positions = jnp.broadcast_to(jnp.arange(taps.shape[1]), taps.shape[:2])
+        return tuple(filled_ring(rows, starts, lengths, self.window) for rows in self.context_keys(taps, positions))
+
+    def commit(
+        self, shared: SharedTables, state: Rings, taps: Float[Array, "r w md"], tokens: Int[Array, "r w"],
+        starts: Int[Array, " r"], counts: Int[Array, " r"],
+    ) -> Rings:  # fmt: skip
+        """Only rows that stand are written: `window` slots are enough then."""
+        rows = self.context_keys(taps, starts[:, None] + jnp.arange(taps.shape[1]))
+        slots = jnp.arange(len(starts))
+        return tuple(write_ring(ring, new, slots, starts, counts) for ring, new in zip(state, rows, strict=True))
+
+    def draft_hidden(
+        self, shared: SharedTables, state: Rings, anchors: Int[Array, " r"], positions: Int[Array, " r"]
+    ) -> Float[Array, "r k d"]:
+        allowed = ring_positions(self.window, positions) >= 0
+        return self.stream_states(shared, state, allowed, anchors, positions)[1]
+
+    # Training
+
+    def context(self, taps: Float[Array, "b t md"], segments: Int[Array, "b t"] | None = None) -> Rings:
+        """Context keys [B, T, H] of whole rows, a stage; positions start at 0 in every segment."""
+        positions = jnp.broadcast_to(jnp.arange(taps.shape[1]), taps.shape[:2])
+        if segments is not None:
+            positions = positions - segment_starts(segments)
+        return self.context_keys(taps, positions)
+
+    def _block_hidden(
+        self, shared: SharedTables, context: Rings, tokens: Array, anchors: Array, starts: Array | None = None
+    ) -> Array:
+        """Blocks [B, N] over the last `window` positions of their own sequence before each anchor."""
+        index = anchors[..., None] + jnp.arange(-self.window, 0)
+        first = jnp.zeros_like(anchors) if starts is None else starts
+        allowed = index >= first[..., None]
+        at = jnp.clip(index, 0, context[0].shape[1] - 1)
+        keys = tuple(rows[jnp.arange(len(rows))[:, None, None], at] for rows in context)
+        return self.stream_states(shared, keys, allowed, tokens, anchors - first)[1]
+
+    # Both
+
+    def main_context(self, taps: Float[Array, "*n md"]) -> Float[Array, "*n d"]:
+        """What every stage's context keys are made from."""
+        return self.main_norm(self.main_proj(taps.astype(self.main_proj.weight_io.dtype)))
+
+    def context_keys(self, taps: Float[Array, "*n md"], positions: Int[Array, "*n"]) -> Rings:
+        """Each stage's keys [*n, H] of context positions."""
+        hidden = self.main_context(taps)
+        return tuple(stage.attention.keys(hidden, stage.attention.rope(positions)) for stage in self.stages)
+
+    def stream_states(
+        self, shared: SharedTables, context: Sequence[Float[Array, "*b t h"]], allowed: Bool[Array, "*b t"],
+        tokens: Int[Array, "*b"], anchors: Int[Array, "*b"],
+    ) -> tuple[list[Float[Array, "*b k s d"]], Float[Array, "*b k d"]]:  # fmt: skip
+        """(streams after each stage, h before the final norm) of blocks behind `tokens` at positions `anchors`."""
+        noise = jnp.full((*tokens.shape, self.block_size - 1), self.config.mask_token_id, tokens.dtype)
+        inputs = jnp.concatenate([tokens[..., None], noise], axis=-1)
+        positions = anchors[..., None] + jnp.arange(self.block_size)
+        streams, made = spread_streams(shared.rows(inputs), self.config.dims.streams), []
+        for stage, keys in zip(self.stages, context, strict=True):
+            streams = self._stage(stage, streams, inputs, positions, keys, allowed)
+            made.append(streams)
+        return made, self.collapse(streams).astype(self.main_proj.weight_io.dtype)
+
+    def _stage(
+        self, stage: V4Block, streams: Array, tokens: Array, positions: Array, context: Array, allowed: Array
+    ) -> Array:
+        x, mixing = stage.attention_input(streams)
+        attention = stage.attention
+        rope = attention.rope(positions)
+        q, kv = attention.queries(attention.low_rank(x), rope), attention.keys(x, rope)
+        width = kv.shape[-2]
+        seen = jnp.broadcast_to(allowed[..., None, :], (*allowed.shape[:-1], width, allowed.shape[-1]))
+        block = jnp.ones((*kv.shape[:-1], width), bool)
+        parts = [Keys(context.astype(q.dtype), seen), Keys(kv, block)]
+        mixed = sink_attention(q, parts, attention.sink[...], attention.scale)
+        return stage.after_attention(streams, attention.output(mixed, rope), mixing, tokens)[0]
+
+    def base_logits(self, shared: SharedTables, hidden: Float[Array, "*n d"]) -> Float[Array, "*n v"]:
+        """The heads read h before the norm, the target's head after it."""
+        return shared.logits(self.norm(hidden))

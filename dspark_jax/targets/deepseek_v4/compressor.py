@@ -1,0 +1,77 @@
+"""Compressed entries: M tokens pooled into one key by a softmax over them, channel by channel.
+
+HCA pools each window of M tokens by itself. CSA pools two series of channels, the first of the window before and the
+second of the window itself. An entry exists for queries once its window has closed.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dspark_jax.sharding import param
+from dspark_jax.targets.deepseek_v4.config import V4Config, V4LayerConfig
+from dspark_jax.targets.deepseek_v4.rings import rows_at
+from dspark_jax.targets.deepseek_v4.rope import rope_at, rotate_tail
+from dspark_jax.targets.deepseek_v4.streams import Norm
+from dspark_jax.targets.layers import normal
+
+MASKED = -1e30
+
+
+class Closed(NamedTuple):
+    """Entries [R, N', C] of the windows `first` [R] .. first + N' - 1. Those that are still open at a query hold
+    whatever the block gave; its mask hides them."""
+
+    entries: Array
+    first: Array
+
+
+class Compressor(nnx.Module):
+    """`size` channels an entry; rows and entries are float32."""
+
+    def __init__(self, config: V4Config, layer: V4LayerConfig, size: int, *, rngs: nnx.Rngs):
+        d, std = config.hidden_size, config.initializer_range
+        self.ratio, self.series = layer.ratio, 2 if layer.indexed else 1
+        self.size = size
+        self.kv_weight_dc = param(normal(rngs, (d, self.series * size), std), "embed", None)
+        self.gate_weight_dc = param(normal(rngs, (d, self.series * size), std), "embed", None)
+        self.ape = param(normal(rngs, (layer.ratio, self.series * size), std), None, None)
+        self.norm = Norm(size, config.rms_norm_eps, None)
+        self.rope, self.rope_dim = layer.rope, config.rope_dim
+
+    def raw(self, x: Float[Array, "*n d"], positions: Int[Array, "*n"]) -> Float[Array, "*n 2 c"]:
+        """What a token gives to its window: content, and gate logits with the bias of its place in the window."""
+        content = jnp.einsum("...d,dc->...c", x, self.kv_weight_dc[...], preferred_element_type=jnp.float32)
+        gate = jnp.einsum("...d,dc->...c", x, self.gate_weight_dc[...], preferred_element_type=jnp.float32)
+        return jnp.stack([content, gate + self.ape[...][positions % self.ratio]], axis=-2)
+
+    def close(self, ring: Array | None, block: Float[Array, "r w 2 c"], starts: Int[Array, " r"]) -> Closed:
+        """The entries of all windows that rows of the block, at positions starts.., may close.
+
+        Earlier rows of the first window (and of the one before it) come from the ring.
+        """
+        m, width = self.ratio, block.shape[1]
+        # A block closes at most ceil(W / M) windows, beginning with the one that holds its first row.
+        count, first = -(-width // m), starts // m
+        begin = (first - (self.series - 1)) * m
+        positions = begin[:, None] + jnp.arange((count + self.series - 1) * m)
+        rows = rows_at(ring, block, starts, positions)
+        windows = rows.reshape(len(rows), -1, m, 2, self.series, self.size)
+        pooled = self._pool(windows, first[:, None] + jnp.arange(count))
+        ropes = rope_at(self.rope, self.rope_dim, (first[:, None] + jnp.arange(count)) * m)
+        return Closed(rotate_tail(self.norm(pooled), ropes), first)
+
+    def _pool(self, windows: Float[Array, "r n m 2 s c"], index: Int[Array, "r n"]) -> Float[Array, "r n c"]:
+        if self.series == 1:
+            content, gate = windows[..., 0, 0, :], windows[..., 1, 0, :]
+        else:
+            own, before = windows[:, 1:, :, :, 1], windows[:, :-1, :, :, 0]
+            # The first window has none before it.
+            absent = (index == 0)[..., None, None, None] & (jnp.arange(2) == 1)[:, None]
+            before = jnp.where(absent, MASKED, before)
+            slots = jnp.concatenate([before, own], axis=2)
+            content, gate = slots[..., 0, :], slots[..., 1, :]
+        return jnp.sum(jax.nn.softmax(gate, axis=2) * content, axis=2)

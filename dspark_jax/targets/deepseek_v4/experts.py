@@ -1,0 +1,90 @@
+"""The MLP of a V4 block: routed experts beside a shared one. The first layers choose experts by token id."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dspark_jax.sharding import param
+from dspark_jax.targets.deepseek_v4.config import V4Config
+from dspark_jax.targets.deepseek_v4.streams import HIGHEST
+from dspark_jax.targets.layers import normal
+from dspark_jax.targets.moe import ExpertStack, mix_experts
+
+
+class Router(nnx.Module):
+    """Scores sqrt(softplus(x W)) in float32. Choice: the K largest of score + bias, or a table of token ids."""
+
+    def __init__(self, config: V4Config, hashed: bool, *, rngs: nnx.Rngs):
+        experts = config.experts
+        assert experts is not None
+        d, e = config.hidden_size, experts.count
+        self.weight_de = param(normal(rngs, (d, e), config.initializer_range), "embed", None)
+        self.hashed = hashed
+        if hashed:
+            self.table_vk = param(jnp.zeros((config.vocab_size, experts.per_token), jnp.int32), None, None)
+        else:
+            self.bias = param(jnp.zeros((e,)), None)
+        self.per_token, self.scale = experts.per_token, config.routed_scale
+
+    def __call__(
+        self, x: Float[Array, "*n d"], tokens: Int[Array, "*n"]
+    ) -> tuple[Float[Array, "*n k"], Int[Array, "*n k"]]:
+        """(weights, ids) of each row's experts. The bias decides who is chosen and enters no weight."""
+        wide, weight = x.astype(jnp.float32), self.weight_de[...].astype(jnp.float32)
+        logits = jnp.einsum("...d,de->...e", wide, weight, precision=HIGHEST)
+        scores = jnp.sqrt(jax.nn.softplus(logits))
+        if self.hashed:
+            chosen = jnp.take(self.table_vk[...], tokens, axis=0)
+        else:
+            _, chosen = jax.lax.top_k(scores + self.bias[...], self.per_token)
+        weights = jnp.take_along_axis(scores, chosen, axis=-1)
+        return weights / jnp.sum(weights, axis=-1, keepdims=True) * self.scale, chosen
+
+
+def clamped_swiglu(gate: Array, up: Array, limit: float) -> Array:
+    """silu(min(gate, limit)) * clip(up, -limit, limit): the gate has no bound below."""
+    return jax.nn.silu(jnp.minimum(gate, limit)) * jnp.clip(up, -limit, limit)
+
+
+class SharedExpert(nnx.Module):
+    """The expert that every row passes, clamped like the others."""
+
+    def __init__(self, config: V4Config, *, rngs: nnx.Rngs):
+        d, f, std = config.hidden_size, config.intermediate_size, config.initializer_range
+        self.gate_weight_df = param(normal(rngs, (d, f), std), "embed", "mlp")
+        self.up_weight_df = param(normal(rngs, (d, f), std), "embed", "mlp")
+        self.down_weight_fd = param(normal(rngs, (f, d), std), "mlp", "embed")
+        self.limit = config.swiglu_limit
+
+    def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+        inner = clamped_swiglu(x @ self.gate_weight_df[...], x @ self.up_weight_df[...], self.limit)
+        return inner @ self.down_weight_fd[...]
+
+
+class V4MoE(nnx.Module):
+    """Σ_k g_k expert_k(x) + shared(x). No expert has a capacity: a row does not depend on its neighbours."""
+
+    def __init__(self, config: V4Config, hashed: bool, *, rngs: nnx.Rngs):
+        assert config.experts is not None
+        d, e, f, std = config.hidden_size, config.experts.count, config.intermediate_size, config.initializer_range
+        self.router = Router(config, hashed, rngs=rngs)
+        self.gate_weight_edf = param(normal(rngs, (e, d, f), std), "experts", "embed", "mlp")
+        self.up_weight_edf = param(normal(rngs, (e, d, f), std), "experts", "embed", "mlp")
+        self.down_weight_efd = param(normal(rngs, (e, f, d), std), "experts", "mlp", "embed")
+        self.shared = SharedExpert(config, rngs=rngs)
+        self.limit = config.swiglu_limit
+
+    def __call__(
+        self, x: Float[Array, "*n d"], tokens: Int[Array, "*n"]
+    ) -> tuple[Float[Array, "*n d"], Int[Array, "*n k"]]:
+        """(output, ids of each row's experts)."""
+        rows = x.reshape(-1, x.shape[-1])
+        weights, chosen = self.router(rows, tokens.reshape(-1))
+        stack = ExpertStack(self.gate_weight_edf[...], self.up_weight_edf[...], self.down_weight_efd[...])
+        routed = mix_experts(rows, weights, chosen, stack, self._activate)
+        out = routed + self.shared(rows).astype(routed.dtype)
+        return out.astype(x.dtype).reshape(x.shape), chosen.reshape(*x.shape[:-1], -1)
+
+    def _activate(self, gate: Array, up: Array) -> Array:
+        return clamped_swiglu(gate, up, self.limit)

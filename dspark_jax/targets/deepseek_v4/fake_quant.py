@@ -1,0 +1,56 @@
+"""The rounding that served V4 weights were trained under, in float: fp8 keys and entries, fp4 index rows.
+
+Off unless config.json sets `quantised_caches`; the reference numbers are without it.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+FP8_BLOCK, FP4_GROUP = 64, 32
+
+
+def round_keys(x: Float[Array, "*n h"], rotated: int) -> Float[Array, "*n h"]:
+    """All channels but the last `rotated` ones rounded to e4m3, with a power-of-two scale for each 64 of them."""
+    still, turned = x[..., : x.shape[-1] - rotated], x[..., x.shape[-1] - rotated :]
+    blocks = _groups(still.astype(jnp.float32), FP8_BLOCK)
+    largest = jnp.maximum(jnp.max(jnp.abs(blocks), axis=-1, keepdims=True), 1e-4)
+    scale = _power_of_two(largest / 448.0)
+    rounded = (blocks / scale).astype(jnp.float8_e4m3fn).astype(jnp.float32) * scale
+    return jnp.concatenate([rounded.reshape(still.shape).astype(x.dtype), turned], axis=-1)
+
+
+def round_index_rows(x: Float[Array, "*n h"]) -> Float[Array, "*n h"]:
+    """Rotated by the normalised Hadamard matrix, then rounded to e2m1 in groups of 32."""
+    groups = _groups(rotate_by_hadamard(x), FP4_GROUP)
+    largest = jnp.max(jnp.abs(groups), axis=-1, keepdims=True)
+    scale = jnp.where(largest > 0, _power_of_two(largest / 6.0), 1.0)
+    rounded = _nearest_e2m1(groups / scale) * scale
+    return rounded.reshape(x.shape).astype(x.dtype)
+
+
+def rotate_by_hadamard(x: Float[Array, "*n h"]) -> Float[Array, "*n h"]:
+    """float32 x H / sqrt(size), H in Sylvester's order; the size is a power of two."""
+    size = x.shape[-1]
+    matrix = np.ones((1, 1), np.float32)
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return jnp.einsum("...h,hk->...k", x.astype(jnp.float32), jnp.asarray(matrix), precision="highest") * size**-0.5
+
+
+def _groups(x: Array, size: int) -> Array:
+    return x.reshape(*x.shape[:-1], -1, min(size, x.shape[-1]))
+
+
+def _power_of_two(x: Array) -> Array:
+    """The least power of two that is not below x."""
+    mantissa, exponent = jnp.frexp(x)
+    return jnp.ldexp(jnp.float32(1), exponent - (mantissa == 0.5))
+
+
+def _nearest_e2m1(x: Array) -> Array:
+    """Values of magnitude up to 6 on the grid 0, .5, 1, 1.5, 2, 3, 4, 6; ties go to the even code."""
+    # Steps of .5 below 2, of 1 below 4, of 2 above; jnp.round sends ties to even multiples, which are even codes.
+    size = jnp.abs(x)
+    step = jnp.where(size < 2, 0.5, jnp.where(size < 4, 1.0, 2.0))
+    return jnp.sign(x) * jnp.minimum(jnp.round(size / step) * step, 6.0)
