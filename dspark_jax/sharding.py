@@ -13,6 +13,7 @@ import jax
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from dspark_jax.config.schema import MeshSettings
 from dspark_jax.errors import UserError
 
 AnyMesh = Mesh | AbstractMesh
@@ -110,6 +111,28 @@ def abstract_mesh(devices: int, data: int = -1, fsdp: int = 1, tensor: int = 1) 
     """The mesh of devices that are not here: for shapes, estimates and lowering."""
     shape = mesh_shape(devices, data, fsdp, tensor)
     return AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+
+
+def mesh_of_several(settings: MeshSettings) -> Mesh | None:
+    """The mesh of the settings; None on a single device, where nothing is placed. UserError if sizes don't fit."""
+    if jax.device_count() == 1:
+        return None
+    return make_mesh(settings.data, settings.fsdp, settings.tensor)
+
+
+def parameter_mesh(params: dict) -> Mesh | None:
+    """The mesh that parameters were loaded over, None when one device holds them."""
+    sharding = jax.tree.leaves(params)[0].sharding
+    if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh) or sharding.mesh.size == 1:
+        return None
+    return sharding.mesh
+
+
+def require_rows(option: str, rows: int, mesh: Mesh | None) -> None:
+    """UserError unless the devices of a mesh can share so many rows evenly."""
+    groups = 1 if mesh is None else ShardingRules().row_groups(mesh)
+    if rows % groups:
+        raise UserError(f"{option} is {rows}, which {groups} devices cannot share evenly; expected a multiple of them.")
 
 
 def param(array: jax.Array, *axes: str | None) -> nnx.Param:

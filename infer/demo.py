@@ -48,8 +48,8 @@ def steps(settings: DemoSettings) -> dict[str, list[str]]:
             *("--slots", "64", "--dtype", "float32"),
         ],
         "cache target features": [
-            *("train.build_cache", "--target", target, "--conversations", str(conversations), "--output", str(cache)),
-            *("--layers", "1,4,7,8", "--max-length", "256", "--compute-dtype", "float32"),
+            *("train.build_cache", "--config", "embedded_dspark", "--target", target),
+            *("--conversations", str(conversations), "--output", str(cache)),
         ],
         "train the drafter": [
             *("train.fit", "--config", "embedded_dspark", "--target", target, "--data.cache", str(cache)),

@@ -61,7 +61,7 @@ def cache_task(target: Path, scratch: Path) -> Task:
     """train.build_cache in shards of a few windows."""
     conversations = scratch / "conversations.jsonl"
     _write_conversations(conversations, each=40)
-    options = "--layers 0,1 --max-length 192 --batch 4 --max-shard-mb 0.2"
+    options = "--layers 0 1 --max-length 192 --batch 4 --max-shard-mb 0.2"
 
     def command(folder: Path) -> list[str]:
         places = ["--conversations", str(conversations), "--output", str(folder)]

@@ -16,27 +16,28 @@ from pathlib import Path
 
 import jax
 
-from dspark_jax.serving.engine import parameter_mesh
+from dspark_jax.datagen import cache_builder, preparation
+from dspark_jax.sharding import parameter_mesh
 from train import build_cache, prepare_data
 
 
 def main(folder: Path, devices: int) -> None:
     assert jax.device_count() == devices
     meshes = []
-    for program in (prepare_data, build_cache):
-        load = program.load_target
+    for library in (preparation, cache_builder):
+        load = library.load_target
 
         def watched(*words, load=load, **options):
             target = load(*words, **options)
             meshes.append(parameter_mesh(target.params))
             return target
 
-        program.load_target = watched  # type: ignore[attr-defined]
+        library.load_target = watched
     output = folder / str(devices)
     answers = ["--prompts", folder / "prompts.jsonl", "--output", output / "c.jsonl", "--temperature", "0"]
     answers += ["--max-new-tokens", "8", "--slots", "4", "--rounds-per-dispatch", "4"]
     prepare_data.main([str(word) for word in ("--target", folder / "target", *answers)])
-    cache = ["--conversations", output / "c.jsonl", "--output", output / "cache", "--layers", "0,1", "--batch", "4"]
+    cache = ["--conversations", output / "c.jsonl", "--output", output / "cache", "--layers", "0", "1", "--batch", "4"]
     cache += ["--max-length", "64", "--codec", "float32"]
     build_cache.main([str(word) for word in ("--target", folder / "target", *cache)])
     assert [mesh is not None and mesh.size for mesh in meshes] == [devices > 1 and devices] * 2

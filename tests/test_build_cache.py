@@ -10,6 +10,7 @@ import pytest
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.data.chat import encode_conversation
 from dspark_jax.data.target_cache import TargetCache
+from dspark_jax.datagen import cache_builder
 from dspark_jax.targets.attention import Causal
 from tests.tiny import write_tiny_target
 from train import build_cache
@@ -44,7 +45,7 @@ def build(folder: Path, name: str, *more: str) -> None:
         "--output",
         folder / name,
     ]
-    options = ["--layers", "-1,0,2", "--max-length", MAX_LENGTH, "--batch", 3, "--codec", "float32", *more]
+    options = ["--layers", "-1", "0", "2", "--max-length", MAX_LENGTH, "--batch", 3, "--codec", "float32", *more]
     build_cache.main([str(word) for word in places + options])
 
 
@@ -75,7 +76,7 @@ def test_a_run_that_stops_anywhere_continues_to_the_same_bytes(folder: Path, mon
     """Stopped inside a shard, inside a window: the samples after it are those of the whole run, bit for bit."""
     small = ("--max-shard-mb", "0.1")
     build(folder, "small", *small)
-    compute = build_cache.compute_samples
+    compute = cache_builder.compute_samples
 
     def broken_off(*arguments):
         for index, sample in compute(*arguments):
@@ -83,12 +84,12 @@ def test_a_run_that_stops_anywhere_continues_to_the_same_bytes(folder: Path, mon
                 raise KeyboardInterrupt
             yield index, sample
 
-    monkeypatch.setattr(build_cache, "compute_samples", broken_off)
+    monkeypatch.setattr(cache_builder, "compute_samples", broken_off)
     with pytest.raises(SystemExit):
         build(folder, "continued", *small)
-    monkeypatch.setattr(build_cache, "compute_samples", compute)
+    monkeypatch.setattr(cache_builder, "compute_samples", compute)
     first = json.loads((folder / "continued" / "manifest.json").read_text())["shards"][-1]["last_source"] + 1
-    assert 0 < first < 19 and first % (3 * build_cache.WINDOW_BATCHES)
+    assert 0 < first < 19 and first % (3 * cache_builder.WINDOW_BATCHES)
     build(folder, "continued", *small)
     names = sorted(p.name for p in (folder / "small").iterdir() if p.name != "metrics.json")
     assert len(names) > 4

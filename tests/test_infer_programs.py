@@ -64,8 +64,9 @@ def refused(program: Program, argv: list[str], capsys: pytest.CaptureFixture[str
         program([str(word) for word in argv])
     assert stop.value.code == 2
     said = capsys.readouterr()
-    assert said.out == "" and said.err.count("\n") == 1 and "Traceback" not in said.err
-    return said.err.strip()
+    lines = [line for line in said.err.splitlines() if not line.startswith("Device: ")]
+    assert said.out == "" and len(lines) == 1 and "Traceback" not in said.err
+    return lines[0]
 
 
 # infer.generate

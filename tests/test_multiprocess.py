@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def caching(folder: Path, output: str) -> list[str]:
     places = ["--target", folder / "target", "--conversations", folder / "conversations.jsonl"]
-    options = ["--output", folder / output, "--layers", "0,1", "--max-length", 48, "--codec", "float32"]
+    options = ["--output", folder / output, "--layers", 0, 1, "--max-length", 48, "--codec", "float32"]
     return [str(word) for word in (*places, *options)]
 
 

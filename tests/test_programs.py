@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,13 +15,14 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from dspark_jax.config.cli import load_config
 from dspark_jax.data import manifest
 from dspark_jax.data.target_cache import TargetCache
+from dspark_jax.datagen.cache_builder import CacheSettings
 from dspark_jax.errors import UserError
-from dspark_jax.sharding import abstract_mesh
+from dspark_jax.sharding import abstract_mesh, require_rows
 from tests.tiny import write_tiny_target
 from train import build_cache, prepare_data
-from train.devices import require_rows
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,9 +55,10 @@ def refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
         printed = capsys.readouterr()
         assert stop.value.code == 2
         assert printed.out == ""
-        assert len(printed.err.splitlines()) == 1 and "Traceback" not in printed.err
+        said = [line for line in printed.err.splitlines() if not line.startswith("Device: ")]
+        assert len(said) == 1 and "Traceback" not in said[0]
         assert _content(folder) == before
-        return printed.err
+        return said[0]
 
     return run
 
@@ -64,8 +67,8 @@ def prepare(target: Path, *more: object, prompts: str = "good.jsonl", output: st
     return [prepare_data.main, "--target", target, "--prompts", prompts, "--output", output, *more]
 
 
-def cache(target: Path, *more: object, conversations: str = "good.jsonl", layers: str = "0,1") -> list[object]:
-    options = ["--conversations", conversations, "--layers", layers, "--output", "cache", "--max-length", 64]
+def cache(target: Path, *more: object, conversations: str = "good.jsonl", layers: str = "0 1") -> list[object]:
+    options = ["--conversations", conversations, "--layers", *layers.split(), "--output", "cache", "--max-length", 64]
     return [build_cache.main, "--target", target, *options, *more]
 
 
@@ -139,20 +142,32 @@ def test_embedded_prompts(target: Path, refused: Refused):
     [
         (["--max-length", "1024"], "the target's context 512"),
         (["--batch", "0"], "--batch is 0; at least 1"),
-        (["--layers", "0,two"], "--layers is '0,two'"),
-        (["--layers", "0,7"], "names layer 7; the target has the layers 0 to 1"),
-        (["--layers", "1,0"], "strictly increasing"),
-        (["--layers", "-2,0"], "from -1 (embeddings) on"),
-        (["--min-loss-tokens", "60"], "None of the 3 conversations has 60 supervised tokens"),
+        (["--layers", "0", "two"], "--layers"),
+        (["--layers", "0", "7"], "names layer 7; the target has the layers 0 to 1"),
+        (["--layers", "1", "0"], "strictly increasing"),
+        (["--layers", "-2", "0"], "from -1 (embeddings) on"),
+        (["--min-loss-tokens", "60"], "None of the 3 training rows has 60 supervised tokens"),
     ],
 )
 def test_options_of_build_cache(words, said: str, target: Path, refused: Refused):
-    command = cache(target)
-    if words[0] in command:
-        command[command.index(words[0]) + 1] = words[1]
-    else:
-        command += words
-    assert said in refused(*command)
+    assert said in refused(*cache(target), *words)
+
+
+def test_the_cache_of_an_experiment(target: Path, folder: Path, refused: Refused):
+    """What the experiment says need not be typed again, and can be; what it leaves open is asked for."""
+    named = ["--config", "debug", "--target", target]
+    assert "No conversations were given" in refused(build_cache.main, *named)
+    assert "No output was given" in refused(build_cache.main, *named, "--conversations", "good.jsonl")
+    assert "configuration debgu: did you mean debug?" in refused(build_cache.main, "--config", "debgu")
+    options = ["--conversations", "good.jsonl", "--output", "cache", "--layers", -1, 0]
+    build_cache.main([str(word) for word in (*named, *options)])
+    spec, config = TargetCache(folder / "cache").spec, load_config("debug")
+    assert spec.layer_ids == (-1, 0) and spec.max_length == config.data.max_length
+    settings = CacheSettings.of_experiment(load_config("qwen3_4b_dspark"))
+    config = load_config("qwen3_4b_dspark")
+    assert settings.layers == config.drafter.target_layer_ids and settings.target == config.target
+    assert (settings.max_length, settings.codec) == (config.data.max_length, config.data.codec)
+    assert (settings.compute_dtype, str(settings.output)) == (config.compute_dtype, config.data.cache)
 
 
 def test_conversation_that_the_template_cannot_render_names_its_line(target, folder, refused):
@@ -200,7 +215,7 @@ def test_other_settings_on_the_same_answers(
     refused: Refused,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr(prepare_data, "regenerate", lambda *_: None)
+    monkeypatch.setattr(prepare_data, "regenerate", lambda *_: ({"conversations": 0}, Counter()))
     main, *words = prepare(target)
     main(list(map(str, words)))
     assert (folder / "out.settings.json").exists()

@@ -72,7 +72,7 @@ def online(folder: Path) -> Path:
 
 def test_online_equals_offline(folder: Path, online: Path):
     places = ["--target", folder / "target", "--conversations", folder / "conversations.jsonl"]
-    options = ["--output", folder / "cache", "--layers", "0,1", "--max-length", 96, "--codec", "float32"]
+    options = ["--output", folder / "cache", "--layers", 0, 1, "--max-length", 96, "--codec", "float32"]
     build_cache.main([str(word) for word in (*places, *options)])
     assert len(TargetCache(folder / "cache")) == 17
     offline = train(folder, "offline", "--data.cache", folder / "cache", steps=20)

@@ -1,320 +1,37 @@
 """Runs the target over conversations and keeps what a drafter is trained on: the target cache.
 
     python -m train.build_cache --target assets/embedded_target --conversations runs/x/conversations.jsonl \\
-        --layers 1,3,5,7 --output runs/x/cache --max-length 512
+        --layers 1 3 5 7 --output runs/x/cache --max-length 512
+    python -m train.build_cache --config qwen3_4b_dspark --conversations runs/x/conversations.jsonl
+                        target, layers, lengths, dtypes and folder as that experiment reads them
     ... --estimate      prints the bytes it would write, and writes nothing
 
-A run that was killed is continued by the same command and ends with the same bytes: sources are taken in fixed windows,
-each window's batches are a function of its sources alone, and a resumed run computes its first window whole again.
+A run that was killed is continued by the same command and ends with the same bytes.
 
 Several processes are one job where dspark_jax/distributed.py's variables say so: the target runs on all of their
 devices, and the first process writes. The output must be a folder that all of them see.
 """
 
-import hashlib
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-from tqdm import tqdm
-
-from dspark_jax.checkpoints.huggingface import load_target, read_hf_config, resolve_folder
-from dspark_jax.config.cli import parse, program
-from dspark_jax.config.schema import MeshSettings
-from dspark_jax.data.chat import Encoded, load_tokenizer, template_id, tokenizer_hash
-from dspark_jax.data.codecs import STATES, encode_states
-from dspark_jax.data.pipeline import length_buckets
-from dspark_jax.data.target_cache import CacheSpec, CacheWriter, Sample, estimate_bytes, require_disk
-from dspark_jax.data.tokenised import encode_files
-from dspark_jax.devices import announce
-from dspark_jax.distributed import (
-    barrier,
-    bounded_by_peers,
-    connect,
-    from_first,
-    initialize_from_environment,
-    is_first,
-    require_same,
-)
-from dspark_jax.errors import UserError
-from dspark_jax.files import require_same_settings, weights_hash, write_json, write_settings
+from dspark_jax.config.cli import load_config, parse, program, take_option
+from dspark_jax.datagen.cache_builder import CacheSettings, make
+from dspark_jax.distributed import barrier, bounded_by_peers, initialize_from_environment, require_same
 from dspark_jax.report import listing
-from dspark_jax.serving.engine import parameter_mesh
-from dspark_jax.sharding import ShardingRules, replicated
-from dspark_jax.targets.attention import Causal
-from dspark_jax.targets.config import TargetConfig, config_sha256
-from dspark_jax.targets.registry import read_target_config
-from dspark_jax.targets.target import Target
-from dspark_jax.training.provenance import answers_of
-
-from .devices import mesh_of_several, require_rows
-
-WINDOW_BATCHES = 4
-"""Batches' worth of sources that are sorted by length together."""
-SMALLEST_BUCKET = 64
-
-
-@dataclass(frozen=True)
-class CacheSettings:
-    """Runs the target over conversations and writes the target cache."""
-
-    target: str
-    """Folder or hub id of the target."""
-    conversations: tuple[Path, ...]
-    """Conversation files in JSONL, JSON or Parquet, in this order."""
-    layers: str
-    """Target layers to tap, ascending, with commas: 0 is the first layer's output, -1 the embeddings."""
-    output: Path
-    """The cache's folder."""
-    max_length: int = 512
-    """Tokens that a conversation is cut to."""
-    min_loss_tokens: int = 2
-    """Conversations with fewer supervised tokens after the cut are dropped."""
-    batch: int = 16
-    """Conversations that the target runs at once."""
-    max_shard_mb: float = 256
-    """MiB after which a shard is closed; a killed run loses at most one shard's work."""
-    codec: Literal["bfloat16", "float32", "float8_e4m3", "int8"] = "bfloat16"
-    """How hidden states are stored; the last two take half of bfloat16's bytes, with a scale a token and layer."""
-    compute_dtype: Literal["bfloat16", "float32"] | None = None
-    """Of the target's weights and activations; None: as its config says."""
-    mesh: MeshSettings = MeshSettings(data=1, fsdp=-1)
-    """How the target is laid over the devices, where there are several; they share the rows of a batch."""
-    thinking: bool = False
-    """Let the chat template open with thinking."""
-    estimate: bool = False
-    """Print the bytes of the cache and write nothing."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("max_length", 2), ("min_loss_tokens", 1), ("batch", 1), ("max_shard_mb", 1e-3)):
-            if getattr(self, name) < least:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; at least {least} was expected.")
-        if not self.conversations:
-            raise UserError("No conversations were given; name at least one JSONL file after --conversations.")
-        self.layer_ids  # noqa: B018 - read once here, so that a wrong list is refused at the start
-
-    @property
-    def max_shard_bytes(self) -> int:
-        return int(self.max_shard_mb * 2**20)
-
-    @property
-    def layer_ids(self) -> tuple[int, ...]:
-        try:
-            return tuple(int(word) for word in self.layers.split(","))
-        except ValueError:
-            raise UserError(f"--layers is {self.layers!r}; expected layer numbers with commas, as in 1,3,5.") from None
-
-
-@dataclass(frozen=True)
-class Item:
-    """A source of the cache. `kept` False: it has too few supervised tokens and is dropped."""
-
-    index: int
-    encoded: Encoded
-    kept: bool
-
-    @property
-    def length(self) -> int:
-        return len(self.encoded.input_ids)
 
 
 @program
 def main(argv: list[str]) -> None:
-    settings = parse(CacheSettings, _attach_layers(argv), description=__doc__)
+    experiment, options = take_option(argv, "--config")
+    defaults = CacheSettings if experiment is None else CacheSettings.of_experiment(load_config(experiment))
+    settings = parse(defaults, options, description=__doc__)
+    settings.check()
+
     initialize_from_environment()
-    announce(settings.compute_dtype)
     require_same({"they were given different options": settings})
     with bounded_by_peers():
-        make(settings)
+        figures = make(settings)
         barrier("the end of the cache")
-
-
-def make(settings: CacheSettings) -> None:
-    """The whole cache, or with `estimate` its size alone."""
-    folder = resolve_folder(settings.target)
-    hf_config = read_hf_config(folder)
-    config = read_target_config(hf_config)
-    check_settings(settings, config)
-    tokenizer = load_tokenizer(folder)
-    items, sources_sha256 = encode_sources(settings, tokenizer, config.vocab_size)
-    spec = CacheSpec(
-        target_name=settings.target,
-        target_sha256=config_sha256(hf_config),
-        layer_ids=settings.layer_ids,
-        hidden_size=config.hidden_size,
-        tokenizer_hash=tokenizer_hash(tokenizer),
-        chat_template=template_id(tokenizer, settings.thinking),
-        max_length=settings.max_length,
-        min_loss_tokens=settings.min_loss_tokens,
-        num_sources=len(items),
-        dtype=settings.codec,
-        sources_sha256=sources_sha256,
-    )
-    needed = plan(settings, spec, items)
-    require_same({"their conversations are not the same": sources_sha256})
-    if settings.estimate:
-        return
-    how = {
-        "weights_xxh3": weights_hash(folder),
-        "compute_dtype": settings.compute_dtype or config.dtype,
-        "batch": settings.batch,
-    }
-    mesh = mesh_of_several(settings.mesh)
-    require_rows("--batch", settings.batch, mesh)
-    if mesh is not None:
-        connect(mesh)
-    begun = require_same_settings(settings.output / "build.json", how, settings.output)
-    require_disk(settings.output, needed - sum(path.stat().st_size for path in settings.output.glob("shard-*")))
-    target = load_target(folder, dtype=settings.compute_dtype, mesh=mesh, tokenizer=False)
-    build(settings, target, spec, items, None if begun else how)
-
-
-def check_settings(settings: CacheSettings, config: TargetConfig) -> None:
-    """UserError for what this target can't do."""
-    if (top := max(settings.layer_ids)) >= config.num_layers:
-        raise UserError(f"--layers names layer {top}; the target has the layers 0 to {config.num_layers - 1}.")
-    if settings.max_length > config.max_positions:
-        raise UserError(
-            f"--max-length is {settings.max_length}, the target's context {config.max_positions}; lower it."
-        )
-
-
-def plan(settings: CacheSettings, spec: CacheSpec, items: Sequence[Item]) -> int:
-    """Bytes of the whole cache; printed when only they were asked for. UserError when nothing would be in it."""
-    kept = [item for item in items if item.kept]
-    tokens = sum(item.length for item in kept)
-    needed = estimate_bytes(tokens, len(kept), spec, settings.max_shard_bytes)
-    if settings.estimate and is_first():
-        counts = {"conversations": len(items), "records": len(kept), "dropped": len(items) - len(kept)}
-        counts |= {"tokens": tokens, "bytes_per_token": spec.token_bytes, "bytes": needed}
-        print(listing({**counts, "gigabytes": f"{needed / 1e9:,.3f}"}))
-    elif not kept and not settings.estimate:
-        raise UserError(
-            f"None of the {len(items)} conversations has {settings.min_loss_tokens} supervised tokens within "
-            f"{settings.max_length}; raise --max-length, or look at the answers."
-        )
-    return needed
-
-
-def build(
-    settings: CacheSettings, target: Target, spec: CacheSpec, items: Sequence[Item], new_settings: dict | None
-) -> None:
-    """Writes what is missing of the cache and prints the table; `new_settings` are recorded first (None: they are)."""
-    began, made = time.perf_counter(), 0
-    with ExitStack() as stack:
-        writer = None
-        if is_first():
-            writer = stack.enter_context(CacheWriter(settings.output, spec, settings.max_shard_bytes))
-            if new_settings is not None:
-                begin(settings, writer, new_settings)
-        start = int(from_first(writer.next_source if writer else 0))
-        samples = compute_samples(target, spec, items, start, settings.batch)
-        if writer is None:
-            for _ in samples:  # computed together, written by the first process
-                pass
-            return
-        for index, sample in tqdm(samples, total=len(items), initial=start, unit="conversation"):
-            writer.add(index, sample)
-            made += items[index].length
-        writer.finish()
-        records, written = writer.records, writer.bytes_written
-    seconds = time.perf_counter() - began
-    metrics = {
-        "conversations": len(items),
-        "records": records,
-        "dropped": len(items) - records,
-        "tokens": sum(item.length for item in items if item.kept),
-        "bytes_per_token": spec.token_bytes,
-        "bytes": written,
-        "seconds_this_run": round(seconds, 3),
-        "tokens_per_second": made / seconds,
-    }
-    write_json(settings.output / "metrics.json", metrics)
-    print(listing(metrics))
-
-
-def begin(settings: CacheSettings, writer: CacheWriter, new_settings: dict) -> None:
-    """Records what a new cache is made with; UserError where it is not new."""
-    if writer.next_source > 0:
-        raise UserError(f"{settings.output} is a cache without build.json, made elsewhere; give a new folder.")
-    write_settings(settings.output / "build.json", new_settings, answers=answers_of(settings.conversations))
-
-
-def encode_sources(settings: CacheSettings, tokenizer: Any, vocabulary: int) -> tuple[list[Item], str]:
-    """Every conversation tokenised and masked, and the hash of them all; UserError naming file and line."""
-    digest, items = hashlib.sha256(), list[Item]()
-    how = (settings.thinking, settings.max_length, vocabulary)
-    conversations = encode_files(settings.conversations, tokenizer, *how)
-    for encoded in tqdm(conversations, desc="encoding", unit="conversation", leave=False, delay=2):
-        digest.update(len(encoded.input_ids).to_bytes(8, "little"))
-        digest.update(encoded.input_ids.tobytes() + encoded.loss_mask.tobytes())
-        items.append(Item(len(items), encoded, encoded.loss_tokens >= settings.min_loss_tokens))
-    if not items:
-        files = ", ".join(map(str, settings.conversations))
-        raise UserError(f"{files} holds no conversations; at least one was expected.")
-    return items, digest.hexdigest()
-
-
-def compute_samples(
-    target: Target, spec: CacheSpec, items: Sequence[Item], start: int, batch: int
-) -> Iterator[tuple[int, Sample | None]]:
-    """(index, sample) of every source from `start` on, in order; None for a dropped one.
-
-    The window that holds `start` is computed from its beginning, so that its batches, and with them every bit of the
-    results, are those of a run that was not interrupted.
-    """
-    forward, buckets = make_forward(target, spec), length_buckets(spec.max_length, SMALLEST_BUCKET)
-    window = batch * WINDOW_BATCHES
-    for first in range(start // window * window, len(items), window):
-        members = items[first : first + window]
-        by_length = sorted((item for item in members if item.kept), key=lambda item: (item.length, item.index))
-        samples: dict[int, Sample] = {}
-        for at in range(0, len(by_length), batch):
-            group = by_length[at : at + batch]
-            # Always `batch` rows of a bucket's length: one compiled program a bucket, and the same sums in every run.
-            tokens = np.zeros((batch, next(b for b in buckets if b >= group[-1].length)), np.int32)
-            for row, item in enumerate(group):
-                tokens[row, : item.length] = item.encoded.input_ids
-            samples.update(_cut(group, jax.device_get(forward(target.params, tokens))))
-        for item in members[max(0, start - first) :]:
-            yield item.index, samples.get(item.index)
-
-
-def make_forward(target: Target, spec: CacheSpec) -> Callable[[dict, Any], dict[str, jax.Array]]:
-    """(params, tokens [B, T]) -> the states as the cache stores them (`codecs.STATES`), jitted; rows over the mesh that
-    the parameters lie on, the states whole in every process."""
-    mesh = parameter_mesh(target.params)
-
-    def forward(params: dict, tokens: jax.Array) -> dict[str, jax.Array]:
-        if mesh is not None:
-            tokens = jax.lax.with_sharding_constraint(tokens, ShardingRules().rows(mesh, tokens.ndim))
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        out = target.model(params)(tokens, positions, Causal(), spec.layer_ids)
-        return encode_states(out.taps, out.hidden, spec.codec, jnp)
-
-    return jax.jit(forward, out_shardings=replicated(mesh) if mesh is not None and jax.process_count() > 1 else None)
-
-
-def _cut(group: Sequence[Item], stored: dict[str, np.ndarray]) -> Iterator[tuple[int, Sample]]:
-    """(index, sample) of every row of a batch, without its padding."""
-    for row, item in enumerate(group):
-        states = [stored[name][row, : item.length] for name in STATES if name in stored]
-        yield item.index, Sample(item.index, item.encoded.input_ids, item.encoded.loss_mask, *states)
-
-
-def _attach_layers(argv: Sequence[str]) -> list[str]:
-    """`--layers -1,3` as `--layers=-1,3`: a value that begins with a hyphen would be taken for an option."""
-    words = list(argv)
-    if "--layers" in words[:-1]:
-        at = words.index("--layers")
-        words[at : at + 2] = [f"--layers={words[at + 1]}"]
-    return words
+    if figures:
+        print(listing(figures))
 
 
 if __name__ == "__main__":

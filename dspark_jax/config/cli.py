@@ -46,6 +46,7 @@ __all__ = [
     "parse",
     "parse_named",
     "program",
+    "take_option",
     "to_json",
 ]
 
@@ -127,7 +128,7 @@ def parse_named(argv: Sequence[str], default: str | None = None, description: st
 
     `--help` without a name prints the known names; with one, every option and its value in that configuration.
     """
-    name, rest = _take_option(list(argv), "--config")
+    name, rest = take_option(list(argv), "--config")
     if name is None and default is None:
         names = ", ".join(config_names())
         if {"-h", "--help"} & set(rest):
@@ -200,7 +201,7 @@ def mesh_settings(text: str, base: MeshSettings) -> MeshSettings:
     return MeshSettings(sizes.get("data", 1), sizes.get("fsdp", 1), sizes.get("tensor", 1), base.markov_tables)
 
 
-def _take_option(argv: list[str], option: str) -> tuple[str | None, list[str]]:
+def take_option(argv: list[str], option: str) -> tuple[str | None, list[str]]:
     """Removes `option VALUE` or `option=VALUE` from argv; the last one wins, as for every other option."""
     value, rest = None, []
     words = iter(argv)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
 
 from dspark_jax.decoding.dispatch import record_rounds, run_rounds
 from dspark_jax.decoding.prefill import admit, retire
@@ -35,6 +34,7 @@ from dspark_jax.serving.requests import (
     Timing,
     make_job,
 )
+from dspark_jax.sharding import parameter_mesh
 from dspark_jax.targets.target import Target
 
 CACHE_MULTIPLE = 64
@@ -343,11 +343,3 @@ def make_loop(
         policy=config.policy,
         mesh=parameter_mesh(target.params),
     )
-
-
-def parameter_mesh(params: dict) -> Mesh | None:
-    """The mesh that parameters were loaded over, None when one device holds them."""
-    sharding = jax.tree.leaves(params)[0].sharding
-    if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh) or sharding.mesh.size == 1:
-        return None
-    return sharding.mesh

@@ -185,7 +185,7 @@ def prepare(settings: CompareSettings) -> None:
     )
     run(
         *("train.build_cache", "--target", settings.target, "--conversations", conversations),
-        *("--output", settings.cache_folder, "--layers", ",".join(map(str, cached_layers(settings)))),
+        *("--output", settings.cache_folder, "--layers", *cached_layers(settings)),
         *("--max-length", MAX_LENGTH, "--compute-dtype", "float32"),
     )
 

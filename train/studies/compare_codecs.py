@@ -138,11 +138,11 @@ def prepare(settings: CodecSettings) -> None:
             *("--limit", settings.prompts, "--output", settings.answers, "--max-new-tokens", settings.max_new_tokens),
             *("--slots", 64, "--dtype", "float32"),
         )
-    layers = ",".join(map(str, base_config().drafter.target_layer_ids))
+    layers = base_config().drafter.target_layer_ids
     for codec in missing:
         run(
             *("train.build_cache", "--target", settings.target, "--conversations", settings.answers),
-            *("--output", settings.cache(codec), "--layers", layers, "--codec", codec),
+            *("--output", settings.cache(codec), "--layers", *layers, "--codec", codec),
             *("--max-length", MAX_LENGTH, "--compute-dtype", "float32"),
         )
 
