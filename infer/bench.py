@@ -8,14 +8,14 @@ and, with a drafter, the plot of conditional acceptance by block position.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target, resolve_folder
-from dspark_jax.config.cli import parse, program
+from dspark_jax.config.cli import FLAT, parse, program
 from dspark_jax.devices import announce, machine
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.errors import UserError
@@ -23,10 +23,9 @@ from dspark_jax.evaluation.acceptance import Acceptance
 from dspark_jax.evaluation.timing import Decoder, Timed, alternate, differences, median_ratio, median_speed
 from dspark_jax.files import make_output, write_json
 from dspark_jax.report import acceptance_plot, table
-from dspark_jax.scheduling.policies import Fixed
-from dspark_jax.serving.policies import PolicyName, policy_named
 from dspark_jax.serving.prompts import Prompt, read_prompts
-from dspark_jax.serving.requests import DecodeConfig
+from dspark_jax.serving.sampling import SamplingParams
+from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.targets.target import Target
 
 
@@ -49,29 +48,17 @@ class BenchSettings:
     """Alternations at the first temperature."""
     sampled_repeats: int = 1
     """Alternations at the other temperatures."""
-    slots: int = 1
-    """Requests decoded at once."""
     max_new_tokens: int = 96
+    seed: int = 0
     limit: int = 0
     """Prompts taken of each domain; 0: all."""
-    rounds_per_dispatch: int = 64
-    policy: PolicyName = "fixed"
-    """How many drafts are verified: fixed is the whole block, the load-adaptive ones weigh what a draft costs here."""
-    seed: int = 0
-    dtype: Literal["float32", "bfloat16"] | None = None
     thinking: bool = False
-    """Let the chat template open with thinking."""
+    """Let the chat template open with thinking, where it has such a switch."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    engine: Annotated[EngineConfig, FLAT] = EngineConfig(slots=1, rounds_per_dispatch=64, smallest_prompt_bucket=64)
 
-    def decode_config(self, temperature: float) -> DecodeConfig:
-        return DecodeConfig(
-            max_new_tokens=self.max_new_tokens,
-            temperature=temperature,
-            seed=self.seed,
-            slots=self.slots,
-            rounds_per_dispatch=self.rounds_per_dispatch,
-            smallest_prompt_bucket=64,
-            policy=policy_named(self.policy),
-        )
+    def sampling(self, temperature: float) -> SamplingParams:
+        return SamplingParams(self.max_new_tokens, temperature, seed=self.seed)
 
 
 @program
@@ -106,12 +93,11 @@ def against_plain(
     domains = {name: [p for p in prompts if p.domain == name] for name in dict.fromkeys(p.domain for p in prompts)}
     metrics: dict[str, Any] = {"temperatures": {}}
     for i, temperature in enumerate(settings.temperatures):
-        config = settings.decode_config(temperature)
+        how = settings.sampling(temperature), settings.engine
         decoders: dict[str, Callable[[], Timed]] = {}
         for domain, group in domains.items():
-            plain = replace(config, policy=Fixed())
-            decoders[f"{domain}/plain"] = partial(Decoder(target, None, plain), group)
-            decoders[f"{domain}/speculative"] = partial(Decoder(target, drafter, config), group)
+            decoders[f"{domain}/plain"] = partial(Decoder(target, None, *how), group)
+            decoders[f"{domain}/speculative"] = partial(Decoder(target, drafter, *how), group)
         runs = alternate(decoders, settings.repeats if i == 0 else settings.sampled_repeats)
         key = f"t{temperature:g}"
         metrics["temperatures"][key] = compare(target, domains, runs, greedy=temperature == 0)
@@ -168,7 +154,7 @@ def comparison_table(key: str, rows: dict[str, Any]) -> str:
 def against_transformers(settings: BenchSettings, target: Target, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Greedy plain decoding, one request at a time, against `generate` of transformers on the same weights."""
     reference = TransformersDecoder.load(settings)
-    decode = Decoder(target, None, settings.decode_config(0.0))
+    decode = Decoder(target, None, settings.sampling(0.0), settings.engine)
     runs = alternate({"plain": lambda: decode(prompts), "transformers": lambda: reference(prompts)}, settings.repeats)
     mine, theirs = runs["plain"][0].generations, runs["transformers"][0].generations
     metrics = {

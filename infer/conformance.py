@@ -43,7 +43,9 @@ from dspark_jax.programs import asset
 from dspark_jax.report import table
 from dspark_jax.serving.generate import generate
 from dspark_jax.serving.prompts import encode
-from dspark_jax.serving.requests import DecodeConfig, Request
+from dspark_jax.serving.requests import Request
+from dspark_jax.serving.sampling import SamplingParams
+from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.targets.target import Target
 
 DEFAULT_PROMPTS = asset("conformance_prompts.jsonl")
@@ -137,13 +139,8 @@ def read_messages(settings: ConformanceSettings) -> list[Sequence[Message]]:
 
 def answered(settings: ConformanceSettings, target: Target, prompts: Sequence[Sequence[Message]]) -> Sequences:
     """Whole conversations as training sees them, with the target's own answers and a next turn."""
-    decode = DecodeConfig(
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        seed=settings.seed,
-        slots=settings.slots,
-        rounds_per_dispatch=64,
-    )
+    sampling = SamplingParams(settings.max_new_tokens, settings.temperature, seed=settings.seed)
+    engine = EngineConfig(settings.slots, rounds_per_dispatch=64)
     room = target.config.max_positions - settings.max_new_tokens
     requests, asked = [], []
     for turns in prompts:
@@ -151,7 +148,7 @@ def answered(settings: ConformanceSettings, target: Target, prompts: Sequence[Se
         if len(tokens) < room:
             requests.append(Request(tokens))
             asked.append(turns)
-    texts = [generation.text for generation in generate(target, None, requests, decode)]
+    texts = [generation.text for generation in generate(target, None, requests, sampling, engine)]
 
     found = []
     for turns, text in zip(asked, texts, strict=True):

@@ -29,10 +29,10 @@ from dspark_jax.evaluation.datasets import DOMAINS, Dialogue, domain_of, read_da
 from dspark_jax.files import make_output, write_json
 from dspark_jax.report import acceptance_plot, reliability_plot, table, threshold_plot
 from dspark_jax.scheduling.calibration import calibration_metrics, prefix_survival, reliability
-from dspark_jax.scheduling.policies import Fixed, Threshold, VerifyPolicy, bucket_ladder
+from dspark_jax.serving.assembly import temperatures_of
 from dspark_jax.serving.engine import Engine
-from dspark_jax.serving.policies import PolicyName, make_engine, policy_named, temperatures_of
-from dspark_jax.serving.requests import DecodeConfig
+from dspark_jax.serving.sampling import SamplingParams
+from dspark_jax.serving.settings import EngineConfig, PolicyName
 from dspark_jax.targets.target import Target
 
 AVERAGED = ("tau", "drafted_per_round", "verify_rate", "plain_tokens_per_second", "tokens_per_second", "speedup")
@@ -55,7 +55,8 @@ class EvaluateSettings:
     """Let the chat template open with thinking."""
     limit: int = 0
     """Samples taken of each set; 0: all."""
-    policy: PolicyName = "fixed"
+    policy: PolicyName = "auto"
+    """How many drafts are verified in the timed passes; auto: what pays on this machine."""
     threshold: float = 0.5
     """Of the threshold policy."""
     thresholds: tuple[float, ...] = ()
@@ -92,7 +93,7 @@ def main(argv: list[str]) -> None:
     for temperature in settings.temperatures:
         figures = evaluation.at(temperature)
         metrics["temperatures"][f"t{temperature:g}"] = figures
-        print(summary_table(temperature, figures))
+        print(f"{summary_table(temperature, figures)}\n{figures['policy']}")
     plots(settings.output, metrics["temperatures"])
     metrics |= {"machine": machine(), "settings": asdict(settings)}
     write_json(settings.output / "metrics.json", metrics)
@@ -112,39 +113,38 @@ class Evaluation:
     def __post_init__(self) -> None:
         settings = self.settings
         for temperature in settings.temperatures:  # a calibration for something else is refused before anything runs
-            temperatures_of(self.target, self.drafter, DecodeConfig(temperature=temperature), settings.sts)
+            temperatures_of(self.target, self.drafter, SamplingParams(temperature=temperature), settings.sts)
         limit = min(settings.max_context or self.target.config.max_positions, self.target.config.max_positions)
         samples = [sample for group in self.sets.values() for sample in group]
         reached = (reach(self.target, one, settings.max_new_tokens, settings.thinking) for one in samples)
         self.longest = min(limit, max(reached))
 
-    def engine(self, temperature: float, policy: VerifyPolicy, speculative: bool = True) -> Engine:
+    def engine(self, temperature: float, policy: PolicyName, threshold: float = 0.5) -> Engine:
         settings = self.settings
-        drafter = self.drafter if speculative else None
-        width = self.drafter.config.block_size + 1 if speculative else 1
-        whole = (settings.slots * width,)
-        buckets = whole if policy == Fixed() else bucket_ladder(settings.slots, width)
-        config = DecodeConfig(
-            max_new_tokens=settings.max_new_tokens,
-            temperature=temperature,
+        whole = (settings.slots * (self.drafter.config.block_size + 1),)
+        config = EngineConfig(
             slots=settings.slots,
-            rounds_per_dispatch=settings.rounds_per_dispatch,
+            longest=self.longest,
             policy=policy,
-            buckets=buckets,
+            threshold=threshold,
+            sts=settings.sts,
+            sps=settings.sps,
+            rounds_per_dispatch=settings.rounds_per_dispatch,
+            buckets=whole if policy == "fixed" else None,
             smallest_prompt_bucket=128,
+            stop_slots=max(1, len(self.target.stop_tokens)),
         )
-        engine = make_engine(self.target, drafter, config, self.longest, settings.sts, settings.sps)
+        engine = Engine(self.target, self.drafter, config, SamplingParams(settings.max_new_tokens, temperature))
         engine.warm_up()
         return engine
 
     def at(self, temperature: float) -> dict[str, Any]:
         """Figures of one temperature: by data set, their means by domain, and the mean of the domains."""
         settings = self.settings
-        policy = policy_named(settings.policy, settings.threshold)
-        plain = self.engine(temperature, Fixed(), speculative=False)
-        timed = self.engine(temperature, policy)
-        whole = timed if policy == Fixed() else self.engine(temperature, Fixed())
-        swept = {value: self.engine(temperature, Threshold(value)) for value in settings.thresholds}
+        plain = self.engine(temperature, "plain")
+        timed = self.engine(temperature, settings.policy, settings.threshold)
+        whole = timed if settings.policy == "fixed" else self.engine(temperature, "fixed")
+        swept = {value: self.engine(temperature, "threshold", value) for value in settings.thresholds}
         rows: dict[str, Any] = {}
         for name, samples in tqdm(self.sets.items(), desc=f"temperature {temperature:g}", unit="set", disable=None):
             passes: list[tuple[Answered, Answered]] = []
@@ -155,12 +155,12 @@ class Evaluation:
             recorded, proposals = self._recorded(whole, samples)
             rows[name] = speed_figures(samples, passes, self.drafter.config.block_size)
             rows[name] |= acceptance_figures(recorded)
-            rows[name]["confidence"] = self._confidence(proposals, whole.config)
+            rows[name]["confidence"] = self._confidence(proposals, whole.sampling)
             rows[name]["thresholds"] = {
-                f"{value:g}": speed_figures(samples, [(passes[0][0], self._answer(engine, samples))], timed.loop.block)
+                f"{value:g}": speed_figures(samples, [(passes[0][0], self._answer(engine, samples))], engine.loop.block)
                 for value, engine in swept.items()
             }
-        return {"datasets": rows, **averages(rows)}
+        return {"policy": timed.why, "datasets": rows, **averages(rows)}
 
     def _answer(self, engine: Engine, samples: Sequence[Dialogue]) -> Answered:
         return answer(engine, samples, self.settings.seed, self.settings.thinking)
@@ -172,12 +172,12 @@ class Evaluation:
         finally:
             engine.recorder = None
 
-    def _confidence(self, proposals: Proposals, config: DecodeConfig) -> dict[str, Any] | None:
+    def _confidence(self, proposals: Proposals, sampling: SamplingParams) -> dict[str, Any] | None:
         """Metrics of predicted prefix survival before and, with sts.json, after calibration."""
         logits, accepted, observed = proposals.arrays()
         if not logits.size:
             return None
-        temperatures = np.array(temperatures_of(self.target, self.drafter, config, self.settings.sts))
+        temperatures = np.array(temperatures_of(self.target, self.drafter, sampling, self.settings.sts))
         found: dict[str, Any] = {}
         for stage, scale in (("before", np.ones_like(temperatures)), ("after", temperatures)):
             survival = prefix_survival(logits, scale)

@@ -1,28 +1,31 @@
 """Decodes prompts with a target, plainly or with a drafter, and streams the text as it comes.
 
 python -m infer.generate --target assets/embedded_target --drafter assets/embedded_drafter --prompt "..."
-python -m infer.generate --target Qwen/Qwen3-4B --prompts-file questions.jsonl --output answers.jsonl
+python -m infer.generate --target Qwen/Qwen3-4B --prompts questions.jsonl --output answers.jsonl
 """
 
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, TextIO
 
 from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target
-from dspark_jax.config.cli import parse, program
+from dspark_jax.config.cli import FLAT, parse, program
 from dspark_jax.devices import announce
 from dspark_jax.errors import UserError
 from dspark_jax.evaluation.acceptance import Acceptance
-from dspark_jax.files import make_output, write_atomically
+from dspark_jax.files import make_output
 from dspark_jax.programs import EMBEDDED
-from dspark_jax.serving.generate import stream
-from dspark_jax.serving.policies import PolicyName, policy_named
+from dspark_jax.serving.generate import drain, engine_for
 from dspark_jax.serving.prompts import Prompt, encode, read_prompts
-from dspark_jax.serving.requests import DecodeConfig, Generation, Request
+from dspark_jax.serving.requests import Generation, Request
+from dspark_jax.serving.sampling import SamplingParams
+from dspark_jax.serving.settings import EngineConfig
+from dspark_jax.targets.target import Target
 
 
 @dataclass(frozen=True)
@@ -34,55 +37,27 @@ class GenerateSettings:
     drafter: str = ""
     """Folder or hub id of the drafter; empty: plain decoding."""
     prompt: tuple[str, ...] = ()
-    """What the user says, one conversation each."""
-    prompts_file: tuple[Path, ...] = ()
+    """User messages, a conversation each."""
+    prompts: tuple[Path, ...] = ()
     """JSONL files of conversations or of evaluation prompts ({"turns": [...]})."""
     output: Path | None = None
-    """JSONL file for the answers, one a line, written when all are done."""
+    """JSONL file for the answers, one a line, in the order in which they end."""
     system: str = ""
     """System message put before --prompt."""
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    """0: greedy."""
-    top_k: int = 0
-    """0: off."""
-    top_p: float = 1.0
-    """1: off."""
-    min_p: float = 0.0
-    """0: off."""
-    seed: int = 0
-    slots: int = 8
-    """Requests decoded at once."""
-    verify_length: int | None = None
-    """Drafts verified a round; None: the whole block."""
-    policy: PolicyName = "fixed"
-    """How many drafts are verified: fixed, threshold, or one that weighs what a draft costs on this machine."""
-    confidence_threshold: float = 0.5
-    """Of the threshold policy: the drafts before the first whose confidence is below this are verified."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Of weights and activations; None: as the target's config says."""
     thinking: bool = False
-    """Let the chat template open with thinking."""
-
-    def decode_config(self) -> DecodeConfig:
-        return DecodeConfig(
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            seed=self.seed,
-            slots=self.slots,
-            verify_length=self.verify_length,
-            policy=policy_named(self.policy, self.confidence_threshold),
-        )
+    """Let the chat template open with thinking, where it has such a switch."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of weights and activations; None: as the target's config says. In bfloat16 a greedy answer may differ from plain
+    decoding at a near-tie."""
+    sampling: Annotated[SamplingParams, FLAT] = SamplingParams()
+    engine: Annotated[EngineConfig, FLAT] = EngineConfig()
 
 
 @program
 def main(argv: list[str]) -> None:
     settings = parse(GenerateSettings, argv, description=__doc__)
-    if bool(settings.prompt) == bool(settings.prompts_file):
-        raise UserError("Give what to decode in one way: --prompt TEXT, or --prompts-file FILE.jsonl.")
+    if bool(settings.prompt) == bool(settings.prompts):
+        raise UserError("Give what to decode in one way: --prompt TEXT, or --prompts FILE.jsonl.")
     if settings.output is not None:
         make_output(settings.output.parent)
     if not settings.target:
@@ -90,29 +65,70 @@ def main(argv: list[str]) -> None:
     announce(settings.dtype)
     target = load_target(settings.target, dtype=settings.dtype)
     drafter = load_drafter(settings.drafter, target, dtype=settings.dtype) if settings.drafter else None
-    if settings.prompts_file:
-        prompts = read_prompts(target, settings.prompts_file, thinking=settings.thinking)
-    else:
-        before = [{"role": "system", "content": settings.system}] if settings.system else []
-        turns = [[*before, {"role": "user", "content": text}] for text in settings.prompt]
-        prompts = [Prompt(str(i), "prompt", encode(target, t, settings.thinking)) for i, t in enumerate(turns)]
+    prompts = prompts_of(settings, target)
     requests = [Request(prompt.tokens) for prompt in prompts]
-    started, done = time.perf_counter(), {}
-    for progress in stream(target, drafter, requests, settings.decode_config()):
-        if len(prompts) == 1:
-            _show(target.tokenizer.decode([t for t in progress.tokens if t not in target.stop_tokens]))
-        if progress.generation is not None:
-            done[progress.index] = progress.generation
-            if len(prompts) > 1:
-                _show(f"--- {prompts[progress.index].id}\n{progress.generation.text}\n")
-    seconds = time.perf_counter() - started
-    generations = [done[i] for i in range(len(prompts))]
-    if settings.output is not None:
-        _write(settings.output, prompts, generations)
-    print(f"\n{summary(generations, seconds)}")
+    engine = engine_for(target, drafter, requests, settings.sampling, settings.engine)
+    if engine is None:
+        return
+    print(engine.why, file=sys.stderr)
+
+    started, done = time.perf_counter(), list[Generation]()
+    with Answers(settings.output, prompts) as answers:
+        for progress in drain(engine):
+            if len(prompts) == 1:
+                _show(progress.text)
+            if progress.generation is not None:
+                done.append(progress.generation)
+                answers.add(progress.generation)
+                if len(prompts) > 1:
+                    _show(f"--- {prompts[progress.index].id}\n{progress.generation.text}\n")
+    print(f"\n{summary(done, time.perf_counter() - started)}")
 
 
-def summary(generations: list[Generation], seconds: float) -> str:
+def prompts_of(settings: GenerateSettings, target: Target) -> list[Prompt]:
+    if settings.prompts:
+        return read_prompts(target, settings.prompts, thinking=settings.thinking)
+    before = [{"role": "system", "content": settings.system}] if settings.system else []
+    turns = [[*before, {"role": "user", "content": text}] for text in settings.prompt]
+    return [Prompt(str(i), "prompt", encode(target, turn, settings.thinking)) for i, turn in enumerate(turns)]
+
+
+class Answers:
+    """The file of answers, which holds each from the moment it ends: an interrupt loses those under way alone."""
+
+    def __init__(self, path: Path | None, prompts: Sequence[Prompt]):
+        self.path, self.prompts = path, prompts
+        self._file: TextIO | None = None
+        self._count = 0
+
+    def __enter__(self) -> "Answers":
+        if self.path is not None:
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self.path.open("w", encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"{self.path} cannot be written ({error.strerror}); give an output that can.") from None
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if self._file is not None:
+            self._file.close()
+        if kind is not None and self._count:
+            print(
+                f"\n{self._count} of {len(self.prompts)} answers had ended; they are in {self.path}.", file=sys.stderr
+            )
+
+    def add(self, generation: Generation) -> None:
+        if self._file is None:
+            return
+        prompt = self.prompts[generation.index]
+        fields = {name: value for name, value in asdict(generation).items() if name != "prompt_tokens"}
+        self._file.write(json.dumps({"id": prompt.id, "domain": prompt.domain, **fields}) + "\n")
+        self._file.flush()
+        self._count += 1
+
+
+def summary(generations: Sequence[Generation], seconds: float) -> str:
     tokens = sum(len(g.tokens) for g in generations)
     line = f"{len(generations)} requests, {tokens} tokens in {seconds:.2f} s, compilation included"
     counts = Acceptance.of(generations)
@@ -122,18 +138,6 @@ def summary(generations: list[Generation], seconds: float) -> str:
 def _show(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
-
-
-def _write(path: Path, prompts: list[Prompt], generations: list[Generation]) -> None:
-    rows = []
-    for prompt, generation in zip(prompts, generations, strict=True):
-        fields = {k: v for k, v in asdict(generation).items() if k not in ("index", "prompt_tokens")}
-        rows.append(json.dumps({"id": prompt.id, "domain": prompt.domain, **fields}))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, "\n".join(rows) + "\n")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); give an output that can.") from None
 
 
 if __name__ == "__main__":

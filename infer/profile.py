@@ -32,10 +32,9 @@ from dspark_jax.files import make_output, write_json
 from dspark_jax.report import table
 from dspark_jax.scheduling.costs import CostTable, Occupancy, ScheduleTables
 from dspark_jax.scheduling.policies import Adaptive, LookAhead, RoundView
-from dspark_jax.serving.engine import make_loop
-from dspark_jax.serving.policies import PolicyName, policy_named
+from dspark_jax.serving.assembly import make_loop
 from dspark_jax.serving.profile import Effort, Profile, choose_ladder, measure_profile
-from dspark_jax.serving.requests import DecodeConfig
+from dspark_jax.serving.settings import EngineConfig, PolicyName, policy_named
 from dspark_jax.targets.target import Target
 
 
@@ -123,8 +122,7 @@ def _tuple(value: Any) -> Any:
 def _loop(
     settings: ProfileSettings, target: Target, drafter: Drafter, slots: int, buckets: tuple[int, ...], policy: Any
 ) -> tuple[DecodeLoop, LoopParams]:
-    config = DecodeConfig(slots=slots, policy=policy, buckets=buckets)
-    loop = make_loop(target, drafter, config, settings.longest, stop_slots=4)
+    loop = make_loop(target, drafter, EngineConfig(slots, settings.longest, buckets=buckets), policy)
     return loop, LoopParams(target.params, drafter.params)
 
 

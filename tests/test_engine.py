@@ -13,23 +13,28 @@ from dspark_jax.scheduling.costs import CostTable, LoadMeter, ScheduleTables
 from dspark_jax.scheduling.policies import Causal
 from dspark_jax.serving import engine as engine_module
 from dspark_jax.serving.chunks import chunk_widths, prompt_bucket
-from dspark_jax.serving.engine import SELDOM_TIMED, Engine
-from dspark_jax.serving.requests import DecodeConfig, Generation, QueueFull, Request
+from dspark_jax.serving.engine import Engine
+from dspark_jax.serving.metering import SELDOM_TIMED, Metering
+from dspark_jax.serving.requests import Generation, QueueFull, Request
+from dspark_jax.serving.sampling import SamplingParams
+from dspark_jax.serving.settings import EngineConfig
 from tests.decoding_tiny import prompts, tiny_pair
 
 NEW = 12
 LONGEST = 90
 # One bucket and one number of slots everywhere: the loop is then compiled once for all tests.
-CONFIG = DecodeConfig(max_new_tokens=NEW, slots=4, rounds_per_dispatch=4, buckets=(20,), smallest_prompt_bucket=64)
+CONFIG = EngineConfig(4, LONGEST, "fixed", rounds_per_dispatch=4, buckets=(20,), smallest_prompt_bucket=64)
+SAMPLING = SamplingParams(NEW)
 CHUNKED = replace(CONFIG, smallest_prompt_bucket=8, prefill_chunk=8, prefill_budget=8)
 VOCAB = tiny_pair()[0].config.vocab_size
 LONG = [tuple(np.random.default_rng(n).integers(0, VOCAB, n).tolist()) for n in (3, 8, 9, 16, 17, 31, 40)]
 
 
-def made_with(config: DecodeConfig, requests: list[Request], speculative: bool = True) -> list[Generation]:
+def made_with(
+    config: EngineConfig, requests: list[Request], speculative: bool = True, sampling: SamplingParams = SAMPLING
+) -> list[Generation]:
     target, drafter = tiny_pair()
-    config = config if speculative else replace(config, buckets=(4,))
-    engine = Engine(target, drafter if speculative else None, config, LONGEST)
+    engine = Engine(target, drafter if speculative else None, config, sampling)
     for index, request in enumerate(requests):
         engine.submit(index, request)
     done = drain(engine)
@@ -49,7 +54,7 @@ def drain(engine: Engine) -> dict[int, Generation]:
 @pytest.mark.parametrize("speculative", [True, False])
 def test_prompts_in_chunks_say_the_same(speculative: bool) -> None:
     """Prompts shorter than a chunk, of exactly one, of several and a rest; greedy and sampled."""
-    requests = [Request(p, temperature=float(i % 2), seed=i) for i, p in enumerate(LONG)]
+    requests = [Request(p, replace(SAMPLING, temperature=float(i % 2), seed=i)) for i, p in enumerate(LONG)]
     whole, chunked = (made_with(config, requests, speculative) for config in (CONFIG, CHUNKED))
     assert [g.tokens for g in chunked] == [g.tokens for g in whole]
 
@@ -70,8 +75,8 @@ def test_decoding_goes_on_while_a_long_prompt_comes_in(monkeypatch: pytest.Monke
 
     real = engine_module.admit
     monkeypatch.setattr(engine_module, "admit", admit)
-    engine = Engine(*tiny_pair(), replace(CHUNKED, max_new_tokens=40), LONGEST)
-    engine.submit(0, Request(LONG[0], verify_length=0))
+    engine = Engine(*tiny_pair(), CHUNKED, SamplingParams(40))
+    engine.submit(0, Request(LONG[0], SamplingParams(40, verify_length=0)))
     gained, reached = [len(p.tokens) for p in engine.step()], False
     engine.submit(1, Request(LONG[-1]))  # 40 tokens: five chunks
     steps = 0
@@ -82,14 +87,14 @@ def test_decoding_goes_on_while_a_long_prompt_comes_in(monkeypatch: pytest.Monke
         assert len(spent) == 1 + steps and max(spent) <= 8
         gained += [len(p.tokens) for p in progress if p.index == 0]
     assert steps == 5 and all(gained) and len(gained) == 6
-    alone = made_with(replace(CONFIG, max_new_tokens=40), [Request(LONG[-1])])[0]
+    alone = made_with(CONFIG, [Request(LONG[-1])], sampling=SamplingParams(40))[0]
     assert drain(engine)[1].tokens == alone.tokens
 
 
 def test_chunks_fit_where_they_are_written() -> None:
     """No chunk's padding reaches beyond the slot, whatever the lengths: a clamped write would move over live rows."""
     for smallest, chunk, size in ((32, 256, 320), (4, 8, 64), (32, 100, 128), (3, 7, 64)):
-        config = DecodeConfig(smallest_prompt_bucket=smallest, prefill_chunk=chunk)
+        config = EngineConfig(smallest_prompt_bucket=smallest, prefill_chunk=chunk)
         for length in range(1, size - 1):
             start = 0
             while start < length:
@@ -105,14 +110,14 @@ def test_chunks_fit_where_they_are_written() -> None:
 
 
 def test_a_warm_engine_compiles_nothing_and_keeps_its_memory(caplog: pytest.LogCaptureFixture) -> None:
-    engine = Engine(*tiny_pair(), CHUNKED, LONGEST)
+    engine = Engine(*tiny_pair(), CHUNKED, SAMPLING)
     engine.warm_up()
     sizes = []
     with jax.log_compiles():
         for turn in range(3):
             caplog.clear()
             for i, p in enumerate(LONG + prompts(6, VOCAB, seed=turn)):
-                engine.submit(i, Request(p, temperature=float(i % 2), max_new_tokens=4 + i))
+                engine.submit(i, Request(p, SamplingParams(4 + i, temperature=float(i % 2))))
             engine.step()
             engine.cancel(1), engine.cancel(12)
             assert len(drain(engine)) == 11
@@ -128,9 +133,9 @@ def test_a_warm_engine_compiles_nothing_and_keeps_its_memory(caplog: pytest.LogC
 
 
 def test_cancelled_requests_leave_their_slots() -> None:
-    engine = Engine(*tiny_pair(), replace(CHUNKED, rounds_per_dispatch=1, max_new_tokens=30), LONGEST)
+    engine = Engine(*tiny_pair(), replace(CHUNKED, rounds_per_dispatch=1), SamplingParams(30))
     wanted = [Request(LONG[i]) for i in (0, 6, 1, 3, 1, 2)]
-    alone = [g.tokens for g in made_with(replace(CONFIG, max_new_tokens=30), wanted)]
+    alone = [g.tokens for g in made_with(CONFIG, wanted, sampling=SamplingParams(30))]
     for i, request in enumerate(wanted):
         engine.submit(i, request)
     said = [token for p in engine.step() for token in p.tokens if p.index == 0]
@@ -151,7 +156,7 @@ def test_cancelled_requests_leave_their_slots() -> None:
 
 
 def test_a_full_queue_refuses() -> None:
-    engine = Engine(*tiny_pair(), replace(CHUNKED, queue=2, rounds_per_dispatch=1), LONGEST)
+    engine = Engine(*tiny_pair(), replace(CHUNKED, queue=2, rounds_per_dispatch=1), SAMPLING)
     engine.submit(0, Request((1, 2)))
     engine.submit(1, Request((1, 2)))
     with pytest.raises(QueueFull, match="Request 2 finds 2 others waiting, as many as this engine's queue holds"):
@@ -162,15 +167,15 @@ def test_a_full_queue_refuses() -> None:
         engine.submit(1, Request((1, 2)))
     assert engine.cancel(2) is not None and set(drain(engine)) == {0, 1}
     for name in ("queue", "prefill_chunk", "prefill_budget"):
-        with pytest.raises(UserError, match=f"The decoding setting {name} is 0; expected 1 or more"):
-            Engine(*tiny_pair(), replace(CONFIG, **{name: 0}), LONGEST)
+        with pytest.raises(UserError, match=f"The engine has {name} = 0, which is out of range; expected 1 or more"):
+            Engine(*tiny_pair(), replace(CONFIG, **{name: 0}))
 
 
 # What is told of a request
 
 
 def test_times_and_counts_of_requests() -> None:
-    done = made_with(CONFIG, [Request(LONG[0], seed=i) for i in range(6)])
+    done = made_with(CONFIG, [Request(LONG[0], replace(SAMPLING, seed=i)) for i in range(6)])
     for g in done:
         times = g.timing
         assert 0 <= times.admitted < times.first_token <= times.ended
@@ -182,23 +187,47 @@ def test_times_and_counts_of_requests() -> None:
     assert replace(done[0], timing=done[1].timing) == done[0], "times are no part of what was generated"
 
 
+def asked(**sampling: Any) -> Request:
+    return Request((1,), SamplingParams(**{"max_new_tokens": 2} | sampling))
+
+
 BAD: dict[str, tuple[Any, str]] = {
     "no request": ([1, 2], "is a list; wrap its prompt in a Request"),
-    "number": (Request(7), "is a int; expected text, token ids or chat messages"),
+    "number": (Request(7), "is a int; expected text, token ids or a list of chat messages"),
     "nothing": (Request(None), "is a NoneType; expected text"),
+    "bytes": (Request(b"ab"), "is a bytes; expected text"),
+    "one message": (Request({"role": "user", "content": "a"}), "is a dict; expected text"),
     "fractions": (Request([1.5, 2.0]), "is neither text, nor a list of token ids, nor a list of"),
+    "booleans": (Request([True, False]), "is neither text, nor a list of token ids, nor a list of"),
     "mixed": (Request([1, "a"]), "is neither text, nor a list of token ids"),
+    "no content": (Request([{"role": "user"}]), "nor a list of {'role', 'content'} messages"),
     "empty": (Request(()), "has an empty prompt"),
     "id": (Request((VOCAB,)), "outside the vocabulary"),
+    "huge id": (Request((2**40,)), "outside the vocabulary"),
     "negative id": (Request((-1,)), "outside the vocabulary"),
     "too long": (Request((1,) * 89), "this engine holds 90. Shorten it or raise the limit"),
-    "new tokens": (Request((1,), max_new_tokens="8"), "has max_new_tokens = '8'; expected a whole number"),
-    "temperature": (Request((1,), temperature="hot"), "has temperature = 'hot'; expected a number"),
-    "not a number": (Request((1,), temperature=float("nan")), "has temperature = nan; expected a number"),
-    "top_p": (Request((1,), top_p=(0.5,)), "has top_p = (0.5,); expected a number"),
-    "seed": (Request((1,), seed=0.5), "has seed = 0.5; expected a whole number"),
-    "stop": (Request((1,), stop_tokens=3), "has stop_tokens = 3; expected token ids"),
-    "stops": (Request((1,), stop_tokens=(1, 2, 3, 4, 5)), "names 5 stop tokens; this engine holds 4"),
+    "settings": (Request((1,), {"temperature": 1.0}), "has sampling = {'temperature': 1.0}; expected SamplingParams"),
+    "new tokens": (asked(max_new_tokens="8"), "has max_new_tokens = '8'; expected a whole number"),
+    "no new tokens": (asked(max_new_tokens=0), "has max_new_tokens = 0, which is out of range; expected 1 or more"),
+    "None": (asked(max_new_tokens=None), "has max_new_tokens = None; expected a whole number"),
+    "bool": (asked(max_new_tokens=True), "has max_new_tokens = True; expected a whole number"),
+    "temperature": (asked(temperature="hot"), "has temperature = 'hot'; expected a number"),
+    "not a number": (asked(temperature=float("nan")), "has temperature = nan; expected a number"),
+    "infinite": (asked(temperature=float("inf")), "has temperature = inf; expected a number"),
+    "too hot": (asked(temperature=1e39), "has temperature = 1e+39, which is out of range"),
+    "top_k": (asked(top_k=-1), "has top_k = -1, which is out of range"),
+    "top_p": (asked(top_p=(0.5,)), "has top_p = (0.5,); expected a number"),
+    "min_p": (asked(min_p=1.5), "has min_p = 1.5, which is out of range; expected 0 to 1"),
+    "seed": (asked(seed=0.5), "has seed = 0.5; expected a whole number"),
+    "long seed": (asked(seed=2**64), "has seed = 18446744073709551616, which is out of range"),
+    "verify": (asked(verify_length=-1), "has verify_length = -1, which is out of range"),
+    "mode": (asked(mode="block"), "has mode = 'block', which is not supported by this version; use mode = 'rejection'"),
+    "stop": (asked(stop_tokens=3), "has stop_tokens = 3; expected token ids"),
+    "far stop": (asked(stop_tokens=(2**40,)), "has stop_tokens = 1099511627776, which is out of range"),
+    "negative stop": (asked(stop_tokens=(-1,)), "has stop_tokens = -1, which is out of range"),
+    "stops": (asked(stop_tokens=(1, 2, 3, 4, 5)), "names 5 stop tokens; this engine holds 4"),
+    "stop texts": (asked(stop="."), "has stop = '.'; expected a list of texts"),
+    "no tokenizer": (asked(max_new_tokens=2, stop=(".",)), "has stop texts, but tiny has no tokenizer files"),
 }
 
 
@@ -212,16 +241,39 @@ def test_bad_requests_are_refused_in_a_sentence(case: str) -> None:
     assert engine.idle
 
 
+@pytest.mark.parametrize("index", [1.5, "a", None, True, (1,)])
+def test_an_index_is_a_whole_number(index: Any) -> None:
+    with pytest.raises(UserError, match="expected a whole number"):
+        _idle().submit(index, Request((1,)))
+    assert _idle().idle
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    sampling = SamplingParams(np.int64(3), np.float32(1.0), np.int32(4), np.float64(0.9), seed=np.uint32(7))
+    requests = [Request(np.asarray([1, 2]), sampling), Request((1, 2), SamplingParams(3, 1.0, 4, 0.9, seed=7))]
+    numpy, python = made_with(CONFIG, requests)
+    assert numpy.tokens == python.tokens and len(numpy.tokens) == 3
+
+
+def test_every_bit_of_a_seed_counts() -> None:
+    hot = replace(SAMPLING, temperature=1.0)
+    seeds = (5, 5 + 2**32, 5 + 2**63, 5)
+    low, high, highest, again = made_with(CONFIG, [Request(LONG[3], replace(hot, seed=seed)) for seed in seeds])
+    assert again.tokens == low.tokens and len({low.tokens, high.tokens, highest.tokens}) == 3
+    shared = made_with(CONFIG, [Request(LONG[3])] * 2, sampling=replace(hot, seed=5))
+    assert [g.tokens for g in shared] == [low.tokens, high.tokens], "request i of a call: seed + i * 2**32"
+
+
 @cache
 def _idle() -> Engine:
-    return Engine(*tiny_pair(), CONFIG, LONGEST)
+    return Engine(*tiny_pair(), CONFIG, SAMPLING)
 
 
 def test_measured_load_reaches_the_next_dispatch() -> None:
     """A device slower than its table says, and the user's word for another job on it: both are told the loop."""
     tables = ScheduleTables.of(CostTable.of((20,), [1e-7], 0.0), (1.0,) * 4)
-    config = replace(CONFIG, policy=Causal(), rounds_per_dispatch=2, max_new_tokens=40)
-    engine = Engine(*tiny_pair(), config, LONGEST, tables=tables)
+    config = replace(CONFIG, rounds_per_dispatch=2)
+    engine = Engine(*tiny_pair(), config, SamplingParams(40), Causal(), tables)
     told = []
     for i in range(4):
         engine.submit(i, Request(LONG[0]))
@@ -229,8 +281,8 @@ def test_measured_load_reaches_the_next_dispatch() -> None:
         engine.step()
         told.append(float(engine.occupancy.load))
     assert told[0] == told[1] == 1.0, "the first dispatch had the compiler beside it"
-    assert max(told) > 5 and engine.meter is not None and engine.meter.load > 5
-    engine.signal = 2.0
+    assert max(told) > 5 and engine.metering.meter is not None and engine.metering.meter.load > 5
+    engine.metering.signal = 2.0
     engine.submit(0, Request(LONG[0]))
     engine.step()
     assert float(engine.occupancy.signal) == 2.0
@@ -238,12 +290,12 @@ def test_measured_load_reaches_the_next_dispatch() -> None:
 
 def test_what_a_dispatch_takes_by_itself_is_no_load() -> None:
     tables = ScheduleTables.of(CostTable.of((20,), [1e-7], 0.0, dispatch=1e3), (1.0,) * 4)
-    config = replace(CONFIG, policy=Causal(), rounds_per_dispatch=2, max_new_tokens=40)
-    engine = Engine(*tiny_pair(), config, LONGEST, tables=tables)
+    config = replace(CONFIG, rounds_per_dispatch=2)
+    engine = Engine(*tiny_pair(), config, SamplingParams(40), Causal(), tables)
     engine.submit(0, Request(LONG[0]))
     while not engine.idle:
         engine.step()
-    assert engine.meter is not None and engine.meter.ratio == 1.0
+    assert engine.metering.meter is not None and engine.metering.meter.ratio == 1.0
 
 
 def test_dispatches_behind_prefills_are_seldom_timed() -> None:
@@ -256,8 +308,8 @@ def test_dispatches_behind_prefills_are_seldom_timed() -> None:
             return super().update(measured, predicted)
 
     tables = ScheduleTables.of(CostTable.of((20,), [1.0], 0.0), (1.0,) * 4)
-    config = replace(CONFIG, policy=Causal(), rounds_per_dispatch=1, max_new_tokens=40)
-    engine = Engine(*tiny_pair(), config, LONGEST, tables=tables, meter=Counting())
+    config = replace(CONFIG, rounds_per_dispatch=1)
+    engine = Engine(*tiny_pair(), config, SamplingParams(40), Causal(), tables, Metering(Counting()))
     for step in range(12):
         if step < 8:
             engine.cancel(step - 1)

@@ -12,17 +12,22 @@ from dspark_jax.errors import UserError
 from dspark_jax.scheduling.costs import CostTable, ScheduleTables
 from dspark_jax.scheduling.policies import Asynchronous, Causal, Fixed, LookAhead, Threshold, VerifyPolicy
 from dspark_jax.serving.engine import Engine
-from dspark_jax.serving.requests import DecodeConfig, Generation, QueueFull, Request
+from dspark_jax.serving.metering import Metering
+from dspark_jax.serving.requests import Generation, QueueFull, Request
+from dspark_jax.serving.sampling import SamplingParams
+from dspark_jax.serving.settings import EngineConfig
 from tests.decoding_tiny import tiny_pair
 
 REQUESTS, SLOTS, LONGEST = 500, 8, 60
 TARGET, DRAFTER = tiny_pair()
 VOCAB, WIDTH = TARGET.config.vocab_size, DRAFTER.config.block_size + 1
 BUCKETS = (SLOTS, SLOTS * 3, SLOTS * WIDTH)
-CONFIG = DecodeConfig(
-    slots=SLOTS, rounds_per_dispatch=4, buckets=BUCKETS, smallest_prompt_bucket=16, prefill_chunk=16, prefill_budget=32,
-    queue=40, stop_tokens=(7,),
+SAMPLING = SamplingParams(stop_tokens=(7,))
+CONFIG = EngineConfig(
+    SLOTS, LONGEST, rounds_per_dispatch=4, buckets=BUCKETS, smallest_prompt_bucket=16, prefill_chunk=16, prefill_budget=32,
+    queue=40,
 )  # fmt: skip
+BAD_SETTINGS: list[Any] = [{"max_new_tokens": 0}, {"temperature": "warm"}, {"seed": "x"}, {"top_p": 2.0}]
 POLICIES: dict[str, VerifyPolicy] = {
     "fixed": Fixed(),
     "threshold": Threshold(0.5),
@@ -36,26 +41,23 @@ def engine(policy: VerifyPolicy) -> Engine:
     # Stairs that make room for every length: costs such that now and then a draft, a bucket, or none pays.
     costs = CostTable.of(BUCKETS, [1.0, 1.3, 2.2], 0.1)
     tables = ScheduleTables.of(costs, np.ones(WIDTH - 1).tolist()) if policy.needs_tables else None
-    made = Engine(TARGET, DRAFTER, replace(CONFIG, policy=policy), LONGEST, tables=tables)
-    made.meter = None
-    return made
+    return Engine(TARGET, DRAFTER, CONFIG, SAMPLING, policy, tables, Metering(None))
 
 
 def good_request(index: int, temperature: float) -> Request:
     rng = np.random.default_rng(index)
     prompt = tuple(rng.integers(0, VOCAB, rng.integers(1, 41)).tolist())
     caps = [None, None, 0, 1, 3]
-    return Request(
-        prompt, seed=index, temperature=temperature, max_new_tokens=int(rng.integers(1, 19)),
-        verify_length=caps[rng.integers(5)],
-    )  # fmt: skip
+    new = int(rng.integers(1, 19))
+    cap = caps[rng.integers(5)]
+    return Request(prompt, replace(SAMPLING, seed=index, temperature=temperature, max_new_tokens=new, verify_length=cap))
 
 
 def bad_request(rng: np.random.Generator) -> Any:
     kinds: list[Any] = [
         Request((1,) * (LONGEST + 1)), Request(()), Request((VOCAB,)), Request("text"), Request(3.5), Request(None),
-        Request([1, "two"]), Request((1,), max_new_tokens=0), Request((1,), temperature="warm"), {"prompt": (1,)},
-        Request((1,), seed="x"), Request((1,), top_p=2.0), Request((1,) * 50, max_new_tokens=20), None,
+        Request([1, "two"]), {"prompt": (1,)}, None, Request((1,) * 50, SamplingParams(20)),
+        *(Request((1,), SamplingParams(**bad)) for bad in BAD_SETTINGS),
     ]  # fmt: skip
     return kinds[rng.integers(len(kinds))]
 

@@ -51,6 +51,8 @@ __all__ = [
 ]
 
 C = TypeVar("C")
+FLAT = tyro.conf.arg(name="")
+"""`settings: Annotated[SomeSettings, FLAT]`: a nested dataclass whose options have no prefix."""
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_EXPERIMENTS = {"recipe", "sweeps"}
 
@@ -219,12 +221,13 @@ def take_option(argv: list[str], option: str) -> tuple[str | None, list[str]]:
 
 def _flags(cls: type, prefix: str = "--") -> list[str]:
     """Every option of a dataclass, nested ones with dots, in tyro's spelling (hyphens; `--no-` for booleans)."""
-    hints = get_type_hints(cls)
+    hints, annotated = get_type_hints(cls), get_type_hints(cls, include_extras=True)
     flags = []
     for field in dataclasses.fields(cls):
         name = field.name.replace("_", "-")
         if dataclasses.is_dataclass(hints[field.name]):
-            flags += _flags(hints[field.name], f"{prefix}{name}.")
+            is_flat = FLAT in getattr(annotated[field.name], "__metadata__", ())
+            flags += _flags(hints[field.name], prefix if is_flat else f"{prefix}{name}.")
         else:
             flags += [f"{prefix}{name}"] + ([f"{prefix}no-{name}"] if hints[field.name] is bool else [])
     return flags

@@ -46,7 +46,9 @@ def load_regenerator(settings: PrepareSettings, prompts: str) -> Regenerator:
     mesh = mesh_of_several(settings.mesh)
     target = replace(load_target(folder, dtype=settings.dtype, mesh=mesh, tokenizer=False), tokenizer=tokenizer)
     begin(settings, identity)
-    return Regenerator(target, settings.thinking, settings.decode_config(), settings.max_context or context)
+    return Regenerator(
+        target, settings.thinking, settings.sampling(), settings.engine(), settings.max_context or context
+    )
 
 
 def check_begun(settings: PrepareSettings, identity: Mapping[str, Any]) -> bool:

@@ -7,14 +7,16 @@ does not matter beside which others it is decoded, and a run that was killed end
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from dspark_jax.data.chat import Message, encode_prompt
 from dspark_jax.data.conversations import Segments
 from dspark_jax.errors import UserError
 from dspark_jax.serving.engine import Engine
-from dspark_jax.serving.requests import DecodeConfig, Generation, Request
+from dspark_jax.serving.requests import Generation, Request
+from dspark_jax.serving.sampling import SamplingParams
+from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.targets.target import Target
 
 _TURN_SLACK = 16  # an answer's end-of-turn marker, and what its text may gain when it is tokenised again
@@ -84,11 +86,12 @@ class _Open:
 
 
 class Regenerator:
-    """Answers conversations with `target` through one engine of `config.slots` slots."""
+    """Answers conversations with `target` through one engine."""
 
-    def __init__(self, target: Target, thinking: bool, config: DecodeConfig, context: int):
+    def __init__(self, target: Target, thinking: bool, sampling: SamplingParams, engine: EngineConfig, context: int):
         """`context` is the most positions that a conversation may take."""
-        self.target, self.thinking, self.config, self.context = target, thinking, config, context
+        self.target, self.thinking, self.context = target, thinking, context
+        self.sampling, self.config = sampling, engine
         self._special = frozenset(target.tokenizer.all_special_ids)
 
     def sort_out(self, sources: Iterable[Source]) -> tuple[list[Source], list[Rejected]]:
@@ -117,7 +120,9 @@ class Regenerator:
         sources, finished ones included).
         """
         slots = self.config.slots
-        engine = Engine(self.target, None, self.config, longest, max(1, len(self.target.stop_tokens)))
+        stops = max(1, len(self.target.stop_tokens))
+        config = replace(self.config, longest=longest, stop_slots=stops)
+        engine = Engine(self.target, None, config, self.sampling)
         # At most half the slots are filled at once: the engine then prefills each prompt by itself, and a prompt's
         # hidden states do not depend on how many others arrived with it.
         together = max(1, slots // 2)
@@ -151,7 +156,7 @@ class Regenerator:
     def _encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Token ids of a prompt; UserError when it leaves no room for an answer or the tokenizer isn't the target's."""
         prompt = tuple(int(t) for t in encode_prompt(self.target.tokenizer, messages, self.thinking))
-        new = self.config.max_new_tokens
+        new = self.sampling.max_new_tokens
         if len(prompt) + new > self.context:
             raise UserError(
                 f"a prompt of {len(prompt)} tokens leaves no room for {new} new ones in a context of {self.context}."
@@ -167,7 +172,7 @@ class Regenerator:
         for segment in source.segments:
             messages += [*segment, {"role": "assistant", "content": ""}]
         prompt = encode_prompt(self.target.tokenizer, messages[:-1], self.thinking)
-        return len(prompt) + turns * self.config.max_new_tokens + (turns - 1) * _TURN_SLACK
+        return len(prompt) + turns * self.sampling.max_new_tokens + (turns - 1) * _TURN_SLACK
 
     def _submit(self, engine: Engine, conversation: _Open, longest: int) -> Rejected | None:
         source = conversation.source
@@ -176,7 +181,7 @@ class Regenerator:
             prompt = self._encode(conversation.messages)
         except UserError as error:
             return Rejected(source, f"turn {conversation.turn + 1}: {error}")
-        if len(prompt) + self.config.max_new_tokens > longest:
+        if len(prompt) + self.sampling.max_new_tokens > longest:
             return Rejected(source, f"turn {conversation.turn + 1}: its {len(prompt)} tokens outgrew the engine.")
         engine.submit(source.index, Request(prompt))
         return None

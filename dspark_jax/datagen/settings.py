@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from dspark_jax.config.schema import MeshSettings
 from dspark_jax.errors import UserError
-from dspark_jax.serving.requests import DecodeConfig
+from dspark_jax.serving.sampling import SamplingParams
+from dspark_jax.serving.settings import EngineConfig
 
 
 @dataclass(frozen=True)
@@ -131,15 +132,13 @@ class PrepareSettings:
         served = ("server_model", "server_extra")
         return {name: getattr(self, name) for name in common + (served if self.server else here)}
 
-    def decode_config(self) -> DecodeConfig:
-        return DecodeConfig(
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            seed=self.seed,
-            slots=self.slots,
+    def sampling(self) -> SamplingParams:
+        return SamplingParams(self.max_new_tokens, self.temperature, self.top_k, self.top_p, seed=self.seed)
+
+    def engine(self) -> EngineConfig:
+        return EngineConfig(
+            self.slots,
+            policy="plain",
             rounds_per_dispatch=self.rounds_per_dispatch,
-            buckets=(self.slots,),
             smallest_prompt_bucket=64,  # one program for most prompts: compiling another costs more than the padding
         )

@@ -1,14 +1,16 @@
 """Acceptance counted over real speculative decoding: what a drafter is judged by, in training as in inference."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.serving.generate import generate
 from dspark_jax.serving.prompts import Prompt
-from dspark_jax.serving.requests import DecodeConfig, Generation, Request
+from dspark_jax.serving.requests import Generation, Request
+from dspark_jax.serving.sampling import SamplingParams
+from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.targets.target import Target
 
 
@@ -67,15 +69,20 @@ def _rates(good: np.ndarray, tried: np.ndarray) -> tuple[float, ...]:
     return tuple(float(g / t) if t else float("nan") for g, t in zip(good, tried, strict=True))
 
 
+def seeded(prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Request]:
+    """Requests whose seeds, one after the other, do not depend on the engine: the first has that of `sampling`."""
+    first = sampling.seed or 0
+    return [Request(prompt.tokens, replace(sampling, seed=first + i)) for i, prompt in enumerate(prompts)]
+
+
 def acceptance_by_domain(
-    target: Target, drafter: Drafter, prompts: Sequence[Prompt], config: DecodeConfig
+    target: Target, drafter: Drafter, prompts: Sequence[Prompt], sampling: SamplingParams, engine: EngineConfig
 ) -> dict[str, Acceptance]:
     """Decodes all prompts together; a prompt keeps its random numbers whatever the drafter and the other prompts.
 
     Calls with drafters of one structure, the same prompts and settings share compiled programs.
     """
-    requests = [Request(prompt.tokens, seed=config.seed + i) for i, prompt in enumerate(prompts)]
-    made = generate(target, drafter, requests, config)
+    made = generate(target, drafter, seeded(prompts, sampling), engine=engine)
     domains = dict.fromkeys(prompt.domain for prompt in prompts)
     return {
         domain: Acceptance.of([g for g, prompt in zip(made, prompts, strict=True) if prompt.domain == domain])

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -88,7 +88,7 @@ def answer(engine: Engine, dialogues: Sequence[Dialogue], seed: int, thinking: b
         messages[index] += by_index[index].segments[turn]
         prompt = encode(engine.target, messages[index], thinking)
         try:
-            engine.submit(len(asked), Request(prompt, seed=turn_seed(seed, index, turn)))
+            engine.submit(len(asked), Request(prompt, replace(engine.sampling, seed=turn_seed(seed, index, turn))))
         except UserError:
             cut.append(index)
         else:

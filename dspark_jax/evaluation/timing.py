@@ -8,9 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from dspark_jax.drafters.registry import Drafter
+from dspark_jax.evaluation.acceptance import seeded
 from dspark_jax.serving.generate import generate
 from dspark_jax.serving.prompts import Prompt
-from dspark_jax.serving.requests import DecodeConfig, Generation, Request
+from dspark_jax.serving.requests import Generation
+from dspark_jax.serving.sampling import SamplingParams
+from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.targets.target import Target
 
 
@@ -36,12 +39,13 @@ class Decoder:
 
     target: Target
     drafter: Drafter | None
-    config: DecodeConfig
+    sampling: SamplingParams
+    engine: EngineConfig
 
     def __call__(self, prompts: Sequence[Prompt]) -> Timed:
-        requests = [Request(prompt.tokens, seed=self.config.seed + i) for i, prompt in enumerate(prompts)]
+        requests = seeded(prompts, self.sampling)
         start = time.perf_counter()
-        generations = generate(self.target, self.drafter, requests, self.config)
+        generations = generate(self.target, self.drafter, requests, engine=self.engine)
         return Timed(tuple(generations), time.perf_counter() - start)
 
 

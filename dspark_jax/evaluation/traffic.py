@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -17,6 +17,7 @@ from dspark_jax.serving.chunks import prompt_bucket
 from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.prompts import Prompt
 from dspark_jax.serving.requests import Generation, Request
+from dspark_jax.serving.sampling import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,11 @@ class Traffic:
     spread: float = 0.0
     seed: int = 0
 
-    def request(self, index: int) -> Request:
+    def request(self, index: int, sampling: SamplingParams) -> Request:
         less = np.random.default_rng((self.seed, index)).integers(int(self.spread * self.max_new_tokens) + 1)
         tokens = self.prompts[index % len(self.prompts)].tokens
-        return Request(tokens, seed=self.seed + index, max_new_tokens=max(1, self.max_new_tokens - int(less)))
+        new = max(1, self.max_new_tokens - int(less))
+        return Request(tokens, replace(sampling, seed=self.seed + index, max_new_tokens=new))
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def closed_loop(engine: Engine, traffic: Traffic, users: int, requests: int) -> 
 
     def ask() -> None:
         nonlocal asked
-        engine.submit(asked, traffic.request(asked))
+        engine.submit(asked, traffic.request(asked, engine.sampling))
         asked += 1
 
     for _ in range(users):
@@ -81,7 +83,7 @@ def poisson(engine: Engine, traffic: Traffic, rate: float, requests: int) -> Ope
     while len(done) < requests:
         now = time.perf_counter() - begin
         while asked < requests and moments[asked] <= now:
-            engine.submit(asked, traffic.request(asked))
+            engine.submit(asked, traffic.request(asked, engine.sampling))
             asked += 1
         if engine.idle:
             time.sleep(max(0.0, moments[asked] - now))
@@ -113,7 +115,7 @@ def record_traces(engine: Engine, traffic: Traffic, requests: int) -> Traces:
 
     engine.recorder = take
     for index in range(requests):
-        engine.submit(index, traffic.request(index))
+        engine.submit(index, traffic.request(index, engine.sampling))
     made: dict[int, Generation] = {}
     while not engine.idle:
         made |= {p.index: p.generation for p in engine.step() if p.generation is not None}
@@ -162,6 +164,7 @@ def overheads(engine: Engine, prompts: Sequence[Prompt], repeats: int = 7) -> tu
         dispatch.append(time.perf_counter() - prefilled)
         for i in range(count):
             engine.cancel(i)
+        engine.admit()  # empties the slots, before the next is timed
         return prefilled - start
 
     def median(tokens: Sequence[int], count: int) -> float:

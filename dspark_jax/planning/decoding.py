@@ -27,9 +27,8 @@ from dspark_jax.errors import UserError
 from dspark_jax.planning.compiled import compiled, copies, figures, mebibytes, topology_mesh
 from dspark_jax.planning.published_targets import planned_target
 from dspark_jax.scheduling.costs import CostTable, Occupancy, ScheduleTables
-from dspark_jax.serving.engine import make_loop
-from dspark_jax.serving.policies import PolicyName, policy_named
-from dspark_jax.serving.requests import DecodeConfig
+from dspark_jax.serving.assembly import make_loop
+from dspark_jax.serving.settings import EngineConfig, PolicyName, policy_named
 from dspark_jax.sharding import ShardingRules, make_mesh, parameter_shardings, split
 from dspark_jax.targets.target import Target
 
@@ -84,10 +83,11 @@ class DecodePlan:
         """UserError for configurations that don't fit together, or a mesh that the devices don't have."""
         mesh = plan_mesh(options)
         target, drafter = planned_pair(options, mesh)
-        config = DecodeConfig(slots=options.slots, policy=policy_named(options.policy))
-        loop = make_loop(target, drafter, config, options.longest, max(1, len(target.stop_tokens)))
+        stops = max(1, len(target.stop_tokens))
+        policy = policy_named(options.policy)
+        loop = make_loop(target, drafter, EngineConfig(options.slots, options.longest, stop_slots=stops), policy)
         tables = None
-        if drafter is not None and config.policy.needs_tables:
+        if drafter is not None and policy.needs_tables:
             costs = CostTable.of(loop.buckets, np.linspace(1.0, 2.0, len(loop.buckets)))
             tables = shapes_of(ScheduleTables.of(costs, (1.0,) * loop.block))
         params = LoopParams(target.params, {} if drafter is None else drafter.params, tables)

@@ -8,10 +8,12 @@ import numpy as np
 from dspark_jax.decoding.round import DecodeLoop
 from dspark_jax.decoding.sampling import SamplingArrays
 from dspark_jax.decoding.state import Admission
-from dspark_jax.serving.requests import DecodeConfig, Job
+from dspark_jax.serving.jobs import Job
+from dspark_jax.serving.sampling import SamplingParams
+from dspark_jax.serving.settings import EngineConfig
 
 
-def prompt_bucket(config: DecodeConfig, size: int, start: int, tokens: int) -> int:
+def prompt_bucket(config: EngineConfig, size: int, start: int, tokens: int) -> int:
     """The compiled width for the next chunk of a prompt with `tokens` left from position `start` on: a power of two
     times the smallest, at most a chunk, and no wider than a slot of `size` has room for."""
     bucket = config.smallest_prompt_bucket
@@ -24,7 +26,7 @@ def prompt_bucket(config: DecodeConfig, size: int, start: int, tokens: int) -> i
 def next_chunk(loop: DecodeLoop, width: int, entering: Sequence[tuple[int, Job, int]]) -> Admission:
     """numpy arrays: for each (slot, job, start) the prompt's tokens from `start` on, at most `width` of them."""
     jobs = [job for _, job, _ in entering]
-    settings = [job.settings for job in jobs]
+    settings = [job.sampling for job in jobs]
 
     def column(values: Any, dtype: Any = np.int32) -> Any:
         return np.asarray(values, dtype)
@@ -35,7 +37,7 @@ def next_chunk(loop: DecodeLoop, width: int, entering: Sequence[tuple[int, Job, 
     for row, (job, start) in enumerate(zip(jobs, starts, strict=True)):
         chunk = job.prompt[start : start + width]
         tokens[row, : len(chunk)], counts[row] = chunk, len(chunk)
-        stops[row, : len(job.settings.stop_tokens or ())] = job.settings.stop_tokens or ()
+        stops[row, : len(job.sampling.stop_tokens or ())] = job.sampling.stop_tokens or ()
     most = loop.block
     return Admission(
         slots=column([slot for slot, _, _ in entering]),
@@ -46,7 +48,7 @@ def next_chunk(loop: DecodeLoop, width: int, entering: Sequence[tuple[int, Job, 
         limit=column([job.longest for job in jobs]),
         stop_tokens=stops,
         verify_cap=column([most if s.verify_length is None else min(s.verify_length, most) for s in settings]),
-        keys=column([[w % 2**32 for w in job.seed_words] for job in jobs], np.uint32),
+        keys=column([job.seed_words for job in jobs], np.uint32),
         sampling=SamplingArrays(
             column([s.temperature for s in settings], np.float32),
             column([min(s.top_k, 2**31 - 1) for s in settings]),
@@ -57,13 +59,13 @@ def next_chunk(loop: DecodeLoop, width: int, entering: Sequence[tuple[int, Job, 
 
 
 def blank_chunk(loop: DecodeLoop, rows: int, width: int) -> Admission:
-    """A chunk of nothing, for slot 0, that makes nobody active."""
-    job = Job(0, (0,), DecodeConfig(max_new_tokens=1), (0, 0))
+    """A chunk of nothing, for slot 0, which it leaves inactive."""
+    job = Job(0, (0,), SamplingParams(max_new_tokens=1), (0, 0), 1)
     batch = next_chunk(loop, width, [(0, job, 0)] * rows)
     return batch._replace(final=batch.final & False)
 
 
-def chunk_widths(config: DecodeConfig, size: int, longest: int) -> tuple[set[int], set[int]]:
+def chunk_widths(config: EngineConfig, size: int, longest: int) -> tuple[set[int], set[int]]:
     """(widths of first chunks, widths of later ones) that prompts of up to `longest` tokens can meet."""
     chunk = config.prefill_chunk
     first: set[int] = set()

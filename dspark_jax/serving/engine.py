@@ -1,235 +1,243 @@
 """Continuous batching: slots of the compiled loop filled, run and emptied from the host.
 
 The host acts between dispatches only; a dispatch is many rounds. Between two of them waiting requests move into free
-slots and a bounded number of prompt tokens is prefilled, so that a long prompt holds up nobody who decodes. Chunks are
-padded to length buckets, so that other prompts meet compiled programs.
+slots and a bounded number of prompt tokens is prefilled, so that a long prompt does not hold up the requests that
+decode. Chunks are padded to length buckets, so that other prompts meet compiled programs. docs/engine.md has the
+contract: threads, interrupts, failures, bounds.
 """
 
+import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dspark_jax.decoding.dispatch import record_rounds, run_rounds
 from dspark_jax.decoding.prefill import admit, retire
 from dspark_jax.decoding.round import DecodeLoop, LoopParams, init_state
-from dspark_jax.decoding.state import Admission, DecodeState, RoundRecord
+from dspark_jax.decoding.state import Admission, DecodeState, RoundCounters, RoundRecord
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.errors import UserError
-from dspark_jax.scheduling.costs import LoadMeter, Occupancy, ScheduleTables
-from dspark_jax.scheduling.policies import bucket_ladder
+from dspark_jax.scheduling.costs import Occupancy, ScheduleTables
+from dspark_jax.scheduling.policies import VerifyPolicy
+from dspark_jax.serving.assembly import Assembly
 from dspark_jax.serving.chunks import blank_chunk, chunk_widths, next_chunk, prompt_bucket
-from dspark_jax.serving.profile import load_or_measure
-from dspark_jax.serving.requests import (
-    DecodeConfig,
-    Generation,
-    Job,
-    Progress,
-    QueueFull,
-    Request,
-    Timing,
-    make_job,
-)
-from dspark_jax.sharding import parameter_mesh
+from dspark_jax.serving.jobs import make_job
+from dspark_jax.serving.metering import Metering
+from dspark_jax.serving.requests import EngineBroken, Generation, Progress, Request
+from dspark_jax.serving.roster import Counts, Entry, Roster
+from dspark_jax.serving.sampling import SamplingParams
+from dspark_jax.serving.settings import EngineConfig, check_engine
 from dspark_jax.targets.target import Target
 
-CACHE_MULTIPLE = 64
-SELDOM_TIMED = 4
-
-# (index of the request in each slot, None for a free one; numpy records [rounds, R, ...] of one dispatch).
 Recorder = Callable[[tuple[int | None, ...], RoundRecord], None]
-
-
-@dataclass(eq=False)
-class _Entry:
-    """A request in the engine. `tokens` and the counts are what the host has seen; times are of `perf_counter`."""
-
-    job: Job
-    submitted: float
-    admitted: float | None = None
-    first_token: float | None = None
-    prefilled: int = 0
-    tokens: list[int] = field(default_factory=list)
-    counts: tuple[int, int, tuple[int, ...], tuple[int, ...]] = (0, 0, (), ())
-    drafted: int = 0
-
-    @property
-    def decoding(self) -> bool:
-        return self.prefilled == len(self.job.prompt)
-
-    def timing(self, now: float) -> Timing:
-        times = (now if at is None else at for at in (self.admitted, self.first_token, now))
-        return Timing(*(at - self.submitted for at in times))
+"""Shown each dispatch: the index of the request in each slot, None for a free one; numpy records [rounds, R, ...]."""
 
 
 @dataclass
 class Engine:
     """Continuous batching over the slots of one compiled loop.
 
-    `longest` is the most positions a request may take (prompt and new tokens); `submit` refuses longer ones. `signal`,
-    the user's word for what else the device carries, may be set at any time, and so may `recorder`, for studies.
+    `submit`, `cancel` and the properties may be called from any thread and never wait for the device. `step` may be
+    called from any thread too; a second call waits for the first. After an interrupt or a failure inside `step` the
+    next one starts the open requests again behind the tokens that have been reported; a second failure in a row breaks
+    the engine, and every later call says so (EngineBroken).
+
+    Args:
+        target: the model that decides.
+        drafter: proposes; None: plain decoding.
+        config: what the engine holds, and its policy by name; `longest` must be set.
+        sampling: of requests that bring none of their own.
+        strategy: a verify policy instead of the one named, for studies.
+        tables: costs and temperatures instead of measured ones.
+        metering: how the load is metered; None: as the policy needs it.
+        recorder: called with every round's record, for studies. May be set at any time.
+    Raises:
+        UserError: settings that no engine can run with, or files that don't fit.
     """
 
     target: Target
     drafter: Drafter | None
-    config: DecodeConfig
-    longest: int
-    stop_slots: int = 4
-    tables: ScheduleTables | None = None  # what adaptive policies need; None: profiled now, or read from the cache
-    temperatures: tuple[float, ...] | None = None  # of the confidence logits, for an engine that profiles itself
-    signal: float = 1.0
-    meter: LoadMeter | None = field(default_factory=LoadMeter)  # None: the load stays as profiled
+    config: EngineConfig
+    sampling: SamplingParams = SamplingParams()
+    strategy: VerifyPolicy | None = None
+    tables: ScheduleTables | None = None
+    metering: Metering = field(default_factory=Metering)
     recorder: Recorder | None = None
-    occupancy: Occupancy = field(default_factory=Occupancy.of)  # what the next dispatch is told
+    why: str = field(init=False)  # one line: the policy that was chosen, and the reason
     loop: DecodeLoop = field(init=False)
     params: LoopParams = field(init=False)
     state: DecodeState = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_engine(self.config)
-        self.loop = make_loop(self.target, self.drafter, self.config, self.longest, self.stop_slots)
-        weights = self.target.params, {} if self.drafter is None else self.drafter.params
-        if self.tables is None and self.config.policy.needs_tables and self.loop.block:
-            # Before the state exists: a profile makes one of its own.
-            profile = load_or_measure(self.loop, LoopParams(*weights), self.config.temperature)
-            self.tables = ScheduleTables.of(profile.cost_table(), self.temperatures or (1.0,) * self.loop.block)
-        self.params = LoopParams(*weights, self.tables)
+        chosen = Assembly.of(self.target, self.drafter, self.config, self.sampling, self.strategy, self.tables)
+        self.drafter, self.loop, self.params, self.why = chosen.drafter, chosen.loop, chosen.params, chosen.why
+        self.tables = self.params.tables
+        if self.tables is not None and self.tables.costs.dispatch is not None:
+            self.metering.dispatch_seconds = float(self.tables.costs.dispatch)
         self.state = init_state(self.loop, self.params)
-        self._pending: deque[_Entry] = deque()
-        self._slots: dict[int, _Entry] = {}
-        self._open: dict[int, _Entry] = {}  # by request index: waiting or in a slot
-        self._told = (1.0, 1.0)  # load and signal in `occupancy`
-        beside = None if self.tables is None else self.tables.costs.dispatch
-        self._dispatch_seconds = 0.0 if beside is None else float(beside)
+        self._roster = Roster()
+        self._stepping = threading.RLock()
+        self._seats: dict[int, Entry] = {}  # by slot: whom the device decodes, cancelled ones included
         self._prefilling = False  # whether the device may still be at prompts
-        self._untimed = 0  # dispatches since one was timed
+        self._failures: list[Exception] = []  # since a step that went well
 
     # Requests in and out
 
     def submit(self, index: int, request: Request) -> None:
-        """Queues a request under a name of the caller's. Raises UserError, in a sentence, for one that can't be
-        decoded or whose index is in use, and QueueFull where the queue is at its bound."""
-        if self.config.queue is not None and len(self._pending) >= self.config.queue:
-            raise QueueFull(
-                f"Request {index} finds {len(self._pending)} others waiting, as many as this engine's queue holds; "
-                "submit it again once some have ended."
-            )
-        job = make_job(self.target, self.config, index, request)
-        if job.longest > self.longest:
+        """Queues a request under a name of the caller's, a whole number.
+
+        Raises:
+            UserError: a request that cannot be decoded, or an index that is in use; the engine goes on as before.
+            QueueFull: as many wait as `config.queue` allows.
+            EngineBroken: the engine decodes no more.
+        """
+        self._require_whole()
+        self._roster.require_room(index, self.config.queue)
+        job = make_job(self.target, self.sampling, index, request)
+        longest, stops = self.config.longest or 0, job.sampling.stop_tokens or ()
+        if job.longest > longest:
             raise UserError(
                 f"Request {index} needs {job.longest} positions (a prompt of {len(job.prompt)} tokens and up to "
-                f"{job.settings.max_new_tokens} new ones); this engine holds {self.longest}. "
-                "Shorten it or raise the limit."
+                f"{job.sampling.max_new_tokens} new ones); this engine holds {longest}. Shorten it or raise the limit."
             )
-        if len(job.settings.stop_tokens or ()) > self.stop_slots:
+        if len(stops) > self.config.stop_slots:
             raise UserError(
-                f"Request {index} names {len(job.settings.stop_tokens or ())} stop tokens; this engine holds "
-                f"{self.stop_slots}."
+                f"Request {index} names {len(stops)} stop tokens; this engine holds {self.config.stop_slots}."
             )
-        if index in self._open:
-            raise UserError(f"Request {index} is in the engine already; give every open request its own index.")
-        self._open[index] = _Entry(job, time.perf_counter())
-        self._pending.append(self._open[index])
+        self._roster.add(job, self.config.queue)
 
     def cancel(self, index: int) -> Generation | None:
-        """Ends a waiting or running request: its Generation with what it had made so far, finish_reason "cancelled".
-        None where no such request is open. The slot is free for the next `step`."""
-        entry = self._open.get(index)
-        if entry is None:
-            return None
-        if entry.admitted is None:
-            self._pending.remove(entry)
-        else:
-            slot = next(slot for slot, running in self._slots.items() if running is entry)
-            del self._slots[slot]
-            self.state = retire(self.loop, self.state, jax.device_put(np.arange(self.config.slots) == slot))
-        return self._generation(entry, "cancelled", time.perf_counter())
+        """Ends a waiting or running request.
+
+        Returns:
+            Its Generation with the tokens that have been reported, finish_reason "cancelled"; None where no such
+            request is open. The slot is free for the next `step`.
+        """
+        entry = self._roster.remove(index)
+        return None if entry is None else entry.generation("cancelled", time.perf_counter())
 
     @property
     def idle(self) -> bool:
-        return not self._pending and not self._slots
+        """Whether no request is open."""
+        return not self._roster.entries()
 
     @property
     def waiting(self) -> int:
         """Requests in the queue."""
-        return len(self._pending)
+        return self._roster.waiting
 
     @property
     def running(self) -> int:
         """Requests in slots, decoding or being prefilled."""
-        return len(self._slots)
+        return self._roster.running
+
+    @property
+    def occupancy(self) -> Occupancy:
+        """What the last dispatch was told of the load."""
+        return self.metering.occupancy
 
     def step(self) -> list[Progress]:
-        """Admits what fits, runs one dispatch, and returns what each request gained."""
-        self.admit()
-        if not any(entry.decoding for entry in self._slots.values()):
+        """Admits what fits, runs one dispatch, and returns what each request gained.
+
+        Raises:
+            EngineBroken: this step and the one before failed, or an earlier pair did.
+        """
+        with self._stepping:
+            self._require_whole()
+            try:
+                self._begin()
+                progress = self._advance()
+            except Exception as error:
+                self._failures.append(error)
+                self._require_whole()
+                raise
+            self._failures.clear()
+            return progress
+
+    def _require_whole(self) -> None:
+        if len(self._failures) > 1:
+            error = self._failures[-1]
+            reason = "".join(str(error).strip().splitlines()[:1])
+            raise EngineBroken(
+                f"The engine failed twice in a row ({type(error).__name__}: {reason}) and decodes no more; make a new "
+                "one and submit the open requests again."
+            ) from error
+
+    def _begin(self) -> None:
+        """Makes good what an interrupted or failed dispatch has left, and remembers where this one starts."""
+        if self._roster.unsettled:
+            # The state was given away to a call whose result never came: every request starts again in a new one.
+            self._seats.clear()
+            self.state = None  # type: ignore[assignment]  # first, so that two never fill the memory
+            self.state = init_state(self.loop, self.params)
+            self._roster.rewind()
+        self._roster.mark()
+
+    def _advance(self) -> list[Progress]:
+        self._admit()
+        decoding = [entry.decoding for entry in self._seats.values()]
+        if not any(decoding):
+            self._roster.settle()
             return []
         rounds = self.config.rounds_per_dispatch
-        if not all(entry.decoding for entry in self._slots.values()):
+        if not all(decoding):
             rounds = max(1, rounds // 4)  # a prompt waits for its next chunk
-        self._tell_occupancy()
-        if (meter := self._due_meter()) is None:
+        timed = self.tables is not None and self.recorder is None and self.metering.due(self._prefilling)
+        if not timed:
             self._dispatch(rounds)
             return self._harvest()
         jax.block_until_ready(self.state.length)
         started = time.perf_counter()
         self._dispatch(rounds)
         predicted = float(self.state.predicted_seconds)  # waits for the dispatch
-        meter.update(time.perf_counter() - started - self._dispatch_seconds, predicted)
-        self._untimed = 0
+        self.metering.took(time.perf_counter() - started, predicted)
         return self._harvest()
 
-    def _due_meter(self) -> LoadMeter | None:
-        """The meter, if the coming dispatch is to be timed. A prefill's seconds say nothing about the rounds', and to
-        wait for its end costs more than it tells: behind one, one dispatch in `SELDOM_TIMED` is. The first, which may
-        meet the compiler, is behind one."""
-        if self.meter is None or self.tables is None or self.recorder is not None:
-            return None
-        self._untimed += 1
-        return self.meter if not self._prefilling or self._untimed >= SELDOM_TIMED else None
-
     def _dispatch(self, rounds: int) -> None:
+        occupancy = self.metering.told()
         if self.recorder is not None:
-            self.state, records = record_rounds(self.loop, self.params, self.state, self.occupancy, rounds)
-            holders = {slot: entry.job.index for slot, entry in self._slots.items() if entry.decoding}
+            self.state, records = record_rounds(self.loop, self.params, self.state, occupancy, rounds)
+            holders = {slot: entry.job.index for slot, entry in self._seats.items() if entry.decoding}
             self.recorder(tuple(holders.get(slot) for slot in range(self.config.slots)), jax.device_get(records))
             return
-        soon = bool(self._pending) or self.config.return_at_once
-        how = self.occupancy, *jax.device_put((np.int32(rounds), np.bool_(soon)))
-        self.state = run_rounds(self.loop, self.params, self.state, *how)
-
-    def _tell_occupancy(self) -> None:
-        known = (1.0 if self.meter is None else self.meter.load, self.signal)
-        if known != self._told:
-            self.occupancy, self._told = Occupancy.of(*known), known
+        soon = self.waiting > 0 or self.config.return_at_once
+        limits = jax.device_put((np.int32(rounds), np.bool_(soon)))
+        self.state = run_rounds(self.loop, self.params, self.state, occupancy, *limits)
 
     # Prompts
 
     def admit(self) -> int:
         """Moves waiting requests into free slots and prefills their prompts, in order of arrival, one chunk each:
-        all of them while nobody decodes, else up to `prefill_budget` tokens (at least one chunk). Returns how many
-        tokens were prefilled, padding included."""
-        now = time.perf_counter()
-        decoding = any(entry.decoding for entry in self._slots.values())
-        for slot in range(self.config.slots):
-            if self._pending and slot not in self._slots:
-                self._slots[slot] = self._pending.popleft()
-                self._slots[slot].admitted = now
+        all of them while none decodes, else up to `prefill_budget` tokens (at least one chunk). Part of every `step`.
+
+        Returns:
+            Tokens prefilled, padding included.
+        """
+        with self._stepping:
+            self._begin()
+            spent = self._admit()
+            self._roster.settle()
+            return spent
+
+    def _admit(self) -> int:
+        decoding = any(entry.decoding for entry in self._seats.values() if self._roster.holds(entry))
+        self._seat()
         budget = self.config.prefill_budget if decoding else None
         fresh: dict[int, list[int]] = {}
         later: list[int] = []
         spent = 0
-        waiting = [slot for slot, entry in self._slots.items() if not entry.decoding]
-        for slot in sorted(waiting, key=lambda slot: self._slots[slot].submitted):
-            width = self._chunk_bucket(self._slots[slot])
+        waiting = [slot for slot, entry in self._seats.items() if not entry.decoding]
+        for slot in sorted(waiting, key=lambda slot: self._seats[slot].submitted):
+            width = self._chunk_bucket(self._seats[slot])
             if budget is not None and spent and spent + width > budget:
                 break
             spent += width
-            if self._slots[slot].prefilled:
+            if self._seats[slot].prefilled:
                 later.append(slot)
             else:
                 fresh.setdefault(width, []).append(slot)
@@ -239,107 +247,109 @@ class Engine:
             for part in [slots] if together else [[slot] for slot in slots]:
                 self._prefill(width, part, self.config.slots if together else 1)
         for slot in later:
-            self._prefill(self._chunk_bucket(self._slots[slot]), [slot], 1)
+            self._prefill(self._chunk_bucket(self._seats[slot]), [slot], 1)
         return spent
 
-    def warm_up(self) -> None:
-        """Compiles every program that a request can meet, so that none waits for the compiler. Needs an idle engine."""
-        if not self.idle:
-            raise UserError("The engine has requests; warm it up before the first one.")
-        first, later = chunk_widths(self.config, self.loop.size, self.longest - 1)
-        for width in sorted(first):
-            for rows in {1, self.config.slots}:
-                self._run_chunk(blank_chunk(self.loop, rows, width), fresh=True)
-        for width in sorted(later):
-            self._run_chunk(blank_chunk(self.loop, 1, width), fresh=False)
-        how = self.occupancy, jnp.asarray(0, jnp.int32), jnp.asarray(False)
-        self.state = run_rounds(self.loop, self.params, self.state, *how)
-        self.state = retire(self.loop, self.state, jax.device_put(np.zeros(self.config.slots, bool)))
+    def _seat(self) -> None:
+        """Empties the slots of requests that have left, and gives free ones to those that wait."""
+        left = [slot for slot, entry in self._seats.items() if not self._roster.holds(entry)]
+        if left:
+            leaving = np.isin(np.arange(self.config.slots), left)
+            self.state = retire(self.loop, self.state, jax.device_put(leaving))
+            for slot in left:
+                del self._seats[slot]
+        now = time.perf_counter()
+        free = [slot for slot in range(self.config.slots) if slot not in self._seats]
+        waiting = [entry for entry in self._roster.entries() if entry.slot is None]
+        for slot, entry in zip(free, waiting, strict=False):
+            self._seats[slot], entry.slot = entry, slot
+            entry.admitted = now if entry.admitted is None else entry.admitted
 
-    def _chunk_bucket(self, entry: _Entry) -> int:
-        return prompt_bucket(self.config, self.loop.size, entry.prefilled, len(entry.job.prompt) - entry.prefilled)
+    def _chunk_bucket(self, entry: Entry) -> int:
+        return prompt_bucket(self.config, self.loop.size, entry.prefilled, entry.left_to_prefill)
 
     def _prefill(self, width: int, slots: list[int], rows: int) -> None:
         """The next chunk of the prompts in `slots`, which fit in `width`; the first is repeated up to `rows`."""
         filled = slots + slots[:1] * (rows - len(slots))
-        entries = [(slot, self._slots[slot]) for slot in filled]
-        batch = next_chunk(self.loop, width, [(slot, entry.job, entry.prefilled) for slot, entry in entries])
-        self._run_chunk(batch, fresh=not self._slots[slots[0]].prefilled)
+        entries = [(slot, self._seats[slot]) for slot in filled]
+        batch = next_chunk(self.loop, width, [(slot, entry.running, entry.prefilled) for slot, entry in entries])
+        self._run_chunk(batch, fresh=not self._seats[slots[0]].prefilled)
         for slot in slots:
-            entry = self._slots[slot]
-            entry.prefilled = min(entry.prefilled + width, len(entry.job.prompt))
+            entry = self._seats[slot]
+            entry.prefilled = min(entry.prefilled + width, len(entry.running.prompt))
 
     def _run_chunk(self, batch: Admission, fresh: bool) -> None:
         self._prefilling = True
         self.state = admit(self.loop, self.params, self.state, jax.device_put(batch), fresh)
 
+    def warm_up(self) -> None:
+        """Compiles every program that a request can meet, so that none waits for the compiler.
+
+        Raises:
+            UserError: the engine has requests already.
+        """
+        with self._stepping:
+            if not self.idle:
+                raise UserError("The engine has requests; warm it up before the first one.")
+            self._begin()
+            first, later = chunk_widths(self.config, self.loop.size, (self.config.longest or 1) - 1)
+            for width in sorted(first):
+                for rows in {1, self.config.slots}:
+                    self._run_chunk(blank_chunk(self.loop, rows, width), fresh=True)
+            for width in sorted(later):
+                self._run_chunk(blank_chunk(self.loop, 1, width), fresh=False)
+            limits = jax.device_put((np.int32(0), np.bool_(False)))
+            self.state = run_rounds(self.loop, self.params, self.state, self.metering.told(), *limits)
+            self.state = retire(self.loop, self.state, jax.device_put(np.zeros(self.config.slots, bool)))
+            self._roster.settle()
+
     # Results
 
     def _harvest(self) -> list[Progress]:
+        """Reads what the dispatch has made, and books it."""
         state = self.state
-        tokens, length, active, stopped, counters = jax.device_get(
-            (state.tokens, state.length, state.active, state.stopped, state.counters)
-        )
+        made = _Made(*jax.device_get((state.tokens, state.length, state.active, state.stopped, state.counters)))
         self._prefilling = False
-        now, progress = time.perf_counter(), []
-        for slot, entry in list(self._slots.items()):
-            if not entry.decoding:
-                continue
-            start = len(entry.job.prompt)
-            new = tokens[slot, start + len(entry.tokens) : length[slot]].tolist()
-            entry.tokens += new
-            entry.first_token = now if entry.first_token is None else entry.first_token
-            entry.counts = (
-                int(counters.rounds[slot]),
-                int(counters.committed[slot]),
-                tuple(counters.verified_at[slot].tolist()),
-                tuple(counters.accepted_at[slot].tolist()),
-            )
-            entry.drafted = int(counters.drafted[slot])
-            generation = None
-            if not active[slot]:
-                generation = self._generation(entry, "stop" if stopped[slot] else "length", now)
-                del self._slots[slot]
-            progress.append(Progress(entry.job.index, tuple(new), generation))
+        now, progress, ended = time.perf_counter(), list[Progress](), list[Entry]()
+        with self._roster.held():
+            for slot, entry in list(self._seats.items()):
+                if not entry.decoding or not self._roster.holds(entry):
+                    continue
+                before = entry.seen
+                reason = self._see(entry, slot, made, now)
+                generation = None if reason is None else entry.generation(reason, now)
+                text = entry.seen.text.said if generation is None else generation.text
+                gained = entry.seen.tokens[len(before.tokens) :], text[len(before.text.said) :]
+                progress.append(Progress(entry.job.index, *gained, generation))
+                if generation is not None:
+                    ended.append(entry)
+                    if not made.active[slot]:  # else a stop string ended it, and the slot is still to be retired
+                        del self._seats[slot]
+            self._roster.settle(ended)
         return progress
 
-    def _generation(self, entry: _Entry, reason: str, now: float) -> Generation:
-        del self._open[entry.job.index]
-        text, made = "", tuple(entry.tokens)
-        if self.target.tokenizer is not None:
-            text = self.target.tokenizer.decode(list(made[:-1] if reason == "stop" else made))
-        timing = entry.timing(now)
-        return Generation(entry.job.index, entry.job.prompt, made, text, reason, *entry.counts, entry.drafted, timing)
-
-
-def check_engine(config: DecodeConfig) -> None:
-    """UserError for settings that no engine can run with."""
-    for name in ("slots", "rounds_per_dispatch", "smallest_prompt_bucket", "prefill_chunk", "prefill_budget"):
-        if getattr(config, name) < 1:
-            raise UserError(f"The decoding setting {name} is {getattr(config, name)}; expected 1 or more.")
-    if config.queue is not None and config.queue < 1:
-        raise UserError(f"The decoding setting queue is {config.queue}; expected 1 or more, or None for no bound.")
-
-
-def make_loop(
-    target: Target, drafter: Drafter | None, config: DecodeConfig, longest: int, stop_slots: int
-) -> DecodeLoop:
-    """The loop for these settings; a slot holds `longest` positions and the widest write behind them."""
-    block = 0 if drafter is None else drafter.config.block_size
-    buckets = config.buckets or bucket_ladder(config.slots, block + 1)
-    if buckets[-1] != config.slots * (block + 1) or list(buckets) != sorted(set(buckets)):
-        raise UserError(
-            f"Token buckets {buckets} must ascend and end at slots x (block + 1), {config.slots * (block + 1)}."
+    def _see(self, entry: Entry, slot: int, made: "_Made", now: float) -> str | None:
+        """Takes over what the device has made of a request: why it has ended, None while it goes on."""
+        new = made.tokens[slot, len(entry.running.prompt) + entry.made : made.length[slot]].tolist()
+        counts = Counts(
+            int(made.counters.rounds[slot]),
+            int(made.counters.committed[slot]),
+            tuple(made.counters.verified_at[slot].tolist()),
+            tuple(made.counters.accepted_at[slot].tolist()),
+            int(made.counters.drafted[slot]),
         )
-    return DecodeLoop(
-        target=target.graphdef,
-        drafter=None if drafter is None else drafter.graphdef,
-        requests=config.slots,
-        size=-(-(longest + block + 1) // CACHE_MULTIPLE) * CACHE_MULTIPLE,
-        block=block,
-        tap_layers=() if drafter is None else drafter.config.target_layer_ids,
-        buckets=buckets,
-        stop_slots=stop_slots,
-        policy=config.policy,
-        mesh=parameter_mesh(target.params),
-    )
+        stopped = bool(made.stopped[slot])
+        decode = None if self.target.tokenizer is None else self.target.tokenizer.decode
+        if entry.see(decode, new, counts, stopped, now) or stopped:
+            return "stop"
+        return None if made.active[slot] else "length"
+
+
+class _Made(NamedTuple):
+    """What the host reads of the state after a dispatch, as numpy arrays."""
+
+    tokens: Any
+    length: Any
+    active: Any
+    stopped: Any
+    counters: RoundCounters

@@ -4,51 +4,98 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from dspark_jax.drafters.registry import Drafter
-from dspark_jax.scheduling.policies import Fixed
 from dspark_jax.serving.engine import Engine
-from dspark_jax.serving.requests import DecodeConfig, Generation, Progress, Prompt, Request, tokenize_prompt
+from dspark_jax.serving.jobs import listed_requests, make_job
+from dspark_jax.serving.requests import Generation, Progress, Prompt, Request
+from dspark_jax.serving.sampling import DEFAULT_SAMPLING, SamplingParams
+from dspark_jax.serving.settings import DEFAULT_ENGINE, EngineConfig
 from dspark_jax.targets.target import Target
 
-DEFAULTS = DecodeConfig()
-
-
-def stream(
-    target: Target,
-    drafter: Drafter | None,
-    prompts: Sequence[Prompt | Request],
-    config: DecodeConfig = DEFAULTS,
-) -> Iterator[Progress]:
-    """Yields what each request gained, dispatch by dispatch; the last Progress of a request carries its Generation."""
-    requests = [p if isinstance(p, Request) else Request(p) for p in prompts]
-    if not requests:
-        return
-    longest = 1
-    for index, request in enumerate(requests):
-        new = config.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
-        longest = max(longest, len(tokenize_prompt(target, request.prompt, f"Request {index}", request.thinking)) + new)
-    if config.buckets is None and isinstance(config.policy, Fixed):
-        # Every request always verifies one length: a bucket that no round can need would only cost compile time.
-        caps = {config.verify_length if r.verify_length is None else r.verify_length for r in requests}
-        if caps == {None} and drafter is not None:
-            config = replace(config, buckets=(min(config.slots, len(requests)) * (drafter.config.block_size + 1),))
-    stops = [len(r.stop_tokens or config.stop_tokens or target.stop_tokens) for r in requests]
-    slots = min(config.slots, len(requests))
-    engine = Engine(target, drafter, replace(config, slots=slots, queue=None), longest, max(1, *stops))
-    for index, request in enumerate(requests):
-        engine.submit(index, request)
-    while not engine.idle:
-        yield from engine.step()
+SMALLEST = 256
+"""Positions of the shortest requests where the engine profiles itself."""
 
 
 def generate(
     target: Target,
     drafter: Drafter | None,
     prompts: Sequence[Prompt | Request],
-    config: DecodeConfig = DEFAULTS,
+    sampling: SamplingParams = DEFAULT_SAMPLING,
+    engine: EngineConfig = DEFAULT_ENGINE,
 ) -> list[Generation]:
-    """Decodes every prompt and returns the generations in order. `drafter` None: plain decoding.
+    """Decodes every prompt.
 
-    Raises UserError before anything runs when a prompt can't be decoded (empty, longer than the context, wrong ids).
+    Args:
+        target: the model that decides.
+        drafter: proposes; None: plain decoding.
+        prompts: texts, token ids, lists of chat messages, or Requests with settings of their own.
+        sampling: of every prompt that brings none of its own.
+        engine: slots, verify policy and the rest.
+    Returns:
+        The generations in the order of the prompts.
+    Raises:
+        UserError: before anything runs, for a prompt that cannot be decoded (empty, longer than the context, wrong
+            ids) or settings that don't fit.
     """
-    done = [p.generation for p in stream(target, drafter, prompts, config) if p.generation is not None]
+    done = [p.generation for p in stream(target, drafter, prompts, sampling, engine) if p.generation is not None]
     return sorted(done, key=lambda generation: generation.index)
+
+
+def stream(
+    target: Target,
+    drafter: Drafter | None,
+    prompts: Sequence[Prompt | Request],
+    sampling: SamplingParams = DEFAULT_SAMPLING,
+    engine: EngineConfig = DEFAULT_ENGINE,
+) -> Iterator[Progress]:
+    """What each request gains, dispatch by dispatch, as `generate` would return it; arguments and errors are the same.
+
+    Returns:
+        An iterator; the last Progress of a request carries its Generation. Requests are checked before it is returned.
+    """
+    made = engine_for(target, drafter, prompts, sampling, engine)
+    return iter(()) if made is None else drain(made)
+
+
+def drain(engine: Engine) -> Iterator[Progress]:
+    """Steps an engine until no request is open."""
+    while not engine.idle:
+        yield from engine.step()
+
+
+def engine_for(
+    target: Target,
+    drafter: Drafter | None,
+    prompts: Sequence[Prompt | Request],
+    sampling: SamplingParams = DEFAULT_SAMPLING,
+    config: EngineConfig = DEFAULT_ENGINE,
+) -> Engine | None:
+    """An engine as large as these requests need, which are submitted under their places in the list; None for an
+    empty list. `config.longest`, where it is given, is kept; a bound of the queue is not."""
+    requests = listed_requests(target, prompts)
+    if not requests:
+        return None
+    jobs = [make_job(target, sampling, index, request) for index, request in enumerate(requests)]
+    slots, longest = min(config.slots, len(jobs)), config.longest or max(job.longest for job in jobs)
+    buckets = config.buckets
+    if drafter is not None and config.longest is None and config.policy == "auto":
+        # A profile is of one shape: rounded up, many lists of prompts share one, and its compiled programs.
+        longest = min(_rounded(longest), target.config.max_positions)
+    if drafter is not None and buckets is None and config.policy == "fixed":
+        # Every request always verifies one length: a bucket that no round can need would only cost compile time.
+        whole = all(job.sampling.verify_length is None for job in jobs)
+        buckets = (slots * (drafter.config.block_size + 1),) if whole else None
+    stops = max(1, *(len(job.sampling.stop_tokens or ()) for job in jobs))
+    made = Engine(
+        target,
+        drafter,
+        replace(config, slots=slots, longest=longest, buckets=buckets, queue=None, stop_slots=stops),
+        sampling,
+    )
+    for index, request in enumerate(requests):
+        made.submit(index, request)
+    return made
+
+
+def _rounded(longest: int) -> int:
+    """The next power of two, from `SMALLEST` on."""
+    return max(SMALLEST, 1 << (longest - 1).bit_length())

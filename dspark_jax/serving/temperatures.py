@@ -18,7 +18,7 @@ from dspark_jax.drafters.registry import Drafter
 from dspark_jax.errors import UserError
 from dspark_jax.readers import read_object
 from dspark_jax.scheduling.calibration import ECE_BINS, position_metrics, sigmoid
-from dspark_jax.serving.requests import DecodeConfig
+from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.targets.target import Target
 
 TEMPERATURES = np.exp(np.linspace(np.log(0.1), np.log(10.0), 121))
@@ -65,17 +65,17 @@ def fit_shift(logits: np.ndarray, accepted: np.ndarray, observed: np.ndarray) ->
     return shift
 
 
-def validity(target: Target, drafter: Drafter, config: DecodeConfig) -> dict[str, Any]:
+def validity(target: Target, drafter: Drafter, sampling: SamplingParams) -> dict[str, Any]:
     """What a calibration holds for: these weights, and these sampling settings, which decide what is accepted."""
     return {
         "target": fingerprint(target.params),
         "target_name": target.name,
         "drafter": fingerprint(drafter.params),
         "drafter_name": drafter.name,
-        "temperature": float(config.temperature),
-        "top_k": int(config.top_k),
-        "top_p": float(config.top_p),
-        "min_p": float(config.min_p),
+        "temperature": float(sampling.temperature),
+        "top_k": int(sampling.top_k),
+        "top_p": float(sampling.top_p),
+        "min_p": float(sampling.min_p),
     }
 
 

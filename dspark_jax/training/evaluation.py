@@ -8,12 +8,12 @@ import jax
 import numpy as np
 
 from dspark_jax.checkpoints.huggingface import DTYPES, load_target
-from dspark_jax.config.schema import EvaluationSettings
 from dspark_jax.distributed import from_first
 from dspark_jax.drafters.registry import Drafter, skeleton
 from dspark_jax.evaluation.acceptance import Acceptance, acceptance_by_domain, macro_tau
 from dspark_jax.serving.prompts import Prompt
-from dspark_jax.serving.requests import DecodeConfig
+from dspark_jax.serving.sampling import SamplingParams
+from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.sharding import split
 from dspark_jax.targets.target import Target
 from dspark_jax.training.objective import cast_params
@@ -32,7 +32,8 @@ class Evaluator:
 
     target: Target
     prompts: tuple[Prompt, ...]
-    config: DecodeConfig
+    sampling: SamplingParams
+    engine: EngineConfig
     blank: Drafter
     gather: Callable[[dict], dict]
 
@@ -47,7 +48,9 @@ class Evaluator:
         return cls(
             target=load_target(plan.target.name, dtype=dtype),
             prompts=plan.heldout,
-            config=decode_config(settings, len(plan.heldout)),
+            sampling=SamplingParams(settings.max_new_tokens, settings.temperature),
+            # Fixed: profiles differ from process to process, and a checkpoint is judged by whole blocks.
+            engine=EngineConfig(min(settings.slots, len(plan.heldout)), policy="fixed", smallest_prompt_bucket=64),
             blank=Drafter(plan.config.name, plan.drafter, graphdef, {}, plan.drafter_hf),
             # One whole copy on every device: what the decode loop then runs on is local.
             gather=jax.jit(lambda params: cast_params(params, DTYPES[dtype]), out_shardings=trainer.placement.whole),
@@ -58,18 +61,9 @@ class Evaluator:
         with jax.transfer_guard("allow"):
             local = jax.tree.map(lambda x: x.addressable_data(0), self.gather(params))
             drafter = Drafter(self.blank.name, self.blank.config, self.blank.graphdef, local, self.blank.hf_config)
-            found = figures(acceptance_by_domain(self.target, drafter, self.prompts, self.config))
+            found = figures(acceptance_by_domain(self.target, drafter, self.prompts, self.sampling, self.engine))
         # By this one checkpoints are ranked, on every process alike.
         return found | {TAU: from_first(found[TAU])}
-
-
-def decode_config(settings: EvaluationSettings, prompts: int) -> DecodeConfig:
-    return DecodeConfig(
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        slots=min(settings.slots, prompts),
-        smallest_prompt_bucket=64,
-    )
 
 
 def figures(by_domain: dict[str, Acceptance]) -> dict[str, Any]:

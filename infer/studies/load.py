@@ -38,12 +38,13 @@ from dspark_jax.evaluation.traffic import (
 from dspark_jax.files import make_output, write_json
 from dspark_jax.report import budget_plot, table, throughput_plot
 from dspark_jax.scheduling.costs import ScheduleTables
-from dspark_jax.scheduling.policies import Causal, Fixed, VerifyPolicy
+from dspark_jax.scheduling.policies import Causal, VerifyPolicy
+from dspark_jax.serving.assembly import costs_of, temperatures_of
 from dspark_jax.serving.engine import Engine
-from dspark_jax.serving.policies import costs_of, make_engine, policy_named, temperatures_of
 from dspark_jax.serving.profile import measure_profile
 from dspark_jax.serving.prompts import Prompt, read_prompts
-from dspark_jax.serving.requests import DecodeConfig
+from dspark_jax.serving.sampling import SamplingParams
+from dspark_jax.serving.settings import EngineConfig, PolicyName, policy_named
 from dspark_jax.targets.target import Target
 
 Strategy = Literal["plain", "fixed-1", "mtp", "fixed", "threshold", "causal", "look-ahead", "asynchronous"]
@@ -178,20 +179,25 @@ class Study:
     def engine(self, strategy: str, slots: int, policy: VerifyPolicy | None = None) -> Engine:
         settings = self.settings
         drafter = None if strategy == "plain" else self.mtp if strategy == "mtp" else self.drafter
-        config = DecodeConfig(
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
+        sampling = SamplingParams(
+            settings.max_new_tokens,
+            settings.temperature,
             stop_tokens=(),  # an answer has the same length, whatever the strategy
             verify_length=1 if strategy == "fixed-1" else None,
+        )
+        config = EngineConfig(
             slots=slots,
+            longest=max(len(prompt.tokens) for prompt in self.prompts) + settings.max_new_tokens,
+            policy=policy_name(strategy),
+            threshold=settings.threshold,
+            sts=settings.sts,
+            sps=settings.sps,
             rounds_per_dispatch=settings.rounds_per_dispatch,
-            policy=policy or strategy_policy(strategy, settings.threshold),
             buckets=ladder(slots, 0 if drafter is None else drafter.config.block_size),
             smallest_prompt_bucket=64,
             return_at_once=True,
         )
-        longest = max(len(prompt.tokens) for prompt in self.prompts) + settings.max_new_tokens
-        engine = make_engine(self.target, drafter, config, longest, settings.sts, settings.sps)
+        engine = Engine(self.target, drafter, config, sampling, policy)
         engine.warm_up()
         return engine
 
@@ -230,7 +236,7 @@ class Study:
         """The simulator against the medians of the real engine at this many users, strategy by strategy. What a round
         and a prompt cost is measured now: machines are not always as fast as when a kept profile was made."""
         engine = self.engine("fixed", users, Causal())
-        temperatures = temperatures_of(self.target, self.drafter, engine.config, self.settings.sts)
+        temperatures = temperatures_of(self.target, self.drafter, engine.sampling, self.settings.sts)
         costs = measure_profile(engine.loop, engine.params, self.settings.temperature).cost_table()
         prefill, dispatch = overheads(engine, self.prompts)
         plain_prefill, _ = overheads(self.engine("plain", users), self.prompts)
@@ -303,10 +309,9 @@ def ladder(slots: int, block: int) -> tuple[int, ...]:
     return tuple(sorted({slots * width for width in (*WIDTHS, block + 1) if width <= block + 1}))
 
 
-def strategy_policy(strategy: str, threshold: float) -> VerifyPolicy:
-    if strategy in ("threshold", *ADAPTIVE):
-        return policy_named(strategy, threshold)  # type: ignore[arg-type]
-    return Fixed()
+def policy_name(strategy: str) -> PolicyName:
+    """The policy that a strategy verifies by; the rest of a strategy is its drafter and its cap."""
+    return strategy if strategy in ("plain", "threshold", *ADAPTIVE) else "fixed"  # type: ignore[return-value]
 
 
 def summarise(figures: LoadFigures) -> dict[str, float]:
@@ -377,7 +382,7 @@ def simulate_strategy(
     settings: LoadSettings, strategy: str, traces: Traces, device: SimulatedDevice, users: int
 ) -> LoadFigures:
     cap = {"plain": 0, "fixed-1": 1}.get(strategy, int(traces.logits.shape[1]))
-    policy = strategy_policy(strategy, settings.threshold)
+    policy = policy_named(policy_name(strategy), settings.threshold)
     return simulate(policy, cap, traces, replace(device), users, requests_of(settings, users))
 
 

@@ -18,7 +18,9 @@ from dspark_jax.drafters.registry import Drafter, drafter_hf_config, new_drafter
 from dspark_jax.evaluation.acceptance import Acceptance, acceptance_by_domain
 from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.prompts import read_prompts
-from dspark_jax.serving.requests import DecodeConfig, Request
+from dspark_jax.serving.requests import Request
+from dspark_jax.serving.sampling import SamplingParams
+from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.targets.target import Target
 
 from ..fit import fit
@@ -37,7 +39,7 @@ def train_and_decode(config: TrainConfig, prompts: Path, *, max_new_tokens: int,
     target = load_target(config.target, dtype=config.compute_dtype)
     drafter = load_drafter(run / "drafter", target, dtype=config.compute_dtype)
     heldout = read_prompts(target, [prompts])
-    decode = DecodeConfig(max_new_tokens=max_new_tokens, slots=min(30, len(heldout)), smallest_prompt_bucket=64)
+    engine = EngineConfig(min(30, len(heldout)), policy="fixed", smallest_prompt_bucket=64)
     decoded = {}
     for key, temperature, seeds in (("t1", 1.0, range(samples)), ("t0", 0.0, range(1))):
         # A prompt's random numbers come from (decode seed, its place): seeds a thousand apart share none.
@@ -46,7 +48,8 @@ def train_and_decode(config: TrainConfig, prompts: Path, *, max_new_tokens: int,
                 target,
                 drafter,
                 heldout,
-                replace(decode, temperature=temperature, seed=1000 * (config.seed * 97 + seed)),
+                SamplingParams(max_new_tokens, temperature, seed=1000 * (config.seed * 97 + seed)),
+                engine,
             )
             for seed in seeds
         ]
@@ -116,11 +119,10 @@ def _drafter(target: Target, block: int, head: str) -> Drafter:
 def _dispatches(target: Target, drafter: Drafter, slots: int, count: int) -> Iterator[float]:
     """Seconds a round of one dispatch after the other, all slots decoding throughout."""
     new_tokens = min(ROUNDS * (count + 2) * (drafter.config.block_size + 1), target.config.max_positions - 64)
-    config = DecodeConfig(
-        max_new_tokens=new_tokens, slots=slots, rounds_per_dispatch=ROUNDS, stop_tokens=(),
-        buckets=(slots * (drafter.config.block_size + 1),),
-    )  # fmt: skip
-    engine = Engine(target, drafter, config, longest=32 + new_tokens)
+    config = EngineConfig(
+        slots, 32 + new_tokens, "fixed", rounds_per_dispatch=ROUNDS, buckets=(slots * (drafter.config.block_size + 1),)
+    )
+    engine = Engine(target, drafter, config, SamplingParams(new_tokens, stop_tokens=()))
     rng = np.random.default_rng(0)
     for slot in range(slots):
         engine.submit(slot, Request(tuple(rng.integers(0, target.config.vocab_size, 24).tolist())))

@@ -1,0 +1,165 @@
+"""What an engine is put together from: the policy that its settings name, its cost table, the compiled loop's shape."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from dspark_jax.checkpoints.serving_tables import SpsTable, read_sps
+from dspark_jax.decoding.round import DecodeLoop, LoopParams
+from dspark_jax.drafters.registry import Drafter
+from dspark_jax.errors import UserError
+from dspark_jax.readers import read_object
+from dspark_jax.scheduling.costs import CostTable, ScheduleTables
+from dspark_jax.scheduling.policies import Fixed, VerifyPolicy, bucket_ladder
+from dspark_jax.serving.profile import Profile, load_or_measure
+from dspark_jax.serving.sampling import SamplingParams
+from dspark_jax.serving.settings import EngineConfig, policy_named
+from dspark_jax.serving.temperatures import read_calibration, validity
+from dspark_jax.sharding import parameter_mesh
+from dspark_jax.targets.target import Target
+
+CACHE_MULTIPLE = 64
+WHOLE_BLOCKS = Fixed()
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """A loop and its weights. `drafter` is None where the policy leaves it out; `why`: one line on the policy."""
+
+    drafter: Drafter | None
+    loop: DecodeLoop
+    params: LoopParams
+    why: str
+
+    @classmethod
+    def of(
+        cls,
+        target: Target,
+        drafter: Drafter | None,
+        config: EngineConfig,
+        sampling: SamplingParams,
+        strategy: VerifyPolicy | None = None,
+        tables: ScheduleTables | None = None,
+    ) -> "Assembly":
+        """What `config` asks for; `strategy` and `tables`, where given, are taken instead of the named and measured.
+
+        Raises:
+            UserError: files that don't fit, buckets that don't, or no `longest`.
+        """
+        plain = cls(None, make_loop(target, None, _plain(config)), LoopParams(target.params, {}), "")
+        if drafter is None:
+            return replace(plain, why="plain decoding: there is no drafter")
+        if strategy is None and config.policy == "plain":
+            return replace(plain, why="plain decoding: as asked, without the drafter")
+
+        policy = strategy or policy_named(config.policy, config.threshold)
+        loop = make_loop(target, drafter, config, policy)
+        params = LoopParams(target.params, drafter.params)
+        name = type(policy).__name__ if strategy else config.policy
+        if not policy.needs_tables:
+            return cls(drafter, loop, params, f"{name}: as asked")
+
+        # Before a state exists: a profile makes one of its own, which memory may not have room for twice.
+        if tables is None:
+            costs = _costs(loop, params, config, sampling)
+            tables = ScheduleTables.of(costs, temperatures_of(target, drafter, sampling, config.sts))
+        if strategy is not None or config.policy != "auto":
+            return cls(drafter, loop, params._replace(tables=tables), f"{name}: as asked")
+        worth = drafting_worth(tables.costs, loop)
+        if worth.best_speedup <= 1:
+            return replace(plain, why=f"plain decoding: drafting cannot pay here, since {worth}")
+        return cls(drafter, loop, params._replace(tables=tables), f"look-ahead: drafts where that pays; {worth}")
+
+
+@dataclass(frozen=True)
+class DraftingWorth:
+    """Of a cost table: plain rounds that a round of whole blocks takes, for every slot, and the most that drafting
+    could gain over plain decoding, for one request or for all, if every draft were accepted."""
+
+    plain_rounds: float
+    best_speedup: float
+
+    def __str__(self) -> str:
+        return (
+            f"a round of whole blocks takes as long as {self.plain_rounds:.1f} plain ones, and decoding is at best "
+            f"{self.best_speedup:.1f} times as fast"
+        )
+
+
+def drafting_worth(costs: CostTable, loop: DecodeLoop) -> DraftingWorth:
+    """Means over the contexts that were measured."""
+    rungs = np.asarray(costs.tokens)
+    verify = np.asarray(costs.verify).mean(axis=0)
+    plain = float(verify[0] if costs.plain is None else np.asarray(costs.plain).mean())
+    drafting = float(np.asarray(costs.drafting).mean())
+    speedups = []
+    for requests in {1, loop.requests}:
+        for drafts in range(1, loop.width):
+            rung = int(np.searchsorted(rungs, min(requests * (drafts + 1), rungs[-1])))
+            speedups.append((drafts + 1) * plain / (drafting + verify[rung]))
+    return DraftingWorth((drafting + verify[-1]) / plain, max(speedups))
+
+
+def make_loop(
+    target: Target, drafter: Drafter | None, config: EngineConfig, policy: VerifyPolicy = WHOLE_BLOCKS
+) -> DecodeLoop:
+    """The loop for these settings; a slot holds `longest` positions and the widest write behind them.
+
+    Raises:
+        UserError: no `longest`, or buckets that don't fit.
+    """
+    if config.longest is None:
+        raise UserError("An engine needs to know how long requests may become: give longest, in positions.")
+    block = 0 if drafter is None else drafter.config.block_size
+    buckets = config.buckets or bucket_ladder(config.slots, block + 1)
+    if buckets[-1] != config.slots * (block + 1) or list(buckets) != sorted(set(buckets)):
+        raise UserError(
+            f"Token buckets {buckets} must ascend and end at slots x (block + 1), {config.slots * (block + 1)}."
+        )
+    return DecodeLoop(
+        target=target.graphdef,
+        drafter=None if drafter is None else drafter.graphdef,
+        requests=config.slots,
+        size=-(-(config.longest + block + 1) // CACHE_MULTIPLE) * CACHE_MULTIPLE,
+        block=block,
+        tap_layers=() if drafter is None else drafter.config.target_layer_ids,
+        buckets=buckets,
+        stop_slots=config.stop_slots,
+        policy=policy,
+        mesh=parameter_mesh(target.params),
+    )
+
+
+def temperatures_of(target: Target, drafter: Drafter, sampling: SamplingParams, sts: Path | None) -> tuple[float, ...]:
+    """[K] temperatures of the confidence logits: of sts.json, else ones.
+
+    Raises:
+        UserError: a table that was calibrated for something else.
+    """
+    if sts is None:
+        return (1.0,) * drafter.config.block_size
+    return tuple(read_calibration(sts, validity(target, drafter, sampling)).tolist())
+
+
+def costs_of(sps: Path, requests: int, buckets: tuple[int, ...]) -> CostTable:
+    """Seconds of a round at each bucket: of a profile of this project, or of sps.json as servers write it."""
+    if "profile" in read_object(sps):
+        return Profile.read(sps).cost_table()
+    table = read_sps(sps)
+    if isinstance(table, SpsTable):
+        seconds = [1.0 / table.steps_per_second(tokens) for tokens in buckets]
+    else:
+        seconds = [table.step_seconds(requests, tokens - requests) for tokens in buckets]
+    return CostTable.of(buckets, seconds)
+
+
+def _costs(loop: DecodeLoop, params: LoopParams, config: EngineConfig, sampling: SamplingParams) -> CostTable:
+    if config.sps is not None:
+        return costs_of(config.sps, config.slots, loop.buckets)
+    return load_or_measure(loop, params, sampling.temperature).cost_table()
+
+
+def _plain(config: EngineConfig) -> EngineConfig:
+    """For a loop without a drafter, whose one bucket is its slots."""
+    return replace(config, buckets=None)

@@ -1,0 +1,141 @@
+"""Requests made ready for an engine: prompts tokenised, settings filled in, and everything checked.
+
+Every check stands here, before a request is queued: a bad value that reached the compiled loop would fail the dispatch
+of all the others.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from dspark_jax.data.chat import encode_prompt
+from dspark_jax.errors import UserError
+from dspark_jax.serving.requests import Prompt, Request
+from dspark_jax.serving.sampling import SamplingParams, is_unicode, seed_words
+from dspark_jax.targets.target import Target
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request as an engine runs it. `sampling` has its stop tokens filled in, `seed_words` is the 64-bit seed, and
+    `longest` the length, prompt included, at which the request ends."""
+
+    index: int
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    seed_words: tuple[int, int]
+    longest: int
+
+    def after(self, tokens: Sequence[int]) -> "Job":
+        """The rest of the request once `tokens` have been decoded."""
+        return replace(self, prompt=(*self.prompt, *tokens))
+
+
+def make_job(target: Target, sampling: SamplingParams, index: int, request: Request) -> Job:
+    """A checked request; `sampling` is what it has where it brings no settings of its own.
+
+    Raises:
+        UserError: a request that this target cannot decode, in a sentence that names it.
+    """
+    if isinstance(index, bool | np.bool_) or not isinstance(index, int | np.integer):
+        raise UserError(f"A request was given the index {index!r}; expected a whole number.")
+    index, who = int(index), f"Request {index}"
+    if not isinstance(request, Request):
+        raise UserError(f"{who} is a {type(request).__name__}; wrap its prompt in a Request.")
+    own = request.sampling is not None
+    if own and not isinstance(request.sampling, SamplingParams):
+        raise UserError(f"{who} has sampling = {request.sampling!r:.80}; expected SamplingParams.")
+
+    prompt = tokenize_prompt(target, request.prompt, who, request.thinking)
+    settings = (request.sampling or sampling).checked(target.config.vocab_size, who)
+    if settings.stop and target.tokenizer is None:
+        raise UserError(f"{who} has stop texts, but {target.name} has no tokenizer files; give stop_tokens instead.")
+    _require_fit(target, prompt, settings, who)
+    stops = target.stop_tokens if settings.stop_tokens is None else settings.stop_tokens
+    settings = replace(settings, stop_tokens=tuple(stops))
+    return Job(index, prompt, settings, seed_words(settings, index, own), len(prompt) + settings.max_new_tokens)
+
+
+def listed_requests(target: Target, prompts: Sequence[Prompt | Request]) -> list[Request]:
+    """The prompts of a call as requests, tokenised.
+
+    Raises:
+        UserError: what is no list of prompts, such as one bare text, or a prompt that cannot be tokenised.
+    """
+    if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Sequence | np.ndarray):
+        raise UserError(
+            f"prompts is a {type(prompts).__name__}; expected a list of prompts: put a single one in a list."
+        )
+    requests = [p if isinstance(p, Request) else Request(p) for p in prompts]
+    return [
+        replace(request, prompt=tokenize_prompt(target, request.prompt, f"Request {i}", request.thinking))
+        for i, request in enumerate(requests)
+    ]
+
+
+def tokenize_prompt(target: Target, prompt: Prompt, who: str = "A prompt", thinking: bool = False) -> tuple[int, ...]:
+    """Token ids of a prompt: ids as they are, text as it is, chat messages through the tokenizer's template.
+
+    Raises:
+        UserError: what is none of them, or text that is no Unicode.
+    """
+    if not isinstance(prompt, str):
+        if isinstance(prompt, bytes | bytearray | Mapping) or not isinstance(prompt, Sequence | np.ndarray):
+            raise UserError(f"{who} is a {type(prompt).__name__}; expected text, token ids or a list of chat messages.")
+        whole = [isinstance(t, int | np.integer) and not isinstance(t, bool | np.bool_) for t in prompt]
+        if all(whole):
+            return tuple(map(int, prompt))  # type: ignore[arg-type]
+        if not all(isinstance(turn, Mapping) and {"role", "content"} <= turn.keys() for turn in prompt):
+            raise UserError(
+                f"{who} is neither text, nor a list of token ids, nor a list of {{'role', 'content'}} messages."
+            )
+    if target.tokenizer is None:
+        raise UserError(f"{target.name} has no tokenizer files; give prompts as token ids, or add tokenizer.json.")
+    if isinstance(prompt, str):
+        _require_unicode(prompt, who)
+        return tuple(target.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    try:
+        return tuple(encode_prompt(target.tokenizer, [_joined(turn) for turn in prompt], thinking).tolist())
+    except UserError as error:
+        raise UserError(f"{who}: {error}") from None
+
+
+def _joined(turn: Any) -> dict[str, Any]:
+    """A message whose content is one text: parts of text, as chat APIs send them, are joined."""
+    content = turn["content"]
+    if not isinstance(content, Sequence) or isinstance(content, str | bytes):
+        return dict(turn)
+    for part in content:
+        kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise UserError(f"a message has content of the kind {kind!r:.40}; only parts of text can be read.")
+    return {**turn, "content": "".join(part["text"] for part in content)}
+
+
+def _require_unicode(text: str, who: str) -> None:
+    if not is_unicode(text):
+        raise UserError(f"{who} holds a lone surrogate, which is half a character; expected Unicode text.")
+
+
+def _require_fit(target: Target, prompt: tuple[int, ...], sampling: SamplingParams, who: str) -> None:
+    limit = target.config.max_positions
+    if not prompt:
+        raise UserError(f"{who} has an empty prompt; give at least one token.")
+    if len(prompt) >= limit:
+        raise UserError(
+            f"{who} has a prompt of {len(prompt)} tokens; {target.name} has a context of {limit}, "
+            "and at least one new token must fit. Shorten the prompt."
+        )
+    if len(prompt) + sampling.max_new_tokens > limit:
+        raise UserError(
+            f"{who} asks for {sampling.max_new_tokens} new tokens after a prompt of {len(prompt)}; "
+            f"{target.name} has a context of {limit}. Ask for at most {limit - len(prompt)}."
+        )
+    bad = next((t for t in prompt if not 0 <= t < target.config.vocab_size), None)
+    if bad is not None:
+        raise UserError(
+            f"{who} has token id {bad}, outside the vocabulary of {target.config.vocab_size}; "
+            "tokenize it with the target's own tokenizer."
+        )

@@ -1,0 +1,78 @@
+"""How an engine runs: `EngineConfig`, the verify policies by name, and the checks of both."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from dspark_jax.errors import UserError
+from dspark_jax.scheduling.policies import Asynchronous, Causal, Fixed, LookAhead, Threshold, VerifyPolicy
+from dspark_jax.serving.sampling import number_between, whole_number
+
+PolicyName = Literal["auto", "plain", "fixed", "threshold", "causal", "look-ahead", "asynchronous"]
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Settings of an engine: what it holds at once, and how much it verifies."""
+
+    slots: int = 8
+    """Requests decoded at once."""
+    longest: int | None = None
+    """Positions that a request may take, prompt and new tokens together. None: as many as a call's requests need."""
+    policy: PolicyName = "auto"
+    """How many drafts are verified. auto: look-ahead where drafting can pay on this machine, else plain decoding.
+    fixed: the whole block. threshold: up to the first draft below it. causal, look-ahead, asynchronous: what pays."""
+    threshold: float = 0.5
+    """Of the threshold policy: the least confidence of a draft that is verified."""
+    sts: Path | None = None
+    """sts.json: calibrated temperatures of the drafter's confidence, for the load-adaptive policies."""
+    sps: Path | None = None
+    """sps.json: what a round costs by tokens verified. None: measured once and kept for this machine and pair."""
+    rounds_per_dispatch: int = 16
+    """Rounds between two looks at the host."""
+    buckets: tuple[int, ...] | None = None
+    """Token counts that the verify pass is compiled for. None: a ladder up to slots x (block + 1)."""
+    smallest_prompt_bucket: int = 32
+    """Tokens that the shortest prompts are padded to."""
+    prefill_chunk: int = 256
+    """Longer prompts are prefilled in chunks of this many tokens."""
+    prefill_budget: int = 512
+    """Prompt tokens prefilled between two dispatches while other requests decode."""
+    queue: int | None = None
+    """Requests that may wait. None: any number."""
+    stop_slots: int = 4
+    """Stop tokens that a request may name."""
+    return_at_once: bool = False
+    """End a dispatch with the first request that ends, even if none waits."""
+
+
+DEFAULT_ENGINE = EngineConfig()
+
+
+def policy_named(name: PolicyName, threshold: float = 0.0) -> VerifyPolicy:
+    """The strategy of a name with its default guards; `threshold` is the threshold policy's. Of "auto" it is the one
+    that is tried first; whether drafting pays at all is asked in serving/choice.py."""
+    policies: dict[str, VerifyPolicy] = {
+        "auto": LookAhead(),
+        "plain": Fixed(),
+        "fixed": Fixed(),
+        "threshold": Threshold(threshold),
+        "causal": Causal(),
+        "look-ahead": LookAhead(),
+        "asynchronous": Asynchronous(),
+    }
+    return policies[name]
+
+
+def check_engine(config: EngineConfig) -> None:
+    """Raises UserError for settings that no engine can run with."""
+    who = "The engine"
+    counts = ("slots", "rounds_per_dispatch", "smallest_prompt_bucket", "prefill_chunk", "prefill_budget", "stop_slots")
+    for name in counts:
+        whole_number(who, name, getattr(config, name), 1)
+    for name in ("queue", "longest"):
+        if getattr(config, name) is not None:
+            whole_number(who, name, getattr(config, name), 1)
+    number_between(who, "threshold", config.threshold, 0.0, 1.0)
+    if config.policy not in get_args(PolicyName):
+        raise UserError(f"The engine has policy = {config.policy!r}; known are {', '.join(get_args(PolicyName))}.")
