@@ -16,9 +16,12 @@ from dspark_jax.decoding.acceptance import RejectionSampling, first_stop, residu
 from dspark_jax.decoding.sampling import SamplingArrays, sampling_law
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.scheduling.calibration import calibration_metrics, prefix_survival
-from dspark_jax.scheduling.policies import Fixed, Threshold
+from dspark_jax.scheduling.policies import Fixed, Threshold, VerifyPolicy
+from dspark_jax.serving.assembly import WHOLE_BLOCKS
 from dspark_jax.serving.engine import Engine
-from dspark_jax.serving.requests import DecodeConfig, Request
+from dspark_jax.serving.requests import Request
+from dspark_jax.serving.sampling import SamplingParams
+from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.targets.attention import Causal
 from dspark_jax.targets.target import Target
 
@@ -69,19 +72,23 @@ def check_decode(case: Path) -> Iterator[Result]:
 
 
 def play(
-    target: Target, drafter: Drafter | None, prompt: list[int], config: DecodeConfig
+    target: Target,
+    drafter: Drafter | None,
+    prompt: list[int],
+    sampling: SamplingParams,
+    policy: VerifyPolicy = WHOLE_BLOCKS,
 ) -> tuple[list[int], list[Any]]:
     """(prompt and new tokens, the round records) of one request, round by round through the compiled round.
 
     The reference stops once the anchor's position reaches the limit, not the token count: with exactly max_new_tokens
     there it still plays a round whose tokens it cuts off. One more token of room plays the same rounds here.
     """
-    wanted = len(prompt) + config.max_new_tokens
-    config = replace(config, max_new_tokens=config.max_new_tokens + 1)
-    block = 0 if drafter is None else drafter.config.block_size
-    if isinstance(config.policy, Fixed):  # verify lengths never vary: one bucket compiles in a third of the time
-        config = replace(config, buckets=(block + 1,))
-    engine = Engine(target, drafter, replace(config, slots=1), max(LONGEST, len(prompt) + config.max_new_tokens))
+    wanted = len(prompt) + sampling.max_new_tokens
+    sampling = replace(sampling, max_new_tokens=sampling.max_new_tokens + 1)
+    # Verify lengths of the fixed policy never vary: one bucket compiles in a third of the time.
+    whole = (drafter.config.block_size + 1,) if drafter is not None and isinstance(policy, Fixed) else None
+    config = EngineConfig(1, max(LONGEST, len(prompt) + sampling.max_new_tokens), buckets=whole)
+    engine = Engine(target, drafter, config, sampling, policy)
     engine.submit(0, Request(prompt))
     engine.admit()
     records = []
@@ -132,8 +139,7 @@ class Forward:
 def check_first_rounds(vectors: Any, forward: Forward) -> Iterator[Result]:
     """`infer/*`: the drafter's intermediates and the target's verify logits over three greedy rounds."""
     prompt = vectors["infer/prompt_ids"].tolist()
-    config = DecodeConfig(max_new_tokens=NEW_TOKENS, stop_tokens=())
-    tokens, records = play(forward.target, forward.drafter, prompt, config)
+    tokens, records = play(forward.target, forward.drafter, prompt, SamplingParams(NEW_TOKENS, stop_tokens=()))
     logits, taps = forward([tokens])
     yield close("infer/prefill_last_logits", logits[0, len(prompt) - 1], vectors["infer/prefill_last_logits"])
     yield exact("infer/anchor_token", tokens[len(prompt)], vectors["infer/anchor_token"])
@@ -172,20 +178,20 @@ def check_transcripts(
     block = drafter.config.block_size
     policy = Threshold(int(group.rsplit("conf", 1)[1]) / 10) if "_conf" in group else Fixed()
     stops = tuple(vectors[f"{group}/stop_token_ids"].tolist()) if f"{group}/stop_token_ids" in vectors else ()
-    config = DecodeConfig(max_new_tokens=NEW_TOKENS, policy=policy, stop_tokens=stops)
+    sampling = SamplingParams(NEW_TOKENS, stop_tokens=stops)
     played = []
     prompts = sorted(
         {name.split("/")[1] for name in vectors.files if name.startswith(f"{group}/p") and name.count("/") == 2}
     )
     for p in prompts:
         name = f"{group}/{p}"
-        tokens, records = play(target, drafter, vectors[f"{name}/prompt_ids"].tolist(), config)
+        tokens, records = play(target, drafter, vectors[f"{name}/prompt_ids"].tolist(), sampling, policy)
         if stops_drafting:
             records = [proposed_to_stop(record, stops) for record in records]
         played.append(records)
         yield exact(f"{name}/output_ids", tokens, vectors[f"{name}/output_ids"])
         if f"{name}/ar_ids" in vectors:
-            plain, _ = play(target, None, vectors[f"{name}/prompt_ids"].tolist(), config)
+            plain, _ = play(target, None, vectors[f"{name}/prompt_ids"].tolist(), sampling)
             yield exact(f"{name}/ar_ids", plain[-NEW_TOKENS:], vectors[f"{name}/ar_ids"])
         yield from check_rounds(name, vectors, records, block)
     rounds = [r for records in played for r in records]
@@ -275,8 +281,8 @@ def check_statistics(case: Path, vectors: Any, target: Target, drafter: Drafter)
     total, prompt = int(meta["t1_stats"]["n"]), vectors["t1_stats/prompt_ids"].tolist()
     slots = 250
     # Anchor and one full round: enough new tokens that no limit cuts the round.
-    config = DecodeConfig(temperature=1.0, max_new_tokens=NEW_TOKENS, stop_tokens=(), slots=slots)
-    engine = Engine(target, drafter, config, len(prompt) + NEW_TOKENS)
+    config = EngineConfig(slots, len(prompt) + NEW_TOKENS, "fixed")
+    engine = Engine(target, drafter, config, SamplingParams(NEW_TOKENS, 1.0, stop_tokens=()))
     firsts, seconds, lengths = [], [], []
     for begin in range(0, total, slots):
         for i in range(slots):
@@ -287,7 +293,8 @@ def check_statistics(case: Path, vectors: Any, target: Target, drafter: Drafter)
         firsts.append(tokens[:, len(prompt)])
         seconds.append(tokens[:, len(prompt) + 1])
         lengths.append(np.asarray(record.committed))
-        engine._slots.clear()
+        for i in range(slots):
+            engine.cancel(begin + i)
     first, second, length = (np.concatenate(x) for x in (firsts, seconds, lengths))
     vocab = target.config.vocab_size
     yield at_least(

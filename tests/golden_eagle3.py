@@ -22,7 +22,7 @@ from dspark_jax.checkpoints.target_tables import describe_target
 from dspark_jax.checkpoints.tensors import stored_tensors
 from dspark_jax.drafters.paired import shift_left
 from dspark_jax.drafters.registry import Drafter
-from dspark_jax.serving.requests import DecodeConfig
+from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.targets.attention import Causal, prefix_mask
 from dspark_jax.targets.target import Target
 from dspark_jax.training.losses import LossOptions
@@ -134,8 +134,7 @@ def check_decode(case: str | Path) -> Iterator[Result]:
 def check_first_rounds(vectors: Any, target: Target, drafter: Drafter) -> Iterator[Result]:
     """The tokens of three rounds through the compiled loop, and the logits of drafter and target behind them."""
     prompt = vectors["infer/prompt_ids"].tolist()
-    config = DecodeConfig(max_new_tokens=NEW_TOKENS, stop_tokens=())
-    tokens, records = play(target, drafter, prompt, config)
+    tokens, records = play(target, drafter, prompt, SamplingParams(NEW_TOKENS, stop_tokens=()))
     width = len(tokens) + drafter.config.block_size
 
     @jax.jit

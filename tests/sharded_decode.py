@@ -23,7 +23,9 @@ from dspark_jax.checkpoints.drafters import load_drafter, save_drafter
 from dspark_jax.checkpoints.huggingface import load_target, save_target
 from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.generate import generate
-from dspark_jax.serving.requests import DecodeConfig, Request
+from dspark_jax.serving.requests import Request
+from dspark_jax.serving.sampling import SamplingParams
+from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.sharding import ShardingRules, make_mesh
 from tests.decoding_tiny import prompts, tiny_pair
 
@@ -56,18 +58,20 @@ def check_load(folder: Path) -> None:
 
 
 def check_generate(folder: Path) -> None:
-    requests = [Request(p, temperature=float(i % 2), seed=i) for i, p in enumerate(prompts(5, SHAPES["vocab_size"]))]
+    requests = [
+        Request(p, SamplingParams(12, float(i % 2), seed=i)) for i, p in enumerate(prompts(5, SHAPES["vocab_size"]))
+    ]
     # Of one shape wherever it is used: compiling is what takes time here.
-    config = DecodeConfig(max_new_tokens=12, slots=8, rounds_per_dispatch=2)
+    config = EngineConfig(8, 40, "fixed", rounds_per_dispatch=2)
     single = load_target(folder / "target")
-    expected = generate(single, load_drafter(folder / "drafter", single), requests, config)
+    expected = generate(single, load_drafter(folder / "drafter", single), requests, engine=config)
     mesh = make_mesh(data=2, fsdp=4)
     for rules in RULES.values():
         target = load_target(folder / "target", mesh=mesh, rules=rules)
         drafter = load_drafter(folder / "drafter", target, mesh=mesh, rules=rules)
-        found = generate(target, drafter, requests, config)
+        found = generate(target, drafter, requests, engine=config)
         assert [g.tokens for g in found] == [g.tokens for g in expected]
-        engine = Engine(target, drafter, config, 40)
+        engine = Engine(target, drafter, config)
         engine.submit(0, requests[0])
         engine.step()
         for leaf in jax.tree.leaves((engine.state.target_cache, engine.state.draft)):
@@ -75,7 +79,7 @@ def check_generate(folder: Path) -> None:
     # With a tensor axis fewer groups share the slots, and the target's cache is split by head as its layers are.
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     target = load_target(folder / "target", mesh=mesh)
-    engine = Engine(target, load_drafter(folder / "drafter", target, mesh=mesh), config, 40)
+    engine = Engine(target, load_drafter(folder / "drafter", target, mesh=mesh), config)
     for i, request in enumerate(requests[:4]):
         engine.submit(i, request)
     done: dict[int, Any] = {}

@@ -13,7 +13,8 @@ from dspark_jax.checkpoints.drafters import load_drafter, save_drafter, shared_t
 from dspark_jax.checkpoints.huggingface import DTYPES
 from dspark_jax.drafters.registry import DRAFTERS, DrafterKind, kind_name
 from dspark_jax.serving.generate import generate
-from dspark_jax.serving.requests import DecodeConfig
+from dspark_jax.serving.sampling import SamplingParams
+from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.training.losses import LossOptions
 from dspark_jax.training.registry import make_objective
 from dspark_jax.training.schedule import learning_rate_schedule, make_optimizer
@@ -57,7 +58,7 @@ def test_the_example_trains_and_decodes_losslessly(kind: str, tmp_path: Path) ->
     drafter = load_drafter(tmp_path / "drafter", target)
     assert kind_name(drafter.hf_config) == kind
     jax.tree.map(np.testing.assert_array_equal, drafter.params, state.params)
-    asked, config = prompts(12, 6, seed=4), DecodeConfig(max_new_tokens=24, slots=8)
-    plain, found = (generate(target, d, asked, config) for d in (None, drafter))
+    asked, config = prompts(12, 6, seed=4), EngineConfig(policy="fixed")
+    plain, found = (generate(target, d, asked, SamplingParams(24), config) for d in (None, drafter))
     assert [g.tokens for g in found] == [g.tokens for g in plain]
     assert sum(sum(g.accepted_at) for g in found) > 0

@@ -18,7 +18,7 @@ from dspark_jax.errors import UserError
 from dspark_jax.scheduling.calibration import calibration_metrics, prefix_survival, reliability
 from dspark_jax.scheduling.policies import Fixed, LookAhead
 from dspark_jax.serving import profile as profile_module
-from dspark_jax.serving.engine import make_loop
+from dspark_jax.serving.assembly import make_loop
 from dspark_jax.serving.profile import (
     Effort,
     Profile,
@@ -27,7 +27,8 @@ from dspark_jax.serving.profile import (
     measure_profile,
     monotone,
 )
-from dspark_jax.serving.requests import DecodeConfig
+from dspark_jax.serving.sampling import SamplingParams
+from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.serving.temperatures import (
     fingerprint,
     fit_shift,
@@ -95,7 +96,7 @@ def test_reliability_bins() -> None:
 
 def test_a_calibration_is_refused_elsewhere(tmp_path: Path) -> None:
     target, drafter = tiny_pair()
-    config = DecodeConfig(temperature=1.0)
+    config = SamplingParams(temperature=1.0)
     valid = validity(target, drafter, config)
     path, table = tmp_path / "sts.json", StsTable((1.0, 2.0, 0.5, 1.0))
     write_calibration(path, table, valid)
@@ -168,7 +169,7 @@ def test_profiles_become_tables_and_files(tmp_path: Path) -> None:
 def test_a_loop_is_profiled_by_its_own_program_once(tmp_path: Path) -> None:
     """Every bucket is run, nothing is compiled that decoding does not need, and the second start reads a file."""
     target, drafter = tiny_pair()
-    loop = make_loop(target, drafter, DecodeConfig(slots=2, policy=LookAhead(), buckets=(2, 5, 10)), 60, 4)
+    loop = make_loop(target, drafter, EngineConfig(2, 60, buckets=(2, 5, 10)), LookAhead())
     params = LoopParams(target.params, drafter.params)
     before = run_rounds._cache_size()
     found = measure_profile(loop, params, 1.0, (0.2, 0.5), Effort(rounds=2, repeats=1))
@@ -185,13 +186,13 @@ def test_a_loop_is_profiled_by_its_own_program_once(tmp_path: Path) -> None:
     assert load_or_measure(loop, params, 0.0, tmp_path).key == first.key
     assert Profile.read(path).key == first.key
     with pytest.raises(UserError, match="load-adaptive policy"):
-        measure_profile(make_loop(target, drafter, DecodeConfig(slots=2, policy=Fixed()), 60, 4), params)
+        measure_profile(make_loop(target, drafter, EngineConfig(2, 60), Fixed()), params)
 
 
 def test_what_a_call_takes_is_no_part_of_its_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a clock by which a dispatch takes 5 seconds and each of its rounds 2."""
     target, drafter = tiny_pair()
-    loop = make_loop(target, drafter, DecodeConfig(slots=2, policy=LookAhead(), buckets=(2, 10)), 60, 4)
+    loop = make_loop(target, drafter, EngineConfig(2, 60, buckets=(2, 10)), LookAhead())
     now = 0.0
 
     def dispatch(loop: Any, params: Any, state: Any, occupancy: Any, rounds: Any, until_free: Any) -> Any:

@@ -12,8 +12,7 @@ from dspark_jax.drafters.registry import drafter_hf_config, new_drafter
 from dspark_jax.planning.decoding import DecodePlan, PlanOptions
 from dspark_jax.roofline.hardware import known_device
 from dspark_jax.serving.engine import Engine
-from dspark_jax.serving.policies import policy_named
-from dspark_jax.serving.requests import DecodeConfig
+from dspark_jax.serving.settings import EngineConfig, policy_named
 from infer import plan as program
 from tests.tiny import write_tiny_target
 
@@ -40,8 +39,8 @@ def test_the_plan_is_of_the_engines_loop(folders: tuple[str, str], policy: str) 
     plan = DecodePlan.of(options(folders, policy=policy))
     target = load_target(folders[0], dtype="float32")
     drafter = load_drafter(folders[1], target, dtype="float32")
-    config = DecodeConfig(slots=3, policy=policy_named(policy))
-    engine = Engine(target, drafter, config, 100, len(target.stop_tokens), tables=tables_for(plan))
+    config = EngineConfig(3, 100, stop_slots=len(target.stop_tokens))
+    engine = Engine(target, drafter, config, strategy=policy_named(policy), tables=tables_for(plan))
     assert plan.loop == engine.loop
 
     def shapes(tree: object) -> list[tuple]:

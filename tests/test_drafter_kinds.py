@@ -19,7 +19,8 @@ from dspark_jax.drafters.registry import DRAFTERS, drafter_hf_config, kind_name,
 from dspark_jax.errors import UserError
 from dspark_jax.roofline.training import training_flops
 from dspark_jax.serving.generate import generate
-from dspark_jax.serving.requests import DecodeConfig
+from dspark_jax.serving.sampling import SamplingParams
+from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.targets.attention import Causal, KeysValues
 from dspark_jax.targets.target import Target
 from dspark_jax.training.losses import LossOptions
@@ -305,8 +306,8 @@ def test_every_kind_learns_and_decodes_losslessly(kind: str) -> None:
     schedule = learning_rate_schedule(1e-2, 20, 0.1)
     adamw = make_optimizer(schedule, (0.9, 0.999), 1e-8, 0.0, 1.0)
     step = make_train_step(objective_of(kind), adamw, schedule, accumulation_steps=2)
-    asked, config = prompts(8, target.config.vocab_size, 3, longest=6), DecodeConfig(max_new_tokens=16)
-    plain = generate(target, None, asked, config)
+    asked, sampling = prompts(8, target.config.vocab_size, 3, longest=6), SamplingParams(16)
+    plain = generate(target, None, asked, sampling)
     rows = [[*g.prompt_tokens, *g.tokens] for g in plain]
     padded = np.array([row + [0] * (24 - len(row)) for row in rows])
     answers = np.arange(24) >= np.array([len(p) - 1 for p in asked])[:, None]
@@ -319,8 +320,7 @@ def test_every_kind_learns_and_decodes_losslessly(kind: str) -> None:
     assert 1.0 <= metrics["tau_probabilistic"] <= drafter.config.block_size + 1
     for slots in (1, 8):
         drafted = replace(drafter, params=state.params)
-        buckets = (slots * (drafter.config.block_size + 1),)
-        found = generate(target, drafted, asked, replace(config, slots=slots, buckets=buckets))
+        found = generate(target, drafted, asked, sampling, EngineConfig(slots, policy="fixed"))
         assert [g.tokens for g in found] == [g.tokens for g in plain]
         accepted, verified = (sum(sum(getattr(g, at)) for g in found) for at in ("accepted_at", "verified_at"))
         assert verified / 5 < accepted < verified, f"{accepted} of {verified} drafts accepted"

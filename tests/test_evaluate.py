@@ -13,7 +13,8 @@ from dspark_jax.errors import UserError
 from dspark_jax.evaluation.answers import Answered, Proposals, answer, reach, turn_seed
 from dspark_jax.evaluation.datasets import domain_of, read_datasets
 from dspark_jax.serving.engine import Engine
-from dspark_jax.serving.requests import DecodeConfig
+from dspark_jax.serving.sampling import SamplingParams
+from dspark_jax.serving.settings import EngineConfig
 from infer.evaluate import averages, main
 from tests.test_infer_programs import refused, write_drafter
 from tests.tiny import write_tiny_target
@@ -68,7 +69,7 @@ def test_answers_are_fed_back(folder: Path, thinking: bool) -> None:
     target = load_target(folder / "target")
     samples = read_datasets([str(folder / "sets" / "mt-bench.jsonl")])["mt-bench"]
     longest = max(reach(target, sample, 6, thinking) for sample in samples)
-    engine = Engine(target, None, DecodeConfig(max_new_tokens=6, slots=2, temperature=1.0, buckets=(2,)), longest)
+    engine = Engine(target, None, EngineConfig(2, longest), SamplingParams(6, 1.0))
     done = answer(engine, samples, 5, thinking)
     assert not done.cut and set(done.generations) == {(s.index, t) for s in samples for t in range(len(s.segments))}
     for sample in samples:
@@ -81,7 +82,8 @@ def test_answers_are_fed_back(folder: Path, thinking: bool) -> None:
             messages.append({"role": "assistant", "content": made.text})
     one = answer(engine, samples[2:], 5, thinking)
     assert said_by(one, 2) == said_by(done, 2)
-    small = Engine(target, None, engine.config, len(done.generations[samples[1].index, 0].prompt_tokens) + 6)
+    shorter = len(done.generations[samples[1].index, 0].prompt_tokens) + 6
+    small = Engine(target, None, replace(engine.config, longest=shorter), engine.sampling)
     assert set(answer(small, samples, 5, thinking).cut) <= {0, 2} and small.idle
 
 
@@ -91,11 +93,11 @@ def test_more_turns_than_any_bound_stay_their_own_samples(folder: Path, tmp_path
     (tmp_path / "long.jsonl").write_text("".join(json.dumps({"turns": t}) + "\n" for t in turns))
     target = load_target(folder / "target")
     samples = read_datasets([str(tmp_path / "long.jsonl")])["long"]
-    decode = DecodeConfig(max_new_tokens=1, slots=2, temperature=1.0, buckets=(2,))
-    done = answer(Engine(target, None, decode, 512), samples, seed=0)
+    how = EngineConfig(2, 512), SamplingParams(1, 1.0)
+    done = answer(Engine(target, None, *how), samples, seed=0)
     asked = {key for key in done.generations if key[0] == 0}
     assert asked == {(0, turn) for turn in range(len(asked))} and len(asked) > 20 and done.cut in ((), (0,))
-    alone = answer(Engine(target, None, decode, 512), samples[1:], seed=0)
+    alone = answer(Engine(target, None, *how), samples[1:], seed=0)
     assert said_by(alone, 1) == said_by(done, 1)
     assert len({turn_seed(seed, i, t) for seed in (0, 1, 64) for i in range(20) for t in range(200)}) == 12_000
 
@@ -103,7 +105,7 @@ def test_more_turns_than_any_bound_stay_their_own_samples(folder: Path, tmp_path
 def test_proposals_become_arrays(folder: Path) -> None:
     target = load_target(folder / "target")
     drafter = load_drafter(folder / "drafter", target)
-    engine = Engine(target, drafter, DecodeConfig(max_new_tokens=20, slots=2, buckets=(8,)), 120)
+    engine = Engine(target, drafter, EngineConfig(2, 120, "fixed", buckets=(8,)), SamplingParams(20))
     engine.recorder = proposals = Proposals()
     samples = read_datasets([str(folder / "sets" / "mt-bench.jsonl")])["mt-bench"][1:2]
     made = answer(engine, samples, seed=0).generations[samples[0].index, 0]

@@ -13,7 +13,9 @@ from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.config.cli import load_config, parse
 from dspark_jax.decoding.dispatch import run_rounds
 from dspark_jax.evaluation.acceptance import Acceptance, acceptance_by_domain, macro_tau
-from dspark_jax.serving.requests import DecodeConfig, Generation
+from dspark_jax.serving.requests import Generation
+from dspark_jax.serving.sampling import SamplingParams
+from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.training.checkpoint import Checkpoints
 from dspark_jax.training.evaluation import Evaluator
 from dspark_jax.training.run import make_plan
@@ -73,9 +75,9 @@ def test_evaluations_are_records_of_their_steps(folder: Path, trained: Path):
 def test_a_record_says_what_decoding_the_exported_drafter_gives(folder: Path, trained: Path):
     target = load_target(folder / "target", dtype="float32")
     plan = make_plan(parse(load_config("debug"), command(folder, "run")[2:]))
-    config = DecodeConfig(max_new_tokens=12, slots=3, smallest_prompt_bucket=64)
+    config = EngineConfig(3, policy="fixed", smallest_prompt_bucket=64)
     drafter = load_drafter(trained / "drafter", target)
-    by_domain = acceptance_by_domain(target, drafter, plan.heldout, config)
+    by_domain = acceptance_by_domain(target, drafter, plan.heldout, SamplingParams(12), config)
     assert set(by_domain) == {"chat", "code"}
     last = read_records(trained / "metrics.jsonl")[-1]
     assert last["eval_tau"] == macro_tau(by_domain) and last["eval_tau_code"] == by_domain["code"].tau

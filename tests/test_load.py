@@ -24,13 +24,16 @@ from dspark_jax.scheduling.costs import CostTable, ScheduleTables
 from dspark_jax.scheduling.policies import Causal, Fixed, Threshold
 from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.prompts import Prompt
-from dspark_jax.serving.requests import DecodeConfig
+from dspark_jax.serving.requests import Request
+from dspark_jax.serving.sampling import SamplingParams
+from dspark_jax.serving.settings import EngineConfig
 from infer.studies.load import LoadSettings, RunLog, main, requests_of, summarise, verdict
 from tests.decoding_tiny import prompts, tiny_pair
 from tests.test_infer_programs import refused, write_drafter
 from tests.tiny import write_tiny_target
 
-CONFIG = DecodeConfig(slots=4, max_new_tokens=12, rounds_per_dispatch=4, return_at_once=True, stop_tokens=())
+SAMPLING = SamplingParams(12, stop_tokens=())
+CONFIG = EngineConfig(4, 40, "fixed", rounds_per_dispatch=4, return_at_once=True)
 
 
 def traces(accepted: list[int], length: int, logit: float = 2.0, block: int = 4) -> Traces:
@@ -113,7 +116,7 @@ def made_prompts() -> list[Prompt]:
 
 
 def test_traffic_and_traces_of_an_engine(tmp_path: Path) -> None:
-    engine = Engine(*tiny_pair(), CONFIG, longest=40)
+    engine = Engine(*tiny_pair(), CONFIG, SAMPLING)
     closed = closed_loop(engine, Traffic(made_prompts(), 12), 3, 9)
     assert engine.idle and 6 <= len(closed.user_speeds) <= 9 and closed.tokens_per_second > 0
     assert closed.verify_budget == pytest.approx(5.0) and 1 < closed.tau < 5
@@ -135,15 +138,22 @@ def test_traffic_and_traces_of_an_engine(tmp_path: Path) -> None:
     assert list(prefill.widths) == sorted(prefill.widths) and len(prefill.house) == len(prefill.widths)
 
 
+def new_tokens(traffic: Traffic, index: int) -> int:
+    sampling = traffic.request(index, SAMPLING).sampling
+    assert sampling is not None
+    return sampling.max_new_tokens
+
+
 def test_answers_are_of_many_lengths() -> None:
     """Those of a number the same whoever asks, evenly spread down to the share named; of a spread of 0 all the same."""
     spread, level = (Traffic(made_prompts(), 12, share, seed=3) for share in (0.5, 0.0))
-    lengths = [spread.request(i).max_new_tokens for i in range(400)]
-    assert lengths == [spread.request(i).max_new_tokens for i in range(400)]
+    lengths = [new_tokens(spread, i) for i in range(400)]
+    assert lengths == [new_tokens(spread, i) for i in range(400)]
     assert set(lengths) == set(range(6, 13)) and np.mean(lengths) == pytest.approx(9, abs=0.5)
-    assert {level.request(i).max_new_tokens for i in range(20)} == {12}
-    assert spread.request(7) == replace(level.request(7), max_new_tokens=lengths[7])
-    assert min(Traffic(made_prompts(), 12, 1.0).request(i).max_new_tokens or 0 for i in range(200)) == 1
+    assert {new_tokens(level, i) for i in range(20)} == {12}
+    long = level.request(7, SAMPLING)
+    assert spread.request(7, SAMPLING) == Request(long.prompt, replace(SAMPLING, max_new_tokens=lengths[7], seed=10))
+    assert min(new_tokens(Traffic(made_prompts(), 12, 1.0), i) for i in range(200)) == 1
 
 
 def test_figures_of_runs() -> None:

@@ -23,19 +23,23 @@ from dspark_jax.scheduling.policies import bucket_ladder
 from dspark_jax.serving.chunks import blank_chunk
 from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.generate import generate, stream
-from dspark_jax.serving.requests import DecodeConfig, Generation, Request
+from dspark_jax.serving.requests import Generation, Request
+from dspark_jax.serving.sampling import SamplingParams
+from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.targets.kv_cache import append_rows
 from tests.decoding_tiny import admitted, kind_pair, one_round, prompts, run_python, tiny_pair
 
 NEW = 24
-CONFIG = DecodeConfig(max_new_tokens=NEW, slots=4, rounds_per_dispatch=3)
+SAMPLING = SamplingParams(NEW)
+CONFIG = EngineConfig(4, policy="fixed", rounds_per_dispatch=3)
+BOUNDED = replace(CONFIG, longest=44)
 PROMPTS = prompts(10, tiny_pair()[0].config.vocab_size)
 
 
 @cache
 def reference() -> tuple[tuple[int, ...], ...]:
     """Greedy plain outputs of PROMPTS."""
-    return tuple(g.tokens for g in generate(tiny_pair()[0], None, PROMPTS, CONFIG))
+    return tuple(g.tokens for g in generate(tiny_pair()[0], None, PROMPTS, SAMPLING, CONFIG))
 
 
 def tokens_of(generations: list[Generation]) -> list[tuple[int, ...]]:
@@ -48,7 +52,7 @@ def tokens_of(generations: list[Generation]) -> list[tuple[int, ...]]:
 def big_engine(kind: str = "dspark") -> Engine:
     """Caches that outweigh everything else a round touches."""
     target, drafter = kind_pair(kind, block_size=2, head_dim=64, max_position_embeddings=4096)
-    return Engine(target, drafter, DecodeConfig(slots=4), longest=1000)
+    return Engine(target, drafter, EngineConfig(4, 1000, "fixed"))
 
 
 def compile_rounds(loop: DecodeLoop, engine: Engine) -> Any:
@@ -125,8 +129,11 @@ def test_other_prompts_compile_nothing_with_any_kind(kind: str) -> None:
     target, drafter = kind_pair(kind)
 
     def programs(seed: int) -> tuple[int, int, int]:
-        made = [Request(p, temperature=float(i % 2)) for i, p in enumerate(prompts(6, target.config.vocab_size, seed))]
-        generate(target, drafter, made, CONFIG)
+        made = [
+            Request(p, SamplingParams(NEW, float(i % 2)))
+            for i, p in enumerate(prompts(6, target.config.vocab_size, seed))
+        ]
+        generate(target, drafter, made, engine=CONFIG)
         return run_rounds._cache_size(), admit._cache_size(), init_state._cache_size()
 
     assert programs(1) == programs(2)
@@ -140,11 +147,11 @@ def test_other_prompts_compile_nothing(speculative: bool, caplog: pytest.LogCapt
     def compilations(seed: int, new: int) -> int:
         caplog.clear()
         made = [
-            Request(p, seed=seed + i, temperature=float(i % 2), verify_length=i)
+            Request(p, SamplingParams(new, float(i % 2), seed=seed + i, verify_length=i))
             for i, p in enumerate(prompts(6, target.config.vocab_size, seed))
         ]
         with jax.log_compiles():
-            generate(target, drafter if speculative else None, made, replace(config, max_new_tokens=new))
+            generate(target, drafter if speculative else None, made, engine=config)
         return sum("Compiling" in record.message for record in caplog.records)
 
     def programs() -> tuple[int, int, int]:
@@ -158,7 +165,7 @@ def test_other_prompts_compile_nothing(speculative: bool, caplog: pytest.LogCapt
 
 def test_a_dispatch_asks_the_host_for_nothing() -> None:
     target, drafter = tiny_pair()
-    engine = Engine(target, drafter, CONFIG, longest=44)
+    engine = Engine(target, drafter, BOUNDED, SAMPLING)
     state = admitted(engine.loop, engine.params, engine.state, PROMPTS[:4], NEW, temperature=0.7)
     rounds, until_free, occupancy = jnp.int32(5), jnp.asarray(False), engine.occupancy
     traced = jax.make_jaxpr(run_rounds, static_argnums=0)
@@ -180,7 +187,7 @@ def mixed_requests() -> list[Request]:
     laws += [{"temperature": 1.3, "min_p": 0.05}]
     caps = [None, 2, 0, 4, 1]
     return [
-        Request(p, seed=100 + i, max_new_tokens=8 + i, verify_length=caps[(i // 5) % 5], **laws[i % 5])
+        Request(p, SamplingParams(8 + i, seed=100 + i, verify_length=caps[(i // 5) % 5], **laws[i % 5]))
         for i, p in enumerate(PROMPTS)
     ]
 
@@ -189,7 +196,7 @@ def mixed_requests() -> list[Request]:
 def alone() -> tuple[tuple[int, ...], ...]:
     """Each request of `mixed_requests` with no neighbour, in the only slot."""
     target, drafter = tiny_pair()
-    return tuple(generate(target, drafter, [r], replace(CONFIG, slots=1))[0].tokens for r in mixed_requests())
+    return tuple(generate(target, drafter, [r], engine=replace(CONFIG, slots=1))[0].tokens for r in mixed_requests())
 
 
 @pytest.mark.parametrize(("slots", "rounds"), [(4, 3), (7, 16)])
@@ -198,42 +205,42 @@ def test_output_is_the_requests_own(slots: int, rounds: int, order: str) -> None
     """Slots, neighbours (greedy, sampled, truncated, of other verify lengths), order of admission: none matters."""
     target, drafter = tiny_pair()
     step = -1 if order == "backwards" else 1
-    config = replace(CONFIG, slots=slots, rounds_per_dispatch=rounds, seed=slots)
-    found = generate(target, drafter, mixed_requests()[::step], config)
+    config = replace(CONFIG, slots=slots, rounds_per_dispatch=rounds)
+    found = generate(target, drafter, mixed_requests()[::step], SamplingParams(seed=slots), config)
     assert tokens_of(found)[::step] == list(alone())
 
 
 def test_seeds_and_places_make_the_sample() -> None:
     target, drafter = tiny_pair()
-    config = replace(CONFIG, temperature=1.0)
+    hot = replace(SAMPLING, temperature=1.0)
     same = [PROMPTS[0]] * 3
 
     def run(requests: list[Any], seed: int = 0) -> list[tuple[int, ...]]:
-        return tokens_of(generate(target, drafter, requests, replace(config, seed=seed)))
+        return tokens_of(generate(target, drafter, requests, replace(hot, seed=seed), CONFIG))
 
     base = run(same)
     assert len(set(base)) == 3 and run(same) == base and not set(run(same, seed=1)) & set(base)
-    assert len(set(run([Request(PROMPTS[0], seed=5)] * 3))) == 1
+    assert len(set(run([Request(PROMPTS[0], replace(hot, seed=5))] * 3))) == 1
 
 
 def test_packed_rows_are_the_padded_ones() -> None:
     """Verify lengths 0, 1, 2 and mixed, through small buckets, leave greedy outputs as the full width has them."""
     target, drafter = tiny_pair()
-    full = generate(target, drafter, PROMPTS, CONFIG)
+    full = generate(target, drafter, PROMPTS, SAMPLING, CONFIG)
     assert tokens_of(full) == list(reference())
     assert 0 < sum(sum(g.accepted_at) for g in full) < sum(sum(g.verified_at) for g in full)
     for length in (0, 1, 2):
-        found = generate(target, drafter, PROMPTS, replace(CONFIG, verify_length=length))
+        found = generate(target, drafter, PROMPTS, replace(SAMPLING, verify_length=length), CONFIG)
         assert tokens_of(found) == list(reference())
         assert all(not any(g.verified_at[length:]) for g in found)
         assert length == 0 or all(g.verified_at[length - 1] > 0 for g in found if g.rounds > 1)
-    mixed = [Request(p, verify_length=i % 6) for i, p in enumerate(PROMPTS)]
-    assert tokens_of(generate(target, drafter, mixed, CONFIG)) == list(reference())
+    mixed = [Request(p, replace(SAMPLING, verify_length=i % 6)) for i, p in enumerate(PROMPTS)]
+    assert tokens_of(generate(target, drafter, mixed, engine=CONFIG)) == list(reference())
 
 
 def test_every_bucket_computes_the_same_rows() -> None:
     target, drafter = tiny_pair()
-    engine = Engine(target, drafter, CONFIG, longest=44)
+    engine = Engine(target, drafter, BOUNDED, SAMPLING)
     loop = engine.loop
     state = admitted(loop, engine.params, engine.state, PROMPTS[:4], NEW)
     state, _ = one_round(loop, engine.params, state, engine.occupancy)
@@ -254,7 +261,7 @@ def test_every_bucket_computes_the_same_rows() -> None:
 
 def test_the_bucket_is_the_smallest_that_fits() -> None:
     target, drafter = tiny_pair()
-    engine, seen = Engine(target, drafter, CONFIG, longest=44), set()
+    engine, seen = Engine(target, drafter, BOUNDED, SAMPLING), set()
     for caps in ([0, 0, 0, 0], [1, 1, 1, 0], [4, 4, 4, 4], [0, 4, 1, 2], [4, 0, 0, 0]):
         state = init_state(engine.loop, engine.params)
         state = admitted(engine.loop, engine.params, state, PROMPTS[:4], 9, caps=caps)
@@ -279,7 +286,7 @@ def test_buckets_that_cannot_hold_a_block_are_refused() -> None:
     target, drafter = tiny_pair()
     for buckets in ((4, 8), (20, 4), (4, 4, 20)):
         with pytest.raises(UserError, match=r"must ascend and end at slots x \(block \+ 1\), 20"):
-            Engine(target, drafter, replace(CONFIG, buckets=buckets), longest=44)
+            Engine(target, drafter, replace(BOUNDED, buckets=buckets))
 
 
 # Where a request ends
@@ -293,7 +300,7 @@ def first_occurrences(tokens: tuple[int, ...]) -> dict[int, int]:
 def kinds_of_positions(chosen: list[tuple[int, ...]]) -> list[list[str]]:
     """Whether each new token of four greedy outputs came from the prefill, as an accepted draft or as a bonus."""
     target, drafter = tiny_pair()
-    engine = Engine(target, drafter, CONFIG, longest=44)
+    engine = Engine(target, drafter, BOUNDED, SAMPLING)
     state, kinds = admitted(engine.loop, engine.params, engine.state, chosen, NEW), [["first"] for _ in chosen]
     while bool(jnp.any(state.active)):
         state, record = one_round(engine.loop, engine.params, state, engine.occupancy)
@@ -308,33 +315,33 @@ def test_stop_tokens_end_a_request_where_they_stand() -> None:
     requests, expected, kinds = [], [], set()
     for prompt, tokens, kind_of in zip(PROMPTS, reference(), kinds_of_positions(PROMPTS[:4]), strict=False):
         for at, token in first_occurrences(tokens).items():
-            requests.append(Request(prompt, stop_tokens=(token, 60)))
+            requests.append(Request(prompt, replace(SAMPLING, stop_tokens=(token, 60))))
             expected.append(tokens[: at + 1] if 60 not in tokens[:at] else tokens[: tokens.index(60) + 1])
             kinds.add(kind_of[at])
     assert kinds == {"first", "draft", "bonus"}
     for with_drafter in (drafter, None):
-        found = generate(target, with_drafter, requests, CONFIG)
+        found = generate(target, with_drafter, requests, engine=CONFIG)
         assert tokens_of(found) == expected
         assert {g.finish_reason for g in found} == {"stop"}
     assert all(g.rounds == 0 and g.accepted_length == 0 for g in found if len(g.tokens) == 1)
-    never = generate(target, drafter, [Request(PROMPTS[0], stop_tokens=())], CONFIG)[0]
+    never = generate(target, drafter, PROMPTS[:1], replace(SAMPLING, stop_tokens=()), CONFIG)[0]
     assert never.tokens == reference()[0] and never.finish_reason == "length"
 
 
 def test_counts_leave_out_what_lies_behind_a_stop() -> None:
     target, drafter = tiny_pair()
     pairs = list(zip(PROMPTS, reference(), strict=True))
-    requests = [Request(p, stop_tokens=(t[len(t) // 2],)) for p, t in pairs]
-    for g in generate(target, drafter, requests, CONFIG):
+    requests = [Request(p, replace(SAMPLING, stop_tokens=(t[len(t) // 2],))) for p, t in pairs]
+    for g in generate(target, drafter, requests, engine=CONFIG):
         assert g.finish_reason == "stop" and g.committed == len(g.tokens) - 1
         assert sum(g.accepted_at) <= g.committed <= sum(g.accepted_at) + g.rounds
 
 
 def test_limits_are_exact() -> None:
     target, drafter = tiny_pair()
-    requests = [Request(PROMPTS[i % 10], max_new_tokens=i) for i in range(1, NEW + 1)]
+    requests = [Request(PROMPTS[i % 10], SamplingParams(i)) for i in range(1, NEW + 1)]
     for with_drafter in (drafter, None):
-        found = generate(target, with_drafter, requests, CONFIG)
+        found = generate(target, with_drafter, requests, engine=CONFIG)
         assert tokens_of(found) == [reference()[i % 10][:i] for i in range(1, NEW + 1)]
         assert {g.finish_reason for g in found} == {"length"} and found[0].rounds == 0
         assert [g.prompt_tokens for g in found] == [r.prompt for r in requests]
@@ -344,28 +351,28 @@ def test_a_context_can_be_filled_to_its_end() -> None:
     target, drafter = tiny_pair()
     target = replace(target, config=replace(target.config, max_positions=40))
     prompt = tuple(range(20))
-    found = generate(target, drafter, [Request(prompt, max_new_tokens=20)], CONFIG)[0]
+    found = generate(target, drafter, [prompt], SamplingParams(20), CONFIG)[0]
     assert len(found.tokens) == 20
-    assert found.tokens == generate(target, None, [Request(prompt, max_new_tokens=20)], CONFIG)[0].tokens
+    assert found.tokens == generate(target, None, [prompt], SamplingParams(20), CONFIG)[0].tokens
     for request, message in (
-        (Request(prompt, max_new_tokens=21), "has a context of 40. Ask for at most 20"),
-        (Request(tuple(range(40)), max_new_tokens=1), "a prompt of 40 tokens; tiny has a context of 40"),
-        (Request((), max_new_tokens=1), "has an empty prompt"),
-        (Request((61,), max_new_tokens=1), "token id 61, outside the vocabulary of 61"),
-        (Request((1,), max_new_tokens=0), "asks for 0 new tokens"),
-        (Request((1,), max_new_tokens=-90), "asks for -90 new tokens"),
-        (Request((1,), max_new_tokens=2, top_p=1.5), "top_p = 1.5, which is out of range"),
-        (Request("text", max_new_tokens=2), "has no tokenizer files"),
+        (Request(prompt, SamplingParams(21)), "has a context of 40. Ask for at most 20"),
+        (Request(tuple(range(40)), SamplingParams(1)), "a prompt of 40 tokens; tiny has a context of 40"),
+        (Request((), SamplingParams(1)), "has an empty prompt"),
+        (Request((61,), SamplingParams(1)), "token id 61, outside the vocabulary of 61"),
+        (Request((1,), SamplingParams(0)), "max_new_tokens = 0, which is out of range; expected 1 or more"),
+        (Request((1,), SamplingParams(-90)), "max_new_tokens = -90, which is out of range"),
+        (Request((1,), SamplingParams(2, top_p=1.5)), "top_p = 1.5, which is out of range"),
+        (Request("text", SamplingParams(2)), "has no tokenizer files"),
     ):
         with pytest.raises(UserError, match=message):
-            generate(target, drafter, [request], CONFIG)
+            generate(target, drafter, [request], engine=CONFIG)
 
 
 @pytest.mark.parametrize("slots", [1, 4])
 def test_more_requests_than_slots(slots: int) -> None:
     target, drafter = tiny_pair()
     config = replace(CONFIG, slots=slots)
-    found = generate(target, drafter, PROMPTS * 2, config)
+    found = generate(target, drafter, PROMPTS * 2, SAMPLING, config)
     assert tokens_of(found) == list(reference()) * 2 and [g.index for g in found] == list(range(20))
 
 
@@ -373,8 +380,8 @@ def test_streamed_tokens_are_the_generations() -> None:
     target, drafter = tiny_pair()
     gained: dict[int, list[int]] = {}
     whole, pieces = {}, []
-    requests = [Request(p, max_new_tokens=4 + 2 * i) for i, p in enumerate(PROMPTS)]
-    for progress in stream(target, drafter, requests, replace(CONFIG, rounds_per_dispatch=1)):
+    requests = [Request(p, SamplingParams(4 + 2 * i)) for i, p in enumerate(PROMPTS)]
+    for progress in stream(target, drafter, requests, engine=replace(CONFIG, rounds_per_dispatch=1)):
         gained.setdefault(progress.index, []).extend(progress.tokens)
         pieces.append(len(progress.tokens))
         if progress.generation is not None:
@@ -383,7 +390,7 @@ def test_streamed_tokens_are_the_generations() -> None:
     assert max(pieces) <= drafter.config.block_size + 2 and len(pieces) > len(PROMPTS)
     assert {i: tuple(t) for i, t in gained.items()} == {i: g.tokens for i, g in whole.items()}
     assert [whole[i].tokens for i in range(10)] == [reference()[i][: 4 + 2 * i] for i in range(10)]
-    assert not list(stream(target, drafter, [], CONFIG))
+    assert not list(stream(target, drafter, [], engine=CONFIG))
 
 
 # Types and places
@@ -391,13 +398,13 @@ def test_streamed_tokens_are_the_generations() -> None:
 
 def test_bfloat16_stays_bfloat16() -> None:
     target, drafter = tiny_pair(dtype="bfloat16")
-    engine = Engine(target, drafter, CONFIG, longest=44)
+    engine = Engine(target, drafter, BOUNDED, SAMPLING)
     before = jax.tree.map(lambda x: (x.shape, x.dtype), engine.state)
     assert {x.dtype for x in jax.tree.leaves((engine.state.target_cache, engine.state.draft))} == {
         jnp.dtype("bfloat16")
     }
     for i, prompt in enumerate(PROMPTS):
-        engine.submit(i, Request(prompt, max_new_tokens=12, temperature=float(i % 2)))
+        engine.submit(i, Request(prompt, SamplingParams(12, float(i % 2))))
     done = []
     while not engine.idle:
         done += [p.generation for p in engine.step() if p.generation]

@@ -29,7 +29,9 @@ from dspark_jax.scheduling.policies import Fixed, Threshold, VerifyPolicy
 from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.generate import generate
 from dspark_jax.serving.prompts import Prompt, encode
-from dspark_jax.serving.requests import DecodeConfig, Generation, Request
+from dspark_jax.serving.requests import Generation
+from dspark_jax.serving.sampling import SamplingParams
+from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.sharding import split
 from dspark_jax.targets.target import Target
 from tests.decoding_tiny import admission, kind_pair, next_logits, prompts, random_leaves, tiny_pair
@@ -51,7 +53,8 @@ class Case:
     target: Target
     prompts: tuple[Prompt, ...]
     drafters: dict[str, Drafter]
-    config: DecodeConfig
+    sampling: SamplingParams
+    config: EngineConfig
 
 
 def adversary(drafter: Drafter) -> Drafter:
@@ -75,8 +78,8 @@ def untrained(target: Target) -> Drafter:
 def tiny_case() -> Case:
     target, drafter = tiny_pair()
     made = tuple(Prompt(str(i), "tiny", p) for i, p in enumerate(prompts(64, target.config.vocab_size, seed=9)))
-    config = DecodeConfig(max_new_tokens=32, rounds_per_dispatch=8)
-    return Case(target, made, {"bigram": drafter, "adversary": adversary(drafter)}, config)
+    drafters = {"bigram": drafter, "adversary": adversary(drafter)}
+    return Case(target, made, drafters, SamplingParams(32), EngineConfig(policy="fixed", rounds_per_dispatch=8))
 
 
 def embedded_case() -> Case:
@@ -91,8 +94,9 @@ def embedded_case() -> Case:
         made += [Prompt(name, domain, tokens) for name, tokens in items if len(tokens) <= 128][:21]
     folder = ASSETS / "embedded_drafter"
     drafter = load_drafter(folder, target, dtype="float32") if folder.exists() else untrained(target)
-    config = DecodeConfig(max_new_tokens=20, rounds_per_dispatch=16, smallest_prompt_bucket=128)
-    return Case(target, tuple(made), {drafter.name.rsplit("/")[-1]: drafter, "adversary": adversary(drafter)}, config)
+    drafters = {drafter.name.rsplit("/")[-1]: drafter, "adversary": adversary(drafter)}
+    config = EngineConfig(policy="fixed", smallest_prompt_bucket=128)
+    return Case(target, tuple(made), drafters, SamplingParams(20), config)
 
 
 CASES: dict[str, Callable[[], Case]] = {"tiny": tiny_case}
@@ -108,8 +112,8 @@ def case_named(name: str) -> Case:
 @cache
 def plain_outputs(name: str, slots: int) -> tuple[Generation, ...]:
     case = case_named(name)
-    requests = [Request(p.tokens) for p in case.prompts]
-    return tuple(generate(case.target, None, requests, replace(case.config, slots=slots)))
+    requests = [p.tokens for p in case.prompts]
+    return tuple(generate(case.target, None, requests, case.sampling, replace(case.config, slots=slots)))
 
 
 @pytest.mark.parametrize("slots", [1, 8])
@@ -121,7 +125,7 @@ def test_greedy_outputs_are_the_targets(name: str, slots: int, record_property: 
     plain = plain_outputs(name, slots)
     for kind, drafter in case.drafters.items():
         config = replace(case.config, slots=slots)
-        found = generate(case.target, drafter, [Request(p.tokens) for p in case.prompts], config)
+        found = generate(case.target, drafter, [p.tokens for p in case.prompts], case.sampling, config)
         parted = differences(case.target, case.prompts, plain, found)
         accepted, rounds = sum(sum(g.accepted_at) for g in found), sum(g.rounds for g in found)
         line = (
@@ -138,11 +142,12 @@ def test_greedy_outputs_are_the_targets(name: str, slots: int, record_property: 
 
 @cache
 def plain_of_kinds(slots: int) -> tuple[Generation, ...]:
-    return tuple(generate(kind_pair("dspark")[0], None, KIND_PROMPTS, replace(KIND_CONFIG, slots=slots)))
+    return tuple(generate(kind_pair("dspark")[0], None, KIND_PROMPTS, KIND_SAMPLING, replace(KIND_CONFIG, slots=slots)))
 
 
 KIND_PROMPTS = prompts(24, 6, seed=3)
-KIND_CONFIG = DecodeConfig(max_new_tokens=32, rounds_per_dispatch=8)
+KIND_SAMPLING = SamplingParams(32)
+KIND_CONFIG = EngineConfig(policy="fixed", rounds_per_dispatch=8)
 
 
 @pytest.mark.parametrize("slots", [1, 8])
@@ -150,7 +155,7 @@ KIND_CONFIG = DecodeConfig(max_new_tokens=32, rounds_per_dispatch=8)
 def test_greedy_outputs_are_the_targets_with_every_kind(kind: str, slots: int, record_property: Record) -> None:
     """Untrained drafters, nearly always wrong here; test_drafter_kinds decodes with trained ones."""
     target, drafter = kind_pair(kind)
-    found = generate(target, drafter, KIND_PROMPTS, replace(KIND_CONFIG, slots=slots))
+    found = generate(target, drafter, KIND_PROMPTS, KIND_SAMPLING, replace(KIND_CONFIG, slots=slots))
     made = tuple(Prompt(str(i), kind, p) for i, p in enumerate(KIND_PROMPTS))
     parted = differences(target, made, plain_of_kinds(slots), found)
     accepted, verified = (sum(sum(getattr(g, name)) for g in found) for name in ("accepted_at", "verified_at"))
@@ -165,10 +170,10 @@ def test_greedy_outputs_are_the_targets_with_every_kind(kind: str, slots: int, r
 def test_samples_are_the_requests_own_with_other_kinds(kind: str) -> None:
     """Temperature 1: eight slots give what one gives, prompts prefilled in chunks what prompts prefilled whole give."""
     target, drafter = kind_pair(kind)
-    config = replace(KIND_CONFIG, temperature=1.0, smallest_prompt_bucket=4)
-    alone = generate(target, drafter, KIND_PROMPTS, replace(config, slots=1))
+    hot, config = replace(KIND_SAMPLING, temperature=1.0), replace(KIND_CONFIG, smallest_prompt_bucket=4)
+    alone = generate(target, drafter, KIND_PROMPTS, hot, replace(config, slots=1))
     for other in (replace(config, slots=8), replace(config, slots=8, prefill_chunk=4)):
-        found = generate(target, drafter, KIND_PROMPTS, other)
+        found = generate(target, drafter, KIND_PROMPTS, hot, other)
         assert [g.tokens for g in found] == [g.tokens for g in alone]
         assert [g.accepted_at for g in found] == [g.accepted_at for g in alone]
 
@@ -207,8 +212,8 @@ def small_engine(policy: VerifyPolicy) -> Engine:
     # The Markov head knows the target's bigrams; turned down, it leaves a drafter that is right about as often as not.
     markov = drafter.params["markov_head"]
     params = drafter.params | {"markov_head": markov | {"w2_vr": 0.3 * markov["w2_vr"]}}
-    config = DecodeConfig(slots=SLOTS, policy=policy, buckets=(SLOTS, SLOTS * 2, SLOTS * 4))
-    return Engine(target, replace(drafter, params=params), config, longest=20)
+    config = EngineConfig(SLOTS, 20, buckets=(SLOTS, SLOTS * 2, SLOTS * 4))
+    return Engine(target, replace(drafter, params=params), config, strategy=policy)
 
 
 def samples(
@@ -287,8 +292,7 @@ def test_samples_follow_the_targets_law(name: str, record_property: Record) -> N
 def test_samples_follow_the_targets_law_with_every_kind(kind: str, record_property: Record) -> None:
     target, drafter = kind_pair(kind)
     width = drafter.config.block_size + 1
-    config = DecodeConfig(slots=SLOTS, buckets=(SLOTS * width,))
-    engine = Engine(target, drafter, config, longest=20)
+    engine = Engine(target, drafter, EngineConfig(SLOTS, 20, "fixed", buckets=(SLOTS * width,)))
     tokens, accepted = samples(engine.loop, engine.params, 11, batches=40)
     law = exact_law(target)
     first, later = p_value(tokens[:, :3], law.sum(3)), p_value(tokens[:, 1:], law.sum(0))

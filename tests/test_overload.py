@@ -24,8 +24,8 @@ VOCAB, WIDTH = TARGET.config.vocab_size, DRAFTER.config.block_size + 1
 BUCKETS = (SLOTS, SLOTS * 3, SLOTS * WIDTH)
 SAMPLING = SamplingParams(stop_tokens=(7,))
 CONFIG = EngineConfig(
-    SLOTS, LONGEST, rounds_per_dispatch=4, buckets=BUCKETS, smallest_prompt_bucket=16, prefill_chunk=16, prefill_budget=32,
-    queue=40,
+    SLOTS, LONGEST, rounds_per_dispatch=4, buckets=BUCKETS, smallest_prompt_bucket=16, prefill_chunk=16,
+    prefill_budget=32, queue=40,
 )  # fmt: skip
 BAD_SETTINGS: list[Any] = [{"max_new_tokens": 0}, {"temperature": "warm"}, {"seed": "x"}, {"top_p": 2.0}]
 POLICIES: dict[str, VerifyPolicy] = {
@@ -50,7 +50,9 @@ def good_request(index: int, temperature: float) -> Request:
     caps = [None, None, 0, 1, 3]
     new = int(rng.integers(1, 19))
     cap = caps[rng.integers(5)]
-    return Request(prompt, replace(SAMPLING, seed=index, temperature=temperature, max_new_tokens=new, verify_length=cap))
+    return Request(
+        prompt, replace(SAMPLING, seed=index, temperature=temperature, max_new_tokens=new, verify_length=cap)
+    )
 
 
 def bad_request(rng: np.random.Generator) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dspark_jax import DecodeConfig, Request, generate, load_target
+from dspark_jax import EngineConfig, SamplingParams, generate, load_target
 from dspark_jax.targets.registry import read_target_config
 from dspark_jax.targets.target import Target
 from tests.parity import (
@@ -132,6 +132,6 @@ def test_greedy_generation(tmp_path: Path, name: str) -> None:
     model = reference(tmp_path, CONFIGS[name])
     target = load_target(tmp_path)
     rows = [row[: 3 + 5 * i].tolist() for i, row in enumerate(tokens(4))]
-    found = generate(target, None, [Request(row) for row in rows], DecodeConfig(max_new_tokens=24, slots=2))
+    found = generate(target, None, rows, SamplingParams(24), EngineConfig(2))
     for row, generation in zip(rows, found, strict=True):
         assert list(generation.tokens) == torch_greedy(model, row, 24)

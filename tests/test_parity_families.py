@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from dspark_jax import DecodeConfig, Request, generate, load_target
+from dspark_jax import EngineConfig, SamplingParams, generate, load_target
 from dspark_jax.drafters.registry import drafter_hf_config, new_drafter
 from dspark_jax.targets.target import Target
 from tests.parity import (
@@ -121,6 +121,6 @@ def test_greedy_generation_plain_and_speculative(tmp_path: Path, name: str) -> N
     rows = [row[: 3 + 7 * i].tolist() for i, row in enumerate(tokens(3))]
     expected = [torch_greedy(model, row, 16) for row in rows]
     for drafter, width in ((None, 1), (new_drafter("fresh", config, jax.random.key(1)), 4)):
-        decode = DecodeConfig(max_new_tokens=16, slots=2, buckets=(2 * width,))
-        found = generate(target, drafter, [Request(row) for row in rows], decode)
+        engine = EngineConfig(2, policy="fixed", buckets=(2 * width,))
+        found = generate(target, drafter, rows, SamplingParams(16), engine)
         assert [list(generation.tokens) for generation in found] == expected

@@ -12,7 +12,8 @@ from dspark_jax.data.conversations import prompt_segments
 from dspark_jax.datagen.regeneration import Finished, Regenerator, Rejected, Source, answer_message
 from dspark_jax.errors import UserError
 from dspark_jax.serving import engine
-from dspark_jax.serving.requests import DecodeConfig
+from dspark_jax.serving.sampling import SamplingParams
+from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.targets.target import Target
 from tests.tiny import SPECIAL, write_tiny_target
 
@@ -67,7 +68,7 @@ def scripted(
     fake = ScriptedEngine(script, target.tokenizer)
     monkeypatch.setattr(regeneration, "Engine", fake)
     sources = [Source(i, str(i), prompt_segments(c)) for i, c in enumerate(conversations)]
-    regenerator = Regenerator(target, False, DecodeConfig(**({"max_new_tokens": 8, "slots": 4} | config)), 200)
+    regenerator = Regenerator(target, False, SamplingParams(8), EngineConfig(**({"slots": 4} | config)), 200)
     ended = [e for batch in regenerator.run(sources, regenerator.longest(sources)) for e in batch]
     return sorted(ended, key=lambda e: e.source.index), fake
 
@@ -134,8 +135,8 @@ def test_answers_do_not_depend_on_the_batch(target: Target, monkeypatch: pytest.
 
     whole = engine.admit
     monkeypatch.setattr(engine, "admit", admit)
-    config = DecodeConfig(max_new_tokens=12, temperature=0.9, top_p=0.95, slots=4, buckets=(4,), rounds_per_dispatch=4)
-    regenerator = Regenerator(target, False, config, 200)
+    sampling = SamplingParams(12, temperature=0.9, top_p=0.95)
+    regenerator = Regenerator(target, False, sampling, EngineConfig(4, rounds_per_dispatch=4), 200)
     sources = [Source(i, str(i), ((user("word " * (i % 5) + str(i)),),)) for i in range(10)]
     longest = regenerator.longest(sources)
 

@@ -17,8 +17,12 @@ from dspark_jax.drafters.registry import DRAFTERS, Drafter
 from dspark_jax.scheduling.calibration import Online
 from dspark_jax.scheduling.costs import CostTable, Occupancy, ScheduleTables
 from dspark_jax.scheduling.policies import Adaptive, Asynchronous, Causal, LookAhead, VerifyPolicy
-from dspark_jax.serving.engine import Engine, make_loop
-from dspark_jax.serving.requests import DecodeConfig, Request
+from dspark_jax.serving.assembly import make_loop
+from dspark_jax.serving.engine import Engine
+from dspark_jax.serving.metering import Metering
+from dspark_jax.serving.requests import Request
+from dspark_jax.serving.sampling import SamplingParams
+from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.targets.target import Target
 from tests.decoding_tiny import admission, admitted, kind_pair, prompts, tiny_pair
 from tests.test_loop import bytes_of, cache_copies
@@ -95,7 +99,7 @@ def many_samples(loop: DecodeLoop, params: LoopParams, occupancy: Occupancy, bat
 def sampled(policy: VerifyPolicy, seed: int, batches: int = BATCHES) -> tuple[np.ndarray, np.ndarray]:
     target, drafter = unlike_pair()
     buckets = (REQUESTS, 2 * REQUESTS, 4 * REQUESTS)
-    loop = make_loop(target, drafter, DecodeConfig(slots=REQUESTS, policy=policy, buckets=buckets), 20, 1)
+    loop = make_loop(target, drafter, EngineConfig(REQUESTS, 20, buckets=buckets, stop_slots=1), policy)
     stairs = np.arange(REQUESTS, 4 * REQUESTS + 1)
     costs = tables(tuple(stairs.tolist()), 1.0 + 0.01 * (stairs - REQUESTS), 0.05, BLOCK)
     params = LoopParams(target.params, drafter.params, costs)
@@ -138,13 +142,11 @@ def pair() -> tuple[Target, Drafter]:
     return target, sharp(drafter, 6.0, 2.0)
 
 
-def engine_of(policy: VerifyPolicy, drafting: float = 0.1, longest: int = 64, **config: Any) -> Engine:
+def engine_of(policy: VerifyPolicy, drafting: float = 0.1, load: float = 1.0) -> Engine:
     target, drafter = pair()
-    settings = DecodeConfig(
-        **{"max_new_tokens": NEW, "slots": SLOTS, "rounds_per_dispatch": 4, "policy": policy} | config
-    )
+    config = EngineConfig(SLOTS, 64, rounds_per_dispatch=4, buckets=BUCKETS)
     costs = tables(tuple(STAIRS), list(STAIRS.values()), drafting, drafter.config.block_size)
-    return Engine(target, drafter, replace(settings, buckets=BUCKETS), longest, tables=costs, meter=None)
+    return Engine(target, drafter, config, SamplingParams(NEW), policy, costs, Metering(None, load))
 
 
 PROMPTS = prompts(10, tiny_pair()[0].config.vocab_size)
@@ -154,7 +156,7 @@ PROMPTS = prompts(10, tiny_pair()[0].config.vocab_size)
 def plain() -> list[tuple[int, ...]]:
     from dspark_jax.serving.generate import generate
 
-    made = generate(pair()[0], None, PROMPTS, DecodeConfig(max_new_tokens=NEW, slots=SLOTS))
+    made = generate(pair()[0], None, PROMPTS, SamplingParams(NEW), EngineConfig(SLOTS))
     return [g.tokens for g in made]
 
 
@@ -164,8 +166,7 @@ def test_greedy_outputs_are_the_targets_at_every_load(name: str) -> None:
     """Verified drafts fall as the load rises, and the tokens stay the same; so they do where drafting never pays."""
     policy, verified = POLICIES.get(name, ONLINE), []
     for load, drafting in ((0.5, 0.1), (1.0, 0.1), (4.0, 0.1), (16.0, 0.1), (1.0, 50.0)):
-        engine = engine_of(policy, drafting)
-        engine.signal = load
+        engine = engine_of(policy, drafting, load)
         for i, prompt in enumerate(PROMPTS):
             engine.submit(i, Request(prompt))
         done: dict[int, Any] = {}
@@ -190,7 +191,7 @@ def check_in_place(program: Any, policy: VerifyPolicy) -> None:
     """A dispatch of this kind, on caches large enough that a copy of one would show."""
     target, drafter = tiny_pair(block_size=2, head_dim=64, max_position_embeddings=4096)
     buckets = (4, 8, 12)
-    loop = make_loop(target, drafter, DecodeConfig(slots=4, policy=policy, buckets=buckets), 1000, 4)
+    loop = make_loop(target, drafter, EngineConfig(4, 1000, buckets=buckets), policy)
     params = LoopParams(target.params, drafter.params, tables(buckets, [1.0, 1.1, 1.2], 0.1, 2))
     state = init_state(loop, params)
     limits = jnp.int32(8), jnp.asarray(False)
@@ -206,7 +207,7 @@ def test_load_is_followed_within_two_dispatches_without_a_recompile(name: str) -
     """Raised from 1 to 4 and lowered again. New costs and temperatures of the same shape compile nothing either, and
     the host is asked for nothing inside."""
     policy = replace(POLICIES[name], guard=None)
-    engine = engine_of(policy, max_new_tokens=40)
+    engine = engine_of(policy)
     loop, params = engine.loop, engine.params
     state = admitted(loop, params, engine.state, PROMPTS[:SLOTS], 40)
     levels, programs = [], None
@@ -263,7 +264,7 @@ def test_rounds_without_drafts_cost_what_plain_decoding_does() -> None:
 
         return jax.jit(one).lower(state).cost_analysis()["flops"]
 
-    alone = make_loop(engine.target, None, DecodeConfig(slots=SLOTS), 64, 4)
+    alone = make_loop(engine.target, None, EngineConfig(SLOTS, 64))
     weights = LoopParams(params.target, {})
     baseline = flops(alone, weights, init_state(alone, weights), plain=False)
     assert baseline <= flops(loop, params, state, plain=True) < 1.1 * baseline
@@ -287,7 +288,7 @@ def test_a_drafter_hears_of_the_tokens_of_plain_rounds(kind: str) -> None:
     ends on the way."""
     target, drafter = kind_pair(kind)
     policy, rounds = LookAhead(), 2 * drafter.config.block_size + 3
-    loop = make_loop(target, drafter, DecodeConfig(slots=3, policy=policy), 64, 1)
+    loop = make_loop(target, drafter, EngineConfig(3, 64, stop_slots=1), policy)
     costs = tables(loop.buckets, [1.0 + 0.1 * i for i in range(len(loop.buckets))], 50.0, loop.block)
     params = LoopParams(target.params, drafter.params, costs)
     rows = prompts(3, target.config.vocab_size)

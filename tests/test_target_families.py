@@ -13,7 +13,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
-from dspark_jax import DecodeConfig, Request, generate, load_target
+from dspark_jax import EngineConfig, SamplingParams, generate, load_target
 from dspark_jax.checkpoints.huggingface import save_target
 from dspark_jax.checkpoints.target_tables import describe_target, load_layers
 from dspark_jax.drafters.registry import drafter_hf_config, new_drafter, read_config, skeleton
@@ -251,9 +251,9 @@ def test_speculation_is_lossless_on_gemma() -> None:
     """Windows, two cache shapes, the cap and the scaled embedding under rejection and rollback: plain greedy tokens."""
     target, drafter = gemma_pair()
     rows = prompts(12, 64, seed=4)
-    config = DecodeConfig(max_new_tokens=24, slots=4, rounds_per_dispatch=4)
-    plain = generate(target, None, [Request(p) for p in rows], config)
-    found = generate(target, drafter, [Request(p) for p in rows], config)
+    how = SamplingParams(24), EngineConfig(4, policy="fixed", rounds_per_dispatch=4)
+    plain = generate(target, None, rows, *how)
+    found = generate(target, drafter, rows, *how)
     assert [g.tokens for g in found] == [g.tokens for g in plain]
     for tokens, generation in zip(rows[:3], plain[:3], strict=True):  # and plain ones are the uncached argmax
         whole = np.asarray([*tokens, *generation.tokens])[None]

@@ -9,14 +9,15 @@ import pytest
 from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.serving.generate import generate
-from dspark_jax.serving.requests import DecodeConfig
+from dspark_jax.serving.sampling import SamplingParams
+from dspark_jax.serving.settings import EngineConfig
 from infer.studies.widen import main, widened
 from tests.decoding_tiny import prompts
 from tests.families_tiny import write_family
 from tests.test_infer_programs import refused, write_drafter
 from tests.tiny import write_tiny_target
 
-CONFIG = DecodeConfig(slots=2, max_new_tokens=10, temperature=1.0, smallest_prompt_bucket=8)
+CONFIG = EngineConfig(2, policy="fixed", smallest_prompt_bucket=8)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def test_a_wider_pair_makes_the_same_tokens(folder: Path, tmp_path: Path, capsys
     for place, drafts in made:
         target = load_target(place)
         rows = prompts(3, target.config.vocab_size)
-        found.append(generate(target, load_drafter(drafts, target), rows, CONFIG))
+        found.append(generate(target, load_drafter(drafts, target), rows, SamplingParams(10, temperature=1.0), CONFIG))
     for old, new in zip(*found, strict=True):
         assert (old.tokens, old.text, old.accepted_at) == (new.tokens, new.text, new.accepted_at)
     wide = load_target(made[1][0])
@@ -57,8 +58,8 @@ def test_every_dense_family_is_widened(family: str, tmp_path: Path) -> None:
     target = load_target(write_family(tmp_path, family), tokenizer=False)
     wide = widened(target, 3 * target.config.intermediate_size + 1)
     rows = prompts(2, target.config.vocab_size)
-    plain = DecodeConfig(slots=2, max_new_tokens=8, smallest_prompt_bucket=8, stop_tokens=())
-    old, new = (generate(one, None, rows, plain) for one in (target, wide))
+    plain = SamplingParams(8, stop_tokens=())
+    old, new = (generate(one, None, rows, plain, CONFIG) for one in (target, wide))
     assert [g.tokens for g in old] == [g.tokens for g in new]
 
 
