@@ -13,8 +13,10 @@ from dspark_jax.data import templates
 from dspark_jax.data.chat import encode_conversation, encode_prompt, template_id
 from dspark_jax.datagen.regeneration import Regenerator
 from dspark_jax.errors import UserError
+from dspark_jax.serving.jobs import tokenize_prompt
 from dspark_jax.serving.prompts import encode
-from dspark_jax.serving.requests import DecodeConfig, tokenize_prompt
+from dspark_jax.serving.sampling import SamplingParams
+from dspark_jax.serving.settings import EngineConfig
 from tests.chat_templates import SPECIAL, STYLES, tokenizer_of
 from tests.tiny import write_tiny_target
 
@@ -94,7 +96,7 @@ def test_api_program_regeneration_and_training_send_the_same_ids(thinking, tmp_p
     for name in STYLES:
         target = replace(target, tokenizer=tokenizer_of(name))
         messages = conversation([("Hi <|im_end|>", "Seven."), ("And then?", "Four.")])[:3]
-        regenerator = Regenerator(target, thinking, DecodeConfig(max_new_tokens=8), 512)
+        regenerator = Regenerator(target, thinking, SamplingParams(8), EngineConfig(), 512)
         expected = encode_prompt(target.tokenizer, messages, thinking)
         assert tokenize_prompt(target, messages, thinking=thinking) == tuple(expected.tolist())
         assert encode(target, messages, thinking) == regenerator._encode(messages) == tuple(expected.tolist())

@@ -95,8 +95,9 @@ def test_generate_reads_files(folder: Path, tmp_path: Path, capsys: pytest.Captu
     files = [str(folder / "chat.jsonl"), str(folder / "code.jsonl")]
     out = tmp_path / "answers.jsonl"
     sampling = ["--temperature", "1", "--top-p", "0.9", "--seed", "4", "--slots", "2"]
-    generate(["--target", str(folder / "target"), "--prompts-file", *files, "--output", str(out), *SHORT, *sampling])
+    generate(["--target", str(folder / "target"), "--prompts", *files, "--output", str(out), *SHORT, *sampling])
     rows = [json.loads(line) for line in out.read_text().splitlines()]
+    rows.sort(key=lambda row: row["index"])
     assert [row["id"] for row in rows] == ["sum", "list", "code-1", "code-2", "code-3"]
     assert [row["domain"] for row in rows] == ["chat"] * 2 + ["code"] * 3
     assert "--- code-3\n" in capsys.readouterr().out
@@ -105,7 +106,7 @@ def test_generate_reads_files(folder: Path, tmp_path: Path, capsys: pytest.Captu
 GENERATE: dict[str, tuple[list[str], str]] = {
     "no prompt": (["--target", "{}/target"], "Give what to decode in one way"),
     "two ways": (
-        ["--target", "{}/target", "--prompt", "a", "--prompts-file", "{}/chat.jsonl"],
+        ["--target", "{}/target", "--prompt", "a", "--prompts", "{}/chat.jsonl"],
         "Give what to decode in one way",
     ),
     "no target": (["--prompt", "a"], "--target"),
@@ -135,24 +136,23 @@ GENERATE: dict[str, tuple[list[str], str]] = {
         ["--target", "{}/target", "--prompt", "a", "--max-new-tokens", "600"],
         "has a context of 512. Ask for at most",
     ),
-    "temperature": (["--target", "{}/target", "--prompt", "a", "--temperature", "-1"], "temperature = -1.0"),
-    "verify length": (["--target", "{}/target", "--prompt", "a", "--verify-length", "-2"], "verify_length = -2"),
+    "temperature": (["--target", "{}/target", "--prompt", "a", "--temperature", "-1"], "temperature = -1.0, which"),
+    "verify length": (["--target", "{}/target", "--prompt", "a", "--verify-length", "-2"], "verify_length = -2, which"),
     "option": (["--target", "{}/target", "--promt", "a"], "Unknown option --promt: did you mean --prompt"),
     "value": (["--target", "{}/target", "--prompt", "a", "--slots", "many"], "slots"),
     "dtype": (["--target", "{}/target", "--prompt", "a", "--dtype", "float16"], "dtype"),
-    "missing file": (["--target", "{}/target", "--prompts-file", "{}/no.jsonl"], "no.jsonl"),
-    "empty file": (["--target", "{}/target", "--prompts-file", "{}/empty.jsonl"], "holds no prompt"),
-    "not JSON": (["--target", "{}/target", "--prompts-file", "{}/broken.jsonl"], "broken.jsonl"),
-    "no messages": (["--target", "{}/target", "--prompts-file", "{}/odd.jsonl"], "expected the field 'messages'"),
-    "turns": (["--target", "{}/target", "--prompts-file", "{}/turns.jsonl"], "expected a list of texts"),
+    "missing file": (["--target", "{}/target", "--prompts", "{}/no.jsonl"], "no.jsonl"),
+    "empty file": (["--target", "{}/target", "--prompts", "{}/empty.jsonl"], "holds no prompt"),
+    "not JSON": (["--target", "{}/target", "--prompts", "{}/broken.jsonl"], "broken.jsonl"),
+    "no messages": (["--target", "{}/target", "--prompts", "{}/odd.jsonl"], "expected the field 'messages'"),
+    "turns": (["--target", "{}/target", "--prompts", "{}/turns.jsonl"], "expected a list of texts"),
     "no slots": (
         ["--target", "{}/target", "--prompt", "a", "--slots", "0"],
-        "The decoding setting slots is 0; expected 1 or more.",
+        "The engine has slots = 0, which is out of range; expected 1 or more.",
     ),
-    "chat format": (
-        ["--target", "{}/target", "--prompt", "a", "--chat-format", "qwen"],
-        "--chat-format",
-    ),
+    "policy": (["--target", "{}/target", "--prompt", "a", "--policy", "causal-ish"], "policy"),
+    "stop text": (["--target", "{}/target", "--prompt", "a", "--stop", ""], "expected texts that are not empty"),
+    "an old name": (["--target", "{}/target", "--prompts-file", "a"], "Unknown option --prompts-file: did you mean --"),
 }
 
 
