@@ -109,7 +109,6 @@ GENERATE: dict[str, tuple[list[str], str]] = {
         ["--target", "{}/target", "--prompt", "a", "--prompts", "{}/chat.jsonl"],
         "Give what to decode in one way",
     ),
-    "no target": (["--prompt", "a"], "--target"),
     "missing target": (["--target", "{}/nothing", "--prompt", "a"], "is not a folder; give a model folder"),
     "missing drafter": (["--target", "{}/target", "--drafter", "{}/no", "--prompt", "a"], "is not a folder"),
     "drafter is a target": (
