@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import xxhash
+
 from dspark_jax.errors import UserError
 
 MAX_JSON_BYTES = 64 << 20
@@ -318,6 +320,27 @@ def _encoded(value: Any) -> str:
 def reason_of(error: Exception) -> str:
     """What the system says of a failed file operation, without its path and number."""
     return getattr(error, "strerror", None) or str(error)
+
+
+# ---- seals
+
+SEAL = "xxh3"
+
+
+def sealed(content: Mapping[str, Any]) -> Object:
+    """The object with the hash of its other fields, as `check_seal` compares."""
+    plain = json.loads(json.dumps(content, default=str))
+    return {**plain, SEAL: _digest(plain)}
+
+
+def check_seal(content: Mapping[str, Any], where: str, *, cure: str = COPY_AGAIN) -> None:
+    """UserError where an object carries a hash of its fields that is not theirs; one without a hash passes."""
+    if SEAL in content and content[SEAL] != _digest({name: v for name, v in content.items() if name != SEAL}):
+        raise UserError(f"{where} does not have the content that its own hash says: it was changed or damaged; {cure}.")
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
 # ---- safetensors headers

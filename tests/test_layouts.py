@@ -16,6 +16,7 @@ from dspark_jax.checkpoints.layouts import LAYOUTS, detect_layout
 from dspark_jax.checkpoints.manifest import MANIFEST_FILE, Provenance
 from dspark_jax.drafters.registry import Drafter, drafter_hf_config, new_drafter
 from dspark_jax.errors import UserError
+from dspark_jax.files import file_hash, weights_hash
 from dspark_jax.targets.target import Target
 from infer.export import main as export
 from tests.drafters_tiny import HIDDEN, TAPS, VOCAB, write_pair
@@ -376,7 +377,12 @@ def test_every_save_writes_a_manifest(pairs: dict, tmp_path: Path, layout: str) 
         "block_position": "the block starts at the anchor's position; context keys are before it",
         "loss_mask": "read at the label's position, up to the first gap",
     }  # fmt: skip
-    assert manifest["target"] == {"name": target.name, "config_sha256": target.config_sha256}
+    assert manifest["target"] == {
+        "name": target.name,
+        "config_sha256": target.config_sha256,
+        "weights_xxh3": weights_hash(Path(target.name)),
+    }
+    assert manifest["files"] == {name: file_hash(tmp_path / name) for name in FILES[:2]}
     assert manifest["sampling"] == sampling and manifest["sources"] == sources
 
 

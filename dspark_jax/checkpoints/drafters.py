@@ -1,6 +1,7 @@
 """Drafters on disk, in any layout: found out by config.json when loaded, chosen by name when saved."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,14 @@ from dspark_jax.checkpoints.folder_layout import CONFIG_FILE, EMBEDDING, HEAD, F
 from dspark_jax.checkpoints.huggingface import DTYPES, resolve_folder
 from dspark_jax.checkpoints.layouts import layout_named, native_config, read_stored_config
 from dspark_jax.checkpoints.leftovers import HARMLESS, refuse_leftovers
-from dspark_jax.checkpoints.manifest import UNKNOWN, Provenance, check_manifest, write_manifest
+from dspark_jax.checkpoints.manifest import (
+    MANIFEST_FILE,
+    UNKNOWN,
+    Provenance,
+    check_integrity,
+    check_manifest,
+    write_manifest,
+)
 from dspark_jax.checkpoints.tensors import (
     WEIGHTS_FILE,
     Stored,
@@ -66,11 +74,19 @@ def load_drafter(
 ) -> Drafter:
     """Loads a drafter of `target` from a folder or hub id in any of the layouts.
 
-    dtype: 'float32' or 'bfloat16'; None keeps the config's. The confidence head is float32 always. mesh: parameters are
-    placed by `rules`, each device reading its own part. compare_manifest: refuse a folder whose dspark.json, where it
-    has one, contradicts its config or the target. layer_shift is added to the layer ids that the files name, for those
-    who doubt them. Raises UserError for a contradiction, when files are missing or cut off, or when
-    the drafter is of another target (depth, width, vocabulary, tapped layers, or frozen copies that differ).
+    Args:
+        path_or_id: folder or hub id.
+        target: the target that it was trained for.
+        dtype: 'float32' or 'bfloat16'; None keeps the config's. The confidence head is float32 always.
+        mesh: parameters are placed by `rules`, each device reading its own part.
+        rules: None takes the default ones.
+        compare_manifest: refuse a folder whose dspark.json, where it has one, contradicts its config, its files or
+            the target.
+        layer_shift: added to the layer ids that the files name, for those who doubt them.
+
+    Raises:
+        UserError: a contradiction, files that are missing, cut off or damaged, tensors that the config does not call
+            for, or a drafter of another target (depth, width, vocabulary, tapped layers, weights, frozen copies).
     """
     folder = resolve_folder(path_or_id, "drafter")
     if holds_v4(folder):
@@ -107,6 +123,9 @@ def load_drafter(
         shardings,
         lambda path: jnp.float32 if path[0] == "confidence_head" else storage,
     )
+    # Last, since what was checked so far is told in more fitting sentences.
+    if compare_manifest:
+        check_integrity(folder, target)
     return Drafter(str(path_or_id), config, graphdef, params, hf_config)
 
 
@@ -142,9 +161,12 @@ def save_drafter(
     tensors = {form.tensor(name, native): array for name, array in tensors.items()}
     if vocabulary_maps and form.vocabulary_maps:
         tensors |= {"d2t": np.zeros(native["vocab_size"], np.int64), "t2d": np.ones(native["vocab_size"], np.bool_)}
+    # Before the first file is replaced: a manifest that stands beside other files would speak against them.
+    with suppress(OSError):
+        (folder / MANIFEST_FILE).unlink(missing_ok=True)
     write_tensors(folder / WEIGHTS_FILE, tensors)
-    write_manifest(folder, native, form, target, provenance)
     write_json(folder / CONFIG_FILE, stored)
+    write_manifest(folder, native, form, target, provenance)
 
 
 def shared_tables(target: Target) -> SharedTables:

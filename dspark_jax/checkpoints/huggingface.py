@@ -117,6 +117,7 @@ def load_target(
         stop_tokens=stop_tokens(folder, hf_config),
         tokenizer=words,
         known_tokens=count_known_tokens(words, config, str(path_or_id)),
+        folder=folder,
     )
 
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dspark_jax.checkpoints.folder_layout import Config, FolderLayout
-from dspark_jax.checkpoints.tensors import write_json
+from dspark_jax.checkpoints.folder_layout import CONFIG_FILE, Config, FolderLayout
+from dspark_jax.checkpoints.tensors import WEIGHTS_FILE, write_json
 from dspark_jax.drafters.registry import kind_name
 from dspark_jax.errors import UserError
-from dspark_jax.readers import Schema, check_fields, object_of, read_object, text
+from dspark_jax.files import file_hash, weights_hash
+from dspark_jax.readers import SEAL, Schema, check_fields, check_seal, object_of, read_object, reason_of, sealed, text
 from dspark_jax.targets.target import Target
 
 MANIFEST_FILE = "dspark.json"
@@ -61,25 +62,30 @@ def conventions(native: Config, layout: FolderLayout) -> dict[str, Any]:
 def write_manifest(
     folder: Path, native: Config, layout: FolderLayout, target: Target, provenance: Provenance = UNKNOWN
 ) -> None:
+    """Writes the manifest of a folder whose other files stand there already, since it holds their hashes."""
+    weights = {} if target.folder is None else {"weights_xxh3": weights_hash(target.folder)}
     content = {
         "format": FORMAT,
         "version": VERSION,
         "layout": layout.name,
         "kind": kind_name(native),
         "conventions": conventions(native, layout),
-        "target": {"name": target.name, "config_sha256": target.config_sha256},
+        "target": {"name": target.name, "config_sha256": target.config_sha256, **weights},
+        "files": {name: file_hash(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)},
         "sampling": dict(provenance.sampling),
         "sources": dict(provenance.sources),
     }
-    write_json(folder / MANIFEST_FILE, content)
+    write_json(folder / MANIFEST_FILE, sealed(content))
 
 
 _FIELDS: Schema = {
     "layout": text(),
     "kind": text(),
     **dict.fromkeys(("conventions", "target", "sampling", "sources"), object_of()),
+    "files": object_of(text()),
+    SEAL: text(),
 }
-_TARGET: Schema = {"name": text(), "config_sha256": text()}
+_TARGET: Schema = {"name": text(), "config_sha256": text(), "weights_xxh3": text()}
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -94,7 +100,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
             f"expected {FORMAT!r} version {VERSION}. Read it with the version of dspark_jax that wrote it."
         )
     check_fields(content, _FIELDS, str(path), required=("layout", "kind", "conventions", "target"))
-    check_fields(content["target"], _TARGET, f"{path}, under target,", required=_TARGET)
+    check_fields(content["target"], _TARGET, f"{path}, under target,", required=("name", "config_sha256"))
     return content
 
 
@@ -124,6 +130,36 @@ def mismatches(manifest: Config, native: Config, layout: FolderLayout, target: T
     return wrong
 
 
+def check_files(folder: Path, manifest: Config) -> None:
+    """UserError where the manifest, or a file whose hash it holds, is not as it was written."""
+    check_seal(manifest, str(folder / MANIFEST_FILE), cure="export the drafter again")
+    for name, written in manifest.get("files", {}).items():
+        if name not in (CONFIG_FILE, WEIGHTS_FILE):
+            raise UserError(f"{folder / MANIFEST_FILE} names the file {name!r}; copy the drafter again.")
+        try:
+            found = file_hash(folder / name)
+        except OSError as error:
+            raise UserError(f"{folder / name} cannot be read ({reason_of(error)}); copy it again.") from None
+        if found != written:
+            raise UserError(
+                f"{folder / name} is not the file that was written: its hash is {found[:12]}, {MANIFEST_FILE} says "
+                f"{written[:12]}. It was changed or damaged; copy the drafter again, or export it."
+            )
+
+
+def check_weights(folder: Path, manifest: Config, target: Target) -> None:
+    """UserError where the target's weights are not those that the drafter was trained for."""
+    made_for = manifest["target"].get("weights_xxh3")
+    if made_for is None or target.folder is None:
+        return
+    if (found := weights_hash(target.folder)) != made_for:
+        raise UserError(
+            f"The drafter in {folder} was trained for {manifest['target']['name']} with weights {made_for[:12]}, and "
+            f"{target.name} has weights {found[:12]}. Give the target that it was trained for; load_drafter(..., "
+            "compare_manifest=False) takes it for this one all the same."
+        )
+
+
 def check_manifest(folder: Path, native: Config, layout: FolderLayout, target: Target) -> None:
     """UserError naming the first contradiction between a folder's manifest, its config and the target."""
     manifest = read_manifest(folder)
@@ -133,3 +169,11 @@ def check_manifest(folder: Path, native: Config, layout: FolderLayout, target: T
             f"The drafter in {folder} contradicts its manifest: {wrong[0]}. Give the target that it was trained "
             "for and the files as they were written; infer.conformance measures which of the two is right."
         )
+
+
+def check_integrity(folder: Path, target: Target) -> None:
+    """UserError where a folder's manifest says that its files were written otherwise, or for other target weights."""
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        check_files(folder, manifest)
+        check_weights(folder, manifest, target)

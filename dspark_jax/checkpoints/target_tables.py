@@ -46,6 +46,7 @@ def describe_target(path_or_id: str | Path, *, tokenizer: bool = True) -> Target
         stop_tokens=stop_tokens(folder, hf_config),
         tokenizer=words,
         known_tokens=count_known_tokens(words, config, str(path_or_id)),
+        folder=folder,
     )
 
 

@@ -24,7 +24,18 @@ from dspark_jax.decoding.round import DecodeLoop, LoopParams, init_state
 from dspark_jax.decoding.state import DecodeState
 from dspark_jax.errors import UserError
 from dspark_jax.files import user_cache
-from dspark_jax.readers import Schema, check_fields, integer, list_of, number, object_of, read_object
+from dspark_jax.readers import (
+    SEAL,
+    Schema,
+    check_fields,
+    check_seal,
+    integer,
+    list_of,
+    number,
+    object_of,
+    read_object,
+    sealed,
+)
 from dspark_jax.scheduling.costs import CostTable, Occupancy, ScheduleTables
 
 RUNG_WORTH = 0.01
@@ -72,16 +83,18 @@ class Profile:
         }
 
     def save(self, path: Path) -> None:
-        write_json(path, {**self.serving(), "profile": asdict(self)})
+        write_json(path, {**self.serving(), "profile": sealed(asdict(self))})
 
     @classmethod
     def read(cls, path: Path) -> "Profile":
         """UserError where the file is missing or was not written by `save`."""
         content = read_object(path, expected="a profile that infer.profile measured").get("profile")
-        if not isinstance(content, dict) or set(content) != set(cls.__dataclass_fields__):
+        if not isinstance(content, dict) or set(content) - {SEAL} != set(cls.__dataclass_fields__):
             raise UserError(f"{path} holds no profile of this program; measure one with infer.profile.")
         where, cure = f"{path}, under profile,", "measure one with infer.profile"
         check_fields(content, _FIELDS, where, cure=cure)
+        check_seal(content, where, cure=cure)
+        content.pop(SEAL, None)
         rows: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in content.items()}
         rows |= {name: tuple(map(tuple, rows[name])) for name in ("rounds", "rounds_spread")}
         made = cls(**rows)

@@ -16,7 +16,7 @@ from dspark_jax.checkpoints.serving_tables import StsTable, read_sts
 from dspark_jax.checkpoints.tensors import write_json
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.errors import UserError
-from dspark_jax.readers import read_object
+from dspark_jax.readers import SEAL, check_seal, read_object, sealed
 from dspark_jax.scheduling.calibration import ECE_BINS, position_metrics, sigmoid
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.targets.target import Target
@@ -93,7 +93,10 @@ def fingerprint(params: Mapping[str, Any]) -> str:
 def write_calibration(path: Path, table: StsTable, valid_for: Mapping[str, Any]) -> None:
     """sts.json with the fields that servers read, and `valid_for`."""
     fields = {name: getattr(table, name) for name in table.__dataclass_fields__}
-    write_json(path, {**fields, "valid_for": dict(valid_for)})
+    # The hash stands under `valid_for`: servers read the fields beside it, and only those they know.
+    content = sealed(fields)
+    seal = content.pop(SEAL)
+    write_json(path, {**content, "valid_for": {**valid_for, SEAL: seal}})
 
 
 def read_calibration(path: Path, valid_for: Mapping[str, Any]) -> np.ndarray:
@@ -102,7 +105,8 @@ def read_calibration(path: Path, valid_for: Mapping[str, Any]) -> np.ndarray:
     Raises:
       UserError: a file that is no calibration, or one made for other weights or sampling settings than `validity` says.
     """
-    table, made_for = read_sts(path), read_object(path).get("valid_for")
+    table, content = read_sts(path), read_object(path)
+    made_for = content.pop("valid_for", None)
     if not isinstance(made_for, dict):
         raise UserError(f"{path} does not say what it is valid for; calibrate with infer.calibrate.")
     for name, expected in valid_for.items():
@@ -113,4 +117,6 @@ def read_calibration(path: Path, valid_for: Mapping[str, Any]) -> np.ndarray:
                 f"{path} was calibrated for {name.replace('_', '-')} {said}, this is {here}{same}; calibrate "
                 "again with infer.calibrate."
             )
+    seal = {SEAL: made_for[SEAL]} if SEAL in made_for else {}
+    check_seal({**content, **seal}, str(path), cure="calibrate again with infer.calibrate")
     return np.asarray(table.temperatures)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from flax import nnx
@@ -16,7 +17,7 @@ class Target:
 
     `name` is the path or hub id it was loaded from, `config_sha256` the identity that caches and drafters record.
     `known_tokens`: the ids below this are the tokenizer's, those from it to the vocabulary's end padding; None without
-    a tokenizer.
+    a tokenizer. `folder`: where its files are, None for one that was made in memory.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Target:
     stop_tokens: tuple[int, ...] = ()
     tokenizer: Any = field(default=None, repr=False)
     known_tokens: int | None = None
+    folder: Path | None = None
 
     def model(self, params: dict) -> TargetModel:
         """The module over `params`; call it inside the jitted function."""
