@@ -25,10 +25,10 @@ from dspark_jax.drafters.registry import Drafter
 from dspark_jax.errors import UserError
 from dspark_jax.evaluation.acceptance import Acceptance
 from dspark_jax.evaluation.answers import Answered, Proposals, answer, reach
+from dspark_jax.evaluation.calibration_metrics import calibration_metrics, prefix_survival, reliability
 from dspark_jax.evaluation.datasets import DOMAINS, Dialogue, domain_of, read_datasets
 from dspark_jax.files import make_output, write_json
 from dspark_jax.report import acceptance_plot, reliability_plot, table, threshold_plot
-from dspark_jax.scheduling.calibration import calibration_metrics, prefix_survival, reliability
 from dspark_jax.serving.assembly import temperatures_of
 from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.sampling import SamplingParams

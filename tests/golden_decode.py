@@ -15,7 +15,7 @@ from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.decoding.acceptance import RejectionSampling, first_stop, residual_law
 from dspark_jax.decoding.sampling import SamplingArrays, sampling_law
 from dspark_jax.drafters.registry import Drafter
-from dspark_jax.scheduling.calibration import calibration_metrics, prefix_survival
+from dspark_jax.evaluation.calibration_metrics import calibration_metrics, prefix_survival
 from dspark_jax.scheduling.policies import Fixed, Threshold, VerifyPolicy
 from dspark_jax.serving.assembly import WHOLE_BLOCKS
 from dspark_jax.serving.engine import Engine
@@ -81,18 +81,20 @@ def play(
     """(prompt and new tokens, the round records) of one request, round by round through the compiled round.
 
     The reference stops once the anchor's position reaches the limit, not the token count: with exactly max_new_tokens
-    there it still plays a round whose tokens it cuts off. One more token of room plays the same rounds here.
+    there it still plays a round whose tokens it cuts off, and its accepted lengths count what is cut. With a block more
+    of room the same rounds are played here, none of them cut.
     """
     wanted = len(prompt) + sampling.max_new_tokens
-    sampling = replace(sampling, max_new_tokens=sampling.max_new_tokens + 1)
+    block = 0 if drafter is None else drafter.config.block_size
+    sampling = replace(sampling, max_new_tokens=sampling.max_new_tokens + block + 1)
     # Verify lengths of the fixed policy never vary: one bucket compiles in a third of the time.
-    whole = (drafter.config.block_size + 1,) if drafter is not None and isinstance(policy, Fixed) else None
+    whole = (block + 1,) if drafter is not None and isinstance(policy, Fixed) else None
     config = EngineConfig(1, max(LONGEST, len(prompt) + sampling.max_new_tokens), buckets=whole)
     engine = Engine(target, drafter, config, sampling, policy)
     engine.submit(0, Request(prompt))
     engine.admit()
     records = []
-    while bool(engine.state.active[0]):
+    while bool(engine.state.active[0]) and int(engine.state.length[0]) <= wanted:
         engine.state, record = one_round(engine.loop, engine.params, engine.state, engine.occupancy)
         records.append(jax.tree.map(lambda x: np.asarray(x[0]) if x.ndim else np.asarray(x), record))
     tokens = np.asarray(engine.state.tokens[0, : int(engine.state.length[0])])

@@ -15,7 +15,8 @@ from dspark_jax.checkpoints.serving_tables import StsTable, read_sps, read_sts
 from dspark_jax.decoding.dispatch import run_rounds
 from dspark_jax.decoding.round import LoopParams
 from dspark_jax.errors import UserError
-from dspark_jax.scheduling.calibration import calibration_metrics, prefix_survival, reliability
+from dspark_jax.evaluation.calibration_metrics import calibration_metrics, prefix_survival, reliability
+from dspark_jax.evaluation.temperature_scaling import fit_shift, fit_temperatures
 from dspark_jax.scheduling.policies import Fixed, LookAhead
 from dspark_jax.serving import profile as profile_module
 from dspark_jax.serving.assembly import make_loop
@@ -31,8 +32,6 @@ from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.serving.temperatures import (
     fingerprint,
-    fit_shift,
-    fit_temperatures,
     read_calibration,
     validity,
     write_calibration,

@@ -19,7 +19,7 @@ from dspark_jax.decoding.verification import VerifyOutput, verify
 from dspark_jax.drafters.registry import DRAFTERS
 from dspark_jax.errors import UserError
 from dspark_jax.planning.compiled import copies
-from dspark_jax.scheduling.policies import bucket_ladder
+from dspark_jax.scheduling.costs import bucket_ladder
 from dspark_jax.serving.chunks import blank_chunk
 from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.generate import generate, stream
@@ -83,12 +83,9 @@ class UpdatesInSwitch(DecodeLoop):
             patch.setattr(verification, "_verify_bucket", grown)
             return super().verify(target, state, block, starts, lengths)
 
-    def _commit(self, drafter: Any, state: DecodeState, *rest: Any) -> Any:
-        rest = list(rest)
-        at = next(i for i, value in enumerate(rest) if isinstance(value, VerifyOutput))
-        rows, grown = rest[at].kv
-        rest[at] = rest[at]._replace(kv=rows)
-        return super()._commit(drafter, replace(state, target_cache=grown), *rest)
+    def _commit(self, target: Any, state: DecodeState, verdict: Any, verified: VerifyOutput) -> Any:
+        rows, grown = verified.kv
+        return super()._commit(target, replace(state, target_cache=grown), verdict, verified._replace(kv=rows))
 
 
 @pytest.mark.parametrize("kind", DRAFTERS)

@@ -258,15 +258,16 @@ def test_rounds_without_drafts_cost_what_plain_decoding_does() -> None:
 
     def flops(loop: DecodeLoop, params: LoopParams, state: DecodeState, plain: bool) -> float:
         def one(state: DecodeState) -> Any:
-            if not plain:
-                return loop.round(params, state, Occupancy.of())
-            return loop.plain_round(params, state)
+            if plain:
+                return loop.plain_round(params, state)
+            plan = loop.plan(params, state, Occupancy.of())
+            return loop.speculative_round(params, state, Occupancy.of(), plan)
 
         return jax.jit(one).lower(state).cost_analysis()["flops"]
 
     alone = make_loop(engine.target, None, EngineConfig(SLOTS, 64))
     weights = LoopParams(params.target, {})
-    baseline = flops(alone, weights, init_state(alone, weights), plain=False)
+    baseline = flops(alone, weights, init_state(alone, weights), plain=True)
     assert baseline <= flops(loop, params, state, plain=True) < 1.1 * baseline
     assert flops(loop, params, state, plain=False) > 2 * baseline
 
@@ -308,9 +309,10 @@ def test_a_drafter_hears_of_the_tokens_of_plain_rounds(kind: str) -> None:
 
     @jax.jit
     def drafts(state: DecodeState) -> Any:
-        starts = state.length - 1
-        anchors = jnp.take_along_axis(state.tokens, starts[:, None], axis=1)[:, 0]
-        return loop.draft(*loop.models(params), state, anchors, starts, None).probs
+        anchors = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)[:, 0]
+        model, drafting = loop.models(params)
+        assert drafting is not None
+        return loop.draft(model, drafting, state, anchors).probs
 
     warm = together.sampling._replace(temperature=jnp.ones(3))
     found, expected = (np.asarray(drafts(replace(state, sampling=warm)))[[0, 2]] for state in (together, singly))

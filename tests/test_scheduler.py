@@ -21,7 +21,8 @@ from dspark_jax.scheduling.costs import (
     round_costs,
 )
 from dspark_jax.scheduling.history import DraftGuard, History
-from dspark_jax.scheduling.policies import Asynchronous, Causal, LookAhead, RoundView, Threshold, rank, survival
+from dspark_jax.scheduling.policies import Asynchronous, Causal, LookAhead, RoundView, Threshold
+from dspark_jax.scheduling.ranking import rank, survival
 
 R, K = 3, 4
 POLICIES = [Causal(), LookAhead(), Asynchronous(), Causal(guard=None, min_gain=0.0)]

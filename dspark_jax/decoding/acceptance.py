@@ -1,4 +1,4 @@
-"""Speculative rejection sampling (Leviathan et al. 2023; SPEC section 1, steps 4 and 5).
+"""Speculative rejection sampling (Leviathan et al. 2023; docs/algorithm.md, rules 3 to 6).
 
 Axes: R request slots, K draft position, W = K + 1 verified rows, V vocab.
 """
@@ -9,8 +9,9 @@ from typing import NamedTuple, Protocol
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-TINY_DRAFT_PROB = 1e-8  # golden/NOTES 36
-TINY_RESIDUAL_MASS = 1e-8  # golden/NOTES 37
+TINY_DRAFT_PROB = 1e-8
+TINY_RESIDUAL_MASS = 1e-8
+MASS_TOLERANCE = 1e-2  # of a law in float32, summed over the largest vocabularies
 
 
 class Acceptance(NamedTuple):
@@ -34,7 +35,12 @@ class AcceptanceRule(Protocol):
 @dataclass(frozen=True)
 class RejectionSampling:
     """Accept x_k while u_k < min(1, p^t(x_k) / p^d(x_k)); then draw from the normalised residual, or, when all l were
-    accepted, from the target's law. The committed tokens follow the target's law exactly."""
+    accepted, from the target's law.
+
+    The committed tokens follow the target's law exactly, whatever the drafter gives: a row of `draft_law` that is no
+    law (NaN, infinite or negative entries, another mass than 1) says nothing about how its token was drawn, so that
+    token is rejected and replaced by one of the target's own law (docs/algorithm.md, rule 104).
+    """
 
     def __call__(
         self,
@@ -48,28 +54,38 @@ class RejectionSampling:
         chosen = draft_tokens[..., None]
         p_target = jnp.take_along_axis(target_law[:, :block], chosen, axis=-1)[..., 0]
         p_draft = jnp.take_along_axis(draft_law, chosen, axis=-1)[..., 0]
+        lawful = is_law(draft_law)
         passed = uniforms < jnp.minimum(1.0, p_target / jnp.maximum(p_draft, TINY_DRAFT_PROB))
-        passed &= jnp.arange(block) < verify_lengths[:, None]
+        passed &= lawful & (jnp.arange(block) < verify_lengths[:, None])
         count = jnp.sum(jnp.cumprod(passed.astype(jnp.int32), axis=1), axis=1)
         # Row `count` of the target judges the token after the accepted prefix, rejected or never drafted.
         target_row = jnp.take_along_axis(target_law, count[:, None, None], axis=1)[:, 0]
-        draft_row = jnp.take_along_axis(draft_law, jnp.minimum(count, block - 1)[:, None, None], axis=1)[:, 0]
-        rejected = count < verify_lengths
+        last = jnp.minimum(count, block - 1)[:, None]
+        draft_row = jnp.take_along_axis(draft_law, last[..., None], axis=1)[:, 0]
+        rejected = (count < verify_lengths) & jnp.take_along_axis(lawful, last, axis=1)[:, 0]
         return Acceptance(count, jnp.where(rejected[:, None], residual_law(target_row, draft_row), target_row))
+
+
+def is_law(probs: Float[Array, "*n v"]) -> Bool[Array, "*n"]:
+    """Whether each row is a probability law: nothing negative, nothing infinite or NaN, and mass 1."""
+    # A comparison with NaN is false, so NaN and negative entries both make the mass NaN.
+    mass = jnp.sum(jnp.where(probs >= 0, probs, jnp.nan), axis=-1)
+    return jnp.abs(mass - 1.0) < MASS_TOLERANCE
 
 
 def residual_law(target: Float[Array, "*n v"], draft: Float[Array, "*n v"]) -> Float[Array, "*n v"]:
     """norm(max(0, p^t - p^d)); p^t itself where the two laws agree so closely that no mass is left."""
     residual = jnp.maximum(target - draft, 0.0)
     mass = jnp.sum(residual, axis=-1, keepdims=True)
-    return jnp.where(mass <= TINY_RESIDUAL_MASS, target, residual / jnp.maximum(mass, TINY_RESIDUAL_MASS))
+    # Compared this way round, a NaN mass leaves the target's law as well.
+    return jnp.where(mass > TINY_RESIDUAL_MASS, residual / jnp.maximum(mass, TINY_RESIDUAL_MASS), target)
 
 
 def first_stop(
     tokens: Int[Array, "r w"], stop_tokens: Int[Array, "r e"], counts: Int[Array, " r"]
 ) -> tuple[Int[Array, " r"], Bool[Array, " r"]]:
-    """(how many of the first `counts` tokens are kept, whether a stop token is among them): the stop token stays, what
-    follows it goes. `stop_tokens` is padded with -1."""
+    """(how many of the first `counts` tokens are kept, whether a stop token is among them): a stop token is kept, and
+    nothing after it. `stop_tokens` is padded with -1."""
     width = tokens.shape[1]
     is_stop = jnp.any(tokens[:, :, None] == stop_tokens[:, None, :], axis=-1)
     is_stop &= jnp.arange(width) < counts[:, None]

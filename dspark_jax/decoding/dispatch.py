@@ -1,10 +1,12 @@
-"""Dispatches: many rounds of a loop in one compiled call, after which the host reads what they made.
+"""Dispatches: many rounds of a loop in one compiled call, after which the host reads the state.
 
-`run_rounds` serves, `record_rounds` also returns a record of every round. Both donate the state.
+`run_rounds` serves; `record_rounds` also returns a record of every round. Both donate the state.
+
+A policy that can disable drafting gets two loops and no branch: what a branch updates, caches included, XLA copies
+whole, while a loop updates it in place.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -12,13 +14,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from dspark_jax.decoding.round import DecodeLoop, LoopParams, shared_tables
+from dspark_jax.decoding.round import DecodeLoop, LoopParams, RoundPlan, borrowed_tables
 from dspark_jax.decoding.state import DecodeState, RoundRecord
+from dspark_jax.decoding.verification import zeros_of
 from dspark_jax.scheduling.costs import Occupancy
-from dspark_jax.scheduling.policies import PolicyState
-
-GoesOn = Callable[[Array, DecodeState], Array]
-"""Whether a dispatch goes on after so many rounds, which have left this state."""
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -31,111 +30,173 @@ def run_rounds(
     until_free: Bool[Array, ""],
 ) -> DecodeState:
     """Up to `rounds` rounds; fewer when no slot is active or, with `until_free`, once an active slot has ended."""
-    state, goes_on = _opened(state, rounds, until_free)
-    if loop.block and loop.view(params, state, occupancy)[0].drafted is not None:
-        return loop.place(_by_stretches(loop, params, state, occupancy, goes_on))
-
-    def body(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
-        done, current = carry
-        return done + 1, loop.round(params, current, occupancy)[0]
-
-    begin = jnp.zeros((), jnp.int32)
-    return loop.place(jax.lax.while_loop(lambda carry: goes_on(*carry), body, (begin, state))[1])
+    dispatch = _Dispatch(loop, params, occupancy, rounds, until_free, jnp.sum(state.active))
+    # Zero, but computed from the old value: a donated buffer that nothing reads would not be reused.
+    state = replace(state, predicted_seconds=jnp.minimum(state.predicted_seconds, 0.0))
+    return loop.place(dispatch.run(state))
 
 
 @partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
 def record_rounds(
     loop: DecodeLoop, params: LoopParams, state: DecodeState, occupancy: Occupancy, rounds: int
 ) -> tuple[DecodeState, RoundRecord]:
-    """`rounds` rounds and what each did, leaves [rounds, ...]; `committed` is 0 where a slot had ended."""
+    """`rounds` rounds and their records, leaves [rounds, ...]; `committed` is 0 where a slot had ended."""
 
     def body(current: DecodeState, _: None) -> tuple[DecodeState, RoundRecord]:
-        return loop.round(params, current, occupancy)
+        return _recorded_round(loop, params, current, occupancy)
 
     state, records = jax.lax.scan(body, state, None, length=rounds)
     return loop.place(state), records
 
 
-def _opened(state: DecodeState, rounds: Array, until_free: Array) -> tuple[DecodeState, GoesOn]:
-    """A dispatch begins: the state with nothing predicted yet, and when it goes on."""
-    started = jnp.sum(state.active)
-
-    def goes_on(done: Array, current: DecodeState) -> Array:
-        remaining = jnp.sum(current.active)
-        return (done < rounds) & (remaining > 0) & ~(until_free & (remaining < started))
-
-    # Zero, but computed from the old value: a donated buffer that nothing reads would not be reused.
-    return replace(state, predicted_seconds=jnp.minimum(state.predicted_seconds, 0.0)), goes_on
-
-
-class _Planned(NamedTuple):
-    """Between two rounds: how many have run, the state, and what the policy says of the next one: who drafts, and the
-    policy's state once it has said so."""
+class _Turn(NamedTuple):
+    """Between two rounds: how many have run, the state, and the plan of the next one."""
 
     done: Array
     state: DecodeState
-    drafted: Array
-    policy: PolicyState
+    plan: RoundPlan
 
 
 class _Stretch(NamedTuple):
-    """Plain rounds so far [], and the taps [R, W, m D] of the tokens that they fed: the drafter has not seen them."""
+    """Successive plain rounds: how many so far, and the taps [R, W, m D] of the tokens that they fed to the target,
+    which the drafter's context lacks."""
 
     rounds: Array
     state: DecodeState
     taps: Array
 
 
-def _by_stretches(
-    loop: DecodeLoop, params: LoopParams, state: DecodeState, occupancy: Occupancy, goes_on: GoesOn
-) -> DecodeState:
-    """Rounds of a policy that may leave drafting off: a loop of speculative rounds for as long as somebody drafts, then
-    one of plain rounds, in turn. Two loops and no branch: what a branch updates, XLA copies whole.
+@dataclass(frozen=True)
+class _Dispatch:
+    """A running dispatch: what its rounds have in common, and its loops."""
 
-    Plain rounds run W at a time before the drafter is given their tokens, as rows of one block which cost it about as
-    much as one of them, and before the policy is asked again."""
-    target, drafter = loop.models(params)
-    shape = (loop.requests, loop.width, target.config.tap_width(loop.tap_layers))
-    dtype = params.target["embed_weight_vd"].dtype
+    loop: DecodeLoop
+    params: LoopParams
+    occupancy: Occupancy
+    rounds: Array
+    until_free: Array
+    started: Array  # [] active slots at its begin
 
-    def plan(done: Array, current: DecodeState) -> _Planned:
-        view, policy = loop.view(params, current, occupancy)
-        drafted = current.active if view.drafted is None else view.drafted
-        return _Planned(done, current, drafted, policy)
+    def run(self, state: DecodeState) -> DecodeState:
+        none = jnp.zeros((), jnp.int32)
+        if self.loop.block == 0:
+            return jax.lax.while_loop(self._plain_goes_on, self._plain_round, (none, state))[1]
+        round_of = self._speculate if self.loop.policy.always_drafts else self._alternate
+        # The plan that the last round leaves is dropped: the next dispatch makes its own, under its own occupancy.
+        return jax.lax.while_loop(self._turn_goes_on, round_of, self._planned(none, state)).state
 
-    def someone(carry: _Planned) -> Array:
-        return goes_on(carry.done, carry.state) & jnp.any(carry.drafted)
+    def goes_on(self, done: Array, state: DecodeState) -> Array:
+        remaining = jnp.sum(state.active)
+        return (done < self.rounds) & (remaining > 0) & ~(self.until_free & (remaining < self.started))
 
-    def nobody(carry: _Planned) -> Array:
-        return goes_on(carry.done, carry.state) & ~jnp.any(carry.drafted)
+    def _planned(self, done: Array, state: DecodeState) -> _Turn:
+        return _Turn(done, state, self.loop.plan(self.params, state, self.occupancy))
 
-    def speculative(carry: _Planned) -> _Planned:
-        new = loop.planned_round(params, carry.state, occupancy, carry.drafted, carry.policy)
-        return plan(carry.done + 1, new)
+    def _turn_goes_on(self, turn: _Turn) -> Array:
+        return self.goes_on(turn.done, turn.state)
 
-    def plain_round(stretch: _Stretch) -> _Stretch:
-        new, _, taps = loop.plain_round(params, stretch.state)
-        taps = jax.lax.dynamic_update_slice_in_dim(stretch.taps, taps, stretch.rounds, axis=1)
-        return _Stretch(stretch.rounds + 1, new, taps)
+    # Loops without a drafter
 
-    def plain(carry: _Planned) -> _Planned:
+    def _plain_goes_on(self, carry: tuple[Array, DecodeState]) -> Array:
+        return self.goes_on(*carry)
+
+    def _plain_round(self, carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
+        done, state = carry
+        return done + 1, self.loop.plain_round(self.params, state)[0]
+
+    # Loops with one
+
+    def _alternate(self, turn: _Turn) -> _Turn:
+        """Speculative rounds while any request drafts, then plain rounds while none does."""
+        turn = jax.lax.while_loop(self._drafts, self._speculate, turn)
+        return jax.lax.while_loop(self._drafts_nothing, self._decode_plainly, turn)
+
+    def _drafts(self, turn: _Turn) -> Array:
+        return self._turn_goes_on(turn) & jnp.any(turn.plan.drafted)
+
+    def _drafts_nothing(self, turn: _Turn) -> Array:
+        return self._turn_goes_on(turn) & ~jnp.any(turn.plan.drafted)
+
+    def _speculate(self, turn: _Turn) -> _Turn:
+        state, _ = self.loop.speculative_round(self.params, turn.state, self.occupancy, turn.plan)
+        return self._planned(turn.done + 1, state)
+
+    def _decode_plainly(self, turn: _Turn) -> _Turn:
+        """Up to W plain rounds before the policy plans again and the drafter's context is extended: by rows of one
+        block, which cost the drafter about as much as one of them."""
+        loop, params = self.loop, self.params
+
         def more(stretch: _Stretch) -> Array:
-            return (stretch.rounds < loop.width) & goes_on(carry.done + stretch.rounds, stretch.state)
+            return (stretch.rounds < loop.width) & self.goes_on(turn.done + stretch.rounds, stretch.state)
 
-        first = _Stretch(jnp.zeros((), jnp.int32), carry.state, jnp.zeros(shape, dtype))
+        def plain_round(stretch: _Stretch) -> _Stretch:
+            state, _, taps = loop.plain_round(params, stretch.state)
+            taps = jax.lax.dynamic_update_slice_in_dim(stretch.taps, taps, stretch.rounds, axis=1)
+            return _Stretch(stretch.rounds + 1, state, taps)
+
+        shape = (loop.requests, loop.width, loop.models(params)[0].config.tap_width(loop.tap_layers))
+        taps = jnp.zeros(shape, params.target["embed_weight_vd"].dtype)
+        first = _Stretch(jnp.zeros((), jnp.int32), turn.state, taps)
         rounds, state, taps = jax.lax.while_loop(more, plain_round, first)
-        starts, counts, draft = carry.state.length - 1, state.length - carry.state.length, state.draft
-        tokens = jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (loop.width,)))(state.tokens, starts)
-        if drafter is not None:
-            draft = drafter.commit(shared_tables(target), draft, taps, tokens, starts, counts)
-        seconds = state.predicted_seconds + rounds * loop.plain_seconds(params, carry.state)
-        policy = loop.policy.rested(carry.policy, rounds - 1)
-        new = replace(state, draft=draft, policy=policy, predicted_seconds=seconds)
-        return plan(carry.done + rounds, new)
+        state = _caught_up(loop, params, turn.state, turn.plan, state, taps, rounds)
+        return self._planned(turn.done + rounds, state)
 
-    def stretches(carry: _Planned) -> _Planned:
-        return jax.lax.while_loop(nobody, plain, jax.lax.while_loop(someone, speculative, carry))
 
-    # A plan that the last round has left is dropped: the next dispatch, told of another load, makes its own.
-    first = plan(jnp.zeros((), jnp.int32), state)
-    return jax.lax.while_loop(lambda carry: goes_on(carry.done, carry.state), stretches, first).state
+def _caught_up(
+    loop: DecodeLoop,
+    params: LoopParams,
+    before: DecodeState,
+    plan: RoundPlan,
+    after: DecodeState,
+    taps: Array,
+    rounds: Array,
+) -> DecodeState:
+    """`after` with what `rounds` plain rounds since `before` left out: the drafter's context of the tokens they fed,
+    of `taps`; the policy's count of rounds; the seconds that the cost table predicts."""
+    target, drafter = loop.models(params)
+    assert drafter is not None
+    starts, counts = before.length - 1, after.length - before.length
+    tokens = jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (taps.shape[1],)))(after.tokens, starts)
+    return replace(
+        after,
+        draft=drafter.commit(borrowed_tables(target), after.draft, taps, tokens, starts, counts),
+        policy=loop.policy.skipped(plan.policy, rounds - 1),
+        predicted_seconds=after.predicted_seconds + rounds * loop.plain_seconds(params, before),
+    )
+
+
+class _Recorded(NamedTuple):
+    """`due`: whether the round is still to run."""
+
+    due: Array
+    state: DecodeState
+    record: RoundRecord
+
+
+def _recorded_round(
+    loop: DecodeLoop, params: LoopParams, state: DecodeState, occupancy: Occupancy
+) -> tuple[DecodeState, RoundRecord]:
+    """One round of either kind and its record: two loops, of which one runs once."""
+    if loop.block == 0:
+        state, record, _ = loop.plain_round(params, state)
+        return state, record
+    plan = loop.plan(params, state, occupancy)
+    speculate = partial(loop.speculative_round, params)
+    if loop.policy.always_drafts:
+        return speculate(state, occupancy, plan)
+
+    def speculative(carry: _Recorded) -> _Recorded:
+        return _Recorded(jnp.zeros((), bool), *speculate(carry.state, occupancy, plan))
+
+    def plain(carry: _Recorded) -> _Recorded:
+        after, record, taps = loop.plain_round(params, carry.state)
+        after = _caught_up(loop, params, carry.state, plan, after, taps, jnp.ones((), jnp.int32))
+        blank = carry.record
+        record = record._replace(draft_tokens=blank.draft_tokens, confidence=blank.confidence)
+        return _Recorded(jnp.zeros((), bool), after, record)
+
+    blank = zeros_of(lambda current: speculate(current, occupancy, plan)[1], state)
+    drafts = jnp.any(plan.drafted)
+    carry = jax.lax.while_loop(lambda carry: carry.due, speculative, _Recorded(drafts, state, blank))
+    carry = jax.lax.while_loop(lambda carry: carry.due, plain, carry._replace(due=~drafts))
+    return carry.state, carry.record

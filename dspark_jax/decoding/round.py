@@ -1,23 +1,26 @@
-"""A round of the compiled draft-verify-accept loop, as often as `decoding/dispatch.py` wants it in one call.
+"""One round of speculative decoding: draft, schedule, verify, accept, commit (the DSpark paper's Figure 1).
 
-Axes: R request slots, W = K + 1 rows of a block (anchor and drafts), S cached positions, V vocab. Plain decoding is
-this loop with no drafter: K = 0, W = 1.
+dispatch.py runs many rounds in one compiled call. A round without drafts is a round of plain decoding, and so is every
+round of a loop without a drafter (K = 0, W = 1).
+
+Axes: R request slots, K drafts of a block, W = K + 1 rows of a block (anchor and drafts), S cached positions, V vocab,
+m tapped layers, D hidden.
 """
 
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Float, Int
 
 from dspark_jax.decoding.acceptance import AcceptanceRule, RejectionSampling, first_stop
 from dspark_jax.decoding.sampling import DRAFT, RESIDUAL, SamplingArrays, draw, draw_token, sampling_law, uniforms
 from dspark_jax.decoding.state import DecodeState, RoundCounters, RoundRecord, empty_counters, spread
-from dspark_jax.decoding.verification import VerifyOutput, verify, zeros_of
+from dspark_jax.decoding.verification import VerifyOutput, verify
 from dspark_jax.drafters.protocol import DrafterModel, DraftOutput, SharedTables
 from dspark_jax.scheduling.costs import Occupancy, ScheduleTables, idle_costs
 from dspark_jax.scheduling.policies import Fixed, PolicyState, RoundView, VerifyPolicy
@@ -25,19 +28,43 @@ from dspark_jax.targets.decoder import TargetModel
 
 
 class LoopParams(NamedTuple):
-    """The weights, an argument of every compiled call; `drafter` is {} without one. `tables`: what adaptive policies
-    need, None where nobody does; other values in the same shapes compile nothing."""
+    """Arguments of every compiled call: the target's weights, the drafter's ({} without one), and the cost tables of a
+    load-adaptive policy (None for the others). New values of the same shapes compile nothing."""
 
     target: dict
     drafter: dict
     tables: ScheduleTables | None = None
 
 
+class RoundPlan(NamedTuple):
+    """What the policy decides before a round is drafted."""
+
+    drafted: Bool[Array, " r"]  # requests that draft
+    caps: Int[Array, " r"]  # the most drafts that may be verified; 0 where nothing is drafted
+    policy: PolicyState  # the policy's state after choosing
+
+
+class Verdict(NamedTuple):
+    """What verification decided of each request's block."""
+
+    block: Int[Array, "r w"]  # anchor and drafts
+    lengths: Int[Array, " r"]  # drafts verified
+    accepted: Int[Array, " r"]  # drafts accepted, a prefix of those verified
+    next_token: Int[Array, " r"]  # the token after the accepted prefix
+    failed: Bool[Array, " r"]  # the target gave no finite law for that token
+
+
 @dataclass(frozen=True)
 class DecodeLoop:
     """Static part of the loop; hashable, so it is a jit-static argument and equal loops share compiled programs.
 
-    `buckets` are the token counts that the verify pass is compiled for, ascending, the last one R * W.
+    Attributes:
+        requests, size, block: R, S and K.
+        tap_layers: target layers whose outputs the drafter reads.
+        buckets: token counts that the verify pass is compiled for, ascending, the last one R * W.
+        stop_slots: stop tokens that a request may have.
+        words: ids below this one can be decoded; the rest of V pads the target's tables. None: all of V.
+        mesh: devices that the parameters, and the slots, are spread over; None: one device.
     """
 
     target: nnx.GraphDef
@@ -50,7 +77,8 @@ class DecodeLoop:
     stop_slots: int
     policy: VerifyPolicy = Fixed()
     rule: AcceptanceRule = RejectionSampling()
-    mesh: Mesh | None = None  # devices that the parameters are spread over; slots are spread over them too
+    mesh: Mesh | None = None
+    words: int | None = None
 
     @cached_property
     def _hash(self) -> int:
@@ -61,6 +89,7 @@ class DecodeLoop:
 
     @property
     def width(self) -> int:
+        """W."""
         return self.block + 1
 
     def place(self, state: DecodeState) -> DecodeState:
@@ -82,6 +111,7 @@ class DecodeLoop:
             limit=zeros + 1,
             active=flags,
             stopped=flags,
+            failed=flags,
             stop_tokens=jnp.full((r, self.stop_slots), -1, jnp.int32),
             verify_cap=zeros,
             keys=jnp.zeros((r, 2), jnp.uint32),
@@ -94,189 +124,177 @@ class DecodeLoop:
         )
         return self.place(empty)
 
-    def round(self, params: LoopParams, state: DecodeState, occupancy: Occupancy) -> tuple[DecodeState, RoundRecord]:
-        """One round for every slot: draft, schedule, verify, accept, commit (SPEC section 1)."""
-        if self.block == 0:
-            state, record, _ = self.plain_round(params, state)
-            return state, record
-        view, policy = self.view(params, state, occupancy)
-        return self._speculative_round(params, state, view, policy)
-
-    def planned_round(
-        self, params: LoopParams, state: DecodeState, occupancy: Occupancy, drafted: Array, policy: PolicyState
-    ) -> DecodeState:
-        """A round in which those of `drafted` [R] draft, one at least, as the policy has said; `policy`: its state
-        since."""
-        view = self._drafted_view(params, state, occupancy, drafted)
-        return self._speculative_round(params, state, view, policy, someone=True)[0]
-
-    def _speculative_round(
-        self, params: LoopParams, state: DecodeState, view: RoundView, policy: PolicyState, someone: bool = False
-    ) -> tuple[DecodeState, RoundRecord]:
-        """`someone`: it is known that one request at least drafts, so the round need not ask."""
-        target, drafter = self.models(params)
-        starts, anchors = _anchors(state)
-        draft = self.draft(target, drafter, state, anchors, starts, None if someone else view.drafted)
-        view = view._replace(confidence=draft.confidence)
-        lengths, policy = self.policy(view, policy) if someone else self._schedule(view, policy)
-        block = jnp.concatenate([anchors[:, None], draft.tokens], axis=1)
-        verified, bucket = self.verify(target, state, block, starts, lengths)
-        target_law = sampling_law(verified.logits, state.sampling)
-        draws = uniforms(state.keys, starts, self.block, state.sampling)
-        accepted, next_law = self.rule(draft.tokens, draft.probs, target_law, draws, lengths)
-        next_token = draw_token(next_law, state.keys, starts, self.block, RESIDUAL, state.sampling)
-        state, record = self._commit(
-            drafter, state, block, draft, lengths, verified, accepted, next_token, bucket, target
-        )
-        policy = self.policy.observe(view, record.verify_lengths, record.accepted, policy)
-        return self._account(state, view, policy, bucket), record
-
-    def plain_round(self, params: LoopParams, state: DecodeState) -> tuple[DecodeState, RoundRecord, Array]:
-        """A round in which nobody drafts, at the cost of plain decoding: the target on one row a request, whose taps
-        [R, 1, m D] are the third result. Neither drafter nor policy is told. The number drawn is the one that a
-        speculative round with verify length 0 would draw."""
-        target, _ = self.models(params)
-        starts, anchors = _anchors(state)
-        none = jnp.zeros_like(starts)
-        verified, bucket = self.verify(target, state, anchors[:, None], starts, none)
-        logits = verified.logits[:, 0]
-        next_token, _ = draw(logits, state.keys, starts, self.block, RESIDUAL, state.sampling)
-        draft = self.draft(target, None, state, anchors, starts, None)
-        state, record = self._commit(
-            None, state, anchors[:, None], draft, none, verified, none, next_token, bucket, target
-        )
-        return state, record, verified.taps
-
-    def view(self, params: LoopParams, state: DecodeState, occupancy: Occupancy) -> tuple[RoundView, PolicyState]:
-        """What the policy sees before anything is drafted, with its own word on who drafts."""
-        view = self._drafted_view(params, state, occupancy, None)
-        if self.block == 0:
-            return view, state.policy
-        drafted, policy = self.policy.drafting(view, state.policy)
-        return self._drafted_view(params, state, occupancy, drafted), policy
-
-    def _drafted_view(
-        self, params: LoopParams, state: DecodeState, occupancy: Occupancy, drafted: Array | None
-    ) -> RoundView:
+    def plan(self, params: LoopParams, state: DecodeState, occupancy: Occupancy) -> RoundPlan:
+        """Which requests draft in the next round, and how many of their drafts may be verified."""
         caps = jnp.where(state.active, jnp.clip(state.verify_cap, 0, self.block), 0)
         if self.policy.needs_tables:  # one token comes without a draft, so more than this could not be kept
             caps = jnp.clip(state.limit - state.length - 1, 0, caps)
-        if drafted is not None:
-            caps = jnp.where(drafted, caps, 0)
-        return RoundView(state.active, state.length, caps, occupancy, params.tables, drafted)
 
-    def _account(self, state: DecodeState, view: RoundView, policy: PolicyState, bucket: Array) -> DecodeState:
-        """Counts who drafted, and what the cost table says that this round takes with nothing beside it."""
-        drafted = view.active if view.drafted is None else view.active & view.drafted
-        counters = state.counters._replace(drafted=state.counters.drafted + drafted)
-        predicted = state.predicted_seconds
-        if view.tables is not None:
-            costs = idle_costs(view.tables.costs, view.active, view.lengths)
-            predicted += jnp.where(jnp.any(drafted), costs.of(bucket) + costs.drafting, costs.plain)
-        return replace(state, counters=counters, policy=policy, predicted_seconds=predicted)
+        view = RoundView(state.active, state.length, caps, occupancy, params.tables)
+        drafted, policy = self.policy.drafting(view, state.policy)
+        return RoundPlan(drafted, jnp.where(drafted, caps, 0), policy)
 
-    def plain_seconds(self, params: LoopParams, state: DecodeState) -> Array:
-        """What the cost table says of a plain round; 0 without one."""
-        if params.tables is None:
-            return jnp.zeros((), jnp.float32)
-        return idle_costs(params.tables.costs, state.active, state.length).plain
+    def speculative_round(
+        self, params: LoopParams, state: DecodeState, occupancy: Occupancy, plan: RoundPlan
+    ) -> tuple[DecodeState, RoundRecord]:
+        """A round in which the requests of `plan.drafted` (at least one) draft; the others decode one token plainly."""
+        target, drafter = self.models(params)
+        assert drafter is not None, "a loop without a drafter runs plain rounds"
+        starts, anchors = _anchors(state)
 
-    def draft(
-        self,
-        target: TargetModel,
-        drafter: DrafterModel | None,
-        state: DecodeState,
-        anchors: Array,
-        starts: Array,
-        drafted: Array | None,
-    ) -> DraftOutput:
-        """Drafts of every slot; zeros where `drafted` is given and nobody does. Without a drafter, none."""
-        if drafter is None:
-            empty = jnp.zeros((self.requests, 0), jnp.int32)
-            return DraftOutput(empty, jnp.zeros((self.requests, 0, 1), jnp.float32), None)
+        # 1. Draft: K tokens after each anchor, with the laws they were drawn from and their confidences.
+        draft = self.draft(target, drafter, state, anchors)
+        block = jnp.concatenate([anchors[:, None], draft.tokens], axis=1)
+
+        # 2. Schedule: the policy cuts each block to the drafts that are worth verifying.
+        confidence = None if draft.confidence is None else _finite_logits(draft.confidence)
+        view = RoundView(
+            state.active, state.length, plan.caps, occupancy, params.tables, state.active & plan.drafted, confidence
+        )
+        lengths, policy = self.policy(view, plan.policy)
+
+        # 3. Verify: one pass of the target over the anchors and the drafts that are left.
+        verified, bucket = self.verify(target, state, block, starts, lengths)
+        logits = self.decodable(verified.logits)
+
+        # 4. Accept: a prefix of the drafts, and one token after it. Rows from the first without a finite law on are not
+        # judged by; a prefix that reaches such a row ends its request.
+        sound = sound_rows(logits)
+        law = sampling_law(logits, state.sampling)
+        draws = uniforms(state.keys, starts, self.block, state.sampling)
+        accepted, next_law = self.rule(draft.tokens, draft.probs, law, draws, jnp.minimum(lengths, sound))
+        next_token = draw_token(next_law, state.keys, starts, self.block, RESIDUAL, state.sampling)
+
+        # 5. Commit: tokens, the target's K/V, the drafter's context, and what the policy learns from the outcome.
+        verdict = Verdict(block, lengths, accepted, next_token, accepted == sound)
+        after, verdict, count = self._commit(target, state, verdict, verified)
+        rows, taps = jnp.where(state.active, verdict.accepted + 1, 0), finite_or_zero(verified.taps)
+        context = drafter.commit(borrowed_tables(target), state.draft, taps, block, starts, rows)
+        after = replace(
+            after,
+            draft=context,
+            policy=self.policy.observe(view, verdict.lengths, verdict.accepted, policy),
+            counters=after.counters._replace(drafted=state.counters.drafted + (state.active & plan.drafted)),
+            predicted_seconds=state.predicted_seconds + self._predicted(params, state, bucket),
+        )
+        shown = jnp.zeros((self.requests, 0)) if draft.confidence is None else draft.confidence
+        return after, _record(starts, verdict, shown, count, bucket)
+
+    def plain_round(self, params: LoopParams, state: DecodeState) -> tuple[DecodeState, RoundRecord, Array]:
+        """A round without drafts, at the cost of plain decoding: the target on one row a request, whose taps
+        [R, 1, m D] are the third result, since neither the drafter's context nor the policy is updated here. The random
+        number is the one that a speculative round of verify length 0 draws."""
+        target, _ = self.models(params)
+        starts, anchors = _anchors(state)
+        none = jnp.zeros_like(starts)
+
+        # 3. Verify the anchor alone. 4. Nothing is to be accepted: the next token follows the target's law.
+        verified, bucket = self.verify(target, state, anchors[:, None], starts, none)
+        logits = self.decodable(verified.logits)
+        next_token, _ = draw(logits[:, 0], state.keys, starts, self.block, RESIDUAL, state.sampling)
+
+        # 5. Commit that token and the anchor's K/V.
+        verdict = Verdict(anchors[:, None], none, none, next_token, sound_rows(logits) == 0)
+        after, verdict, count = self._commit(target, state, verdict, verified)
+        record = _record(starts, verdict, jnp.zeros((self.requests, 0)), count, bucket)
+        return after, record, finite_or_zero(verified.taps)
+
+    def draft(self, target: TargetModel, drafter: DrafterModel, state: DecodeState, anchors: Array) -> DraftOutput:
+        """Drafts of every slot from its anchor token [R]."""
+        starts = state.length - 1
 
         def sample(logits: Array, offset: int) -> tuple[Array, Array]:
             return draw(logits, state.keys, starts, offset, DRAFT, state.sampling)
 
-        shared = shared_tables(target)
-
-        def run(context: Any) -> DraftOutput:
-            return drafter.draft(shared, context, anchors, starts, sample)
-
-        if drafted is None:
-            return run(state.draft)
-        # Zeros where nobody drafts: no length above 0 follows, so nothing of them is looked at.
-        return jax.lax.cond(jnp.any(drafted), run, partial(zeros_of, run), state.draft)
-
-    def _schedule(self, view: RoundView, policy: PolicyState) -> tuple[Array, PolicyState]:
-        """Verify lengths; where nobody drafted there is nothing to choose."""
-        if view.drafted is None:
-            return self.policy(view, policy)
-
-        def nothing(policy: PolicyState) -> tuple[Array, PolicyState]:
-            return jnp.zeros_like(view.caps), policy
-
-        return jax.lax.cond(jnp.any(view.drafted), partial(self.policy, view), nothing, policy)
+        return drafter.draft(borrowed_tables(target), state.draft, anchors, starts, sample)
 
     def verify(
         self, target: TargetModel, state: DecodeState, block: Array, starts: Array, lengths: Array
     ) -> tuple[VerifyOutput, Array]:
+        """The target on the anchors and the first `lengths` drafts of active requests, and the bucket it ran at."""
         wanted = state.active[:, None] & (jnp.arange(block.shape[1]) <= lengths[:, None])
         return verify(target, self.buckets, self.tap_layers, state.target_cache, block, starts, wanted)
 
+    def decodable(self, logits: Float[Array, "*n v"]) -> Float[Array, "*n v"]:
+        """-inf for the ids that pad the target's tables, which no tokenizer can turn into text."""
+        if self.words is None or self.words >= logits.shape[-1]:
+            return logits
+        return jnp.where(jnp.arange(logits.shape[-1]) < self.words, logits, -jnp.inf)
+
+    def plain_seconds(self, params: LoopParams, state: DecodeState) -> Array:
+        """What the cost table predicts for a plain round; 0 without a table."""
+        if params.tables is None:
+            return jnp.zeros((), jnp.float32)
+        return idle_costs(params.tables.costs, state.active, state.length).plain
+
+    def _predicted(self, params: LoopParams, state: DecodeState, bucket: Array) -> Array:
+        """What the cost table predicts for a speculative round at this bucket; 0 without a table."""
+        if params.tables is None:
+            return jnp.zeros((), jnp.float32)
+        costs = idle_costs(params.tables.costs, state.active, state.length)
+        return costs.of(bucket) + costs.drafting
+
     def _commit(
-        self,
-        drafter: DrafterModel | None,
-        state: DecodeState,
-        block: Array,
-        draft: DraftOutput,
-        lengths: Array,
-        verified: VerifyOutput,
-        accepted: Array,
-        next_token: Array,
-        bucket: Array,
-        target: TargetModel,
-    ) -> tuple[DecodeState, RoundRecord]:
-        """Appends x_1..x_n and the next token, cut at the first stop token and at the request's limit."""
-        starts, columns = state.length - 1, jnp.arange(block.shape[1])
-        fresh = jnp.where(columns == accepted[:, None], next_token[:, None], jnp.roll(block, -1, axis=1))
-        kept, stopped = first_stop(fresh, state.stop_tokens, accepted + 1)
-        kept = jnp.where(state.active, kept, 0)
-        count = jnp.minimum(kept, state.limit - state.length)
+        self, target: TargetModel, state: DecodeState, verdict: Verdict, verified: VerifyOutput
+    ) -> tuple[DecodeState, Verdict, Array]:
+        """Appends x_1..x_n and the token after them, up to the first stop token and the request's limit.
+
+        Returns the state, the verdict with a proposal that runs past the request's end cut there, so that what lies
+        behind it counts neither as verified nor as accepted, and the tokens committed [R].
+        """
+        starts, columns = state.length - 1, jnp.arange(verdict.block.shape[1])
+        accepted = verdict.accepted
+        fresh = jnp.where(
+            columns == accepted[:, None], verdict.next_token[:, None], jnp.roll(verdict.block, -1, axis=1)
+        )
+
+        # How many of them stand: no further than a stop token, the limit, or the last finite law.
+        offered, room = accepted + ~verdict.failed, state.limit - state.length
+        kept, stopped = first_stop(fresh, state.stop_tokens, offered)
+        count = jnp.where(state.active, jnp.minimum(kept, room), 0)
         length = state.length + count
-        # A stop among the drafts ends the proposal there: what lies behind it counts neither as verified nor accepted.
-        cut = stopped & (kept <= accepted)
-        accepted = jnp.where(cut, kept, accepted)
-        lengths = jnp.where(cut, kept, lengths)
         stopped &= state.active & (kept == count)
-        draft_state = state.draft
-        if drafter is not None:
-            counts = jnp.where(state.active, accepted + 1, 0)
-            draft_state = drafter.commit(shared_tables(target), draft_state, verified.taps, block, starts, counts)
+        failed = state.active & verdict.failed & (count == offered) & ~stopped & (length < state.limit)
+
+        # The limit cuts every proposal, not only one that was accepted so far: else the counts would be biased.
+        cut = count < offered
+        verdict = verdict._replace(
+            lengths=jnp.where(cut, count, jnp.minimum(verdict.lengths, room)),
+            accepted=jnp.where(cut, count, accepted),
+        )
+
+        # The rows of drafts that were not accepted are written too: junk behind the new length.
         write = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))
-        positions, live = jnp.arange(self.block), state.active[:, None]
-        counters = RoundCounters(
-            rounds=state.counters.rounds + state.active,
-            drafted=state.counters.drafted,
-            committed=state.counters.committed + kept,
-            verified_at=state.counters.verified_at + (live & (positions < lengths[:, None])),
-            accepted_at=state.counters.accepted_at + (live & (positions < accepted[:, None])),
+        after = replace(
+            state,
+            tokens=write(state.tokens, fresh, state.length),
+            length=length,
+            active=state.active & ~stopped & ~failed & (length < state.limit),
+            stopped=state.stopped | stopped,
+            failed=state.failed | failed,
+            target_cache=target.append(state.target_cache, jax.tree.map(finite_or_zero, verified.kv), starts),
+            counters=self._counted(state, verdict, count),
         )
-        confidence = draft.confidence if draft.confidence is not None else jnp.zeros((self.requests, 0))
-        record = RoundRecord(starts, draft.tokens, confidence, lengths, accepted, next_token, kept, bucket)
-        return (
-            replace(
-                state,
-                tokens=write(state.tokens, fresh, state.length),
-                length=length,
-                active=state.active & ~stopped & (length < state.limit),
-                stopped=state.stopped | stopped,
-                target_cache=target.append(state.target_cache, verified.kv, starts),
-                draft=draft_state,
-                counters=counters,
-            ),
-            record,
+        return after, verdict, count
+
+    def _counted(self, state: DecodeState, verdict: Verdict, count: Array) -> RoundCounters:
+        position, live, counters = jnp.arange(self.block), state.active[:, None], state.counters
+        return counters._replace(
+            rounds=counters.rounds + state.active,
+            committed=counters.committed + count,
+            verified_at=counters.verified_at + (live & (position < verdict.lengths[:, None])),
+            accepted_at=counters.accepted_at + (live & (position < verdict.accepted[:, None])),
         )
+
+
+def borrowed_tables(target: TargetModel) -> SharedTables:
+    """The target's embedding and head, as drafters read them."""
+    return SharedTables.of(target.config, target.embed_weight_vd[...], target.head_weight())
+
+
+@partial(jax.jit, static_argnums=0)
+def init_state(loop: DecodeLoop, params: LoopParams) -> DecodeState:
+    return loop.init_state(params)
 
 
 def _anchors(state: DecodeState) -> tuple[Array, Array]:
@@ -285,10 +303,24 @@ def _anchors(state: DecodeState) -> tuple[Array, Array]:
     return starts, jnp.take_along_axis(state.tokens, starts[:, None], axis=1)[:, 0]
 
 
-def shared_tables(target: TargetModel) -> SharedTables:
-    return SharedTables.of(target.config, target.embed_weight_vd[...], target.head_weight())
+def _record(starts: Array, verdict: Verdict, confidence: Array, count: Array, bucket: Array) -> RoundRecord:
+    lengths, accepted = verdict.lengths, verdict.accepted
+    drafts = verdict.block[:, 1:]
+    return RoundRecord(starts, drafts, confidence, lengths, accepted, verdict.next_token, count, bucket)
 
 
-@partial(jax.jit, static_argnums=0)
-def init_state(loop: DecodeLoop, params: LoopParams) -> DecodeState:
-    return loop.init_state(params)
+def sound_rows(logits: Float[Array, "r w v"]) -> Int[Array, " r"]:
+    """How many rows a request has before the first that gives no law: with a NaN, an infinity, or -inf alone."""
+    sound = jnp.isfinite(jnp.max(logits, axis=-1))
+    return jnp.sum(jnp.cumprod(sound.astype(jnp.int32), axis=1), axis=1)
+
+
+def finite_or_zero(x: Array) -> Array:
+    """Zeros for what is not finite. A masked NaN is still a NaN in a product: in a cache it would outlive its request
+    and fail the slot's next one."""
+    return jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
+
+
+def _finite_logits(confidence: Array) -> Array:
+    """Confidence logits within +-30; a NaN says that no draft is likely, so that no policy learns from one."""
+    return jnp.clip(jnp.where(jnp.isnan(confidence), -30.0, confidence), -30.0, 30.0)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from dspark_jax.decoding.noise import Key
 
-# Below this a temperature means greedy: the law is one-hot at the lowest-indexed argmax (golden/NOTES 38).
+# Below this a temperature means greedy: the law is one-hot at the lowest-indexed argmax (docs/algorithm.md, rule 6).
 GREEDY_BELOW = 1e-5
 
 # Purposes of a random number, folded into its key beside position and offset.
@@ -43,7 +43,7 @@ def sampling_law(logits: Float[Array, "r *n v"], params: SamplingArrays) -> Floa
 
 
 def _by_need(params: SamplingArrays, greedy: Callable, plain: Callable, truncated: Callable, *operands: Any) -> Any:
-    """One of three ways to the same laws: the first where nobody samples, the second where nobody asks for top-k or
+    """One of three ways to the same laws: the first where no request samples, the second where none uses top-k or
     top-p. One flat branch: XLA:CPU takes as long to enter a nested one as to make a small law."""
     stochastic = jnp.any(params.stochastic)
     sorts = stochastic & jnp.any((params.top_k > 0) | (params.top_p < 1.0))
@@ -64,14 +64,16 @@ def _truncated_law(params: SamplingArrays, logits: Array) -> Array:
 
 
 def _law(params: SamplingArrays, logits: Array, scaled: Array) -> Array:
-    floor = jnp.max(scaled, axis=-1, keepdims=True) + _per_request(jnp.log(params.min_p), logits)
+    floor = _per_request(jnp.log(params.min_p), logits)  # relative to the largest, which is 0
     law = jax.nn.softmax(jnp.where(scaled >= floor, scaled, -jnp.inf), axis=-1)
     return jnp.where(_per_request(params.stochastic, logits), law, _greedy_law(logits))
 
 
 def _scaled(params: SamplingArrays, logits: Array) -> Array:
+    """Logits below their largest, over the temperature: in this order huge finite logits do not overflow."""
+    wide = logits.astype(jnp.float32)
     temperature = jnp.maximum(params.temperature, GREEDY_BELOW)
-    return logits.astype(jnp.float32) / _per_request(temperature, logits)
+    return (wide - jnp.max(wide, axis=-1, keepdims=True)) / _per_request(temperature, logits)
 
 
 def _per_request(value: Float[Array, " r"], like: Float[Array, "r *n v"]) -> Array:
@@ -106,7 +108,7 @@ def round_keys(keys: UInt32[Array, "r 2"], positions: Int[Array, " r"], offsets:
 def uniforms(
     keys: UInt32[Array, "r 2"], positions: Int[Array, " r"], count: int, params: SamplingArrays
 ) -> Float[Array, "r k"]:
-    """Acceptance draws u_k in [0, 1); zeros, never looked at by a one-hot law, when nobody samples."""
+    """Acceptance draws u_k in [0, 1); zeros, which one-hot laws ignore, where no request samples."""
 
     def draw() -> Array:
         return round_keys(keys, positions, jnp.arange(count), ACCEPT).uniform(1)[..., 0]
@@ -123,7 +125,7 @@ def draw_token(
     purpose: int,
     params: SamplingArrays,
 ) -> Int[Array, " r"]:
-    """One token a request from its law; the argmax, with no random number drawn, when nobody samples."""
+    """One token a request from its law; the argmax, with no random number drawn, where no request samples."""
 
     def race() -> Array:
         return _race(law, round_keys(keys, positions, jnp.full((1,), offset), purpose))
@@ -153,7 +155,7 @@ def draw(
 
 
 def _race(law: Float[Array, "r v"], key: Key) -> Int[Array, " r"]:
-    """A token of each law, `key` [R, 1]: the first of V clocks that ring at rates `law`, which is Gumbel-max with a
+    """A token of each law, `key` [R, 1]: the first of V exponential clocks of rates `law`, which is Gumbel-max with one
     logarithm less."""
     tiny = jnp.finfo(jnp.float32).tiny
     waits = -jnp.log(jnp.maximum(key.uniform(law.shape[-1])[:, 0], tiny))

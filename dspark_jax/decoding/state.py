@@ -19,8 +19,10 @@ from dspark_jax.targets.decoder import Cache
 
 class RoundCounters(NamedTuple):
     """Totals per slot since the request was admitted: rounds [R] and those with drafts [R], tokens committed by rounds
-    [R] (a stop cuts them, the request's own length limit doesn't: golden/NOTES 42), drafts verified and accepted by
-    block position [R, K]."""
+    [R], drafts verified and accepted by block position [R, K].
+
+    A stop token and the request's limit both end the count: a request's length is its prompt, the first token and what
+    its rounds committed (docs/algorithm.md, rules 10 and 11)."""
 
     rounds: Array
     drafted: Array
@@ -40,6 +42,7 @@ class DecodeState:
     limit: Array  # [R] int32: the length at which the request ends
     active: Array  # [R] bool: holds a request that has not ended
     stopped: Array  # [R] bool: ended by a stop token
+    failed: Array  # [R] bool: ended because the target gave no finite law for the next token
     stop_tokens: Array  # [R, E] int32, -1 padded
     verify_cap: Array  # [R] int32 in 0..K: the most drafts verified for this request
     keys: Array  # [R, 2] uint32: raw threefry key of the request's seed
@@ -47,8 +50,8 @@ class DecodeState:
     target_cache: Cache  # the target's: one KeysValues a layer, [R, G, S, H], where there is nothing but K and V
     draft: Any  # DraftState; () without a drafter
     counters: RoundCounters
-    policy: Any  # scheduler.PolicyState: what the verify policy has learnt
-    predicted_seconds: Array  # [] float32: what the cost table says the last dispatch took; 0 without a table
+    policy: Any  # PolicyState: what the verify policy has learnt
+    predicted_seconds: Array  # [] float32: what the cost table predicts for the last dispatch; 0 without a table
 
 
 class Admission(NamedTuple):
@@ -68,16 +71,16 @@ class Admission(NamedTuple):
 
 
 class RoundRecord(NamedTuple):
-    """What one round did, for recordings and tests. Rows of slots that were not active are junk."""
+    """One round's outcome, for studies and tests. Rows of slots that were not active are junk."""
 
     anchors: Array  # [R] position of each anchor
     draft_tokens: Array  # [R, K]
     confidence: Array  # [R, K] logits; [R, 0] without a confidence head
     verify_lengths: Array  # [R]
-    accepted: Array  # [R] drafts accepted, a stop token cutting what follows it
-    next_token: Array  # [R] bonus or correction token, not emitted when a draft stopped the request
-    committed: Array  # [R] tokens committed this round before the length limit; 0 for idle slots
-    bucket: Array  # [] tokens the verify pass was run for
+    accepted: Array  # [R] drafts accepted, none behind a stop token or the limit
+    next_token: Array  # [R] bonus or correction token, not committed where a draft ended the request
+    committed: Array  # [R] tokens committed this round; 0 for idle slots
+    bucket: Array  # [] tokens that the verify pass ran on
 
 
 def empty_counters(requests: int, block: int) -> RoundCounters:

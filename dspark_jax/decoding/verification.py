@@ -1,6 +1,6 @@
 """The verify pass: the target on the blocks of all requests, packed into as few rows as they need.
 
-Axes: R request slots, W rows of a block (anchor and drafts; 1 where nobody drafts), V vocab, P packed rows of a bucket.
+Axes: R request slots, W rows of a block (anchor and drafts; 1 in plain rounds), V vocab, P packed rows of a bucket.
 """
 
 from collections.abc import Callable, Sequence

@@ -14,14 +14,20 @@ from dspark_jax.checkpoints.serving_tables import StsTable
 from dspark_jax.decoding.state import RoundRecord
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.errors import UserError
-from dspark_jax.scheduling.calibration import CalibrationMetrics, calibration_metrics, prefix_survival, reliability
+from dspark_jax.evaluation.calibration_metrics import (
+    CalibrationMetrics,
+    calibration_metrics,
+    prefix_survival,
+    reliability,
+)
+from dspark_jax.evaluation.temperature_scaling import fit_shift, fit_temperatures
 from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.generate import drain
 from dspark_jax.serving.jobs import listed_requests
 from dspark_jax.serving.requests import Prompt, Request
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
-from dspark_jax.serving.temperatures import fit_shift, fit_temperatures, validity, write_calibration
+from dspark_jax.serving.temperatures import validity, write_calibration
 from dspark_jax.targets.target import Target
 
 SAMPLED = SamplingParams(96, temperature=1.0)

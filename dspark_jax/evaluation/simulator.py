@@ -180,9 +180,9 @@ class _Slots:
 def _schedule(
     policy: VerifyPolicy, view: RoundView, logits: jax.Array, state: PolicyState
 ) -> tuple[jax.Array, jax.Array, RoundView, PolicyState]:
-    """(who drafted, verify lengths, what the policy saw, its state), in the order of the compiled round."""
+    """(requests that drafted, verify lengths, the policy's view, its state), in the order of the compiled round."""
     drafted, state = policy.drafting(view, state)
-    drafted = view.caps > 0 if drafted is None else drafted
+    drafted &= view.caps > 0
     view = view._replace(drafted=drafted, caps=jnp.where(drafted, view.caps, 0), confidence=logits)
     lengths, new = policy(view, state)
     state = jax.tree.map(lambda a, b: jnp.where(jnp.any(drafted), a, b), new, state)

@@ -1,4 +1,4 @@
-"""What the device can carry: the cost of a round by tokens verified, and how busy the device is beside it.
+"""The cost of a round by tokens verified, and the load on the device it runs on.
 
 Axes: R request slots, C context probes, P token rungs. Everything the compiled loop reads is an array of fixed shape,
 so that a new profile, load or share compiles nothing.
@@ -18,11 +18,10 @@ from dspark_jax.errors import UserError
 
 
 class Occupancy(NamedTuple):
-    """What a dispatch is told from outside, float32 scalars, 1 = as profiled. Who is active and how long the contexts
-    are, the loop sees for itself.
+    """The load on the device, an argument of every dispatch; float32 scalars, 1 = as profiled.
 
-    `load`: measured over profiled round time (`LoadMeter`). `signal`: the user's word for what shares the device: 2 for
-    a co-located job of equal weight, 1 / share for a tenant.
+    `load`: measured over profiled round time (`LoadMeter`). `signal`: external load factor set by the caller: 2 for a
+    co-located job of equal weight, 1 / share for a tenant.
     """
 
     load: Array
@@ -38,8 +37,8 @@ class Occupancy(NamedTuple):
 
     @property
     def pressure(self) -> Array:
-        """How much dearer than profiled one more token is. What an idle device gives away for nothing, the work beside
-        it pays for, so pressure scales the cost above the cheapest verify pass and not the pass itself."""
+        """How much more than profiled one further token costs. Spare capacity is free when idle but costs co-located
+        work, so pressure scales the cost above the cheapest verify pass and not the pass itself."""
         return self.load * self.signal
 
 
@@ -53,8 +52,8 @@ class CostTable(NamedTuple):
     contexts: Array  # [C] float32 ascending: mean committed positions of the active requests
     verify: Array  # [C, P] float32: a round's seconds without drafting
     drafting: Array  # [C] float32: what drafting adds
-    plain: Array | None = None  # [C] float32: a round in which nobody drafts; None: what its tokens cost in `verify`
-    dispatch: Array | None = None  # [] float32: what a dispatch takes beside its rounds; None: nothing
+    plain: Array | None = None  # [C] float32: a round without drafts; None: what its tokens cost in `verify`
+    dispatch: Array | None = None  # [] float32: overhead of a dispatch; None: none
 
     @classmethod
     def of(
@@ -96,7 +95,7 @@ class CostTable(NamedTuple):
 
 
 class ScheduleTables(NamedTuple):
-    """What policies read beside the round: `costs`, and `temperatures` [K] float32 of the confidence logits (ones: not
+    """The tables of load-adaptive policies: `costs`, and `temperatures` [K] float32 of the confidence logits (ones: not
     calibrated)."""
 
     costs: CostTable
@@ -109,7 +108,7 @@ class ScheduleTables(NamedTuple):
 
 class RoundCosts(NamedTuple):
     """A cost table at this round's contexts and pressure, `base` the tokens that are verified whatever is scheduled,
-    `plain` the seconds of a round in which nobody drafts."""
+    `plain` the seconds of a round without drafts."""
 
     tokens: Int[Array, " p"]
     seconds: Float[Array, " p"]
@@ -154,7 +153,7 @@ def round_costs(
 
 
 def idle_costs(table: CostTable, active: Bool[Array, " r"], lengths: Int[Array, " r"]) -> RoundCosts:
-    """Costs with nothing beside the loop: what the clock is compared with."""
+    """Costs with no other load: what measured times are compared with."""
     ones = jnp.ones((), jnp.float32)
     return round_costs(table, Occupancy(ones, ones), active, lengths)
 
@@ -173,7 +172,7 @@ class LoadMeter:
 
     def update(self, measured: float, predicted: float) -> float:
         """Takes in one dispatch (`DecodeState.predicted_seconds` against the clock) and returns `load`. A dispatch that
-        ran no round (0 predicted) says nothing."""
+        ran no round (0 predicted) changes nothing."""
         if predicted > 0 and measured > 0:
             newest = min(measured / predicted, self.highest)
             self.ratio += self.weight * (newest - self.ratio)
@@ -183,3 +182,10 @@ class LoadMeter:
     def load(self) -> float:
         """Never below 1: a device faster than its profile has no more spare capacity than was profiled."""
         return self.ratio if self.ratio > 1 + self.tolerance else 1.0
+
+
+def bucket_ladder(requests: int, width: int, rungs: int = 3) -> tuple[int, ...]:
+    """Token counts that the verify pass is compiled for: from one row a request to the full block, evenly spaced."""
+    steps = min(rungs, width)
+    widths = {1 + round((width - 1) * i / max(steps - 1, 1)) for i in range(steps)} | {width}
+    return tuple(requests * w for w in sorted(widths))

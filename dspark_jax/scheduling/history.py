@@ -1,7 +1,7 @@
-"""What earlier rounds taught a policy: how drafts fared, by request and by position, and whether drafting pays.
+"""Statistics of earlier rounds: how drafts fared, by request and by position, and whether drafting pays.
 
-Everything here is decided from rounds that have ended, so it may depend on their tokens, accepted or not, and stays
-non-anticipating (SPEC section 5). Axes: R request slots, K block position.
+They come from rounds that have ended, so they may depend on those rounds' tokens, accepted or not, and remain
+non-anticipating (docs/algorithm.md, rule 76). Axes: R request slots, K block position.
 """
 
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from dspark_jax.scheduling.costs import RoundCosts
 
 
 class SlotHistory(NamedTuple):
-    """Of the request in a slot, [R] each: decayed sums over the rounds in which it drafted, and whether it is set
-    aside (its drafts do not pay)."""
+    """Per request, [R] each: decayed sums over the rounds in which it drafted, and whether drafting is disabled for it
+    because its drafts do not pay."""
 
     rounds: Array
     accepted: Array
@@ -24,8 +24,9 @@ class SlotHistory(NamedTuple):
 
 
 class SharedHistory(NamedTuple):
-    """Of all requests so far: the same sums []; drafts accepted and judged by position [K], judged meaning that x_<k
-    was accepted and x_k verified; rounds since the last probe and until the next []; whether all are set aside []."""
+    """Over all requests: the same sums []; drafts accepted and judged by position [K], judged meaning that x_<k was
+    accepted and x_k verified; rounds since the last probe and until the next []; whether drafting is disabled for all
+    of them []."""
 
     rounds: Array
     accepted: Array
@@ -39,12 +40,12 @@ class SharedHistory(NamedTuple):
 
 @dataclass(frozen=True)
 class History:
-    """Sums that forget. A request starts at the mean of the others; the first one starts hopeful."""
+    """Exponentially decayed sums. A request starts at the mean of the others, the first one at an optimistic prior."""
 
     slot_decay: float = 0.9
     shared_decay: float = 0.98
     prior_rounds: float = 4.0  # weight of the shared mean in a new request's own
-    survival: float = 0.8  # of a position that was not judged yet, with the weight of four judgements
+    survival: float = 0.8  # prior of a position, with the weight of four judged drafts
     probe_after: int = 32
 
     def init_slots(self, requests: int) -> SlotHistory:
@@ -60,14 +61,14 @@ class History:
         return SharedHistory(full(1.0), full(0.9 * block), full(block), *counts, *probe, jnp.zeros((), bool))
 
     def expected(self, slots: SlotHistory, shared: SharedHistory) -> tuple[Float[Array, " r"], Float[Array, " r"]]:
-        """(accepted, verified) drafts of a round that drafts, by request."""
+        """Expected (accepted, verified) drafts of each request in a round in which it drafts."""
         # The others' mean fades as a request's own rounds fill its memory, of 1 / (1 - slot_decay) rounds.
         prior = self.prior_rounds * jnp.maximum(1.0 - (1.0 - self.slot_decay) * slots.rounds, 1e-3)
         weight, total = prior / shared.rounds, slots.rounds + prior
         return (slots.accepted + weight * shared.accepted) / total, (slots.verified + weight * shared.verified) / total
 
     def conditional(self, shared: SharedHistory) -> Float[Array, " k"]:
-        """How often x_k was accepted where x_<k was: the forecast for confidences that nobody has seen yet."""
+        """How often x_k was accepted where x_<k was: the forecast where confidences are not known yet."""
         return (shared.hits + 4.0 * self.survival) / (shared.tries + 4.0)
 
     def learn(
@@ -78,7 +79,7 @@ class History:
         lengths: Int[Array, " r"],
         accepted: Int[Array, " r"],
     ) -> tuple[SlotHistory, SharedHistory]:
-        """After a round; rows that did not draft teach nothing."""
+        """The sums after a round; requests that did not draft add nothing."""
         position = jnp.arange(shared.hits.shape[0])
         judged = drafted[:, None] & (position < lengths[:, None]) & (position <= accepted[:, None])
         hits = judged & (position < accepted[:, None])
@@ -107,11 +108,14 @@ class History:
 
 @dataclass(frozen=True)
 class DraftGuard:
-    """Who drafts this round. A request is set aside when its accepted drafts are worth less than the verify time they
-    took, and all of them when drafting as a whole is slower than plain decoding; both by recent rounds. Sticky: what is
-    set aside comes back by `gain` or more, and is looked at again in a probe round, all of them in the same one, after
-    `probe_after` rounds, then after twice as many, and so on up to `probe_at_most`. A round with nobody set aside takes
-    an eighth off that wait."""
+    """Chooses which requests draft. Drafting is disabled for a request whose accepted drafts are worth less than the
+    verify time they took, and for all of them where drafting as a whole is slower than plain decoding, both by recent
+    rounds.
+
+    Hysteresis: drafting resumes only above `1 + gain`. Disabled requests draft again in a probe round, all in the same
+    one, after `probe_after` rounds, then after twice as many, and so on up to `probe_at_most`; a round in which none is
+    disabled shortens that wait by an eighth.
+    """
 
     gain: float = 0.05
     probe_at_most: int = 2048
@@ -130,7 +134,7 @@ class DraftGuard:
         base = jnp.maximum(costs.base, 1).astype(jnp.float32)
         plain = costs.plain
         room = jnp.maximum(costs.tokens[-1] - base, 1.0)
-        worth = base / plain  # tokens a second that plain decoding makes: what time costs
+        worth = base / plain  # tokens a second of plain decoding: the price of time
         price = worth * (costs.seconds[-1] - plain) / room
         good = able & (accepted > jnp.where(slots.off, 1 + self.gain, 1.0) * price * verified)
         tokens = base + jnp.sum(jnp.where(good, accepted, 0.0))
@@ -138,20 +142,20 @@ class DraftGuard:
         seconds = jnp.maximum(wanted, plain) + pressure * costs.drafting
         pays = tokens > jnp.where(shared.off, 1 + self.gain, 1.0) * worth * seconds
         wants = good & pays
-        aside = jnp.any(able & ~wants)
-        probe = aside & (shared.since >= shared.interval)
+        disabled = jnp.any(able & ~wants)
+        probe = disabled & (shared.since >= shared.interval)
         longer = jnp.where(probe, jnp.minimum(2 * shared.interval, self.probe_at_most), shared.interval)
-        # Little by little: a probe may have been lucky, and the next ones would be as dear as it was.
+        # Little by little: a probe may have been lucky, and the next ones would cost as much.
         shorter = jnp.maximum(shared.interval - shared.interval // 8, history.probe_after)
-        # A round in which nobody could draft, as at a request's last token, says nothing: the wait goes on.
-        someone = jnp.any(able)
+        # A round in which no request could draft, as at a last token, is no evidence: the wait goes on.
+        any_able = jnp.any(able)
         shared = shared._replace(
-            since=jnp.where(aside & ~probe, shared.since + 1, jnp.where(someone, 0, shared.since)),
-            interval=jnp.where(aside, longer, jnp.where(someone, shorter, shared.interval)),
-            off=jnp.where(someone, ~pays, shared.off),
+            since=jnp.where(disabled & ~probe, shared.since + 1, jnp.where(any_able, 0, shared.since)),
+            interval=jnp.where(disabled, longer, jnp.where(any_able, shorter, shared.interval)),
+            off=jnp.where(any_able, ~pays, shared.off),
         )
         return able & (wants | probe), slots._replace(off=able & ~wants), shared
 
-    def rested(self, slots: SlotHistory, shared: SharedHistory, rounds: Int[Array, ""]) -> SharedHistory:
-        """`rounds` more rounds passed as the last one did; those in which somebody is set aside count for the probe."""
+    def skipped(self, slots: SlotHistory, shared: SharedHistory, rounds: Int[Array, ""]) -> SharedHistory:
+        """The state `rounds` further plain rounds later, which count towards the probe where a request is disabled."""
         return shared._replace(since=shared.since + jnp.where(jnp.any(slots.off), rounds, 0))

@@ -1,10 +1,11 @@
-"""Verify lengths: how many of a block's drafts each request has verified this round (SPEC sections 1 and 5).
+"""Verify policies: how many of a block's drafts each request has verified in a round.
 
-A policy may let x_k in by what x_<k, other requests and the past say, never by x_k itself: that keeps it lossless. Read
-admission as a frontier: every request shows only the survival a of its next draft, which depends on drafts that are in
-already; the best of the frontier is let in, or admission stops. As a falls with k, that order is one sort of all a.
+Whether x_k is verified may depend on x_<k, on other requests and on the past, never on x_k: that keeps scheduling
+lossless. Admission runs along a frontier: a request shows only the survival a of its next draft, which its admitted
+drafts determine; the best of the frontier is admitted, or admission stops. As a falls with k, that order is one sort of
+all a (docs/algorithm.md, rules 73 to 80).
 
-Axes: R request slots, K block position, M = R * K drafts, P token rungs.
+Axes: R request slots, K block position, P token rungs.
 """
 
 from dataclasses import dataclass
@@ -18,30 +19,36 @@ from dspark_jax.errors import UserError
 from dspark_jax.scheduling.calibration import Calibration, Static
 from dspark_jax.scheduling.costs import Occupancy, RoundCosts, ScheduleTables, round_costs
 from dspark_jax.scheduling.history import DraftGuard, History, SharedHistory
+from dspark_jax.scheduling.ranking import Ranked, rank, survival
 
 
 class PolicyState(NamedTuple):
-    """`slots`: leaves [R, ...], set back when a request is admitted; `shared`: leaves that live as long as the loop."""
+    """`slots`: leaves [R, ...], reset when a request is admitted; `shared`: leaves that last as long as the loop."""
 
     slots: Any = ()
     shared: Any = ()
 
 
 class RoundView(NamedTuple):
-    """What a policy is shown of a round. `caps` are 0 for a request that is idle or did not draft; `confidence` and
-    `drafted` are there once the drafter has run."""
+    """A round as its policy sees it. `drafted` and `confidence` are None until the drafter has run."""
 
     active: Bool[Array, " r"]
     lengths: Int[Array, " r"]  # committed tokens
-    caps: Int[Array, " r"]  # the most drafts that may be verified
+    caps: Int[Array, " r"]  # the most drafts that may be verified; 0 for a request that is idle or does not draft
     occupancy: Occupancy
     tables: ScheduleTables | None
     drafted: Bool[Array, " r"] | None = None
-    confidence: Float[Array, "r k"] | None = None  # logits; None too when the drafter has no confidence head
+    confidence: Float[Array, "r k"] | None = None  # logits; None also without a confidence head
 
 
 class VerifyPolicy(Protocol):
-    """A frozen strategy; what it learns is in its state. Order of a round: `drafting`, call, `observe`."""
+    """A frozen strategy whose memory is its state. Order of a round: `drafting`, the call, `observe`; a round in which
+    no request drafts ends after `drafting`."""
+
+    @property
+    def always_drafts(self) -> bool:
+        """Whether every active request drafts in every round, so that no plain rounds need be compiled."""
+        ...
 
     @property
     def needs_tables(self) -> bool:
@@ -50,12 +57,12 @@ class VerifyPolicy(Protocol):
 
     def init(self, requests: int, block: int) -> PolicyState: ...
 
-    def drafting(self, view: RoundView, state: PolicyState) -> tuple[Bool[Array, " r"] | None, PolicyState]:
-        """Which requests draft at all; where none does, the drafter is not run. None: always everybody."""
+    def drafting(self, view: RoundView, state: PolicyState) -> tuple[Bool[Array, " r"], PolicyState]:
+        """Which requests draft; where none does, the drafter is not run."""
         ...
 
-    def rested(self, state: PolicyState, rounds: Int[Array, ""]) -> PolicyState:
-        """After `rounds` more rounds in which nobody drafted, without being asked."""
+    def skipped(self, state: PolicyState, rounds: Int[Array, ""]) -> PolicyState:
+        """The state after `rounds` further plain rounds for which `drafting` was not called."""
         ...
 
     def __call__(self, view: RoundView, state: PolicyState) -> tuple[Int[Array, " r"], PolicyState]:
@@ -65,23 +72,24 @@ class VerifyPolicy(Protocol):
     def observe(
         self, view: RoundView, lengths: Int[Array, " r"], accepted: Int[Array, " r"], state: PolicyState
     ) -> PolicyState:
-        """Learns from what became of this round's drafts."""
+        """The state after a round of these verify lengths and accepted drafts."""
         ...
 
 
 @dataclass(frozen=True)
 class Fixed:
-    """Verify as many drafts as each request's cap says: the full block, a fixed length, or 0 (plain decoding)."""
+    """Verify as many drafts as each request's cap allows: the full block, a fixed length, or 0 (plain decoding)."""
 
+    always_drafts = True
     needs_tables = False
 
     def init(self, requests: int, block: int) -> PolicyState:
         return PolicyState()
 
-    def drafting(self, view: RoundView, state: PolicyState) -> tuple[None, PolicyState]:
-        return None, state
+    def drafting(self, view: RoundView, state: PolicyState) -> tuple[Array, PolicyState]:
+        return view.active, state
 
-    def rested(self, state: PolicyState, rounds: Array) -> PolicyState:
+    def skipped(self, state: PolicyState, rounds: Array) -> PolicyState:
         return state
 
     def __call__(self, view: RoundView, state: PolicyState) -> tuple[Array, PolicyState]:
@@ -93,7 +101,7 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Threshold(Fixed):
-    """Verify the prefix before the first draft whose confidence is below `threshold` (golden/NOTES 35)."""
+    """Verify the prefix before the first draft whose confidence is below `threshold` (docs/algorithm.md, rule 70)."""
 
     threshold: float = 0.0
 
@@ -116,10 +124,10 @@ class AdaptiveShared(NamedTuple):
 
 @dataclass(frozen=True)
 class Adaptive:
-    """What the load-adaptive strategies share: calibrated survival, history, and the guard that may leave drafting off.
+    """What the load-adaptive strategies share: calibrated survival, history, and the guard that can disable drafting.
 
-    Subclasses choose how many of the ranked drafts are let in. `min_gain`: a step must gain that much more than it
-    costs, judged when it is taken; a whole round is never judged afterwards, which would anticipate.
+    Subclasses choose how many of the ranked drafts are admitted. `min_gain`: a step must gain that much more than it
+    costs, judged when it is taken; judging a whole round afterwards would anticipate.
     """
 
     calibration: Calibration = Static()
@@ -127,6 +135,7 @@ class Adaptive:
     guard: DraftGuard | None = DraftGuard()
     history: History = History()
 
+    always_drafts = False
     needs_tables = True
 
     def init(self, requests: int, block: int) -> PolicyState:
@@ -137,9 +146,9 @@ class Adaptive:
         return ()
 
     def admit(
-        self, ranked: "Ranked", costs: RoundCosts, conditional: Float[Array, " k"], own: Any
+        self, ranked: Ranked, costs: RoundCosts, conditional: Float[Array, " k"], own: Any
     ) -> tuple[Int[Array, ""], Any]:
-        """How many of the ranked drafts are let in, and the strategy's own state."""
+        """How many of the ranked drafts are admitted, and the strategy's own state."""
         raise NotImplementedError
 
     def drafting(self, view: RoundView, state: PolicyState) -> tuple[Array, PolicyState]:
@@ -152,10 +161,10 @@ class Adaptive:
         )
         return drafts, PolicyState(slots, state.shared._replace(history=history))
 
-    def rested(self, state: PolicyState, rounds: Array) -> PolicyState:
+    def skipped(self, state: PolicyState, rounds: Array) -> PolicyState:
         if self.guard is None:
             return state
-        history = self.guard.rested(state.slots, state.shared.history, rounds)
+        history = self.guard.skipped(state.slots, state.shared.history, rounds)
         return PolicyState(state.slots, state.shared._replace(history=history))
 
     def __call__(self, view: RoundView, state: PolicyState) -> tuple[Array, PolicyState]:
@@ -167,7 +176,7 @@ class Adaptive:
         return ranked.lengths(count), PolicyState(state.slots, shared._replace(own=own))
 
     def confidences(self, view: RoundView, shared: AdaptiveShared) -> Float[Array, "r k"]:
-        """Calibrated c; without a confidence head the history's rate of each position."""
+        """Calibrated c [R, K]; without a confidence head the historical rate of each position."""
         if view.confidence is None:
             conditional = self.history.conditional(shared.history)
             return jnp.broadcast_to(conditional, (view.caps.shape[0], conditional.shape[0]))
@@ -186,9 +195,9 @@ class Adaptive:
 
 @dataclass(frozen=True)
 class Causal(Adaptive):
-    """Algorithm 1 of the paper: let drafts in by falling survival while tokens a second strictly improve."""
+    """Algorithm 1 of the paper: admit drafts by falling survival while tokens a second strictly improve."""
 
-    def admit(self, ranked: "Ranked", costs: RoundCosts, conditional: Array, own: Any) -> tuple[Array, Any]:
+    def admit(self, ranked: Ranked, costs: RoundCosts, conditional: Array, own: Any) -> tuple[Array, Any]:
         seconds = costs.drafting + costs.of(costs.base + jnp.arange(ranked.survival.shape[0] + 1))
         tokens = costs.base + jnp.cumsum(ranked.survival) - ranked.survival  # expected, before each draft
         gains = ranked.survival * seconds[:-1] > (1 + self.min_gain) * tokens * jnp.diff(seconds)
@@ -197,14 +206,14 @@ class Causal(Adaptive):
 
 @dataclass(frozen=True)
 class LookAhead(Adaptive):
-    """Causal for costs that are stairs: fills a bucket that is paid for, and opens the next one by a forecast.
+    """Algorithm 1 for staircase costs: fills a bucket that is paid for, and opens the next one by a forecast.
 
     At an edge the frontier's survival is known; what lies behind it is forecast as that times the historical
-    conditional survival by position. If the forecast for this or any later bucket gains, the next bucket is filled and
-    the question asked again.
+    conditional survival by position. If the forecast gains for this or any later bucket, the next bucket is filled and
+    the test repeated (docs/algorithm.md, rule 80).
     """
 
-    def admit(self, ranked: "Ranked", costs: RoundCosts, conditional: Array, own: Any) -> tuple[Array, Any]:
+    def admit(self, ranked: Ranked, costs: RoundCosts, conditional: Array, own: Any) -> tuple[Array, Any]:
         total = jnp.cumsum(jnp.where(ranked.valid, ranked.survival, 0.0))
         available = jnp.sum(ranked.valid)
         steps = costs.tokens.shape[0]
@@ -238,16 +247,16 @@ class LookAhead(Adaptive):
 
 @dataclass(frozen=True)
 class Asynchronous(Adaptive):
-    """The capacity comes from the confidences of two rounds ago, searched over every size; today's drafts then fill it
-    from the top. Nothing about today's tokens sets the capacity, so it can be known before they are drafted.
+    """The capacity comes from the confidences of two rounds ago, searched over every size; this round's drafts only
+    fill it, by falling survival. So it is known before they are drafted (docs/algorithm.md, rule 75).
 
-    The queue holds drafts per active request, as requests come and go; the bucket that a capacity pays for is filled.
+    The queue holds drafts per active request, since requests come and go; a bucket that is paid for is filled.
     """
 
     def init_own(self) -> Array:
-        return jnp.full((2,), jnp.inf, jnp.float32)  # until two rounds have been seen: everything
+        return jnp.full((2,), jnp.inf, jnp.float32)  # no bound until two rounds have passed
 
-    def admit(self, ranked: "Ranked", costs: RoundCosts, conditional: Array, own: Array) -> tuple[Array, Array]:
+    def admit(self, ranked: Ranked, costs: RoundCosts, conditional: Array, own: Array) -> tuple[Array, Array]:
         base = jnp.maximum(costs.base, 1)
         available = jnp.sum(ranked.valid)
         wanted = jnp.minimum(own[0] * base, 1.0 * available).astype(jnp.int32)
@@ -261,61 +270,6 @@ class Asynchronous(Adaptive):
         return paid, jnp.stack([own[1], best / base])
 
 
-class Ranked(NamedTuple):
-    """All drafts by falling survival (ties: the lower position, then the lower slot), those past a cap last."""
-
-    survival: Float[Array, " m"]
-    owner: Int[Array, " m"]  # request
-    valid: Bool[Array, " m"]  # within the request's cap
-    grid: Float[Array, "r k"]
-    caps: Int[Array, " r"]
-
-    def lengths(self, count: Array) -> Int[Array, " r"]:
-        """Of each request, how many are among the first `count`."""
-        if self.caps.shape[0] == 1:
-            return count[None].astype(jnp.int32)
-        inside = (jnp.arange(self.owner.shape[0]) < count).astype(jnp.int32)
-        return jnp.zeros(self.caps.shape, jnp.int32).at[self.owner].add(inside)
-
-    def forecast(self, count: Array, conditional: Float[Array, " k"]) -> Float[Array, " m"]:
-        """Survival, falling, of the drafts that are not among the first `count`, from the frontier's alone."""
-        lengths = self.lengths(count)[:, None]
-        position = jnp.arange(self.grid.shape[1])
-        shown = jnp.take_along_axis(self.grid, jnp.minimum(lengths, self.grid.shape[1] - 1), axis=1)
-        logs = jnp.cumsum(jnp.log(conditional))
-        behind = jnp.exp(logs - jnp.take(logs, jnp.minimum(lengths, self.grid.shape[1] - 1)))
-        open_ = (position >= lengths) & (position < self.caps[:, None])
-        values = jnp.where(open_, shown * behind, 0.0)
-        return -jnp.sort(-values.ravel()) if values.shape[0] > 1 else _left_aligned(values[0], lengths[0, 0])
-
-
-def survival(confidences: Float[Array, "r k"]) -> Float[Array, "r k"]:
-    """a_k = c_1 ... c_k, multiplied from the left so that rounding never lets it rise with k."""
-    columns = [confidences[:, 0]]
-    for k in range(1, confidences.shape[1]):
-        columns.append(columns[-1] * confidences[:, k])
-    return jnp.stack(columns, axis=1)
-
-
-def rank(grid: Float[Array, "r k"], caps: Int[Array, " r"]) -> Ranked:
-    """The drafts of a survival `grid`, which does not rise along k: so the best n hold a prefix of each request."""
-    requests, block = grid.shape
-    inside = jnp.arange(block) < caps[:, None]
-    # Position-major, so that the stable sort breaks ties by position and within a request keeps the order of the block.
-    flat, owner = grid.T.ravel(), jnp.tile(jnp.arange(requests, dtype=jnp.int32), block)
-    keys = jnp.where(inside.T.ravel(), -flat, 1.0)
-    if requests > 1:
-        keys, owner = jax.lax.sort((keys, owner), num_keys=1, is_stable=True)
-    valid = keys <= 0
-    return Ranked(jnp.where(valid, -keys, 0.0), owner, valid, grid, caps)
-
-
-def _left_aligned(values: Float[Array, " k"], start: Array) -> Float[Array, " k"]:
-    """values[start:] and then zeros: what a falling sort would give where all before `start` is zero."""
-    index = jnp.arange(values.shape[0]) + start
-    return jnp.where(index < values.shape[0], jnp.take(values, index, mode="clip"), 0.0)
-
-
 def _tables(view: RoundView) -> ScheduleTables:
     if view.tables is None:
         raise UserError("A load-adaptive policy needs measured costs: profile the target and drafter first.")
@@ -324,10 +278,3 @@ def _tables(view: RoundView) -> ScheduleTables:
 
 def _costs(view: RoundView) -> RoundCosts:
     return round_costs(_tables(view).costs, view.occupancy, view.active, view.lengths)
-
-
-def bucket_ladder(requests: int, width: int, rungs: int = 3) -> tuple[int, ...]:
-    """Token counts that the verify pass is compiled for: from one row a request to the full block, evenly spaced."""
-    steps = min(rungs, width)
-    widths = {1 + round((width - 1) * i / max(steps - 1, 1)) for i in range(steps)} | {width}
-    return tuple(requests * w for w in sorted(widths))

@@ -10,8 +10,8 @@ from dspark_jax.decoding.round import DecodeLoop, LoopParams
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.errors import UserError
 from dspark_jax.readers import read_object
-from dspark_jax.scheduling.costs import CostTable, ScheduleTables
-from dspark_jax.scheduling.policies import Fixed, VerifyPolicy, bucket_ladder
+from dspark_jax.scheduling.costs import CostTable, ScheduleTables, bucket_ladder
+from dspark_jax.scheduling.policies import Fixed, VerifyPolicy
 from dspark_jax.serving.profile import Profile, load_or_measure
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig, policy_named
@@ -128,7 +128,15 @@ def make_loop(
         stop_slots=config.stop_slots,
         policy=policy,
         mesh=parameter_mesh(target.params),
+        words=words_of(target),
     )
+
+
+def words_of(target: Target) -> int | None:
+    """How many ids the tokenizer knows, counted to its largest; None without one. Some targets pad their tables."""
+    if target.tokenizer is None:
+        return None
+    return min(max(target.tokenizer.get_vocab().values()) + 1, target.config.vocab_size)
 
 
 def temperatures_of(target: Target, drafter: Drafter, sampling: SamplingParams, sts: Path | None) -> tuple[float, ...]:

@@ -308,7 +308,8 @@ class Engine:
     def _harvest(self) -> list[Progress]:
         """Reads what the dispatch has made, and books it."""
         state = self.state
-        made = _Made(*jax.device_get((state.tokens, state.length, state.active, state.stopped, state.counters)))
+        read = state.tokens, state.length, state.active, state.stopped, state.failed, state.counters
+        made = _Made(*jax.device_get(read))
         self._prefilling = False
         now, progress, ended = time.perf_counter(), list[Progress](), list[Entry]()
         with self._roster.held():
@@ -342,6 +343,8 @@ class Engine:
         decode = None if self.target.tokenizer is None else self.target.tokenizer.decode
         if entry.see(decode, new, counts, stopped, now) or stopped:
             return "stop"
+        if made.failed[slot]:
+            return "error"
         return None if made.active[slot] else "length"
 
 
@@ -352,4 +355,5 @@ class _Made(NamedTuple):
     length: Any
     active: Any
     stopped: Any
+    failed: Any
     counters: RoundCounters

@@ -276,9 +276,10 @@ def _forced(loop: DecodeLoop, state: DecodeState, length: int, bucket: int) -> D
 def _draft_passes(loop: DecodeLoop, params: LoopParams, state: DecodeState, count: jax.Array) -> Any:
     """The draft pass `count` times, each from an anchor of the one before, so that none can be left out."""
     target, drafter = loop.models(params)
+    assert drafter is not None, "a loop without a drafter has no draft pass"
 
     def body(_: Any, anchors: jax.Array) -> jax.Array:
-        return loop.draft(target, drafter, state, anchors, state.length - 1, None).tokens[:, -1]
+        return loop.draft(target, drafter, state, anchors).tokens[:, -1]
 
     return jax.lax.fori_loop(0, count, body, jnp.zeros((loop.requests,), jnp.int32))
 
