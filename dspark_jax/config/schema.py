@@ -46,6 +46,8 @@ class DrafterSettings:
     """Key/value heads G of the draft layers."""
     head_dim: int | None = None
     """Head width H of the draft layers."""
+    draft_vocabulary: str = ""
+    """JSON file of the target ids that DSpark and DFlash may draft, made by train.draft_vocabulary; empty: all."""
     init_target_layers: tuple[int, ...] = ()
     """Target layers that the draft layers start as copies of, one each; empty: they start random."""
 

@@ -5,6 +5,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Self
 
+from dspark_jax.drafters.vocabulary import DraftVocabulary
 from dspark_jax.errors import UserError
 from dspark_jax.readers import Schema, check_fields, flag, integer, list_of, number, optional, text
 from dspark_jax.targets.config import TargetConfig, text_config
@@ -158,7 +159,7 @@ class DSparkConfig(BlockConfig):
     """`markov_rank` 0 means no Markov head.
 
     Without `sample_from_anchor` (z-lab's DFlash) the anchor's row predicts nothing and row k >= 1 token anchor + k;
-    `block_size` always counts predictions, so such a block has one row more.
+    `block_size` always counts predictions, so such a block has one row more. `draft_vocabulary` None: the target's.
     """
 
     mask_token_id: int
@@ -167,9 +168,16 @@ class DSparkConfig(BlockConfig):
     enable_confidence_head: bool
     confidence_head_with_markov: bool
     sample_from_anchor: bool
+    draft_vocabulary: DraftVocabulary | None
+
+    @property
+    def draft_vocab_size(self) -> int:
+        """Tokens that may be drafted."""
+        return self.backbone.vocab_size if self.draft_vocabulary is None else self.draft_vocabulary.size
 
     @classmethod
     def read_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        bits = config.get("draft_vocabulary")
         rank = config.get("markov_rank") or 0
         confidence = bool(config.get("enable_confidence_head", False))
         return super().read_fields(config) | {
@@ -179,6 +187,7 @@ class DSparkConfig(BlockConfig):
             "enable_confidence_head": confidence,
             "confidence_head_with_markov": confidence and bool(config["confidence_head_with_markov"]),
             "sample_from_anchor": bool(config.get("sample_from_anchor", True)),
+            "draft_vocabulary": None if bits is None else DraftVocabulary(bits, config["vocab_size"]),
         }
 
     @classmethod
@@ -190,6 +199,7 @@ class DSparkConfig(BlockConfig):
         markov_head_type: str = "vanilla",
         enable_confidence_head: bool = True,
         confidence_head_with_markov: bool = True,
+        draft_vocabulary: DraftVocabulary | None = None,
         **settings: Any,
     ) -> dict[str, Any]:
         """The fields of FIELD section 4a; a head's own are left out with the head, as the reference leaves them out."""
@@ -207,6 +217,8 @@ class DSparkConfig(BlockConfig):
             fields["markov_head_type"] = markov_head_type
         if enable_confidence_head:
             fields["confidence_head_with_markov"] = confidence_head_with_markov and markov_rank > 0
+        if draft_vocabulary is not None:
+            fields |= {"draft_vocabulary": draft_vocabulary.bits, "draft_vocab_size": draft_vocabulary.size}
         return fields
 
     def check(self) -> None:

@@ -1,12 +1,13 @@
 """DSpark: a parallel backbone, a sequential Markov head over its logits, a confidence head; without heads, DFlash.
 
 Axes: R request slots (B rows in training), W rows of a commit, T context position, N blocks, K block position,
-D hidden, V vocab, m taps.
+D hidden, V vocab, P draft vocabulary, m taps.
 """
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -15,15 +16,18 @@ from dspark_jax.drafters.backbone import Backbone
 from dspark_jax.drafters.config import DFlashConfig, DSparkConfig
 from dspark_jax.drafters.heads import ConfidenceHead, make_markov_head
 from dspark_jax.drafters.protocol import BlockOutput, DraftOutput, SampleFn, SharedTables
+from dspark_jax.sharding import param
 from dspark_jax.targets.attention import segment_starts
 from dspark_jax.targets.kv_cache import KVCache, append_rows, empty_cache, head_major
+from dspark_jax.targets.layers import head_logits, normal
 
 
 class DSpark(nnx.Module):
     """Block row k, at position anchor + k, predicts token anchor + k + 1: row 0 is the anchor's own (golden/NOTES 9).
 
     Without `sample_from_anchor` the anchor's row is there to be attended only, and each row predicts its own position.
-    Its draft state is a `KVCache` of the context, for positions before each request's anchor.
+    Its draft state is a `KVCache` of the context, for positions before each request's anchor. With a pruned draft
+    vocabulary the head is its own copy of the target's rows for it, which training leaves as they are.
     """
 
     config_type: ClassVar[type[DSparkConfig]] = DSparkConfig
@@ -32,6 +36,10 @@ class DSpark(nnx.Module):
         self.backbone = Backbone(config, rngs=rngs)
         self.markov_head = make_markov_head(config, rngs=rngs)
         self.confidence_head = ConfidenceHead(config, rngs=rngs) if config.enable_confidence_head else None
+        self.vocabulary = config.draft_vocabulary
+        if self.vocabulary is not None:
+            shape, std = (self.vocabulary.size, config.backbone.hidden_size), config.backbone.initializer_range
+            self.draft_head_pd = param(normal(rngs, shape, std), "vocab", "embed")
         self.config = config
         self.block_size = config.block_size
         self.tap_layers = config.target_layer_ids
@@ -68,6 +76,8 @@ class DSpark(nnx.Module):
                 latent, carry = markov.step(carry, embedding, hidden[:, k])
                 logits = logits + markov.bias(latent)
                 embeddings.append(embedding)
+            if self.vocabulary is not None:
+                logits = self.vocabulary.spread(logits)
             previous, law = sample(logits, k)
             tokens.append(previous)
             probs.append(law)
@@ -80,9 +90,11 @@ class DSpark(nnx.Module):
         """h_k of a block a request, from its draft state."""
         return self._block_hidden(shared, state, anchors[:, None], positions[:, None])[:, 0]
 
-    def base_logits(self, shared: SharedTables, hidden: Float[Array, "*n d"]) -> Float[Array, "*n v"]:
-        """U_k, float32, from h_k."""
-        return shared.logits(hidden)
+    def base_logits(self, shared: SharedTables, hidden: Float[Array, "*n d"]) -> Float[Array, "*n p"]:
+        """U_k, float32, from h_k: what the parallel pass gives the draft vocabulary."""
+        if self.vocabulary is None:
+            return shared.logits(hidden)
+        return head_logits(hidden, jax.lax.stop_gradient(self.draft_head_pd[...]), shared.softcap)
 
     def context(self, taps: Float[Array, "b t md"], segments: Int[Array, "b t"] | None = None) -> KVCache:
         """Context K/V of whole rows, head-major [B, G, T, H] a layer; positions start at 0 in every segment."""

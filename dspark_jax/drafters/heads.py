@@ -1,6 +1,6 @@
 """Heads over the backbone's hidden states: the sequential (Markov) heads and the confidence head.
 
-Axes: *n any leading axes of rows, K block position, D hidden, R Markov rank, V vocab.
+Axes: *n any leading axes of rows, K block position, D hidden, R Markov rank, V vocab (of W_2: what may be drafted).
 """
 
 from typing import Any
@@ -40,9 +40,9 @@ class MarkovHead(nnx.Module):
     """
 
     def __init__(self, config: DSparkConfig, *, rngs: nnx.Rngs):
-        shape, std = (config.backbone.vocab_size, config.markov_rank), config.backbone.initializer_range
-        self.w1_vr = param(normal(rngs, shape, std), "markov_vocab", "rank")
-        self.w2_vr = param(normal(rngs, shape, std), "markov_vocab", "rank")
+        rank, std = config.markov_rank, config.backbone.initializer_range
+        self.w1_vr = param(normal(rngs, (config.backbone.vocab_size, rank), std), "markov_vocab", "rank")
+        self.w2_vr = param(normal(rngs, (config.draft_vocab_size, rank), std), "markov_vocab", "rank")
 
     def embed(self, tokens: Int[Array, "*n"]) -> Float[Array, "*n r"]:
         return jnp.take(self.w1_vr[...], tokens, axis=0)

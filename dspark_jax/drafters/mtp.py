@@ -53,6 +53,7 @@ class MTP(PairedRows):
     """The hidden state enters as the last layer left it, before the target's final norm."""
 
     config_type: ClassVar[type[MTPConfig]] = MTPConfig
+    vocabulary: ClassVar[None] = None  # the target's whole
 
     def __init__(self, config: MTPConfig, *, rngs: nnx.Rngs):
         dims = config.backbone

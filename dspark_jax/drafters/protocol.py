@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dspark_jax.drafters.config import DrafterConfig
+from dspark_jax.drafters.vocabulary import DraftVocabulary
 from dspark_jax.targets.config import TargetConfig
 from dspark_jax.targets.layers import head_logits
 
@@ -96,7 +97,7 @@ class DrafterModel(Protocol):
 
 class BlockOutput(NamedTuple):
     """Teacher-forced blocks: hidden [B, N, K, D] after the final norm; logits [B, N, K, V] float32; confidence
-    [B, N, K] float32 logits, None without such a head."""
+    [B, N, K] float32 logits, None without such a head. A pruned draft vocabulary has its own V."""
 
     hidden: Array
     logits: Array
@@ -115,6 +116,8 @@ class BlockDrafter(DrafterModel, Protocol):
     """
 
     config: Any
+    vocabulary: DraftVocabulary | None
+    """What may be drafted; None: the target's whole vocabulary."""
 
     def train_context(
         self,

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from dspark_jax.drafters.config import FAMILIES, TARGET_SHA_FIELD, DrafterConfig, drafter_family, family_fields
 from dspark_jax.drafters.deepseek_v4.dspark import V4DSpark
@@ -164,9 +165,35 @@ def new_drafter(name: str, hf_config: Mapping[str, Any], key: jax.Array) -> Draf
     return Drafter(name, read_config(hf_config), graphdef, new_params(hf_config, key), hf_config)
 
 
+def with_draft_head(hf_config: Mapping[str, Any], params: dict, head: Float[Array, "v d"]) -> dict:
+    """`params` with the target's rows in the head of a pruned vocabulary; as they are where there is none."""
+    vocabulary = getattr(read_config(hf_config), "draft_vocabulary", None)
+    if vocabulary is None:
+        return params
+    return {**params, "draft_head_pd": jnp.take(head, vocabulary.ids, axis=0).astype(jnp.float32)}
+
+
+def with_head_norms(layer: dict, rows: Float[Array, "n d"], eps: float) -> dict:
+    """A target layer without norms of q and k as a draft layer that has them.
+
+    A head norm divides by each row's own root mean square; its weight is set to the root mean square that the layer's
+    queries and keys have on `rows` (what the layer is given, before its input norm), so that scores keep their scale.
+    """
+    wide = rows.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    normed = normed * layer["input_norm"]["weight"]
+    attention = dict(layer["attention"])
+    for name, weight in (("q_norm", "q_weight_dqh"), ("k_norm", "k_weight_dgh")):
+        heads = jnp.einsum("nd,dih->nih", normed, attention[weight])
+        scale = jnp.mean(jnp.sqrt(jnp.mean(heads * heads, axis=-1)))
+        attention[name] = {"weight": jnp.full(heads.shape[-1:], scale, jnp.float32)}
+    return {**layer, "attention": attention}
+
+
 def graft_target_layers(hf_config: Mapping[str, Any], params: dict, layers: Sequence[dict], final_norm: dict) -> dict:
     """`params` whose draft layers and norms start as the target's: layers[i] becomes draft layer i, as the kind's
-    `graft` says. Raises UserError for a kind without one, and when the drafter's dimensions are not the target's."""
+    `graft` says. Layers without head norms go through `with_head_norms` first. Raises UserError for a kind without
+    `graft`, and when the drafter's dimensions are not the target's."""
     kind = kind_of(hf_config)
     if not hasattr(kind.module, "graft"):
         raise UserError(

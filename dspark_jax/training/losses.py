@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dspark_jax.drafters.protocol import BlockDrafter, BlockOutput, SharedTables
+from dspark_jax.drafters.vocabulary import DraftVocabulary
 from dspark_jax.training.anchors import Blocks
 
 # Added to the summed weights, so that a batch without supervision has loss 0 (golden/NOTES 24).
@@ -85,7 +86,7 @@ def _split_anchors(x: Array, size: int) -> Array:
 
 def _chunk_sums(model: BlockDrafter, shared: SharedTables, context: Any, last_hidden: Array, blocks: Blocks) -> Sums:
     out = model.train_outputs(shared, context, blocks.previous, blocks.anchors, blocks.starts)
-    return _terms(out, target_logits(shared, last_hidden, blocks), blocks)
+    return _terms(out, target_logits(shared, last_hidden, blocks), blocks, model.vocabulary)
 
 
 def target_logits(shared: SharedTables, last_hidden: Float[Array, "b t d"], blocks: Blocks) -> Float[Array, "b n k v"]:
@@ -105,18 +106,35 @@ def accept_rate(l1: Array) -> Array:
     return jax.lax.stop_gradient(jnp.clip(1.0 - 0.5 * l1, 0.0, 1.0))
 
 
-def _terms(out: BlockOutput, targets: Array, blocks: Blocks) -> Sums:
+def pruned_variation_l1(
+    draft_logits: Float[Array, "*n p"], other_logits: Float[Array, "*n v"], vocabulary: DraftVocabulary
+) -> Float[Array, "*n"]:
+    """The same where only `vocabulary` is drafted: what the other law has outside counts as a difference whole."""
+    other = vocabulary.restrict(jax.nn.softmax(other_logits, axis=-1))
+    inside = jnp.sum(jnp.abs(jax.nn.softmax(draft_logits, axis=-1) - other), axis=-1)
+    return inside + jnp.maximum(1.0 - jnp.sum(other, axis=-1), 0.0)
+
+
+def _terms(out: BlockOutput, targets: Array, blocks: Blocks, vocabulary: DraftVocabulary | None) -> Sums:
     """`ce`, `l1`, `confidence`: weighted sums; `weight`: of the weights; `accept`, `supervised` [K]: unweighted ones;
     `tau`, `blocks`: expected committed tokens summed over blocks with any supervised slot, and their number;
     `confidence_*`: weighted sums of the head's errors."""
     weights, supervised = blocks.weights, blocks.supervised
-    label_logits = jnp.take_along_axis(out.logits, blocks.labels[..., None], axis=-1)[..., 0]
-    l1 = total_variation_l1(out.logits, targets)
+    if vocabulary is None:
+        labels, learnable = blocks.labels, weights
+        l1 = total_variation_l1(out.logits, targets)
+    else:
+        # No drafter can learn a label that it cannot draft; the variation counts it as lost, as decoding will.
+        labels = vocabulary.local(blocks.labels)
+        learnable = weights * (labels < vocabulary.size)
+        labels = jnp.minimum(labels, vocabulary.size - 1)
+        l1 = pruned_variation_l1(out.logits, targets, vocabulary)
+    label_logits = jnp.take_along_axis(out.logits, labels[..., None], axis=-1)[..., 0]
     accept = accept_rate(l1)
     survival = jnp.cumprod(accept * supervised, axis=-1)
     used = jnp.any(supervised, axis=-1)
     sums = {
-        "ce": jnp.sum(weights * (jax.nn.logsumexp(out.logits, axis=-1) - label_logits)),
+        "ce": jnp.sum(learnable * (jax.nn.logsumexp(out.logits, axis=-1) - label_logits)),
         "l1": jnp.sum(weights * l1),
         "weight": jnp.sum(weights),
         "accept": jnp.sum(accept * supervised, axis=(0, 1)),

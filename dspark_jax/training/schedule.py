@@ -37,12 +37,12 @@ def learning_rate_schedule(
 def make_optimizer(
     schedule: Callable[[Any], Any], betas: tuple[float, float], eps: float, weight_decay: float, clip_norm: float
 ) -> optax.GradientTransformation:
-    """AdamW after clipping by the global norm (clip_norm 0: no clipping). Gemma's layer scalars have no gradient and
-    don't decay either."""
+    """AdamW after clipping by the global norm (clip_norm 0: no clipping). What has no gradient (Gemma's layer scalars,
+    a pruned vocabulary's head) does not decay either."""
     mask = None if weight_decay == 0 else _decays
     adamw = optax.adamw(schedule, b1=betas[0], b2=betas[1], eps=eps, weight_decay=weight_decay, mask=mask)
     return optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw
 
 
 def _decays(params: dict) -> dict:
-    return unflatten_dict({path: path[-1] != "layer_scalar" for path in flatten_dict(params)})
+    return unflatten_dict({path: path[-1] not in ("layer_scalar", "draft_head_pd") for path in flatten_dict(params)})

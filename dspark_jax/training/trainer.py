@@ -7,14 +7,17 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from dspark_jax.checkpoints.drafters import shared_tables
 from dspark_jax.checkpoints.huggingface import DTYPES
 from dspark_jax.checkpoints.target_tables import load_layers, load_tables
 from dspark_jax.config.schema import TrainConfig
-from dspark_jax.data.codecs import STATES
+from dspark_jax.data.codecs import STATES, decode_states
 from dspark_jax.data.pipeline import Batch
-from dspark_jax.drafters.registry import graft_target_layers, new_params
+from dspark_jax.drafters.registry import graft_target_layers, new_params, with_draft_head, with_head_norms
+from dspark_jax.errors import UserError
 from dspark_jax.sharding import ShardingRules, batch_shardings
 from dspark_jax.targets.target import Target
 from dspark_jax.training.losses import LossOptions
@@ -100,6 +103,9 @@ class Trainer:
 
     def initial(self) -> TrainState:
         start = self.grafted() if self.plan.config.drafter.init_target_layers else None
+        if getattr(self.plan.drafter, "draft_vocabulary", None) is not None:
+            fresh = start or new_params(self.plan.drafter_hf, jax.random.key(self.plan.config.seed))
+            start = with_draft_head(self.plan.drafter_hf, fresh, shared_tables(self.target()).head)
         return init_train_state(self.plan.drafter_hf, self.optimizer, self.plan.config.seed, self.placement, start)
 
     def grafted(self) -> dict:
@@ -108,7 +114,26 @@ class Trainer:
         ids = self.plan.config.drafter.init_target_layers
         layers, final_norm = load_layers(self.plan.target, ids, mesh=self.plan.mesh, rules=self.placement.rules)
         params = new_params(self.plan.drafter_hf, jax.random.key(self.plan.config.seed))
-        return graft_target_layers(self.plan.drafter_hf, params, [layers[i] for i in ids], final_norm)
+        chosen = [layers[i] for i in ids]
+        dims = self.plan.drafter.backbone
+        if dims.query_key_norm and not self.plan.target.config.query_key_norm:
+            rows = self._last_tap_rows()
+            chosen = [with_head_norms(layer, rows, dims.rms_norm_eps) for layer in chosen]
+        return graft_target_layers(self.plan.drafter_hf, params, chosen, final_norm)
+
+    def _last_tap_rows(self) -> jax.Array:
+        """[N, D]: what the last tapped layer left at the real positions of the run's first batch."""
+        with self.plan.batches.iterate(0, 1) as batches:
+            batch = next(iter(batches))
+        if not set(STATES) & set(batch):
+            raise UserError(
+                "Copies of layers that have no norms of q and k are fitted on stored states, and data.source "
+                f"{self.plan.config.data.source} has none before the run; use data.source offline, or leave out "
+                "drafter.init_target_layers."
+            )
+        features = decode_states({name: batch[name] for name in STATES if name in batch}, np.float32, np)["features"]
+        real = np.arange(features.shape[1]) < np.asarray(batch["lengths"])[:, None]
+        return jnp.asarray(features[real][:, -self.plan.target.config.hidden_size :])
 
     def step(self, states: States | None = None, record: bool = False) -> TrainStep:
         recipe = (self.optimizer, self.schedule, self.placement, self.abstract)

@@ -1,0 +1,88 @@
+"""A pruned draft vocabulary: the target ids that a drafter can draft, the others left to the target.
+
+The head and the Markov head's output table have a row for each of these ids alone; embeddings keep the whole
+vocabulary, since any committed token may precede a draft. Logits are spread over the whole vocabulary, -inf elsewhere,
+before anything is drawn from them: the law that a draft was drawn from is then the law that verification is told, and
+every acceptance rule stays exact.
+
+Axes: *n any leading axes, V target vocabulary, P draft vocabulary.
+"""
+
+import base64
+import binascii
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Self
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from dspark_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class DraftVocabulary:
+    """`bits`: base64 of one bit for each of the `whole` target ids, the lowest id in the lowest bit of the first byte.
+
+    A short string and not a list, because it stands in config.json and is part of what a program is compiled for.
+    """
+
+    bits: str
+    whole: int
+
+    @classmethod
+    def of(cls, ids: Iterable[int], whole: int) -> Self:
+        """The vocabulary of these target ids. Raises UserError where there are none, repeated or foreign ones."""
+        chosen = np.asarray(sorted(ids), np.int64)
+        if not chosen.size or chosen[0] < 0 or chosen[-1] >= whole or np.any(np.diff(chosen) == 0):
+            raise UserError(
+                f"A draft vocabulary of {chosen.size} ids was given; expected one or more different ids below {whole}, "
+                "the size of the target's vocabulary."
+            )
+        member = np.zeros(whole, bool)
+        member[chosen] = True
+        return cls(base64.b64encode(np.packbits(member, bitorder="little")).decode(), whole)
+
+    @cached_property
+    def member(self) -> np.ndarray:
+        """bool [V], the speculators library's `t2d`."""
+        try:
+            packed = np.frombuffer(base64.b64decode(self.bits, validate=True), np.uint8)
+        except (binascii.Error, ValueError):
+            packed = np.zeros(0, np.uint8)
+        if packed.size != -(-self.whole // 8):
+            raise UserError(
+                f"The drafter's draft_vocabulary holds {8 * packed.size} bits; expected one for each of the target's "
+                f"{self.whole} tokens, in base64. Copy its config.json again."
+            )
+        return np.unpackbits(packed, count=self.whole, bitorder="little").astype(bool)
+
+    @cached_property
+    def ids(self) -> np.ndarray:
+        """int32 [P], ascending: the target id of every draft id."""
+        return np.flatnonzero(self.member).astype(np.int32)
+
+    @property
+    def size(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def _rows(self) -> np.ndarray:
+        """int32 [V]: the draft id of a target id, P for those that are never drafted."""
+        return np.where(self.member, np.cumsum(self.member) - 1, self.size).astype(np.int32)
+
+    def spread(self, logits: Float[Array, "*n p"]) -> Float[Array, "*n v"]:
+        """Logits over the target's vocabulary, -inf where nothing is drafted."""
+        # A gather, since XLA:CPU makes a scatter one row after the other.
+        outside = jnp.full((*logits.shape[:-1], 1), -jnp.inf, logits.dtype)
+        return jnp.take(jnp.concatenate([logits, outside], axis=-1), self._rows, axis=-1)
+
+    def restrict(self, values: Float[Array, "*n v"]) -> Float[Array, "*n p"]:
+        """The entries of draft ids."""
+        return jnp.take(values, self.ids, axis=-1)
+
+    def local(self, tokens: Int[Array, "*n"]) -> Int[Array, "*n"]:
+        """Draft ids of target ids; P for those that are never drafted."""
+        return jnp.take(jnp.asarray(self._rows), tokens)
