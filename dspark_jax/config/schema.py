@@ -50,6 +50,8 @@ class DrafterSettings:
     """JSON file of the target ids that DSpark and DFlash may draft, made by train.draft_vocabulary; empty: all."""
     init_target_layers: tuple[int, ...] = ()
     """Target layers that the draft layers start as copies of, one each; empty: they start random."""
+    init_drafter: str = ""
+    """Folder of a trained drafter of the same shape, whose parameters the run starts from; empty: it starts anew."""
 
     def __post_init__(self) -> None:
         ids = self.target_layer_ids
@@ -68,6 +70,12 @@ class DrafterSettings:
             "drafter.confidence_head_with_markov",
             True,
             "False (the option --drafter.no-confidence-head-with-markov), as there is no Markov head at rank 0,",
+        )
+        _require(
+            not (self.init_drafter and self.init_target_layers),
+            "drafter.init_drafter",
+            self.init_drafter,
+            "empty where drafter.init_target_layers are named, as a run starts from one of the two,",
         )
         _require(
             len(self.init_target_layers) in (0, self.num_layers),

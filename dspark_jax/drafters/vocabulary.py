@@ -43,7 +43,7 @@ class DraftVocabulary:
             )
         member = np.zeros(whole, bool)
         member[chosen] = True
-        return cls(base64.b64encode(np.packbits(member, bitorder="little")).decode(), whole)
+        return cls(base64.b64encode(np.packbits(member, bitorder="little").tobytes()).decode(), whole)
 
     @cached_property
     def member(self) -> np.ndarray:

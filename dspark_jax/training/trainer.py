@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dspark_jax.checkpoints.drafters import shared_tables
+from dspark_jax.checkpoints.drafters import load_drafter, shared_tables
 from dspark_jax.checkpoints.huggingface import DTYPES
 from dspark_jax.checkpoints.target_tables import load_layers, load_tables
 from dspark_jax.config.schema import TrainConfig
@@ -102,11 +102,29 @@ class Trainer:
         return load_tables(self.plan.target, dtype=dtype, mesh=self.plan.mesh, rules=self.placement.rules)
 
     def initial(self) -> TrainState:
-        start = self.grafted() if self.plan.config.drafter.init_target_layers else None
-        if getattr(self.plan.drafter, "draft_vocabulary", None) is not None:
+        settings = self.plan.config.drafter
+        start = None
+        if settings.init_drafter:
+            start = self.earlier()
+        elif settings.init_target_layers:
+            start = self.grafted()
+        if getattr(self.plan.drafter, "draft_vocabulary", None) is not None and not settings.init_drafter:
             fresh = start or new_params(self.plan.drafter_hf, jax.random.key(self.plan.config.seed))
             start = with_draft_head(self.plan.drafter_hf, fresh, shared_tables(self.target()).head)
         return init_train_state(self.plan.drafter_hf, self.optimizer, self.plan.config.seed, self.placement, start)
+
+    def earlier(self) -> dict:
+        """The parameters of `drafter.init_drafter`; UserError when it is not of this run's shape and vocabulary."""
+        name, plan = self.plan.config.drafter.init_drafter, self.plan.drafter
+        loaded = load_drafter(name, self.target(), dtype="float32", mesh=self.plan.mesh, rules=self.placement.rules)
+        expected = jax.tree.map(lambda x: x.shape, self.abstract.params)
+        alike = jax.tree.map(jnp.shape, loaded.params) == expected and loaded.config.block_size == plan.block_size
+        if not alike or getattr(loaded.config, "draft_vocabulary", None) != getattr(plan, "draft_vocabulary", None):
+            raise UserError(
+                f"The drafter in {name} has not the layers, heads, block or draft vocabulary of this run; give one "
+                "that was trained with its settings, or leave out drafter.init_drafter."
+            )
+        return loaded.params
 
     def grafted(self) -> dict:
         """Fresh parameters whose draft layers are copies of target layers, and whose context features start as what the
