@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from dspark_jax.checkpoints.deepseek_v4 import V4Folder, v4_needed, v4_tensor_map
+from dspark_jax.checkpoints.gguf import converted_folder, gguf_file
 from dspark_jax.checkpoints.leftovers import refuse_leftovers
 from dspark_jax.checkpoints.tensors import (
     ParamPath,
@@ -44,13 +45,16 @@ def resolve_folder(path_or_id: str | Path, kind: Literal["target", "drafter"] = 
     """The folder of a model.
 
     Args:
-        path_or_id: a local folder, taken as it is; `embedded`, the target or drafter that comes with this package;
-            anything else is a hub id, from the hub or, offline, from the local hub cache.
+        path_or_id: a local folder, taken as it is; a target's GGUF file, which is converted first; `embedded`, the
+            target or drafter that comes with this package; anything else is a hub id, from the hub or, offline, from
+            the local hub cache.
         kind: which of the two `embedded` means.
 
     Raises:
         UserError: neither a folder nor a model that the hub gives.
     """
+    if kind == "target" and (file := gguf_file(path_or_id)) is not None:
+        return converted_folder(file)
     folder = Path(path_or_id)
     if folder.is_dir():
         return folder
@@ -59,7 +63,7 @@ def resolve_folder(path_or_id: str | Path, kind: Literal["target", "drafter"] = 
         return asset(f"{EMBEDDED}_{kind}")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(
-            f"{name} is not a folder; give a model folder in Hugging Face layout, "
+            f"{name} is not a folder; give a model folder in Hugging Face layout, a GGUF file, "
             f"a hub id (owner/name) or '{EMBEDDED}'."
         )
     from huggingface_hub import snapshot_download

@@ -1,0 +1,291 @@
+"""Targets in llama.cpp's GGUF files, turned into Hugging Face folders once and loaded as any other from then on.
+
+A file is named by itself, by its folder, or as `folder:file` where a folder holds several. What it becomes lies beside
+it, in `NAME.gguf.d/HASH` with HASH of the file's bytes: made whole or not at all, and made again when the file changes.
+Every quantisation is decoded to float32 and stored in bfloat16, or in float32 where the file's own matrices are.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from dspark_jax.checkpoints.gguf_tokenizer import write_tokenizer
+from dspark_jax.checkpoints.tensors import write_json, write_tensors
+from dspark_jax.errors import UserError
+from dspark_jax.files import file_hash
+from dspark_jax.targets.config import RopeConfig
+
+SUFFIX = ".gguf"
+ARCHITECTURES = {
+    "llama": ("LlamaForCausalLM", "llama"),
+    "qwen3": ("Qwen3ForCausalLM", "qwen3"),
+    "qwen3moe": ("Qwen3MoeForCausalLM", "qwen3_moe"),
+}
+"""`general.architecture` -> Hugging Face's architecture and model_type, of the files that are read."""
+
+SHARD_BYTES = 2 << 30
+
+_OUTER = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_LAYER = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+}
+_EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
+
+
+def gguf_file(path_or_id: str | Path) -> Path | None:
+    """The GGUF file that a target's name means: the file, `folder:file`, or a folder whose only model it is.
+
+    Returns:
+        The file; None for everything else (a Hugging Face folder, a hub id).
+    Raises:
+        UserError: a name that ends in .gguf without such a file, or a folder with several and no config.json.
+    """
+    path = Path(path_or_id)
+    if path.is_dir():
+        found = [] if (path / "config.json").exists() else sorted(path.glob(f"*{SUFFIX}"))
+        if len(found) > 1:
+            names = ", ".join(file.name for file in found)
+            raise UserError(f"{path} holds several GGUF files ({names}); name one, as in {path}:{found[0].name}.")
+        return found[0] if found else None
+
+    if path.suffix != SUFFIX:
+        return None
+    folder, colon, name = str(path_or_id).rpartition(":")
+    if colon and Path(folder).is_dir():
+        path = Path(folder) / name
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; give a GGUF file, or a folder that holds one.")
+    return path
+
+
+def converted_folder(file: Path) -> Path:
+    """The Hugging Face folder of a GGUF file, made now where it is not there.
+
+    Raises:
+        UserError: no whole GGUF file, one of an architecture, rotation or tokenizer that is not read, or no place to
+            write beside it.
+    """
+    parent = file.with_name(f"{file.name}.d")
+    final = parent / file_hash(file)
+    if (final / "config.json").exists():
+        return final
+
+    try:
+        parent.mkdir(exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix="making-", dir=parent))
+    except OSError as error:
+        raise UserError(
+            f"{file} is turned into a folder beside it, and {parent} cannot be written ({error.strerror}); copy the "
+            "file to where that is possible."
+        ) from error
+    try:
+        _convert(file, made)
+        # Another process may have been as fast; its folder holds the same bytes.
+        if not (final / "config.json").exists():
+            os.replace(made, final)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    return final
+
+
+def _convert(file: Path, folder: Path) -> None:
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(file)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+    except (ValueError, KeyError, IndexError, OSError, TypeError, OverflowError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{file} is no whole GGUF file ({reason}); copy it again.") from error
+
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    config = hf_config(file, fields, tensors)
+    _write_weights(folder, config, file, tensors)
+    write_tokenizer(folder, file, fields)
+    stops = {fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")} - {None}
+    write_json(folder / "generation_config.json", {"eos_token_id": sorted(stops)})
+    write_json(folder / "config.json", config)
+
+
+def hf_config(file: Path, fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of a GGUF file's metadata.
+
+    Args:
+        file: for messages.
+        fields: metadata by key.
+        tensors: tensors of the gguf package's reader, by name.
+    Raises:
+        UserError: a part of a split file, an architecture or a rotation that is not read, a key that is missing.
+    """
+    kind = fields.get("general.architecture")
+    if kind not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise UserError(f"{file} is a GGUF file of architecture {kind!r}; those read here are {known}.")
+    if int(fields.get("split.count", 1)) > 1:
+        raise UserError(f"{file} is one of {fields['split.count']} parts; join them with llama-gguf-split --merge.")
+
+    def value(name: str) -> Any:
+        if (found := fields.get(f"{kind}.{name}")) is None:
+            raise UserError(f"{file} has no metadata {kind}.{name}, which its architecture needs; copy it again.")
+        return found
+
+    architecture, model_type = ARCHITECTURES[kind]
+    heads, hidden = int(value("attention.head_count")), int(value("embedding_length"))
+    embedding = tensors.get("token_embd.weight")
+    if embedding is None:
+        raise UserError(f"{file} has no tensor token_embd.weight; give the file of a language model.")
+    config = {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "hidden_size": hidden,
+        "intermediate_size": int(value("feed_forward_length")),
+        "num_hidden_layers": int(value("block_count")),
+        "num_attention_heads": heads,
+        "num_key_value_heads": int(fields.get(f"{kind}.attention.head_count_kv", heads)),
+        "head_dim": int(fields.get(f"{kind}.attention.key_length", hidden // heads)),
+        "hidden_act": "silu",
+        # Stored in float32, where 1e-5 is 9.99999974e-06.
+        "rms_norm_eps": float(f"{value('attention.layer_norm_rms_epsilon'):.6g}"),
+        "rope_theta": float(fields.get(f"{kind}.rope.freq_base", 10000.0)),
+        "max_position_embeddings": int(value("context_length")),
+        "vocab_size": int(embedding.shape[-1]),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "attention_bias": False,
+        "dtype": "float32" if embedding.tensor_type.name == "F32" else "bfloat16",
+    }
+    if kind == "llama":
+        config["mlp_bias"] = False
+    if kind == "qwen3moe":
+        config |= {
+            "num_experts": int(value("expert_count")),
+            "num_experts_per_tok": int(value("expert_used_count")),
+            "moe_intermediate_size": int(value("expert_feed_forward_length")),
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        if (token := fields.get(f"tokenizer.ggml.{key}_token_id")) is not None:
+            config[f"{name}_token_id"] = int(token)
+    scaling = _rope_scaling(file, kind, fields, tensors, config)
+    return config if scaling is None else config | {"rope_scaling": scaling}
+
+
+def _rope_scaling(
+    file: Path, kind: str, fields: Mapping[str, Any], tensors: Mapping[str, Any], config: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """`rope_scaling`; Llama 3's comes as a tensor of factors, from which its four numbers are found again."""
+    if (factors := tensors.get("rope_freqs.weight")) is not None:
+        found = _decoded(factors).reshape(-1)
+        for original in (8192, 4096, 2048):
+            scaling = {
+                "rope_type": "llama3",
+                "factor": float(round(float(found.max()), 3)),
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": original,
+            }
+            rope = RopeConfig.from_hf_dict({**config, "rope_scaling": scaling})
+            plain = RopeConfig.from_hf_dict(config).inverse_frequencies(config["head_dim"])[0]
+            ours = np.array(plain) / np.array(rope.inverse_frequencies(config["head_dim"])[0])
+            if ours.shape == found.shape and np.allclose(ours, found, rtol=1e-3):
+                return scaling
+        raise UserError(f"{file} has RoPE factors other than Llama 3's, which are not read; give another conversion.")
+
+    named = fields.get(f"{kind}.rope.scaling.type", "none")
+    if named == "none":
+        return None
+    if named not in ("linear", "yarn"):
+        raise UserError(f"{file} asks for RoPE scaling {named!r}; none, linear and yarn are read from GGUF files.")
+    original = fields.get(f"{kind}.rope.scaling.original_context_length", config["max_position_embeddings"])
+    factor = float(fields[f"{kind}.rope.scaling.factor"])
+    return {"rope_type": named, "factor": factor, "original_max_position_embeddings": int(original)}
+
+
+def _write_weights(folder: Path, config: Mapping[str, Any], file: Path, tensors: Mapping[str, Any]) -> None:
+    """model.safetensors, or shards of about `SHARD_BYTES` with their index: no more is in memory at once."""
+    dtype = np.dtype(getattr(ml_dtypes, config["dtype"], config["dtype"]))
+    shards: list[dict[str, np.ndarray]] = [{}]
+    files: dict[str, str] = {}
+    size = total = 0
+
+    def close() -> None:
+        name = f"model-{len(shards):05d}.safetensors"
+        write_tensors(folder / name, shards[-1])
+        files.update(dict.fromkeys(shards[-1], name))
+        shards[-1] = {}
+
+    for name, array in _hf_tensors(file, config, tensors):
+        if size and size + array.size * dtype.itemsize > SHARD_BYTES:
+            close()
+            shards.append({})
+            size = 0
+        shards[-1][name] = np.ascontiguousarray(array).astype(dtype)
+        size += shards[-1][name].nbytes
+        total += shards[-1][name].nbytes
+    if len(shards) == 1:
+        write_tensors(folder / "model.safetensors", shards[0])
+        return
+    close()
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": files})
+
+
+def _hf_tensors(file: Path, config: Mapping[str, Any], tensors: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """(Hugging Face's name, float32 array) of every tensor; UserError for one that has no place."""
+    for name, tensor in tensors.items():
+        if name == "rope_freqs.weight":
+            continue
+        if name in _OUTER:
+            yield _OUTER[name], _decoded(tensor)
+            continue
+        parts = name.split(".")
+        known = len(parts) == 4 and parts[0] == "blk" and parts[3] == "weight"
+        if known and parts[2] in _LAYER:
+            array = _decoded(tensor)
+            if config["model_type"] == "llama" and parts[2] in ("attn_q", "attn_k"):
+                array = _halves(array, config["head_dim"])
+            yield f"model.layers.{parts[1]}.{_LAYER[parts[2]]}.weight", array
+        elif known and parts[2] in _EXPERTS:
+            for expert, array in enumerate(_decoded(tensor)):
+                yield f"model.layers.{parts[1]}.mlp.experts.{expert}.{_EXPERTS[parts[2]]}.weight", array
+        else:
+            raise UserError(
+                f"{file} has a tensor {name}, for which {config['model_type']} targets here have no place; give a file "
+                "of the model as published."
+            )
+
+
+def _halves(weight: np.ndarray, head_dim: int) -> np.ndarray:
+    """Rotary pairs (i, i + H/2) from the interleaved (2i, 2i + 1) in which llama.cpp keeps Q and K of Llama."""
+    out, into = weight.shape
+    pairs = weight.reshape(out // head_dim, head_dim // 2, 2, into)
+    return pairs.swapaxes(1, 2).reshape(out, into)
+
+
+def _decoded(tensor: Any) -> np.ndarray:
+    """float32, output-first as Hugging Face has it: GGUF names the fastest axis first."""
+    from gguf.quants import dequantize
+
+    values = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
+    return values.reshape(tuple(int(n) for n in reversed(tensor.shape)))

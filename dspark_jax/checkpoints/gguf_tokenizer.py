@@ -1,0 +1,96 @@
+"""The tokenizer in a GGUF file's metadata as tokenizer.json and tokenizer_config.json, chat template included.
+
+Byte-level BPE alone (`tokenizer.ggml.model` gpt2), with the way of cutting text that `tokenizer.ggml.pre` names.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dspark_jax.checkpoints.tensors import write_json
+from dspark_jax.errors import UserError
+
+CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
+"""`tokenizer.ggml.token_type`: special, always kept whole, a hole in the table."""
+
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+_PATTERNS = {
+    "qwen2": _WORDS,
+    "deepseek-r1-qwen": _WORDS,
+    "llama-bpe": _WORDS.replace(r"|\p{N}|", r"|\p{N}{1,3}|"),
+    "llama3": _WORDS.replace(r"|\p{N}|", r"|\p{N}{1,3}|"),
+}
+_PLAIN = ("gpt-2", "default")
+
+
+def write_tokenizer(folder: Path, file: Path, fields: Mapping[str, Any]) -> None:
+    """Writes both files.
+
+    Args:
+        folder: where to.
+        file: the GGUF file, for messages.
+        fields: its metadata.
+    Raises:
+        UserError: another kind of tokenizer than byte-level BPE, or a way of cutting text that is not known.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+    kind = fields.get("tokenizer.ggml.model")
+    if kind != "gpt2":
+        raise UserError(
+            f"{file} has a tokenizer of kind {kind!r}; byte-level BPE ('gpt2') is read from GGUF files. Give the "
+            "model as a Hugging Face folder."
+        )
+    tokens, types = fields["tokenizer.ggml.tokens"], fields.get("tokenizer.ggml.token_type")
+    types = types or [1] * len(tokens)
+    pre = fields.get("tokenizer.ggml.pre", "default")
+    merges = [tuple(merge.split(" ", 1)) for merge in fields.get("tokenizer.ggml.merges", [])]
+    vocabulary = {token: i for i, (token, of) in enumerate(zip(tokens, types, strict=True)) if of != UNUSED}
+
+    # Llama 3's table has words that no merges lead to.
+    model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in ("llama-bpe", "llama3"))
+    made = Tokenizer(model)
+    if _PATTERNS.get(pre) == _WORDS:
+        made.normalizer = normalizers.NFC()
+    made.pre_tokenizer = _pre_tokenizer(file, pre)
+    made.decoder = decoders.ByteLevel()
+    for of, special in ((CONTROL, True), (USER_DEFINED, False)):
+        chosen = [token for token, found in zip(tokens, types, strict=True) if found == of]
+        made.add_tokens([AddedToken(token, special=special, normalized=False) for token in chosen])
+    made.save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", _tokenizer_config(fields, tokens))
+
+
+def _pre_tokenizer(file: Path, pre: str) -> Any:
+    from tokenizers import Regex, pre_tokenizers
+
+    if pre in _PLAIN:
+        return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    if pre in _DIGITS_APART:
+        first, regex = pre_tokenizers.Digits(individual_digits=True), True
+    elif pre in _PATTERNS:
+        first, regex = pre_tokenizers.Split(Regex(_PATTERNS[pre]), "isolated"), False
+    else:
+        known = ", ".join(sorted([*_PLAIN, *_DIGITS_APART, *_PATTERNS]))
+        raise UserError(
+            f"{file} cuts text as {pre!r} before it is tokenised, which is not known here ({known} are); give the "
+            "model as a Hugging Face folder."
+        )
+    return pre_tokenizers.Sequence([first, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex)])
+
+
+def _tokenizer_config(fields: Mapping[str, Any], tokens: list[str]) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "add_bos_token": bool(fields.get("tokenizer.ggml.add_bos_token", False)),
+    }
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown"), ("mask", "mask")):
+        if (token := fields.get(f"tokenizer.ggml.{key}_token_id")) is not None:
+            config[f"{name}_token"] = tokens[int(token)]
+    if template := fields.get("tokenizer.chat_template"):
+        config["chat_template"] = template
+    return config
