@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from dspark_jax.checkpoints.folder_layout import EMBEDDING, HEAD, Config
+from dspark_jax.checkpoints.folder_layout import DRAFT_HEAD, EMBEDDING, HEAD, Config
 from dspark_jax.checkpoints.tensors import LAYER_TENSORS, Layout, ParamPath, Stored, layer_tensor
 from dspark_jax.drafters.config import FAMILIES, DrafterConfig
 from dspark_jax.errors import UserError
@@ -20,6 +20,7 @@ _LEAVES = {
     "bias_o": ("bias", Layout.SAME),
     "w1_vr": ("markov_w1.weight", Layout.SAME),
     "w2_vr": ("markov_w2.weight", Layout.SAME),
+    "draft_head_pd": (DRAFT_HEAD, Layout.SAME),
 }
 
 

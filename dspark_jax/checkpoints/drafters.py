@@ -1,18 +1,20 @@
 """Drafters on disk, in any layout: found out by config.json when loaded, chosen by name when saved."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
+from jaxtyping import Array, Float
 
 from dspark_jax.checkpoints.deepseek_v4_drafters import holds_v4, load_v4_drafter
 from dspark_jax.checkpoints.deepspec import drafter_tensor_map
-from dspark_jax.checkpoints.folder_layout import CONFIG_FILE, EMBEDDING, HEAD, FolderLayout
+from dspark_jax.checkpoints.folder_layout import CONFIG_FILE, DRAFT_HEAD, EMBEDDING, HEAD, FolderLayout
 from dspark_jax.checkpoints.huggingface import DTYPES, resolve_folder
 from dspark_jax.checkpoints.layouts import layout_named, native_config, read_stored_config
 from dspark_jax.checkpoints.leftovers import HARMLESS, refuse_leftovers
@@ -36,11 +38,13 @@ from dspark_jax.checkpoints.tensors import (
 )
 from dspark_jax.drafters.protocol import SharedTables
 from dspark_jax.drafters.registry import Drafter, read_config, skeleton
+from dspark_jax.drafters.vocabulary import DraftVocabulary
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import ShardingRules, parameter_shardings, split
 from dspark_jax.targets.target import Target
 
 _SAMPLED_ROWS = 64
+_DRAFT_HEAD_PATH = ("draft_head_pd",)
 
 
 class _NamedTensors(TensorFolder):
@@ -95,6 +99,8 @@ def load_drafter(
     hf_config = native_config(stored, layout, target.config)
     if layer_shift:
         hf_config["target_layer_ids"] = [i + layer_shift for i in hf_config["target_layer_ids"]]
+    if "draft_vocab_size" in hf_config and "draft_vocabulary" not in hf_config:
+        hf_config["draft_vocabulary"] = stored_vocabulary(TensorFolder(folder), hf_config).bits
     config = read_config(hf_config)
     config.check_target(target.config)
     if compare_manifest:
@@ -114,15 +120,21 @@ def load_drafter(
     )
     needed = {layout.tensor(name, hf_config) for name in stored_names(table, leaves)}
     refuse_leftovers(tensors, needed, ("drafter", layout.name) if layout.name in HARMLESS else ("drafter",))
-    _check_frozen_copies(tensors, target)
-    _check_vocabulary_map(tensors)
+    vocabulary = getattr(config, "draft_vocabulary", None)
+    _check_frozen_copies(tensors, target, vocabulary)
+    if vocabulary is None:
+        _check_vocabulary_map(tensors)
+    borrowed = (_DRAFT_HEAD_PATH,) if vocabulary is not None and not tensors.holds(DRAFT_HEAD) else ()
     params = load_params(
         tensors,
         table,
-        leaves,
+        {path: leaf for path, leaf in leaves.items() if path not in borrowed},
         shardings,
         lambda path: jnp.float32 if path[0] == "confidence_head" else storage,
     )
+    if borrowed:
+        rows = draft_head(shared_tables(target), vocabulary).astype(storage)
+        params[_DRAFT_HEAD_PATH[0]] = rows if shardings is None else jax.device_put(rows, shardings[_DRAFT_HEAD_PATH])
     # Last, since what was checked so far is told in more fitting sentences.
     if compare_manifest:
         check_integrity(folder, target)
@@ -143,8 +155,10 @@ def save_drafter(
     """Writes config.json, model.safetensors and the manifest dspark.json in the named layout.
 
     dtype: of the stored tensors; None: the config's. frozen_copies: also write the copies of the target's embedding and
-    head that the layout's readers expect, always untied; servers take the target's own where they are absent.
-    vocabulary_maps: also write the identity as `d2t` and `t2d`, where the layout has them. Loading and saving again, in
+    head that the layout's readers expect, always untied; servers take the target's own where they are absent, and so
+    does `load_drafter` for the head of a pruned draft vocabulary.
+    vocabulary_maps: also write the identity as `d2t` and `t2d`, where the layout has them; a pruned vocabulary's are
+    always written. Loading and saving again, in
     whatever layouts in between, gives the same bytes. Raises UserError, writing nothing, for a drafter that the layout
     can't express.
     """
@@ -158,9 +172,14 @@ def save_drafter(
         tables = {EMBEDDING: shared.embed, HEAD: shared.head}
         frozen = {(name,): Stored(name) for name in form.frozen(native)}
         tensors |= stored_tensors(frozen, tables, native["dtype"])
+    elif form.name == "deepspec":
+        tensors.pop(DRAFT_HEAD, None)
     tensors = {form.tensor(name, native): array for name, array in tensors.items()}
-    if vocabulary_maps and form.vocabulary_maps:
-        tensors |= {"d2t": np.zeros(native["vocab_size"], np.int64), "t2d": np.ones(native["vocab_size"], np.bool_)}
+    vocabulary = getattr(drafter.config, "draft_vocabulary", None)
+    if form.vocabulary_maps and (vocabulary_maps or vocabulary is not None):
+        member = np.ones(native["vocab_size"], np.bool_) if vocabulary is None else vocabulary.member
+        ids = np.flatnonzero(member)
+        tensors |= {"d2t": ids - np.arange(len(ids)), "t2d": member}
     # Before the first file is replaced: a manifest that stands beside other files would speak against them.
     with suppress(OSError):
         (folder / MANIFEST_FILE).unlink(missing_ok=True)
@@ -176,10 +195,44 @@ def shared_tables(target: Target) -> SharedTables:
     return SharedTables.of(target.config, embed, head)
 
 
-def _check_frozen_copies(tensors: _NamedTensors, target: Target) -> None:
+def draft_head(shared: SharedTables, vocabulary: DraftVocabulary) -> Float[Array, "p d"]:
+    """The target's head rows for a pruned draft vocabulary."""
+    return jnp.take(shared.head, vocabulary.ids, axis=0)
+
+
+def stored_vocabulary(tensors: TensorFolder, hf_config: Mapping[str, Any]) -> DraftVocabulary:
+    """The draft vocabulary that `d2t` and `t2d` describe; UserError where they are missing or contradict each other.
+
+    `d2t[i]` is what is added to draft id i; some files hold the target ids themselves, told by their going up.
+    """
+    whole, size = hf_config["vocab_size"], hf_config["draft_vocab_size"]
+    if "d2t" not in tensors.names:
+        raise UserError(
+            f"{tensors.folder} has a vocabulary reduced to {size} of {whole} tokens and no tensor d2t that says to "
+            "which; copy its weights again."
+        )
+    ids = np.asarray(tensors.raw("d2t")[:]).astype(np.int64)
+    relative = ids + np.arange(len(ids))
+    ids = relative if np.all(np.diff(relative) > 0) and relative[-1:] < whole else ids
+    if len(ids) != size or np.any(np.diff(ids) <= 0) or ids[0] < 0 or ids[-1] >= whole:
+        raise UserError(
+            f"The tensor d2t in {tensors.folder} does not name {size} different target ids below {whole} in ascending "
+            "order; copy its weights again."
+        )
+    found = DraftVocabulary.of(ids, whole)
+    if "t2d" in tensors.names and not np.array_equal(np.asarray(tensors.raw("t2d")[:]).astype(bool), found.member):
+        raise UserError(f"The tensors d2t and t2d in {tensors.folder} contradict each other; copy its weights again.")
+    return found
+
+
+def _check_frozen_copies(tensors: _NamedTensors, target: Target, vocabulary: DraftVocabulary | None) -> None:
     """Compares sampled rows: over a fine-tuned or re-tokenised target a drafter would draft well-formed nonsense."""
     shared = shared_tables(target)
-    for name, table in ((EMBEDDING, shared.embed), (HEAD, shared.head)):
+    if vocabulary is None:
+        heads = {HEAD: shared.head}
+    else:
+        heads = {DRAFT_HEAD: draft_head(shared, vocabulary)}
+    for name, table in ({EMBEDDING: shared.embed} | heads).items():
         if not tensors.holds(name) or not table.is_fully_addressable:
             continue
         stored = tensors.stored(name)

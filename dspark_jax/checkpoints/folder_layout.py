@@ -15,6 +15,7 @@ from dspark_jax.targets.target import Target
 Config = Mapping[str, Any]
 CONFIG_FILE = "config.json"
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+DRAFT_HEAD = "draft_head.weight"  # of a pruned draft vocabulary: the target's rows for it
 ANCHORS = 512  # what DeepSpec trains with; other layouts needn't say
 
 

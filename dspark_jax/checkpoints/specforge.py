@@ -69,6 +69,11 @@ class SpecForgeLayout:
 
     def from_native(self, native: Config, target: Target) -> dict[str, Any]:
         kind = require_kind(native, self.name)
+        if "draft_vocabulary" in native:
+            raise UserError(
+                "This drafter's vocabulary is pruned, and the specforge layout has no place that says to which tokens. "
+                "Write it in the speculators layout."
+            )
         if kind == "eagle3":
             ids = {"eagle_aux_hidden_state_layer_ids": list(native["target_layer_ids"]), "use_aux_hidden_state": True}
             kept = {name: value for name, value in native.items() if name != "target_layer_ids"}

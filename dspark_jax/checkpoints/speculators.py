@@ -9,6 +9,7 @@ from typing import Any
 
 from dspark_jax.checkpoints.folder_layout import (
     ANCHORS,
+    DRAFT_HEAD,
     EMBEDDING,
     HEAD,
     Config,
@@ -50,6 +51,8 @@ class SpeculatorsLayout:
         layers = dict(stored.get("transformer_layer_config") or {})
         self._refuse(stored, layers)
         native = layers | {name: stored[name] for name in _DRAFTER if name in stored}
+        if stored.get("draft_vocab_size") not in (None, layers.get("vocab_size")):
+            native["draft_vocab_size"] = stored["draft_vocab_size"]
         if _IDS[kind] not in stored:
             raise UserError(
                 f"The drafter's config.json has no {_IDS[kind]}; the layers that it reads can't be guessed safely. Add "
@@ -63,14 +66,15 @@ class SpeculatorsLayout:
 
     def from_native(self, native: Config, target: Target) -> dict[str, Any]:
         kind = require_kind(native, self.name)
-        own = (*_DRAFTER, "architectures", "target_layer_ids")
+        # Which tokens a pruned vocabulary has is said by the tensors d2t and t2d.
+        own = (*_DRAFTER, "architectures", "target_layer_ids", "draft_vocabulary", "draft_vocab_size")
         stored: dict[str, Any] = {name: native[name] for name in _DRAFTER if name in native}
         stored |= {
             "architectures": [_NAMES[kind]],
             "speculators_model_type": kind,
             "transformer_layer_config": {name: value for name, value in native.items() if name not in own},
             _IDS[kind]: [i + self.layer_id_base for i in native["target_layer_ids"]],
-            "draft_vocab_size": native["vocab_size"],
+            "draft_vocab_size": native.get("draft_vocab_size", native["vocab_size"]),
             "target_hidden_size": target.config.hidden_size,
             "tie_word_embeddings": False,
             "dtype": native["dtype"],
@@ -87,10 +91,10 @@ class SpeculatorsLayout:
         return stored
 
     def tensor(self, name: str, native: Config) -> str:
-        return name
+        return HEAD if name == DRAFT_HEAD else name
 
     def frozen(self, native: Config) -> tuple[str, ...]:
-        return (EMBEDDING, HEAD)
+        return (EMBEDDING,) if "draft_vocabulary" in native else (EMBEDDING, HEAD)
 
     def _block_to_native(self, native: dict[str, Any], kind: str) -> None:
         """Fills in speculators' defaults: a dspark block predicts from its anchor, a dflash one does not."""
@@ -109,10 +113,10 @@ class SpeculatorsLayout:
         if not layers:
             raise UserError("The drafter's config.json has no transformer_layer_config; copy the whole file again.")
         vocabulary = stored.get("draft_vocab_size", layers.get("vocab_size"))
-        if vocabulary != layers.get("vocab_size"):
+        if vocabulary != layers.get("vocab_size") and stored["speculators_model_type"] == "eagle3":
             raise UserError(
-                f"The drafter's vocabulary is reduced to {vocabulary} of {layers.get('vocab_size')} tokens; drafters "
-                "here speak the target's whole vocabulary. Give one that was trained with it."
+                f"The drafter's vocabulary is reduced to {vocabulary} of {layers.get('vocab_size')} tokens; Eagle3 "
+                "drafters here speak the target's whole vocabulary. Give one that was trained with it."
             )
         off = (False, None)
         harmless = {

@@ -7,7 +7,6 @@ from typing import Any
 from jax.sharding import Mesh
 
 from dspark_jax.checkpoints.target_tables import describe_target
-from dspark_jax.checkpoints.tensors import read_json
 from dspark_jax.config.schema import DataSettings, EvaluationSettings, TrainConfig
 from dspark_jax.data.chat import tokenizer_hash
 from dspark_jax.data.pipeline import Batches, open_cache
@@ -18,6 +17,7 @@ from dspark_jax.drafters.config import DrafterConfig
 from dspark_jax.drafters.registry import drafter_hf_config, read_config
 from dspark_jax.drafters.vocabulary import DraftVocabulary
 from dspark_jax.errors import UserError
+from dspark_jax.readers import read_object
 from dspark_jax.serving.prompts import Prompt, read_prompts
 from dspark_jax.sharding import AnyMesh, ShardingRules, make_mesh
 from dspark_jax.targets.target import Target
@@ -101,10 +101,10 @@ def draft_vocabulary(path: str, target: Target) -> DraftVocabulary | None:
     """The pruned vocabulary in a file of train.draft_vocabulary; None where none is named."""
     if not path:
         return None
-    content = read_json(Path(path))
-    if not isinstance(content, dict) or not all(isinstance(i, int) for i in content.get("ids", [None])):
+    ids = read_object(Path(path), expected="a draft vocabulary, as train.draft_vocabulary writes it").get("ids")
+    if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
         raise UserError(f'{path} is no draft vocabulary; a JSON object with "ids", a list of token ids, was expected.')
-    return DraftVocabulary.of(content["ids"], target.config.vocab_size)
+    return DraftVocabulary.of(ids, target.config.vocab_size)
 
 
 def open_records(config: TrainConfig, folder: Path, target: Target) -> FeatureSource:
