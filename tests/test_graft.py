@@ -1,15 +1,23 @@
 """Draft layers that start as copies of target layers (`drafter.init_target_layers`)."""
 
+import json
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
+from dspark_jax.checkpoints.drafters import save_drafter
 from dspark_jax.checkpoints.target_tables import describe_target, load_layers
-from dspark_jax.drafters.registry import drafter_hf_config, graft_target_layers, new_params
+from dspark_jax.config.cli import load_config
+from dspark_jax.drafters.registry import Drafter, drafter_hf_config, graft_target_layers, new_params, skeleton
 from dspark_jax.errors import UserError
-from dspark_jax.sharding import make_mesh
+from dspark_jax.sharding import make_mesh, split
+from dspark_jax.training.run import make_plan
+from dspark_jax.training.trainer import Trainer
 from tests.tiny import write_tiny_target
 
 
@@ -46,3 +54,57 @@ def test_other_shapes_and_layers_are_refused(folder: Path) -> None:
         graft_target_layers(hf, narrow, [layers[2], layers[3]], norm)
     with pytest.raises(UserError, match="has layers 0 to 3"):
         load_layers(target, (3, 4), mesh=make_mesh())
+
+
+def small_run(tmp_path: Path, run: str = "run", **drafter: Any) -> Trainer:
+    """A run over a Llama target, whose layers have no head norms."""
+    target = tmp_path / "llama"
+    if not target.exists():
+        write_tiny_target(target, num_hidden_layers=4, model_type="llama")
+    debug = load_config("debug")
+    settings = {"num_layers": 2, "target_layer_ids": (0, 2), "intermediate_size": None, "mask_token_id": 3} | drafter
+    data = replace(debug.data, global_batch=2, accumulation_steps=1, max_length=24)
+    config = replace(debug, target=str(target), run_dir=str(tmp_path / run), data=data)
+    return Trainer.of(make_plan(replace(config, drafter=replace(debug.drafter, **settings))))
+
+
+def test_layers_without_head_norms_keep_the_scale_of_queries_and_keys(tmp_path: Path) -> None:
+    trainer = small_run(tmp_path, init_target_layers=(2, 3))
+    layers, _ = load_layers(trainer.plan.target, (2, 3), mesh=trainer.plan.mesh)
+    made, rows = trainer.grafted()["backbone"]["layers"], np.asarray(trainer.last_tap_rows())
+    for number, layer in enumerate((layers[2], layers[3])):
+        unit = rows / np.sqrt(np.mean(rows**2, axis=-1, keepdims=True) + trainer.plan.drafter.backbone.rms_norm_eps)
+        for name, weight in (("q_norm", "q_weight_dqh"), ("k_norm", "k_weight_dgh")):
+            np.testing.assert_array_equal(made[number]["attention"][weight], layer["attention"][weight])
+            heads = np.einsum("nd,dih->nih", unit * layer["input_norm"]["weight"], layer["attention"][weight])
+            expected = np.mean(np.sqrt(np.mean(heads**2, axis=-1)))
+            np.testing.assert_allclose(made[number]["attention"][name]["weight"], expected, rtol=1e-4)
+
+
+def test_head_norms_need_stored_states(tmp_path: Path) -> None:
+    trainer = small_run(tmp_path, init_target_layers=(2, 3))
+    with pytest.raises(UserError, match="fitted on stored states"):
+        trainer.last_tap_rows({"lengths": np.asarray([3])})
+
+
+def test_a_run_continues_an_earlier_drafter(tmp_path: Path) -> None:
+    trainer = small_run(tmp_path, draft_vocabulary=vocabulary_file(tmp_path, range(0, 300, 3)))
+    first = jax.device_get(trainer.initial().params)
+    head = trainer.target().params["embed_weight_vd"]
+    np.testing.assert_array_equal(first["draft_head_pd"], np.asarray(head)[::3])
+    plan = trainer.plan
+    drafter = Drafter("made", plan.drafter, split(skeleton(plan.drafter_hf))[0], first, plan.drafter_hf)
+    save_drafter(tmp_path / "made", drafter, trainer.target())
+    again = small_run(tmp_path, "again", draft_vocabulary=str(tmp_path / "v.json"), init_drafter=str(tmp_path / "made"))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(again.initial().params), first)
+
+    other = small_run(tmp_path, "other", markov_rank=4, draft_vocabulary=str(tmp_path / "v.json"))
+    changed = replace(other.plan.config.drafter, init_drafter=str(tmp_path / "made"))
+    config = replace(other.plan.config, drafter=changed)
+    with pytest.raises(UserError, match="has not the layers, heads, block or draft vocabulary of this run"):
+        replace(other, plan=replace(other.plan, config=config)).initial()
+
+
+def vocabulary_file(folder: Path, ids: Iterable[int]) -> str:
+    (folder / "v.json").write_text(json.dumps({"ids": list(ids)}))
+    return str(folder / "v.json")

@@ -135,14 +135,19 @@ class Trainer:
         chosen = [layers[i] for i in ids]
         dims = self.plan.drafter.backbone
         if dims.query_key_norm and not self.plan.target.config.query_key_norm:
-            rows = self._last_tap_rows()
+            rows = self.last_tap_rows()
             chosen = [with_head_norms(layer, rows, dims.rms_norm_eps) for layer in chosen]
         return graft_target_layers(self.plan.drafter_hf, params, chosen, final_norm)
 
-    def _last_tap_rows(self) -> jax.Array:
-        """[N, D]: what the last tapped layer left at the real positions of the run's first batch."""
-        with self.plan.batches.iterate(0, 1) as batches:
-            batch = next(iter(batches))
+    def last_tap_rows(self, batch: Batch | None = None) -> jax.Array:
+        """[N, D]: what the last tapped layer left at the real positions of a batch; None: of the run's first.
+
+        Raises:
+            UserError: the batch has no states, as in runs whose target computes them in the step.
+        """
+        if batch is None:
+            with self.plan.batches.iterate(0, 1) as batches:
+                batch = next(iter(batches))
         if not set(STATES) & set(batch):
             raise UserError(
                 "Copies of layers that have no norms of q and k are fitted on stored states, and data.source "
