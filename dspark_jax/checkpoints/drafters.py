@@ -124,15 +124,15 @@ def load_drafter(
     _check_frozen_copies(tensors, target, vocabulary)
     if vocabulary is None:
         _check_vocabulary_map(tensors)
-    borrowed = (_DRAFT_HEAD_PATH,) if vocabulary is not None and not tensors.holds(DRAFT_HEAD) else ()
+    borrowed = vocabulary is not None and not tensors.holds(DRAFT_HEAD)
     params = load_params(
         tensors,
         table,
-        {path: leaf for path, leaf in leaves.items() if path not in borrowed},
+        {path: leaf for path, leaf in leaves.items() if not borrowed or path != _DRAFT_HEAD_PATH},
         shardings,
         lambda path: jnp.float32 if path[0] == "confidence_head" else storage,
     )
-    if borrowed:
+    if vocabulary is not None and borrowed:
         rows = draft_head(shared_tables(target), vocabulary).astype(storage)
         params[_DRAFT_HEAD_PATH[0]] = rows if shardings is None else jax.device_put(rows, shardings[_DRAFT_HEAD_PATH])
     # Last, since what was checked so far is told in more fitting sentences.

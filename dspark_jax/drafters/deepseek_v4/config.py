@@ -55,6 +55,7 @@ class V4DSparkConfig(DSparkConfig):
             "enable_confidence_head": True,
             "confidence_head_with_markov": True,
             "sample_from_anchor": True,
+            "draft_vocabulary": None,
         }
 
     @property

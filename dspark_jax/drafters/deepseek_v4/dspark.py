@@ -44,7 +44,7 @@ class V4DSpark(DSpark):
         self.confidence_head = ConfidenceHead(config, rngs=rngs, bias=False)
         self.config = config
         self.block_size, self.tap_layers = config.block_size, config.target_layer_ids
-        self.window = dims.window
+        self.window, self.vocabulary = dims.window, None
 
     # Decoding
 
