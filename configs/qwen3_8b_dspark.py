@@ -2,7 +2,7 @@
 
 Command:   python -m train.build_cache --help      (first: answers of the target itself, then their hidden states)
            python -m train.fit --config qwen3_8b_dspark --data.cache DIR
-Hardware:  meant for one machine with 8 accelerators of 80 GB; `--plan` says what another takes.
+Hardware:  meant for one machine with 8 accelerators of 80 GB; `train.plan` says what another takes.
            The cache takes 49,158 bytes a token (six states of 4096 in bfloat16, token id and mask).
 Expected:  not measured here. The paper's accepted length at temperature 1.0, γ = 7, without scheduling:
            GSM8K 6.17, MATH 5.78, HumanEval 5.52, MT-Bench 3.72.

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from dspark_jax.training.points import Point, Runner
+from dspark_jax.training.point_processes import Point, Runner
 
 
 def main(result: Path, seconds: float) -> None:

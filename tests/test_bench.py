@@ -18,7 +18,6 @@ from dspark_jax.planning.training import AbstractRun
 from dspark_jax.roofline.decoding import round_terms
 from dspark_jax.roofline.hardware import Term, floor_seconds, known_device, terms_table, total
 from dspark_jax.sharding import abstract_mesh, make_mesh, split
-from dspark_jax.training.run import drafter_config
 from train.bench import __main__ as bench
 from train.bench.inputs import random_inputs
 from train.bench.naive import naive_run
@@ -89,7 +88,7 @@ def test_terms_of_a_step_scale_as_they_should() -> None:
 def test_the_decode_floor_reads_every_weight_once() -> None:
     run = run_of("embedded_dspark")
     target = run.target.config
-    drafter = read_config(drafter_config(run.config, run.target))
+    drafter = run.spec.drafter
     terms = {term.name: term for term in round_terms(target, drafter, 3, 100, 2) or ()}
 
     def matrices(params: dict) -> int:

@@ -386,18 +386,15 @@ def test_fit_trains_stops_and_continues(
 
 def test_one_cache_serves_drafters_of_other_layers(folder: Path, tmp_path: Path) -> None:
     from dspark_jax.checkpoints.target_tables import describe_target
-    from dspark_jax.config.cli import load_config, parse
     from dspark_jax.training.run import open_records
     from dspark_jax.training.synthetic_cache import write_synthetic_cache
 
-    write_synthetic_cache(tmp_path / "cache", describe_target(folder), (0, 1, 3), records=4, length=8, seed=0)
-    arguments = [*fit_command(folder, tmp_path / "run", "mtp"), "--data.cache", str(tmp_path / "cache")]
-    config = parse(load_config("debug"), arguments[2:])
-    target = describe_target(folder)
-    whole = open_records(replace(config, drafter=replace(config.drafter, target_layer_ids=(0, 1, 3))), tmp_path, target)
-    selected = open_records(config, tmp_path, target)
+    cache, target = tmp_path / "cache", describe_target(folder)
+    write_synthetic_cache(cache, target, (0, 1, 3), records=4, length=8, seed=0)
+    whole = open_records(cache, (0, 1, 3), target)
+    selected = open_records(cache, (3,), target)
     size = target.config.hidden_size
     assert selected.spec.layer_ids == (3,) and len(selected) == 4 and list(selected.lengths) == [8] * 4
     np.testing.assert_array_equal(selected[1].features, whole[1].features[:, 2 * size :])
     with pytest.raises(UserError, match="layer_ids is"):
-        open_records(replace(config, drafter=replace(config.drafter, target_layer_ids=(2,))), tmp_path, target)
+        open_records(cache, (2,), target)

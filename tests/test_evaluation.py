@@ -18,9 +18,9 @@ from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.training.checkpoint import Checkpoints
 from dspark_jax.training.evaluation import Evaluator
-from dspark_jax.training.run import make_plan
+from dspark_jax.training.run import Run
 from dspark_jax.training.run_folder import read_records
-from dspark_jax.training.trainer import Trainer
+from dspark_jax.training.start import initial_state
 from tests.tiny import write_tiny_target
 from train.fit import main
 
@@ -74,20 +74,21 @@ def test_evaluations_are_records_of_their_steps(folder: Path, trained: Path):
 
 def test_a_record_says_what_decoding_the_exported_drafter_gives(folder: Path, trained: Path):
     target = load_target(folder / "target", dtype="float32")
-    plan = make_plan(parse(load_config("debug"), command(folder, "run")[2:]))
+    planned = Run.of(parse(load_config("debug"), command(folder, "run")[2:]))
+    assert planned.heldout is not None
     config = EngineConfig(3, policy="fixed", smallest_prompt_bucket=64)
     drafter = load_drafter(trained / "drafter", target)
-    by_domain = acceptance_by_domain(target, drafter, plan.heldout, SamplingParams(12), config)
+    by_domain = acceptance_by_domain(target, drafter, planned.heldout.prompts, SamplingParams(12), config)
     assert set(by_domain) == {"chat", "code"}
     last = read_records(trained / "metrics.jsonl")[-1]
     assert last["eval_tau"] == macro_tau(by_domain) and last["eval_tau_code"] == by_domain["code"].tau
 
 
 def test_later_evaluations_compile_nothing(folder: Path, trained: Path):
-    trainer = Trainer.of(make_plan(parse(load_config("debug"), command(folder, "run")[2:])))
-    evaluator = Evaluator.of(trainer)
-    assert evaluator is not None
-    params = trainer.initial().params
+    planned = Run.of(parse(load_config("debug"), command(folder, "run")[2:]))
+    assert planned.heldout is not None
+    evaluator = Evaluator.of(planned.name, planned.target, planned.step, planned.heldout)
+    params = initial_state(planned).params
     first, compiled = evaluator(params), run_rounds._cache_size()  # type: ignore[attr-defined]
     assert evaluator(params) == first
     evaluator(jax.tree.map(lambda x: 0.5 * x, params))
@@ -115,7 +116,7 @@ def test_the_best_drafter_is_exported(folder: Path, trained: Path):
     config = parse(load_config("debug"), command(folder, "run")[2:])
     with Checkpoints(trained / "checkpoints", 1, 1) as checkpoints:
         assert checkpoints.best == summary["best_step"]
-        state, _ = checkpoints.restore(summary["best_step"], Trainer.of(make_plan(config)).abstract)
+        state, _ = checkpoints.restore(summary["best_step"], Run.of(config).step.abstract)
     best = load_drafter(trained / "drafter_best", load_target(folder / "target", dtype="float32"))
     jax.tree.map(np.testing.assert_array_equal, best.params, state.params)
 

@@ -27,14 +27,14 @@ from dspark_jax.sharding import split
 from dspark_jax.training.checkpoint import Checkpoints
 from dspark_jax.training.losses import LossOptions
 from dspark_jax.training.objective import BlockObjective
-from dspark_jax.training.run import make_plan
+from dspark_jax.training.run import Run
 from dspark_jax.training.run_folder import MetricsLog, read_records
 from dspark_jax.training.schedule import learning_rate_schedule, make_optimizer
 from dspark_jax.training.step import TrainState, abstract_train_state, make_train_step
 from dspark_jax.training.synthetic_cache import write_synthetic_cache
-from dspark_jax.training.trainer import Trainer
 from tests.tiny import write_tiny_target
 from tests.xla import xla_flags
+from train import export
 from train.fit import main
 
 ROOT = Path(__file__).parent.parent
@@ -73,7 +73,7 @@ def undisturbed(target: Path, cache: Path, tmp_path_factory: pytest.TempPathFact
 def final_state(arguments: list[str], step: int = 4) -> TrainState:
     config = parse(load_config("debug"), arguments[2:])
     with Checkpoints(Path(config.run_dir) / "checkpoints", 9) as checkpoints:
-        return checkpoints.restore(step, Trainer.of(make_plan(config)).abstract)[0]
+        return checkpoints.restore(step, Run.of(config).step.abstract)[0]
 
 
 def untimed(run: Path) -> list[dict[str, Any]]:
@@ -144,15 +144,15 @@ def test_the_exported_drafter_loads_back(target: Path, cache: Path, undisturbed:
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run)
     shutil.rmtree(run / "drafter")
-    main([*command(target, run, cache=cache), "--export-only"])
+    export.main(command(target, run, cache=cache))
     assert drafter_bytes(run) == drafter_bytes(undisturbed)
 
 
 def test_debug_makes_its_own_records(target: Path, cache: Path, tmp_path: Path):
-    plan = make_plan(parse(load_config("debug"), command(target, tmp_path / "run")[2:]))
+    planned = Run.of(parse(load_config("debug"), command(target, tmp_path / "run")[2:]))
     made = TargetCache(tmp_path / "run" / "cache")
     assert made.spec.target_sha256 == describe_target(target).config_sha256
-    assert plan.batches.steps_per_epoch == 4 and len(made) == 32
+    assert planned.batches.steps_per_epoch == 4 and len(made) == 32
     np.testing.assert_array_equal(made[0].input_ids[:5], TargetCache(cache)[0].input_ids[:5])
 
 
@@ -188,7 +188,7 @@ def test_a_deepspec_cache_gives_the_same_batches(target: Path, cache: Path, tmp_
         writer.add(ours[index])
     writer.finish()
     theirs, mine = (
-        make_plan(parse(load_config("debug"), command(target, tmp_path / "run", cache=where)[2:])).batches.batch_at(1)
+        Run.of(parse(load_config("debug"), command(target, tmp_path / "run", cache=where)[2:])).batches.batch_at(1)
         for where in (tmp_path / "cache", cache)
     )
     np.testing.assert_array_equal(theirs["input_ids"], mine["input_ids"])

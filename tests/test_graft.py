@@ -16,8 +16,8 @@ from dspark_jax.config.cli import load_config
 from dspark_jax.drafters.registry import Drafter, drafter_hf_config, graft_target_layers, new_params, skeleton
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import make_mesh, split
-from dspark_jax.training.run import make_plan
-from dspark_jax.training.trainer import Trainer
+from dspark_jax.training.run import Run
+from dspark_jax.training.start import grafted_params, initial_state, last_tap_rows
 from tests.tiny import write_tiny_target
 
 
@@ -56,7 +56,7 @@ def test_other_shapes_and_layers_are_refused(folder: Path) -> None:
         load_layers(target, (3, 4), mesh=make_mesh())
 
 
-def small_run(tmp_path: Path, run: str = "run", **drafter: Any) -> Trainer:
+def small_run(tmp_path: Path, run: str = "run", **drafter: Any) -> Run:
     """A run over a Llama target, whose layers have no head norms."""
     target = tmp_path / "llama"
     if not target.exists():
@@ -65,15 +65,15 @@ def small_run(tmp_path: Path, run: str = "run", **drafter: Any) -> Trainer:
     settings = {"num_layers": 2, "target_layer_ids": (0, 2), "intermediate_size": None, "mask_token_id": 3} | drafter
     data = replace(debug.data, global_batch=2, accumulation_steps=1, max_length=24)
     config = replace(debug, target=str(target), run_dir=str(tmp_path / run), data=data)
-    return Trainer.of(make_plan(replace(config, drafter=replace(debug.drafter, **settings))))
+    return Run.of(replace(config, drafter=replace(debug.drafter, **settings)))
 
 
 def test_layers_without_head_norms_keep_the_scale_of_queries_and_keys(tmp_path: Path) -> None:
-    trainer = small_run(tmp_path, init_target_layers=(2, 3))
-    layers, _ = load_layers(trainer.plan.target, (2, 3), mesh=trainer.plan.mesh)
-    made, rows = trainer.grafted()["backbone"]["layers"], np.asarray(trainer.last_tap_rows())
+    run = small_run(tmp_path, init_target_layers=(2, 3))
+    layers, _ = load_layers(run.target, (2, 3), mesh=run.step.mesh)
+    made, rows = grafted_params(run)["backbone"]["layers"], np.asarray(last_tap_rows(run))
     for number, layer in enumerate((layers[2], layers[3])):
-        unit = rows / np.sqrt(np.mean(rows**2, axis=-1, keepdims=True) + trainer.plan.drafter.backbone.rms_norm_eps)
+        unit = rows / np.sqrt(np.mean(rows**2, axis=-1, keepdims=True) + run.step.drafter.backbone.rms_norm_eps)
         for name, weight in (("q_norm", "q_weight_dqh"), ("k_norm", "k_weight_dgh")):
             np.testing.assert_array_equal(made[number]["attention"][weight], layer["attention"][weight])
             heads = np.einsum("nd,dih->nih", unit * layer["input_norm"]["weight"], layer["attention"][weight])
@@ -82,27 +82,25 @@ def test_layers_without_head_norms_keep_the_scale_of_queries_and_keys(tmp_path: 
 
 
 def test_head_norms_need_stored_states(tmp_path: Path) -> None:
-    trainer = small_run(tmp_path, init_target_layers=(2, 3))
+    run = small_run(tmp_path, init_target_layers=(2, 3))
     with pytest.raises(UserError, match="fitted on stored states"):
-        trainer.last_tap_rows({"lengths": np.asarray([3])})
+        last_tap_rows(run, {"lengths": np.asarray([3])})
 
 
 def test_a_run_continues_an_earlier_drafter(tmp_path: Path) -> None:
-    trainer = small_run(tmp_path, draft_vocabulary=vocabulary_file(tmp_path, range(0, 300, 3)))
-    first = jax.device_get(trainer.initial().params)
-    head = trainer.target().params["embed_weight_vd"]
+    run = small_run(tmp_path, draft_vocabulary=vocabulary_file(tmp_path, range(0, 300, 3)))
+    first = jax.device_get(initial_state(run).params)
+    head = run.tables().params["embed_weight_vd"]
     np.testing.assert_array_equal(first["draft_head_pd"], np.asarray(head)[::3])
-    plan = trainer.plan
-    drafter = Drafter("made", plan.drafter, split(skeleton(plan.drafter_hf))[0], first, plan.drafter_hf)
-    save_drafter(tmp_path / "made", drafter, trainer.target())
+    spec = run.step
+    drafter = Drafter("made", spec.drafter, split(skeleton(spec.drafter_hf))[0], first, spec.drafter_hf)
+    save_drafter(tmp_path / "made", drafter, run.tables())
     again = small_run(tmp_path, "again", draft_vocabulary=str(tmp_path / "v.json"), init_drafter=str(tmp_path / "made"))
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(again.initial().params), first)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(initial_state(again).params), first)
 
     other = small_run(tmp_path, "other", markov_rank=4, draft_vocabulary=str(tmp_path / "v.json"))
-    changed = replace(other.plan.config.drafter, init_drafter=str(tmp_path / "made"))
-    config = replace(other.plan.config, drafter=changed)
     with pytest.raises(UserError, match="has not the layers, heads, block or draft vocabulary of this run"):
-        replace(other, plan=replace(other.plan, config=config)).initial()
+        initial_state(replace(other, init_drafter=str(tmp_path / "made")))
 
 
 def vocabulary_file(folder: Path, ids: Iterable[int]) -> str:

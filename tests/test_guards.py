@@ -18,10 +18,10 @@ import pytest
 from dspark_jax.checkpoints.target_tables import describe_target
 from dspark_jax.data.target_cache import CacheWriter, TargetCache
 from dspark_jax.errors import UserError
+from dspark_jax.training import feeds
 from dspark_jax.training.checkpoint import Checkpoints
 from dspark_jax.training.run_folder import read_records
 from dspark_jax.training.synthetic_cache import write_synthetic_cache
-from dspark_jax.training.trainer import Trainer
 from tests.tiny import write_tiny_target
 from tests.xla import xla_flags
 from train.fit import main
@@ -46,16 +46,16 @@ def command(folder: Path, run: Path | str, *more: object, steps: int = 6) -> lis
 
 def poison(monkeypatch: pytest.MonkeyPatch, bad_steps: set[int]) -> None:
     """Features of these steps (from 1) become NaN on their way to the device."""
-    plain = Trainer.device_batches
+    plain = feeds.device_batches
 
-    def device_batches(self: Trainer, start: int, *stop: int) -> Any:
-        for done, batch in enumerate(plain(self, start, *stop), start + 1):
+    def device_batches(batches: Any, placement: Any, start: int, stop: int) -> Any:
+        for done, batch in enumerate(plain(batches, placement, start, stop), start + 1):
             if done in bad_steps:
                 with jax.transfer_guard("allow"):
                     batch = batch | {"features": batch["features"] * jnp.nan}
             yield batch
 
-    monkeypatch.setattr(Trainer, "device_batches", device_batches)
+    monkeypatch.setattr(feeds, "device_batches", device_batches)
 
 
 def test_a_bad_batch_is_skipped_and_counted(folder: Path, monkeypatch: pytest.MonkeyPatch):

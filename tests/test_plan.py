@@ -19,8 +19,8 @@ from dspark_jax.planning.published_targets import PUBLISHED
 from dspark_jax.planning.training import AbstractRun
 from dspark_jax.sharding import ShardingRules, abstract_mesh, array_sharding, gathered, make_mesh
 from dspark_jax.targets.registry import read_target_config
-from dspark_jax.training.run import micro_batches
-from train import fit
+from dspark_jax.training.spec import micro_batches
+from train import plan
 from train.bench.__main__ import preset
 
 MESHES = {8: (2, 4, 1), 64: (16, 2, 2), 256: (32, 4, 2)}
@@ -52,7 +52,7 @@ def test_every_configuration_lowers_for_tpus(name: str, devices: int) -> None:
 @pytest.mark.lowering
 def test_the_step_of_the_paper_lowers_for_tpus_and_gpus() -> None:
     run = AbstractRun.of(preset("qwen3_4b"), abstract_mesh(1))
-    assert (run.batch["input_ids"].shape, run.config.drafter.num_anchors) == ((1, 4096), 512)
+    assert (run.batch["input_ids"].shape, run.spec.drafter.num_anchors) == ((1, 4096), 512)
     traced = run.step.trace(run.state, run.shared, run.batch)
     for platform in ("tpu", "cuda"):
         text = traced.lower(lowering_platforms=(platform,)).as_text()
@@ -176,7 +176,7 @@ def test_the_mesh_option() -> None:
 def test_the_program_prints_a_plan_and_writes_nothing(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     options = ["--devices", "64", "--mesh", "data=16,fsdp=4", "--data.max-length", "1024"]
-    fit.main(["--config", "qwen3_4b_eagle3", "--plan", *options])
+    plan.main(["--config", "qwen3_4b_eagle3", *options])
     printed = capsys.readouterr().out
     assert "data 16 x fsdp 4 x tensor 1" in printed and "activations" in printed and "524,288" in printed
     assert not list(tmp_path.iterdir())
@@ -187,7 +187,7 @@ def test_the_program_prints_a_plan_and_writes_nothing(tmp_path, monkeypatch, cap
         ("--topology v5e:2x2 --devices 8", "leave out --devices"),
     ):
         with pytest.raises(SystemExit) as stop:
-            fit.main(["--config", "qwen3_4b_eagle3", "--plan", *words.split()])
+            plan.main(["--config", "qwen3_4b_eagle3", *words.split()])
         assert stop.value.code == 2 and said in capsys.readouterr().err
 
 

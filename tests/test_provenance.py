@@ -3,9 +3,8 @@
 import json
 from pathlib import Path
 
-from dspark_jax.config.cli import load_config
 from dspark_jax.data.records import CacheSpec
-from dspark_jax.training.provenance import answers_of, provenance
+from dspark_jax.training.provenance import answers_of, cache_provenance
 
 
 def spec() -> CacheSpec:
@@ -19,14 +18,15 @@ def test_sampling_comes_from_the_answers(tmp_path: Path) -> None:
     answers = answers_of([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
     assert answers == [{"file": str(tmp_path / f"{name}.jsonl"), "sampling": drawn} for name in ("a", "b")]
     (tmp_path / "build.json").write_text(json.dumps({"settings": {}, "answers": answers}))
-    found = provenance(load_config("debug"), tmp_path, spec())
+    found = cache_provenance(tmp_path, "cache", spec(), {"ce_alpha": 0.1}, {"target weights": "e" * 32})
     assert found.sampling == drawn and found.sources["sources_sha256"] == "c" * 64
     assert found.sources["answers"] == answers and found.sources["loss"]["ce_alpha"] == 0.1
+    assert found.sources["inputs"] == {"target weights": "e" * 32}
 
 
 def test_what_is_not_known_is_left_out(tmp_path: Path) -> None:
     assert answers_of([tmp_path / "foreign.jsonl"]) == [{"file": str(tmp_path / "foreign.jsonl"), "sampling": {}}]
-    assert provenance(load_config("debug"), tmp_path, spec()).sampling == {}
+    assert cache_provenance(tmp_path, "cache", spec(), {"ce_alpha": 0.1}, {"target weights": "e" * 32}).sampling == {}
     mixed = [{"file": "a", "sampling": {"temperature": 0.7}}, {"file": "b", "sampling": {"temperature": 1.0}}]
     (tmp_path / "build.json").write_text(json.dumps({"answers": mixed}))
-    assert provenance(load_config("debug"), tmp_path, spec()).sampling == {}
+    assert cache_provenance(tmp_path, "cache", spec(), {"ce_alpha": 0.1}, {"target weights": "e" * 32}).sampling == {}

@@ -18,7 +18,7 @@ from dspark_jax.config.cli import load_config, parse
 from dspark_jax.data.manifest import Manifest
 from dspark_jax.data.target_cache import TargetCache
 from dspark_jax.training.checkpoint import Checkpoints
-from dspark_jax.training.run import make_plan
+from dspark_jax.training.run import Run
 from dspark_jax.training.run_folder import read_records
 from tests.tiny import write_tiny_target
 from tests.xla import xla_flags
@@ -112,7 +112,7 @@ def test_hybrid_leaves_a_cache_of_the_order_it_trained_in(folder: Path, hybrid: 
     records = read_records(hybrid / "metrics.jsonl")
     assert records[-1]["epoch"] > 1 and 0.5 < records[0]["utilisation"] <= 1
     arguments = command(folder, "from_it", "--data.packing", "--data.cache", hybrid / "cache")
-    batches = make_plan(parse(load_config("debug"), arguments[2:])).batches
+    batches = Run.of(parse(load_config("debug"), arguments[2:])).batches
     ids = [batches.batch_at(step)["sample_ids"].tolist() for step in range(batches.steps_per_epoch)]
     assert set(sum(ids, [])) == set(range(17)) and batches.batch_at(0)["features"].dtype == np.int8
 

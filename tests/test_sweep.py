@@ -14,7 +14,7 @@ import pytest
 from dspark_jax.config.cli import divide_options, load_config
 from dspark_jax.config.sweep import Sweep, apply_diff, axis, chain, fixed, load_sweep, part, product, run_name, zipped
 from dspark_jax.errors import UserError
-from dspark_jax.training.points import Runner
+from dspark_jax.training.point_processes import Runner
 from dspark_jax.training.run_folder import read_records
 from dspark_jax.training.sweep_report import summary_plot, summary_rows, summary_table
 from tests.counting_point import counting, run_six

@@ -1,26 +1,24 @@
-"""What a run would take, before any hardware is rented: `train.fit --config NAME --plan`.
+"""Memory and program of a training run, before any hardware is rented.
 
---plan                                        the devices that are here
---plan --devices 64 --mesh data=16,fsdp=4     devices that are not
---plan --topology v5e:4x4                     the real step, compiled by the TPU compiler (extra `aot`)
+    python -m train.plan --config NAME                                   for the devices that are here
+    python -m train.plan --config NAME --devices 64 --mesh data=16,fsdp=4      for devices that are not
+    python -m train.plan --config NAME --topology v5e:4x4                the real step, compiled by the TPU compiler
+                                                                         (extra `aot`)
+Nothing is trained and nothing is written. Options of the configuration apply as in train.fit.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
 
-from dspark_jax.config.cli import divide_options, mesh_settings, parse, parse_named
-from dspark_jax.config.schema import TrainConfig
+from dspark_jax.config.cli import divide_options, mesh_settings, parse, parse_training, program
 from dspark_jax.errors import UserError
 from dspark_jax.planning.compiled import compiled, figures, topology_mesh
 from dspark_jax.planning.estimate import describe, estimate, tied_bytes
 from dspark_jax.planning.training import AbstractRun
 from dspark_jax.report import listing
 from dspark_jax.sharding import abstract_mesh
-
-PLAN = "--plan"
 
 
 @dataclass(frozen=True)
@@ -35,16 +33,15 @@ class PlanOptions:
     """TPUs to compile the step for, as in v5e:4x4, v5p:2x2x2 or v6e:4x4; empty: an estimate, nothing compiled."""
 
 
-def print_plan(argv: Sequence[str], description: str | None) -> None:
-    """Prints the plan of the configuration and options in argv."""
-    mine, rest = divide_options([word for word in argv if word != PLAN], PlanOptions)
+@program
+def main(argv: list[str]) -> None:
+    mine, rest = divide_options(argv, PlanOptions)
     options = parse(PlanOptions, mine)
-    config = parse_named(rest, description=description)
-    if not isinstance(config, TrainConfig):
-        raise UserError(f"The configuration is a {type(config).__name__}; a plan is made for those of training.")
+    config = parse_training(rest, "train.plan", __doc__)
     if options.mesh:
         config = dataclasses.replace(config, mesh=mesh_settings(options.mesh, config.mesh))
     sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+
     if options.topology:
         if options.devices:
             raise UserError("A topology has its own number of devices; leave out --devices.")
@@ -53,7 +50,12 @@ def print_plan(argv: Sequence[str], description: str | None) -> None:
         kind = run.placement.mesh.devices.flat[0].device_kind
         print(listing(describe(run) | {"device": kind} | figures(step, kind, tied_bytes(run))))
         return
+
     run = AbstractRun.of(config, abstract_mesh(options.devices or jax.device_count(), *sizes))
     print(listing(describe(run)))
     print()
     print(listing({name: f"{count / 2**30:9.3f} GiB" for name, count in estimate(run).items()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -19,7 +19,7 @@ from dspark_jax.config.schema import TrainConfig
 from dspark_jax.config.sweep import Sweep, load_sweep, part
 from dspark_jax.errors import UserError
 from dspark_jax.files import write_json
-from dspark_jax.training.points import Point, Runner, report_failures
+from dspark_jax.training.point_processes import Point, Runner, report_failures
 from dspark_jax.training.run_folder import require_same_run
 from dspark_jax.training.sweep_report import summary_plot, summary_rows, summary_table
 
@@ -75,9 +75,11 @@ def sweep_folder(sweep: Sweep, settings: SweepSettings) -> Path:
 def run_point(configs: dict[str, TrainConfig], name: str) -> None:
     if name not in configs:
         raise UserError(f"The sweep has no point {name!r}; its points are {', '.join(configs)}.")
-    from .fit import fit  # here, so that the program that only starts the points needs no jax
+    # Here, so that the program that only starts the points needs no jax.
+    from dspark_jax.training.fitting import fit
+    from dspark_jax.training.summary import table
 
-    fit(configs[name])
+    print(table(fit(configs[name]).summary))
 
 
 def run_sweep(sweep: Sweep, settings: SweepSettings, configs: dict[str, TrainConfig], argv: list[str]) -> None:

@@ -30,7 +30,7 @@ from typing import Any, TypeVar, get_type_hints, overload
 
 import tyro
 
-from dspark_jax.config.schema import MeshSettings
+from dspark_jax.config.schema import MeshSettings, TrainConfig
 from dspark_jax.config.serialise import from_json, to_json
 from dspark_jax.errors import UserError
 from dspark_jax.programs import module_name
@@ -45,6 +45,7 @@ __all__ = [
     "mesh_settings",
     "parse",
     "parse_named",
+    "parse_training",
     "program",
     "take_option",
     "to_json",
@@ -139,6 +140,14 @@ def parse_named(argv: Sequence[str], default: str | None = None, description: st
             raise SystemExit(0)
         raise UserError(f"No configuration was named: pass --config NAME, one of {names}.")
     return parse(load_config(name or default or ""), rest, description=description)
+
+
+def parse_training(argv: Sequence[str], module: str, description: str | None = None) -> TrainConfig:
+    """`parse_named` for the programs of training runs, `module` being the one that asks; UserError for another kind."""
+    config = parse_named(argv, description=description)
+    if not isinstance(config, TrainConfig):
+        raise UserError(f"The configuration is a {type(config).__name__}; {module} takes those of training.")
+    return config
 
 
 @overload

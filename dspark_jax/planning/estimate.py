@@ -7,27 +7,24 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
-from dspark_jax.checkpoints.huggingface import DTYPES
 from dspark_jax.planning.liveness import peak_bytes
 from dspark_jax.planning.training import AbstractRun
 from dspark_jax.sharding import gathered
-from dspark_jax.training.registry import make_objective
 from dspark_jax.training.states import TargetStates
-from dspark_jax.training.trainer import loss_options
 
 
 def describe(run: AbstractRun) -> dict[str, Any]:
     """The run that an estimate is for: configuration, target, mesh, micro-batches."""
-    data, mesh = run.config.data, run.placement.mesh
+    mesh = run.placement.mesh
     parameters = sum(x.size for x in jax.tree.leaves(run.state.params))
     return {
-        "configuration": run.config.name,
+        "configuration": run.name,
         "target": run.target.name,
         "drafter parameters": parameters,
         "mesh": " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
-        "tokens a step": data.global_batch * run.batch["input_ids"].shape[1],
+        "tokens a step": run.data.global_batch * run.batch["input_ids"].shape[1],
         "micro-batches": run.micro_batches,
-        "sequences a device": data.global_batch // (run.micro_batches * run.placement.rules.row_groups(mesh)),
+        "sequences a device": run.rows_a_device,
     }
 
 
@@ -69,9 +66,7 @@ def estimate(run: AbstractRun) -> dict[str, int]:
 
 def activation_bytes(run: AbstractRun) -> int:
     """Peak of the gradient of one micro-batch's rows on one device, the gradient itself included."""
-    config, mesh = run.config, run.placement.mesh
-    rows = config.data.global_batch // (run.micro_batches * run.placement.rules.row_groups(mesh))
-    objective = make_objective(run.drafter_hf, loss_options(config), DTYPES[config.compute_dtype])
+    objective, rows = run.spec.objective(), run.rows_a_device
     states = dataclasses.replace(run.states, whole=None) if isinstance(run.states, TargetStates) else run.states
     batch = {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in run.batch.items()}
 
@@ -88,7 +83,7 @@ def activation_bytes(run: AbstractRun) -> int:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (run.state.params, run.shared, run.target_params)
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
-    vocabulary, ways = run.target.config.vocab_size, mesh.shape["tensor"]
+    vocabulary, ways = run.target.config.vocab_size, run.placement.mesh.shape["tensor"]
 
     # A tensor axis splits whatever has the vocabulary among its axes.
     def size(aval: Any) -> int:

@@ -7,34 +7,39 @@ import jax
 import jax.numpy as jnp
 
 from dspark_jax.checkpoints.huggingface import DTYPES, target_skeleton
-from dspark_jax.config.schema import TrainConfig
+from dspark_jax.config.schema import DataSettings, TrainConfig
 from dspark_jax.drafters.protocol import SharedTables
 from dspark_jax.planning.published_targets import planned_target
 from dspark_jax.sharding import AnyMesh, batch_shardings, parameter_shardings, split
 from dspark_jax.targets.config import TargetConfig
 from dspark_jax.targets.target import Target
-from dspark_jax.training.feeds import target_states
-from dspark_jax.training.run import drafter_config, micro_batches
+from dspark_jax.training.spec import StepSpec
 from dspark_jax.training.states import States, StoredStates
-from dspark_jax.training.step import Placement, TrainState, TrainStep, abstract_train_state
-from dspark_jax.training.trainer import recipe, sharding_rules, train_step
+from dspark_jax.training.step import Placement, TrainState, TrainStep
 
 SCHEDULED_STEPS = 10_000
-"""Of the learning-rate schedule: a constant of the program, which no shape depends on."""
+"""Length of the learning-rate schedule: a constant of the program, which no shape depends on."""
 
 
 @dataclass(frozen=True)
 class AbstractRun:
     """ShapeDtypeStructs with shardings of everything that a training step takes, and the step itself.
 
-    `target_params` are the target's where it runs in the step; a hybrid run is planned as its first epoch.
+    Attributes:
+        name, seed, data: of the configuration.
+        target: described, without parameters.
+        spec: what the step is made of.
+        shared, batch: the step's arguments beside the state.
+        step: the step that a run of this configuration compiles.
+        states: where the target's states come from.
+        target_params: the target's, where it runs in the step; a hybrid run is planned as its first epoch.
     """
 
-    config: TrainConfig
+    name: str
+    seed: int
+    data: DataSettings
     target: Target
-    drafter_hf: dict[str, Any]
-    placement: Placement
-    state: TrainState
+    spec: StepSpec
     shared: SharedTables
     batch: dict[str, jax.ShapeDtypeStruct]
     step: TrainStep
@@ -43,29 +48,53 @@ class AbstractRun:
 
     @classmethod
     def of(cls, config: TrainConfig, mesh: AnyMesh) -> "AbstractRun":
-        """Reads small files only; UserError for whatever does not fit together, as `make_plan` has it."""
-        micro_batches(config.data, mesh)
+        """Reads small files only; UserError for whatever does not fit together, as `Run.of` has it."""
         target = planned_target(config.target)
-        drafter_hf = drafter_config(config, target)
-        optimizer, schedule = recipe(config, SCHEDULED_STEPS)
-        placement = Placement(mesh, sharding_rules(config))
-        state = abstract_train_state(drafter_hf, optimizer, placement)
-        shared = abstract_tables(target.config, config.compute_dtype, placement)
-        batch = abstract_batch(config, target.config)
-        shardings = batch_shardings(batch, mesh, placement.rules)
+        spec = StepSpec.of(config, target, mesh, SCHEDULED_STEPS)
+        batch = abstract_batch(config.data, len(spec.drafter.target_layer_ids), target.config.hidden_size)
+        shardings = batch_shardings(batch, mesh, spec.placement.rules)
         batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[name]) for name, x in batch.items()}
-        states: States = StoredStates(DTYPES[config.compute_dtype])
+
+        states: States = StoredStates(DTYPES[spec.dtype])
         target_params = None
         if config.data.source != "offline":
-            target_params = abstract_target_params(target.config, config.compute_dtype, placement)
+            target_params = abstract_target_params(target.config, spec.dtype, spec.placement)
             codec = config.data.codec if config.data.source == "hybrid" else None
-            states = target_states(config, target, placement, target_params, codec)
-        step = train_step(config, drafter_hf, optimizer, schedule, placement, state, states)
-        return cls(config, target, drafter_hf, placement, state, shared, batch, step, states, target_params)
+            states = spec.target_states(target, target_params, codec)
+        shared = abstract_tables(target.config, spec.dtype, spec.placement)
+        return cls(
+            name=config.name,
+            seed=config.seed,
+            data=config.data,
+            target=target,
+            spec=spec,
+            shared=shared,
+            batch=batch,
+            step=spec.step(states),
+            states=states,
+            target_params=target_params,
+        )
+
+    @property
+    def drafter_hf(self) -> dict[str, Any]:
+        return self.spec.drafter_hf
+
+    @property
+    def placement(self) -> Placement:
+        return self.spec.placement
+
+    @property
+    def state(self) -> TrainState:
+        return self.spec.abstract
 
     @property
     def micro_batches(self) -> int:
-        return micro_batches(self.config.data, self.placement.mesh)
+        return self.spec.accumulation_steps
+
+    @property
+    def rows_a_device(self) -> int:
+        """Sequences of one micro-batch on one device."""
+        return self.data.global_batch // (self.micro_batches * self.placement.rules.row_groups(self.placement.mesh))
 
     def lower(self, platform: str) -> jax.stages.Lowered:
         """The step lowered for tpu, cuda or cpu, whatever is here."""
@@ -90,9 +119,8 @@ def abstract_target_params(config: TargetConfig, dtype: str, placement: Placemen
     )
 
 
-def abstract_batch(config: TrainConfig, target: TargetConfig) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(data: DataSettings, taps: int, hidden_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     """One step's batch at its longest; the states that it brings are those of a bfloat16 cache."""
-    data, width = config.data, len(config.drafter.target_layer_ids) * target.hidden_size
     rows, length = data.global_batch, data.length_buckets[-1] if data.length_buckets else data.max_length
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {
         "input_ids": ((rows, length), jnp.int32),
@@ -102,6 +130,6 @@ def abstract_batch(config: TrainConfig, target: TargetConfig) -> dict[str, jax.S
     if data.packing:
         shapes["segments"] = ((rows, length), jnp.int32)
     if data.source == "offline":
-        shapes["features"] = ((rows, length, width), jnp.bfloat16)
-        shapes["last_hidden"] = ((rows, length, target.hidden_size), jnp.bfloat16)
+        shapes["features"] = ((rows, length, taps * hidden_size), jnp.bfloat16)
+        shapes["last_hidden"] = ((rows, length, hidden_size), jnp.bfloat16)
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}

@@ -1,26 +1,39 @@
 """Checkpoints for resuming: the training state and what the run had counted, saved in the background, atomically.
 
 A step that was being written when the process died stays under a temporary name, is never listed, and is removed when
-the run continues.
+the run continues. A checkpoint holds checksums of its arrays, and once it is written the hashes of its files
+(`hashes.json`); one that is not what was saved is moved to FOLDER-damaged, with a sentence, and the run continues from
+the step before it.
 """
 
+import functools
 import json
+import logging
 import os
+import shutil
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import xxhash
 from orbax.checkpoint import v1 as ocp
 
+from dspark_jax.distributed import barrier, from_first, is_first
 from dspark_jax.errors import UserError
+from dspark_jax.files import hash_tree, write_json
+from dspark_jax.training.checksum import checksums
 
 State = TypeVar("State")
+HASHES = "hashes.json"
+NOTES, SCORE = "_CHECKPOINT_METADATA", "metrics/metrics"
+"""What Orbax reads of every step when it opens the folder."""
 
 
-def _score(metrics: Any) -> float:
-    return metrics["score"]
+class Damaged(Exception):
+    """A checkpoint that is not what was saved; the text is the reason."""
 
 
 def abstract(state: State) -> State:
@@ -37,6 +50,11 @@ class Checkpoints:
 
     def __init__(self, folder: str | os.PathLike[str], keep: int, keep_best: int = 0):
         self.folder = Path(folder).absolute()
+        self._unhashed: int | None = None
+        _quiet_failed_writes()
+        # Before Orbax opens the folder: it reads the notes of every step, and one bad byte in them would stop it.
+        for step in steps_in(self.folder):
+            self._set_aside_damaged(step, notes_alone=True)
         policies = ocp.training.preservation_policies
         best = policies.BestN(get_metric_fn=_score, n=keep_best, keep_checkpoints_without_metrics=False)
         self._orbax = ocp.training.Checkpointer(
@@ -47,7 +65,7 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """Step of the newest whole checkpoint."""
+        """Step of the newest checkpoint."""
         found = self._orbax.latest
         return None if found is None else found.step
 
@@ -62,31 +80,62 @@ class Checkpoints:
 
         Raises UserError when this or the save before it can't be written; what was saved earlier stays whole.
         """
-        frozen = json.loads(json.dumps(extra))  # it is written later, and the caller's value may change until then
+        self.wait()
+        self._require_room(step, state)
+        notes = sealed({"extra": extra, "score": score, "checksums": checksums(state)})
         metrics = None if score is None else {"score": score}
         # Orbax brings arrays to the host by itself, which a transfer guard of the caller would refuse.
         with jax.transfer_guard("allow"), self._reported():
-            self._orbax.save_async(step, state, custom_metadata=frozen, force=True, metrics=metrics)
+            self._orbax.save_async(step, state, custom_metadata=notes, force=True, metrics=metrics)
+        self._unhashed = step
 
     def restore(self, step: int, like: State) -> tuple[State, Any]:
         """(state, extra) of a step. `like`: the state's `abstract` tree; its shardings may differ from the saved ones.
 
-        UserError when the checkpoint does not hold such a state.
+        UserError when the checkpoint does not hold such a state, or is not what was saved.
         """
         try:
-            state = self._orbax.load(step, like)
-            return state, self._orbax.metadata(step).custom_metadata
-        except (ValueError, KeyError, TypeError, FileNotFoundError, OSError) as error:
-            reason = " ".join(str(error).split())[:200]
+            return self._restore(step, like)
+        except Damaged as error:
             raise UserError(
-                f"The checkpoint of step {step} in {self.folder} cannot be read into this drafter ({reason}); remove "
+                f"The checkpoint of step {step} in {self.folder} cannot be read into this drafter ({error}); remove "
                 "it to continue from an earlier one, or give another run folder."
             ) from error
+
+    def restore_latest(self, like: State) -> tuple[int, State, Any] | None:
+        """(step, state, extra) of the newest checkpoint that is what was saved; None where there was none at all.
+
+        Damaged ones are moved aside, and stderr says so.
+
+        Raises:
+            UserError: none of the checkpoints is whole; in a job of several processes, one that the hashes of its
+                files call whole can't be read.
+        """
+        while (step := self.latest) is not None:
+            if self._set_aside_damaged(step):
+                self._orbax.reload()
+                continue
+            if jax.process_count() > 1:  # whose processes might not agree on what each of them could read
+                return step, *self.restore(step, like)
+            try:
+                return step, *self._restore(step, like)
+            except Damaged as error:
+                self._set_aside(step, str(error))
+                self._orbax.reload()
+        if _aside(self.folder).exists():
+            raise UserError(
+                f"None of the checkpoints in {self.folder} is whole; restore one from a copy, or begin the run anew in "
+                "another folder."
+            )
+        return None
 
     def wait(self) -> None:
         """Returns when every save is on disk; UserError as `save` raises it."""
         with self._reported():
             self._orbax.wait()
+        step, self._unhashed = self._unhashed, None
+        if step is not None and is_first():
+            write_hashes(self.folder / str(step))
 
     def close(self) -> None:
         self._orbax.close()
@@ -94,8 +143,56 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        # What ends the block is the error to tell, and not what a save under way makes of the same full disk.
+        with suppress(Exception) if kind else nullcontext():
+            self.close()
+
+    def _require_room(self, step: int, state: Any) -> None:
+        """UserError, on every process of a job alike, where the disk can't hold the state."""
+        needed = sum(x.nbytes for x in jax.tree.leaves(state))
+        free = int(from_first(shutil.disk_usage(self.folder).free))
+        if free < needed:
+            raise UserError(
+                f"The checkpoint of step {step} takes up to {needed / 1e6:,.0f} MB and the disk of {self.folder} has "
+                f"{free / 1e6:,.0f} MB free; make room and give the same command again."
+            )
+
+    def _restore(self, step: int, like: State) -> tuple[State, Any]:
+        try:
+            state = self._orbax.load(step, like)
+            notes = self._orbax.metadata(step).custom_metadata
+        except Exception as error:  # whatever a reader makes of bytes that were changed
+            if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+                raise  # not the files: another process is gone
+            raise Damaged(" ".join(str(error).split())[:200]) from error
+        content = opened(notes)
+        if checksums(state) != content["checksums"]:
+            raise Damaged("its arrays are not those that were saved")
+        return state, content["extra"]
+
+    def _set_aside_damaged(self, step: int, notes_alone: bool = False) -> bool:
+        """Moves a step away if its files are not what was written, and returns whether it did."""
+        # The first process reads for all of them, so that they agree.
+        reason = damage(self.folder / str(step), notes_alone) if is_first() else None
+        damaged = bool(from_first(reason is not None))
+        if damaged:
+            self._set_aside(step, reason or "as process 0 says")
+        return damaged
+
+    def _set_aside(self, step: int, reason: str) -> None:
+        """Moves a step's folder away; the first process of a job does it for all."""
+        if is_first():
+            target = _aside(self.folder) / str(step)
+            shutil.rmtree(target, ignore_errors=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(self.folder / str(step), target)
+            print(
+                f"The checkpoint of step {step} in {self.folder} is damaged ({reason}); it was moved to {target}, and "
+                "the run continues from the one before it.",
+                file=sys.stderr,
+            )
+        barrier(f"the checkpoint of step {step} has been moved")
 
     @contextmanager
     def _reported(self) -> Iterator[None]:
@@ -112,3 +209,83 @@ class Checkpoints:
                 f"A checkpoint in {self.folder} could not be written ({reason}); {kept}. Make room on the disk and "
                 "give the same command again."
             ) from error
+
+
+@functools.cache
+def _quiet_failed_writes() -> None:
+    """Leaves out the traces of its threads that Orbax logs of an error before it raises it; a sentence tells it."""
+    logging.getLogger("absl").addFilter(lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname)
+
+
+# -- The notes beside the arrays -------------------------------------------------------------------------------------
+
+
+def sealed(notes: dict[str, Any]) -> dict[str, Any]:
+    """A copy of JSON notes with the hash of all of them, as they will be read back."""
+    plain = json.loads(json.dumps(notes))
+    return plain | {"seal": _seal(plain)}
+
+
+def opened(notes: Any) -> dict[str, Any]:
+    """The notes that `sealed` made, without the seal; Damaged where they are not whole."""
+    if not isinstance(notes, dict) or "seal" not in notes:
+        raise Damaged("its notes have no seal")
+    plain = {name: value for name, value in notes.items() if name != "seal"}
+    if notes["seal"] != _seal(plain):
+        raise Damaged("its notes are not those that were saved")
+    return plain
+
+
+def steps_in(folder: Path) -> list[int]:
+    """The steps that a folder has checkpoints of, ascending."""
+    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()) if folder.is_dir() else []
+
+
+def write_hashes(checkpoint: Path) -> None:
+    """Records the hashes of a finished checkpoint's files; nothing where it is gone again. UserError on a full disk."""
+    if checkpoint.is_dir():
+        write_json(checkpoint / HASHES, hash_tree(checkpoint, lambda name: name != HASHES))
+
+
+def damage(checkpoint: Path, notes_alone: bool = False) -> str | None:
+    """Why a checkpoint's files are not what was written, as a clause; None where they are.
+
+    Args:
+        checkpoint: the folder of one step.
+        notes_alone: leave the arrays' files unread.
+    """
+    try:
+        notes = opened(_read_json(checkpoint / NOTES).get("custom_metadata"))
+        scores = {} if notes["score"] is None else _read_json(checkpoint / SCORE)
+        if scores.get("score") != notes["score"]:
+            raise Damaged("its score is not the one that was saved")
+        # A process that was killed right after a save has left no hashes; the arrays' checksums are compared then.
+        recorded = _read_json(checkpoint / HASHES) if (checkpoint / HASHES).exists() else {}
+    except Damaged as error:
+        return str(error)
+    compared = {NOTES, SCORE} & set(recorded) if notes_alone else set(recorded)
+    found = hash_tree(checkpoint, lambda name: name in compared)
+    wrong = sorted(name for name in compared if found.get(name) != recorded[name])
+    return f"{wrong[0]} is not what was written" if wrong else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise Damaged(f"{path.name} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise Damaged(f"{path.name} is no JSON object")
+    return value
+
+
+def _seal(plain: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(plain, sort_keys=True).encode())
+
+
+def _score(metrics: Any) -> float:
+    return metrics["score"]
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}-damaged")

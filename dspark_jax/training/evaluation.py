@@ -17,7 +17,8 @@ from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.sharding import split
 from dspark_jax.targets.target import Target
 from dspark_jax.training.objective import cast_params
-from dspark_jax.training.trainer import Trainer
+from dspark_jax.training.run import Heldout
+from dspark_jax.training.spec import StepSpec
 
 TAU = "eval_tau"
 """The record's key of the macro-averaged accepted length, by which checkpoints are ranked."""
@@ -38,22 +39,28 @@ class Evaluator:
     gather: Callable[[dict], dict]
 
     @classmethod
-    def of(cls, trainer: Trainer) -> "Evaluator | None":
-        """None where the run's configuration asks for no evaluations."""
-        plan, settings = trainer.plan, trainer.plan.config.evaluation
-        if not settings.every_steps:
-            return None
-        dtype = plan.config.compute_dtype
-        graphdef, _ = split(skeleton(plan.drafter_hf))
+    def of(cls, name: str, target: Target, step: StepSpec, heldout: Heldout) -> "Evaluator":
+        """An evaluator of drafters of such a step; reads the whole target.
+
+        Args:
+            name: the run's, for the drafter's.
+            target: the described target.
+            step: what says the drafter's shape, dtype and place.
+            heldout: the prompts and how they are decoded.
+        """
+        graphdef, _ = split(skeleton(step.drafter_hf))
+        dtype = DTYPES[step.dtype]
         return cls(
-            target=load_target(plan.target.name, dtype=dtype),
-            prompts=plan.heldout,
-            sampling=SamplingParams(settings.max_new_tokens, settings.temperature),
+            target=load_target(target.name, dtype=step.dtype),
+            prompts=heldout.prompts,
+            sampling=SamplingParams(heldout.settings.max_new_tokens, heldout.settings.temperature),
             # Fixed: profiles differ from process to process, and a checkpoint is judged by whole blocks.
-            engine=EngineConfig(min(settings.slots, len(plan.heldout)), policy="fixed", smallest_prompt_bucket=64),
-            blank=Drafter(plan.config.name, plan.drafter, graphdef, {}, plan.drafter_hf),
+            engine=EngineConfig(
+                min(heldout.settings.slots, len(heldout.prompts)), policy="fixed", smallest_prompt_bucket=64
+            ),
+            blank=Drafter(name, step.drafter, graphdef, {}, step.drafter_hf),
             # One whole copy on every device: what the decode loop then runs on is local.
-            gather=jax.jit(lambda params: cast_params(params, DTYPES[dtype]), out_shardings=trainer.placement.whole),
+            gather=jax.jit(lambda params: cast_params(params, dtype), out_shardings=step.placement.whole),
         )
 
     def __call__(self, params: dict) -> dict[str, float]:

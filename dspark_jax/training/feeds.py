@@ -1,37 +1,39 @@
-"""What a run's steps are fed with: states from shards, from the target in the step, or from both in turn.
+"""Batch sources of a run: states from shards (offline), from the target in the step (online), or both (hybrid).
 
-A feed gives the batches in order and runs the step that takes them; the loop knows no more than that.
+A feed gives the batches in order and runs the step that takes them; the loop needs nothing else of it.
 """
 
+from bisect import bisect_left
 from collections.abc import Generator
-from dataclasses import replace
-from pathlib import Path
+from contextlib import closing
+from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 
-from dspark_jax.checkpoints.huggingface import DTYPES
+from dspark_jax.checkpoints.huggingface import resolve_folder
 from dspark_jax.checkpoints.target_tables import load_rest
-from dspark_jax.config.schema import TrainConfig
+from dspark_jax.data.codecs import STATES
+from dspark_jax.data.pipeline import Batch, Batches
 from dspark_jax.drafters.protocol import SharedTables
-from dspark_jax.sharding import gathered
-from dspark_jax.targets.target import Target
+from dspark_jax.files import weights_hash
+from dspark_jax.sharding import batch_shardings
 from dspark_jax.training.online import FirstEpoch, Recorder
-from dspark_jax.training.run import RunPlan, make_batches
-from dspark_jax.training.states import TargetStates
+from dspark_jax.training.run import Run
 from dspark_jax.training.step import Placement, TrainState
-from dspark_jax.training.trainer import Trainer
 
 DeviceBatches = Generator[dict[str, jax.Array]]
 Stepped = tuple[TrainState, dict[str, jax.Array]]
+BATCH_KEYS = ("input_ids", "loss_mask", "lengths", "segments", *STATES)
 
 
 class Offline:
     """Batches with the states that shards hold."""
 
-    def __init__(self, trainer: Trainer, shared: SharedTables, start: int):
-        self.batches: DeviceBatches = trainer.device_batches(start)
-        self._step = trainer.step()
+    def __init__(self, run: Run, shared: SharedTables, start: int):
+        self.batches: DeviceBatches = device_batches(run.batches, run.step.placement, start, run.total_steps)
+        self._step = run.step.step()
         self._shared = shared
 
     def step(self, state: TrainState, batch: dict[str, jax.Array]) -> Stepped:
@@ -48,11 +50,10 @@ class Offline:
 class Online(Offline):
     """Batches of tokens; the target, laid over the run's mesh, computes their states in the step."""
 
-    def __init__(self, trainer: Trainer, shared: SharedTables, start: int):
-        self.batches = trainer.device_batches(start)
-        self._shared, self._target = shared, target_params(trainer, shared)
-        plan = trainer.plan
-        self._step = trainer.step(target_states(plan.config, plan.target, trainer.placement, self._target))
+    def __init__(self, run: Run, shared: SharedTables, start: int):
+        self.batches = device_batches(run.batches, run.step.placement, start, run.total_steps)
+        self._shared, self._target = shared, target_params(run, shared)
+        self._step = run.step.step(run.step.target_states(run.target, self._target))
 
     def step(self, state: TrainState, batch: dict[str, jax.Array]) -> Stepped:
         return self._step(state, self._shared, batch, self._target)
@@ -61,17 +62,19 @@ class Online(Offline):
 class Hybrid(Offline):
     """The first epoch online, its states through the cache's codec and into shards; then from these."""
 
-    def __init__(self, trainer: Trainer, shared: SharedTables, start: int):
-        super().__init__(trainer, shared, start)
-        plan = trainer.plan
-        self._trainer, self._at, self._switch = trainer, start, plan.batches.steps_per_epoch
-        self._recorder = Recorder(cache_folder(plan), FirstEpoch.of(plan.batches), plan.config, plan.target, start)
+    def __init__(self, run: Run, shared: SharedTables, start: int):
+        super().__init__(run, shared, start)
+        self._run, self._at, self._switch = run, start, run.batches.steps_per_epoch
+        epoch = FirstEpoch.of(run.batches)
+        spec = epoch.spec(run.data, run.target, run.step.drafter.target_layer_ids)
+        made = {"weights_xxh3": weights_hash(resolve_folder(run.target.name)), "compute_dtype": run.step.dtype}
+        self._recorder = Recorder(run.cache, epoch, spec, made, start)
         self._target: Any = None
         if start < self._switch:
-            self._target = target_params(trainer, shared)
-            codec = plan.config.data.codec
-            states = target_states(plan.config, plan.target, trainer.placement, self._target, codec)
-            self._recorded = trainer.step(states, record=True)
+            self._target = target_params(run, shared)
+            self._recorded = run.step.step(
+                run.step.target_states(run.target, self._target, run.data.codec), record=True
+            )
         self.batches = self._phases(start)
 
     def step(self, state: TrainState, batch: dict[str, jax.Array]) -> Stepped:
@@ -91,48 +94,64 @@ class Hybrid(Offline):
         self._recorder.close()
 
     def _phases(self, start: int) -> DeviceBatches:
-        plan, total = self._trainer.plan, self._trainer.plan.total_steps
+        run, placement = self._run, self._run.step.placement
         if start < self._switch:
-            yield from self._trainer.device_batches(start, min(self._switch, total))
-        if total <= self._switch:
+            yield from device_batches(run.batches, placement, start, min(self._switch, run.total_steps))
+        if run.total_steps <= self._switch:
             return
         # Asked for once the epoch's last step is under way: from here on the target is not needed.
-        batches = make_batches(plan.config.data, self._recorder.finish(), plan.mesh)
+        stored = run.on(self._recorder.finish())
         self._target = None
-        stored = replace(self._trainer, plan=replace(plan, batches=batches))
-        yield from stored.device_batches(max(start, self._switch))
+        yield from device_batches(stored.batches, placement, max(start, self._switch), run.total_steps)
 
 
 FEEDS = {"offline": Offline, "online": Online, "hybrid": Hybrid}
 
 
-def open_feed(trainer: Trainer, shared: SharedTables, start: int) -> Offline:
+def open_feed(run: Run, shared: SharedTables, start: int) -> Offline:
     """The feed that the run's data settings name, from step `start` on; close it."""
-    return FEEDS[trainer.plan.config.data.source](trainer, shared, start)
+    return FEEDS[run.data.source](run, shared, start)
 
 
-def cache_folder(plan: RunPlan) -> Path:
-    """Where a hybrid run keeps its cache."""
-    return Path(plan.config.data.cache) if plan.config.data.cache else plan.folder / "cache"
+# -- Batches on devices ----------------------------------------------------------------------------------------------
 
 
-def target_params(trainer: Trainer, shared: SharedTables) -> dict:
+def device_batches(batches: Batches, placement: Placement, start: int, stop: int) -> DeviceBatches:
+    """Batches of the steps from `start` up to `stop`, read and padded by threads ahead of the loop."""
+    with batches.iterate(start, stop) as rows:
+        for batch in rows:
+            yield device_batch(batch, batches, placement)
+
+
+def device_batch(batch: Batch, batches: Batches, placement: Placement) -> dict[str, jax.Array]:
+    """This host's rows of a batch as global arrays, rows over the mesh."""
+    rows, here = batches.global_batch, batches.rows
+    kept = {key: batch[key] for key in BATCH_KEYS if key in batch}
+    shardings = batch_shardings(kept, placement.mesh, placement.rules)
+
+    def part(value: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[0].indices(rows)
+        first = start if here is None else bisect_left(here, start)
+        return value[first : first + stop - start]
+
+    with jax.transfer_guard_host_to_device("allow"):  # the one transfer that a step needs
+        return {
+            key: jax.make_array_from_callback((rows, *value.shape[1:]), shardings[key], partial(part, value))
+            for key, value in kept.items()
+        }
+
+
+def first_batch(run: Run) -> dict[str, jax.Array]:
+    """The batch of the run's first step."""
+    with closing(device_batches(run.batches, run.step.placement, 0, 1)) as batches:
+        return next(batches)
+
+
+# -- The target in the step ------------------------------------------------------------------------------------------
+
+
+def target_params(run: Run, shared: SharedTables) -> dict:
     """The whole target in the compute dtype over the run's mesh, with the tables that are loaded already."""
-    plan = trainer.plan
     tables = {"embed_weight_vd": shared.embed, "head_weight_vd": shared.head}
-    dtype = plan.config.compute_dtype
-    return load_rest(plan.target, tables, dtype=dtype, mesh=plan.mesh, rules=trainer.placement.rules)
-
-
-def target_states(
-    config: TrainConfig, target: Target, placement: Placement, params: dict, codec: str | None = None
-) -> TargetStates:
-    """States of the run's layers from such parameters (or their shapes), each gathered from its storage where it is
-    used."""
-    return TargetStates(
-        graphdef=target.graphdef,
-        layer_ids=tuple(config.drafter.target_layer_ids),
-        dtype=DTYPES[config.compute_dtype],
-        codec=codec,
-        whole=jax.tree.map(lambda x: gathered(x.sharding, placement.rules), params),
-    )
+    spec = run.step
+    return load_rest(run.target, tables, dtype=spec.dtype, mesh=spec.mesh, rules=spec.placement.rules)

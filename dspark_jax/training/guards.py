@@ -1,4 +1,4 @@
-"""What ends a run before its time: updates that are not finite, and a machine that is taken away."""
+"""Early stopping: updates that are skipped too often, and preemption by SIGTERM."""
 
 import signal
 from pathlib import Path
@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 
+from dspark_jax.data.pipeline import Batches
 from dspark_jax.distributed import is_first
 from dspark_jax.errors import UserError
 from dspark_jax.files import write_json
-from dspark_jax.training.run import RunPlan
 
 
 class Preempted(Exception):
@@ -23,15 +23,15 @@ class Preempted(Exception):
 
 class Preemption:
     """Notes SIGTERM, so that the loop can save and leave between two steps. With several processes all of them agree on
-    the step, whichever was told."""
+    the step, whichever got the signal."""
 
     def __init__(self) -> None:
-        self._told = False
+        self._requested = False
         self._before: Any = None
 
     def requested(self, step: int) -> bool:
         if jax.process_count() == 1:
-            return self._told
+            return self._requested
         from jax.experimental import multihost_utils
 
         return multihost_utils.reached_preemption_sync_point(step)
@@ -46,7 +46,7 @@ class Preemption:
             signal.signal(signal.SIGTERM, self._before)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._told = True
+        self._requested = True
 
 
 def updated(metrics: dict[str, jax.Array]) -> bool:
@@ -60,28 +60,37 @@ class SkipGuard:
     The device decides by itself whether an update is skipped; this looks at steps that have ended, and costs no wait.
     """
 
-    def __init__(self, plan: RunPlan):
-        self.plan = plan
+    def __init__(self, folder: Path, limit: int, batches: Batches, cache: str):
+        """`limit`: skipped updates in a row that a run may have; `cache`: the samples' source, for the report."""
+        self.folder, self.limit, self.batches, self.cache = folder, limit, batches, cache
         self.streak: list[int] = []
 
     def watch(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Raises UserError, after writing RUN/nonfinite.json, when step `step` was one skip too many."""
+        """Raises UserError, after writing a report, when step `step` was one skip too many."""
         if updated(metrics):
             self.streak.clear()
             return
         self.streak.append(step)
-        limit = self.plan.config.optimizer.max_skipped
-        if len(self.streak) > limit:
-            path = self._report()
+        if len(self.streak) <= self.limit:
+            return
+        several = (
+            f"in {len(self.streak)} steps in a row, up to step {step + 1}, so the run stopped; its last checkpoint"
+        )
+        if int(jax.device_get(metrics["unsupervised"])):
+            path = self._report("unsupervised.json")
             raise UserError(
-                f"Loss or gradient was not finite in {len(self.streak)} steps in a row, up to step {step + 1}, so the "
-                f"run stopped; its last checkpoint, made of good steps alone, is kept. {path} names the samples of "
-                "these steps; lower the learning rate or leave such samples out."
+                f"There was no supervised token to learn from {several} is kept. {path} names the samples of these "
+                "steps; raise data.max_length, or leave conversations without an answer out."
             )
+        path = self._report("nonfinite.json")
+        raise UserError(
+            f"Loss or gradient was not finite {several}, made of good steps alone, is kept. {path} names the samples "
+            "of these steps; lower the learning rate or leave such samples out."
+        )
 
-    def _report(self) -> Path:
-        path, batches = self.plan.folder / "nonfinite.json", self.plan.batches
+    def _report(self, name: str) -> Path:
+        path = self.folder / name
         if is_first():
-            steps = [{"step": s + 1, "sample_ids": batches.sample_ids_at(s)} for s in self.streak]
-            write_json(path, {"cache": self.plan.config.data.cache, "steps": steps})
+            steps = [{"step": s + 1, "sample_ids": self.batches.sample_ids_at(s)} for s in self.streak]
+            write_json(path, {"cache": self.cache, "steps": steps})
         return path

@@ -18,10 +18,11 @@ from dspark_jax.training.checkpoint import Checkpoints
 from dspark_jax.training.evaluation import TAU, Evaluator
 from dspark_jax.training.feeds import open_feed
 from dspark_jax.training.guards import Preempted, Preemption, SkipGuard, updated
-from dspark_jax.training.run import RunPlan
+from dspark_jax.training.run import Run
 from dspark_jax.training.run_folder import MetricsLog, NoLog
+from dspark_jax.training.spec import StepSpec
+from dspark_jax.training.start import initial_state
 from dspark_jax.training.step import TrainState
-from dspark_jax.training.trainer import Trainer
 
 
 @dataclass
@@ -31,7 +32,8 @@ class Window:
     A checkpoint keeps the metrics, so that a record is the same whether or not a stop fell into its window.
     """
 
-    trainer: Trainer
+    spec: StepSpec
+    batches: Batches
     pending: list[dict[str, Any]]
     opened: float = field(default_factory=time.perf_counter)
     timed_from: float | None = None
@@ -42,10 +44,10 @@ class Window:
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         self.pending.append(metrics)
         if self.timed_from is not None:
-            config, batches = self.trainer.plan.drafter, self.trainer.plan.batches
+            rows, length = self.batches.global_batch, self.batches.length_at(step)
             self.timed_steps += 1
-            self.tokens += tokens_at(batches, step)
-            self.flops += training_flops(config, batches.global_batch, batches.length_at(step)) or 0.0
+            self.tokens += tokens_at(self.batches, step)
+            self.flops += training_flops(self.spec.drafter, rows, length) or 0.0
 
     def start_clock(self) -> None:
         """From here on steps are timed: compilation is behind."""
@@ -58,11 +60,12 @@ class Window:
     def close(self, steps_done: int) -> dict[str, Any]:
         """The record of the window, whose metrics are means over its steps; opens the next."""
         rows = self.fetch()
-        record: dict[str, Any] = {"step": steps_done, "epoch": steps_done / self.trainer.plan.batches.steps_per_epoch}
+        record: dict[str, Any] = {"step": steps_done, "epoch": steps_done / self.batches.steps_per_epoch}
         # Skipped steps count as skipped, not as losses; where no step was good there is no mean.
         good = [row for row in rows if not row["skipped"]]
         record |= {name: float(np.mean([row[name] for row in good])) if good else None for name in rows[-1]}
         record |= {"learning_rate": rows[-1]["learning_rate"], "skipped": len(rows) - len(good)}
+        record["unsupervised"] = int(sum(row["unsupervised"] for row in rows))
         record |= self._speed()
         self.pending, self.timed_steps, self.tokens, self.flops = [], 0, 0, 0.0
         return record
@@ -84,8 +87,8 @@ class Window:
         if self.timed_from is not None and self.timed_steps:
             elapsed = now - self.timed_from
             speed |= {"step_seconds": elapsed / self.timed_steps, "tokens_per_s": self.tokens / elapsed}
-            devices = self.trainer.plan.mesh.devices
-            peak = peak_flops(devices.flat[0].device_kind, self.trainer.plan.config.compute_dtype)
+            devices = self.spec.mesh.devices
+            peak = peak_flops(devices.flat[0].device_kind, self.spec.dtype)
             if peak is not None and self.flops:
                 speed["mfu"] = self.flops / (elapsed * peak * devices.size)
         return speed
@@ -96,25 +99,38 @@ def tokens_at(batches: Batches, step: int) -> int:
     return int(batches.source.lengths[batches.indices_at(step)].sum())
 
 
-def train(trainer: Trainer, shared: SharedTables, checkpoints: Checkpoints) -> tuple[TrainState, list[dict[str, Any]]]:
-    """Runs the steps that are left, from the latest checkpoint if there is one; returns state and all records.
+def train(run: Run, shared: SharedTables, checkpoints: Checkpoints) -> tuple[TrainState, list[dict[str, Any]]]:
+    """Runs the steps that are left, from the latest whole checkpoint if there is one.
 
-    Raises Preempted once a step that SIGTERM interrupted is saved, UserError where a guard stops the run.
+    Args:
+        run: what is trained.
+        shared: the target's embedding and head on the run's mesh.
+        checkpoints: of the run.
+    Returns:
+        The state after the last step, and the records of all steps; [] on processes that write no log.
+    Raises:
+        Preempted: SIGTERM came; the step that it interrupted is saved.
+        UserError: a guard stopped the run, or the disk takes no more.
     """
-    plan, start = trainer.plan, checkpoints.latest or 0
-    state, extra = checkpoints.restore(start, trainer.abstract) if start else (trainer.initial(), {"pending": []})
-    feed, evaluator = open_feed(trainer, shared, start), Evaluator.of(trainer)
+    spec, cadence = run.step, run.cadence
+    restored = checkpoints.restore_latest(spec.abstract)
+    start, state, extra = restored or (0, initial_state(run), {"pending": [], "records": ""})
+    feed = open_feed(run, shared, start)
+    evaluator = None if run.heldout is None else Evaluator.of(run.name, run.target, spec, run.heldout)
     quiet = None if is_first() else True  # None: unless stderr is no terminal
+
     with (
-        MetricsLog(plan.folder, start) if is_first() else NoLog() as log,
-        tqdm(total=plan.total_steps, initial=start, desc=plan.config.name, unit="step", disable=quiet) as bar,
+        MetricsLog(run.folder, start, extra["records"]) if is_first() else NoLog() as log,
+        tqdm(total=cadence.total, initial=start, desc=run.name, unit="step", disable=quiet) as bar,
         closing(feed),
         Preemption() as preemption,
         jax.transfer_guard("disallow"),
     ):
-        window, guard = Window(trainer, extra["pending"]), SkipGuard(plan)
+        window = Window(spec, run.batches, extra["pending"])
+        guard = SkipGuard(run.folder, run.max_skipped, run.batches, run.data.cache)
         upcoming, before = next(feed.batches, {}), None
-        for done in range(start + 1, plan.total_steps + 1):
+
+        for done in range(start + 1, cadence.total + 1):
             state, metrics = feed.step(state, upcoming)
             # While that step runs: the next batch. Then at most this step and the one before it are under way.
             upcoming = next(feed.batches, {})
@@ -125,40 +141,27 @@ def train(trainer: Trainer, shared: SharedTables, checkpoints: Checkpoints) -> t
             else:
                 guard.watch(done - 2, before)
             before, scores = metrics, None
-            due = Due.at(done, plan)
+
+            due = cadence.at(done)
             if due.record:
                 record = window.close(done)
                 scores = evaluator(state.params) if evaluator and due.evaluation else None
                 window.restart_clock()
                 log.write(record | (scores or {}))
                 bar.set_postfix(loss=record["loss"], tau=record["tau_probabilistic"], refresh=False)
-            told = preemption.requested(done)
-            if told or due.end or (due.save and updated(metrics)):
+
+            # A step that changed nothing is no place to continue from, unless the run ends with it.
+            stop = preemption.requested(done)
+            if stop or due.end or (due.save and updated(metrics)):
                 feed.flush()
-                checkpoints.save(done, state, {"pending": window.fetch()}, scores[TAU] if scores else None)
-            if told:
+                extra = {"pending": window.fetch(), "records": log.digest()}
+                checkpoints.save(done, state, extra, scores[TAU] if scores else None)
+            if stop:
                 checkpoints.wait()
                 raise Preempted(done)
             bar.update()
+
         if before is not None:
-            guard.watch(plan.total_steps - 1, before)
+            guard.watch(cadence.total - 1, before)
     checkpoints.wait()
     return state, log.records
-
-
-@dataclass(frozen=True)
-class Due:
-    """What a step ends with. An evaluation ends a record's window, and is saved so that the best drafter is kept."""
-
-    record: bool
-    evaluation: bool
-    save: bool
-    end: bool
-
-    @classmethod
-    def at(cls, done: int, plan: RunPlan) -> "Due":
-        config, last = plan.config, done == plan.total_steps
-        every = config.evaluation.every_steps
-        evaluation = bool(every) and (last or done % every == 0)
-        record = last or evaluation or done % config.log_every == 0
-        return cls(record, evaluation, save=evaluation or done % config.checkpoint.every_steps == 0, end=last)

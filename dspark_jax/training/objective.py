@@ -17,12 +17,19 @@ from dspark_jax.training.metrics import anchor_sums, loss_metrics
 
 
 class Plan(NamedTuple):
-    """`rows`: a pytree whose leaves have the batch row first, so that it can be cut into micro-batches;
-    `denominator` and `sums`: of the whole global batch, from masks alone."""
+    """A batch's part of a step, from masks alone.
+
+    Attributes:
+        rows: a pytree whose leaves have the batch row first, so that it can be cut into micro-batches.
+        denominator: [] float32, of the loss, over the whole global batch.
+        sums: figures of the whole global batch.
+        supervised: [] float32, the summed weight of all that is learnt from; 0 where the batch teaches nothing.
+    """
 
     rows: Any
     denominator: Array
     sums: Sums
+    supervised: Array
 
 
 class Objective(Protocol):
@@ -63,7 +70,8 @@ class BlockObjective:
         size, gamma = self.config.block_size, self.options.decay_gamma
         mask, segments = batch["loss_mask"], batch.get("segments")
         blocks = make_blocks(batch["input_ids"], mask, anchors, keep, size, gamma, segments)
-        return Plan(blocks, jnp.sum(blocks.weights) + EPSILON, anchor_sums(blocks, mask, segments))
+        weight = jnp.sum(blocks.weights)
+        return Plan(blocks, weight + EPSILON, anchor_sums(blocks, mask, segments), weight)
 
     def build(self, params: dict) -> BlockDrafter:
         return nnx.merge(self.graphdef, cast_params(params, self.compute_dtype))

@@ -1,14 +1,15 @@
 """Conversations that a run's own target reads: tokenised, and in hybrid mode the cache that the first epoch leaves."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import xxhash
 
-from dspark_jax.checkpoints.huggingface import resolve_folder
-from dspark_jax.config.schema import TrainConfig
+from dspark_jax.config.schema import DataSettings
 from dspark_jax.data.chat import template_id, tokenizer_hash
 from dspark_jax.data.codecs import STATES
 from dspark_jax.data.manifest import require_disk
@@ -19,15 +20,14 @@ from dspark_jax.data.tokenised import Tokenised, encode_files
 from dspark_jax.data.views import Packed, Reordered
 from dspark_jax.distributed import barrier, fetch_rows, from_first, is_first
 from dspark_jax.errors import UserError
-from dspark_jax.files import require_same_settings, weights_hash, write_settings
+from dspark_jax.files import require_same_settings, write_settings
 from dspark_jax.targets.target import Target
 
 SHARD_BYTES = 256 * 2**20
 
 
-def open_conversations(config: TrainConfig, target: Target) -> Tokenised:
+def open_conversations(data: DataSettings, target: Target) -> Tokenised:
     """The conversations of the settings as token ids; UserError where target and settings don't allow it."""
-    data = config.data
     if data.max_length > target.config.max_positions:
         raise UserError(
             f"data.max_length is {data.max_length}, the target's context {target.config.max_positions}; lower it."
@@ -71,16 +71,16 @@ class FirstEpoch:
         firsts = np.cumsum([0, *map(len, members)])
         return cls(batches, source.source, np.concatenate(members).astype(np.int64), firsts)
 
-    def spec(self, config: TrainConfig, target: Target) -> CacheSpec:
-        """Of the cache; its sources are the sequences in this order."""
-        data, digest = config.data, xxhash.xxh3_128(self.order.astype("<i8").tobytes())
+    def spec(self, data: DataSettings, target: Target, layer_ids: tuple[int, ...]) -> CacheSpec:
+        """The spec of the cache; its sources are the sequences in this order."""
+        digest = xxhash.xxh3_128(self.order.astype("<i8").tobytes())
         for index in self.order.tolist():
             sample = self.sequences[index]
             digest.update(sample.input_ids.tobytes() + sample.loss_mask.tobytes())
         return CacheSpec(
             target_name=target.name,
             target_sha256=target.config_sha256,
-            layer_ids=tuple(config.drafter.target_layer_ids),
+            layer_ids=layer_ids,
             hidden_size=target.config.hidden_size,
             tokenizer_hash=tokenizer_hash(target.tokenizer),
             chat_template=template_id(target.tokenizer, data.thinking),
@@ -104,12 +104,20 @@ class Recorder:
     rows, so every process calls every method, at the same steps.
     """
 
-    def __init__(self, folder: Path, epoch: FirstEpoch, config: TrainConfig, target: Target, start: int):
-        """`start`: the step that the run continues at. UserError for a folder that is not this run's cache up to it."""
+    def __init__(self, folder: Path, epoch: FirstEpoch, spec: CacheSpec, made: Mapping[str, Any], start: int):
+        """Opens the cache, or continues it.
+
+        Args:
+            folder: of the cache.
+            epoch: the order of its records.
+            spec: `epoch.spec` of the run.
+            made: what the states follow from besides, recorded in build.json.
+            start: the step that the run continues at.
+        Raises:
+            UserError: the folder is not this run's cache up to that step, or the disk is too small.
+        """
         self.folder, self.epoch = folder, epoch
-        spec = epoch.spec(config, target)
         tokens = int(epoch.sequences.lengths.sum())
-        made = {"weights_xxh3": weights_hash(resolve_folder(target.name)), "compute_dtype": config.compute_dtype}
         begun = require_same_settings(folder / "build.json", made, folder)
         here = sum(path.stat().st_size for path in folder.glob("shard-*"))
         require_disk(folder, estimate_bytes(tokens, len(epoch.order), spec, SHARD_BYTES) - here)

@@ -1,45 +1,47 @@
-"""Where a drafter's training came from, for the manifest beside its weights: the cache, its answers, the loss."""
+"""Provenance of a drafter for the manifest beside its weights: inputs by hash, the answers' sampling, the loss."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dspark_jax.checkpoints.manifest import Provenance
-from dspark_jax.config.schema import TrainConfig
 from dspark_jax.data.chat import template_id, tokenizer_hash
 from dspark_jax.data.pipeline import open_cache
 from dspark_jax.data.records import CacheSpec
 from dspark_jax.data.tokenised import Tokenised
 from dspark_jax.data.views import Packed, Truncated
-from dspark_jax.training.run import RunPlan
+from dspark_jax.training.run import Run
 
+SPEC_FIELDS = ("target_name", "tokenizer_hash", "chat_template", "max_length", "min_loss_tokens", "num_sources",
+               "sources_sha256")  # fmt: skip
 SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens", "seed")
 
 
-def provenance_of(plan: RunPlan) -> Provenance:
-    """Of a run: its cache's, or where its own target reads conversations, these."""
-    config, data = plan.config, plan.config.data
-    if data.source == "offline":
-        cache = Path(data.cache or plan.folder / "cache")
-        return provenance(config, cache, open_cache(cache).spec)
-    answers, source = answers_of([Path(data.conversations)]), plan.batches.source
+def provenance_of(run: Run) -> Provenance:
+    """A run's provenance: its cache's, or where its own target reads conversations, theirs."""
+    if run.data.source == "offline":
+        return cache_provenance(run.cache, run.data.cache, open_cache(run.cache).spec, run.loss, run.inputs)
+    source = run.batches.source
     while isinstance(source, Packed | Truncated):
         source = source.source
     if not isinstance(source, Tokenised):
         raise TypeError(f"an online run reads conversations, not {type(source).__name__}")
-    about = {
-        "target_name": config.target,
-        "tokenizer_hash": tokenizer_hash(plan.target.tokenizer),
-        "chat_template": template_id(plan.target.tokenizer, data.thinking),
+    data, answers = run.data, answers_of([Path(run.data.conversations)])
+    sources: dict[str, Any] = {
+        "conversations": data.conversations,
+        "answers": answers,
+        "loss": dict(run.loss),
+        "inputs": dict(run.inputs),
+        "target_name": run.target.name,
+        "tokenizer_hash": tokenizer_hash(run.target.tokenizer),
+        "chat_template": template_id(run.target.tokenizer, data.thinking),
         "max_length": data.max_length,
         "min_loss_tokens": data.min_loss_tokens,
         "num_sources": len(source),
         "sources_sha256": source.sha256,
     }
-    sources = {"conversations": data.conversations, "answers": answers, "loss": asdict(config.loss)}
-    return Provenance(answers[0]["sampling"], sources | about)
+    return Provenance(answers[0]["sampling"], sources)
 
 
 def answers_of(conversations: Sequence[Path]) -> list[dict[str, Any]]:
@@ -52,15 +54,24 @@ def _sampling(path: Path) -> dict[str, Any]:
     return {name: settings[name] for name in SAMPLING if name in settings}
 
 
-def provenance(config: TrainConfig, cache: Path, spec: CacheSpec) -> Provenance:
-    """Of a run on this cache. `sampling` is that of the answers, if the cache's files agree on it."""
+def cache_provenance(
+    cache: Path, name: str, spec: CacheSpec, loss: Mapping[str, float], inputs: Mapping[str, str]
+) -> Provenance:
+    """The provenance of a run on a cache.
+
+    Args:
+        cache: its folder; `name`: as the configuration names it.
+        spec: what it holds.
+        loss: weights of the run's loss.
+        inputs: content hashes of target and cache, by name.
+    Returns:
+        `sampling` is that of the answers, if the cache's files agree on it.
+    """
     answers = _read(cache / "build.json").get("answers", [])
     drawn = [answer.get("sampling", {}) for answer in answers]
     sampling = drawn[0] if drawn and all(one == drawn[0] for one in drawn) else {}
-    kept = ("target_name", "tokenizer_hash", "chat_template", "max_length", "min_loss_tokens", "num_sources",
-            "sources_sha256")  # fmt: skip
-    sources: dict[str, Any] = {"cache": config.data.cache, "answers": answers, "loss": asdict(config.loss)}
-    return Provenance(sampling, sources | {name: getattr(spec, name) for name in kept})
+    sources: dict[str, Any] = {"cache": name, "answers": answers, "loss": dict(loss), "inputs": dict(inputs)}
+    return Provenance(sampling, sources | {field: getattr(spec, field) for field in SPEC_FIELDS})
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class RolloutObjective:
     def plan(self, batch: Batch, key: Array) -> Plan:
         """Everything but the loss's divisor follows from the mask: no anchors are drawn."""
         mask = supervised_positions(batch["loss_mask"], batch["lengths"], batch.get("segments"))
-        return Plan(mask, jnp.float32(mask.size), {"positions": jnp.float32(mask.size)})
+        return Plan(mask, jnp.float32(mask.size), {"positions": jnp.float32(mask.size)}, jnp.sum(mask))
 
     def build(self, params: dict) -> Eagle3:
         return nnx.merge(self.graphdef, cast_params(params, self.compute_dtype))

@@ -1,144 +1,222 @@
-"""What a run will do, checked as a whole before anything is written."""
+"""A run, resolved from its configuration once and checked as a whole before anything is written.
 
-from dataclasses import dataclass
+`Run.of(config)` is the only place that reads the whole configuration; every other room takes from a run the part that
+is its own.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from jax.sharding import Mesh
 
-from dspark_jax.checkpoints.target_tables import describe_target
-from dspark_jax.config.schema import DataSettings, EvaluationSettings, TrainConfig
+from dspark_jax.checkpoints.huggingface import resolve_folder
+from dspark_jax.checkpoints.target_tables import describe_target, load_tables
+from dspark_jax.config.schema import CheckpointSettings, DataSettings, EvaluationSettings, TrainConfig
 from dspark_jax.data.chat import tokenizer_hash
 from dspark_jax.data.pipeline import Batches, open_cache
 from dspark_jax.data.records import FeatureSource, TokenSource, require_match
 from dspark_jax.data.views import Packed, Tapped, Truncated
 from dspark_jax.distributed import barrier, is_first
-from dspark_jax.drafters.config import DrafterConfig
-from dspark_jax.drafters.registry import drafter_hf_config, read_config
-from dspark_jax.drafters.vocabulary import DraftVocabulary
-from dspark_jax.errors import UserError
-from dspark_jax.readers import read_object
 from dspark_jax.serving.prompts import Prompt, read_prompts
-from dspark_jax.sharding import AnyMesh, ShardingRules, make_mesh
+from dspark_jax.sharding import ShardingRules, make_mesh
 from dspark_jax.targets.target import Target
 from dspark_jax.training.online import open_conversations
-from dspark_jax.training.run_folder import require_same_run, write_config
+from dspark_jax.training.run_folder import input_hashes, require_built_with, require_same_run, write_config
+from dspark_jax.training.spec import StepSpec, drafter_config, micro_batches
 from dspark_jax.training.synthetic_cache import write_synthetic_cache
 
 
 @dataclass(frozen=True)
-class RunPlan:
-    """A run's configuration and what follows from it; `target` has no parameters yet."""
+class Cadence:
+    """When a run of `total` steps records, evaluates and saves; the last step does all that is ever done."""
 
-    config: TrainConfig
-    folder: Path
-    target: Target
-    drafter_hf: dict[str, Any]
-    drafter: DrafterConfig
-    mesh: Mesh
-    batches: Batches
-    total_steps: int
-    heldout: tuple[Prompt, ...] = ()
+    total: int
+    record_every: int
+    save_every: int
+    evaluate_every: int
+    """0: never."""
+
+    def at(self, done: int) -> "Due":
+        """What is due after so many steps. An evaluation ends a record's window, and is saved with its score."""
+        last = done == self.total
+        evaluation = bool(self.evaluate_every) and (last or done % self.evaluate_every == 0)
+        return Due(
+            record=last or evaluation or done % self.record_every == 0,
+            evaluation=evaluation,
+            save=evaluation or done % self.save_every == 0,
+            end=last,
+        )
 
 
-def make_plan(config: TrainConfig) -> RunPlan:
-    """Reads the small files of target and cache; UserError for whatever does not fit together.
+@dataclass(frozen=True)
+class Due:
+    """What follows a step."""
 
-    Nothing is written, except where `data.cache` is empty: then the run's folder gets its synthetic cache, last.
+    record: bool
+    evaluation: bool
+    save: bool
+    end: bool
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """Prompts that a run decodes with its drafter as it is, and how."""
+
+    settings: EvaluationSettings
+    prompts: tuple[Prompt, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run: every field is the part of one room.
+
+    Attributes:
+        name, folder: the experiment's name; where it is written.
+        seed: of the first parameters and of the anchors.
+        target: described, without parameters.
+        step: the compiled step and what it is made of.
+        init_layers: target layers that the draft layers start as copies of; () for a random start.
+        init_drafter: folder of an earlier drafter to continue from; "" for none.
+        data: the settings of the batches' source; `batches`: this process's rows of every step.
+        cadence: when it records, evaluates and saves.
+        max_skipped: updates in a row that may be skipped.
+        checkpoints: how many are kept.
+        heldout: what it is evaluated on, None without evaluations.
+        inputs: hashes of what it is made from, by name.
+        loss: weights of the loss's terms, for the drafter's manifest.
     """
-    folder = Path(config.folder)
-    require_same_run(folder, config)
-    target = describe_target(config.target)
-    drafter_hf = drafter_config(config, target)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    micro_batches(config.data, mesh)
-    heldout = heldout_prompts(config.evaluation, target)
-    offline = config.data.source == "offline"
-    source = open_records(config, folder, target) if offline else open_conversations(config, target)
-    batches = make_batches(config.data, source, mesh)
-    total = config.epochs * batches.steps_per_epoch
-    return RunPlan(
-        config=config,
-        folder=folder,
-        target=target,
-        drafter_hf=drafter_hf,
-        drafter=read_config(drafter_hf),
-        mesh=mesh,
-        batches=batches,
-        total_steps=total if config.max_steps is None else min(total, config.max_steps),
-        heldout=heldout,
-    )
+
+    name: str
+    folder: Path
+    seed: int
+    target: Target
+    step: StepSpec
+    init_layers: tuple[int, ...]
+    init_drafter: str
+    data: DataSettings
+    batches: Batches
+    cadence: Cadence
+    max_skipped: int
+    checkpoints: CheckpointSettings
+    heldout: Heldout | None
+    inputs: Mapping[str, str]
+    loss: Mapping[str, float]
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "Run":
+        """Reads the small files of target and cache, and the weights once for their hash.
+
+        Nothing is written, except where `data.cache` is empty: then the run's folder gets its synthetic cache, last.
+
+        Raises:
+            UserError: whatever does not fit together, or is not what the folder's run was begun with.
+        """
+        folder = Path(config.folder)
+        require_same_run(folder, config)
+        target = describe_target(config.target)
+        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        # Before the data are opened, which takes longer: what the step's own parts say, whatever its number of steps.
+        drafter_config(config.drafter, target, config.compute_dtype)
+        micro_batches(config.data, mesh)
+        heldout = heldout_prompts(config.evaluation, target)
+
+        if config.data.source == "offline":
+            if not config.data.cache:
+                make_records(config, folder, target)
+            source: TokenSource = open_records(
+                cache_folder(config.data, folder), config.drafter.target_layer_ids, target
+            )
+        else:
+            source = open_conversations(config.data, target)
+        batches = make_batches(config.data, source, mesh)
+        steps = config.epochs * batches.steps_per_epoch
+        total = steps if config.max_steps is None else min(steps, config.max_steps)
+
+        spec = StepSpec.of(config, target, mesh, total)
+        return cls(
+            name=config.name,
+            folder=folder,
+            seed=config.seed,
+            target=target,
+            step=spec,
+            init_layers=config.drafter.init_target_layers,
+            init_drafter=config.drafter.init_drafter,
+            data=config.data,
+            batches=batches,
+            cadence=Cadence(total, config.log_every, config.checkpoint.every_steps, config.evaluation.every_steps),
+            max_skipped=config.optimizer.max_skipped,
+            checkpoints=config.checkpoint,
+            heldout=heldout,
+            inputs=input_hashes(resolve_folder(target.name), config.data, cache_folder(config.data, folder)),
+            loss=asdict(config.loss),
+        )
+
+    @property
+    def total_steps(self) -> int:
+        return self.cadence.total
+
+    @property
+    def cache(self) -> Path:
+        """The cache that the run reads, or in hybrid mode writes."""
+        return cache_folder(self.data, self.folder)
+
+    def on(self, source: TokenSource) -> "Run":
+        """The same run with its batches from another source of the same sequences."""
+        return replace(self, batches=make_batches(self.data, source, self.step.mesh))
+
+    def tables(self) -> Target:
+        """The target with its embedding and head in the compute dtype, and nothing else."""
+        return load_tables(self.target, dtype=self.step.dtype, mesh=self.step.mesh, rules=self.step.placement.rules)
 
 
-def drafter_config(config: TrainConfig, target: Target) -> dict[str, Any]:
-    """config.json of the drafter that the settings describe; exported in the dtype it is computed in."""
-    settings = config.drafter
-    mask_token = settings.mask_token_id
-    if mask_token is None:
-        mask_token = getattr(target.tokenizer, "mask_token_id", None)
-    return drafter_hf_config(
-        target.hf_config,
-        kind=settings.kind,
-        num_layers=settings.num_layers,
-        target_layer_ids=settings.target_layer_ids,
-        mask_token_id=mask_token,
-        block_size=settings.block_size,
-        markov_rank=settings.markov_rank,
-        markov_head_type=settings.markov_head_type,
-        enable_confidence_head=settings.enable_confidence_head,
-        confidence_head_with_markov=settings.confidence_head_with_markov,
-        num_anchors=settings.num_anchors,
-        dtype=config.compute_dtype,
-        intermediate_size=settings.intermediate_size,
-        num_attention_heads=settings.num_attention_heads,
-        num_key_value_heads=settings.num_key_value_heads,
-        head_dim=settings.head_dim,
-        draft_vocabulary=draft_vocabulary(settings.draft_vocabulary, target),
-    )
+# -- Its parts -------------------------------------------------------------------------------------------------------
 
 
-def draft_vocabulary(path: str, target: Target) -> DraftVocabulary | None:
-    """The pruned vocabulary in a file of train.draft_vocabulary; None where none is named."""
-    if not path:
-        return None
-    ids = read_object(Path(path), expected="a draft vocabulary, as train.draft_vocabulary writes it").get("ids")
-    if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
-        raise UserError(f'{path} is no draft vocabulary; a JSON object with "ids", a list of token ids, was expected.')
-    return DraftVocabulary.of(ids, target.config.vocab_size)
+def cache_folder(data: DataSettings, folder: Path) -> Path:
+    """The cache of the settings; where none is named, in the run's folder."""
+    return Path(data.cache) if data.cache else folder / "cache"
 
 
-def open_records(config: TrainConfig, folder: Path, target: Target) -> FeatureSource:
-    """The cache of the settings, checked against target and drafter; where none is named, a synthetic one."""
-    data, layer_ids = config.data, config.drafter.target_layer_ids
-    where = Path(data.cache) if data.cache else folder / "cache"
-    if not data.cache:
-        barrier("the folder has been looked at")
-        if is_first():
-            write_config(folder, config)
-            records = 4 * data.global_batch
-            write_synthetic_cache(where, target, layer_ids, records=records, length=data.max_length, seed=data.seed)
-        barrier("the synthetic cache is written")
+def make_records(config: TrainConfig, folder: Path, target: Target) -> None:
+    """A synthetic cache in the run's folder; in a job the first process writes it."""
+    barrier("the folder has been looked at")
+    if is_first():
+        data = config.data
+        write_config(folder, config)
+        write_synthetic_cache(
+            folder / "cache",
+            target,
+            config.drafter.target_layer_ids,
+            records=4 * data.global_batch,
+            length=data.max_length,
+            seed=data.seed,
+        )
+    barrier("the synthetic cache is written")
+
+
+def open_records(where: Path, layer_ids: tuple[int, ...], target: Target) -> FeatureSource:
+    """A cache's states of these layers; UserError for one of other layers, another target or tokenizer."""
     cache: FeatureSource = open_cache(where)
     if set(layer_ids) < set(cache.spec.layer_ids):
         cache = Tapped(cache, layer_ids)
-    require_match(
-        cache.spec,
-        str(where),
-        {
-            "layer_ids": layer_ids,
-            "hidden_size": target.config.hidden_size,
-            "target_sha256": target.config_sha256,
-            **({} if target.tokenizer is None else {"tokenizer_hash": tokenizer_hash(target.tokenizer)}),
-        },
-    )
+    wanted = {
+        "layer_ids": layer_ids,
+        "hidden_size": target.config.hidden_size,
+        "target_sha256": target.config_sha256,
+    }
+    if target.tokenizer is not None:
+        wanted["tokenizer_hash"] = tokenizer_hash(target.tokenizer)
+    require_match(cache.spec, str(where), wanted)
+    require_built_with(where, resolve_folder(target.name))
     return cache
 
 
-def heldout_prompts(settings: EvaluationSettings, target: Target) -> tuple[Prompt, ...]:
-    """The prompts that the run is evaluated on; () without evaluations."""
+def heldout_prompts(settings: EvaluationSettings, target: Target) -> Heldout | None:
+    """What the run is evaluated on; None without evaluations."""
     if not settings.every_steps:
-        return ()
-    return tuple(read_prompts(target, [Path(settings.prompts)], limit=settings.limit or None))
+        return None
+    return Heldout(settings, tuple(read_prompts(target, [Path(settings.prompts)], limit=settings.limit or None)))
 
 
 def make_batches(data: DataSettings, source: TokenSource, mesh: Mesh) -> Batches:
@@ -152,16 +230,3 @@ def make_batches(data: DataSettings, source: TokenSource, mesh: Mesh) -> Batches
         shuffle=data.shuffle,
         rows=ShardingRules().local_rows(mesh, data.global_batch),
     )
-
-
-def micro_batches(data: DataSettings, mesh: AnyMesh) -> int:
-    """Micro-batches of a step on this mesh; UserError when its devices can't share one evenly."""
-    groups = ShardingRules().row_groups(mesh)
-    steps = data.accumulation_steps or max(1, data.global_batch // groups)
-    if data.global_batch % (steps * groups):
-        raise UserError(
-            f"A micro-batch of {data.global_batch // steps} sequences (data.global_batch {data.global_batch} in "
-            f"{steps} micro-batches, data.accumulation_steps {data.accumulation_steps}) cannot be shared by {groups} "
-            "devices evenly; change one of the two."
-        )
-    return steps

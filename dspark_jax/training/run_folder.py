@@ -1,6 +1,7 @@
-"""A run's folder: whose it is, and what has been recorded in it.
+"""A run's folder: the configuration and inputs that it belongs to, its log, and its lock.
 
 config.json      the resolved configuration, written once
+inputs.json      hashes of the target's weights and of the data that the run was begun with
 metrics.jsonl    one JSON object a record: step, losses, acceptance per position, speed
 tensorboard/     the same for TensorBoard
 checkpoints/     Orbax, by step
@@ -10,17 +11,23 @@ metrics.json     the last record and the run's totals; it is there exactly when 
 """
 
 import json
-from collections.abc import Mapping
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
+from tensorboardX.summary import scalar
+from xxhash import xxh3_64_hexdigest
 
 from dspark_jax.config.cli import from_json, to_json
-from dspark_jax.config.schema import TrainConfig
+from dspark_jax.config.schema import DataSettings, TrainConfig
 from dspark_jax.errors import UserError
-from dspark_jax.files import write_json
+from dspark_jax.files import file_hash, weights_hash, write_atomically, write_json
 
 # A run may be laid out on other devices, saved more often or watched otherwise after a stop.
 FREE_TO_CHANGE = ("run_dir", "mesh", "checkpoint", "evaluation")
@@ -56,6 +63,61 @@ def write_config(folder: Path, config: TrainConfig) -> None:
     write_json(folder / "config.json", to_json(config))
 
 
+# -- What the run is made from ---------------------------------------------------------------------------------------
+
+
+def input_hashes(target: Path, data: DataSettings, cache: Path) -> dict[str, str]:
+    """Content hashes of a run's inputs, by name: the target's weights, and the cache or the conversations.
+
+    A cache's manifest holds the hashes of its shards, so the manifest's own stands for all of them. A hybrid run writes
+    its cache itself, and begins from conversations.
+    """
+    hashes = {"target weights": weights_hash(target)}
+    if data.source == "offline":
+        return hashes | {"target cache": file_hash(cache / "manifest.json")}
+    return hashes | {"conversations": file_hash(Path(data.conversations))}
+
+
+def require_same_inputs(folder: Path, inputs: Mapping[str, str]) -> None:
+    """UserError when an input is not the one that the folder's run was begun with; a new run has none recorded."""
+    path = folder / "inputs.json"
+    try:
+        recorded = json.loads(path.read_bytes())
+        if not isinstance(recorded, dict):
+            raise ValueError("no JSON object")
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}); restore it or give a new folder with --run-dir.") from error
+    for name in [*inputs, *recorded]:
+        if recorded.get(name) != inputs.get(name):
+            raise UserError(
+                f"The {name} of the run in {folder} changed since it was begun (hash {recorded.get(name)} then, "
+                f"{inputs.get(name)} now); restore what it was begun with, or begin anew in another folder with "
+                "--run-dir."
+            )
+
+
+def write_inputs(folder: Path, inputs: Mapping[str, str]) -> None:
+    write_json(folder / "inputs.json", inputs)
+
+
+def require_built_with(cache: Path, target: Path) -> None:
+    """UserError when a cache says that it was built with other weights than the target has now."""
+    path = cache / "build.json"
+    if not path.exists():  # a cache of another program
+        return
+    try:
+        built = json.loads(path.read_bytes())["settings"].get("weights_xxh3")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as settings ({error}); restore it or build the cache again.") from error
+    if built is not None and built != weights_hash(target):
+        raise UserError(
+            f"The cache in {cache} holds the states of other weights than those in {target} (hash {built}, found "
+            f"{weights_hash(target)}); give the target that it was built with, or build the cache again."
+        )
+
+
 def _first_difference(found: Any, wanted: Any, prefix: str = "") -> tuple[str, Any, Any] | None:
     for field in fields(found):
         name, theirs, ours = prefix + field.name, getattr(found, field.name), getattr(wanted, field.name)
@@ -65,14 +127,20 @@ def _first_difference(found: Any, wanted: Any, prefix: str = "") -> tuple[str, A
     return None
 
 
+# -- The log ---------------------------------------------------------------------------------------------------------
+
+
 class NoLog:
-    """What the processes of a job have that don't write its log."""
+    """The log of the processes of a job that don't write it."""
 
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
 
     def write(self, record: Mapping[str, Any]) -> None:
         pass
+
+    def digest(self) -> str:
+        return ""
 
     def __enter__(self) -> "NoLog":
         return self
@@ -82,45 +150,124 @@ class NoLog:
 
 
 class MetricsLog:
-    """metrics.jsonl and TensorBoard, continued from a step: records after it go, so that none appears twice."""
+    """metrics.jsonl and TensorBoard, continued from a step: records after it go, so that none appears twice.
 
-    def __init__(self, folder: Path, step: int):
+    Both are written in the caller's thread, so a disk that takes no more ends the run here, with a sentence.
+    """
+
+    def __init__(self, folder: Path, step: int, digest: str = ""):
+        """`step`: where the run continues; `digest`: what the log's was there, "" where that is not known."""
         self.path = folder / "metrics.jsonl"
-        self.records = [record for record in read_records(self.path) if record["step"] <= step]
-        lines = "".join(json.dumps(record) + "\n" for record in self.records)
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text(lines, encoding="utf-8")
-        temporary.replace(self.path)
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (held for the run)
-        # TensorBoard drops what an earlier process had written from this step on.
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        with self._reported():
+            self.records = [record for record in read_records(self.path) if record["step"] <= step]
+            if digest and self.digest() != digest:
+                print(
+                    f"{self.path} is not what the run had written up to step {step}: records are missing or changed. "
+                    "What is trained does not depend on them.",
+                    file=sys.stderr,
+                )
+            write_atomically(self.path, _lines(self.records))
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (held for the run)
+            self._board = ScalarBoard(folder / "tensorboard", step)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Appends a record of scalars; None (not known on this machine) goes to the file and not to TensorBoard."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        """Appends a record of scalars; None (not known on this machine) goes to the file and not to TensorBoard.
+
+        Raises:
+            UserError: the disk takes no more; the records before this one are whole.
+        """
+        with self._reported():
+            line = json.dumps(record).encode() + b"\n"
+            while line:  # a disk that is nearly full takes a part, and refuses the next
+                line = line[self._file.write(line) :]
+            known = {name: value for name, value in record.items() if name != "step" and value is not None}
+            self._board.write(record["step"], known)
         self.records.append(dict(record))
-        for name, value in record.items():
-            if name != "step" and value is not None:
-                self._board.add_scalar(name, value, record["step"])
+
+    def digest(self) -> str:
+        """Hash of all records so far, for the checkpoint that is saved with them."""
+        return xxh3_64_hexdigest(_lines(self.records).encode())
 
     def close(self) -> None:
         self._file.close()
-        self._board.close()
+        with self._reported():
+            self._board.close()
 
     def __enter__(self) -> "MetricsLog":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        with suppress(UserError) if kind else nullcontext():  # the first error is the one to tell
+            self.close()
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"The run's log {error.filename or self.path} cannot be written ({error.strerror}); make room on the "
+                "disk and give the same command again: the run continues from its latest checkpoint."
+            ) from error
+
+
+class ScalarBoard:
+    """TensorBoard's event file, written in this thread.
+
+    The writers that wrap it put their events into a queue for a thread; where a full disk ends that thread, the queue
+    fills up and every later call waits forever.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        """`step`: where the run continues; TensorBoard drops what an earlier process had written after it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writer = EventsWriter(str(folder / "events"))
+        if step:
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._add(event_pb2.Event(step=step + 1, session_log=start))
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Adds the scalars of a step and hands them to the disk; OSError when it refuses."""
+        for name, value in scalars.items():
+            self._add(event_pb2.Event(step=step, summary=scalar(name, value)))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _add(self, event: Any) -> None:
+        event.wall_time = time.time()
+        self._writer.write_event(event)
+
+
+def _lines(records: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl up to the first line that a kill left torn; [] without the file."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
+    """The records of a metrics.jsonl; [] without the file.
+
+    A last line without its end, left by a kill, is passed over. So is any other line that is no record of a step, with
+    a sentence on stderr: the records around it are those of other steps and stay.
+    """
+    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    records, wrong = [], []
+    for number, line in enumerate(lines[:-1], 1):
+        record = _record(line)
+        if record is None:
+            wrong.append(number)
+        else:
+            records.append(record)
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        print(f"{path}:{wrong[0]}{more}: no record of a step; passed over.", file=sys.stderr)
     return records
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    whole = isinstance(record, dict) and type(record.get("step")) is int
+    return record if whole else None

@@ -131,8 +131,9 @@ def make_train_step(
 
     With a placement, `abstract` (of `abstract_train_state`) pins the new state where the old one lies. Denominators are
     those of the global batch, so splitting it into micro-batches changes nothing but memory. A step whose loss or
-    gradient is not finite leaves parameters and optimizer as they were and has the metric `skipped` = 1. Raises
-    UserError at the first call if the batch's rows do not divide over micro-batches and devices.
+    gradient is not finite, or whose batch has nothing supervised, leaves parameters and optimizer as they were: its
+    metrics have `skipped` = 1, and in the second case `unsupervised` = 1. Raises UserError at the first call if the
+    batch's rows do not divide over micro-batches and devices.
     """
 
     source = states or StoredStates()
@@ -160,10 +161,14 @@ def make_train_step(
         (grads, sums), stored = _over_micro_batches(gradient, batch, plan.rows, accumulation_steps, placement)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(objective.loss(sums, plan.denominator))
+        # Without a supervised token the gradient is 0, and AdamW would move by its momentum and its decay alone.
+        supervised = plan.supervised > 0
+        good = finite & supervised
         metrics = objective.metrics(sums | plan.sums, length) | {
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "grad_norm": norm,
-            "skipped": 1 - finite.astype(jnp.int32),
+            "skipped": 1 - good.astype(jnp.int32),
+            "unsupervised": 1 - supervised.astype(jnp.int32),
         }
         if "lengths" in batch:
             metrics["utilisation"] = jnp.mean(batch["lengths"]) / length
@@ -171,7 +176,7 @@ def make_train_step(
         updated = optax.apply_updates(state.params, updates), opt_state
         # Chosen on the device: the host learns of it from the metrics, and waits for nothing.
         params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), updated, (state.params, state.opt_state)
+            lambda new, old: jnp.where(good, new, old), updated, (state.params, state.opt_state)
         )
         new = TrainState(state.step + 1, params, opt_state, state.key)
         return (new, metrics, stored) if record else (new, metrics)

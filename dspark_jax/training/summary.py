@@ -1,8 +1,10 @@
-"""What is left of a run when it is over: metrics.json and a table."""
+"""The summary of a finished run: metrics.json and a table."""
 
 import statistics
 from pathlib import Path
 from typing import Any
+
+from dspark_jax.errors import UserError
 
 Records = list[dict[str, Any]]
 
@@ -18,9 +20,22 @@ def summarise(name: str, total_steps: int, records: Records, drafter: Path) -> d
         **{key: _median(records, key) for key in SPEED},
         **measured,
         "skipped": sum(record["skipped"] for record in records),
+        "unsupervised": sum(record["unsupervised"] for record in records),
         "accept_rate": [v for k, v in last.items() if k.startswith("accept_rate@")],
         "drafter": str(drafter),
     }
+
+
+def require_trained(folder: Path, records: Records) -> None:
+    """UserError when every step of a run was skipped, so that its drafter is the untrained one."""
+    if any(record["loss"] is not None for record in records):
+        return
+    unsupervised = sum(record["unsupervised"] for record in records)
+    why = "their batches have no supervised token" if unsupervised else "loss or gradient was not finite"
+    raise UserError(
+        f"None of the steps of the run in {folder} changed the drafter: {why}. Give data with answers within "
+        "data.max_length, in a new run folder."
+    )
 
 
 def best_record(records: Records, step: int | None) -> dict[str, Any]:

@@ -21,10 +21,9 @@ from typing import Any, Literal
 import jax
 
 from dspark_jax.checkpoints.huggingface import DTYPES
-from dspark_jax.config.cli import divide_options, load_config, parse, parse_named, program
+from dspark_jax.config.cli import divide_options, load_config, parse, parse_training, program
 from dspark_jax.config.schema import TrainConfig
 from dspark_jax.devices import announce, machine
-from dspark_jax.drafters.registry import read_config
 from dspark_jax.errors import UserError
 from dspark_jax.files import write_json
 from dspark_jax.planning.compiled import compiled, memory_of
@@ -80,7 +79,7 @@ def main(argv: list[str]) -> None:
     if options.show == "memory":
         figures |= memory_figures(run)
     elif options.show == "time":
-        figures |= measure(run, options, terms)
+        figures |= measure(run, config, options, terms)
     print(listing({name: shown(value) for name, value in figures.items()}))
     if terms is not None and options.show != "memory":
         print(f"\nThe floor of a step on one device\n{terms_table(terms, known_device(kind))}")
@@ -90,14 +89,10 @@ def main(argv: list[str]) -> None:
 
 
 def configuration(options: BenchOptions, rest: list[str]) -> TrainConfig:
-    """What `--config` names, or the preset; the other options apply to either."""
+    """The configuration that `--config` names, or the preset; the other options apply to either."""
     if any(word == "--config" or word.startswith("--config=") for word in rest) or {"-h", "--help"} & set(rest):
-        config = parse_named(rest, description=__doc__)
-    else:
-        config = parse(preset(options.preset), rest, description=__doc__)
-    if not isinstance(config, TrainConfig):
-        raise UserError(f"The configuration is a {type(config).__name__}; train.bench times those of training.")
-    return config
+        return parse_training(rest, "train.bench", __doc__)
+    return parse(preset(options.preset), rest, description=__doc__)
 
 
 def preset(name: str) -> TrainConfig:
@@ -109,18 +104,23 @@ def preset(name: str) -> TrainConfig:
 
 
 def shapes(run: AbstractRun) -> dict[str, Any]:
-    config = run.config
+    drafter = run.spec.drafter
     return {
-        "configuration": config.name,
+        "configuration": run.name,
         "target": run.target.name,
-        "sequences a step": config.data.global_batch,
+        "sequences a step": run.data.global_batch,
         "micro-batches": run.micro_batches,
         "tokens a sequence": run.batch["input_ids"].shape[1],
-        "anchors x block": f"{config.drafter.num_anchors} x {config.drafter.block_size}",
+        "anchors x block": f"{anchors(run)} x {drafter.block_size}",
         "drafter parameters": parameters(run),
-        "dtype": config.compute_dtype,
+        "dtype": run.spec.dtype,
         "mesh": " x ".join(f"{axis} {size}" for axis, size in run.placement.mesh.shape.items()),
     }
+
+
+def anchors(run: AbstractRun) -> int:
+    """Anchors of a sequence; for a kind that samples none, its positions."""
+    return getattr(run.spec.drafter, "num_anchors", run.batch["input_ids"].shape[1])
 
 
 def parameters(run: AbstractRun) -> int:
@@ -128,25 +128,24 @@ def parameters(run: AbstractRun) -> int:
 
 
 def floor_terms(run: AbstractRun) -> list[Term] | None:
-    """Of one device, its share of the sequences and the whole update; None where a target runs in the step, where the
-    tensor axis shares the work on a sequence, and for kinds of drafters that are not counted."""
-    data, config, mesh = run.config.data, read_config(run.drafter_hf), run.placement.mesh
-    if run.target_params is not None or mesh.shape["tensor"] > 1:
+    """The terms of one device: its share of the sequences and the whole update. None where a target runs in the step,
+    where the tensor axis shares the work on a sequence, and for kinds of drafters that are not counted."""
+    if run.target_params is not None or run.placement.mesh.shape["tensor"] > 1:
         return None
-    rows = data.global_batch // (run.micro_batches * run.placement.rules.row_groups(mesh))
-    chunked = config.num_anchors > run.config.anchor_chunk if hasattr(config, "num_anchors") else True
-    itemsize = DTYPES[run.config.compute_dtype].dtype.itemsize
+    chunked = anchors(run) > run.spec.loss.anchor_chunk
+    itemsize = DTYPES[run.spec.dtype].dtype.itemsize
     length = run.batch["input_ids"].shape[1]
-    return step_terms(config, rows, length, parameters(run), itemsize, run.micro_batches, chunked)
+    return step_terms(
+        run.spec.drafter, run.rows_a_device, length, parameters(run), itemsize, run.micro_batches, chunked
+    )
 
 
-def measure(run: AbstractRun, options: BenchOptions, terms: list[Term] | None) -> dict[str, Any]:
-    """Runs the step and says how fast it was."""
-    make = random_inputs if options.batch == "random" else cached_inputs
-    state, borrowed = make(run)
+def measure(run: AbstractRun, config: TrainConfig, options: BenchOptions, terms: list[Term] | None) -> dict[str, Any]:
+    """Runs the step and says how fast it was; `config`: of the run, for a batch of its cache."""
+    state, borrowed = random_inputs(run) if options.batch == "random" else cached_inputs(run, config)
     step = compiled(run.step.lower(state, *borrowed), "The step")
     seconds, metrics = timed_runs(step, state, borrowed, options)
-    config, mesh = run.config, run.placement.mesh
+    mesh = run.placement.mesh
     rows, length = borrowed[1]["input_ids"].shape
     found = statistics.median(seconds)
     figures: dict[str, Any] = {
@@ -162,7 +161,7 @@ def measure(run: AbstractRun, options: BenchOptions, terms: list[Term] | None) -
         figures["peak on the device"] = gibibytes(stats["peak_bytes_in_use"])
     if terms is not None:
         work, device = total(terms), known_device(mesh.devices.flat[0].device_kind)
-        peak = peak_flops(mesh.devices.flat[0].device_kind, config.compute_dtype)
+        peak = peak_flops(mesh.devices.flat[0].device_kind, run.spec.dtype)
         figures |= {
             "TFLOP/s a device": work.flops / found / 1e12,
             "TFLOP/s with recomputation": (work.flops + work.again) / found / 1e12,

@@ -1,18 +1,18 @@
-"""What a training step is timed on: random parameters, states and tokens in a run's shapes, or its own first batch."""
+"""Inputs that a training step is timed on: random arrays in a run's shapes, or the first batch of its cache."""
 
-from contextlib import closing
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from dspark_jax.checkpoints.drafters import shared_tables
+from dspark_jax.config.schema import TrainConfig
 from dspark_jax.drafters.protocol import SharedTables
 from dspark_jax.errors import UserError
-from dspark_jax.planning.training import SCHEDULED_STEPS, AbstractRun
-from dspark_jax.training.run import make_plan
+from dspark_jax.planning.training import AbstractRun
+from dspark_jax.training.feeds import first_batch
+from dspark_jax.training.run import Run
 from dspark_jax.training.step import TrainState, init_train_state
-from dspark_jax.training.trainer import Trainer, recipe
 
 Borrowed = tuple[Any, ...]  # the step's arguments after the state
 
@@ -57,20 +57,16 @@ def random_batch(run: AbstractRun) -> dict[str, jax.Array]:
         return {name: value(name, x, k) for (name, x), k in zip(run.batch.items(), keys, strict=True)}
 
     shardings = {name: x.sharding for name, x in run.batch.items()}
-    return jax.jit(make, out_shardings=shardings)(jax.random.key(run.config.data.seed))
+    return jax.jit(make, out_shardings=shardings)(jax.random.key(run.data.seed))
 
 
-def cached_inputs(run: AbstractRun) -> tuple[TrainState, Borrowed]:
-    """A fresh state, the target's own tables and the first batch of the run's cache."""
-    if run.config.data.source != "offline" or not run.config.data.cache:
+def cached_inputs(run: AbstractRun, config: TrainConfig) -> tuple[TrainState, Borrowed]:
+    """A fresh state, the target's own tables and the first batch of the cache of the configuration."""
+    if run.data.source != "offline" or not run.data.cache:
         raise UserError("A batch of a cache needs data.source offline and data.cache; name one, or leave out --batch.")
-    trainer = Trainer.of(make_plan(run.config))
-    target = trainer.target()
-    with closing(trainer.device_batches(0, 1)) as batches:
-        batch = next(batches)
-    return initial_state(run), (shared_tables(target), batch)
+    whole = Run.of(config)
+    return initial_state(run), (shared_tables(whole.tables()), first_batch(whole))
 
 
 def initial_state(run: AbstractRun) -> TrainState:
-    optimizer, _ = recipe(run.config, SCHEDULED_STEPS)
-    return init_train_state(run.drafter_hf, optimizer, run.config.seed, run.placement)
+    return init_train_state(run.drafter_hf, run.spec.optimizer, run.seed, run.placement)

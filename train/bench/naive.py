@@ -16,14 +16,12 @@ from dspark_jax.checkpoints.huggingface import DTYPES
 from dspark_jax.drafters.backbone import Backbone
 from dspark_jax.drafters.config import DSparkConfig
 from dspark_jax.drafters.dspark import DSpark
-from dspark_jax.drafters.registry import read_config
+from dspark_jax.drafters.registry import kind_name
 from dspark_jax.errors import UserError
-from dspark_jax.planning.training import SCHEDULED_STEPS, AbstractRun
+from dspark_jax.planning.training import AbstractRun
 from dspark_jax.sharding import split
 from dspark_jax.targets.attention import Attend, KeysValues, prefix_block_attention, prefix_mask
 from dspark_jax.training.objective import BlockObjective
-from dspark_jax.training.step import make_train_step
-from dspark_jax.training.trainer import loss_options, recipe
 
 
 @dataclass(frozen=True)
@@ -66,18 +64,11 @@ class NaiveDSpark(DSpark):
 
 def naive_run(run: AbstractRun) -> AbstractRun:
     """The run with the naive step. UserError for a kind of drafter that has none."""
-    config, settings = read_config(run.drafter_hf), run.config
+    config = run.spec.drafter
     if not isinstance(config, DSparkConfig):
-        raise UserError(f"A naive step is written for DSpark and DFlash drafters, not for {settings.drafter.kind}.")
-    options = dataclasses.replace(loss_options(settings), anchor_chunk=config.num_anchors)
+        kind = kind_name(run.drafter_hf)
+        raise UserError(f"A naive step is written for DSpark and DFlash drafters, not for {kind}.")
+    options = dataclasses.replace(run.spec.loss, anchor_chunk=config.num_anchors)
     module = nnx.eval_shape(lambda: NaiveDSpark(config, rngs=nnx.Rngs(0)))
-    objective = BlockObjective(split(module)[0], config, options, DTYPES[settings.compute_dtype])
-    step = make_train_step(
-        objective,
-        *recipe(settings, SCHEDULED_STEPS),
-        accumulation_steps=run.micro_batches,
-        placement=run.placement,
-        abstract=run.state,
-        states=run.states,
-    )
-    return dataclasses.replace(run, step=step)
+    objective = BlockObjective(split(module)[0], config, options, DTYPES[run.spec.dtype])
+    return dataclasses.replace(run, step=run.spec.step(run.states, objective=objective))

@@ -26,7 +26,7 @@ from dspark_jax.programs import program_command
 from dspark_jax.readers import read_object
 from dspark_jax.targets.config import config_sha256
 from dspark_jax.targets.registry import read_target_config
-from dspark_jax.training.points import Point, Runner, report_failures
+from dspark_jax.training.point_processes import Point, Runner, report_failures
 
 from .compare_report import publish, report
 from .comparison import PARTS, Part, StudyPoint, study_points

@@ -29,7 +29,7 @@ from dspark_jax.evaluation.acceptance import macro_tau
 from dspark_jax.files import require_same_settings, weights_hash, write_json, write_settings
 from dspark_jax.readers import read_object
 from dspark_jax.report import table
-from dspark_jax.training.points import Point, Runner, report_failures
+from dspark_jax.training.point_processes import Point, Runner, report_failures
 
 from .compare import run
 from .compare_report import TEMPERATURES, acceptance, estimate

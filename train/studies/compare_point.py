@@ -1,6 +1,5 @@
 """One point of `train.studies.compare`: a drafter trained and decoded with, or a sequential head's cost measured."""
 
-import json
 import statistics
 import time
 from collections.abc import Iterator
@@ -22,8 +21,8 @@ from dspark_jax.serving.requests import Request
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.targets.target import Target
+from dspark_jax.training.fitting import fit
 
-from ..fit import fit
 from .comparison import BLOCKS
 
 HEADS = {"none": 0, "vanilla": 64, "rnn": 64}
@@ -33,11 +32,10 @@ ROUNDS = 16
 
 def train_and_decode(config: TrainConfig, prompts: Path, *, max_new_tokens: int, samples: int) -> dict[str, Any]:
     """Trains, or finds the run finished; then counts acceptance over the held-out prompts, greedy and sampled."""
-    fit(config)
-    run = Path(config.folder)
-    trained = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    fitted = fit(config)
+    trained = fitted.summary
     target = load_target(config.target, dtype=config.compute_dtype)
-    drafter = load_drafter(run / "drafter", target, dtype=config.compute_dtype)
+    drafter = load_drafter(fitted.drafter, target, dtype=config.compute_dtype)
     heldout = read_prompts(target, [prompts])
     engine = EngineConfig(min(30, len(heldout)), policy="fixed", smallest_prompt_bucket=64)
     decoded = {}
@@ -70,8 +68,7 @@ def counts(acceptance: Acceptance) -> dict[str, Any]:
 
 def seconds_a_step(config: TrainConfig, folder: Path) -> float:
     """Median seconds of a step in a short run."""
-    fit(replace(config, run_dir=str(folder), log_every=10))
-    return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["step_seconds"]
+    return fit(replace(config, run_dir=str(folder), log_every=10)).summary["step_seconds"]
 
 
 def head_cost(target_folder: str, repeats: int = 7) -> dict[str, Any]:

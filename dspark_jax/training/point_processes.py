@@ -1,4 +1,4 @@
-"""Points of a study, one process each: finished ones are skipped, failed ones tried once more, whatever is killed.
+"""Runs the points of a sweep or study as subprocesses: finished ones are skipped, failed ones tried once more.
 
 A point is a command of this project and a JSON file that it writes, atomically, as its last act. While a point's
 process lives it holds the lock of its log; so when the program that started it was killed, the next one waits for the

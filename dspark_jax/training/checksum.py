@@ -1,0 +1,48 @@
+"""Checksums of a training state, taken on its devices: what a checkpoint must give back, bit for bit.
+
+A checksum is a sum over elements modulo 2^32, so it does not depend on how an array is split over devices, and a job
+may continue on another mesh. A change of any one element always changes it.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+
+def checksums(tree: Any) -> list[int]:
+    """One 32-bit checksum a leaf, in the order of `jax.tree.leaves`; waits for the arrays."""
+    with jax.transfer_guard("allow"):
+        return [int(value) for value in jax.device_get(_checksums(tree))]
+
+
+@jax.jit
+def _checksums(tree: Any) -> list[Array]:
+    return [_checksum(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def _checksum(x: Array) -> Array:
+    """[] uint32: the sum of every element's bits, mixed with its place (the finaliser of MurmurHash3, a bijection)."""
+    words = _bits(x)
+    place = jnp.zeros(words.shape, jnp.uint32)
+    for axis in range(words.ndim):
+        stride = math.prod(words.shape[axis + 1 :]) % 2**32
+        place += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride)
+
+    mixed = words ^ (place * jnp.uint32(0x9E3779B1))
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
+    mixed ^= mixed >> 16
+    return jnp.sum(mixed, dtype=jnp.uint32)
+
+
+def _bits(x: Array) -> Array:
+    """The element's bits as uint32; wider elements become several along a last axis."""
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    if x.dtype == jnp.bool_:
+        return x.astype(jnp.uint32)
+    width = min(x.dtype.itemsize, 4)
+    return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * width}")).astype(jnp.uint32)

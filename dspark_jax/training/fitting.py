@@ -1,0 +1,176 @@
+"""A whole run: the steps that are left of it, the export of its drafter, its summary."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from xxhash import xxh3_64_hexdigest
+
+from dspark_jax.checkpoints.drafters import WEIGHTS_FILE, save_drafter, shared_tables
+from dspark_jax.config.schema import TrainConfig
+from dspark_jax.distributed import barrier, bounded_by_peers, connect, fetch, from_first, is_first, require_same
+from dspark_jax.drafters.registry import Drafter, skeleton
+from dspark_jax.errors import UserError
+from dspark_jax.files import lock_folder, write_json
+from dspark_jax.sharding import split
+from dspark_jax.targets.target import Target
+from dspark_jax.training.checkpoint import Checkpoints
+from dspark_jax.training.loop import train
+from dspark_jax.training.provenance import provenance_of
+from dspark_jax.training.run import Run
+from dspark_jax.training.run_folder import require_same_inputs, require_same_run, write_config, write_inputs
+from dspark_jax.training.summary import best_record, require_trained, summarise
+
+LAST, BEST = "drafter", "drafter_best"
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A finished run.
+
+    Attributes:
+        folder: the run's.
+        drafter: the exported drafter's folder, DeepSpec-native layout.
+        summary: what metrics.json holds.
+        found: the run was finished before; nothing was trained.
+    """
+
+    folder: Path
+    drafter: Path
+    summary: dict[str, Any]
+    found: bool = False
+
+
+def fit(config: TrainConfig) -> Fitted:
+    """Trains a drafter, or continues the run in the configuration's folder to the same parameters.
+
+    The folder gets checkpoints, records, the drafter and metrics.json, as `run_folder` lists them. A finished run is
+    left as it is; where its drafter is gone, it is exported again. Every process of a job calls this.
+
+    Args:
+        config: the whole run.
+    Returns:
+        The finished run.
+    Raises:
+        Preempted: SIGTERM came; the run is saved, and the same call continues it.
+        UserError: a mistake in the configuration or its data, a run of another configuration in the folder, another
+            process that writes there, a full disk, updates that were skipped too often.
+    """
+    folder = Path(config.folder)
+    with only_writer(folder):
+        require_same_run(folder, config)
+        finished = (folder / "metrics.json").exists()
+        require_same({f"one finds the run in {folder} finished; the folder must be shared by all": finished})
+        return _left_alone(config) if finished else _fit(config)
+
+
+def _fit(config: TrainConfig) -> Fitted:
+    run = Run.of(config)
+    lengths = xxh3_64_hexdigest(run.batches.source.lengths.tobytes())
+    require_same({"their data are not the same": (lengths, run.total_steps, run.inputs)})
+    require_same_inputs(run.folder, run.inputs)
+    connect(run.step.mesh)
+    target = run.tables()
+    barrier("the run's inputs have been compared")
+    if is_first():
+        write_config(run.folder, config)
+        write_inputs(run.folder, run.inputs)
+
+    with open_checkpoints(run) as checkpoints, bounded_by_peers():
+        latest = checkpoints.latest
+        require_same({f"they find different checkpoints in {run.folder}, which must be shared by all": latest})
+        state, records = train(run, shared_tables(target), checkpoints)
+        if is_first():
+            require_trained(run.folder, records)
+        drafter = export(run, target, state.params, LAST)
+        best = checkpoints.best
+        if best is not None:
+            kept = state if best == run.total_steps else checkpoints.restore(best, run.step.abstract)[0]
+            export(run, target, kept.params, BEST)
+
+    summary = summarise(run.name, run.total_steps, records, drafter) | best_record(records, best)
+    if is_first():
+        write_json(run.folder / "metrics.json", summary)
+    return Fitted(run.folder, drafter, summary)
+
+
+def export_run(config: TrainConfig) -> tuple[int, Path]:
+    """Writes the drafter of a run's latest checkpoint, and returns (its step, the drafter's folder).
+
+    Raises:
+        UserError: the folder holds no run of this configuration, or no checkpoint; another process writes there.
+    """
+    folder = Path(config.folder)
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder} holds no run to export; train it first, with train.fit.")
+    with only_writer(folder):
+        return _export_run(config)
+
+
+def export(run: Run, target: Target, params: dict, name: str) -> Path:
+    """Writes RUN/name and returns it; in a job its first process writes."""
+    folder, spec = run.folder / name, run.step
+    graphdef, _ = split(skeleton(spec.drafter_hf))
+    drafter = Drafter(str(folder), spec.drafter, graphdef, fetch(params), spec.drafter_hf)
+    target = replace(target, params=fetch(target.params))
+    if is_first():
+        save_drafter(folder, drafter, target, provenance=provenance_of(run))
+    return folder
+
+
+def open_checkpoints(run: Run) -> Checkpoints:
+    return Checkpoints(run.folder / "checkpoints", run.checkpoints.keep, run.checkpoints.keep_best)
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """The run's folder for this job alone; UserError on every process where another one writes there."""
+    lock = refusal = None
+    if is_first():
+        try:
+            lock = lock_folder(folder, "the run")
+        except UserError as error:
+            refusal = error
+    if from_first(refusal is not None):
+        raise refusal or UserError(f"Process 0 cannot write the run in {folder}; its own sentence says why.")
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _left_alone(config: TrainConfig) -> Fitted:
+    """A finished run; its drafter is exported again where it is gone."""
+    folder = Path(config.folder)
+    try:
+        summary = json.loads((folder / "metrics.json").read_bytes())
+        best = summary.get("best_step")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{folder / 'metrics.json'} cannot be read ({error}); remove it, and the same command writes it again."
+        ) from error
+    lost = [name for name in (LAST, BEST) if not (folder / name / WEIGHTS_FILE).exists()]
+    if LAST in lost or (BEST in lost and best is not None):
+        _export_run(config)
+    return Fitted(folder, folder / LAST, summary, found=True)
+
+
+def _export_run(config: TrainConfig) -> tuple[int, Path]:
+    require_same_run(Path(config.folder), config)
+    run = Run.of(config)
+    require_same_inputs(run.folder, run.inputs)
+    target = run.tables()
+    with open_checkpoints(run) as checkpoints:
+        restored = checkpoints.restore_latest(run.step.abstract)
+        if restored is None:
+            raise UserError(f"The run in {run.folder} has no checkpoint to export; continue it with train.fit.")
+        step, state, _ = restored
+        drafter = export(run, target, state.params, LAST)
+        if (best := checkpoints.best) is not None:
+            kept = state if best == step else checkpoints.restore(best, run.step.abstract)[0]
+            export(run, target, kept.params, BEST)
+    return step, drafter

@@ -1,0 +1,175 @@
+"""A training step as its configuration describes it, on a mesh that may be here or not: what runs and plans share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from dspark_jax.checkpoints.huggingface import DTYPES
+from dspark_jax.config.schema import DataSettings, DrafterSettings, LossSettings, TrainConfig
+from dspark_jax.drafters.config import DrafterConfig
+from dspark_jax.drafters.registry import drafter_hf_config, read_config
+from dspark_jax.drafters.vocabulary import DraftVocabulary
+from dspark_jax.errors import UserError
+from dspark_jax.readers import read_object
+from dspark_jax.sharding import AnyMesh, ShardingRules, gathered
+from dspark_jax.targets.target import Target
+from dspark_jax.training.losses import LossOptions
+from dspark_jax.training.objective import Objective
+from dspark_jax.training.registry import make_objective
+from dspark_jax.training.schedule import learning_rate_schedule, make_optimizer
+from dspark_jax.training.states import States, StoredStates, TargetStates
+from dspark_jax.training.step import Placement, TrainState, TrainStep, abstract_train_state, make_train_step
+
+
+@dataclass(frozen=True)
+class StepSpec:
+    """Everything that a compiled step is made of.
+
+    Attributes:
+        drafter_hf: config.json of the drafter.
+        dtype: of activations and matrix products, "bfloat16" or "float32"; parameters are float32.
+        loss: weights of its terms, and how many anchors have their logits in memory at once.
+        accumulation_steps: micro-batches of a step.
+        placement: the mesh, and the rules that lay parameters, tables and rows over it.
+        optimizer, schedule: AdamW and its learning rate, a function of the step.
+        abstract: shapes and shardings of the training state.
+    """
+
+    drafter_hf: dict[str, Any]
+    dtype: str
+    loss: LossOptions
+    accumulation_steps: int
+    placement: Placement
+    optimizer: Any
+    schedule: Callable[..., Any]
+    abstract: TrainState
+
+    @classmethod
+    def of(cls, config: TrainConfig, target: Target, mesh: AnyMesh, total_steps: int) -> "StepSpec":
+        """The step of a configuration; `total_steps` is where the learning rate ends. UserError for what can't be."""
+        drafter_hf = drafter_config(config.drafter, target, config.compute_dtype)
+        rules = ShardingRules()
+        placement = Placement(mesh, rules.sharded_markov() if config.mesh.markov_tables == "sharded" else rules)
+        settings = config.optimizer
+        schedule = learning_rate_schedule(settings.learning_rate, total_steps, settings.warmup_ratio, settings.schedule)
+        optimizer = make_optimizer(schedule, settings.betas, settings.eps, settings.weight_decay, settings.clip_norm)
+        return cls(
+            drafter_hf=drafter_hf,
+            dtype=config.compute_dtype,
+            loss=loss_options(config.loss, config.anchor_chunk),
+            accumulation_steps=micro_batches(config.data, mesh),
+            placement=placement,
+            optimizer=optimizer,
+            schedule=schedule,
+            abstract=abstract_train_state(drafter_hf, optimizer, placement),
+        )
+
+    @cached_property
+    def drafter(self) -> DrafterConfig:
+        return read_config(self.drafter_hf)
+
+    @property
+    def mesh(self) -> Any:
+        return self.placement.mesh
+
+    def objective(self) -> Objective:
+        """What the drafter's kind is trained by."""
+        return make_objective(self.drafter_hf, self.loss, DTYPES[self.dtype])
+
+    def target_states(self, target: Target, params: dict, codec: str | None = None) -> TargetStates:
+        """The tapped layers' states, from a target that runs in the step.
+
+        Args:
+            target: the described target.
+            params: its parameters, or their shapes with shardings; each is gathered from its storage where it is used.
+            codec: how a cache stores the states and the step sees them; None: as they are computed.
+        """
+        return TargetStates(
+            graphdef=target.graphdef,
+            layer_ids=self.drafter.target_layer_ids,
+            dtype=DTYPES[self.dtype],
+            codec=codec,
+            whole=jax.tree.map(lambda x: gathered(x.sharding, self.placement.rules), params),
+        )
+
+    def step(self, states: States | None = None, record: bool = False, objective: Objective | None = None) -> TrainStep:
+        """The jitted step.
+
+        Args:
+            states: where the target's states come from; None: they come with the batch.
+            record: also return the states as a cache stores them.
+            objective: what the drafter is trained by; None: what its kind names.
+        """
+        return make_train_step(
+            objective or self.objective(),
+            self.optimizer,
+            self.schedule,
+            accumulation_steps=self.accumulation_steps,
+            placement=self.placement,
+            abstract=self.abstract,
+            states=states or StoredStates(DTYPES[self.dtype]),
+            record=record,
+        )
+
+
+def drafter_config(settings: DrafterSettings, target: Target, dtype: str) -> dict[str, Any]:
+    """config.json of the drafter that the settings describe; exported in the dtype it is computed in."""
+    mask_token = settings.mask_token_id
+    if mask_token is None:
+        mask_token = getattr(target.tokenizer, "mask_token_id", None)
+    return drafter_hf_config(
+        target.hf_config,
+        kind=settings.kind,
+        num_layers=settings.num_layers,
+        target_layer_ids=settings.target_layer_ids,
+        mask_token_id=mask_token,
+        block_size=settings.block_size,
+        markov_rank=settings.markov_rank,
+        markov_head_type=settings.markov_head_type,
+        enable_confidence_head=settings.enable_confidence_head,
+        confidence_head_with_markov=settings.confidence_head_with_markov,
+        num_anchors=settings.num_anchors,
+        dtype=dtype,
+        intermediate_size=settings.intermediate_size,
+        num_attention_heads=settings.num_attention_heads,
+        num_key_value_heads=settings.num_key_value_heads,
+        head_dim=settings.head_dim,
+        draft_vocabulary=draft_vocabulary(settings.draft_vocabulary, target),
+    )
+
+
+def draft_vocabulary(path: str, target: Target) -> DraftVocabulary | None:
+    """The pruned vocabulary in a file of train.draft_vocabulary; None where none is named."""
+    if not path:
+        return None
+    ids = read_object(Path(path), expected="a draft vocabulary, as train.draft_vocabulary writes it").get("ids")
+    if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
+        raise UserError(f'{path} is no draft vocabulary; a JSON object with "ids", a list of token ids, was expected.')
+    return DraftVocabulary.of(ids, target.config.vocab_size)
+
+
+def loss_options(settings: LossSettings, anchor_chunk: int) -> LossOptions:
+    return LossOptions(
+        ce_alpha=settings.ce_alpha,
+        l1_alpha=settings.l1_alpha,
+        confidence_alpha=settings.confidence_alpha,
+        decay_gamma=settings.decay_gamma,
+        anchor_chunk=anchor_chunk,
+    )
+
+
+def micro_batches(data: DataSettings, mesh: AnyMesh) -> int:
+    """Micro-batches of a step on this mesh; UserError when its devices can't share one evenly."""
+    groups = ShardingRules().row_groups(mesh)
+    steps = data.accumulation_steps or max(1, data.global_batch // groups)
+    if data.global_batch % (steps * groups):
+        raise UserError(
+            f"A micro-batch of {data.global_batch // steps} sequences (data.global_batch {data.global_batch} in "
+            f"{steps} micro-batches, data.accumulation_steps {data.accumulation_steps}) cannot be shared by {groups} "
+            "devices evenly; change one of the two."
+        )
+    return steps

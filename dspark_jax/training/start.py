@@ -1,0 +1,76 @@
+"""The parameters that a run starts from: random ones, copies of target layers, or an earlier drafter's."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dspark_jax.checkpoints.drafters import load_drafter, shared_tables
+from dspark_jax.checkpoints.target_tables import load_layers
+from dspark_jax.data.codecs import STATES, decode_states
+from dspark_jax.drafters.registry import graft_target_layers, new_params, with_draft_head, with_head_norms
+from dspark_jax.errors import UserError
+from dspark_jax.training.run import Run
+from dspark_jax.training.step import TrainState, init_train_state
+
+
+def initial_state(run: Run) -> TrainState:
+    """Step 0 of a run, each device making its own part; UserError where what it starts from does not fit it."""
+    spec, start = run.step, None
+    if run.init_drafter:
+        start = earlier_params(run)
+    elif run.init_layers:
+        start = grafted_params(run)
+    if getattr(spec.drafter, "draft_vocabulary", None) is not None and not run.init_drafter:
+        fresh = start or new_params(spec.drafter_hf, jax.random.key(run.seed))
+        start = with_draft_head(spec.drafter_hf, fresh, shared_tables(run.tables()).head)
+    return init_train_state(spec.drafter_hf, spec.optimizer, run.seed, spec.placement, start)
+
+
+def earlier_params(run: Run) -> dict:
+    """The parameters of `drafter.init_drafter`; UserError when it is not of this run's shape and vocabulary."""
+    spec, name = run.step, run.init_drafter
+    loaded = load_drafter(name, run.tables(), dtype="float32", mesh=spec.mesh, rules=spec.placement.rules)
+    expected = jax.tree.map(lambda x: x.shape, spec.abstract.params)
+    block, vocabulary = spec.drafter.block_size, getattr(spec.drafter, "draft_vocabulary", None)
+    alike = jax.tree.map(jnp.shape, loaded.params) == expected and loaded.config.block_size == block
+    if not alike or getattr(loaded.config, "draft_vocabulary", None) != vocabulary:
+        raise UserError(
+            f"The drafter in {name} has not the layers, heads, block or draft vocabulary of this run; give one "
+            "that was trained with its settings, or leave out drafter.init_drafter."
+        )
+    return loaded.params
+
+
+def grafted_params(run: Run) -> dict:
+    """Fresh parameters whose draft layers are copies of target layers, and whose context features start as what the
+    last tap holds: attention and MLPs that a short run would not learn by itself."""
+    spec = run.step
+    layers, final_norm = load_layers(run.target, run.init_layers, mesh=spec.mesh, rules=spec.placement.rules)
+    params = new_params(spec.drafter_hf, jax.random.key(run.seed))
+    chosen, dims = [layers[i] for i in run.init_layers], spec.drafter.backbone
+    if dims.query_key_norm and not run.target.config.query_key_norm:
+        rows = last_tap_rows(run)
+        chosen = [with_head_norms(layer, rows, dims.rms_norm_eps) for layer in chosen]
+    return graft_target_layers(spec.drafter_hf, params, chosen, final_norm)
+
+
+def last_tap_rows(run: Run, batch: Mapping[str, np.ndarray] | None = None) -> jax.Array:
+    """[N, D]: what the last tapped layer left at the real positions of a batch; None: of the run's first.
+
+    Raises:
+        UserError: the batch has no states, as in runs whose target computes them in the step.
+    """
+    if batch is None:
+        with run.batches.iterate(0, 1) as batches:
+            batch = next(iter(batches))
+    if not set(STATES) & set(batch):
+        raise UserError(
+            "Copies of layers that have no norms of q and k are fitted on stored states, and data.source "
+            f"{run.data.source} has none before the run; use data.source offline, or leave out "
+            "drafter.init_target_layers."
+        )
+    features = decode_states({name: batch[name] for name in STATES if name in batch}, np.float32, np)["features"]
+    real = np.arange(features.shape[1]) < np.asarray(batch["lengths"])[:, None]
+    return jnp.asarray(features[real][:, -run.target.config.hidden_size :])
