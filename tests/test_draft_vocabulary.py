@@ -15,9 +15,9 @@ from dspark_jax.checkpoints.drafters import load_drafter, save_drafter
 from dspark_jax.drafters.registry import Drafter, drafter_hf_config, new_drafter, with_draft_head
 from dspark_jax.drafters.vocabulary import DraftVocabulary
 from dspark_jax.errors import UserError
-from dspark_jax.scheduling.policies import Fixed
 from dspark_jax.serving.engine import Engine
-from dspark_jax.serving.requests import DecodeConfig, Request
+from dspark_jax.serving.requests import Request, SamplingParams
+from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.targets.target import Target
 from dspark_jax.training.losses import LossOptions, total_variation_l1
 from dspark_jax.training.registry import make_objective
@@ -114,7 +114,7 @@ def small_pair() -> tuple[Target, Drafter]:
 @pytest.mark.parametrize("law", [{}, {"temperature": 1.4, "top_k": 4, "top_p": 0.9}])
 def test_samples_follow_the_targets_law(law: dict[str, float]) -> None:
     target, drafter = small_pair()
-    engine = Engine(target, drafter, DecodeConfig(slots=SLOTS, policy=Fixed(), buckets=(SLOTS * 4,)), longest=20)
+    engine = Engine(target, drafter, EngineConfig(SLOTS, 20, "fixed", buckets=(SLOTS * 4,)))
     tokens, accepted = samples(engine.loop, engine.params, 3, batches=40, **law)
     exact = exact_law(target, **law)
     assert accepted > 0.1
@@ -124,11 +124,11 @@ def test_samples_follow_the_targets_law(law: dict[str, float]) -> None:
 
 def test_nothing_else_is_drafted() -> None:
     target, drafter = small_pair()
-    engine = Engine(target, drafter, DecodeConfig(slots=SLOTS, buckets=(SLOTS * 4,)), longest=20)
+    engine = Engine(target, drafter, EngineConfig(SLOTS, 20, "fixed", buckets=(SLOTS * 4,)))
     drafted: list[np.ndarray] = []
     engine.recorder = lambda holders, record: drafted.append(record.draft_tokens)
     for index in range(8):
-        engine.submit(index, Request([1, 4, 2], max_new_tokens=6, temperature=1.0))
+        engine.submit(index, Request([1, 4, 2], SamplingParams(max_new_tokens=6, temperature=1.0)))
     while not engine.idle:
         engine.step()
     assert set(np.unique(np.concatenate(drafted)[:, :8])) <= {0, 2, 5}
