@@ -84,7 +84,7 @@ class Engine:
         self._stepping = threading.RLock()
         self._seats: dict[int, Entry] = {}  # by slot: whom the device decodes, cancelled ones included
         self._prefilling = False  # whether the device may still be at prompts
-        self._failures: list[Exception] = []  # since a step that went well
+        self._failures: list[Exception] = []  # since a dispatch that went well
 
     # Requests in and out
 
@@ -156,7 +156,6 @@ class Engine:
                 self._failures.append(error)
                 self._require_whole()
                 raise
-            self._failures.clear()
             return progress
 
     def _require_whole(self) -> None:
@@ -219,6 +218,7 @@ class Engine:
             Tokens prefilled, padding included.
         """
         with self._stepping:
+            self._require_whole()
             self._begin()
             spent = self._admit()
             self._roster.settle()
@@ -311,6 +311,7 @@ class Engine:
         read = state.tokens, state.length, state.active, state.stopped, state.failed, state.counters
         made = _Made(*jax.device_get(read))
         self._prefilling = False
+        self._failures.clear()
         now, progress, ended = time.perf_counter(), list[Progress](), list[Entry]()
         with self._roster.held():
             for slot, entry in list(self._seats.items()):
