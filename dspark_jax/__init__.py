@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dspark_jax.serving.sampling import SamplingParams
     from dspark_jax.serving.settings import EngineConfig
     from dspark_jax.targets.target import Target
+    from dspark_jax.training.fitting import fit
 
 _HOMES = {
     "load_target": "checkpoints.huggingface",
@@ -23,6 +24,7 @@ _HOMES = {
     "save_drafter": "checkpoints.drafters",
     "generate": "serving.generate",
     "stream": "serving.generate",
+    "fit": "training.fitting",
     "calibrate": "evaluation.calibrate",
     "Engine": "serving.engine",
     "SamplingParams": "serving.sampling",
@@ -48,6 +50,7 @@ __all__ = [
     "UserError",
     "__version__",
     "calibrate",
+    "fit",
     "generate",
     "load_drafter",
     "load_target",

@@ -59,6 +59,7 @@ def steps(settings: DemoSettings) -> dict[str, list[str]]:
         "decode held-out prompts": [
             *("infer.bench", "--target", target, "--drafter", str(folder / "fit" / "drafter")),
             *("--prompts", str(heldout), "--output", str(folder / "bench"), "--repeats", str(settings.repeats)),
+            *("--policy", "fixed"),  # acceptance by position is counted over whole blocks
             *("--dtype", "float32"),
         ],
     }

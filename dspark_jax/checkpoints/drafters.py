@@ -81,16 +81,19 @@ def load_drafter(
     Args:
         path_or_id: folder or hub id.
         target: the target that it was trained for.
+        Args:
+        path_or_id: a folder or hub id.
+        target: the target that it was trained for.
         dtype: 'float32' or 'bfloat16'; None keeps the config's. The confidence head is float32 always.
-        mesh: parameters are placed by `rules`, each device reading its own part.
-        rules: None takes the default ones.
-        compare_manifest: refuse a folder whose dspark.json, where it has one, contradicts its config, its files or
-            the target.
-        layer_shift: added to the layer ids that the files name, for those who doubt them.
-
+        mesh: parameters are placed over it, each device reading its own part; None: one device.
+        rules: how they are placed.
+        compare_manifest: refuse a folder whose dspark.json, where it has one, contradicts its config or the target.
+        layer_shift: added to the layer ids that the files name, for files that are in doubt.
+    Returns:
+        Config and parameters.
     Raises:
-        UserError: a contradiction, files that are missing, cut off or damaged, tensors that the config does not call
-            for, or a drafter of another target (depth, width, vocabulary, tapped layers, weights, frozen copies).
+        UserError: a contradiction, files that are missing or cut off, or a drafter of another target (depth, width,
+            vocabulary, tapped layers, or frozen copies that differ).
     """
     folder = resolve_folder(path_or_id, "drafter")
     if holds_v4(folder):
@@ -154,13 +157,22 @@ def save_drafter(
 ) -> None:
     """Writes config.json, model.safetensors and the manifest dspark.json in the named layout.
 
-    dtype: of the stored tensors; None: the config's. frozen_copies: also write the copies of the target's embedding and
-    head that the layout's readers expect, always untied; servers take the target's own where they are absent, and so
-    does `load_drafter` for the head of a pruned draft vocabulary.
-    vocabulary_maps: also write the identity as `d2t` and `t2d`, where the layout has them; a pruned vocabulary's are
-    always written. Loading and saving again, in
-    whatever layouts in between, gives the same bytes. Raises UserError, writing nothing, for a drafter that the layout
-    can't express.
+    Loading and saving again, in whatever layouts in between, gives the same bytes.
+
+    Args:
+        folder: made where it is missing.
+        drafter: as `load_drafter` or training gives it.
+        target: the target that it was trained for.
+        layout: a name in `checkpoints.layouts`.
+        dtype: of the stored tensors; None: the config's.
+        frozen_copies: also write the copies of the target's embedding and head that the layout's readers expect, always
+            untied; servers take the target's own where they are absent, and so does `load_drafter` for the head of a
+            pruned draft vocabulary.
+        vocabulary_maps: also write the identity as `d2t` and `t2d`, where the layout has them; a pruned vocabulary's
+            are always written.
+        provenance: how the drafter was made, for the manifest.
+    Raises:
+        UserError: a drafter that the layout cannot express; nothing is written.
     """
     folder, form = Path(folder), layout_named(layout)
     native = {**drafter.hf_config, "dtype": dtype or drafter.config.backbone.dtype}

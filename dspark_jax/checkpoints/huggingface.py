@@ -95,8 +95,16 @@ def load_target(
 ) -> Target:
     """Loads a target of any kind in `targets.registry`, the language model alone where the folder is multimodal.
 
-    dtype: 'float32' or 'bfloat16'; None keeps the config's. mesh: parameters are placed by `rules`, each device reading
-    its own part. Raises UserError when files are missing, cut off or of another model.
+    Args:
+        path_or_id: a folder in the Hugging Face layout, or a hub id.
+        dtype: 'float32' or 'bfloat16', of weights and activations; None keeps the config's.
+        mesh: parameters are placed over it, each device reading its own part; None: one device.
+        rules: how they are placed.
+        tokenizer: whether to load the tokenizer too.
+    Returns:
+        Config, parameters and tokenizer.
+    Raises:
+        UserError: files that are missing, cut off or of another model.
     """
     folder = resolve_folder(path_or_id)
     hf_config = read_hf_config(folder)

@@ -47,10 +47,18 @@ def stream(
     sampling: SamplingParams = DEFAULT_SAMPLING,
     engine: EngineConfig = DEFAULT_ENGINE,
 ) -> Iterator[Progress]:
-    """What each request gains, dispatch by dispatch, as `generate` would return it; arguments and errors are the same.
+    """Decodes every prompt and tells what each gains, dispatch by dispatch.
 
+    Args:
+        target: the model that decides.
+        drafter: proposes; None: plain decoding.
+        prompts: as of `generate`.
+        sampling: of every prompt that brings none of its own.
+        engine: slots, verify policy and the rest.
     Returns:
-        An iterator; the last Progress of a request carries its Generation. Requests are checked before it is returned.
+        An iterator over the requests' Progress; the last one of a request carries its Generation.
+    Raises:
+        UserError: as `generate`, when it is called and not when the iterator is.
     """
     made = engine_for(target, drafter, prompts, sampling, engine)
     return iter(()) if made is None else drain(made)
