@@ -1,6 +1,6 @@
 """MTP-1 for the target that comes with this repository: one token a round from the target's last hidden state.
 
-Command:   python -m train.build_cache ... --layers 9      (or with the other drafters' layers: 1,4,7,8,9)
+Command:   python -m train.build_cache ... --layers 9      (or with the other drafters' layers: 1 4 7 8 9)
            python -m train.fit --config embedded_mtp --data.cache DIR
 Hardware:  2 CPU cores, no accelerator, no network.
 Expected:  not measured by itself; `python -m train.studies.compare` trains it beside the others.

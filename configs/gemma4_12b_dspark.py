@@ -1,6 +1,6 @@
 """The reference recipe for Gemma 4 12B: five draft layers, blocks of 7, Markov rank 256.
 
-Command:   python -m train.build_cache --help      (first: answers of the target itself, then their hidden states)
+Command:   python -m train.build_cache --config gemma4_12b_dspark --conversations FILE --output DIR
            python -m train.fit --config gemma4_12b_dspark --data.cache DIR
 Hardware:  meant for one machine with 8 accelerators of 80 GB; `train.plan` says what another takes.
            The cache takes 46,086 bytes a token (six states of 3840 in bfloat16, token id and mask).

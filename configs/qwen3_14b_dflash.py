@@ -1,6 +1,6 @@
 """DFlash on Qwen3-14B, the baseline of the recipe: the backbone without heads, trained by cross-entropy alone.
 
-Command:   python -m train.build_cache --help      (the cache is that of qwen3_14b_dspark)
+Command:   python -m train.build_cache --config qwen3_14b_dspark --conversations FILE --output DIR
            python -m train.fit --config qwen3_14b_dflash --data.cache DIR
 Hardware:  as qwen3_14b_dspark.
 Expected:  not measured here. The paper's accepted length at temperature 1.0, γ = 7, without scheduling:

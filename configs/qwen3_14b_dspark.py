@@ -1,6 +1,6 @@
 """The reference recipe for Qwen3-14B: five draft layers, blocks of 7, Markov rank 256.
 
-Command:   python -m train.build_cache --help      (first: answers of the target itself, then their hidden states)
+Command:   python -m train.build_cache --config qwen3_14b_dspark --conversations FILE --output DIR
            python -m train.fit --config qwen3_14b_dspark --data.cache DIR
 Hardware:  meant for one machine with 8 accelerators of 80 GB; `train.plan` says what another takes.
            The cache takes 61,446 bytes a token (six states of 5120 in bfloat16, token id and mask).

@@ -1,6 +1,6 @@
 """Eagle3 on Qwen3-4B, the autoregressive baseline of the recipe: one layer, rolled out over 7 steps in training.
 
-Command:   python -m train.build_cache --help      (the cache is that of qwen3_4b_dspark)
+Command:   python -m train.build_cache --config qwen3_4b_dspark --conversations FILE --output DIR
            python -m train.fit --config qwen3_4b_eagle3 --data.cache DIR
 Hardware:  as qwen3_4b_dspark.
 Expected:  not measured here. The paper's accepted length at temperature 1.0, γ = 7, without scheduling:

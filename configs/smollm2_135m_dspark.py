@@ -6,7 +6,7 @@ Command:   make real-target
            python -m train.draft_vocabulary --target .cache/real_target --size 12288 \\
                --conversations runs/smollm2/conversations.jsonl --output runs/smollm2/vocabulary.json
            python -m train.build_cache --target .cache/real_target --compute-dtype float32 --max-length 448 \\
-               --layers 1,8,15,22,28,29 --conversations runs/smollm2/conversations.jsonl --output runs/smollm2/cache
+               --layers 1 8 15 22 28 29 --conversations runs/smollm2/conversations.jsonl --output runs/smollm2/cache
            python -m train.fit --config smollm2_135m_dspark
 Hardware:  2 CPU cores, 6 GB of memory, no accelerator; hours. A step takes 0.75 seconds of one core.
 Expected:  the drafter in assets/smollm2_135m_drafter, whose README says how far it was trained and what it reaches.

@@ -9,71 +9,19 @@ files, folders and hub ids. Each set is decoded plainly, with the policy (timed)
 Writes metrics.json, conditional_acceptance.png, reliability.png and, with --thresholds, threshold_sweep.png.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
-from tqdm import tqdm
+from typing import Any
 
 from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.config.cli import parse, program
 from dspark_jax.devices import announce, machine
-from dspark_jax.drafters.registry import Drafter
 from dspark_jax.errors import UserError
-from dspark_jax.evaluation.acceptance import Acceptance
-from dspark_jax.evaluation.answers import Answered, Proposals, answer, reach
-from dspark_jax.evaluation.calibration_metrics import calibration_metrics, prefix_survival, reliability
-from dspark_jax.evaluation.datasets import DOMAINS, Dialogue, domain_of, read_datasets
+from dspark_jax.evaluation.datasets import read_datasets
+from dspark_jax.evaluation.measurement import AVERAGED, EvaluateSettings, Evaluation
 from dspark_jax.files import make_output, write_json
 from dspark_jax.report import acceptance_plot, reliability_plot, table, threshold_plot
-from dspark_jax.serving.assembly import temperatures_of
-from dspark_jax.serving.engine import Engine
-from dspark_jax.serving.sampling import SamplingParams
-from dspark_jax.serving.settings import EngineConfig, PolicyName
-from dspark_jax.targets.target import Target
-
-AVERAGED = ("tau", "drafted_per_round", "verify_rate", "plain_tokens_per_second", "tokens_per_second", "speedup")
-
-
-@dataclass(frozen=True)
-class EvaluateSettings:
-    """Evaluates a drafter on evaluation sets."""
-
-    target: str
-    """Folder or hub id of the target."""
-    drafter: str
-    """Folder of the drafter."""
-    datasets: tuple[str, ...]
-    """JSONL files, folders of them, hub ids."""
-    output: Path = Path("runs/evaluate")
-    """Folder of metrics.json and the plots."""
-    temperatures: tuple[float, ...] = (1.0, 0.0)
-    thinking: bool = False
-    """Let the chat template open with thinking."""
-    limit: int = 0
-    """Samples taken of each set; 0: all."""
-    policy: PolicyName = "auto"
-    """How many drafts are verified in the timed passes; auto: what pays on this machine."""
-    threshold: float = 0.5
-    """Of the threshold policy."""
-    thresholds: tuple[float, ...] = ()
-    """Confidence thresholds to sweep (a program is compiled for each)."""
-    sts: Path | None = None
-    """sts.json: calibrated temperatures for policies and figures."""
-    sps: Path | None = None
-    """sps.json: steps per second, for adaptive policies; None: profiled at the start."""
-    slots: int = 8
-    max_new_tokens: int = 256
-    max_context: int = 0
-    """Positions that a conversation may take; 0: what the target holds."""
-    repeats: int = 1
-    """Timed passes of plain and speculative decoding, alternating."""
-    rounds_per_dispatch: int = 16
-    seed: int = 0
-    dtype: Literal["float32", "bfloat16"] | None = None
 
 
 @program
@@ -98,139 +46,6 @@ def main(argv: list[str]) -> None:
     metrics |= {"machine": machine(), "settings": asdict(settings)}
     write_json(settings.output / "metrics.json", metrics)
     print(f"metrics and plots in {settings.output}")
-
-
-@dataclass
-class Evaluation:
-    """Engines made once and used for every set, so that a set compiles nothing."""
-
-    settings: EvaluateSettings
-    target: Target
-    drafter: Drafter
-    sets: dict[str, list[Dialogue]]
-    longest: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        settings = self.settings
-        for temperature in settings.temperatures:  # a calibration for something else is refused before anything runs
-            temperatures_of(self.target, self.drafter, SamplingParams(temperature=temperature), settings.sts)
-        limit = min(settings.max_context or self.target.config.max_positions, self.target.config.max_positions)
-        samples = [sample for group in self.sets.values() for sample in group]
-        reached = (reach(self.target, one, settings.max_new_tokens, settings.thinking) for one in samples)
-        self.longest = min(limit, max(reached))
-
-    def engine(self, temperature: float, policy: PolicyName, threshold: float = 0.5) -> Engine:
-        settings = self.settings
-        whole = (settings.slots * (self.drafter.config.block_size + 1),)
-        config = EngineConfig(
-            slots=settings.slots,
-            longest=self.longest,
-            policy=policy,
-            threshold=threshold,
-            sts=settings.sts,
-            sps=settings.sps,
-            rounds_per_dispatch=settings.rounds_per_dispatch,
-            buckets=whole if policy == "fixed" else None,
-            smallest_prompt_bucket=128,
-            stop_slots=max(1, len(self.target.stop_tokens)),
-        )
-        engine = Engine(self.target, self.drafter, config, SamplingParams(settings.max_new_tokens, temperature))
-        engine.warm_up()
-        return engine
-
-    def at(self, temperature: float) -> dict[str, Any]:
-        """Figures of one temperature: by data set, their means by domain, and the mean of the domains."""
-        settings = self.settings
-        plain = self.engine(temperature, "plain")
-        timed = self.engine(temperature, settings.policy, settings.threshold)
-        whole = timed if settings.policy == "fixed" else self.engine(temperature, "fixed")
-        swept = {value: self.engine(temperature, "threshold", value) for value in settings.thresholds}
-        rows: dict[str, Any] = {}
-        for name, samples in tqdm(self.sets.items(), desc=f"temperature {temperature:g}", unit="set", disable=None):
-            passes: list[tuple[Answered, Answered]] = []
-            for i in range(settings.repeats):
-                order = [plain, timed] if i % 2 == 0 else [timed, plain]
-                done = {id(engine): self._answer(engine, samples) for engine in order}
-                passes.append((done[id(plain)], done[id(timed)]))
-            recorded, proposals = self._recorded(whole, samples)
-            rows[name] = speed_figures(samples, passes, self.drafter.config.block_size)
-            rows[name] |= acceptance_figures(recorded)
-            rows[name]["confidence"] = self._confidence(proposals, whole.sampling)
-            rows[name]["thresholds"] = {
-                f"{value:g}": speed_figures(samples, [(passes[0][0], self._answer(engine, samples))], engine.loop.block)
-                for value, engine in swept.items()
-            }
-        return {"policy": timed.why, "datasets": rows, **averages(rows)}
-
-    def _answer(self, engine: Engine, samples: Sequence[Dialogue]) -> Answered:
-        return answer(engine, samples, self.settings.seed, self.settings.thinking)
-
-    def _recorded(self, engine: Engine, samples: Sequence[Dialogue]) -> tuple[Answered, Proposals]:
-        engine.recorder = proposals = Proposals()
-        try:
-            return self._answer(engine, samples), proposals
-        finally:
-            engine.recorder = None
-
-    def _confidence(self, proposals: Proposals, sampling: SamplingParams) -> dict[str, Any] | None:
-        """Metrics of predicted prefix survival before and, with sts.json, after calibration."""
-        logits, accepted, observed = proposals.arrays()
-        if not logits.size:
-            return None
-        temperatures = np.array(temperatures_of(self.target, self.drafter, sampling, self.settings.sts))
-        found: dict[str, Any] = {}
-        for stage, scale in (("before", np.ones_like(temperatures)), ("after", temperatures)):
-            survival = prefix_survival(logits, scale)
-            metrics = calibration_metrics(survival, accepted, observed)
-            found[stage] = {name: metrics.mean(name) for name in ("ece", "auc", "brier")}
-            found[stage] |= {f"{name}_at": getattr(metrics, name).tolist() for name in ("ece", "auc", "brier")}
-            found[stage]["reliability"] = reliability(survival, accepted, observed)
-        return found if self.settings.sts is not None else {"before": found["before"]}
-
-
-def speed_figures(
-    samples: Sequence[Dialogue], passes: Sequence[tuple[Answered, Answered]], block: int
-) -> dict[str, Any]:
-    """Of (plain, speculative) passes: medians of speeds, and what the policy drafted and verified (the first pass)."""
-    first = passes[0][1]
-    made = list(first.generations.values())
-    counts = Acceptance.of(made)
-    drafted = block * sum(g.drafted for g in made)
-    ratios = [fast.tokens_per_second / max(slow.tokens_per_second, 1e-9) for slow, fast in passes]
-    verified = sum(counts.verified)
-    return {
-        "samples": len(samples),
-        "cut": len(first.cut),
-        "answers": len(made),
-        "tokens": first.tokens,
-        "rounds": counts.rounds,
-        "tau": counts.tau,
-        "drafted_per_round": drafted / max(counts.rounds, 1),
-        "verified_share": verified / max(drafted, 1),
-        # As the reference counts it: committed tokens of all that the target ran on, anchors included.
-        "verify_rate": counts.committed / max(verified + counts.rounds, 1),
-        "plain_tokens_per_second": float(np.median([slow.tokens_per_second for slow, _ in passes])),
-        "tokens_per_second": float(np.median([fast.tokens_per_second for _, fast in passes])),
-        "speedup": float(np.median(ratios)),
-    }
-
-
-def acceptance_figures(recorded: Answered) -> dict[str, Any]:
-    """Acceptance by position where whole blocks are verified."""
-    counts = Acceptance.of(list(recorded.generations.values()))
-    return {"tau_whole": counts.tau, "unconditional": counts.unconditional, "conditional": counts.conditional}
-
-
-def averages(rows: dict[str, Any]) -> dict[str, Any]:
-    """Means over the sets of each domain, each set counting alike, and over the domains."""
-
-    def mean(group: Sequence[dict[str, Any]]) -> dict[str, float]:
-        return {key: float(np.mean([row[key] for row in group])) for key in AVERAGED}
-
-    names = [domain for domain in DOMAINS if any(domain_of(name) == domain for name in rows)]
-    names += [d for d in dict.fromkeys(map(domain_of, rows)) if d not in names]
-    domains = {d: mean([row for name, row in rows.items() if domain_of(name) == d]) for d in names}
-    return {"domains": domains, "macro": mean(list(domains.values()))}
 
 
 def summary_table(temperature: float, figures: dict[str, Any]) -> str:

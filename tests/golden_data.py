@@ -1,4 +1,4 @@
-"""Golden checks of the data path: chat parsing and DeepSpec's target cache (formats: golden/NOTES.md).
+"""Golden checks of the data path: chat parsing and DeepSpec's target cache (docs/algorithm.md, rules 82 to 88).
 
 Each check takes a case folder and yields (name, max_abs_err, tolerance, ok). Ids, masks, texts and bytes must be equal:
 their error is the largest difference, or infinity where the shapes differ.

@@ -1,6 +1,7 @@
 """`infer.evaluate`: sets from files and folders, turns fed back, and the figures of a tiny pair."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,11 @@ from dspark_jax.data.chat import encode_prompt
 from dspark_jax.errors import UserError
 from dspark_jax.evaluation.answers import Answered, Proposals, answer, reach, turn_seed
 from dspark_jax.evaluation.datasets import domain_of, read_datasets
+from dspark_jax.evaluation.measurement import averages
 from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
-from infer.evaluate import averages, main
+from infer.evaluate import main
 from tests.test_infer_programs import refused, write_drafter
 from tests.tiny import write_tiny_target
 
@@ -127,7 +129,18 @@ def test_domains_count_alike() -> None:
 
 def test_evaluate_measures_and_writes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--datasets", folder / "sets", "--target", folder / "target", "--drafter", folder / "drafter"]
-    argv += ["--temperatures", "0.0", "--max-new-tokens", "8", "--slots", "2", "--thresholds", "0.6"]
+    argv += [
+        "--temperatures",
+        "0.0",
+        "--max-new-tokens",
+        "8",
+        "--slots",
+        "2",
+        "--thresholds",
+        "0.6",
+        "--policy",
+        "fixed",
+    ]
     main([str(word) for word in [*argv, "--output", tmp_path / "out"]])
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     figures = metrics["temperatures"]["t0"]

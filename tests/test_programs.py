@@ -170,6 +170,15 @@ def test_the_cache_of_an_experiment(target: Path, folder: Path, refused: Refused
     assert (settings.compute_dtype, str(settings.output)) == (config.compute_dtype, config.data.cache)
 
 
+def test_answers_given_after_another_prompt(target: Path, folder: Path, refused: Refused):
+    recorded = {"settings": {"weights_xxh3": "x", "thinking": True}}
+    (folder / "good.settings.json").write_text(json.dumps(recorded))
+    assert "good.jsonl was answered with thinking on; give --thinking." in refused(*cache(target))
+    recorded["settings"]["thinking"] = False
+    (folder / "good.settings.json").write_text(json.dumps(recorded))
+    assert "answered with thinking off; give --no-thinking" in refused(*cache(target, "--thinking"))
+
+
 def test_conversation_that_the_template_cannot_render_names_its_line(target, folder, refused):
     turned = {"messages": GOOD["messages"][::-1]}
     (folder / "turned.jsonl").write_text(json.dumps(GOOD) + "\n" + json.dumps(turned) + "\n")
@@ -227,7 +236,7 @@ def test_other_settings_on_the_same_answers(
     assert "begun with prompts_sha256 = " in refused(*prepare(target))
 
 
-def test_answers_of_someone_else_are_kept(target: Path, folder: Path, refused: Refused):
+def test_answers_of_another_program_are_kept(target: Path, folder: Path, refused: Refused):
     (folder / "out.jsonl").write_text("not ours\n")
     assert "out.jsonl exists and was not begun by this program" in refused(*prepare(target))
 

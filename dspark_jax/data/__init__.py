@@ -1,1 +1,1 @@
-"""Text to training batches: chat templates and loss masks, JSONL, target-cache shards, the batch pipeline."""
+"""Text to training batches: chat templates and loss masks, conversation files, cache shards, the batch pipeline."""

@@ -52,7 +52,7 @@ def load_regenerator(settings: PrepareSettings, prompts: str) -> Regenerator:
 
 
 def check_begun(settings: PrepareSettings, identity: Mapping[str, Any]) -> bool:
-    """Whether the output was begun, with these settings; UserError when with others, or by someone else."""
+    """Whether the output was begun, with these settings; UserError when it was with others, or by another program."""
     begun = require_same_settings(settings.beside("settings.json"), identity, settings.output)
     if settings.output.exists() and not begun:
         raise UserError(f"{settings.output} exists and was not begun by this program; move it or name another output.")

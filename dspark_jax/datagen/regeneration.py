@@ -1,8 +1,8 @@
 """Answers from the target itself: every assistant turn of a conversation generated anew, many conversations at once.
 
 A conversation's answers depend on (its prompts, its index, the decoding settings) alone, to the last bit: its random
-numbers come from its index, its prompt is prefilled by itself, and every round runs one program over all slots. So it
-does not matter beside which others it is decoded, and a run that was killed ends with what it would have written.
+numbers come from its index, its prompt is prefilled by itself, and every round runs one program over all slots. The
+conversations decoded beside it do not matter, so a run that was killed and continued ends with the same file.
 """
 
 from collections import deque
@@ -52,17 +52,17 @@ class Finished:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A conversation that is set aside, and why."""
+    """A conversation that is set aside, with the reason."""
 
     source: Source
     reason: str
 
 
 class Answerer(Protocol):
-    """Who answers: `Regenerator` with a target that runs here, `served.ServedAnswers` with a server."""
+    """A source of answers: `Regenerator` runs the target here, `server.ServedAnswers` asks a server."""
 
     def sort_out(self, sources: Iterable[Source]) -> tuple[list[Source], list[Rejected]]:
-        """Sources that can be answered, and those that can't whatever the answers are."""
+        """The sources that can be answered, and those that are set aside unanswered."""
         ...
 
     def answers(self, todo: Sequence[Source], fitting: Sequence[Source]) -> Iterator[list[Finished | Rejected]]:
@@ -92,7 +92,8 @@ class Regenerator:
         """`context` is the most positions that a conversation may take."""
         self.target, self.thinking, self.context = target, thinking, context
         self.sampling, self.config = sampling, engine
-        self._special = frozenset(target.tokenizer.all_special_ids)
+        added = target.tokenizer.added_tokens_decoder.items()
+        self._special = frozenset(number for number, token in added if token.special)
 
     def sort_out(self, sources: Iterable[Source]) -> tuple[list[Source], list[Rejected]]:
         fitting: list[Source] = []
@@ -129,6 +130,7 @@ class Regenerator:
         fresh, later = iter(sources), deque[_Open]()
         open_: dict[int, _Open] = {}
         waiting = running = 0
+
         while True:
             ended: list[Finished | Rejected] = []
             while waiting < together:
@@ -142,6 +144,7 @@ class Regenerator:
                 waiting += 1
             if not open_ and not ended:
                 return
+
             admitted = min(waiting, slots - running)
             waiting, running = waiting - admitted, running + admitted
             for progress in engine.step():

@@ -1,4 +1,4 @@
-"""The conversations that train.prepare_data answers: read, split, freed of repetitions, each with its place."""
+"""The conversations that train.prepare_data answers: read, split and deduplicated, each with its place."""
 
 import hashlib
 import json
