@@ -28,13 +28,23 @@ LONG_FILES = (
     "test_scheduled_loop",
     "test_kill_resume",
     "test_compare",
+    "test_conformance",
+    "test_corpora",
     "test_guards",
     "test_sources",
     "test_infer_programs",
     "test_loop",
+    "test_v4_decoding",
+    "test_run_trust",
     "test_parity",
     "test_parity_families",
     "test_programs",
+    "test_evaluation",
+    "test_evaluate",
+    "test_overload",
+    "test_bench",
+    "test_adding_a_drafter",
+    "test_decode_plan",
 )
 
 # A process may hold so many memory maps, and each compiled program holds some. One that runs out dies in the compiler.

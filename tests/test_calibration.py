@@ -165,6 +165,7 @@ def test_profiles_become_tables_and_files(tmp_path: Path) -> None:
         Profile.read(tmp_path / "sps.json")
 
 
+@pytest.mark.long
 def test_a_loop_is_profiled_by_its_own_program_once(tmp_path: Path) -> None:
     """Every bucket is run, nothing is compiled that decoding does not need, and the second start reads a file."""
     target, drafter = tiny_pair()
@@ -213,6 +214,7 @@ def test_what_a_call_takes_is_no_part_of_its_rounds(monkeypatch: pytest.MonkeyPa
 # Programs
 
 
+@pytest.mark.long
 def test_calibrate_from_beginning_to_end(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [str(folder / name) for name in ("code.jsonl", "chat.jsonl")]
     pair = ["--target", str(folder / "target"), "--drafter", str(folder / "drafter"), "--prompts", *files]
@@ -242,6 +244,7 @@ def test_calibrate_from_beginning_to_end(folder: Path, tmp_path: Path, capsys: p
     assert fingerprint(copy.params) == again["valid_for"]["drafter"]
 
 
+@pytest.mark.long
 def test_profile_from_beginning_to_end(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pair = ["--target", str(folder / "target"), "--drafter", str(folder / "drafter"), "--longest", "64"]
     short = ["--output", str(tmp_path), "--rounds", "2", "--repeats", "1", "--slots", "2"]

@@ -246,6 +246,7 @@ def test_layer_scalars_are_no_trained_parameters() -> None:
     assert np.any(flat["backbone", "layers", 0, "input_norm", "weight"])
 
 
+@pytest.mark.long
 @pytest.mark.lossless
 def test_speculation_is_lossless_on_gemma() -> None:
     """Windows, two cache shapes, the cap and the scaled embedding under rejection and rollback: plain greedy tokens."""
