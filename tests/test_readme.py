@@ -38,7 +38,9 @@ def program_commands() -> list[list[str]]:
 def test_programs_have_the_options(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     name, *argv = words
     module = found_programs()[name]
-    imported = importlib.import_module(module_name(f"{module}.__main__" if source(module).stem == "__main__" else module))
+    imported = importlib.import_module(
+        module_name(f"{module}.__main__" if source(module).stem == "__main__" else module)
+    )
     config = argv[argv.index("--config") :][:2] if "--config" in argv else []
     with pytest.raises(SystemExit) as stop:
         imported.main([*config, "--help"])
