@@ -48,7 +48,7 @@ def test_the_named_configurations_exist() -> None:
 
 
 def test_reference_recipe() -> None:
-    """SPEC section 3 and the released drafters' layer ids."""
+    """docs/algorithm.md, rules 40 to 48, and the released drafters' layer ids."""
     config = load_config("qwen3_14b_dspark")
     assert config.drafter.target_layer_ids == (1, 10, 19, 28, 37)
     assert load_config("qwen3_4b_dspark").drafter.target_layer_ids == (1, 9, 17, 25, 33)

@@ -1,4 +1,4 @@
-"""What a training run is: frozen dataclasses, one a concern, checked when they are made.
+"""Configuration of a training run: frozen dataclasses, one a concern, checked when they are made.
 
 Every field is read once, by the code it configures, which holds no second default. Importing this loads no jax.
 """
@@ -16,7 +16,7 @@ def _require(holds: bool, field: str, found: Any, expected: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class DrafterSettings:
-    """The drafter's shape (SPEC section 2). `None` takes the target's value."""
+    """The drafter's shape (docs/algorithm.md, rules 19 to 35). `None` takes the target's value."""
 
     num_layers: int
     """Draft decoder layers L_d."""
@@ -36,6 +36,8 @@ class DrafterSettings:
     """Show the confidence head the previous token's Markov embedding as well."""
     num_anchors: int = 512
     """Anchors N sampled from a training sequence, one position each for MTP; Eagle3 trains every position."""
+    step_loss_decay: float = 0.8
+    """Eagle3: step s of the rollout weighs this to the power of s."""
     mask_token_id: int | None = None
     """Input of block positions after the anchor; None: the tokenizer's mask token."""
     intermediate_size: int | None = None
@@ -58,6 +60,7 @@ class DrafterSettings:
         _require(self.num_layers >= 1, "drafter.num_layers", self.num_layers, "at least 1")
         _require(self.block_size >= 1, "drafter.block_size", self.block_size, "at least 1")
         _require(self.num_anchors >= 1, "drafter.num_anchors", self.num_anchors, "at least 1")
+        _require(self.step_loss_decay > 0, "drafter.step_loss_decay", self.step_loss_decay, "a positive number")
         _require(self.markov_rank >= 0, "drafter.markov_rank", self.markov_rank, "0 (no Markov head) or more")
         _require(
             len(ids) > 0 and list(ids) == sorted(set(ids)) and ids[0] >= -1,
@@ -90,7 +93,7 @@ class DrafterSettings:
 
 @dataclasses.dataclass(frozen=True)
 class LossSettings:
-    """Weights of the three terms and their decay over block positions (SPEC section 3)."""
+    """Weights of the three terms and their decay over block positions (docs/algorithm.md, rules 40 and 41)."""
 
     ce_alpha: float = 0.1
     """Weight of the cross-entropy against the next tokens."""

@@ -15,7 +15,7 @@ from dspark_jax.drafters.protocol import BlockDrafter, BlockOutput, SharedTables
 from dspark_jax.drafters.vocabulary import DraftVocabulary
 from dspark_jax.training.anchors import Blocks
 
-# Added to the summed weights, so that a batch without supervision has loss 0 (golden/NOTES 24).
+# Added to the summed weights: the loss of a batch without supervision is 0, not NaN (docs/algorithm.md, rule 41).
 EPSILON = 1e-6
 
 Sums = dict[str, Array]
@@ -90,7 +90,8 @@ def _chunk_sums(model: BlockDrafter, shared: SharedTables, context: Any, last_hi
 
 
 def target_logits(shared: SharedTables, last_hidden: Float[Array, "b t d"], blocks: Blocks) -> Float[Array, "b n k v"]:
-    """float32 logits of the target for every label, from its last hidden state one position before (NOTES 22)."""
+    """float32 logits of the target for every label, from its last hidden state one position before (docs/algorithm.md,
+    rule 39)."""
     rows = blocks.sources.reshape(blocks.sources.shape[0], -1, 1)
     hidden = jnp.take_along_axis(last_hidden, rows, axis=1).reshape(*blocks.sources.shape, -1)
     return jax.lax.stop_gradient(shared.logits(hidden.astype(shared.head.dtype)))

@@ -52,7 +52,7 @@ def cast_params(params: dict, dtype: Any) -> dict:
 
 @dataclass(frozen=True, eq=False)
 class BlockObjective:
-    """The losses of SPEC section 3 on a batch of `input_ids`, `loss_mask` [B, T], `features` [B, T, m D] and
+    """The losses of docs/algorithm.md, rules 37 to 46, on a batch of `input_ids`, `loss_mask` [B, T], `features` [B, T, m D] and
     `last_hidden` [B, T, D], and `segments` [B, T] where rows are packed; other entries are ignored. Trains any
     `BlockDrafter`, with heads or without."""
 

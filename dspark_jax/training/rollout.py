@@ -1,4 +1,5 @@
-"""Eagle3's training-time test: soft cross-entropy of every step of a rollout at every position (golden/NOTES 46-52).
+"""Eagle3's training-time test: soft cross-entropy of every step of a rollout at every position (docs/algorithm.md,
+rules 50-57).
 
 Axes: B batch row, T position, S step, C positions of a chunk, D hidden, V vocab.
 """
@@ -90,7 +91,8 @@ class RolloutObjective:
 
 
 def supervised_positions(loss_mask: Array, lengths: Array, segments: Array | None = None) -> Float[Array, "b t"]:
-    """1 where step 0 is supervised: the loss mask, unshifted, without each sequence's last real token (NOTES 50)."""
+    """1 where step 0 is supervised: the loss mask, unshifted, without each sequence's last real token (docs/algorithm.md,
+    rule 55)."""
     last = jnp.arange(loss_mask.shape[1]) == lengths[:, None] - 1
     if segments is not None:
         last |= jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (0, 1)))

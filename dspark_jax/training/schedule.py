@@ -14,7 +14,7 @@ def learning_rate_schedule(
     """lr(step, xp=jnp): linear warm-up over w = int(warmup_ratio * total_steps) steps, then cosine to 0 at the end.
 
     After the warm-up lr = base c(i - w) / c(1), c(k) = (1 + cos(pi k / (total - w))) / 2: the reference's hand-over
-    puts step w slightly above base and step w + 1 at base (golden/NOTES 31). xp=numpy computes in float64.
+    puts step w slightly above base and step w + 1 at base (docs/algorithm.md, rule 48). xp=numpy computes in float64.
     """
     warmup = int(warmup_ratio * total_steps)
     rest = max(total_steps - warmup, 1)

@@ -133,6 +133,7 @@ def drafter_config(settings: DrafterSettings, target: Target, dtype: str) -> dic
         enable_confidence_head=settings.enable_confidence_head,
         confidence_head_with_markov=settings.confidence_head_with_markov,
         num_anchors=settings.num_anchors,
+        step_loss_decay=settings.step_loss_decay,
         dtype=dtype,
         intermediate_size=settings.intermediate_size,
         num_attention_heads=settings.num_attention_heads,

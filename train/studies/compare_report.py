@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from dspark_jax.devices import machine
 from dspark_jax.evaluation.acceptance import Acceptance, macro_tau
@@ -19,17 +20,14 @@ from .comparison import BLOCK, BLOCKS, CONTESTANTS, DEEP, LONG, MAIN, StudyPoint
 
 Found = Mapping[StudyPoint, Mapping[str, Any]]
 TEMPERATURES = ("t1", "t0")
-# Two-sided 95 % quantiles of Student's t by degrees of freedom; 1.96 beyond.
-T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 def estimate(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, the half-width of its 95 % confidence interval over seeds (None of a single one), and the values."""
+    """Mean, the half-width of its 95 % confidence interval by Student's t (None for a single value), and the values."""
     n = len(values)
     half = None
     if n > 1:
-        quantile = T_QUANTILES[n - 2] if n - 2 < len(T_QUANTILES) else 1.96
-        half = quantile * statistics.stdev(values) / math.sqrt(n)
+        half = float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
     return {"mean": statistics.fmean(values), "ci95": half, "values": list(values)}
 
 
