@@ -63,6 +63,8 @@ def test_estimates_have_student_s_intervals():
     made = estimate([1.0, 2.0, 3.0])
     assert made["mean"] == 2.0 and made["ci95"] == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
     assert estimate([1.5])["ci95"] is None
+    many = [float(i % 2) for i in range(13)]  # Student's t of 12 degrees of freedom, beyond any short table
+    assert estimate(many)["ci95"] == pytest.approx(2.178813 * np.std(many, ddof=1) / np.sqrt(13), rel=1e-5)
 
 
 def result(point: StudyPoint, tau: float) -> dict[str, Any]:

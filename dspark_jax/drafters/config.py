@@ -94,9 +94,9 @@ class DrafterConfig:
         }
 
     @classmethod
-    def hf_fields(cls, *, block_size: int = 7, **_: Any) -> dict[str, Any]:
-        """The fields of a new drafter's config.json that are this kind's own; settings of other kinds pass by."""
-        return {"block_size": block_size}
+    def hf_fields(cls, **settings: Any) -> dict[str, Any]:
+        """The fields of a new drafter's config.json that are this kind's own; settings of other kinds are ignored."""
+        return {"block_size": settings["block_size"]}
 
     @classmethod
     def describes(cls, config: Mapping[str, Any]) -> bool:
@@ -150,8 +150,8 @@ class BlockConfig(DrafterConfig):
         return super().read_fields(config) | {"num_anchors": config["num_anchors"]}
 
     @classmethod
-    def hf_fields(cls, *, num_anchors: int = 512, **settings: Any) -> dict[str, Any]:
-        return super().hf_fields(**settings) | {"num_anchors": num_anchors}
+    def hf_fields(cls, **settings: Any) -> dict[str, Any]:
+        return super().hf_fields(**settings) | {"num_anchors": settings["num_anchors"]}
 
 
 @dataclass(frozen=True)
@@ -191,34 +191,25 @@ class DSparkConfig(BlockConfig):
         }
 
     @classmethod
-    def hf_fields(
-        cls,
-        *,
-        mask_token_id: int | None = None,
-        markov_rank: int = 256,
-        markov_head_type: str = "vanilla",
-        enable_confidence_head: bool = True,
-        confidence_head_with_markov: bool = True,
-        draft_vocabulary: DraftVocabulary | None = None,
-        **settings: Any,
-    ) -> dict[str, Any]:
-        """The fields of FIELD section 4a; a head's own are left out with the head, as the reference leaves them out."""
-        if mask_token_id is None:
+    def hf_fields(cls, **settings: Any) -> dict[str, Any]:
+        """The fields that DeepSpec writes; a head's own are left out with the head, as it leaves them out."""
+        if settings.get("mask_token_id") is None:
             raise UserError(
                 "The drafter has no mask token: the target's tokenizer names none. Name an unused token with "
                 "--drafter.mask-token-id."
             )
+        rank, vocabulary = settings["markov_rank"], settings.get("draft_vocabulary")
         fields = super().hf_fields(**settings) | {
-            "mask_token_id": mask_token_id,
-            "enable_confidence_head": enable_confidence_head,
-            "markov_rank": markov_rank,
+            "mask_token_id": settings["mask_token_id"],
+            "enable_confidence_head": settings["enable_confidence_head"],
+            "markov_rank": rank,
         }
-        if markov_rank:
-            fields["markov_head_type"] = markov_head_type
-        if enable_confidence_head:
-            fields["confidence_head_with_markov"] = confidence_head_with_markov and markov_rank > 0
-        if draft_vocabulary is not None:
-            fields |= {"draft_vocabulary": draft_vocabulary.bits, "draft_vocab_size": draft_vocabulary.size}
+        if rank:
+            fields["markov_head_type"] = settings["markov_head_type"]
+        if settings["enable_confidence_head"]:
+            fields["confidence_head_with_markov"] = settings["confidence_head_with_markov"] and rank > 0
+        if vocabulary is not None:
+            fields |= {"draft_vocabulary": vocabulary.bits, "draft_vocab_size": vocabulary.size}
         return fields
 
     def check(self) -> None:

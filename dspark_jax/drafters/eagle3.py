@@ -36,13 +36,11 @@ class Eagle3Config(DrafterConfig):
         return common | {"step_loss_decay": float(config["step_loss_decay"])}
 
     @classmethod
-    def hf_fields(
-        cls, *, block_size: int = 7, num_layers: int = 1, step_loss_decay: float = 0.8, **_: Any
-    ) -> dict[str, Any]:
+    def hf_fields(cls, **settings: Any) -> dict[str, Any]:
         return {
-            "ttt_length": block_size,
-            "step_loss_decay": step_loss_decay,
-            "draft_num_hidden_layers": num_layers,
+            "ttt_length": settings["block_size"],
+            "step_loss_decay": settings["step_loss_decay"],
+            "draft_num_hidden_layers": settings["num_layers"],
         }
 
     def check(self) -> None:

@@ -1,7 +1,7 @@
 """Kinds of drafters by name, and what a drafter on disk or in memory is: `Drafter`."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dspark_jax.config.schema import DrafterSettings
 from dspark_jax.drafters.config import FAMILIES, TARGET_SHA_FIELD, DrafterConfig, drafter_family, family_fields
 from dspark_jax.drafters.deepseek_v4.dspark import V4DSpark
 from dspark_jax.drafters.deepseek_v4.mtp import V4MTP
@@ -79,6 +80,15 @@ def read_config(hf_config: Mapping[str, Any]) -> DrafterConfig:
     return kind_of(hf_config).module.config_type.from_hf_dict(hf_config)
 
 
+SETTING_DEFAULTS: dict[str, Any] = {
+    field.name: field.default
+    for field in fields(DrafterSettings)
+    # A pruned vocabulary is named by a file in a configuration, and given as such here.
+    if field.default is not MISSING and field.name != "draft_vocabulary"
+}
+"""Settings of a kind's own that are not given; the schema is the one place that has them."""
+
+
 def drafter_hf_config(
     target_hf_config: Mapping[str, Any],
     *,
@@ -94,8 +104,8 @@ def drafter_hf_config(
 ) -> dict[str, Any]:
     """The config.json of a new drafter: a deep copy of the target's text config, common fields, the kind's own.
 
-    The sizes replace the draft layers' own, None keeps the target's; `settings` go to the kind's `hf_fields`. Raises
-    UserError if the result is no valid drafter of that target.
+    The sizes replace the draft layers' own, None keeps the target's; `settings` go to the kind's `hf_fields`, and have
+    the defaults of `DrafterSettings`. Raises UserError if the result is no valid drafter of that target.
     """
     target, described = read_target_config(target_hf_config), drafter_kind(kind)
     given = {
@@ -117,7 +127,7 @@ def drafter_hf_config(
         "dtype": dtype,
         TARGET_SHA_FIELD: config_sha256(target_hf_config),
     }
-    config |= described.module.config_type.hf_fields(num_layers=num_layers, **settings)
+    config |= described.module.config_type.hf_fields(num_layers=num_layers, **SETTING_DEFAULTS | settings)
     config |= sizes
     described.module.config_type.from_hf_dict(config).check_target(target)
     return config

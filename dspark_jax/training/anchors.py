@@ -26,7 +26,8 @@ class Blocks(NamedTuple):
 
 
 def eligible_anchors(loss_mask: Array, segments: Int[Array, "b t"] | None = None) -> Bool[Array, "b t1"]:
-    """Position i < T - 1 may be an anchor iff it and i + 1 are supervised (docs/algorithm.md, rule 37), in one sequence."""
+    """Position i < T - 1 may be an anchor iff it and i + 1, of one sequence, are supervised (docs/algorithm.md, rule
+    37)."""
     supervised = loss_mask > 0.5
     eligible = supervised[:, :-1] & supervised[:, 1:]
     return eligible if segments is None else eligible & (segments[:, :-1] == segments[:, 1:])
@@ -58,7 +59,8 @@ def make_blocks(
     decay_gamma: float | None,
     segments: Int[Array, "b t"] | None = None,
 ) -> Blocks:
-    """Labels, supervision and weights exp(-k / decay_gamma) of K = `block_size` slots an anchor (docs/algorithm.md, rules 38-40).
+    """Labels, supervision and weights exp(-k / decay_gamma) of K = `block_size` slots an anchor (docs/algorithm.md,
+    rules 38 to 40).
 
     A slot counts only while every slot before it in its block does, and its label is of the anchor's sequence;
     decay_gamma None or <= 0 weighs all alike. `segments`: the numbers of packed rows' sequences.

@@ -23,7 +23,8 @@ def loss_metrics(sums: Sums, options: LossOptions, length: int, num_anchors: int
     """float32 scalars. `sums` are those of `block_sums` and `anchor_sums`; `length` is the padded T.
 
     accept_rate@k averages supervised slots alike; tau_probabilistic is the accepted length expected at temperature 1;
-    confidence_* are weighted as the loss is (docs/algorithm.md, rule 45). Terms of weight 0 and absent heads are left out.
+    confidence_* are weighted as the loss is (docs/algorithm.md, rule 45). Terms of weight 0 and absent heads are left
+    out.
     """
     denominator = sums["weight"] + EPSILON
     positions = sums["accept"].shape[0]

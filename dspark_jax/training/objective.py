@@ -52,9 +52,11 @@ def cast_params(params: dict, dtype: Any) -> dict:
 
 @dataclass(frozen=True, eq=False)
 class BlockObjective:
-    """The losses of docs/algorithm.md, rules 37 to 46, on a batch of `input_ids`, `loss_mask` [B, T], `features` [B, T, m D] and
-    `last_hidden` [B, T, D], and `segments` [B, T] where rows are packed; other entries are ignored. Trains any
-    `BlockDrafter`, with heads or without."""
+    """The losses of docs/algorithm.md, rules 37 to 46. Trains any `BlockDrafter`, with heads or without.
+
+    A batch has `input_ids`, `loss_mask` [B, T], `features` [B, T, m D], `last_hidden` [B, T, D], and `segments` [B, T]
+    where rows are packed; other entries are ignored.
+    """
 
     graphdef: nnx.GraphDef
     config: BlockConfig

@@ -91,8 +91,8 @@ class RolloutObjective:
 
 
 def supervised_positions(loss_mask: Array, lengths: Array, segments: Array | None = None) -> Float[Array, "b t"]:
-    """1 where step 0 is supervised: the loss mask, unshifted, without each sequence's last real token (docs/algorithm.md,
-    rule 55)."""
+    """1 where step 0 is supervised: the loss mask, unshifted, without each sequence's last real token
+    (docs/algorithm.md, rule 55)."""
     last = jnp.arange(loss_mask.shape[1]) == lengths[:, None] - 1
     if segments is not None:
         last |= jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (0, 1)))
