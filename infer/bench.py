@@ -23,7 +23,7 @@ from dspark_jax.evaluation.acceptance import Acceptance
 from dspark_jax.evaluation.timing import Decoder, Timed, alternate, differences, median_ratio, median_speed
 from dspark_jax.files import make_output, write_json
 from dspark_jax.report import acceptance_plot, table
-from dspark_jax.serving.prompts import Prompt, read_prompts
+from dspark_jax.serving.prompts import EncodedPrompt, read_prompts
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.targets.target import Target
@@ -87,7 +87,7 @@ def main(argv: list[str]) -> None:
 
 
 def against_plain(
-    settings: BenchSettings, target: Target, drafter: Drafter, prompts: Sequence[Prompt]
+    settings: BenchSettings, target: Target, drafter: Drafter, prompts: Sequence[EncodedPrompt]
 ) -> dict[str, Any]:
     """Per temperature and domain: tau, acceptance by position, speeds, ratio, and (greedy) identical outputs."""
     domains = {name: [p for p in prompts if p.domain == name] for name in dict.fromkeys(p.domain for p in prompts)}
@@ -106,7 +106,7 @@ def against_plain(
 
 
 def compare(
-    target: Target, domains: dict[str, list[Prompt]], runs: dict[str, list[Timed]], greedy: bool
+    target: Target, domains: dict[str, list[EncodedPrompt]], runs: dict[str, list[Timed]], greedy: bool
 ) -> dict[str, Any]:
     """Figures of one temperature by domain, with "all" for all of them together."""
     rows: dict[str, Any] = {}
@@ -151,7 +151,7 @@ def comparison_table(key: str, rows: dict[str, Any]) -> str:
     return f"\ntemperature {key.removeprefix('t')}\n{table(header, body)}"
 
 
-def against_transformers(settings: BenchSettings, target: Target, prompts: Sequence[Prompt]) -> dict[str, Any]:
+def against_transformers(settings: BenchSettings, target: Target, prompts: Sequence[EncodedPrompt]) -> dict[str, Any]:
     """Greedy plain decoding, one request at a time, against `generate` of transformers on the same weights."""
     reference = TransformersDecoder.load(settings)
     decode = Decoder(target, None, settings.sampling(0.0), settings.engine)
@@ -194,7 +194,7 @@ class TransformersDecoder:
         stops = model.generation_config.eos_token_id
         return cls(model, stops if isinstance(stops, list) else [stops], settings.max_new_tokens)
 
-    def __call__(self, prompts: Sequence[Prompt]) -> Timed:
+    def __call__(self, prompts: Sequence[EncodedPrompt]) -> Timed:
         import time
 
         import torch

@@ -21,7 +21,7 @@ from dspark_jax.evaluation.acceptance import Acceptance
 from dspark_jax.files import make_output
 from dspark_jax.programs import EMBEDDED
 from dspark_jax.serving.generate import drain, engine_for
-from dspark_jax.serving.prompts import Prompt, encode, read_prompts
+from dspark_jax.serving.prompts import EncodedPrompt, encode, read_prompts
 from dspark_jax.serving.requests import Generation, Request
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
@@ -85,18 +85,18 @@ def main(argv: list[str]) -> None:
     print(f"\n{summary(done, time.perf_counter() - started)}")
 
 
-def prompts_of(settings: GenerateSettings, target: Target) -> list[Prompt]:
+def prompts_of(settings: GenerateSettings, target: Target) -> list[EncodedPrompt]:
     if settings.prompts:
         return read_prompts(target, settings.prompts, thinking=settings.thinking)
     before = [{"role": "system", "content": settings.system}] if settings.system else []
     turns = [[*before, {"role": "user", "content": text}] for text in settings.prompt]
-    return [Prompt(str(i), "prompt", encode(target, turn, settings.thinking)) for i, turn in enumerate(turns)]
+    return [EncodedPrompt(str(i), "prompt", encode(target, turn, settings.thinking)) for i, turn in enumerate(turns)]
 
 
 class Answers:
     """The file of answers, which holds each from the moment it ends: an interrupt loses those under way alone."""
 
-    def __init__(self, path: Path | None, prompts: Sequence[Prompt]):
+    def __init__(self, path: Path | None, prompts: Sequence[EncodedPrompt]):
         self.path, self.prompts = path, prompts
         self._file: TextIO | None = None
         self._count = 0

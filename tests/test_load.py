@@ -23,7 +23,7 @@ from dspark_jax.evaluation.traffic import (
 from dspark_jax.scheduling.costs import CostTable, ScheduleTables
 from dspark_jax.scheduling.policies import Causal, Fixed, Threshold
 from dspark_jax.serving.engine import Engine
-from dspark_jax.serving.prompts import Prompt
+from dspark_jax.serving.prompts import EncodedPrompt
 from dspark_jax.serving.requests import Request
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
@@ -110,9 +110,9 @@ def test_dispatches_and_requests_that_do_not_fit_together() -> None:
 # Real traffic
 
 
-def made_prompts() -> list[Prompt]:
+def made_prompts() -> list[EncodedPrompt]:
     tokens = prompts(6, tiny_pair()[0].config.vocab_size)
-    return [Prompt(str(i), "tiny", p) for i, p in enumerate(tokens)]
+    return [EncodedPrompt(str(i), "tiny", p) for i, p in enumerate(tokens)]
 
 
 def test_traffic_and_traces_of_an_engine(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from dspark_jax.scheduling.costs import Occupancy
 from dspark_jax.scheduling.policies import Fixed, Threshold, VerifyPolicy
 from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.generate import generate
-from dspark_jax.serving.prompts import Prompt, encode
+from dspark_jax.serving.prompts import EncodedPrompt, encode
 from dspark_jax.serving.requests import Generation
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
@@ -51,7 +51,7 @@ class Case:
     """A target, prompts it was not trained on, and drafters by name."""
 
     target: Target
-    prompts: tuple[Prompt, ...]
+    prompts: tuple[EncodedPrompt, ...]
     drafters: dict[str, Drafter]
     sampling: SamplingParams
     config: EngineConfig
@@ -77,7 +77,7 @@ def untrained(target: Target) -> Drafter:
 
 def tiny_case() -> Case:
     target, drafter = tiny_pair()
-    made = tuple(Prompt(str(i), "tiny", p) for i, p in enumerate(prompts(64, target.config.vocab_size, seed=9)))
+    made = tuple(EncodedPrompt(str(i), "tiny", p) for i, p in enumerate(prompts(64, target.config.vocab_size, seed=9)))
     drafters = {"bigram": drafter, "adversary": adversary(drafter)}
     return Case(target, made, drafters, SamplingParams(32), EngineConfig(policy="fixed", rounds_per_dispatch=8))
 
@@ -91,7 +91,7 @@ def embedded_case() -> Case:
     made = []
     for domain in DOMAINS:
         items = [(item["id"], encode(target, item["messages"])) for item in corpus(domain, "heldout", 60)]
-        made += [Prompt(name, domain, tokens) for name, tokens in items if len(tokens) <= 128][:21]
+        made += [EncodedPrompt(name, domain, tokens) for name, tokens in items if len(tokens) <= 128][:21]
     folder = ASSETS / "embedded_drafter"
     drafter = load_drafter(folder, target, dtype="float32") if folder.exists() else untrained(target)
     drafters = {drafter.name.rsplit("/")[-1]: drafter, "adversary": adversary(drafter)}
@@ -156,7 +156,7 @@ def test_greedy_outputs_are_the_targets_with_every_kind(kind: str, slots: int, r
     """Untrained drafters, nearly always wrong here; test_drafter_kinds decodes with trained ones."""
     target, drafter = kind_pair(kind)
     found = generate(target, drafter, KIND_PROMPTS, KIND_SAMPLING, replace(KIND_CONFIG, slots=slots))
-    made = tuple(Prompt(str(i), kind, p) for i, p in enumerate(KIND_PROMPTS))
+    made = tuple(EncodedPrompt(str(i), kind, p) for i, p in enumerate(KIND_PROMPTS))
     parted = differences(target, made, plain_of_kinds(slots), found)
     accepted, verified = (sum(sum(getattr(g, name)) for g in found) for name in ("accepted_at", "verified_at"))
     line = f"{kind}, R = {slots}: {len(found) - len(parted)}/{len(found)} identical, {accepted}/{verified} accepted"

@@ -7,7 +7,7 @@ import numpy as np
 
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.serving.generate import generate
-from dspark_jax.serving.prompts import Prompt
+from dspark_jax.serving.prompts import EncodedPrompt
 from dspark_jax.serving.requests import Generation, Request
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
@@ -69,14 +69,14 @@ def _rates(good: np.ndarray, tried: np.ndarray) -> tuple[float, ...]:
     return tuple(float(g / t) if t else float("nan") for g, t in zip(good, tried, strict=True))
 
 
-def seeded(prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Request]:
+def seeded(prompts: Sequence[EncodedPrompt], sampling: SamplingParams) -> list[Request]:
     """Requests whose seeds, one after the other, do not depend on the engine: the first has that of `sampling`."""
     first = sampling.seed or 0
     return [Request(prompt.tokens, replace(sampling, seed=first + i)) for i, prompt in enumerate(prompts)]
 
 
 def acceptance_by_domain(
-    target: Target, drafter: Drafter, prompts: Sequence[Prompt], sampling: SamplingParams, engine: EngineConfig
+    target: Target, drafter: Drafter, prompts: Sequence[EncodedPrompt], sampling: SamplingParams, engine: EngineConfig
 ) -> dict[str, Acceptance]:
     """Decodes all prompts together; a prompt keeps its random numbers whatever the drafter and the other prompts.
 

@@ -10,7 +10,7 @@ import numpy as np
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.evaluation.acceptance import seeded
 from dspark_jax.serving.generate import generate
-from dspark_jax.serving.prompts import Prompt
+from dspark_jax.serving.prompts import EncodedPrompt
 from dspark_jax.serving.requests import Generation
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
@@ -42,7 +42,7 @@ class Decoder:
     sampling: SamplingParams
     engine: EngineConfig
 
-    def __call__(self, prompts: Sequence[Prompt]) -> Timed:
+    def __call__(self, prompts: Sequence[EncodedPrompt]) -> Timed:
         requests = seeded(prompts, self.sampling)
         start = time.perf_counter()
         generations = generate(self.target, self.drafter, requests, engine=self.engine)
@@ -81,7 +81,7 @@ class Difference:
 
 
 def differences(
-    target: Target, prompts: Sequence[Prompt], plain: Sequence[Generation], other: Sequence[Generation]
+    target: Target, prompts: Sequence[EncodedPrompt], plain: Sequence[Generation], other: Sequence[Generation]
 ) -> list[Difference]:
     """Prompts whose outputs are not token for token the same; a tiny gap tells a near-tie from a fault."""
     found = []

@@ -15,7 +15,7 @@ from dspark_jax.errors import UserError
 from dspark_jax.evaluation.simulator import LoadFigures, Prefill, Traces
 from dspark_jax.serving.chunks import prompt_bucket
 from dspark_jax.serving.engine import Engine
-from dspark_jax.serving.prompts import Prompt
+from dspark_jax.serving.prompts import EncodedPrompt
 from dspark_jax.serving.requests import Generation, Request
 from dspark_jax.serving.sampling import SamplingParams
 
@@ -25,7 +25,7 @@ class Traffic:
     """The requests of a study, the same for every strategy: request i asks prompt i, from the first again after the
     last, for `max_new_tokens` tokens less up to a share `spread` of them, drawn evenly."""
 
-    prompts: Sequence[Prompt]
+    prompts: Sequence[EncodedPrompt]
     max_new_tokens: int
     spread: float = 0.0
     seed: int = 0
@@ -147,7 +147,7 @@ def read_traces(path: Path) -> Traces:
         raise UserError(f"{path} holds no traces ({error}); a load study leaves them as traces.npz.") from None
 
 
-def overheads(engine: Engine, prompts: Sequence[Prompt], repeats: int = 7) -> tuple[Prefill, float]:
+def overheads(engine: Engine, prompts: Sequence[EncodedPrompt], repeats: int = 7) -> tuple[Prefill, float]:
     """Medians on a warm, idle engine: what prompts of every width take, seconds of a dispatch that runs no round."""
     none, until_free = jnp.asarray(0, jnp.int32), jnp.asarray(False)
     dispatch: list[float] = []

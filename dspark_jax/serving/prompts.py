@@ -11,7 +11,7 @@ from dspark_jax.targets.target import Target
 
 
 @dataclass(frozen=True)
-class Prompt:
+class EncodedPrompt:
     """Token ids that end where the answer begins, and the group that results are reported under."""
 
     id: str
@@ -21,7 +21,7 @@ class Prompt:
 
 def read_prompts(
     target: Target, files: Sequence[Path], limit: int | None = None, thinking: bool = False
-) -> list[Prompt]:
+) -> list[EncodedPrompt]:
     """The prompts of conversations (their turns up to the first answer) and of evaluation sets (their first turn).
 
     Args:
@@ -33,7 +33,7 @@ def read_prompts(
     Raises:
         UserError: a file that cannot be read, a row of another form, no prompt at all, a target without a tokenizer.
     """
-    prompts: list[Prompt] = []
+    prompts: list[EncodedPrompt] = []
     taken: dict[str, int] = {}
     for file in files:
         for record in read_prompt_records(file):
@@ -41,7 +41,7 @@ def read_prompts(
             if limit is not None and taken.get(domain, 0) >= limit:
                 continue
             taken[domain] = taken.get(domain, 0) + 1
-            prompts.append(Prompt(record.id, domain, encode(target, record.segments()[0], thinking)))
+            prompts.append(EncodedPrompt(record.id, domain, encode(target, record.segments()[0], thinking)))
     if not prompts:
         named = ", ".join(map(str, files)) or "No file"
         raise UserError(f"{named} holds no prompt; give JSONL with messages or turns.")

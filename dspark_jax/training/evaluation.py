@@ -11,7 +11,7 @@ from dspark_jax.checkpoints.huggingface import DTYPES, load_target
 from dspark_jax.distributed import from_first
 from dspark_jax.drafters.registry import Drafter, skeleton
 from dspark_jax.evaluation.acceptance import Acceptance, acceptance_by_domain, macro_tau
-from dspark_jax.serving.prompts import Prompt
+from dspark_jax.serving.prompts import EncodedPrompt
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.sharding import split
@@ -32,7 +32,7 @@ class Evaluator:
     """
 
     target: Target
-    prompts: tuple[Prompt, ...]
+    prompts: tuple[EncodedPrompt, ...]
     sampling: SamplingParams
     engine: EngineConfig
     blank: Drafter

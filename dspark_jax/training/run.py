@@ -18,7 +18,7 @@ from dspark_jax.data.pipeline import Batches, open_cache
 from dspark_jax.data.records import FeatureSource, TokenSource, require_match
 from dspark_jax.data.views import Packed, Tapped, Truncated
 from dspark_jax.distributed import barrier, is_first
-from dspark_jax.serving.prompts import Prompt, read_prompts
+from dspark_jax.serving.prompts import EncodedPrompt, read_prompts
 from dspark_jax.sharding import ShardingRules, make_mesh
 from dspark_jax.targets.target import Target
 from dspark_jax.training.online import open_conversations
@@ -64,7 +64,7 @@ class Heldout:
     """Prompts that a run decodes with its drafter as it is, and how."""
 
     settings: EvaluationSettings
-    prompts: tuple[Prompt, ...]
+    prompts: tuple[EncodedPrompt, ...]
 
 
 @dataclass(frozen=True)
