@@ -96,8 +96,8 @@ def loop_of(kind: str, policy: VerifyPolicy) -> tuple[Damaged, LoopParams]:
     slots, width = EACH * len(DAMAGES), drafter.config.block_size + 1
     made = make_loop(target, drafter, EngineConfig(slots, 20, buckets=(slots * width,), stop_slots=1), policy)
     fields = {name: getattr(made, name) for name in DecodeLoop.__dataclass_fields__}
-    rungs = tuple(slots * w for w in range(1, width + 1))
-    costs = CostTable.of(rungs, [1.0 + 0.01 * i for i in range(width)], 0.01)
+    stairs = np.arange(slots, slots * width + 1)  # so fine and so cheap that nearly every draft is worth its price
+    costs = CostTable.of(tuple(stairs.tolist()), 1.0 + 1e-5 * (stairs - slots), 0.01)
     tables = ScheduleTables.of(costs, [1.0] * made.block) if policy.needs_tables else None
     return Damaged(**fields), LoopParams(target.params, drafter.params, tables)
 

@@ -108,7 +108,7 @@ def test_a_token_is_the_gumbel_max_of_its_law() -> None:
     assert len(seen) == 20 and {tokens[3] for tokens in seen} == {int(np.argmax(logits[3]))}
 
 
-def test_nobody_samples_and_no_number_is_drawn() -> None:
+def test_greedy_batches_draw_no_random_number() -> None:
     rows = settings([(0.0, 0, 1.0, 0.0)] * 2)
     assert not np.any(uniforms(jnp.ones((2, 2), jnp.uint32), jnp.arange(2), 5, rows))
     sampled = uniforms(jnp.ones((2, 2), jnp.uint32), jnp.arange(2), 5, rows._replace(temperature=jnp.ones(2)))

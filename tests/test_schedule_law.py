@@ -341,7 +341,7 @@ def test_rules_that_look_back_are_rejected(policy: Any, requests: int) -> None:
     assert enumeration.worst > 1e-3
 
 
-# The paper's counterexample (SPEC section 5)
+# The paper's counterexample (docs/algorithm.md, rule 77)
 
 
 def counterexample() -> World:

@@ -228,7 +228,7 @@ def test_load_is_followed_within_two_dispatches_without_a_recompile(name: str) -
 
 
 def test_predicted_seconds_are_the_tables() -> None:
-    """What a dispatch is said to take: the buckets that its rounds ran at, and drafting where somebody drafted."""
+    """The prediction for a dispatch: the buckets that its rounds ran at, and drafting where a request drafted."""
     engine = engine_of(LookAhead(guard=None))
     loop, params = engine.loop, engine.params
     state = admitted(loop, params, engine.state, PROMPTS[:SLOTS], NEW)
@@ -244,7 +244,7 @@ def test_predicted_seconds_are_the_tables() -> None:
 
 def test_rounds_without_drafts_cost_what_plain_decoding_does() -> None:
     """Drafting never pays here, so all but the probes are plain rounds: predicted at the plain price, verified one row
-    a request, at the target's price of one row. The drafter hears of several at once."""
+    a request, at the target's price of one row. The drafter's context is extended by several at once."""
     engine = engine_of(LookAhead(), drafting=50.0)
     loop, params = engine.loop, engine.params
     assert params.tables is not None
@@ -284,8 +284,8 @@ def test_plain_rounds_count_for_the_next_probe() -> None:
 
 
 @pytest.mark.parametrize("kind", DRAFTERS)
-def test_a_drafter_hears_of_the_tokens_of_plain_rounds(kind: str) -> None:
-    """It drafts, after more plain rounds than a block has rows, as if it had been told round by round. One request
+def test_a_drafters_context_covers_the_tokens_of_plain_rounds(kind: str) -> None:
+    """After more plain rounds than a block has rows, drafts are as if it had been extended round by round. One request
     ends on the way."""
     target, drafter = kind_pair(kind)
     policy, rounds = LookAhead(), 2 * drafter.config.block_size + 3

@@ -260,7 +260,7 @@ def test_history_counts_by_position() -> None:
 
 
 def test_guard_without_drafters_says_so() -> None:
-    """Nobody able: nobody drafts, and nothing counts as set aside."""
+    """No request able to draft: none does, and none counts as disabled."""
     history, table = History(), CostTable.of(TOKENS, [1.0] * 5, 0.1)
     slots, shared = history.init_slots(R), history.init_shared(K)
     costs = round_costs(table, Occupancy.of(), jnp.ones(R, bool), jnp.ones(R, jnp.int32))

@@ -39,7 +39,7 @@ class LoopParams(NamedTuple):
 class RoundPlan(NamedTuple):
     """What the policy decides before a round is drafted."""
 
-    drafted: Bool[Array, " r"]  # requests that draft
+    drafted: Bool[Array, " r"]  # active requests that draft
     caps: Int[Array, " r"]  # the most drafts that may be verified; 0 where nothing is drafted
     policy: PolicyState  # the policy's state after choosing
 
@@ -127,7 +127,8 @@ class DecodeLoop:
     def plan(self, params: LoopParams, state: DecodeState, occupancy: Occupancy) -> RoundPlan:
         """Which requests draft in the next round, and how many of their drafts may be verified."""
         caps = jnp.where(state.active, jnp.clip(state.verify_cap, 0, self.block), 0)
-        if self.policy.needs_tables:  # one token comes without a draft, so more than this could not be kept
+        if self.policy.needs_tables:
+            # One token comes without a draft, so more drafts than this could not be committed.
             caps = jnp.clip(state.limit - state.length - 1, 0, caps)
 
         view = RoundView(state.active, state.length, caps, occupancy, params.tables)
@@ -148,17 +149,15 @@ class DecodeLoop:
 
         # 2. Schedule: the policy cuts each block to the drafts that are worth verifying.
         confidence = None if draft.confidence is None else _finite_logits(draft.confidence)
-        view = RoundView(
-            state.active, state.length, plan.caps, occupancy, params.tables, state.active & plan.drafted, confidence
-        )
+        view = RoundView(state.active, state.length, plan.caps, occupancy, params.tables, plan.drafted, confidence)
         lengths, policy = self.policy(view, plan.policy)
 
         # 3. Verify: one pass of the target over the anchors and the drafts that are left.
         verified, bucket = self.verify(target, state, block, starts, lengths)
         logits = self.decodable(verified.logits)
 
-        # 4. Accept: a prefix of the drafts, and one token after it. Rows from the first without a finite law on are not
-        # judged by; a prefix that reaches such a row ends its request.
+        # 4. Accept: a prefix of the drafts, and one token after it. A row without a finite law accepts nothing, nor do
+        # the rows after it; where the accepted prefix ends at such a row, its request fails.
         sound = sound_rows(logits)
         law = sampling_law(logits, state.sampling)
         draws = uniforms(state.keys, starts, self.block, state.sampling)
@@ -174,7 +173,7 @@ class DecodeLoop:
             after,
             draft=context,
             policy=self.policy.observe(view, verdict.lengths, verdict.accepted, policy),
-            counters=after.counters._replace(drafted=state.counters.drafted + (state.active & plan.drafted)),
+            counters=after.counters._replace(drafted=state.counters.drafted + plan.drafted),
             predicted_seconds=state.predicted_seconds + self._predicted(params, state, bucket),
         )
         shown = jnp.zeros((self.requests, 0)) if draft.confidence is None else draft.confidence
@@ -256,7 +255,7 @@ class DecodeLoop:
         stopped &= state.active & (kept == count)
         failed = state.active & verdict.failed & (count == offered) & ~stopped & (length < state.limit)
 
-        # The limit cuts every proposal, not only one that was accepted so far: else the counts would be biased.
+        # The limit cuts every proposal, accepted that far or not: else rates by position would be biased.
         cut = count < offered
         verdict = verdict._replace(
             lengths=jnp.where(cut, count, jnp.minimum(verdict.lengths, room)),

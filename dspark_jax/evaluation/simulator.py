@@ -1,4 +1,4 @@
-"""An engine under load without the engine: recorded proposals and a cost table, for accelerators and loads not at hand.
+"""An engine under load, simulated from recorded proposals and a cost table: for accelerators and loads not at hand.
 
 The policies are the real ones, run on recorded confidences; only drafting, verifying and the clock are simulated. A
 request follows the proposals of a recorded one in order, each of them judged once with the whole block verified.
@@ -21,7 +21,7 @@ from dspark_jax.scheduling.policies import PolicyState, RoundView, VerifyPolicy
 @dataclass(frozen=True)
 class Traces:
     """`logits` [n, K] and `accepted` [n] of rounds that verified the whole block, sorted by request; `request` [n] the
-    request of each round; of a request `prompts` [m] tokens before, `lengths` [m] tokens made."""
+    request of each round; `prompts` [m] and `lengths` [m] the tokens of each request's prompt and answer."""
 
     logits: np.ndarray
     accepted: np.ndarray
@@ -36,14 +36,14 @@ class Traces:
 
 @dataclass(frozen=True)
 class Prefill:
-    """Seconds that prompts take, by the compiled width that holds them: of one alone, and of a full house at once."""
+    """Seconds of a prefill by compiled width: of one prompt, and of one in every slot at once."""
 
     widths: tuple[int, ...]
     alone: tuple[float, ...]
     house: tuple[float, ...]
 
     def seconds(self, prompts: np.ndarray, slots: int) -> float:
-        """Of prompts of so many tokens that come together, as `Engine.admit` groups them."""
+        """Of prompts of these lengths that arrive together, grouped as `Engine.admit` does."""
         places = np.minimum(np.searchsorted(self.widths, prompts), len(self.widths) - 1)
         counts = np.bincount(places, minlength=len(self.widths))
         return sum(
@@ -57,8 +57,8 @@ NO_PREFILL = Prefill((1,), (0.0,), (0.0,))
 
 @dataclass(frozen=True)
 class SimulatedDevice:
-    """`tables` the cost of rounds, `buckets` what the verify pass is compiled for; what prompts take with the drafter
-    and, for plain decoding, without; the seconds that a dispatch adds."""
+    """`tables` the cost of rounds, `buckets` those of the verify pass; prefill with the drafter and, in plain decoding,
+    without it; `dispatch_seconds` the overhead of a dispatch."""
 
     tables: ScheduleTables
     buckets: tuple[int, ...]
@@ -70,8 +70,8 @@ class SimulatedDevice:
 
 @dataclass(frozen=True)
 class LoadFigures:
-    """Of one run: tokens a second over all users; each finished request's tokens a second; tokens verified, anchors
-    included, per request and round; accepted length."""
+    """Tokens a second over all users; tokens a second of each finished request; tokens verified, anchors included, per
+    request and round; accepted length."""
 
     tokens_per_second: float
     user_speeds: tuple[float, ...]
@@ -88,52 +88,61 @@ def simulate(
     requests: int,
     occupancy: Occupancy | None = None,
 ) -> LoadFigures:
-    """A closed loop of `concurrency` users, who ask again as soon as they are answered, until `requests` have asked.
+    """A closed loop of `concurrency` users, each of whom sends the next request as soon as one is answered.
 
-    `cap` is the most drafts verified a request (0: plain decoding). Figures are of the time in which every slot is
-    taken. Raises UserError for fewer requests than users.
+    Args:
+        policy: the verify policy under study.
+        cap: the most drafts verified for a request in a round (0: plain decoding).
+        traces: recorded rounds to replay.
+        device: its costs.
+        concurrency: users, and slots.
+        requests: sent by all users together; figures cover the time in which every slot is taken.
+        occupancy: the load that the policy is given; None: as profiled.
+    Raises:
+        UserError: fewer requests than users.
     """
     if requests < concurrency:
         raise UserError(f"{requests} requests cannot keep {concurrency} users busy; simulate at least as many.")
-    told = Occupancy.of() if occupancy is None else occupancy
+    load = Occupancy.of() if occupancy is None else occupancy
     starts = np.searchsorted(traces.request, np.arange(len(traces.lengths) + 1))
     slots = _Slots(traces, starts, concurrency, cap, clipped=policy.needs_tables)
-    state = jax.tree.map(jnp.asarray, policy.init(concurrency, traces.logits.shape[1]))
-    fresh, clock = policy.init(concurrency, traces.logits.shape[1]).slots, 0.0
-    asked, speeds, tokens, verified, rounds = concurrency, [], 0, 0, 0
-    begin, first = clock, concurrency  # a request's first token comes with its prefill
+    fresh = policy.init(concurrency, traces.logits.shape[1])
+    state = jax.tree.map(jnp.asarray, fresh)
+    prefill = device.prefill if cap else device.plain_prefill
+    clock, asked, speeds = 0.0, concurrency, []
+    tokens, verified, rounds = 0, 0, 0
+
     while asked < requests:
+        # A dispatch: rounds until a request ends.
         clock += device.dispatch_seconds
-        ended = np.zeros(concurrency, bool)
         for _ in range(device.rounds_per_dispatch):
-            view = slots.view(told, device.tables)
+            view = slots.view(load, device.tables)
             drafted, lengths, view, state = _schedule(policy, view, slots.proposals(), state)
             accepted, made = slots.advance(np.asarray(lengths))
             state = _learn(policy, view, lengths, jnp.asarray(accepted), state)
-            clock += _round_seconds(device, told, view, int(np.sum(np.asarray(lengths) + 1)), bool(jnp.any(drafted)))
-            tokens, verified, rounds = (
-                tokens + made,
-                verified + int(np.sum(np.asarray(lengths) + 1)),
-                rounds + concurrency,
-            )
-            ended = slots.ended
-            if ended.any():
+            passed = int(np.sum(np.asarray(lengths) + 1))
+            clock += _round_seconds(device, load, view, passed, bool(jnp.any(drafted)))
+            tokens, verified, rounds = tokens + made, verified + passed, rounds + concurrency
+            if slots.ended.any():
                 break
-        for slot in np.flatnonzero(ended):
-            speeds.append(slots.wanted[slot] / max(clock - slots.since[slot], 1e-9))
-        state = PolicyState(jax.tree.map(partial(_put, ended), state.slots, fresh), state.shared)
+
+        # Between dispatches: ended requests leave their slots to the next ones, whose prompts are prefilled.
+        ended = slots.ended
         entering = np.flatnonzero(ended)
+        speeds += [slots.wanted[slot] / max(clock - slots.since[slot], 1e-9) for slot in entering]
+        state = PolicyState(jax.tree.map(partial(_put, ended), state.slots, fresh.slots), state.shared)
         for slot in entering:
             slots.enter(int(slot), asked % len(traces.lengths), clock)
-            asked, first = asked + 1, first + 1
-        prefill = device.prefill if cap else device.plain_prefill
+            asked += 1
         clock += prefill.seconds(traces.prompts[slots.source[entering]], concurrency)
-    seconds = max(clock - begin, 1e-9)
-    return LoadFigures((tokens + first) / seconds, tuple(speeds), verified / max(rounds, 1), tokens / max(rounds, 1))
+
+    # The first token of every request comes with its prefill.
+    rate = (tokens + asked) / max(clock, 1e-9)
+    return LoadFigures(rate, tuple(speeds), verified / max(rounds, 1), tokens / max(rounds, 1))
 
 
 class _Slots:
-    """What each slot's request has done so far; host arrays [R]."""
+    """The progress of each slot's request; host arrays [R]."""
 
     def __init__(self, traces: Traces, starts: np.ndarray, concurrency: int, cap: int, clipped: bool):
         self.traces, self.starts, self.cap, self.clipped = traces, starts, cap, clipped

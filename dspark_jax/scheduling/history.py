@@ -130,6 +130,7 @@ class DraftGuard:
         shared: SharedHistory,
     ) -> tuple[Bool[Array, " r"], SlotHistory, SharedHistory]:
         """(which of the `able` requests draft, histories)."""
+        # Each request: what its drafts are expected to bring against the verify time that they take.
         accepted, verified = history.expected(slots, shared)
         base = jnp.maximum(costs.base, 1).astype(jnp.float32)
         plain = costs.plain
@@ -137,11 +138,15 @@ class DraftGuard:
         worth = base / plain  # tokens a second of plain decoding: the price of time
         price = worth * (costs.seconds[-1] - plain) / room
         good = able & (accepted > jnp.where(slots.off, 1 + self.gain, 1.0) * price * verified)
+
+        # All of them: tokens a second of drafting for the good ones against plain decoding.
         tokens = base + jnp.sum(jnp.where(good, accepted, 0.0))
         wanted = costs.between(base + jnp.sum(jnp.where(good, verified, 0.0)))
         seconds = jnp.maximum(wanted, plain) + pressure * costs.drafting
         pays = tokens > jnp.where(shared.off, 1 + self.gain, 1.0) * worth * seconds
         wants = good & pays
+
+        # Probes, and the wait between them.
         disabled = jnp.any(able & ~wants)
         probe = disabled & (shared.since >= shared.interval)
         longer = jnp.where(probe, jnp.minimum(2 * shared.interval, self.probe_at_most), shared.interval)

@@ -58,7 +58,7 @@ class VerifyPolicy(Protocol):
     def init(self, requests: int, block: int) -> PolicyState: ...
 
     def drafting(self, view: RoundView, state: PolicyState) -> tuple[Bool[Array, " r"], PolicyState]:
-        """Which requests draft; where none does, the drafter is not run."""
+        """Which of the active requests draft; where none does, the drafter is not run."""
         ...
 
     def skipped(self, state: PolicyState, rounds: Int[Array, ""]) -> PolicyState:
@@ -214,14 +214,16 @@ class LookAhead(Adaptive):
     """
 
     def admit(self, ranked: Ranked, costs: RoundCosts, conditional: Array, own: Any) -> tuple[Array, Any]:
-        total = jnp.cumsum(jnp.where(ranked.valid, ranked.survival, 0.0))
+        total = jnp.cumsum(jnp.where(ranked.valid, ranked.survival, 0.0))  # expected of the first 1, 2, .. drafts
         available = jnp.sum(ranked.valid)
         steps = costs.tokens.shape[0]
 
         def filled(rung: Array) -> Array:
+            """Drafts that fit beside the anchors into this rung's tokens."""
             return jnp.clip(costs.tokens[jnp.minimum(rung, steps - 1)] - costs.base, 0, available)
 
         def worth_it(count: Array, rung: Array) -> Array:
+            """Whether any rung above gains by the forecast, once `count` drafts have filled this one."""
             ahead = jnp.cumsum(ranked.forecast(count, conditional))
             more = jnp.clip(costs.tokens - costs.base - count, 0, ahead.shape[0])
             gain = jnp.where(more > 0, ahead[jnp.maximum(more - 1, 0)], 0.0)
@@ -259,8 +261,12 @@ class Asynchronous(Adaptive):
     def admit(self, ranked: Ranked, costs: RoundCosts, conditional: Array, own: Array) -> tuple[Array, Array]:
         base = jnp.maximum(costs.base, 1)
         available = jnp.sum(ranked.valid)
+
+        # This round's capacity, decided two rounds ago.
         wanted = jnp.minimum(own[0] * base, 1.0 * available).astype(jnp.int32)
         paid = jnp.clip(costs.tokens[costs.rung(costs.base + wanted)] - costs.base, 0, available)
+
+        # The capacity for the round after the next: the count of the highest expected rate, if it gains enough.
         expected = costs.base + jnp.cumsum(jnp.where(ranked.valid, ranked.survival, 0.0))
         tokens = jnp.concatenate([costs.base[None].astype(jnp.float32), expected])
         seconds = costs.drafting + costs.of(costs.base + jnp.arange(tokens.shape[0]))

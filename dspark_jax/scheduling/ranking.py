@@ -31,6 +31,7 @@ class Ranked(NamedTuple):
         lengths = self.lengths(count)[:, None]
         position = jnp.arange(self.grid.shape[1])
         shown = jnp.take_along_axis(self.grid, jnp.minimum(lengths, self.grid.shape[1] - 1), axis=1)
+        # The frontier's survival times the historical conditional survival of the positions behind it.
         logs = jnp.cumsum(jnp.log(conditional))
         behind = jnp.exp(logs - jnp.take(logs, jnp.minimum(lengths, self.grid.shape[1] - 1)))
         open_ = (position >= lengths) & (position < self.caps[:, None])
