@@ -24,6 +24,7 @@ from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.targets.attention import Causal
 from dspark_jax.targets.target import Target
+from tests.decoding_tiny import one_round
 
 Result = tuple[str, float, float, bool]
 ATOL, RTOL = 2e-4, 1e-4
