@@ -17,6 +17,7 @@ from dspark_jax.checkpoints.deepseek_v4 import V4Folder, v4_needed, v4_tensor_ma
 from dspark_jax.checkpoints.gguf import converted_folder, gguf_file
 from dspark_jax.checkpoints.leftovers import refuse_leftovers
 from dspark_jax.checkpoints.tensors import (
+    WEIGHTS_FILE,
     ParamPath,
     Stored,
     TensorFolder,
@@ -28,6 +29,7 @@ from dspark_jax.checkpoints.tensors import (
     write_tensors,
 )
 from dspark_jax.errors import UserError
+from dspark_jax.files import file_hash
 from dspark_jax.programs import EMBEDDED, asset
 from dspark_jax.readers import check_fields, read_object
 from dspark_jax.sharding import ShardingRules, parameter_shardings, split
@@ -37,6 +39,8 @@ from dspark_jax.targets.registry import TARGETS, read_target_config, target_modu
 from dspark_jax.targets.target import Target
 
 HEAD_TENSOR = "lm_head.weight"
+HASHES_FILE = "hashes.json"
+"""What `save_target` leaves for infer.verify: names of files and their hashes."""
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
@@ -134,11 +138,12 @@ def load_target(
 
 
 def save_target(folder: str | Path, hf_config: Mapping[str, Any], params: dict, dtype: str = "bfloat16") -> None:
-    """Writes config.json and model.safetensors in Hugging Face naming; a tied head is not written."""
+    """Writes config.json and model.safetensors in Hugging Face naming, and their hashes; a tied head is not written."""
     folder = Path(folder)
     table = target_tensor_map(flatten_dict(params), _PREFIXES[text_config(hf_config) is not hf_config])
     write_json(folder / "config.json", {**hf_config, "dtype": dtype})
-    write_tensors(folder / "model.safetensors", stored_tensors(table, params, dtype))
+    write_tensors(folder / WEIGHTS_FILE, stored_tensors(table, params, dtype))
+    write_json(folder / HASHES_FILE, {name: file_hash(folder / name) for name in ("config.json", WEIGHTS_FILE)})
 
 
 # Of the language model's tensors, in text-only and in multimodal files.

@@ -262,6 +262,12 @@ def load_params(
     return unflatten_dict(flat)
 
 
+def check_shapes(folder: TensorFolder, table: TensorMap, leaves: Mapping[ParamPath, Any]) -> None:
+    """UserError naming the first tensor that is missing, is no weight's or has another shape than the config's."""
+    for path, leaf in leaves.items():
+        _checked_slices(folder, table[path], leaf.shape)
+
+
 def _checked_slices(folder: TensorFolder, source: Stored, shape: tuple[int, ...]) -> list[Any]:
     slices = []
     for name, expected in source.parts(shape):

@@ -18,7 +18,14 @@ from dspark_jax.datagen.regeneration import Answerer, Finished, Regenerator, Rej
 from dspark_jax.datagen.settings import PrepareSettings
 from dspark_jax.devices import announce
 from dspark_jax.errors import UserError
-from dspark_jax.files import require_same_settings, weights_hash, write_atomically, write_json, write_settings
+from dspark_jax.files import (
+    file_hash,
+    require_same_settings,
+    weights_hash,
+    write_atomically,
+    write_json,
+    write_settings,
+)
 from dspark_jax.sharding import mesh_of_several
 from dspark_jax.targets.config import config_sha256
 from dspark_jax.targets.registry import read_target_config
@@ -114,6 +121,7 @@ def summarise(settings: PrepareSettings, made: int, seconds: float) -> tuple[dic
         "tokens": sum(row["tokens"] for row in rows),
         "cut_at_max_new_tokens": sum(row["finish_reason"] == "length" for row in rows),
         "rejected": len(reasons),
+        "xxh3": file_hash(settings.output),
         "tokens_this_run": made,
         "seconds_this_run": round(seconds, 3),
         "tokens_per_second": made / seconds,

@@ -58,10 +58,7 @@ def read_calibration(path: Path, valid_for: Mapping[str, Any]) -> np.ndarray:
     Raises:
       UserError: a file that is no calibration, or one made for other weights or sampling settings than `validity` says.
     """
-    table, content = read_sts(path), read_object(path)
-    made_for = content.pop("valid_for", None)
-    if not isinstance(made_for, dict):
-        raise UserError(f"{path} does not say what it is valid for; calibrate with infer.calibrate.")
+    table, made_for = read_sealed(path)
     for name, expected in valid_for.items():
         if not name.endswith("_name") and made_for.get(name) != expected:
             said, here = (facts.get(f"{name}_name", facts.get(name)) for facts in (made_for, valid_for))
@@ -70,6 +67,15 @@ def read_calibration(path: Path, valid_for: Mapping[str, Any]) -> np.ndarray:
                 f"{path} was calibrated for {name.replace('_', '-')} {said}, this is {here}{same}; calibrate "
                 "again with infer.calibrate."
             )
+    return np.asarray(table.temperatures)
+
+
+def read_sealed(path: Path) -> tuple[StsTable, dict[str, Any]]:
+    """(the table, what it is valid for) of a calibration; UserError for another file, and for one that was changed."""
+    table, content = read_sts(path), read_object(path)
+    made_for = content.pop("valid_for", None)
+    if not isinstance(made_for, dict):
+        raise UserError(f"{path} does not say what it is valid for; calibrate with infer.calibrate.")
     seal = {SEAL: made_for[SEAL]} if SEAL in made_for else {}
     check_seal({**content, **seal}, str(path), cure="calibrate again with infer.calibrate")
-    return np.asarray(table.temperatures)
+    return table, made_for

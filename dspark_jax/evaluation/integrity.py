@@ -1,0 +1,267 @@
+"""Any file or folder of this project: what it is, what it was made from, whether it is whole.
+
+A kind is a line in `KINDS`: how it is recognised, and what examines it. An examination reads everything; the first
+fault that it meets is its verdict, as a sentence.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from dspark_jax.checkpoints.folder_layout import CONFIG_FILE
+from dspark_jax.checkpoints.huggingface import (
+    HASHES_FILE,
+    load_tokenizer,
+    read_hf_config,
+    stop_tokens,
+    target_skeleton,
+    target_tensors,
+)
+from dspark_jax.checkpoints.layouts import read_stored_config
+from dspark_jax.checkpoints.manifest import MANIFEST_FILE, check_files, read_manifest
+from dspark_jax.checkpoints.serving_tables import SPS_FILE, STS_FILE, read_sps, read_sts
+from dspark_jax.checkpoints.tensors import TensorFolder, all_finite, check_shapes
+from dspark_jax.config.cli import from_json
+from dspark_jax.config.schema import TrainConfig
+from dspark_jax.data.conversations import read_conversations
+from dspark_jax.data.pipeline import open_cache
+from dspark_jax.data.target_cache import TargetCache
+from dspark_jax.errors import UserError
+from dspark_jax.files import file_hash, weights_hash
+from dspark_jax.readers import check_fields, object_of, read_object, read_records, text
+from dspark_jax.serving.profile import Profile
+from dspark_jax.serving.temperatures import read_sealed
+from dspark_jax.sharding import split
+from dspark_jax.targets.registry import read_target_config
+from dspark_jax.training.checkpoint import damage, steps_in
+
+Facts = dict[str, Any]
+
+
+@dataclass
+class Finding:
+    """One thing that was examined. `facts`: what it is and what it was made from; `fault`: a sentence, "" if whole."""
+
+    path: Path
+    kind: str
+    facts: Facts = field(default_factory=dict)
+    fault: str = ""
+
+
+def examine(path: Path) -> list[Finding]:
+    """What lies at a path: a run with its drafters, a drafter with its calibration and profile, or one thing alone.
+
+    Raises:
+        UserError: nothing at the path is of a kind that this project knows.
+    """
+    kinds = [name for name, (recognised, _) in KINDS.items() if recognised(path)]
+    if not kinds:
+        what = "is" if os.path.lexists(path) else "does not exist; expected"
+        raise UserError(f"{path} {what} none of: {', '.join(KINDS)}; give the folder of one.")
+    findings = []
+    for kind in kinds:
+        finding = Finding(path, kind)
+        try:
+            KINDS[kind][1](path, finding.facts)
+        except UserError as error:
+            finding.fault = " ".join(str(error).split())
+        except OSError as error:
+            finding.fault = f"{error.filename or path} cannot be read ({error.strerror}); copy it again."
+        findings.append(finding)
+    if "run" in kinds:
+        for name in ("drafter", "drafter_best"):
+            findings += examine(path / name) if (path / name).is_dir() else []
+    return findings
+
+
+# ---- models
+
+
+def _target(folder: Path, facts: Facts) -> None:
+    hf_config = read_hf_config(folder)
+    config = read_target_config(hf_config, str(folder / CONFIG_FILE))
+    facts |= {"family": config.model_type, "layers": config.num_layers, "vocabulary": config.vocab_size}
+    _check_hashes(folder)
+    _check_hub_names(folder)
+    leaves = flatten_dict(split(target_skeleton(config))[1])
+    tensors, table = target_tensors(folder, config, hf_config, leaves)
+    check_shapes(tensors, table, leaves)
+    _check_finite(tensors)
+    stop_tokens(folder, hf_config)
+    load_tokenizer(folder)
+    facts |= {"tensors": len(tensors.names), "weights xxh3": weights_hash(folder)}
+
+
+def _check_hashes(folder: Path) -> None:
+    """UserError where a file is not as `save_target` wrote it; nothing where it wrote no hashes."""
+    path = folder / HASHES_FILE
+    if not os.path.lexists(path):
+        return
+    stored = read_object(path, expected="hashes of a model's files")
+    check_fields({"": stored}, {"": object_of(text())}, str(path))
+    for name, written in stored.items():
+        if Path(name).name != name or not (folder / name).is_file() or file_hash(folder / name) != written:
+            raise UserError(f"{folder / name} is not the file that was written ({path.name}); copy the folder again.")
+
+
+def _check_hub_names(folder: Path) -> None:
+    """UserError where a file of the hub's cache, which is named by the sha256 of its content, has another."""
+    for path in sorted(folder.glob("*.safetensors")):
+        named = path.resolve().name
+        if re.fullmatch(r"[0-9a-f]{64}", named):
+            with open(path, "rb") as handle:
+                found = hashlib.file_digest(handle, "sha256").hexdigest()
+            if found != named:
+                raise UserError(f"{path} has sha256 {found[:12]}, the hub says {named[:12]}; remove it and load again.")
+
+
+def _check_finite(tensors: TensorFolder) -> None:
+    for name in sorted(tensors.names):
+        # Of quantised ones the scales are read; codes are whole numbers or always finite.
+        found = tensors.raw(name)
+        if not all_finite(np.ascontiguousarray(found[:] if found.get_shape() else found[...])):
+            raise UserError(f"Tensor {name} in {tensors.folder} holds values that are not finite; copy it again.")
+
+
+def _drafter(folder: Path, facts: Facts) -> None:
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        made_for = manifest["target"]
+        facts |= {"kind": manifest["kind"], "target": made_for["name"], "target config": made_for["config_sha256"][:12]}
+        facts["target weights xxh3"] = made_for.get("weights_xxh3", "not recorded")
+        facts |= {name: value for name, value in manifest.get("sources", {}).items() if isinstance(value, str | int)}
+        check_files(folder, manifest)
+    stored, layout = read_stored_config(folder)
+    tensors = TensorFolder(folder)
+    _check_finite(tensors)
+    hashes = "as written" if manifest and "files" in manifest else "none"
+    facts |= {"layout": layout.name, "tensors": len(tensors.names), "hashes": hashes}
+
+
+# ---- data and runs
+
+
+def _cache(folder: Path, facts: Facts) -> None:
+    cache = open_cache(folder)
+    facts |= {"samples": len(cache), "layers": list(cache.spec.layer_ids), "target": cache.spec.target_name}
+    if os.path.lexists(folder / "build.json"):
+        built = read_object(folder / "build.json").get("settings")
+        if isinstance(built, Mapping):
+            facts["target weights xxh3"] = built.get("weights_xxh3", "not recorded")
+    facts["sources sha256"] = cache.spec.sources_sha256 or "not recorded"
+    if isinstance(cache, TargetCache):
+        cache.verify()
+    for index in range(len(cache)):
+        cache[index]
+
+
+def _run(folder: Path, facts: Facts) -> None:
+    config = from_json(TrainConfig, read_object(folder / CONFIG_FILE, expected="the configuration of a run"))
+    facts |= {"target": config.target, "drafter": config.drafter.kind}
+    if os.path.lexists(folder / "inputs.json"):
+        inputs = read_object(folder / "inputs.json", expected="the hashes of a run's inputs")
+        check_fields({"": inputs}, {"": object_of(text())}, str(folder / "inputs.json"))
+        facts |= inputs
+    facts["records"] = len(read_records(folder / "metrics.jsonl"))
+    finished = os.path.lexists(folder / "metrics.json")
+    if finished:
+        read_object(folder / "metrics.json", expected="the last record of a run")
+    steps = steps_in(folder / "checkpoints")
+    for step in steps:
+        if reason := damage(folder / "checkpoints" / str(step)):
+            raise UserError(f"The checkpoint of step {step} in {folder} is damaged: {reason}.")
+    facts |= {"finished": "yes" if finished else "no", "checkpoints": ", ".join(map(str, steps)) or "none"}
+    if finished and not (folder / "drafter").is_dir():
+        raise UserError(f"The run in {folder} is finished and has no drafter; export it again with train.export.")
+
+
+def _conversations(path: Path, facts: Facts) -> None:
+    settings, metrics = (path.with_suffix(f".{name}.json") for name in ("settings", "metrics"))
+    if os.path.lexists(settings):
+        made = read_object(settings, expected="the settings of conversations").get("settings")
+        if isinstance(made, Mapping):
+            facts |= {name: value for name, value in made.items() if isinstance(value, str | int | float)}
+    facts["conversations"] = sum(1 for _ in read_conversations(path))
+    if os.path.lexists(metrics):
+        counted = read_object(metrics, expected="the counts of conversations")
+        if counted.get("conversations", facts["conversations"]) != facts["conversations"]:
+            raise UserError(
+                f"{path} holds {facts['conversations']} conversations, {metrics.name} says {counted['conversations']}; "
+                "restore it, or run train.prepare_data again."
+            )
+        if counted.get("xxh3", (found := file_hash(path))) != found:
+            raise UserError(
+                f"{path} is not the file that was written ({metrics.name}); restore it or prepare it again."
+            )
+
+
+# ---- tables beside a drafter
+
+
+def _calibration(path: Path, facts: Facts) -> None:
+    path = path / STS_FILE if path.is_dir() else path
+    facts["positions"] = len(read_sts(path).temperatures)
+    if "valid_for" in read_object(path):
+        _, made_for = read_sealed(path)
+        facts |= {name: made_for[name] for name in ("target_name", "drafter_name", "temperature") if name in made_for}
+
+
+def _profile(path: Path, facts: Facts) -> None:
+    path = path / SPS_FILE if path.is_dir() else path
+    if "profile" in read_object(path):
+        profile = Profile.read(path)
+        facts |= {"device": profile.key.get("device"), "token counts": list(profile.tokens)}
+    else:
+        facts["form"] = type(read_sps(path)).__name__
+
+
+# ---- recognition
+
+
+def _holds(*names: str) -> Callable[[Path], bool]:
+    return lambda path: path.is_dir() and any(os.path.lexists(path / name) for name in names)
+
+
+def _is_run(path: Path) -> bool:
+    return _holds(CONFIG_FILE)(path) and _holds("metrics.jsonl", "checkpoints", "inputs.json")(path)
+
+
+# Fields of config.json that drafters alone have, in whatever layout.
+_OF_DRAFTERS = {"target_layer_ids", "speculators_model_type", "dflash_config", "eagle_config"}
+
+
+def _is_drafter(path: Path) -> bool:
+    if _holds(MANIFEST_FILE)(path):
+        return True
+    if not _holds(CONFIG_FILE)(path) or _is_run(path):
+        return False
+    try:
+        stored = read_object(path / CONFIG_FILE)
+    except UserError:
+        return False  # a damaged config.json is examined as a target's, which says so
+    return any(
+        name in stored for name in ("target_layer_ids", "speculators_model_type", "dflash_config", "eagle_config")
+    )
+
+
+def _is_target(path: Path) -> bool:
+    return _holds(CONFIG_FILE)(path) and not _is_run(path) and not _is_drafter(path)
+
+
+KINDS: Mapping[str, tuple[Callable[[Path], bool], Callable[[Path, Facts], None]]] = {
+    "target": (_is_target, _target),
+    "drafter": (_is_drafter, _drafter),
+    "target cache": (_holds("manifest.json"), _cache),
+    "run": (_is_run, _run),
+    "conversations": (lambda path: path.suffix == ".jsonl" and path.is_file(), _conversations),
+    "calibration": (lambda path: path.name == STS_FILE or _holds(STS_FILE)(path), _calibration),
+    "profile": (lambda path: path.name == SPS_FILE or _holds(SPS_FILE)(path), _profile),
+}
+"""Name -> (whether a path is one, what examines it)."""
