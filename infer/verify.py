@@ -15,7 +15,7 @@ import tyro
 
 from dspark_jax.config.cli import parse, program
 from dspark_jax.errors import UserError
-from dspark_jax.evaluation.integrity import Finding, examine
+from dspark_jax.integrity import Finding, examine
 from dspark_jax.report import listing
 
 

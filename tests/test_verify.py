@@ -16,8 +16,8 @@ from dspark_jax.checkpoints.drafters import save_drafter
 from dspark_jax.checkpoints.layouts import LAYOUTS
 from dspark_jax.checkpoints.serving_tables import SpsTable, StsTable, write_sps
 from dspark_jax.errors import UserError
-from dspark_jax.evaluation.integrity import KINDS, examine
 from dspark_jax.files import file_hash
+from dspark_jax.integrity import KINDS, examine
 from dspark_jax.serving.profile import Profile
 from dspark_jax.serving.temperatures import write_calibration
 from dspark_jax.training.checkpoint import Checkpoints
