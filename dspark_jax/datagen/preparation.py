@@ -15,6 +15,7 @@ from dspark_jax.checkpoints.huggingface import load_target, read_hf_config, reso
 from dspark_jax.data.chat import load_tokenizer, tokenizer_hash
 from dspark_jax.data.jsonl import ResumableJsonl
 from dspark_jax.datagen.regeneration import Answerer, Finished, Regenerator, Rejected, Source
+from dspark_jax.datagen.self_prompts import DOMAINS, Writer, excluded_prompts, read_domains, write_prompts
 from dspark_jax.datagen.settings import PrepareSettings
 from dspark_jax.devices import announce
 from dspark_jax.errors import UserError
@@ -29,6 +30,43 @@ from dspark_jax.files import (
 from dspark_jax.sharding import mesh_of_several
 from dspark_jax.targets.config import config_sha256
 from dspark_jax.targets.registry import read_target_config
+
+
+def with_self_prompts(settings: PrepareSettings) -> tuple[PrepareSettings, Counter[str]]:
+    """Settings whose prompts are a file that the target has written, OUTPUT.prompts.jsonl, made or completed now.
+
+    Returns:
+        The settings, and how many candidates were dropped for which reason; none where the file was there.
+    Raises:
+        UserError: the file was begun with other settings, or the target does not write prompts of these domains.
+    """
+    path, log = settings.beside("prompts.jsonl"), settings.beside("candidates.jsonl")
+    folder = resolve_folder(settings.target)
+    identity = {
+        "weights_xxh3": weights_hash(folder),
+        "self_prompts": settings.self_prompts,
+        "seed": settings.seed,
+        "dtype": settings.dtype,
+        "slots": settings.slots,
+        "domains": None if settings.domains is None else file_hash(settings.domains),
+        "exclude": [file_hash(file) for file in settings.exclude],
+    }
+    begun = require_same_settings(settings.beside("prompts.settings.json"), identity, path)
+    dropped: Counter[str] = Counter()
+    if not path.exists():
+        domains = DOMAINS if settings.domains is None else read_domains(settings.domains)
+        excluded = excluded_prompts(settings.exclude)
+        target = load_target(folder, dtype=settings.dtype, mesh=mesh_of_several(settings.mesh))
+        if not getattr(target.tokenizer, "chat_template", None):
+            raise UserError(f"The tokenizer in {folder} has no chat template; put a chat_template.jinja beside it.")
+        if not begun:
+            write_settings(settings.beside("prompts.settings.json"), identity, target=settings.target)
+        writer = Writer(target, domains, settings.engine(), settings.seed)
+        rows = list(write_prompts(writer, settings.self_prompts, log, excluded))
+        write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        judged = (json.loads(line)["reason"] for line in log.read_bytes().splitlines())
+        dropped.update(reason for reason in judged if reason is not None)
+    return replace(settings, prompts=(path,), self_prompts=0, domains=None, exclude=()), dropped
 
 
 def load_regenerator(settings: PrepareSettings, prompts: str) -> Regenerator:

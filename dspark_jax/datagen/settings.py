@@ -42,6 +42,13 @@ class PrepareSettings:
     """Split of the dataset, or a slice of one: train[:10%]."""
     embedded_prompts: str = ""
     """Prompts that come with the project instead: domains of code, chat and math, with commas."""
+    self_prompts: int = 0
+    """Prompts that the target writes itself instead, so many of them; they stand in OUTPUT.prompts.jsonl."""
+    domains: Path | None = None
+    """What the target writes prompts about: JSONL, {"domain": NAME, "system": [...], "openers": [...]} a line. None:
+    math, code and chat."""
+    exclude: tuple[Path, ...] = ()
+    """JSONL files of evaluation sets or conversations whose prompts must not be among those that the target writes."""
     split: Literal["train", "heldout"] = "train"
     """Which side of the held-out split to answer; files and datasets have one by --heldout."""
     heldout: float = 0.0
@@ -80,14 +87,19 @@ class PrepareSettings:
             raise UserError("Say who answers in one way: --target FOLDER_OR_ID, or --server URL --server-model NAME.")
         if self.server and not self.server_model:
             raise UserError("--server needs --server-model, the model's name on that server.")
-        if sum(map(bool, (self.prompts, self.dataset, self.embedded_prompts))) != 1:
+        if sum(map(bool, (self.prompts, self.dataset, self.embedded_prompts, self.self_prompts))) != 1:
             raise UserError(
-                "Give the prompts in one way: --prompts FILE.jsonl, --dataset ID, or --embedded-prompts code,chat,math."
+                "Give the prompts in one way: --prompts FILE.jsonl, --dataset ID, --embedded-prompts code,chat,math or "
+                "--self-prompts NUMBER."
             )
-        if self.limit == 0 and "math" in self.domains:
+        if self.self_prompts and not self.target:
+            raise UserError("--self-prompts needs --target: a server does not continue a user's turn.")
+        if (self.domains or self.exclude) and not self.self_prompts:
+            raise UserError("--domains and --exclude are for prompts that the target writes; give --self-prompts too.")
+        if self.limit == 0 and "math" in self.embedded_domains:
             raise UserError("The embedded math prompts have no end: give --limit, the number of each domain's prompts.")
         counts = ("max_new_tokens", "slots", "rounds_per_dispatch", "server_concurrency", "server_attempts")
-        for name, least in (("limit", 0), *((name, 1) for name in counts)):
+        for name, least in (("limit", 0), ("self_prompts", 0), *((name, 1) for name in counts)):
             if getattr(self, name) < least:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; at least {least} was expected.")
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.max_context < 0:
@@ -99,7 +111,7 @@ class PrepareSettings:
         self.extra_fields  # noqa: B018 - read once here, so that bad JSON is refused at the start
 
     @property
-    def domains(self) -> list[str]:
+    def embedded_domains(self) -> list[str]:
         return [domain.strip() for domain in self.embedded_prompts.split(",")] if self.embedded_prompts else []
 
     @property

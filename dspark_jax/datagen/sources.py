@@ -82,7 +82,7 @@ def _records(settings: PrepareSettings) -> Iterator[ConversationRecord | BadRow]
                 break
             count += 1
             yield replace(record, id=prefix + record.id)
-    for domain in settings.domains:
+    for domain in settings.embedded_domains:
         for number, item in enumerate(corpora.prompts(domain, settings.split, settings.limit or None, settings.seed)):
             extra = {"domain": item["domain"], "source": item["source"]}
             yield ConversationRecord(item["id"], item["messages"], f"embedded {domain} {number}", extra)

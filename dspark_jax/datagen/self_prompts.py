@@ -1,0 +1,275 @@
+"""Prompts that a chat model writes itself: what follows the start of a user's turn, sampled (Magpie, arXiv 2406.08464).
+
+A model that was tuned on conversations continues the start of a user's turn with something that a user might say. A
+system message that names a domain, and the first words of the turn, keep a small model to the point: without them much
+of what it writes never ends. Prompts and answers are then both the target's own, for any chat model, with no network.
+
+Candidate i is a function of (seed, i) and the domains alone, so a run that was killed is continued.
+"""
+
+import random
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from dspark_jax.data.jsonl import ResumableJsonl, parse_line, read_lines
+from dspark_jax.errors import UserError
+from dspark_jax.readers import read_records
+from dspark_jax.serving.engine import Engine
+from dspark_jax.serving.requests import Generation, Request
+from dspark_jax.serving.sampling import SamplingParams
+from dspark_jax.serving.settings import EngineConfig
+from dspark_jax.targets.target import Target
+
+WINDOW = 64
+"""Candidates written between two looks at whether there are enough; what a kill loses at most."""
+
+LONGEST, NEW_TOKENS = 600, 110
+SHORTEST_WORDS = 4
+LEAST_ASCII, LEAST_DIFFERENT = 0.97, 0.7
+_SAME = 60
+_MARK = "\N{SNOWMAN}"
+_NUMBER = re.compile(r"\d|\b(two|three|four|five|six|seven|eight|nine|ten|half|twice|double|dozen)\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Domain:
+    """What candidates are drawn for.
+
+    Attributes:
+        name: kept beside each prompt.
+        systems: system messages under which a turn is begun; one is drawn.
+        openers: first words of a turn; one is drawn.
+        needs: "number" where a prompt without any is dropped.
+    """
+
+    name: str
+    systems: tuple[str, ...]
+    openers: tuple[str, ...]
+    needs: str = ""
+
+
+_PEOPLE = ("Liam", "Mia", "Carlos", "Priya", "Elena", "Omar", "Julia", "Ravi", "Hana", "Tom", "Nina", "Leo")
+_DOES = ("has", "buys", "sells", "earns", "reads", "bakes", "drives", "saves", "plants", "needs", "walks", "works")
+DOMAINS = (
+    Domain(
+        "math",
+        (
+            "You are a helpful assistant that solves math word problems.",
+            "You are a math tutor. The user asks word problems about everyday life and ends with a question.",
+            "You are an assistant that answers questions on arithmetic, percentages and rates step by step.",
+        ),
+        (
+            *(f"{name} {does}" for name in _PEOPLE for does in _DOES),
+            "A farmer", "A train", "A store", "A school", "A box", "There are", "In a", "If", "The", "How many", "Two",
+        ),
+        needs="number",
+    ),
+    Domain(
+        "code",
+        (
+            "You are an assistant that answers programming questions in Python.",
+            "You are a coding assistant. The user asks for short Python functions.",
+        ),
+        (
+            "Write a Python function to", "Write a function that takes", "Write a python function to check whether",
+            "Write a function to count", "Write a function to sort", "Implement a function", "Given a list of",
+            "How do I", "Create a Python class", "What does", "Complete this Python function:\n```python\ndef",
+        ),
+    ),
+    Domain(
+        "chat",
+        (
+            "You are a helpful assistant.",
+            "You are an assistant that helps with writing: emails, stories, essays and poems.",
+            "You are an assistant that answers questions about science, history, geography and health.",
+        ),
+        (
+            "What", "How", "Why", "Explain", "Write a", "Describe", "Imagine you are", "Can you", "Give me", "Suggest",
+            "Compare", "Tell me about", "What is the difference between", "Summarize", "List", "Help me", "Should",
+        ),
+    ),
+)  # fmt: skip
+
+
+def read_domains(path: Path) -> tuple[Domain, ...]:
+    """Domains of a JSONL file: {"domain": name, "system": [...], "openers": [...]} a line, "needs" optional.
+
+    Raises:
+        UserError: no line, or one of another form.
+    """
+    made = []
+    for number, row in enumerate(read_records(path), start=1):
+        name, systems, openers = row.get("domain"), row.get("system"), row.get("openers", [""])
+        lists = isinstance(systems, list) and isinstance(openers, list) and systems and openers
+        if not (isinstance(name, str) and lists and all(isinstance(t, str) for t in [*systems, *openers])):
+            raise UserError(
+                f'{path} line {number} is no domain; expected {{"domain": NAME, "system": [TEXT, ...], '
+                '"openers": [TEXT, ...]}.'
+            )
+        if (needs := row.get("needs", "")) not in ("", "number"):
+            raise UserError(f'{path} line {number} has needs {needs!r}; expected "number", or no such field.')
+        made.append(Domain(name, tuple(systems), tuple(openers), needs))
+    if not made:
+        raise UserError(f"{path} holds no domain; give one a line.")
+    return tuple(made)
+
+
+def excluded_prompts(files: Iterable[Path]) -> set[str]:
+    """What must not be written: the user turns of evaluation sets ({"turns": [...]}) and conversations, compared as
+    words, whole and by their beginning."""
+    found: set[str] = set()
+    for file in files:
+        for number, line in read_lines(file):
+            row = parse_line(line, f"{file} line {number}")
+            turns = row.get("turns") if isinstance(row, Mapping) else None
+            if turns is None and isinstance(row, Mapping):
+                turns = [m.get("content", "") for m in row.get("messages", []) if m.get("role") == "user"]
+            for turn in turns or []:
+                # Instructions that an evaluation adds stand on lines of their own.
+                for text in (turn, str(turn).split("\n")[0]):
+                    found.update(same_as(str(text)))
+    return found
+
+
+def same_as(text: str) -> tuple[str, str]:
+    """The words of a prompt, and their first characters: what makes two prompts the same."""
+    words = " ".join(re.findall(r"\w+", text.lower()))
+    return words, words[:_SAME]
+
+
+@dataclass
+class Filter:
+    """Which candidates are kept; `seen` are those kept so far and those excluded."""
+
+    seen: set[str]
+
+    def reason(self, text: str, domain: Domain, ended: bool) -> str | None:
+        """Why a candidate is dropped; None keeps it, and no second one like it will be."""
+        words = text.split()
+        triples = list(zip(words, words[1:], words[2:], strict=False))
+        checks = {
+            "it does not end by itself": not ended,
+            "it is too short": len(words) < SHORTEST_WORDS,
+            "it is too long": len(text) > LONGEST,
+            "it is not in Latin letters": sum(map(str.isascii, text)) < LEAST_ASCII * len(text),
+            "it repeats itself": len(triples) > 8 and len(set(triples)) < LEAST_DIFFERENT * len(triples),
+            "it asks nothing about numbers": domain.needs == "number" and not (_NUMBER.search(text) and "?" in text),
+            "a prompt like it is there or excluded": not self.seen.isdisjoint(same_as(text)),
+        }
+        found = next((reason for reason, applies in checks.items() if applies), None)
+        if found is None:
+            self.seen.update(same_as(text))
+        return found
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Writes candidates with `target`; temperatures 0.7 to 1, so that the plain and the unusual are both there."""
+
+    target: Target
+    domains: tuple[Domain, ...]
+    engine: EngineConfig
+    seed: int
+
+    def candidate(self, index: int) -> tuple[Domain, str, str, float]:
+        """(domain, system message, opener, temperature) of a candidate."""
+        rng = random.Random(f"{self.seed}:{index}")
+        domain = rng.choice(self.domains)
+        return domain, rng.choice(domain.systems), rng.choice(domain.openers), rng.choice((0.7, 0.8, 0.9, 1.0))
+
+    def window(self, first: int) -> list[tuple[int, Domain, str, bool]]:
+        """(index, domain, text, whether it ended) of the `WINDOW` candidates from `first` on, in order."""
+        drawn = {index: self.candidate(index) for index in range(first, first + WINDOW)}
+        config = replace(self.engine, longest=self.longest, stop_slots=max(1, len(self.target.stop_tokens)))
+        engine = Engine(self.target, None, config)
+        for index, (_, system, opener, temperature) in drawn.items():
+            noise = random.Random(f"{self.seed}:{index}:noise").getrandbits(31)
+            engine.submit(
+                index, Request(self.prefix(system, opener), SamplingParams(NEW_TOKENS, temperature, seed=noise))
+            )
+        done: dict[int, Generation] = {}
+        while not engine.idle:
+            done |= {step.index: step.generation for step in engine.step() if step.generation is not None}
+        return [
+            (index, domain, self.text(opener, done[index]), done[index].finish_reason == "stop")
+            for index, (domain, _, opener, _) in drawn.items()
+        ]
+
+    @cached_property
+    def longest(self) -> int:
+        """Positions that any candidate may take: one set of compiled programs for all windows."""
+        prefixes = (self.prefix(s, o) for domain in self.domains for s in domain.systems for o in domain.openers)
+        return max(map(len, prefixes)) + NEW_TOKENS
+
+    def prefix(self, system: str, opener: str) -> tuple[int, ...]:
+        """Token ids up to the opener of a user's turn, as the chat template renders it."""
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": _MARK}]
+        rendered = self.target.tokenizer.apply_chat_template(messages, tokenize=False)
+        before, mark, _ = rendered.partition(_MARK)
+        if not mark:
+            raise UserError(
+                f"The chat template of {self.target.name} does not show what a user says; it can't begin a turn."
+            )
+        return tuple(self.target.tokenizer(before + opener, add_special_tokens=False)["input_ids"])
+
+    def text(self, opener: str, made: Generation) -> str:
+        """The whole turn; a code block that was left open is closed."""
+        said = made.tokens[:-1] if made.finish_reason == "stop" else made.tokens
+        text = (opener + self.target.tokenizer.decode(list(said), skip_special_tokens=True)).strip()
+        return text + "\n```" if text.count("```") % 2 else text
+
+
+def write_prompts(writer: Writer, wanted: int, log: Path, excluded: set[str]) -> Iterator[dict[str, Any]]:
+    """Rows of conversations with one user turn, `wanted` of them, each candidate's fate in `log`.
+
+    Args:
+        writer: makes the candidates.
+        wanted: prompts to keep.
+        log: JSONL file of all candidates; what is there already is not made again.
+        excluded: see `excluded_prompts`.
+    Raises:
+        UserError: hardly anything that the target writes is kept.
+    """
+    by_name = {domain.name: domain for domain in writer.domains}
+    sieve, kept = Filter(set(excluded)), 0
+    with ResumableJsonl(log) as done, tqdm(total=wanted, unit="prompt", desc="writing prompts") as bar:
+        earlier = [parse_line(line, f"{log} line {number}") for number, line in read_lines(log)]
+        first = 0
+        while kept < wanted:
+            # Candidates are told apart by their number; a window that a kill cut is made again, and only completed.
+            window = earlier[first : first + WINDOW]
+            if len(window) < WINDOW:
+                window = _judged(writer.window(first), sieve)
+                done.append(row for row in window if row["id"] not in done.finished)
+            else:
+                for row in window:
+                    sieve.reason(row["text"], by_name[row["domain"]], row["reason"] is None)
+            for row in window:
+                if row["reason"] is None and kept < wanted:
+                    kept += 1
+                    bar.update()
+                    yield _conversation(row)
+            first += WINDOW
+            if first >= 8 * WINDOW and kept < first / 50:
+                raise UserError(
+                    f"Of {first} turns that {writer.target.name} began, {kept} are prompts; these domains do not suit "
+                    "it. Give others with --domains, or prompts with --prompts."
+                )
+
+
+def _judged(made: Sequence[tuple[int, Domain, str, bool]], sieve: Filter) -> list[dict[str, Any]]:
+    return [
+        {"id": f"self-{index}", "domain": domain.name, "text": text, "reason": sieve.reason(text, domain, ended)}
+        for index, domain, text, ended in made
+    ]
+
+
+def _conversation(row: Mapping[str, Any]) -> dict[str, Any]:
+    messages = [{"role": "user", "content": row["text"]}]
+    return {"id": row["id"], "domain": row["domain"], "source": "self", "messages": messages}

@@ -1,0 +1,142 @@
+"""Measures the real pair: SmolLM2-135M-Instruct and its drafter against plain decoding, on questions of three domains.
+
+    make real-target
+    python -m infer.studies.real_pair --questions eval_datasets/gsm8k.jsonl eval_datasets/mbpp.jsonl \\
+        eval_datasets/mt-bench.jsonl --domains math code chat
+
+Each file is a domain, of which the first questions are asked. One request at a time, alternating runs, medians, prefill
+included, at temperatures 0 and 1. Writes docs/results/real_pair.json, and infer.bench's figures and plot into the run.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from dspark_jax.checkpoints.drafters import load_drafter
+from dspark_jax.checkpoints.huggingface import load_target
+from dspark_jax.config.cli import parse, program
+from dspark_jax.devices import announce, machine
+from dspark_jax.errors import UserError
+from dspark_jax.files import make_output, write_json
+from dspark_jax.report import acceptance_plot, table
+from dspark_jax.serving.prompts import Prompt, read_prompts
+from dspark_jax.serving.settings import EngineConfig, PolicyName
+from dspark_jax.targets.target import Target
+from infer.bench import BenchSettings, against_plain
+
+# Of the target's two best logits: in float32, batches of other widths differ by less.
+NEAR_TIE = 1e-3
+
+
+@dataclass(frozen=True)
+class RealPairSettings:
+    """Measures speculative against plain decoding of a pair, by domain."""
+
+    questions: tuple[Path, ...]
+    """JSONL files of questions, one a domain."""
+    domains: tuple[str, ...]
+    """The files' domains, in their order."""
+    target: str = ".cache/real_target"
+    """Folder, GGUF file or hub id of the target."""
+    drafter: str = "assets/smollm2_135m_drafter"
+    """Folder of the drafter."""
+    per_domain: int = 8
+    """Questions asked of each domain."""
+    policy: PolicyName = "auto"
+    """How many drafts are verified."""
+    repeats: int = 3
+    """Alternations at each temperature."""
+    max_new_tokens: int = 96
+    """Longest answer."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of weights and activations."""
+    output: Path = Path("runs/real_pair")
+    """Folder of the run's own files."""
+    result: Path = Path("docs/results/real_pair.json")
+    """The summary."""
+
+    def __post_init__(self) -> None:
+        if len(self.domains) != len(self.questions):
+            raise UserError(
+                f"{len(self.questions)} files of questions and {len(self.domains)} domains were given; expected a "
+                "domain for each file."
+            )
+
+
+@program
+def main(argv: list[str]) -> None:
+    settings = parse(RealPairSettings, argv, description=__doc__)
+    make_output(settings.output)
+    announce(settings.dtype)
+    target = load_target(settings.target, dtype=settings.dtype)
+    drafter = load_drafter(settings.drafter, target, dtype=settings.dtype)
+    prompts = questions(settings, target)
+    engine = EngineConfig(slots=1, policy=settings.policy, rounds_per_dispatch=64, smallest_prompt_bucket=64)
+    bench = BenchSettings(
+        target=settings.target,
+        prompts=settings.questions,
+        drafter=settings.drafter,
+        output=settings.output,
+        repeats=settings.repeats,
+        sampled_repeats=settings.repeats,
+        max_new_tokens=settings.max_new_tokens,
+        dtype=settings.dtype,
+        engine=engine,
+    )
+    metrics = against_plain(bench, target, drafter, prompts)
+    acceptance_plot(settings.output / "conditional_acceptance.png", metrics["temperatures"])
+    write_json(settings.output / "metrics.json", metrics)
+    made = summary(metrics["temperatures"]) | {"policy": settings.policy, "machine": machine()}
+    made |= {"max_new_tokens": settings.max_new_tokens, "repeats": settings.repeats}
+    write_json(settings.result, made)
+    rows = [
+        [name, *(f"{row[key]:.2f}" for key in ("t0", "t1", "tau_t0", "tau_t1"))]
+        for name, row in made["by_domain"].items()
+    ]
+    print(f"\n{table(['domain', 'ratio, T = 0', 'T = 1', 'tau, T = 0', 'T = 1'], rows)}\n{settings.result}")
+
+
+def questions(settings: RealPairSettings, target: Target) -> list[Prompt]:
+    """The first questions of every file, under its domain's name."""
+    made: list[Prompt] = []
+    for path, domain in zip(settings.questions, settings.domains, strict=True):
+        found = read_prompts(target, [path], settings.per_domain)[: settings.per_domain]
+        made += [replace(prompt, domain=domain) for prompt in found]
+    return made
+
+
+def summary(temperatures: dict[str, Any]) -> dict[str, Any]:
+    """Ratios in the mean over domains and by domain, accepted lengths, and the outputs that are plain decoding's.
+
+    Args:
+        temperatures: figures of `infer.bench.compare` under t0 and t1.
+    """
+    by_domain = {
+        name: {
+            **{key: temperatures[key][name]["speculative_over_plain"] for key in ("t0", "t1")},
+            **{f"tau_{key}": temperatures[key][name]["tau"] for key in ("t0", "t1")},
+            **{
+                f"{key}_tokens_per_second": {
+                    kind: temperatures[key][name][f"{kind}_tokens_per_second"] for kind in ("plain", "speculative")
+                }
+                for key in ("t0", "t1")
+            },
+        }
+        for name in temperatures["t0"]
+        if name != "all"
+    }
+    greedy = temperatures["t0"]["all"]
+    return {
+        **{
+            f"speculative_over_plain_{key}": sum(row[key] for row in by_domain.values()) / len(by_domain)
+            for key in ("t0", "t1")
+        },
+        "by_domain": by_domain,
+        "identical_t0": greedy["identical"],
+        "near_ties_t0": sum(difference["gap"] < NEAR_TIE for difference in greedy["differences"]),
+        "prompts_t0": greedy["prompts"],
+    }
+
+
+if __name__ == "__main__":
+    main()
