@@ -105,19 +105,24 @@ def read_domains(path: Path) -> tuple[Domain, ...]:
     """
     made = []
     for number, row in enumerate(read_records(path), start=1):
-        name, systems, openers = row.get("domain"), row.get("system"), row.get("openers", [""])
-        lists = isinstance(systems, list) and isinstance(openers, list) and systems and openers
-        if not (isinstance(name, str) and lists and all(isinstance(t, str) for t in [*systems, *openers])):
+        name, needs = row.get("domain"), row.get("needs", "")
+        systems, openers = _texts(row.get("system")), _texts(row.get("openers", [""]))
+        if not isinstance(name, str) or not systems or not openers:
             raise UserError(
                 f'{path} line {number} is no domain; expected {{"domain": NAME, "system": [TEXT, ...], '
                 '"openers": [TEXT, ...]}.'
             )
-        if (needs := row.get("needs", "")) not in ("", "number"):
+        if needs not in ("", "number"):
             raise UserError(f'{path} line {number} has needs {needs!r}; expected "number", or no such field.')
-        made.append(Domain(name, tuple(systems), tuple(openers), needs))
+        made.append(Domain(name, systems, openers, needs))
     if not made:
         raise UserError(f"{path} holds no domain; give one a line.")
     return tuple(made)
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    """A list of texts; () for anything else."""
+    return tuple(value) if isinstance(value, list) and all(isinstance(text, str) for text in value) else ()
 
 
 def excluded_prompts(files: Iterable[Path]) -> set[str]:

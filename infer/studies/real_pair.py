@@ -19,7 +19,7 @@ from dspark_jax.devices import announce, machine
 from dspark_jax.errors import UserError
 from dspark_jax.files import make_output, write_json
 from dspark_jax.report import acceptance_plot, table
-from dspark_jax.serving.prompts import Prompt, read_prompts
+from dspark_jax.serving.prompts import EncodedPrompt, read_prompts
 from dspark_jax.serving.settings import EngineConfig, PolicyName
 from dspark_jax.targets.target import Target
 from infer.bench import BenchSettings, against_plain
@@ -96,9 +96,9 @@ def main(argv: list[str]) -> None:
     print(f"\n{table(['domain', 'ratio, T = 0', 'T = 1', 'tau, T = 0', 'T = 1'], rows)}\n{settings.result}")
 
 
-def questions(settings: RealPairSettings, target: Target) -> list[Prompt]:
+def questions(settings: RealPairSettings, target: Target) -> list[EncodedPrompt]:
     """The first questions of every file, under its domain's name."""
-    made: list[Prompt] = []
+    made: list[EncodedPrompt] = []
     for path, domain in zip(settings.questions, settings.domains, strict=True):
         found = read_prompts(target, [path], settings.per_domain)[: settings.per_domain]
         made += [replace(prompt, domain=domain) for prompt in found]
