@@ -144,7 +144,7 @@ def test_resume_skips_finished_shards_and_torn_leftovers(written, tmp_path):
     (tmp_path / "c" / "shard-00003.array_record.tmp").write_bytes(b"torn")
     with open(tmp_path / "c" / "samples.idx", "ab") as index_file:
         index_file.write(b"torn entry")
-    with pytest.raises(UserError, match="unfinished: .* of 60 conversations are done; run the same"):
+    with pytest.raises(UserError, match="unfinished: .* of 60 training rows are done; run the same"):
         TargetCache(tmp_path / "c")
     with CacheWriter(tmp_path / "c", SPEC, SHARD_BYTES) as writer:
         assert 0 < writer.next_source <= SOURCES // 2 and writer.records > 0 and writer.bytes_written > 0

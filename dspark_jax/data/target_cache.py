@@ -278,7 +278,7 @@ class TargetCache:
         if not self._manifest.complete:
             raise UserError(
                 f"The cache in {self.folder} is unfinished: {self._manifest.next_source} of "
-                f"{self.spec.num_sources} conversations "
+                f"{self.spec.num_sources} training rows "
                 "are done; run the same train.build_cache command again, it continues where it stopped."
             )
         check_sizes(self.folder, self._manifest)

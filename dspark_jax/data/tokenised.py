@@ -1,9 +1,10 @@
-"""Conversations as token ids in memory: what a run trains on when the target computes its states in the step."""
+"""Training rows in memory, for runs whose target computes its states in the step."""
 
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from dspark_jax.data.chat import Encoded, encode_conversation
 from dspark_jax.data.conversations import read_conversations
 from dspark_jax.data.records import TokenSample
 from dspark_jax.errors import UserError
+from dspark_jax.readers import read_object
 
 
 def encode_files(
@@ -21,9 +23,10 @@ def encode_files(
 
     Raises:
         UserError: a conversation that cannot be read or rendered, or that has ids outside the vocabulary; names its
-            file and line.
+            file and line. Answers that were given with the other setting of `thinking`.
     """
-    for path in files:
+    for path in map(Path, files):
+        _require_same_thinking(path, thinking)
         for record in read_conversations(path):
             try:
                 rows = encode_conversation(tokenizer, record.messages, max_length, thinking)
@@ -36,6 +39,18 @@ def encode_files(
                         f"{vocabulary}; the tokenizer is another model's."
                     )
             yield from rows
+
+
+def _require_same_thinking(path: Path, thinking: bool) -> None:
+    """UserError for answers that the target gave after another prompt than the one their rows would begin with."""
+    note = path.with_suffix(".settings.json")
+    recorded = read_object(note).get("settings") if note.is_file() else None
+    if not isinstance(recorded, dict) or "weights_xxh3" not in recorded:
+        return  # not answered by train.prepare_data with a target of its own
+    answered = recorded.get("thinking", False)
+    if answered != thinking:
+        name, option = ("on", "--thinking") if answered else ("off", "--no-thinking")
+        raise UserError(f"{path} was answered with thinking {name}; give {option}.")
 
 
 @dataclass(frozen=True)

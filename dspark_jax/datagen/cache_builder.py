@@ -28,7 +28,6 @@ from dspark_jax.devices import announce
 from dspark_jax.distributed import connect, from_first, is_first, require_same
 from dspark_jax.errors import UserError
 from dspark_jax.files import require_same_settings, weights_hash, write_json, write_settings
-from dspark_jax.readers import read_object
 from dspark_jax.sharding import ShardingRules, mesh_of_several, parameter_mesh, replicated, require_rows
 from dspark_jax.targets.attention import Causal
 from dspark_jax.targets.config import TargetConfig, config_sha256
@@ -131,7 +130,6 @@ def make(settings: CacheSettings) -> dict[str, Any]:
     hf_config = read_hf_config(folder)
     config = read_target_config(hf_config)
     check_settings(settings, config)
-    require_same_thinking(settings)
     tokenizer = load_tokenizer(folder)
     items, sources_sha256 = encode_sources(settings, tokenizer, config.vocab_size)
     spec = CacheSpec(
@@ -179,18 +177,6 @@ def check_settings(settings: CacheSettings, config: TargetConfig) -> None:
         raise UserError(
             f"--max-length is {settings.max_length}, the target's context {config.max_positions}; lower it."
         )
-
-
-def require_same_thinking(settings: CacheSettings) -> None:
-    """UserError for answers that the target gave after another prompt than the one that a row would begin with."""
-    for path in settings.conversations:
-        note = path.with_suffix(".settings.json")
-        recorded = read_object(note).get("settings") if note.is_file() else None
-        if not isinstance(recorded, dict) or "weights_xxh3" not in recorded:
-            continue  # not answered by train.prepare_data with a target of its own
-        if (thinking := recorded.get("thinking", False)) != settings.thinking:
-            option = "--thinking" if thinking else "--no-thinking"
-            raise UserError(f"{path} was answered with thinking {'on' if thinking else 'off'}; give {option}.")
 
 
 def estimate(settings: CacheSettings, spec: CacheSpec, items: Sequence[TrainingRow]) -> dict[str, Any]:
