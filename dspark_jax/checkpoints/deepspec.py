@@ -1,4 +1,4 @@
-"""DeepSpec's own layout, the default: a flat config.json, tensors without a prefix (FIELD 4a). vLLM and SGLang read it.
+"""DeepSpec's own layout, the default: a flat config.json, tensors without a prefix. vLLM and SGLang read it.
 
 It is also what the other layouts are translated to: `drafter_tensor_map` says where each parameter is stored.
 """

@@ -1,7 +1,7 @@
 """`dspark.json` beside a drafter's weights: the conventions it was trained under, its target and its training.
 
 None of the layouts' own configs says all of it, and a drafter read under another convention drafts well-formed nonsense
-without an error (FIELD 4f). So each save writes it, and each load that finds one compares.
+without an error (docs/algorithm.md, rule 96). So each save writes it, and each load that finds one compares.
 """
 
 import os

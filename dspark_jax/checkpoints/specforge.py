@@ -1,7 +1,7 @@
 """The layout of SpecForge, z-lab and ModelOpt: a flat Qwen3 config with a nested `dflash_config` (or `eagle_config`).
 
 Layer ids are 0-based, as DeepSpec's. Two block conventions share it: with `projector_type` "dspark" every row predicts,
-the anchor's too; a plain `DFlashDraftModel` is z-lab's, whose anchor row predicts nothing (FIELD 4b, 4f).
+the anchor's too; a plain `DFlashDraftModel` is z-lab's, whose anchor row predicts nothing (docs/algorithm.md, rule 91).
 """
 
 from dataclasses import dataclass

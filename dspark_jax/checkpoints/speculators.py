@@ -1,7 +1,8 @@
 """The layout of the speculators library: the decoder under `transformer_layer_config`, layer ids counted from 1.
 
-`aux_hidden_state_layer_ids` index Hugging Face's `hidden_states`, so they are DeepSpec's ids + 1 (FIELD 4c). The
-block's convention is `sample_from_anchor`; without it the first row predicts nothing, and `block_size` counts it too.
+`aux_hidden_state_layer_ids` index Hugging Face's `hidden_states`, so they are DeepSpec's ids + 1 (docs/algorithm.md,
+rule 92). The block's convention is `sample_from_anchor`; without it the first row predicts nothing, and `block_size`
+counts it too.
 """
 
 from dataclasses import dataclass

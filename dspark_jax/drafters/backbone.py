@@ -20,7 +20,8 @@ from dspark_jax.targets.registry import layer_class
 
 @dataclass(frozen=True)
 class BlocksOverContext:
-    """Every row of a block sees its `allowed` context and the whole block, in both directions (golden/NOTES 10).
+    """Every row of a block sees its `allowed` context and the whole block, in both directions
+    (docs/algorithm.md, rule 23).
 
     `context` holds a KeysValues [B, G, T, H] a layer, `allowed` is [B, N, 1, T].
     """
@@ -33,7 +34,7 @@ class BlocksOverContext:
 
 
 class Backbone(nnx.Module):
-    """H_ctx = RMSNorm(W_c taps) feeds every layer's K/V as it is; only block rows pass the layers' norms (NOTES 6)."""
+    """H_ctx = RMSNorm(W_c taps) feeds every layer's K/V as it is; only block rows pass the layers' norms."""
 
     def __init__(self, config: DrafterConfig, *, rngs: nnx.Rngs):
         dims = config.backbone

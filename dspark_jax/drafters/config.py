@@ -83,7 +83,7 @@ class DrafterConfig:
     @classmethod
     def read_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """The constructor's arguments. Layer types are read past: draft layers are of the full-attention kind, whose
-        heads Gemma has sizes of its own for, and never slide (golden/NOTES 12, 59)."""
+        heads Gemma has sizes of its own for, and never slide (docs/algorithm.md, rules 25 and 64)."""
         full = ["full_attention"] * (config.get("num_hidden_layers") or 0)
         return {
             "backbone": read_target_config({**config, "layer_types": full}, WHERE),
@@ -105,7 +105,7 @@ class DrafterConfig:
 
     @property
     def last_tap(self) -> int:
-        """The deepest layer that may be tapped: a last layer's output is normed in DeepSpec's caches (NOTES 2)."""
+        """The deepest layer that may be tapped: a last layer's output is normed in DeepSpec's caches."""
         return self.num_target_layers - 2
 
     def check(self) -> None:
@@ -228,7 +228,7 @@ class DSparkConfig(BlockConfig):
 
 @dataclass(frozen=True)
 class DFlashConfig(DSparkConfig):
-    """The backbone without heads; in a config.json it is told from DSpark by their absence (golden/NOTES 13)."""
+    """The backbone without heads; in a config.json it is told from DSpark by their absence."""
 
     @classmethod
     def hf_fields(cls, **settings: Any) -> dict[str, Any]:
@@ -263,7 +263,7 @@ def family_fields(
     if drafter_family(config) == "Gemma4":
         config["target_text_model_type"] = config["model_type"]
         config["target_model_type"] = target_hf_config["model_type"]
-        # Readers ask for these two, which unified text configs don't have (golden/NOTES 62).
+        # Readers ask for these two, which unified text configs don't have.
         config = {"enable_moe_block": False, "hidden_size_per_layer_input": 0} | config
         # Draft layers are of the global kind, which has its own head size and, with K = V, number of kv heads.
         if "head_dim" in sizes:

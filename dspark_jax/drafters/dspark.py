@@ -23,7 +23,8 @@ from dspark_jax.targets.layers import head_logits, normal
 
 
 class DSpark(nnx.Module):
-    """Block row k, at position anchor + k, predicts token anchor + k + 1: row 0 is the anchor's own (golden/NOTES 9).
+    """Block row k, at position anchor + k, predicts token anchor + k + 1: row 0 is the anchor's own
+    (docs/algorithm.md, rule 22).
 
     Without `sample_from_anchor` the anchor's row is there to be attended only, and each row predicts its own position.
     Its draft state is a `KVCache` of the context, for positions before each request's anchor. With a pruned draft

@@ -46,7 +46,7 @@ class Eagle3Config(DrafterConfig):
     def check(self) -> None:
         super().check()
         if self.backbone.num_layers != 1:
-            raise UserError(f"An Eagle3 drafter has {self.backbone.num_layers} layers; expected 1 (golden/NOTES 54).")
+            raise UserError(f"An Eagle3 drafter has {self.backbone.num_layers} layers; expected 1.")
         if self.target_layer_ids[0] < 0:
             raise UserError(
                 f"An Eagle3 drafter's target_layer_ids are {list(self.target_layer_ids)}; expected layers from 0 on, "
@@ -56,9 +56,9 @@ class Eagle3Config(DrafterConfig):
 
 class Eagle3(PairedRows):
     """Row t predicts token t + 2; its output is the hidden state of the next step's row, at the same t while training
-    and at the next position when drafting (golden/NOTES 46, 47, 53).
+    and at the next position when drafting (docs/algorithm.md, rules 51, 52 and 58).
 
-    q, k and v of its layer see [normed embedding ; normed hidden]; the residual is the hidden state itself (NOTES 45).
+    q, k and v of its layer see [normed embedding ; normed hidden]; the residual is the hidden state itself (rule 50).
     """
 
     config_type: ClassVar[type[Eagle3Config]] = Eagle3Config
@@ -118,8 +118,8 @@ class Eagle3(PairedRows):
         """The training-time test: hidden states of S = K steps, before the final norm.
 
         Step s at t has seen token t + 1 + s at position t + s, step 0's rows <= t and its own of the steps between
-        (golden/NOTES 47, 48). Rows whose tokens lie behind a sequence's end are junk that the loss masks. `segments`
-        are the numbers of packed rows' sequences.
+        (docs/algorithm.md, rules 52 and 53). Rows whose tokens lie behind a sequence's end are junk that the loss
+        masks. `segments` are the numbers of packed rows' sequences.
         """
         hidden = self.fuse(taps)
         limits = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)

@@ -34,7 +34,8 @@ class Linear(nnx.Module):
 
 
 class MarkovHead(nnx.Module):
-    """B_k = W_2 latent_k, where `step` makes latent_k [*n, R] from W_1[x_{k-1}], h_k and a state (SPEC section 2).
+    """B_k = W_2 latent_k, where `step` makes latent_k [*n, R] from W_1[x_{k-1}], h_k and a state (docs/algorithm.md,
+    rule 30).
 
     A subclass overrides `step`, and `init` if it carries a state from one block position to the next.
     """
@@ -80,7 +81,7 @@ class VanillaMarkov(MarkovHead):
 
 
 class GatedMarkov(MarkovHead):
-    """latent = sigmoid(W_g [h ; e] + b) * e (golden/NOTES 16)."""
+    """latent = sigmoid(W_g [h ; e] + b) * e (docs/algorithm.md, rule 32)."""
 
     def __init__(self, config: DSparkConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
@@ -95,7 +96,7 @@ class GatedMarkov(MarkovHead):
 class RNNMarkov(MarkovHead):
     """latent = tanh(o), where (g, c, o) = W [s ; e ; h] + b and s' = sigmoid(g) s + (1 - sigmoid(g)) tanh(c).
 
-    The latent sees the old state through the joint linear, not the new one (golden/NOTES 17).
+    The latent sees the old state through the joint linear, not the new one (docs/algorithm.md, rule 33).
     """
 
     def __init__(self, config: DSparkConfig, *, rngs: nnx.Rngs):
@@ -134,7 +135,7 @@ def make_markov_head(config: DSparkConfig, *, rngs: nnx.Rngs) -> MarkovHead | No
 class ConfidenceHead(nnx.Module):
     """Logit of c_k, w . [h_k ; W_1[x_{k-1}]] + b, in float32: it is compared with a threshold and multiplied K times.
 
-    The raw row of W_1 enters whatever the Markov head's type; without `with_markov` only h_k does (golden/NOTES 19).
+    The raw row of W_1 enters whatever the Markov head's type; without `with_markov` only h_k does.
     """
 
     def __init__(self, config: DSparkConfig, *, rngs: nnx.Rngs, bias: bool = True):

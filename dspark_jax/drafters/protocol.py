@@ -26,7 +26,7 @@ DraftState = Any
 class SharedTables:
     """The target's frozen embedding [V, D] and output head [V, D], borrowed, never trained, and how they are read.
 
-    `embed_scale` multiplies embedded rows, rounded to their dtype first (golden/NOTES 56); `softcap` bounds logits.
+    `embed_scale` multiplies embedded rows, rounded to their dtype first; `softcap` bounds logits.
     """
 
     embed: Array
@@ -50,7 +50,8 @@ class SharedTables:
 
 
 class DraftOutput(NamedTuple):
-    """tokens [R, K] int32; probs [R, K, V] float32, p^d of SPEC section 1; confidence [R, K] logits or None."""
+    """tokens [R, K] int32; probs [R, K, V] float32, p^d (docs/algorithm.md, rule 3);
+    confidence [R, K] logits or None."""
 
     tokens: Array
     probs: Array

@@ -163,7 +163,7 @@ def skeleton(hf_config: Mapping[str, Any]) -> nnx.Module:
 
 
 def new_params(hf_config: Mapping[str, Any], key: jax.Array) -> dict:
-    """Fresh float32 parameters: weights N(0, initializer_range), biases 0, norms 1 (golden/NOTES 30). Traceable."""
+    """Fresh float32 parameters: weights N(0, initializer_range), biases 0, norms 1. Traceable."""
     config, kind = read_config(hf_config), kind_of(hf_config)
     return split(kind.module(config, rngs=nnx.Rngs(params=key)))[1]
 

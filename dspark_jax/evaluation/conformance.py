@@ -2,7 +2,7 @@
 
 Blocks are teacher-forced on real text: for the label at anchor + j the expected acceptance is 1 - ½‖p^d - p^t‖_1, SPEC
 section 1. A drafter that was trained under another convention than its files declare accepts more when it is read the
-other way, on the very same labels; so one batch, read in all ways, tells which convention is off (FIELD 4f).
+other way, on the very same labels; so one batch, read in all ways, tells which convention is off.
 
 Axes: S sequence, T position, N anchor block, J label (anchor + 1 .. anchor + J), D hidden, m taps.
 """

@@ -80,7 +80,7 @@ class DecoderModel(nnx.Module):
         self.config = config
 
     def embed(self, tokens: Int[Array, "*n"]) -> Float[Array, "*n d"]:
-        """Scaled rows of the table; the scale is rounded to their dtype first (golden/NOTES 56)."""
+        """Scaled rows of the table; the scale is rounded to their dtype first (docs/algorithm.md, rule 60)."""
         rows = jnp.take(self.embed_weight_vd[...], tokens, axis=0)
         scale = self.config.embed_scale
         return rows if scale == 1.0 else rows * jnp.asarray(scale, rows.dtype)
@@ -92,7 +92,7 @@ class DecoderModel(nnx.Module):
         attend: Attend,
         tap_layers: tuple[int, ...] = (),
     ) -> TargetOutput:
-        """Runs the rows. `tap_layers` are 0-based layer ids whose outputs are kept; -1 is the embedding (NOTES 1)."""
+        """Runs the rows. `tap_layers` are 0-based layer ids whose outputs are kept; -1 is the embedding."""
         x = self.embed(tokens)
         packed = attend.packed if isinstance(attend, CachedBlock) else None
         ropes = layer_ropes(self.config, positions)
@@ -111,7 +111,7 @@ class DecoderModel(nnx.Module):
         return self.embed_weight_vd[...] if self.tied else self.head_weight_vd[...]
 
     def logits(self, hidden: Float[Array, "*n d"]) -> Float[Array, "*n v"]:
-        """float32 logits of final-normed hidden states, soft-capped where the config caps them (NOTES 61)."""
+        """float32 logits of final-normed hidden states, soft-capped where the config caps them."""
         return head_logits(hidden, self.head_weight(), self.config.logit_softcap)
 
     def empty_cache(self, requests: int, size: int, width: int, dtype: Any) -> KVCache:

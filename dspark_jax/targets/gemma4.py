@@ -1,7 +1,7 @@
 """Gemma 4 text targets: sliding and global layers with their own heads and ropes, four norms a block, a soft-cap.
 
-Axes: *n any leading axes of token rows, D hidden, Q query heads, G kv heads, H head dim. The numbers of golden/NOTES
-56 to 63 are the traps.
+Axes: *n any leading axes of token rows, D hidden, Q query heads, G kv heads, H head dim. docs/algorithm.md,
+rules 60 to 69, has the traps.
 """
 
 from collections.abc import Mapping
@@ -35,7 +35,8 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 def gemma4_config(config: Mapping[str, Any]) -> TargetConfig:
-    """Reads the text config; UserError for what DeepSpec's drafters or this model don't have (NOTES 63)."""
+    """Reads the text config; UserError for what DeepSpec's drafters or this model don't have (docs/algorithm.md,
+    rule 68)."""
     if config["model_type"] == "gemma4_text":  # what the class makes of a file without the field
         config = {"hidden_size_per_layer_input": 256, **config}
     for field, (neutral, what) in _REFUSED.items():
@@ -58,7 +59,8 @@ def gemma4_config(config: Mapping[str, Any]) -> TargetConfig:
 
 
 def _layer(config: Mapping[str, Any], kind: str) -> LayerConfig:
-    """Global layers alone have `global_head_dim` and K = V, and with K = V their own number of kv heads (NOTES 59)."""
+    """Global layers alone have `global_head_dim` and K = V, and with K = V their own number of kv heads (rule 64 of
+    docs/algorithm.md)."""
     ropes = config.get("rope_parameters") or _DEFAULT_ROPES
     if not isinstance(ropes.get(kind), Mapping):
         raise UserError(
@@ -84,7 +86,7 @@ _DEFAULT_ROPES = {
 
 
 class Gemma4Norm(nnx.Module):
-    """x / rms(x) * w in float32, cast back after the product, where Qwen casts before it (NOTES 56)."""
+    """x / rms(x) * w in float32, cast back after the product, where Qwen casts before it (rule 61)."""
 
     def __init__(self, size: int, eps: float, axis: str = "embed"):
         self.weight = param(jnp.ones((size,), jnp.float32), axis)
@@ -100,7 +102,7 @@ def _unit_rms(x: Array, eps: float) -> Array:
 
 
 class Gemma4Attention(Attention):
-    """Norms of q, k and, without a weight, of v; scores are not scaled (NOTES 58)."""
+    """Norms of q, k and, without a weight, of v; scores are not scaled (rule 63)."""
 
     norm = Gemma4Norm
 
@@ -114,7 +116,7 @@ class Gemma4Attention(Attention):
 
 
 class Gemma4Layer(nnx.Module):
-    """x + norm(attention(norm(x))), + norm(mlp(norm(·))), then all of it times a saved scalar (NOTES 57)."""
+    """x + norm(attention(norm(x))), + norm(mlp(norm(·))), then all of it times a saved scalar (rule 62)."""
 
     norm = Gemma4Norm
 

@@ -76,7 +76,7 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> Array:
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) in float32, cast back to x's dtype before the weight is applied (Qwen's order, golden/NOTES 56)."""
+    """x / rms(x) in float32, cast back to x's dtype before the weight is applied (docs/algorithm.md, rule 61)."""
 
     def __init__(self, size: int, eps: float, axis: str = "embed"):
         self.weight = param(jnp.ones((size,), jnp.float32), axis)
