@@ -16,7 +16,7 @@ from dspark_jax.data.deepspec_chat import DEEPSPEC_FORMATS
 from dspark_jax.datagen.corpora import DOMAINS, conversations
 from dspark_jax.drafters.protocol import SharedTables
 from dspark_jax.drafters.registry import Drafter
-from dspark_jax.targets.attention import Causal
+from dspark_jax.targets.attention import CausalRows
 from dspark_jax.targets.kv_cache import head_major
 from dspark_jax.targets.target import Target
 from dspark_jax.training.anchors import make_blocks, sample_anchors
@@ -54,7 +54,7 @@ def material(target_folder: str, drafter_folder: str, each: int = 12) -> Materia
 
     @jax.jit
     def run(ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-        out = target.model(target.params)(ids, jnp.broadcast_to(jnp.arange(LENGTH), ids.shape), Causal(),
+        out = target.model(target.params)(ids, jnp.broadcast_to(jnp.arange(LENGTH), ids.shape), CausalRows(),
                                                   drafter.config.target_layer_ids)  # fmt: skip
         return out.hidden, out.taps
 

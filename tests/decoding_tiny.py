@@ -21,7 +21,7 @@ from dspark_jax.decoding.state import Admission, DecodeState, RoundRecord
 from dspark_jax.drafters.registry import Drafter, drafter_hf_config, read_config, skeleton
 from dspark_jax.scheduling.costs import Occupancy
 from dspark_jax.sharding import split
-from dspark_jax.targets.attention import Causal
+from dspark_jax.targets.attention import CausalRows
 from dspark_jax.targets.config import config_sha256
 from dspark_jax.targets.registry import read_target_config
 from dspark_jax.targets.target import Target
@@ -158,7 +158,7 @@ def next_logits(target: Target, rows: np.ndarray) -> np.ndarray:
     def run(params: dict, ids: jax.Array) -> jax.Array:
         model = target.model(params)
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-        return model.logits(model(ids, positions, Causal()).hidden)
+        return model.logits(model(ids, positions, CausalRows()).hidden)
 
     return np.asarray(run(target.params, jnp.asarray(rows)))
 

@@ -22,7 +22,7 @@ from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.requests import Request
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
-from dspark_jax.targets.attention import Causal
+from dspark_jax.targets.attention import CausalRows
 from dspark_jax.targets.target import Target
 from tests.decoding_tiny import one_round
 
@@ -112,7 +112,7 @@ class Forward:
         def run(params: dict, tokens: Any) -> Any:
             model = target.model(params)
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-            out = model(tokens, positions, Causal(), drafter.config.target_layer_ids)
+            out = model(tokens, positions, CausalRows(), drafter.config.target_layer_ids)
             return model.logits(out.hidden), out.taps
 
         def blocks(params: dict, taps: Any, previous: Any, anchors: Any) -> Any:

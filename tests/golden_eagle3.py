@@ -23,7 +23,7 @@ from dspark_jax.checkpoints.tensors import stored_tensors
 from dspark_jax.drafters.paired import shift_left
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.serving.sampling import SamplingParams
-from dspark_jax.targets.attention import Causal, prefix_mask
+from dspark_jax.targets.attention import CausalRows, prefix_mask
 from dspark_jax.targets.target import Target
 from dspark_jax.training.losses import LossOptions
 from dspark_jax.training.objective import Batch
@@ -140,7 +140,7 @@ def check_first_rounds(vectors: Any, target: Target, drafter: Drafter) -> Iterat
     @jax.jit
     def run(params: dict, sequence: jax.Array) -> tuple[jax.Array, jax.Array]:
         model = target.model(params)
-        out = model(sequence, jnp.arange(width)[None], Causal(), drafter.config.target_layer_ids)
+        out = model(sequence, jnp.arange(width)[None], CausalRows(), drafter.config.target_layer_ids)
         return model.logits(out.hidden), out.taps
 
     @jax.jit

@@ -21,7 +21,7 @@ from dspark_jax.checkpoints.drafters import load_drafter, shared_tables
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.checkpoints.tensors import stored_tensors
 from dspark_jax.drafters.registry import Drafter
-from dspark_jax.targets.attention import SegmentedCausal, prefix_mask
+from dspark_jax.targets.attention import CausalRows, prefix_mask
 from dspark_jax.targets.target import Target
 from dspark_jax.training.anchors import Blocks, eligible_anchors
 from dspark_jax.training.losses import LossOptions, accept_rate, target_logits, total_variation_l1
@@ -94,7 +94,7 @@ def check_target(vectors: Any, target: Target, drafter: Drafter) -> Iterator[Res
     def run(params: dict, tokens: jax.Array, mask: jax.Array, taps: tuple[int, ...]) -> tuple:
         model = target.model(params)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        out = model(tokens, positions, SegmentedCausal(mask), taps)
+        out = model(tokens, positions, CausalRows(mask), taps)
         return model.logits(out.hidden), out.hidden, out.taps
 
     forward = jax.jit(run, static_argnums=3)

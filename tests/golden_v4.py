@@ -18,7 +18,7 @@ from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.checkpoints.low_bit import decode_fp4, decode_fp8, e8m0_values
 from dspark_jax.drafters.deepseek_v4.window import ring_positions
 from dspark_jax.drafters.registry import Drafter
-from dspark_jax.targets.attention import CachedBlock, Causal
+from dspark_jax.targets.attention import CachedBlock, CausalRows
 from dspark_jax.targets.deepseek_v4.fake_quant import rotate_by_hadamard, round_index_rows, round_keys
 from dspark_jax.targets.target import Target
 from tests import golden_decode
@@ -88,8 +88,8 @@ def _check_prompts(vectors: Vectors, target: Target) -> Iterator[Result]:
     def run(params: dict, ids: jax.Array) -> Any:
         model = target.model(params)
         positions = jnp.arange(ids.shape[1])[None]
-        out = model(ids, positions, Causal(), taps)
-        return model.logits(out.hidden), out.hidden, out.taps, list(model.blocks(ids, positions, Causal()))
+        out = model(ids, positions, CausalRows(), taps)
+        return model.logits(out.hidden), out.hidden, out.taps, list(model.blocks(ids, positions, CausalRows()))
 
     for group in vectors.groups("target/"):
         ids = jnp.asarray(vectors[f"{group}/input_ids"][None], jnp.int32)
@@ -144,7 +144,7 @@ class Decoder:
 
 def _prefill(target: Target, width: int, params: dict, ids: jax.Array) -> Any:
     model = target.model(params)
-    out = model(ids, jnp.arange(ids.shape[1])[None], Causal())
+    out = model(ids, jnp.arange(ids.shape[1])[None], CausalRows())
     cache = model.empty_cache(1, CACHE_SIZE, width, jnp.float32)
     at = jnp.zeros((1,), jnp.int32)
     return model.logits(out.hidden), model.insert(cache, out.kv, at, at, at + ids.shape[1])
@@ -313,7 +313,7 @@ def _check_rounds(vectors: Vectors, target: Target, drafter: Drafter) -> Iterato
     @jax.jit
     def forward(params: dict, ids: jax.Array) -> Any:
         model = target.model(params)
-        out = model(ids, jnp.arange(ids.shape[1])[None], Causal(), drafter.config.target_layer_ids)
+        out = model(ids, jnp.arange(ids.shape[1])[None], CausalRows(), drafter.config.target_layer_ids)
         return model.logits(out.hidden), out.taps
 
     @jax.jit

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dspark_jax.targets.attention import CachedBlock, Causal
+from dspark_jax.targets.attention import CachedBlock, CausalRows
 from dspark_jax.targets.kv_cache import append_rows, empty_cache
 from dspark_jax.targets.target import Target
 
@@ -82,7 +82,7 @@ def outputs(target: Target, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np
     def run(params: dict, ids: jax.Array) -> Any:
         model = target.model(params)
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-        out = model(ids, positions, Causal(), tuple(range(-1, layers)))
+        out = model(ids, positions, CausalRows(), tuple(range(-1, layers)))
         return out.taps.reshape(*ids.shape, layers + 1, -1), out.hidden, model.logits(out.hidden)
 
     taps, hidden, logits = jax.device_get(run(target.params, jnp.asarray(ids)))

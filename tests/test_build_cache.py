@@ -11,7 +11,7 @@ from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.data.chat import encode_conversation
 from dspark_jax.data.target_cache import TargetCache
 from dspark_jax.datagen import cache_builder
-from dspark_jax.targets.attention import Causal
+from dspark_jax.targets.attention import CausalRows
 from tests.tiny import write_tiny_target
 from train import build_cache
 
@@ -67,7 +67,7 @@ def test_records_hold_what_the_target_computes_alone(folder: Path, cache: Target
         np.testing.assert_array_equal(sample.input_ids, one.input_ids)
         np.testing.assert_array_equal(sample.loss_mask, one.loss_mask)
         tokens = jnp.asarray(one.input_ids)[None]
-        out = target.model(target.params)(tokens, jnp.arange(tokens.shape[1])[None], Causal(), LAYERS)
+        out = target.model(target.params)(tokens, jnp.arange(tokens.shape[1])[None], CausalRows(), LAYERS)
         np.testing.assert_allclose(sample.features, out.taps[0], atol=2e-5)
         np.testing.assert_allclose(sample.last_hidden, out.hidden[0], atol=2e-5)
 

@@ -21,7 +21,7 @@ from dspark_jax.roofline.training import training_flops
 from dspark_jax.serving.generate import generate
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
-from dspark_jax.targets.attention import Causal, KeysValues
+from dspark_jax.targets.attention import CausalRows, KeysValues
 from dspark_jax.targets.target import Target
 from dspark_jax.training.losses import LossOptions
 from dspark_jax.training.objective import Objective
@@ -44,7 +44,7 @@ def features_of(target: Target, taps: tuple[int, ...], tokens: jax.Array) -> tup
     @jax.jit
     def run(params: dict) -> tuple[jax.Array, jax.Array]:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        out = target.model(params)(tokens, positions, Causal(), taps)
+        out = target.model(params)(tokens, positions, CausalRows(), taps)
         return out.taps, out.hidden
 
     return run(target.params)

@@ -17,7 +17,7 @@ from dspark_jax.checkpoints.target_tables import describe_target
 from dspark_jax.data.chat import load_tokenizer
 from dspark_jax.errors import UserError
 from dspark_jax.programs import asset
-from dspark_jax.targets.attention import Causal
+from dspark_jax.targets.attention import CausalRows
 from tests.tiny import write_tiny_target
 
 KINDS = {"llama": "llama", "qwen3": "qwen3", "qwen3_moe": "qwen3moe"}
@@ -122,7 +122,7 @@ def logits(target: Any) -> np.ndarray:
     tokens = jnp.asarray([[5, 9, 40, 7, 100, 3, 21, 8]])
     model = target.model(target.params)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    return np.asarray(model(tokens, positions, Causal(), ()).hidden @ model.head_weight().T)
+    return np.asarray(model(tokens, positions, CausalRows(), ()).hidden @ model.head_weight().T)
 
 
 @pytest.mark.parametrize(

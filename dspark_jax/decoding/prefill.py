@@ -17,7 +17,7 @@ from dspark_jax.decoding.sampling import RESIDUAL, draw_token, sampling_law
 from dspark_jax.decoding.state import Admission, DecodeState, empty_counters
 from dspark_jax.decoding.verification import zeros_of
 from dspark_jax.drafters.protocol import DrafterModel, SharedTables
-from dspark_jax.targets.attention import Attend, CachedBlock, Causal
+from dspark_jax.targets.attention import Attend, CachedBlock, CausalRows
 from dspark_jax.targets.decoder import Cache, TargetModel
 from dspark_jax.targets.kv_cache import insert_rows, take_slots
 
@@ -92,7 +92,7 @@ def _forward(target: TargetModel, layers: tuple[int, ...], cache: Cache, new: Ad
     positions = new.starts[:, None] + jnp.arange(new.tokens.shape[1])
 
     def run(cache: Cache) -> Any:
-        attend: Attend = Causal() if fresh else CachedBlock(take_slots(cache, new.slots), new.starts)
+        attend: Attend = CausalRows() if fresh else CachedBlock(take_slots(cache, new.slots), new.starts)
         return target(new.tokens, positions, attend, layers)
 
     # A branch that is always taken: in straight-line code XLA may write the cache before it is read, and so copies it.

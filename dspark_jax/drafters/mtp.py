@@ -19,7 +19,7 @@ from dspark_jax.drafters.heads import Linear
 from dspark_jax.drafters.paired import OwnRows, PairedRows, PairedState, shift_left
 from dspark_jax.drafters.protocol import BlockOutput, DraftOutput, SampleFn, SharedTables
 from dspark_jax.errors import UserError
-from dspark_jax.targets.attention import Causal, KeysValues, segment_starts
+from dspark_jax.targets.attention import CausalRows, KeysValues, segment_starts
 from dspark_jax.targets.registry import layer_class
 
 
@@ -95,7 +95,7 @@ class MTP(PairedRows):
         if segments is not None:
             positions = positions - segment_starts(segments)
         x = self._rows(shared, self.fuse(taps), shift_left(tokens, 1))
-        x, _ = self.layers[0](x, self.rope(positions), Causal(segments))
+        x, _ = self.layers[0](x, self.rope(positions), CausalRows(segments))
         before = jnp.pad(self.norm(x), ((0, 0), (1, 0), (0, 0)))[:, :-1]
         return before if segments is None else jnp.where(positions[..., None] > 0, before, 0)
 

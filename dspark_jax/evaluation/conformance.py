@@ -22,7 +22,7 @@ from dspark_jax.drafters.config import DSparkConfig
 from dspark_jax.drafters.protocol import SharedTables
 from dspark_jax.drafters.registry import Drafter, skeleton
 from dspark_jax.sharding import split
-from dspark_jax.targets.attention import Causal
+from dspark_jax.targets.attention import CausalRows
 from dspark_jax.targets.kv_cache import head_major
 from dspark_jax.targets.target import Target
 
@@ -149,7 +149,7 @@ def _graph(drafter: Drafter, config: DSparkConfig, reading: Reading) -> nnx.Grap
 def _run_target(graph: nnx.GraphDef, layers: tuple[int, ...], params: dict, tokens: Array) -> tuple[Array, Array]:
     """(final hidden [S, T, D], taps [len(layers), S, T, D])."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    out = nnx.merge(graph, params)(tokens, positions, Causal(), layers)
+    out = nnx.merge(graph, params)(tokens, positions, CausalRows(), layers)
     return out.hidden, jnp.moveaxis(out.taps.reshape(*tokens.shape, len(layers), -1), 2, 0)
 
 

@@ -97,10 +97,10 @@ def differences(
 def _top2_gap(target: Target, tokens: Sequence[int]) -> float:
     import jax.numpy as jnp
 
-    from dspark_jax.targets.attention import Causal
+    from dspark_jax.targets.attention import CausalRows
 
     model = target.model(target.params)
     ids = jnp.asarray([tokens])
-    out = model(ids, jnp.arange(ids.shape[1])[None], Causal())
+    out = model(ids, jnp.arange(ids.shape[1])[None], CausalRows())
     second, first = np.sort(np.asarray(model.logits(out.hidden[:, -1])[0]))[-2:]
     return float(first - second)

@@ -30,7 +30,7 @@ class Attend(Protocol):
 
 
 @dataclass(frozen=True)
-class Causal:
+class CausalRows:
     """Causal attention within right-padded rows [B, T]; `segments` (0 = padding) keeps packed conversations apart.
 
     `query_chunk` bounds the float32 scores to [B, Q, query_chunk, T]; longer rows are mapped chunk by chunk.
@@ -73,11 +73,6 @@ def segment_starts(segments: Int[Array, "b t"]) -> Int[Array, "b t"]:
     """The first position of every position's segment; a position's place in its segment is what lies between."""
     changes = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     return jax.lax.cummax(jnp.where(changes, jnp.arange(segments.shape[1]), 0), axis=1)
-
-
-def SegmentedCausal(segments: Int[Array, "b t"]) -> Causal:
-    """Causal attention of packed rows: a query sees earlier positions of its own segment only."""
-    return Causal(segments=segments)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from dspark_jax.data.codecs import CODECS, STATES, decode_states, encode_states
-from dspark_jax.targets.attention import Causal, segment_starts
+from dspark_jax.targets.attention import CausalRows, segment_starts
 from dspark_jax.training.losses import Batch
 
 
@@ -67,7 +67,7 @@ class TargetStates:
         if self.whole is not None:
             target = jax.tree.map(jax.lax.with_sharding_constraint, target, self.whole)
         model = nnx.merge(self.graphdef, target)
-        out = model(tokens, positions, Causal(segments), self.layer_ids)
+        out = model(tokens, positions, CausalRows(segments), self.layer_ids)
         states = jax.lax.stop_gradient((out.taps, out.hidden))
         if self.codec is None:
             return dict(zip(("features", "last_hidden"), states, strict=True))

@@ -10,7 +10,7 @@ import numpy as np
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.data.chat import tokenizer_hash
 from dspark_jax.data.target_cache import CacheSpec, CacheWriter, Sample
-from dspark_jax.targets.attention import Causal
+from dspark_jax.targets.attention import CausalRows
 from dspark_jax.targets.target import Target
 
 
@@ -50,7 +50,7 @@ def _hidden_states(target: Target, layer_ids: tuple[int, ...], tokens: jax.Array
     @partial(jax.jit)
     def run(params: dict, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        out = target.model(params)(tokens, positions, Causal(), layer_ids)
+        out = target.model(params)(tokens, positions, CausalRows(), layer_ids)
         return out.taps, out.hidden
 
     return run(target.params, tokens)

@@ -11,7 +11,7 @@ from flax import nnx
 from tokenizers import Tokenizer
 
 from dspark_jax.datagen.corpora import DOMAINS, conversations, prompts
-from dspark_jax.targets.attention import SegmentedCausal
+from dspark_jax.targets.attention import CausalRows
 
 from .packing import Encoder, Rows, batches, render
 from .tokenizer import END, VOCABULARY
@@ -29,7 +29,7 @@ SAMPLE_TOKENS = 160
 def _score(graphdef: nnx.GraphDef, params: Any, rows: Rows) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy and argmax correctness of every label, [B, T] each."""
     model = nnx.merge(graphdef, params)
-    logits = model.logits(model(rows.tokens, rows.positions, SegmentedCausal(jnp.asarray(rows.segments))).hidden)
+    logits = model.logits(model(rows.tokens, rows.positions, CausalRows(jnp.asarray(rows.segments))).hidden)
     right = jnp.take_along_axis(logits, rows.labels[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - right, jnp.argmax(logits, axis=-1) == rows.labels
 
@@ -65,7 +65,7 @@ def evaluate(graphdef: nnx.GraphDef, params: Any, tokenizer: Tokenizer, length: 
 def _next(graphdef: nnx.GraphDef, params: Any, tokens: jax.Array, last: jax.Array) -> jax.Array:
     model = nnx.merge(graphdef, params)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden = model(tokens, positions, SegmentedCausal(jnp.ones_like(tokens))).hidden
+    hidden = model(tokens, positions, CausalRows(jnp.ones_like(tokens))).hidden
     chosen = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     return jnp.argmax(model.logits(chosen), axis=-1)
 

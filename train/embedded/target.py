@@ -32,7 +32,7 @@ from dspark_jax.devices import announce
 from dspark_jax.errors import UserError
 from dspark_jax.files import replacing, write_atomically
 from dspark_jax.sharding import split
-from dspark_jax.targets.attention import SegmentedCausal
+from dspark_jax.targets.attention import CausalRows
 from dspark_jax.targets.registry import read_target_config, target_module
 
 from .packing import Encoder, Rows, batches, mixture
@@ -149,7 +149,7 @@ def make_loss(graphdef: nnx.GraphDef) -> Callable[[Params, Rows], jax.Array]:
 
     def loss(params: Params, rows: Rows) -> jax.Array:
         model = nnx.merge(graphdef, params)
-        logits = model.logits(model(rows.tokens, rows.positions, SegmentedCausal(jnp.asarray(rows.segments))).hidden)
+        logits = model.logits(model(rows.tokens, rows.positions, CausalRows(jnp.asarray(rows.segments))).hidden)
         right = jnp.take_along_axis(logits, rows.labels[..., None], axis=-1)[..., 0]
         entropy = jax.nn.logsumexp(logits, axis=-1) - right
         return jnp.sum(entropy * rows.weights) / jnp.maximum(jnp.sum(rows.weights), 1e-6)

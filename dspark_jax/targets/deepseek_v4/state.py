@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from dspark_jax.targets.attention import Attend, CachedBlock, Causal, PackedRows
+from dspark_jax.targets.attention import Attend, CachedBlock, CausalRows, PackedRows
 from dspark_jax.targets.deepseek_v4.compressor import Closed
 from dspark_jax.targets.deepseek_v4.config import V4Config
 from dspark_jax.targets.deepseek_v4.rings import write_entries, write_ring
@@ -64,7 +64,7 @@ class Placement:
         """(placement, the state that is read) of causal rows, which begin at position 0, or of a cached block."""
         if isinstance(attend, CachedBlock):
             return cls(attend.lengths, attend.packed), attend.cache  # type: ignore[return-value]
-        if not isinstance(attend, Causal) or attend.segments is not None:
+        if not isinstance(attend, CausalRows) or attend.segments is not None:
             raise ValueError("V4 targets run causal rows of one sequence each, and blocks over a decode state")
         return cls(jnp.zeros((requests,), jnp.int32)), None
 
