@@ -54,7 +54,8 @@ def test_programs_have_the_options(words: list[str], capsys: pytest.CaptureFixtu
 def test_the_python_lines_run(capsys: pytest.CaptureFixture[str]) -> None:
     (code,) = blocks("python")
     exec(compile(code, "README.md", "exec"), {})
-    assert "66" in capsys.readouterr().out
+    text, accepted = capsys.readouterr().out.rsplit(maxsplit=1)
+    assert text and float(accepted) >= 1
 
 
 def test_make_targets_exist() -> None:
