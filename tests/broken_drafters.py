@@ -1,4 +1,4 @@
-"""The embedded drafter, retrained for some seconds as if a trainer had one of the silent off-by-ones of FIELD 4f."""
+"""The embedded drafter, retrained for some seconds as if a trainer had one of the silent off-by-ones of rule 96."""
 
 from dataclasses import dataclass, replace
 from functools import partial

@@ -1,6 +1,6 @@
 """Golden checks of the target's forward pass and of DSpark training: activations, losses, metrics, gradients, schedule.
 
-`check_train` takes a model case with a Qwen3 target, `check_schedule` the case `aux` (formats: golden/NOTES.md). Both
+`check_train` takes a model case with a Qwen3 target, `check_schedule` the case `aux`. Both
 yield (name, max_abs_err, tolerance, ok); gradient errors are relative to the tensor's largest entry.
 """
 

@@ -63,7 +63,7 @@ def test_names_and_shapes_are_deepspecs(tmp_path: Path) -> None:
         "confidence_head.proj.weight": (1, HIDDEN + 6),
         "confidence_head.proj.bias": (1,),
     }
-    # A tied target's embedding is written as the head too (golden/NOTES 5).
+    # A tied target's embedding is written as the head too (docs/algorithm.md, rule 18).
     np.testing.assert_array_equal(stored["lm_head.weight"], shared_tables(target).embed)
 
 

@@ -160,7 +160,7 @@ def test_a_new_kind_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_embedding_scale_is_rounded_to_the_storage_dtype(tmp_path: Path) -> None:
-    """sqrt(32) = 5.6569 is 5.65625 in bfloat16 (golden/NOTES 56)."""
+    """sqrt(32) = 5.6569 is 5.65625 in bfloat16 (docs/algorithm.md, rule 60)."""
     target = load_target(write_family(tmp_path, "gemma"), dtype="bfloat16")
     rows = target.model(target.params).embed(jnp.arange(5))
     table = np.asarray(target.params["embed_weight_vd"][:5], np.float32)
@@ -205,7 +205,7 @@ def test_drafters_of_a_multimodal_gemma_target() -> None:
     assert config["enable_moe_block"] is False and config["layer_types"] == ["full_attention"] * 2
     read = read_config(config)
     assert read.backbone.kv_shapes == ((2, 24),) * 2 and read.backbone.layers[0].window is None
-    # Sliding entries in a drafter's file change nothing: its layers are global ones (golden/NOTES 59).
+    # Sliding entries in a drafter's file change nothing: its layers are global ones (docs/algorithm.md, rule 64).
     assert read_config(config | {"layer_types": ["sliding_attention"] * 2}) == read
     paths = flatten_dict(split(skeleton(config))[1])
     assert ("backbone", "layers", 0, "layer_scalar") in paths
