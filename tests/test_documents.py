@@ -32,7 +32,8 @@ def cited_rules(text: str) -> set[int]:
 
 
 def test_the_rules_are_numbered_without_gaps() -> None:
-    assert NUMBERS == list(range(1, len(NUMBERS) + 1))
+    expected = list(range(1, len(NUMBERS) + 1))
+    assert expected == NUMBERS
 
 
 def test_citations_are_found_in_every_form() -> None:
