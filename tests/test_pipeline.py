@@ -159,7 +159,7 @@ def test_empty_cache_is_refused(tmp_path):
         writer.finish()
     empty = TargetCache(tmp_path)
     assert len(empty) == 0
-    with pytest.raises(UserError, match="every conversation was dropped"):
+    with pytest.raises(UserError, match="every training row was dropped"):
         Batches(empty, 1, seed=0, buckets=BUCKETS)
 
 

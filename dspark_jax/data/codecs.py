@@ -1,4 +1,4 @@
-"""How hidden states are stored: as they are, or as 8-bit codes with a float32 scale for each token and layer.
+"""Storage of hidden states: as they are, or as 8-bit codes with a float32 scale for each token and layer.
 
 A layer's states of one token share a scale, the largest magnitude over the codec's largest code: layers differ by
 orders of magnitude, and so do tokens. int8 spaces its codes evenly, float8_e4m3 by magnitude, which suits states of

@@ -57,7 +57,7 @@ class ConversationRecord:
     user_only: bool = False
 
     def segments(self) -> Segments:
-        """What stands before each answer; UserError, naming the place, where no user turn does."""
+        """The turns before each answer; UserError, naming the place, where none of them is the user's."""
         if self.user_only:
             return tuple((message,) for message in self.messages)
         try:

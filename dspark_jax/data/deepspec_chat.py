@@ -20,7 +20,7 @@ from dspark_jax.data.templates import render
 
 @dataclass(frozen=True)
 class DeepSpecFormat:
-    """How one family of chat templates marks an assistant's turn.
+    """The markers that one family of chat templates puts around an assistant's turn.
 
     Attributes:
         assistant_header: text after which an assistant turn starts.

@@ -91,7 +91,7 @@ class Batches:
         count = len(self.source)
         if count == 0:
             raise UserError(
-                "The cache has no samples: every conversation was dropped; lower min_loss_tokens or raise max_length."
+                "The cache has no samples: every training row was dropped; lower min_loss_tokens or raise max_length."
             )
         lengths = self.source.lengths
         if not self.buckets or list(self.buckets) != sorted(set(self.buckets)):
@@ -129,7 +129,7 @@ class Batches:
         return pad_batch([self.source[int(index)] for index in mine], self.length_at(step))
 
     def sample_ids_at(self, step: int) -> list[int]:
-        """Of every conversation of a step, over all hosts, row after row."""
+        """Sample ids of a step, packed ones included, over all hosts, row after row."""
         samples = [self.source[int(index)] for index in self.indices_at(step)]
         return [int(name) for sample in samples for name in sample.members or (sample.sample_id,)]
 

@@ -1,4 +1,4 @@
-"""What a target cache holds: its specification, one sample, and the bytes of one record.
+"""Contents of a target cache: its specification, one sample, and the bytes of one record.
 
 Letters: T tokens of a sample, m tapped layers, D hidden size of the target.
 """
@@ -42,7 +42,7 @@ SPEC_FIELDS: Schema = {
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """What a cache was made from. Two caches with equal specs hold the same records.
+    """Everything a cache was made from. Two caches with equal specs hold the same records.
 
     Attributes:
         target_name: path or hub id, for people.
@@ -86,7 +86,7 @@ class CacheSpec:
 
     @property
     def numpy_dtype(self) -> np.dtype:
-        """Of the stored states or codes."""
+        """Dtype of the stored states or codes."""
         return self.codec.dtype
 
     @property
@@ -117,10 +117,10 @@ class CacheSpec:
 
 @dataclass(frozen=True)
 class TokenSample:
-    """One conversation, or several in one row, as token ids.
+    """One training row, or several packed into one, as token ids.
 
     Attributes:
-        sample_id: index of its source conversation (dense numbers in a DeepSpec cache); of a packed row: its number.
+        sample_id: index of its training row (dense numbers in a DeepSpec cache); of a packed row: its number.
         input_ids: int32 [T].
         loss_mask: uint8 [T].
         segments: int32 [T] of a packed row: 1, 2, ... for one conversation after the other.

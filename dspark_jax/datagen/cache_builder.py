@@ -61,11 +61,11 @@ class CacheSettings:
     max_shard_mb: float = 256
     """MiB after which a shard is closed; a killed run loses at most one shard's work."""
     codec: Literal["bfloat16", "float32", "float8_e4m3", "int8"] = "bfloat16"
-    """How hidden states are stored; the last two take half of bfloat16's bytes, with a scale a token and layer."""
+    """Storage of hidden states; the last two take half of bfloat16's bytes, with a scale a token and layer."""
     compute_dtype: Literal["bfloat16", "float32"] | None = None
-    """Of the target's weights and activations; None: as its config says."""
+    """Dtype of the target's weights and activations; None: as its config says."""
     mesh: MeshSettings = MeshSettings(data=1, fsdp=-1)
-    """How the target is laid over the devices, where there are several; they share the rows of a batch."""
+    """Layout of the target over several devices; they share the rows of a batch."""
     thinking: bool = False
     """Let the chat template open with thinking."""
     estimate: bool = False
@@ -73,7 +73,7 @@ class CacheSettings:
 
     @classmethod
     def of_experiment(cls, config: TrainConfig) -> "CacheSettings":
-        """Those that an experiment decides; what it leaves open is empty."""
+        """The settings that an experiment fixes; those it leaves open are empty."""
         cache = cache_spec_of(config)
         return cls(
             target=cache.target,

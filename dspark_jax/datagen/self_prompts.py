@@ -17,7 +17,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from dspark_jax.data.conversations import read_prompt_records
 from dspark_jax.data.jsonl import ResumableJsonl, parse_line, read_lines
+from dspark_jax.data.templates import render
 from dspark_jax.errors import UserError
 from dspark_jax.readers import read_records
 from dspark_jax.serving.engine import Engine
@@ -126,19 +128,21 @@ def _texts(value: Any) -> tuple[str, ...]:
 
 
 def excluded_prompts(files: Iterable[Path]) -> set[str]:
-    """What must not be written: the user turns of evaluation sets ({"turns": [...]}) and conversations, compared as
-    words, whole and by their beginning."""
+    """User turns that must not be written, compared as words, whole and by their beginning.
+
+    Args:
+        files: evaluation sets ({"turns": [...]}) or conversations.
+
+    Raises:
+        UserError: a file that cannot be read, or a row of another form.
+    """
     found: set[str] = set()
     for file in files:
-        for number, line in read_lines(file):
-            row = parse_line(line, f"{file} line {number}")
-            turns = row.get("turns") if isinstance(row, Mapping) else None
-            if turns is None and isinstance(row, Mapping):
-                turns = [m.get("content", "") for m in row.get("messages", []) if m.get("role") == "user"]
-            for turn in turns or []:
+        for record in read_prompt_records(file):
+            for turn in (message["content"] for message in record.messages if message["role"] == "user"):
                 # Instructions that an evaluation adds stand on lines of their own.
-                for text in (turn, str(turn).split("\n")[0]):
-                    found.update(same_as(str(text)))
+                for text in (turn, turn.split("\n")[0]):
+                    found.update(same_as(text))
     return found
 
 
@@ -215,7 +219,7 @@ class Writer:
     def prefix(self, system: str, opener: str) -> tuple[int, ...]:
         """Token ids up to the opener of a user's turn, as the chat template renders it."""
         messages = [{"role": "system", "content": system}, {"role": "user", "content": _MARK}]
-        rendered = self.target.tokenizer.apply_chat_template(messages, tokenize=False)
+        rendered = render(self.target.tokenizer, messages, add_generation_prompt=False)
         before, mark, _ = rendered.partition(_MARK)
         if not mark:
             raise UserError(

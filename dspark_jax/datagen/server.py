@@ -129,7 +129,7 @@ class _Held:
         self._trusted = False
 
     def sift(self, done: Iterable[Future[Finished | Rejected]]) -> list[Finished | Rejected]:
-        """What may be handed on now; UserError when the first conversations were refused alike."""
+        """The conversations that may be handed on now; UserError when the first conversations were refused alike."""
         ended: list[Finished | Rejected] = []
         for future in done:
             try:
@@ -174,6 +174,6 @@ class _Held:
 
 
 def _kind(reason: str) -> str:
-    """What a refusal has in common with others: the status, or the sentence without its numbers."""
+    """The kind of a refusal: its status, or its sentence without the numbers."""
     status = re.search(r"\(HTTP \d+", reason)
     return status.group() if status else re.sub(r"\d+", "#", reason)

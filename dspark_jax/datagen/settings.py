@@ -56,7 +56,7 @@ class PrepareSettings:
     dedup: bool = True
     """Set aside conversations whose prompts an earlier one has."""
     bad_rows: Literal["stop", "set-aside"] = "stop"
-    """What a row that is no conversation does."""
+    """Whether a row that is no conversation ends the run or is set aside."""
     limit: int = 0
     """Conversations taken of each file, dataset or embedded domain; 0: all (math has no end and needs a limit)."""
     temperature: float = 0.7
@@ -76,9 +76,9 @@ class PrepareSettings:
     seed: int = 0
     """Decides, with a conversation's place in the input, its random numbers; and the order of embedded prompts."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Of the target's weights and activations; None: as its config says."""
+    """Dtype of the target's weights and activations; None: as its config says."""
     mesh: MeshSettings = MeshSettings(data=1, fsdp=-1)
-    """How the target is laid over the devices, where there are several."""
+    """Layout of the target over several devices."""
     thinking: bool = False
     """Let the chat template open with thinking."""
 
@@ -126,7 +126,7 @@ class PrepareSettings:
 
     @property
     def described(self) -> str:
-        """Where the prompts come from, for messages."""
+        """Origin of the prompts, for messages."""
         if self.prompts:
             return ", ".join(map(str, self.prompts))
         if self.dataset:

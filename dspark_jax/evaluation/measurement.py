@@ -41,9 +41,9 @@ class EvaluateSettings:
     limit: int = 0
     """Samples taken of each set; 0: all."""
     policy: PolicyName = "auto"
-    """How many drafts are verified in the timed passes; auto: what pays on this machine."""
+    """Verify lengths of the timed passes; auto: those that pay on this machine."""
     threshold: float = 0.5
-    """Of the threshold policy."""
+    """Confidence below which the threshold policy stops verifying."""
     thresholds: tuple[float, ...] = ()
     """Confidence thresholds to sweep (a program is compiled for each)."""
     sts: Path | None = None
@@ -152,7 +152,7 @@ class Evaluation:
 def speed_figures(
     samples: Sequence[Dialogue], passes: Sequence[tuple[Answered, Answered]], block: int
 ) -> dict[str, Any]:
-    """Of (plain, speculative) passes: medians of speeds, and what the policy drafted and verified (the first pass)."""
+    """Medians of speeds over (plain, speculative) passes; drafted and verified tokens of the first pass."""
     first = passes[0][1]
     made = list(first.generations.values())
     counts = Acceptance.of(made)
