@@ -18,30 +18,31 @@ GROUPS = {
 
 
 @program
-def main(argv: list[str]) -> None:
-    """Runs the program that the first word names with the words after it."""
+def main(argv: list[str]) -> int:
+    """Runs the program that the first word names with the words after it; returns its exit code."""
     programs = found_programs()
     if not argv or argv[0] in ("-h", "--help"):
         print(overview(programs))
-        return
+        return 0
     if argv[0] == "--version":
         from importlib.metadata import version
 
         print(version("dspark-jax"))
-        return
+        return 0
     name = argv[0].replace("_", "-")
     if name not in programs:
         hint = did_you_mean(name, programs)
         raise UserError(f"dspark has no subcommand {argv[0]}{hint or '; dspark --help lists them.'}")
-    run(name, programs[name], argv[1:])
+    return run(name, programs[name], argv[1:])
 
 
-def run(name: str, module: str, argv: Sequence[str]) -> None:
-    """Runs a program in this process; usage lines name it as it was called."""
+def run(name: str, module: str, argv: Sequence[str]) -> int:
+    """Runs a program in this process, whose usage lines then name the subcommand; returns its exit code."""
     sys.argv = [f"dspark {name}", *argv]
     path = source(module)
     imported = importlib.import_module(module_name(f"{module}.__main__" if path.stem == "__main__" else module))
-    imported.main(list(argv))
+    code = imported.main(list(argv))
+    return code if isinstance(code, int) else 0
 
 
 def overview(programs: dict[str, str]) -> str:
@@ -70,4 +71,4 @@ def summary(module: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,5 +1,6 @@
 """The command `dspark`, where programs are found, and the line that a program starts with."""
 
+import re
 from pathlib import Path
 
 import jax
@@ -41,6 +42,19 @@ def test_a_subcommand_is_run_or_corrected(capsys: pytest.CaptureFixture[str]) ->
             assert stop.value.code == code
         printed = capsys.readouterr()
         assert said in printed.out + printed.err
+
+
+def test_wings_import_their_own_files_relatively() -> None:
+    """In a wheel they are dspark_jax.programs.train and so on; an absolute import would work in a checkout alone."""
+    for folder in ("train", "infer", "configs"):
+        for file in (ROOT / folder).rglob("*.py"):
+            assert not re.search(r"^\s*(from|import) (train|infer|configs)\b", file.read_text(), re.MULTILINE), file
+
+
+def test_an_exit_code_is_handed_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["verify", str(resolve_folder("embedded", "drafter"))]) == 0
+    (tmp_path / "strange").mkdir()
+    assert command.main(["verify", str(tmp_path / "strange")]) == 2
 
 
 def test_a_program_is_started_with_this_interpreter() -> None:

@@ -22,7 +22,8 @@ from dspark_jax.report import acceptance_plot, table
 from dspark_jax.serving.prompts import EncodedPrompt, read_prompts
 from dspark_jax.serving.settings import EngineConfig, PolicyName
 from dspark_jax.targets.target import Target
-from infer.bench import BenchSettings, against_plain
+
+from ..bench import BenchSettings, against_plain
 
 # Of the target's two best logits: in float32, batches of other widths differ by less.
 NEAR_TIE = 1e-3
