@@ -1,7 +1,7 @@
 """`infer.generate` and `infer.bench` from beginning to end, and their answers to bad input: a sentence, exit code 2."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.drafters.registry import Drafter, drafter_hf_config, read_config, skeleton
 from dspark_jax.evaluation.acceptance import Acceptance
 from dspark_jax.evaluation.timing import Timed, alternate, median_ratio, median_speed
-from dspark_jax.serving.requests import Generation
+from dspark_jax.serving.engine import Engine
+from dspark_jax.serving.generate import drain
+from dspark_jax.serving.requests import Generation, Progress
 from dspark_jax.sharding import split
 from infer.bench import main as bench
 from infer.generate import main as generate
@@ -101,6 +103,28 @@ def test_generate_reads_files(folder: Path, tmp_path: Path, capsys: pytest.Captu
     assert [row["id"] for row in rows] == ["sum", "list", "code-1", "code-2", "code-3"]
     assert [row["domain"] for row in rows] == ["chat"] * 2 + ["code"] * 3
     assert "--- code-3\n" in capsys.readouterr().out
+
+
+def test_an_interrupt_keeps_the_answers_that_have_ended(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "answers.jsonl"
+    ended: list[Generation] = []
+
+    def interrupted(engine: Engine) -> Iterator[Progress]:
+        for progress in drain(engine):
+            yield progress
+            ended.extend([progress.generation] if progress.generation is not None else [])
+            if len(ended) == 2:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr("infer.generate.drain", interrupted)
+    argv = ["--target", folder / "target", "--prompts", folder / "code.jsonl", "--output", out, "--slots", "1", *SHORT]
+    with pytest.raises(SystemExit) as stop:
+        generate([str(word) for word in argv])
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert stop.value.code == 130 and [tuple(row["tokens"]) for row in rows] == [g.tokens for g in ended]
+    assert "2 of 3 answers had ended; they are in" in capsys.readouterr().err
 
 
 GENERATE: dict[str, tuple[list[str], str]] = {

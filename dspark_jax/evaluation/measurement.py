@@ -1,13 +1,14 @@
 """A drafter measured on evaluation sets: accepted length, acceptance by position, confidence, speed against plain."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from tqdm import tqdm
 
+from dspark_jax.config.cli import FLAT
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.evaluation.acceptance import Acceptance
 from dspark_jax.evaluation.answers import Answered, Proposals, answer, reach
@@ -40,25 +41,14 @@ class EvaluateSettings:
     """Let the chat template open with thinking."""
     limit: int = 0
     """Samples taken of each set; 0: all."""
-    policy: PolicyName = "auto"
-    """Verify lengths of the timed passes; auto: those that pay on this machine."""
-    threshold: float = 0.5
-    """Confidence below which the threshold policy stops verifying."""
     thresholds: tuple[float, ...] = ()
     """Confidence thresholds to sweep (a program is compiled for each)."""
-    sts: Path | None = None
-    """sts.json: calibrated temperatures for policies and figures."""
-    sps: Path | None = None
-    """sps.json: steps per second, for adaptive policies; None: profiled at the start."""
-    slots: int = 8
     max_new_tokens: int = 256
-    max_context: int = 0
-    """Positions that a conversation may take; 0: what the target holds."""
     repeats: int = 1
     """Timed passes of plain and speculative decoding, alternating."""
-    rounds_per_dispatch: int = 16
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] | None = None
+    engine: Annotated[EngineConfig, FLAT] = EngineConfig(smallest_prompt_bucket=128)
 
 
 @dataclass
@@ -74,38 +64,35 @@ class Evaluation:
     def __post_init__(self) -> None:
         settings = self.settings
         for temperature in settings.temperatures:  # a calibration for something else is refused before anything runs
-            temperatures_of(self.target, self.drafter, SamplingParams(temperature=temperature), settings.sts)
-        limit = min(settings.max_context or self.target.config.max_positions, self.target.config.max_positions)
+            temperatures_of(self.target, self.drafter, SamplingParams(temperature=temperature), settings.engine.sts)
+        limit = min(settings.engine.longest or self.target.config.max_positions, self.target.config.max_positions)
         samples = [sample for group in self.sets.values() for sample in group]
         reached = (reach(self.target, one, settings.max_new_tokens, settings.thinking) for one in samples)
         self.longest = min(limit, max(reached))
 
-    def engine(self, temperature: float, policy: PolicyName, threshold: float = 0.5) -> Engine:
-        settings = self.settings
+    def engine_of(self, temperature: float, policy: PolicyName, threshold: float = 0.5) -> Engine:
+        settings = self.settings.engine
         whole = (settings.slots * (self.drafter.config.block_size + 1),)
-        config = EngineConfig(
-            slots=settings.slots,
+        config = replace(
+            settings,
             longest=self.longest,
             policy=policy,
             threshold=threshold,
-            sts=settings.sts,
-            sps=settings.sps,
-            rounds_per_dispatch=settings.rounds_per_dispatch,
-            buckets=whole if policy == "fixed" else None,
-            smallest_prompt_bucket=128,
+            buckets=whole if policy == "fixed" else settings.buckets,
             stop_slots=max(1, len(self.target.stop_tokens)),
+            queue=None,
         )
-        engine = Engine(self.target, self.drafter, config, SamplingParams(settings.max_new_tokens, temperature))
+        engine = Engine(self.target, self.drafter, config, SamplingParams(self.settings.max_new_tokens, temperature))
         engine.warm_up()
         return engine
 
     def at(self, temperature: float) -> dict[str, Any]:
         """Figures of one temperature: by data set, their means by domain, and the mean of the domains."""
         settings = self.settings
-        plain = self.engine(temperature, "plain")
-        timed = self.engine(temperature, settings.policy, settings.threshold)
-        whole = timed if settings.policy == "fixed" else self.engine(temperature, "fixed")
-        swept = {value: self.engine(temperature, "threshold", value) for value in settings.thresholds}
+        plain = self.engine_of(temperature, "plain")
+        timed = self.engine_of(temperature, settings.engine.policy, settings.engine.threshold)
+        whole = timed if settings.engine.policy == "fixed" else self.engine_of(temperature, "fixed")
+        swept = {value: self.engine_of(temperature, "threshold", value) for value in settings.thresholds}
         rows: dict[str, Any] = {}
         for name, samples in tqdm(self.sets.items(), desc=f"temperature {temperature:g}", unit="set", disable=None):
             passes: list[tuple[Answered, Answered]] = []
@@ -138,7 +125,7 @@ class Evaluation:
         logits, accepted, observed = proposals.arrays()
         if not logits.size:
             return None
-        temperatures = np.array(temperatures_of(self.target, self.drafter, sampling, self.settings.sts))
+        temperatures = np.array(temperatures_of(self.target, self.drafter, sampling, self.settings.engine.sts))
         found: dict[str, Any] = {}
         for stage, scale in (("before", np.ones_like(temperatures)), ("after", temperatures)):
             survival = prefix_survival(logits, scale)
@@ -146,7 +133,7 @@ class Evaluation:
             found[stage] = {name: metrics.mean(name) for name in ("ece", "auc", "brier")}
             found[stage] |= {f"{name}_at": getattr(metrics, name).tolist() for name in ("ece", "auc", "brier")}
             found[stage]["reliability"] = reliability(survival, accepted, observed)
-        return found if self.settings.sts is not None else {"before": found["before"]}
+        return found if self.settings.engine.sts is not None else {"before": found["before"]}
 
 
 def speed_figures(

@@ -16,6 +16,12 @@ from dspark_jax.serving.requests import Generation, QueueFull, Timing
 from dspark_jax.serving.text import AnswerText, Decode
 
 
+NO_LAW = (
+    "The target gave no finite probabilities for the next token: its weights or the dtype that it runs in do not fit; "
+    "try float32."
+)
+
+
 @dataclass(frozen=True)
 class Counts:
     """Of a request since it was submitted: rounds, tokens that they committed, drafts verified and accepted by block
@@ -103,7 +109,7 @@ class Entry:
         self.seen = Seen(tokens, self.before.counts + counts, text, first)
         return kept is not None
 
-    def generation(self, reason: str, now: float, error: str = "") -> Generation:
+    def generation(self, reason: str, now: float) -> Generation:
         seen, counts = self.seen, self.seen.counts
         times = (now if at is None else at for at in (self.admitted, seen.first_token, now))
         return Generation(
@@ -118,7 +124,7 @@ class Entry:
             accepted_at=counts.accepted_at,
             drafted=counts.drafted,
             timing=Timing(*(at - self.submitted for at in times)),
-            error=error,
+            error=NO_LAW if reason == "error" else "",
         )
 
 
