@@ -15,7 +15,6 @@ from dspark_jax.serving.jobs import Job
 from dspark_jax.serving.requests import Generation, QueueFull, Timing
 from dspark_jax.serving.text import AnswerText, Decode
 
-
 NO_LAW = (
     "The target gave no finite probabilities for the next token: its weights or the dtype that it runs in do not fit; "
     "try float32."
