@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from dspark_jax.config.cli import config_names, from_json, load_config, parse, parse_named, program, to_json
+from dspark_jax.config.cli import (
+    config_names,
+    from_json,
+    load_config,
+    parse,
+    parse_named,
+    program,
+    table_of_experiments,
+    to_json,
+)
 from dspark_jax.config.schema import DataSettings, DrafterSettings, MeshSettings, OptimizerSettings, TrainConfig
 from dspark_jax.errors import UserError
 
@@ -34,8 +43,9 @@ def test_every_configuration_loads_and_survives_json(name: str) -> None:
     config = load_config(name)
     assert config.name == name
     assert from_json(TrainConfig, json.loads(json.dumps(to_json(config)))) == config
-    header = (ROOT / "configs" / f"{name}.py").read_text().split('"""')[1]
-    for part in ("Command:", "Hardware:", "Expected:", f"--config {name}"):
+    table = name in table_of_experiments()
+    header = (ROOT / "configs" / ("recipe.py" if table else f"{name}.py")).read_text().split('"""')[1]
+    for part in ("Command:", "Hardware:", "Expected:", f"    {name} " if table else f"--config {name}"):
         assert part in header
 
 

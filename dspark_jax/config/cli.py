@@ -23,7 +23,7 @@ import io
 import pkgutil
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar, get_type_hints, overload
@@ -91,12 +91,18 @@ def experiments() -> ModuleType:
 
 def config_names() -> list[str]:
     """Names that `load_config` knows, sorted."""
-    found = pkgutil.iter_modules(experiments().__path__)
-    return sorted(m.name for m in found if m.name not in NOT_EXPERIMENTS)
+    files = (module.name for module in pkgutil.iter_modules(experiments().__path__))
+    return sorted({*files, *table_of_experiments()} - NOT_EXPERIMENTS)
+
+
+def table_of_experiments() -> Mapping[str, Callable[[], Any]]:
+    """The experiments of `configs/recipe.py`, which differ by a target and a kind and have no file each."""
+    return importlib.import_module(f"{experiments().__name__}.recipe").EXPERIMENTS
 
 
 def load_config(name: str) -> Any:
-    """The configuration of `get_config()` in `configs/NAME.py`, or in the Python file that `name` is the path of.
+    """The configuration of `get_config()` in `configs/NAME.py`, of an entry in `configs/recipe.py`, or of `get_config()`
+    in the Python file that `name` is the path of.
 
     Raises:
       UserError: no such configuration or file, or a file without the function.
@@ -108,6 +114,8 @@ def load_config(name: str) -> Any:
     if stem not in known:
         hint = did_you_mean(stem, known)
         raise UserError(f"Unknown configuration {name}{hint} (known: {', '.join(known)}; or a path that ends in .py).")
+    if stem in table_of_experiments():
+        return table_of_experiments()[stem]()
     module = importlib.import_module(f"{experiments().__name__}.{stem}")
     if not hasattr(module, "get_config"):
         raise UserError(f"configs/{stem}.py has no get_config(): add one that returns the configuration.")
