@@ -36,6 +36,7 @@ LONG_FILES = (
     "test_loop",
     "test_v4_decoding",
     "test_run_trust",
+    "test_faults",
     "test_parity",
     "test_parity_families",
     "test_programs",

@@ -101,8 +101,9 @@ def table_of_experiments() -> Mapping[str, Callable[[], Any]]:
 
 
 def load_config(name: str) -> Any:
-    """The configuration of `get_config()` in `configs/NAME.py`, of an entry in `configs/recipe.py`, or of `get_config()`
-    in the Python file that `name` is the path of.
+    """A configuration by name: `configs/NAME.py` or an entry of `configs/recipe.py`; or by the path of a Python file.
+
+    A file gives what its `get_config()` returns.
 
     Raises:
       UserError: no such configuration or file, or a file without the function.
