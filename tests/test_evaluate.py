@@ -171,4 +171,4 @@ def test_evaluate_refuses(case: str, folder: Path, tmp_path: Path, capsys: pytes
     argv = [word.replace("{}", str(folder)) for word in argv] + ["--output", str(tmp_path / "out")]
     argv += ["--target", str(folder / "target"), "--drafter", str(folder / "drafter")]
     assert message in refused(main, argv, capsys)
-    assert not list(tmp_path.iterdir())
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -119,7 +119,7 @@ def test_traffic_and_traces_of_an_engine(tmp_path: Path) -> None:
     engine = Engine(*tiny_pair(), CONFIG, SAMPLING)
     closed = closed_loop(engine, Traffic(made_prompts(), 12), 3, 9)
     assert engine.idle and 6 <= len(closed.user_speeds) <= 9 and closed.tokens_per_second > 0
-    assert closed.verify_budget == pytest.approx(5.0) and 1 < closed.tau < 5
+    assert 4 < closed.verify_budget <= 5 and 1 < closed.tau < 5, "whole blocks, cut where a request ends"
     opened = poisson(engine, Traffic(made_prompts(), 12), 200.0, 8)
     assert engine.idle and len(opened.first_token_seconds) == len(opened.user_speeds) == 8
     assert all(a <= b for a, b in zip(opened.queued_seconds, opened.first_token_seconds, strict=True))
@@ -211,7 +211,7 @@ def test_load_measures_validates_and_simulates(folder: Path, tmp_path: Path, mon
     assert json.loads((tmp_path / "results.json").read_text()) == metrics
     rows = metrics["closed"]["2"]
     assert set(rows) == {"plain", "fixed", "causal"} and rows["plain"]["verify_budget"] == 1.0
-    assert rows["fixed"]["verify_budget"] == pytest.approx(4.0) and metrics["verdict"]["2"]["best_static"]
+    assert 3 < rows["fixed"]["verify_budget"] <= 4 and metrics["verdict"]["2"]["best_static"]
     assert set(metrics["simulator"]["by_users"]["2"]) == set(rows) and metrics["simulator"]["summary"]["largest"] >= 0
     for name in ("throughput", "budget"):
         assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -240,4 +240,4 @@ def test_load_refuses(case: str, folder: Path, tmp_path: Path, capsys: pytest.Ca
         argv += ["--target", str(folder / "target"), "--drafter", str(folder / "drafter")]
         argv += ["--prompts", str(folder / "prompts.jsonl")]
     assert message in refused(main, argv, capsys)
-    assert not list(tmp_path.iterdir())
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -84,8 +84,9 @@ class Generation:
     def accepted_length(self) -> float:
         """tau: tokens committed a round, the target's own included; 0 when the first token ended the request.
 
-        The last round counts whole where the limit of new tokens cuts it, since the drafts were accepted, and up to the
-        stop token where one ends it: an answer of two tokens may have an accepted length of 8.
+        A round counts up to the stop token or the limit of new tokens that ends the request, so the tokens but the
+        first, which comes from the prompt's own pass, are the committed ones. Behind a stop string, which only the host
+        sees, rounds count whole.
         """
         return self.committed / self.rounds if self.rounds else 0.0
 
