@@ -14,6 +14,8 @@ from tests.xla import FAST_COMPILER
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("XLA_FLAGS", FAST_COMPILER)
+# Profiles that engines measure are made once for all tests, and not kept among the user's.
+os.environ.setdefault("DSPARK_JAX_CACHE", str(Path(__file__).parents[1] / ".cache" / "dspark_jax"))
 
 # Files that take half a minute or more, the longest first: a worker that begins one last would keep the other waiting.
 # `make quick` leaves them out.
