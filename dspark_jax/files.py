@@ -17,6 +17,7 @@ from typing import Any
 import xxhash
 
 from dspark_jax.errors import UserError
+from dspark_jax.readers import reason_of
 
 WEIGHTS = ("*.safetensors", "*.gguf")
 _CHUNK = 1 << 22
@@ -64,8 +65,8 @@ def write_json(path: Path, value: Mapping[str, Any], *, indent: int = 1, sort_ke
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); give an output that can.") from error
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        raise UserError(f"{path} cannot be written ({reason_of(error)}); give an output that can.") from error
 
 
 def _plain(value: Any) -> Any:
@@ -271,11 +272,17 @@ def make_output(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
-    except OSError as error:
-        raise UserError(f"{folder} can't be written to ({error.strerror}); give an output folder that can.") from error
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder} can't be written to ({reason_of(error)}); give an output folder that can."
+        ) from error
 
 
 def check_new_folder(folder: Path) -> None:
     """UserError where the folder holds something: a model's files are not to be mixed with others."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    try:
+        occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be used ({reason_of(error)}); give another folder.") from error
+    if occupied:
         raise UserError(f"{folder} holds something already; give a folder that is empty or missing.")

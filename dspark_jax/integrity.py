@@ -35,7 +35,7 @@ from dspark_jax.data.pipeline import open_cache
 from dspark_jax.data.target_cache import TargetCache
 from dspark_jax.errors import UserError
 from dspark_jax.files import file_hash, weights_hash
-from dspark_jax.readers import check_fields, object_of, read_object, read_records, text
+from dspark_jax.readers import check_fields, object_of, read_object, read_records, reason_of, text
 from dspark_jax.serving.profile import Profile
 from dspark_jax.serving.temperatures import read_sealed
 from dspark_jax.sharding import split
@@ -61,7 +61,10 @@ def examine(path: Path) -> list[Finding]:
     Raises:
         UserError: nothing at the path is of a kind that this project knows.
     """
-    kinds = [name for name, (recognised, _) in KINDS.items() if recognised(path)]
+    try:
+        kinds = [name for name, (recognised, _) in KINDS.items() if recognised(path)]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({reason_of(error)}); give the folder of one.") from None
     if not kinds:
         what = "is" if os.path.lexists(path) else "does not exist; expected"
         raise UserError(f"{path} {what} none of: {', '.join(KINDS)}; give the folder of one.")

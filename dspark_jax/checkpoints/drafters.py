@@ -193,7 +193,7 @@ def save_drafter(
         ids = np.flatnonzero(member)
         tensors |= {"d2t": ids - np.arange(len(ids)), "t2d": member}
     # Before the first file is replaced: a manifest that stands beside other files would speak against them.
-    with suppress(OSError):
+    with suppress(OSError, ValueError):
         (folder / MANIFEST_FILE).unlink(missing_ok=True)
     write_tensors(folder / WEIGHTS_FILE, tensors)
     write_json(folder / CONFIG_FILE, stored)

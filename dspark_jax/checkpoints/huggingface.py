@@ -31,7 +31,7 @@ from dspark_jax.checkpoints.tensors import (
 from dspark_jax.errors import UserError
 from dspark_jax.files import file_hash
 from dspark_jax.programs import EMBEDDED, asset
-from dspark_jax.readers import check_fields, read_object
+from dspark_jax.readers import check_fields, read_object, reason_of
 from dspark_jax.sharding import ShardingRules, parameter_shardings, split
 from dspark_jax.targets.config import TargetConfig, config_sha256, text_config
 from dspark_jax.targets.fields import TOKEN_IDS
@@ -57,12 +57,15 @@ def resolve_folder(path_or_id: str | Path, kind: Literal["target", "drafter"] = 
     Raises:
         UserError: neither a folder nor a model that the hub gives.
     """
+    folder, name = Path(path_or_id), str(path_or_id)
+    try:
+        folder.is_dir()
+    except OSError as error:
+        raise UserError(f"{name} cannot be read ({reason_of(error)}); give a model folder that can.") from None
     if kind == "target" and (file := gguf_file(path_or_id)) is not None:
         return converted_folder(file)
-    folder = Path(path_or_id)
     if folder.is_dir():
         return folder
-    name = str(path_or_id)
     if name == EMBEDDED:
         return asset(f"{EMBEDDED}_{kind}")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):

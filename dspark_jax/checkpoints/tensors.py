@@ -343,7 +343,7 @@ def write_tensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with files.replacing(file) as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{file} cannot be written ({reason_of(error)}); give a folder that can.") from None
 
 
