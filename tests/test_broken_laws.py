@@ -29,7 +29,7 @@ from dspark_jax.targets.target import Target
 from tests.decoding_tiny import admission, kind_pair, prompts, tiny_pair
 from tests.test_lossless import PROMPT, exact_law, p_value
 
-V, EACH, BATCHES = 6, 48, 120
+V, EACH, BATCHES = 6, 48, 80
 HUGE = float(np.finfo(np.float32).max)
 
 # Rows of V draft logits as a broken drafter might give them; "late" and "sound" rows are its own, but for late's last.
@@ -96,8 +96,8 @@ def loop_of(kind: str, policy: VerifyPolicy) -> tuple[Damaged, LoopParams]:
     slots, width = EACH * len(DAMAGES), drafter.config.block_size + 1
     made = make_loop(target, drafter, EngineConfig(slots, 20, buckets=(slots * width,), stop_slots=1), policy)
     fields = {name: getattr(made, name) for name in DecodeLoop.__dataclass_fields__}
-    stairs = np.arange(slots, slots * width + 1)  # so fine and so cheap that nearly every draft is worth its price
-    costs = CostTable.of(tuple(stairs.tolist()), 1.0 + 1e-5 * (stairs - slots), 0.01)
+    stairs = np.arange(slots, slots * width + 1, EACH)  # so cheap that nearly every draft is worth its price
+    costs = CostTable.of(tuple(stairs.tolist()), 1.0 + 2e-6 * (stairs - slots), 0.01)
     tables = ScheduleTables.of(costs, [1.0] * made.block) if policy.needs_tables else None
     return Damaged(**fields), LoopParams(target.params, drafter.params, tables)
 

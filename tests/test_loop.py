@@ -342,6 +342,7 @@ def test_limits_are_exact() -> None:
         assert tokens_of(found) == [reference()[i % 10][:i] for i in range(1, NEW + 1)]
         assert {g.finish_reason for g in found} == {"length"} and found[0].rounds == 0
         assert [g.prompt_tokens for g in found] == [r.prompt for r in requests]
+        assert all(sum(g.accepted_at) <= g.committed == len(g.tokens) - 1 for g in found)
 
 
 def test_a_context_can_be_filled_to_its_end() -> None:
