@@ -53,7 +53,7 @@ def run(task: Task, folder: Path, scratch: Path, limit: int | None = None) -> tu
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         preexec_fn=None if limit is None else confine,
-        timeout=PATIENCE_SECONDS,
+        timeout=10 * PATIENCE_SECONDS,
     )
     return done.returncode, done.stderr.decode(errors="replace")
 
