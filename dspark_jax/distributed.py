@@ -1,13 +1,13 @@
-"""A job of several processes: how each learns of the others, and what they must do together.
+"""Jobs of several processes: joining, agreement, and collective transfers.
 
 JAX_COORDINATOR_ADDRESS   host:port of process 0 \\
 JAX_NUM_PROCESSES         how many there are       | all three, for processes started by hand
 JAX_PROCESS_ID            which one this is       /
 DSPARK_CLUSTER=auto       instead of them: as the TPU VM, SLURM, Open MPI or Kubernetes job says
-DSPARK_PEER_SECONDS       after so long without a sign of life a process is given up, and the job ends (default 100)
+DSPARK_PEER_SECONDS       a process that is silent for so long is given up, and the job ends (default 100)
 DSPARK_START_SECONDS      how long the first waits for the last at the start (default 300)
 
-Without any of the first four a process is alone. Nothing here waits for anything then.
+Without any of the first four a process is alone, and no function here waits.
 """
 
 import os
@@ -35,7 +35,7 @@ CLUSTER, PEER_SECONDS, START_SECONDS = "DSPARK_CLUSTER", "DSPARK_PEER_SECONDS", 
 
 @dataclass(frozen=True)
 class Job:
-    """What the environment says of a job; None in the first three: the cluster knows."""
+    """A job as the environment describes it; None in the first three fields: detected by the cluster."""
 
     coordinator: str | None
     processes: int | None
@@ -45,7 +45,7 @@ class Job:
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> "Job | None":
-        """None for a process that is alone; UserError for variables that do not go together."""
+        """None without such variables; UserError for variables that contradict one another."""
         given = [name for name in BY_HAND if environment.get(name)]
         cluster = environment.get(CLUSTER, "")
         if cluster not in ("", "auto"):
@@ -73,11 +73,11 @@ class Job:
 
 
 def initialize_from_environment() -> None:
-    """Joins the job that the environment tells of; call it before JAX is used. UserError where that cannot be done."""
+    """Joins the job that the environment describes; call it before JAX is used. UserError when joining fails."""
     job = Job.of(os.environ)
     if job is None or jax.distributed.is_initialized():
         return
-    # What other values there are need an MPI that is built in; the devices of TPUs and GPUs have their own.
+    # The other values need a build with MPI; TPUs and GPUs have collectives of their own.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(

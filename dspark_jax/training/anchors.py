@@ -1,4 +1,4 @@
-"""Which positions of a sequence become anchors, and the block of labels that follows each.
+"""Anchor sampling, and the block of labels that follows each anchor.
 
 Axes: B batch row, T position (padded), N anchor block, K block position.
 """
@@ -13,7 +13,7 @@ from dspark_jax.targets.attention import segment_starts
 
 
 class Blocks(NamedTuple):
-    """Everything the losses need to know of a batch's blocks; all of it follows from tokens, mask and anchors."""
+    """The blocks of a batch as the losses need them, derived from tokens, mask and anchors."""
 
     anchors: Int[Array, "b n"]  # 0 for dummies
     keep: Bool[Array, "b n"]  # False: a dummy that fills the row up to N

@@ -29,7 +29,7 @@ from dspark_jax.training.checksum import checksums
 State = TypeVar("State")
 HASHES = "hashes.json"
 NOTES, SCORE = "_CHECKPOINT_METADATA", "metrics/metrics"
-"""What Orbax reads of every step when it opens the folder."""
+"""Files of a step that Orbax reads when it opens the folder."""
 
 
 class Damaged(Exception):
@@ -144,7 +144,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        # What ends the block is the error to tell, and not what a save under way makes of the same full disk.
+        # The error that ends the block is reported, not the failure of a save under way on the same full disk.
         with suppress(Exception) if kind else nullcontext():
             self.close()
 
@@ -162,7 +162,7 @@ class Checkpoints:
         try:
             state = self._orbax.load(step, like)
             notes = self._orbax.metadata(step).custom_metadata
-        except Exception as error:  # whatever a reader makes of bytes that were changed
+        except Exception as error:  # a damaged file can raise anything in its reader
             if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
                 raise  # not the files: another process is gone
             raise Damaged(" ".join(str(error).split())[:200]) from error
@@ -196,7 +196,7 @@ class Checkpoints:
 
     @contextmanager
     def _reported(self) -> Iterator[None]:
-        """What the writing of a save raises, here or in its thread, as a sentence."""
+        """Turns an error of a save, raised here or in its thread, into a sentence."""
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""Accepted length in training: held-out prompts decoded with the drafter as it is, by the loop that serves it."""
+"""Accepted length during training: held-out prompts decoded with the current drafter, by the serving loop."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ TAU = "eval_tau"
 class Evaluator:
     """Every process decodes all prompts on a device of its own, with a copy of the target; all get the same figures.
 
-    The first call compiles; drafters of later steps meet the same programs.
+    The first call compiles; later calls reuse the same programs.
     """
 
     target: Target
@@ -59,7 +59,7 @@ class Evaluator:
                 min(heldout.settings.slots, len(heldout.prompts)), policy="fixed", smallest_prompt_bucket=64
             ),
             blank=Drafter(name, step.drafter, graphdef, {}, step.drafter_hf),
-            # One whole copy on every device: what the decode loop then runs on is local.
+            # One whole copy per device, so that the decode loop runs on local arrays.
             gather=jax.jit(lambda params: cast_params(params, dtype), out_shardings=step.placement.whole),
         )
 
@@ -69,7 +69,7 @@ class Evaluator:
             local = jax.tree.map(lambda x: x.addressable_data(0), self.gather(params))
             drafter = Drafter(self.blank.name, self.blank.config, self.blank.graphdef, local, self.blank.hf_config)
             found = figures(acceptance_by_domain(self.target, drafter, self.prompts, self.sampling, self.engine))
-        # By this one checkpoints are ranked, on every process alike.
+        # Checkpoints are ranked by this figure, so every process must have the same.
         return found | {TAU: from_first(found[TAU])}
 
 

@@ -41,7 +41,7 @@ class Offline:
         return self._step(state, self._shared, batch)
 
     def flush(self) -> None:
-        """Called before a checkpoint: what its steps leave behind beside it is on disk when this returns."""
+        """Called before a checkpoint: records that its steps produced are on disk when this returns."""
 
     def close(self) -> None:
         self.batches.close()
@@ -99,7 +99,7 @@ class Hybrid(Offline):
             yield from device_batches(run.batches, placement, start, min(self._switch, run.total_steps))
         if run.total_steps <= self._switch:
             return
-        # Asked for once the epoch's last step is under way: from here on the target is not needed.
+        # Reached while the epoch's last step runs; the target is not needed after it.
         stored = run.on(self._recorder.finish())
         self._target = None
         yield from device_batches(stored.batches, placement, max(start, self._switch), run.total_steps)

@@ -14,7 +14,7 @@ from dspark_jax.files import write_json
 
 
 class Preempted(Exception):
-    """The run was asked to end, and is saved."""
+    """SIGTERM arrived, and the run is saved."""
 
     def __init__(self, step: int):
         super().__init__(f"Stopped by SIGTERM after step {step}, which is saved; the same command continues there.")
@@ -37,7 +37,7 @@ class Preemption:
         return multihost_utils.reached_preemption_sync_point(step)
 
     def __enter__(self) -> "Preemption":
-        if jax.process_count() == 1:  # else jax.distributed listens for it
+        if jax.process_count() == 1:  # otherwise jax.distributed handles it
             self._before = signal.signal(signal.SIGTERM, self._note)
         return self
 

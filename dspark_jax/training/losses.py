@@ -51,7 +51,7 @@ def block_sums(
     blocks: Blocks,
     anchor_chunk: int,
 ) -> Sums:
-    """Sums over all blocks of the loss terms and of what the metrics need; see `_terms` for the names.
+    """Sums of the loss terms and metrics over all blocks; see `_terms` for the names.
 
     The context is computed once a row. Then each chunk of anchors runs backbone, heads, logits and sums, and
     repeats that in the backward pass, so nothing of size [N K, V] or [T + N K]^2 exists. `build` casts the parameters;
@@ -70,7 +70,7 @@ def block_sums(
         return chunk(blocks)
     parts = jax.tree.map(lambda x: _split_anchors(x, anchor_chunk), blocks)
     body = jax.checkpoint(chunk, prevent_cse=False)
-    # Of the same function that the scan runs, so that it is traced once for both.
+    # The shapes come from the function that the scan runs, so that it is traced once for both.
     zeros = jax.tree.map(
         lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(body, jax.tree.map(lambda x: x[0], parts))
     )
@@ -78,7 +78,7 @@ def block_sums(
 
 
 def _split_anchors(x: Array, size: int) -> Array:
-    """[B, N, ...] -> [chunks, B, size, ...]; N is filled up with zeros, which are dummy blocks of weight 0."""
+    """[B, N, ...] -> [chunks, B, size, ...]; N is padded with zeros: dummy blocks of weight 0."""
     padding = [(0, 0), (0, -x.shape[1] % size), *[(0, 0)] * (x.ndim - 2)]
     x = jnp.pad(x, padding)
     return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)

@@ -1,4 +1,4 @@
-"""Conversations that a run's own target reads: tokenised, and in hybrid mode the cache that the first epoch leaves."""
+"""Online and hybrid runs: tokenised conversations, and the cache that a hybrid run's first epoch writes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ def open_conversations(data: DataSettings, target: Target) -> Tokenised:
 
 @dataclass(frozen=True)
 class FirstEpoch:
-    """The sequences in the order in which the first epoch meets them: the order of the cache that it writes.
+    """The sequences in the order of the first epoch, which is the order of the cache that it writes.
 
     Attributes:
         sequences: the source beneath packed rows.
@@ -97,7 +97,7 @@ class FirstEpoch:
 
 
 class Recorder:
-    """Writes what the steps of the first epoch computed, each while the next one runs.
+    """Writes the states of the first epoch's steps, each while the next step runs.
 
     Steps that a resumed run computes again are not written twice. `flush` before a checkpoint is what makes the cache
     cover every step that the checkpoint has behind it. The first process of a job writes; the others bring it their
@@ -123,7 +123,7 @@ class Recorder:
         require_disk(folder, estimate_bytes(tokens, len(epoch.order), spec, SHARD_BYTES) - here)
         barrier("the cache's folder has been looked at")
         self._writer = CacheWriter(folder, spec, SHARD_BYTES) if is_first() else None
-        # What the first process has written, as all of them know it.
+        # Records written by the first process; every process holds the same number.
         self._next = int(from_first(self._writer.next_source if self._writer else 0))
         behind = int(epoch.firsts[min(start * epoch.batches.global_batch, len(epoch.firsts) - 1)])
         if self._next < behind:
@@ -134,13 +134,15 @@ class Recorder:
             )
         if not begun and self._next > 0:
             self.close()
-            raise UserError(f"{folder} is a cache without build.json, made elsewhere; give a new data.cache.")
+            raise UserError(
+                f"{folder} is a cache without build.json, which another program wrote; give a new data.cache."
+            )
         if not begun and is_first():
             write_settings(folder / "build.json", made)
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
 
     def take(self, step: int, stored: dict[str, jax.Array]) -> None:
-        """Writes the states of the step before, and keeps these for later."""
+        """Writes the states of the previous step, and keeps these until the next call."""
         self._write()
         for array in stored.values():
             if array.is_fully_addressable:
@@ -148,7 +150,7 @@ class Recorder:
         self._pending = step, stored
 
     def flush(self) -> None:
-        """All that was taken is on the disk, and the cache is finished where that is all there is."""
+        """Writes everything taken so far, and finishes the cache after the epoch's last record."""
         self._write()
         if self._writer and not self._writer.complete:
             if self._writer.next_source == len(self.epoch.order):
@@ -157,7 +159,7 @@ class Recorder:
                 self._writer.flush()
 
     def finish(self) -> TokenSource:
-        """The sequences from the cache, by their own numbers."""
+        """The cache's sequences under their original indices."""
         self.flush()
         self.close()
         barrier("the cache is written")
@@ -186,7 +188,7 @@ class Recorder:
         self._next = int(firsts[last])
 
     def _write_row(self, writer: CacheWriter, first: int, stop: int, states: dict[str, np.ndarray]) -> None:
-        """Those of a row's records from `first` to `stop` that the cache does not have."""
+        """Writes the records `first` to `stop` of a row that the cache does not have yet."""
         start = 0
         for record in range(first, stop):
             tokens = self.epoch.sequences[int(self.epoch.order[record])]

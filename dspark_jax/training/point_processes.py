@@ -83,7 +83,7 @@ class Runner:
         return self.failed
 
     def _settled(self, point: Point) -> bool:
-        """True once the point needs no more waiting: it was started here, or is finished."""
+        """Starts the point if a lane and its log are free; True once it is running here or finished."""
         free = sorted(set(range(self.jobs)) - {entry.lane for entry in self._running})
         if not free:
             return False
@@ -103,7 +103,7 @@ class Runner:
         return True
 
     def _give_cores(self, pid: int, lane: int) -> None:
-        """Processes that share cores wait for one another inside every parallel operation."""
+        """Pins a point to its share of the cores: processes that share cores stall each other."""
         if self.jobs == 1 or not hasattr(os, "sched_setaffinity"):
             return
         cores = sorted(os.sched_getaffinity(0))
@@ -119,7 +119,7 @@ class Runner:
         return False
 
     def _stop(self) -> None:
-        """Asks what still runs to save and end, and waits for it."""
+        """Terminates the running points and waits for them; each saves first."""
         for entry in self._running:
             entry.process.terminate()
         until = time.monotonic() + GRACE_SECONDS
@@ -146,7 +146,7 @@ def _terminated_as_interrupt() -> Iterator[None]:
 
 def last_line(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else []
-    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "it said nothing")
+    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "its log is empty")
 
 
 def report_failures(failed: dict[str, str], logs: Path) -> None:

@@ -63,7 +63,7 @@ def write_config(folder: Path, config: TrainConfig) -> None:
     write_json(folder / "config.json", to_json(config))
 
 
-# -- What the run is made from ---------------------------------------------------------------------------------------
+# -- Inputs of the run -------- ---------------------------------------------------------------------------------------
 
 
 def input_hashes(target: Path, data: DataSettings, cache: Path) -> dict[str, str]:
@@ -197,7 +197,7 @@ class MetricsLog:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        with suppress(UserError) if kind else nullcontext():  # the first error is the one to tell
+        with suppress(UserError) if kind else nullcontext():  # the first error is the one to report
             self.close()
 
     @contextmanager

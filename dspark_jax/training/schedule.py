@@ -27,7 +27,7 @@ def learning_rate_schedule(
         def cosine(k: Any) -> Any:
             return (1 + xp.cos(xp.pi * k / rest)) / 2
 
-        # A single step after the warm-up has c(1) = 0, and no quirk to hand over.
+        # With a single step after the warm-up c(1) is 0, and the quirk does not arise.
         scale = cosine(1) if rest > 1 else 1.0
         return xp.where(step < warmup, rising, base * cosine(xp.clip(step - warmup, 0, rest)) / scale)
 
@@ -37,8 +37,8 @@ def learning_rate_schedule(
 def make_optimizer(
     schedule: Callable[[Any], Any], betas: tuple[float, float], eps: float, weight_decay: float, clip_norm: float
 ) -> optax.GradientTransformation:
-    """AdamW after clipping by the global norm (clip_norm 0: no clipping). What has no gradient (Gemma's layer scalars,
-    a pruned vocabulary's head) does not decay either."""
+    """AdamW after clipping by the global norm (clip_norm 0: no clipping). Parameters without a gradient (Gemma's
+    layer scalars, a pruned vocabulary's head) do not decay either."""
     mask = None if weight_decay == 0 else _decays
     adamw = optax.adamw(schedule, b1=betas[0], b2=betas[1], eps=eps, weight_decay=weight_decay, mask=mask)
     return optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw

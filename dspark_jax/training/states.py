@@ -1,4 +1,4 @@
-"""Where a step's target states come from: the batch, as the cache stores them, or the frozen target in the step itself.
+"""Sources of a step's target states: the batch, as the cache stores them, or the frozen target inside the step.
 
 Axes: B batch row, T position, D hidden, m taps.
 """

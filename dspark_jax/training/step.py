@@ -145,7 +145,7 @@ def make_train_step(
         plan = objective.plan(batch, jax.random.fold_in(state.key, state.step))
         params = state.params
         if placement is not None and abstract is not None:
-            # Gathered once a step: left to the partitioner, every chunk of anchors would gather split parameters again.
+            # Gathered once per step: the partitioner alone would gather parameters again for every chunk of anchors.
             params = placement.gathered(params, jax.tree.map(lambda x: x.sharding, abstract.params))
             shared = placement.gathered(shared, placement.tables(shared))
 
@@ -174,7 +174,7 @@ def make_train_step(
             metrics["utilisation"] = jnp.mean(batch["lengths"]) / length
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         updated = optax.apply_updates(state.params, updates), opt_state
-        # Chosen on the device: the host learns of it from the metrics, and waits for nothing.
+        # Chosen on the device: the metrics report it, and the host never waits for it.
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(good, new, old), updated, (state.params, state.opt_state)
         )
@@ -215,7 +215,7 @@ def _over_micro_batches(
     steps: int,
     placement: Placement | None,
 ) -> tuple[Any, dict[str, Array]]:
-    """(sum of what `gradient` makes, the rows it stores) over micro-batches, one after the other."""
+    """(summed gradients and sums, stored rows) over sequential micro-batches."""
     _check_rows(batch["input_ids"].shape[0], steps, placement)
     if steps == 1:
         return gradient(batch, rows)
@@ -240,7 +240,7 @@ def _split_rows(x: Array, steps: int) -> Array:
 
 
 def _join_rows(x: Array) -> Array:
-    """What `_split_rows` did, undone."""
+    """The inverse of `_split_rows`."""
     return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
 
 

@@ -53,7 +53,7 @@ def _median(records: Records, key: str) -> float | None:
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The summary for people; what is not known on this machine is left out."""
+    """The summary as aligned text; figures that are unknown on this machine are left out."""
     rows = [
         ("steps", f"{summary['steps']}, in {summary['seconds']:.1f} s"),
         ("loss", _parts(summary, "loss", "ce_loss", "l1_loss", "confidence_loss")),

@@ -1,4 +1,4 @@
-"""What came out of a sweep: rows, a table, a plot."""
+"""Results of a sweep: rows, a table, a plot."""
 
 from collections.abc import Mapping
 from numbers import Real
@@ -14,8 +14,8 @@ MEASURED = ("loss", "tau_probabilistic", "eval_tau", "seconds")
 
 
 def summary_rows(sweep: Sweep, results: Mapping[str, Mapping[str, Any]]) -> list[Row]:
-    """A row a finished point, in the sweep's order: its name, the values of all fields that the sweep varies, and what
-    its metrics.json says."""
+    """One row per finished point, in the sweep's order: its name, the values of all varied fields, and the contents of
+    its metrics.json."""
     rows = []
     for diff in sweep.diffs:
         name = run_name(diff)

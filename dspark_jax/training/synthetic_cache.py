@@ -1,4 +1,4 @@
-"""A few records made on the spot, so that the training path runs where no cache has been built."""
+"""A small synthetic cache, for training runs where none has been built."""
 
 from functools import partial
 from pathlib import Path
@@ -19,8 +19,8 @@ def write_synthetic_cache(
 ) -> None:
     """Random tokens, the second half of each record supervised, with the target's real hidden states.
 
-    target: what `describe_target` gave; its parameters are read here and let go. A cache that is already there is left
-    as it is, an interrupted one is finished.
+    target: from `describe_target`; its parameters are loaded here and released. An existing cache is kept, an
+    interrupted one is finished.
     """
     spec = CacheSpec(
         target_name=target.name,
