@@ -261,12 +261,18 @@ def lock_descriptor(descriptor: int, path: Path, what: str, *, wait: bool = Fals
         raise UserError(f"Another process is writing {what} {path}; wait for it or give another output.") from error
 
 
-def make_output(folder: Path) -> None:
+def make_output(folder: Path, file: Path | None = None) -> None:
     """Makes a program's output folder before anything is computed, and tries it.
 
+    Args:
+        folder: of the output.
+        file: a further file that the program writes at its end; its folder is made and tried as well.
+
     Raises:
-        UserError: it can't be made or written to.
+        UserError: a folder can't be made or written to.
     """
+    if file is not None:
+        make_output(file.parent)
     probe = folder / f".writable-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)

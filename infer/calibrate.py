@@ -59,7 +59,7 @@ class CalibrateSettings:
 @program
 def main(argv: list[str]) -> None:
     settings = parse(CalibrateSettings, argv, description=__doc__)
-    make_output(settings.output)
+    make_output(settings.output, settings.results)
     announce(settings.dtype)
     target = load_target(settings.target, dtype=settings.dtype)
     drafter = load_drafter(settings.drafter, target, dtype=settings.dtype)

@@ -108,6 +108,8 @@ def test_an_accelerator_that_jax_cannot_use_is_named(tmp_path: Path, monkeypatch
 def test_an_output_is_made_and_tried_first(tmp_path: Path) -> None:
     make_output(tmp_path / "a" / "b")
     assert list((tmp_path / "a" / "b").iterdir()) == []
+    make_output(tmp_path / "a", tmp_path / "c" / "metrics.json")
+    assert (tmp_path / "c").is_dir()
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="can't be written to"):
         make_output(tmp_path / "file" / "inner")

@@ -114,7 +114,7 @@ def main(argv: list[str]) -> None:
         raise UserError("Repeats, requests-per-user and every concurrency must be 1 or more.")
     if not 0 <= settings.answer_spread <= 1:
         raise UserError(f"The answer spread is {settings.answer_spread}; expected a share, 0 to 1.")
-    make_output(settings.output)
+    make_output(settings.output, settings.results)
     announce(settings.dtype)
     if settings.simulate is not None:
         metrics = simulated(settings, read_traces(settings.simulate))

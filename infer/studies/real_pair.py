@@ -67,7 +67,7 @@ class RealPairSettings:
 @program
 def main(argv: list[str]) -> None:
     settings = parse(RealPairSettings, argv, description=__doc__)
-    make_output(settings.output)
+    make_output(settings.output, settings.result)
     announce(settings.dtype)
     target = load_target(settings.target, dtype=settings.dtype)
     drafter = load_drafter(settings.drafter, target, dtype=settings.dtype)

@@ -25,7 +25,7 @@ from dspark_jax.config.cli import divide_options, load_config, parse, parse_trai
 from dspark_jax.config.schema import TrainConfig
 from dspark_jax.devices import announce, machine
 from dspark_jax.errors import UserError
-from dspark_jax.files import write_json
+from dspark_jax.files import make_output, write_json
 from dspark_jax.planning.compiled import compiled, memory_of
 from dspark_jax.planning.estimate import tied_bytes
 from dspark_jax.planning.training import AbstractRun
@@ -70,6 +70,8 @@ def main(argv: list[str]) -> None:
     mine, rest = divide_options(argv, BenchOptions)
     options = parse(BenchOptions, mine)
     config = configuration(options, rest)
+    if options.results is not None:
+        make_output(options.results.parent)
     announce(config.compute_dtype)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     run = AbstractRun.of(config, mesh)
