@@ -37,7 +37,10 @@ from dspark_jax.checkpoints.serving_tables import (
 )
 from dspark_jax.checkpoints.target_tables import describe_target
 from dspark_jax.checkpoints.tensors import TensorFolder
+from dspark_jax.data.chat import encode_conversation, encode_prompt
+from dspark_jax.data.conversations import read_conversations, read_prompt_records
 from dspark_jax.data.pipeline import open_cache
+from dspark_jax.datagen.client import UnansweredError, read_answer
 from dspark_jax.errors import UserError
 from dspark_jax.files import require_same_settings, write_settings
 from dspark_jax.readers import read_records, read_tensor_header
@@ -88,7 +91,7 @@ def kinds_of_files(folder: Path) -> list[Kind]:
         load = lambda at=at: load_drafter(at, target)  # noqa: E731
         made += [Kind(f"{layout}-{file}", at / file, load) for file in ("config.json", "dspark.json")]
         made.append(Kind(f"{layout}-weights", at / "model.safetensors", load, tensors=True))
-    return made + _tables(folder) + _records(folder)
+    return made + _tables(folder) + _records(folder) + _chats(folder)
 
 
 def _tables(folder: Path) -> list[Kind]:
@@ -124,6 +127,55 @@ def _records(folder: Path) -> list[Kind]:
         Kind("settings", chosen, lambda: require_same_settings(chosen, {"seed": 1, "names": ["a"]}, folder)),
         Kind("metrics.jsonl", records, lambda: read_records(records)),
     ]
+
+
+def _chats(folder: Path) -> list[Kind]:
+    """Conversations as programs read them and write them on, and what a server answers."""
+    tokenizer = load_tokenizer(folder / "target")
+    files = {name: folder / f"chats/{name}" for name in ("talks.jsonl", "talks.json", "sharegpt.jsonl", "turns.jsonl")}
+    said = [
+        {"role": role, "content": text} for role, text in (("user", "Hi"), ("assistant", "Hello."), ("user", "So?"))
+    ]
+    talks = [{"id": str(i), "domain": "d", "messages": said} for i in range(2)]
+    turned = [{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}] * 2
+    (folder / "chats").mkdir()
+    for name, rows in (
+        ("talks.jsonl", talks),
+        ("sharegpt.jsonl", turned),
+        ("turns.jsonl", [{"turns": ["a", "b"]}] * 2),
+    ):
+        files[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files["talks.json"].write_text(json.dumps(talks))
+    reply, choice = folder / "chats/reply.json", {"message": {"content": "Hello."}, "finish_reason": "stop"}
+    reply.write_text(json.dumps({"choices": [choice], "usage": {"completion_tokens": 3}}))
+
+    def encode(path: Path) -> None:
+        for record in read_conversations(path):
+            encode_conversation(tokenizer, record.messages)
+            json.dumps({"id": record.id, **record.extra}, ensure_ascii=False).encode()
+
+    def prompts() -> None:
+        for record in read_prompt_records(files["turns.jsonl"]):
+            encode_prompt(tokenizer, record.segments()[0])
+
+    def answer() -> None:
+        try:
+            read_answer(reply.read_bytes())
+        except UnansweredError as error:
+            raise UserError(f"{error}.") from error
+
+    templated = folder / "templated/tokenizer_config.json"
+    template = (folder / "target/chat_template.jinja").read_text()
+    write_json(
+        templated, json.loads((folder / "target/tokenizer_config.json").read_text()) | {"chat_template": template}
+    )
+    (templated.parent / "tokenizer.json").write_bytes((folder / "target/tokenizer.json").read_bytes())
+
+    known = ("talks.jsonl", "talks.json", "sharegpt.jsonl")
+    made = [Kind(name, files[name], lambda name=name: encode(files[name])) for name in known]
+    made += [Kind("turns.jsonl", files["turns.jsonl"], prompts), Kind("reply.json", reply, answer)]
+    chat = lambda: encode_conversation(load_tokenizer(templated.parent), said)  # noqa: E731
+    return [*made, Kind("chat-template", templated, chat)]
 
 
 def write_json(path: Path, value: Any) -> None:

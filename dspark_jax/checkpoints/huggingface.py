@@ -28,6 +28,7 @@ from dspark_jax.checkpoints.tensors import (
     write_json,
     write_tensors,
 )
+from dspark_jax.data import chat
 from dspark_jax.errors import UserError
 from dspark_jax.files import file_hash
 from dspark_jax.programs import EMBEDDED, asset
@@ -243,18 +244,7 @@ def load_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer, or None when it has no tokenizer files. Never runs code from the folder."""
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None
-    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
-        if os.path.lexists(folder / name):
-            read_object(folder / name)
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except BaseException as error:  # of damaged files it raises nearly anything, panics of its Rust part included
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"The tokenizer in {folder} does not load ({reason}); copy its files again.") from None
+    return chat.load_tokenizer(folder)
 
 
 def count_known_tokens(tokenizer: Any, config: TargetConfig, name: str) -> int | None:

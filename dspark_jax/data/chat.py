@@ -24,6 +24,7 @@ import numpy as np
 
 from dspark_jax.data.templates import render
 from dspark_jax.errors import UserError
+from dspark_jax.readers import read_object
 
 Message = Mapping[str, Any]
 """One turn: "role" and "content", plus whatever else the tokenizer's template reads (tool_calls, ...).
@@ -303,11 +304,18 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
         (path / f).exists() for f in ("tokenizer.json", "tokenizer_config.json", "vocab.json")
     ):
         raise UserError(f"{path} holds no tokenizer: expected tokenizer.json beside tokenizer_config.json.")
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        if os.path.lexists(path / name):
+            read_object(path / name)
     try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except Exception as error:  # transformers raises many unrelated types for a bad folder
-        reason = str(error).strip().splitlines()[:1]
-        raise UserError(f"No tokenizer could be loaded from {folder}: {''.join(reason)}") from error
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        tokenizer("a b", add_special_tokens=False)  # some faults of a damaged configuration show in use alone
+        return tokenizer
+    except BaseException as error:  # of damaged files it raises nearly anything, panics of its Rust part included
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"The tokenizer in {folder} does not load ({reason}); copy its files again.") from None
 
 
 def tokenizer_hash(folder_or_tokenizer: Any) -> str:

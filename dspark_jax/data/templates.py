@@ -87,4 +87,4 @@ def _roles(messages: Sequence[Mapping[str, Any]]) -> str:
 
 def _reason(error: BaseException) -> str:
     said = " ".join(str(error).split())[:300].encode(errors="replace").decode()
-    return said or f"{type(error).__name__}."
+    return f"{(said or type(error).__name__).rstrip('.')}."
