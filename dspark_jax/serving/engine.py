@@ -138,7 +138,7 @@ class Engine:
 
     @property
     def occupancy(self) -> Occupancy:
-        """What the last dispatch was told of the load."""
+        """The load and signal of the last dispatch."""
         return self.metering.occupancy
 
     def step(self) -> list[Progress]:
@@ -198,7 +198,7 @@ class Engine:
         return self._harvest()
 
     def _dispatch(self, rounds: int) -> None:
-        occupancy = self.metering.told()
+        occupancy = self.metering.current()
         if self.recorder is not None:
             self.state, records = record_rounds(self.loop, self.params, self.state, occupancy, rounds)
             holders = {slot: entry.job.index for slot, entry in self._seats.items() if entry.decoding}
@@ -299,7 +299,7 @@ class Engine:
             for width in sorted(later):
                 self._run_chunk(blank_chunk(self.loop, 1, width), fresh=False)
             limits = jax.device_put((np.int32(0), np.bool_(False)))
-            self.state = run_rounds(self.loop, self.params, self.state, self.metering.told(), *limits)
+            self.state = run_rounds(self.loop, self.params, self.state, self.metering.current(), *limits)
             self.state = retire(self.loop, self.state, jax.device_put(np.zeros(self.config.slots, bool)))
             self._roster.settle()
 

@@ -47,7 +47,7 @@ def stream(
     sampling: SamplingParams = DEFAULT_SAMPLING,
     engine: EngineConfig = DEFAULT_ENGINE,
 ) -> Iterator[Progress]:
-    """Decodes every prompt and tells what each gains, dispatch by dispatch.
+    """Decodes every prompt and yields what each gains, dispatch by dispatch.
 
     Args:
         target: the model that decides.

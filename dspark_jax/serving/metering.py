@@ -1,4 +1,4 @@
-"""What a policy hears of the load: dispatches timed against what the cost table says that they take."""
+"""The load that a policy sees: dispatches timed against the seconds that the cost table predicts."""
 
 from dataclasses import dataclass, field
 
@@ -21,21 +21,21 @@ class Metering:
     signal: float = 1.0
     dispatch_seconds: float = 0.0
     occupancy: Occupancy = field(default_factory=Occupancy.of)
-    _told: tuple[float, float] = (1.0, 1.0)
+    _known: tuple[float, float] = (1.0, 1.0)
     _untimed: int = 0  # dispatches since one was timed
 
-    def told(self) -> Occupancy:
+    def current(self) -> Occupancy:
         """The occupancy for the next dispatch; the same arrays while nothing has changed."""
         known = (1.0 if self.meter is None else self.meter.load, self.signal)
-        if known != self._told:
-            self.occupancy, self._told = Occupancy.of(*known), known
+        if known != self._known:
+            self.occupancy, self._known = Occupancy.of(*known), known
         return self.occupancy
 
     def due(self, behind_prefill: bool) -> bool:
         """Whether the coming dispatch is to be timed.
 
-        A prefill's seconds say nothing about the rounds', and waiting for its end costs more than it tells: behind one,
-        one dispatch in `SELDOM_TIMED` is timed. The first, which may meet the compiler, is behind one.
+        A prefill's seconds say nothing about the rounds', and waiting for its end costs more than it is worth: behind
+        one, one dispatch in `SELDOM_TIMED` is timed. The first, which may meet the compiler, is behind one.
         """
         if self.meter is None:
             return False

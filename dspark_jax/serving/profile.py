@@ -48,7 +48,7 @@ class Profile:
     key: dict[str, Any]
     tokens: tuple[int, ...]
     contexts: tuple[float, ...]
-    rounds: tuple[tuple[float, ...], ...]  # [C][P] with drafting, but for the first rung: nobody drafts
+    rounds: tuple[tuple[float, ...], ...]  # [C][P] with drafting, but for the first rung, which is plain
     rounds_spread: tuple[tuple[float, ...], ...]
     drafting: tuple[float, ...]  # [C] the draft pass alone
     drafting_spread: tuple[float, ...]
