@@ -1,7 +1,8 @@
 """Which requests an engine has: those that wait, those in slots, and what each has made so far.
 
 Host bookkeeping alone, behind a lock of its own that is never held while the device works: `submit` and `cancel` do not
-wait for a dispatch. What a dispatch changes can be taken back (`mark`, `rewind`), so that an interrupted one leaves no trace.
+wait for a dispatch. What a dispatch changes can be taken back (`mark`, `rewind`), so that an interrupted one leaves no
+trace.
 """
 
 import threading
