@@ -39,6 +39,8 @@ LONG_FILES = (
     "test_infer_programs",
     "test_loop",
     "test_v4_decoding",
+    "test_v4_traps",
+    "test_v4_training",
     "test_run_trust",
     "test_broken_laws",
     "test_faults",

@@ -1,1 +1,1 @@
-"""Files in and out: Hugging Face targets, DeepSpec-native drafters."""
+"""Files in and out: targets (Hugging Face folders, GGUF, DeepSeek-V4), drafters in every layout, serving tables."""

@@ -1,1 +1,1 @@
-"""The small models that propose blocks of tokens; the loop and the trainer know them by `protocol.DrafterModel`."""
+"""The small models that propose blocks of tokens; loop and trainer know them by a protocol."""
