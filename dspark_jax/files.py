@@ -17,7 +17,7 @@ from typing import Any
 import xxhash
 
 from dspark_jax.errors import UserError
-from dspark_jax.readers import reason_of
+from dspark_jax.readers import check_fields, object_of, read_object, reason_of
 
 WEIGHTS = ("*.safetensors", "*.gguf")
 _CHUNK = 1 << 22
@@ -98,15 +98,11 @@ def require_same_settings(path: Path, settings: Mapping[str, Any], output: Path)
         UserError: the output was begun with other settings (names the first that differs, and both values), or `path`
             is no settings file.
     """
-    try:
-        recorded = json.loads(path.read_bytes())["settings"]
-        if not isinstance(recorded, dict):
-            raise TypeError("its settings are no JSON object")
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return False
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as settings ({error}); move {output} away and run again.") from error
-
+    stored, cure = read_object(path, expected="recorded settings"), f"move {output} away and run again"
+    check_fields(stored, {"settings": object_of()}, str(path), required=("settings",), cure=cure)
+    recorded = stored["settings"]
     wanted = json.loads(json.dumps(settings))
     for name in [*wanted, *recorded]:
         if recorded.get(name) != wanted.get(name):

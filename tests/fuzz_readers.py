@@ -24,6 +24,7 @@ import numpy as np
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from configs.debug import get_config
 from dspark_jax.checkpoints.drafters import load_drafter, save_drafter
 from dspark_jax.checkpoints.huggingface import load_target, load_tokenizer
 from dspark_jax.checkpoints.layouts import LAYOUTS
@@ -42,10 +43,17 @@ from dspark_jax.data.conversations import read_conversations, read_prompt_record
 from dspark_jax.data.pipeline import open_cache
 from dspark_jax.datagen.client import UnansweredError, read_answer
 from dspark_jax.errors import UserError
-from dspark_jax.files import require_same_settings, write_settings
+from dspark_jax.files import require_same_settings, weights_hash, write_settings
 from dspark_jax.readers import read_records, read_tensor_header
 from dspark_jax.serving.profile import Profile
 from dspark_jax.serving.temperatures import read_calibration, write_calibration
+from dspark_jax.training.run_folder import (
+    require_built_with,
+    require_same_inputs,
+    require_same_run,
+    write_config,
+    write_inputs,
+)
 from tests.drafters_tiny import write_pair
 from tests.families_tiny import FAMILIES
 from tests.kill_cache import write_cache
@@ -121,7 +129,15 @@ def _records(folder: Path) -> list[Kind]:
     chosen, records = folder / "settings.json", folder / "metrics.jsonl"
     write_settings(chosen, {"seed": 1, "names": ["a"]})
     records.write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": null}\n')
+    run = folder / "run"
+    write_config(run, get_config())
+    write_inputs(run, {"target weights": "a"})
+    build = folder / "built" / "build.json"
+    write_settings(build, {"weights_xxh3": weights_hash(folder / "target")})
     return [
+        Kind("run-config", run / "config.json", lambda: require_same_run(run, get_config())),
+        Kind("run-inputs", run / "inputs.json", lambda: require_same_inputs(run, {"target weights": "a"})),
+        Kind("cache-settings", build, lambda: require_built_with(build.parent, folder / "target")),
         Kind("cache-manifest", folder / "cache/manifest.json", lambda: open_cache(folder / "cache")),
         Kind("deepspec-manifest", deepspec / "manifest.json", lambda: open_cache(deepspec)),
         Kind("settings", chosen, lambda: require_same_settings(chosen, {"seed": 1, "names": ["a"]}, folder)),
@@ -280,7 +296,7 @@ def attempt(kind: Kind, damage: tuple[str, Any]) -> str:
         return "read"
     except UserError as error:
         sentence = str(error)
-        assert sentence.strip().endswith((".", "]")) and len(sentence) < 2000, (kind.name, damage, sentence)
+        assert sentence.endswith((".", "?")) and len(sentence) < 2000, (kind.name, damage, sentence)
         assert "\n" not in sentence, (kind.name, damage, sentence)
         return "refused"
     except Exception as error:

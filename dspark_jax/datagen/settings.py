@@ -1,12 +1,12 @@
 """The options of train.prepare_data."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from dspark_jax.config.schema import MeshSettings
 from dspark_jax.errors import UserError
+from dspark_jax.readers import parse_json
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
 
@@ -116,10 +116,7 @@ class PrepareSettings:
 
     @property
     def extra_fields(self) -> dict[str, Any]:
-        try:
-            fields = json.loads(self.server_extra)
-        except ValueError:
-            fields = None
+        fields = parse_json(self.server_extra.encode("utf-8", "surrogatepass"), "--server-extra")
         if not isinstance(fields, dict):
             raise UserError(f"--server-extra is {self.server_extra!r}; a JSON object was expected.")
         return fields

@@ -1,6 +1,5 @@
 """A whole run: the steps that are left of it, the export of its drafter, its summary."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from dspark_jax.distributed import barrier, bounded_by_peers, connect, fetch, fr
 from dspark_jax.drafters.registry import Drafter, skeleton
 from dspark_jax.errors import UserError
 from dspark_jax.files import lock_folder, write_json
+from dspark_jax.readers import read_object
 from dspark_jax.sharding import split
 from dspark_jax.targets.target import Target
 from dspark_jax.training.checkpoint import Checkpoints
@@ -146,13 +146,8 @@ def only_writer(folder: Path) -> Iterator[None]:
 def _left_alone(config: TrainConfig) -> Fitted:
     """A finished run; its drafter is exported again where it is gone."""
     folder = Path(config.folder)
-    try:
-        summary = json.loads((folder / "metrics.json").read_bytes())
-        best = summary.get("best_step")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"{folder / 'metrics.json'} cannot be read ({error}); remove it, and the same command writes it again."
-        ) from error
+    summary = read_object(folder / "metrics.json", expected="a run's summary (a run without one goes on)")
+    best = summary.get("best_step")
     lost = [name for name in (LAST, BEST) if not (folder / name / WEIGHTS_FILE).exists()]
     if LAST in lost or (BEST in lost and best is not None):
         _export_run(config)

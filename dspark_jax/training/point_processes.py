@@ -6,7 +6,6 @@ orphan instead of running the point twice.
 """
 
 import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from dspark_jax.errors import UserError
 from dspark_jax.programs import program_command
+from dspark_jax.readers import read_object
 
 TRIES = 2
 POLL_SECONDS = 0.1
@@ -41,7 +41,7 @@ class Point:
         return self.result.exists()
 
     def read(self) -> dict[str, Any]:
-        return json.loads(self.result.read_text(encoding="utf-8"))
+        return read_object(self.result, expected="the result of a point")
 
 
 @dataclass

@@ -1,6 +1,5 @@
 """Provenance of a drafter for the manifest beside its weights: inputs by hash, the answers' sampling, the loss."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from dspark_jax.data.pipeline import open_cache
 from dspark_jax.data.records import CacheSpec
 from dspark_jax.data.tokenised import Tokenised
 from dspark_jax.data.views import Packed, Truncated
+from dspark_jax.errors import UserError
+from dspark_jax.readers import read_object
 from dspark_jax.training.run import Run
 
 SPEC_FIELDS = ("target_name", "tokenizer_hash", "chat_template", "max_length", "min_loss_tokens", "num_sources",
@@ -77,7 +78,6 @@ def cache_provenance(
 def _read(path: Path) -> dict[str, Any]:
     """A note that may be missing: training doesn't depend on it."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(path)
+    except UserError:
         return {}
-    return content if isinstance(content, dict) else {}

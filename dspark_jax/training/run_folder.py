@@ -11,6 +11,7 @@ metrics.json     the last record and the run's totals; it is there exactly when 
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from dspark_jax.config.cli import from_json, to_json
 from dspark_jax.config.schema import DataSettings, TrainConfig
 from dspark_jax.errors import UserError
 from dspark_jax.files import file_hash, weights_hash, write_atomically, write_json
+from dspark_jax.readers import check_fields, object_of, read_object
 
 # A run may be laid out on other devices, saved more often or watched otherwise after a stop.
 FREE_TO_CHANGE = ("run_dir", "mesh", "checkpoint", "evaluation")
@@ -45,10 +47,11 @@ def require_same_run(folder: Path, config: TrainConfig) -> None:
                 "give a new folder with --run-dir."
             )
         return
+    stored = read_object(path, expected="the configuration of a run")
     try:
-        found = from_json(TrainConfig, json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); restore it or give a new folder with --run-dir.") from error
+        found = from_json(TrainConfig, stored)
+    except UserError as error:
+        raise UserError(f"{path} is no configuration of a run: {error}") from None
     difference = _first_difference(found, config)
     if difference:
         name, theirs, ours = difference
@@ -81,14 +84,9 @@ def input_hashes(target: Path, data: DataSettings, cache: Path) -> dict[str, str
 def require_same_inputs(folder: Path, inputs: Mapping[str, str]) -> None:
     """UserError when an input is not the one that the folder's run was begun with; a new run has none recorded."""
     path = folder / "inputs.json"
-    try:
-        recorded = json.loads(path.read_bytes())
-        if not isinstance(recorded, dict):
-            raise ValueError("no JSON object")
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}); restore it or give a new folder with --run-dir.") from error
+    recorded = read_object(path, expected="the hashes of a run's inputs")
     for name in [*inputs, *recorded]:
         if recorded.get(name) != inputs.get(name):
             raise UserError(
@@ -107,10 +105,9 @@ def require_built_with(cache: Path, target: Path) -> None:
     path = cache / "build.json"
     if not path.exists():  # a cache of another program
         return
-    try:
-        built = json.loads(path.read_bytes())["settings"].get("weights_xxh3")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as settings ({error}); restore it or build the cache again.") from error
+    stored = read_object(path, expected="the settings of a cache")
+    check_fields(stored, {"settings": object_of()}, str(path), required=("settings",), cure="build the cache again")
+    built = stored["settings"].get("weights_xxh3")
     if built is not None and built != weights_hash(target):
         raise UserError(
             f"The cache in {cache} holds the states of other weights than those in {target} (hash {built}, found "
