@@ -121,9 +121,10 @@ def attended_entries(attended: np.ndarray, width: int) -> np.ndarray:
 class Decoder:
     """A request decoded in blocks of up to `width` rows, of which any number is kept."""
 
-    def __init__(self, target: Target, width: int):
+    def __init__(self, target: Target, width: int, size: int = CACHE_SIZE):
         self.target, self.width, self.length = target, width, 0
-        self._prefill, self._step = jax.jit(partial(_prefill, target, width)), jax.jit(partial(_step, target))
+        self._prefill = jax.jit(partial(_prefill, target, width, size))
+        self._step = jax.jit(partial(_step, target), donate_argnums=1)
         self.cache: Any = None
 
     def prefill(self, ids: np.ndarray) -> np.ndarray:
@@ -142,10 +143,10 @@ class Decoder:
         return np.asarray(logits[0, : len(ids)])
 
 
-def _prefill(target: Target, width: int, params: dict, ids: jax.Array) -> Any:
+def _prefill(target: Target, width: int, size: int, params: dict, ids: jax.Array) -> Any:
     model = target.model(params)
     out = model(ids, jnp.arange(ids.shape[1])[None], CausalRows())
-    cache = model.empty_cache(1, CACHE_SIZE, width, jnp.float32)
+    cache = model.empty_cache(1, size, width, jnp.float32)
     at = jnp.zeros((1,), jnp.int32)
     return model.logits(out.hidden), model.insert(cache, out.kv, at, at, at + ids.shape[1])
 

@@ -36,6 +36,7 @@ class StoredTensor(NamedTuple):
         return sizes[self.dtype] * int(np.prod(self.shape, dtype=np.int64))
 
 
+_QUANTISED_FIELDS = ("quantization_config", "expert_dtype")
 _FORMS = (
     ("fp4", r"\.ffn\.experts\."),
     ("fp8", r"\.attn\.(wq_a|wq_b|wkv|wo_a|wo_b)\.|\.indexer\.wq_b\.|\.shared_experts\.|\.(main|e|h)_proj\."),
@@ -94,9 +95,15 @@ def save_v4_target(folder: Path, hf_config: Mapping[str, Any], params: dict, dty
     _save(folder, hf_config, _encoded(table, params, dtype), dtype)
 
 
-def save_v4_drafter(folder: Path, drafter: Drafter, dtype: str) -> None:
+def save_v4_drafter(folder: Path, drafter: Drafter, dtype: str | None = None) -> None:
     """Writes the drafter's tensors, `mtp.*`, beside the target's config.json. Put among the target's files, with
-    their names in its index, they are the published repository; alone they load as a drafter of that target."""
+    their names in its index, they are the published repository; alone they load as a drafter of that target.
+
+    dtype: as `save_v4_target`'s; None: as published where the config.json speaks of a quantised repository.
+    """
+    if dtype is None:
+        published = "quantization_config" in drafter.hf_config
+        dtype = "published" if published else drafter.config.backbone.dtype
     table = v4_drafter_map(drafter.config, flatten_dict(drafter.params))
     _save(folder, target_config_of(drafter.hf_config), _encoded(table, drafter.params, dtype), dtype)
 
@@ -104,8 +111,10 @@ def save_v4_drafter(folder: Path, drafter: Drafter, dtype: str) -> None:
 def _save(folder: Path, hf_config: Mapping[str, Any], tensors: dict[str, np.ndarray], dtype: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_raw(folder / "model.safetensors", tensors)
-    wide = {} if dtype == "published" else {"torch_dtype": dtype}
-    write_json(folder / "config.json", {**hf_config, **wide})
+    kept = dict(hf_config)
+    if dtype != "published":
+        kept = {name: value for name, value in kept.items() if name not in _QUANTISED_FIELDS} | {"torch_dtype": dtype}
+    write_json(folder / "config.json", kept)
 
 
 def _encoded(table: TensorMap, params: dict, dtype: str) -> dict[str, np.ndarray]:

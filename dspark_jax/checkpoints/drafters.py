@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from dspark_jax.checkpoints.deepseek_v4_drafters import holds_v4, load_v4_drafter
+from dspark_jax.checkpoints.deepseek_v4_published import save_v4_drafter
 from dspark_jax.checkpoints.deepspec import drafter_tensor_map
 from dspark_jax.checkpoints.folder_layout import CONFIG_FILE, DRAFT_HEAD, EMBEDDING, HEAD, FolderLayout
 from dspark_jax.checkpoints.huggingface import DTYPES, resolve_folder
@@ -163,7 +164,7 @@ def save_drafter(
         folder: made where it is missing.
         drafter: as `load_drafter` or training gives it.
         target: the target that it was trained for.
-        layout: a name in `checkpoints.layouts`.
+        layout: a name in `checkpoints.layouts`; a DeepSeek-V4 drafter has the published one, `mtp.*`, whatever it is.
         dtype: of the stored tensors; None: the config's.
         frozen_copies: also write the copies of the target's embedding and head that the layout's readers expect, always
             untied; servers take the target's own where they are absent, and so does `load_drafter` for the head of a
@@ -174,6 +175,9 @@ def save_drafter(
     Raises:
         UserError: a drafter that the layout cannot express; nothing is written.
     """
+    if str(drafter.hf_config.get("model_type")) == "deepseek_v4":
+        save_v4_drafter(Path(folder), drafter, dtype)
+        return
     folder, form = Path(folder), layout_named(layout)
     native = {**drafter.hf_config, "dtype": dtype or drafter.config.backbone.dtype}
     stored = form.from_native(native, target)

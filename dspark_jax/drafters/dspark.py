@@ -15,10 +15,10 @@ from jaxtyping import Array, Float, Int
 from dspark_jax.drafters.backbone import Backbone
 from dspark_jax.drafters.config import DFlashConfig, DSparkConfig
 from dspark_jax.drafters.heads import ConfidenceHead, make_markov_head
-from dspark_jax.drafters.protocol import BlockOutput, DraftOutput, SampleFn, SharedTables
+from dspark_jax.drafters.protocol import BlockOutput, DraftOutput, DraftState, SampleFn, SharedTables
 from dspark_jax.sharding import param
 from dspark_jax.targets.attention import segment_starts
-from dspark_jax.targets.kv_cache import KVCache, append_rows, empty_cache, head_major
+from dspark_jax.targets.kv_cache import append_rows, empty_cache, head_major
 from dspark_jax.targets.layers import head_logits, normal
 
 
@@ -45,23 +45,23 @@ class DSpark(nnx.Module):
         self.block_size = config.block_size
         self.tap_layers = config.target_layer_ids
 
-    def init_state(self, requests: int, size: int, dtype: Any) -> KVCache:
+    def init_state(self, requests: int, size: int, dtype: Any) -> DraftState:
         return empty_cache(self.config.backbone.kv_shapes, requests, size, dtype)
 
     def prefill(
         self, shared: SharedTables, taps: Float[Array, "r t md"], tokens: Int[Array, "r t"], lengths: Int[Array, " r"]
-    ) -> KVCache:
+    ) -> DraftState:
         return self.context(taps)
 
     def commit(
-        self, shared: SharedTables, state: KVCache, taps: Float[Array, "r w md"], tokens: Int[Array, "r w"],
+        self, shared: SharedTables, state: DraftState, taps: Float[Array, "r w md"], tokens: Int[Array, "r w"],
         starts: Int[Array, " r"], counts: Int[Array, " r"],
-    ) -> KVCache:  # fmt: skip
+    ) -> DraftState:  # fmt: skip
         positions = starts[:, None] + jnp.arange(taps.shape[1])
         return append_rows(state, self.backbone.context(taps, positions), starts)
 
     def draft(
-        self, shared: SharedTables, state: KVCache, anchors: Int[Array, " r"], positions: Int[Array, " r"],
+        self, shared: SharedTables, state: DraftState, anchors: Int[Array, " r"], positions: Int[Array, " r"],
         sample: SampleFn,
     ) -> DraftOutput:  # fmt: skip
         """One parallel pass for h and U, then K cheap sequential draws from softmax(U_k + B_k)."""
@@ -97,7 +97,7 @@ class DSpark(nnx.Module):
             return shared.logits(hidden)
         return head_logits(hidden, jax.lax.stop_gradient(self.draft_head_pd[...]), shared.softcap)
 
-    def context(self, taps: Float[Array, "b t md"], segments: Int[Array, "b t"] | None = None) -> KVCache:
+    def context(self, taps: Float[Array, "b t md"], segments: Int[Array, "b t"] | None = None) -> DraftState:
         """Context K/V of whole rows, head-major [B, G, T, H] a layer; positions start at 0 in every segment."""
         positions = jnp.broadcast_to(jnp.arange(taps.shape[1]), taps.shape[:2])
         if segments is not None:
@@ -107,11 +107,11 @@ class DSpark(nnx.Module):
     def train_context(
         self, shared: SharedTables, taps: Float[Array, "b t md"], tokens: Int[Array, "b t"],
         segments: Int[Array, "b t"] | None = None,
-    ) -> KVCache:  # fmt: skip
+    ) -> DraftState:  # fmt: skip
         return self.context(taps, segments)
 
     def train_outputs(
-        self, shared: SharedTables, context: KVCache, previous: Int[Array, "b n k"], anchors: Int[Array, "b n"],
+        self, shared: SharedTables, context: DraftState, previous: Int[Array, "b n k"], anchors: Int[Array, "b n"],
         starts: Int[Array, "b n"] | None = None,
     ) -> BlockOutput:  # fmt: skip
         """Blocks at positions `anchors`, each seeing context before its anchor only.
@@ -126,7 +126,7 @@ class DSpark(nnx.Module):
         return BlockOutput(hidden, logits, self._confidence(hidden, embeddings))
 
     def _block_hidden(
-        self, shared: SharedTables, context: KVCache, tokens: Array, anchors: Array, starts: Array | None = None
+        self, shared: SharedTables, context: DraftState, tokens: Array, anchors: Array, starts: Array | None = None
     ) -> Array:
         count = self.block_size if self.config.sample_from_anchor else self.block_size + 1
         masks = jnp.full((*tokens.shape, count - 1), self.config.mask_token_id, tokens.dtype)

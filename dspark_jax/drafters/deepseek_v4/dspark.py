@@ -29,7 +29,7 @@ Rings = tuple[Array, ...]
 class V4DSpark(DSpark):
     """The draft state is a ring of context keys a stage; block keys are scratch, so there is nothing to roll back."""
 
-    config_type: ClassVar[type[V4DSparkConfig]] = V4DSparkConfig  # type: ignore[assignment]
+    config_type: ClassVar[type[V4DSparkConfig]] = V4DSparkConfig
 
     def __init__(self, config: V4DSparkConfig, *, rngs: nnx.Rngs):
         nnx.Module.__init__(self)
@@ -44,12 +44,12 @@ class V4DSpark(DSpark):
         self.confidence_head = ConfidenceHead(config, rngs=rngs, bias=False)
         self.config = config
         self.block_size, self.tap_layers = config.block_size, config.target_layer_ids
-        self.window, self.vocabulary = dims.window, None
+        self.dims, self.window, self.vocabulary = dims, dims.window, None
 
     # Decoding
 
     def init_state(self, requests: int, size: int, dtype: Any) -> Rings:
-        shape = (requests, self.window, self.config.dims.head_dim)
+        shape = (requests, self.window, self.dims.head_dim)
         return tuple(jnp.zeros(shape, dtype) for _ in self.stages)
 
     def prefill(
@@ -113,7 +113,7 @@ class V4DSpark(DSpark):
         noise = jnp.full((*tokens.shape, self.block_size - 1), self.config.mask_token_id, tokens.dtype)
         inputs = jnp.concatenate([tokens[..., None], noise], axis=-1)
         positions = anchors[..., None] + jnp.arange(self.block_size)
-        streams, made = spread_streams(shared.rows(inputs), self.config.dims.streams), []
+        streams, made = spread_streams(shared.rows(inputs), self.dims.streams), []
         for stage, keys in zip(self.stages, context, strict=True):
             streams = self._stage(stage, streams, inputs, positions, keys, allowed)
             made.append(streams)

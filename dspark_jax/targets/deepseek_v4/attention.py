@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dspark_jax.sharding import param
 from dspark_jax.targets.deepseek_v4.compressor import MASKED, Compressor
 from dspark_jax.targets.deepseek_v4.config import V4Config, V4LayerConfig
+from dspark_jax.targets.deepseek_v4.fake_quant import KeyRounding, round_index_rows
 from dspark_jax.targets.deepseek_v4.rings import rows_at
 from dspark_jax.targets.deepseek_v4.rope import rope_at, rotate_heads, rotate_tail
 from dspark_jax.targets.deepseek_v4.state import CompressedRows, LayerRows, LayerState, Placement
@@ -22,6 +23,11 @@ from dspark_jax.targets.layers import Rope, normal
 
 QUERY_CHUNK = 128
 """Rows of a block whose scores are held at once."""
+
+
+def unrounded(x: Array) -> Array:
+    """Keys as they are."""
+    return x
 
 
 class Keys(NamedTuple):
@@ -65,7 +71,8 @@ class Indexer(nnx.Module):
         heads, size, std = config.index_heads, config.index_dim, config.initializer_range
         self.q_weight_rqh = param(normal(rngs, (config.query_rank, heads, size), std), None, "heads", None)
         self.weights_proj_dq = param(normal(rngs, (config.hidden_size, heads), std), "embed", "heads")
-        self.compressor = Compressor(config, layer, size, rngs=rngs)
+        self.rounding = round_index_rows if config.quantised_caches else unrounded
+        self.compressor = Compressor(config, layer, size, self.rounding, rngs=rngs)
         self.top, self.scale = config.index_top, (heads * size) ** -0.5
 
     def queries(
@@ -74,7 +81,7 @@ class Indexer(nnx.Module):
         """(index queries, the weight of each head); `low` is the query's low-rank row after its norm."""
         q = jnp.einsum("...r,rqh->...qh", low, self.q_weight_rqh[...])
         weights = jnp.einsum("...d,dq->...q", x, self.weights_proj_dq[...], preferred_element_type=jnp.float32)
-        return rotate_heads(q, rope), weights
+        return self.rounding(rotate_heads(q, rope)), weights
 
     def scores(
         self, q: Float[Array, "r w q h"], weights: Float[Array, "r w q"], keys: Float[Array, "r n h"]
@@ -106,7 +113,8 @@ class V4Attention(nnx.Module):
         self.sink = param(jnp.zeros((q,)), "heads")
         self.oa_weight_gio = param(normal(rngs, (groups, q * h // groups, ro), std), "heads", None, None)
         self.ob_weight_god = param(normal(rngs, (groups, ro, d), std), "heads", None, "embed")
-        self.compressor = Compressor(config, layer, h, rngs=rngs) if layer.ratio else None
+        self.rounding = KeyRounding(config.rope_dim) if config.quantised_caches else unrounded
+        self.compressor = Compressor(config, layer, h, self.rounding, rngs=rngs) if layer.ratio else None
         self.indexer = Indexer(config, layer, rngs=rngs) if layer.indexed else None
         self.layer, self.window, self.rope_dim, self.eps = layer, config.window, config.rope_dim, config.rms_norm_eps
         self.scale = h**-0.5
@@ -124,7 +132,7 @@ class V4Attention(nnx.Module):
 
     def keys(self, x: Float[Array, "*n d"], rope: Rope) -> Float[Array, "*n h"]:
         """The vector that is a token's key and value: what the window's ring keeps."""
-        return rotate_tail(self.kv_norm(x @ self.kv_weight_dh[...]), rope)
+        return self.rounding(rotate_tail(self.kv_norm(x @ self.kv_weight_dh[...]), rope))
 
     def output(self, mixed: Float[Array, "*n q h"], rope: Rope) -> Float[Array, "*n d"]:
         """Turned back to position 0, then through the low-rank output of its group of heads."""

@@ -4,6 +4,7 @@ HCA pools each window of M tokens by itself. CSA pools two series of channels, t
 second of the window itself. An entry exists for queries once its window has closed.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from dspark_jax.targets.deepseek_v4.streams import Norm
 from dspark_jax.targets.layers import normal
 
 MASKED = -1e30
+Rounding = Callable[[Array], Array]
 
 
 class Closed(NamedTuple):
@@ -30,9 +32,9 @@ class Closed(NamedTuple):
 
 
 class Compressor(nnx.Module):
-    """`size` channels an entry; rows and entries are float32."""
+    """`size` channels an entry; rows and entries are float32. `rounding` is what entries pass before they are kept."""
 
-    def __init__(self, config: V4Config, layer: V4LayerConfig, size: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: V4Config, layer: V4LayerConfig, size: int, rounding: Rounding, *, rngs: nnx.Rngs):
         d, std = config.hidden_size, config.initializer_range
         self.ratio, self.series = layer.ratio, 2 if layer.indexed else 1
         self.size = size
@@ -41,6 +43,7 @@ class Compressor(nnx.Module):
         self.ape = param(normal(rngs, (layer.ratio, self.series * size), std), None, None)
         self.norm = Norm(size, config.rms_norm_eps, None)
         self.rope, self.rope_dim = layer.rope, config.rope_dim
+        self.rounding = rounding
 
     def raw(self, x: Float[Array, "*n d"], positions: Int[Array, "*n"]) -> Float[Array, "*n 2 c"]:
         """What a token gives to its window: content, and gate logits with the bias of its place in the window."""
@@ -62,7 +65,7 @@ class Compressor(nnx.Module):
         windows = rows.reshape(len(rows), -1, m, 2, self.series, self.size)
         pooled = self._pool(windows, first[:, None] + jnp.arange(count))
         ropes = rope_at(self.rope, self.rope_dim, (first[:, None] + jnp.arange(count)) * m)
-        return Closed(rotate_tail(self.norm(pooled), ropes), first)
+        return Closed(self.rounding(rotate_tail(self.norm(pooled), ropes)), first)
 
     def _pool(self, windows: Float[Array, "r n m 2 s c"], index: Int[Array, "r n"]) -> Float[Array, "r n c"]:
         if self.series == 1:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dspark_jax.errors import UserError
-from dspark_jax.readers import Schema, check_fields, integer, list_of, number, object_of, text
+from dspark_jax.readers import Schema, check_fields, flag, integer, list_of, number, object_of, text
 from dspark_jax.targets.config import (
     ExpertsConfig,
     LayerConfig,
@@ -37,7 +37,10 @@ class V4LayerConfig(LayerConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class V4Config(TargetConfig):
-    """What V4 has beside a `TargetConfig`; `layers` are `V4LayerConfig`s, `drafter_blocks` the `mtp.*` blocks."""
+    """What V4 has beside a `TargetConfig`; `layers` are `V4LayerConfig`s, `drafter_blocks` the `mtp.*` blocks.
+
+    `quantised_caches`: keys, entries and index rows are rounded as the served weights were trained (fake_quant.py).
+    """
 
     layers: tuple[V4LayerConfig, ...]
     window: int
@@ -56,6 +59,7 @@ class V4Config(TargetConfig):
     swiglu_limit: float
     drafter_blocks: int
     rope_theta: float
+    quantised_caches: bool = False
 
     def tap_width(self, tap_layers: Sequence[int]) -> int:
         """A layer's tap is a mean over streams; the id past the last layer taps the streams themselves."""
@@ -105,6 +109,7 @@ def v4_config(config: Mapping[str, Any]) -> V4Config:
         swiglu_limit=config["swiglu_limit"],
         drafter_blocks=len(ratios) - count,
         rope_theta=theta,
+        quantised_caches=config.get("quantised_caches", False),
     )
 
 
@@ -136,6 +141,7 @@ V4_FIELDS: Schema = {
     "compress_rope_theta": number(above=1),
     "compress_ratios": list_of(integer(0, 1 << 20), least=1, most=2048),
     "compress_rates": object_of(integer(1, 1 << 20)),
+    "quantised_caches": flag(),
     "mlp_layer_types": list_of(text(), most=1024),
 }  # fmt: skip
 

@@ -3,11 +3,23 @@
 Off unless config.json sets `quantised_caches`; the reference numbers are without it.
 """
 
+from dataclasses import dataclass
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 FP8_BLOCK, FP4_GROUP = 64, 32
+
+
+@dataclass(frozen=True)
+class KeyRounding:
+    """`round_keys` of heads with so many rotated channels: a value, so that equal modules are equal."""
+
+    rotated: int
+
+    def __call__(self, x: Float[Array, "*n h"]) -> Float[Array, "*n h"]:
+        return round_keys(x, self.rotated)
 
 
 def round_keys(x: Float[Array, "*n h"], rotated: int) -> Float[Array, "*n h"]:

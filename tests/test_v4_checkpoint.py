@@ -1,0 +1,204 @@
+"""DeepSeek-V4 folders: the published layout counted, read, written back; transformers' names; what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from dspark_jax.checkpoints.deepseek_v4 import transformers_name
+from dspark_jax.checkpoints.deepseek_v4_published import published_tensors, save_v4_target, stored_form
+from dspark_jax.checkpoints.drafters import load_drafter, save_drafter
+from dspark_jax.checkpoints.huggingface import load_target
+from dspark_jax.checkpoints.low_bit import (
+    RawFile,
+    ScaledTensor,
+    decode_fp4,
+    decode_fp8,
+    encode_fp4,
+    encode_fp8,
+    write_raw,
+)
+from dspark_jax.errors import UserError
+from dspark_jax.planning.published_targets import PUBLISHED
+from dspark_jax.targets.registry import read_target_config
+from tests.v4_tiny import v4_hf_config, v4_pair
+
+CASE = Path(__file__).parent / "data" / "deepseek_v4_checkpoint" / "target"
+
+
+@pytest.mark.parametrize(
+    ("name", "drafter", "count", "size"),
+    [
+        ("Flash-DSpark", "dspark", 72_317, 166_878_536_440),
+        ("Pro-DSpark", "dspark", 149_782, 892_727_580_904),
+        ("Pro", "mtp", 145_116, None),
+    ],
+)
+def test_published_repositories_from_shapes_alone(name: str, drafter: str, count: int, size: int | None) -> None:
+    """Tensors and bytes as the publisher's indices state them."""
+    tensors = published_tensors(PUBLISHED[f"deepseek-ai/DeepSeek-V4-{name}"], drafter)
+    assert len(tensors) == count
+    assert size is None or sum(tensor.nbytes for tensor in tensors.values()) == size
+
+
+def stored(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    files = [RawFile(path) for path in sorted(folder.glob("*.safetensors"))]
+    return {name: (entry.dtype, entry.shape) for file in files for name, entry in file.entries.items()}
+
+
+def same(first: dict, second: dict) -> None:
+    flat, other = flatten_dict(first), flatten_dict(second)
+    assert flat.keys() == other.keys()
+    for path, leaf in flat.items():
+        np.testing.assert_array_equal(leaf, other[path], err_msg=str(path))
+
+
+def test_a_published_folder_comes_back_in_the_same_form(tmp_path: Path) -> None:
+    """Target and drafter, written and read again: equal values, and the tensors that shapes alone foretell."""
+    target = load_target(CASE, dtype="float32", tokenizer=False)
+    drafter = load_drafter(CASE, target, dtype="float32")
+    save_v4_target(tmp_path / "target", target.hf_config, target.params, "published")
+    save_drafter(tmp_path / "drafter", drafter, target)
+    again = load_target(tmp_path / "target", dtype="float32", tokenizer=False)
+    same(again.params, target.params)
+    reloaded = load_drafter(tmp_path / "drafter", again, dtype="float32")
+    same(reloaded.params, drafter.params)
+    assert reloaded.hf_config == drafter.hf_config
+    foretold = {name: tuple(tensor) for name, tensor in published_tensors(target.hf_config, "dspark").items()}
+    assert stored(tmp_path / "target") | stored(tmp_path / "drafter") == foretold == stored(CASE)
+    written = RawFile(tmp_path / "target" / "model.safetensors").get_slice("layers.0.ffn.gate.tid2eid").array
+    assert written.dtype == np.int64
+
+
+@pytest.mark.parametrize("kind", ["dspark", "mtp"])
+def test_a_drafter_in_float_comes_back(kind: str, tmp_path: Path) -> None:
+    target, drafter = v4_pair(kind)
+    save_drafter(tmp_path, drafter, target, dtype="float32")
+    reloaded = load_drafter(tmp_path, target)
+    same(reloaded.params, drafter.params)
+    assert reloaded.config == drafter.config
+
+
+def test_transformers_names_hold_the_same_weights(tmp_path: Path) -> None:
+    """A folder with stacked experts and transformers' names, made from the published one."""
+    target = load_target(CASE, dtype="float32", tokenizer=False)
+    save_v4_target(tmp_path, target.hf_config, target.params, "float32")
+    file = RawFile(tmp_path / "model.safetensors")
+    tensors = {name: np.array(file.get_slice(name).array) for name in file.keys()}  # noqa: SIM118 - no dict
+    renamed = {transformers_name(name): x for name, x in tensors.items() if ".experts." not in name}
+    for layer in range(target.config.num_layers):
+        for stack, parts in (("gate_up_proj", ("w1", "w3")), ("down_proj", ("w2",))):
+            prefix = f"layers.{layer}.ffn.experts"
+            made = [np.concatenate([tensors[f"{prefix}.{e}.{w}.weight"] for w in parts]) for e in range(3)]
+            renamed[f"model.layers.{layer}.mlp.experts.{stack}"] = np.stack(made)
+    write_raw(tmp_path / "model.safetensors", renamed)
+    same(load_target(tmp_path, dtype="float32", tokenizer=False).params, target.params)
+
+
+def test_slices_of_quantised_tensors_are_slices_of_their_values() -> None:
+    """Blocks and groups that a device's part begins or ends inside."""
+    values = np.random.default_rng(0).normal(size=(200, 320)).astype(np.float32)
+    for codes, scales in (encode_fp8(values), encode_fp4(values)):
+        whole = (decode_fp4 if codes.dtype == np.int8 else decode_fp8)(codes, scales)
+        tensor = ScaledTensor(codes, scales)
+        assert tensor.get_shape() == [200, 320]
+        for index in ((slice(130, 190), slice(5, 301)), (slice(0, 7), slice(128, 131)), (slice(3, 4), slice(None))):
+            np.testing.assert_array_equal(tensor[index], whole[index])
+        again = (encode_fp4 if codes.dtype == np.int8 else encode_fp8)(whole)
+        np.testing.assert_array_equal((decode_fp4 if codes.dtype == np.int8 else decode_fp8)(*again), whole)
+        assert np.abs(whole - values).max() < 1.0
+
+
+def test_parts_of_a_sharded_read_are_parts_of_the_whole() -> None:
+    """Each device's part alone, by the layout of its parameter."""
+    from dspark_jax.checkpoints.deepseek_v4 import V4Folder, v4_tensor_map
+    from dspark_jax.checkpoints.tensors import _read_part
+
+    folder, target = V4Folder(CASE), load_target(CASE, dtype="float32", tokenizer=False)
+    flat = flatten_dict(target.params)
+    for path, source in v4_tensor_map(flat).items():
+        whole = np.asarray(flat[path])
+        index = tuple(slice(n // 2, n) for n in whole.shape)
+        slices = [folder.stored(name) for name, _ in source.parts(whole.shape)]
+        part = _read_part(slices, source, whole.shape, whole.dtype, "here", index)
+        np.testing.assert_array_equal(part, whole[index], err_msg=str(path))
+
+
+def test_what_stays_float32_and_whole_numbers() -> None:
+    target = load_target(CASE, dtype="bfloat16", tokenizer=False)
+    kinds = {path[-1]: leaf.dtype.name for path, leaf in flatten_dict(target.params).items()}
+    assert {kinds[name] for name in ("fn", "base", "scale", "ape", "sink", "bias")} == {"float32"}
+    assert kinds["table_vk"] == "int32" and kinds["gate_weight_edf"] == "bfloat16"
+    assert stored_form("layers.3.attn.compressor.wkv.weight") == "BF16"
+    assert jax.tree.leaves(target.params)
+
+
+# What is refused
+
+
+def copied(tmp_path: Path, **fields: Any) -> Path:
+    folder = Path(shutil.copytree(CASE, tmp_path / "folder"))
+    config = json.loads((folder / "config.json").read_text()) | fields
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_missing_scale_is_named(tmp_path: Path) -> None:
+    folder = copied(tmp_path)
+    path = folder / "model-00001-of-00003.safetensors"
+    file = RawFile(path)
+    kept = {name: np.array(file.get_slice(name).array) for name in file.entries if name != "layers.0.attn.wkv.scale"}
+    write_raw(path, kept)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    del index["weight_map"]["layers.0.attn.wkv.scale"]
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"layers\.0\.attn\.wkv\.weight without its layers\.0\.attn\.wkv\.scale"):
+        load_target(folder, tokenizer=False)
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    folder = copied(tmp_path)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(UserError, match="model-00002-of-00003.safetensors is missing"):
+        load_target(folder, tokenizer=False)
+
+
+def test_a_dspark_module_of_other_widths_is_refused(tmp_path: Path) -> None:
+    folder = copied(tmp_path, dspark_markov_rank=8)
+    target = load_target(CASE, dtype="float32", tokenizer=False)
+    with pytest.raises(UserError, match=r"confidence_head.* has shape \[1, 144\]; .* \[1, 136\]"):
+        load_drafter(folder, target)
+
+
+def test_a_folder_without_a_drafter_is_told(tmp_path: Path) -> None:
+    target = load_target(CASE, dtype="float32", tokenizer=False)
+    save_v4_target(tmp_path, target.hf_config, target.params, "published")
+    with pytest.raises(UserError, match="holds no drafter"):
+        load_drafter(tmp_path, target)
+
+
+TYPES = ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"compress_ratios": [0, 4, 16, 0, 0], "layer_types": TYPES, "compress_rates": {TYPES[2]: 8}}, "contradicts"),
+        ({"compress_ratios": [0, 4]}, "one a layer"),
+        ({"compress_ratios": [0, 4, 8, 4]}, "one 0 for each mtp block"),
+        ({"num_hash_layers": 2, "mlp_layer_types": ["hash_moe", "moe", "moe"]}, "contradicts itself: num_hash_layers"),
+        ({"model_type": "deepseek_v4_1"}, "model_type 'deepseek_v4_1'"),
+        ({"scoring_func": "sigmoid"}, "scoring_func 'sigmoid'"),
+        ({"num_attention_heads": 3}, "o_groups"),
+        ({"rope_scaling": {"type": "llama3", "factor": 2}}, "yarn or none"),
+        ({"hc_mult": "four"}, "hc_mult"),
+    ],
+)  # fmt: skip
+def test_a_wrong_config_gets_a_sentence(fields: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        read_target_config(v4_hf_config(**fields))

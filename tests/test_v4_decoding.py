@@ -1,0 +1,147 @@
+"""DeepSeek-V4 pairs in the compiled loop: greedy identity, the law at temperature 1, rollback over many rounds."""
+
+from dataclasses import replace
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dspark_jax.evaluation.timing import differences
+from dspark_jax.serving.engine import Engine
+from dspark_jax.serving.generate import generate
+from dspark_jax.serving.prompts import EncodedPrompt
+from dspark_jax.serving.requests import Generation
+from dspark_jax.serving.sampling import SamplingParams
+from dspark_jax.serving.settings import EngineConfig
+from dspark_jax.targets.attention import CachedBlock, CausalRows, PackedRows
+from tests.decoding_tiny import next_logits, prompts
+from tests.golden_v4 import Decoder
+from tests.test_lossless import NEAR_TIE, SLOTS, exact_law, p_value, samples
+from tests.v4_tiny import VOCAB, v4_pair, v4_target
+
+PROMPTS = prompts(16, VOCAB, seed=3)  # 1 to 20 tokens: windows of 4, 6 and 8 begin in every phase
+SAMPLING = SamplingParams(max_new_tokens=32, stop_tokens=())
+CONFIG = EngineConfig(rounds_per_dispatch=8, policy="fixed", longest=64)
+
+
+@cache
+def plain(kind: str, slots: int) -> tuple[Generation, ...]:
+    return tuple(generate(v4_pair(kind)[0], None, PROMPTS, SAMPLING, replace(CONFIG, slots=slots)))
+
+
+@pytest.mark.lossless
+@pytest.mark.parametrize(("kind", "slots"), [("dspark", 1), ("dspark", 8), ("mtp", 8)])
+def test_greedy_outputs_are_the_targets(kind: str, slots: int) -> None:
+    """Prompts go in by chunks of 8, and eight slots verify in packed buckets."""
+    target, drafter = v4_pair(kind)
+    block = drafter.config.block_size
+    buckets = (block + 1,) if slots == 1 else (slots * block, slots * (block + 1))
+    config = replace(CONFIG, slots=slots, prefill_chunk=8, smallest_prompt_bucket=8, buckets=buckets)
+    found = generate(target, drafter, PROMPTS, SAMPLING, config)
+    made = tuple(EncodedPrompt(str(i), kind, p) for i, p in enumerate(PROMPTS))
+    parted = differences(target, made, plain(kind, slots), found)
+    accepted, verified = (sum(sum(getattr(g, name)) for g in found) for name in ("accepted_at", "verified_at"))
+    assert all(d.gap < NEAR_TIE for d in parted) and len(parted) <= 1
+    assert 0.05 * verified < accepted < 0.95 * verified, (accepted, verified)
+
+
+def test_plain_decoding_is_the_target_without_a_state() -> None:
+    """Outputs of the loop against whole passes, which know no ring and no entry stored."""
+    target, _ = v4_pair("dspark")
+    for prompt, generation in zip(PROMPTS[:6], plain("dspark", 8), strict=False):
+        whole = [*prompt, *generation.tokens]
+        padded = np.zeros((1, 64), np.int32)
+        padded[0, : len(whole)] = whole
+        best = np.argmax(next_logits(target, padded)[0], axis=-1)
+        assert list(best[len(prompt) - 1 : len(whole) - 1]) == list(generation.tokens)
+
+
+@pytest.mark.lossless
+@pytest.mark.parametrize("kind", ["dspark", "mtp"])
+def test_samples_follow_the_targets_law(kind: str) -> None:
+    """The joint law of three tokens, and of the three that rounds alone make, over seeded requests."""
+    target, drafter = v4_pair(kind)
+    width = drafter.config.block_size + 1
+    engine = Engine(target, drafter, EngineConfig(slots=SLOTS, longest=20, buckets=(SLOTS * width,), policy="fixed"))
+    tokens, accepted = samples(engine.loop, engine.params, 11, batches=16)
+    law = exact_law(target)
+    first, later = p_value(tokens[:, :3], law.sum(3)), p_value(tokens[:, 1:], law.sum(0))
+    assert 0.1 < accepted < drafter.config.block_size - 0.1
+    assert min(first, later) > 1e-3, (first, later)
+
+
+def test_samples_do_not_depend_on_slots_or_neighbours() -> None:
+    target, drafter = v4_pair("dspark")
+    config, hot = replace(CONFIG, smallest_prompt_bucket=8), replace(SAMPLING, temperature=1.0)
+    one, four = replace(config, slots=1), replace(config, slots=8, prefill_chunk=8)
+    alone, together = (generate(target, drafter, PROMPTS[:8], hot, config) for config in (one, four))
+    assert [g.tokens for g in together] == [g.tokens for g in alone]
+
+
+def test_rounds_of_full_and_of_no_acceptance_leave_no_trace() -> None:
+    """1,000 rounds in which all or none of four rows are kept, then a block against a fresh prefill."""
+    target, rng = v4_target(7), np.random.default_rng(0)
+    decoder = Decoder(target, 4, size=1100)
+    kept = list(rng.integers(0, VOCAB, 5))
+    decoder.prefill(np.asarray(kept))
+    for turn in range(1000):
+        # Steps of 3 once in a while, so that blocks begin in every phase of the windows.
+        block, count = rng.integers(0, VOCAB, 4), (3 if turn % 100 == 98 else 4) if turn % 4 == 0 else 0
+        last = decoder.feed(block, count)
+        kept += list(block[:count])
+    whole = next_logits(target, np.asarray([[*kept, *block[count:]]]))[0]
+    np.testing.assert_allclose(last[count:], whole[len(kept) :], atol=2e-4)
+    np.testing.assert_allclose(decoder.feed(np.asarray(kept[:3]), 0)[0], next_logits(
+        target, np.asarray([[*kept, *kept[:3]]]))[0, len(kept)], atol=2e-4)  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [1, 2, 5])
+def test_blocks_of_any_width_at_any_phase(width: int) -> None:
+    """Rows through the state, one block after the other, against the whole pass; none dropped."""
+    target = v4_target(7)
+    tokens = np.random.default_rng(1).integers(0, VOCAB, 40)
+    decoder = Decoder(target, width)
+    rows = [decoder.prefill(tokens[:3])]
+    for at in range(3, 38, width):
+        rows.append(decoder.feed(tokens[at : at + width], width))
+    found = np.concatenate(rows)
+    np.testing.assert_allclose(found, next_logits(target, tokens[None, : len(found)])[0], atol=2e-4)
+
+
+def test_quantised_caches_change_keys_in_the_state_and_in_the_block_alike() -> None:
+    """Rounding moves logits, and rows through the state still give what the whole pass gives."""
+    fields = {"quantised_caches": True, "head_dim": 68, "index_head_dim": 32}
+    target = v4_target(7, **fields)
+    plain_target = v4_target(7, **fields | {"quantised_caches": False})
+    tokens = np.random.default_rng(1).integers(0, VOCAB, 24)
+    decoder = Decoder(target, 3)
+    rows = [decoder.prefill(tokens[:9]), *(decoder.feed(tokens[at : at + 3], 3) for at in range(9, 24, 3))]
+    whole = next_logits(target, tokens[None])[0]
+    np.testing.assert_allclose(np.concatenate(rows), whole, atol=2e-4)
+    assert np.abs(next_logits(plain_target, tokens[None])[0] - whole).max() > 1e-2
+
+
+def test_packed_rows_are_the_grids() -> None:
+    """A ragged verify pass on packed rows gives what each request's block gives, entries that it closes among them."""
+    target = v4_target(7)
+    starts, wanted = jnp.asarray([6, 3, 0]), np.asarray([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]], bool)
+    tokens = jnp.asarray(np.random.default_rng(2).integers(0, VOCAB, (3, 12)), jnp.int32)
+
+    @jax.jit
+    def run(params: dict, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+        model = target.model(params)
+        first = model(tokens[:, :6], jnp.broadcast_to(jnp.arange(6), (3, 6)), CausalRows())
+        cache = model.empty_cache(3, 32, 4, jnp.float32)
+        cache = model.insert(cache, first.kv, jnp.arange(3), jnp.zeros((3,), jnp.int32), starts)
+        columns = starts[:, None] + jnp.arange(4)
+        block = jnp.take_along_axis(tokens, columns, axis=1)
+        packed = PackedRows(index, 3, 4)
+        grid = model(block, columns, CachedBlock(cache, starts))
+        rows = model(packed.from_grid(block), packed.from_grid(columns), CachedBlock(cache, starts, packed))
+        return grid.hidden, packed.to_grid(rows.hidden)
+
+    index = jnp.nonzero(jnp.asarray(wanted).ravel(), size=8, fill_value=12)[0]
+    grid, packed = run(target.params, index)
+    np.testing.assert_allclose(np.asarray(packed)[wanted], np.asarray(grid)[wanted], atol=1e-4)
