@@ -104,10 +104,17 @@ def drafter_hf_config(
 ) -> dict[str, Any]:
     """The config.json of a new drafter: a deep copy of the target's text config, common fields, the kind's own.
 
+    A family with a drafter of this kind of its own has that, whose blocks have the target's sizes.
     The sizes replace the draft layers' own, None keeps the target's; `settings` go to the kind's `hf_fields`, and have
     the defaults of `DrafterSettings`. Raises UserError if the result is no valid drafter of that target.
     """
-    target, described = read_target_config(target_hf_config), drafter_kind(kind)
+    target = read_target_config(target_hf_config)
+    if (own := OWN_DRAFTERS.get(f"{target.model_type}_{kind}")) is not None:
+        fields = {"num_layers": num_layers, "target_layer_ids": target_layer_ids, "dtype": dtype}
+        config = own.module.config_type.native(target_hf_config, **SETTING_DEFAULTS | settings | fields)
+        own.module.config_type.from_hf_dict(config).check_target(target)
+        return config
+    described = drafter_kind(kind)
     given = {
         "intermediate_size": intermediate_size,
         "num_attention_heads": num_attention_heads,

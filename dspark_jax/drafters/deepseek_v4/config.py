@@ -1,6 +1,6 @@
 """The configs of V4's drafters: the target's own config.json, in which their fields stand."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,6 +11,7 @@ from dspark_jax.targets.deepseek_v4.config import V4Config
 from dspark_jax.targets.registry import read_target_config
 
 ARCHITECTURES = {"dspark": "DeepseekV4DSparkModel", "mtp": "DeepseekV4MTPModel"}
+_STORED_FORM = ("quantization_config", "expert_dtype", "dtype", "torch_dtype")
 _OURS = ("architectures", "num_anchors", TARGET_SHA_FIELD)
 
 
@@ -24,6 +25,15 @@ def native_config(target_hf_config: Mapping[str, Any], kind: str, **fields: Any)
 def target_config_of(native: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json that a published folder has for `native`: without the fields that are ours alone."""
     return {key: value for key, value in native.items() if key not in _OURS}
+
+
+def _trained(target_hf_config: Mapping[str, Any], kind: str, blocks: int, **fields: Any) -> dict[str, Any]:
+    """The config of a drafter to be trained, of so many blocks, for the target with this config.json."""
+    target = cast(V4Config, read_target_config(target_hf_config))
+    kept = {name: value for name, value in target_hf_config.items() if name not in _STORED_FORM}
+    ratios = [*(layer.ratio for layer in target.layers), *[0] * blocks]
+    native = native_config(kept | {"compress_ratios": ratios} | fields, kind, num_anchors=fields["num_anchors"])
+    return native | {TARGET_SHA_FIELD: config_sha256(target_hf_config)}
 
 
 def _common(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,6 +68,27 @@ class V4DSparkConfig(DSparkConfig):
             "draft_vocabulary": None,
         }
 
+    @classmethod
+    def native(
+        cls, target_hf_config: Mapping[str, Any], *, num_layers: int, target_layer_ids: Sequence[int], dtype: str,
+        block_size: int, markov_rank: int, mask_token_id: int | None, num_anchors: int, **_: Any,
+    ) -> dict[str, Any]:  # fmt: skip
+        """The config of a new module of `num_layers` stages; settings that it has no use for pass by."""
+        noise = target_hf_config.get("dspark_noise_token_id") if mask_token_id is None else mask_token_id
+        if noise is None:
+            raise UserError("The drafter has no noise token; name an unused token with --drafter.mask-token-id.")
+        return _trained(
+            target_hf_config,
+            "dspark",
+            num_layers,
+            dspark_block_size=block_size,
+            dspark_noise_token_id=noise,
+            dspark_target_layer_ids=list(target_layer_ids),
+            dspark_markov_rank=markov_rank,
+            num_anchors=num_anchors,
+            torch_dtype=dtype,
+        )
+
     @property
     def last_tap(self) -> int:
         """Taps are means over streams, which no norm has touched: the last layer's too."""
@@ -89,6 +120,14 @@ class V4MTPConfig(BlockConfig):
     def read_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         common = _common(config)
         return common | {"block_size": 1, "target_layer_ids": (common["num_target_layers"],)}
+
+    @classmethod
+    def native(
+        cls, target_hf_config: Mapping[str, Any], *, num_layers: int, target_layer_ids: Sequence[int], dtype: str,
+        num_anchors: int, **_: Any,
+    ) -> dict[str, Any]:  # fmt: skip
+        """The config of a new block."""
+        return _trained(target_hf_config, "mtp", 1, num_anchors=num_anchors, torch_dtype=dtype)
 
     @property
     def last_tap(self) -> int:

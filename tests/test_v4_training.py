@@ -1,0 +1,94 @@
+"""DeepSeek-V4's drafters in training: blocks are what decoding drafts from, and a step lowers the loss."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dspark_jax.checkpoints.drafters import shared_tables
+from dspark_jax.drafters.registry import drafter_hf_config, new_drafter
+from dspark_jax.training.losses import LossOptions
+from dspark_jax.training.objective import BlockObjective
+from dspark_jax.training.schedule import learning_rate_schedule, make_optimizer
+from dspark_jax.training.states import TargetStates
+from dspark_jax.training.step import init_train_state, make_eval_step, make_train_step
+from tests.v4_tiny import VOCAB, v4_hf_config, v4_pair, v4_target
+
+
+def greedy(logits: jax.Array, offset: int) -> tuple[jax.Array, jax.Array]:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32), logits
+
+
+@pytest.mark.parametrize("kind", ["dspark", "mtp"])
+def test_training_blocks_are_the_blocks_of_decoding(kind: str) -> None:
+    """At anchors from 1 to the end, beyond the window too, with the state prefilled whole or committed in parts."""
+    target, drafter = v4_pair(kind)
+    shared, rng = shared_tables(target), np.random.default_rng(0)
+    tokens = jnp.asarray(rng.integers(0, VOCAB, (3, 16)), jnp.int32)
+    width = target.config.tap_width(drafter.config.target_layer_ids)
+    taps = jnp.asarray(rng.standard_normal((3, 16, width)), jnp.float32)
+    anchors = jnp.asarray([2, 9, 15])
+
+    @jax.jit
+    def run(params: dict) -> Any:
+        model = drafter.model(params)
+        anchor = jnp.take_along_axis(tokens, anchors[:, None], axis=1)[:, 0]
+        whole = model.prefill(shared, taps, tokens, anchors)
+        drafts = model.draft(shared, whole, anchor, anchors, greedy)
+        half = anchors // 2
+        state = model.prefill(shared, taps, tokens, half)
+        columns = half[:, None] + jnp.arange(8)
+        rest = jnp.take_along_axis(taps, columns[..., None], axis=1), jnp.take_along_axis(tokens, columns, axis=1)
+        parts = model.commit(shared, state, *rest, half, anchors - half)
+        again = model.draft(shared, parts, anchor, anchors, greedy)
+        previous = jnp.concatenate([anchor[:, None], drafts.tokens[:, :-1]], axis=1)
+        context = model.train_context(shared, taps, tokens)
+        return (
+            drafts.probs,
+            again.probs,
+            model.train_outputs(shared, context, previous[:, None], anchors[:, None]).logits,
+        )
+
+    whole, parts, trained = run(drafter.params)
+    np.testing.assert_allclose(parts, whole, atol=2e-5)
+    np.testing.assert_allclose(trained[:, 0], whole, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["dspark", "mtp"])
+def test_a_drafter_learns_from_a_frozen_target(kind: str) -> None:
+    """Online: the target runs inside the step, and only the drafter's parameters move."""
+    target = v4_target(3, 0.3, compress_ratios=(0, 4, 8))
+    native = drafter_hf_config(
+        target.hf_config, kind=kind, num_layers=1, target_layer_ids=(1, 2), block_size=3, markov_rank=8, num_anchors=8,
+        mask_token_id=5, dtype="float32",
+    )  # fmt: skip
+    drafter = new_drafter("fresh", native, jax.random.key(0))
+    assert drafter.target_sha256 == target.config_sha256
+    objective = BlockObjective(drafter.graphdef, drafter.config, LossOptions(0.1, 0.9, 1.0, 4.0, 8))
+    schedule = learning_rate_schedule(2e-2, total_steps=40, warmup_ratio=0.1)
+    optimizer = make_optimizer(schedule, (0.9, 0.999), 1e-8, 0.0, 1.0)
+    states = TargetStates(target.graphdef, drafter.config.target_layer_ids)
+    rows = jnp.asarray(np.random.default_rng(1).integers(0, VOCAB, (8, 16)), jnp.int32)
+    batch = {"input_ids": rows, "loss_mask": jnp.ones_like(rows, jnp.uint8), "lengths": jnp.full((8,), 16)}
+    seen = dict(batch) | states.read(jax.jit(states.stored)(target.params, batch), batch)
+    step, state = make_train_step(objective, optimizer, schedule), init_train_state(native, optimizer, seed=0)
+    evaluate = partial(make_eval_step(objective), key=jax.random.key(9))
+    shared = shared_tables(target)
+    before = evaluate(state.params, shared, seen)
+    for _ in range(30):
+        state, _ = step(state, shared, seen)
+    after = evaluate(state.params, shared, seen)
+    assert after["loss"] < 0.8 * before["loss"]
+    assert after["tau_probabilistic"] > before["tau_probabilistic"]
+
+
+def test_settings_become_the_published_fields() -> None:
+    target = v4_hf_config(compress_ratios=[0, 4, 8])
+    how: dict[str, Any] = {"num_layers": 2, "target_layer_ids": (0, 2), "markov_rank": 4, "num_anchors": 8}
+    native = drafter_hf_config(target, block_size=5, mask_token_id=1, dtype="float32", **how)
+    assert native["compress_ratios"] == [0, 4, 8, 0, 0]
+    assert (native["dspark_block_size"], native["dspark_markov_rank"], native["dspark_noise_token_id"]) == (5, 4, 1)
+    assert native["dspark_target_layer_ids"] == [0, 2]
