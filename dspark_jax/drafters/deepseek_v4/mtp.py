@@ -46,7 +46,7 @@ class V4MTP(nnx.Module):
         self.collapse = Collapse(dims, rngs=rngs)
         self.norm = Norm(d, eps)
         self.config = config
-        self.block_size, self.tap_layers = 1, config.target_layer_ids
+        self.block_size, self.tap_layers, self.vocabulary = 1, config.target_layer_ids, None
         self.window, self.streams = dims.window, dims.streams
 
     def inputs(
