@@ -56,7 +56,7 @@ class Finding:
 
 
 def examine(path: Path) -> list[Finding]:
-    """What lies at a path: a run with its drafters, a drafter with its calibration and profile, or one thing alone.
+    """Examines a path: a run with its drafters, a drafter with its calibration and profile, or one thing alone.
 
     Raises:
         UserError: nothing at the path is of a kind that this project knows.

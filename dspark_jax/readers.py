@@ -189,7 +189,7 @@ def _check_tree(value: Any, fail: Callable[[str], UserError]) -> None:
 
 @dataclass(frozen=True)
 class Check:
-    """What a field may hold: `holds(value)` decides, `expected` says it in a sentence."""
+    """The values that a field may hold: `holds(value)` decides, `expected` names them in a sentence."""
 
     expected: str
     holds: Callable[[Any], bool]
@@ -296,7 +296,7 @@ def shown(value: Any, most: int = 60) -> str:
 
 
 def kind_of_value(value: Any) -> str:
-    """What a JSON value is, for a sentence: `null`, `text`, `a list of 3`, `an object`."""
+    """The kind of a JSON value, for a sentence: `null`, `text`, `a list of 3`, `an object`."""
     if value is None or isinstance(value, bool):
         return _encoded(value)
     if isinstance(value, list):
@@ -318,7 +318,7 @@ def _encoded(value: Any) -> str:
 
 
 def reason_of(error: Exception) -> str:
-    """What the system says of a failed file operation, without its path and number."""
+    """The system's reason for a failed file operation, without path and number."""
     return getattr(error, "strerror", None) or str(error)
 
 

@@ -86,7 +86,7 @@ class ConformanceSettings:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was measured. `off`: the conventions that are wrong, most telling first."""
+    """The measurements. `off`: the conventions that are wrong, the clearest first."""
 
     comparisons: list[Comparison]
     edges: Edges

@@ -2,7 +2,7 @@
 
     python -m infer.export --drafter assets/embedded_drafter --target assets/embedded_target --layout specforge --out D
 
-The layout of --drafter is found out by its config.json. docs/interop.md says who reads which layout. What a layout
+The layout of --drafter is detected from its config.json. docs/interop.md says who reads which layout. What a layout
 can't express is refused in a sentence, and nothing is written.
 """
 
@@ -31,7 +31,7 @@ class ExportSettings:
     """Folder to write; it must be empty or missing."""
     layout: Literal["deepspec", "specforge", "speculators"] = "deepspec"
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Of the stored tensors; None: as the drafter's config says."""
+    """Dtype of the stored tensors; None: as the drafter's config says."""
     frozen_copies: bool = True
     """Also write the copies of the target's embedding and head that the layout's readers expect."""
     vocabulary_maps: bool = False

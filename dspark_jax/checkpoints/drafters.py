@@ -1,4 +1,4 @@
-"""Drafters on disk, in any layout: found out by config.json when loaded, chosen by name when saved."""
+"""Drafters on disk, in any layout: detected from config.json when loaded, chosen by name when saved."""
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -139,7 +139,7 @@ def load_drafter(
     if vocabulary is not None and borrowed:
         rows = draft_head(shared_tables(target), vocabulary).astype(storage)
         params[_DRAFT_HEAD_PATH[0]] = rows if shardings is None else jax.device_put(rows, shardings[_DRAFT_HEAD_PATH])
-    # Last, since what was checked so far is told in more fitting sentences.
+    # Last: a fault that an earlier check explains is better named by that check.
     if compare_manifest:
         check_integrity(folder, target)
     return Drafter(str(path_or_id), config, graphdef, params, hf_config)

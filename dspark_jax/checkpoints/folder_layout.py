@@ -1,6 +1,6 @@
-"""What a layout of drafter folders is: its config.json and tensor names, translated to DeepSpec's and back.
+"""The interface of a layout of drafter folders: its config.json and tensor names, translated to DeepSpec's and back.
 
-DeepSpec's own layout is the common tongue: `DrafterConfig` reads its config, parameters map to its tensors.
+DeepSpec's own layout is the common form: `DrafterConfig` reads its config, parameters map to its tensors.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ class FolderLayout(Protocol):
 
     @property
     def layer_id_base(self) -> int:
-        """What is added to a 0-based layer id where it is stored."""
+        """Added to a 0-based layer id where it is stored."""
         ...
 
     @property

@@ -41,7 +41,7 @@ from dspark_jax.targets.target import Target
 
 HEAD_TENSOR = "lm_head.weight"
 HASHES_FILE = "hashes.json"
-"""What `save_target` leaves for infer.verify: names of files and their hashes."""
+"""Names of files and their hashes, written by `save_target` and checked by infer.verify."""
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
@@ -215,7 +215,7 @@ def target_tensor_map(paths: Iterable[ParamPath], prefix: str = "model") -> dict
 
 
 def parameter_dtypes(config: TargetConfig, leaves: Mapping[ParamPath, Any], storage: Any) -> dict[ParamPath, Any]:
-    """What each parameter is kept in: `storage`, but for tables of ids and what the family computes in float32."""
+    """The dtype of each parameter: `storage`, but for tables of ids and what the family computes in float32."""
     wide = TARGETS[config.model_type].float32
 
     def dtype(path: ParamPath, leaf: Any) -> Any:

@@ -27,8 +27,12 @@ STEPWISE = "one token a step: hidden state t with token t + 1 at position t pred
 
 @dataclass(frozen=True)
 class Provenance:
-    """What only the trainer knows; {} where it isn't known. `sampling`: how the answers were drawn (temperature, top_k,
-    top_p, seed). `sources`: data and hashes, `loss`: weights of the loss, and the like."""
+    """The facts that only the trainer knows; {} where unknown.
+
+    Attributes:
+        sampling: how the answers were drawn (temperature, top_k, top_p, seed).
+        sources: data and their hashes, weights of the loss, and the like.
+    """
 
     sampling: Mapping[str, Any]
     sources: Mapping[str, Any]
@@ -38,7 +42,7 @@ UNKNOWN = Provenance({}, {})
 
 
 def conventions(native: Config, layout: FolderLayout) -> dict[str, Any]:
-    """Of a drafter whose DeepSpec config this is, as a folder of `layout` stores it."""
+    """The conventions of a drafter with this DeepSpec config, as a folder of `layout` stores it."""
     ids = list(native.get("target_layer_ids", []))
     found: dict[str, Any] = {
         "target_layer_ids": ids,
@@ -105,7 +109,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def provenance_of(manifest: Config | None) -> Provenance:
-    """What a converted drafter carries along."""
+    """The provenance that a converted drafter keeps."""
     return UNKNOWN if manifest is None else Provenance(manifest.get("sampling", {}), manifest.get("sources", {}))
 
 

@@ -14,7 +14,7 @@ from dspark_jax.errors import UserError
 from dspark_jax.readers import Schema, check_fields, integer, list_of, number, read_object, text
 
 STS_FILE, SPS_FILE = "sts.json", "sps.json"
-OWN_FIELDS = ("valid_for", "profile")  # what this project's own files say besides, for no server
+OWN_FIELDS = ("valid_for", "profile")  # written by this project, ignored by servers
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class SpsTable:
             )
 
     def steps_per_second(self, batch_tokens: int) -> float:
-        """Of the largest probe that is not above `batch_tokens`, of the smallest probe below it all."""
+        """The value of the largest probe not above `batch_tokens`, or of the smallest probe below all of them."""
         below = sum(probe <= batch_tokens for probe in self.sample_batch_tokens)
         return self.sample_steps_per_sec[max(below - 1, 0)]
 
@@ -97,7 +97,7 @@ class SpsAdditiveTable:
             raise UserError(f"The SPS table's bias_seconds is {self.bias_seconds}; expected a number above 0.")
 
     def step_seconds(self, requests: int, drafts: int) -> float:
-        """Of a step that verifies `drafts` drafted tokens of `requests` requests together."""
+        """Seconds of a step that verifies `drafts` drafted tokens of `requests` requests together."""
         alpha = _interpolate(self.bs_probes, self.alpha_seconds, requests)
         return self.bias_seconds + alpha + _interpolate(self.m_probes, self.theta_seconds, requests + drafts)
 

@@ -74,5 +74,5 @@ class Backbone(nnx.Module):
     def attending(
         self, context: Sequence[KeysValues], anchors: Int[Array, "b n"], width: int, starts: Int[Array, "b n"] | None
     ) -> Attend:
-        """What the rows of blocks of `width` see."""
+        """The attention of blocks of `width` rows."""
         return BlocksOverContext(context, prefix_mask(anchors, context[0].keys.shape[2], width, starts=starts))

@@ -53,7 +53,7 @@ def float32_parameter(path: tuple[Any, ...]) -> bool:
 
 @dataclass(frozen=True)
 class DrafterConfig:
-    """What loop, trainer and checkpoints ask of any drafter; a kind with fields of its own extends it.
+    """The fields that the loop, the trainer and checkpoints need of any drafter; kinds with more extend it.
 
     `backbone` holds the dimensions of the draft layers, `block_size` the tokens K drafted a round. `target_layer_ids`
     are 0-based target layers, -1 the embeddings; `num_target_layers` is the target's depth.
@@ -141,7 +141,7 @@ class DrafterConfig:
 
 @dataclass(frozen=True)
 class BlockConfig(DrafterConfig):
-    """Of a drafter that the objective "blocks" trains, on `num_anchors` blocks a sequence."""
+    """A drafter trained by the objective "blocks", on `num_anchors` blocks a sequence."""
 
     num_anchors: int
 
@@ -228,7 +228,7 @@ class DSparkConfig(BlockConfig):
 
 @dataclass(frozen=True)
 class DFlashConfig(DSparkConfig):
-    """The backbone without heads; in a config.json it is told from DSpark by their absence."""
+    """The backbone without heads; in a config.json their absence tells it from DSpark."""
 
     @classmethod
     def hf_fields(cls, **settings: Any) -> dict[str, Any]:

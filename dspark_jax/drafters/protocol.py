@@ -1,4 +1,4 @@
-"""What the decode loop and the trainer ask of a drafter. Both know drafters by this protocol only.
+"""The interface of a drafter to the decode loop and the trainer; both use drafters through this protocol only.
 
 Axes: R request slots, W rows of a commit (block + 1), K block position, T context position, D hidden, V vocab, m taps.
 """
@@ -118,7 +118,7 @@ class BlockDrafter(DrafterModel, Protocol):
 
     config: Any
     vocabulary: DraftVocabulary | None
-    """What may be drafted; None: the target's whole vocabulary."""
+    """The ids that may be drafted; None: the target's whole vocabulary."""
 
     def train_context(
         self,

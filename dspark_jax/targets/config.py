@@ -146,7 +146,7 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """What decoder layers of one target may differ in. `window` is in tokens, None for full attention."""
+    """The sizes in which decoder layers of one target may differ. `window` is in tokens, None for full attention."""
 
     num_kv_heads: int
     head_dim: int

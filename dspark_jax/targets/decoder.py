@@ -31,7 +31,7 @@ class TargetOutput(NamedTuple):
 
 
 class TargetModel(Protocol):
-    """What the decode loop, the cache builder and the drafters' frozen tables ask of a target's module.
+    """The interface of a target's module to the decode loop, the cache builder and the drafters' frozen tables.
 
     The decode state holds positions before each request's length, and a length is all that says what it holds: to drop
     the rows last appended is to keep a smaller one, for up to `width` rows of `empty_cache`.

@@ -143,7 +143,7 @@ class Attention(nnx.Module):
         return KeysValues(rope.rotate(self.k_norm(k) if self.has_norm else k), self.values(v))
 
     def values(self, v: Float[Array, "*n g h"]) -> Float[Array, "*n g h"]:
-        """What becomes of projected values before they are mixed and cached: nothing."""
+        """Projected values as they are mixed and cached; families that norm them override this."""
         return v
 
     def output(self, mixed: Float[Array, "*n q h"]) -> Float[Array, "*n d"]:
