@@ -197,6 +197,7 @@ def test_generate_refuses(case: str, folder: Path, tmp_path: Path, capsys: pytes
 def test_bench_measures_and_writes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--target", folder / "target", "--drafter", folder / "drafter", "--output", tmp_path / "bench", *SHORT]
     argv += ["--prompts", folder / "chat.jsonl", folder / "code.jsonl", "--repeats", "2", "--limit", "2"]
+    argv += ["--policy", "fixed"]  # a policy that measures may leave drafting off here
     bench([str(word) for word in argv])
     metrics = json.loads((tmp_path / "bench" / "metrics.json").read_text())
     assert set(metrics["temperatures"]) == {"t0", "t1"} and metrics["settings"]["limit"] == 2
