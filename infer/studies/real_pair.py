@@ -72,7 +72,9 @@ def main(argv: list[str]) -> None:
     target = load_target(settings.target, dtype=settings.dtype)
     drafter = load_drafter(settings.drafter, target, dtype=settings.dtype)
     prompts = questions(settings, target)
-    engine = EngineConfig(slots=1, policy=settings.policy, rounds_per_dispatch=64, smallest_prompt_bucket=64)
+    # One length for all domains, so that they share their compiled programs and the profile.
+    longest = -(-(max(len(prompt.tokens) for prompt in prompts) + settings.max_new_tokens) // 64) * 64
+    engine = EngineConfig(1, longest, settings.policy, rounds_per_dispatch=64, smallest_prompt_bucket=64)
     bench = BenchSettings(
         target=settings.target,
         prompts=settings.questions,
