@@ -100,6 +100,9 @@ def main(argv: list[str]) -> int:
     if settings.limit < FEWEST or min(settings.anchors, settings.slots, settings.batch) < 1:
         raise UserError(f"Expected a limit of {FEWEST} prompts or more, and anchors, slots and batch of 1 or more.")
     messages = read_messages(settings)
+    # Both before the output is made: a wrong path leaves nothing behind.
+    resolve_folder(settings.target)
+    resolve_folder(settings.drafter, "drafter")
     make_output(settings.output)
     announce(settings.dtype)
     target = load_target(settings.target, dtype=settings.dtype)

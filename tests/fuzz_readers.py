@@ -203,13 +203,12 @@ def write_json(path: Path, value: Any) -> None:
 
 ODD = [None, True, -1, 0, 1, 2, 0.5, 2**31, 2**63, 10**400, 1e308, float("nan"), float("inf"), "", "1", "x\0", "\ud800",
        "../x", "/etc/passwd", [], [[]], {}, {"": None}, ["a", 1], [-1], "é" * 3]  # fmt: skip
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6)
 VALUES = st.one_of(
     st.sampled_from(ODD),
-    st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
-        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
-        max_leaves=6,
-    ),
+    LEAVES,
+    st.lists(LEAVES, max_size=4),
+    st.dictionaries(st.text(max_size=6), LEAVES | st.lists(LEAVES, max_size=3), max_size=3),
 )
 BYTES = st.tuples(
     st.sampled_from(["flip", "cut", "insert", "replace", "drop"]), st.floats(0, 1), st.integers(1, 255),
