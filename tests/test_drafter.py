@@ -181,10 +181,10 @@ def test_config_is_the_targets_with_fields_over_it() -> None:
     [
         ({"target_layer_ids": (0, 3)}, "the last layer of the 4-layer target being forbidden"),
         ({"target_layer_ids": (2, 1)}, "strictly increasing"),
-        ({"target_layer_ids": (-2, 1)}, "strictly increasing"),
-        ({"target_layer_ids": ()}, "strictly increasing"),
+        ({"target_layer_ids": (-2, 1)}, "each a whole number from -1"),
+        ({"target_layer_ids": ()}, "1 or more, each a whole number"),
         ({"mask_token_id": VOCAB}, "outside its vocabulary of 61 tokens"),
-        ({"block_size": 0}, "block_size is 0"),
+        ({"block_size": 0}, "block_size = 0; expected a whole number from 1"),
     ],
 )
 def test_impossible_drafters_are_refused(fields: dict[str, Any], message: str) -> None:
