@@ -17,6 +17,7 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> list[Kind]:
 
 def test_damaged_files_are_read_or_refused_in_a_sentence(kinds: list[Kind]) -> None:
     for kind in kinds:
+        kind.read()  # what the first read imports is not on the clock
         found = trial(kind, examples=60, seconds=SECONDS)
         # A loaded machine may come to a few damages alone, all of which may leave the value as it was.
         assert found["refused"] > 0 or found.total() < 30, kind.name
