@@ -34,6 +34,7 @@ LONG_FILES = (
     "test_compare",
     "test_conformance",
     "test_corpora",
+    "test_fuzz_readers",
     "test_guards",
     "test_sources",
     "test_infer_programs",
