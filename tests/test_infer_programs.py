@@ -88,7 +88,7 @@ def test_generate_streams_and_writes_the_same(folder: Path, tmp_path: Path, caps
     plain = json.loads((tmp_path / "a" / "out").read_text())
     assert shown.startswith(plain["text"]) and "1 requests, " in shown and "accepted length 1.00" in shown
     assert 1 <= len(plain["tokens"]) <= 8 and plain["finish_reason"] in ("stop", "length")
-    generate([*prompt, *SHORT, "--drafter", str(folder / "drafter")])
+    generate([*prompt, *SHORT, "--drafter", str(folder / "drafter"), "--policy", "fixed"])
     speculative = json.loads((tmp_path / "a" / "out").read_text())
     assert speculative["tokens"] == plain["tokens"] and len(speculative["verified_at"]) == 3
 
