@@ -154,8 +154,8 @@ class Checkpoints:
         free = int(from_first(shutil.disk_usage(self.folder).free))
         if free < needed:
             raise UserError(
-                f"The checkpoint of step {step} takes up to {needed / 1e6:,.0f} MB and the disk of {self.folder} has "
-                f"{free / 1e6:,.0f} MB free; make room and give the same command again."
+                f"The checkpoint of step {step} takes up to {needed / 1e6:,.3f} MB and the disk of {self.folder} has "
+                f"{free / 1e6:,.3f} MB free; make room and give the same command again."
             )
 
     def _restore(self, step: int, like: State) -> tuple[State, Any]:
