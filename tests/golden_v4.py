@@ -17,7 +17,6 @@ from dspark_jax.checkpoints.drafters import load_drafter, shared_tables
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.checkpoints.low_bit import decode_fp4, decode_fp8, e8m0_values
 from dspark_jax.drafters.deepseek_v4.window import ring_positions
-from dspark_jax.drafters.registry import Drafter
 from dspark_jax.targets.attention import CachedBlock, CausalRows
 from dspark_jax.targets.deepseek_v4.fake_quant import rotate_by_hadamard, round_index_rows, round_keys
 from dspark_jax.targets.target import Target
@@ -293,22 +292,24 @@ def checks(case: Path) -> list[Any]:
         found.append(check_mtp)
     if "decode_t0" in groups:
         found.append(check_transcripts)
+    if "infer" in groups:
+        found.append(check_rounds)
     return found
 
 
 def check_transcripts(case: Path) -> Iterator[Result]:
-    """`infer/*` and `decode_t0/*`: rounds of the compiled loop, greedy, and their summary."""
+    """`decode_t0/*`: rounds of the compiled loop, greedy, and their summary."""
     vectors = Vectors(case)
     target = load_target(case / "target", dtype="float32", tokenizer=False)
     drafter = load_drafter(case / "target", target, dtype="float32")
     yield from golden_decode.check_transcripts("decode_t0", vectors.arrays, target, drafter)
-    yield from _check_rounds(vectors, target, drafter)
 
 
-def _check_rounds(vectors: Vectors, target: Target, drafter: Drafter) -> Iterator[Result]:
+def check_rounds(case: Path) -> Iterator[Result]:
     """`infer/r0_*`, `infer/r1_*`, ..: what a round drafts from the taps of everything before it, by whole passes."""
-    if "infer/prompt_ids" not in vectors:
-        return
+    vectors = Vectors(case)
+    target = load_target(case / "target", dtype="float32", tokenizer=False)
+    drafter = load_drafter(case / "target", target, dtype="float32")
     shared = shared_tables(target)
 
     @jax.jit
