@@ -26,4 +26,5 @@ def get_config() -> TrainConfig:
         num_anchors=256,
         init_target_layers=(9,),
     )
+
     return replace(base, name="embedded_mtp", drafter=drafter, anchor_chunk=128)

@@ -67,6 +67,7 @@ def dflash(name: str, target: RecipeTarget) -> TrainConfig:
         confidence_head_with_markov=False,
         mask_token_id=target.mask_token_id,
     )
+
     return _run(name, target, drafter, LossSettings(ce_alpha=1.0, l1_alpha=0.0, confidence_alpha=0.0))
 
 
@@ -80,6 +81,7 @@ def eagle3(name: str, target: RecipeTarget) -> TrainConfig:
         enable_confidence_head=False,
         confidence_head_with_markov=False,
     )
+
     return _run(name, target, drafter, LossSettings())
 
 

@@ -26,4 +26,5 @@ def get_config() -> TrainConfig:
         draft_vocabulary="",
         init_target_layers=(29,),
     )
+
     return replace(base, name="smollm2_135m_mtp", drafter=drafter, anchor_chunk=64)

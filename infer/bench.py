@@ -70,6 +70,7 @@ def main(argv: list[str]) -> None:
         raise UserError(
             "There is nothing to measure: repeats and sampled-repeats must be 1 or more, and a temperature given."
         )
+
     make_output(settings.output)
     announce(settings.dtype)
     target = load_target(settings.target, dtype=settings.dtype)
@@ -80,6 +81,7 @@ def main(argv: list[str]) -> None:
         drafter = load_drafter(settings.drafter, target, dtype=settings.dtype)
         metrics = against_plain(settings, target, drafter, prompts)
         acceptance_plot(settings.output / "conditional_acceptance.png", metrics["temperatures"])
+
     metrics["machine"] = machine()
     metrics["settings"] = asdict(settings)
     write_json(settings.output / "metrics.json", metrics)
@@ -98,10 +100,12 @@ def against_plain(
         for domain, group in domains.items():
             decoders[f"{domain}/plain"] = partial(Decoder(target, None, *how), group)
             decoders[f"{domain}/speculative"] = partial(Decoder(target, drafter, *how), group)
+
         runs = alternate(decoders, settings.repeats if i == 0 else settings.sampled_repeats)
         key = f"t{temperature:g}"
         metrics["temperatures"][key] = compare(target, domains, runs, greedy=temperature == 0)
         print(comparison_table(key, metrics["temperatures"][key]))
+
     return metrics
 
 
@@ -123,6 +127,7 @@ def compare(
     }
     groups = {name: (group, runs[f"{name}/plain"], runs[f"{name}/speculative"]) for name, group in domains.items()}
     groups["all"] = ([p for group in domains.values() for p in group], whole["plain"], whole["speculative"])
+
     for name, (group, plain, speculative) in groups.items():
         rows[name] = {
             "prompts": len(group),
@@ -137,6 +142,7 @@ def compare(
             found = differences(target, group, plain[0].generations, speculative[0].generations)
             rows[name]["identical"] = len(group) - len(found)
             rows[name]["differences"] = [asdict(difference) for difference in found]
+
     return rows
 
 
@@ -148,6 +154,7 @@ def comparison_table(key: str, rows: dict[str, Any]) -> str:
         identical = f"{row['identical']}/{row['prompts']}" if "identical" in row else "-"
         speeds = [f"{row['plain_tokens_per_second']:.0f}", f"{row['speculative_tokens_per_second']:.0f}"]
         body.append([name, f"{row['tau']:.2f}", rates, *speeds, f"{row['speculative_over_plain']:.2f}", identical])
+
     return f"\ntemperature {key.removeprefix('t')}\n{table(header, body)}"
 
 
@@ -171,6 +178,7 @@ def against_transformers(settings: BenchSettings, target: Target, prompts: Seque
     speeds = [f"{metrics['plain_tokens_per_second']:.0f}", f"{metrics['transformers_tokens_per_second']:.0f}"]
     ratio = f"{metrics['plain_over_transformers']:.2f}"
     print(table(header, [[*speeds, ratio, f"{metrics['identical']}/{len(prompts)}"]]))
+
     return metrics
 
 
@@ -189,6 +197,7 @@ class TransformersDecoder:
             from transformers import AutoModelForCausalLM
         except ImportError:
             raise UserError("Comparing with transformers needs PyTorch; install it with `make parity-env`.") from None
+
         kind = getattr(torch, settings.dtype or "float32")
         model = AutoModelForCausalLM.from_pretrained(resolve_folder(settings.target), dtype=kind).eval()
         stops = model.generation_config.eos_token_id
@@ -211,6 +220,7 @@ class TransformersDecoder:
                 )  # fmt: skip
             tokens = tuple(out[0, len(prompt.tokens) :].tolist())
             made.append(Generation(i, prompt.tokens, tokens, "", "", 0, 0, (), ()))
+
         return Timed(tuple(made), time.perf_counter() - start)
 
 

@@ -86,6 +86,7 @@ def main(argv: list[str]) -> None:
     }
     if settings.recenter is not None:
         save_drafter(settings.recenter, found.drafter, target)
+
     save(settings, found, metrics)
     print(summary(metrics))
     print(f"sts.json, metrics and diagrams in {settings.output}")
@@ -99,6 +100,7 @@ def save(settings: CalibrateSettings, found: Calibrated, metrics: dict[str, Any]
     write_sts(settings.output / "serving" / "sts.json", found.table(source))
     if settings.results is not None:
         write_json(settings.results, metrics)
+
     np.savez_compressed(settings.output / "rounds.npz", **found.rounds._asdict())
     reliability_plot(settings.output / "reliability.png", found.diagrams)
 
@@ -107,11 +109,13 @@ def summary(metrics: dict[str, Any]) -> str:
     header = ["position", "temperature", "ECE before", "after", "AUROC", "Brier before", "after", "survival", "rounds"]
     before, after = metrics["before"], metrics["after"]
     rows = []
+
     for k, t in enumerate(metrics["temperatures"]):
         shares = [f"{100 * m['ece'][k]:.2f} %" for m in (before, after)]
         brier = [f"{m['brier'][k]:.4f}" for m in (before, after)]
         counts = [f"{after['accepted_mean'][k]:.3f}", f"{after['observations'][k]:.0f}"]
         rows.append([str(k + 1), f"{t:.3f}", *shares, f"{after['auc'][k]:.3f}", *brier, *counts])
+
     shares = [f"{100 * metrics[name]:.2f} %" for name in ("ece_before_mean", "ece_after_mean")]
     brier = [f"{metrics[name]:.4f}" for name in ("brier_before_mean", "brier_after_mean")]
     rows.append(["mean", "", *shares, f"{metrics['auroc_mean']:.3f}", *brier, "", str(metrics["rounds_measured"])])

@@ -99,6 +99,7 @@ def main(argv: list[str]) -> int:
     settings = parse(ConformanceSettings, argv, description=__doc__)
     if settings.limit < FEWEST or min(settings.anchors, settings.slots, settings.batch) < 1:
         raise UserError(f"Expected a limit of {FEWEST} prompts or more, and anchors, slots and batch of 1 or more.")
+
     messages = read_messages(settings)
     # Both before the output is made: a wrong path leaves nothing behind.
     resolve_folder(settings.target)
@@ -114,6 +115,7 @@ def main(argv: list[str]) -> int:
     print(rows(verdict, drafter))
     for sentence in (*(f"Its manifest contradicts it: {half}." for half in contradictions), summary(verdict, drafter)):
         print(sentence)
+
     return 1 if verdict.off else 0
 
 
@@ -147,11 +149,13 @@ def answered(settings: ConformanceSettings, target: Target, prompts: Sequence[Se
     engine = EngineConfig(settings.slots, rounds_per_dispatch=64)
     room = target.config.max_positions - settings.max_new_tokens
     requests, asked = [], []
+
     for turns in prompts:
         tokens = encode(target, turns, settings.thinking)
         if len(tokens) < room:
             requests.append(Request(tokens))
             asked.append(turns)
+
     texts = [generation.text for generation in generate(target, None, requests, sampling, engine)]
 
     found = []
@@ -161,6 +165,7 @@ def answered(settings: ConformanceSettings, target: Target, prompts: Sequence[Se
         following = encode(target, [*conversation, NEXT_TURN], settings.thinking)
         if (one := _followed(target.tokenizer, row, following)) is not None:
             found.append(one)
+
     return _padded(found, target.config.max_positions)
 
 
@@ -181,6 +186,7 @@ def _followed(tokenizer: Any, row: Encoded, following: Sequence[int]) -> tuple[n
     blank = next((i for i, token in enumerate(rest) if tokenizer.decode([token]).strip()), None)
     if blank is None:
         return None
+
     last = int(supervised[-1])
     return np.concatenate([row.input_ids, np.asarray(rest, np.int32)]), int(supervised[0]), last, last + 1 + blank
 
@@ -192,11 +198,13 @@ def _padded(found: Sequence[tuple[np.ndarray, int, int, int]], longest: int) -> 
         raise UserError(
             f"{len(kept)} of the answers are long enough to be measured, and {FEWEST} are needed; give more prompts."
         )
+
     rows = [tokens[:longest] for tokens, *_ in kept]
     size = -(-max(map(len, rows)) // LENGTHS) * LENGTHS
     tokens = np.zeros((len(rows), size), np.int32)
     for row, ids in enumerate(rows):
         tokens[row, : len(ids)] = ids
+
     first, last, after = (np.asarray([one[i] for one in kept], np.int32) for i in (1, 2, 3))
     return Sequences(tokens, first, last, after)
 
@@ -211,6 +219,7 @@ def judge(probe: Probe, sequences: Sequences, settings: ConformanceSettings) -> 
             f"{int(whole.sum())} of the answers are longer than a block of {block}, and {FEWEST} are needed; give more "
             "prompts or a larger --max-new-tokens."
         )
+
     chosen = Sequences(*(field[whole] for field in sequences))
     comparisons = compare(probe.acceptance(chosen, inside[whole], readings(probe.drafter)))
     better = sorted((c for c in comparisons if c.better()), key=lambda c: -c.gain)
@@ -220,10 +229,12 @@ def judge(probe: Probe, sequences: Sequences, settings: ConformanceSettings) -> 
             f"The drafter's acceptance is {best.acceptance:.1%} under every reading, so none can be told from another; "
             "it is untrained, or of another target."
         )
+
     at = edge_anchors(sequences, block)
     end = edges(sequences, at, probe.acceptance(sequences, at, [best.reading])[best.reading])
     off = [best.reading.convention] if better else []
     off += ["loss mask"] if end.early(best.acceptance) or end.late() else []
+
     return Verdict(comparisons, end, tuple(name for name in off if name), best.reading)
 
 
@@ -244,10 +255,12 @@ def rows(verdict: Verdict, drafter: Drafter) -> str:
         difference = "" if c.reading == DECLARED else f"{c.gain:+.3f} ± {c.error:.3f}"
         mark = "" if not c.better() else "fits best" if c.reading == verdict.best else "fits better"
         shown.append((name, c.reading.describe(drafter), f"{c.acceptance:.3f}", f"{c.tau:.2f}", difference, mark))
+
     end, mask = verdict.edges, "loss mask" in verdict.off
     for what, value in (("the answer's last token but one", end.before), ("the answer's last token", end.last),
                         ("the token after the answer", end.after)):  # fmt: skip
         shown.append(("loss mask", what, f"{value:.3f}", "", "", ""))
+
     shown[-1] = (*shown[-1][:-1], "trained on it" if mask and not end.late() else "")
     shown[-2] = (*shown[-2][:-1], "not trained on it" if mask and end.late() else "")
     return table(("convention", "read", "acceptance", "tau", "difference", ""), shown)
@@ -256,6 +269,7 @@ def rows(verdict: Verdict, drafter: Drafter) -> str:
 def summary(verdict: Verdict, drafter: Drafter) -> str:
     if not verdict.off:
         return "The conventions fit: no shifted reading is better than the declared one."
+
     said = []
     if verdict.best.convention in verdict.off:
         said.append(f"The {verdict.best.convention} convention is off: it was trained with "
@@ -264,6 +278,7 @@ def summary(verdict: Verdict, drafter: Drafter) -> str:
         early = "one position early: it has learnt the token after the answer"
         late = "one position late: it has not learnt the answer's last token"
         said.append(f"The loss mask is off: it was read {late if verdict.edges.late() else early}.")
+
     return " ".join(said)
 
 

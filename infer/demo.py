@@ -73,6 +73,7 @@ def main(argv: list[str]) -> None:
         started = time.perf_counter()
         run(name, command)
         seconds[name] = time.perf_counter() - started
+
     bench = json.loads((settings.folder / "bench" / "metrics.json").read_text())
     records = [json.loads(line) for line in (settings.folder / "fit" / "metrics.jsonl").read_text().splitlines()]
     training_plot(settings.folder / "training.png", records)

@@ -29,19 +29,23 @@ def main(argv: list[str]) -> None:
     settings = parse(EvaluateSettings, argv, description=__doc__)
     if not settings.temperatures or settings.repeats < 1:
         raise UserError("There is nothing to evaluate: give a temperature, and repeats of 1 or more.")
+
     sets = read_datasets(settings.datasets, settings.limit or None)
     make_output(settings.output)
     announce(settings.dtype)
     target = load_target(settings.target, dtype=settings.dtype)
     if target.tokenizer is None:
         raise UserError(f"{target.name} has no tokenizer files, so it can't read prompts; add tokenizer.json.")
+
     drafter = load_drafter(settings.drafter, target, dtype=settings.dtype)
     evaluation = Evaluation(settings, target, drafter, sets)
     metrics: dict[str, Any] = {"temperatures": {}}
+
     for temperature in settings.temperatures:
         figures = evaluation.at(temperature)
         metrics["temperatures"][f"t{temperature:g}"] = figures
         print(f"{summary_table(temperature, figures)}\n{figures['policy']}")
+
     plots(settings.output, metrics["temperatures"])
     metrics |= {"machine": machine(), "settings": asdict(settings)}
     write_json(settings.output / "metrics.json", metrics)
@@ -52,6 +56,7 @@ def summary_table(temperature: float, figures: dict[str, Any]) -> str:
     header = ["set", "samples", "rounds", "tau", "drafted/round", "verify rate", "accepted given prefix, k = 1.."]
     header += ["ECE", "AUROC", "plain tok/s", "tok/s", "ratio"]
     body = []
+
     for name, row in figures["datasets"].items():
         confidence = row["confidence"] or {}
         best = confidence.get("after", confidence.get("before", {}))
@@ -59,6 +64,7 @@ def summary_table(temperature: float, figures: dict[str, Any]) -> str:
         shown += [" ".join(f"{rate:.2f}" for rate in row["conditional"])]
         shown += [f"{best[key]:.3f}" if key in best else "-" for key in ("ece", "auc")]
         body.append([name, *shown, *_speeds(row)])
+
     for name, row in [*figures["domains"].items(), ("macro", figures["macro"])]:
         body.append([f"= {name}", "", "", *(f"{row[k]:.2f}" for k in AVERAGED[:3]), "", "", "", *_speeds(row)])
     return f"\ntemperature {temperature:g}\n{table(header, body)}"

@@ -46,6 +46,7 @@ def main(argv: list[str]) -> None:
     target = load_target(settings.target, tokenizer=False)
     found = drafter_layout(settings.drafter)
     drafter = load_drafter(settings.drafter, target)
+
     try:
         save_drafter(
             out,
@@ -59,6 +60,7 @@ def main(argv: list[str]) -> None:
         )
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}); give a folder that can.") from None
+
     rows = [(file.name, f"{file.stat().st_size:,} bytes") for file in sorted(out.iterdir())]
     print(table(("file", f"{found.name} -> {settings.layout}"), rows))
 

@@ -62,6 +62,7 @@ def main(argv: list[str]) -> None:
         make_output(settings.output.parent)
     if not settings.target:
         settings = replace(settings, target=EMBEDDED, drafter=settings.drafter or EMBEDDED)
+
     announce(settings.dtype)
     target = load_target(settings.target, dtype=settings.dtype)
     drafter = load_drafter(settings.drafter, target, dtype=settings.dtype) if settings.drafter else None
@@ -70,6 +71,7 @@ def main(argv: list[str]) -> None:
     engine = engine_for(target, drafter, requests, settings.sampling, settings.engine)
     if engine is None:
         return
+
     print(engine.why, file=sys.stderr)
 
     started, done = time.perf_counter(), list[Generation]()
@@ -82,6 +84,7 @@ def main(argv: list[str]) -> None:
                 answers.add(progress.generation)
                 if len(prompts) > 1:
                     _show(f"--- {prompts[progress.index].id}\n{progress.generation.text}\n")
+
     print(f"\n{summary(done, time.perf_counter() - started)}")
 
 

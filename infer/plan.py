@@ -22,6 +22,7 @@ def main(argv: list[str]) -> None:
     rows, kind = plan.describe(), options.device or plan.device_kind
     if options.compile:
         rows |= plan.compile()
+
     print(table(["decoding", ""], [[name, shown(value)] for name, value in rows.items()]))
 
     # The floor needs shapes alone, so it is printed for devices that are not here as well.

@@ -78,6 +78,7 @@ def main(argv: list[str]) -> None:
         raise UserError("There is nothing to measure: slots, widths, rungs, rounds and repeats must be 1 or more.")
     if any(not 0 <= share <= 1 for share in settings.contexts) or not settings.contexts:
         raise UserError(f"The contexts are {settings.contexts}; expected shares of --longest, between 0 and 1.")
+
     make_output(settings.output)
     announce(settings.dtype)
     target = load_target(settings.target, dtype=settings.dtype)
@@ -86,6 +87,7 @@ def main(argv: list[str]) -> None:
         metrics: dict[str, Any] = {"scheduler": scheduler_cost(settings, target, drafter)}
     else:
         metrics = {"profiles": [profile_slots(settings, target, drafter, slots) for slots in settings.slots]}
+
     metrics["settings"] = asdict(settings)
     write_json(settings.output / "metrics.json", metrics)
     print(f"tables and metrics in {settings.output}")
@@ -112,6 +114,7 @@ def profile_slots(settings: ProfileSettings, target: Target, drafter: Drafter, s
     serving.mkdir(exist_ok=True)
     write_sps(serving / f"sps-{slots}.json", SpsTable(**{k: _tuple(v) for k, v in profile.serving().items()}))
     print(_table(slots, profile, costs, ladder))
+
     return {"slots": slots, "ladder": list(ladder), **asdict(profile)}
 
 
@@ -136,6 +139,7 @@ def _table(slots: int, profile: Profile, costs: CostTable, ladder: Sequence[int]
         ]
         clean = f"{1e3 * float(np.asarray(costs.verify)[:, p].mean()):.2f}"
         rows.append([f"{tokens}{' plain' if p == 0 else ''}", *cells, clean, "x" if tokens in ladder else ""])
+
     drafting = zip(profile.drafting, profile.drafting_spread, strict=True)
     rows.append(["draft pass", *(f"{1e3 * t:.2f} ({1e3 * s:.2f})" for t, s in drafting), "", ""])
     rows.append(["dispatch", f"{1e3 * profile.dispatch:.2f}", *[""] * (len(header) - 2)])
@@ -153,16 +157,19 @@ def scheduler_cost(settings: ProfileSettings, target: Target, drafter: Drafter) 
     policy = policy_named(settings.policy)
     if not isinstance(policy, Adaptive):
         raise UserError(f"The {settings.policy} policy costs nothing to speak of; name an adaptive one.")
+
     block = drafter.config.block_size
     buckets = tuple(sorted({slots * (1 + round(block * i / 3)) for i in range(4)}))
     loop, params = _loop(settings, target, drafter, slots, buckets, policy)
     tables = ScheduleTables.of(CostTable.of(buckets, 1.0 + np.arange(len(buckets)) / 4), [1.0] * block)
     times: list[float] = []
     rounds = max(settings.rounds, 32)
+
     for _ in range(settings.repeats + 1):
         start = time.perf_counter()
         jax.block_until_ready(_policy_rounds(policy, slots, block, tables, rounds))
         times.append((time.perf_counter() - start) / rounds)
+
     profile = measure_profile(
         loop, params, settings.temperature, settings.contexts[:1], Effort(settings.rounds, settings.repeats)
     )
@@ -171,6 +178,7 @@ def scheduler_cost(settings: ProfileSettings, target: Target, drafter: Drafter) 
     what = f"{settings.policy}, {slots} requests, blocks of {block}"
     took = f"{1e6 * mine:.0f} us (spread {1e6 * (high - low):.0f})"
     print(f"{what}: {took} of a round of {1e3 * whole:.2f} ms, {100 * mine / whole:.2f} %")
+
     return {
         "policy": settings.policy,
         "requests": slots,

@@ -42,6 +42,7 @@ def main(argv: list[str]) -> int:
             print(described(finding), end="\n\n")
         if code != 2 and any(finding.fault for finding in findings):
             code = 1
+
     return code
 
 

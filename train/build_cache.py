@@ -30,6 +30,7 @@ def main(argv: list[str]) -> None:
     with bounded_by_peers():
         figures = make(settings)
         barrier("the end of the cache")
+
     if figures:
         print(listing(figures))
 

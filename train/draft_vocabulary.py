@@ -50,12 +50,15 @@ def main(argv: list[str]) -> None:
     whole = read_target_config(read_hf_config(folder)).vocab_size
     if settings.size > whole:
         raise UserError(f"--size is {settings.size}; the target has {whole} tokens.")
+
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         raise UserError(f"{folder} has no tokenizer files; add tokenizer.json.")
+
     counted = [(domain, count_tokens(tokenizer, text)) for domain, text in answers(settings.conversations)]
     if not counted:
         raise UserError("The conversations hold no answers; give those that the target has answered.")
+
     shares = kept_shares(counted, settings.size)
     ids = choose((tokens for _, tokens in counted), settings.size)
     write_json(settings.output, {"size": len(ids), "kept": shares, "ids": ids}, indent=0)
@@ -86,11 +89,13 @@ def choose(counts: Iterable[Counter[int]], size: int) -> list[int]:
     total: Counter[int] = Counter()
     for counted in counts:
         total.update(counted)
+
     chosen = dict.fromkeys(token for token, _ in sorted(total.items(), key=lambda item: (-item[1], item[0]))[:size])
     lowest = 0
     while len(chosen) < size:
         chosen.setdefault(lowest)
         lowest += 1
+
     return sorted(chosen)
 
 

@@ -17,9 +17,11 @@ def main(argv: list[str]) -> None:
     initialize_from_environment()
     announce(config.compute_dtype)
     require_same({"they were given different configurations": to_json(config)})
+
     with bounded_by_peers():
         step, drafter = export_run(config)
         barrier("the end of the export")
+
     if is_first():
         print(f"Step {step} is exported to {drafter}.")
 

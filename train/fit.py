@@ -25,6 +25,7 @@ def main(argv: list[str]) -> None:
     initialize_from_environment()
     announce(config.compute_dtype)
     require_same({"they were given different configurations": to_json(config)})
+
     with bounded_by_peers():
         try:
             fitted = fit(config)
@@ -35,6 +36,7 @@ def main(argv: list[str]) -> None:
 
     if not is_first():
         return
+
     if fitted.found:
         print(f"The run in {fitted.folder} is finished; its drafter is in {fitted.drafter}.")
     else:

@@ -40,15 +40,18 @@ def main(argv: list[str]) -> None:
     config = parse_training(rest, "train.plan", __doc__)
     if options.mesh:
         config = dataclasses.replace(config, mesh=mesh_settings(options.mesh, config.mesh))
+
     sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
 
     if options.topology:
         if options.devices:
             raise UserError("A topology has its own number of devices; leave out --devices.")
+
         run = AbstractRun.of(config, topology_mesh(options.topology, *sizes))
         step = compiled(run.lower("tpu"), "The step")
         kind = run.placement.mesh.devices.flat[0].device_kind
         print(listing(describe(run) | {"device": kind} | figures(step, kind, tied_bytes(run))))
+
         return
 
     run = AbstractRun.of(config, abstract_mesh(options.devices or jax.device_count(), *sizes))

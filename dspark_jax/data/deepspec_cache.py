@@ -82,12 +82,14 @@ class DeepSpecCache:
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
+
         row = self._index[index]
         length, offsets = int(row["length"]), [int(v) for v in row["offsets"]]
         shard = self._map(int(row["shard"]))
         dtype, width, hidden = self.spec.numpy_dtype, self.spec.feature_size, self.spec.hidden_size
         features = np.frombuffer(shard, dtype, length * width, offsets[3])
         last_hidden = np.frombuffer(shard, dtype, length * hidden, offsets[4])
+
         return Sample(
             int(row["sample_id"]),
             np.frombuffer(shard, np.dtype("<i4"), length, offsets[0]),
@@ -116,6 +118,7 @@ class DeepSpecCache:
         path = self.folder / "samples.idx"
         if not path.exists():
             raise UserError(f"{path} is missing; the cache is incomplete, copy it again.")
+
         data = path.read_bytes()
         wanted = self.manifest["num_samples"] * _INDEX.size
         if len(data) != wanted:
@@ -123,20 +126,24 @@ class DeepSpecCache:
                 f"{path} has {len(data)} bytes, expected {wanted} for {self.manifest['num_samples']} samples; "
                 "copy the cache again."
             )
+
         return np.frombuffer(data, _INDEX_DTYPE)
 
     def _check_extents(self) -> None:
         path = self.folder / "samples.idx"
         if not np.array_equal(self._index["sample_id"], np.arange(len(self._index))):
             raise UserError(f"{path} does not number its samples 0, 1, 2, ...; it is damaged, copy the cache again.")
+
         if len(self._index) and int(self._index["shard"].max()) >= len(self._shards):
             raise UserError(
                 f"{path} names shard {self._index['shard'].max()}, the manifest has {len(self._shards)}; copy "
                 "the cache again."
             )
+
         offsets = self._index["offsets"]
         lengths = self._index["length"].astype(np.uint64)[:, None]
         ends = offsets + lengths * np.array(_token_bytes(self.spec), np.uint64)
+
         for number, shard in enumerate(self._shards):
             rows = self._index["shard"] == number
             needed = int(ends[rows].max(initial=0))
@@ -167,10 +174,12 @@ class DeepSpecCacheWriter:
     ):
         if spec.dtype != "bfloat16":
             raise UserError(f"dtype is {spec.dtype!r}, a DeepSpec cache holds bfloat16 only.")
+
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         if any(self.folder.iterdir()):
             raise UserError(f"{self.folder} is not empty; give a new folder for a DeepSpec cache.")
+
         self.spec, self.max_shard_bytes, self.extra = spec, max_shard_bytes, dict(extra or {})
         self._index: list[bytes] = []
         self._shards: list[Path] = []
@@ -184,10 +193,12 @@ class DeepSpecCacheWriter:
         sizes = [array.nbytes for array in arrays]
         if self._handle is None or 0 < self._handle.tell() > self.max_shard_bytes - sum(sizes):
             self._open_shard()
+
         start = self._handle.tell()
         offsets = [start + sum(sizes[:k]) for k in range(5)]
         for array in arrays:
             self._handle.write(array.reshape(-1).view(np.uint8).data)
+
         self._index.append(_INDEX.pack(len(self._index), len(self._shards) - 1, len(sample.input_ids), *offsets))
 
     def finish(self) -> None:
@@ -231,9 +242,11 @@ def _spec_of(manifest: Mapping[str, Any], path: Path) -> CacheSpec:
     missing = sorted(needed.difference(manifest))
     if missing:
         raise UserError(f"{path} is no DeepSpec version-2 manifest: it lacks {', '.join(missing)}.")
+
     for name, value in _FIXED.items():
         if manifest[name] != value:
             raise UserError(f"{path} has {name} = {manifest[name]!r}, only {value!r} can be read.")
+
     check_fields(manifest, _FIELDS, str(path))
     return CacheSpec(
         target_name=manifest.get("target_model_name_or_path", ""),
@@ -252,13 +265,16 @@ def _shard_paths(manifest: Mapping[str, Any], folder: Path) -> list[Path]:
     path = folder / "manifest.json"
     for number, entry in enumerate(manifest["shards"]):
         check_fields(entry, _SHARD, f"{path}, shard {number},", required=_SHARD)
+
     names = [entry["file_name"] for entry in manifest["shards"]]
     numbers = [entry["shard_id"] for entry in manifest["shards"]]
     if numbers != list(range(manifest["num_shards"])):
         raise UserError(
             f"{path} lists the shards {numbers}, expected 0 to {manifest['num_shards'] - 1}; copy the cache again."
         )
+
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
             raise UserError(f"{folder / name} is missing; the cache is incomplete, copy it again.")
+
     return [folder / name for name in names]

@@ -55,6 +55,7 @@ class DeepSpecFormat:
             if self.answer_prefix and text.startswith(self.answer_prefix, start):
                 start += len(self.answer_prefix)
             spans.append((start, end))
+
         return spans
 
     def encode(self, tokenizer: Any, messages: Sequence[Message], max_length: int | None = None) -> Encoded:
@@ -72,6 +73,7 @@ class DeepSpecFormat:
         loss_mask = np.zeros(len(input_ids), np.uint8)
         for start, end in self.loss_spans(text):
             loss_mask[len(tokenise(text[:start])) : len(tokenise(text[:end]))] = 1
+
         return Encoded(input_ids, loss_mask)
 
     def _with_prefix(self, message: Message) -> Message:

@@ -17,6 +17,7 @@ def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:
         handle = open(path, "rb")  # noqa: SIM115 (only the opening is in this try)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); give the path of a JSONL file.") from error
+
     with handle:
         for number, line in enumerate(handle, start=1):
             if line.strip():
@@ -42,6 +43,7 @@ class ResumableJsonl:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._handle = open(self.path, "a+b")  # noqa: SIM115 (held until close)
+
         try:
             lock_descriptor(self._handle.fileno(), self.path, "the conversations")
             self.finished: set[str] = self._recover()
@@ -55,6 +57,7 @@ class ResumableJsonl:
         names = [str(row["id"]) if "id" in row else "" for row in rows]
         if "" in names or len(set(names)) < len(names) or self.finished.intersection(names):
             raise ValueError(f"rows need ids that are new in {self.path}, got {names}")
+
         data = b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
         self._handle.write(data)
         self._handle.flush()
@@ -74,9 +77,11 @@ class ResumableJsonl:
         self._handle.seek(0)
         finished: set[str] = set()
         good = 0
+
         for number, line in enumerate(self._handle, start=1):
             if not line.endswith(b"\n"):
                 break
+
             where = f"{self.path} line {number}"
             record = parse_line(line, where)
             if not isinstance(record, dict) or "id" not in record:
@@ -84,8 +89,10 @@ class ResumableJsonl:
                     f"{where}: found {kind_of_value(record)} without 'id'; this is not an output to resume, move it "
                     "away."
                 )
+
             finished.add(str(record["id"]))
             good += len(line)
+
         self._handle.truncate(good)
         self._handle.seek(good)
         return finished

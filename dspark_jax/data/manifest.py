@@ -87,22 +87,26 @@ class Manifest:
                 f"{path} has format {value.get('format')!r} version {value.get('version')!r}, expected "
                 f"{FORMAT!r} version {VERSION}."
             )
+
         check_fields(value, _FIELDS, str(path), required=_FIELDS)
         for number, shard in enumerate(value["shards"]):
             where = f"{path}, shard {number},"
             check_fields(shard, _SHARD, where, required=_SHARD)
             if PurePath(shard["file"]).name != shard["file"]:
                 raise UserError(f"{where} names the file {shard['file']!r}; expected a name within the cache's folder.")
+
         try:
             spec = CacheSpec.from_json(value["spec"], str(path))
             shards = tuple(ShardEntry(**shard) for shard in value["shards"])
             manifest = cls(spec, int(value["max_shard_bytes"]), shards, bool(value["complete"]))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} cannot be understood ({error}); restore it or build the cache again.") from error
+
         if manifest.records != value.get("records"):
             raise UserError(
                 f"{path} says {value.get('records')} records, its shards add up to {manifest.records}; build it again."
             )
+
         return manifest
 
 
@@ -116,6 +120,7 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
             raise UserError(
                 f"{path} {found}, expected {shard.bytes} bytes; restore it or build the cache again in a new folder."
             )
+
     index = folder / "samples.idx"
     size = index.stat().st_size if index.exists() else 0
     needed = manifest.records * INDEX_DTYPE.itemsize
@@ -131,6 +136,7 @@ def require_disk(folder: str | os.PathLike[str], needed_bytes: int) -> None:
     existing = Path(folder).absolute()
     while not existing.exists():
         existing = existing.parent
+
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
         raise UserError(

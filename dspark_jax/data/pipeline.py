@@ -56,9 +56,11 @@ def pad_batch(samples: Sequence[TokenSample], length: int) -> Batch:
         name: np.zeros((len(samples), length, *array.shape[1:]), array.dtype)
         for name, array in samples[0].arrays().items()
     }
+
     for row, sample in enumerate(samples):
         for name, array in sample.arrays().items():
             batch[name][row, : len(array)] = array
+
     batch["lengths"] = np.array([len(s.input_ids) for s in samples], np.int32)
     batch["sample_ids"] = np.array([name for s in samples for name in s.members or (s.sample_id,)], np.int64)
     return batch
@@ -93,18 +95,22 @@ class Batches:
             raise UserError(
                 "The cache has no samples: every training row was dropped; lower min_loss_tokens or raise max_length."
             )
+
         lengths = self.source.lengths
         if not self.buckets or list(self.buckets) != sorted(set(self.buckets)):
             raise UserError(f"length_buckets are {list(self.buckets)}, expected at least one, strictly increasing.")
+
         if int(lengths.max()) > self.buckets[-1]:
             raise UserError(
                 f"The longest sample has {lengths.max()} tokens, the largest length bucket {self.buckets[-1]}; "
                 "add a larger bucket."
             )
+
         order = grain.MapDataset.range(count)
         if self.shuffle:
             # grain shuffles epoch e with seed + e: hashed, so that neighbouring seeds share no epochs.
             order = order.shuffle(seed=int(np.random.SeedSequence(self.seed).generate_state(1)[0]))
+
         object.__setattr__(self, "_lengths", lengths)
         object.__setattr__(self, "_order", order)
 
@@ -159,10 +165,12 @@ class BatchIterator(Iterator[Batch]):
         if self._iterator is None:
             self._iterator = iter(self._dataset.to_iter_dataset(self._options))
             self._iterator.set_state({"next_index": self._step})
+
         loaded = next(self._iterator)
         if isinstance(loaded, UserError):
             self.close()
             raise loaded
+
         self._step += 1
         return loaded
 

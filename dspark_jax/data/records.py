@@ -111,6 +111,7 @@ class CacheSpec:
             raise UserError(
                 f"{where}: the cache's spec has missing or unknown fields ({odd}); it was written by another version."
             )
+
         check_fields(value, SPEC_FIELDS, f"{where}, under spec,")
         return cls(**{**value, "layer_ids": tuple(value["layer_ids"])})
 
@@ -193,14 +194,17 @@ def convert(sample: Sample, spec: CacheSpec) -> Sample:
     given, codec = sample.scales, spec.codec
     if given is not None and (not codec.scaled or sample.features.dtype != spec.numpy_dtype):
         raise ValueError(f"sample {sample.sample_id} has codes of {sample.features.dtype}, the cache is {spec.dtype}")
+
     length = len(sample.input_ids)
     shapes = (length, length, (length, spec.feature_size), (length, spec.hidden_size))
     found = (len(sample.input_ids), len(sample.loss_mask), np.shape(sample.features), np.shape(sample.last_hidden))
     if found != shapes or (given is not None and given.shape != (length, len(spec.layer_ids) + 1)):
         raise ValueError(f"sample {sample.sample_id} has the shapes {found}, expected {shapes}")
+
     stored = sample.arrays()
     if given is None:
         stored = encode_states(np.asarray(sample.features), np.asarray(sample.last_hidden), codec)
+
     scales = stored.get("scales")
     return Sample(
         int(sample.sample_id),
@@ -231,6 +235,7 @@ def decode_record(record: bytes, spec: CacheSpec) -> Sample:
     """
     if len(record) < _START:
         raise ValueError(f"it has {len(record)} bytes, its header alone {_START}")
+
     magic, version, code, length, layers, hidden, _, sample_id = _HEADER.unpack_from(record)
     if (magic, version) != (_MAGIC, _VERSION):
         raise ValueError(f"its header starts with {magic!r} version {version}, expected {_MAGIC!r} version {_VERSION}")
@@ -238,14 +243,17 @@ def decode_record(record: bytes, spec: CacheSpec) -> Sample:
         raise ValueError(f"its header says dtype {code}, {layers} layers, hidden size {hidden}, unlike the manifest")
     if len(record) != record_bytes(length, spec):
         raise ValueError(f"it has {len(record)} bytes, expected {record_bytes(length, spec)} for {length} tokens")
+
     view = memoryview(record)
     if _checksum(view[: _HEADER.size], view[_START:]) != _HASH.unpack_from(record, _HEADER.size)[0]:
         raise ValueError("its checksum does not fit its bytes")
+
     offset = _START
     arrays = []
     for dtype, width in _layout(spec):
         arrays.append(np.frombuffer(record, dtype, length * width, offset))
         offset += length * width * dtype.itemsize
+
     ids, mask, *states = arrays
     widths = [width for _, width in _layout(spec)[2:]]
     return Sample(sample_id, ids, mask, *(a.reshape(length, w) for a, w in zip(states, widths, strict=True)))
@@ -279,6 +287,7 @@ def require_match(spec: CacheSpec, where: str, expected: Mapping[str, Any]) -> N
         wanted = tuple(wanted) if isinstance(wanted, list) else wanted
         if found is not None and found != wanted:
             differing.append(f"{name} is {_shown(found)}, expected {_shown(wanted)}")
+
     if differing:
         raise UserError(
             f"The cache {where} does not fit: {'; '.join(differing)}. Build a cache for this target and drafter."

@@ -78,6 +78,7 @@ class CacheWriter:
         self.folder = Path(folder)
         self._shard: _OpenShard | None = None
         self._lock = lock_folder(self.folder, "the cache")
+
         try:
             self._manifest = self._open_manifest(spec, max_shard_bytes)
             check_sizes(self.folder, self._manifest)
@@ -85,6 +86,7 @@ class CacheWriter:
         except BaseException:
             self._lock.release()
             raise
+
         self._next = self._manifest.next_source
 
     @property
@@ -114,6 +116,7 @@ class CacheWriter:
             )
         if self._shard is None:
             self._shard = _OpenShard(self.folder, len(self._manifest.shards), source_index)
+
         if sample is None:
             self._shard.dropped += 1
         else:
@@ -121,6 +124,7 @@ class CacheWriter:
             record = encode_record(dataclasses.replace(sample, sample_id=source_index), spec)
             with self._reported():
                 self._shard.write(record, source_index, len(sample.input_ids))
+
         self._next += 1
         if self._shard.payload_bytes >= self._manifest.max_shard_bytes:
             with self._reported():
@@ -138,6 +142,7 @@ class CacheWriter:
             return
         if self._next != self._manifest.spec.num_sources:
             raise ValueError(f"{self._next} of {self._manifest.spec.num_sources} sources were added")
+
         with self._reported():
             if self._shard is not None:
                 self._close_shard(self._shard)
@@ -166,9 +171,11 @@ class CacheWriter:
                     f"{self.folder} is not a cache and not empty (it holds {others[0]}); give a new folder for "
                     "the cache."
                 )
+
             fresh = Manifest(spec, max_shard_bytes)
             fresh.save(self.folder)
             return fresh
+
         found = Manifest.load(self.folder)
         wanted = {**spec.to_json(), "max_shard_bytes": max_shard_bytes}
         for name, value in {**found.spec.to_json(), "max_shard_bytes": found.max_shard_bytes}.items():
@@ -177,6 +184,7 @@ class CacheWriter:
                     f"The cache in {self.folder} was begun with {name} = {value!r}, this run has {wanted[name]!r}; "
                     "continue with the same setting or give a new folder."
                 )
+
         return found
 
     def _remove_orphans(self) -> None:
@@ -238,10 +246,12 @@ class _OpenShard:
         digest = file_hash(self.temporary)
         os.replace(self.temporary, self.final)
         rows = np.array(self.index, INDEX_DTYPE).tobytes()
+
         with open(self.final.with_name("samples.idx"), "ab") as index:
             index.write(rows)
             index.flush()
             os.fsync(index.fileno())
+
         return ShardEntry(
             file=self.final.name,
             records=len(self.index),
@@ -281,6 +291,7 @@ class TargetCache:
                 f"{self.spec.num_sources} training rows "
                 "are done; run the same train.build_cache command again, it continues where it stopped."
             )
+
         check_sizes(self.folder, self._manifest)
         self._index = self._read_index()
         self._starts = np.cumsum([0, *(shard.records for shard in self._manifest.shards)])
@@ -311,9 +322,11 @@ class TargetCache:
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
+
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         name = self._manifest.shards[number].file
         sample_id, length = (int(v) for v in self._index[index])
+
         try:
             record = self._reader(number).read([index - int(self._starts[number])])[0]
             sample = decode_record(record, self.spec)
@@ -326,6 +339,7 @@ class TargetCache:
                 f"Sample {sample_id} (record {index}) in {self.folder / name} is damaged: {error}; "
                 "restore the shard or build the cache again."
             ) from error
+
         return sample
 
     def require_match(self, **expected: Any) -> None:
@@ -351,6 +365,7 @@ class TargetCache:
                 if len(self._readers) >= _MAX_OPEN_SHARDS:
                     # Dropped, not closed: another thread may be reading from it; its last reference closes it.
                     self._readers.pop(next(iter(self._readers)))
+
                 shard = self._manifest.shards[number]
                 reader = ArrayRecordReader(
                     str(self.folder / shard.file), options=_READER_OPTIONS, file_reader_buffer_size=_READER_BUFFER
@@ -358,6 +373,7 @@ class TargetCache:
                 # array_record opens a damaged file as one with fewer records, without an error.
                 if reader.num_records() != shard.records:
                     raise ValueError(f"its shard opens with {reader.num_records()} records, expected {shard.records}")
+
                 self._readers[number] = reader
             return reader
 
@@ -365,6 +381,7 @@ class TargetCache:
         path = self.folder / "samples.idx"
         data = path.read_bytes() if path.exists() else b""
         start = 0
+
         for shard in self._manifest.shards:
             end = start + shard.records * INDEX_DTYPE.itemsize
             if xxhash.xxh3_128_hexdigest(data[start:end]) != shard.index_xxh3:
@@ -372,4 +389,5 @@ class TargetCache:
                     f"{path} is damaged at the entries of {shard.file}; restore it or build the cache again."
                 )
             start = end
+
         return np.frombuffer(data[:start], INDEX_DTYPE)

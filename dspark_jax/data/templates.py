@@ -33,6 +33,7 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **variables: A
             f"The tokenizer {tokenizer.name_or_path} has no chat template; put a chat_template.jinja beside its "
             "tokenizer.json."
         )
+
     outcome = _Rendering(tokenizer, [dict(message) for message in messages], variables).wait(RENDER_SECONDS)
 
     who = f"a conversation with the roles {_roles(messages)}"
@@ -40,15 +41,18 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **variables: A
         raise UserError(f"The chat template did not end within {RENDER_SECONDS:g} seconds on {who}; mend the template.")
     if isinstance(outcome, BaseException):
         raise UserError(f"The chat template refused {who}: {_reason(outcome)}") from outcome
+
     if not isinstance(outcome, str) or len(outcome) > MOST_CHARACTERS:
         size = f"{len(outcome):,} characters" if isinstance(outcome, str) else f"a {type(outcome).__name__}"
         raise UserError(f"The chat template made {size} of {who}; at most {MOST_CHARACTERS:,} characters are expected.")
+
     try:
         outcome.encode()
     except UnicodeEncodeError:
         raise UserError(
             f"The chat template's text of {who} holds half of a UTF-16 surrogate pair, which no tokenizer takes."
         ) from None
+
     return outcome
 
 

@@ -47,6 +47,7 @@ def _require_same_thinking(path: Path, thinking: bool) -> None:
     recorded = read_object(note).get("settings") if note.is_file() else None
     if not isinstance(recorded, dict) or "weights_xxh3" not in recorded:
         return  # not answered by train.prepare_data with a target of its own
+
     answered = recorded.get("thinking", False)
     if answered != thinking:
         name, option = ("on", "--thinking") if answered else ("off", "--no-thinking")
@@ -83,6 +84,7 @@ class Tokenised:
         digest = hashlib.sha256()
         for array in arrays:
             digest.update(array.data)
+
         return cls(*arrays, digest.hexdigest())
 
     @property

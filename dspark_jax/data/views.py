@@ -134,9 +134,11 @@ def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     least room that takes it (best fit decreasing). ValueError for a length above the capacity."""
     if len(lengths) and int(lengths.max()) > capacity:
         raise ValueError(f"a length of {lengths.max()} does not fit a row of {capacity}")
+
     rows: list[list[int]] = []
     room: list[int] = []  # the different amounts of room that rows have left, ascending
     having: dict[int, list[int]] = {}  # the rows of every such amount
+
     for index in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[index])
         at = bisect.bisect_left(room, length)
@@ -148,9 +150,12 @@ def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
             row = having[left].pop()
             if not having[left]:
                 del having[left], room[at]
+
         rows[row].append(index)
         left -= length
         if left not in having:
             bisect.insort(room, left)
+
         having.setdefault(left, []).append(row)
+
     return rows

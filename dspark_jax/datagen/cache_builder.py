@@ -92,6 +92,7 @@ class CacheSettings:
         for name, least in (("max_length", 2), ("min_loss_tokens", 1), ("batch", 1), ("max_shard_mb", 1e-3)):
             if getattr(self, name) < least:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; at least {least} was expected.")
+
         if not self.conversations:
             raise UserError("No conversations were given; name at least one JSONL file after --conversations.")
         if not self.layers:
@@ -160,12 +161,14 @@ def make(settings: CacheSettings) -> dict[str, Any]:
     require_rows("--batch", settings.batch, mesh)
     if mesh is not None:
         connect(mesh)
+
     begun = require_same_settings(settings.output / "build.json", made_with, settings.output)
     require_disk(
         settings.output, figures["bytes"] - sum(path.stat().st_size for path in settings.output.glob("shard-*"))
     )
     announce(settings.compute_dtype)
     target = load_target(folder, dtype=settings.compute_dtype, mesh=mesh, tokenizer=False)
+
     return build(settings, target, spec, items, None if begun else made_with)
 
 
@@ -187,6 +190,7 @@ def estimate(settings: CacheSettings, spec: CacheSpec, items: Sequence[TrainingR
             f"None of the {len(items)} training rows has {settings.min_loss_tokens} supervised tokens within "
             f"{settings.max_length}; raise --max-length, or look at the answers."
         )
+
     tokens = sum(item.length for item in kept)
     needed = estimate_bytes(tokens, len(kept), spec, settings.max_shard_bytes)
     counts = {"rows": len(items), "records": len(kept), "dropped": len(items) - len(kept), "tokens": tokens}
@@ -204,6 +208,7 @@ def build(
             writer = stack.enter_context(CacheWriter(settings.output, spec, settings.max_shard_bytes))
             if new_settings is not None:
                 begin(settings, writer, new_settings)
+
         start = int(from_first(writer.next_source if writer else 0))
         samples = compute_samples(target, spec, items, start, settings.batch)
         if writer is None:
@@ -214,8 +219,10 @@ def build(
         for index, sample in tqdm(samples, total=len(items), initial=start, unit="row"):
             writer.add(index, sample)
             made += items[index].length
+
         writer.finish()
         records, written = writer.records, writer.bytes_written
+
     seconds = time.perf_counter() - began
     metrics = {
         "rows": len(items),
@@ -228,6 +235,7 @@ def build(
         "tokens_per_second": made / seconds,
     }
     write_json(settings.output / "metrics.json", metrics)
+
     return metrics
 
 
@@ -246,9 +254,11 @@ def encode_sources(settings: CacheSettings, tokenizer: Any, vocabulary: int) -> 
         digest.update(len(encoded.input_ids).to_bytes(8, "little"))
         digest.update(encoded.input_ids.tobytes() + encoded.loss_mask.tobytes())
         items.append(TrainingRow(len(items), encoded, encoded.loss_tokens >= settings.min_loss_tokens))
+
     if not items:
         files = ", ".join(map(str, settings.conversations))
         raise UserError(f"{files} holds no conversations; at least one was expected.")
+
     return items, digest.hexdigest()
 
 
@@ -266,6 +276,7 @@ def compute_samples(
         members = items[first : first + window]
         by_length = sorted((item for item in members if item.kept), key=lambda item: (item.length, item.index))
         samples: dict[int, Sample] = {}
+
         for at in range(0, len(by_length), batch):
             group = by_length[at : at + batch]
             # Always `batch` rows of a bucket's length: one compiled program a bucket, and the same sums in every run.
@@ -273,6 +284,7 @@ def compute_samples(
             for row, item in enumerate(group):
                 tokens[row, : item.length] = item.encoded.input_ids
             samples.update(_cut(group, jax.device_get(forward(target.params, tokens))))
+
         for item in members[max(0, start - first) :]:
             yield item.index, samples.get(item.index)
 

@@ -68,6 +68,7 @@ class ChatClient:
             if not re.fullmatch(r"[!-~]+", key):
                 raise UserError("OPENAI_API_KEY holds characters that no header can carry; expected visible ASCII.")
             headers["Authorization"] = f"Bearer {key}"
+
         try:
             self._client = httpx.AsyncClient(headers=headers, timeout=seconds, follow_redirects=False)
         except (httpx.HTTPError, httpx.InvalidURL, ValueError, ImportError, OSError) as error:
@@ -93,6 +94,7 @@ class ChatClient:
             if self._closed:
                 raise UnansweredError("the run was stopped.")
             future = asyncio.run_coroutine_threadsafe(self._post(body), self._loop)
+
         try:
             status, headers, data = future.result()
         except (concurrent.futures.CancelledError, asyncio.CancelledError):
@@ -103,8 +105,10 @@ class ChatClient:
             raise UnansweredError(f"nothing came for {self.seconds:g} seconds.") from None
         except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, OSError, ValueError) as error:
             raise UnansweredError(f"no connection ({_shown(error) or type(error).__name__}).") from None
+
         if status == 200:
             return read_answer(data)
+
         raise self._refusal(status, headers, data)
 
     def close(self) -> None:
@@ -113,6 +117,7 @@ class ChatClient:
             if self._closed:
                 return
             self._closed = True
+
         asyncio.run_coroutine_threadsafe(self._cancel(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -144,11 +149,13 @@ class ChatClient:
                 f"{self.url} redirects to {where!r} (HTTP {status}), which is not followed; give --server the address "
                 "that answers."
             )
+
         if status in RETRIED or status < 300:
             named = headers.get("Retry-After", "")
             return UnansweredError(
                 f"HTTP {status}: {said}", float(named) if re.fullmatch("[0-9]{1,6}", named) else None
             )
+
         if status in WRONG_SERVER:
             return ServerError(f"{self.url} {WRONG_SERVER[status]} (HTTP {status}: {said})")
         return UserError(f"the server refused the request (HTTP {status}: {said})")
@@ -176,17 +183,20 @@ def read_answer(reply: bytes) -> Answer:
 
     if isinstance(tokens, bool) or not isinstance(tokens, int) or not 0 <= tokens < 2**31:
         raise UnansweredError(f"the reply's completion_tokens are {tokens!r:.40}; a count was expected.")
+
     if thoughts:
         raise UserError(
             "the server gives the answer's reasoning apart from it; turn thinking off by --server-extra, or the "
             "server's reasoning parser."
         )
+
     if reason not in ("stop", "length"):
         raise UserError(f"the answer ended with {reason!r:.60}; stop or length was expected.")
     if text is not None and not isinstance(text, str):
         raise UserError(f"the answer is a {type(text).__name__}; text was expected.")
     if not (text or "").strip("\ufffd \t\r\n"):
         raise UserError("the answer is empty.")
+
     return Answer(text or "", reason, tokens)
 
 
@@ -198,10 +208,12 @@ def _url(server: str) -> str:
         fits = url.scheme in ("http", "https") and url.hostname and not (url.username or url.query or url.fragment)
     except (httpx.InvalidURL, ValueError, TypeError):
         fits = False
+
     if not fits:
         raise UserError(
             f"--server is {server!r:.200}; an address as in http://host:8000/v1 was expected, without a key or a query."
         )
+
     address = server.rstrip("/")
     return address if address.endswith("/chat/completions") else f"{address}/chat/completions"
 

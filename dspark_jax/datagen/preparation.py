@@ -53,6 +53,7 @@ def with_self_prompts(settings: PrepareSettings) -> tuple[PrepareSettings, Count
     }
     begun = require_same_settings(settings.beside("prompts.settings.json"), identity, path)
     dropped: Counter[str] = Counter()
+
     if not path.exists():
         domains = DOMAINS if settings.domains is None else read_domains(settings.domains)
         excluded = excluded_prompts(settings.exclude)
@@ -61,11 +62,13 @@ def with_self_prompts(settings: PrepareSettings) -> tuple[PrepareSettings, Count
             raise UserError(f"The tokenizer in {folder} has no chat template; put a chat_template.jinja beside it.")
         if not begun:
             write_settings(settings.beside("prompts.settings.json"), identity, target=settings.target)
+
         writer = Writer(target, domains, settings.engine(), settings.seed)
         rows = list(write_prompts(writer, settings.self_prompts, log, excluded))
         write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         judged = (json.loads(line)["reason"] for line in log.read_bytes().splitlines())
         dropped.update(reason for reason in judged if reason is not None)
+
     return replace(settings, prompts=(path,), self_prompts=0, domains=None, exclude=()), dropped
 
 
@@ -76,9 +79,11 @@ def load_regenerator(settings: PrepareSettings, prompts: str) -> Regenerator:
     context = read_target_config(hf_config).max_positions
     if settings.max_context > context:
         raise UserError(f"--max-context is {settings.max_context}, the target's context {context}; lower it.")
+
     tokenizer = load_tokenizer(folder)
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(f"The tokenizer in {folder} has no chat template; put a chat_template.jinja beside it.")
+
     identity = {
         "target_sha256": config_sha256(hf_config),
         "weights_xxh3": weights_hash(folder),
@@ -91,6 +96,7 @@ def load_regenerator(settings: PrepareSettings, prompts: str) -> Regenerator:
     mesh = mesh_of_several(settings.mesh)
     target = replace(load_target(folder, dtype=settings.dtype, mesh=mesh, tokenizer=False), tokenizer=tokenizer)
     begin(settings, identity)
+
     return Regenerator(
         target, settings.thinking, settings.sampling(), settings.engine(), settings.max_context or context
     )
@@ -125,13 +131,16 @@ def regenerate(
     order = {source.id: source.index for source in [*sources, *(r.source for r in refused)]}
     fitting, too_long = answerer.sort_out(sources)
     began, made = time.perf_counter(), 0
+
     with ResumableJsonl(settings.output) as done, ResumableJsonl(settings.beside("rejected.jsonl")) as aside:
         strangers = (done.finished | aside.finished) - order.keys()
         if strangers:
             raise UserError(f"{settings.output} holds the id {min(strangers)!r}, which is not among the prompts.")
+
         aside.append(map(_rejected_row, (r for r in [*refused, *too_long] if r.source.id not in aside.finished)))
         finished = done.finished | aside.finished
         todo = [source for source in fitting if source.id not in finished]
+
         with tqdm(total=len(order), initial=len(order) - len(todo), unit="conversation") as bar:
             for ended in answerer.answers(todo, fitting) if todo else ():
                 done.append(_row(e) for e in ended if isinstance(e, Finished))
@@ -139,10 +148,13 @@ def regenerate(
                 made += sum(e.tokens for e in ended if isinstance(e, Finished))
                 bar.update(len(ended))
                 bar.set_postfix_str(f"{made / (time.perf_counter() - began):,.0f} tokens/s", refresh=False)
+
         for path in (done.path, aside.path):
             _sort_lines(path, order)
+
         if not aside.finished:
             aside.path.unlink()
+
     return summarise(settings, made, time.perf_counter() - began)
 
 
@@ -165,6 +177,7 @@ def summarise(settings: PrepareSettings, made: int, seconds: float) -> tuple[dic
         "tokens_per_second": made / seconds,
     }
     write_json(settings.beside("metrics.json"), metrics)
+
     return metrics, Counter(re.sub(r"\d+", "#", reason) for reason in reasons)
 
 

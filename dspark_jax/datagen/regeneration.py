@@ -105,6 +105,7 @@ class Regenerator:
                 rejected.append(Rejected(source, str(error)))
             else:
                 fitting.append(source)
+
         return fitting, rejected
 
     def answers(self, todo: Sequence[Source], fitting: Sequence[Source]) -> Iterator[list[Finished | Rejected]]:
@@ -140,8 +141,10 @@ class Regenerator:
                 if (refusal := self._submit(engine, conversation, longest)) is not None:
                     ended.append(refusal)
                     continue
+
                 open_[conversation.source.index] = conversation
                 waiting += 1
+
             if not open_ and not ended:
                 return
 
@@ -154,6 +157,7 @@ class Regenerator:
                     outcome = self._answer(conversation, progress.generation)
                     ended += [] if outcome is None else [outcome]
                     later.extend([conversation] if outcome is None else [])
+
             yield ended
 
     def _encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
@@ -164,9 +168,11 @@ class Regenerator:
             raise UserError(
                 f"a prompt of {len(prompt)} tokens leaves no room for {new} new ones in a context of {self.context}."
             )
+
         vocabulary = self.target.config.vocab_size
         if max(prompt) >= vocabulary:
             raise UserError(f"token id {max(prompt)} is outside the target's vocabulary of {vocabulary}.")
+
         return prompt
 
     def _reach(self, source: Source) -> int:
@@ -184,8 +190,10 @@ class Regenerator:
             prompt = self._encode(conversation.messages)
         except UserError as error:
             return Rejected(source, f"turn {conversation.turn + 1}: {error}")
+
         if len(prompt) + self.sampling.max_new_tokens > longest:
             return Rejected(source, f"turn {conversation.turn + 1}: its {len(prompt)} tokens outgrew the engine.")
+
         engine.submit(source.index, Request(prompt))
         return None
 
@@ -199,11 +207,13 @@ class Regenerator:
             return Rejected(source, f"{turn}: the answer holds the special token {tokenizer.decode([special])!r}.")
         if not made.text.strip("\ufffd \t\r\n"):
             return Rejected(source, f"{turn}: the answer is empty.")
+
         conversation.messages.append(answer_message(made.text, made.finish_reason))
         conversation.tokens += len(made.tokens)
         conversation.turn += 1
         if made.finish_reason == "stop" and conversation.turn < len(source.segments):
             return None
+
         return Finished(source, tuple(conversation.messages), made.finish_reason, conversation.tokens)
 
 

@@ -114,9 +114,12 @@ def read_domains(path: Path) -> tuple[Domain, ...]:
                 f'{path} line {number} is no domain; expected {{"domain": NAME, "system": [TEXT, ...], '
                 '"openers": [TEXT, ...]}.'
             )
+
         if needs not in ("", "number"):
             raise UserError(f'{path} line {number} has needs {needs!r}; expected "number", or no such field.')
+
         made.append(Domain(name, systems, openers, needs))
+
     if not made:
         raise UserError(f"{path} holds no domain; give one a line.")
     return tuple(made)
@@ -143,6 +146,7 @@ def excluded_prompts(files: Iterable[Path]) -> set[str]:
                 # Instructions that an evaluation adds stand on lines of their own.
                 for text in (turn, turn.split("\n")[0]):
                     found.update(same_as(text))
+
     return found
 
 
@@ -174,6 +178,7 @@ class Filter:
         found = next((reason for reason, applies in checks.items() if applies), None)
         if found is None:
             self.seen.update(same_as(text))
+
         return found
 
 
@@ -197,14 +202,17 @@ class Writer:
         drawn = {index: self.candidate(index) for index in range(first, first + WINDOW)}
         config = replace(self.engine, longest=self.longest, stop_slots=max(1, len(self.target.stop_tokens)))
         engine = Engine(self.target, None, config)
+
         for index, (_, system, opener, temperature) in drawn.items():
             noise = random.Random(f"{self.seed}:{index}:noise").getrandbits(31)
             engine.submit(
                 index, Request(self.prefix(system, opener), SamplingParams(NEW_TOKENS, temperature, seed=noise))
             )
+
         done: dict[int, Generation] = {}
         while not engine.idle:
             done |= {step.index: step.generation for step in engine.step() if step.generation is not None}
+
         return [
             (index, domain, self.text(opener, done[index]), done[index].finish_reason == "stop")
             for index, (domain, _, opener, _) in drawn.items()
@@ -225,6 +233,7 @@ class Writer:
             raise UserError(
                 f"The chat template of {self.target.name} does not show what a user says; it can't begin a turn."
             )
+
         return tuple(self.target.tokenizer(before + opener, add_special_tokens=False)["input_ids"])
 
     def text(self, opener: str, made: Generation) -> str:
@@ -259,11 +268,13 @@ def write_prompts(writer: Writer, wanted: int, log: Path, excluded: set[str]) ->
             else:
                 for row in window:
                     sieve.reason(row["text"], by_name[row["domain"]], row["reason"] is None)
+
             for row in window:
                 if row["reason"] is None and kept < wanted:
                     kept += 1
                     bar.update()
                     yield _conversation(row)
+
             first += WINDOW
             if first >= 8 * WINDOW and kept < first / 50:
                 raise UserError(

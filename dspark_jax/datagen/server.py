@@ -83,10 +83,12 @@ class ServedAnswers:
                 raise
             except UserError as error:
                 return Rejected(source, f"turn {turn + 1}: {error}")
+
             messages.append(answer_message(answer.text, answer.finish_reason))
             tokens, reason = tokens + answer.tokens, answer.finish_reason
             if reason != "stop":
                 break
+
         return Finished(source, tuple(messages), reason, tokens)
 
     def _ask(self, messages: Sequence[Message], index: int, turn: int) -> Answer:
@@ -116,6 +118,7 @@ class ServedAnswers:
             "max_tokens": settings.max_new_tokens,
             "seed": turn_seed(settings.seed, index, turn) % 2**31,
         }
+
         return fields | ({"top_k": settings.top_k} if settings.top_k else {}) | settings.extra_fields
 
 
@@ -136,6 +139,7 @@ class _Held:
                 ended.append(future.result())
             except _GaveUp as gave_up:
                 self.unanswered.append(gave_up.rejected)
+
         refused = [e for e in ended if isinstance(e, Rejected)]
         if not ended:
             return []
@@ -147,6 +151,7 @@ class _Held:
                     raise self._refusal()
                 return []
             ended = []  # refused for several reasons, which are theirs
+
         self._trusted = True
         ended = [*self.unanswered, *self.refused, *ended]
         self.unanswered, self.refused = [], []
@@ -159,6 +164,7 @@ class _Held:
                 f"{self.url} left {len(self.unanswered)} conversations in a row unanswered, the last: "
                 f"{self.unanswered[-1].reason} What is finished is kept; run again when the server answers."
             )
+
         if self.refused and self.nothing_finished:
             raise self._refusal()
         return [*self.unanswered, *self.refused]

@@ -87,27 +87,32 @@ class PrepareSettings:
             raise UserError("Say who answers in one way: --target FOLDER_OR_ID, or --server URL --server-model NAME.")
         if self.server and not self.server_model:
             raise UserError("--server needs --server-model, the model's name on that server.")
+
         if sum(map(bool, (self.prompts, self.dataset, self.embedded_prompts, self.self_prompts))) != 1:
             raise UserError(
                 "Give the prompts in one way: --prompts FILE.jsonl, --dataset ID, --embedded-prompts code,chat,math or "
                 "--self-prompts NUMBER."
             )
+
         if self.self_prompts and not self.target:
             raise UserError("--self-prompts needs --target: a server does not continue a user's turn.")
         if (self.domains or self.exclude) and not self.self_prompts:
             raise UserError("--domains and --exclude are for prompts that the target writes; give --self-prompts too.")
         if self.limit == 0 and "math" in self.embedded_domains:
             raise UserError("The embedded math prompts have no end: give --limit, the number of each domain's prompts.")
+
         counts = ("max_new_tokens", "slots", "rounds_per_dispatch", "server_concurrency", "server_attempts")
         for name, least in (("limit", 0), ("self_prompts", 0), *((name, 1) for name in counts)):
             if getattr(self, name) < least:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; at least {least} was expected.")
+
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.max_context < 0:
             raise UserError("Expected --temperature >= 0, --top-p in (0, 1], --top-k >= 0 and --max-context >= 0.")
         if self.server_timeout <= 0 or not 0 <= self.heldout < 1:
             raise UserError("Expected --server-timeout > 0 and --heldout in [0, 1).")
         if self.split == "heldout" and not (self.embedded_prompts or self.heldout):
             raise UserError("--split heldout needs --heldout, the part of the prompts that is held out.")
+
         self.extra_fields  # noqa: B018 - read once here, so that bad JSON is refused at the start
 
     @property

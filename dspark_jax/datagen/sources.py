@@ -29,9 +29,11 @@ def read_sources(settings: PrepareSettings) -> tuple[list[Source], list[Rejected
     refused: list[Rejected] = []
     seen: set[str] = set()
     first: dict[bytes, str] = {}
+
     for record in _records(settings):
         if record.id in seen:
             raise UserError(f"{record.where}: the id {record.id!r} was used before; expected every id once.")
+
         source = Source(len(seen), record.id, (), {}, record.where)
         seen.add(record.id)
         if isinstance(record, BadRow):
@@ -39,6 +41,7 @@ def read_sources(settings: PrepareSettings) -> tuple[list[Source], list[Rejected
                 raise UserError(record.reason)
             refused.append(Rejected(source, record.reason))
             continue
+
         source = replace(source, extra=record.extra)
         try:
             source = replace(source, segments=prompt_segments(record.messages))
@@ -49,6 +52,7 @@ def read_sources(settings: PrepareSettings) -> tuple[list[Source], list[Rejected
             refused.append(Rejected(source, str(error)))
         else:
             sources.append(source)
+
     if not seen:
         raise UserError(f"{settings.described} holds no conversations; at least one was expected.")
     return sources, refused
@@ -82,6 +86,7 @@ def _records(settings: PrepareSettings) -> Iterator[ConversationRecord | BadRow]
                 break
             count += 1
             yield replace(record, id=prefix + record.id)
+
     for domain in settings.embedded_domains:
         for number, item in enumerate(corpora.prompts(domain, settings.split, settings.limit or None, settings.seed)):
             extra = {"domain": item["domain"], "source": item["source"]}

@@ -97,15 +97,18 @@ def answer(engine: Engine, dialogues: Sequence[Dialogue], seed: int, thinking: b
     started = time.perf_counter()
     for dialogue in dialogues:
         ask(dialogue.index, 0)
+
     while not engine.idle:
         for progress in engine.step():
             if progress.generation is None:
                 continue
+
             index, turn = asked[progress.index]
             made[index, turn] = progress.generation
             messages[index].append({"role": "assistant", "content": progress.generation.text})
             if turn + 1 < len(by_index[index].segments):
                 ask(index, turn + 1)
+
     return Answered(made, tuple(cut), time.perf_counter() - started)
 
 

@@ -145,11 +145,13 @@ def calibrate(
         raise UserError("Calibration needs two prompts or more: it fits on one half and measures on the other.")
     if samples < 1:
         raise UserError(f"There is nothing to record: samples is {samples}, expected 1 or more.")
+
     rounds = record(target, drafter, prompts, sampling, engine, samples if sampling.temperature > 0 else 1)
     shift = 0.0
     if recenter:
         shift = fit_shift(*rounds.halves[0][1:])
         drafter = recentered(drafter, shift)
+
     return fitted(rounds, drafter, shift, validity(target, drafter, sampling))
 
 
@@ -184,11 +186,14 @@ def record(
         stop_slots=max(config.stop_slots, len(target.stop_tokens), len(sampling.stop_tokens or ())),
     )
     engine = Engine(target, drafter, whole, sampling, recorder=keep)
+
     for i, request in enumerate(requests):
         for sample in range(samples):
             engine.submit(i * samples + sample, request)
+
     for _ in drain(engine):
         pass
+
     if not kept or not sum(len(part.prompt) for part in kept):
         raise UserError("No round was recorded: every answer ended with its first token. Give other prompts.")
     return Rounds(*(np.concatenate(columns) for columns in zip(*kept, strict=True)))
@@ -211,6 +216,7 @@ def fitted(rounds: Rounds, drafter: Drafter, shift: float, valid_for: dict[str, 
         }
         for k in range(len(temperatures))
     }
+
     return Calibrated(temperatures, before, after, diagrams, rounds, drafter, shift, valid_for)
 
 

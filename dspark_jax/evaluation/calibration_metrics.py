@@ -47,10 +47,12 @@ def position_metrics(predicted: np.ndarray, label: np.ndarray) -> tuple[float, f
     """(ECE, AUROC, Brier, mean prediction, mean label, count) of one position."""
     if not len(predicted):
         return (np.nan,) * 5 + (0.0,)
+
     predicted = np.clip(np.asarray(predicted, np.float64), CLAMP, 1 - CLAMP)
     label = np.asarray(label, np.float64)
     coarse = np.minimum((predicted * ECE_BINS).astype(int), ECE_BINS - 1)
     gaps = np.bincount(coarse, predicted, ECE_BINS) - np.bincount(coarse, label, ECE_BINS)
+
     return (
         float(np.sum(np.abs(gaps)) / len(predicted)),
         _auc(predicted, label),

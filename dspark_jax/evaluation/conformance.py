@@ -48,6 +48,7 @@ class Reading:
     def describe(self, drafter: Drafter) -> str:
         if self.slot and hasattr(drafter.config, "sample_from_anchor"):
             return "the anchor's row predicts nothing" if self.slot < 0 else "the anchor's row predicts too"
+
         for shift, one, few in (
             (self.slot, "tokens drafted {} {}", ("earlier", "later")),
             (self.layer, "layer ids {} {}", ("lower", "higher")),
@@ -55,6 +56,7 @@ class Reading:
         ):
             if shift:
                 return one.format(abs(shift), few[shift > 0])
+
         return "as its files declare"
 
 
@@ -81,6 +83,7 @@ def readings(drafter: Drafter) -> list[Reading]:
         slots = slots if config.block_size > 1 else []
     else:
         slots = [-1, 1]
+
     found = [DECLARED, *(Reading(slot=s) for s in slots), *(Reading(layer=s) for s in shifted)]
     return [*found, *(Reading(position=s) for s in (-1, 1))]
 
@@ -109,6 +112,7 @@ class Probe:
                 features = jnp.concatenate([taps[i] for i in ids], axis=-1)
                 part = self._read(reading, features, hidden, tokens, chosen)
                 parts[reading].append(part[: len(anchors) - start])
+
         return {reading: np.concatenate(found) for reading, found in parts.items()}
 
     def _read(self, reading: Reading, features: Array, hidden: Array, tokens: Array, anchors: Array) -> np.ndarray:
@@ -122,11 +126,13 @@ class Probe:
             found = _step_overlap(self.drafter.graphdef, reading.slot, reading.position, self.drafter.params,
                                   self.shared, features, hidden, tokens, anchors)  # fmt: skip
             shift = reading.slot
+
         # Row k's label is anchor + 1 + k + shift; its column is that label's.
         out = np.full((*found.shape[:2], declared), np.nan, np.float32)
         for k in range(found.shape[2]):
             if 0 <= k + shift < declared:
                 out[:, :, k + shift] = found[:, :, k]
+
         return out
 
 

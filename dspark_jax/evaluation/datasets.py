@@ -47,6 +47,7 @@ def read_datasets(sources: Sequence[str], limit: int | None = None) -> dict[str,
             if limit is None or len(taken) < limit:
                 taken.append(Dialogue(total, record.id, name, record.segments()))
                 total += 1
+
     if not total:
         raise UserError(f"{', '.join(sources) or 'No source'} holds no samples; give JSONL with turns or messages.")
     return sets
@@ -61,16 +62,19 @@ def _files(source: str) -> list[Path]:
     path = Path(source)
     if path.is_file():
         return [path]
+
     folder = path if path.is_dir() else _from_hub(source)
     files = sorted(file for suffix in SUFFIXES for file in folder.rglob(f"*{suffix}"))
     if not files:
         raise UserError(f"{source} holds no {' or '.join(SUFFIXES)} file; give evaluation sets in either.")
+
     return files
 
 
 def _from_hub(source: str) -> Path:
     if source.count("/") != 1 or source.startswith((".", "/", "~")) or source.endswith(SUFFIXES):
         raise UserError(f"{source} is neither a file nor a folder here; give one, or a hub id (owner/name).")
+
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

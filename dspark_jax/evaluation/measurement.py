@@ -84,6 +84,7 @@ class Evaluation:
         )
         engine = Engine(self.target, self.drafter, config, SamplingParams(self.settings.max_new_tokens, temperature))
         engine.warm_up()
+
         return engine
 
     def at(self, temperature: float) -> dict[str, Any]:
@@ -94,12 +95,14 @@ class Evaluation:
         whole = timed if settings.engine.policy == "fixed" else self.engine_of(temperature, "fixed")
         swept = {value: self.engine_of(temperature, "threshold", value) for value in settings.thresholds}
         rows: dict[str, Any] = {}
+
         for name, samples in tqdm(self.sets.items(), desc=f"temperature {temperature:g}", unit="set", disable=None):
             passes: list[tuple[Answered, Answered]] = []
             for i in range(settings.repeats):
                 order = [plain, timed] if i % 2 == 0 else [timed, plain]
                 done = {id(engine): self._answer(engine, samples) for engine in order}
                 passes.append((done[id(plain)], done[id(timed)]))
+
             recorded, proposals = self._recorded(whole, samples)
             rows[name] = speed_figures(samples, passes, self.drafter.config.block_size)
             rows[name] |= acceptance_figures(recorded)
@@ -108,6 +111,7 @@ class Evaluation:
                 f"{value:g}": speed_figures(samples, [(passes[0][0], self._answer(engine, samples))], engine.loop.block)
                 for value, engine in swept.items()
             }
+
         return {"policy": timed.why, "datasets": rows, **averages(rows)}
 
     def _answer(self, engine: Engine, samples: Sequence[Dialogue]) -> Answered:
@@ -125,6 +129,7 @@ class Evaluation:
         logits, accepted, observed = proposals.arrays()
         if not logits.size:
             return None
+
         temperatures = np.array(temperatures_of(self.target, self.drafter, sampling, self.settings.engine.sts))
         found: dict[str, Any] = {}
         for stage, scale in (("before", np.ones_like(temperatures)), ("after", temperatures)):
@@ -133,6 +138,7 @@ class Evaluation:
             found[stage] = {name: metrics.mean(name) for name in ("ece", "auc", "brier")}
             found[stage] |= {f"{name}_at": getattr(metrics, name).tolist() for name in ("ece", "auc", "brier")}
             found[stage]["reliability"] = reliability(survival, accepted, observed)
+
         return found if self.settings.engine.sts is not None else {"before": found["before"]}
 
 
@@ -146,6 +152,7 @@ def speed_figures(
     drafted = block * sum(g.drafted for g in made)
     ratios = [fast.tokens_per_second / max(slow.tokens_per_second, 1e-9) for slow, fast in passes]
     verified = sum(counts.verified)
+
     return {
         "samples": len(samples),
         "cut": len(first.cut),

@@ -103,6 +103,7 @@ def simulate(
     """
     if requests < concurrency:
         raise UserError(f"{requests} requests cannot keep {concurrency} users busy; simulate at least as many.")
+
     load = Occupancy.of() if occupancy is None else occupancy
     starts = np.searchsorted(traces.request, np.arange(len(traces.lengths) + 1))
     slots = _Slots(traces, starts, concurrency, cap, clipped=policy.needs_tables)
@@ -131,9 +132,11 @@ def simulate(
         entering = np.flatnonzero(ended)
         speeds += [slots.wanted[slot] / max(clock - slots.since[slot], 1e-9) for slot in entering]
         state = PolicyState(jax.tree.map(partial(_put, ended), state.slots, fresh.slots), state.shared)
+
         for slot in entering:
             slots.enter(int(slot), asked % len(traces.lengths), clock)
             asked += 1
+
         clock += prefill.seconds(traces.prompts[slots.source[entering]], concurrency)
 
     # The first token of every request comes with its prefill.
@@ -195,6 +198,7 @@ def _schedule(
     view = view._replace(drafted=drafted, caps=jnp.where(drafted, view.caps, 0), confidence=logits)
     lengths, new = policy(view, state)
     state = jax.tree.map(lambda a, b: jnp.where(jnp.any(drafted), a, b), new, state)
+
     return drafted, jnp.where(drafted, lengths, 0), view, state
 
 

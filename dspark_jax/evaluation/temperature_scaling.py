@@ -33,7 +33,9 @@ def fit_temperatures(logits: np.ndarray, accepted: np.ndarray, observed: np.ndar
             ece, brier = scores[:, 0], scores[:, 2]
             noise = 0.1 * np.sqrt(ECE_BINS * np.mean(label) * (1 - np.mean(label)) / len(label))
             temperatures[k] = TEMPERATURES[np.argmin(np.where(ece <= ece.min() + noise, brier, np.inf))]
+
         survival = survival * sigmoid(z / temperatures[k])
+
     return temperatures
 
 
@@ -45,7 +47,9 @@ def fit_shift(logits: np.ndarray, accepted: np.ndarray, observed: np.ndarray) ->
     reached = np.asarray(observed, bool) & before  # x_k judged, with all before it accepted
     z, label = np.asarray(logits, np.float64)[reached], np.asarray(accepted, np.float64)[reached]
     shift = 0.0
+
     for _ in range(50):
         p = sigmoid(z + shift)
         shift += float(np.clip(np.sum(label - p) / max(np.sum(p * (1 - p)), 1e-9), -1, 1))
+
     return shift

@@ -53,11 +53,13 @@ def alternate(decoders: Mapping[str, Callable[[], Timed]], times: int) -> dict[s
     """Runs each decoder once to compile, then all in turn, `times` times, the order reversed each time."""
     for decode in decoders.values():
         decode()
+
     runs: dict[str, list[Timed]] = {name: [] for name in decoders}
     for i in range(times):
         names = list(decoders) if i % 2 == 0 else list(decoders)[::-1]
         for name in names:
             runs[name].append(decoders[name]())
+
     return runs
 
 
@@ -91,6 +93,7 @@ def differences(
         shared = zip(a.tokens, b.tokens, strict=False)
         at = next((i for i, (x, y) in enumerate(shared) if x != y), min(len(a.tokens), len(b.tokens)))
         found.append(Difference(prompt.id, at, _top2_gap(target, prompt.tokens + a.tokens[:at])))
+
     return found
 
 
@@ -103,4 +106,5 @@ def _top2_gap(target: Target, tokens: Sequence[int]) -> float:
     ids = jnp.asarray([tokens])
     out = model(ids, jnp.arange(ids.shape[1])[None], CausalRows())
     second, first = np.sort(np.asarray(model.logits(out.hidden[:, -1])[0]))[-2:]
+
     return float(first - second)

@@ -60,18 +60,22 @@ def closed_loop(engine: Engine, traffic: Traffic, users: int, requests: int) -> 
 
     for _ in range(users):
         ask()
+
     engine.admit()
     jax.block_until_ready(engine.state.length)
     begin = time.perf_counter()
+
     while asked < requests:
         for progress in engine.step():
             tokens += len(progress.tokens)
             if progress.generation is not None:
                 done.append(progress.generation)
                 ask()
+
     seconds = time.perf_counter() - begin
     for index in range(asked):
         engine.cancel(index)
+
     return LoadFigures(tokens / seconds, tuple(g.tokens_per_second for g in done), *_shares(done))
 
 
@@ -80,6 +84,7 @@ def poisson(engine: Engine, traffic: Traffic, rate: float, requests: int) -> Ope
     moments = np.cumsum(np.random.default_rng(traffic.seed).exponential(1 / rate, requests))
     done: list[Generation] = []
     begin, asked = time.perf_counter(), 0
+
     while len(done) < requests:
         now = time.perf_counter() - begin
         while asked < requests and moments[asked] <= now:
@@ -89,10 +94,12 @@ def poisson(engine: Engine, traffic: Traffic, rate: float, requests: int) -> Ope
             time.sleep(max(0.0, moments[asked] - now))
             continue
         done += [p.generation for p in engine.step() if p.generation is not None]
+
     seconds = time.perf_counter() - begin
     tokens = sum(len(g.tokens) for g in done)
     speeds = tuple(len(g.tokens) / g.timing.ended for g in done)
     waits = [tuple(getattr(g.timing, name) for g in done) for name in ("first_token", "admitted")]
+
     return OpenFigures(tokens / seconds, speeds, *_shares(done), *waits)
 
 
@@ -116,14 +123,17 @@ def record_traces(engine: Engine, traffic: Traffic, requests: int) -> Traces:
     engine.recorder = take
     for index in range(requests):
         engine.submit(index, traffic.request(index, engine.sampling))
+
     made: dict[int, Generation] = {}
     while not engine.idle:
         made |= {p.index: p.generation for p in engine.step() if p.generation is not None}
+
     engine.recorder = None
     kept = sorted(found)
     rows = [(place, *row) for place, index in enumerate(kept) for row in found[index]]
     if not rows:
         raise UserError("No request lasted a round, so there is nothing to simulate with; raise --max-new-tokens.")
+
     return Traces(
         logits=np.array([logits for _, logits, _ in rows], np.float32),
         accepted=np.array([accepted for _, _, accepted in rows], np.int32),
@@ -155,6 +165,7 @@ def overheads(engine: Engine, prompts: Sequence[EncodedPrompt], repeats: int = 7
     def admitted(tokens: Sequence[int], count: int) -> float:
         for i in range(count):
             engine.submit(i, Request(tokens))
+
         start = time.perf_counter()
         engine.admit()
         jax.block_until_ready(engine.state.length)
@@ -164,6 +175,7 @@ def overheads(engine: Engine, prompts: Sequence[EncodedPrompt], repeats: int = 7
         dispatch.append(time.perf_counter() - prefilled)
         for i in range(count):
             engine.cancel(i)
+
         engine.admit()  # empties the slots, before the next is timed
         return prefilled - start
 
@@ -174,6 +186,7 @@ def overheads(engine: Engine, prompts: Sequence[EncodedPrompt], repeats: int = 7
     for prompt in sorted(prompts, key=lambda prompt: len(prompt.tokens)):
         width = prompt_bucket(engine.config, engine.loop.size, 0, len(prompt.tokens))
         by_width.setdefault(width, prompt.tokens)
+
     alone = tuple(median(tokens, 1) for tokens in by_width.values())
     slots = engine.config.slots
     house = alone if slots == 1 else tuple(median(tokens, slots) for tokens in by_width.values())

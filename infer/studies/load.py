@@ -114,16 +114,19 @@ def main(argv: list[str]) -> None:
         raise UserError("Repeats, requests-per-user and every concurrency must be 1 or more.")
     if not 0 <= settings.answer_spread <= 1:
         raise UserError(f"The answer spread is {settings.answer_spread}; expected a share, 0 to 1.")
+
     make_output(settings.output, settings.results)
     announce(settings.dtype)
     if settings.simulate is not None:
         metrics = simulated(settings, read_traces(settings.simulate))
     else:
         metrics = measured(settings)
+
     metrics |= {"machine": machine(), "settings": asdict(settings)}
     for path in (settings.output / "metrics.json", settings.results):
         if path is not None:
             write_json(path, metrics)
+
     throughput_plot(settings.output / "throughput.png", metrics["closed"])
     budget_plot(settings.output / "budget.png", metrics["closed"])
     print(closed_table(metrics["closed"]))
@@ -137,8 +140,10 @@ def measured(settings: LoadSettings) -> dict[str, Any]:
     for name in ("target", "drafter", "prompts"):
         if not getattr(settings, name):
             raise UserError(f"A load study needs --{name}; or give --simulate TRACES with --sps.")
+
     if "mtp" in settings.strategies and not settings.mtp:
         raise UserError("The strategy mtp needs --mtp DIR, the folder of an MTP-1 drafter.")
+
     target = load_target(settings.target, dtype=settings.dtype)
     study = Study(
         settings,
@@ -149,18 +154,22 @@ def measured(settings: LoadSettings) -> dict[str, Any]:
     )
     metrics: dict[str, Any] = {"closed": {}, "poisson": {}}
     compared: dict[str, Any] = {}
+
     for users in settings.concurrency:
         metrics["closed"][str(users)] = study.closed(users)
         if settings.validate:
             compared[str(users)] = study.validation(users, metrics["closed"][str(users)])
+
     for rate in settings.rates:
         metrics["poisson"][f"{rate:g}"] = study.poisson(rate)
+
     metrics["verdict"] = verdict(metrics["closed"])
     if settings.validate:
         errors = [abs(row["error"]) for rows in compared.values() for row in rows.values()]
         summary = {"median": float(np.median(errors)), "largest": float(max(errors))}
         metrics["simulator"] = {"by_users": compared, "summary": summary}
         print(f"simulator: {json.dumps(metrics['simulator']['summary'])}")
+
     return metrics
 
 
@@ -199,6 +208,7 @@ class Study:
         )
         engine = Engine(self.target, drafter, config, sampling, policy)
         engine.warm_up()
+
         return engine
 
     def traffic(self, shift: int = 0) -> Traffic:
@@ -227,8 +237,10 @@ class Study:
         engines = {strategy: self.engine(strategy, slots) for strategy in dict.fromkeys(s for _, s in missing)}
         for engine in engines.values():
             run(engine)  # the first of each is not counted
+
         for repeat, strategy in tqdm(missing, desc=f"{mode} {load:g}", unit="run", disable=None):
             self.log.add(mode, load, strategy, repeat, run(engines[strategy]))
+
         engines.clear()
         forget_programs()
 
@@ -252,13 +264,16 @@ class Study:
         )
         forget_programs()
         rows: dict[str, Any] = {}
+
         for strategy in self.settings.strategies:
             if strategy == "mtp":
                 continue  # the traces are of the other drafter
+
             found = simulate_strategy(self.settings, strategy, traces, device, users)
             real = closed[strategy]["tokens_per_second"]
             error = found.tokens_per_second / real - 1
             rows[strategy] = {"simulated": found.tokens_per_second, "measured": real, "error": error}
+
         return rows
 
 
@@ -280,6 +295,7 @@ class RunLog:
         header, *self.rows = [json.loads(line) for line in whole.splitlines()] or [self.header]
         if header != self.header:
             raise UserError(f"{self.path} holds runs of other settings; give another --output or those settings.")
+
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(whole or json.dumps(self.header) + "\n")
 
@@ -324,10 +340,12 @@ def summarise(figures: LoadFigures) -> dict[str, float]:
         "verify_budget": figures.verify_budget,
         "tau": figures.tau,
     }
+
     for name in ("first_token_seconds", "queued_seconds"):
         if hasattr(figures, name):
             row[f"{name}_median"] = float(np.median(getattr(figures, name)))
             row[f"{name}_p95"] = float(np.percentile(getattr(figures, name), 95))
+
     return row
 
 
@@ -344,6 +362,7 @@ def verdict(closed: dict[str, Any]) -> dict[str, Any]:
                 found[users][name] = {"over_best_static": speed / static[best], "budget": rows[name]["verify_budget"]}
                 if "fixed" in static:
                     found[users][name]["over_fixed"] = speed / static["fixed"]
+
     return found
 
 
@@ -364,6 +383,7 @@ def simulated(settings: LoadSettings, traces: Traces) -> dict[str, Any]:
     """Closed loops on a device that is known by its cost table only."""
     if settings.sps is None:
         raise UserError("A simulation needs --sps FILE: the cost table of the device, measured or made up.")
+
     block = traces.logits.shape[1]
     closed: dict[str, Any] = {}
     for users in settings.concurrency:
@@ -375,6 +395,7 @@ def simulated(settings: LoadSettings, traces: Traces) -> dict[str, Any]:
             for strategy in settings.strategies
             if strategy != "mtp"
         }
+
     return {"closed": closed, "verdict": verdict(closed), "simulated": True}
 
 

@@ -129,6 +129,7 @@ def summary(temperatures: dict[str, Any]) -> dict[str, Any]:
         if name != "all"
     }
     greedy = temperatures["t0"]["all"]
+
     return {
         **{
             f"speculative_over_plain_{key}": sum(row[key] for row in by_domain.values()) / len(by_domain)

@@ -53,6 +53,7 @@ def main(argv: list[str]) -> None:
     target = load_target(settings.target, tokenizer=False)
     drafter = load_drafter(settings.drafter, target) if settings.drafter else None
     wide = widened(target, settings.intermediate_size)
+
     try:
         save_target(out / "target", wide.hf_config, wide.params, wide.config.dtype)
         for file in resolve_folder(settings.target).iterdir():
@@ -63,6 +64,7 @@ def main(argv: list[str]) -> None:
             save_drafter(out / "drafter", drafter, replace(wide, name=str(out / "target")), provenance=provenance)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}); give a folder that can.") from None
+
     sizes = [f"{sum(leaf.size for leaf in flatten_dict(one.params).values()):,}" for one in (target, wide)]
     print(table(("", settings.target, str(out / "target")), [("parameters", *sizes)]))
 
@@ -75,6 +77,7 @@ def widened(target: Target, intermediate_size: int) -> Target:
         raise UserError(f"{target.name} has mixtures of experts; expected a target whose MLPs are dense.")
     if intermediate_size < units:
         raise UserError(f"{target.name} has MLPs of {units} units; expected at least as many, got {intermediate_size}.")
+
     repeated = np.arange(intermediate_size) % units
     params = {}
     for path, leaf in flatten_dict(target.params).items():
@@ -82,11 +85,14 @@ def widened(target: Target, intermediate_size: int) -> Target:
             leaf = jnp.asarray(leaf)[..., repeated]
         elif path[-2:-1] == ("mlp",) and path[-1].endswith("fd"):
             leaf = jnp.pad(leaf, ((0, intermediate_size - units), (0, 0)))
+
         params[path] = leaf
+
     whole = target.hf_config
     inner = {**text_config(whole), "intermediate_size": intermediate_size}
     hf_config = inner if text_config(whole) is whole else {**whole, "text_config": inner}
     config = replace(target.config, intermediate_size=intermediate_size)
+
     return replace(
         target,
         config=config,

@@ -72,16 +72,19 @@ def main(argv: list[str]) -> None:
     config = configuration(options, rest)
     if options.results is not None:
         make_output(options.results.parent)
+
     announce(config.compute_dtype)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     run = AbstractRun.of(config, mesh)
     kind = options.device or jax.devices()[0].device_kind
     terms = floor_terms(run)
     figures: dict[str, Any] = shapes(run) | {"device": f"{mesh.size} x {kind}"}
+
     if options.show == "memory":
         figures |= memory_figures(run)
     elif options.show == "time":
         figures |= measure(run, config, options, terms)
+
     print(listing({name: shown(value) for name, value in figures.items()}))
     if terms is not None and options.show != "memory":
         print(f"\nThe floor of a step on one device\n{terms_table(terms, known_device(kind))}")
@@ -134,6 +137,7 @@ def floor_terms(run: AbstractRun) -> list[Term] | None:
     where the tensor axis shares the work on a sequence, and for kinds of drafters that are not counted."""
     if run.target_params is not None or run.placement.mesh.shape["tensor"] > 1:
         return None
+
     chunked = anchors(run) > run.spec.loss.anchor_chunk
     itemsize = DTYPES[run.spec.dtype].dtype.itemsize
     length = run.batch["input_ids"].shape[1]
@@ -161,6 +165,7 @@ def measure(run: AbstractRun, config: TrainConfig, options: BenchOptions, terms:
     stats: dict[str, int] = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         figures["peak on the device"] = gibibytes(stats["peak_bytes_in_use"])
+
     if terms is not None:
         work, device = total(terms), known_device(mesh.devices.flat[0].device_kind)
         peak = peak_flops(mesh.devices.flat[0].device_kind, run.spec.dtype)
@@ -170,6 +175,7 @@ def measure(run: AbstractRun, config: TrainConfig, options: BenchOptions, terms:
             "MFU": "not known" if peak is None else work.flops / found / peak,
             "floor / time": "not known" if peak is None or device is None else floor_seconds(terms, device) / found,
         }
+
     return figures
 
 
@@ -178,18 +184,23 @@ def timed_runs(step: Any, state: Any, borrowed: tuple, options: BenchOptions) ->
     metrics: Any = None
     for _ in range(options.warm_up):
         state, metrics = step(state, *borrowed)
+
     jax.block_until_ready((state, metrics))
     count = options.steps_per_run
     seconds: list[float] = []
+
     while len(seconds) < options.runs:
         start = time.perf_counter()
         for _ in range(count or 1):
             state, metrics = step(state, *borrowed)
+
         jax.block_until_ready((state, metrics))
         spent = (time.perf_counter() - start) / (count or 1)
         if count:
             seconds.append(spent)
+
         count = count or min(100, max(1, round(1.0 / spent)))
+
     return seconds, {"steps a run": count, "skipped": int(metrics["skipped"])}
 
 
@@ -202,6 +213,7 @@ def memory_figures(run: AbstractRun) -> dict[str, Any]:
         memory = memory_of(compiled(one.lower(platform_name), f"The {name}"), tied_bytes(run))
         found |= {f"{name}: {part}": gibibytes(size) for part, size in memory.items()}
         found[f"{name}: seconds to compile"] = time.perf_counter() - start
+
     return found
 
 

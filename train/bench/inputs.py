@@ -39,6 +39,7 @@ def random_inputs(run: AbstractRun) -> tuple[TrainState, Borrowed]:
     shared, config = run.shared, run.target.config
     embed, head = fill([shared.embed, shared.head], 2)
     tables = SharedTables.of(config, embed, embed if config.tie_word_embeddings else head)
+
     return initial_state(run), (tables, random_batch(run), *target)
 
 

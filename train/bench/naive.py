@@ -41,6 +41,7 @@ class OneMask:
         everything = KeysValues(joined(stored.keys, k), joined(stored.values, v))
         rows = q.reshape(b, 1, n * width, *q.shape[3:])
         out = prefix_block_attention(rows, None, everything, self.allowed, None, scale=scale)
+
         return out.reshape(q.shape)
 
 
@@ -53,6 +54,7 @@ class NaiveBackbone(Backbone):
         before = jnp.repeat(before[:, :, 0], width, axis=1)
         block = jnp.arange(count * width) // width
         own = jnp.broadcast_to(block[:, None] == block, (batch, count * width, count * width))
+
         return OneMask(context, jnp.concatenate([before, own], axis=-1)[:, None])
 
 
@@ -68,6 +70,7 @@ def naive_run(run: AbstractRun) -> AbstractRun:
     if not isinstance(config, DSparkConfig):
         kind = kind_name(run.drafter_hf)
         raise UserError(f"A naive step is written for DSpark and DFlash drafters, not for {kind}.")
+
     options = dataclasses.replace(run.spec.loss, anchor_chunk=config.num_anchors)
     module = nnx.eval_shape(lambda: NaiveDSpark(config, rngs=nnx.Rngs(0)))
     objective = BlockObjective(split(module)[0], config, options, DTYPES[run.spec.dtype])

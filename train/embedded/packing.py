@@ -97,14 +97,17 @@ def pack(stream: Iterator[Encoded], length: int) -> Iterator[list[Encoded]]:
     while True:
         while len(waiting) < _POOL and (item := next(stream, None)) is not None:
             waiting.append(item)
+
         if not waiting:
             return
+
         row = [waiting.pop(0)]
         room = length - len(row[0].tokens)
         while fitting := [i for i, item in enumerate(waiting) if len(item.tokens) <= room]:
             best = max(fitting, key=lambda i: len(waiting[i].tokens))
             row.append(waiting.pop(best))
             room -= len(row[-1].tokens)
+
         yield row
 
 
@@ -125,6 +128,7 @@ def _to_arrays(chosen: list[list[Encoded]], rows: int, length: int) -> Rows:
             tokens[b, span], own[b, span], segments[b, span] = item.tokens, item.weights, segment
             positions[b, span] = np.arange(len(item.tokens))
             start = span.stop
+
     labels, weights = np.zeros_like(tokens), np.zeros_like(own)
     labels[:, :-1] = tokens[:, 1:]
     weights[:, :-1] = np.where(segments[:, 1:] == segments[:, :-1], own[:, 1:], 0.0) * (segments[:, :-1] > 0)

@@ -43,6 +43,7 @@ def evaluate(graphdef: nnx.GraphDef, params: Any, tokenizer: Tokenizer, length: 
         encoded = (encoder(item["messages"]) for item in conversations(domain, "heldout", HELD_OUT))
         fitting = (item for item in encoded if len(item.tokens) <= length)
         loss, hits, tokens, exact, answers = 0.0, 0, 0, 0, 0
+
         for rows in batches(fitting, BATCH, length):
             entropy, hit = map(np.asarray, _score(graphdef, params, rows))
             counted = rows.weights > 0
@@ -51,6 +52,7 @@ def evaluate(graphdef: nnx.GraphDef, params: Any, tokenizer: Tokenizer, length: 
                 for segment in range(1, rows.segments[b].max() + 1):
                     answers += 1
                     exact += bool(hit[b][(rows.segments[b] == segment) & counted[b]].all())
+
         found[domain] = {
             "loss": float(loss / tokens),
             "accuracy": float(hits / tokens),
@@ -58,6 +60,7 @@ def evaluate(graphdef: nnx.GraphDef, params: Any, tokenizer: Tokenizer, length: 
             "tokens": int(tokens),
             "answers": answers,
         }
+
     return found
 
 
@@ -78,17 +81,20 @@ def samples(graphdef: nnx.GraphDef, params: Any, tokenizer: Tokenizer, length: i
     starts = np.array([min(len(prompt), length - 1) for prompt in ids])
     for row, prompt, start in zip(rows, ids, starts, strict=True):
         row[:start] = prompt[:start]
+
     ends, stop = starts.copy(), tokenizer.token_to_id(END)
     running = np.ones(len(ids), bool)
     for _ in range(SAMPLE_TOKENS):
         running &= ends < length
         if not running.any():
             break
+
         chosen = np.asarray(_next(graphdef, params, jnp.asarray(rows), jnp.asarray(ends - 1)))
         running &= chosen != stop
         for i in np.flatnonzero(running):
             rows[i, ends[i]] = chosen[i]
             ends[i] += 1
+
     answers = [tokenizer.decode(rows[i, starts[i] : ends[i]].tolist()) for i in range(len(ids))]
     return [
         {"domain": item["domain"], "prompt": item["messages"][0]["content"], "answer": answer}
@@ -106,6 +112,7 @@ def _amounts() -> dict[str, str]:
             f"{len({item['source'] for item in items})} sources"
             for split, items in sizes
         )
+
     return {**amounts, "math": "generated without end"}
 
 
@@ -150,19 +157,23 @@ def write_readme(
         "| step | M tokens | " + " | ".join(f"{domain} loss" for domain in DOMAINS) + " |",
         "|" + "---|" * (2 + len(DOMAINS)),
     ]
+
     for entry in history:
         values = " | ".join(f"{entry['heldout'][domain]['loss']:.3f}" for domain in DOMAINS)
         lines.append(f"| {entry['step']} | {entry['tokens'] / 1e6:.2f} | {values} |")
+
     lines += ["", "| domain | loss (nats a token) | accuracy | exact | answers | tokens |", "|---|---|---|---|---|---|"]
     for domain, value in (history[-1]["heldout"] if history else {}).items():
         lines.append(
             f"| {domain} | {value['loss']:.3f} | {value['accuracy']:.1%} | {value['exact']:.1%} | "
             f"{value['answers']} | {value['tokens']} |"
         )
+
     lines += ["", "## Samples", "", "Greedy answers to held-out prompts, not chosen by hand.", ""] if shown else []
     for sample in shown or []:
         lines += [f"### {sample['domain']}", ""]
         lines += [*_quoted("Prompt", sample["prompt"]), *_quoted("Answer", sample["answer"])]
+
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

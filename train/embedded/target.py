@@ -196,6 +196,7 @@ class Run:
         run = cls(recipe, tokenizer, graphdef, state, Progress())
         if run.checkpoint.exists():
             run._restore()
+
         return run
 
     @property
@@ -231,6 +232,7 @@ class Run:
                     "name another --run-dir or remove it."
                 )
             leaves = [jnp.asarray(stored[f"leaf_{i:04d}"]) for i in range(len(jax.tree.leaves(self.state)))]
+
         self.state = jax.tree.unflatten(jax.tree.structure(self.state), leaves)
         self.progress = Progress(**header["progress"])
 
@@ -264,6 +266,7 @@ def export(run: Run, losses: list[dict[str, Any]], final: bool) -> None:
     shutil.rmtree(previous, ignore_errors=True)
     if out.exists():
         out.rename(previous)
+
     partial.rename(out)
     shutil.rmtree(previous, ignore_errors=True)
 
@@ -274,6 +277,7 @@ def train(run: Run, history: "History") -> None:
     step = make_step(run.graphdef, make_optimizer(recipe))
     clock = time.monotonic()
     saved, logged, recent = run.progress.seconds, run.progress, []
+
     for rows in run.data():
         rate = learning_rate(recipe, run.progress.step, run.fraction())
         run.state, loss = step(run.state, rows, jnp.float32(rate))
@@ -281,6 +285,7 @@ def train(run: Run, history: "History") -> None:
         now, clock = time.monotonic() - clock, time.monotonic()
         count, tokens, seconds = run.progress
         run.progress = Progress(count + 1, tokens + int((rows.segments > 0).sum()), seconds + now)
+
         if run.progress.step % 20 == 0:
             pace = (run.progress.tokens - logged.tokens) / (run.progress.seconds - logged.seconds)
             print(
@@ -289,13 +294,16 @@ def train(run: Run, history: "History") -> None:
                 flush=True,
             )
             logged, recent = run.progress, []
+
         if run.fraction() >= 1:
             break
+
         if run.progress.seconds - saved > 60 * recipe.save_minutes:
             saved = run.progress.seconds
             history.record(run)
             export(run, history.entries, final=False)
             run.save()
+
     history.record(run)
     run.save()
 
@@ -333,6 +341,7 @@ def main(argv: list[str]) -> None:
         train(run, history)
     if not history.entries or history.entries[-1]["step"] != run.progress.step:
         history.record(run)
+
     export(run, history.entries, final=True)
     print(f"{recipe.out}: {run.progress.step} steps, {run.progress.tokens / 1e6:.1f} M tokens", flush=True)
 

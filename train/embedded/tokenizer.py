@@ -42,6 +42,7 @@ def learn_tokenizer(conversations: Iterable[list[dict[str, str]]]) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(_texts(conversations), trainer)
+
     return tokenizer
 
 

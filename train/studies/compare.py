@@ -112,17 +112,20 @@ def main(argv: list[str]) -> None:
     if settings.point:
         run_point(settings, points, settings.point)
         return
+
     prepare(settings)
     steps = step_count(settings)
     jobs = {p.name: Point(p.name, command(argv, p.name), result_file(settings, p.name)) for p in points}
     if "block" in settings.parts:
         jobs[HEAD_COST] = Point(HEAD_COST, command(argv, HEAD_COST), result_file(settings, HEAD_COST))
+
     runner = Runner(settings.output / "logs", settings.jobs)
     failed = runner.run([jobs[name] for name in part(list(jobs), settings.index, settings.count)])
     about = {"command": " ".join(["python -m train.studies.compare", *argv]), "steps": steps, **asdict(settings)}
     made = report(settings.output, finished(settings), read_if_there(result_file(settings, HEAD_COST)), about)
     if made and settings.results:
         publish(settings.output, Path(settings.results))
+
     report_failures(failed, runner.logs)
 
 
@@ -162,6 +165,7 @@ def begin(settings: CompareSettings) -> None:
             f"The target has {layers} layers; expected --layers up to {layers - 2} and --depth up to {layers}, found "
             f"{list(settings.layers)} and {settings.depth}."
         )
+
     identity = {name: getattr(settings, name) for name in IDENTITY} | {"weights_xxh3": weights_hash(folder)}
     if not settings.minutes:
         identity["steps"] = settings.steps
@@ -177,6 +181,7 @@ def prepare(settings: CompareSettings) -> None:
         return
     if settings.cache:
         raise UserError(f"{settings.cache} is no finished cache; leave --cache out, and the study makes its own.")
+
     conversations = settings.output / "conversations.jsonl"
     run(
         *("train.prepare_data", "--target", settings.target, "--embedded-prompts", "code,chat,math"),
@@ -204,16 +209,19 @@ def cache_fits(settings: CompareSettings) -> bool:
     folder = settings.cache_folder
     if not (folder / "manifest.json").exists() or not Manifest.load(folder).complete:
         return False
+
     spec, target = Manifest.load(folder).spec, resolve_folder(settings.target)
     built = read_object(folder / "build.json")["settings"] if (folder / "build.json").exists() else {}
     found = (tuple(spec.layer_ids), spec.target_sha256, built.get("weights_xxh3", ""))
     wanted = (cached_layers(settings), config_sha256(read_hf_config(target)), weights_hash(target))
+
     for name, theirs, ours in zip(("layers", "target config", "target weights"), found, wanted, strict=True):
         if theirs != ours:
             raise UserError(
                 f"The cache {folder} was built with {name} {theirs}, this study has {ours}; give a new --output, or "
                 "leave --cache out."
             )
+
     return True
 
 
@@ -234,9 +242,11 @@ def run_point(settings: CompareSettings, points: list[StudyPoint], name: str) ->
     if name == HEAD_COST:
         write_json(result_file(settings, name), compare_point.head_cost(settings.target))
         return
+
     point = next((point for point in points if point.name == name), None)
     if point is None:
         raise UserError(f"The study has no point {name!r}; its points are {', '.join(p.name for p in points)}.")
+
     result = compare_point.train_and_decode(
         point_config(settings, point, step_count(settings)),
         settings.prompts_file,
@@ -263,6 +273,7 @@ def point_config(settings: CompareSettings, point: StudyPoint, steps: int) -> Tr
         "checkpoint.every_steps": max(1, steps // 3),
         "checkpoint.keep": 1,
     }
+
     return point.config(common, target_layers(settings), copies=settings.start == "target")
 
 
@@ -270,6 +281,7 @@ def step_count(settings: CompareSettings) -> int:
     """`steps`, or what DSpark makes in `minutes` on this machine: measured once, then kept."""
     if not settings.minutes:
         return settings.steps
+
     path = settings.output / "budget.json"
     if not path.exists():
         from .compare_point import seconds_a_step
@@ -278,6 +290,7 @@ def step_count(settings: CompareSettings) -> int:
         config = point_config(settings, probe, 60)
         seconds = seconds_a_step(config, settings.output / "probe")
         write_json(path, {"step_seconds": seconds, "steps": max(1, round(60 * settings.minutes / seconds))})
+
     return int(read_object(path)["steps"])
 
 

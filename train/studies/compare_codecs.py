@@ -106,6 +106,7 @@ def main(argv: list[str]) -> None:
     if settings.point:
         run_point(settings, points, settings.point)
         return
+
     begin(settings)
     prepare(settings)
     jobs = [
@@ -131,6 +132,7 @@ def prepare(settings: CodecSettings) -> None:
     """Held-out prompts, answers and a cache a codec, by the programs that make them; what is there is left alone."""
     if not settings.prompts_file.exists():
         run("train.embedded.corpora", "--limit", settings.heldout, "--output", settings.prompts_file)
+
     missing = [codec for codec in settings.codecs if not complete(settings.cache(codec))]
     if missing and not settings.conversations:
         run(
@@ -138,6 +140,7 @@ def prepare(settings: CodecSettings) -> None:
             *("--limit", settings.prompts, "--output", settings.answers, "--max-new-tokens", settings.max_new_tokens),
             *("--slots", 64, "--dtype", "float32"),
         )
+
     layers = base_config().drafter.target_layer_ids
     for codec in missing:
         run(
@@ -165,6 +168,7 @@ def run_point(settings: CodecSettings, points: Mapping[str, tuple[str, int]], na
 
     if name not in points:
         raise UserError(f"The study has no point {name!r}; its points are {', '.join(points)}.")
+
     codec, seed = points[name]
     result = train_and_decode(
         point_config(settings, codec, seed),
@@ -191,6 +195,7 @@ def point_config(settings: CodecSettings, codec: str, seed: int) -> TrainConfig:
         "checkpoint.every_steps": max(1, settings.steps // 3),
         "checkpoint.keep": 1,
     }
+
     return apply_diff(base_config(), diff)
 
 
@@ -202,12 +207,14 @@ def reading(folder: Path, passes: int) -> dict[str, float]:
     cache = TargetCache(folder)
     batches = Batches(Truncated(cache, MAX_LENGTH), READ_BATCH, seed=0, buckets=(MAX_LENGTH,))
     tokens, seconds = int(cache.lengths.sum()), []
+
     for _ in range(passes + 1):  # the first brings the files into memory
         began = time.perf_counter()
         with batches.iterate(0, batches.steps_per_epoch) as iterator:
             for _batch in iterator:
                 pass
         seconds.append(time.perf_counter() - began)
+
     speed = tokens / statistics.median(seconds[1:])
     return {"tokens_per_second": speed, "bytes_per_second": speed * cache.spec.token_bytes, "tokens": tokens}
 
@@ -218,6 +225,7 @@ def report(settings: CodecSettings, command: str) -> None:
     found = {codec: results for codec, results in found.items() if results}
     reference = found.get(REFERENCE, {})
     rows: dict[str, dict[str, Any]] = {}
+
     for codec, results in found.items():
         spec = TargetCache(settings.cache(codec)).spec
         share = spec.token_bytes / TargetCache(settings.cache(REFERENCE)).spec.token_bytes
@@ -225,9 +233,12 @@ def report(settings: CodecSettings, command: str) -> None:
         rows[codec]["reading"] = reading(settings.cache(codec), settings.passes)
         for key in TEMPERATURES:
             rows[codec] |= accepted(key, results, reference)
+
         rows[codec]["train_loss"] = estimate([result["train_loss"] for result in results.values()])
+
     if not rows:
         return
+
     about = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(settings).items() if name != "point"}
     write_json(
         settings.output / "metrics.json", {"codecs": rows, "machine": machine(), "settings": about, "command": command}
@@ -247,9 +258,11 @@ def accepted(key: str, results: Mapping[int, Any], reference: Mapping[int, Any])
     theirs = {seed: macro_tau(acceptance(reference[seed], key)) for seed in taus if seed in reference}
     losses = [1 - taus[seed] / tau for seed, tau in theirs.items()]
     by_domain: dict[str, list[float]] = {}
+
     for result in results.values():
         for domain, found in acceptance(result, key).items():
             by_domain.setdefault(domain, []).append(found.tau)
+
     return {
         f"tau_{key}": estimate(list(taus.values())),
         f"tau_domains_{key}": {domain: estimate(values) for domain, values in by_domain.items()},
@@ -270,12 +283,14 @@ def codec_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
         "lost",
     ]
     lines = []
+
     for codec, row in rows.items():
         line = [codec, f"{row['bytes_per_token']:,}", f"{row['share_of_bfloat16']:.1%}"]
         line += [f"{row['reading']['tokens_per_second']:,.0f}", f"{row['reading']['bytes_per_second'] / 1e6:,.0f}"]
         for key in TEMPERATURES:
             line += [with_interval(row[f"tau_{key}"], "{:.3f}"), with_interval(row[f"tau_loss_{key}"], "{:.1%}")]
         lines.append(line)
+
     return table(header, lines)
 
 

@@ -30,16 +30,19 @@ def conditional_acceptance(path: Path, metrics: Mapping[str, Any]) -> None:
     rows = metrics["figure2_t1"]
     domains = list(next(iter(rows.values())))
     figure, panels = pyplot().subplots(1, len(domains), figsize=(3.4 * len(domains), 3.6), squeeze=False, sharey=True)
+
     for panel, domain in zip(panels[0], domains, strict=True):
         for name, by_domain in rows.items():
             rates, style = by_domain[domain], {"color": COLOURS[name]}
             panel.plot(*_known(rates["rates"]), marker="o", label=CONTESTANTS[name].label, **style)
             for seed in rates["seeds"]:
                 panel.plot(*_known(seed), linewidth=0.6, alpha=0.4, **style)
+
         panel.set_title(domain)
         panel.set_xlabel("block position k")
         panel.set_ylim(0, 1)
         panel.grid(alpha=0.3)
+
     panels[0][0].set_ylabel("x_k accepted, given x_<k were")
     panels[0][0].legend(fontsize=8)
     save(figure, path)
@@ -55,14 +58,17 @@ def block_length(path: Path, metrics: Mapping[str, Any]) -> None:
     figure, panels = pyplot().subplots(1, 3, figsize=(13, 3.8))
     rows, cost = metrics["figure4_t1"], metrics["figure4_head_cost"]
     _curves(panels[0], rows, "block length")
+
     for name, row in rows.items():
         shared = [at for at in row if at in rows.get("dflash", {})]
         if name != "dflash" and shared:
             gain = [row[at]["macro"]["mean"] / rows["dflash"][at]["macro"]["mean"] - 1 for at in shared]
             label = CONTESTANTS[name].label
             panels[1].plot(list(map(int, shared)), np.multiply(gain, 100), marker="o", label=label, color=COLOURS[name])
+
     if cost:
         _head_cost(panels[2], cost["rows"])
+
     for panel, title, unit in zip(
         panels,
         ("accepted length", "gain over DFlash", "cost of the sequential head"),
@@ -75,6 +81,7 @@ def block_length(path: Path, metrics: Mapping[str, Any]) -> None:
         panel.grid(alpha=0.3)
         if panel.get_legend_handles_labels()[0]:
             panel.legend(fontsize=7)
+
     save(figure, path)
 
 
@@ -96,6 +103,7 @@ def _curves(panel: Any, rows: Mapping[str, Any], label: str) -> None:
             at, means, yerr=spread, marker="o", capsize=3, label=CONTESTANTS[name].label, color=COLOURS[name]
         )
         panel.set_xticks(at)
+
     panel.set_xlabel(label)
     panel.set_ylabel("τ at temperature 1, macro-average")
     panel.grid(alpha=0.3)

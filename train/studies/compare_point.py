@@ -39,6 +39,7 @@ def train_and_decode(config: TrainConfig, prompts: Path, *, max_new_tokens: int,
     heldout = read_prompts(target, [prompts])
     engine = EngineConfig(min(30, len(heldout)), policy="fixed", smallest_prompt_bucket=64)
     decoded = {}
+
     for key, temperature, seeds in (("t1", 1.0, range(samples)), ("t0", 0.0, range(1))):
         # A prompt's random numbers come from (decode seed, its place): seeds a thousand apart share none.
         passes = [
@@ -52,6 +53,7 @@ def train_and_decode(config: TrainConfig, prompts: Path, *, max_new_tokens: int,
             for seed in seeds
         ]
         decoded[key] = {domain: counts(Acceptance.pooled([p[domain] for p in passes])) for domain in passes[0]}
+
     measured = ("seconds", "step_seconds", "loss", "tau_probabilistic", "skipped")
     return {
         **decoded,
@@ -83,6 +85,7 @@ def head_cost(target_folder: str, repeats: int = 7) -> dict[str, Any]:
             for i in range(repeats):
                 for head in list(HEADS) if i % 2 else list(HEADS)[::-1]:
                     seconds[head].append(next(engines[head]))
+
             ratios = {h: [a / b for a, b in zip(seconds[h], seconds["none"], strict=True)] for h in HEADS}
             rows.append(
                 {
@@ -93,6 +96,7 @@ def head_cost(target_folder: str, repeats: int = 7) -> dict[str, Any]:
                     "overhead_range": {h: [min(ratios[h]) - 1, max(ratios[h]) - 1] for h in HEADS if h != "none"},
                 }
             )
+
     return {"rank": HEADS["vanilla"], "repeats": repeats, "rows": rows}
 
 
@@ -110,6 +114,7 @@ def _drafter(target: Target, block: int, head: str) -> Drafter:
         enable_confidence_head=False,
         dtype="float32",
     )
+
     return new_drafter(head, hf_config, jax.random.key(0))
 
 
@@ -123,6 +128,7 @@ def _dispatches(target: Target, drafter: Drafter, slots: int, count: int) -> Ite
     rng = np.random.default_rng(0)
     for slot in range(slots):
         engine.submit(slot, Request(tuple(rng.integers(0, target.config.vocab_size, 24).tolist())))
+
     engine.step()
     engine.step()
     while True:

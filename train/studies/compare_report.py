@@ -45,6 +45,7 @@ def report(folder: Path, found: Found, head_cost: Mapping[str, Any] | None, abou
     """Writes metrics.json and the plots and prints the tables; False, and nothing written, while no point is done."""
     if not found:
         return False
+
     depth = int(about["depth"])
     metrics: dict[str, Any] = {}
     for key in TEMPERATURES:
@@ -55,6 +56,7 @@ def report(folder: Path, found: Found, head_cost: Mapping[str, Any] | None, abou
         metrics[f"figure2_{key}"] = positions(found, depth, key)
         metrics[f"figure3_{key}"] = curve(found, DEEP, "depth", key)
         metrics[f"figure4_{key}"] = curve(found, LONG, "block", key, depth)
+
     metrics["figure4_head_cost"] = head_cost
     metrics["training"] = training(found, depth)
     metrics |= {"machine": machine(), **_plain(about)}
@@ -62,6 +64,7 @@ def report(folder: Path, found: Found, head_cost: Mapping[str, Any] | None, abou
     plot_all(folder, metrics)
     print(tables(metrics))
     print(f"{len(found)} points; metrics and plots in {folder}.")
+
     return True
 
 
@@ -90,10 +93,12 @@ def gains(found: Found, depth: int, key: str) -> dict[str, Any]:
         name: {p.seed: macro_tau(acceptance(found[p], key)) for p in main_points(found, name, depth)} for name in MAIN
     }
     made = {}
+
     for name in MAIN[1:]:
         seeds = sorted(macro["dspark"].keys() & macro[name].keys())
         if seeds:
             made[name] = estimate([macro["dspark"][s] / macro[name][s] - 1 for s in seeds])
+
     return made
 
 
@@ -107,6 +112,7 @@ def positions(found: Found, depth: int, key: str) -> dict[str, dict[str, Any]]:
             parts = [Acceptance.pooled([a for d, a in run.items() if domain in (d, "all")]) for run in runs]
             seeds = [_rates(part) for part in parts]
             made.setdefault(name, {})[domain] = {"rates": _rates(Acceptance.pooled(parts)), "seeds": seeds}
+
     return made
 
 
@@ -126,6 +132,7 @@ def curve(found: Found, names: Iterable[str], field: str, key: str, depth: int |
                 row["macro"].append(macro_tau(by_domain))
                 for domain, counted in by_domain.items():
                     row.setdefault(domain, []).append(counted.tau)
+
     return {
         name: {at: {domain: estimate(values) for domain, values in row.items()} for at, row in rows.items()}
         for name, rows in made.items()
@@ -151,6 +158,7 @@ def tables(metrics: Mapping[str, Any]) -> str:
         parts += [title, _main_text(metrics[f"table1_{key}"])] if metrics[f"table1_{key}"] else []
         for name, gain in metrics[f"gains_{key}"].items():
             parts.append(f"DSpark over {CONTESTANTS[name].label}: {_shown(gain, percent=True)}")
+
     for figure, field in (("figure3_t1", "depth"), ("figure4_t1", "block")):
         rows = metrics[figure]
         at = sorted({int(x) for row in rows.values() for x in row})
@@ -160,6 +168,7 @@ def tables(metrics: Mapping[str, Any]) -> str:
                 for n, r in rows.items()
             ]
             parts += [f"\nmacro-averaged accepted length by {field}", table([field, *map(str, at)], body)]
+
     if metrics["figure4_head_cost"]:
         parts += ["\ncost of the sequential head in a round", _cost_text(metrics["figure4_head_cost"])]
     return "\n".join(parts)

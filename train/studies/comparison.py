@@ -79,6 +79,7 @@ class StudyPoint:
         }
         if contestant.last_layer:
             own["drafter.target_layer_ids"] = (target_layers - 1,)
+
         return apply_diff(load_config("embedded_dspark"), {**contestant.diff, **common, **own})
 
 

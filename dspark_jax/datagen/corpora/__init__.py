@@ -44,6 +44,7 @@ def _library(domain: str, split: str, seed: int) -> Iterator[dict]:
         items = [(item.module, item.name, item, code.conversation) for item in code.pool(split)]
     else:
         items = [(entry.source, entry.key, entry, chat.conversation) for entry in chat.pool(split)]
+
     order = random.Random(f"{domain}:{split}:{seed}")
     order.shuffle(items)
     for source, key, item, build in items:

@@ -73,6 +73,7 @@ def pool(split: str) -> tuple[Entry, ...]:
         seen |= {entry.text, entry.key}
         if split_of(entry.source) == split:
             kept.append(entry)
+
     return tuple(kept)
 
 
@@ -92,6 +93,7 @@ def _documented() -> list[Entry]:
             signature = signature if len(signature) <= 120 else ""
             text = _chunks(item.doc)[0]
             entries.append(Entry(item.module, item.kind, item.name, signature, text, item.name))
+
     return entries
 
 
@@ -111,6 +113,7 @@ def _compiled() -> list[Entry]:
                 for attribute, member in sorted(vars(value).items()):
                     if not attribute.startswith("_") and callable(member):
                         entries.extend(_live(module, f"{shown}{name}.{attribute}", member, "method"))
+
     return entries
 
 
@@ -127,6 +130,7 @@ def _topics() -> list[Entry]:
         topics = importlib.import_module("pydoc_data.topics").topics
     except (ImportError, AttributeError):
         return []
+
     entries = []
     for name in sorted(topics):
         text = topics[name].encode("ascii", "ignore").decode()
@@ -134,6 +138,7 @@ def _topics() -> list[Entry]:
         for index, chunk in enumerate(_chunks(text)):
             kind = "topic" if index == 0 else "passage"
             entries.append(Entry(f"topic:{name}", kind, name, "", chunk, f"topic:{name}:{index}"))
+
     return entries
 
 
@@ -151,4 +156,5 @@ def _chunks(text: str) -> list[str]:
             chunks[-1] = f"{chunks[-1]}\n\n{paragraph}"
         elif paragraph.strip():
             chunks.append(paragraph.strip("\n"))
+
     return chunks or [""]

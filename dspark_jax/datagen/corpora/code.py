@@ -32,11 +32,13 @@ def pool(split: str) -> tuple[Definition, ...]:
     for item in definitions():
         if item.kind not in ("function", "method") or not item.body or {item.body, item.name} & seen:
             continue
+
         seen |= {item.body, item.name}
         length = 2 * len(item.header) + len(_short_doc(item.doc)) + len(item.body) + 60
         asked = bool(item.doc) or (split == "train" and "\n" in item.body)
         if asked and length <= MAX_CHARACTERS and split_of(item.module) == split:
             kept.append(item)
+
     return tuple(kept)
 
 
@@ -53,6 +55,7 @@ def conversation(item: Definition, rng: random.Random) -> list[dict[str, str]]:
         template = rng.choice(_WRITE_DOC if doc else _WRITE)
         line = " ".join(doc.split("\n\n")[0].split())
         question = template.format(what=f"{item.kind} `{signature}`{owner}", line=line)
+
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 

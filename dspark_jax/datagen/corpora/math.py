@@ -33,6 +33,7 @@ def _buy(rng: random.Random) -> tuple[str, list[str], int]:
         f"A shop sells {item} for {price} dollars each. {name} has {paid} dollars and buys {count} {item}."
         " How many dollars are left?",
     ))  # fmt: skip
+
     return question, [
         f"The {item} cost {count} * {price} = {cost} dollars.",
         f"{name} has {paid} - {cost} = {paid - cost} dollars left.",
@@ -46,6 +47,7 @@ def _two_goods(rng: random.Random) -> tuple[str, list[str], int]:
         f"{name} buys {a} {first} at {p} dollars each and {b} {second} at {q} dollars each."
         f" How much does {name} pay in total?"
     )
+
     return question, [
         f"The {first} cost {a} * {p} = {a * p} dollars.",
         f"The {second} cost {b} * {q} = {b * q} dollars.",
@@ -63,6 +65,7 @@ def _give_away(rng: random.Random) -> tuple[str, list[str], int]:
         f"{name} had {start} {item}. After getting {more} more, {name} gave {other} {given} of them."
         f" How many {item} are left?",
     ))  # fmt: skip
+
     return question, [
         f"{name} has {start} + {more} = {start + more} {item}.",
         f"After giving {given} to {other}, {name} has {start + more} - {given} = {start + more - given} {item}.",
@@ -74,6 +77,7 @@ def _boxes(rng: random.Random) -> tuple[str, list[str], int]:
     boxes, each, loose = rng.randint(2, 9), rng.randint(2, 12), rng.randint(2, 20)
     total = boxes * each + loose
     question = f"{name} has {boxes} boxes with {each} {item} each and {loose} loose {item}. How many {item} is that?"
+
     return question, [
         f"The boxes hold {boxes} * {each} = {boxes * each} {item}.",
         f"With the loose ones that is {boxes * each} + {loose} = {total} {item}.",
@@ -88,6 +92,7 @@ def _share(rng: random.Random) -> tuple[str, list[str], int]:
         f"{name} has {total} {item}, keeps {kept} and shares the rest equally among {children} children."
         f" How many {item} does each child get?"
     )
+
     return question, [
         f"{name} shares {total} - {kept} = {children * each} {item}.",
         f"Each child gets {children * each} / {children} = {each} {item}.",
@@ -102,6 +107,7 @@ def _week(rng: random.Random) -> tuple[str, list[str], int]:
     question = (
         f"{name} makes {daily} {item} a day for {days} days and sells {sold} of them. How many {item} are not sold?"
     )
+
     return question, [
         f"In {days} days {name} makes {days} * {daily} = {made} {item}.",
         f"Not sold are {made} - {sold} = {made - sold} {item}.",
@@ -115,6 +121,7 @@ def _ages(rng: random.Random) -> tuple[str, list[str], int]:
         f"{young} is {age} years old. {middle} is {gap} years older than {young}."
         f" {old} is {factor} times as old as {middle}. How old is {old}?"
     )
+
     return question, [
         f"{middle} is {age} + {gap} = {age + gap} years old.",
         f"{old} is {factor} * {age + gap} = {factor * (age + gap)} years old.",
@@ -128,6 +135,7 @@ def _visitors(rng: random.Random) -> tuple[str, list[str], int]:
         f"There are {first} people at the {place}. {gone} people leave and then {come} people come."
         f" How many people are at the {place} now?"
     )
+
     return question, [
         f"After {gone} leave there are {first} - {gone} = {first - gone} people.",
         f"After {come} come there are {first - gone} + {come} = {first - gone + come} people.",
@@ -142,6 +150,7 @@ def _trip(rng: random.Random) -> tuple[str, list[str], int]:
         f"{name} cycles for {hours} hours at {speed} km per hour and then walks {walk} km."
         f" How many km does {name} travel?"
     )
+
     return question, [
         f"{name} cycles {hours} * {speed} = {hours * speed} km.",
         f"Together that is {hours * speed} + {walk} = {total} km.",
@@ -155,6 +164,7 @@ def _half(rng: random.Random) -> tuple[str, list[str], int]:
         f"{name} has {2 * half} {item} and sells half of them. Then {name} loses {lost} and buys {found} more."
         f" How many {item} does {name} have?"
     )
+
     return question, [
         f"{name} sells {2 * half} / 2 = {half} {item} and has {half} left.",
         f"After losing {lost} there are {half} - {lost} = {half - lost} {item}.",

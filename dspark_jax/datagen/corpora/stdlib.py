@@ -54,6 +54,7 @@ def definitions() -> tuple[Definition, ...]:
         except (OSError, SyntaxError, UnicodeDecodeError, ValueError):
             continue
         found.extend(_of_module(module, tree, source.splitlines()))
+
     return tuple(found)
 
 
@@ -66,9 +67,11 @@ def _source_files() -> list[tuple[str, Path]]:
             continue
         if parts[-1] == "__init__":
             parts = parts[:-1]
+
         name = ".".join(parts)
         if name and name not in _SKIPPED_MODULES and not parts[-1].startswith("test_"):
             files.append((name, path))
+
     return sorted(files)
 
 
@@ -109,9 +112,11 @@ def _body(node: ast.FunctionDef, lines: list[str]) -> str:
     statements = node.body[1:] if ast.get_docstring(node) is not None else node.body
     if not statements or statements[0].lineno <= node.lineno:
         return ""
+
     first = node.body[0].end_lineno if statements is not node.body else statements[0].lineno - 1
     block = lines[first : node.end_lineno]
     indent = node.col_offset
     shifted = [line[indent:] if not line[:indent].strip() else line.lstrip() for line in block]
     text = "\n".join(line.rstrip().expandtabs(4) for line in shifted).strip("\n")
+
     return text if text.isascii() else ""
