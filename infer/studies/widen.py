@@ -61,7 +61,8 @@ def main(argv: list[str]) -> None:
                 shutil.copy(file, out / "target")
         if drafter is not None:
             provenance = provenance_of(read_manifest(resolve_folder(settings.drafter, "drafter")))
-            save_drafter(out / "drafter", drafter, replace(wide, name=str(out / "target")), provenance=provenance)
+            made = replace(wide, name=str(out / "target"), folder=out / "target")
+            save_drafter(out / "drafter", drafter, made, provenance=provenance)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}); give a folder that can.") from None
 
@@ -100,6 +101,7 @@ def widened(target: Target, intermediate_size: int) -> Target:
         params=unflatten_dict(params),
         hf_config=hf_config,
         config_sha256=config_sha256(hf_config),
+        folder=None,  # its weights are in no file yet
     )
 
 
