@@ -1,4 +1,4 @@
-"""Attention cores. A decoder layer hands its q, k, v to an `Attend`; which keys they meet is decided here, not there.
+"""Attention cores. A decoder layer passes its q, k, v to an `Attend`, which alone decides the keys they attend to.
 
 Axes: B batch, T context position, N block, K block position, Q query heads, G kv heads (groups), H head dim,
 M = N*(Q/G)*K rows that share one kv head. Scores and softmax are float32 whatever the storage dtype.
@@ -42,44 +42,55 @@ class CausalRows:
     def __call__(self, layer: int, q: Array, k: Array, v: Array, *, scale: float, window: int | None) -> Array:
         length = q.shape[1]
         keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
+
+        # A length that is not a multiple of `query_chunk` takes the whole score matrix at once: pad long rows to one.
         if length <= self.query_chunk or length % self.query_chunk:
             return self._rows(q, keys, values, 0, scale, window)
+
         starts = jnp.arange(0, length, self.query_chunk)
 
         def chunk(start: Array) -> Array:
             rows = jax.lax.dynamic_slice_in_dim(q, start, self.query_chunk, axis=1)
             return self._rows(rows, keys, values, start, scale, window)
 
+        # Without the checkpoint the backward pass would keep every chunk's scores, the very memory that chunking saves.
         out = jax.lax.map(jax.checkpoint(chunk), starts)  # [chunks, B, chunk, Q, H]
         return jnp.moveaxis(out, 0, 1).reshape(q.shape)
 
     def _rows(
         self, q: Array, keys: Array, values: Array, start: int | Array, scale: float, window: int | None
     ) -> Array:
+        # `start` is the position of the first query row; the keys always begin at position 0.
         rows = start + jnp.arange(q.shape[1])[:, None]
         columns = jnp.arange(keys.shape[2])[None, :]
         allowed = columns <= rows
+
+        # docs/algorithm.md, rule 25: a key at k is visible to a query at q iff q - w < k <= q.
         if window is not None:
             allowed &= columns > rows - window
         allowed = allowed[None]
+
         if self.segments is not None:
             mine = jax.lax.dynamic_slice_in_dim(self.segments, start, q.shape[1], axis=1)
             allowed = allowed & (mine[:, :, None] == self.segments[:, None, :])
+
+        # N = 1 block without keys of its own: the row itself is the prefix.
         out = prefix_block_attention(q[:, None], None, KeysValues(keys, values), allowed[:, None], None, scale=scale)
         return out[:, 0]
 
 
 def segment_starts(segments: Int[Array, "b t"]) -> Int[Array, "b t"]:
-    """The first position of every position's segment; a position's place in its segment is what lies between."""
+    """The first position of each position's segment; subtracted from a position, it gives the place within."""
+    # The first column always starts a segment, whatever its id.
     changes = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     return jax.lax.cummax(jnp.where(changes, jnp.arange(segments.shape[1]), 0), axis=1)
 
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Where the packed rows of a bucket sit in the [R, W] grid of (request, block offset).
+    """Places of a bucket's packed rows in the [R, W] grid of (request, block offset); docs/algorithm.md, rule 81.
 
-    `index` [P] = request * W + offset, and R * W for the bucket's unused rows, whose values go nowhere.
+    `index` [P] = request * W + offset; R * W marks the bucket's unused rows, whose values are dropped.
     """
 
     index: Int[Array, " p"]
@@ -88,6 +99,7 @@ class PackedRows:
 
     def to_grid(self, x: Array) -> Array:
         """[P, ...] -> [R, W, ...]; cells with no packed row are zero."""
+        # The index R * W of unused rows is out of bounds, so `mode="drop"` discards them.
         grid = jnp.zeros((self.requests * self.width, *x.shape[1:]), x.dtype)
         return grid.at[self.index].set(x, mode="drop").reshape(self.requests, self.width, *x.shape[1:])
 
@@ -112,8 +124,11 @@ class CachedBlock:
     def __call__(self, layer: int, q: Array, k: Array, v: Array, *, scale: float, window: int | None) -> Array:
         if self.packed is not None:
             q, k, v = (self.packed.to_grid(x) for x in (q, k, v))
+
         prefix = self.cache[layer]
         allowed = prefix_mask(self.lengths[:, None], prefix.keys.shape[2], q.shape[1], window)
+
+        # The block is causal: zero cells that pad a shorter request come after its real rows, which do not see them.
         out = prefix_block_attention(
             q[:, None],
             KeysValues(k[:, None], v[:, None]),
@@ -136,15 +151,20 @@ def prefix_mask(
     not before the block's segment, which begins at `starts`)."""
     columns = jnp.arange(size)
     allowed = columns < lengths[:, :, None, None]
+
+    # Packed conversations: the context of another segment in the same row is not this block's.
     if starts is not None:
         allowed &= columns >= starts[:, :, None, None]
+
     if window is None:
         return jnp.broadcast_to(allowed, (*lengths.shape, 1, size))
+
     rows = lengths[:, :, None, None] + jnp.arange(width)[:, None]
     return allowed & (columns > rows - window)
 
 
 def causal_block(width: int, window: int | None = None) -> Bool[Array, "k k"]:
+    """Which of a block's own keys each of its rows sees: itself and earlier ones, within the window."""
     rows, columns = jnp.arange(width)[:, None], jnp.arange(width)[None, :]
     allowed = columns <= rows
     return allowed if window is None else allowed & (columns > rows - window)
@@ -166,27 +186,37 @@ def prefix_block_attention(
     """
     b, n, k, q_heads, h = q.shape
     groups = prefix.keys.shape[1]
+
     # One matrix product per (batch, kv head): all rows that share the head are stacked as M = N * (Q/G) * K rows.
     rows = q.reshape(b, n, k, groups, q_heads // groups, h).transpose(0, 3, 1, 4, 2, 5)  # [B, G, N, Q/G, K, H]
     stacked = rows.reshape(b, groups, -1, h)
+
     scores = jnp.einsum("bgmh,bgth->bgmt", stacked, prefix.keys, preferred_element_type=jnp.float32) * scale
     scores = scores.reshape(*rows.shape[:-1], -1)
     scores = jnp.where(prefix_allowed[:, None, :, None], scores, MASKED)
     top = jnp.max(scores, axis=-1, keepdims=True)
+
+    # All keys compete in one softmax, so the block's scores are taken against the same maximum as the prefix's.
     if block is not None:
         inner = jnp.einsum("bgnrkh,bnjgh->bgnrkj", rows, block.keys, preferred_element_type=jnp.float32) * scale
         if block_allowed is not None:
             inner = jnp.where(block_allowed, inner, MASKED)
         top = jnp.maximum(top, jnp.max(inner, axis=-1, keepdims=True))
+
+    # A row without keys has maximum MASKED; the floor lies far above it, so its weights are exp(-5e29) = 0 and not
+    # exp(0) = 1, a uniform mean (docs/algorithm.md, rule 24). The shift cancels in the quotient: it needs no gradient.
     top = jax.lax.stop_gradient(jnp.maximum(top, MASKED / 2))
+
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     flat = weights.reshape(b, groups, -1, weights.shape[-1]).astype(prefix.values.dtype)
     out = jnp.einsum("bgmt,bgth->bgmh", flat, prefix.values, preferred_element_type=jnp.float32).reshape(rows.shape)
+
     if block is not None:
         inner = jnp.exp(inner - top)
         total = total + jnp.sum(inner, axis=-1, keepdims=True)
         inner = inner.astype(block.values.dtype)
         out = out + jnp.einsum("bgnrkj,bnjgh->bgnrkh", inner, block.values, preferred_element_type=jnp.float32)
+
     out = out / jnp.where(total > 0, total, 1.0)
     return out.transpose(0, 2, 4, 1, 3, 5).reshape(q.shape).astype(q.dtype)

@@ -1,6 +1,6 @@
-"""A target's architecture, read once from a Hugging Face `config.json`; no second default anywhere else.
+"""A target's architecture, read once from a Hugging Face `config.json`, with no second default anywhere else.
 
-`registry.read_target_config` reads one; the families in the files beside this build it.
+`registry.read_target_config` reads one; each family's reader in the files beside this one builds it.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ ROPE_KINDS = ("default", "linear", "yarn", "llama3", "proportional")
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding of one kind (`ROPE_KINDS`); the fields after `factor` are the kinds' own parameters."""
+    """Rotary embedding of one of `ROPE_KINDS`; each field after `factor` belongs to the kinds named above it."""
 
     theta: float
     kind: str = "default"
@@ -51,25 +51,33 @@ class RopeConfig:
         if layer_type is not None:
             scaling = require_object(scaling.get(layer_type) or {}, where)
         check_fields(scaling, ROPE_FIELDS, where)
+
         theta = scaling.get("rope_theta", config.get("rope_theta"))
         if theta is None:
             raise UserError("config.json gives no rope_theta, neither at top level nor under rope_parameters; add it.")
+
+        # transformers once wrote the key as `type`, and both spellings are in published files.
         kind = scaling.get("rope_type") or scaling.get("type") or "default"
         if kind not in ROPE_KINDS:
             raise UserError(
                 f"config.json asks for RoPE scaling {kind!r}; targets here read {', '.join(ROPE_KINDS[:-1])} and "
                 f"{ROPE_KINDS[-1]}."
             )
+
         partial = scaling.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
         if partial != 1.0 and kind != "proportional":
             raise UserError(
                 f"config.json asks for RoPE {kind!r} on a part ({partial}) of each head; only 'proportional' RoPE has "
                 "a partial_rotary_factor here."
             )
+
         original = scaling.get("original_max_position_embeddings") or config["max_position_embeddings"]
+        # A yarn file may give the original length alone: transformers then takes the ratio of the two lengths.
         factor = scaling.get("factor")
         if factor is None:
             factor = config["max_position_embeddings"] / original if kind == "yarn" else 1.0
+
+        # Absent fields keep the dataclass's defaults, so that each default is written once.
         optional = {
             name: scaling[name]
             for name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "low_freq_factor",
@@ -81,6 +89,7 @@ class RopeConfig:
                 f"config.json has {shown(dict(scaling))} as its llama3 RoPE; expected low_freq_factor below "
                 "high_freq_factor; correct the file or copy it again."
             )
+
         return cls(
             theta=float(theta),
             kind=kind,
@@ -93,8 +102,10 @@ class RopeConfig:
 
     def inverse_frequencies(self, head_dim: int) -> tuple[list[float], float]:
         """([head_dim / 2] inverse frequencies, factor on cos and sin), as transformers' ROPE_INIT_FUNCTIONS."""
+        # The exponent is over the full head_dim for all kinds, for 'proportional' too (docs/algorithm.md, rule 65).
         plain = [self.theta ** (-2.0 * i / head_dim) for i in range(head_dim // 2)]
         if self.kind == "proportional":
+            # Frequencies past the turning part are 0, not absent: their pairs keep their angle, and H stays whole.
             turning = int(self.partial_factor * head_dim // 2)
             return [f / self.factor if i < turning else 0.0 for i, f in enumerate(plain)], 1.0
         if self.kind == "linear":
@@ -106,7 +117,10 @@ class RopeConfig:
         return plain, 1.0
 
     def _yarn(self, plain: list[float], head_dim: int) -> tuple[list[float], float]:
+        """YaRN (arXiv 2309.00071): long waves are interpolated, short ones kept, with a ramp in between."""
+
         def correction(rotations: float) -> float:
+            # The index, as a real number, of the frequency that turns `rotations` times over the original length.
             turns = self.original_max_positions / (rotations * 2 * math.pi)
             return head_dim * math.log(turns) / (2 * math.log(self.theta))
 
@@ -114,15 +128,20 @@ class RopeConfig:
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, head_dim - 1)
+        # Equal ends would divide by zero below.
         if low == high:
             high += 0.001
+
         frequencies = []
         for i, frequency in enumerate(plain):
             extrapolated = 1.0 - min(max((i - low) / (high - low), 0.0), 1.0)
             frequencies.append(frequency / self.factor * (1.0 - extrapolated) + frequency * extrapolated)
+
         return frequencies, self._yarn_attention_factor()
 
     def _yarn_attention_factor(self) -> float:
+        """The factor on cos and sin; DeepSeek's files give it as a ratio of two mscales, others not at all."""
+
         def mscale(scale: float, m: float = 1.0) -> float:
             return 1.0 if scale <= 1 else 0.1 * m * math.log(scale) + 1.0
 
@@ -133,11 +152,14 @@ class RopeConfig:
         return mscale(self.factor)
 
     def _llama3(self, frequency: float) -> float:
+        """Llama 3's scaling of one frequency: kept if short, divided by `factor` if long, blended in between."""
         wavelength = 2 * math.pi / frequency
+
         if wavelength < self.original_max_positions / self.high_freq_factor:
             return frequency
         if wavelength > self.original_max_positions / self.low_freq_factor:
             return frequency / self.factor
+
         smooth = (self.original_max_positions / wavelength - self.low_freq_factor) / (
             self.high_freq_factor - self.low_freq_factor
         )
@@ -158,7 +180,7 @@ class LayerConfig:
 
 @dataclass(frozen=True)
 class ExpertsConfig:
-    """Experts of width `intermediate_size`, `per_token` of them a token; `normalise`: their weights sum to 1."""
+    """Experts of width `intermediate_size`, `per_token` of them for each token; `normalise`: their weights sum to 1."""
 
     count: int
     per_token: int
@@ -198,7 +220,7 @@ class TargetConfig:
         return tuple((layer.num_kv_heads, layer.head_dim) for layer in self.layers)
 
     def tap_width(self, tap_layers: Sequence[int]) -> int:
-        """Channels of the features that these taps give."""
+        """Channels m D of the features that m taps give."""
         return len(tap_layers) * self.hidden_size
 
 
@@ -224,6 +246,7 @@ def common_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_activation(config: Mapping[str, Any], field: str, expected: str) -> None:
+    """UserError where the file names another activation than the family's; an absent field means that one."""
     found = config.get(field, expected)
     if found != expected:
         raise UserError(
@@ -234,15 +257,18 @@ def check_activation(config: Mapping[str, Any], field: str, expected: str) -> No
 def layer_types(config: Mapping[str, Any], default: Sequence[str]) -> list[str]:
     """One of full_attention and sliding_attention a layer; UserError when the file names too few or others."""
     types = config.get("layer_types") or default
+
     layers = config["num_hidden_layers"]
     if len(types) < layers:
         raise UserError(f"config.json lists {len(types)} layer_types for {layers} layers; it must name every layer.")
+
     unknown = sorted(set(types) - {"sliding_attention", "full_attention"})
     if unknown:
         raise UserError(
             f"config.json has layer type {unknown[0]!r}; {config['model_type']} targets use full_attention and "
             "sliding_attention."
         )
+
     return list(types[:layers])
 
 

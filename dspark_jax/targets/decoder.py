@@ -21,9 +21,13 @@ Cache = Any
 
 
 class TargetOutput(NamedTuple):
-    """`hidden` [*n, D] after the final norm; `taps` [*n, m D] raw outputs of the tapped layers, in order; `kv`, a layer
-    an entry, what the rows add to the decode state, on the [R, W] grid of (request, block offset) even where the rows
-    themselves are packed: KeysValues [R, W, G, H] in families that have nothing but K and V."""
+    """The result of running rows through a target.
+
+    hidden: [*n, D], after the final norm.
+    taps: [*n, m D], raw outputs of the tapped layers, in order.
+    kv: for each layer, what the rows add to the decode state, on the [R, W] grid of (request, block offset) even where
+        the rows themselves are packed; KeysValues [R, W, G, H] in families whose state is K and V alone.
+    """
 
     hidden: Array
     taps: Array
@@ -33,8 +37,8 @@ class TargetOutput(NamedTuple):
 class TargetModel(Protocol):
     """The interface of a target's module to the decode loop, the cache builder and the drafters' frozen tables.
 
-    The decode state holds positions before each request's length, and a length is all that says what it holds: to drop
-    the rows last appended is to keep a smaller one, for up to `width` rows of `empty_cache`.
+    The decode state holds the positions before each request's length, and the length alone says which rows are valid:
+    to drop the rows last appended, up to `width` of them as given to `empty_cache`, is to keep a smaller length.
     """
 
     config: TargetConfig
@@ -94,15 +98,21 @@ class DecoderModel(nnx.Module):
     ) -> TargetOutput:
         """Runs the rows. `tap_layers` are 0-based layer ids whose outputs are kept; -1 is the embedding."""
         x = self.embed(tokens)
+        # Only the attention core needs the [R, W] grid; dense layers run on packed rows (docs/algorithm.md, rule 81).
         packed = attend.packed if isinstance(attend, CachedBlock) else None
+
         ropes = layer_ropes(self.config, positions)
+        # Taps are raw layer outputs: the final norm is in none of them (docs/algorithm.md, rules 14 and 15).
         tapped = {-1: x} if -1 in tap_layers else {}
         kv = []
         for layer, rope in zip(self.layers, ropes, strict=True):
             x, layer_kv = layer(x, rope, attend)
+            # Cache rows are scattered to the grid here, once a layer, so that packing is unknown to the caches.
             kv.append(layer_kv if packed is None else jax.tree.map(packed.to_grid, layer_kv))
             if layer.index in tap_layers:
                 tapped[layer.index] = x
+
+        # Without taps: zero channels, so that the output has the same structure for every caller.
         taps = jnp.concatenate([tapped[i] for i in tap_layers], axis=-1) if tap_layers else x[..., :0]
         return TargetOutput(self.final_norm(x), taps, tuple(kv))
 
@@ -115,14 +125,16 @@ class DecoderModel(nnx.Module):
         return head_logits(hidden, self.head_weight(), self.config.logit_softcap)
 
     def empty_cache(self, requests: int, size: int, width: int, dtype: Any) -> KVCache:
+        """Zeros for `size` positions of `requests` slots; any number of rows may be dropped, whatever `width`."""
         return empty_cache(self.config.kv_shapes, requests, size, dtype)
 
     def append(self, cache: KVCache, rows: KVCache, starts: Int[Array, " r"]) -> KVCache:
+        """The cache with K/V [R, W, G, H] of every layer written at positions starts..starts + W - 1."""
         return append_rows(cache, rows, starts)
 
     def insert(
         self, cache: KVCache, rows: KVCache, slots: Int[Array, " a"], starts: Int[Array, " a"],
         counts: Int[Array, " a"],
     ) -> KVCache:  # fmt: skip
-        """Rows past `counts` become junk beyond the length; starts + their number must fit, since the write clamps."""
+        """Rows past `counts` become junk beyond the length; starts + W must fit, since the write clamps."""
         return insert_rows(cache, tuple(head_major(layer) for layer in rows), slots, starts, axis=2)

@@ -1,4 +1,4 @@
-"""Types and ranges of the fields of a `config.json`, and the ones that ask for another rotation than is computed."""
+"""Types and ranges of the fields of a `config.json`, and the fields that ask for an unimplemented rotation."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -73,6 +73,7 @@ TARGET_FIELDS: Schema = {
     "eos_token_id": TOKEN_IDS,
 }
 
+# Entries of `rope_parameters` or `rope_scaling`; `RopeConfig` decides which of them its kind uses.
 ROPE_FIELDS: Schema = {
     "rope_type": optional(text()),
     "type": optional(text()),
@@ -90,7 +91,7 @@ ROPE_FIELDS: Schema = {
     "high_freq_factor": optional(number(above=0)),
 }
 
-# Here the first half of a head turns with the second. Field -> the values that say so, or nothing.
+# The first half of a head turns with the second here. Field -> the values under which that is so, the first explicit.
 _ROTATIONS: Mapping[str, tuple[Any, ...]] = {
     "rope_interleave": (False, None),
     "rope_interleaved": (False, None),
@@ -106,12 +107,13 @@ _ROTATIONS: Mapping[str, tuple[Any, ...]] = {
 
 
 def check_target_fields(config: Mapping[str, Any], where: str) -> None:
-    """UserError naming the first field that is of another type or range than any target's."""
+    """UserError naming the first field whose type or range no target has."""
     check_fields(config, TARGET_FIELDS, where)
 
 
 def refuse_quantisation(config: Mapping[str, Any], where: str) -> None:
     """UserError where a config says that the weights are quantised, by any of the fields in use for that."""
+    # `quant_method` is transformers' name, `format` that of compressed-tensors; mlx writes bits and a group size alone.
     for name in ("quantization_config", "quantization", "compression_config"):
         if found := config.get(name):
             method = found.get("quant_method") or found.get("format") if isinstance(found, Mapping) else found
@@ -126,6 +128,7 @@ def refuse_rotations(config: Mapping[str, Any], where: str) -> None:
 
     Such a model's weights load without a fault and compute something else. `partial_rotary_factor` is `RopeConfig`'s.
     """
+    # At any depth, because multimodal files nest the text config and Gemma's ropes lie a level further down.
     for values in _objects(config):
         for name, harmless in _ROTATIONS.items():
             if name in values and values[name] not in harmless:
@@ -136,7 +139,7 @@ def refuse_rotations(config: Mapping[str, Any], where: str) -> None:
 
 
 def _objects(value: Any) -> Iterator[Mapping[str, Any]]:
-    """Every object within a JSON value; its depth was bounded when it was read."""
+    """Every object within a JSON value, outermost first; the reader has bounded its depth."""
     if isinstance(value, Mapping):
         yield value
         for item in value.values():

@@ -1,7 +1,7 @@
 """Gemma 4 text targets: sliding and global layers with their own heads and ropes, four norms a block, a soft-cap.
 
-Axes: *n any leading axes of token rows, D hidden, Q query heads, G kv heads, H head dim. docs/algorithm.md,
-rules 60 to 69, has the traps.
+Axes: *n any leading axes of token rows, D hidden, Q query heads, G kv heads, H head dim. The traps are in
+docs/algorithm.md, rules 60 to 69; rule numbers below are that page's.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ from dspark_jax.targets.config import (
 )
 from dspark_jax.targets.layers import MLP, Attention, Rope
 
-# Field -> (the values under which it changes nothing, what it would be).
+# Field -> (the values under which it changes nothing, the feature that any other value turns on).
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "enable_moe_block": ((False, None), "mixtures of experts"),
     "hidden_size_per_layer_input": ((0, None), "per-layer inputs"),
@@ -35,20 +35,24 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 def gemma4_config(config: Mapping[str, Any]) -> TargetConfig:
-    """Reads the text config; UserError for what DeepSpec's drafters or this model don't have (docs/algorithm.md,
-    rule 68)."""
-    if config["model_type"] == "gemma4_text":  # what the class makes of a file without the field
+    """Reads the text config; UserError for features that neither DeepSpec's drafters nor this model have (rule 68)."""
+    # An absent field means the class's default, which for this model_type is 256 and therefore refused below.
+    if config["model_type"] == "gemma4_text":
         config = {"hidden_size_per_layer_input": 256, **config}
+
     for field, (neutral, what) in _REFUSED.items():
         if (found := config.get(field)) not in neutral:
             raise UserError(
                 f"config.json has {field} {found!r}: Gemma 4 targets with {what} are not supported; choose a dense one "
                 "without them, such as Gemma 4 12B."
             )
+
     check_activation(config, "hidden_activation", "gelu_pytorch_tanh")
+
     count = config["num_hidden_layers"]
     types = layer_types(config, ["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(count)])
-    types[-1] = "full_attention"  # as transformers forces it
+    types[-1] = "full_attention"  # transformers forces it, whatever the file says
+
     return TargetConfig(
         **common_fields(config),
         layers=tuple(_layer(config, kind) for kind in types),
@@ -59,16 +63,18 @@ def gemma4_config(config: Mapping[str, Any]) -> TargetConfig:
 
 
 def _layer(config: Mapping[str, Any], kind: str) -> LayerConfig:
-    """Global layers alone have `global_head_dim` and K = V, and with K = V their own number of kv heads (rule 64 of
-    docs/algorithm.md)."""
+    """One layer's sizes: global layers alone have `global_head_dim` and K = V, and with K = V their own number of kv
+    heads (rule 64)."""
     ropes = config.get("rope_parameters") or _DEFAULT_ROPES
     if not isinstance(ropes.get(kind), Mapping):
         raise UserError(
             f"config.json has {kind} layers and no rope_parameters for them; Gemma 4 gives each type of layer its own."
         )
+
     rope = RopeConfig.from_hf_dict({**config, "rope_parameters": ropes}, kind)
     if kind == "sliding_attention":
         return LayerConfig(config["num_key_value_heads"], config["head_dim"], rope, config["sliding_window"])
+
     shared = bool(config.get("attention_k_eq_v", False))
     own = config.get("num_global_key_value_heads") if shared else None
     return LayerConfig(
@@ -97,6 +103,7 @@ class Gemma4Norm(nnx.Module):
 
 
 def _unit_rms(x: Array, eps: float) -> Array:
+    """x [*n, D] over its root mean square, in float32 and without a weight."""
     wide = x.astype(jnp.float32)
     return wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
 
@@ -108,10 +115,12 @@ class Gemma4Attention(Attention):
 
     def __init__(self, config: TargetConfig, index: int, *, rngs: nnx.Rngs, input_size: int | None = None):
         super().__init__(config, index, rngs=rngs, input_size=input_size)
+        # Not H^-0.5: the norms of q and k already fix the size of the scores.
         self.scale = 1.0
         self.eps = config.rms_norm_eps
 
     def values(self, v: Float[Array, "*n g h"]) -> Float[Array, "*n g h"]:
+        """Values with an unweighted norm and no RoPE; they may be the raw k projection (rule 63)."""
         return _unit_rms(v, self.eps).astype(v.dtype)
 
 
@@ -128,6 +137,7 @@ class Gemma4Layer(nnx.Module):
         self.pre_feedforward_norm = Gemma4Norm(d, eps)
         self.mlp = MLP(config, rngs=rngs, activation=_gelu)
         self.post_feedforward_norm = Gemma4Norm(d, eps)
+        # Saved in checkpoints (rule 62); 1 in a fresh layer.
         self.layer_scalar = param(jnp.ones((1,), jnp.float32), None)
         self.index = index
 

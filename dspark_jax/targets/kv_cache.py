@@ -1,7 +1,7 @@
 """Keys and values of committed positions: one head-major `KeysValues` [R, G, S, H] a layer, in a tuple.
 
-Head-major and a leaf a layer, because attention then reads each head's rows in one stretch and XLA writes new rows in
-place. A request's length lives outside: rows past it are junk that every mask hides, so rolling back is taking a
+Head-major, with a leaf for each layer, so that attention reads each head's rows in one stretch and XLA writes new rows
+in place. A request's length lives outside: rows past it are junk that every mask hides, so rolling back is taking a
 smaller length. Axes: R request slot, G kv heads, S cache size, H head dim, W new rows, A admitted requests, L layer.
 """
 
@@ -21,7 +21,7 @@ Tree = TypeVar("Tree")
 def empty_cache(shapes: Sequence[tuple[int, int]], requests: int, size: int, dtype: Any) -> KVCache:
     """Zeros for `size` positions; `shapes` are the layers' (G, H), `TargetConfig.kv_shapes`.
 
-    Size it as the longest length + the widest append: `append_rows` clamps its start.
+    Make `size` the longest length + the widest append: `append_rows` clamps its start.
     """
     full = [(requests, kv_heads, size, head_dim) for kv_heads, head_dim in shapes]
     return tuple(KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for shape in full)
@@ -40,19 +40,24 @@ def append_rows(cache: KVCache, new: KVCache, starts: Int[Array, " r"]) -> KVCac
     """
 
     def write(stored: Array, rows: Array) -> Array:
+        # Each request has a length of its own, so the start differs by row: a slice update under vmap, not one for all.
         return jax.vmap(lambda s, r, at: jax.lax.dynamic_update_slice(s, r, (0, at, 0)))(stored, rows, starts)
 
     rows = tuple(head_major(layer) for layer in new)
+    # The cache's dtype may be narrower than the compute dtype.
     return jax.tree.map(lambda stored, r: write(stored, r.astype(stored.dtype)), cache, rows)
 
 
 def insert_rows(
     state: Tree, rows: Tree, slots: Int[Array, " a"], starts: Int[Array, " a"] | None = None, axis: int = 1
 ) -> Tree:
-    """Writes request a of `rows` (leaves [A, ...], each dimension at most the state's) into slot slots[a] of `state`,
-    from starts[a] on along `axis` (None: from 0); `starts` + the rows' length must fit, since the write clamps.
+    """Writes request a of `rows` into slot slots[a] of `state`, in place where the buffer is donated.
 
-    Slots must be below R. A loop of slice updates: a scatter would copy the cache on some backends.
+    rows: leaves [A, ...], each dimension at most the state's.
+    slots: below R; a slot may come twice, and the later request wins.
+    starts: first index along `axis` (None: 0); `starts` + the rows' length must fit, since the write clamps.
+
+    The writes are a loop of slice updates, because a scatter copies the cache on some backends.
     """
 
     def one(a: Array, stored: Tree) -> Tree:

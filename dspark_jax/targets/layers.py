@@ -1,4 +1,4 @@
-"""Parts of a decoder block, over any leading axes `*n`: what a row attends to is the `Attend` it is given.
+"""Parts of a decoder block, over any leading axes `*n`; the `Attend` passed in decides what each row attends to.
 
 Axes: D hidden, F mlp, Q query heads, G kv heads, H head dim, V vocab. Weights are stored input-first (transposed once
 at load from Hugging Face's output-first), except the [V, D] embedding and head.
@@ -27,7 +27,9 @@ class Rope(NamedTuple):
 
     @classmethod
     def at(cls, config: RopeConfig, head_dim: int, positions: Int[Array, "*n"]) -> "Rope":
+        """The rotation at `positions` for heads of `head_dim` channels, the kind's factor included in cos and sin."""
         frequencies, factor = config.inverse_frequencies(head_dim)
+        # float32 even in a bfloat16 model: a bfloat16 position is exact to 256 only.
         angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
         return cls(jnp.cos(angles) * factor, jnp.sin(angles) * factor)
 
@@ -38,6 +40,7 @@ class Rope(NamedTuple):
         return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
+# On CPU, up to this many rows (a decode round's) the head's product takes another form; see `head_logits`.
 FEW_ROWS = 32
 
 
@@ -48,8 +51,8 @@ def head_logits(hidden: Float[Array, "*n d"], head: Float[Array, "v d"], softcap
         return jnp.einsum("...d,vd->...v", x, weight, preferred_element_type=jnp.float32)
 
     def as_columns(x: Array, weight: Array) -> Array:
-        # XLA:CPU repacks a transposed right-hand side in every call, and a head is the largest there is; as the left
-        # one it is read as it lies. Without the barrier the two are swapped back.
+        # XLA:CPU repacks a transposed right-hand side in every call, and the head is the largest matrix; as the
+        # left-hand side it is read as it lies. Without the barrier XLA swaps the two back.
         rows = x.reshape(-1, x.shape[-1])
         columns = jnp.einsum("vd,nd->vn", weight, rows, preferred_element_type=jnp.float32)
         return jax.lax.optimization_barrier(columns).T.reshape(*x.shape[:-1], -1)
@@ -58,20 +61,25 @@ def head_logits(hidden: Float[Array, "*n d"], head: Float[Array, "v d"], softcap
         logits = jax.lax.platform_dependent(hidden, head, cpu=as_columns, default=as_rows)
     else:
         logits = as_rows(hidden, head)
+
     return logits if softcap is None else jnp.tanh(logits / softcap) * softcap
 
 
 def layer_ropes(config: TargetConfig, positions: Int[Array, "*n"]) -> tuple[Rope, ...]:
     """The rope of every layer at these positions; layers of one kind share theirs."""
     made: dict[tuple[RopeConfig, int], Rope] = {}
+
     for layer in config.layers:
+        # Computed once for each kind: Gemma has two kinds in dozens of layers.
         kind = (layer.rope, layer.head_dim)
         if kind not in made:
             made[kind] = Rope.at(*kind, positions)
+
     return tuple(made[layer.rope, layer.head_dim] for layer in config.layers)
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> Array:
+    """A float32 weight N(0, std), as DeepSpec initialises linears and embeddings (docs/algorithm.md, rule 28)."""
     return jax.random.normal(rngs.params(), shape, jnp.float32) * std
 
 
@@ -85,6 +93,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+
         return wide.astype(x.dtype) * self.weight[...]
 
 
@@ -92,7 +101,7 @@ class Attention(nnx.Module):
     """Grouped-query attention: per-head RMS norm of q and k where the config has it, then RoPE, scale H^-0.5; biases
     only if the config has them. Layer `index` of the config gives heads and window.
 
-    `input_size`: of the rows that q, k and v are made from; None: the hidden size.
+    `input_size`: width I of the rows that q, k and v are projected from; None: the hidden size.
     """
 
     norm: type = RMSNorm
@@ -100,12 +109,14 @@ class Attention(nnx.Module):
     def __init__(self, config: TargetConfig, index: int, *, rngs: nnx.Rngs, input_size: int | None = None):
         layer, std, d = config.layers[index], config.initializer_range, config.hidden_size
         q, g, h, i = config.num_heads, layer.num_kv_heads, layer.head_dim, input_size or d
+
         self.q_weight_dqh = param(normal(rngs, (i, q, h), std), "embed", "heads", "head_dim")
         self.k_weight_dgh = param(normal(rngs, (i, g, h), std), "embed", "kv_heads", "head_dim")
         self.values_are_keys = layer.values_are_keys
         if not self.values_are_keys:
             self.v_weight_dgh = param(normal(rngs, (i, g, h), std), "embed", "kv_heads", "head_dim")
         self.o_weight_qhd = param(normal(rngs, (q, h, d), std), "heads", "head_dim", "embed")
+
         self.has_bias = config.attention_bias
         if self.has_bias:
             self.q_bias_qh = param(jnp.zeros((q, h)), "heads", "head_dim")
@@ -113,10 +124,12 @@ class Attention(nnx.Module):
             if not self.values_are_keys:
                 self.v_bias_gh = param(jnp.zeros((g, h)), "kv_heads", "head_dim")
             self.o_bias_d = param(jnp.zeros((d,)), "embed")
+
         self.has_norm = config.query_key_norm
         if self.has_norm:
             self.q_norm = self.norm(h, config.rms_norm_eps, "head_dim")
             self.k_norm = self.norm(h, config.rms_norm_eps, "head_dim")
+
         self.scale = h**-0.5
         self.window = layer.window
         self.index = index
@@ -124,10 +137,12 @@ class Attention(nnx.Module):
     def __call__(self, x: Float[Array, "*n i"], rope: Rope, attend: Attend) -> tuple[Float[Array, "*n d"], KeysValues]:
         """(attention output, the rows' own K/V)."""
         q, kv = self.queries(x, rope), self.keys_values(x, rope)
+
         mixed = attend(self.index, q, kv.keys, kv.values, scale=self.scale, window=self.window)
         return self.output(mixed), kv
 
     def queries(self, x: Float[Array, "*n i"], rope: Rope) -> Float[Array, "*n q h"]:
+        """Queries [*n, Q, H] after bias, norm and RoPE, not yet scaled."""
         q = jnp.einsum("...d,dqh->...qh", x, self.q_weight_dqh[...])
         if self.has_bias:
             q = q + self.q_bias_qh[...]
@@ -136,10 +151,12 @@ class Attention(nnx.Module):
     def keys_values(self, x: Float[Array, "*n i"], rope: Rope) -> KeysValues:
         """([*n, G, H] keys after norm and RoPE, [*n, G, H] values): what a cache keeps."""
         k = jnp.einsum("...d,dgh->...gh", x, self.k_weight_dgh[...])
+        # With K = V, v is the raw projection: before the norm and without RoPE (docs/algorithm.md, rule 63).
         v = k = k + self.k_bias_gh[...] if self.has_bias else k
         if not self.values_are_keys:
             v = jnp.einsum("...d,dgh->...gh", x, self.v_weight_dgh[...])
             v = v + self.v_bias_gh[...] if self.has_bias else v
+
         return KeysValues(rope.rotate(self.k_norm(k) if self.has_norm else k), self.values(v))
 
     def values(self, v: Float[Array, "*n g h"]) -> Float[Array, "*n g h"]:
@@ -147,8 +164,9 @@ class Attention(nnx.Module):
         return v
 
     def output(self, mixed: Float[Array, "*n q h"]) -> Float[Array, "*n d"]:
+        """Projects mixed values back to rows [*n, D]."""
         weight = self.o_weight_qhd[...]
-        # One flat axis is contracted, not two: for those XLA:CPU transposes the weight anew in every call.
+        # One flat axis is contracted, not two: with two, XLA:CPU transposes the weight anew in every call.
         out = mixed.reshape(*mixed.shape[:-2], -1) @ weight.reshape(-1, weight.shape[-1])
         return out + self.o_bias_d[...] if self.has_bias else out
 
@@ -158,26 +176,30 @@ class MLP(nnx.Module):
 
     def __init__(self, config: TargetConfig, *, rngs: nnx.Rngs, activation: Callable[[Array], Array] = jax.nn.silu):
         d, f, std = config.hidden_size, config.intermediate_size, config.initializer_range
+
         self.gate_weight_df = param(normal(rngs, (d, f), std), "embed", "mlp")
         self.up_weight_df = param(normal(rngs, (d, f), std), "embed", "mlp")
         self.down_weight_fd = param(normal(rngs, (f, d), std), "mlp", "embed")
+
         self.has_bias = config.mlp_bias
         if self.has_bias:
             self.gate_bias_f = param(jnp.zeros((f,)), "mlp")
             self.up_bias_f = param(jnp.zeros((f,)), "mlp")
             self.down_bias_d = param(jnp.zeros((d,)), "embed")
+
         self.activation = activation
 
     def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
         gate, up = x @ self.gate_weight_df[...], x @ self.up_weight_df[...]
         if self.has_bias:
             gate, up = gate + self.gate_bias_f[...], up + self.up_bias_f[...]
+
         out = (self.activation(gate) * up) @ self.down_weight_fd[...]
         return out + self.down_bias_d[...] if self.has_bias else out
 
 
 class DecoderLayer(nnx.Module):
-    """Pre-norm block. Returns the new rows and the rows' own K/V, for the caller to cache or drop."""
+    """Pre-norm block. Returns the new rows and the rows' own K/V, which the caller caches or drops."""
 
     norm: type = RMSNorm
 
@@ -187,6 +209,7 @@ class DecoderLayer(nnx.Module):
         self.attention = Attention(config, index, rngs=rngs, input_size=input_size)
         self.post_attention_norm = RMSNorm(d, eps)
         self.mlp: Any = SparseMLP(config, rngs=rngs) if config.layers[index].sparse else MLP(config, rngs=rngs)
+
         self.index = index
 
     def __call__(self, x: Float[Array, "*n d"], rope: Rope, attend: Attend) -> tuple[Float[Array, "*n d"], KeysValues]:

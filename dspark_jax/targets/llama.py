@@ -8,17 +8,21 @@ from dspark_jax.targets.config import LayerConfig, RopeConfig, TargetConfig, che
 
 
 def llama_config(config: Mapping[str, Any]) -> TargetConfig:
+    """A dense Llama-3-style target; UserError for another activation or for tensor-parallel pretraining order."""
     check_activation(config, "hidden_act", "silu")
+    # transformers sums such products slice by slice, and another order rounds to other values.
     if (parts := config.get("pretraining_tp") or 1) != 1:
         raise UserError(
             f"config.json has pretraining_tp {parts}, which sums products in another order; only 1 is implemented."
         )
+
     heads = config["num_attention_heads"]
     layer = LayerConfig(
         num_kv_heads=config.get("num_key_value_heads") or heads,
         head_dim=config.get("head_dim") or config["hidden_size"] // heads,
         rope=RopeConfig.from_hf_dict(config),
     )
+
     return TargetConfig(
         **common_fields(config),
         layers=(layer,) * config["num_hidden_layers"],

@@ -1,6 +1,6 @@
 """Mixtures of experts: each token's MLP is a weighted sum of a few experts'.
 
-`mix_experts` is the product over a stack of experts that every family here shares; routers are their own.
+`mix_experts`, the product over a stack of experts, is shared by every family; each family has a router of its own.
 
 Axes: *n any leading axes of token rows, N of them flattened, K experts of a token, D hidden, F expert width, E experts.
 """
@@ -21,7 +21,7 @@ Activation = Callable[[Array, Array], Array]
 
 
 class ExpertStack(NamedTuple):
-    """gate and up [E, D, F], down [E, F, D]."""
+    """Stacked weights of E experts: gate and up [E, D, F], down [E, F, D]."""
 
     gate: Array
     up: Array
@@ -52,11 +52,16 @@ def grouped_experts(
 ) -> Float[Array, "n d"]:
     """The (row, expert) pairs sorted by expert, through ragged products: the work of the chosen experts only."""
     count, k = chosen.shape
+
+    # Pairs are numbered row-major, n * K + k; `order` lists them by expert, each expert's in row order.
     order = jnp.argsort(chosen.ravel(), stable=True)
     sizes = jnp.zeros((len(stack.gate),), jnp.int32).at[chosen.ravel()].add(1)
     gathered = jnp.take(rows, order // k, axis=0)
+
     inner = activation(jax.lax.ragged_dot(gathered, stack.gate, sizes), jax.lax.ragged_dot(gathered, stack.up, sizes))
     out = jax.lax.ragged_dot(inner, stack.down, sizes)
+
+    # Undoing the sort, not adding pairs to rows by scatter, fixes the order of each row's sum on every backend.
     pairs = jnp.zeros_like(out).at[order].set(out, unique_indices=True).reshape(count, k, -1)
     return jnp.einsum("nk,nkd->nd", weights.astype(pairs.dtype), pairs)
 
@@ -64,10 +69,11 @@ def grouped_experts(
 def experts_one_by_one(
     rows: Array, weights: Array, chosen: Array, stack: ExpertStack, activation: Activation
 ) -> Float[Array, "n d"]:
-    """One expert after the other on all rows, in the memory of one dense MLP; those that no row chose are left out."""
+    """One expert after the other on all rows, in the memory of one dense MLP; experts that no row chose are skipped."""
 
     def add(total: Array, expert: tuple[Array, ...]) -> tuple[Array, None]:
         index, gate, up, down = expert
+        # [N, 1]: 0 for rows that did not choose this expert, so that the product may run on all of them.
         share = jnp.sum(jnp.where(chosen == index, weights, 0), axis=1, keepdims=True).astype(rows.dtype)
 
         def run(total: Array) -> Array:
@@ -81,7 +87,7 @@ def experts_one_by_one(
 def all_experts(
     rows: Array, weights: Array, chosen: Array, stack: ExpertStack, activation: Activation
 ) -> Float[Array, "n d"]:
-    """Every expert on every row in one einsum, E/K times the work: what the other forms are held against."""
+    """Every expert on every row in one einsum, E/K times the work: the form that tests hold the others against."""
     share = jnp.einsum("nk,nke->ne", weights, jax.nn.one_hot(chosen, len(stack.gate), dtype=weights.dtype))
     gate = jnp.einsum("nd,edf->nef", rows, stack.gate)
     up = jnp.einsum("nd,edf->nef", rows, stack.up)
@@ -91,13 +97,14 @@ def all_experts(
 class SparseMLP(nnx.Module):
     """Σ_e w_e down_e(silu(gate_e x) * up_e x) over the `per_token` experts with the largest router probabilities.
 
-    Probabilities are float32, the weights of the sum of x's dtype, as in the reference.
+    Probabilities are float32; the weights of the sum have x's dtype, as in the reference.
     """
 
     def __init__(self, config: TargetConfig, *, rngs: nnx.Rngs):
         experts = config.experts
         if experts is None:
             raise ValueError("a sparse layer needs the config's experts")
+
         d, e, f, std = config.hidden_size, experts.count, experts.intermediate_size, config.initializer_range
 
         def weight(*shape: int) -> Array:
@@ -116,14 +123,18 @@ class SparseMLP(nnx.Module):
 
     @property
     def stack(self) -> ExpertStack:
+        """The experts' weights as arrays."""
         return ExpertStack(self.gate_weight_edf[...], self.up_weight_edf[...], self.down_weight_efd[...])
 
     def route(self, rows: Float[Array, "n d"]) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
-        """Weights and ids of each row's experts."""
+        """Weights [N, K] and ids [N, K] of each row's experts."""
+        # The softmax is over all experts, before the choice: unnormalised weights sum to less than 1.
         probs = jax.nn.softmax((rows @ self.router_weight_de[...]).astype(jnp.float32), axis=-1)
         weights, chosen = jax.lax.top_k(probs, self.experts.per_token)
+
         if self.experts.normalise:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+
         return weights.astype(rows.dtype), chosen
 
 

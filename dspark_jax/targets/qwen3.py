@@ -1,4 +1,4 @@
-"""Qwen3 targets: dense, and with mixtures of experts in some layers. Their decoder layers are `layers.DecoderLayer`."""
+"""Qwen3 targets: dense, and with mixtures of experts in some layers. Their decoder block is `layers.DecoderLayer`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,8 +18,10 @@ from dspark_jax.targets.config import (
 def qwen3_config(config: Mapping[str, Any]) -> TargetConfig:
     """A dense Qwen3 (`model_type` qwen3)."""
     check_activation(config, "hidden_act", "silu")
+
     rope = RopeConfig.from_hf_dict(config)
     heads, head_dim = _heads(config, 128)
+
     return TargetConfig(
         **common_fields(config),
         layers=tuple(LayerConfig(heads, head_dim, rope, window) for window in _windows(config)),
@@ -28,18 +30,27 @@ def qwen3_config(config: Mapping[str, Any]) -> TargetConfig:
 
 
 def qwen3_moe_config(config: Mapping[str, Any]) -> TargetConfig:
-    """A Qwen3 whose MLPs are mixtures of experts in every `decoder_sparse_step`-th layer but `mlp_only_layers`."""
+    """A Qwen3 whose MLPs are mixtures of experts in every `decoder_sparse_step`-th layer outside `mlp_only_layers`.
+
+    Raises UserError where `num_experts_per_tok` exceeds the experts.
+    """
     check_activation(config, "hidden_act", "silu")
+
     rope = RopeConfig.from_hf_dict(config)
+    # Without a head_dim it is D / heads here, not the dense family's 128.
     heads, head_dim = _heads(config, config["hidden_size"] // config["num_attention_heads"])
-    # Files name the experts' number either way; without any, all layers are dense.
+
+    # Files use either name for the number of experts; without one, all layers are dense.
     count = config.get("num_experts", config.get("num_local_experts")) or 0
     step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
+    # No `max_window_layers` here: in transformers, a mixture's window holds for every layer.
     window = config.get("sliding_window") if config.get("use_sliding_window", False) else None
+
     layers = tuple(
         LayerConfig(heads, head_dim, rope, window, sparse=count > 0 and i not in dense and (i + 1) % step == 0)
         for i in range(config["num_hidden_layers"])
     )
+
     experts = None
     if any(layer.sparse for layer in layers):
         experts = ExpertsConfig(
@@ -52,6 +63,7 @@ def qwen3_moe_config(config: Mapping[str, Any]) -> TargetConfig:
             raise UserError(
                 f"config.json has num_experts_per_tok {experts.per_token}; expected 1 to the {count} experts there are."
             )
+
     return TargetConfig(
         **common_fields(config),
         layers=layers,
@@ -61,7 +73,7 @@ def qwen3_moe_config(config: Mapping[str, Any]) -> TargetConfig:
 
 
 def _heads(config: Mapping[str, Any], head_dim: int) -> tuple[int, int]:
-    """(kv heads, head dim), the latter `head_dim` where the file has none."""
+    """(kv heads, head dim); `head_dim` applies where the file has none."""
     return config.get("num_key_value_heads") or config["num_attention_heads"], config.get("head_dim") or head_dim
 
 
@@ -73,4 +85,5 @@ def _windows(config: Mapping[str, Any]) -> list[int | None]:
     default = [
         "sliding_attention" if window and i >= first else "full_attention" for i in range(config["num_hidden_layers"])
     ]
+
     return [window if kind == "sliding_attention" else None for kind in layer_types(config, default)]

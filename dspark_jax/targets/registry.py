@@ -1,4 +1,4 @@
-"""Kinds of targets by the `model_type` of their text config: one line a kind."""
+"""Kinds of targets by the `model_type` of their text config, one line each."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,11 +22,14 @@ from dspark_jax.targets.qwen3 import qwen3_config, qwen3_moe_config
 
 @dataclass(frozen=True)
 class TargetKind:
-    """`read_fields` makes the architecture of a text config; `layer(config, index, rngs=...)` is its decoder block.
+    """One family of targets.
 
-    `multimodal`: the `model_type` of the files that hold such a model under `text_config`. `quantised`: its quantised
-    checkpoints are read. `model(config, rngs=...)`: the whole module of a family that is not a `DecoderModel` over
-    `layer`. `float32`: names of parameters that are kept so whatever the others are.
+    read_fields: makes the architecture of a text config.
+    layer: the decoder block, called as `layer(config, index, rngs=...)`.
+    multimodal: the `model_type` of files that hold such a model under `text_config`.
+    quantised: whether its quantised checkpoints can be read.
+    model: the whole module, `model(config, rngs=...)`, of a family that is not a `DecoderModel` over `layer`.
+    float32: names of parameters that stay float32 whatever the others' dtype is.
     """
 
     read_fields: Callable[[Mapping[str, Any]], TargetConfig]
@@ -37,20 +40,24 @@ class TargetKind:
     float32: frozenset[str] = frozenset()
 
     def read(self, config: Mapping[str, Any], where: str) -> TargetConfig:
-        """As `read_target_config`, for a file that is known to be of this kind."""
+        """As `read_target_config`, for a file already known to be of this kind."""
         fields = dict(text_config(config))
         if not self.quantised:
             refuse_quantisation(config, where)
             refuse_quantisation(fields, where)
-        # What multimodal files state outside counts: the head belongs to the outer model, the dtype to all parts.
+
+        # A multimodal file's outer fields take precedence: the head belongs to the outer model, the dtype to all parts.
         fields |= {name: config[name] for name in ("dtype", "tie_word_embeddings") if config.get(name) is not None}
         check_target_fields(fields, where)
+
         try:
+            # Families index required fields directly, so that a missing one surfaces here by its name.
             made = self.read_fields(fields)
         except KeyError as missing:
             raise UserError(
                 f"{where} has no field {missing}, which a {fields['model_type']} target needs; add it."
             ) from None
+
         _check_heads(made, where)
         return made
 
@@ -70,7 +77,7 @@ def read_target_config(config: Mapping[str, Any], where: str = "config.json") ->
 
     Args:
         config: the file's object.
-        where: what a sentence calls the file.
+        where: the file's name in error messages.
 
     Raises:
         UserError: a field is missing, is of another type or range, contradicts another, or asks for what the family
@@ -80,9 +87,11 @@ def read_target_config(config: Mapping[str, Any], where: str = "config.json") ->
 
 
 def target_kind(config: Mapping[str, Any], where: str = "config.json") -> TargetKind:
-    """The kind of a config.json, multimodal or text-only; UserError for one of no family here."""
+    """The kind that a config.json names, multimodal or text-only; UserError if no family here has it."""
     outer, named = config.get("model_type"), text_config(config).get("model_type")
+
     kind = TARGETS.get(str(named))
+    # A text model may stand alone (then outer and named agree), but not inside another family's multimodal file.
     if kind is None or outer not in (named, kind.multimodal):
         known = sorted([*TARGETS, *(kind.multimodal for kind in TARGETS.values() if kind.multimodal)])
         raise UserError(f"{where} has model_type {outer!r}; targets that load here are {', '.join(known)}.")

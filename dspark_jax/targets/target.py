@@ -1,4 +1,4 @@
-"""`Target`: a frozen model with everything a drafter, a cache or a decode loop needs to know about it."""
+"""`Target`: a frozen model with all that a drafter, a cache or a decode loop needs to know about it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,11 +13,11 @@ from dspark_jax.targets.decoder import TargetModel
 
 @dataclass(frozen=True)
 class Target:
-    """Static structure (`graphdef`, config) beside `params`, a nested dict of arrays that travels through jit apart.
+    """Static structure (`graphdef`, config) beside `params`, a nested dict of arrays passed to jit separately.
 
     `name` is the path or hub id it was loaded from, `config_sha256` the identity that caches and drafters record.
-    `known_tokens`: the ids below this are the tokenizer's, those from it to the vocabulary's end padding; None without
-    a tokenizer. `folder`: where its files are, None for one that was made in memory.
+    `known_tokens`: ids below it are the tokenizer's, ids from it on pad the vocabulary (docs/algorithm.md, rule 106);
+    None without a tokenizer. `folder`: where its files are, None for a target made in memory.
     """
 
     name: str
@@ -32,5 +32,5 @@ class Target:
     folder: Path | None = None
 
     def model(self, params: dict) -> TargetModel:
-        """The module over `params`; call it inside the jitted function."""
+        """The module over `params`; call it inside the jitted function, so that weights are not constants."""
         return nnx.merge(self.graphdef, params)
