@@ -1,9 +1,11 @@
 """Dispatches: many rounds of a loop in one compiled call, after which the host reads the state.
 
-`run_rounds` serves; `record_rounds` also returns a record of every round. Both donate the state.
+`run_rounds` is for serving; `record_rounds` also returns a record of every round. Both donate the state.
 
-A policy that can disable drafting gets two loops and no branch: what a branch updates, caches included, XLA copies
-whole, while a loop updates it in place.
+A policy that can disable drafting is compiled to two loops instead of a branch: XLA copies everything that a branch
+updates, caches included, while a loop updates it in place.
+
+Axes: R request slots, K drafts of a block, W = K + 1 rows, m tapped layers, D hidden.
 """
 
 from dataclasses import dataclass, replace
@@ -29,8 +31,20 @@ def run_rounds(
     rounds: Int[Array, ""],
     until_free: Bool[Array, ""],
 ) -> DecodeState:
-    """Up to `rounds` rounds; fewer when no slot is active or, with `until_free`, once an active slot has ended."""
+    """Run up to `rounds` rounds; stop early when no slot is active.
+
+    Args:
+        loop: static part; equal loops share compiled programs.
+        params: weights and cost tables.
+        state: donated.
+        occupancy: load on the device, for load-adaptive policies.
+        rounds: traced, so that another number does not recompile.
+        until_free: whether to stop as soon as one of the active slots has ended.
+    Returns:
+        The state after the last round; its `predicted_seconds` covers this dispatch alone.
+    """
     dispatch = _Dispatch(loop, params, occupancy, rounds, until_free, jnp.sum(state.active))
+
     # Zero, but computed from the old value: a donated buffer that nothing reads would not be reused.
     state = replace(state, predicted_seconds=jnp.minimum(state.predicted_seconds, 0.0))
     return loop.place(dispatch.run(state))
@@ -40,7 +54,17 @@ def run_rounds(
 def record_rounds(
     loop: DecodeLoop, params: LoopParams, state: DecodeState, occupancy: Occupancy, rounds: int
 ) -> tuple[DecodeState, RoundRecord]:
-    """`rounds` rounds and their records, leaves [rounds, ...]; `committed` is 0 where a slot had ended."""
+    """Run exactly `rounds` rounds, active slots or not, and record each.
+
+    Args:
+        loop: static part.
+        params: weights and cost tables.
+        state: donated.
+        occupancy: load on the device, for load-adaptive policies.
+        rounds: static, as it is the leading axis of the records.
+    Returns:
+        The state, and the records with leaves [rounds, ...]; `committed` is 0 in rounds after a slot's request ended.
+    """
 
     def body(current: DecodeState, _: None) -> tuple[DecodeState, RoundRecord]:
         return _recorded_round(loop, params, current, occupancy)
@@ -50,7 +74,7 @@ def record_rounds(
 
 
 class _Turn(NamedTuple):
-    """Between two rounds: how many have run, the state, and the plan of the next one."""
+    """Loop carry between two rounds: the number of rounds run, the state, and the plan of the next round."""
 
     done: Array
     state: DecodeState
@@ -58,8 +82,8 @@ class _Turn(NamedTuple):
 
 
 class _Stretch(NamedTuple):
-    """Successive plain rounds: how many so far, and the taps [R, W, m D] of the tokens that they fed to the target,
-    which the drafter's context lacks."""
+    """Loop carry of successive plain rounds: their number so far, the state, and the taps [R, W, m D] of the tokens
+    they fed to the target, which are missing from the drafter's context."""
 
     rounds: Array
     state: DecodeState
@@ -68,28 +92,32 @@ class _Stretch(NamedTuple):
 
 @dataclass(frozen=True)
 class _Dispatch:
-    """A running dispatch: what its rounds have in common, and its loops."""
+    """One dispatch while it is traced: the operands that its rounds share, and its loops."""
 
     loop: DecodeLoop
     params: LoopParams
     occupancy: Occupancy
     rounds: Array
     until_free: Array
-    started: Array  # [] active slots at its begin
+    started: Array  # [] active slots when the dispatch began
 
     def run(self, state: DecodeState) -> DecodeState:
+        """The state after the dispatch's rounds."""
         none = jnp.zeros((), jnp.int32)
         if self.loop.block == 0:
             return jax.lax.while_loop(self._plain_goes_on, self._plain_round, (none, state))[1]
+
         round_of = self._speculate if self.loop.policy.always_drafts else self._alternate
         # The plan that the last round leaves is dropped: the next dispatch makes its own, under its own occupancy.
         return jax.lax.while_loop(self._turn_goes_on, round_of, self._planned(none, state)).state
 
     def goes_on(self, done: Array, state: DecodeState) -> Array:
+        """[] bool: whether another round is to run after `done` of them."""
         remaining = jnp.sum(state.active)
         return (done < self.rounds) & (remaining > 0) & ~(self.until_free & (remaining < self.started))
 
     def _planned(self, done: Array, state: DecodeState) -> _Turn:
+        # The plan is made before the loop's condition is tested, since the condition asks whether any request drafts.
         return _Turn(done, state, self.loop.plan(self.params, state, self.occupancy))
 
     def _turn_goes_on(self, turn: _Turn) -> Array:
@@ -104,10 +132,10 @@ class _Dispatch:
         done, state = carry
         return done + 1, self.loop.plain_round(self.params, state)[0]
 
-    # Loops with one
+    # Loops with a drafter
 
     def _alternate(self, turn: _Turn) -> _Turn:
-        """Speculative rounds while any request drafts, then plain rounds while none does."""
+        """Run speculative rounds while any request drafts, then plain rounds while none does."""
         turn = jax.lax.while_loop(self._drafts, self._speculate, turn)
         return jax.lax.while_loop(self._drafts_nothing, self._decode_plainly, turn)
 
@@ -122,8 +150,8 @@ class _Dispatch:
         return self._planned(turn.done + 1, state)
 
     def _decode_plainly(self, turn: _Turn) -> _Turn:
-        """Up to W plain rounds before the policy plans again and the drafter's context is extended: by rows of one
-        block, which cost the drafter about as much as one of them."""
+        """Run up to W plain rounds, then extend the drafter's context and let the policy plan again. The context grows
+        by the rows of one block, which cost the drafter about as much as a single row."""
         loop, params = self.loop, self.params
 
         def more(stretch: _Stretch) -> Array:
@@ -134,10 +162,14 @@ class _Dispatch:
             taps = jax.lax.dynamic_update_slice_in_dim(stretch.taps, taps, stretch.rounds, axis=1)
             return _Stretch(stretch.rounds + 1, state, taps)
 
+        # Each plain round fills one row [R, 1, m D] of the taps; rows of rounds that do not run stay 0, past the
+        # commit's counts.
         shape = (loop.requests, loop.width, loop.models(params)[0].config.tap_width(loop.tap_layers))
         taps = jnp.zeros(shape, params.target["embed_weight_vd"].dtype)
+
         first = _Stretch(jnp.zeros((), jnp.int32), turn.state, taps)
         rounds, state, taps = jax.lax.while_loop(more, plain_round, first)
+
         state = _caught_up(loop, params, turn.state, turn.plan, state, taps, rounds)
         return self._planned(turn.done + rounds, state)
 
@@ -151,12 +183,18 @@ def _caught_up(
     taps: Array,
     rounds: Array,
 ) -> DecodeState:
-    """`after` with what `rounds` plain rounds since `before` left out: the drafter's context of the tokens they fed,
-    of `taps`; the policy's count of rounds; the seconds that the cost table predicts."""
+    """Complete the state after `rounds` plain rounds: extends the drafter's context by the tokens that they fed to the
+    target, with their `taps` [R, W, m D]; advances the policy by the rounds it did not plan; adds the seconds that the
+    cost table predicts."""
     target, drafter = loop.models(params)
     assert drafter is not None
+
+    # The tokens fed are the anchors of these rounds: positions length - 1 before them up to, not including, length - 1
+    # after.
     starts, counts = before.length - 1, after.length - before.length
     tokens = jax.vmap(lambda row, at: jax.lax.dynamic_slice(row, (at,), (taps.shape[1],)))(after.tokens, starts)
+
+    # The first of the rounds was planned by `drafting`; `skipped` accounts for the others.
     return replace(
         after,
         draft=drafter.commit(borrowed_tables(target), after.draft, taps, tokens, starts, counts),
@@ -166,7 +204,7 @@ def _caught_up(
 
 
 class _Recorded(NamedTuple):
-    """`due`: whether the round is still to run."""
+    """Loop carry of a single recorded round; `due`: whether it is still to run."""
 
     due: Array
     state: DecodeState
@@ -176,10 +214,11 @@ class _Recorded(NamedTuple):
 def _recorded_round(
     loop: DecodeLoop, params: LoopParams, state: DecodeState, occupancy: Occupancy
 ) -> tuple[DecodeState, RoundRecord]:
-    """One round of either kind and its record: two loops, of which one runs once."""
+    """Run one round, speculative or plain, and record it: two loops, exactly one of which runs, once."""
     if loop.block == 0:
         state, record, _ = loop.plain_round(params, state)
         return state, record
+
     plan = loop.plan(params, state, occupancy)
     speculate = partial(loop.speculative_round, params)
     if loop.policy.always_drafts:
@@ -191,10 +230,13 @@ def _recorded_round(
     def plain(carry: _Recorded) -> _Recorded:
         after, record, taps = loop.plain_round(params, carry.state)
         after = _caught_up(loop, params, carry.state, plan, after, taps, jnp.ones((), jnp.int32))
+
+        # Both loops carry the same tree, so a plain round's record gets the blank drafts of a speculative one.
         blank = carry.record
         record = record._replace(draft_tokens=blank.draft_tokens, confidence=blank.confidence)
         return _Recorded(jnp.zeros((), bool), after, record)
 
+    # The loops stand for a branch, which would copy the caches (see above).
     blank = zeros_of(lambda current: speculate(current, occupancy, plan)[1], state)
     drafts = jnp.any(plan.drafted)
     carry = jax.lax.while_loop(lambda carry: carry.due, speculative, _Recorded(drafts, state, blank))

@@ -1,7 +1,10 @@
-"""Prefill: the target's K/V and the drafter's context of a prompt, chunk by chunk, and its first token.
+"""Prefill: computes the target's K/V and the drafter's context of a prompt, chunk by chunk, and its first token.
 
-A prompt's first chunk attends to itself alone; a later one, through the attention core of a verify block, also to what
-its slot holds already. The drafter takes a first chunk by `prefill`, a later one by `commit`, as verified rows.
+A prompt's first chunk attends only to itself. A later chunk also attends to the positions cached in its slot, through
+the attention core of a verify block. The drafter receives a first chunk through `prefill`, a later one through
+`commit`, like verified rows.
+
+Axes: R request slots, A admitted requests, T width of a chunk, m tapped layers, D hidden, V vocab.
 """
 
 from dataclasses import replace
@@ -24,27 +27,42 @@ from dspark_jax.targets.kv_cache import insert_rows, take_slots
 
 @partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
 def admit(loop: DecodeLoop, params: LoopParams, state: DecodeState, new: Admission, fresh: bool) -> DecodeState:
-    """Runs one chunk of A prompts. `fresh`: they all start at 0, so nothing cached is read.
+    """Prefill one chunk of A prompts.
 
     A final chunk samples the request's first token, its first anchor (docs/algorithm.md, rule 9). Until then the slot
-    stays inactive, with a length that keeps the junk of rounds behind what it holds.
+    stays inactive. Rounds write junk rows into inactive slots too: its length puts them behind the prompt so far.
+
+    Args:
+        loop: static shapes, policy and models.
+        params: weights; the target's and the drafter's.
+        state: donated.
+        new: the chunks, one compiled program for each shape [A, T].
+        fresh: whether all chunks start at position 0, so that no cached position is read.
+    Returns:
+        The state with the chunks in their slots.
     """
     target, drafter = loop.models(params)
     rows = jnp.arange(new.tokens.shape[0])
     out = _forward(target, loop.tap_layers, state.target_cache, new, fresh)
     ends = new.starts + new.counts
 
-    # The first token, from the target's law behind the prompt.
+    # The first token, from the target's law at the prompt's last row: [A, D] -> [A, V].
     logits = loop.decodable(target.logits(out.hidden[rows, new.counts - 1]))
     failed = _unusable(out.hidden, new) | (new.final & (sound_rows(logits[:, None]) == 0))
+
+    # A failure in an earlier chunk sticks: the K/V stored for that chunk are not the target's.
     if not fresh:
         failed |= state.failed[new.slots]
+
+    # Keyed by the prompt's last position, which is no round's anchor: the draw shares no random number with any round.
     first = draw_token(sampling_law(logits, new.sampling), new.keys, ends - 1, 0, RESIDUAL, new.sampling)
+
+    # A first token that is a stop token ends the request at once; a failed request commits none.
     stopped = new.final & ~failed & jnp.any(first[:, None] == new.stop_tokens, axis=1)
     length = ends + ~(new.final & failed)
 
-    # The small leaves of the slots.
-    apart: Any = ()  # what is written on its own below
+    # The per-slot leaves, all overwritten: nothing of the slot's previous request survives.
+    apart: Any = ()  # leaves that are written separately below
     entering = replace(
         state,
         tokens=apart,
@@ -63,18 +81,24 @@ def admit(loop: DecodeLoop, params: LoopParams, state: DecodeState, new: Admissi
         policy=loop.policy.init(len(rows), loop.block).slots,
         predicted_seconds=apart,
     )
+
     slots = replace(
         state, tokens=apart, target_cache=apart, draft=apart, policy=state.policy.slots, predicted_seconds=apart
     )
+    # `entering` and `slots` have the same tree, as both leave out the same leaves.
     settled = insert_rows(slots, entering, new.slots)
 
-    # The large ones: tokens, the target's K/V, the drafter's context.
+    # The large leaves, written from `starts` on: tokens, the target's K/V, the drafter's context.
     padded = jnp.pad(new.tokens, ((0, 0), (0, 1)))  # room for the first token after a full chunk
     padded = padded.at[rows, new.counts].set(first)
+
+    # A NaN in the cache would outlive its request (docs/algorithm.md, rule 105).
     kv = jax.tree.map(finite_or_zero, out.kv)
+
     draft = state.draft
     if drafter is not None:
         draft = _context(drafter, borrowed_tables(target), draft, finite_or_zero(out.taps), new, fresh)
+
     return loop.place(
         replace(
             settled,
@@ -88,7 +112,7 @@ def admit(loop: DecodeLoop, params: LoopParams, state: DecodeState, new: Admissi
 
 
 def _forward(target: TargetModel, layers: tuple[int, ...], cache: Cache, new: Admission, fresh: bool) -> Any:
-    """The target on a chunk; one that is not `fresh` attends to what its slot holds."""
+    """Run the target on a chunk [A, T]; unless `fresh`, it also attends to the positions cached in its slot."""
     positions = new.starts[:, None] + jnp.arange(new.tokens.shape[1])
 
     def run(cache: Cache) -> Any:
@@ -100,23 +124,24 @@ def _forward(target: TargetModel, layers: tuple[int, ...], cache: Cache, new: Ad
 
 
 def _unusable(hidden: Array, new: Admission) -> Array:
-    """[A]: whether the target failed on a token of the chunk, whose K/V are then not what is stored."""
+    """[A] bool: whether the target gave a non-finite hidden state for a real token, whose stored K/V are then wrong."""
     real = jnp.arange(hidden.shape[1]) < new.counts[:, None]
     return jnp.any(real & ~jnp.all(jnp.isfinite(hidden), axis=-1), axis=1)
 
 
 def _context(drafter: DrafterModel, shared: SharedTables, stored: Any, taps: Array, new: Admission, fresh: bool) -> Any:
-    """The drafter's state with the chunk's context."""
+    """The drafter's state with the context features of the chunk's taps [A, T, m D]."""
     if fresh:
         return insert_rows(stored, drafter.prefill(shared, taps, new.tokens, new.counts), new.slots)
 
     def run(state: Any) -> Any:
         return drafter.commit(shared, take_slots(state, new.slots), taps, new.tokens, new.starts, new.counts)
 
+    # A branch that is always taken, for the reason given in `_forward`.
     return insert_rows(stored, jax.lax.cond(new.counts[0] > 0, run, partial(zeros_of, run), stored), new.slots)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
 def retire(loop: DecodeLoop, state: DecodeState, slots: Bool[Array, " r"]) -> DecodeState:
-    """Ends the requests of the marked slots."""
+    """End the requests of the marked slots; their caches stay as junk until the next admission. `state` is donated."""
     return loop.place(replace(state, active=state.active & ~slots))

@@ -28,8 +28,13 @@ from dspark_jax.targets.decoder import TargetModel
 
 
 class LoopParams(NamedTuple):
-    """Arguments of every compiled call: the target's weights, the drafter's ({} without one), and the cost tables of a
-    load-adaptive policy (None for the others). New values of the same shapes compile nothing."""
+    """Traced arguments of every compiled call; new values of the same shapes do not recompile.
+
+    Attributes:
+        target: the target's weights.
+        drafter: the drafter's weights; {} without one.
+        tables: cost tables, which load-adaptive policies need; None for the others.
+    """
 
     target: dict
     drafter: dict
@@ -37,7 +42,7 @@ class LoopParams(NamedTuple):
 
 
 class RoundPlan(NamedTuple):
-    """What the policy decides before a round is drafted."""
+    """The policy's decisions before a round is drafted."""
 
     drafted: Bool[Array, " r"]  # active requests that draft
     caps: Int[Array, " r"]  # the most drafts that may be verified; 0 where nothing is drafted
@@ -45,7 +50,7 @@ class RoundPlan(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What verification decided of each request's block."""
+    """The outcome of verification for each request's block."""
 
     block: Int[Array, "r w"]  # anchor and drafts
     lengths: Int[Array, " r"]  # drafts verified
@@ -59,11 +64,15 @@ class DecodeLoop:
     """Static part of the loop; hashable, so it is a jit-static argument and equal loops share compiled programs.
 
     Attributes:
+        target, drafter: graph definitions; the weights are arguments. No drafter: K = 0 and plain rounds.
         requests, size, block: R, S and K.
         tap_layers: target layers whose outputs the drafter reads.
         buckets: token counts that the verify pass is compiled for, ascending, the last one R * W.
         stop_slots: stop tokens that a request may have.
-        words: ids below this one can be decoded; the rest of V pads the target's tables. None: all of V.
+        policy: chooses which requests draft and how many drafts are verified.
+        rule: decides which drafts are accepted.
+        words: ids below this one can be decoded; the rest of V is padding of the target's tables (docs/algorithm.md,
+            rule 106). None: all of V.
         mesh: devices that the parameters, and the slots, are spread over; None: one device.
     """
 
@@ -89,13 +98,15 @@ class DecodeLoop:
 
     @property
     def width(self) -> int:
-        """W."""
+        """W, the rows of a block: the anchor and its drafts."""
         return self.block + 1
 
     def place(self, state: DecodeState) -> DecodeState:
+        """Constrain the state to the mesh, on which the next call expects it; nothing on a single device."""
         return state if self.mesh is None else spread(state, self.mesh)
 
     def models(self, params: LoopParams) -> tuple[TargetModel, DrafterModel | None]:
+        """The target and the drafter as modules, for use while tracing."""
         target = nnx.merge(self.target, params.target)
         return target, None if self.drafter is None else nnx.merge(self.drafter, params.drafter)
 
@@ -105,6 +116,8 @@ class DecodeLoop:
         r = self.requests
         dtype = params.target["embed_weight_vd"].dtype
         zeros, floats, flags = (jnp.zeros((r,), kind) for kind in (jnp.int32, jnp.float32, bool))
+
+        # A length of 1 keeps length - 1, where rounds look for an anchor, in range for slots without a request.
         empty = DecodeState(
             tokens=jnp.zeros((r, self.size), jnp.int32),
             length=zeros + 1,
@@ -125,10 +138,12 @@ class DecodeLoop:
         return self.place(empty)
 
     def plan(self, params: LoopParams, state: DecodeState, occupancy: Occupancy) -> RoundPlan:
-        """Which requests draft in the next round, and how many of their drafts may be verified."""
+        """Decide which requests draft in the next round, and how many of their drafts may be verified.
+
+        Drafts of this round do not exist yet, so nothing here can anticipate them (docs/algorithm.md, rule 76)."""
         caps = jnp.where(state.active, jnp.clip(state.verify_cap, 0, self.block), 0)
         if self.policy.needs_tables:
-            # One token comes without a draft, so more drafts than this could not be committed.
+            # A round commits one token beyond its accepted drafts, so more drafts than this could not be committed.
             caps = jnp.clip(state.limit - state.length - 1, 0, caps)
 
         view = RoundView(state.active, state.length, caps, occupancy, params.tables)
@@ -138,12 +153,22 @@ class DecodeLoop:
     def speculative_round(
         self, params: LoopParams, state: DecodeState, occupancy: Occupancy, plan: RoundPlan
     ) -> tuple[DecodeState, RoundRecord]:
-        """A round in which the requests of `plan.drafted` (at least one) draft; the others decode one token plainly."""
+        """Run a round in which the requests of `plan.drafted` (at least one) draft; the others decode one token.
+
+        Args:
+            params: weights and cost tables.
+            state: R slots; inactive ones are carried along and commit nothing.
+            occupancy: load on the device, for load-adaptive policies.
+            plan: of this round, from `plan` on the same state.
+        Returns:
+            (the state after the round, its record).
+        """
         target, drafter = self.models(params)
         assert drafter is not None, "a loop without a drafter runs plain rounds"
         starts, anchors = _anchors(state)
 
         # 1. Draft: K tokens after each anchor, with the laws they were drawn from and their confidences.
+        # Drafts [R, K], their laws [R, K, V], confidence logits [R, K] or None.
         draft = self.draft(target, drafter, state, anchors)
         block = jnp.concatenate([anchors[:, None], draft.tokens], axis=1)
 
@@ -164,11 +189,14 @@ class DecodeLoop:
         accepted, next_law = self.rule(draft.tokens, draft.probs, law, draws, jnp.minimum(lengths, sound))
         next_token = draw_token(next_law, state.keys, starts, self.block, RESIDUAL, state.sampling)
 
-        # 5. Commit: tokens, the target's K/V, the drafter's context, and what the policy learns from the outcome.
+        # 5. Commit: tokens, the target's K/V, the drafter's context, and what the policy learns from the outcome. The
+        # context grows by the anchor's row and those of the accepted drafts (docs/algorithm.md, rule 5).
         verdict = Verdict(block, lengths, accepted, next_token, accepted == sound)
         after, verdict, count = self._commit(target, state, verdict, verified)
+
         rows, taps = jnp.where(state.active, verdict.accepted + 1, 0), finite_or_zero(verified.taps)
         context = drafter.commit(borrowed_tables(target), state.draft, taps, block, starts, rows)
+
         after = replace(
             after,
             draft=context,
@@ -176,18 +204,24 @@ class DecodeLoop:
             counters=after.counters._replace(drafted=state.counters.drafted + plan.drafted),
             predicted_seconds=state.predicted_seconds + self._predicted(params, state, bucket),
         )
+
         shown = jnp.zeros((self.requests, 0)) if draft.confidence is None else draft.confidence
         return after, _record(starts, verdict, shown, count, bucket)
 
     def plain_round(self, params: LoopParams, state: DecodeState) -> tuple[DecodeState, RoundRecord, Array]:
-        """A round without drafts, at the cost of plain decoding: the target on one row a request, whose taps
-        [R, 1, m D] are the third result, since neither the drafter's context nor the policy is updated here. The random
-        number is the one that a speculative round of verify length 0 draws."""
+        """Run a round without drafts, at the cost of plain decoding: the target on one row per request.
+
+        Neither the drafter's context nor the policy is updated; the caller does that from the taps. Each request uses
+        the random number that a speculative round of verify length 0 would use, so both give the same token.
+
+        Returns:
+            (the state after the round, its record, taps [R, 1, m D] of the anchors).
+        """
         target, _ = self.models(params)
         starts, anchors = _anchors(state)
         none = jnp.zeros_like(starts)
 
-        # 3. Verify the anchor alone. 4. Nothing is to be accepted: the next token follows the target's law.
+        # 3. Verify the anchor alone. 4. There is nothing to accept: the next token follows the target's law.
         verified, bucket = self.verify(target, state, anchors[:, None], starts, none)
         logits = self.decodable(verified.logits)
         next_token, _ = draw(logits[:, 0], state.keys, starts, self.block, RESIDUAL, state.sampling)
@@ -195,11 +229,13 @@ class DecodeLoop:
         # 5. Commit that token and the anchor's K/V.
         verdict = Verdict(anchors[:, None], none, none, next_token, sound_rows(logits) == 0)
         after, verdict, count = self._commit(target, state, verdict, verified)
+
         record = _record(starts, verdict, jnp.zeros((self.requests, 0)), count, bucket)
         return after, record, finite_or_zero(verified.taps)
 
     def draft(self, target: TargetModel, drafter: DrafterModel, state: DecodeState, anchors: Array) -> DraftOutput:
-        """Drafts of every slot from its anchor token [R]."""
+        """Draft K tokens after each slot's anchor token [R]; the laws they are drawn from have the request's sampling
+        transforms applied (docs/algorithm.md, rule 7)."""
         starts = state.length - 1
 
         def sample(logits: Array, offset: int) -> tuple[Array, Array]:
@@ -210,24 +246,28 @@ class DecodeLoop:
     def verify(
         self, target: TargetModel, state: DecodeState, block: Array, starts: Array, lengths: Array
     ) -> tuple[VerifyOutput, Array]:
-        """The target on the anchors and the first `lengths` drafts of active requests, and the bucket it ran at."""
+        """Run the target on the anchors and the first `lengths` drafts of active requests.
+
+        Returns:
+            (results on the [R, W] grid, tokens of the bucket that ran).
+        """
         wanted = state.active[:, None] & (jnp.arange(block.shape[1]) <= lengths[:, None])
         return verify(target, self.buckets, self.tap_layers, state.target_cache, block, starts, wanted)
 
     def decodable(self, logits: Float[Array, "*n v"]) -> Float[Array, "*n v"]:
-        """-inf for the ids that pad the target's tables, which no tokenizer can turn into text."""
+        """Set the ids that pad the target's tables to -inf: no tokenizer can turn them into text."""
         if self.words is None or self.words >= logits.shape[-1]:
             return logits
         return jnp.where(jnp.arange(logits.shape[-1]) < self.words, logits, -jnp.inf)
 
     def plain_seconds(self, params: LoopParams, state: DecodeState) -> Array:
-        """What the cost table predicts for a plain round; 0 without a table."""
+        """Predicted seconds of a plain round on an otherwise idle device; 0 without a cost table."""
         if params.tables is None:
             return jnp.zeros((), jnp.float32)
         return idle_costs(params.tables.costs, state.active, state.length).plain
 
     def _predicted(self, params: LoopParams, state: DecodeState, bucket: Array) -> Array:
-        """What the cost table predicts for a speculative round at this bucket; 0 without a table."""
+        """Predicted seconds of a speculative round at this bucket on an otherwise idle device; 0 without a table."""
         if params.tables is None:
             return jnp.zeros((), jnp.float32)
         costs = idle_costs(params.tables.costs, state.active, state.length)
@@ -236,33 +276,41 @@ class DecodeLoop:
     def _commit(
         self, target: TargetModel, state: DecodeState, verdict: Verdict, verified: VerifyOutput
     ) -> tuple[DecodeState, Verdict, Array]:
-        """Appends x_1..x_n and the token after them, up to the first stop token and the request's limit.
+        """Append x_1..x_n and the token after them, up to the first stop token and the request's limit.
 
-        Returns the state, the verdict with a proposal that runs past the request's end cut there, so that what lies
-        behind it counts neither as verified nor as accepted, and the tokens committed [R].
+        Returns:
+            (the state; the verdict, with proposals cut at the request's end so that drafts past it count neither as
+            verified nor as accepted; the number of tokens committed [R]).
         """
+        # Tokens offered, [R, W]: rolling moves x_1 to column 0, the token after the prefix takes column n, the rest is
+        # junk.
         starts, columns = state.length - 1, jnp.arange(verdict.block.shape[1])
         accepted = verdict.accepted
         fresh = jnp.where(
             columns == accepted[:, None], verdict.next_token[:, None], jnp.roll(verdict.block, -1, axis=1)
         )
 
-        # How many of them stand: no further than a stop token, the limit, or the last finite law.
+        # How many of them are committed: up to a stop token, the limit, or the last finite law.
         offered, room = accepted + ~verdict.failed, state.limit - state.length
         kept, stopped = first_stop(fresh, state.stop_tokens, offered)
         count = jnp.where(state.active, jnp.minimum(kept, room), 0)
         length = state.length + count
+
+        # A stop token past the limit is not committed, and a row without a law behind the request's end does not
+        # matter.
         stopped &= state.active & (kept == count)
         failed = state.active & verdict.failed & (count == offered) & ~stopped & (length < state.limit)
 
-        # The limit cuts every proposal, accepted that far or not: else rates by position would be biased.
+        # The limit cuts every proposal, whether or not it was accepted that far: otherwise rates by position would be
+        # biased.
         cut = count < offered
         verdict = verdict._replace(
             lengths=jnp.where(cut, count, jnp.minimum(verdict.lengths, room)),
             accepted=jnp.where(cut, count, accepted),
         )
 
-        # The rows of drafts that were not accepted are written too: junk behind the new length.
+        # Rows of rejected drafts are written too, as junk past the new length, so that rolling back is free
+        # (docs/algorithm.md, rule 13).
         write = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))
         after = replace(
             state,
@@ -277,6 +325,7 @@ class DecodeLoop:
         return after, verdict, count
 
     def _counted(self, state: DecodeState, verdict: Verdict, count: Array) -> RoundCounters:
+        # [R, K] masks of the drafts verified and accepted; slots that were idle before the round count nothing.
         position, live, counters = jnp.arange(self.block), state.active[:, None], state.counters
         return counters._replace(
             rounds=counters.rounds + state.active,
@@ -287,12 +336,13 @@ class DecodeLoop:
 
 
 def borrowed_tables(target: TargetModel) -> SharedTables:
-    """The target's embedding and head, as drafters read them."""
+    """The target's embedding and head, which drafters share instead of holding copies (docs/algorithm.md, rule 18)."""
     return SharedTables.of(target.config, target.embed_weight_vd[...], target.head_weight())
 
 
 @partial(jax.jit, static_argnums=0)
 def init_state(loop: DecodeLoop, params: LoopParams) -> DecodeState:
+    """All slots empty, on the devices of the loop's mesh."""
     return loop.init_state(params)
 
 
@@ -309,17 +359,18 @@ def _record(starts: Array, verdict: Verdict, confidence: Array, count: Array, bu
 
 
 def sound_rows(logits: Float[Array, "r w v"]) -> Int[Array, " r"]:
-    """How many rows a request has before the first that gives no law: with a NaN, an infinity, or -inf alone."""
+    """Rows before the first whose logits give no law: those with a NaN or +inf, or with -inf alone (docs/algorithm.md,
+    rule 105)."""
     sound = jnp.isfinite(jnp.max(logits, axis=-1))
     return jnp.sum(jnp.cumprod(sound.astype(jnp.int32), axis=1), axis=1)
 
 
 def finite_or_zero(x: Array) -> Array:
-    """Zeros for what is not finite. A masked NaN is still a NaN in a product: in a cache it would outlive its request
-    and fail the slot's next one."""
+    """Replace non-finite values by zeros. A masked NaN is still a NaN in a product: in a cache it would outlive its
+    request and fail the slot's next one."""
     return jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
 
 
 def _finite_logits(confidence: Array) -> Array:
-    """Confidence logits within +-30; a NaN says that no draft is likely, so that no policy learns from one."""
+    """Confidence logits clipped to +-30, with NaN at the lowest, so that no policy's statistics become NaN."""
     return jnp.clip(jnp.where(jnp.isnan(confidence), -30.0, confidence), -30.0, 30.0)

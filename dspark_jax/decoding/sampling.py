@@ -1,4 +1,4 @@
-"""Sampling laws and the random numbers that draw from them.
+"""Sampling laws, and draws from them with counter-based random numbers.
 
 Axes: R request slots, V vocab; `*n` any leading axes that start with R.
 """
@@ -16,7 +16,8 @@ from dspark_jax.decoding.noise import Key
 # Below this a temperature means greedy: the law is one-hot at the lowest-indexed argmax (docs/algorithm.md, rule 6).
 GREEDY_BELOW = 1e-5
 
-# Purposes of a random number, folded into its key beside position and offset.
+# The purpose of a random number is folded into its key with position and offset: a draft, its acceptance test and the
+# residual draw at one position must be independent.
 DRAFT, ACCEPT, RESIDUAL = 0, 1, 2
 
 
@@ -37,17 +38,20 @@ def sampling_law(logits: Float[Array, "r *n v"], params: SamplingArrays) -> Floa
     """float32 probabilities after temperature, top-k, top-p and min-p, in that order; one-hot where greedy.
 
     Tokens tied with the last one kept by top-k or top-p are kept too, so the law does not depend on a sort's order.
-    Greedy-only batches skip the softmax, and batches without top-k and top-p skip the sort.
+    Greedy-only batches skip the softmax, and batches without top-k and top-p skip the sort (docs/algorithm.md, rules 6
+    to 8).
     """
     return _by_need(params, _greedy_law, _plain_law, _truncated_law, logits)
 
 
 def _by_need(params: SamplingArrays, greedy: Callable, plain: Callable, truncated: Callable, *operands: Any) -> Any:
-    """One of three ways to the same laws: the first where no request samples, the second where none uses top-k or
-    top-p. One flat branch: XLA:CPU takes as long to enter a nested one as to make a small law."""
+    """Run the cheapest of three computations of the same laws: `greedy` if no request samples, `plain` if none uses
+    top-k or top-p. One flat branch: on XLA:CPU, entering a nested one takes as long as computing a small law."""
     stochastic = jnp.any(params.stochastic)
     sorts = stochastic & jnp.any((params.top_k > 0) | (params.top_p < 1.0))
+
     need = stochastic.astype(jnp.int32) + sorts
+
     return jax.lax.switch(need, (greedy, partial(plain, params), partial(truncated, params)), *operands)
 
 
@@ -64,51 +68,65 @@ def _truncated_law(params: SamplingArrays, logits: Array) -> Array:
 
 
 def _law(params: SamplingArrays, logits: Array, scaled: Array) -> Array:
-    floor = _per_request(jnp.log(params.min_p), logits)  # relative to the largest, which is 0
+    # Logits are relative to their largest, so p / p_max = exp(scaled); log(0) = -inf keeps every token.
+    floor = _per_request(jnp.log(params.min_p), logits)
+
     law = jax.nn.softmax(jnp.where(scaled >= floor, scaled, -jnp.inf), axis=-1)
     return jnp.where(_per_request(params.stochastic, logits), law, _greedy_law(logits))
 
 
 def _scaled(params: SamplingArrays, logits: Array) -> Array:
-    """Logits below their largest, over the temperature: in this order huge finite logits do not overflow."""
+    """(logits - max) / temperature in float32. Subtracting first keeps huge finite logits from overflowing."""
     wide = logits.astype(jnp.float32)
+    # Greedy rows are divided too, and replaced by one-hot rows afterwards: avoid dividing by 0.
     temperature = jnp.maximum(params.temperature, GREEDY_BELOW)
+
     return (wide - jnp.max(wide, axis=-1, keepdims=True)) / _per_request(temperature, logits)
 
 
 def _per_request(value: Float[Array, " r"], like: Float[Array, "r *n v"]) -> Array:
+    """[R] -> [R, 1, .., 1], to broadcast against `like`."""
     return value.reshape(-1, *(1,) * (like.ndim - 1))
 
 
 def _truncate(scaled: Array, params: SamplingArrays) -> Array:
-    """-inf outside the top-k, then outside the smallest set of the rest whose mass reaches top_p."""
+    """-inf outside the top-k, then outside the smallest subset of those whose renormalised mass reaches top_p."""
     vocab = scaled.shape[-1]
+    # Falling logits [R, *n, V]; top-k cuts by rank.
     ordered = -jnp.sort(-scaled, axis=-1)
     k = jnp.where(params.top_k > 0, jnp.minimum(params.top_k, vocab), vocab)
     ordered = jnp.where(jnp.arange(vocab) < _per_request(k, scaled), ordered, -jnp.inf)
+
+    # top-p cuts by the mass of what top-k left, renormalised.
     mass = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(mass, axis=-1) - mass
+
     # The first token always stays, even at top_p = 0; a token enters while the mass before it is short of top_p. Off
     # (top_p = 1) keeps every token, also those before which the mass has already been rounded up to 1.
     top_p = _per_request(params.top_p, scaled)
     kept = (before < top_p) | (top_p >= 1.0) | (jnp.arange(vocab) == 0)
+
+    # Back to vocabulary order by value rather than by index, which is what keeps ties.
     last = jnp.min(jnp.where(kept & (ordered > -jnp.inf), ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(scaled >= last, scaled, -jnp.inf)
 
 
 def round_keys(keys: UInt32[Array, "r 2"], positions: Int[Array, " r"], offsets: Int[Array, " k"], purpose: int) -> Key:
-    """Keys [R, K] of a request's draws in one round.
+    """Keys [R, K] of the draws of one round, one per offset.
 
-    Folding the anchor's position makes the noise fresh in every round; nothing of slot or neighbours enters.
+    Folding in the anchor's position gives each round fresh noise. Neither slot nor neighbours enter, so a request's
+    output does not depend on the batch it runs in.
     """
     request = Key.of(keys).fold_in(positions).fold_in(jnp.full_like(positions, purpose))
+
     return Key(request.high[:, None], request.low[:, None]).fold_in(offsets[None])
 
 
 def uniforms(
     keys: UInt32[Array, "r 2"], positions: Int[Array, " r"], count: int, params: SamplingArrays
 ) -> Float[Array, "r k"]:
-    """Acceptance draws u_k in [0, 1); zeros, which one-hot laws ignore, where no request samples."""
+    """Acceptance draws u_k in [0, 1), float32; zeros if no request samples. One-hot laws give ratios of 0 or 1, which
+    any u in [0, 1) decides alike."""
 
     def draw() -> Array:
         return round_keys(keys, positions, jnp.arange(count), ACCEPT).uniform(1)[..., 0]
@@ -125,7 +143,7 @@ def draw_token(
     purpose: int,
     params: SamplingArrays,
 ) -> Int[Array, " r"]:
-    """One token a request from its law; the argmax, with no random number drawn, where no request samples."""
+    """Draw one int32 token per request from its law; if no request samples, the argmax, without random numbers."""
 
     def race() -> Array:
         return _race(law, round_keys(keys, positions, jnp.full((1,), offset), purpose))
@@ -141,7 +159,7 @@ def draw(
     purpose: int,
     params: SamplingArrays,
 ) -> tuple[Int[Array, " r"], Float[Array, "r v"]]:
-    """(a token of each request's `sampling_law`, that law), in one branch."""
+    """(a token [R] drawn from each request's `sampling_law`, that law [R, V]), in a single branch."""
 
     def greedy(logits: Array) -> tuple[Array, Array]:
         token = first_argmax(logits)
@@ -155,16 +173,18 @@ def draw(
 
 
 def _race(law: Float[Array, "r v"], key: Key) -> Int[Array, " r"]:
-    """A token of each law, `key` [R, 1]: the first of V exponential clocks of rates `law`, which is Gumbel-max with one
-    logarithm less."""
+    """Draw a token [R] of each law with `key` [R, 1]: the first of V exponential clocks with rates `law`. Equivalent to
+    Gumbel-max with one logarithm less."""
     tiny = jnp.finfo(jnp.float32).tiny
+    # `tiny` guards log(0); uniforms stay below 1, so no wait is 0 and a token of probability 0 never wins.
     waits = -jnp.log(jnp.maximum(key.uniform(law.shape[-1])[:, 0], tiny))
     return first_argmax(law / waits)
 
 
 def first_argmax(x: Float[Array, "*n v"]) -> Int[Array, "*n"]:
-    """int32 index of the largest entry, the lowest at a tie. Two plain reductions: XLA:CPU doesn't vectorise argmax's
-    reduction over pairs, which at a draft's seven rows cost as much as the backbone."""
+    """int32 index of the largest entry, the lowest on ties. Two plain reductions: XLA:CPU does not vectorise argmax's
+    reduction over pairs, which for a draft of seven rows cost as much as the backbone."""
     size = x.shape[-1]
+    # Misses map to the last index, so that a row of NaN, which has no hit, still gives a valid id.
     hits = jnp.where(x == jnp.max(x, axis=-1, keepdims=True), jnp.arange(size, dtype=jnp.int32), size - 1)
     return jnp.min(hits, axis=-1)

@@ -18,24 +18,28 @@ from dspark_jax.targets.decoder import Cache
 
 
 class RoundCounters(NamedTuple):
-    """Totals per slot since the request was admitted: rounds [R] and those with drafts [R], tokens committed by rounds
-    [R], drafts verified and accepted by block position [R, K].
+    """Totals per slot since its request was admitted, int32.
 
-    A stop token and the request's limit both end the count: a request's length is its prompt, the first token and what
-    its rounds committed (docs/algorithm.md, rules 10 and 11)."""
+    A stop token and the request's limit both end the count: a request's length is its prompt, the first token and the
+    tokens that its rounds committed (docs/algorithm.md, rules 10 and 11).
+    """
 
-    rounds: Array
-    drafted: Array
-    committed: Array
-    verified_at: Array
-    accepted_at: Array
+    rounds: Array  # [R]
+    drafted: Array  # [R] rounds in which the request drafted
+    committed: Array  # [R] tokens committed by rounds, the first token not among them
+    verified_at: Array  # [R, K] drafts verified, by block position
+    accepted_at: Array  # [R, K] drafts accepted, by block position
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeState:
-    """Invariants: for an active slot, tokens[:length] are committed; its anchor is tokens[length - 1], on which the
-    target has not run; both caches hold positions < length - 1; whatever lies past a length is junk."""
+    """State of all slots between two rounds. Every compiled call donates it and returns its successor.
+
+    Invariants of an active slot: tokens[:length] are committed; the anchor is tokens[length - 1], on which the target
+    has not run yet; both caches hold the positions < length - 1; everything past the length is junk
+    (docs/algorithm.md, rules 1 and 5).
+    """
 
     tokens: Array  # [R, S] int32: prompt, then committed tokens
     length: Array  # [R] int32: committed tokens, the anchor included
@@ -55,8 +59,11 @@ class DecodeState:
 
 
 class Admission(NamedTuple):
-    """The next chunk of A requests' prompts. Rows may repeat (same slot and content) to fill A up: writing twice is
-    harmless. A slot becomes active with its prompt's `final` chunk."""
+    """The next chunk of the prompts of A requests.
+
+    Rows may repeat, with the same slot and content, to fill up A: writing a slot twice is harmless. A slot becomes
+    active with the `final` chunk of its prompt.
+    """
 
     slots: Array  # [A] int32
     tokens: Array  # [A, T] int32, right-padded chunks
@@ -71,7 +78,7 @@ class Admission(NamedTuple):
 
 
 class RoundRecord(NamedTuple):
-    """One round's outcome, for studies and tests. Rows of slots that were not active are junk."""
+    """Outcome of one round, for studies and tests. Rows of slots that were not active are junk."""
 
     anchors: Array  # [R] position of each anchor
     draft_tokens: Array  # [R, K]
@@ -84,18 +91,23 @@ class RoundRecord(NamedTuple):
 
 
 def empty_counters(requests: int, block: int) -> RoundCounters:
+    """Zeros. Each leaf is a buffer of its own, since a donated state must not hold one buffer twice."""
     per_slot, per_position = jnp.zeros((requests,), jnp.int32), jnp.zeros((requests, block), jnp.int32)
     return RoundCounters(per_slot, per_slot.copy(), per_slot.copy(), per_position, per_position.copy())
 
 
 def spread(state: DecodeState, mesh: Mesh) -> DecodeState:
-    """Slots over the mesh's groups of rows where their number allows it, else on each device; keys and values of the
-    target over the tensor axis by kv head too."""
+    """Constrain the state's shardings: slots over the mesh's batch axes if their number is divisible, else replicated;
+    the target's K/V also over the tensor axis, by kv head."""
     rules = ShardingRules()
     if state.length.shape[0] % rules.row_groups(mesh):
         rules = replace(rules, batch=None)
+
+    # By default every leaf is split on its first axis, the slots.
     spec, whole = NamedSharding(mesh, rules.spec(["batch"])), replicated(mesh)
     shardings: Any = jax.tree.map(lambda _: spec, state)
+
+    # The exceptions: K/V [R, G, S, H], what the policy shares between requests, and the one scalar.
     axes = ["batch", "kv_heads", None, None]
 
     def cache_sharding(part: Any) -> Any:
@@ -104,7 +116,9 @@ def spread(state: DecodeState, mesh: Mesh) -> DecodeState:
         return jax.tree.map(lambda x: array_sharding(x.shape, axes, mesh, rules), part)
 
     cache = jax.tree.map(cache_sharding, state.target_cache, is_leaf=lambda part: isinstance(part, KeysValues))
+
     shared = jax.tree.map(lambda _: whole, state.policy.shared)
     policy = shardings.policy._replace(shared=shared)
     shardings = replace(shardings, target_cache=cache, policy=policy, predicted_seconds=whole)
+
     return jax.lax.with_sharding_constraint(state, shardings)

@@ -16,7 +16,13 @@ from dspark_jax.targets.decoder import Cache, TargetModel
 
 
 class VerifyOutput(NamedTuple):
-    """Target results on the [R, W] grid; cells past a request's verify length are junk or zero."""
+    """Target results on the [R, W] grid; cells past a request's verify length are junk or zero.
+
+    Attributes:
+        logits: [R, W, V].
+        taps: [R, W, m D], the outputs of the tapped layers, concatenated.
+        kv: K/V of the rows, in the form that the target's `append` takes.
+    """
 
     logits: Array
     taps: Array
@@ -32,15 +38,27 @@ def verify(
     starts: Int[Array, " r"],
     wanted: Bool[Array, "r w"],
 ) -> tuple[VerifyOutput, Int[Array, ""]]:
-    """The target on the `wanted` rows, in the smallest of `buckets` that holds them, and that bucket.
+    """Run the target on the `wanted` rows, packed into the smallest of `buckets` that holds them.
 
-    `block` [anchor, x_1..x_K] of every request, the anchor at position `starts`. Buckets of R W rows and more stand for
-    one with a row for every cell. The cache is a read-only operand of the switch: branches that updated it would copy
-    it whole every round.
+    The cache is a read-only operand of the switch: branches that updated it would copy all of it in every round.
+
+    Args:
+        target: the model.
+        buckets: token counts, ascending; those of R W rows and more stand for one with a row for every cell.
+        tap_layers: layers whose outputs are returned.
+        cache: holds the positions < `starts` of each request.
+        block: [anchor, x_1..x_K] of each request.
+        starts: positions of the anchors.
+        wanted: the cells to run.
+    Returns:
+        (results on the grid, tokens of the bucket that ran).
     """
+    # The bucket follows from verify lengths that are already decided, so choosing it anticipates nothing
+    # (docs/algorithm.md, rule 79).
     needed = jnp.sum(wanted)
     sizes = (*(size for size in buckets if size < block.size), block.size)
     choice = jnp.sum(needed > jnp.asarray(sizes))  # the last bucket holds every row, so this is in range
+
     branches = [partial(_verify_bucket, target, size, tap_layers) for size in sizes]
     operands = (cache, block, starts, wanted)
     if len(branches) == 1:
@@ -49,6 +67,7 @@ def verify(
         out = jax.lax.cond(needed > 0, branches[0], partial(zeros_of, branches[0]), *operands)
     else:
         out = jax.lax.switch(choice, branches, *operands)
+
     return out, jnp.asarray(sizes)[choice]
 
 
@@ -62,18 +81,25 @@ def _verify_bucket(
     wanted: Array,
 ) -> VerifyOutput:
     requests, width = block.shape
+
     positions = starts[:, None] + jnp.arange(width)
+
     if size == block.size:  # every cell has its row: no packing to undo
         out = target(block, positions, CachedBlock(cache, starts), tap_layers)
         return VerifyOutput(target.logits(out.hidden), out.taps, out.kv)
+
+    # `fill_value` is one past the grid: rows that fill up the bucket are dropped by `to_grid`.
     index = jnp.nonzero(wanted.ravel(), size=size, fill_value=block.size)[0]
     packed = PackedRows(index, requests, width)
+
     attend = CachedBlock(cache, starts, packed)
     out = target(packed.from_grid(block), packed.from_grid(positions), attend, tap_layers)
+
+    # [P, ...] -> [R, W, ...]; The target has put K/V on the grid already, layer by layer.
     grid = packed.to_grid
     return VerifyOutput(grid(target.logits(out.hidden)), grid(out.taps), out.kv)
 
 
 def zeros_of(branch: Callable, *operands: Any) -> Any:
-    """Zeros in the shape of what `branch` returns."""
+    """Zeros with the tree, shapes and dtypes that `branch` returns; nothing is run."""
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(branch, *operands))
