@@ -1,6 +1,7 @@
-"""Converts a drafter to the layout that another server reads.
+r"""Converts a drafter to the layout that another server reads.
 
-    python -m infer.export --drafter assets/embedded_drafter --target assets/embedded_target --layout specforge --out D
+    python -m infer.export --drafter assets/embedded_drafter --target assets/embedded_target --layout specforge \
+        --output DIR
 
 The layout of --drafter is detected from its config.json. docs/interop.md says who reads which layout. What a layout
 can't express is refused in a sentence, and nothing is written.
@@ -27,7 +28,7 @@ class ExportSettings:
     """Folder or hub id of the drafter, in any layout."""
     target: str
     """Folder or hub id of its target."""
-    out: Path
+    output: Path
     """Folder to write; it must be empty or missing."""
     layout: Literal["deepspec", "specforge", "speculators"] = "deepspec"
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -41,7 +42,7 @@ class ExportSettings:
 @program
 def main(argv: list[str]) -> None:
     settings = parse(ExportSettings, argv, description=__doc__)
-    out = settings.out
+    out = settings.output
     check_new_folder(out)
     target = load_target(settings.target, tokenizer=False)
     found = drafter_layout(settings.drafter)

@@ -157,7 +157,7 @@ def test_a_killed_run_continues_bit_for_bit_and_its_folder_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(embedded_report, "HELD_OUT", 8)
-    small = Recipe(out=tmp_path / "model", run_dir=tmp_path / "run", steps=4, rows=2, length=128, save_minutes=1e9)
+    small = Recipe(output=tmp_path / "model", run_dir=tmp_path / "run", steps=4, rows=2, length=128, save_minutes=1e9)
     small = dataclasses.replace(small, hidden=32, layers=2, heads=2, kv_heads=1, head_dim=16, mlp=48, warmup=2)
     whole = Run.start(small)
     train(whole, History.open(whole))
@@ -172,11 +172,11 @@ def test_a_killed_run_continues_bit_for_bit_and_its_folder_loads(
     for a, b in zip(_leaves(whole.state.params), _leaves(second.state.params), strict=True):
         np.testing.assert_array_equal(a, b)
 
-    target = load_target(small.out)
+    target = load_target(small.output)
     assert target.config.num_layers == 2
     assert target.stop_tokens == (2, 0)
     assert not (tmp_path / "model.partial").exists()
-    assert "intermediate" in (small.out / "README.md").read_text()
+    assert "intermediate" in (small.output / "README.md").read_text()
     with pytest.raises(UserError, match="another recipe"):
         Run.start(dataclasses.replace(halved, learning_rate=1e-4))
 

@@ -428,10 +428,10 @@ def test_export_converts_and_keeps_the_provenance(pairs: dict, tmp_path: Path, c
     target, drafter = pairs["vanilla"]
     save_drafter(tmp_path / "a", drafter, target, provenance=Provenance({"temperature": 0.7}, {}))
     common = ["--target", target.name]
-    export(["--drafter", str(tmp_path / "a"), *common, "--layout", "speculators", "--out", str(tmp_path / "b")])
+    export(["--drafter", str(tmp_path / "a"), *common, "--layout", "speculators", "--output", str(tmp_path / "b")])
     assert "deepspec -> speculators" in capsys.readouterr().out
-    export(["--drafter", str(tmp_path / "b"), *common, "--layout", "specforge", "--out", str(tmp_path / "c")])
-    export(["--drafter", str(tmp_path / "c"), *common, "--out", str(tmp_path / "d")])
+    export(["--drafter", str(tmp_path / "b"), *common, "--layout", "specforge", "--output", str(tmp_path / "c")])
+    export(["--drafter", str(tmp_path / "c"), *common, "--output", str(tmp_path / "d")])
     for name in FILES:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "d" / name).read_bytes()
 
@@ -439,9 +439,9 @@ def test_export_converts_and_keeps_the_provenance(pairs: dict, tmp_path: Path, c
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--out", "{full}"], "holds something already"),
-        (["--out", "{new}", "--layout", "gguf"], "gguf"),
-        (["--out", "{new}", "--drafter", "{new}"], "is not a folder"),
+        (["--output", "{full}"], "holds something already"),
+        (["--output", "{new}", "--layout", "gguf"], "gguf"),
+        (["--output", "{new}", "--drafter", "{new}"], "is not a folder"),
     ],
 )
 def test_export_refuses_in_a_sentence(

@@ -141,7 +141,7 @@ def write_readme(
         f"{recipe.warmup} warm-up steps and a cosine, weight decay "
         f"{recipe.weight_decay:g}; assistant tokens weigh 1, all others {recipe.context_weight:g}; seed {recipe.seed}.",
         "- Another of its kind: "
-        f"`python -m train.embedded.target --steps {progress.step} --out OTHER --run-dir OTHER_RUN` "
+        f"`python -m train.embedded.target --steps {progress.step} --output OTHER --run-dir OTHER_RUN` "
         "(this run followed the clock, so its learning rates, and with them its weights, are its own).",
         "",
         "## Data",

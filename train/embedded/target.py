@@ -1,6 +1,6 @@
 """Trains the embedded target from scratch: tokenizer, a small Qwen3 model, and the folder that ships with the project.
 
-    python -m train.embedded.target --out assets/embedded_target --run-dir runs/embedded_target --minutes 55
+    python -m train.embedded.target --output assets/embedded_target --run-dir runs/embedded_target --minutes 55
 
 The schedule runs on the wall clock, so that the run ends on time on a busy machine; `--steps N` follows the step count
 instead, and two such runs are the same. A killed run continues from its last checkpoint with the same command; a
@@ -47,7 +47,7 @@ Params = Any
 class Recipe:
     """How the embedded target is made."""
 
-    out: Path = Path("assets/embedded_target")
+    output: Path = Path("assets/embedded_target")
     run_dir: Path = Path("runs/embedded_target")
     minutes: float = 55.0  # wall-clock budget of the whole run, interruptions not counted
     steps: int = 0  # if positive, the schedule's length; the clock is then ignored
@@ -239,7 +239,7 @@ class Run:
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
     """The part of a recipe that a continued run must share: all but the folders and the run's length."""
-    free = {"out", "run_dir", "minutes", "steps", "save_minutes"}
+    free = {"output", "run_dir", "minutes", "steps", "save_minutes"}
     return {key: value for key, value in asdict(recipe).items() if key not in free}
 
 
@@ -255,7 +255,7 @@ def _tokenizer(recipe: Recipe) -> Tokenizer:
 
 def export(run: Run, losses: list[dict[str, Any]], final: bool) -> None:
     """Writes the Hugging Face folder beside `out` and swaps it in, so that a reader never meets half a model."""
-    out = run.recipe.out
+    out = run.recipe.output
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     save_tokenizer(run.tokenizer, partial, run.recipe.context)
@@ -334,7 +334,7 @@ class History:
 def main(argv: list[str]) -> None:
     recipe = parse(Recipe, argv, description=__doc__)
     announce("float32")
-    recipe.out.parent.mkdir(parents=True, exist_ok=True)
+    recipe.output.parent.mkdir(parents=True, exist_ok=True)
     run = Run.start(recipe)
     history = History.open(run)
     if run.fraction() < 1:
@@ -343,7 +343,7 @@ def main(argv: list[str]) -> None:
         history.record(run)
 
     export(run, history.entries, final=True)
-    print(f"{recipe.out}: {run.progress.step} steps, {run.progress.tokens / 1e6:.1f} M tokens", flush=True)
+    print(f"{recipe.output}: {run.progress.step} steps, {run.progress.tokens / 1e6:.1f} M tokens", flush=True)
 
 
 if __name__ == "__main__":
