@@ -24,15 +24,18 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(overview(programs))
         return 0
+
     if argv[0] == "--version":
         from importlib.metadata import version
 
         print(version("dspark-jax"))
         return 0
+
     name = argv[0].replace("_", "-")
     if name not in programs:
         hint = did_you_mean(name, programs)
         raise UserError(f"dspark has no subcommand {argv[0]}{hint or '; dspark --help lists them.'}")
+
     return run(name, programs[name], argv[1:])
 
 

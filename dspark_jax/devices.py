@@ -50,6 +50,7 @@ def unused_accelerator(root: Path = Path("/")) -> str:
         )
     if any((root / "dev").glob("accel[0-9]*")) or _vendors(root) & {GOOGLE} and any((root / "dev/vfio").glob("[0-9]*")):
         return "this machine has a TPU that this jax can't use; install dspark-jax[tpu]."
+
     return ""
 
 

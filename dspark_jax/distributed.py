@@ -52,23 +52,29 @@ class Job:
             raise UserError(f"{CLUSTER} is {cluster!r}; auto was expected, or no such variable.")
         if cluster and given:
             raise UserError(f"{CLUSTER}=auto and {given[0]} are both set; keep one of the two ways.")
+
         if given and len(given) < len(BY_HAND):
             missing = " and ".join(name for name in BY_HAND if name not in given)
             raise UserError(
                 f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} set without {missing}; set all of "
                 f"{', '.join(BY_HAND)} for a job of several processes, or none of them."
             )
+
         if not given and not cluster:
             return None
+
         seconds = _number(environment, PEER_SECONDS, 1, "100"), _number(environment, START_SECONDS, 1, "300")
         if cluster:
             return cls(None, None, None, *seconds)
+
         address = environment[BY_HAND[0]]
         if not address.rpartition(":")[0] or not address.rpartition(":")[2].isdigit():
             raise UserError(f"{BY_HAND[0]} is {address!r}; host:port was expected, as in 10.0.0.2:8476.")
+
         processes, process = _number(environment, BY_HAND[1], 1), _number(environment, BY_HAND[2], 0)
         if process >= processes:
             raise UserError(f"{BY_HAND[2]} is {process}; of {processes} processes the last is number {processes - 1}.")
+
         return cls(address, processes, process, *seconds)
 
 
@@ -77,6 +83,7 @@ def initialize_from_environment() -> None:
     job = Job.of(os.environ)
     if job is None or jax.distributed.is_initialized():
         return
+
     # The other values need a build with MPI; TPUs and GPUs have collectives of their own.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
@@ -118,9 +125,11 @@ def connect(mesh: Mesh) -> None:
     """
     if jax.process_count() == 1 or mesh.devices.flat[0].platform != "cpu":
         return
+
     names = [name for name in mesh.axis_names if mesh.shape[name] > 1]
     everywhere = NamedSharding(mesh, PartitionSpec(tuple(mesh.axis_names)))
     ones = jax.make_array_from_callback((mesh.size,), everywhere, lambda index: np.ones(1, np.float32))
+
     for count in range(1, len(names) + 1):
         for axes in combinations(names, count):
             rest = PartitionSpec(tuple(name for name in mesh.axis_names if name not in axes))
@@ -133,6 +142,7 @@ def require_same(values: Mapping[str, Any]) -> None:
     clause that says so."""
     if jax.process_count() == 1:
         return
+
     mine = np.array([zlib.crc32(str(value).encode()) for value in values.values()], np.uint32)
     for what, theirs in zip(values, multihost_utils.process_allgather(mine).T, strict=True):
         other = np.flatnonzero(theirs != theirs[0])
@@ -169,12 +179,14 @@ def fetch_rows(x: jax.Array, most_bytes: int = 2**28) -> np.ndarray:
     device holds them."""
     if jax.process_count() == 1:
         return jax.device_get(x)
+
     rows = max(1, most_bytes * len(x) // max(x.nbytes, 1))
     with jax.transfer_guard("allow"):
         # With the start as an operand: one program a size, not one a place.
         parts = [
             fetch(jax.lax.dynamic_slice_in_dim(x, first, min(rows, len(x) - first))) for first in range(0, len(x), rows)
         ]
+
     return np.concatenate(parts)
 
 

@@ -45,6 +45,7 @@ def replacing(path: Path) -> Iterator[Path]:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
     # The new name is an entry of the folder, which has to reach the disk as well.
     fsync(path.parent)
 
@@ -76,6 +77,7 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, float) and math.isnan(value):
         return None
+
     return str(value) if isinstance(value, Path) else value
 
 
@@ -100,16 +102,19 @@ def require_same_settings(path: Path, settings: Mapping[str, Any], output: Path)
     """
     if not os.path.lexists(path):
         return False
+
     stored, cure = read_object(path, expected="recorded settings"), f"move {output} away and run again"
     check_fields(stored, {"settings": object_of()}, str(path), required=("settings",), cure=cure)
     recorded = stored["settings"]
     wanted = json.loads(json.dumps(settings))
+
     for name in [*wanted, *recorded]:
         if recorded.get(name) != wanted.get(name):
             raise UserError(
                 f"{output} was begun with {name} = {recorded.get(name)!r}, this run has {wanted.get(name)!r}; "
                 "continue with the same setting or give a new output."
             )
+
     return True
 
 
@@ -161,6 +166,7 @@ def weights_hash(folder: Path) -> str:
             digest.update(f"{path.name}:{_remembered_hash(path)};".encode())
     except OSError as error:
         raise UserError(f"{error.filename or folder} cannot be read ({error.strerror}); copy it again.") from error
+
     return digest.hexdigest()
 
 
@@ -176,6 +182,7 @@ def _remembered_hash(path: Path) -> str:
     name = str(path.resolve())
     now = {"path": name, "bytes": stat.st_size, "changed_ns": stat.st_mtime_ns}
     note = user_cache() / "hashes" / f"{xxhash.xxh3_64_hexdigest(name.encode())}.json"
+
     with suppress(OSError, ValueError, AttributeError):
         known = json.loads(note.read_bytes())
         if {name: known.get(name) for name in now} == now and isinstance(known.get("xxh3"), str):
@@ -187,6 +194,7 @@ def _remembered_hash(path: Path) -> str:
         note.parent.mkdir(parents=True, exist_ok=True)
         with lock_folder(note.parent, "the hashes' folder", wait=True):
             write_json(note, now | {"xxh3": found})
+
     return found
 
 
@@ -204,9 +212,11 @@ class FolderLock:
         """Gives the folder up; one that was made for the lock and got no content goes again."""
         if self._descriptor < 0:
             return
+
         if self._created:
             with suppress(OSError):
                 self.folder.rmdir()  # refuses a folder that holds something
+
         os.close(self._descriptor)
         self._descriptor = -1
 
@@ -237,15 +247,18 @@ def lock_folder(folder: Path, what: str = "the folder", *, wait: bool = False) -
             raise UserError(
                 f"{where[0].upper()}{where[1:]} cannot be used ({error.strerror}); give another."
             ) from error
+
         try:
             lock_descriptor(descriptor, folder, what, wait=wait)
         except UserError:
             os.close(descriptor)
             raise
+
         # Between opening and locking, its last owner may have removed the folder: then this one has no name any more.
         with suppress(OSError):
             if os.path.samestat(os.fstat(descriptor), os.stat(folder)):
                 return FolderLock(folder, descriptor, created)
+
         os.close(descriptor)
 
 
@@ -269,6 +282,7 @@ def make_output(folder: Path, file: Path | None = None) -> None:
     """
     if file is not None:
         make_output(file.parent)
+
     probe = folder / f".writable-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -65,9 +65,11 @@ def examine(path: Path) -> list[Finding]:
         kinds = [name for name, (recognised, _) in KINDS.items() if recognised(path)]
     except OSError as error:
         raise UserError(f"{path} cannot be read ({reason_of(error)}); give the folder of one.") from None
+
     if not kinds:
         what = "is" if os.path.lexists(path) else "does not exist; expected"
         raise UserError(f"{path} {what} none of: {', '.join(KINDS)}; give the folder of one.")
+
     findings = []
     for kind in kinds:
         finding = Finding(path, kind)
@@ -77,10 +79,13 @@ def examine(path: Path) -> list[Finding]:
             finding.fault = " ".join(str(error).split())
         except OSError as error:
             finding.fault = f"{error.filename or path} cannot be read ({error.strerror}); copy it again."
+
         findings.append(finding)
+
     if "run" in kinds:
         for name in ("drafter", "drafter_best"):
             findings += examine(path / name) if (path / name).is_dir() else []
+
     return findings
 
 
@@ -107,6 +112,7 @@ def _check_hashes(folder: Path) -> None:
     path = folder / HASHES_FILE
     if not os.path.lexists(path):
         return
+
     stored = read_object(path, expected="hashes of a model's files")
     check_fields({"": stored}, {"": object_of(text())}, str(path))
     for name, written in stored.items():
@@ -141,6 +147,7 @@ def _drafter(folder: Path, facts: Facts) -> None:
         facts["target weights xxh3"] = made_for.get("weights_xxh3", "not recorded")
         facts |= {name: value for name, value in manifest.get("sources", {}).items() if isinstance(value, str | int)}
         check_files(folder, manifest)
+
     stored, layout = read_stored_config(folder)
     tensors = TensorFolder(folder)
     _check_finite(tensors)
@@ -158,9 +165,11 @@ def _cache(folder: Path, facts: Facts) -> None:
         built = read_object(folder / "build.json").get("settings")
         if isinstance(built, Mapping):
             facts["target weights xxh3"] = built.get("weights_xxh3", "not recorded")
+
     facts["sources sha256"] = cache.spec.sources_sha256 or "not recorded"
     if isinstance(cache, TargetCache):
         cache.verify()
+
     for index in range(len(cache)):
         cache[index]
 
@@ -172,14 +181,17 @@ def _run(folder: Path, facts: Facts) -> None:
         inputs = read_object(folder / "inputs.json", expected="the hashes of a run's inputs")
         check_fields({"": inputs}, {"": object_of(text())}, str(folder / "inputs.json"))
         facts |= inputs
+
     facts["records"] = len(read_records(folder / "metrics.jsonl"))
     finished = os.path.lexists(folder / "metrics.json")
     if finished:
         read_object(folder / "metrics.json", expected="the last record of a run")
+
     steps = steps_in(folder / "checkpoints")
     for step in steps:
         if reason := damage(folder / "checkpoints" / str(step)):
             raise UserError(f"The checkpoint of step {step} in {folder} is damaged: {reason}.")
+
     facts |= {"finished": "yes" if finished else "no", "checkpoints": ", ".join(map(str, steps)) or "none"}
     if finished and not (folder / "drafter").is_dir():
         raise UserError(f"The run in {folder} is finished and has no drafter; export it again with train.export.")
@@ -191,6 +203,7 @@ def _conversations(path: Path, facts: Facts) -> None:
         made = read_object(settings, expected="the settings of conversations").get("settings")
         if isinstance(made, Mapping):
             facts |= {name: value for name, value in made.items() if isinstance(value, str | int | float)}
+
     facts["conversations"] = sum(1 for _ in read_conversations(path))
     if os.path.lexists(metrics):
         counted = read_object(metrics, expected="the counts of conversations")
@@ -245,10 +258,12 @@ def _is_drafter(path: Path) -> bool:
         return True
     if not _holds(CONFIG_FILE)(path) or _is_run(path):
         return False
+
     try:
         stored = read_object(path / CONFIG_FILE)
     except UserError:
         return False  # a damaged config.json is examined as a target's, which says so
+
     return any(
         name in stored for name in ("target_layer_ids", "speculators_model_type", "dflash_config", "eagle_config")
     )

@@ -30,16 +30,19 @@ def acceptance_plot(path: Path, temperatures: Mapping[str, Mapping[str, Any]]) -
     plt = pyplot()
     count = len(temperatures)
     figure, panels = plt.subplots(1, count, figsize=(5 * count, 3.6), squeeze=False, sharey=True)
+
     for panel, (key, rows) in zip(panels[0], temperatures.items(), strict=True):
         for domain, row in rows.items():
             rates = row["conditional"]
             style = {"color": "black", "linestyle": "--"} if domain == "all" else {}
             panel.plot(range(1, len(rates) + 1), rates, marker="o", label=f"{domain} (τ = {row['tau']:.2f})", **style)
+
         panel.set_title(f"temperature {key.removeprefix('t')}")
         panel.set_xlabel("block position k")
         panel.set_ylim(0, 1)
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
+
     panels[0][0].set_ylabel("x_k accepted, given x_<k were")
     save(figure, path)
 
@@ -49,19 +52,24 @@ def training_plot(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     plt = pyplot()
     figure, panels = plt.subplots(1, 3, figsize=(13, 3.6))
     steps = [record["step"] for record in records]
+
     for name in ("loss", "ce_loss", "l1_loss", "confidence_loss"):
         if records and name in records[0]:
             panels[0].plot(steps, [record[name] for record in records], label=name)
+
     panels[0].legend(fontsize=8)
     panels[1].plot(steps, [record["tau_probabilistic"] for record in records])
     positions = [name for name in (records[0] if records else {}) if name.startswith("accept_rate@")]
+
     for name in positions:
         panels[2].plot(steps, [record[name] for record in records], label=f"k = {int(name.split('@')[1]) + 1}")
+
     panels[2].legend(fontsize=7, ncols=2)
     for panel, title in zip(panels, ("losses", "expected accepted length", "acceptance rate by position"), strict=True):
         panel.set_title(title)
         panel.set_xlabel("step")
         panel.grid(alpha=0.3)
+
     save(figure, path)
 
 
@@ -70,16 +78,19 @@ def reliability_plot(path: Path, sets: Mapping[str, Mapping[str, Any]]) -> None:
     plt = pyplot()
     stages = [stage for stage in ("before", "after") if any(stage in found for found in sets.values())]
     figure, panels = plt.subplots(1, len(stages), figsize=(4.6 * len(stages), 4.2), squeeze=False, sharey=True)
+
     for panel, stage in zip(panels[0], stages, strict=True):
         panel.plot([0, 1], [0, 1], color="black", linewidth=0.8)
         for name, found in sets.items():
             points = found[stage]["reliability"]
             label = f"{name} (ECE {100 * found[stage]['ece']:.1f} %)"
             panel.plot([p[0] for p in points], [p[1] for p in points], marker="o", label=label)
+
         panel.set_title(f"{stage} calibration")
         panel.set_xlabel("predicted prefix survival")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
+
     panels[0][0].set_ylabel("share accepted")
     save(figure, path)
 
@@ -92,10 +103,12 @@ def threshold_plot(path: Path, sets: Mapping[str, Mapping[str, Mapping[str, Any]
         thresholds = [float(value) for value in rows]
         for panel, key in zip(panels, ("tau", "verify_rate"), strict=True):
             panel.plot(thresholds, [row[key] for row in rows.values()], marker="o", label=name)
+
     for panel, label in zip(panels, ("accepted length τ", "committed / verified tokens"), strict=True):
         panel.set_xlabel("confidence threshold")
         panel.set_ylabel(label)
         panel.grid(alpha=0.3)
+
     panels[0].legend(fontsize=8)
     save(figure, path)
 
@@ -107,6 +120,7 @@ def throughput_plot(path: Path, closed: Mapping[str, Mapping[str, Mapping[str, f
     for strategy in next(iter(closed.values())):
         rows = [group[strategy] for group in closed.values()]
         panel.plot([r["user_median"] for r in rows], [r["tokens_per_second"] for r in rows], marker="o", label=strategy)
+
     panel.set_xlabel("tokens a second and user (median)")
     panel.set_ylabel("tokens a second, all users")
     panel.grid(alpha=0.3)
@@ -120,6 +134,7 @@ def budget_plot(path: Path, closed: Mapping[str, Mapping[str, Mapping[str, float
     figure, panels = plt.subplots(1, 2, figsize=(11, 4))
     users = [int(count) for count in closed]
     labels = {"tokens_per_second": "tokens a second, all users", "verify_budget": "tokens verified a request and round"}
+
     for panel, (key, label) in zip(panels, labels.items(), strict=True):
         for strategy in next(iter(closed.values())):
             panel.plot(users, [group[strategy][key] for group in closed.values()], marker="o", label=strategy)
@@ -127,6 +142,7 @@ def budget_plot(path: Path, closed: Mapping[str, Mapping[str, Mapping[str, float
         panel.set_xlabel("users")
         panel.set_ylabel(label)
         panel.grid(alpha=0.3)
+
     panels[0].legend(fontsize=8)
     save(figure, path)
 

@@ -46,9 +46,11 @@ class ShardingRules:
         known = {field.name for field in fields(self)}
         taken: dict[str, str] = {}
         entries: list[Any] = []
+
         for axis in axes:
             if axis is not None and axis not in known:
                 raise UserError(f"ShardingRules has no logical axis {axis!r}; it knows {', '.join(sorted(known))}.")
+
             entry = None if axis is None else getattr(self, axis)
             for mesh_axis in (entry,) if isinstance(entry, str) else entry or ():
                 if mesh_axis in taken:
@@ -57,7 +59,9 @@ class ShardingRules:
                         f"{mesh_axis!r}; send one of them to another axis or to None."
                     )
                 taken[mesh_axis] = str(axis)
+
             entries.append(entry)
+
         return PartitionSpec(*entries)
 
     def rows(self, mesh: AnyMesh, ndim: int, leading: int = 0) -> NamedSharding:
@@ -89,14 +93,17 @@ def mesh_shape(devices: int, data: int = -1, fsdp: int = 1, tensor: int = 1) -> 
         raise UserError(
             f"Only one mesh axis can be -1 (the devices that are left); here {' and '.join(open_axes)} are."
         )
+
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if open_axes and fixed > 0 and devices % fixed == 0:
         sizes[open_axes[0]] = devices // fixed
+
     if math.prod(sizes.values()) != devices or min(sizes.values()) < 1:
         raise UserError(
             f"A mesh of data={data} x fsdp={fsdp} x tensor={tensor} does not fit {devices} devices; their product must "
             "be the number of devices (one of them may be -1)."
         )
+
     return sizes["data"], sizes["fsdp"], sizes["tensor"]
 
 

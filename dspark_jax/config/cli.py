@@ -110,16 +110,20 @@ def load_config(name: str) -> Any:
     """
     if name.endswith(".py"):
         return from_file(Path(name), "get_config")
+
     known = config_names()
     stem = name.replace("-", "_")
     if stem not in known:
         hint = did_you_mean(stem, known)
         raise UserError(f"Unknown configuration {name}{hint} (known: {', '.join(known)}; or a path that ends in .py).")
+
     if stem in table_of_experiments():
         return table_of_experiments()[stem]()
+
     module = importlib.import_module(f"{experiments().__name__}.{stem}")
     if not hasattr(module, "get_config"):
         raise UserError(f"configs/{stem}.py has no get_config(): add one that returns the configuration.")
+
     return module.get_config()
 
 
@@ -128,10 +132,12 @@ def from_file(path: Path, function: str) -> Any:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if not path.is_file() or spec is None or spec.loader is None:
         raise UserError(f"There is no Python file {path}; give the path of one that has a {function}().")
+
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, function):
         raise UserError(f"{path} has no {function}(); add one, as the files in configs/ have it.")
+
     return getattr(module, function)()
 
 
@@ -148,6 +154,7 @@ def parse_named(argv: Sequence[str], default: str | None = None, description: st
             print("--config NAME --help shows the options and their values in that configuration.")
             raise SystemExit(0)
         raise UserError(f"No configuration was named: pass --config NAME, one of {names}.")
+
     return parse(load_config(name or default or ""), rest, description=description)
 
 
@@ -181,6 +188,7 @@ def parse(config: Any, argv: Sequence[str], description: str | None = None) -> A
     _refuse_unknown(argv, _flags(cls))
     # tyro draws its complaints as a box; capture it and keep the first paragraph. `--help` (exit code 0) is passed on.
     complaints = io.StringIO()
+
     try:
         with contextlib.redirect_stderr(complaints):
             if isinstance(config, type):
@@ -198,10 +206,12 @@ def divide_options(argv: Sequence[str], cls: type) -> tuple[list[str], list[str]
     mine: list[str] = []
     rest: list[str] = []
     taken = rest
+
     for word in argv:
         if word.startswith("--") and len(word) > 2:
             taken = mine if word.split("=", 1)[0].replace("_", "-") in flags else rest
         taken.append(word)
+
     return mine, rest
 
 
@@ -234,6 +244,7 @@ def take_option(argv: list[str], option: str) -> tuple[str | None, list[str]]:
             value = word.split("=", 1)[1]
         else:
             rest.append(word)
+
     return value, rest
 
 
@@ -248,6 +259,7 @@ def _flags(cls: type, prefix: str = "--") -> list[str]:
             flags += _flags(hints[field.name], prefix if is_flat else f"{prefix}{name}.")
         else:
             flags += [f"{prefix}{name}"] + ([f"{prefix}no-{name}"] if hints[field.name] is bool else [])
+
     return flags
 
 

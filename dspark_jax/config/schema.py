@@ -86,6 +86,7 @@ class DrafterSettings:
             self.init_target_layers,
             f"one target layer for each of the {self.num_layers} draft layers, or none,",
         )
+
         for name in ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"drafter.{name}", value, "a positive number or None")
@@ -259,6 +260,7 @@ class EvaluationSettings:
         for name, least in (("every_steps", 0), ("limit", 0), ("max_new_tokens", 1), ("slots", 1)):
             value = getattr(self, name)
             _require(value >= least, f"evaluation.{name}", value, f"at least {least}")
+
         _require(self.temperature >= 0, "evaluation.temperature", self.temperature, "0 (greedy) or more")
         _require(
             not self.every_steps or bool(self.prompts),

@@ -24,6 +24,7 @@ def from_json(cls: type[C], values: dict[str, Any], where: str = "") -> C:
     """
     if not isinstance(values, dict):
         raise UserError(f"{where or cls.__name__} is {values!r}; a JSON object of its fields was expected.")
+
     hints, fields = get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     prefix = f"{where}." if where else ""
     for name in values:
@@ -31,6 +32,7 @@ def from_json(cls: type[C], values: dict[str, Any], where: str = "") -> C:
             close = difflib.get_close_matches(name, fields, n=1)
             hint = f"did you mean {prefix}{close[0]}?" if close else f"known fields: {', '.join(fields)}."
             raise UserError(f"Unknown field {prefix}{name}: {hint}")
+
     missing = [
         name
         for name, field in fields.items()
@@ -38,6 +40,7 @@ def from_json(cls: type[C], values: dict[str, Any], where: str = "") -> C:
     ]
     if missing:
         raise UserError(f"Field {prefix}{missing[0]} is missing: it has no default, so give it a value.")
+
     return cls(**{name: _typed(hints[name], value, f"{prefix}{name}") for name, value in values.items()})
 
 
@@ -51,6 +54,7 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
     """`value` as an instance of the annotation: tuples from lists, floats from integers, nothing else converted."""
     if dataclasses.is_dataclass(hint):
         return from_json(hint, value, where)  # type: ignore[arg-type]
+
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is tuple and isinstance(value, list | tuple):
         if arguments[-1] is Ellipsis:
@@ -69,5 +73,6 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     elif isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
+
     expected = hint.__name__ if isinstance(hint, type) and origin is None else str(hint).replace("typing.", "")
     raise UserError(f"Field {where} is {value!r}; {expected} was expected.")

@@ -63,6 +63,7 @@ def _join(diffs: Iterable[Diff]) -> Diff:
         if twice:
             raise UserError(f"A point of the sweep is given {min(twice)} twice; name a field in one part only.")
         joined |= diff
+
     return joined
 
 
@@ -82,10 +83,12 @@ class Sweep:
         """
         if not self.diffs:
             raise UserError(f"The sweep {self.name} has no points; give it at least one difference.")
+
         names = [run_name(diff) for diff in self.diffs]
         name, count = Counter(names).most_common(1)[0]
         if count > 1:
             raise UserError(f"The sweep {self.name} has {count} points named {name}; leave out the repeated ones.")
+
         made = (apply_diff(base or self.base, diff) for diff in self.diffs)
         return dict(zip(names, made, strict=True))
 
@@ -101,7 +104,9 @@ def apply_diff(config: TrainConfig, diff: Diff) -> TrainConfig:
                 known = ", ".join(name for name, inner in place.items() if isinstance(inner, dict))
                 raise UserError(f"Unknown field {'.'.join(groups[: depth + 1])} in a sweep; groups are {known}.")
             place = place[group]
+
         place[leaf] = value
+
     return from_json(TrainConfig, values)
 
 
@@ -147,6 +152,7 @@ def load_sweep(path: str) -> Sweep:
         raise UserError(
             f"There is no sweep {path}; expected a Python file with a get_sweep(), or one of {', '.join(shipped)}."
         )
+
     return from_file(file, "get_sweep")
 
 

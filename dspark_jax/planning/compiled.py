@@ -80,6 +80,7 @@ def memory_of(program: jax.stages.Compiled, counted_twice: int = 0) -> dict[str,
     memory: Any = program.memory_analysis()
     arguments = memory.argument_size_in_bytes - counted_twice
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+
     return {
         "arguments": arguments,
         "new results": results,
@@ -93,6 +94,7 @@ def figures(program: jax.stages.Compiled, device_kind: str, counted_twice: int =
     cost: Any = program.cost_analysis() or {}
     memory: Any = program.memory_analysis()
     device = known_device(device_kind)
+
     return {
         **{f"{name} a device": mebibytes(size) for name, size in memory_of(program, counted_twice).items()},
         **({} if device is None else {"of a device's memory": mebibytes(device.memory_gib * 2**30)}),
@@ -124,6 +126,7 @@ def copies(program: str, shapes: Iterable[tuple[int, ...]]) -> list[str]:
         copy = re.search(r"= \(?\w+\[([\d,]*)\]\S* copy(?:-start)?\(", line)
         if copy and not entry and copy.group(1) in wanted:
             found.append(line.strip())
+
     return found
 
 

@@ -87,9 +87,11 @@ class DecodePlan:
         policy = policy_named(options.policy)
         loop = make_loop(target, drafter, EngineConfig(options.slots, options.longest, stop_slots=stops), policy)
         tables = None
+
         if drafter is not None and policy.needs_tables:
             costs = CostTable.of(loop.buckets, np.linspace(1.0, 2.0, len(loop.buckets)))
             tables = shapes_of(ScheduleTables.of(costs, (1.0,) * loop.block))
+
         params = LoopParams(target.params, {} if drafter is None else drafter.params, tables)
         return cls(target, drafter, loop, params, abstract_state(loop, params), mesh)
 
@@ -142,6 +144,7 @@ def plan_mesh(options: PlanOptions) -> Mesh | None:
         settings = mesh_settings(options.mesh, MeshSettings())
         mesh = make_mesh(settings.data, settings.fsdp, settings.tensor)
         return None if mesh.size == 1 else mesh
+
     settings = mesh_settings(options.mesh, MeshSettings()) if options.mesh else MeshSettings(data=1, tensor=-1)
     return topology_mesh(options.topology, settings.data, settings.fsdp, settings.tensor, part=True)
 
@@ -151,23 +154,29 @@ def planned_pair(options: PlanOptions, mesh: Mesh | None) -> tuple[Target, Draft
     config = load_config(options.config) if options.config else None
     if config is not None and not isinstance(config, TrainConfig):
         raise UserError(f"The configuration {options.config} is a {type(config).__name__}; name one of training.")
+
     name = options.target or (config.target if config is not None else "")
     if not name:
         raise UserError("There is nothing to plan: give --config NAME, or --target and --drafter.")
+
     target = planned_target(name)
     module = target_skeleton(target.config)
     target = dataclasses.replace(target, params=abstract_params(module, mesh, options.dtype))
     hf_config = None
+
     if options.drafter:
         hf_config = native_config(*read_stored_config(resolve_folder(options.drafter, "drafter")), target.config)
     elif config is not None:
         hf_config = described_drafter(config, target)
+
     if hf_config is None:
         return target, None
+
     described = read_config(hf_config)
     described.check_target(target.config)
     module = skeleton(hf_config)
     params = abstract_params(module, mesh, options.dtype)
+
     return target, Drafter(options.drafter or options.config, described, split(module)[0], params, hf_config)
 
 

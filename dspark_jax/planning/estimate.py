@@ -17,6 +17,7 @@ def describe(run: AbstractRun) -> dict[str, Any]:
     """The run that an estimate is for: configuration, target, mesh, micro-batches."""
     mesh = run.placement.mesh
     parameters = sum(x.size for x in jax.tree.leaves(run.state.params))
+
     return {
         "configuration": run.name,
         "target": run.target.name,
@@ -61,6 +62,7 @@ def estimate(run: AbstractRun) -> dict[str, int]:
         "target's layers, gathered": 2 * max(map(copies, layers.values()), default=0),
         "activations": activation_bytes(run) - gradients,
     }
+
     return parts | {"total": sum(parts.values())}
 
 

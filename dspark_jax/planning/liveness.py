@@ -35,6 +35,7 @@ def _peak(jaxpr: Jaxpr, size: Bytes) -> int:
         for var in _variables(equation.invars):
             for origin in made_of.get(var, ()):
                 ends[origin] = index
+
     for var in _variables(jaxpr.outvars):
         for origin in made_of.get(var, ()):
             ends[origin] = len(jaxpr.eqns)
@@ -52,6 +53,7 @@ def _peak(jaxpr: Jaxpr, size: Bytes) -> int:
         peak = max(peak, live + (own + inside if equation.primitive.name in ("scan", "while") else max(own, inside)))
         live += sum(size(var.aval) for var in made if var in ends)
         live -= sum(size(var.aval) for var in dying.get(index, ()))
+
     return peak
 
 
@@ -67,6 +69,7 @@ def _origins(jaxpr: Jaxpr) -> dict[Any, set[Any]]:
                 origins[var] = {o for operand in _variables(equation.invars) for o in origins.get(operand, ())}
             else:
                 origins[var] = {var}
+
     return origins
 
 

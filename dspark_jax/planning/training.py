@@ -57,11 +57,14 @@ class AbstractRun:
 
         states: States = StoredStates(DTYPES[spec.dtype])
         target_params = None
+
         if config.data.source != "offline":
             target_params = abstract_target_params(target.config, spec.dtype, spec.placement)
             codec = config.data.codec if config.data.source == "hybrid" else None
             states = spec.target_states(target, target_params, codec)
+
         shared = abstract_tables(target.config, spec.dtype, spec.placement)
+
         return cls(
             name=config.name,
             seed=config.seed,
@@ -129,7 +132,9 @@ def abstract_batch(data: DataSettings, taps: int, hidden_size: int) -> dict[str,
     }
     if data.packing:
         shapes["segments"] = ((rows, length), jnp.int32)
+
     if data.source == "offline":
         shapes["features"] = ((rows, length, taps * hidden_size), jnp.bfloat16)
         shapes["last_hidden"] = ((rows, length, hidden_size), jnp.bfloat16)
+
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}

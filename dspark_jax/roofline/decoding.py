@@ -25,6 +25,7 @@ def round_terms(
     """
     if any(layer.sparse for layer in target.layers) or not isinstance(drafter, DSparkConfig | None):
         return None
+
     block = 0 if drafter is None else drafter.block_size
     rows, vocab = requests * (block + 1), target.vocab_size
     laws = requests * (2 * block + 1) * vocab  # of γ drafts and γ + 1 verified rows
@@ -33,6 +34,7 @@ def round_terms(
         _cache("verify: attention over the cache", target, requests, block + 1, context, itemsize),
         _head("verify: head", target, rows, itemsize),
     ]
+
     if drafter is not None:
         dims = drafter.backbone
         inputs = requests * (block + (not drafter.sample_from_anchor))
@@ -44,9 +46,11 @@ def round_terms(
         ]
         if drafter.markov_rank:
             terms.append(_markov(drafter, requests, itemsize))
+
     terms.append(Term("sampling laws", LAW_FLOPS * laws, 2 * LOGIT * laws))
     if sort:
         terms.append(Term("sort of laws (top-k, top-p)", laws * math.log2(vocab), 2 * LOGIT * laws))
+
     # The row that rejects, of both laws, and the residual.
     return [*terms, Term("acceptance", 3 * requests * vocab, 3 * LOGIT * requests * vocab)]
 

@@ -85,6 +85,7 @@ def terms_table(terms: Iterable[Term], device: Device | None) -> str:
             seconds = floor_seconds(listed, device) if last else term.seconds(device)
             row += [f"{1e3 * seconds:,.3f}", "" if last else "products" if products else "memory"]
         rows.append(tuple(row))
+
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = (
         "  ".join(cell.ljust(w) if i in (0, 5) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))

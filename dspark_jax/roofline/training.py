@@ -47,11 +47,13 @@ def step_terms(
     terms = product_terms(config, sequences, length, itemsize)
     if terms is None:
         return None
+
     losses = Term("losses", ELEMENTWISE * sequences * _loss_rows(config, length) * config.backbone.vocab_size, 0.0)
     # Each micro-batch reads the parameters in float32 and writes them in the compute dtype.
     cast = Term("cast of the parameters", 0.0, (4 + itemsize) * parameters)
     update = Term("optimizer", ADAMW_FLOPS * parameters, ADAMW_BYTES * parameters)
     counted = [term.times(micro_batches) for term in (*terms, losses, cast)] + [update]
+
     return counted if remat else [Term(term.name, term.flops, term.bytes) for term in counted]
 
 
@@ -80,11 +82,14 @@ def _(config: DSparkConfig, sequences: int, length: int, itemsize: int) -> list[
         _named("MLP", _again(mlp.times(layers))),
         *_frozen_heads(rows, rows, d, v, b),
     ]
+
     if config.markov_rank:
         terms.append(_again(_markov(config, rows, b)))
+
     if config.enable_confidence_head:
         size = d + (config.markov_rank if config.confidence_head_with_markov else 0)
         terms.append(_again(_product("confidence head", rows, size, 1, 4)))
+
     return terms
 
 
@@ -92,6 +97,7 @@ def _(config: DSparkConfig, sequences: int, length: int, itemsize: int) -> list[
 def _(config: MTPConfig, sequences: int, length: int, itemsize: int) -> list[Term]:
     dims, d, positions = config.backbone, config.backbone.hidden_size, sequences * length
     rows = sequences * config.num_anchors
+
     return [
         _product("feature fusion", positions, 2 * d, d, itemsize),
         *_layer(dims, positions, length / 2, d, itemsize),
@@ -103,6 +109,7 @@ def _(config: MTPConfig, sequences: int, length: int, itemsize: int) -> list[Ter
 def _(config: Eagle3Config, sequences: int, length: int, itemsize: int) -> list[Term]:
     dims, steps, d = config.backbone, config.block_size, config.backbone.hidden_size
     seen, positions = length / 2 + steps / 2, sequences * length
+
     return [
         _product("feature fusion", positions, len(config.target_layer_ids) * d, d, itemsize, inputs=False),
         *(term.times(steps) for term in _layer(dims, positions, seen, 2 * d, itemsize)),
@@ -124,6 +131,7 @@ def _layer(dims: TargetConfig, rows: int, seen: float, width: int, b: int) -> li
     d, (queries, keys) = dims.hidden_size, _heads(dims)
     projections = _product("", rows, width, queries + 2 * keys, b) + _product("", rows, queries, d, b)
     mlp = _product("", rows, d, 2 * dims.intermediate_size, b) + _product("", rows, dims.intermediate_size, d, b)
+
     return [
         _named("attention, projections", projections),
         _named("attention, scores", _attention(rows, 0, seen, queries, 2 * keys, b)),
@@ -153,8 +161,10 @@ def _product(
     moved = operands + result
     if inputs:
         moved += i * o * b + rows * i * b + result
+
     if weights:
         moved += rows * i * b + i * o * 4 + result
+
     return Term(name, once * (1 + weights + inputs), moved)
 
 

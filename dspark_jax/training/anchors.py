@@ -29,6 +29,8 @@ def eligible_anchors(loss_mask: Array, segments: Int[Array, "b t"] | None = None
     """Position i < T - 1 may be an anchor iff it and i + 1, of one sequence, are supervised (docs/algorithm.md, rule
     37)."""
     supervised = loss_mask > 0.5
+
+    # [B, T - 1]: the last position has no label, so it is never an anchor.
     eligible = supervised[:, :-1] & supervised[:, 1:]
     return eligible if segments is None else eligible & (segments[:, :-1] == segments[:, 1:])
 
@@ -36,17 +38,25 @@ def eligible_anchors(loss_mask: Array, segments: Int[Array, "b t"] | None = None
 def sample_anchors(
     key: Array, loss_mask: Int[Array, "b t"], count: int, segments: Int[Array, "b t"] | None = None
 ) -> tuple[Int[Array, "b n"], Bool[Array, "b n"]]:
-    """(positions, keep): up to `count` eligible positions a row without replacement, ascending, then zeros not kept.
+    """Draws up to N = `count` eligible positions of each row, uniformly and without replacement.
 
-    A row's draw depends on the key and the row's number only, not on the other rows.
+    A row's draw depends on the key and the row's number, not on the other rows.
+
+    Returns:
+        (positions, keep), [B, N]: the anchors in ascending order, then dummies at position 0 with keep False.
     """
     eligible = eligible_anchors(loss_mask, segments)
     rows, size = eligible.shape
+    # The largest of independent uniforms are a draw without replacement whose shape is static. Ineligible positions
+    # score -1, below every uniform.
     noise = jax.vmap(lambda row: jax.random.uniform(jax.random.fold_in(key, row), (size,)))(jnp.arange(rows))
     scores, chosen = jax.lax.top_k(jnp.where(eligible, noise, -1.0), min(count, size))
+    # Dummies take the value `size`, which sorts behind every position.
     ordered = jnp.sort(jnp.where(scores >= 0, chosen, size), axis=-1)
     ordered = jnp.pad(ordered, ((0, 0), (0, count - ordered.shape[1])), constant_values=size)
+
     keep = ordered < size
+
     return jnp.where(keep, ordered, 0), keep
 
 
@@ -59,34 +69,45 @@ def make_blocks(
     decay_gamma: float | None,
     segments: Int[Array, "b t"] | None = None,
 ) -> Blocks:
-    """Labels, supervision and weights exp(-k / decay_gamma) of K = `block_size` slots an anchor (docs/algorithm.md,
-    rules 38 to 40).
+    """The K = `block_size` slots of every anchor: labels, supervision, weights (docs/algorithm.md, rules 38 to 40).
 
-    A slot counts only while every slot before it in its block does, and its label is of the anchor's sequence;
-    decay_gamma None or <= 0 weighs all alike. `segments`: the numbers of packed rows' sequences.
+    Args:
+        input_ids, loss_mask: the batch's tokens, and where they are supervised.
+        anchors, keep: as `sample_anchors` returns them.
+        block_size: slots K of a block.
+        decay_gamma: g of the weights exp(-k / g), k from 0; None or <= 0 gives every slot weight 1.
+        segments: the sequence number of each position, where rows are packed.
     """
     length = input_ids.shape[1]
     offsets = jnp.arange(block_size)
+    # [B, N, K]. Dummies read position 0; they are unsupervised, so its values are never used.
     unclamped = anchors[..., None] + 1 + offsets
     positions = jnp.where(keep[..., None], jnp.minimum(unclamped, length - 1), 0)
 
     def at(values: Array, index: Array) -> Array:
+        # take_along_axis needs equal ranks: [B, N, K] is flattened to [B, N K] and restored.
         return jnp.take_along_axis(values, index.reshape(index.shape[0], -1), axis=1).reshape(index.shape)
 
     labels = at(input_ids, positions)
     here = (unclamped < length) & (at(loss_mask, positions) > 0.5) & keep[..., None]
+
+    # A block must not run into the next sequence of a packed row: that label is another conversation's.
     starts = None
     if segments is not None:
         starts = at(segment_starts(segments), anchors)
         here &= at(segments, positions) == at(segments, anchors)[..., None]
+
+    # A slot counts only while every slot before it does: a gap in the mask ends the block.
     supervised = jnp.cumprod(here.astype(jnp.int32), axis=-1) > 0
     decay = jnp.exp(-offsets / decay_gamma) if decay_gamma and decay_gamma > 0 else jnp.ones((block_size,))
+
     return Blocks(
         anchors=anchors,
         keep=keep,
         starts=starts,
         previous=jnp.concatenate([at(input_ids, anchors)[..., None], labels[..., :-1]], axis=-1),
         labels=labels,
+        # The target's law for a label comes from the position before it (docs/algorithm.md, rule 39).
         sources=jnp.maximum(positions - 1, 0),
         supervised=supervised,
         weights=supervised * decay.astype(jnp.float32),

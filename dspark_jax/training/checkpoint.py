@@ -37,24 +37,28 @@ class Damaged(Exception):
 
 
 def abstract(state: State) -> State:
-    """ShapeDtypeStructs with shardings in place of the arrays of a pytree: what `restore` needs to know."""
+    """ShapeDtypeStructs with shardings in place of a pytree's arrays: the `like` of `restore`."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
 class Checkpoints:
     """The checkpoints of one run, by optimizer step; `with` waits for the writes under way.
 
-    A checkpoint is a pytree of arrays, sharded or not, and a JSON value beside it; both or neither are there. The
+    A checkpoint is a pytree of arrays, sharded or not, and a JSON value; the two are saved and restored together. The
     latest `keep` are kept, and of those saved with a score the `keep_best` highest.
     """
 
     def __init__(self, folder: str | os.PathLike[str], keep: int, keep_best: int = 0):
         self.folder = Path(folder).absolute()
+        # The step whose files are still being written: they are hashed once they are complete.
         self._unhashed: int | None = None
         _quiet_failed_writes()
+
         # Before Orbax opens the folder: it reads the notes of every step, and one bad byte in them would stop it.
         for step in steps_in(self.folder):
             self._set_aside_damaged(step, notes_alone=True)
+
+        # A checkpoint stays if either policy keeps it: the best one may be older than the latest `keep`.
         policies = ocp.training.preservation_policies
         best = policies.BestN(get_metric_fn=_score, n=keep_best, keep_checkpoints_without_metrics=False)
         self._orbax = ocp.training.Checkpointer(
@@ -65,7 +69,7 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """Step of the newest checkpoint."""
+        """Step of the newest checkpoint; None without one."""
         found = self._orbax.latest
         return None if found is None else found.step
 
@@ -78,21 +82,35 @@ class Checkpoints:
     def save(self, step: int, state: Any, extra: Any, score: float | None = None) -> None:
         """Starts saving; returns once `state` may be donated. A save still under way is waited for first.
 
-        Raises UserError when this or the save before it can't be written; what was saved earlier stays whole.
+        Args:
+            step: optimizer steps taken, the checkpoint's name.
+            state: a pytree of arrays.
+            extra: a JSON value, saved with it.
+            score: ranks the checkpoint for `best`; None: it is not ranked.
+        Raises:
+            UserError: this save or the one before it can't be written; earlier checkpoints stay whole.
         """
         self.wait()
         self._require_room(step, state)
         notes = sealed({"extra": extra, "score": score, "checksums": checksums(state)})
         metrics = None if score is None else {"score": score}
+
         # Orbax brings arrays to the host by itself, which a transfer guard of the caller would refuse.
         with jax.transfer_guard("allow"), self._reported():
             self._orbax.save_async(step, state, custom_metadata=notes, force=True, metrics=metrics)
+
         self._unhashed = step
 
     def restore(self, step: int, like: State) -> tuple[State, Any]:
-        """(state, extra) of a step. `like`: the state's `abstract` tree; its shardings may differ from the saved ones.
+        """Reads one checkpoint.
 
-        UserError when the checkpoint does not hold such a state, or is not what was saved.
+        Args:
+            step: which.
+            like: the state's `abstract` tree; its shardings may differ from the saved ones.
+        Returns:
+            (state, extra) as they were saved.
+        Raises:
+            UserError: the checkpoint does not hold such a state, or is not what was saved.
         """
         try:
             return self._restore(step, like)
@@ -115,24 +133,32 @@ class Checkpoints:
             if self._set_aside_damaged(step):
                 self._orbax.reload()
                 continue
-            if jax.process_count() > 1:  # whose processes might not agree on what each of them could read
+
+            # In a job one process may fail to read what the others can; falling back alone would split the job.
+            if jax.process_count() > 1:
                 return step, *self.restore(step, like)
+
             try:
                 return step, *self._restore(step, like)
             except Damaged as error:
                 self._set_aside(step, str(error))
                 self._orbax.reload()
+
+        # Starting from step 0 here would silently discard the run, so it is refused.
         if _aside(self.folder).exists():
             raise UserError(
                 f"None of the checkpoints in {self.folder} is whole; restore one from a copy, or begin the run anew in "
                 "another folder."
             )
+
         return None
 
     def wait(self) -> None:
         """Returns when every save is on disk; UserError as `save` raises it."""
         with self._reported():
             self._orbax.wait()
+
+        # Hashes of complete files alone: a folder without them was interrupted, and its checksums decide.
         step, self._unhashed = self._unhashed, None
         if step is not None and is_first():
             write_hashes(self.folder / str(step))
@@ -150,7 +176,9 @@ class Checkpoints:
 
     def _require_room(self, step: int, state: Any) -> None:
         """UserError, on every process of a job alike, where the disk can't hold the state."""
+        # An upper bound: the format compresses.
         needed = sum(x.nbytes for x in jax.tree.leaves(state))
+        # Process 0's reading counts for all, so that either every process raises or none does.
         free = int(from_first(shutil.disk_usage(self.folder).free))
         if free < needed:
             raise UserError(
@@ -166,9 +194,12 @@ class Checkpoints:
             if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
                 raise  # not the files: another process is gone
             raise Damaged(" ".join(str(error).split())[:200]) from error
+
         content = opened(notes)
+        # The files' hashes cannot show that a file was decoded into the right array; the checksums can.
         if checksums(state) != content["checksums"]:
             raise Damaged("its arrays are not those that were saved")
+
         return state, content["extra"]
 
     def _set_aside_damaged(self, step: int, notes_alone: bool = False) -> bool:
@@ -192,6 +223,7 @@ class Checkpoints:
                 "the run continues from the one before it.",
                 file=sys.stderr,
             )
+
         barrier(f"the checkpoint of step {step} has been moved")
 
     @contextmanager
@@ -213,7 +245,8 @@ class Checkpoints:
 
 @functools.cache
 def _quiet_failed_writes() -> None:
-    """Leaves out the traces of its threads that Orbax logs of an error before it raises it; a sentence tells it."""
+    """Suppresses the tracebacks that Orbax's threads log before the error is raised; `_reported` turns it into one
+    sentence."""
     logging.getLogger("absl").addFilter(lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname)
 
 
@@ -222,6 +255,7 @@ def _quiet_failed_writes() -> None:
 
 def sealed(notes: dict[str, Any]) -> dict[str, Any]:
     """A copy of JSON notes with the hash of all of them, as they will be read back."""
+    # Through JSON first: tuples come back as lists, and the hash must be that of what is read.
     plain = json.loads(json.dumps(notes))
     return plain | {"seal": _seal(plain)}
 
@@ -263,9 +297,12 @@ def damage(checkpoint: Path, notes_alone: bool = False) -> str | None:
         recorded = _read_json(checkpoint / HASHES) if (checkpoint / HASHES).exists() else {}
     except Damaged as error:
         return str(error)
+
+    # Opening the folder needs the notes alone, and must not read gigabytes of arrays for them.
     compared = {NOTES, SCORE} & set(recorded) if notes_alone else set(recorded)
     found = hash_tree(checkpoint, lambda name: name in compared)
     wrong = sorted(name for name in compared if found.get(name) != recorded[name])
+
     return f"{wrong[0]} is not what was written" if wrong else None
 
 
@@ -274,8 +311,10 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise Damaged(f"{path.name} cannot be read: {error}") from error
+
     if not isinstance(value, dict):
         raise Damaged(f"{path.name} is no JSON object")
+
     return value
 
 

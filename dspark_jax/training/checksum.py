@@ -25,15 +25,19 @@ def _checksums(tree: Any) -> list[Array]:
 
 def _checksum(x: Array) -> Array:
     """[] uint32: the sum of every element's bits, mixed with its place (the finaliser of MurmurHash3, a bijection)."""
+    # The row-major index of every element, mod 2^32. From iotas, so that it is split over devices as `x` is.
     words = _bits(x)
     place = jnp.zeros(words.shape, jnp.uint32)
     for axis in range(words.ndim):
         stride = math.prod(words.shape[axis + 1 :]) % 2**32
         place += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride)
 
+    # For a given place each step is a bijection of the 32-bit word, so a changed element always changes its term of
+    # the sum, and equal elements that change places do too.
     mixed = words ^ (place * jnp.uint32(0x9E3779B1))
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
+
     mixed ^= mixed >> 16
     return jnp.sum(mixed, dtype=jnp.uint32)
 
@@ -44,5 +48,7 @@ def _bits(x: Array) -> Array:
         x = jax.random.key_data(x)
     if x.dtype == jnp.bool_:
         return x.astype(jnp.uint32)
+
+    # Casting bits to a narrower type adds a last axis; 8-byte elements become two words.
     width = min(x.dtype.itemsize, 4)
     return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * width}")).astype(jnp.uint32)

@@ -26,9 +26,15 @@ TAU = "eval_tau"
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Every process decodes all prompts on a device of its own, with a copy of the target; all get the same figures.
+    """Decodes the held-out prompts: in every process all of them, on one of its devices, with a copy of the target.
 
     The first call compiles; later calls reuse the same programs.
+
+    Attributes:
+        target: with its parameters, on one device.
+        prompts, sampling, engine: what is decoded, and how.
+        blank: the drafter without parameters.
+        gather: training parameters -> whole copies in the decoding dtype.
     """
 
     target: Target
@@ -40,16 +46,17 @@ class Evaluator:
 
     @classmethod
     def of(cls, name: str, target: Target, step: StepSpec, heldout: Heldout) -> "Evaluator":
-        """An evaluator of drafters of such a step; reads the whole target.
+        """The evaluator of a run; reads the whole target.
 
         Args:
-            name: the run's, for the drafter's.
+            name: the run's, which the drafter takes.
             target: the described target.
-            step: what says the drafter's shape, dtype and place.
+            step: the drafter's shape, dtype and mesh.
             heldout: the prompts and how they are decoded.
         """
         graphdef, _ = split(skeleton(step.drafter_hf))
         dtype = DTYPES[step.dtype]
+
         return cls(
             target=load_target(target.name, dtype=step.dtype),
             prompts=heldout.prompts,
@@ -66,6 +73,7 @@ class Evaluator:
     def __call__(self, params: dict) -> dict[str, float]:
         """The figures of a record, from the run's (split, float32) parameters."""
         with jax.transfer_guard("allow"):
+            # After `gather` every device holds a whole copy; one of this process's is enough.
             local = jax.tree.map(lambda x: x.addressable_data(0), self.gather(params))
             drafter = Drafter(self.blank.name, self.blank.config, self.blank.graphdef, local, self.blank.hf_config)
             found = figures(acceptance_by_domain(self.target, drafter, self.prompts, self.sampling, self.engine))
@@ -74,7 +82,9 @@ class Evaluator:
 
 
 def figures(by_domain: dict[str, Acceptance]) -> dict[str, Any]:
-    """`eval_tau` over all domains alike, `eval_tau_DOMAIN`, and `eval_accept@k`: x_k accepted given x_<k."""
+    """`eval_tau`, the mean over domains of equal weight; `eval_tau_DOMAIN`; `eval_accept@k`: x_k accepted given x_<k
+    were."""
     pooled = Acceptance.pooled(list(by_domain.values()))
+    # NaN where no round came as far as k: a record holds numbers only.
     rates = {f"eval_accept@{k}": rate for k, rate in enumerate(pooled.conditional) if not np.isnan(rate)}
     return {TAU: macro_tau(by_domain)} | {f"{TAU}_{name}": a.tau for name, a in by_domain.items()} | rates

@@ -1,6 +1,6 @@
 """Batch sources of a run: states from shards (offline), from the target in the step (online), or both (hybrid).
 
-A feed gives the batches in order and runs the step that takes them; the loop needs nothing else of it.
+A feed yields batches in order and runs the step that takes them, so the loop does not depend on the source.
 """
 
 from bisect import bisect_left
@@ -29,7 +29,7 @@ BATCH_KEYS = ("input_ids", "loss_mask", "lengths", "segments", *STATES)
 
 
 class Offline:
-    """Batches with the states that shards hold."""
+    """Batches whose states are read from a cache's shards."""
 
     def __init__(self, run: Run, shared: SharedTables, start: int):
         self.batches: DeviceBatches = device_batches(run.batches, run.step.placement, start, run.total_steps)
@@ -37,11 +37,11 @@ class Offline:
         self._shared = shared
 
     def step(self, state: TrainState, batch: dict[str, jax.Array]) -> Stepped:
-        """The step after the last; the state is donated."""
+        """Takes the next step on `batch`; the state is donated."""
         return self._step(state, self._shared, batch)
 
     def flush(self) -> None:
-        """Called before a checkpoint: records that its steps produced are on disk when this returns."""
+        """Called before a checkpoint: on return, records that earlier steps produced are on disk."""
 
     def close(self) -> None:
         self.batches.close()
@@ -60,27 +60,38 @@ class Online(Offline):
 
 
 class Hybrid(Offline):
-    """The first epoch online, its states through the cache's codec and into shards; then from these."""
+    """The first epoch online, its states encoded by the cache's codec and written to shards; later epochs from these.
+
+    The states of the first epoch pass through the codec before the loss sees them, so that every epoch trains on the
+    same values.
+    """
 
     def __init__(self, run: Run, shared: SharedTables, start: int):
         super().__init__(run, shared, start)
         self._run, self._at, self._switch = run, start, run.batches.steps_per_epoch
+
         epoch = FirstEpoch.of(run.batches)
         spec = epoch.spec(run.data, run.target, run.step.drafter.target_layer_ids)
         made = {"weights_xxh3": weights_hash(resolve_folder(run.target.name)), "compute_dtype": run.step.dtype}
         self._recorder = Recorder(run.cache, epoch, spec, made, start)
+
+        # A run that resumes after the first epoch needs neither the target nor its step.
         self._target: Any = None
+
         if start < self._switch:
             self._target = target_params(run, shared)
             self._recorded = run.step.step(
                 run.step.target_states(run.target, self._target, run.data.codec), record=True
             )
+
         self.batches = self._phases(start)
 
     def step(self, state: TrainState, batch: dict[str, jax.Array]) -> Stepped:
         self._at += 1
         if self._at > self._switch:
             return super().step(state, batch)
+
+        # Counted before the step runs: the step just taken is `_at - 1`.
         state, metrics, stored = self._recorded(state, self._shared, batch, self._target)
         self._recorder.take(self._at - 1, stored)
         return state, metrics
@@ -95,10 +106,13 @@ class Hybrid(Offline):
 
     def _phases(self, start: int) -> DeviceBatches:
         run, placement = self._run, self._run.step.placement
+
         if start < self._switch:
             yield from device_batches(run.batches, placement, start, min(self._switch, run.total_steps))
+
         if run.total_steps <= self._switch:
             return
+
         # Reached while the epoch's last step runs; the target is not needed after it.
         stored = run.on(self._recorder.finish())
         self._target = None
@@ -125,12 +139,14 @@ def device_batches(batches: Batches, placement: Placement, start: int, stop: int
 
 def device_batch(batch: Batch, batches: Batches, placement: Placement) -> dict[str, jax.Array]:
     """This host's rows of a batch as global arrays, rows over the mesh."""
+
     rows, here = batches.global_batch, batches.rows
     kept = {key: batch[key] for key in BATCH_KEYS if key in batch}
     shardings = batch_shardings(kept, placement.mesh, placement.rules)
 
     def part(value: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
         start, stop, _ = index[0].indices(rows)
+        # jax asks by global row numbers; this host holds the rows `here` of the batch, ascending.
         first = start if here is None else bisect_left(here, start)
         return value[first : first + stop - start]
 

@@ -1,4 +1,4 @@
-"""A whole run: the steps that are left of it, the export of its drafter, its summary."""
+"""A whole run: its remaining steps, the export of its drafter, its summary."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,7 +35,7 @@ class Fitted:
         folder: the run's.
         drafter: the exported drafter's folder, DeepSpec-native layout.
         summary: what metrics.json holds.
-        found: the run was finished before; nothing was trained.
+        found: True if the run had finished before, so that nothing was trained.
     """
 
     folder: Path
@@ -48,20 +48,21 @@ def fit(config: TrainConfig) -> Fitted:
     """Trains a drafter, or continues the run in the configuration's folder to the same parameters.
 
     The folder gets checkpoints, records, the drafter and metrics.json, as `run_folder` lists them. A finished run is
-    left as it is; where its drafter is gone, it is exported again. Every process of a job calls this.
+    left unchanged, except that a missing drafter is exported again. Every process of a job calls this.
 
     Args:
         config: the whole run.
     Returns:
         The finished run.
     Raises:
-        Preempted: SIGTERM came; the run is saved, and the same call continues it.
+        Preempted: after SIGTERM; the run is saved, and the same call continues it.
         UserError: a mistake in the configuration or its data, a run of another configuration in the folder, another
-            process that writes there, a full disk, updates that were skipped too often.
+            process that writes there, a full disk, too many skipped updates in a row.
     """
     folder = Path(config.folder)
     with only_writer(folder):
         require_same_run(folder, config)
+        # If one process returned while the others trained, they would wait for it in their first collective.
         finished = (folder / "metrics.json").exists()
         require_same({f"one finds the run in {folder} finished; the folder must be shared by all": finished})
         return _left_alone(config) if finished else _fit(config)
@@ -69,12 +70,18 @@ def fit(config: TrainConfig) -> Fitted:
 
 def _fit(config: TrainConfig) -> Fitted:
     run = Run.of(config)
+    # Different data would not fail: processes would train on rows of different batches.
     lengths = xxh3_64_hexdigest(run.batches.source.lengths.tobytes())
     require_same({"their data are not the same": (lengths, run.total_steps, run.inputs)})
+
     require_same_inputs(run.folder, run.inputs)
+
     connect(run.step.mesh)
     target = run.tables()
+    # Nothing is written before every process has compared: otherwise process 0's inputs.json would be compared with
+    # itself by the slower ones.
     barrier("the run's inputs have been compared")
+
     if is_first():
         write_config(run.folder, config)
         write_inputs(run.folder, run.inputs)
@@ -85,8 +92,11 @@ def _fit(config: TrainConfig) -> Fitted:
         state, records = train(run, shared_tables(target), checkpoints)
         if is_first():
             require_trained(run.folder, records)
+
         drafter = export(run, target, state.params, LAST)
+        # The best checkpoint may be an earlier one; then its parameters are read back.
         best = checkpoints.best
+
         if best is not None:
             kept = state if best == run.total_steps else checkpoints.restore(best, run.step.abstract)[0]
             export(run, target, kept.params, BEST)
@@ -94,6 +104,7 @@ def _fit(config: TrainConfig) -> Fitted:
     summary = summarise(run.name, run.total_steps, records, drafter) | best_record(records, best)
     if is_first():
         write_json(run.folder / "metrics.json", summary)
+
     return Fitted(run.folder, drafter, summary)
 
 
@@ -111,13 +122,17 @@ def export_run(config: TrainConfig) -> tuple[int, Path]:
 
 
 def export(run: Run, target: Target, params: dict, name: str) -> Path:
-    """Writes RUN/name and returns it; in a job its first process writes."""
+    """Writes the drafter to RUN/name and returns that folder; collective, and the first process writes."""
     folder, spec = run.folder / name, run.step
     graphdef, _ = split(skeleton(spec.drafter_hf))
+
+    # `fetch` gathers split arrays: every process takes part, although one writes.
     drafter = Drafter(str(folder), spec.drafter, graphdef, fetch(params), spec.drafter_hf)
     target = replace(target, params=fetch(target.params))
+
     if is_first():
         save_drafter(folder, drafter, target, provenance=provenance_of(run))
+
     return folder
 
 
@@ -127,15 +142,19 @@ def open_checkpoints(run: Run) -> Checkpoints:
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """The run's folder for this job alone; UserError on every process where another one writes there."""
+    """Holds the run's folder for this job; UserError on every process where another job writes there."""
+    # Process 0 holds the lock for the job. A refusal is shared before it is raised, so that no process waits for one
+    # that has left.
     lock = refusal = None
     if is_first():
         try:
             lock = lock_folder(folder, "the run")
         except UserError as error:
             refusal = error
+
     if from_first(refusal is not None):
         raise refusal or UserError(f"Process 0 cannot write the run in {folder}; its own sentence says why.")
+
     try:
         yield
     finally:
@@ -144,13 +163,15 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 
 def _left_alone(config: TrainConfig) -> Fitted:
-    """A finished run; its drafter is exported again where it is gone."""
+    """The result of a finished run; a drafter whose weights are missing is exported again."""
     folder = Path(config.folder)
     summary = read_object(folder / "metrics.json", expected="a run's summary (a run without one goes on)")
     best = summary.get("best_step")
     lost = [name for name in (LAST, BEST) if not (folder / name / WEIGHTS_FILE).exists()]
+
     if LAST in lost or (BEST in lost and best is not None):
         _export_run(config)
+
     return Fitted(folder, folder / LAST, summary, found=True)
 
 
@@ -159,13 +180,16 @@ def _export_run(config: TrainConfig) -> tuple[int, Path]:
     run = Run.of(config)
     require_same_inputs(run.folder, run.inputs)
     target = run.tables()
+
     with open_checkpoints(run) as checkpoints:
         restored = checkpoints.restore_latest(run.step.abstract)
         if restored is None:
             raise UserError(f"The run in {run.folder} has no checkpoint to export; continue it with train.fit.")
+
         step, state, _ = restored
         drafter = export(run, target, state.params, LAST)
         if (best := checkpoints.best) is not None:
             kept = state if best == step else checkpoints.restore(best, run.step.abstract)[0]
             export(run, target, kept.params, BEST)
+
     return step, drafter

@@ -14,7 +14,7 @@ from dspark_jax.files import write_json
 
 
 class Preempted(Exception):
-    """SIGTERM arrived, and the run is saved."""
+    """Raised after SIGTERM, once the run is saved."""
 
     def __init__(self, step: int):
         super().__init__(f"Stopped by SIGTERM after step {step}, which is saved; the same command continues there.")
@@ -22,8 +22,8 @@ class Preempted(Exception):
 
 
 class Preemption:
-    """Notes SIGTERM, so that the loop can save and leave between two steps. With several processes all of them agree on
-    the step, whichever got the signal."""
+    """Records SIGTERM, so that the loop can save and stop between two steps. The processes of a job agree on the step,
+    whichever of them received the signal."""
 
     def __init__(self) -> None:
         self._requested = False
@@ -32,6 +32,8 @@ class Preemption:
     def requested(self, step: int) -> bool:
         if jax.process_count() == 1:
             return self._requested
+
+        # Every process must ask at every step: the answer is a step that none of them has passed.
         from jax.experimental import multihost_utils
 
         return multihost_utils.reached_preemption_sync_point(step)
@@ -50,18 +52,24 @@ class Preemption:
 
 
 def updated(metrics: dict[str, jax.Array]) -> bool:
-    """Whether a step changed the parameters; waits for it."""
+    """Whether a step changed the parameters; waits for the step to end."""
     return not int(jax.device_get(metrics["skipped"]))
 
 
 class SkipGuard:
-    """Counts the updates that were skipped one after the other; one more than the limit stops the run.
+    """Counts consecutive skipped updates; one more than the limit stops the run.
 
-    The device decides by itself whether an update is skipped; this looks at steps that have ended, and costs no wait.
+    The device decides whether an update is skipped. The guard reads steps that have already ended, so it costs no wait.
     """
 
     def __init__(self, folder: Path, limit: int, batches: Batches, cache: str):
-        """`limit`: skipped updates in a row that a run may have; `cache`: the samples' source, for the report."""
+        """
+        Args:
+            folder: of the run, where a report is written.
+            limit: consecutive skipped updates that are tolerated.
+            batches: give the sample ids of a step.
+            cache: the samples' source, named in the report.
+        """
         self.folder, self.limit, self.batches, self.cache = folder, limit, batches, cache
         self.streak: list[int] = []
 
@@ -70,9 +78,13 @@ class SkipGuard:
         if updated(metrics):
             self.streak.clear()
             return
+
         self.streak.append(step)
         if len(self.streak) <= self.limit:
             return
+
+        # The cause of the last skip words the sentence: missing supervision and non-finite numbers need different
+        # cures.
         several = (
             f"in {len(self.streak)} steps in a row, up to step {step + 1}, so the run stopped; its last checkpoint"
         )
@@ -82,6 +94,7 @@ class SkipGuard:
                 f"There was no supervised token to learn from {several} is kept. {path} names the samples of these "
                 "steps; raise data.max_length, or leave conversations without an answer out."
             )
+
         path = self._report("nonfinite.json")
         raise UserError(
             f"Loss or gradient was not finite {several}, made of good steps alone, is kept. {path} names the samples "

@@ -1,4 +1,4 @@
-"""The loop over optimizer steps: batches in, checkpoints and records out, the device never waiting for the host."""
+"""The loop over optimizer steps: batches in, checkpoints and records out; the device does not wait for the host."""
 
 import time
 from contextlib import closing
@@ -27,9 +27,16 @@ from dspark_jax.training.step import TrainState
 
 @dataclass
 class Window:
-    """The steps since the last record: their metrics, still on the device, and what the host knows of their work.
+    """The steps since the last record: their metrics, still on the device, and their tokens, operations and time.
 
-    A checkpoint keeps the metrics, so that a record is the same whether or not a stop fell into its window.
+    A checkpoint keeps the pending metrics, so that a record is the same whether or not the run stopped inside its
+    window.
+
+    Attributes:
+        pending: metrics of a step each; scalars on the device, floats once fetched.
+        opened: time of the last record, in seconds of `perf_counter`.
+        timed_from: where the timed steps begin; None while the first step still compiles.
+        timed_steps, tokens, flops: of the timed steps; real tokens, and operations of the products.
     """
 
     spec: StepSpec
@@ -43,6 +50,7 @@ class Window:
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         self.pending.append(metrics)
+        # Metrics count from the first step, speed only after compilation.
         if self.timed_from is not None:
             rows, length = self.batches.global_batch, self.batches.length_at(step)
             self.timed_steps += 1
@@ -50,28 +58,31 @@ class Window:
             self.flops += training_flops(self.spec.drafter, rows, length) or 0.0
 
     def start_clock(self) -> None:
-        """From here on steps are timed: compilation is behind."""
+        """Starts timing steps, once the first has compiled."""
         self.timed_from = time.perf_counter()
 
     def fetch(self) -> list[dict[str, float]]:
+        # One transfer for all steps of the window; what was fetched before a checkpoint is kept as floats.
         self.pending = [{k: float(v) for k, v in m.items()} for m in jax.device_get(self.pending)]
         return self.pending
 
     def close(self, steps_done: int) -> dict[str, Any]:
-        """The record of the window, whose metrics are means over its steps; opens the next."""
+        """The record of the window, its metrics averaged over the steps that updated; opens the next window."""
         rows = self.fetch()
         record: dict[str, Any] = {"step": steps_done, "epoch": steps_done / self.batches.steps_per_epoch}
         # Skipped steps count as skipped, not as losses; where no step was good there is no mean.
         good = [row for row in rows if not row["skipped"]]
         record |= {name: float(np.mean([row[name] for row in good])) if good else None for name in rows[-1]}
+        # Not means: the rate of the last step, and counts over all steps.
         record |= {"learning_rate": rows[-1]["learning_rate"], "skipped": len(rows) - len(good)}
         record["unsupervised"] = int(sum(row["unsupervised"] for row in rows))
         record |= self._speed()
         self.pending, self.timed_steps, self.tokens, self.flops = [], 0, 0, 0.0
+
         return record
 
     def restart_clock(self) -> None:
-        """The next window's time begins now: what came since the last step was no training."""
+        """Starts the next window's clock here, which excludes the evaluation since the last step."""
         self.opened = time.perf_counter()
         if self.timed_from is not None:
             self.timed_from = self.opened
@@ -87,10 +98,13 @@ class Window:
         if self.timed_from is not None and self.timed_steps:
             elapsed = now - self.timed_from
             speed |= {"step_seconds": elapsed / self.timed_steps, "tokens_per_s": self.tokens / elapsed}
+
+            # Utilisation counts the products that the algorithm needs, not what rematerialisation repeats.
             devices = self.spec.mesh.devices
             peak = peak_flops(devices.flat[0].device_kind, self.spec.dtype)
             if peak is not None and self.flops:
                 speed["mfu"] = self.flops / (elapsed * peak * devices.size)
+
         return speed
 
 
@@ -109,21 +123,22 @@ def train(run: Run, shared: SharedTables, checkpoints: Checkpoints) -> tuple[Tra
     Returns:
         The state after the last step, and the records of all steps; [] on processes that write no log.
     Raises:
-        Preempted: SIGTERM came; the step that it interrupted is saved.
-        UserError: a guard stopped the run, or the disk takes no more.
+        Preempted: after SIGTERM; the step in progress was finished and saved.
+        UserError: a guard stopped the run, or the disk is full.
     """
     spec, cadence = run.step, run.cadence
     restored = checkpoints.restore_latest(spec.abstract)
     start, state, extra = restored or (0, initial_state(run), {"pending": [], "records": ""})
     feed = open_feed(run, shared, start)
     evaluator = None if run.heldout is None else Evaluator.of(run.name, run.target, spec, run.heldout)
-    quiet = None if is_first() else True  # None: unless stderr is no terminal
+    quiet = None if is_first() else True  # None: the bar is shown on a terminal only
 
     with (
         MetricsLog(run.folder, start, extra["records"]) if is_first() else NoLog() as log,
         tqdm(total=cadence.total, initial=start, desc=run.name, unit="step", disable=quiet) as bar,
         closing(feed),
         Preemption() as preemption,
+        # An implicit transfer would stall the device at every step, so it is an error.
         jax.transfer_guard("disallow"),
     ):
         window = Window(spec, run.batches, extra["pending"])
@@ -132,19 +147,23 @@ def train(run: Run, shared: SharedTables, checkpoints: Checkpoints) -> tuple[Tra
 
         for done in range(start + 1, cadence.total + 1):
             state, metrics = feed.step(state, upcoming)
-            # While that step runs: the next batch. Then at most this step and the one before it are under way.
+            # Dispatch is asynchronous: the next batch is prepared while the step runs. Waiting for the step before it
+            # then leaves at most two in flight. The first step is waited for itself, since it compiles.
             upcoming = next(feed.batches, {})
             window.add(done - 1, metrics)
             jax.block_until_ready(before if before is not None else metrics)
+
             if before is None:
                 window.start_clock()
             else:
                 guard.watch(done - 2, before)
+
             before, scores = metrics, None
 
             due = cadence.at(done)
             if due.record:
                 record = window.close(done)
+                # The record's time is taken first, so that an evaluation does not count as training.
                 scores = evaluator(state.params) if evaluator and due.evaluation else None
                 window.restart_clock()
                 log.write(record | (scores or {}))
@@ -156,12 +175,16 @@ def train(run: Run, shared: SharedTables, checkpoints: Checkpoints) -> tuple[Tra
                 feed.flush()
                 extra = {"pending": window.fetch(), "records": log.digest()}
                 checkpoints.save(done, state, extra, scores[TAU] if scores else None)
+
             if stop:
                 checkpoints.wait()
                 raise Preempted(done)
+
             bar.update()
 
         if before is not None:
+            # In the loop each step is watched one step later; the last one has no successor.
             guard.watch(cadence.total - 1, before)
+
     checkpoints.wait()
     return state, log.records

@@ -68,12 +68,14 @@ def block_sums(
     count = blocks.anchors.shape[1]
     if count <= anchor_chunk:
         return chunk(blocks)
+
     parts = jax.tree.map(lambda x: _split_anchors(x, anchor_chunk), blocks)
     body = jax.checkpoint(chunk, prevent_cse=False)
     # The shapes come from the function that the scan runs, so that it is traced once for both.
     zeros = jax.tree.map(
         lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(body, jax.tree.map(lambda x: x[0], parts))
     )
+
     return jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, body(part)), None), zeros, parts)[0]
 
 
@@ -130,6 +132,7 @@ def _terms(out: BlockOutput, targets: Array, blocks: Blocks, vocabulary: DraftVo
         learnable = weights * (labels < vocabulary.size)
         labels = jnp.minimum(labels, vocabulary.size - 1)
         l1 = pruned_variation_l1(out.logits, targets, vocabulary)
+
     label_logits = jnp.take_along_axis(out.logits, labels[..., None], axis=-1)[..., 0]
     accept = accept_rate(l1)
     survival = jnp.cumprod(accept * supervised, axis=-1)
@@ -143,6 +146,7 @@ def _terms(out: BlockOutput, targets: Array, blocks: Blocks, vocabulary: DraftVo
         "tau": jnp.sum(used * (1.0 + jnp.sum(survival, axis=-1))),
         "blocks": jnp.sum(used, dtype=jnp.float32),
     }
+
     if out.confidence is not None:
         # softplus(z) - z c* is the cross-entropy of sigmoid(z) against c*, without overflow.
         bce = jax.nn.softplus(out.confidence) - out.confidence * accept
@@ -151,4 +155,5 @@ def _terms(out: BlockOutput, targets: Array, blocks: Blocks, vocabulary: DraftVo
         sums["confidence_bias"] = jnp.sum(weights * (predicted - accept))
         sums["confidence_abs_error"] = jnp.sum(weights * jnp.abs(predicted - accept))
         sums["confidence_cumprod_bias"] = jnp.sum(weights * (jnp.cumprod(predicted * supervised, axis=-1) - survival))
+
     return sums

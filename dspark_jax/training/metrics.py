@@ -11,6 +11,7 @@ def anchor_sums(blocks: Blocks, loss_mask: Array, segments: Array | None = None)
     """Sums over rows that depend on masks alone: rows, anchors eligible and sampled, supervised slots a kept block."""
     kept = jnp.sum(blocks.keep, axis=-1, dtype=jnp.float32)
     slots = jnp.sum(blocks.supervised, axis=(1, 2), dtype=jnp.float32)
+
     return {
         "rows": jnp.float32(loss_mask.shape[0]),
         "eligible_anchors": jnp.sum(eligible_anchors(loss_mask, segments), dtype=jnp.float32),
@@ -30,12 +31,15 @@ def loss_metrics(sums: Sums, options: LossOptions, length: int, num_anchors: int
     positions = sums["accept"].shape[0]
     accept = sums["accept"] / jnp.maximum(sums["supervised"], 1.0)
     metrics = {"loss": options.total(sums, denominator), "ce_loss": sums["ce"] / denominator}
+
     if options.l1_alpha > 0:
         metrics["l1_loss"] = sums["l1"] / denominator
+
     if "confidence" in sums:
         metrics["confidence_loss"] = sums["confidence"] / denominator
         for name in ("confidence_abs_error", "confidence_bias", "confidence_cumprod_bias"):
             metrics[name] = sums[name] / denominator
+
     metrics |= {f"accept_rate@{k}": accept[k] for k in range(positions)}
     metrics["tau_probabilistic"] = sums["tau"] / jnp.maximum(sums["blocks"], 1.0)
     for name, total, full in (
@@ -45,4 +49,5 @@ def loss_metrics(sums: Sums, options: LossOptions, length: int, num_anchors: int
     ):
         metrics[f"{name}_abs"] = total / sums["rows"]
         metrics[f"{name}_ratio"] = total / sums["rows"] / full
+
     return metrics

@@ -34,6 +34,7 @@ def open_conversations(data: DataSettings, target: Target) -> Tokenised:
         )
     if target.tokenizer is None:
         raise UserError(f"{target.name} has no tokenizer files to read conversations with; add tokenizer.json.")
+
     files = [data.conversations]
     encoded = encode_files(files, target.tokenizer, data.thinking, data.max_length, target.config.vocab_size)
     found = Tokenised.of(encoded, data.min_loss_tokens)
@@ -42,6 +43,7 @@ def open_conversations(data: DataSettings, target: Target) -> Tokenised:
             f"No conversation in {data.conversations} has {data.min_loss_tokens} supervised tokens within "
             f"{data.max_length}; raise data.max_length, or look at the answers."
         )
+
     return found
 
 
@@ -67,6 +69,7 @@ class FirstEpoch:
         rows = np.concatenate([batches.indices_at(step) for step in steps])[:count]
         if not isinstance(source, Packed):
             return cls(batches, source, rows, np.arange(count + 1))
+
         members = [source.rows[row] for row in rows]
         firsts = np.cumsum([0, *map(len, members)])
         return cls(batches, source.source, np.concatenate(members).astype(np.int64), firsts)
@@ -77,6 +80,7 @@ class FirstEpoch:
         for index in self.order.tolist():
             sample = self.sequences[index]
             digest.update(sample.input_ids.tobytes() + sample.loss_mask.tobytes())
+
         return CacheSpec(
             target_name=target.name,
             target_sha256=target.config_sha256,
@@ -126,19 +130,23 @@ class Recorder:
         # Records written by the first process; every process holds the same number.
         self._next = int(from_first(self._writer.next_source if self._writer else 0))
         behind = int(epoch.firsts[min(start * epoch.batches.global_batch, len(epoch.firsts) - 1)])
+
         if self._next < behind:
             self.close()
             raise UserError(
                 f"The cache in {folder} has {self._next} records of the {behind} that the run has behind "
                 "it; restore it, or begin the run anew in another folder."
             )
+
         if not begun and self._next > 0:
             self.close()
             raise UserError(
                 f"{folder} is a cache without build.json, which another program wrote; give a new data.cache."
             )
+
         if not begun and is_first():
             write_settings(folder / "build.json", made)
+
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
 
     def take(self, step: int, stored: dict[str, jax.Array]) -> None:
@@ -174,17 +182,20 @@ class Recorder:
     def _write(self) -> None:
         if self._pending is None:
             return
+
         (step, stored), self._pending = self._pending, None
         rows, firsts = self.epoch.batches.global_batch, self.epoch.firsts
         first = step * rows
         last = min(first + rows, len(firsts) - 1)
         if first >= last or firsts[last] <= self._next:
             return
+
         arrays = {name: fetch_rows(array) for name, array in stored.items()}
         if self._writer:
             for row in range(last - first):
                 span = int(firsts[first + row]), int(firsts[first + row + 1])
                 self._write_row(self._writer, *span, {name: array[row] for name, array in arrays.items()})
+
         self._next = int(firsts[last])
 
     def _write_row(self, writer: CacheWriter, first: int, stop: int, states: dict[str, np.ndarray]) -> None:

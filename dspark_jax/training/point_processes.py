@@ -65,9 +65,11 @@ class Runner:
         """Returns the last line of the log of every point that failed each time; all others are finished."""
         if self.jobs < 1:
             raise UserError(f"--jobs is {self.jobs}; at least 1 was expected.")
+
         self.logs.mkdir(parents=True, exist_ok=True)
         waiting = [point for point in points if not point.done]
         finished = len(points) - len(waiting)
+
         with _terminated_as_interrupt(), tqdm(total=len(points), initial=finished, unit="point", disable=None) as bar:
             try:
                 while waiting or self._running:
@@ -80,6 +82,7 @@ class Runner:
                     time.sleep(POLL_SECONDS)
             finally:
                 self._stop()
+
         return self.failed
 
     def _settled(self, point: Point) -> bool:
@@ -87,19 +90,24 @@ class Runner:
         free = sorted(set(range(self.jobs)) - {entry.lane for entry in self._running})
         if not free:
             return False
+
         log = open(self.logs / f"{point.name}.log", "ab")  # noqa: SIM115 (the child's copy holds the lock)
         with log:
             try:
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return False  # a process of an earlier or another run has it
+
             if point.done:
                 return True
+
             command = program_command(*point.command)
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
         self.tried[point.name] = self.tried.get(point.name, 0) + 1
         self._running.append(_Running(point, process, free[0]))
         self._give_cores(process.pid, free[0])
+
         return True
 
     def _give_cores(self, pid: int, lane: int) -> None:
@@ -122,6 +130,7 @@ class Runner:
         """Terminates the running points and waits for them; each saves first."""
         for entry in self._running:
             entry.process.terminate()
+
         until = time.monotonic() + GRACE_SECONDS
         for entry in self._running:
             try:

@@ -23,11 +23,14 @@ def provenance_of(run: Run) -> Provenance:
     """A run's provenance: its cache's, or where its own target reads conversations, theirs."""
     if run.data.source == "offline":
         return cache_provenance(run.cache, run.data.cache, open_cache(run.cache).spec, run.loss, run.inputs)
+
     source = run.batches.source
     while isinstance(source, Packed | Truncated):
         source = source.source
+
     if not isinstance(source, Tokenised):
         raise TypeError(f"an online run reads conversations, not {type(source).__name__}")
+
     data, answers = run.data, answers_of([Path(run.data.conversations)])
     sources: dict[str, Any] = {
         "conversations": data.conversations,

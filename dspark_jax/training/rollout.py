@@ -63,11 +63,13 @@ class RolloutObjective:
             ahead = size + steps - 1
             same = None if numbers is None else window(numbers, ahead)
             model, targets = self.build(params), window(states, ahead)
+
             return _chunk_sums(model, shared, window(hidden, size), targets, window(mask, ahead), same)
 
         starts = jnp.arange(0, hidden.shape[1], size)
         body = jax.checkpoint(chunk, prevent_cse=False)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(body, starts[0]))
+
         return jax.lax.scan(lambda total, at: (jax.tree.map(jnp.add, total, body(at)), None), zeros, starts)[0]
 
     def loss(self, sums: Sums, denominator: Array) -> Array:
@@ -85,6 +87,7 @@ class RolloutObjective:
                 f"accuracy@{s}": sums["correct"][s] / counted[s],
                 f"valid_tokens@{s}": sums["supervised"][s],
             }
+
         metrics["tau_probabilistic"] = sums["tau"] / counted[0]
         metrics["tau_greedy"] = sums["tau_greedy"] / counted[0]
         return metrics
@@ -109,6 +112,7 @@ def _chunk_sums(
     logits = model.logits(shared, hidden.astype(model.fc.weight_io.dtype))
     parts, survival, greedy = [], mask[:, :count], mask[:, :count]
     tau = tau_greedy = jnp.float32(0.0)
+
     for s in range(steps):
         draft, target, valid = logits[:, :, s], targets[:, s : s + count], mask[:, s : s + count]
         if segments is not None:
@@ -119,7 +123,9 @@ def _chunk_sums(
         survival, greedy = survival * accept, greedy * correct
         tau, tau_greedy = tau + jnp.sum(survival), tau_greedy + jnp.sum(greedy)
         parts.append((jnp.sum(entropy * valid), jnp.sum(accept), jnp.sum(correct), jnp.sum(valid)))
+
     names = ("ploss", "accept", "correct", "supervised")
     sums = dict(zip(names, map(jnp.stack, zip(*parts, strict=True)), strict=True))
     first = jnp.sum(mask[:, :count])
+
     return sums | {"tau": first + tau, "tau_greedy": first + tau_greedy}

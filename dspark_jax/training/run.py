@@ -41,6 +41,7 @@ class Cadence:
         """What is due after so many steps. An evaluation ends a record's window, and is saved with its score."""
         last = done == self.total
         evaluation = bool(self.evaluate_every) and (last or done % self.evaluate_every == 0)
+
         return Due(
             record=last or evaluation or done % self.record_every == 0,
             evaluation=evaluation,
@@ -129,11 +130,13 @@ class Run:
             )
         else:
             source = open_conversations(config.data, target)
+
         batches = make_batches(config.data, source, mesh)
         steps = config.epochs * batches.steps_per_epoch
         total = steps if config.max_steps is None else min(steps, config.max_steps)
 
         spec = StepSpec.of(config, target, mesh, total)
+
         return cls(
             name=config.name,
             folder=folder,
@@ -192,6 +195,7 @@ def make_records(config: TrainConfig, folder: Path, target: Target) -> None:
             length=data.max_length,
             seed=data.seed,
         )
+
     barrier("the synthetic cache is written")
 
 
@@ -200,6 +204,7 @@ def open_records(where: Path, layer_ids: tuple[int, ...], target: Target) -> Fea
     cache: FeatureSource = open_cache(where)
     if set(layer_ids) < set(cache.spec.layer_ids):
         cache = Tapped(cache, layer_ids)
+
     wanted = {
         "layer_ids": layer_ids,
         "hidden_size": target.config.hidden_size,
@@ -207,6 +212,7 @@ def open_records(where: Path, layer_ids: tuple[int, ...], target: Target) -> Fea
     }
     if target.tokenizer is not None:
         wanted["tokenizer_hash"] = tokenizer_hash(target.tokenizer)
+
     require_match(cache.spec, str(where), wanted)
     require_built_with(where, resolve_folder(target.name))
     return cache

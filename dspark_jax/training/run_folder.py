@@ -46,12 +46,15 @@ def require_same_run(folder: Path, config: TrainConfig) -> None:
                 f"{folder} is not a training run and not empty (it holds {others[0]}); "
                 "give a new folder with --run-dir."
             )
+
         return
+
     stored = read_object(path, expected="the configuration of a run")
     try:
         found = from_json(TrainConfig, stored)
     except UserError as error:
         raise UserError(f"{path} is no configuration of a run: {error}") from None
+
     difference = _first_difference(found, config)
     if difference:
         name, theirs, ours = difference
@@ -86,6 +89,7 @@ def require_same_inputs(folder: Path, inputs: Mapping[str, str]) -> None:
     path = folder / "inputs.json"
     if not os.path.lexists(path):
         return
+
     recorded = read_object(path, expected="the hashes of a run's inputs")
     for name in [*inputs, *recorded]:
         if recorded.get(name) != inputs.get(name):
@@ -105,6 +109,7 @@ def require_built_with(cache: Path, target: Path) -> None:
     path = cache / "build.json"
     if not path.exists():  # a cache of another program
         return
+
     stored = read_object(path, expected="the settings of a cache")
     check_fields(stored, {"settings": object_of()}, str(path), required=("settings",), cure="build the cache again")
     built = stored["settings"].get("weights_xxh3")
@@ -163,6 +168,7 @@ class MetricsLog:
                     "What is trained does not depend on them.",
                     file=sys.stderr,
                 )
+
             write_atomically(self.path, _lines(self.records))
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (held for the run)
             self._board = ScalarBoard(folder / "tensorboard", step)
@@ -179,6 +185,7 @@ class MetricsLog:
                 line = line[self._file.write(line) :]
             known = {name: value for name, value in record.items() if name != "step" and value is not None}
             self._board.write(record["step"], known)
+
         self.records.append(dict(record))
 
     def digest(self) -> str:
@@ -255,9 +262,11 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             wrong.append(number)
         else:
             records.append(record)
+
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         print(f"{path}:{wrong[0]}{more}: no record of a step; passed over.", file=sys.stderr)
+
     return records
 
 

@@ -57,6 +57,7 @@ class StepSpec:
         settings = config.optimizer
         schedule = learning_rate_schedule(settings.learning_rate, total_steps, settings.warmup_ratio, settings.schedule)
         optimizer = make_optimizer(schedule, settings.betas, settings.eps, settings.weight_decay, settings.clip_norm)
+
         return cls(
             drafter_hf=drafter_hf,
             dtype=config.compute_dtype,
@@ -121,6 +122,7 @@ def drafter_config(settings: DrafterSettings, target: Target, dtype: str) -> dic
     mask_token = settings.mask_token_id
     if mask_token is None:
         mask_token = getattr(target.tokenizer, "mask_token_id", None)
+
     return drafter_hf_config(
         target.hf_config,
         kind=settings.kind,
@@ -173,4 +175,5 @@ def micro_batches(data: DataSettings, mesh: AnyMesh) -> int:
             f"{steps} micro-batches, data.accumulation_steps {data.accumulation_steps}) cannot be shared by {groups} "
             "devices evenly; change one of the two."
         )
+
     return steps

@@ -22,9 +22,11 @@ def initial_state(run: Run) -> TrainState:
         start = earlier_params(run)
     elif run.init_layers:
         start = grafted_params(run)
+
     if getattr(spec.drafter, "draft_vocabulary", None) is not None and not run.init_drafter:
         fresh = start or new_params(spec.drafter_hf, jax.random.key(run.seed))
         start = with_draft_head(spec.drafter_hf, fresh, shared_tables(run.tables()).head)
+
     return init_train_state(spec.drafter_hf, spec.optimizer, run.seed, spec.placement, start)
 
 
@@ -40,6 +42,7 @@ def earlier_params(run: Run) -> dict:
             f"The drafter in {name} has not the layers, heads, block or draft vocabulary of this run; give one "
             "that was trained with its settings, or leave out drafter.init_drafter."
         )
+
     return loaded.params
 
 
@@ -50,9 +53,11 @@ def grafted_params(run: Run) -> dict:
     layers, final_norm = load_layers(run.target, run.init_layers, mesh=spec.mesh, rules=spec.placement.rules)
     params = new_params(spec.drafter_hf, jax.random.key(run.seed))
     chosen, dims = [layers[i] for i in run.init_layers], spec.drafter.backbone
+
     if dims.query_key_norm and not run.target.config.query_key_norm:
         rows = last_tap_rows(run)
         chosen = [with_head_norms(layer, rows, dims.rms_norm_eps) for layer in chosen]
+
     return graft_target_layers(spec.drafter_hf, params, chosen, final_norm)
 
 
@@ -65,12 +70,14 @@ def last_tap_rows(run: Run, batch: Mapping[str, np.ndarray] | None = None) -> ja
     if batch is None:
         with run.batches.iterate(0, 1) as batches:
             batch = next(iter(batches))
+
     if not set(STATES) & set(batch):
         raise UserError(
             "Copies of layers that have no norms of q and k are fitted on stored states, and data.source "
             f"{run.data.source} has none before the run; use data.source offline, or leave out "
             "drafter.init_target_layers."
         )
+
     features = decode_states({name: batch[name] for name in STATES if name in batch}, np.float32, np)["features"]
     real = np.arange(features.shape[1]) < np.asarray(batch["lengths"])[:, None]
     return jnp.asarray(features[real][:, -run.target.config.hidden_size :])

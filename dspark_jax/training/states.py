@@ -64,13 +64,16 @@ class TargetStates:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         if segments is not None:
             positions = positions - segment_starts(segments)
+
         if self.whole is not None:
             target = jax.tree.map(jax.lax.with_sharding_constraint, target, self.whole)
+
         model = nnx.merge(self.graphdef, target)
         out = model(tokens, positions, CausalRows(segments), self.layer_ids)
         states = jax.lax.stop_gradient((out.taps, out.hidden))
         if self.codec is None:
             return dict(zip(("features", "last_hidden"), states, strict=True))
+
         return encode_states(*states, CODECS[self.codec], jnp)
 
     def read(self, stored: dict[str, Array], batch: Batch) -> dict[str, Array]:

@@ -76,6 +76,7 @@ def abstract_train_state(
     abstract = jax.eval_shape(build)
     if placement is None:
         return abstract
+
     over_mesh = parameter_shardings(skeleton(hf_config), placement.mesh, placement.rules)
     placed = TrainState(
         step=placement.whole,
@@ -109,6 +110,7 @@ def init_train_state(
 
     if placement is None:
         return build(params)
+
     abstract = abstract_train_state(hf_config, optimizer, placement)
     return jax.jit(build, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))(params)
 
@@ -142,6 +144,7 @@ def make_train_step(
         length = batch["input_ids"].shape[1]
         if placement is not None:
             batch = placement.rows(dict(batch))
+
         plan = objective.plan(batch, jax.random.fold_in(state.key, state.step))
         params = state.params
         if placement is not None and abstract is not None:
@@ -170,8 +173,10 @@ def make_train_step(
             "skipped": 1 - good.astype(jnp.int32),
             "unsupervised": 1 - supervised.astype(jnp.int32),
         }
+
         if "lengths" in batch:
             metrics["utilisation"] = jnp.mean(batch["lengths"]) / length
+
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         updated = optax.apply_updates(state.params, updates), opt_state
         # Chosen on the device: the metrics report it, and the host never waits for it.
@@ -179,12 +184,14 @@ def make_train_step(
             lambda new, old: jnp.where(good, new, old), updated, (state.params, state.opt_state)
         )
         new = TrainState(state.step + 1, params, opt_state, state.key)
+
         return (new, metrics, stored) if record else (new, metrics)
 
     if placement is None:
         return jax.jit(step, donate_argnums=0)
     if abstract is None:
         raise ValueError("a placement needs the abstract state that was laid over it")
+
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     recorded = (placement.rules.rows(placement.mesh, 3),) if record else ()
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, placement.whole, *recorded))
@@ -199,10 +206,12 @@ def make_eval_step(
     def evaluate(params: dict, shared: SharedTables, batch: Batch, key: Array, target: Any = None) -> dict:
         if placement is not None:
             batch = placement.rows(dict(batch))
+
         plan = objective.plan(batch, key)
         whole = replicate(params, None if placement is None else placement.whole)
         given = source.read(source.stored(target, batch), batch)
         sums = objective.sums(whole, shared, given, plan.rows)
+
         return objective.metrics(sums | plan.sums, batch["input_ids"].shape[1])
 
     return jax.jit(evaluate)
@@ -219,6 +228,7 @@ def _over_micro_batches(
     _check_rows(batch["input_ids"].shape[0], steps, placement)
     if steps == 1:
         return gradient(batch, rows)
+
     micro = jax.tree.map(lambda x: _split_rows(x, steps), (dict(batch), rows))
     if placement is not None:
         micro = placement.rows(micro, leading=1)
@@ -231,6 +241,7 @@ def _over_micro_batches(
     shapes = jax.eval_shape(gradient, *jax.tree.map(lambda x: x[0], micro))[0]
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     total, stored = jax.lax.scan(add, zeros, micro)
+
     return total, jax.tree.map(_join_rows, stored)
 
 

@@ -13,6 +13,7 @@ def summarise(name: str, total_steps: int, records: Records, drafter: Path) -> d
     """The last good record's metrics and, over all records: training time, median speed, skipped updates."""
     last = next((record for record in reversed(records) if record["loss"] is not None), {})
     measured = {k: v for k, v in last.items() if k not in ("step", "epoch", "seconds", *SPEED) and "@" not in k}
+
     return {
         "name": name,
         "steps": total_steps,
@@ -30,6 +31,7 @@ def require_trained(folder: Path, records: Records) -> None:
     """UserError when every step of a run was skipped, so that its drafter is the untrained one."""
     if any(record["loss"] is not None for record in records):
         return
+
     unsupervised = sum(record["unsupervised"] for record in records)
     why = "their batches have no supervised token" if unsupervised else "loss or gradient was not finite"
     raise UserError(
@@ -62,12 +64,16 @@ def table(summary: dict[str, Any]) -> str:
     ]
     if "eval_tau" in summary:
         rows.append(("accepted length, decoding", f"{summary['eval_tau']:.3f}"))
+
     if "best_step" in summary:
         rows.append(("best accepted length", f"{summary['best_eval_tau']:.3f}, step {summary['best_step']}"))
+
     if summary["step_seconds"] is not None:
         rows.append(("step", f"{1e3 * summary['step_seconds']:.1f} ms, {summary['tokens_per_s']:,.0f} tokens/s"))
+
     if summary["mfu"] is not None:
         rows.append(("model FLOPs utilisation", f"{summary['mfu']:.1%}"))
+
     rows.append(("drafter", summary["drafter"]))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

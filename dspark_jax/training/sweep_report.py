@@ -24,6 +24,7 @@ def summary_rows(sweep: Sweep, results: Mapping[str, Mapping[str, Any]]) -> list
         values = {field: diff.get(field, _value(sweep, field)) for field in varied(sweep)}
         measured = {key: results[name].get(key) for key in {*MEASURED, sweep.metric, "steps", "accept_rate"}}
         rows.append({"name": name, "values": values, **measured})
+
     return rows
 
 
@@ -50,6 +51,7 @@ def summary_plot(path: Path, sweep: Sweep, rows: list[Row]) -> None:
     rows = [row for row in rows if row[sweep.metric] is not None]
     if not rows:
         return
+
     figure, panel = pyplot().subplots(figsize=(6.5, 4))
     field = _abscissa(sweep, rows)
     if field is None:
@@ -61,6 +63,7 @@ def summary_plot(path: Path, sweep: Sweep, rows: list[Row]) -> None:
         panel.set_xlabel(field)
         panel.set_ylabel(sweep.metric)
         panel.legend(fontsize=7)
+
     panel.set_title(sweep.name)
     panel.grid(alpha=0.3)
     save(figure, path)

@@ -37,10 +37,12 @@ def write_synthetic_cache(
     with CacheWriter(folder, spec) as writer:
         if writer.complete:
             return
+
         model = load_target(target.name, dtype="float32", tokenizer=False)
         tokens = np.random.default_rng(seed).integers(0, target.config.vocab_size, (records, length), np.int32)
         taps, hidden = jax.device_get(_hidden_states(model, layer_ids, jnp.asarray(tokens)))
         mask = (np.arange(length) >= length // 2).astype(np.uint8)
+
         for index in range(writer.next_source, records):
             writer.add(index, Sample(index, tokens[index], mask, taps[index], hidden[index]))
         writer.finish()
