@@ -63,7 +63,8 @@ class SkipGuard:
     """
 
     def __init__(self, folder: Path, limit: int, batches: Batches, cache: str):
-        """
+        """Starts without skipped updates.
+
         Args:
             folder: of the run, where a report is written.
             limit: consecutive skipped updates that are tolerated.

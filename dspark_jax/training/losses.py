@@ -24,9 +24,12 @@ Batch = Mapping[str, Array]
 
 @dataclass(frozen=True)
 class LossOptions:
-    """L = ce_alpha L_ce + l1_alpha L_tv + confidence_alpha L_conf; weights exp(-k / decay_gamma), 0 or None for none.
+    """L = ce_alpha L_ce + l1_alpha L_tv + confidence_alpha L_conf (docs/algorithm.md, rule 41).
 
-    `anchor_chunk` anchors a row have their logits [B, anchor_chunk, K, V] in memory at once.
+    Attributes:
+        ce_alpha, l1_alpha, confidence_alpha: weights of the terms.
+        decay_gamma: g of the slot weights exp(-k / g), rule 40; None or <= 0 weighs all slots alike.
+        anchor_chunk: anchors of a row whose logits [B, anchor_chunk, K, V] are in memory at once.
     """
 
     ce_alpha: float
@@ -36,7 +39,7 @@ class LossOptions:
     anchor_chunk: int
 
     def total(self, sums: Sums, denominator: Array) -> Array:
-        """The loss from weighted sums and the global sum of weights (+ EPSILON), which all terms share."""
+        """The loss, [] float32, from weighted sums and the global sum of weights (+ EPSILON) that all terms share."""
         loss = self.ce_alpha * sums["ce"] + self.l1_alpha * sums["l1"]
         if "confidence" in sums:
             loss = loss + self.confidence_alpha * sums["confidence"]
@@ -58,18 +61,22 @@ def block_sums(
     it runs inside the chunk, so that gradients add up over chunks in the parameters' float32.
     """
     narrow = build(params).train_context(shared, batch["features"], batch["input_ids"], batch.get("segments"))
-    # For the same reason: the context's gradient is a sum over chunks.
+    # The context's gradient is a sum over chunks too, so chunks take it in float32.
     context = jax.tree.map(lambda x: x.astype(jnp.float32), narrow)
 
     def chunk(part: Blocks) -> Sums:
+        # The round trip is exact: these values came from the narrow dtype.
         stored = jax.tree.map(lambda x, like: x.astype(like.dtype), context, narrow)
         return _chunk_sums(build(params), shared, stored, batch["last_hidden"], part)
 
     count = blocks.anchors.shape[1]
+    # One chunk needs neither a scan nor rematerialisation.
     if count <= anchor_chunk:
         return chunk(blocks)
 
     parts = jax.tree.map(lambda x: _split_anchors(x, anchor_chunk), blocks)
+    # Rematerialised, so that the backward pass keeps no chunk's logits (docs/algorithm.md, rule 49). A scan needs no
+    # barrier against common subexpressions, hence prevent_cse=False.
     body = jax.checkpoint(chunk, prevent_cse=False)
     # The shapes come from the function that the scan runs, so that it is traced once for both.
     zeros = jax.tree.map(
@@ -94,6 +101,8 @@ def _chunk_sums(model: BlockDrafter, shared: SharedTables, context: Any, last_hi
 def target_logits(shared: SharedTables, last_hidden: Float[Array, "b t d"], blocks: Blocks) -> Float[Array, "b n k v"]:
     """float32 logits of the target for every label, from its last hidden state one position before (docs/algorithm.md,
     rule 39)."""
+
+    # [B, N K, 1] indices gather rows of [B, T, D], which become [B, N, K, D].
     rows = blocks.sources.reshape(blocks.sources.shape[0], -1, 1)
     hidden = jnp.take_along_axis(last_hidden, rows, axis=1).reshape(*blocks.sources.shape, -1)
     return jax.lax.stop_gradient(shared.logits(hidden.astype(shared.head.dtype)))
@@ -105,23 +114,34 @@ def total_variation_l1(draft_logits: Array, other_logits: Array) -> Array:
 
 
 def accept_rate(l1: Array) -> Array:
-    """c*_k = 1 - ½ ‖p^d_k - p^t_k‖_1, the probability that a token drawn from p^d is accepted; not differentiated."""
+    """c*_k = 1 - ½ ‖p^d_k - p^t_k‖_1, the probability that a token drawn from p^d is accepted; no gradient flows
+    through it (docs/algorithm.md, rule 36)."""
     return jax.lax.stop_gradient(jnp.clip(1.0 - 0.5 * l1, 0.0, 1.0))
 
 
 def pruned_variation_l1(
     draft_logits: Float[Array, "*n p"], other_logits: Float[Array, "*n v"], vocabulary: DraftVocabulary
 ) -> Float[Array, "*n"]:
-    """The same where only `vocabulary` is drafted: what the other law has outside counts as a difference whole."""
+    """`total_variation_l1` of a drafter that drafts `vocabulary` alone: [*n] float32.
+
+    p^d is 0 outside the vocabulary, so the other law's mass there counts in full.
+    """
     other = vocabulary.restrict(jax.nn.softmax(other_logits, axis=-1))
     inside = jnp.sum(jnp.abs(jax.nn.softmax(draft_logits, axis=-1) - other), axis=-1)
+    # Rounding can put the mass inside slightly above 1.
     return inside + jnp.maximum(1.0 - jnp.sum(other, axis=-1), 0.0)
 
 
 def _terms(out: BlockOutput, targets: Array, blocks: Blocks, vocabulary: DraftVocabulary | None) -> Sums:
-    """`ce`, `l1`, `confidence`: weighted sums; `weight`: of the weights; `accept`, `supervised` [K]: unweighted ones;
-    `tau`, `blocks`: expected committed tokens summed over blocks with any supervised slot, and their number;
-    `confidence_*`: weighted sums of the head's errors."""
+    """The additive sums of a chunk, float32.
+
+    Returns:
+        `ce`, `l1`, `confidence`: weighted sums of the terms; `weight`: sum of the weights.
+        `accept`, `supervised`: [K], sums over supervised slots without weights, and their number.
+        `tau`, `blocks`: expected committed tokens of blocks with a supervised slot, and the number of these blocks.
+        `confidence_*`: weighted sums of the confidence head's errors, without a gradient.
+    """
+
     weights, supervised = blocks.weights, blocks.supervised
     if vocabulary is None:
         labels, learnable = blocks.labels, weights
@@ -133,10 +153,13 @@ def _terms(out: BlockOutput, targets: Array, blocks: Blocks, vocabulary: DraftVo
         labels = jnp.minimum(labels, vocabulary.size - 1)
         l1 = pruned_variation_l1(out.logits, targets, vocabulary)
 
+    # [B, C, K]
     label_logits = jnp.take_along_axis(out.logits, labels[..., None], axis=-1)[..., 0]
     accept = accept_rate(l1)
+    # The probability that the whole prefix survives; an unsupervised slot ends it (docs/algorithm.md, rule 45).
     survival = jnp.cumprod(accept * supervised, axis=-1)
     used = jnp.any(supervised, axis=-1)
+
     sums = {
         "ce": jnp.sum(learnable * (jax.nn.logsumexp(out.logits, axis=-1) - label_logits)),
         "l1": jnp.sum(weights * l1),

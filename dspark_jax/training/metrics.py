@@ -8,7 +8,8 @@ from dspark_jax.training.losses import EPSILON, LossOptions, Sums
 
 
 def anchor_sums(blocks: Blocks, loss_mask: Array, segments: Array | None = None) -> Sums:
-    """Sums over rows that depend on masks alone: rows, anchors eligible and sampled, supervised slots a kept block."""
+    """Sums over rows that depend on masks alone: rows, eligible and sampled anchors, supervised slots per block."""
+    # [B] both: blocks that are no dummies, and their supervised slots.
     kept = jnp.sum(blocks.keep, axis=-1, dtype=jnp.float32)
     slots = jnp.sum(blocks.supervised, axis=(1, 2), dtype=jnp.float32)
 
@@ -21,15 +22,22 @@ def anchor_sums(blocks: Blocks, loss_mask: Array, segments: Array | None = None)
 
 
 def loss_metrics(sums: Sums, options: LossOptions, length: int, num_anchors: int) -> dict[str, Array]:
-    """float32 scalars. `sums` are those of `block_sums` and `anchor_sums`; `length` is the padded T.
+    """The figures of a record, float32 scalars by name; terms of weight 0 and absent heads are left out.
 
-    accept_rate@k averages supervised slots alike; tau_probabilistic is the accepted length expected at temperature 1;
-    confidence_* are weighted as the loss is (docs/algorithm.md, rule 45). Terms of weight 0 and absent heads are left
-    out.
+    accept_rate@k is an unweighted mean over supervised slots; tau_probabilistic is the accepted length expected at
+    temperature 1; confidence_* are weighted as the loss is (docs/algorithm.md, rule 45).
+
+    Args:
+        sums: those of `block_sums` and `anchor_sums`, over the whole global batch.
+        options: which terms there are.
+        length: the padded T.
+        num_anchors: anchors N of a row.
     """
     denominator = sums["weight"] + EPSILON
+
     positions = sums["accept"].shape[0]
     accept = sums["accept"] / jnp.maximum(sums["supervised"], 1.0)
+
     metrics = {"loss": options.total(sums, denominator), "ce_loss": sums["ce"] / denominator}
 
     if options.l1_alpha > 0:
@@ -42,6 +50,8 @@ def loss_metrics(sums: Sums, options: LossOptions, length: int, num_anchors: int
 
     metrics |= {f"accept_rate@{k}": accept[k] for k in range(positions)}
     metrics["tau_probabilistic"] = sums["tau"] / jnp.maximum(sums["blocks"], 1.0)
+
+    # Means over rows, and the same as a part of the most that a row can have.
     for name, total, full in (
         ("valid_anchors", sums["eligible_anchors"], length),
         ("sampled_anchors", sums["sampled_anchors"], num_anchors),

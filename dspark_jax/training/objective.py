@@ -1,4 +1,4 @@
-"""What a training step minimises: which blocks a batch gives, their sums, the loss and the metrics."""
+"""The objective of a training step: the blocks of a batch, their sums, the loss and the metrics."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -17,13 +17,13 @@ from dspark_jax.training.metrics import anchor_sums, loss_metrics
 
 
 class Plan(NamedTuple):
-    """A batch's part of a step, from masks alone.
+    """The part of a step that follows from masks and anchors alone.
 
     Attributes:
         rows: a pytree whose leaves have the batch row first, so that it can be cut into micro-batches.
         denominator: [] float32, of the loss, over the whole global batch.
         sums: figures of the whole global batch.
-        supervised: [] float32, the summed weight of all that is learnt from; 0 where the batch teaches nothing.
+        supervised: [] float32, the summed weight of supervised slots; 0 means that the batch has no supervision.
     """
 
     rows: Any
@@ -33,19 +33,31 @@ class Plan(NamedTuple):
 
 
 class Objective(Protocol):
-    """Strategy of a kind of drafter; the step knows it by this protocol only. All sums are additive over rows."""
+    """The training strategy of a kind of drafter, all that the step knows of it.
 
-    def plan(self, batch: Batch, key: Array) -> Plan: ...
+    Denominators come from the plan of the whole global batch and all sums are additive over rows, so micro-batches and
+    devices do not change the loss (docs/algorithm.md, rule 44).
+    """
 
-    def sums(self, params: dict, shared: SharedTables, batch: Batch, rows: Any) -> Sums: ...
+    def plan(self, batch: Batch, key: Array) -> Plan:
+        """Draws the blocks of the global batch."""
+        ...
 
-    def loss(self, sums: Sums, denominator: Array) -> Array: ...
+    def sums(self, params: dict, shared: SharedTables, batch: Batch, rows: Any) -> Sums:
+        """Additive sums over the rows of a micro-batch, differentiable in float32 `params`."""
+        ...
 
-    def metrics(self, sums: Sums, length: int) -> dict[str, Array]: ...
+    def loss(self, sums: Sums, denominator: Array) -> Array:
+        """[] float32: the loss, or a micro-batch's share of it."""
+        ...
+
+    def metrics(self, sums: Sums, length: int) -> dict[str, Array]:
+        """Scalars of a record; `length` is the padded T."""
+        ...
 
 
 def cast_params(params: dict, dtype: Any) -> dict:
-    """Parameters in the compute dtype but for those that are float32 in decoding too."""
+    """Parameters in the compute dtype, except those that stay float32 in decoding too."""
     flat = flatten_dict(params)
     return unflatten_dict({p: x if float32_parameter(p) else x.astype(dtype) for p, x in flat.items()})
 
@@ -89,7 +101,7 @@ class BlockObjective:
 
 
 def replicate(tree: Any, sharding: jax.sharding.Sharding | None) -> Any:
-    """The tree on every device whole, or as it is without a mesh."""
+    """Constrains every leaf to be whole on each device; without a mesh the tree is returned unchanged."""
     if sharding is None:
         return tree
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, sharding), tree)

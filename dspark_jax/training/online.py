@@ -27,7 +27,12 @@ SHARD_BYTES = 256 * 2**20
 
 
 def open_conversations(data: DataSettings, target: Target) -> Tokenised:
-    """The conversations of the settings as token ids; UserError where target and settings don't allow it."""
+    """Tokenises the conversations of the settings.
+
+    Raises:
+        UserError: sequences longer than the target's context, a target without tokenizer, no conversation that has
+            enough supervised tokens.
+    """
     if data.max_length > target.config.max_positions:
         raise UserError(
             f"data.max_length is {data.max_length}, the target's context {target.config.max_positions}; lower it."
@@ -49,12 +54,13 @@ def open_conversations(data: DataSettings, target: Target) -> Tokenised:
 
 @dataclass(frozen=True)
 class FirstEpoch:
-    """The sequences in the order of the first epoch, which is the order of the cache that it writes.
+    """The sequences in the order of the first epoch, which is the order of the records in the cache that it writes.
 
     Attributes:
+        batches: of the run.
         sequences: the source beneath packed rows.
-        order: int64, the sequence of each record.
-        firsts: int64 [rows + 1], for every row of the epoch its first record.
+        order: int64 [records], the sequence of each record.
+        firsts: int64 [rows + 1], the first record of every row of the epoch, and their number.
     """
 
     batches: Batches
@@ -65,8 +71,12 @@ class FirstEpoch:
     @classmethod
     def of(cls, batches: Batches) -> "FirstEpoch":
         source, count = batches.source, len(batches.source)
+
         steps = range(batches.steps_per_epoch)
+        # The last step is filled from the second epoch, whose rows are not recorded.
         rows = np.concatenate([batches.indices_at(step) for step in steps])[:count]
+
+        # Without packing a row is one record.
         if not isinstance(source, Packed):
             return cls(batches, source, rows, np.arange(count + 1))
 
@@ -76,6 +86,7 @@ class FirstEpoch:
 
     def spec(self, data: DataSettings, target: Target, layer_ids: tuple[int, ...]) -> CacheSpec:
         """The spec of the cache; its sources are the sequences in this order."""
+        # A cache of the same sequences in another order is another cache: records are found by place.
         digest = xxhash.xxh3_128(self.order.astype("<i8").tobytes())
         for index in self.order.tolist():
             sample = self.sequences[index]
@@ -103,9 +114,9 @@ class FirstEpoch:
 class Recorder:
     """Writes the states of the first epoch's steps, each while the next step runs.
 
-    Steps that a resumed run computes again are not written twice. `flush` before a checkpoint is what makes the cache
-    cover every step that the checkpoint has behind it. The first process of a job writes; the others bring it their
-    rows, so every process calls every method, at the same steps.
+    Steps that a resumed run computes again are not written twice. Because `flush` precedes every checkpoint, the cache
+    covers all steps before it. The first process of a job writes and gathers the rows of the others, so every process
+    must call every method at the same steps.
     """
 
     def __init__(self, folder: Path, epoch: FirstEpoch, spec: CacheSpec, made: Mapping[str, Any], start: int):
@@ -115,20 +126,26 @@ class Recorder:
             folder: of the cache.
             epoch: the order of its records.
             spec: `epoch.spec` of the run.
-            made: what the states follow from besides, recorded in build.json.
-            start: the step that the run continues at.
+            made: what else the states depend on (weights, dtype), recorded in build.json.
+            start: the step at which the run continues.
         Raises:
             UserError: the folder is not this run's cache up to that step, or the disk is too small.
         """
         self.folder, self.epoch = folder, epoch
+
         tokens = int(epoch.sequences.lengths.sum())
         begun = require_same_settings(folder / "build.json", made, folder)
+        # A resumed run needs room for the rest alone.
         here = sum(path.stat().st_size for path in folder.glob("shard-*"))
         require_disk(folder, estimate_bytes(tokens, len(epoch.order), spec, SHARD_BYTES) - here)
         barrier("the cache's folder has been looked at")
+
+        # Every process has read build.json before the first may write there.
         self._writer = CacheWriter(folder, spec, SHARD_BYTES) if is_first() else None
         # Records written by the first process; every process holds the same number.
         self._next = int(from_first(self._writer.next_source if self._writer else 0))
+
+        # A start past the first epoch has all of its records behind it.
         behind = int(epoch.firsts[min(start * epoch.batches.global_batch, len(epoch.firsts) - 1)])
 
         if self._next < behind:
@@ -153,6 +170,7 @@ class Recorder:
         """Writes the states of the previous step, and keeps these until the next call."""
         self._write()
         for array in stored.values():
+            # Starts the copy without waiting; arrays split over processes need a collective, in `_write`.
             if array.is_fully_addressable:
                 array.copy_to_host_async()
         self._pending = step, stored
@@ -167,10 +185,12 @@ class Recorder:
                 self._writer.flush()
 
     def finish(self) -> TokenSource:
-        """The cache's sequences under their original indices."""
+        """Finishes the cache, and returns its sequences under their original indices and sample ids."""
         self.flush()
         self.close()
         barrier("the cache is written")
+
+        # Record r holds sequence order[r]; the later epochs ask for sequences by their own number.
         inverse = np.empty_like(self.epoch.order)
         inverse[self.epoch.order] = np.arange(len(inverse))
         return Reordered(TargetCache(self.folder), inverse, self.epoch.names())
@@ -184,12 +204,16 @@ class Recorder:
             return
 
         (step, stored), self._pending = self._pending, None
+
         rows, firsts = self.epoch.batches.global_batch, self.epoch.firsts
         first = step * rows
         last = min(first + rows, len(firsts) - 1)
+
+        # Past the first epoch, or recorded before the run was resumed.
         if first >= last or firsts[last] <= self._next:
             return
 
+        # Collective: the other processes take part, and write nothing.
         arrays = {name: fetch_rows(array) for name, array in stored.items()}
         if self._writer:
             for row in range(last - first):
@@ -205,6 +229,7 @@ class Recorder:
             tokens = self.epoch.sequences[int(self.epoch.order[record])]
             span = slice(start, start + len(tokens.input_ids))
             start = span.stop
+            # Records that the cache has already are passed over, but their tokens count for the place.
             if record == writer.next_source:
                 parts = [states[name][span] for name in STATES if name in states]
                 writer.add(record, Sample(record, tokens.input_ids, tokens.loss_mask, *parts))

@@ -1,4 +1,4 @@
-"""Runs the points of a sweep or study as subprocesses: finished ones are skipped, failed ones tried once more.
+"""Runs the points of a sweep or study as subprocesses: finished ones are skipped, failed ones retried once.
 
 A point is a command of this project and a JSON file that it writes, atomically, as its last act. While a point's
 process lives it holds the lock of its log; so when the program that started it was killed, the next one waits for the
@@ -30,7 +30,7 @@ GRACE_SECONDS = 120
 
 @dataclass(frozen=True)
 class Point:
-    """`command`: module and arguments of `python -m`; `result` is there exactly when the point is finished."""
+    """A program's run: `command`, module and arguments of `python -m`; `result` exists exactly when it has finished."""
 
     name: str
     command: tuple[str, ...]
@@ -62,7 +62,13 @@ class Runner:
     _running: list[_Running] = field(default_factory=list)
 
     def run(self, points: Sequence[Point]) -> dict[str, str]:
-        """Returns the last line of the log of every point that failed each time; all others are finished."""
+        """Runs the points until each is finished or has failed `TRIES` times.
+
+        Returns:
+            By name, the last line of the log of every point that failed each time.
+        Raises:
+            UserError: `jobs` is below 1.
+        """
         if self.jobs < 1:
             raise UserError(f"--jobs is {self.jobs}; at least 1 was expected.")
 
@@ -73,9 +79,11 @@ class Runner:
         with _terminated_as_interrupt(), tqdm(total=len(points), initial=finished, unit="point", disable=None) as bar:
             try:
                 while waiting or self._running:
+                    # Polling, not waiting: a log may be held by an orphan that is no child of this process.
                     waiting = [point for point in waiting if not self._settled(point)]
                     for entry in [entry for entry in self._running if entry.process.poll() is not None]:
                         self._running.remove(entry)
+                        # A point that failed goes to the end of the queue.
                         if not self._succeeded(entry) and self.tried[entry.point.name] < TRIES:
                             waiting.append(entry.point)
                     bar.update(len(points) - len(waiting) - len(self._running) - bar.n)
@@ -86,8 +94,9 @@ class Runner:
         return self.failed
 
     def _settled(self, point: Point) -> bool:
-        """Starts the point if a lane and its log are free; True once it is running here or finished."""
+        """Starts the point if a lane and its log are free; True if it is now running here or finished."""
         free = sorted(set(range(self.jobs)) - {entry.lane for entry in self._running})
+
         if not free:
             return False
 
@@ -98,6 +107,7 @@ class Runner:
             except BlockingIOError:
                 return False  # a process of an earlier or another run has it
 
+            # The orphan that held the lock until now may have finished it.
             if point.done:
                 return True
 
@@ -112,9 +122,11 @@ class Runner:
 
     def _give_cores(self, pid: int, lane: int) -> None:
         """Pins a point to its share of the cores: processes that share cores stall each other."""
+
         if self.jobs == 1 or not hasattr(os, "sched_setaffinity"):
             return
         cores = sorted(os.sched_getaffinity(0))
+        # With fewer cores than jobs a share would be empty; then all points share all cores.
         if len(cores) >= self.jobs:
             os.sched_setaffinity(pid, cores[lane :: self.jobs])
 
@@ -127,7 +139,7 @@ class Runner:
         return False
 
     def _stop(self) -> None:
-        """Terminates the running points and waits for them; each saves first."""
+        """Terminates the running points and waits up to `GRACE_SECONDS` in all: each saves its run first."""
         for entry in self._running:
             entry.process.terminate()
 
@@ -141,7 +153,7 @@ class Runner:
 
 @contextmanager
 def _terminated_as_interrupt() -> Iterator[None]:
-    """SIGTERM leaves the block as Ctrl-C does, so that what it started is stopped too."""
+    """Turns SIGTERM into KeyboardInterrupt within the block, so that the subprocesses are stopped as on Ctrl-C."""
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt

@@ -20,10 +20,11 @@ SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens", "seed")
 
 
 def provenance_of(run: Run) -> Provenance:
-    """A run's provenance: its cache's, or where its own target reads conversations, theirs."""
+    """A run's provenance: that of its cache, or of its conversations where the target runs in the step."""
     if run.data.source == "offline":
         return cache_provenance(run.cache, run.data.cache, open_cache(run.cache).spec, run.loss, run.inputs)
 
+    # Views keep the tokenised conversations, and their hash, underneath.
     source = run.batches.source
     while isinstance(source, Packed | Truncated):
         source = source.source
@@ -32,6 +33,7 @@ def provenance_of(run: Run) -> Provenance:
         raise TypeError(f"an online run reads conversations, not {type(source).__name__}")
 
     data, answers = run.data, answers_of([Path(run.data.conversations)])
+
     sources: dict[str, Any] = {
         "conversations": data.conversations,
         "answers": answers,
@@ -49,7 +51,7 @@ def provenance_of(run: Run) -> Provenance:
 
 
 def answers_of(conversations: Sequence[Path]) -> list[dict[str, Any]]:
-    """For each file of conversations, its name and how its answers were drawn, where `train.prepare_data` noted it."""
+    """The name of each file of conversations, and how its answers were sampled if `train.prepare_data` recorded it."""
     return [{"file": str(path), "sampling": _sampling(path.with_suffix(".settings.json"))} for path in conversations]
 
 
@@ -73,13 +75,14 @@ def cache_provenance(
     """
     answers = _read(cache / "build.json").get("answers", [])
     drawn = [answer.get("sampling", {}) for answer in answers]
+    # Answers drawn in different ways have no single sampling to record.
     sampling = drawn[0] if drawn and all(one == drawn[0] for one in drawn) else {}
     sources: dict[str, Any] = {"cache": name, "answers": answers, "loss": dict(loss), "inputs": dict(inputs)}
     return Provenance(sampling, sources | {field: getattr(spec, field) for field in SPEC_FIELDS})
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A note that may be missing: training doesn't depend on it."""
+    """A note beside the data, {} if it is missing or unreadable: training doesn't depend on it."""
     try:
         return read_object(path)
     except UserError:

@@ -14,6 +14,6 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {"blocks": BlockObjective, "ro
 
 
 def make_objective(hf_config: Mapping[str, Any], options: LossOptions, compute_dtype: Any) -> Objective:
-    """What trains the drafter of a config.json; UserError when that names no kind of ours."""
+    """The objective that trains the drafter of a config.json; UserError for an unknown kind."""
     graphdef, _ = split(skeleton(hf_config))
     return OBJECTIVES[kind_of(hf_config).objective](graphdef, read_config(hf_config), options, compute_dtype)

@@ -21,11 +21,11 @@ from dspark_jax.training.objective import Plan, cast_params
 
 @dataclass(frozen=True, eq=False)
 class RolloutObjective:
-    """Loss sum_s decay^s CE_s / (B T), CE_s summed over the positions that step s supervises, padding in the divisor.
+    """Loss Σ_s decay^s CE_s / (B T), CE_s a sum over the positions that step s supervises (docs/algorithm.md, rule 56).
 
     The batch has `input_ids`, `loss_mask` [B, T], `lengths` [B], `features` [B, T, m D], `last_hidden` [B, T, D], and
-    `segments` [B, T] where rows are packed. Of the options only `anchor_chunk` counts: positions whose logits
-    [B, C, S, V] exist at once.
+    `segments` [B, T] where rows are packed. Of the options only `anchor_chunk` is used: the number of positions whose
+    logits [B, C, S, V] exist at once.
     """
 
     graphdef: nnx.GraphDef
@@ -34,20 +34,27 @@ class RolloutObjective:
     compute_dtype: Any = jnp.float32
 
     def plan(self, batch: Batch, key: Array) -> Plan:
-        """Everything but the loss's divisor follows from the mask: no anchors are drawn."""
+        """The supervised positions; no anchors are drawn, so the key is not used."""
         mask = supervised_positions(batch["loss_mask"], batch["lengths"], batch.get("segments"))
+
+        # The divisor is B T, padding included: Eagle3's own normalisation.
         return Plan(mask, jnp.float32(mask.size), {"positions": jnp.float32(mask.size)}, jnp.sum(mask))
 
     def build(self, params: dict) -> Eagle3:
         return nnx.merge(self.graphdef, cast_params(params, self.compute_dtype))
 
     def sums(self, params: dict, shared: SharedTables, batch: Batch, rows: Float[Array, "b t"]) -> Sums:
-        """`ploss`, `accept`, `correct`, `supervised` [S]; `tau`, `tau_greedy`: 1 + expected and greedy prefix lengths,
-        summed over the positions of step 0. See `_chunk_sums`."""
+        """The additive sums of a batch, computed a chunk of C positions at a time.
+
+        Returns:
+            `ploss`, `accept`, `correct`, `supervised`: [S], over the positions that each step supervises.
+            `tau`, `tau_greedy`: 1 + expected and greedy prefix lengths, over the positions of step 0.
+        """
         segments = batch.get("segments")
         hidden = self.build(params).train_outputs(shared, batch["features"], batch["input_ids"], segments)
-        # Each chunk builds the model again, and takes float32 states, so that gradients add up in float32.
+        # Chunks take float32 states and build the model again, so that gradients are summed over chunks in float32.
         hidden = jnp.moveaxis(hidden, 0, 2).astype(jnp.float32)  # [B, T, S, D]
+
         steps, size = hidden.shape[2], min(self.options.anchor_chunk, hidden.shape[1])
         padding = -hidden.shape[1] % size
         hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0), (0, 0)))
@@ -67,6 +74,8 @@ class RolloutObjective:
             return _chunk_sums(model, shared, window(hidden, size), targets, window(mask, ahead), same)
 
         starts = jnp.arange(0, hidden.shape[1], size)
+
+        # Rematerialised, so that no chunk's logits are kept for the backward pass (docs/algorithm.md, rule 49).
         body = jax.checkpoint(chunk, prevent_cse=False)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(body, starts[0]))
 
@@ -96,7 +105,10 @@ class RolloutObjective:
 def supervised_positions(loss_mask: Array, lengths: Array, segments: Array | None = None) -> Float[Array, "b t"]:
     """1 where step 0 is supervised: the loss mask, unshifted, without each sequence's last real token
     (docs/algorithm.md, rule 55)."""
+
     last = jnp.arange(loss_mask.shape[1]) == lengths[:, None] - 1
+
+    # In a packed row every sequence ends before its number changes.
     if segments is not None:
         last |= jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (0, 1)))
     return ((loss_mask > 0) & ~last).astype(jnp.float32)
@@ -105,18 +117,29 @@ def supervised_positions(loss_mask: Array, lengths: Array, segments: Array | Non
 def _chunk_sums(
     model: Eagle3, shared: SharedTables, hidden: Array, states: Array, mask: Array, segments: Array | None
 ) -> Sums:
-    """Sums over C positions: hidden [B, C, S, D], the target's states [B, C + S - 1, ...] from one position further on,
-    mask and segments from none: step s at t is supervised as t + s is, in its own sequence."""
+    """Sums over a chunk of C positions.
+
+    Args:
+        hidden: [B, C, S, D], the drafter's states of every step.
+        states: [B, C + S - 1, D], the target's, from the chunk's first position + 1 on.
+        mask, segments: [B, C + S - 1], from the chunk's first position on.
+    """
     count, steps = hidden.shape[1:3]
     targets = jax.lax.stop_gradient(shared.logits(states.astype(shared.head.dtype)))
     logits = model.logits(shared, hidden.astype(model.fc.weight_io.dtype))
+
+    # Survival is a product over steps at the same t (docs/algorithm.md, rule 57).
     parts, survival, greedy = [], mask[:, :count], mask[:, :count]
     tau = tau_greedy = jnp.float32(0.0)
 
     for s in range(steps):
+        # Step s at t learns the target's law at t + 1 + s, and is supervised as t + s is (docs/algorithm.md, rules 54
+        # and 55).
         draft, target, valid = logits[:, :, s], targets[:, s : s + count], mask[:, s : s + count]
         if segments is not None:
             valid = valid * (segments[:, s : s + count] == segments[:, :count])
+
+        # [B, C]
         entropy = -jnp.sum(jax.nn.softmax(target) * jax.nn.log_softmax(draft), axis=-1)
         accept = accept_rate(total_variation_l1(draft, target)) * valid
         correct = (jnp.argmax(draft, axis=-1) == jnp.argmax(target, axis=-1)) * valid

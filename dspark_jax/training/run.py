@@ -1,7 +1,7 @@
 """A run, resolved from its configuration once and checked as a whole before anything is written.
 
-`Run.of(config)` is the only place that reads the whole configuration; every other room takes from a run the part that
-is its own.
+`Run.of(config)` is the only place that reads the whole configuration; other modules take the part of the run that
+concerns them.
 """
 
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ from dspark_jax.training.synthetic_cache import write_synthetic_cache
 
 @dataclass(frozen=True)
 class Cadence:
-    """When a run of `total` steps records, evaluates and saves; the last step does all that is ever done."""
+    """When a run of `total` steps records, evaluates and saves. The last step does whatever the run does at all."""
 
     total: int
     record_every: int
@@ -38,7 +38,7 @@ class Cadence:
     """0: never."""
 
     def at(self, done: int) -> "Due":
-        """What is due after so many steps. An evaluation ends a record's window, and is saved with its score."""
+        """The actions due after `done` steps. An evaluation also closes a record, and is saved with its score."""
         last = done == self.total
         evaluation = bool(self.evaluate_every) and (last or done % self.evaluate_every == 0)
 
@@ -52,7 +52,7 @@ class Cadence:
 
 @dataclass(frozen=True)
 class Due:
-    """What follows a step."""
+    """The actions due after a step; `end`: it was the last."""
 
     record: bool
     evaluation: bool
@@ -62,7 +62,7 @@ class Due:
 
 @dataclass(frozen=True)
 class Heldout:
-    """Prompts that a run decodes with its drafter as it is, and how."""
+    """Held-out prompts that a run decodes with the current drafter, and the settings of the decoding."""
 
     settings: EvaluationSettings
     prompts: tuple[EncodedPrompt, ...]
@@ -70,21 +70,22 @@ class Heldout:
 
 @dataclass(frozen=True)
 class Run:
-    """A run: every field is the part of one room.
+    """A run: each field holds what one part of the training needs.
 
     Attributes:
-        name, folder: the experiment's name; where it is written.
+        name, folder: the experiment's name, and the folder of the run.
         seed: of the first parameters and of the anchors.
         target: described, without parameters.
         step: the compiled step and what it is made of.
         init_layers: target layers that the draft layers start as copies of; () for a random start.
         init_drafter: folder of an earlier drafter to continue from; "" for none.
-        data: the settings of the batches' source; `batches`: this process's rows of every step.
+        data: the settings of the batches' source.
+        batches: this process's rows of every step.
         cadence: when it records, evaluates and saves.
         max_skipped: updates in a row that may be skipped.
         checkpoints: how many are kept.
-        heldout: what it is evaluated on, None without evaluations.
-        inputs: hashes of what it is made from, by name.
+        heldout: the prompts of its evaluations, None without evaluations.
+        inputs: content hashes of target and data, by name.
         loss: weights of the loss's terms, for the drafter's manifest.
     """
 
@@ -106,18 +107,18 @@ class Run:
 
     @classmethod
     def of(cls, config: TrainConfig) -> "Run":
-        """Reads the small files of target and cache, and the weights once for their hash.
+        """Resolves a configuration: reads the small files of target and cache, and the weights once for their hash.
 
-        Nothing is written, except where `data.cache` is empty: then the run's folder gets its synthetic cache, last.
+        Nothing is written, except that an empty `data.cache` of an offline run puts a synthetic cache into its folder.
 
         Raises:
-            UserError: whatever does not fit together, or is not what the folder's run was begun with.
+            UserError: parts of the configuration do not fit together, or the folder's run was begun with others.
         """
         folder = Path(config.folder)
         require_same_run(folder, config)
         target = describe_target(config.target)
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-        # Before the data are opened, which takes longer: what the step's own parts say, whatever its number of steps.
+        # Opening the data can take minutes, so what can be refused without them is checked first.
         drafter_config(config.drafter, target, config.compute_dtype)
         micro_batches(config.data, mesh)
         heldout = heldout_prompts(config.evaluation, target)
@@ -169,7 +170,7 @@ class Run:
         return replace(self, batches=make_batches(self.data, source, self.step.mesh))
 
     def tables(self) -> Target:
-        """The target with its embedding and head in the compute dtype, and nothing else."""
+        """The target with only its embedding and head loaded, in the compute dtype."""
         return load_tables(self.target, dtype=self.step.dtype, mesh=self.step.mesh, rules=self.step.placement.rules)
 
 
@@ -177,15 +178,17 @@ class Run:
 
 
 def cache_folder(data: DataSettings, folder: Path) -> Path:
-    """The cache of the settings; where none is named, in the run's folder."""
+    """The cache's folder; RUN/cache where the settings name none."""
     return Path(data.cache) if data.cache else folder / "cache"
 
 
 def make_records(config: TrainConfig, folder: Path, target: Target) -> None:
-    """A synthetic cache in the run's folder; in a job the first process writes it."""
+    """Writes a synthetic cache to the run's folder; in a job the first process does."""
+    # Every process has checked the folder before the first one puts something there.
     barrier("the folder has been looked at")
     if is_first():
         data = config.data
+        # Before the cache: a folder that holds a cache and no configuration is refused as no run.
         write_config(folder, config)
         write_synthetic_cache(
             folder / "cache",
@@ -200,11 +203,16 @@ def make_records(config: TrainConfig, folder: Path, target: Target) -> None:
 
 
 def open_records(where: Path, layer_ids: tuple[int, ...], target: Target) -> FeatureSource:
-    """A cache's states of these layers; UserError for one of other layers, another target or tokenizer."""
+    """Opens a cache, and drops taps that the drafter does not use.
+
+    Raises:
+        UserError: the cache lacks one of the layers, or is of another target, tokenizer or weights.
+    """
     cache: FeatureSource = open_cache(where)
     if set(layer_ids) < set(cache.spec.layer_ids):
         cache = Tapped(cache, layer_ids)
 
+    # The weights' hash is compared last: it may read gigabytes.
     wanted = {
         "layer_ids": layer_ids,
         "hidden_size": target.config.hidden_size,
@@ -219,7 +227,7 @@ def open_records(where: Path, layer_ids: tuple[int, ...], target: Target) -> Fea
 
 
 def heldout_prompts(settings: EvaluationSettings, target: Target) -> Heldout | None:
-    """What the run is evaluated on; None without evaluations."""
+    """The held-out prompts of the settings; None without evaluations."""
     if not settings.every_steps:
         return None
     return Heldout(settings, tuple(read_prompts(target, [Path(settings.prompts)], limit=settings.limit or None)))
@@ -228,6 +236,7 @@ def heldout_prompts(settings: EvaluationSettings, target: Target) -> Heldout | N
 def make_batches(data: DataSettings, source: TokenSource, mesh: Mesh) -> Batches:
     """This process's rows of every step, cut to `max_length`, packed where asked, and padded to a bucket."""
     cut = Truncated(source, data.max_length)
+    # Packing comes after the cut, since rows are filled by the lengths that remain.
     return Batches(
         Packed(cut, data.max_length) if data.packing else cut,
         global_batch=data.global_batch,

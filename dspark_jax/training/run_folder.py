@@ -31,7 +31,7 @@ from dspark_jax.errors import UserError
 from dspark_jax.files import file_hash, weights_hash, write_atomically, write_json
 from dspark_jax.readers import check_fields, object_of, read_object
 
-# A run may be laid out on other devices, saved more often or watched otherwise after a stop.
+# None of these changes (but for rounding) the parameters that a run arrives at, so a resumed run may differ in them.
 FREE_TO_CHANGE = ("run_dir", "mesh", "checkpoint", "evaluation")
 
 
@@ -69,7 +69,7 @@ def write_config(folder: Path, config: TrainConfig) -> None:
     write_json(folder / "config.json", to_json(config))
 
 
-# -- Inputs of the run -------- ---------------------------------------------------------------------------------------
+# -- Inputs of the run -----------------------------------------------------------------------------------------------
 
 
 def input_hashes(target: Path, data: DataSettings, cache: Path) -> dict[str, str]:
@@ -85,12 +85,13 @@ def input_hashes(target: Path, data: DataSettings, cache: Path) -> dict[str, str
 
 
 def require_same_inputs(folder: Path, inputs: Mapping[str, str]) -> None:
-    """UserError when an input is not the one that the folder's run was begun with; a new run has none recorded."""
+    """UserError when an input differs from that which the folder's run was begun with; a new run has none recorded."""
     path = folder / "inputs.json"
     if not os.path.lexists(path):
         return
 
     recorded = read_object(path, expected="the hashes of a run's inputs")
+    # Both directions: an input may be missing on either side.
     for name in [*inputs, *recorded]:
         if recorded.get(name) != inputs.get(name):
             raise UserError(
@@ -105,7 +106,7 @@ def write_inputs(folder: Path, inputs: Mapping[str, str]) -> None:
 
 
 def require_built_with(cache: Path, target: Path) -> None:
-    """UserError when a cache says that it was built with other weights than the target has now."""
+    """UserError when a cache was built with other weights than the target has now; a cache without a note passes."""
     path = cache / "build.json"
     if not path.exists():  # a cache of another program
         return
@@ -135,6 +136,7 @@ def _first_difference(found: Any, wanted: Any, prefix: str = "") -> tuple[str, A
 class NoLog:
     """The log of the processes of a job that don't write it."""
 
+    # The interface of MetricsLog, so that the loop has no branch for it.
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
 
@@ -152,16 +154,23 @@ class NoLog:
 
 
 class MetricsLog:
-    """metrics.jsonl and TensorBoard, continued from a step: records after it go, so that none appears twice.
+    """metrics.jsonl and TensorBoard, continued from a step: later records are dropped, so that none appears twice.
 
-    Both are written in the caller's thread, so a disk that takes no more ends the run here, with a sentence.
+    Both are written in the caller's thread, so a full disk ends the run here, with one sentence.
     """
 
     def __init__(self, folder: Path, step: int, digest: str = ""):
-        """`step`: where the run continues; `digest`: what the log's was there, "" where that is not known."""
+        """Reads the log and drops what is past `step`.
+
+        Args:
+            folder: of the run.
+            step: where the run continues.
+            digest: `digest()` at that step, from the checkpoint; "" if unknown.
+        """
         self.path = folder / "metrics.jsonl"
         with self._reported():
             self.records = [record for record in read_records(self.path) if record["step"] <= step]
+            # A warning and no error: nothing that is trained depends on the log.
             if digest and self.digest() != digest:
                 print(
                     f"{self.path} is not what the run had written up to step {step}: records are missing or changed. "
@@ -174,10 +183,10 @@ class MetricsLog:
             self._board = ScalarBoard(folder / "tensorboard", step)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Appends a record of scalars; None (not known on this machine) goes to the file and not to TensorBoard.
+        """Appends a record of scalars; None (unknown on this machine) goes to the file and not to TensorBoard.
 
         Raises:
-            UserError: the disk takes no more; the records before this one are whole.
+            UserError: the disk is full; the records before this one are whole.
         """
         with self._reported():
             line = json.dumps(record).encode() + b"\n"
@@ -218,12 +227,12 @@ class MetricsLog:
 class ScalarBoard:
     """TensorBoard's event file, written in this thread.
 
-    The writers that wrap it put their events into a queue for a thread; where a full disk ends that thread, the queue
-    fills up and every later call waits forever.
+    The usual writers pass events to a thread through a queue; when a full disk ends that thread, the queue fills up and
+    every later call waits forever.
     """
 
     def __init__(self, folder: Path, step: int):
-        """`step`: where the run continues; TensorBoard drops what an earlier process had written after it."""
+        """Opens a new event file; TensorBoard drops what an earlier process had written after `step`."""
         folder.mkdir(parents=True, exist_ok=True)
         self._writer = EventsWriter(str(folder / "events"))
         if step:
@@ -251,10 +260,12 @@ def _lines(records: Sequence[Mapping[str, Any]]) -> str:
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl; [] without the file.
 
-    A last line without its end, left by a kill, is passed over. So is any other line that is no record of a step, with
-    a sentence on stderr: the records around it are those of other steps and stay.
+    A last line without its newline, left by a kill, is skipped. So is any other line that is no record of a step, with
+    a warning on stderr; the records around it belong to other steps and are kept.
     """
+    # The part after the last newline is a torn line or empty.
     lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+
     records, wrong = [], []
     for number, line in enumerate(lines[:-1], 1):
         record = _record(line)

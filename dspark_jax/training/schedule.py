@@ -11,10 +11,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 def learning_rate_schedule(
     base: float, total_steps: int, warmup_ratio: float, kind: Literal["cosine", "constant"] = "cosine"
 ) -> Callable[..., Any]:
-    """lr(step, xp=jnp): linear warm-up over w = int(warmup_ratio * total_steps) steps, then cosine to 0 at the end.
+    """The learning rate as a function of the step, from 0: linear warm-up over w steps, then cosine to 0 or constant.
 
-    After the warm-up lr = base c(i - w) / c(1), c(k) = (1 + cos(pi k / (total - w))) / 2: the reference's hand-over
-    puts step w slightly above base and step w + 1 at base (docs/algorithm.md, rule 48). xp=numpy computes in float64.
+    w = int(warmup_ratio * total_steps). After the warm-up lr = base c(i - w) / c(1), c(k) = (1 + cos(pi k / (total -
+    w))) / 2: as in the reference, step w is slightly above base and step w + 1 at base (docs/algorithm.md, rule 48).
+
+    Returns:
+        lr(step, xp=jnp), float32 of traced steps; xp=numpy computes in float64.
     """
     warmup = int(warmup_ratio * total_steps)
     rest = max(total_steps - warmup, 1)
@@ -37,8 +40,10 @@ def learning_rate_schedule(
 def make_optimizer(
     schedule: Callable[[Any], Any], betas: tuple[float, float], eps: float, weight_decay: float, clip_norm: float
 ) -> optax.GradientTransformation:
-    """AdamW after clipping by the global norm (clip_norm 0: no clipping). Parameters without a gradient (Gemma's
-    layer scalars, a pruned vocabulary's head) do not decay either."""
+    """AdamW after clipping by the global norm; clip_norm 0 means no clipping (docs/algorithm.md, rule 47).
+
+    Parameters without a gradient (Gemma's layer scalars, a pruned vocabulary's head) do not decay either.
+    """
     mask = None if weight_decay == 0 else _decays
     adamw = optax.adamw(schedule, b1=betas[0], b2=betas[1], eps=eps, weight_decay=weight_decay, mask=mask)
     return optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw

@@ -1,4 +1,4 @@
-"""A training step as its configuration describes it, on a mesh that may be here or not: what runs and plans share."""
+"""A training step as its configuration describes it, on a real or an abstract mesh; shared by runs and plans."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from dspark_jax.training.step import Placement, TrainState, TrainStep, abstract_
 
 @dataclass(frozen=True)
 class StepSpec:
-    """Everything that a compiled step is made of.
+    """The parts of a compiled step.
 
     Attributes:
         drafter_hf: config.json of the drafter.
@@ -50,7 +50,16 @@ class StepSpec:
 
     @classmethod
     def of(cls, config: TrainConfig, target: Target, mesh: AnyMesh, total_steps: int) -> "StepSpec":
-        """The step of a configuration; `total_steps` is where the learning rate ends. UserError for what can't be."""
+        """The step of a configuration.
+
+        Args:
+            config: the run's.
+            target: described; its parameters are not used.
+            mesh: real, or abstract for plans.
+            total_steps: length of the learning-rate schedule.
+        Raises:
+            UserError: a drafter that doesn't fit the target, or a batch that the mesh can't share.
+        """
         drafter_hf = drafter_config(config.drafter, target, config.compute_dtype)
         rules = ShardingRules()
         placement = Placement(mesh, rules.sharded_markov() if config.mesh.markov_tables == "sharded" else rules)
@@ -78,11 +87,11 @@ class StepSpec:
         return self.placement.mesh
 
     def objective(self) -> Objective:
-        """What the drafter's kind is trained by."""
+        """The objective that trains the drafter's kind."""
         return make_objective(self.drafter_hf, self.loss, DTYPES[self.dtype])
 
     def target_states(self, target: Target, params: dict, codec: str | None = None) -> TargetStates:
-        """The tapped layers' states, from a target that runs in the step.
+        """The source of target states for a step in which the target itself runs.
 
         Args:
             target: the described target.
@@ -103,7 +112,7 @@ class StepSpec:
         Args:
             states: where the target's states come from; None: they come with the batch.
             record: also return the states as a cache stores them.
-            objective: what the drafter is trained by; None: what its kind names.
+            objective: replaces the one that the drafter's kind names.
         """
         return make_train_step(
             objective or self.objective(),
@@ -118,7 +127,8 @@ class StepSpec:
 
 
 def drafter_config(settings: DrafterSettings, target: Target, dtype: str) -> dict[str, Any]:
-    """config.json of the drafter that the settings describe; exported in the dtype it is computed in."""
+    """config.json of the drafter that the settings describe; `dtype` is that of the exported weights."""
+    # A kind whose block slots take the mask token refuses None; the others ignore it.
     mask_token = settings.mask_token_id
     if mask_token is None:
         mask_token = getattr(target.tokenizer, "mask_token_id", None)
@@ -167,8 +177,11 @@ def loss_options(settings: LossSettings, anchor_chunk: int) -> LossOptions:
 
 def micro_batches(data: DataSettings, mesh: AnyMesh) -> int:
     """Micro-batches of a step on this mesh; UserError when its devices can't share one evenly."""
+
     groups = ShardingRules().row_groups(mesh)
     steps = data.accumulation_steps or max(1, data.global_batch // groups)
+
+    # Every micro-batch must give each group of devices the same number of rows.
     if data.global_batch % (steps * groups):
         raise UserError(
             f"A micro-batch of {data.global_batch // steps} sequences (data.global_batch {data.global_batch} in "

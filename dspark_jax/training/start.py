@@ -1,4 +1,4 @@
-"""The parameters that a run starts from: random ones, copies of target layers, or an earlier drafter's."""
+"""The initial parameters of a run: random, copies of target layers, or those of an earlier drafter."""
 
 from collections.abc import Mapping
 
@@ -16,13 +16,14 @@ from dspark_jax.training.step import TrainState, init_train_state
 
 
 def initial_state(run: Run) -> TrainState:
-    """Step 0 of a run, each device making its own part; UserError where what it starts from does not fit it."""
+    """The training state at step 0, each device making its own part; UserError where the given start does not fit."""
     spec, start = run.step, None
     if run.init_drafter:
         start = earlier_params(run)
     elif run.init_layers:
         start = grafted_params(run)
 
+    # A pruned head is rows of the target's head, frozen; an earlier drafter brings its own.
     if getattr(spec.drafter, "draft_vocabulary", None) is not None and not run.init_drafter:
         fresh = start or new_params(spec.drafter_hf, jax.random.key(run.seed))
         start = with_draft_head(spec.drafter_hf, fresh, shared_tables(run.tables()).head)
@@ -33,9 +34,12 @@ def initial_state(run: Run) -> TrainState:
 def earlier_params(run: Run) -> dict:
     """The parameters of `drafter.init_drafter`; UserError when it is not of this run's shape and vocabulary."""
     spec, name = run.step, run.init_drafter
+    # In float32, as the optimizer keeps its masters, whatever the file's dtype.
     loaded = load_drafter(name, run.tables(), dtype="float32", mesh=spec.mesh, rules=spec.placement.rules)
     expected = jax.tree.map(lambda x: x.shape, spec.abstract.params)
     block, vocabulary = spec.drafter.block_size, getattr(spec.drafter, "draft_vocabulary", None)
+
+    # Equal shapes do not prove an equal vocabulary: it is compared by its ids.
     alike = jax.tree.map(jnp.shape, loaded.params) == expected and loaded.config.block_size == block
     if not alike or getattr(loaded.config, "draft_vocabulary", None) != vocabulary:
         raise UserError(
@@ -47,13 +51,16 @@ def earlier_params(run: Run) -> dict:
 
 
 def grafted_params(run: Run) -> dict:
-    """Fresh parameters whose draft layers are copies of target layers, and whose context features start as what the
-    last tap holds: attention and MLPs that a short run would not learn by itself."""
+    """Fresh parameters with draft layers copied from target layers and context features equal to the last tap.
+
+    A short run would not learn such attention and MLPs from random parameters.
+    """
     spec = run.step
     layers, final_norm = load_layers(run.target, run.init_layers, mesh=spec.mesh, rules=spec.placement.rules)
     params = new_params(spec.drafter_hf, jax.random.key(run.seed))
     chosen, dims = [layers[i] for i in run.init_layers], spec.drafter.backbone
 
+    # The target's layers have no norms of q and k to copy: theirs are fitted to the magnitudes of real states.
     if dims.query_key_norm and not run.target.config.query_key_norm:
         rows = last_tap_rows(run)
         chosen = [with_head_norms(layer, rows, dims.rms_norm_eps) for layer in chosen]
@@ -62,8 +69,11 @@ def grafted_params(run: Run) -> dict:
 
 
 def last_tap_rows(run: Run, batch: Mapping[str, np.ndarray] | None = None) -> jax.Array:
-    """[N, D]: what the last tapped layer left at the real positions of a batch; None: of the run's first.
+    """[N, D] float32: outputs of the last tapped layer at the N real positions of a batch.
 
+    Args:
+        run: with stored states.
+        batch: None for the run's first.
     Raises:
         UserError: the batch has no states, as in runs whose target computes them in the step.
     """
@@ -80,4 +90,5 @@ def last_tap_rows(run: Run, batch: Mapping[str, np.ndarray] | None = None) -> ja
 
     features = decode_states({name: batch[name] for name in STATES if name in batch}, np.float32, np)["features"]
     real = np.arange(features.shape[1]) < np.asarray(batch["lengths"])[:, None]
+    # Taps are concatenated in ascending order of their layers, so the last D features are the last tap's.
     return jnp.asarray(features[real][:, -run.target.config.hidden_size :])

@@ -1,4 +1,4 @@
-"""Sources of a step's target states: the batch, as the cache stores them, or the frozen target inside the step.
+"""Sources of a step's target states: the batch, which brings them from a cache, or the frozen target in the step.
 
 Axes: B batch row, T position, D hidden, m taps.
 """
@@ -23,7 +23,7 @@ class States(Protocol):
     """
 
     def stored(self, target: Any, batch: Batch) -> dict[str, Array]:
-        """The states as a cache holds them: `codecs.STATES`."""
+        """The states in a cache's encoding, by the names of `codecs.STATES`."""
         ...
 
     def read(self, stored: dict[str, Array], batch: Batch) -> dict[str, Array]:
@@ -33,7 +33,7 @@ class States(Protocol):
 
 @dataclass(frozen=True)
 class StoredStates:
-    """States that came with the batch. Codes are decoded to `dtype`, a micro-batch at a time, on the device."""
+    """States that came with the batch, decoded to `dtype` on the device, a micro-batch at a time."""
 
     dtype: Any = jnp.float32
 
@@ -47,10 +47,15 @@ class StoredStates:
 
 @dataclass(frozen=True, eq=False)
 class TargetStates:
-    """States that the target computes from the batch's tokens, under stop_gradient; segments of packed rows apart.
+    """States that the target computes from the batch's tokens, without a gradient.
 
-    `codec`: they pass through this one, so that training meets what a cache would hold; None: they stay as they are.
-    `whole`: shardings of the parameters while they are used; a leaf is gathered where its layer needs it.
+    Attributes:
+        graphdef: the target's structure.
+        layer_ids: its tapped layers.
+        dtype: of decoded states.
+        codec: encodes and decodes the states, so that training sees what a cache would hold; None leaves them as they
+            are computed.
+        whole: shardings of the parameters in use; each leaf is gathered where its layer needs it.
     """
 
     graphdef: nnx.GraphDef
@@ -62,6 +67,8 @@ class TargetStates:
     def stored(self, target: Any, batch: Batch) -> dict[str, Array]:
         tokens, segments = batch["input_ids"], batch.get("segments")
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+
+        # Each sequence of a packed row counts its positions from 0, and attends to itself alone.
         if segments is not None:
             positions = positions - segment_starts(segments)
 

@@ -27,7 +27,7 @@ TrainStep = jax.stages.Wrapped
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """Everything a run continues from; the order of the data is a function of `step` too."""
+    """Everything a run continues from; the order of the data too is a function of `step`."""
 
     step: Any  # [] int32: optimizer steps taken
     params: dict  # float32 masters
@@ -37,7 +37,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Placement:
-    """A mesh and what is laid over it. Masters and optimizer state are split by `rules`, rows over its batch axes."""
+    """A mesh and the rules that lay arrays over it: masters and optimizer state by `rules`, rows over batch axes."""
 
     mesh: AnyMesh
     rules: ShardingRules
@@ -47,7 +47,7 @@ class Placement:
         return replicated(self.mesh)
 
     def rows(self, tree: Any, leading: int = 0) -> Any:
-        """Constrains every leaf's row dimension, which comes after `leading` others."""
+        """Constrains the row dimension of every leaf, which follows `leading` others, to the batch axes."""
 
         def place(x: Array) -> Array:
             return jax.lax.with_sharding_constraint(x, self.rules.rows(self.mesh, x.ndim, leading))
@@ -59,7 +59,7 @@ class Placement:
         return jax.tree.map(lambda x: array_sharding(x.shape, ("vocab", "embed"), self.mesh, self.rules), shared)
 
     def gathered(self, tree: Any, shardings: Any) -> Any:
-        """Constrains every leaf to its sharding without what is split for storage only."""
+        """Constrains every leaf to its sharding in use: axes that are split for storage only are gathered."""
         return jax.tree.map(lambda x, s: jax.lax.with_sharding_constraint(x, gathered(s, self.rules)), tree, shardings)
 
 
@@ -77,6 +77,7 @@ def abstract_train_state(
     if placement is None:
         return abstract
 
+    # Moments lie as their parameters do; counters are on every device.
     over_mesh = parameter_shardings(skeleton(hf_config), placement.mesh, placement.rules)
     placed = TrainState(
         step=placement.whole,
@@ -96,10 +97,11 @@ def init_train_state(
     placement: Placement | None = None,
     params: dict | None = None,
 ) -> TrainState:
-    """Step 0, each device making its own part. `params` (of any dtype): a drafter to continue from, not a fresh one."""
+    """The state at step 0, each device making its own part; `params` (of any dtype) replace fresh parameters."""
 
     def build(given: dict | None) -> TrainState:
         key = jax.random.key(seed)
+
         # Copies: the step donates its state, and must not delete the caller's arrays.
         start = (
             new_params(hf_config, jax.random.fold_in(key, 0x1717))
@@ -126,18 +128,25 @@ def make_train_step(
     states: States | None = None,
     record: bool = False,
 ) -> TrainStep:
-    """jitted (state, shared, batch) -> (state, metrics); the state is donated, the frozen tables are borrowed.
+    """The jitted step (state, shared, batch[, target]) -> (state, metrics[, stored]); the state is donated.
 
-    `states` (None: float32 ones in the batch) says where the target's states come from; where the target computes them,
-    its parameters are a fourth argument, borrowed too. `record` adds a third result: the states as a cache stores them.
+    A step whose loss or gradient is not finite, or whose batch has nothing supervised, leaves parameters and optimizer
+    unchanged: its metrics have `skipped` = 1, and in the second case `unsupervised` = 1. Denominators are those of the
+    global batch, so micro-batches change memory and nothing else (docs/algorithm.md, rule 44).
 
-    With a placement, `abstract` (of `abstract_train_state`) pins the new state where the old one lies. Denominators are
-    those of the global batch, so splitting it into micro-batches changes nothing but memory. A step whose loss or
-    gradient is not finite, or whose batch has nothing supervised, leaves parameters and optimizer as they were: its
-    metrics have `skipped` = 1, and in the second case `unsupervised` = 1. Raises UserError at the first call if the
-    batch's rows do not divide over micro-batches and devices.
+    Args:
+        objective: the loss of the drafter's kind.
+        optimizer: its updates are added to the float32 masters.
+        schedule: the learning rate of a step, reported only; the optimizer has its own.
+        accumulation_steps: micro-batches of a step.
+        placement: the mesh; None on a single device.
+        abstract: with a placement, of `abstract_train_state`: pins the new state where the old one lies.
+        states: source of the target's states; None: float32 ones in the batch. A target in the step takes its
+            parameters as the fourth argument, which is not donated.
+        record: adds the states, as a cache stores them, to the results.
+    Raises:
+        UserError: at the first call, if the batch's rows do not divide over micro-batches and devices.
     """
-
     source = states or StoredStates()
 
     def step(state: TrainState, shared: SharedTables, batch: Batch, target: Any = None) -> tuple:
@@ -145,6 +154,7 @@ def make_train_step(
         if placement is not None:
             batch = placement.rows(dict(batch))
 
+        # Drawn for the global batch from (key, step): neither micro-batches nor a resumed run change the anchors.
         plan = objective.plan(batch, jax.random.fold_in(state.key, state.step))
         params = state.params
         if placement is not None and abstract is not None:
@@ -157,23 +167,25 @@ def make_train_step(
             return objective.loss(sums, plan.denominator), sums
 
         def gradient(batch: Batch, rows: Any) -> tuple[Any, dict[str, Array]]:
+            # The loss sees states decoded from what is stored, so online and cached training agree.
             stored = source.stored(target, batch)
             made = jax.grad(loss, has_aux=True)(params, source.read(stored, batch), rows)
             return made, stored if record else {}
 
         (grads, sums), stored = _over_micro_batches(gradient, batch, plan.rows, accumulation_steps, placement)
+        # One NaN or infinity anywhere in the gradient makes its norm non-finite.
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(objective.loss(sums, plan.denominator))
         # Without a supervised token the gradient is 0, and AdamW would move by its momentum and its decay alone.
         supervised = plan.supervised > 0
         good = finite & supervised
+
         metrics = objective.metrics(sums | plan.sums, length) | {
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "grad_norm": norm,
             "skipped": 1 - good.astype(jnp.int32),
             "unsupervised": 1 - supervised.astype(jnp.int32),
         }
-
         if "lengths" in batch:
             metrics["utilisation"] = jnp.mean(batch["lengths"]) / length
 
@@ -184,7 +196,6 @@ def make_train_step(
             lambda new, old: jnp.where(good, new, old), updated, (state.params, state.opt_state)
         )
         new = TrainState(state.step + 1, params, opt_state, state.key)
-
         return (new, metrics, stored) if record else (new, metrics)
 
     if placement is None:
@@ -192,6 +203,8 @@ def make_train_step(
     if abstract is None:
         raise ValueError("a placement needs the abstract state that was laid over it")
 
+    # The results lie where the donated arguments did: otherwise the next call would meet another layout and
+    # recompile.
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     recorded = (placement.rules.rows(placement.mesh, 3),) if record else ()
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, placement.whole, *recorded))
@@ -224,7 +237,7 @@ def _over_micro_batches(
     steps: int,
     placement: Placement | None,
 ) -> tuple[Any, dict[str, Array]]:
-    """(summed gradients and sums, stored rows) over sequential micro-batches."""
+    """(summed gradients and sums, stored rows in the batch's order) over sequential micro-batches."""
     _check_rows(batch["input_ids"].shape[0], steps, placement)
     if steps == 1:
         return gradient(batch, rows)

@@ -10,8 +10,10 @@ Records = list[dict[str, Any]]
 
 
 def summarise(name: str, total_steps: int, records: Records, drafter: Path) -> dict[str, Any]:
-    """The last good record's metrics and, over all records: training time, median speed, skipped updates."""
+    """The contents of metrics.json: the last good record's metrics and, over all records, time, speed and skips."""
     last = next((record for record in reversed(records) if record["loss"] is not None), {})
+
+    # Acceptance by position becomes one list; fields of the whole run replace those of a record.
     measured = {k: v for k, v in last.items() if k not in ("step", "epoch", "seconds", *SPEED) and "@" not in k}
 
     return {

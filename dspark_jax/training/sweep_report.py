@@ -14,13 +14,14 @@ MEASURED = ("loss", "tau_probabilistic", "eval_tau", "seconds")
 
 
 def summary_rows(sweep: Sweep, results: Mapping[str, Mapping[str, Any]]) -> list[Row]:
-    """One row per finished point, in the sweep's order: its name, the values of all varied fields, and the contents of
-    its metrics.json."""
+    """One row per finished point, in the sweep's order: its name, the values of all varied fields, and what was
+    measured."""
     rows = []
     for diff in sweep.diffs:
         name = run_name(diff)
         if name not in results:
             continue
+        # A field that another point varies has the base's value here.
         values = {field: diff.get(field, _value(sweep, field)) for field in varied(sweep)}
         measured = {key: results[name].get(key) for key in {*MEASURED, sweep.metric, "steps", "accept_rate"}}
         rows.append({"name": name, "values": values, **measured})
@@ -46,8 +47,8 @@ def summary_table(sweep: Sweep, rows: list[Row], total: int) -> str:
 
 
 def summary_plot(path: Path, sweep: Sweep, rows: list[Row]) -> None:
-    """The metric over the numeric field with the most values, a line for each combination of the others; over the
-    points' names where no field is a number."""
+    """Plots the metric over the numeric field with the most values, one line for each combination of the others; over
+    the points' names if no varied field is a number. Nothing is written without a measured point."""
     rows = [row for row in rows if row[sweep.metric] is not None]
     if not rows:
         return
@@ -73,13 +74,14 @@ def _abscissa(sweep: Sweep, rows: list[Row]) -> str | None:
     counts = {}
     for field in varied(sweep):
         values = [row["values"][field] for row in rows]
+        # True and False are numbers to Python, and no axis.
         if all(isinstance(value, Real) and not isinstance(value, bool) for value in values) and len(set(values)) > 1:
             counts[field] = len(set(values))
     return max(counts, key=lambda field: counts[field]) if counts else None
 
 
 def _lines(sweep: Sweep, rows: list[Row], field: str) -> dict[str, list[tuple[float, float]]]:
-    """Points of each line; a field that goes with the abscissa one to one (copies with a depth) makes no line."""
+    """The points of each line; a field in one-to-one relation with the abscissa (copies with a depth) makes no line."""
     other = [name for name in varied(sweep) if name != field and not _follows(rows, name, field)]
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:

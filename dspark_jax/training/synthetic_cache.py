@@ -17,10 +17,17 @@ from dspark_jax.targets.target import Target
 def write_synthetic_cache(
     folder: Path, target: Target, layer_ids: tuple[int, ...], *, records: int, length: int, seed: int
 ) -> None:
-    """Random tokens, the second half of each record supervised, with the target's real hidden states.
+    """Writes records of random tokens, their second halves supervised, with the target's real hidden states.
 
-    target: from `describe_target`; its parameters are loaded here and released. An existing cache is kept, an
-    interrupted one is finished.
+    An existing cache is kept; an interrupted one is finished.
+
+    Args:
+        folder: of the cache.
+        target: described; its parameters are loaded here and released.
+        layer_ids: layers to tap.
+        records: how many.
+        length: tokens of each.
+        seed: of the tokens.
     """
     spec = CacheSpec(
         target_name=target.name,
@@ -38,11 +45,13 @@ def write_synthetic_cache(
         if writer.complete:
             return
 
+        # All records in one pass: they are few and short by their purpose.
         model = load_target(target.name, dtype="float32", tokenizer=False)
         tokens = np.random.default_rng(seed).integers(0, target.config.vocab_size, (records, length), np.int32)
         taps, hidden = jax.device_get(_hidden_states(model, layer_ids, jnp.asarray(tokens)))
         mask = (np.arange(length) >= length // 2).astype(np.uint8)
 
+        # The tokens follow from the seed, so an interrupted cache is continued with the same ones.
         for index in range(writer.next_source, records):
             writer.add(index, Sample(index, tokens[index], mask, taps[index], hidden[index]))
         writer.finish()
