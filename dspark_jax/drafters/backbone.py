@@ -1,4 +1,5 @@
-"""The DFlash backbone: blocks of K rows that attend the target's tapped features before their anchor, and themselves.
+"""The DFlash backbone: blocks of K rows that attend to the target's tapped features before their anchor and to
+themselves.
 
 Axes: B batch (R request slots when decoding), T context position, N block, K block position, D hidden, m taps,
 G kv heads, H head dim.
@@ -23,31 +24,36 @@ class BlocksOverContext:
     """Every row of a block sees its `allowed` context and the whole block, in both directions
     (docs/algorithm.md, rule 23).
 
-    `context` holds a KeysValues [B, G, T, H] a layer, `allowed` is [B, N, 1, T].
+    `context` holds a KeysValues [B, G, T, H] for each layer; `allowed` is [B, N, 1, T].
     """
 
     context: Sequence[KeysValues]
     allowed: Bool[Array, "b n 1 t"]
 
     def __call__(self, layer: int, q: Array, k: Array, v: Array, *, scale: float, window: int | None) -> Array:
+        # `window` is ignored: draft layers never slide, whatever the file says (docs/algorithm.md, rule 25).
         return prefix_block_attention(q, KeysValues(k, v), self.context[layer], self.allowed, None, scale=scale)
 
 
 class Backbone(nnx.Module):
-    """H_ctx = RMSNorm(W_c taps) feeds every layer's K/V as it is; only block rows pass the layers' norms."""
+    """H_ctx = RMSNorm(W_c taps) feeds every layer's K/V unchanged; only block rows pass the layers' norms
+    (docs/algorithm.md, rule 19)."""
 
     def __init__(self, config: DrafterConfig, *, rngs: nnx.Rngs):
         dims = config.backbone
         d, std, layer = dims.hidden_size, dims.initializer_range, layer_class(dims)
+
         features = len(config.target_layer_ids) * d
+        # [m D] -> [D]: the features of all tapped layers are fused once, not once for each draft layer.
         self.fc = Linear(features, d, std, rngs=rngs, bias=False, axes=("features", "embed"))
         self.hidden_norm = layer.norm(d, dims.rms_norm_eps)
         self.layers = nnx.List(layer(dims, i, rngs=rngs) for i in range(dims.num_layers))
         self.norm = layer.norm(d, dims.rms_norm_eps)
+
         self.config = dims
 
     def context(self, taps: Float[Array, "b t md"], positions: Int[Array, "b t"]) -> tuple[KeysValues, ...]:
-        """Per layer, the context's K/V [B, T, G, H]; they depend on the taps alone, so a position is computed once."""
+        """Each layer's context K/V [B, T, G, H]; they depend on the taps alone, so each position is computed once."""
         hidden = self.hidden_norm(self.fc(taps.astype(self.fc.weight_io.dtype)))
         ropes = layer_ropes(self.config, positions)
         return tuple(layer.attention.keys_values(hidden, rope) for layer, rope in zip(self.layers, ropes, strict=True))
@@ -59,20 +65,25 @@ class Backbone(nnx.Module):
         context: Sequence[KeysValues],
         starts: Int[Array, "b n"] | None = None,
     ) -> Float[Array, "b n k d"]:
-        """h_k: block rows, at positions anchor + k, through layers and final norm; context [B, G, T, H] a layer.
+        """h_k: block rows, at positions anchor + k, through layers and final norm; context [B, G, T, H] for each layer.
 
-        `starts`: where in its row each anchor's sequence begins; None: each row is one sequence.
+        `starts`: the index in its row at which each anchor's sequence begins; None: each row is one sequence.
         """
         x = x.astype(self.fc.weight_io.dtype)
+
+        # RoPE counts from the sequence's start, while the mask compares indices in the packed row (rules 21 and 23).
         positions = anchors if starts is None else anchors - starts
         ropes = layer_ropes(self.config, positions[..., None] + jnp.arange(x.shape[2]))
+
         attend = self.attending(context, anchors, x.shape[2], starts)
+        # The block's own K/V are dropped: they come from mask tokens, and commit caches the context's only.
         for layer, rope in zip(self.layers, ropes, strict=True):
             x, _ = layer(x, rope, attend)
+
         return self.norm(x)
 
     def attending(
         self, context: Sequence[KeysValues], anchors: Int[Array, "b n"], width: int, starts: Int[Array, "b n"] | None
     ) -> Attend:
-        """The attention of blocks of `width` rows."""
+        """The `Attend` of blocks of `width` rows, each seeing the context strictly before its anchor (rule 23)."""
         return BlocksOverContext(context, prefix_mask(anchors, context[0].keys.shape[2], width, starts=starts))

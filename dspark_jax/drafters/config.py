@@ -1,4 +1,4 @@
-"""A drafter's architecture, read once from its `config.json`: the target's text config, some fields replaced."""
+"""A drafter's architecture, read once from its `config.json`: the target's text config with some fields replaced."""
 
 from collections.abc import Mapping
 from copy import deepcopy
@@ -15,7 +15,7 @@ from dspark_jax.targets.registry import read_target_config
 TARGET_SHA_FIELD = "target_config_sha256"
 WHERE = "The drafter's config.json"
 
-# The fields that a drafter's config.json has beside a target's, in DeepSpec's layout.
+# The fields that a drafter's config.json has in addition to a target's, in DeepSpec's layout.
 DRAFTER_FIELDS: Schema = {
     "architectures": optional(list_of(text(), most=64)),
     "num_hidden_layers": integer(1, 1024),
@@ -37,26 +37,27 @@ DRAFTER_FIELDS: Schema = {
 
 
 def check_drafter_fields(config: Mapping[str, Any], where: str = WHERE) -> None:
-    """UserError naming the first field that is of another type or range than any drafter's or target's."""
+    """UserError naming the first field whose type or range no drafter or target has."""
     check_fields(config, DRAFTER_FIELDS, where)
     check_target_fields(config, where)
 
 
+# Last names of parameters in V4's residual streams (fn, base, scale), compressor, sinks and router.
 _FLOAT32 = frozenset({"fn", "base", "scale", "ape", "sink", "bias"})
 
 
 def float32_parameter(path: tuple[Any, ...]) -> bool:
-    """Whether a drafter's parameter is float32 whatever the others are: the confidence head's, which are compared with
-    thresholds and multiplied, and those of V4's streams, sinks and routers."""
+    """Whether a drafter's parameter at `path` stays float32 whatever the others' dtype: those of the confidence head,
+    whose outputs are compared with thresholds and multiplied, and those of V4's streams, sinks and routers."""
     return path[0] == "confidence_head" or path[-1] in _FLOAT32
 
 
 @dataclass(frozen=True)
 class DrafterConfig:
-    """The fields that the loop, the trainer and checkpoints need of any drafter; kinds with more extend it.
+    """The fields of any drafter that the loop, the trainer and checkpoints need; kinds with more of them extend it.
 
-    `backbone` holds the dimensions of the draft layers, `block_size` the tokens K drafted a round. `target_layer_ids`
-    are 0-based target layers, -1 the embeddings; `num_target_layers` is the target's depth.
+    `backbone` holds the sizes of the draft layers, `block_size` is the number K of tokens drafted a round.
+    `target_layer_ids` are 0-based target layers, -1 the embeddings; `num_target_layers` is the target's depth.
     """
 
     backbone: TargetConfig
@@ -77,13 +78,15 @@ class DrafterConfig:
                 f"The drafter's config.json has no field {missing}, which a {cls.__name__.removesuffix('Config')} "
                 "drafter needs."
             ) from None
+
         made.check()
         return made
 
     @classmethod
     def read_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The constructor's arguments. Layer types are read past: draft layers are of the full-attention kind, whose
-        heads Gemma has sizes of its own for, and never slide (docs/algorithm.md, rules 25 and 64)."""
+        """The constructor's arguments, as a dict that subclasses extend."""
+        # Layer types are overridden: draft layers are of the full-attention kind, for which Gemma has sizes of its own,
+        # and they never slide (docs/algorithm.md, rules 25 and 64).
         full = ["full_attention"] * (config.get("num_hidden_layers") or 0)
         return {
             "backbone": read_target_config({**config, "layer_types": full}, WHERE),
@@ -95,17 +98,17 @@ class DrafterConfig:
 
     @classmethod
     def hf_fields(cls, **settings: Any) -> dict[str, Any]:
-        """The fields of a new drafter's config.json that are this kind's own; settings of other kinds are ignored."""
+        """The fields of a new drafter's config.json that belong to this kind; settings of other kinds are ignored."""
         return {"block_size": settings["block_size"]}
 
     @classmethod
     def describes(cls, config: Mapping[str, Any]) -> bool:
-        """Whether a config.json of this kind's architecture is of this kind, where several share an architecture."""
+        """Whether a config.json with this kind's architecture is of this kind, where several kinds share one."""
         return True
 
     @property
     def last_tap(self) -> int:
-        """The deepest layer that may be tapped: a last layer's output is normed in DeepSpec's caches."""
+        """The deepest layer that may be tapped: in DeepSpec's caches the last layer's output is normed (rule 15)."""
         return self.num_target_layers - 2
 
     def check(self) -> None:
@@ -116,16 +119,19 @@ class DrafterConfig:
                 f"The drafter's target_layer_ids are {list(ids)}; expected strictly increasing 0-based layers from -1 "
                 f"(embeddings) to {last}, the last layer of the {self.num_target_layers}-layer target being forbidden."
             )
+
         if self.block_size < 1:
             raise UserError(f"The drafter's block_size is {self.block_size}; expected 1 or more.")
 
     def check_target(self, target: TargetConfig) -> None:
         """Raises UserError if this drafter cannot read that target's features or speak its vocabulary."""
+        # Even a pruned draft vocabulary is spread over the whole one, so the two must agree.
         if self.backbone.vocab_size != target.vocab_size:
             raise UserError(
                 f"Vocabulary mismatch: the drafter has {self.backbone.vocab_size} tokens, the target "
                 f"{target.vocab_size}; give the target that the drafter was trained for."
             )
+
         for what, found, expected in (
             ("num_target_layers", self.num_target_layers, target.num_layers),
             ("hidden_size", self.backbone.hidden_size, target.hidden_size),
@@ -141,7 +147,7 @@ class DrafterConfig:
 
 @dataclass(frozen=True)
 class BlockConfig(DrafterConfig):
-    """A drafter trained by the objective "blocks", on `num_anchors` blocks a sequence."""
+    """A drafter trained with the objective "blocks", on `num_anchors` blocks a sequence."""
 
     num_anchors: int
 
@@ -158,8 +164,9 @@ class BlockConfig(DrafterConfig):
 class DSparkConfig(BlockConfig):
     """`markov_rank` 0 means no Markov head.
 
-    Without `sample_from_anchor` (z-lab's DFlash) the anchor's row predicts nothing and row k >= 1 token anchor + k;
-    `block_size` always counts predictions, so such a block has one row more. `draft_vocabulary` None: the target's.
+    Without `sample_from_anchor` (z-lab's DFlash) the anchor's row predicts nothing, and row k >= 1 predicts token
+    anchor + k; `block_size` always counts predictions, so such a block has one row more. `draft_vocabulary` None: the
+    target's.
     """
 
     mask_token_id: int
@@ -172,7 +179,7 @@ class DSparkConfig(BlockConfig):
 
     @property
     def draft_vocab_size(self) -> int:
-        """Tokens that may be drafted."""
+        """The number of ids P that may be drafted."""
         return self.backbone.vocab_size if self.draft_vocabulary is None else self.draft_vocabulary.size
 
     @classmethod
@@ -180,9 +187,11 @@ class DSparkConfig(BlockConfig):
         bits = config.get("draft_vocabulary")
         rank = config.get("markov_rank") or 0
         confidence = bool(config.get("enable_confidence_head", False))
+
         return super().read_fields(config) | {
             "mask_token_id": config["mask_token_id"],
             "markov_rank": rank,
+            # A head's fields are left out with the head (docs/algorithm.md, rule 90) and read only with it.
             "markov_head_type": config["markov_head_type"] if rank else "none",
             "enable_confidence_head": confidence,
             "confidence_head_with_markov": confidence and bool(config["confidence_head_with_markov"]),
@@ -192,33 +201,38 @@ class DSparkConfig(BlockConfig):
 
     @classmethod
     def hf_fields(cls, **settings: Any) -> dict[str, Any]:
-        """The fields that DeepSpec writes; a head's own are left out with the head, as it leaves them out."""
+        """The fields that DeepSpec writes; a head's own fields are left out with the head, as DeepSpec does."""
         if settings.get("mask_token_id") is None:
             raise UserError(
                 "The drafter has no mask token: the target's tokenizer names none. Name an unused token with "
                 "--drafter.mask-token-id."
             )
+
         rank, vocabulary = settings["markov_rank"], settings.get("draft_vocabulary")
         fields = super().hf_fields(**settings) | {
             "mask_token_id": settings["mask_token_id"],
             "enable_confidence_head": settings["enable_confidence_head"],
             "markov_rank": rank,
         }
+
         if rank:
             fields["markov_head_type"] = settings["markov_head_type"]
         if settings["enable_confidence_head"]:
             fields["confidence_head_with_markov"] = settings["confidence_head_with_markov"] and rank > 0
         if vocabulary is not None:
             fields |= {"draft_vocabulary": vocabulary.bits, "draft_vocab_size": vocabulary.size}
+
         return fields
 
     def check(self) -> None:
         super().check()
+        # The mask row is looked up in the target's embedding, whatever the draft vocabulary is.
         if not 0 <= self.mask_token_id < self.backbone.vocab_size:
             raise UserError(
                 f"The drafter's mask_token_id is {self.mask_token_id}, outside its vocabulary of "
                 f"{self.backbone.vocab_size} tokens; name a token of the target's embedding."
             )
+
         if self.confidence_head_with_markov and not self.markov_rank:
             raise UserError(
                 "The drafter's config asks for confidence_head_with_markov at markov_rank 0; expected a Markov head or "
@@ -228,7 +242,7 @@ class DSparkConfig(BlockConfig):
 
 @dataclass(frozen=True)
 class DFlashConfig(DSparkConfig):
-    """The backbone without heads; in a config.json their absence tells it from DSpark."""
+    """The backbone without heads, whose absence in a config.json distinguishes it from DSpark (rule 27)."""
 
     @classmethod
     def hf_fields(cls, **settings: Any) -> dict[str, Any]:
@@ -250,33 +264,39 @@ FAMILIES = ("Qwen3", "Gemma4")
 
 
 def drafter_family(config: Mapping[str, Any]) -> str:
-    """The prefix of a drafter's architecture: whose decoder blocks it is made of."""
+    """The prefix of a drafter's architecture: the family whose decoder blocks it is built from."""
     return "Gemma4" if str(config["model_type"]).startswith("gemma4") else "Qwen3"
 
 
 def family_fields(
     target_hf_config: Mapping[str, Any], dimensions: Mapping[str, int]
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """(the target's text config as the draft layers' family spells it, the sizes under that family's names)."""
+    """(the target's text config spelled for the draft layers' family, the sizes under that family's names)."""
     config = deepcopy(dict(text_config(target_hf_config)))
     sizes = dict(dimensions)
+
     if drafter_family(config) == "Gemma4":
         config["target_text_model_type"] = config["model_type"]
         config["target_model_type"] = target_hf_config["model_type"]
+
         # Readers ask for these two, which unified text configs don't have.
         config = {"enable_moe_block": False, "hidden_size_per_layer_input": 0} | config
+
         # Draft layers are of the global kind, which has its own head size and, with K = V, number of kv heads.
         if "head_dim" in sizes:
             sizes["global_head_dim"] = sizes.pop("head_dim")
         if config.get("attention_k_eq_v") and "num_key_value_heads" in sizes:
             sizes["num_global_key_value_heads"] = sizes.pop("num_key_value_heads")
         return config, sizes
+
     # Readers of Qwen3 drafters build dense Qwen3 blocks, whatever the target's are.
     if config["model_type"] != "qwen3":
+        # Sizes that the target's family leaves to a default are written out: Qwen3's defaults may differ.
         layer = read_target_config(config).layers[0]
         config |= {"model_type": "qwen3", "head_dim": layer.head_dim, "num_key_value_heads": layer.num_kv_heads}
         for name in _OTHER_BLOCKS:
             config.pop(name, None)
+
     return config, sizes
 
 

@@ -1,4 +1,4 @@
-"""DSpark: a parallel backbone, a sequential Markov head over its logits, a confidence head; without heads, DFlash.
+"""DSpark: a parallel backbone, a sequential Markov head over its logits and a confidence head; without heads, DFlash.
 
 Axes: R request slots (B rows in training), W rows of a commit, T context position, N blocks, K block position,
 D hidden, V vocab, P draft vocabulary, m taps.
@@ -23,12 +23,12 @@ from dspark_jax.targets.layers import head_logits, normal
 
 
 class DSpark(nnx.Module):
-    """Block row k, at position anchor + k, predicts token anchor + k + 1: row 0 is the anchor's own
+    """Block row k, at position anchor + k, predicts token anchor + k + 1; row 0 is the anchor's own
     (docs/algorithm.md, rule 22).
 
-    Without `sample_from_anchor` the anchor's row is there to be attended only, and each row predicts its own position.
-    Its draft state is a `KVCache` of the context, for positions before each request's anchor. With a pruned draft
-    vocabulary the head is its own copy of the target's rows for it, which training leaves as they are.
+    Without `sample_from_anchor` the anchor's row is only attended to, and each other row predicts its own position.
+    The draft state is a `KVCache` of the context, for positions before each request's anchor. With a pruned draft
+    vocabulary the head is the drafter's own copy of the target's rows for it, which training leaves unchanged.
     """
 
     config_type: ClassVar[type[DSparkConfig]] = DSparkConfig
@@ -37,10 +37,12 @@ class DSpark(nnx.Module):
         self.backbone = Backbone(config, rngs=rngs)
         self.markov_head = make_markov_head(config, rngs=rngs)
         self.confidence_head = ConfidenceHead(config, rngs=rngs) if config.enable_confidence_head else None
+
         self.vocabulary = config.draft_vocabulary
         if self.vocabulary is not None:
             shape, std = (self.vocabulary.size, config.backbone.hidden_size), config.backbone.initializer_range
             self.draft_head_pd = param(normal(rngs, shape, std), "vocab", "embed")
+
         self.config = config
         self.block_size = config.block_size
         self.tap_layers = config.target_layer_ids
@@ -57,6 +59,7 @@ class DSpark(nnx.Module):
         self, shared: SharedTables, state: DraftState, taps: Float[Array, "r w md"], tokens: Int[Array, "r w"],
         starts: Int[Array, " r"], counts: Int[Array, " r"],
     ) -> DraftState:  # fmt: skip
+        # Rejected rows are written too; they lie past the request's new length, where every mask hides them.
         positions = starts[:, None] + jnp.arange(taps.shape[1])
         return append_rows(state, self.backbone.context(taps, positions), starts)
 
@@ -67,38 +70,46 @@ class DSpark(nnx.Module):
         """One parallel pass for h and U, then K cheap sequential draws from softmax(U_k + B_k)."""
         hidden = self.draft_hidden(shared, state, anchors, positions)
         base = self.base_logits(shared, hidden)
+
         markov = self.markov_head
         carry = None if markov is None else markov.init(anchors.shape)
         previous, tokens, probs, embeddings = anchors, [], [], []
+
         for k in range(self.block_size):
             logits = base[:, k]
             if markov is not None:
+                # x_{k-1} is the anchor for k = 0, then the token just drawn: p^d_k is the law that x_k is drawn from
+                # (docs/algorithm.md, rules 7 and 34).
                 embedding = markov.embed(previous)
                 latent, carry = markov.step(carry, embedding, hidden[:, k])
                 logits = logits + markov.bias(latent)
                 embeddings.append(embedding)
+
             if self.vocabulary is not None:
                 logits = self.vocabulary.spread(logits)
+
             previous, law = sample(logits, k)
             tokens.append(previous)
             probs.append(law)
+
         seen = jnp.stack(embeddings, axis=1) if embeddings else None
         return DraftOutput(jnp.stack(tokens, axis=1), jnp.stack(probs, axis=1), self._confidence(hidden, seen))
 
     def draft_hidden(
         self, shared: SharedTables, state: Any, anchors: Int[Array, " r"], positions: Int[Array, " r"]
     ) -> Float[Array, "r k d"]:
-        """h_k of a block a request, from its draft state."""
+        """h_k [R, K, D] of one block for each request, from its draft state."""
         return self._block_hidden(shared, state, anchors[:, None], positions[:, None])[:, 0]
 
     def base_logits(self, shared: SharedTables, hidden: Float[Array, "*n d"]) -> Float[Array, "*n p"]:
-        """U_k, float32, from h_k: what the parallel pass gives the draft vocabulary."""
+        """U_k, float32, from h_k: the parallel pass's logits over the draft vocabulary."""
         if self.vocabulary is None:
             return shared.logits(hidden)
+        # Frozen like the target's head, although it is a parameter of the drafter (rule 18).
         return head_logits(hidden, jax.lax.stop_gradient(self.draft_head_pd[...]), shared.softcap)
 
     def context(self, taps: Float[Array, "b t md"], segments: Int[Array, "b t"] | None = None) -> DraftState:
-        """Context K/V of whole rows, head-major [B, G, T, H] a layer; positions start at 0 in every segment."""
+        """Context K/V of whole rows, head-major [B, G, T, H] for each layer; positions restart at 0 in each segment."""
         positions = jnp.broadcast_to(jnp.arange(taps.shape[1]), taps.shape[:2])
         if segments is not None:
             positions = positions - segment_starts(segments)
@@ -114,41 +125,54 @@ class DSpark(nnx.Module):
         self, shared: SharedTables, context: DraftState, previous: Int[Array, "b n k"], anchors: Int[Array, "b n"],
         starts: Int[Array, "b n"] | None = None,
     ) -> BlockOutput:  # fmt: skip
-        """Blocks at positions `anchors`, each seeing context before its anchor only.
+        """Teacher-forced blocks at positions `anchors`, each seeing only the context before its anchor.
 
         previous: x_{k-1} of every position; previous[..., 0] is the anchor's token.
         """
         hidden = self._block_hidden(shared, context, previous[..., 0], anchors, starts)
+
         logits, embeddings = self.base_logits(shared, hidden), None
         if self.markov_head is not None:
+            # Labels, not draws, are the previous tokens in training (rule 34), so all positions are embedded at once.
             embeddings = self.markov_head.embed(previous)
             logits = logits + self.markov_head.bias(self.markov_head.teacher_forced(embeddings, hidden))
+
         return BlockOutput(hidden, logits, self._confidence(hidden, embeddings))
 
     def _block_hidden(
         self, shared: SharedTables, context: DraftState, tokens: Array, anchors: Array, starts: Array | None = None
     ) -> Array:
+        """h_k [B, N, K, D] of blocks whose first tokens are `tokens` [B, N]."""
+        # A block whose anchor row predicts nothing needs one row more for the same K predictions.
         count = self.block_size if self.config.sample_from_anchor else self.block_size + 1
+
         masks = jnp.full((*tokens.shape, count - 1), self.config.mask_token_id, tokens.dtype)
         inputs = jnp.concatenate([tokens[..., None], masks], axis=-1)
+
+        # [B, N, count, D] -> [B, N, K, D]: the rows that predict are the last K.
         return self.backbone(shared.rows(inputs), anchors, context, starts)[..., count - self.block_size :, :]
 
     def _confidence(self, hidden: Array, embeddings: Array | None) -> Array | None:
         if self.confidence_head is None:
             return None
+        # The head was built for one width: e is an input only where the config says so, whatever the Markov head.
         return self.confidence_head(hidden, embeddings if self.config.confidence_head_with_markov else None)
 
     @staticmethod
     def graft(params: dict, layers: Sequence[dict], final_norm: dict) -> dict:
-        """The target's layers and norms in place of the draft's. W_c keeps half of its noise and passes the last tap
-        through, so that the layers' K/V see what they were trained on."""
+        """Puts the target's layers and norms in place of the draft's. W_c keeps half of its noise and passes the last
+        tap through, so that the layers' K/V see inputs like those they were trained on."""
         backbone = dict(params["backbone"])
         weight = backbone["fc"]["weight_io"]
         size = weight.shape[1]
+
         backbone["layers"] = dict(enumerate(layers))
         backbone["norm"] = final_norm
+        # H_ctx feeds K/V without an input norm (rule 19), so `hidden_norm` takes the place of the target's.
         backbone["hidden_norm"] = layers[0]["input_norm"]
+        # The last D input rows are those of the last tap: features are concatenated in the order of ids (rule 16).
         backbone["fc"] = {"weight_io": (0.5 * weight).at[-size:].add(jnp.eye(size, dtype=weight.dtype))}
+
         return {**params, "backbone": backbone}
 
 

@@ -25,13 +25,14 @@ from dspark_jax.targets.registry import layer_class
 
 @dataclass(frozen=True)
 class Eagle3Config(DrafterConfig):
-    """`block_size` is the reference's ttt_length: as many steps are drafted as training rolls out. Step s of the loss
-    weighs step_loss_decay^s."""
+    """`block_size` is the reference's ttt_length: as many tokens are drafted as training rolls out steps. Step s of the
+    loss has weight step_loss_decay^s."""
 
     step_loss_decay: float
 
     @classmethod
     def read_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        # The published field is `ttt_length`; everything else here counts K as `block_size`.
         common = super().read_fields({**config, "block_size": config["ttt_length"]})
         return common | {"step_loss_decay": float(config["step_loss_decay"])}
 
@@ -45,6 +46,7 @@ class Eagle3Config(DrafterConfig):
 
     def check(self) -> None:
         super().check()
+        # docs/algorithm.md, rule 59: the reference's proposal is exact for one layer only.
         if self.backbone.num_layers != 1:
             raise UserError(f"An Eagle3 drafter has {self.backbone.num_layers} layers; expected 1.")
         if self.target_layer_ids[0] < 0:
@@ -55,10 +57,10 @@ class Eagle3Config(DrafterConfig):
 
 
 class Eagle3(PairedRows):
-    """Row t predicts token t + 2; its output is the hidden state of the next step's row, at the same t while training
-    and at the next position when drafting (docs/algorithm.md, rules 51, 52 and 58).
+    """Row t predicts token t + 2. Its output is the hidden state of the next step's row: at the same t in training, at
+    the next position when drafting (docs/algorithm.md, rules 51, 52 and 58).
 
-    q, k and v of its layer see [normed embedding ; normed hidden]; the residual is the hidden state itself (rule 50).
+    q, k and v of its layer see [normed embedding ; normed hidden]; the residual is the raw hidden state (rule 50).
     """
 
     config_type: ClassVar[type[Eagle3Config]] = Eagle3Config
@@ -66,49 +68,62 @@ class Eagle3(PairedRows):
     def __init__(self, config: Eagle3Config, *, rngs: nnx.Rngs):
         dims = config.backbone
         d, std, features = dims.hidden_size, dims.initializer_range, len(config.target_layer_ids) * dims.hidden_size
+
         self.fc = Linear(features, d, std, rngs=rngs, bias=False, axes=("features", "embed"))
+
         layer = layer_class(dims)(dims, 0, rngs=rngs, input_size=2 * d)
+        # The hidden half has a norm of its own; the layer's input norm serves the embedding half.
         layer.hidden_norm = layer.norm(d, dims.rms_norm_eps)
         self.layers = nnx.List([layer])
         self.norm = layer.norm(d, dims.rms_norm_eps)
+
         self.config = config
         self.block_size = config.block_size
         self.tap_layers = config.target_layer_ids
 
     def fuse(self, taps: Float[Array, "*n md"]) -> Float[Array, "*n d"]:
+        """Hidden states [*n, D] from taps; there is no norm after W_c (rule 50)."""
         return self.fc(taps.astype(self.fc.weight_io.dtype))
 
     def keys_values(self, shared: SharedTables, hidden: Array, tokens: Array, positions: Array) -> KeysValues:
+        """K/V [*n, G, H] of rows, from their inputs alone."""
         return self.layers[0].attention.keys_values(self._joined(shared, hidden, tokens), self.rope(positions))
 
     def step(
         self, shared: SharedTables, hidden: Float[Array, "b n d"], tokens: Int[Array, "b n"],
         positions: Int[Array, "b n"], attend: Attend,
     ) -> tuple[Float[Array, "b n d"], KeysValues]:  # fmt: skip
-        """(hidden states that follow, before the final norm; the rows' own K/V)."""
+        """(next hidden states [B, N, D] before the final norm, the rows' own K/V)."""
         layer = self.layers[0]
         mixed, kv = layer.attention(self._joined(shared, hidden, tokens), self.rope(positions), attend)
+        # The residual is the un-normed hidden state, so it is passed on beside the attention's output (rule 50).
         return layer.after_attention(hidden, mixed), kv
 
     def logits(self, shared: SharedTables, hidden: Float[Array, "*n d"]) -> Float[Array, "*n v"]:
+        """float32 logits of hidden states, whose final norm is part of the head (rule 50)."""
         return shared.logits(self.norm(hidden))
 
     def draft(
         self, shared: SharedTables, state: PairedState, anchors: Int[Array, " r"], positions: Int[Array, " r"],
         sample: SampleFn,
     ) -> DraftOutput:  # fmt: skip
-        """K steps, one after the other: each draws a token from what the one before made and was told."""
+        """K sequential steps; each draws a token from the hidden state and the token of the step before."""
+        # Row t takes token t + 1: the anchor at s belongs to row s - 1, and the cache holds rows < s - 1.
         limits = positions[:, None] - 1
         hidden, previous = state.hidden[:, None].astype(self.fc.weight_io.dtype), anchors
+
         rows: list[KeysValues] = []
         tokens, laws = [], []
+
         for k in range(self.block_size):
+            # The prefix stays cut at the anchor's row; drafted rows are seen through `rows`, none of them cached yet.
             attend = OwnRows(state.cache[0], limits, tuple(rows))
             hidden, kv = self.step(shared, hidden, previous[:, None], limits + k, attend)
             previous, law = sample(self.logits(shared, hidden[:, 0]), k)
             rows.append(kv)
             tokens.append(previous)
             laws.append(law)
+
         return DraftOutput(jnp.stack(tokens, axis=1), jnp.stack(laws, axis=1), None)
 
     def train_outputs(
@@ -117,46 +132,56 @@ class Eagle3(PairedRows):
     ) -> Float[Array, "s b t d"]:  # fmt: skip
         """The training-time test: hidden states of S = K steps, before the final norm.
 
-        Step s at t has seen token t + 1 + s at position t + s, step 0's rows <= t and its own of the steps between
-        (docs/algorithm.md, rules 52 and 53). Rows whose tokens lie behind a sequence's end are junk that the loss
-        masks. `segments` are the numbers of packed rows' sequences.
+        Step s at t has seen token t + 1 + s at position t + s, step 0's rows <= t, and its own row of each step between
+        (docs/algorithm.md, rules 52 and 53). Rows whose tokens lie past a sequence's end are junk that the loss masks.
+        `segments` are the sequence numbers of packed rows.
         """
         hidden = self.fuse(taps)
+
         limits = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         starts = None if segments is None else segment_starts(segments)
         positions = limits if starts is None else limits - starts
+
         context = head_major(self.keys_values(shared, hidden, shift_left(tokens, 1), positions))
+        # Step 0's K/V serve every step; later steps add one row of their own at the same t.
         rows: tuple[KeysValues, ...] = ()
         out = []
+
         for s in range(self.block_size):
+            # Without rematerialisation, the backward pass would keep the attention scores of all S steps.
             run = jax.checkpoint(partial(self._rollout_step, shared, s))
             hidden, kv = run(hidden, tokens, limits, context, rows, starts)
             rows = (*rows, kv)
             out.append(hidden)
+
         return jnp.stack(out)
 
     def _rollout_step(
         self, shared: SharedTables, s: int, hidden: Array, tokens: Array, limits: Array, context: KeysValues,
         rows: tuple[KeysValues, ...], starts: Array | None,
     ) -> tuple[Array, KeysValues]:  # fmt: skip
+        # Step s at t has RoPE position t + s, although it attends within row t's limits (rules 52 and 53).
         positions = limits + s if starts is None else limits + s - starts
         attend = OwnRows(context, limits, rows, starts)
         return self.step(shared, hidden, shift_left(tokens, s + 1), positions, attend)
 
     def _joined(self, shared: SharedTables, hidden: Array, tokens: Array) -> Array:
+        """[normed embedding ; normed hidden], embedding first (rule 50)."""
         layer, embedded = self.layers[0], shared.rows(tokens).astype(hidden.dtype)
         return jnp.concatenate([layer.input_norm(embedded), layer.hidden_norm(hidden)], axis=-1)
 
     @staticmethod
     def graft(params: dict, layers: Sequence[dict], final_norm: dict) -> dict:
-        """The target's layer on the hidden half of the inputs, whose embedding half keeps its noise; W_c keeps half of
-        its noise and passes the last tap through."""
+        """Puts the target's layer on the hidden half of the inputs, whose embedding half keeps its noise; W_c keeps
+        half of its noise and passes the last tap through."""
         (layer,) = layers
         mine, attention = params["layers"][0], dict(layer["attention"])
         size = params["fc"]["weight_io"].shape[1]
+        # Rows of q, k and v: the first D belong to the embedding half, the last D to the hidden half.
         for name in ("q_weight_dqh", "k_weight_dgh", "v_weight_dgh"):
             if name in attention:
                 attention[name] = jnp.concatenate([mine["attention"][name][:size], attention[name]])
+
         weight = params["fc"]["weight_io"]
         return {
             "fc": {"weight_io": (0.5 * weight).at[-size:].add(jnp.eye(size, dtype=weight.dtype))},

@@ -17,7 +17,7 @@ from dspark_jax.targets.layers import normal
 
 
 class Linear(nnx.Module):
-    """x W + b, W stored [in, out]. A head's linear is stored under the name of the attribute that holds it."""
+    """x W + b, with W stored [in, out]. A head's linear is stored under the name of the attribute that holds it."""
 
     def __init__(
         self, size_in: int, size_out: int, std: float, *, rngs: nnx.Rngs, bias: bool = True,
@@ -34,18 +34,20 @@ class Linear(nnx.Module):
 
 
 class MarkovHead(nnx.Module):
-    """B_k = W_2 latent_k, where `step` makes latent_k [*n, R] from W_1[x_{k-1}], h_k and a state (docs/algorithm.md,
-    rule 30).
+    """B_k = W_2 latent_k, where `step` computes latent_k [*n, R] from W_1[x_{k-1}], h_k and a state
+    (docs/algorithm.md, rule 30).
 
     A subclass overrides `step`, and `init` if it carries a state from one block position to the next.
     """
 
     def __init__(self, config: DSparkConfig, *, rngs: nnx.Rngs):
         rank, std = config.markov_rank, config.backbone.initializer_range
+        # W_1 has a row for every target id, since any committed token may precede a draft; W_2 only for draft ids.
         self.w1_vr = param(normal(rngs, (config.backbone.vocab_size, rank), std), "markov_vocab", "rank")
         self.w2_vr = param(normal(rngs, (config.draft_vocab_size, rank), std), "markov_vocab", "rank")
 
     def embed(self, tokens: Int[Array, "*n"]) -> Float[Array, "*n r"]:
+        """e = W_1[x_{k-1}] of the previous tokens."""
         return jnp.take(self.w1_vr[...], tokens, axis=0)
 
     def init(self, shape: tuple[int, ...]) -> Any:
@@ -60,16 +62,19 @@ class MarkovHead(nnx.Module):
 
     def bias(self, latent: Float[Array, "*n r"]) -> Float[Array, "*n v"]:
         """W_2 latent, float32."""
+        # float32, because it is added to float32 logits before the law is taken (rule 8).
         return jnp.einsum("...r,vr->...v", latent, self.w2_vr[...], preferred_element_type=jnp.float32)
 
     def teacher_forced(
         self, embeddings: Float[Array, "*n k r"], hidden: Float[Array, "*n k d"]
     ) -> Float[Array, "*n k r"]:
-        """All latents of blocks whose previous tokens are given."""
+        """All latents of blocks whose previous tokens are given, computed in order as decoding does."""
         state, latents = self.init(hidden.shape[:-2]), []
+        # Unrolled: K is small, and heads without a state then compute all positions independently.
         for k in range(hidden.shape[-2]):
             latent, state = self.step(state, embeddings[..., k, :], hidden[..., k, :])
             latents.append(latent)
+
         return jnp.stack(latents, axis=-2)
 
 
@@ -105,11 +110,14 @@ class RNNMarkov(MarkovHead):
         self.joint_proj = Linear(d + 2 * r, 3 * r, config.backbone.initializer_range, rngs=rngs)
 
     def init(self, shape: tuple[int, ...]) -> Any:
+        """Zeros: each block starts without memory of earlier ones (rule 33)."""
         return jnp.zeros((*shape, self.w1_vr.shape[-1]), self.w1_vr.dtype)
 
     def step(self, state: Any, embedding: Array, hidden: Array) -> tuple[Array, Any]:
+        # The order of inputs and of outputs is the checkpoint's: [s ; e ; h] and gate, candidate, output (rule 33).
         joint = self.joint_proj(jnp.concatenate([state, embedding, hidden], axis=-1))
         gate, candidate, output = jnp.split(joint, 3, axis=-1)
+
         gate = jax.nn.sigmoid(gate)
         return jnp.tanh(output), gate * state + (1 - gate) * jnp.tanh(candidate)
 
@@ -123,6 +131,7 @@ MARKOV_HEADS: dict[str, type[MarkovHead]] = {
 
 def make_markov_head(config: DSparkConfig, *, rngs: nnx.Rngs) -> MarkovHead | None:
     """The config's Markov head, None at rank 0; UserError on an unknown type."""
+    # Rank 0 is DSpark's way of saying DFlash (rule 27), not an error.
     if not config.markov_rank:
         return None
     if config.markov_head_type not in MARKOV_HEADS:
@@ -133,7 +142,8 @@ def make_markov_head(config: DSparkConfig, *, rngs: nnx.Rngs) -> MarkovHead | No
 
 
 class ConfidenceHead(nnx.Module):
-    """Logit of c_k, w . [h_k ; W_1[x_{k-1}]] + b, in float32: it is compared with a threshold and multiplied K times.
+    """Logit of c_k, w . [h_k ; W_1[x_{k-1}]] + b, in float32: it is compared with a threshold and multiplied K times
+    (docs/algorithm.md, rule 35).
 
     The raw row of W_1 enters whatever the Markov head's type; without `with_markov` only h_k does.
     """
@@ -145,6 +155,8 @@ class ConfidenceHead(nnx.Module):
 
     def __call__(self, hidden: Float[Array, "*n d"], embedding: Float[Array, "*n r"] | None) -> Float[Array, "*n"]:
         features = hidden if embedding is None else jnp.concatenate([hidden, embedding], axis=-1)
+
         weight = self.proj.weight_io[..., 0].astype(jnp.float32)
+        # HIGHEST, since accelerators multiply float32 in fewer bits by default, and survival is a product of K terms.
         logits = jnp.einsum("...i,i->...", features.astype(jnp.float32), weight, precision=jax.lax.Precision.HIGHEST)
         return logits + self.proj.bias_o[0].astype(jnp.float32) if self.proj.has_bias else logits

@@ -1,4 +1,4 @@
-"""The interface of a drafter to the decode loop and the trainer; both use drafters through this protocol only.
+"""The interface of a drafter to the decode loop and the trainer, both of which use drafters through it alone.
 
 Axes: R request slots, W rows of a commit (block + 1), K block position, T context position, D hidden, V vocab, m taps.
 """
@@ -24,7 +24,7 @@ DraftState = Any
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SharedTables:
-    """The target's frozen embedding [V, D] and output head [V, D], borrowed, never trained, and how they are read.
+    """The target's frozen embedding [V, D] and output head [V, D], never trained, and how they are read.
 
     `embed_scale` multiplies embedded rows, rounded to their dtype first; `softcap` bounds logits.
     """
@@ -41,6 +41,7 @@ class SharedTables:
 
     def rows(self, tokens: Int[Array, "*n"]) -> Float[Array, "*n d"]:
         """Embeddings of tokens, as the target's first layer sees them."""
+        # As the target embeds (docs/algorithm.md, rule 60): the scale is rounded to the rows' dtype before the product.
         rows = jnp.take(self.embed, tokens, axis=0)
         return rows if self.embed_scale == 1.0 else rows * jnp.asarray(self.embed_scale, rows.dtype)
 
@@ -61,9 +62,10 @@ class DraftOutput(NamedTuple):
 class DrafterModel(Protocol):
     """Every leaf of a DraftState has the request slot as its first axis; positions past a request's length are junk.
 
-    The context of a request at anchor position s covers positions < s. `init_state` makes an empty one; `prefill` one
-    for fresh prompts (a small state of A requests, to be inserted into slots); `commit` appends verified rows: tokens
-    of positions starts.. with the target's taps there, of which the first `counts` stand (0: none, an idle slot).
+    The context of a request with its anchor at position s covers positions < s. `init_state` makes an empty state,
+    `prefill` one for fresh prompts (a small state of A requests, to be inserted into slots); `commit` appends verified
+    rows: tokens of positions starts.. with the target's taps there, of which the first `counts` are valid (0: an idle
+    slot).
     """
 
     config_type: ClassVar[type[DrafterConfig]]
@@ -97,8 +99,8 @@ class DrafterModel(Protocol):
 
 
 class BlockOutput(NamedTuple):
-    """Teacher-forced blocks: hidden [B, N, K, D] after the final norm; logits [B, N, K, V] float32; confidence
-    [B, N, K] float32 logits, None without such a head. A pruned draft vocabulary has its own V."""
+    """Teacher-forced blocks: hidden [B, N, K, D] after the final norm, logits [B, N, K, V] float32, confidence
+    [B, N, K] float32 logits or None without such a head. With a pruned draft vocabulary V is its size."""
 
     hidden: Array
     logits: Array
@@ -106,14 +108,14 @@ class BlockOutput(NamedTuple):
 
 
 class BlockDrafter(DrafterModel, Protocol):
-    """A drafter whose training is blocks of tokens behind sampled anchors: the objective "blocks".
+    """A drafter trained on blocks of tokens after sampled anchors: the objective "blocks".
 
-    `train_context` runs once a row, whatever the anchors; `train_outputs` on chunks of anchors, again in the backward
-    pass. Row k of a block predicts token anchor + k + 1 from what decoding would know: the context before the anchor
-    and x_{k-1}, with previous[..., 0] the anchor's own token.
+    `train_context` runs once for each row, whatever the anchors; `train_outputs` on chunks of anchors, again in the
+    backward pass. Row k of a block predicts token anchor + k + 1 from what decoding would know: the context before the
+    anchor and x_{k-1}, with previous[..., 0] the anchor's own token.
 
-    In packed rows `segments` [B, T] are the numbers of their sequences, and anchor n's sequence begins at starts[n];
-    None: a row is one sequence.
+    In packed rows `segments` [B, T] are sequence numbers, and anchor n's sequence begins at starts[n]; None: each row
+    is one sequence.
     """
 
     config: Any

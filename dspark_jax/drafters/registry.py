@@ -1,4 +1,4 @@
-"""Kinds of drafters by name, and what a drafter on disk or in memory is: `Drafter`."""
+"""Kinds of drafters by name, and `Drafter`, a drafter on disk or in memory."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -24,9 +24,13 @@ from dspark_jax.targets.registry import read_target_config
 
 @dataclass(frozen=True)
 class DrafterKind:
-    """`architecture` is the name in config.json without the family's prefix (`Qwen3DSparkModel`);
-    `module(config, rngs=...)` implements `protocol.DrafterModel`; `objective`, a name in `training.registry`, trains
-    it; `families`: the prefixes that it comes with."""
+    """One kind of drafter.
+
+    architecture: the name in config.json without the family's prefix (`Qwen3DSparkModel`).
+    module: called as `module(config, rngs=...)`, implements `protocol.DrafterModel`.
+    objective: the name in `training.registry` that trains it.
+    families: the prefixes it is published with.
+    """
 
     architecture: str
     module: Any
@@ -41,7 +45,7 @@ DRAFTERS: dict[str, DrafterKind] = {
     "mtp": DrafterKind("MTPModel", MTP, "blocks"),
 }
 
-# Of one family of targets alone, whose own blocks they are made of; they lie in the target's files.
+# Each for one family of targets, from whose own blocks they are built; they lie in the target's files.
 OWN_DRAFTERS: dict[str, DrafterKind] = {
     "deepseek_v4_dspark": DrafterKind("DSparkModel", V4DSpark, "blocks", ("DeepseekV4",)),
     "deepseek_v4_mtp": DrafterKind("MTPModel", V4MTP, "blocks", ("DeepseekV4",)),
@@ -49,22 +53,26 @@ OWN_DRAFTERS: dict[str, DrafterKind] = {
 
 
 def _kinds() -> dict[str, DrafterKind]:
+    """All kinds, in the order of matching: DFlash before DSpark, whose `describes` takes what is left."""
     return {**DRAFTERS, **OWN_DRAFTERS}
 
 
 def drafter_kind(name: str) -> DrafterKind:
+    """The kind of a name in DRAFTERS; UserError listing the names otherwise."""
     if name not in DRAFTERS:
         raise UserError(f"There is no drafter kind {name!r}; expected one of {', '.join(sorted(DRAFTERS))}.")
     return DRAFTERS[name]
 
 
 def kind_name(hf_config: Mapping[str, Any]) -> str:
-    """The name of the kind that a drafter's config.json describes; UserError when it is none of ours."""
+    """The name of the kind that a drafter's config.json describes; UserError if no kind here matches."""
     named = hf_config.get("architectures") or []
     for name, kind in _kinds().items():
+        # The architecture alone does not decide: DSpark and DFlash share one (docs/algorithm.md, rule 27).
         mine = {family + kind.architecture for family in kind.families}
         if mine & set(named) and kind.module.config_type.describes(hf_config):
             return name
+
     kinds = ", ".join(
         dict.fromkeys(family + kind.architecture for kind in _kinds().values() for family in kind.families)
     )
@@ -72,21 +80,22 @@ def kind_name(hf_config: Mapping[str, Any]) -> str:
 
 
 def kind_of(hf_config: Mapping[str, Any]) -> DrafterKind:
+    """The kind that a config.json describes; UserError if no kind here matches."""
     return _kinds()[kind_name(hf_config)]
 
 
 def read_config(hf_config: Mapping[str, Any]) -> DrafterConfig:
-    """The config of the kind that a config.json describes; UserError when its fields don't make a drafter."""
+    """The config of the kind that a config.json describes; UserError if its fields make no drafter."""
     return kind_of(hf_config).module.config_type.from_hf_dict(hf_config)
 
 
 SETTING_DEFAULTS: dict[str, Any] = {
     field.name: field.default
     for field in fields(DrafterSettings)
-    # A pruned vocabulary is named by a file in a configuration, and given as such here.
+    # A configuration names a pruned vocabulary by a file; here it is given as the object.
     if field.default is not MISSING and field.name != "draft_vocabulary"
 }
-"""Settings of a kind's own that are not given; the schema is the one place that has them."""
+"""Defaults of the kinds' own settings; the schema is the one place that states them."""
 
 
 def drafter_hf_config(
@@ -104,16 +113,29 @@ def drafter_hf_config(
 ) -> dict[str, Any]:
     """The config.json of a new drafter: a deep copy of the target's text config, common fields, the kind's own.
 
-    A family with a drafter of this kind of its own has that, whose blocks have the target's sizes.
-    The sizes replace the draft layers' own, None keeps the target's; `settings` go to the kind's `hf_fields`, and have
-    the defaults of `DrafterSettings`. Raises UserError if the result is no valid drafter of that target.
+    A family with its own drafter of this kind gets that one, whose blocks have the target's sizes.
+
+    Args:
+        target_hf_config: the target's config.json.
+        kind: a name in DRAFTERS.
+        num_layers: draft layers.
+        target_layer_ids: tapped target layers, 0-based and increasing (docs/algorithm.md, rule 14).
+        dtype: of the stored weights.
+        intermediate_size, num_attention_heads, num_key_value_heads, head_dim: sizes of the draft layers; None keeps the
+            target's.
+        settings: go to the kind's `hf_fields`; absent ones have the defaults of `DrafterSettings`.
+
+    Raises:
+        UserError: the result is no valid drafter of that target.
     """
     target = read_target_config(target_hf_config)
+
     if (own := OWN_DRAFTERS.get(f"{target.model_type}_{kind}")) is not None:
         fields = {"num_layers": num_layers, "target_layer_ids": target_layer_ids, "dtype": dtype}
         config = own.module.config_type.native(target_hf_config, **SETTING_DEFAULTS | settings | fields)
         own.module.config_type.from_hf_dict(config).check_target(target)
         return config
+
     described = drafter_kind(kind)
     given = {
         "intermediate_size": intermediate_size,
@@ -121,9 +143,12 @@ def drafter_hf_config(
         "num_key_value_heads": num_key_value_heads,
         "head_dim": head_dim,
     }
+
     config, sizes = family_fields(target_hf_config, {name: n for name, n in given.items() if n is not None})
+    # Facts about the target's files, not about the drafter's.
     for name in ("torch_dtype", "_name_or_path", "quantization_config"):
         config.pop(name, None)
+
     config |= {
         "architectures": [drafter_family(config) + described.architecture],
         "num_target_layers": target.num_layers,
@@ -134,17 +159,20 @@ def drafter_hf_config(
         "dtype": dtype,
         TARGET_SHA_FIELD: config_sha256(target_hf_config),
     }
+
     config |= described.module.config_type.hf_fields(num_layers=num_layers, **SETTING_DEFAULTS | settings)
+    # Last, so that given sizes win over both the target's and the kind's.
     config |= sizes
+    # The file is read back at once: a contradiction is found before anything is trained.
     described.module.config_type.from_hf_dict(config).check_target(target)
     return config
 
 
 @dataclass(frozen=True)
 class Drafter:
-    """Static structure beside `params`, a nested dict of arrays that travels through jit apart (as `Target` is).
+    """Static structure beside `params`, a nested dict of arrays passed to jit separately (as in `Target`).
 
-    `name` is the path it was loaded from; `hf_config` its config.json, written back unchanged when it is saved.
+    `name` is the path it was loaded from; `hf_config` its config.json, which saving writes back unchanged.
     """
 
     name: str
@@ -155,7 +183,7 @@ class Drafter:
 
     @property
     def target_sha256(self) -> str | None:
-        """`config_sha256` of the target it was trained for, None where the file doesn't record it."""
+        """`config_sha256` of the target it was trained for; None where the file doesn't record it."""
         return self.config.target_sha256
 
     def model(self, params: dict) -> Any:
@@ -178,12 +206,12 @@ def new_params(hf_config: Mapping[str, Any], key: jax.Array) -> dict:
 def new_drafter(name: str, hf_config: Mapping[str, Any], key: jax.Array) -> Drafter:
     """An untrained drafter, on the default device."""
     graphdef, _ = split(skeleton(hf_config))
-    # Not jitted: random bits compile slowly on a CPU, and one by one each shape compiles once.
+    # Not jitted: random bits compile slowly on a CPU, and run one by one each shape compiles only once.
     return Drafter(name, read_config(hf_config), graphdef, new_params(hf_config, key), hf_config)
 
 
 def with_draft_head(hf_config: Mapping[str, Any], params: dict, head: Float[Array, "v d"]) -> dict:
-    """`params` with the target's rows in the head of a pruned vocabulary; as they are where there is none."""
+    """`params` with the target's rows in the head of a pruned vocabulary; unchanged where there is none."""
     vocabulary = getattr(read_config(hf_config), "draft_vocabulary", None)
     if vocabulary is None:
         return params
@@ -191,32 +219,36 @@ def with_draft_head(hf_config: Mapping[str, Any], params: dict, head: Float[Arra
 
 
 def with_head_norms(layer: dict, rows: Float[Array, "n d"], eps: float) -> dict:
-    """A target layer without norms of q and k as a draft layer that has them.
+    """A target layer without norms of q and k, turned into a draft layer that has them.
 
     A head norm divides by each row's own root mean square; its weight is set to the root mean square that the layer's
-    queries and keys have on `rows` (what the layer is given, before its input norm), so that scores keep their scale.
+    queries and keys have on `rows` (the layer's inputs, before its input norm), so that scores keep their scale.
     """
     wide = rows.astype(jnp.float32)
     normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     normed = normed * layer["input_norm"]["weight"]
+
     attention = dict(layer["attention"])
     for name, weight in (("q_norm", "q_weight_dqh"), ("k_norm", "k_weight_dgh")):
+        # [N, D] -> [N, heads, H]; one scale for all heads, because a head norm's weight [H] is shared by them.
         heads = jnp.einsum("nd,dih->nih", normed, attention[weight])
         scale = jnp.mean(jnp.sqrt(jnp.mean(heads * heads, axis=-1)))
         attention[name] = {"weight": jnp.full(heads.shape[-1:], scale, jnp.float32)}
+
     return {**layer, "attention": attention}
 
 
 def graft_target_layers(hf_config: Mapping[str, Any], params: dict, layers: Sequence[dict], final_norm: dict) -> dict:
-    """`params` whose draft layers and norms start as the target's: layers[i] becomes draft layer i, as the kind's
-    `graft` says. Layers without head norms go through `with_head_norms` first. Raises UserError for a kind without
-    `graft`, and when the drafter's dimensions are not the target's."""
+    """`params` with the draft layers and norms started from the target's: layers[i] becomes draft layer i, by the
+    kind's `graft`. Layers without head norms go through `with_head_norms` first. Raises UserError for a kind without
+    `graft`, and if the drafter's sizes are not the target's."""
     kind = kind_of(hf_config)
     if not hasattr(kind.module, "graft"):
         raise UserError(
             f"A {kind_name(hf_config)} drafter's layers can't start as copies of the target's; leave out "
             "drafter.init_target_layers."
         )
+
     grafted = kind.module.graft(params, layers, final_norm)
     if jax.tree.map(jnp.shape, grafted) != jax.tree.map(jnp.shape, params):
         raise UserError(

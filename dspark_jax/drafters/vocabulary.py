@@ -1,9 +1,9 @@
-"""A pruned draft vocabulary: the target ids that a drafter can draft, the others left to the target.
+"""A pruned draft vocabulary: the target ids that a drafter can draft.
 
-The head and the Markov head's output table have a row for each of these ids alone; embeddings keep the whole
-vocabulary, since any committed token may precede a draft. Logits are spread over the whole vocabulary, -inf elsewhere,
-before anything is drawn from them: the law that a draft was drawn from is then the law that verification is told, and
-every acceptance rule stays exact.
+The head and the Markov head's output table have rows for these ids alone; embeddings keep the whole vocabulary, since
+any committed token may precede a draft. Logits are spread over the whole vocabulary, with -inf elsewhere, before
+anything is drawn from them: verification then receives the very law that a draft was drawn from, and every acceptance
+rule stays exact.
 
 Axes: *n any leading axes, V target vocabulary, P draft vocabulary.
 """
@@ -26,7 +26,7 @@ from dspark_jax.errors import UserError
 class DraftVocabulary:
     """`bits`: base64 of one bit for each of the `whole` target ids, the lowest id in the lowest bit of the first byte.
 
-    A short string and not a list, because it stands in config.json and is part of what a program is compiled for.
+    A short string and not a list, because it is stored in config.json and is part of a compiled program's key.
     """
 
     bits: str
@@ -34,13 +34,14 @@ class DraftVocabulary:
 
     @classmethod
     def of(cls, ids: Iterable[int], whole: int) -> Self:
-        """The vocabulary of these target ids. Raises UserError where there are none, repeated or foreign ones."""
+        """The vocabulary of these target ids; UserError for none, repeated ids or ids outside the target's."""
         chosen = np.asarray(sorted(ids), np.int64)
         if not chosen.size or chosen[0] < 0 or chosen[-1] >= whole or np.any(np.diff(chosen) == 0):
             raise UserError(
                 f"A draft vocabulary of {chosen.size} ids was given; expected one or more different ids below {whole}, "
                 "the size of the target's vocabulary."
             )
+
         member = np.zeros(whole, bool)
         member[chosen] = True
         return cls(base64.b64encode(np.packbits(member, bitorder="little").tobytes()).decode(), whole)
@@ -48,10 +49,12 @@ class DraftVocabulary:
     @cached_property
     def member(self) -> np.ndarray:
         """bool [V], the speculators library's `t2d`."""
+        # An undecodable string is given as 0 bits, so that one sentence covers it and a wrong length.
         try:
             packed = np.frombuffer(base64.b64decode(self.bits, validate=True), np.uint8)
         except (binascii.Error, ValueError):
             packed = np.zeros(0, np.uint8)
+
         if packed.size != -(-self.whole // 8):
             raise UserError(
                 f"The drafter's draft_vocabulary holds {8 * packed.size} bits; expected one for each of the target's "
@@ -66,6 +69,7 @@ class DraftVocabulary:
 
     @property
     def size(self) -> int:
+        """The number P of draft ids."""
         return len(self.ids)
 
     @cached_property
@@ -75,7 +79,7 @@ class DraftVocabulary:
 
     def spread(self, logits: Float[Array, "*n p"]) -> Float[Array, "*n v"]:
         """Logits over the target's vocabulary, -inf where nothing is drafted."""
-        # A gather, since XLA:CPU makes a scatter one row after the other.
+        # A gather, because XLA:CPU runs a scatter one row after the other; target ids outside read entry P, -inf.
         outside = jnp.full((*logits.shape[:-1], 1), -jnp.inf, logits.dtype)
         return jnp.take(jnp.concatenate([logits, outside], axis=-1), self._rows, axis=-1)
 
