@@ -1,11 +1,11 @@
 """Conversations to token ids and loss masks, through the tokenizer's own chat template: one renderer for everything.
 
-Decoding, regeneration, evaluation and training meet in one rule, whatever the template is (docs/algorithm.md, rule
-103): the prompt that decoding sends is, token for token, a prefix of the training row and carries no loss; what carries
-loss is what the target generates after it, its end marker included. Nothing is inserted into a conversation, and no
-marker is searched for in text: a template shows by what it renders how it closes an answer.
+Decoding, regeneration, evaluation and training share one rule, whatever the template (docs/algorithm.md, rule 103): the
+prompt sent in decoding is, token for token, a prefix of the training row and carries no loss; the loss covers exactly
+the tokens the target generates after it, its end marker included. Nothing is inserted into a conversation, and no
+marker is searched for in text: how a template closes an answer is read off from its own rendering.
 
-Texts of people and models stay text: the name of a special token in a message becomes ordinary tokens.
+Message text stays text: the name of a special token in a message becomes ordinary tokens.
 """
 
 import copy
@@ -29,13 +29,12 @@ from dspark_jax.readers import read_object
 Message = Mapping[str, Any]
 """One turn: "role" and "content", plus whatever else the tokenizer's template reads (tool_calls, ...).
 
-A last answer that a length limit cut has "truncated": true: the target never said that it ends there, so no end marker
-follows it.
+A last answer cut by a length limit has "truncated": true: the target did not end it there, so no end marker follows.
 """
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
-_STAND_INS = range(0xE000, 0xF8FF)  # Unicode's private use: characters that no text means
+_STAND_INS = range(0xE000, 0xF8FF)  # Unicode's private use area: no meaning of their own
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Encoded:
 
     @property
     def loss_tokens(self) -> int:
-        """Supervised tokens, counted after truncation: what `min_loss_tokens` is compared with."""
+        """Supervised tokens after truncation, the count compared with `min_loss_tokens`."""
         return int(self.loss_mask.sum())
 
 
@@ -57,7 +56,7 @@ def encode_prompt(tokenizer: Any, messages: Sequence[Message], thinking: bool = 
     Args:
         tokenizer: a Hugging Face tokenizer with a chat template.
         messages: the turns so far, rendered as they are.
-        thinking: what the template's switch is set to, where it has one.
+        thinking: setting of the template's thinking switch, where it has one.
 
     Returns:
         int32 [T].
@@ -75,18 +74,18 @@ def encode_conversation(
 ) -> tuple[Encoded, ...]:
     """The training rows of a conversation: prompts as decoding sends them, each followed by its answer.
 
-    One row, as long as each prompt goes on from the row so far. Where a template shows an earlier answer otherwise than
-    it was generated (thoughts dropped, spaces trimmed, a merge across its start), the prompt after it begins a new row,
-    so that no answer is learnt after a context that decoding never has. Turns after the last answer are left out.
+    There is one row as long as each prompt continues the row so far. Where a template renders an earlier answer other
+    than it was generated (thoughts dropped, spaces trimmed, a merge across its start), the next prompt begins a new
+    row, so that no answer is learnt after a context that decoding never has. Turns after the last answer are left out.
 
     Args:
         tokenizer: a Hugging Face tokenizer with a chat template.
         messages: the whole conversation.
         max_length: tokens that a row is cut to, at its end; None: not cut. A cut answer keeps its part of the mask.
-        thinking: what the template's switch is set to, where it has one.
+        thinking: setting of the template's thinking switch, where it has one.
 
     Returns:
-        One row or more; one without loss where no turn is the assistant's.
+        One row or more; a single one without loss where no turn is the assistant's.
 
     Raises:
         UserError: messages of another form, a first turn that is not the user's, messages that the template refuses, a
@@ -99,13 +98,16 @@ def encode_conversation(
         ids = chat.tokenise(chat.prompt(len(messages)))
         return (_row(ids, [0] * len(ids), max_length),)
 
+    # `ids` and `mask` are the row so far: all prompts and answers up to here, in one context.
     rows: list[Encoded] = []
     ids, mask = list[int](), list[int]()
     for index in answered:
         prompt, answer = chat.turn(index)
+        # The template changed the history, so the row so far is finished as decoding saw it.
         if prompt[: len(ids)] != ids:
             rows.append(_row(ids, mask, max_length))
             ids, mask = [], []
+        # Only the part of the prompt that is new to the row is added, without loss.
         mask += [0] * (len(prompt) - len(ids)) + [1] * len(answer)
         ids = prompt + answer
 
@@ -134,6 +136,7 @@ def check_messages(messages: Sequence[Message]) -> None:
                 "used."
             )
 
+        # JSON can hold half a pair as an escape; it has no UTF-8 form.
         if any("\ud800" <= character <= "\udfff" for character in content):
             raise UserError(
                 f"Turn {index} of the conversation holds half of a UTF-16 surrogate pair, which no tokenizer takes."
@@ -141,17 +144,17 @@ def check_messages(messages: Sequence[Message]) -> None:
 
 
 def template_id(tokenizer: Any, thinking: bool = False) -> str:
-    """Identity of a template and its switch, recorded with what was made through it: a changed template is noticed."""
+    """Identity of a template and its switch, recorded with everything rendered by it, so that a change is detected."""
     content = json.dumps(getattr(tokenizer, "chat_template", None), sort_keys=True)
     return f"{hashlib.sha256(content.encode(errors='replace')).hexdigest()[:16]}{' thinking' if thinking else ''}"
 
 
 @dataclass(frozen=True)
 class _Chat:
-    """A conversation on its way through a template.
+    """A conversation being rendered by a template.
 
-    While a text passes the template, names of special tokens in its messages are replaced by `stand_ins`, single
-    characters that occur nowhere else. Special tokens in the rendered text are then those that the template wrote.
+    During rendering, names of special tokens in messages are replaced by `stand_ins`, single characters that occur
+    nowhere else. Special tokens in the rendered text are then exactly those written by the template.
     """
 
     tokenizer: Any
@@ -165,8 +168,10 @@ class _Chat:
         added = getattr(self.tokenizer, "added_tokens_decoder", {})
         specials = {token.content: (number, token) for number, token in added.items() if token.special}
         texts = "".join(message["content"] for message in self.messages)
+        # Longest first: one special token's name may contain another's.
         named = [name for name in sorted(specials, key=len, reverse=True) if name in texts]
         free = (chr(code) for code in _STAND_INS if chr(code) not in texts)
+        # The dataclass is frozen; these three derive from its fields.
         object.__setattr__(self, "specials", specials)
         object.__setattr__(self, "stand_ins", {name: next(free) for name in named})
         object.__setattr__(self, "probe", next(free))
@@ -182,11 +187,11 @@ class _Chat:
         prompt, whole = self.tokenise(text), self.tokenise(text + answer)
         if whole[: len(prompt)] == prompt:
             return prompt, whole[len(prompt) :]
-        # A merge crosses the border. The prompt was there before the answer, so it keeps its tokens.
+        # A merge crosses the border. In decoding the prompt is tokenised alone, so here too it keeps its tokens.
         return prompt, self.tokenise(answer)
 
     def tokenise(self, text: str) -> list[int]:
-        """Token ids of a rendered text, the stand-ins in it replaced by what they stand for."""
+        """Token ids of a rendered text, its stand-ins replaced by the names they stand for."""
         if not self.stand_ins:
             return list(self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"])
 
@@ -194,10 +199,12 @@ class _Chat:
         # Special tokens split a text before anything else does, so its parts can be tokenised one by one.
         parts = re.split(self._special_names, text)
 
+        # `re.split` with a group alternates: text at even places, names of special tokens at odd ones.
         for at, part in enumerate(parts):
             if at % 2:
                 ids.append(self.specials[part][0])
                 continue
+            # A special token may swallow the spaces beside it; cutting the text there must keep that.
             if at and self.specials[parts[at - 1]][1].rstrip:
                 part = part.lstrip()
             if at + 1 < len(parts) and self.specials[parts[at + 1]][1].lstrip:
@@ -217,6 +224,7 @@ class _Chat:
         return [{**message, "content": self._shield(message["content"])} for message in self.messages]
 
     def _shield(self, text: str) -> str:
+        # The names are back, but as ordinary text: `_plain_ids` knows no special tokens.
         for name, stand_in in self.stand_ins.items():
             text = text.replace(name, stand_in)
         return text
@@ -229,6 +237,7 @@ class _Chat:
 
     def _answer(self, index: int, prompt: str) -> str:
         """Text of answer `index` as the target generates it after `prompt`, its end marker included."""
+        # A one-character probe in the answer's place: what the template writes after it closes any answer.
         message, before = self._shielded[index], self._shielded[:index]
         probed = self._render([*before, {"role": "assistant", "content": self.probe}], add_generation_prompt=False)
         at = probed.rfind(self.probe)
@@ -237,6 +246,7 @@ class _Chat:
 
         closing = probed[at + 1 :]
         end = "" if message.get("truncated") else self._end_marker(closing)
+        # Text between the prompt and the answer, when the template writes any (a space, an empty thought).
         lead = probed[len(prompt) : at] if probed.startswith(prompt) else ""
 
         if lead.strip() or message.get("tool_calls") or (self.thinking and message.get("reasoning_content")):
@@ -249,11 +259,11 @@ class _Chat:
                 )
             return whole[len(prompt) : len(whole) - len(closing)] + end
 
-        # Some templates put a space before each answer; an answer that was generated may have it already.
+        # Some templates put a space before each answer; a generated answer may begin with it already.
         return message["content"] + end if message["content"].startswith(lead) else lead + message["content"] + end
 
     def _end_marker(self, closing: str) -> str:
-        """The target stops at the first special token after an answer; the rest of a closing is the template's."""
+        """The first special token after an answer, where the target stops; the rest is the template's own text."""
         first = re.search(self._special_names, closing) if self.specials else None
         if first:
             return closing[: first.end()]
@@ -270,6 +280,7 @@ def _row(ids: Sequence[int], mask: Sequence[int], max_length: int | None) -> Enc
 
 def _check_conversation(messages: Sequence[Message]) -> None:
     check_messages(messages)
+    # A system message may stand before the first user turn, an answer may not: it would have no prompt.
     first = next((m["role"] for m in messages if m["role"] not in ("system", "developer")), None)
     if first != "user":
         raise UserError(
@@ -294,7 +305,7 @@ def _plain_ids(tokenizer: Any, text: str) -> list[int]:
     if backend is None:
         return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"])
 
-    # A copy, since the switch is state of the backend, which other threads use.
+    # A copy, since the switch is state of the backend, which other threads use. Copying is slow: one a tokenizer.
     if tokenizer not in _plain_backends:
         plain = copy.deepcopy(backend)
         plain.encode_special_tokens = True
@@ -319,15 +330,16 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
     ):
         raise UserError(f"{path} holds no tokenizer: expected tokenizer.json beside tokenizer_config.json.")
 
+    # Checked first: of a damaged file transformers gives no sentence, while `read_object` names file and place.
     for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
         if os.path.lexists(path / name):
             read_object(path / name)
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-        tokenizer("a b", add_special_tokens=False)  # some faults of a damaged configuration show in use alone
+        tokenizer("a b", add_special_tokens=False)  # some faults of a damaged configuration show only in use
         return tokenizer
-    except BaseException as error:  # of damaged files it raises nearly anything, panics of its Rust part included
+    except BaseException as error:  # damaged files raise nearly anything, Rust panics included
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -335,7 +347,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
 
 
 def tokenizer_hash(folder_or_tokenizer: Any) -> str:
-    """sha256 (hex) of what decides token ids: vocabulary, merges, normaliser, pre-tokeniser, added tokens.
+    """sha256 (hex) of everything that decides token ids: vocabulary, merges, normaliser, pre-tokeniser, added tokens.
 
     The same for a folder and for the tokenizer loaded from it, and untouched by earlier calls with truncation or
     padding. The chat template is not part of it: it changes texts, not ids.

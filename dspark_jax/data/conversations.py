@@ -1,8 +1,8 @@
-"""Conversations from JSONL, JSON and Parquet files and from hub datasets: the one reader of everything that has turns.
+"""Conversations from JSONL, JSON and Parquet files and from hub datasets: the only reader of data with turns.
 
 A row is {"messages": [...]} or {"conversations": [...]}, its turns with role/content or ShareGPT's from/value. Readers
-of prompts also take evaluation sets, {"turns": [...]}: the user's turns alone. Those are no training data, so the
-other readers refuse them.
+of prompts also take evaluation sets, {"turns": [...]}: user turns only. Those are not training data, and all other
+readers refuse them.
 """
 
 import os
@@ -17,13 +17,13 @@ from dspark_jax.errors import UserError
 from dspark_jax.readers import kind_of_value as kind
 
 Row = tuple[str, Any]
-"""(where it stands, its value); the value is a UserError where the row could not be decoded."""
+"""(its place, for messages; its value). The value is a UserError where the row could not be decoded."""
 
 Conversation = list[dict[str, Any]]
 """Turns with "role" and "content" (and any further key of the source turn)."""
 
 Segments = tuple[tuple[Message, ...], ...]
-"""The turns before each answer, the answers left out: the user's, in the first one the system message too."""
+"""The turns before each answer, without the answers: user turns, in the first segment the system message too."""
 
 _SHAREGPT_ROLES = {
     "human": "user",
@@ -41,13 +41,13 @@ _SHAREGPT_ROLES = {
 
 @dataclass(frozen=True)
 class ConversationRecord:
-    """One row.
+    """One conversation of a file or dataset.
 
     Attributes:
         id: the row's "id" as text, or its 0-based position among the rows where it has none.
         where: file and line (or row), for messages.
         extra: the row's other fields (a domain, a source, ...).
-        user_only: an evaluation set's row, whose answers were never written down.
+        user_only: a row of an evaluation set, which has no answers.
     """
 
     id: str
@@ -57,7 +57,8 @@ class ConversationRecord:
     user_only: bool = False
 
     def segments(self) -> Segments:
-        """The turns before each answer; UserError, naming the place, where none of them is the user's."""
+        """The turns before each answer; UserError naming the place where there is no user turn."""
+        # An evaluation set's every turn waits for an answer.
         if self.user_only:
             return tuple((message,) for message in self.messages)
         try:
@@ -68,7 +69,7 @@ class ConversationRecord:
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that is no conversation; `reason` is a sentence that names the place and what was expected there."""
+    """A row that is not a conversation; `reason` is a sentence with the place, the finding and the expectation."""
 
     id: str
     where: str
@@ -100,7 +101,7 @@ def read_prompt_records(path: str | os.PathLike[str]) -> Iterator[ConversationRe
 
 
 def parse_rows(rows: Iterable[Row]) -> Iterator[ConversationRecord | BadRow]:
-    """Every row as a conversation, or as what is wrong with it; all ids differ."""
+    """Yields every row as a conversation or a `BadRow`; all ids differ, so that either can be recorded as done."""
     seen: set[str] = set()
     for position, (where, value) in enumerate(rows):
         name = _id_of(value, str(position))
@@ -112,6 +113,7 @@ def parse_rows(rows: Iterable[Row]) -> Iterator[ConversationRecord | BadRow]:
                 raise value
             record: ConversationRecord | BadRow = _record(value, where, str(position), evaluation_sets=False)
         except UserError as error:
+            # The first row keeps the id; the bad one needs another to be recorded under.
             name = f"{name}#{position}" if repeated else name
             record = BadRow(name, where, str(error))
 
@@ -152,9 +154,11 @@ def prompt_segments(messages: Sequence[Message]) -> Segments:
             raise UserError("it uses tools, whose calls depend on the answers that are generated anew.")
         if message["role"] != "assistant":
             segments[-1].append(message)
+        # Two answers in a row, or one at the start, make no empty segment.
         elif segments[-1]:
             segments.append([])
 
+    # The conversation ended with an answer, which opened a segment that got no turns.
     if not segments[-1]:
         segments.pop()
     if not any(message["role"] == "user" for segment in segments for message in segment):
@@ -181,6 +185,7 @@ def hub_rows(name: str, split: str, config: str | None = None) -> Iterator[Row]:
     Raises:
         UserError: no such dataset, configuration or split, or files that do not decode.
     """
+    # Imported here: it is slow to import and most runs read files.
     from datasets import load_dataset
 
     try:
@@ -211,7 +216,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
     try:
         value = parse_line(data, str(path))
     except UserError:
-        yield from _jsonl_rows(path)  # whose messages name the line
+        yield from _jsonl_rows(path)  # its errors name the line
         return
 
     for number, row in enumerate(value if isinstance(value, list) else [value], start=1):
@@ -219,6 +224,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
+    # Imported here, as only Parquet needs it.
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
@@ -234,8 +240,8 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def _plain(value: Any) -> Any:
-    """A column's value as JSON has it. Columns give every turn every field that any turn has; those that are null were
-    absent. Dates and the like become their text."""
+    """A column's value in JSON's types. A column gives every turn the fields of all turns, so null fields are
+    dropped as absent. Dates and the like become text."""
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items() if v is not None}
     if isinstance(value, list):
@@ -270,6 +276,7 @@ def _parse_turn(turn: Any, where: str) -> dict[str, Any]:
         role, content = turn["role"], turn["content"]
         rest = {k: v for k, v in turn.items() if k not in ("role", "content")}
     elif "from" in turn and "value" in turn:
+        # Names of roles vary between ShareGPT exports; an unhashable one would fail in the look-up.
         role = _SHAREGPT_ROLES.get(turn["from"]) if isinstance(turn["from"], str) else None
         if role is None:
             known = ", ".join(_SHAREGPT_ROLES)
@@ -283,6 +290,7 @@ def _parse_turn(turn: Any, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: found role {kind(role)} and content {kind(content)}, expected text for both.")
     if role not in ROLES:
         raise UserError(f"{where}: found the role {role!r:.60}, expected one of {', '.join(ROLES)}.")
+    # Tables often keep calls as JSON text, since their arguments share no columns.
     if isinstance(rest.get("tool_calls"), str):
         rest["tool_calls"] = parse_line(rest["tool_calls"].encode(), f"{where}, 'tool_calls'")
 

@@ -5,7 +5,8 @@
     shard-00000.bin  per sample int32 ids, uint8 attention mask, uint8 loss mask, bfloat16 features [T, m*D],
                      bfloat16 last hidden [T, D], back to back and unaligned
 
-The format has no checksums: sizes and offsets are checked, changed bytes are not noticed.
+The format has no checksums: sizes and offsets are checked, changed bytes go undetected. See docs/algorithm.md, rules
+82 to 84.
 """
 
 import json
@@ -49,8 +50,8 @@ _SHARD: Schema = {"file_name": text(empty=False), "shard_id": integer()}
 class DeepSpecCache:
     """Reads a DeepSpec version-2 cache with the interface of `TargetCache` (`records.FeatureSource`).
 
-    The attention mask is not read. What the format does not record (target and tokenizer hashes) is None in `spec` and
-    cannot be checked.
+    The attention mask is not read; it follows from the lengths. Fields that the format does not record (target and
+    tokenizer hashes) are None in `spec` and cannot be checked.
 
     Raises:
         UserError: not such a cache, a missing or truncated file, an index that contradicts itself (all at opening).
@@ -87,6 +88,7 @@ class DeepSpecCache:
         length, offsets = int(row["length"]), [int(v) for v in row["offsets"]]
         shard = self._map(int(row["shard"]))
         dtype, width, hidden = self.spec.numpy_dtype, self.spec.feature_size, self.spec.hidden_size
+        # Views of the mapping, which stays alive as long as one of them does.
         features = np.frombuffer(shard, dtype, length * width, offsets[3])
         last_hidden = np.frombuffer(shard, dtype, length * hidden, offsets[4])
 
@@ -103,13 +105,14 @@ class DeepSpecCache:
         require_match(self.spec, str(self.folder), expected)
 
     def close(self) -> None:
-        """Forgets the shards' mappings; each is unmapped with its last sample."""
+        """Drops the shards' mappings; each is unmapped with its last sample."""
         with self._lock:
             self._maps.clear()
 
     def _map(self, number: int) -> mmap.mmap:
         with self._lock:
             if number not in self._maps:
+                # The mapping outlives the descriptor, so that no shard keeps a file open.
                 with open(self._shards[number], "rb") as handle:
                     self._maps[number] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
             return self._maps[number]
@@ -131,6 +134,7 @@ class DeepSpecCache:
 
     def _check_extents(self) -> None:
         path = self.folder / "samples.idx"
+        # Ids are dense in this format, so a gap means a damaged index (docs/algorithm.md, rule 82).
         if not np.array_equal(self._index["sample_id"], np.arange(len(self._index))):
             raise UserError(f"{path} does not number its samples 0, 1, 2, ...; it is damaged, copy the cache again.")
 
@@ -140,6 +144,7 @@ class DeepSpecCache:
                 "the cache again."
             )
 
+        # [samples, 5]: every array's end, to be within its shard.
         offsets = self._index["offsets"]
         lengths = self._index["length"].astype(np.uint64)[:, None]
         ends = offsets + lengths * np.array(_token_bytes(self.spec), np.uint64)
@@ -148,7 +153,7 @@ class DeepSpecCache:
             rows = self._index["shard"] == number
             needed = int(ends[rows].max(initial=0))
             size = shard.stat().st_size
-            # Wrapped sums would look small: an offset beyond the file is caught by itself.
+            # A sum that wrapped would look small, so offsets are compared too.
             if size < max(needed, int(offsets[rows].max(initial=0))):
                 raise UserError(
                     f"{shard} has {size} bytes, its index needs {needed}; it is truncated, copy the cache again."
@@ -188,9 +193,11 @@ class DeepSpecCacheWriter:
     def add(self, sample: Sample) -> None:
         """Appends a sample under the next dense id (its own `sample_id` is not kept)."""
         sample = convert(sample, self.spec)
+        # A sample has no padding, so its mask is 1 throughout.
         attention = np.ones_like(sample.loss_mask)
         arrays = (sample.input_ids, attention, sample.loss_mask, sample.features, sample.last_hidden)
         sizes = [array.nbytes for array in arrays]
+        # A shard exceeds its limit only by one oversize sample (docs/algorithm.md, rule 84).
         if self._handle is None or 0 < self._handle.tell() > self.max_shard_bytes - sum(sizes):
             self._open_shard()
 
@@ -202,7 +209,7 @@ class DeepSpecCacheWriter:
         self._index.append(_INDEX.pack(len(self._index), len(self._shards) - 1, len(sample.input_ids), *offsets))
 
     def finish(self) -> None:
-        """Writes index and manifest; the cache exists from here on."""
+        """Writes the index, then the manifest, which makes the folder a cache."""
         self._close_shard()
         write_atomically(self.folder / "samples.idx", b"".join(self._index))
         manifest = {
@@ -247,6 +254,7 @@ def _spec_of(manifest: Mapping[str, Any], path: Path) -> CacheSpec:
         if manifest[name] != value:
             raise UserError(f"{path} has {name} = {manifest[name]!r}, only {value!r} can be read.")
 
+    # Optional fields too: a wrong type would fail far from here.
     check_fields(manifest, _FIELDS, str(path))
     return CacheSpec(
         target_name=manifest.get("target_model_name_or_path", ""),
@@ -274,6 +282,7 @@ def _shard_paths(manifest: Mapping[str, Any], folder: Path) -> list[Path]:
         )
 
     for name in names:
+        # A name is joined to the folder, so it must not lead out of it.
         if Path(name).name != name or not (folder / name).is_file():
             raise UserError(f"{folder / name} is missing; the cache is incomplete, copy it again.")
 

@@ -1,4 +1,4 @@
-"""The DeepSpec reference's parser of conversations, for its two chat formats and nothing else.
+"""The parser of the DeepSpec reference, for its two chat formats only.
 
 It differs from `dspark_jax.data.chat`, which every program uses: it inserts a default system message (Qwen) or an
 empty thought before each answer (Gemma), and finds answers by their markers in the rendered text
@@ -50,6 +50,7 @@ class DeepSpecFormat:
         """
         pattern = f"{re.escape(self.assistant_header)}([\\s\\S]*?(?:{re.escape(self.end_of_turn)}|$))"
         spans = []
+        # The pattern is DeepSpec's: lazy up to the first end marker, or to the end of a text cut before it.
         for match in re.finditer(pattern, text):
             start, end = match.span(1)
             if self.answer_prefix and text.startswith(self.answer_prefix, start):
@@ -72,12 +73,14 @@ class DeepSpecFormat:
         input_ids = np.asarray(tokenise(text)[:max_length], np.int32)
         loss_mask = np.zeros(len(input_ids), np.uint8)
         for start, end in self.loss_spans(text):
+            # A span past the cut is empty: slices end with the array.
             loss_mask[len(tokenise(text[:start])) : len(tokenise(text[:end]))] = 1
 
         return Encoded(input_ids, loss_mask)
 
     def _with_prefix(self, message: Message) -> Message:
         content = message["content"]
+        # An answer that already has a thought keeps it; only a missing one is filled in (rule 86).
         if not self.answer_prefix or message["role"] != "assistant" or content.startswith(self.answer_prefix):
             return message
         return {**message, "content": self.answer_prefix + content}
@@ -87,4 +90,4 @@ DEEPSPEC_FORMATS = {
     "qwen": DeepSpecFormat("<|im_start|>assistant\n", "<|im_end|>\n", system_prompt="You are a helpful assistant."),
     "gemma4": DeepSpecFormat("<|turn>model\n", "<turn|>\n", answer_prefix="<|channel>thought\n<channel|>"),
 }
-"""By the name that the recorded cases give them."""
+"""Formats by the names used in the recorded cases."""

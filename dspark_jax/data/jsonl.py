@@ -1,4 +1,4 @@
-"""JSON values from files: errors that name the place, and an append-only writer that survives a kill at any byte."""
+"""JSON Lines: reading with errors that name the line, and an append-only writer that survives a kill at any byte."""
 
 import json
 import os
@@ -25,15 +25,15 @@ def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:
 
 
 def parse_line(data: bytes, where: str) -> Any:
-    """The JSON value of a row, strictly read; the UserError of a bad one starts with `where`."""
+    """The JSON value of a line, parsed strictly; UserError, starting with `where`, for a bad one."""
     return parse_json(data, where, expected="one JSON object in UTF-8")
 
 
 class ResumableJsonl:
-    """Append-only JSONL output: one object with an "id" a line, each batch on disk before `append` returns.
+    """Append-only JSONL output: one object with an "id" per line, each batch on disk before `append` returns.
 
-    Opening removes a last line torn by a kill (one without its newline), so the file always is a whole number of
-    records and `finished` tells which are done. One process at a time holds the file; the lock goes with the process.
+    Opening removes a last line torn by a kill (one without its newline), so the file is always a whole number of
+    records; `finished` holds their ids. One process at a time holds the file; its lock ends with the process.
 
     Raises:
         UserError: the file is open in another process, or a complete line in it is not an object with an "id".
@@ -42,6 +42,7 @@ class ResumableJsonl:
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Append mode: whatever the position, no write can overwrite a finished record.
         self._handle = open(self.path, "a+b")  # noqa: SIM115 (held until close)
 
         try:
@@ -54,10 +55,12 @@ class ResumableJsonl:
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Writes the rows, then flushes and fsyncs once. A row without "id" or with a finished one is a ValueError."""
         rows = list(rows)
+        # Checked before anything is written: a batch is recorded whole or refused whole.
         names = [str(row["id"]) if "id" in row else "" for row in rows]
         if "" in names or len(set(names)) < len(names) or self.finished.intersection(names):
             raise ValueError(f"rows need ids that are new in {self.path}, got {names}")
 
+        # One write and one fsync a batch; `finished` grows only after the bytes are on disk.
         data = b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
         self._handle.write(data)
         self._handle.flush()
@@ -79,6 +82,7 @@ class ResumableJsonl:
         good = 0
 
         for number, line in enumerate(self._handle, start=1):
+            # Only the last line can lack its newline; the record is done again.
             if not line.endswith(b"\n"):
                 break
 

@@ -1,4 +1,4 @@
-"""The manifest of a target cache: which shards are finished, and how a folder changes atomically."""
+"""The manifest of a target cache: its finished shards, saved atomically, and checks of files against it."""
 
 import json
 import os
@@ -23,7 +23,7 @@ INDEX_DTYPE = np.dtype([("sample_id", "<u8"), ("length", "<u4")])
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One finished shard: `records` of the sources from `first_source` to `last_source`, `dropped` of them left out."""
+    """A finished shard: `records` of the sources `first_source` to `last_source`, with `dropped` others left out."""
 
     file: str
     records: int
@@ -51,6 +51,8 @@ _FIELDS: Schema = {
 
 @dataclass(frozen=True)
 class Manifest:
+    """State of a cache on disk: its spec, the finished shards, and whether these are all."""
+
     spec: CacheSpec
     max_shard_bytes: int
     shards: tuple[ShardEntry, ...] = ()
@@ -62,7 +64,7 @@ class Manifest:
 
     @property
     def next_source(self) -> int:
-        """First source no finished shard covers."""
+        """The first source that no finished shard covers."""
         return self.spec.num_sources if self.complete else (self.shards[-1].last_source + 1 if self.shards else 0)
 
     def save(self, folder: Path) -> None:
@@ -75,11 +77,12 @@ class Manifest:
             "complete": self.complete,
             "shards": [asdict(shard) for shard in self.shards],
         }
+        # Written beside the old one and renamed over it: a kill leaves either, never half of one.
         write_atomically(folder / "manifest.json", json.dumps(value, indent=1).encode() + b"\n")
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":
-        """Reads and checks a manifest; UserError when there is none or it is not one of ours."""
+        """Reads and checks a manifest; UserError where there is none, or one of another format or version."""
         path = folder / "manifest.json"
         value = read_manifest(path)
         if value.get("format") != FORMAT or value.get("version") != VERSION:
@@ -92,6 +95,7 @@ class Manifest:
         for number, shard in enumerate(value["shards"]):
             where = f"{path}, shard {number},"
             check_fields(shard, _SHARD, where, required=_SHARD)
+            # A manifest may come from elsewhere: its names must not lead out of the folder.
             if PurePath(shard["file"]).name != shard["file"]:
                 raise UserError(f"{where} names the file {shard['file']!r}; expected a name within the cache's folder.")
 
@@ -102,6 +106,7 @@ class Manifest:
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} cannot be understood ({error}); restore it or build the cache again.") from error
 
+        # The count is redundant on purpose: a manifest that lost an entry by editing is found out.
         if manifest.records != value.get("records"):
             raise UserError(
                 f"{path} says {value.get('records')} records, its shards add up to {manifest.records}; build it again."
@@ -111,7 +116,7 @@ class Manifest:
 
 
 def check_sizes(folder: Path, manifest: Manifest) -> None:
-    """UserError naming the first shard (or the index) that is missing or has another size than the manifest says."""
+    """UserError naming the first shard (or the index) that is missing or whose size is not the manifest's."""
     for shard in manifest.shards:
         path = folder / shard.file
         size = path.stat().st_size if path.exists() else None
@@ -133,6 +138,7 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
 
 def require_disk(folder: str | os.PathLike[str], needed_bytes: int) -> None:
     """UserError when the disk that holds (or will hold) `folder` has less than `needed_bytes` free."""
+    # The folder may not exist yet: its closest ancestor is on the same disk.
     existing = Path(folder).absolute()
     while not existing.exists():
         existing = existing.parent
@@ -146,7 +152,7 @@ def require_disk(folder: str | os.PathLike[str], needed_bytes: int) -> None:
 
 
 def read_manifest(path: Path) -> Mapping[str, Any]:
-    """The JSON object in a manifest.json; UserError when it is missing or not one."""
+    """The JSON object of a manifest.json; UserError where the file is missing or holds something else."""
     if not os.path.lexists(path):
         raise UserError(f"{path.parent} is no target cache: it has no manifest.json.")
     return read_object(path, expected="the manifest of a target cache")

@@ -1,8 +1,8 @@
 """Training batches from a source of samples; the order is a pure function of (seed, step).
 
-Epoch after epoch the samples are shuffled globally and laid end to end; step s takes positions [s*B, (s+1)*B) and each
-host reads those of them that its devices hold. So the pipeline's whole state is the step: it survives a kill, and a
-change of the number of hosts.
+Each epoch is a global shuffle of the samples, and epochs are laid end to end; step s takes positions [s*B, (s+1)*B), of
+which each host reads those that its devices hold. The pipeline's whole state is therefore the step: it survives a kill
+and a change of the number of hosts.
 """
 
 import bisect
@@ -25,17 +25,18 @@ _ENDLESS = 2**40
 
 
 def open_cache(folder: str | os.PathLike[str]) -> TargetCache | DeepSpecCache:
-    """Opens a cache of either format, told by its manifest; UserError as the two readers raise it."""
+    """Opens a cache of either format, detected from its manifest; UserError as the two readers raise it."""
     cache = TargetCache if read_manifest(Path(folder) / "manifest.json").get("format") == FORMAT else DeepSpecCache
     return cache(folder)
 
 
 def length_buckets(max_length: int, smallest: int = 128) -> tuple[int, ...]:
-    """Padded lengths: `smallest` times 1, 2, 3, 4, 6, 8, 12, 16, ... and at the end the first multiple >= max_length.
+    """Padded lengths: `smallest` times 1, 2, 3, 4, 6, 8, 12, 16, ..., then its first multiple >= max_length.
 
     Every bucket is one compilation of the training step; a batch's longest row fills at least half of its bucket,
     unless that is the smallest.
     """
+    # Powers of two with their midpoints; all are multiples of `smallest`.
     last = -(-max_length // smallest) * smallest
     buckets, step = {last}, smallest
     while step < last:
@@ -48,10 +49,12 @@ def pad_batch(samples: Sequence[TokenSample], length: int) -> Batch:
     """Rows padded at the right with zeros to `length` >= the longest.
 
     Returns:
-        input_ids int32 [B, T], loss_mask uint8 [B, T], lengths int32 [B], sample_ids int64: of every conversation, row
-        after row. Of packed rows segments int32 [B, T], 0 in the padding. Where the source has states features
-        [B, T, m*D], last_hidden [B, T, D] and, with codes, scales [B, T, m+1], as the cache stores them.
+        input_ids int32 [B, T], loss_mask uint8 [B, T], lengths int32 [B], sample_ids int64 (those of every
+        conversation, row after row); for packed rows segments int32 [B, T], 0 in the padding; where the source
+        has states features [B, T, m*D], last_hidden [B, T, D] and, with codes, scales [B, T, m+1], all in the cache's
+        dtypes.
     """
+    # Zeros in ids, masks and states alike (docs/algorithm.md, rule 46): what is padded follows from the lengths.
     batch: Batch = {
         name: np.zeros((len(samples), length, *array.shape[1:]), array.dtype)
         for name, array in samples[0].arrays().items()
@@ -74,7 +77,7 @@ class Batches:
         global_batch: rows of a step over all hosts.
         buckets: lengths a batch may be padded to, ascending; all hosts of a step use the same one.
         shuffle: False reads the source in order (evaluation).
-        rows: which of them this host reads, ascending; None: all.
+        rows: the rows of a step that this host reads, ascending; None: all.
 
     Raises:
         UserError: an empty source, a sample longer than the largest bucket.
@@ -96,6 +99,7 @@ class Batches:
                 "The cache has no samples: every training row was dropped; lower min_loss_tokens or raise max_length."
             )
 
+        # Known without reading a sample, so that no step can fail on its length later.
         lengths = self.source.lengths
         if not self.buckets or list(self.buckets) != sorted(set(self.buckets)):
             raise UserError(f"length_buckets are {list(self.buckets)}, expected at least one, strictly increasing.")
@@ -108,7 +112,7 @@ class Batches:
 
         order = grain.MapDataset.range(count)
         if self.shuffle:
-            # grain shuffles epoch e with seed + e: hashed, so that neighbouring seeds share no epochs.
+            # grain shuffles epoch e with seed + e; the seed is hashed, so that neighbouring seeds share no epochs.
             order = order.shuffle(seed=int(np.random.SeedSequence(self.seed).generate_state(1)[0]))
 
         object.__setattr__(self, "_lengths", lengths)
@@ -125,7 +129,7 @@ class Batches:
         return np.array([self._order[position] for position in positions], np.int64)
 
     def length_at(self, step: int) -> int:
-        """The padded length T of a step: the smallest bucket that holds its longest sample, on whatever host."""
+        """The padded length T of a step: the smallest bucket that holds its longest sample over all hosts."""
         return self.buckets[bisect.bisect_left(self.buckets, int(self._lengths[self.indices_at(step)].max()))]
 
     def batch_at(self, step: int) -> Batch:
@@ -145,9 +149,9 @@ class Batches:
 
 
 class BatchIterator(Iterator[Batch]):
-    """Batches in order, read ahead in threads; close it (or use `with`), so that no thread outlives the run.
+    """Batches in order, read ahead by threads; call `close` (or use `with`), so that no thread outlives the run.
 
-    `get_state()` is {"step": the step the next batch belongs to}, whatever has been read ahead.
+    `get_state()` is {"step": step of the next batch to be returned}, however many were read ahead.
     """
 
     def __init__(self, batches: Batches, start: int, stop: int, threads: int, prefetch: int):
@@ -162,11 +166,13 @@ class BatchIterator(Iterator[Batch]):
         if self._step >= self._stop:
             self.close()
             raise StopIteration
+        # Started late, so that a state may be set before any thread reads.
         if self._iterator is None:
             self._iterator = iter(self._dataset.to_iter_dataset(self._options))
             self._iterator.set_state({"next_index": self._step})
 
         loaded = next(self._iterator)
+        # Raised here, in the caller's thread.
         if isinstance(loaded, UserError):
             self.close()
             raise loaded
@@ -178,18 +184,18 @@ class BatchIterator(Iterator[Batch]):
         return {"step": self._step}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Continues at the step of a state; what was read ahead is dropped."""
+        """Continues at the step of a state; batches read ahead are dropped."""
         self.close()
         self._step = int(state["step"])
 
     def close(self) -> None:
-        """Ends the reading threads, each after the batch it is at; a later `next` starts them again."""
+        """Ends the reading threads, each after its current batch; a later `next` starts them again."""
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
 
     def _load(self, step: int) -> Batch | UserError:
-        # Raised from a reading thread, grain would add its own lines to the sentence.
+        # Returned, not raised: from a reading thread, grain would add its own lines to the sentence.
         try:
             return self._batches.batch_at(step)
         except UserError as error:

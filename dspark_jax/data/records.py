@@ -25,7 +25,7 @@ _VERSION = 1
 _HEADER = struct.Struct("<4sHHIIIIQ")
 _HASH = struct.Struct("<Q")
 _START = _HEADER.size + _HASH.size
-# A record's chunk header and index entry in an array_record, and samples.idx; measured at 112 bytes.
+# A record's chunk header and index entry in an array_record, and its entry of samples.idx: measured at 112 bytes.
 _RECORD_OVERHEAD = 128
 
 
@@ -42,19 +42,19 @@ SPEC_FIELDS: Schema = {
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """Everything a cache was made from. Two caches with equal specs hold the same records.
+    """The inputs that determine a cache's contents: two caches with equal specs hold the same records.
 
     Attributes:
-        target_name: path or hub id, for people.
+        target_name: path or hub id, as it was given.
         target_sha256: hash of the target's config; None where a foreign cache does not record it.
         layer_ids: tapped layers, strictly increasing, in `layer_convention` (the order of the features' last axis).
         hidden_size: D.
         tokenizer_hash: `chat.tokenizer_hash` of the tokenizer that made the ids; None where not recorded.
         chat_template: `chat.template_id` of the template that made the texts.
-        max_length: samples were cut at their end to so many tokens.
+        max_length: tokens that samples were cut to, at their end.
         min_loss_tokens: samples with fewer supervised tokens after the cut were dropped.
-        num_sources: training rows the cache is built from, dropped ones included.
-        dtype: how features and last hidden states are stored, a name in `codecs.CODECS`.
+        num_sources: training rows that the cache is built from, dropped ones included.
+        dtype: storage of features and last hidden states, a name in `codecs.CODECS`.
         sources_sha256: hash of the conversations, so that a changed file is not continued; None where not recorded.
     """
 
@@ -73,6 +73,7 @@ class CacheSpec:
 
     def __post_init__(self) -> None:
         ids = self.layer_ids
+        # The order is that of the features' last axis, which a drafter's weights depend on (rule 16).
         if not ids or any(b <= a for a, b in zip(ids, ids[1:], strict=False)) or ids[0] < -1:
             raise UserError(
                 f"layer_ids are {list(ids)}, expected at least one, strictly increasing, from -1 (embeddings) on."
@@ -106,6 +107,7 @@ class CacheSpec:
     def from_json(cls, value: Mapping[str, Any], where: str) -> "CacheSpec":
         """Inverse of `to_json`; UserError naming `where` when fields are missing or unknown."""
         fields = {f.name for f in dataclasses.fields(cls)}
+        # Unknown fields are refused too: a cache by a later version may differ in what they say.
         if not isinstance(value, Mapping) or set(value) != fields:
             odd = ", ".join(sorted(fields.symmetric_difference(value if isinstance(value, Mapping) else ())))
             raise UserError(
@@ -189,9 +191,17 @@ class FeatureSource(TokenSource, Protocol):
 
 
 def convert(sample: Sample, spec: CacheSpec) -> Sample:
-    """The sample as the cache stores it, its shapes checked (ValueError): what is written is what will be read. States
-    are encoded; codes with their scales are taken as they are."""
+    """The sample in the cache's storage format, contiguous and little-endian.
+
+    Args:
+        sample: states to be encoded, or codes with their scales, which are kept.
+        spec: of the cache.
+
+    Raises:
+        ValueError: shapes or a dtype that are not the spec's.
+    """
     given, codec = sample.scales, spec.codec
+    # Codes of another codec would be stored as numbers they do not mean.
     if given is not None and (not codec.scaled or sample.features.dtype != spec.numpy_dtype):
         raise ValueError(f"sample {sample.sample_id} has codes of {sample.features.dtype}, the cache is {spec.dtype}")
 
@@ -217,11 +227,12 @@ def convert(sample: Sample, spec: CacheSpec) -> Sample:
 
 
 def encode_record(sample: Sample, spec: CacheSpec) -> bytes:
-    """Header, int32 ids [T], uint8 loss mask [T], features [T, m*D], last hidden [T, D], float32 scales [T, m+1] where
-    the codec has them; packed, little-endian."""
+    """Bytes of a record: header, int32 ids [T], uint8 loss mask [T], features [T, m*D], last hidden [T, D], and float32
+    scales [T, m+1] where the codec has them; packed, little-endian."""
     arrays = list(convert(sample, spec).arrays().values())
     shape = (len(arrays[0]), len(spec.layer_ids), spec.hidden_size)
     header = _HEADER.pack(_MAGIC, _VERSION, spec.codec.code, *shape, 0, int(sample.sample_id))
+    # Views, not copies: the join and the hash read the arrays' own memory.
     payload = [array.reshape(-1).view(np.uint8).data for array in arrays]
     return b"".join([header, _HASH.pack(_checksum(header, *payload)), *payload])
 
@@ -230,8 +241,8 @@ def decode_record(record: bytes, spec: CacheSpec) -> Sample:
     """Inverse of `encode_record`; the arrays are read-only views of `record`.
 
     Raises:
-        ValueError: a header of another format or spec, a wrong size, or a checksum that does not fit (the caller knows
-            the shard and turns it into a UserError).
+        ValueError: a header of another format or spec, a wrong size, or a checksum that does not fit. Callers, which
+            know the shard, turn it into a UserError.
     """
     if len(record) < _START:
         raise ValueError(f"it has {len(record)} bytes, its header alone {_START}")
@@ -241,6 +252,7 @@ def decode_record(record: bytes, spec: CacheSpec) -> Sample:
         raise ValueError(f"its header starts with {magic!r} version {version}, expected {_MAGIC!r} version {_VERSION}")
     if (code, layers, hidden) != (spec.codec.code, len(spec.layer_ids), spec.hidden_size):
         raise ValueError(f"its header says dtype {code}, {layers} layers, hidden size {hidden}, unlike the manifest")
+    # The size is checked before the checksum, which would not say that a record was cut.
     if len(record) != record_bytes(length, spec):
         raise ValueError(f"it has {len(record)} bytes, expected {record_bytes(length, spec)} for {length} tokens")
 
@@ -248,6 +260,7 @@ def decode_record(record: bytes, spec: CacheSpec) -> Sample:
     if _checksum(view[: _HEADER.size], view[_START:]) != _HASH.unpack_from(record, _HEADER.size)[0]:
         raise ValueError("its checksum does not fit its bytes")
 
+    # The arrays are packed without alignment, which `frombuffer` allows.
     offset = _START
     arrays = []
     for dtype, width in _layout(spec):
@@ -265,7 +278,7 @@ def record_bytes(length: int, spec: CacheSpec) -> int:
 
 
 def estimate_bytes(total_tokens: int, samples: int, spec: CacheSpec, max_shard_bytes: int) -> int:
-    """Bytes on disk of a cache of so many tokens in so many samples: an upper bound, closer than 1 % for real sizes."""
+    """Upper bound of a cache's bytes on disk, within 1 % for real sizes."""
     payload = samples * (record_bytes(0, spec) + _RECORD_OVERHEAD) + total_tokens * spec.token_bytes
     shards = math.ceil(payload / max_shard_bytes)
     return payload + shards * (
@@ -274,9 +287,12 @@ def estimate_bytes(total_tokens: int, samples: int, spec: CacheSpec, max_shard_b
 
 
 def require_match(spec: CacheSpec, where: str, expected: Mapping[str, Any]) -> None:
-    """Refuses a cache that does not fit what the drafter or its target says.
+    """Refuses a cache whose spec differs from what the drafter and its target need (docs/algorithm.md, rule 84).
 
-    `expected` maps names of `CacheSpec` fields to values; a field the cache does not record (None) cannot be checked.
+    Args:
+        spec: the cache's.
+        where: its place, for the message.
+        expected: names of `CacheSpec` fields to values; a field the cache does not record (None) is not checked.
 
     Raises:
         UserError: one sentence with every differing field, both values, and what to do.
@@ -284,6 +300,7 @@ def require_match(spec: CacheSpec, where: str, expected: Mapping[str, Any]) -> N
     differing = []
     for name, wanted in expected.items():
         found = getattr(spec, name)
+        # JSON has no tuples.
         wanted = tuple(wanted) if isinstance(wanted, list) else wanted
         if found is not None and found != wanted:
             differing.append(f"{name} is {_shown(found)}, expected {_shown(wanted)}")
@@ -295,6 +312,7 @@ def require_match(spec: CacheSpec, where: str, expected: Mapping[str, Any]) -> N
 
 
 def _layout(spec: CacheSpec) -> tuple[tuple[np.dtype, int], ...]:
+    """(dtype, entries a token) of each array of a record, in order: ids, mask, features, last hidden, scales."""
     dtype, scales = spec.numpy_dtype, ((np.dtype("<f4"), len(spec.layer_ids) + 1),)
     states = ((np.dtype("<i4"), 1), (np.dtype(np.uint8), 1), (dtype, spec.feature_size), (dtype, spec.hidden_size))
     return states + scales if spec.codec.scaled else states

@@ -1,4 +1,4 @@
-"""Target-cache shards: what the drafter is trained on, written once and read at random.
+"""Target-cache shards, the drafter's training data: written once, read at random.
 
 A cache is a folder:
 
@@ -7,8 +7,8 @@ A cache is a folder:
     shard-00000.array_record   records of `records.py`, `group_size:1,uncompressed`
 
 Where a shard ends is a function of the sources alone (it is closed by the record that reaches `max_shard_bytes`), and a
-shard counts only once the manifest names it. So a run killed at any byte is continued from the first source no finished
-shard covers, and ends with the bytes of an undisturbed run.
+shard counts only once the manifest names it. A run killed at any byte therefore continues from the first source that no
+finished shard covers, and ends with the same bytes as an undisturbed run.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ __all__ = [
 ]
 
 _WRITER_OPTIONS = "group_size:1,uncompressed"
-_READER_OPTIONS = "readahead_buffer_size:0"  # records are read at random: reading ahead is wasted
+_READER_OPTIONS = "readahead_buffer_size:0"  # reads are random: reading ahead is wasted
 _READER_BUFFER = 32768
 _MAX_OPEN_SHARDS = 256
 _SHARD_PATTERN = re.compile(r"shard-\d{5,}\.array_record(\.tmp)?")
@@ -66,22 +66,24 @@ _SHARD_PATTERN = re.compile(r"shard-\d{5,}\.array_record(\.tmp)?")
 class CacheWriter:
     """Writes a cache, or continues one that was interrupted.
 
-    Feed it every source from `next_source` on, in order: `add(source_index, sample)`, with None for a source that was
-    dropped; then `finish()`. One process at a time holds the folder.
+    Call `add(source_index, sample)` for every source from `next_source` on, in order, with None for a dropped one; then
+    `finish()`. One process at a time holds the folder.
 
     Raises:
         UserError: a folder with other content, a cache of another spec (names the field and both values), a finished
-            shard that is missing or has another size; later, a disk that takes no more.
+            shard that is missing or has another size; later, a full disk.
     """
 
     def __init__(self, folder: str | os.PathLike[str], spec: CacheSpec, max_shard_bytes: int = 512 * 2**20):
         self.folder = Path(folder)
         self._shard: _OpenShard | None = None
+        # Locked before the folder is looked at: another writer could change it in between.
         self._lock = lock_folder(self.folder, "the cache")
 
         try:
             self._manifest = self._open_manifest(spec, max_shard_bytes)
             check_sizes(self.folder, self._manifest)
+            # Last: files are removed only from a folder that has proved to be this cache.
             self._remove_orphans()
         except BaseException:
             self._lock.release()
@@ -105,7 +107,7 @@ class CacheWriter:
 
     @property
     def bytes_written(self) -> int:
-        """Bytes of finished shards: what a resumed run need not find room for."""
+        """Bytes of finished shards, which a resumed run needs no room for."""
         return sum(shard.bytes for shard in self._manifest.shards)
 
     def add(self, source_index: int, sample: Sample | None) -> None:
@@ -114,6 +116,7 @@ class CacheWriter:
             raise ValueError(
                 f"source {source_index} cannot be added: the next is {self._next} of {self._manifest.spec.num_sources}"
             )
+        # Opened by its first source: number and border follow from the sources before, so a resumed run agrees.
         if self._shard is None:
             self._shard = _OpenShard(self.folder, len(self._manifest.shards), source_index)
 
@@ -172,12 +175,14 @@ class CacheWriter:
                     "the cache."
                 )
 
+            # Saved before the first shard: a killed run is recognised as this cache, and continued.
             fresh = Manifest(spec, max_shard_bytes)
             fresh.save(self.folder)
             return fresh
 
         found = Manifest.load(self.folder)
         wanted = {**spec.to_json(), "max_shard_bytes": max_shard_bytes}
+        # Another setting would put records of two kinds into one cache.
         for name, value in {**found.spec.to_json(), "max_shard_bytes": found.max_shard_bytes}.items():
             if value != wanted[name]:
                 raise UserError(
@@ -188,6 +193,7 @@ class CacheWriter:
         return found
 
     def _remove_orphans(self) -> None:
+        """Removes the shards and index entries of a killed run that its manifest does not name."""
         named = {shard.file for shard in self._manifest.shards}
         for path in self.folder.iterdir():
             torn = path.name == "manifest.json.tmp" or (_SHARD_PATTERN.fullmatch(path.name) and path.name not in named)
@@ -198,7 +204,7 @@ class CacheWriter:
 
     @contextmanager
     def _reported(self) -> Iterator[None]:
-        """A write that fails, on a full disk above all, as a sentence: finished shards are as they were."""
+        """Turns a failed write, mostly a full disk, into a UserError; finished shards are not affected."""
         try:
             yield
         except (OSError, RuntimeError) as error:
@@ -214,7 +220,7 @@ class CacheWriter:
             manifest = self._manifest
             self._publish(Manifest(manifest.spec, manifest.max_shard_bytes, (*manifest.shards, entry)))
         else:
-            # Only dropped sources at the end: no file; a resumed run sees them again.
+            # Only dropped sources since the last shard: no file. A resumed run sees them again.
             shard.discard()
 
     def _publish(self, manifest: Manifest) -> None:
@@ -240,10 +246,11 @@ class _OpenShard:
         self.index.append((sample_id, length))
 
     def publish(self, last_source: int) -> ShardEntry:
-        """Data, then name, then index, each on disk before the next: the manifest entry is the caller's last step."""
+        """Puts data, name and index on disk, in this order; the manifest entry follows in the caller, last."""
         self._writer.close()
         fsync(self.temporary)
         digest = file_hash(self.temporary)
+        # A file with its final name is whole, whenever the run is killed.
         os.replace(self.temporary, self.final)
         rows = np.array(self.index, INDEX_DTYPE).tobytes()
 
@@ -252,6 +259,7 @@ class _OpenShard:
             index.flush()
             os.fsync(index.fileno())
 
+        # Entries appended here do not count either before the manifest names the shard.
         return ShardEntry(
             file=self.final.name,
             records=len(self.index),
@@ -323,6 +331,7 @@ class TargetCache:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
 
+        # `_starts` [shards + 1]: the first record of each shard, then their number.
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         name = self._manifest.shards[number].file
         sample_id, length = (int(v) for v in self._index[index])
@@ -330,6 +339,7 @@ class TargetCache:
         try:
             record = self._reader(number).read([index - int(self._starts[number])])[0]
             sample = decode_record(record, self.spec)
+            # The record is sound by its checksum; this finds a shard under another's name.
             if (sample.sample_id, len(sample.input_ids)) != (sample_id, length):
                 raise ValueError(
                     f"it holds sample {sample.sample_id} of {len(sample.input_ids)} tokens, samples.idx says {length}"
@@ -380,6 +390,7 @@ class TargetCache:
     def _read_index(self) -> np.ndarray:
         path = self.folder / "samples.idx"
         data = path.read_bytes() if path.exists() else b""
+        # Each shard's entries have a hash of their own, so that an error can name the shard.
         start = 0
 
         for shard in self._manifest.shards:

@@ -1,7 +1,7 @@
-"""Rendering of chat templates that come with a model: bounded in time and size, refusals as one sentence.
+"""Rendering of chat templates: bounded in time and size, with refusals as one sentence.
 
-A template is a program from outside. transformers runs it in jinja's sandbox, which keeps it from files and attributes
-but not from looping; here it also has a deadline.
+A template is a foreign program. transformers runs it in jinja's sandbox, which keeps it from files and attributes but
+not from looping; here it also has a deadline.
 """
 
 import ctypes
@@ -12,18 +12,18 @@ from typing import Any
 from dspark_jax.errors import UserError
 
 RENDER_SECONDS = 10.0
-"""A conversation of thousands of turns renders in a fraction of a second."""
+"""Deadline; a conversation of thousands of turns renders in a fraction of a second."""
 MOST_CHARACTERS = 50_000_000
-"""No context holds a text of this size."""
+"""Limit of a rendered text, far above any context."""
 
 
 def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
-    """The text that the tokenizer's chat template makes of the messages.
+    """The messages as text, rendered by the tokenizer's chat template.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
         messages: turns with "role" and "content"; handed to the template with all their fields.
-        variables: of the template (`add_generation_prompt`, `enable_thinking`, ...).
+        variables: template variables (`add_generation_prompt`, `enable_thinking`, ...).
 
     Raises:
         UserError: no template; one that is damaged, refuses these messages, never ends, or gives no usable text.
@@ -46,6 +46,7 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **variables: A
         size = f"{len(outcome):,} characters" if isinstance(outcome, str) else f"a {type(outcome).__name__}"
         raise UserError(f"The chat template made {size} of {who}; at most {MOST_CHARACTERS:,} characters are expected.")
 
+    # The tokenizer's Rust part would fail on it with an error that names no conversation.
     try:
         outcome.encode()
     except UnicodeEncodeError:
@@ -90,5 +91,6 @@ def _roles(messages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _reason(error: BaseException) -> str:
+    # A template's own message may be long, have lines or half a surrogate pair; it becomes part of one sentence.
     said = " ".join(str(error).split())[:300].encode(errors="replace").decode()
     return f"{(said or type(error).__name__).rstrip('.')}."

@@ -1,4 +1,4 @@
-"""Training rows in memory, for runs whose target computes its states in the step."""
+"""Training rows in memory, for runs that compute the target's states in the training step."""
 
 import hashlib
 import os
@@ -22,8 +22,8 @@ def encode_files(
     """The training rows of every conversation of the files, in order, cut to `max_length`.
 
     Raises:
-        UserError: a conversation that cannot be read or rendered, or that has ids outside the vocabulary; names its
-            file and line. Answers that were given with the other setting of `thinking`.
+        UserError: a conversation that cannot be read or rendered, or with ids outside the vocabulary (names file and
+            line); answers generated under the other setting of `thinking`.
     """
     for path in map(Path, files):
         _require_same_thinking(path, thinking)
@@ -32,6 +32,7 @@ def encode_files(
                 rows = encode_conversation(tokenizer, record.messages, max_length, thinking)
             except UserError as error:
                 raise UserError(f"{record.where}: {error}") from error
+            # Indices past an array's end are no error in JAX: another model's ids would go unnoticed.
             for row in rows:
                 if len(row.input_ids) and row.input_ids.max() >= vocabulary:
                     raise UserError(
@@ -42,7 +43,7 @@ def encode_files(
 
 
 def _require_same_thinking(path: Path, thinking: bool) -> None:
-    """UserError for answers that the target gave after another prompt than the one their rows would begin with."""
+    """UserError for answers generated after another prompt than the one their training rows would begin with."""
     note = path.with_suffix(".settings.json")
     recorded = read_object(note).get("settings") if note.is_file() else None
     if not isinstance(recorded, dict) or "weights_xxh3" not in recorded:
@@ -60,9 +61,9 @@ class Tokenised:
 
     Attributes:
         input_ids, loss_mask: int32 and uint8 [all tokens].
-        starts: int64 [len(self) + 1]: where each begins, and the last ends.
-        sample_ids: int64 [len(self)], index among all training rows, those left out included.
-        sha256: of all of it.
+        starts: int64 [len(self) + 1], each row's first token, then the end of the last row.
+        sample_ids: int64 [len(self)], index among all training rows, dropped ones included.
+        sha256: hex digest of the four arrays.
     """
 
     input_ids: np.ndarray
@@ -76,11 +77,13 @@ class Tokenised:
         kept = [(i, c) for i, c in enumerate(conversations) if c.loss_tokens >= min_loss_tokens]
         sizes = [len(c.input_ids) for _, c in kept]
         arrays = (
+            # The empty array gives a dtype to a run without rows.
             np.concatenate([np.zeros(0, np.int32), *(c.input_ids for _, c in kept)]),
             np.concatenate([np.zeros(0, np.uint8), *(c.loss_mask for _, c in kept)]),
             np.cumsum([0, *sizes], dtype=np.int64),
             np.array([i for i, _ in kept], np.int64),
         )
+        # Hashed in memory: the same files under another tokenizer or cut are other data.
         digest = hashlib.sha256()
         for array in arrays:
             digest.update(array.data)

@@ -1,4 +1,4 @@
-"""Views of a source of samples that read like one themselves."""
+"""Views of a sample source with the interface of a source: cut, layers selected, reordered, packed."""
 
 import bisect
 import dataclasses
@@ -16,7 +16,7 @@ Row = TypeVar("Row", bound=TokenSample)
 
 @dataclass(frozen=True)
 class Truncated:
-    """`source` with every sample cut at its end to `max_length` tokens; no shorter one is touched."""
+    """`source` with every sample cut at its end to `max_length` tokens."""
 
     source: TokenSource
     max_length: int
@@ -34,7 +34,7 @@ class Truncated:
 
 @dataclass(frozen=True)
 class Tapped:
-    """`source` with the features of some of its layers alone; UserError when it does not hold one of them."""
+    """`source` with the features of `layer_ids` only; UserError where it lacks one of them."""
 
     source: FeatureSource
     layer_ids: tuple[int, ...]
@@ -60,8 +60,10 @@ class Tapped:
 
     def __getitem__(self, index: int) -> Sample:
         sample, size = self.source[index], self.source.spec.hidden_size
+        # Layers lie side by side on the last axis, [T, m D], in the order of the cache's spec.
         places = [self.source.spec.layer_ids.index(layer) for layer in self.layer_ids]
         features = np.concatenate([sample.features[:, at * size : (at + 1) * size] for at in places], axis=1)
+        # The last scale, of the last hidden states, goes with every choice of layers.
         scales = None if sample.scales is None else sample.scales[:, [*places, -1]]
         return dataclasses.replace(sample, features=features, scales=scales)
 
@@ -120,28 +122,41 @@ class Packed:
 
 
 def join(name: int, samples: Sequence[Row]) -> Row:
-    """One row with the samples one after the other."""
+    """Concatenates samples into one row with segments 1, 2, ... and their ids as `members`."""
     parts = [sample.arrays() for sample in samples]
     changes: dict[str, Any] = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     sizes = [len(sample.input_ids) for sample in samples]
+    # Segments keep conversations apart in attention and positions; 0 is left for padding.
     changes["segments"] = np.repeat(np.arange(1, len(samples) + 1, dtype=np.int32), sizes)
     changes["members"] = tuple(sample.sample_id for sample in samples)
     return dataclasses.replace(samples[0], sample_id=name, **changes)
 
 
 def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """Indices in rows whose lengths add up to at most `capacity`: from the longest down, each into the row with the
-    least room that takes it (best fit decreasing). ValueError for a length above the capacity."""
+    """Packs samples into rows by best fit decreasing: longest first, each into the fullest row that still takes it.
+
+    Args:
+        lengths: int [n], tokens of each sample.
+        capacity: tokens that a row holds.
+
+    Returns:
+        Indices of the samples of each row.
+
+    Raises:
+        ValueError: a length above the capacity.
+    """
     if len(lengths) and int(lengths.max()) > capacity:
         raise ValueError(f"a length of {lengths.max()} does not fit a row of {capacity}")
 
     rows: list[list[int]] = []
-    room: list[int] = []  # the different amounts of room that rows have left, ascending
-    having: dict[int, list[int]] = {}  # the rows of every such amount
+    room: list[int] = []  # the distinct amounts of room left in rows, ascending
+    having: dict[int, list[int]] = {}  # the rows with each amount
 
+    # A stable sort: equal lengths keep their order, so that every host packs alike.
     for index in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[index])
         at = bisect.bisect_left(room, length)
+        # No row takes it: a new one is opened.
         if at == len(room):
             left, row = capacity, len(rows)
             rows.append([])
@@ -155,7 +170,6 @@ def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
         left -= length
         if left not in having:
             bisect.insort(room, left)
-
         having.setdefault(left, []).append(row)
 
     return rows
