@@ -1,1 +1,1 @@
-"""How much to verify: policies, ranking, history, cost tables and occupancy, confidence calibration in the loop."""
+"""Verify-length scheduling: policies, ranking, history, cost tables and occupancy, calibration in the loop."""

@@ -1,6 +1,6 @@
-"""Calibration in the loop: confidence logits into probabilities of acceptance.
+"""Calibration in the loop: maps confidence logits to probabilities of acceptance.
 
-Temperatures are fitted in evaluation/temperature_scaling.py. Axes: R request slots, K block position.
+The static temperatures are fitted in evaluation/temperature_scaling.py. Axes: R request slots, K block position.
 """
 
 from dataclasses import dataclass
@@ -12,14 +12,23 @@ from jaxtyping import Array, Float, Int
 
 
 class Calibration(Protocol):
-    """A frozen strategy whose state lasts as long as the loop and is updated from earlier rounds only."""
+    """A frozen strategy. Its state lasts as long as the loop and is updated from ended rounds only, which keeps
+    scheduling non-anticipating (docs/algorithm.md, rule 76)."""
 
-    def init(self, block: int) -> Any: ...
+    def init(self, block: int) -> Any:
+        """The state before the first round, for K = `block` positions."""
+        ...
 
     def __call__(
         self, logits: Float[Array, "r k"], temperatures: Float[Array, " k"], state: Any
     ) -> Float[Array, "r k"]:
-        """c_k: the probability that x_k is accepted, given that x_<k were."""
+        """c_k in (0, 1): the probability that x_k is accepted, given that x_<k were.
+
+        Args:
+            logits: the drafter's confidence, finite.
+            temperatures: > 0, one per position; ones if not calibrated.
+            state: this strategy's.
+        """
         ...
 
     def observe(
@@ -29,12 +38,14 @@ class Calibration(Protocol):
         lengths: Int[Array, " r"],
         accepted: Int[Array, " r"],
         state: Any,
-    ) -> Any: ...
+    ) -> Any:
+        """The state after a round that verified `lengths` drafts per request, of which `accepted` were accepted."""
+        ...
 
 
 @dataclass(frozen=True)
 class Static:
-    """sigmoid(z_k / t_k) with the temperatures of sts.json."""
+    """sigmoid(z_k / t_k) with the temperatures of sts.json (docs/algorithm.md, rules 71 and 94)."""
 
     def init(self, block: int) -> Any:
         return ()
@@ -47,26 +58,31 @@ class Static:
 
 
 class OnlineState(NamedTuple):
-    """[K] float32 each: factor and shift of the scaled logits; decayed sums of the curvature in (factor, shift)."""
+    """[K] float32 each: the affine map of the scaled logits, and decayed sums of the log-loss's curvature in it."""
 
     scale: Array
     shift: Array
-    scale_scale: Array
-    scale_shift: Array
-    shift_shift: Array
+    scale_scale: Array  # second derivative in scale
+    scale_shift: Array  # mixed
+    shift_shift: Array  # in shift
 
 
 @dataclass(frozen=True)
 class Online:
-    """sigmoid(scale_k z_k / t_k + shift_k): Newton steps on the log-loss of what was verified.
+    """sigmoid(scale_k z_k / t_k + shift_k), with scale and shift fitted by Newton steps on the log-loss of the verified
+    drafts.
 
-    The shift corrects what a temperature cannot: a drafter fitted for many epochs is overconfident by a constant. Only
-    verified positions are observed, which does not bias the estimate: whether x_k is verified depends on x_<k, never on
-    x_k, so among rounds of one confidence those verified are accepted as often as the others would be.
+    The shift corrects an error that no temperature can: a drafter trained for many epochs is overconfident by a
+    constant. Only verified positions are observed, which does not bias the estimate: whether x_k is verified depends on
+    x_<k, never on x_k, so at equal confidence verified drafts are accepted as often as the others would have been.
+
+    Attributes:
+        decay: per round, of the curvature sums.
+        prior: curvature of the prior belief that the static temperatures are right; larger means slower steps.
     """
 
     decay: float = 0.99
-    prior: float = 20.0  # curvature of the belief that the static temperatures are right
+    prior: float = 20.0
 
     def init(self, block: int) -> OnlineState:
         zero = jnp.zeros((block,), jnp.float32)
@@ -78,18 +94,26 @@ class Online:
     def observe(
         self, logits: Array, temperatures: Array, lengths: Array, accepted: Array, state: OnlineState
     ) -> OnlineState:
+        # [R, K] drafts whose fate was decided: verified, and no earlier draft of the block rejected.
         position = jnp.arange(logits.shape[1])
         reached = (position < lengths[:, None]) & (position <= accepted[:, None])
+
+        # First and second derivative of the log-loss in the calibrated logit; 0 where nothing was decided.
         z = logits / temperatures
         p = jax.nn.sigmoid(z * state.scale + state.shift)
         wrong = jnp.where(reached, p - (position < accepted[:, None]), 0.0)
         weight = jnp.where(reached, p * (1 - p), 0.0)
+
+        # Curvature [K] by the chain rule: d logit / d scale = z, d logit / d shift = 1.
         aa = self.decay * state.scale_scale + jnp.sum(weight * z**2, axis=0)
         ab = self.decay * state.scale_shift + jnp.sum(weight * z, axis=0)
         bb = self.decay * state.shift_shift + jnp.sum(weight, axis=0)
+
         # One Newton step a round in each position's (scale, shift): a 2 x 2 system, solved by Cramer's rule.
         top, low, (g, h) = aa + self.prior, bb + self.prior, (jnp.sum(wrong * z, axis=0), jnp.sum(wrong, axis=0))
         determinant = top * low - ab**2
+
         scale = state.scale - (low * g - ab * h) / determinant
         shift = state.shift - (top * h - ab * g) / determinant
+        # Bounded, so that a run of extreme rounds cannot make all confidences 0 or 1 for good.
         return OnlineState(jnp.clip(scale, 0.05, 20.0), jnp.clip(shift, -5.0, 5.0), aa, ab, bb)

@@ -1,7 +1,7 @@
-"""The cost of a round by tokens verified, and the load on the device it runs on.
+"""The cost of a round as a function of the tokens verified, and the load on the device it runs on.
 
-Axes: R request slots, C context probes, P token rungs. Everything the compiled loop reads is an array of fixed shape,
-so that a new profile, load or share compiles nothing.
+Axes: R request slots, C context probes, P token rungs, K block position. Everything that the compiled loop reads is an
+array of fixed shape, so that a new profile, load or share does not recompile.
 """
 
 import math
@@ -20,8 +20,9 @@ from dspark_jax.errors import UserError
 class Occupancy(NamedTuple):
     """The load on the device, an argument of every dispatch; float32 scalars, 1 = as profiled.
 
-    `load`: measured over profiled round time (`LoadMeter`). `signal`: external load factor set by the caller: 2 for a
-    co-located job of equal weight, 1 / share for a tenant.
+    Attributes:
+        load: measured over profiled round time (`LoadMeter`).
+        signal: external load factor set by the caller: 2 for a co-located job of equal weight, 1 / share for a tenant.
     """
 
     load: Array
@@ -29,23 +30,30 @@ class Occupancy(NamedTuple):
 
     @classmethod
     def of(cls, load: float = 1.0, signal: float = 1.0) -> "Occupancy":
-        """On the device. UserError for a factor that is no finite number above 0."""
+        """Put both factors on the device.
+
+        Raises:
+            UserError: a factor that is not a finite number above 0.
+        """
         for name, value in (("load", load), ("signal", signal)):
             if not math.isfinite(value) or value <= 0:
                 raise UserError(f"The occupancy's {name} is {value}; expected a number above 0, 1 for as profiled.")
+
         return cls(*jax.device_put((np.float32(load), np.float32(signal))))
 
     @property
     def pressure(self) -> Array:
-        """How much more than profiled one further token costs. Spare capacity is free when idle but costs co-located
-        work, so pressure scales the cost above the cheapest verify pass and not the pass itself."""
+        """Factor on the profiled cost of one more token. Spare capacity is free on an idle device but costs co-located
+        work, so pressure scales the cost above the cheapest verify pass, not the pass itself."""
         return self.load * self.signal
 
 
 class CostTable(NamedTuple):
-    """Seconds of a round, measured (`serving.profile`) or given: SPS(B) = 1 / (verify + drafting).
+    """Seconds of a round, measured (`serving.profile`) or given: SPS(B) = 1 / (verify + drafting), docs/algorithm.md,
+    rule 73.
 
-    A round of B tokens costs what the first rung >= B does. Between context probes costs are linear.
+    A round of B tokens costs as much as the first rung >= B, since it runs at that bucket. Between context probes costs
+    are interpolated linearly.
     """
 
     tokens: Array  # [P] int32 ascending
@@ -65,10 +73,22 @@ class CostTable(NamedTuple):
         plain: Any = None,
         dispatch: float | None = None,
     ) -> "CostTable":
-        """From seconds [P] or [C, P]. UserError for costs that don't fit or rungs that don't ascend."""
+        """A table on the device, from host numbers.
+
+        Args:
+            tokens: P rungs, ascending.
+            verify: seconds [P] or [C, P], > 0.
+            drafting: seconds, one or [C].
+            contexts: C probes in mean committed positions, ascending.
+            plain: seconds of a round without drafts, one or [C]. None: as its tokens cost in `verify`.
+            dispatch: seconds of overhead per dispatch. None: none.
+        Raises:
+            UserError: seconds that don't fit the rungs and probes, or rungs or probes that don't ascend.
+        """
         seconds = np.atleast_2d(np.asarray(verify, np.float32))
         draft = np.broadcast_to(np.asarray(drafting, np.float32), (len(contexts),))
         rungs, probes = np.asarray(tokens, np.int32), np.asarray(contexts, np.float32)
+
         if np.any(np.diff(rungs) <= 0) or np.any(np.diff(probes) <= 0) or not len(rungs):
             raise UserError(f"A cost table's tokens {list(tokens)} and contexts {list(contexts)} must ascend.")
         if seconds.shape != (len(probes), len(rungs)) or not np.all(np.isfinite(seconds) & (seconds > 0)):
@@ -76,14 +96,17 @@ class CostTable(NamedTuple):
                 f"A cost table for {len(probes)} contexts and {len(rungs)} token counts needs that many seconds, all "
                 f"above 0; found an array of {seconds.shape}."
             )
+
         rest = None if plain is None else np.broadcast_to(np.asarray(plain, np.float32), (len(contexts),))
         beside = None if dispatch is None else np.float32(dispatch)
         return cls(*jax.device_put((rungs, probes, seconds, draft, rest, beside)))
 
     def at(self, context: Array) -> tuple[Float[Array, " p"], Float[Array, ""], Float[Array, ""] | None]:
-        """(verify [P], drafting [], plain []) at a mean context length."""
+        """(verify [P], drafting [], plain [] or None) at a mean context length; clamped outside the probes."""
         if self.contexts.shape[0] == 1:
             return self.verify[0], self.drafting[0], None if self.plain is None else self.plain[0]
+
+        # The pair of probes around the context; outside all probes, the nearest pair with its share clipped.
         index = jnp.clip(below(self.contexts, context) - 1, 0, self.contexts.shape[0] - 2)
         low, high = self.contexts[index], self.contexts[index + 1]
         share = jnp.clip((context - low) / (high - low), 0.0, 1.0)
@@ -95,11 +118,10 @@ class CostTable(NamedTuple):
 
 
 class ScheduleTables(NamedTuple):
-    """The tables of load-adaptive policies: `costs`, and `temperatures` [K] float32 of the confidence logits (ones: not
-    calibrated)."""
+    """The tables that load-adaptive policies read."""
 
     costs: CostTable
-    temperatures: Array
+    temperatures: Array  # [K] float32, of the confidence logits; ones if not calibrated
 
     @classmethod
     def of(cls, costs: CostTable, temperatures: Sequence[float]) -> "ScheduleTables":
@@ -107,25 +129,24 @@ class ScheduleTables(NamedTuple):
 
 
 class RoundCosts(NamedTuple):
-    """A cost table at this round's contexts and pressure, `base` the tokens that are verified whatever is scheduled,
-    `plain` the seconds of a round without drafts."""
+    """A cost table at the contexts and pressure of one round."""
 
     tokens: Int[Array, " p"]
-    seconds: Float[Array, " p"]
-    drafting: Float[Array, ""]
-    base: Int[Array, ""]
-    plain: Float[Array, ""]
+    seconds: Float[Array, " p"]  # of a round without drafting, under pressure
+    drafting: Float[Array, ""]  # seconds that drafting adds, as profiled: pressure is not in it
+    base: Int[Array, ""]  # tokens verified whatever is scheduled: the anchors
+    plain: Float[Array, ""]  # seconds of a round without drafts
 
     def rung(self, tokens: Array) -> Array:
-        """The rung that a pass over `tokens` runs at; the last one for more than that."""
+        """Index of the rung that a pass over `tokens` runs at; the last one if no rung is as large."""
         return jnp.minimum(below(self.tokens, tokens), self.tokens.shape[0] - 1)
 
     def of(self, tokens: Array) -> Array:
-        """Seconds of a round, without drafting, that verifies `tokens`."""
+        """Seconds of a round that verifies `tokens`, drafting not included."""
         return self.seconds[self.rung(tokens)]
 
     def between(self, tokens: Float[Array, ""]) -> Float[Array, ""]:
-        """Seconds at a mean number of tokens, linear between rungs."""
+        """Seconds at a mean number of tokens, interpolated between rungs: rounds around that mean use both."""
         high = self.rung(tokens)
         low = jnp.maximum(high - 1, 0)
         start, end = self.tokens[low], self.tokens[high]
@@ -134,35 +155,50 @@ class RoundCosts(NamedTuple):
 
 
 def below(rungs: Array, values: Array) -> Int[Array, "..."]:
-    """How many of a few ascending `rungs` lie below each value: `searchsorted` without its loop, which took the decode
-    loop as long as a layer of the target (docs/log.md)."""
+    """How many of a few ascending `rungs` are below each value: `searchsorted` without its loop, which took as long as
+    a layer of the target (docs/log.md)."""
     return jnp.sum(jnp.expand_dims(values, -1) > rungs, axis=-1)
 
 
 def round_costs(
     table: CostTable, occupancy: Occupancy, active: Bool[Array, " r"], lengths: Int[Array, " r"]
 ) -> RoundCosts:
-    """Costs as `occupancy` makes them: seconds above the cheapest possible pass, that of the anchors alone, are
-    multiplied by its pressure."""
+    """Costs of this round: the table at the mean context of the active requests, with the seconds above the cheapest
+    possible pass, the one over the anchors alone, multiplied by the occupancy's pressure.
+
+    Args:
+        table: as profiled.
+        occupancy: load on the device.
+        active: slots with a request.
+        lengths: committed tokens of each slot.
+    """
     base = jnp.sum(active)
     mean = jnp.sum(jnp.where(active, lengths, 0)) / jnp.maximum(base, 1)
+
     verify, drafting, plain = table.at(mean)
     least = verify[jnp.minimum(below(table.tokens, base), table.tokens.shape[0] - 1)]
+
+    # Noise may leave a rung below the anchors' own; the maximum keeps pressure from making wide passes cheaper.
     seconds = least + occupancy.pressure * jnp.maximum(verify - least, 0.0)
+
     return RoundCosts(table.tokens, seconds, drafting, base, least if plain is None else plain)
 
 
 def idle_costs(table: CostTable, active: Bool[Array, " r"], lengths: Int[Array, " r"]) -> RoundCosts:
-    """Costs with no other load: what measured times are compared with."""
+    """Costs without other load, for comparison with measured times."""
     ones = jnp.ones((), jnp.float32)
     return round_costs(table, Occupancy(ones, ones), active, lengths)
 
 
 @dataclass
 class LoadMeter:
-    """Host side, between dispatches: an exponential average of measured over predicted seconds.
+    """Exponential average of measured over predicted seconds; lives on the host, updated between dispatches.
 
-    `weight` of the newest dispatch; ratios within `tolerance` of 1 count as 1, since a clock is not that good.
+    Attributes:
+        weight: of the newest dispatch in the average.
+        tolerance: ratios up to 1 + `tolerance` count as 1: timing is no more precise than that.
+        highest: cap on a single dispatch's ratio, so that one stall does not dominate.
+        ratio: the current average.
     """
 
     weight: float = 0.5
@@ -171,8 +207,12 @@ class LoadMeter:
     ratio: float = 1.0
 
     def update(self, measured: float, predicted: float) -> float:
-        """Takes in one dispatch (`DecodeState.predicted_seconds` against the clock) and returns `load`. A dispatch that
-        ran no round (0 predicted) changes nothing."""
+        """Add one dispatch and return `load`. A dispatch that ran no round (0 predicted) changes nothing.
+
+        Args:
+            measured: seconds by the clock.
+            predicted: seconds by the cost table, `DecodeState.predicted_seconds`.
+        """
         if predicted > 0 and measured > 0:
             newest = min(measured / predicted, self.highest)
             self.ratio += self.weight * (newest - self.ratio)
@@ -185,7 +225,8 @@ class LoadMeter:
 
 
 def bucket_ladder(requests: int, width: int, rungs: int = 3) -> tuple[int, ...]:
-    """Token counts that the verify pass is compiled for: from one row a request to the full block, evenly spaced."""
+    """Token counts that the verify pass is compiled for, ascending: evenly spaced from one row per request to `width`
+    rows per request. Each is one more program to compile."""
     steps = min(rungs, width)
     widths = {1 + round((width - 1) * i / max(steps - 1, 1)) for i in range(steps)} | {width}
     return tuple(requests * w for w in sorted(widths))

@@ -1,4 +1,4 @@
-"""Statistics of earlier rounds: how drafts fared, by request and by position, and whether drafting pays.
+"""Statistics of earlier rounds: accepted drafts by request and by position, and whether drafting pays.
 
 They come from rounds that have ended, so they may depend on those rounds' tokens, accepted or not, and remain
 non-anticipating (docs/algorithm.md, rule 76). Axes: R request slots, K block position.
@@ -14,41 +14,46 @@ from dspark_jax.scheduling.costs import RoundCosts
 
 
 class SlotHistory(NamedTuple):
-    """Per request, [R] each: decayed sums over the rounds in which it drafted, and whether drafting is disabled for it
-    because its drafts do not pay."""
+    """Per request, [R] each: decayed sums, float32, over the rounds in which it drafted."""
 
     rounds: Array
-    accepted: Array
-    verified: Array
-    off: Array
+    accepted: Array  # drafts
+    verified: Array  # drafts
+    off: Array  # bool: drafting is disabled, because the request's drafts do not pay
 
 
 class SharedHistory(NamedTuple):
-    """Over all requests: the same sums []; drafts accepted and judged by position [K], judged meaning that x_<k was
-    accepted and x_k verified; rounds since the last probe and until the next []; whether drafting is disabled for all
-    of them []."""
+    """Over all requests: decayed sums in float32, and the clock of the guard's probes."""
 
-    rounds: Array
-    accepted: Array
-    verified: Array
-    hits: Array
-    tries: Array
-    since: Array
-    interval: Array
-    off: Array
+    rounds: Array  # [] summed over requests, as are the next two
+    accepted: Array  # [] drafts
+    verified: Array  # [] drafts
+    hits: Array  # [K] drafts accepted, by position
+    tries: Array  # [K] drafts judged, by position: x_<k accepted and x_k verified
+    since: Array  # [] int32: rounds since the last probe
+    interval: Array  # [] int32: rounds from one probe to the next
+    off: Array  # [] bool: drafting is disabled for all requests
 
 
 @dataclass(frozen=True)
 class History:
-    """Exponentially decayed sums. A request starts at the mean of the others, the first one at an optimistic prior."""
+    """Exponentially decayed sums. A request starts at the mean of the others, the first one at an optimistic prior.
+
+    Attributes:
+        slot_decay, shared_decay: per round in which the request, or any request, drafted.
+        prior_rounds: weight of the shared mean in a new request's own statistics, in rounds.
+        survival: prior conditional survival of each position, with the weight of four judged drafts.
+        probe_after: shortest wait between probes, in rounds.
+    """
 
     slot_decay: float = 0.9
     shared_decay: float = 0.98
-    prior_rounds: float = 4.0  # weight of the shared mean in a new request's own
-    survival: float = 0.8  # prior of a position, with the weight of four judged drafts
+    prior_rounds: float = 4.0
+    survival: float = 0.8
     probe_after: int = 32
 
     def init_slots(self, requests: int) -> SlotHistory:
+        # A buffer per leaf: a donated state must not hold one buffer twice.
         zero = jnp.zeros((requests,), jnp.float32)
         return SlotHistory(zero, zero.copy(), zero.copy(), jnp.zeros((requests,), bool))
 
@@ -58,17 +63,19 @@ class History:
 
         counts = jnp.zeros((block,), jnp.float32), jnp.zeros((block,), jnp.float32)
         probe = jnp.zeros((), jnp.int32), jnp.full((), self.probe_after, jnp.int32)
+        # The prior, one round in which 0.9 of a block was accepted, fades with the first rounds.
         return SharedHistory(full(1.0), full(0.9 * block), full(block), *counts, *probe, jnp.zeros((), bool))
 
     def expected(self, slots: SlotHistory, shared: SharedHistory) -> tuple[Float[Array, " r"], Float[Array, " r"]]:
-        """Expected (accepted, verified) drafts of each request in a round in which it drafts."""
-        # The others' mean fades as a request's own rounds fill its memory, of 1 / (1 - slot_decay) rounds.
+        """Expected (accepted, verified) drafts [R] of each request in a round in which it drafts."""
+        # The shared mean fades out as a request's own rounds fill its memory of 1 / (1 - slot_decay) rounds.
         prior = self.prior_rounds * jnp.maximum(1.0 - (1.0 - self.slot_decay) * slots.rounds, 1e-3)
         weight, total = prior / shared.rounds, slots.rounds + prior
         return (slots.accepted + weight * shared.accepted) / total, (slots.verified + weight * shared.verified) / total
 
     def conditional(self, shared: SharedHistory) -> Float[Array, " k"]:
-        """How often x_k was accepted where x_<k was: the forecast where confidences are not known yet."""
+        """Rate at which x_k was accepted given that x_<k was: the forecast for drafts whose confidence must not be
+        looked at yet (docs/algorithm.md, rule 80)."""
         return (shared.hits + 4.0 * self.survival) / (shared.tries + 4.0)
 
     def learn(
@@ -79,10 +86,19 @@ class History:
         lengths: Int[Array, " r"],
         accepted: Int[Array, " r"],
     ) -> tuple[SlotHistory, SharedHistory]:
-        """The sums after a round; requests that did not draft add nothing."""
+        """The sums after a round; requests that did not draft add nothing.
+
+        Args:
+            slots, shared: the sums before it.
+            drafted: requests that drafted.
+            lengths: drafts verified.
+            accepted: drafts accepted.
+        """
+        # [R, K]. Drafts after a rejection are not judged: their test presupposes that the ones before were accepted.
         position = jnp.arange(shared.hits.shape[0])
         judged = drafted[:, None] & (position < lengths[:, None]) & (position <= accepted[:, None])
         hits = judged & (position < accepted[:, None])
+        # A round without drafts carries no evidence, so it does not age the sums either.
         decay = jnp.where(jnp.any(drafted), self.shared_decay, 1.0)
 
         def own(total: Array, new: Array) -> Array:
@@ -108,12 +124,14 @@ class History:
 
 @dataclass(frozen=True)
 class DraftGuard:
-    """Chooses which requests draft. Drafting is disabled for a request whose accepted drafts are worth less than the
-    verify time they took, and for all of them where drafting as a whole is slower than plain decoding, both by recent
-    rounds.
+    """Chooses which requests draft. Judged by recent rounds, drafting is disabled for a request whose accepted drafts
+    are worth less than the verify time they took, and for all requests if drafting is slower than plain decoding.
 
-    Hysteresis: drafting resumes only above `1 + gain`. Disabled requests draft again in a probe round, all in the same
-    one, after `probe_after` rounds, then after twice as many, and so on up to `probe_at_most`; a round in which none is
+    It judges earlier rounds only: dropping a request because of today's confidences would anticipate
+    (docs/algorithm.md, rule 79).
+
+    Hysteresis: drafting resumes only above `1 + gain`. Disabled requests all draft again in the same probe round, after
+    `probe_after` rounds, then after twice as many, and so on up to `probe_at_most`; a round in which no request is
     disabled shortens that wait by an eighth.
     """
 
@@ -129,17 +147,28 @@ class DraftGuard:
         slots: SlotHistory,
         shared: SharedHistory,
     ) -> tuple[Bool[Array, " r"], SlotHistory, SharedHistory]:
-        """(which of the `able` requests draft, histories)."""
-        # Each request: what its drafts are expected to bring against the verify time that they take.
+        """Choose the requests that draft in the coming round.
+
+        Args:
+            history: turns the sums into expectations.
+            costs: of this round.
+            able: active requests that may have drafts verified.
+            pressure: factor on the drafting pass.
+            slots, shared: the sums, and what is disabled.
+        Returns:
+            (which of the `able` requests draft, the histories with the new decisions).
+        """
+        # Each request: the tokens that its drafts are expected to bring, against the verify time that they take.
         accepted, verified = history.expected(slots, shared)
         base = jnp.maximum(costs.base, 1).astype(jnp.float32)
         plain = costs.plain
         room = jnp.maximum(costs.tokens[-1] - base, 1.0)
-        worth = base / plain  # tokens a second of plain decoding: the price of time
+        worth = base / plain  # tokens a second of plain decoding: the value of a second
+        # Mean price of one verified draft in tokens, from plain decoding up to the full block of every request.
         price = worth * (costs.seconds[-1] - plain) / room
         good = able & (accepted > jnp.where(slots.off, 1 + self.gain, 1.0) * price * verified)
 
-        # All of them: tokens a second of drafting for the good ones against plain decoding.
+        # All requests: tokens a second if the good ones draft, against plain decoding.
         tokens = base + jnp.sum(jnp.where(good, accepted, 0.0))
         wanted = costs.between(base + jnp.sum(jnp.where(good, verified, 0.0)))
         seconds = jnp.maximum(wanted, plain) + pressure * costs.drafting
@@ -150,7 +179,7 @@ class DraftGuard:
         disabled = jnp.any(able & ~wants)
         probe = disabled & (shared.since >= shared.interval)
         longer = jnp.where(probe, jnp.minimum(2 * shared.interval, self.probe_at_most), shared.interval)
-        # Little by little: a probe may have been lucky, and the next ones would cost as much.
+        # Shortened gradually: a probe may have been lucky, and the next ones would cost as much.
         shorter = jnp.maximum(shared.interval - shared.interval // 8, history.probe_after)
         # A round in which no request could draft, as at a last token, is no evidence: the wait goes on.
         any_able = jnp.any(able)
@@ -162,5 +191,5 @@ class DraftGuard:
         return able & (wants | probe), slots._replace(off=able & ~wants), shared
 
     def skipped(self, slots: SlotHistory, shared: SharedHistory, rounds: Int[Array, ""]) -> SharedHistory:
-        """The state `rounds` further plain rounds later, which count towards the probe where a request is disabled."""
+        """The state after `rounds` further plain rounds. They count towards the next probe if requests are disabled."""
         return shared._replace(since=shared.since + jnp.where(jnp.any(slots.off), rounds, 0))

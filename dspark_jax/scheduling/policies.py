@@ -1,11 +1,11 @@
-"""Verify policies: how many of a block's drafts each request has verified in a round.
+"""Verify policies: how many drafts of each request's block are verified in a round.
 
 Whether x_k is verified may depend on x_<k, on other requests and on the past, never on x_k: that keeps scheduling
 lossless. Admission runs along a frontier: a request shows only the survival a of its next draft, which its admitted
 drafts determine; the best of the frontier is admitted, or admission stops. As a falls with k, that order is one sort of
 all a (docs/algorithm.md, rules 73 to 80).
 
-Axes: R request slots, K block position, P token rungs.
+Axes: R request slots, K block position, M = R * K drafts, P token rungs.
 """
 
 from dataclasses import dataclass
@@ -23,14 +23,20 @@ from dspark_jax.scheduling.ranking import Ranked, rank, survival
 
 
 class PolicyState(NamedTuple):
-    """`slots`: leaves [R, ...], reset when a request is admitted; `shared`: leaves that last as long as the loop."""
+    """What a policy has learnt.
+
+    Attributes:
+        slots: leaves [R, ...], reset when a request is admitted.
+        shared: leaves that last as long as the loop.
+    """
 
     slots: Any = ()
     shared: Any = ()
 
 
 class RoundView(NamedTuple):
-    """A round as its policy sees it. `drafted` and `confidence` are None until the drafter has run."""
+    """The inputs of a policy's decisions in one round. `drafted` and `confidence` are None until the drafter has run;
+    draft tokens are not among them, so a policy cannot anticipate by them."""
 
     active: Bool[Array, " r"]
     lengths: Int[Array, " r"]  # committed tokens
@@ -42,8 +48,8 @@ class RoundView(NamedTuple):
 
 
 class VerifyPolicy(Protocol):
-    """A frozen strategy whose memory is its state. Order of a round: `drafting`, the call, `observe`; a round in which
-    no request drafts ends after `drafting`."""
+    """A frozen strategy that keeps what it learns in its state. Order of a round: `drafting`, the call, `observe`; a
+    round in which no request drafts ends after `drafting`."""
 
     @property
     def always_drafts(self) -> bool:
@@ -52,13 +58,15 @@ class VerifyPolicy(Protocol):
 
     @property
     def needs_tables(self) -> bool:
-        """Whether `LoopParams.tables` must be there."""
+        """Whether `LoopParams.tables` must be given."""
         ...
 
-    def init(self, requests: int, block: int) -> PolicyState: ...
+    def init(self, requests: int, block: int) -> PolicyState:
+        """The state before the first round, for R = `requests` slots and blocks of K = `block` drafts."""
+        ...
 
     def drafting(self, view: RoundView, state: PolicyState) -> tuple[Bool[Array, " r"], PolicyState]:
-        """Which of the active requests draft; where none does, the drafter is not run."""
+        """Choose which of the active requests draft; if none does, the drafter is not run."""
         ...
 
     def skipped(self, state: PolicyState, rounds: Int[Array, ""]) -> PolicyState:
@@ -66,13 +74,13 @@ class VerifyPolicy(Protocol):
         ...
 
     def __call__(self, view: RoundView, state: PolicyState) -> tuple[Int[Array, " r"], PolicyState]:
-        """Verify lengths 0..caps."""
+        """Choose the verify lengths, 0..caps. Whether x_k is verified may depend on x_<k, never on x_k."""
         ...
 
     def observe(
         self, view: RoundView, lengths: Int[Array, " r"], accepted: Int[Array, " r"], state: PolicyState
     ) -> PolicyState:
-        """The state after a round of these verify lengths and accepted drafts."""
+        """The state after a round with these verify lengths and accepted drafts."""
         ...
 
 
@@ -101,7 +109,11 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Threshold(Fixed):
-    """Verify the prefix before the first draft whose confidence is below `threshold` (docs/algorithm.md, rule 70)."""
+    """Verify the prefix before the first draft whose confidence is below `threshold` (docs/algorithm.md, rule 70).
+
+    Raises:
+        UserError: while tracing, for a drafter without a confidence head.
+    """
 
     threshold: float = 0.0
 
@@ -112,22 +124,32 @@ class Threshold(Fixed):
             raise UserError(
                 "The threshold policy needs a drafter with a confidence head; use the fixed policy instead."
             )
+
+        # [R, K]; a cumulative product stays 0 after the first draft below the threshold.
         sure = (jax.nn.sigmoid(view.confidence) >= self.threshold).astype(jnp.int32)
         return jnp.minimum(view.caps, jnp.sum(jnp.cumprod(sure, axis=1), axis=1)), state
 
 
 class AdaptiveShared(NamedTuple):
+    """`PolicyState.shared` of the load-adaptive strategies."""
+
     history: SharedHistory
     calibration: Any
-    own: Any  # the strategy's
+    own: Any  # state of the subclass
 
 
 @dataclass(frozen=True)
 class Adaptive:
-    """What the load-adaptive strategies share: calibrated survival, history, and the guard that can disable drafting.
+    """Base of the load-adaptive strategies: calibrated survival, history, and the guard that can disable drafting.
 
-    Subclasses choose how many of the ranked drafts are admitted. `min_gain`: a step must gain that much more than it
-    costs, judged when it is taken; judging a whole round afterwards would anticipate.
+    Subclasses choose how many of the ranked drafts are admitted.
+
+    Attributes:
+        calibration: maps confidence logits to probabilities.
+        min_gain: relative gain that a step of admission must exceed, judged when the step is taken: judging the whole
+            round afterwards would anticipate (docs/algorithm.md, rule 79).
+        guard: disables drafting where it does not pay. None: every request with a cap above 0 drafts in every round.
+        history: statistics of earlier rounds.
     """
 
     calibration: Calibration = Static()
@@ -143,18 +165,31 @@ class Adaptive:
         return PolicyState(self.history.init_slots(requests), shared)
 
     def init_own(self) -> Any:
+        """Initial state of the subclass."""
         return ()
 
     def admit(
         self, ranked: Ranked, costs: RoundCosts, conditional: Float[Array, " k"], own: Any
     ) -> tuple[Int[Array, ""], Any]:
-        """How many of the ranked drafts are admitted, and the strategy's own state."""
+        """Choose how many of the ranked drafts are admitted.
+
+        Args:
+            ranked: the drafts [M], by falling survival.
+            costs: of this round.
+            conditional: historical conditional survival by position.
+            own: the subclass's state.
+        Returns:
+            (how many of the first drafts are admitted, the new state of the subclass).
+        """
         raise NotImplementedError
 
     def drafting(self, view: RoundView, state: PolicyState) -> tuple[Array, PolicyState]:
+        # At its last token a request has a cap of 0. Being unable to draft is no evidence about its drafts, so the
+        # guard has to know it from requests that it disables.
         able = view.active & (view.caps > 0)
         if self.guard is None:
             return able, state
+
         pressure = view.occupancy.pressure
         drafts, slots, history = self.guard(
             self.history, _costs(view), able, pressure, state.slots, state.shared.history
@@ -170,8 +205,10 @@ class Adaptive:
     def __call__(self, view: RoundView, state: PolicyState) -> tuple[Array, PolicyState]:
         shared = state.shared
         conditional = self.history.conditional(shared.history)
+        # Idle slots still have a row of junk confidences; a cap of 0 ranks them last, as not valid.
         caps = jnp.where(view.active, view.caps, 0)
         ranked = rank(survival(self.confidences(view, shared)), caps)
+
         count, own = self.admit(ranked, _costs(view), conditional, shared.own)
         return ranked.lengths(count), PolicyState(state.slots, shared._replace(own=own))
 
@@ -185,22 +222,32 @@ class Adaptive:
     def observe(self, view: RoundView, lengths: Array, accepted: Array, state: PolicyState) -> PolicyState:
         drafted = view.active if view.drafted is None else view.active & view.drafted
         slots, history = self.history.learn(state.slots, state.shared.history, drafted, lengths, accepted)
+
+        # Requests that did not draft have junk confidences: a length of 0 leaves them out of the fit.
         calibration = state.shared.calibration
         if view.confidence is not None:
             lengths = jnp.where(drafted, lengths, 0)
             temperatures = _tables(view).temperatures
             calibration = self.calibration.observe(view.confidence, temperatures, lengths, accepted, calibration)
+
         return PolicyState(slots, state.shared._replace(history=history, calibration=calibration))
 
 
 @dataclass(frozen=True)
 class Causal(Adaptive):
-    """Algorithm 1 of the paper: admit drafts by falling survival while tokens a second strictly improve."""
+    """Algorithm 1 of the paper: admit drafts by falling survival while tokens a second strictly improve
+    (docs/algorithm.md, rule 74)."""
 
     def admit(self, ranked: Ranked, costs: RoundCosts, conditional: Array, own: Any) -> tuple[Array, Any]:
+        # [M + 1]: seconds of a round that verifies the anchors and the first 0, 1, .. M drafts.
         seconds = costs.drafting + costs.of(costs.base + jnp.arange(ranked.survival.shape[0] + 1))
         tokens = costs.base + jnp.cumsum(ranked.survival) - ranked.survival  # expected, before each draft
+
+        # (tokens + a) / seconds' > (1 + min_gain) * tokens / seconds, with the margin on the added cost alone and no
+        # division. A step that costs nothing gains at any a > 0.
         gains = ranked.survival * seconds[:-1] > (1 + self.min_gain) * tokens * jnp.diff(seconds)
+
+        # Stop at the first draft that does not gain, even if a later one would: the rule must run along the frontier.
         return jnp.sum(jnp.cumprod(gains & ranked.valid)), own
 
 
@@ -208,9 +255,9 @@ class Causal(Adaptive):
 class LookAhead(Adaptive):
     """Algorithm 1 for staircase costs: fills a bucket that is paid for, and opens the next one by a forecast.
 
-    At an edge the frontier's survival is known; what lies behind it is forecast as that times the historical
-    conditional survival by position. If the forecast gains for this or any later bucket, the next bucket is filled and
-    the test repeated (docs/algorithm.md, rule 80).
+    At an edge only the frontier's survival is known. The drafts beyond it are forecast as that survival times the
+    historical conditional survival by position. If the forecast gains for the next or any later bucket, the next bucket
+    is filled and the test repeated (docs/algorithm.md, rule 80).
     """
 
     def admit(self, ranked: Ranked, costs: RoundCosts, conditional: Array, own: Any) -> tuple[Array, Any]:
@@ -219,14 +266,17 @@ class LookAhead(Adaptive):
         steps = costs.tokens.shape[0]
 
         def filled(rung: Array) -> Array:
-            """Drafts that fit beside the anchors into this rung's tokens."""
+            """Drafts that fit into this rung's tokens, beside the anchors."""
             return jnp.clip(costs.tokens[jnp.minimum(rung, steps - 1)] - costs.base, 0, available)
 
         def worth_it(count: Array, rung: Array) -> Array:
-            """Whether any rung above gains by the forecast, once `count` drafts have filled this one."""
+            """[] bool: whether any higher rung gains by the forecast, once `count` drafts have filled this one."""
+            # [P]: expected tokens that each rung would add to the `count` drafts that are in.
             ahead = jnp.cumsum(ranked.forecast(count, conditional))
             more = jnp.clip(costs.tokens - costs.base - count, 0, ahead.shape[0])
             gain = jnp.where(more > 0, ahead[jnp.maximum(more - 1, 0)], 0.0)
+
+            # The test of `Causal`, from this rung to every other at once; only rungs above this one count.
             tokens = costs.base + jnp.where(count > 0, total[jnp.maximum(count - 1, 0)], 0.0)
             now = costs.seconds[rung]
             gains = gain * (costs.drafting + now) > (1 + self.min_gain) * tokens * (costs.seconds - now)
@@ -242,6 +292,7 @@ class LookAhead(Adaptive):
             rung = jnp.where(opens, rung + 1, rung)
             return jnp.where(opens, filled(rung), count), rung, opens
 
+        # The anchors' own bucket is paid for whatever is scheduled, so it is filled without a test.
         rung = costs.rung(costs.base)
         count, _, _ = jax.lax.while_loop(more, step, (filled(rung), rung, jnp.ones((), bool)))
         return count, own
@@ -249,13 +300,14 @@ class LookAhead(Adaptive):
 
 @dataclass(frozen=True)
 class Asynchronous(Adaptive):
-    """The capacity comes from the confidences of two rounds ago, searched over every size; this round's drafts only
-    fill it, by falling survival. So it is known before they are drafted (docs/algorithm.md, rule 75).
+    """The capacity of a round comes from the confidences of two rounds ago, searched over every size, and is known
+    before its drafts exist; they only fill it, by falling survival (docs/algorithm.md, rule 75).
 
     The queue holds drafts per active request, since requests come and go; a bucket that is paid for is filled.
     """
 
     def init_own(self) -> Array:
+        """[2] drafts per active request: the capacities of this round and the next."""
         return jnp.full((2,), jnp.inf, jnp.float32)  # no bound until two rounds have passed
 
     def admit(self, ranked: Ranked, costs: RoundCosts, conditional: Array, own: Array) -> tuple[Array, Array]:
@@ -266,10 +318,12 @@ class Asynchronous(Adaptive):
         wanted = jnp.minimum(own[0] * base, 1.0 * available).astype(jnp.int32)
         paid = jnp.clip(costs.tokens[costs.rung(costs.base + wanted)] - costs.base, 0, available)
 
-        # The capacity for the round after the next: the count of the highest expected rate, if it gains enough.
+        # The capacity of the round after the next: the count with the highest expected rate, if it gains enough. All of
+        # this round's survival may be searched, since it does not decide this round's lengths.
         expected = costs.base + jnp.cumsum(jnp.where(ranked.valid, ranked.survival, 0.0))
         tokens = jnp.concatenate([costs.base[None].astype(jnp.float32), expected])
         seconds = costs.drafting + costs.of(costs.base + jnp.arange(tokens.shape[0]))
+
         rate = jnp.where(jnp.arange(tokens.shape[0]) <= available, tokens / seconds, -jnp.inf)
         best = jnp.argmax(rate)
         best = jnp.where(rate[best] > (1 + self.min_gain) * rate[0], best, 0)
@@ -277,10 +331,12 @@ class Asynchronous(Adaptive):
 
 
 def _tables(view: RoundView) -> ScheduleTables:
+    """The loop's tables; UserError while tracing if it was given none."""
     if view.tables is None:
         raise UserError("A load-adaptive policy needs measured costs: profile the target and drafter first.")
     return view.tables
 
 
 def _costs(view: RoundView) -> RoundCosts:
+    """The cost table at this round's contexts and pressure."""
     return round_costs(_tables(view).costs, view.occupancy, view.active, view.lengths)
