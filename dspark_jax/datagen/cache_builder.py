@@ -1,7 +1,7 @@
-"""Target caches: conversations through the target, their hidden states kept for training.
+"""Builds target caches: runs the target over conversations and stores its hidden states for training.
 
-A build that was killed is continued and ends with the same bytes: training rows are taken in fixed windows, each
-window's batches are a function of its rows alone, and a resumed build computes its first window whole again.
+A killed build can be continued and ends with the same bytes: training rows are taken in fixed windows, each window's
+batches are a function of its rows alone, and a resumed build computes its first window whole again.
 """
 
 import hashlib
@@ -36,8 +36,9 @@ from dspark_jax.targets.target import Target
 from dspark_jax.training.provenance import answers_of
 
 WINDOW_BATCHES = 4
-"""Batches' worth of sources that are sorted by length together."""
+"""Batches whose rows are sorted by length together."""
 SMALLEST_BUCKET = 64
+"""Shortest padded length, in tokens."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class CacheSettings:
 
     @classmethod
     def of_experiment(cls, config: TrainConfig) -> "CacheSettings":
-        """The settings that an experiment fixes; those it leaves open are empty."""
+        """The settings fixed by an experiment; those that it leaves open are empty."""
         cache = cache_spec_of(config)
         return cls(
             target=cache.target,
@@ -88,7 +89,7 @@ class CacheSettings:
         )
 
     def check(self) -> None:
-        """UserError for settings that no target could be run with."""
+        """UserError for settings that are invalid with any target."""
         for name, least in (("max_length", 2), ("min_loss_tokens", 1), ("batch", 1), ("max_shard_mb", 1e-3)):
             if getattr(self, name) < least:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; at least {least} was expected.")
@@ -107,7 +108,7 @@ class CacheSettings:
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """A source of the cache; `kept` False: it has too few supervised tokens and is dropped."""
+    """A training row of the cache; `kept` is False where it has too few supervised tokens and is dropped."""
 
     index: int
     encoded: Encoded
@@ -119,14 +120,18 @@ class TrainingRow:
 
 
 def make(settings: CacheSettings) -> dict[str, Any]:
-    """The whole cache, or with `estimate` its size alone.
+    """Builds the whole cache, or with `estimate` only computes its size.
+
+    Args:
+        settings: checked here, together with the target's configuration.
 
     Returns:
         Counts, bytes and speed, also written to OUTPUT/metrics.json; empty in processes other than the first.
 
     Raises:
-        UserError: conversations, target, output, devices and settings that don't go together.
+        UserError: conversations, target, output, devices and settings that do not fit together.
     """
+    # Cheap checks first: configuration, conversations and size are judged before any weights are read.
     folder = resolve_folder(settings.target)
     hf_config = read_hf_config(folder)
     config = read_target_config(hf_config)
@@ -147,10 +152,12 @@ def make(settings: CacheSettings) -> dict[str, Any]:
         sources_sha256=sources_sha256,
     )
     figures = estimate(settings, spec, items)
+    # Each process reads the files itself; on different copies they would compute different rows together.
     require_same({"their conversations are not the same": sources_sha256})
     if settings.estimate:
         return {**figures, "gigabytes": f"{figures['bytes'] / 1e9:,.3f}"} if is_first() else {}
 
+    # These decide bits of the states but no record's meaning, so they are kept beside the manifest, not in it.
     made_with = {
         "weights_xxh3": weights_hash(folder),
         "compute_dtype": settings.compute_dtype or config.dtype,
@@ -163,6 +170,7 @@ def make(settings: CacheSettings) -> dict[str, Any]:
         connect(mesh)
 
     begun = require_same_settings(settings.output / "build.json", made_with, settings.output)
+    # A continued build needs room only for what is missing.
     require_disk(
         settings.output, figures["bytes"] - sum(path.stat().st_size for path in settings.output.glob("shard-*"))
     )
@@ -173,7 +181,7 @@ def make(settings: CacheSettings) -> dict[str, Any]:
 
 
 def check_settings(settings: CacheSettings, config: TargetConfig) -> None:
-    """UserError for what this target can't do."""
+    """UserError for settings that exceed this target's layers or context."""
     if (top := max(settings.layers)) >= config.num_layers:
         raise UserError(f"--layers names layer {top}; the target has the layers 0 to {config.num_layers - 1}.")
     if settings.max_length > config.max_positions:
@@ -200,7 +208,18 @@ def estimate(settings: CacheSettings, spec: CacheSpec, items: Sequence[TrainingR
 def build(
     settings: CacheSettings, target: Target, spec: CacheSpec, items: Sequence[TrainingRow], new_settings: dict | None
 ) -> dict[str, Any]:
-    """Writes what is missing of the cache; `new_settings` are recorded first (None: they are). Returns its figures."""
+    """Computes and writes the missing part of the cache.
+
+    Args:
+        settings: of the build.
+        target: on the devices, without tokenizer.
+        spec: of the cache.
+        items: all training rows, dropped ones included.
+        new_settings: recorded in build.json before the first shard; None where they are there already.
+
+    Returns:
+        The figures that are written to metrics.json; empty in processes other than the first.
+    """
     began, made = time.perf_counter(), 0
     with ExitStack() as stack:
         writer = None
@@ -209,6 +228,7 @@ def build(
             if new_settings is not None:
                 begin(settings, writer, new_settings)
 
+        # Only the first process has the folder, and all must compute the same batches.
         start = int(from_first(writer.next_source if writer else 0))
         samples = compute_samples(target, spec, items, start, settings.batch)
         if writer is None:
@@ -240,17 +260,18 @@ def build(
 
 
 def begin(settings: CacheSettings, writer: CacheWriter, new_settings: dict) -> None:
-    """Records what a new cache is made with; UserError where it is not new."""
+    """Records the settings of a new cache; UserError where the cache has shards already."""
     if writer.next_source > 0:
         raise UserError(f"{settings.output} is a cache without build.json, made elsewhere; give a new folder.")
     write_settings(settings.output / "build.json", new_settings, answers=answers_of(settings.conversations))
 
 
 def encode_sources(settings: CacheSettings, tokenizer: Any, vocabulary: int) -> tuple[list[TrainingRow], str]:
-    """Every training row of the conversations, and the hash of them all; UserError naming file and line."""
+    """All training rows of the conversations, and their sha256; UserError naming file and line."""
     digest, items = hashlib.sha256(), list[TrainingRow]()
     rows = encode_files(settings.conversations, tokenizer, settings.thinking, settings.max_length, vocabulary)
     for encoded in tqdm(rows, desc="encoding", unit="row", leave=False, delay=2):
+        # The length first: without it, rows cut elsewhere could give the same bytes.
         digest.update(len(encoded.input_ids).to_bytes(8, "little"))
         digest.update(encoded.input_ids.tobytes() + encoded.loss_mask.tobytes())
         items.append(TrainingRow(len(items), encoded, encoded.loss_tokens >= settings.min_loss_tokens))
@@ -265,7 +286,7 @@ def encode_sources(settings: CacheSettings, tokenizer: Any, vocabulary: int) -> 
 def compute_samples(
     target: Target, spec: CacheSpec, items: Sequence[TrainingRow], start: int, batch: int
 ) -> Iterator[tuple[int, Sample | None]]:
-    """(index, sample) of every source from `start` on, in order; None for a dropped one.
+    """Yields (index, sample) of every source from `start` on, in order; None in place of a dropped one's sample.
 
     The window that holds `start` is computed from its beginning, so that its batches, and with them every bit of the
     results, are those of a run that was not interrupted.
@@ -274,25 +295,28 @@ def compute_samples(
     window = batch * WINDOW_BATCHES
     for first in range(start // window * window, len(items), window):
         members = items[first : first + window]
+        # Similar lengths share a batch, for less padding; the index makes the order unique.
         by_length = sorted((item for item in members if item.kept), key=lambda item: (item.length, item.index))
         samples: dict[int, Sample] = {}
 
         for at in range(0, len(by_length), batch):
             group = by_length[at : at + batch]
-            # Always `batch` rows of a bucket's length: one compiled program a bucket, and the same sums in every run.
+            # Always `batch` rows of a bucket's length, the missing ones zero: one compiled program a bucket, and every
+            # run sums in the same order. [B, T]
             tokens = np.zeros((batch, next(b for b in buckets if b >= group[-1].length)), np.int32)
             for row, item in enumerate(group):
                 tokens[row, : item.length] = item.encoded.input_ids
             samples.update(_cut(group, jax.device_get(forward(target.params, tokens))))
 
+        # Rows before `start` were computed only for their batches' sake.
         for item in members[max(0, start - first) :]:
             yield item.index, samples.get(item.index)
 
 
 def make_forward(target: Target, spec: CacheSpec) -> Callable[[dict, Any], dict[str, jax.Array]]:
-    """The jitted function (params, tokens int32 [B, T]) -> states as the cache stores them (`codecs.STATES`).
+    """Makes the jitted function (params, tokens int32 [B, T]) -> states in the cache's codec (`codecs.STATES`).
 
-    Rows lie over the mesh of the parameters; the states come out whole in every process.
+    Rows are sharded over the parameters' mesh; the states are replicated, so that every process has them whole.
     """
     mesh = parameter_mesh(target.params)
 
@@ -301,13 +325,14 @@ def make_forward(target: Target, spec: CacheSpec) -> Callable[[dict, Any], dict[
             tokens = jax.lax.with_sharding_constraint(tokens, ShardingRules().rows(mesh, tokens.ndim))
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         out = target.model(params)(tokens, positions, CausalRows(), spec.layer_ids)
+        # Padding stands at the right, so causal rows never see it; encoding here shrinks what leaves the device.
         return encode_states(out.taps, out.hidden, spec.codec, jnp)
 
     return jax.jit(forward, out_shardings=replicated(mesh) if mesh is not None and jax.process_count() > 1 else None)
 
 
 def _cut(group: Sequence[TrainingRow], stored: dict[str, np.ndarray]) -> Iterator[tuple[int, Sample]]:
-    """(index, sample) of every row of a batch, without its padding."""
+    """Yields (index, sample) of every row of a batch, without padding."""
     for row, item in enumerate(group):
         states = [stored[name][row, : item.length] for name in STATES if name in stored]
         yield item.index, Sample(item.index, item.encoded.input_ids, item.encoded.loss_mask, *states)

@@ -1,6 +1,6 @@
-"""A client of an OpenAI-compatible server: one bounded request at a time, and nothing believed that comes back.
+"""A client of an OpenAI-compatible server: bounded requests, and replies that are checked before use.
 
-Redirects are never followed, so neither prompts nor the key reach another host than the one that was named.
+Redirects are never followed, so neither prompts nor the key can reach another host than the one given.
 """
 
 import asyncio
@@ -18,16 +18,17 @@ from dspark_jax.errors import UserError
 from dspark_jax.readers import parse_json
 
 MOST_BYTES = 16 << 20
-"""A reply of more is no answer: a megabyte of tokens in JSON, many times over."""
+"""Longest reply in bytes, far above that of any real answer."""
 RETRIED = frozenset({408, 409, 425, 429, *range(500, 600)})
+"""HTTP statuses of conditions that pass."""
 WRONG_SERVER = {401: "wants another key (OPENAI_API_KEY)", 403: "denies access", 404: "has no such address or model"}
 
-_SHOWN_BYTES = 2000  # of a refusal
+_SHOWN_BYTES = 2000  # of a refusal's body
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A text, why it ended ("stop" or "length"), and its tokens by the server's count, 0 where it gave none."""
+    """A text, its finish reason ("stop" or "length"), and its tokens as counted by the server, 0 where not reported."""
 
     text: str
     finish_reason: str
@@ -35,7 +36,7 @@ class Answer:
 
 
 class UnansweredError(Exception):
-    """An attempt that may succeed when it is repeated, after `pause` seconds where the server named them."""
+    """A failed attempt that may succeed when repeated; `pause` is the server's Retry-After in seconds, if any."""
 
     def __init__(self, reason: str, pause: float | None = None):
         super().__init__(reason)
@@ -43,26 +44,27 @@ class UnansweredError(Exception):
 
 
 class ServerError(UserError):
-    """A fault that every other request would meet too: it ends the run."""
+    """A fault that would affect every request: it ends the run."""
 
 
 class ChatClient:
     """Sends requests to `POST {server}/chat/completions`, from any thread.
 
-    A request is bounded as a whole, from the connection to the last byte: its coroutine runs on a loop of the client's
-    own, where a deadline can cancel it whatever it waits for.
+    A request is bounded as a whole, from the connection to the last byte: its coroutine runs on the client's own loop,
+    where a deadline can cancel it at any point. httpx alone bounds each read, which a slow server can repeat for ever.
     """
 
     def __init__(self, server: str, seconds: float):
         """
         Args:
-            server: address as in http://host:8000/v1. The key, where it wants one, is read from OPENAI_API_KEY.
-            seconds: that a whole reply may take.
+            server: address, as in http://host:8000/v1. A key is read from OPENAI_API_KEY.
+            seconds: limit of a whole reply.
 
         Raises:
-            UserError: an address or a key that no request can carry.
+            UserError: an invalid address, or a key that no header can carry.
         """
         self.url, self.seconds = _url(server), seconds
+        # Replies are read raw, so that `MOST_BYTES` bounds them; compression is declined.
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         if key := os.environ.get("OPENAI_API_KEY", "").strip():
             if not re.fullmatch(r"[!-~]+", key):
@@ -80,16 +82,17 @@ class ChatClient:
         self._thread.start()
 
     def ask(self, body: bytes) -> Answer:
-        """The answer to a request.
+        """Sends one request and returns its answer.
 
         Args:
             body: the request as JSON.
 
         Raises:
-            UnansweredError: no reply in time, one that is no chat completion, or a status that passes (429, 5xx).
-            ServerError: the server wants another key, has no such model, or redirects.
+            UnansweredError: no reply in time, a reply that is no chat completion, or a passing status (429, 5xx).
+            ServerError: the server rejects the key, has no such model, or redirects.
             UserError: the request is refused, or its answer cannot be trained on.
         """
+        # Under the lock, so that no request is scheduled on a loop that `close` has stopped.
         with self._lock:
             if self._closed:
                 raise UnansweredError("the run was stopped.")
@@ -112,12 +115,13 @@ class ChatClient:
         raise self._refusal(status, headers, data)
 
     def close(self) -> None:
-        """Cancels what is under way; requests after it are unanswered."""
+        """Cancels requests under way; later ones raise UnansweredError."""
         with self._lock:
             if self._closed:
                 return
             self._closed = True
 
+        # Outside the lock: threads whose requests are cancelled may be waiting for it.
         asyncio.run_coroutine_threadsafe(self._cancel(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -128,6 +132,7 @@ class ChatClient:
             data = bytearray()
             async for part in reply.aiter_raw():
                 data += part
+                # A refusal is only quoted, so its beginning is enough.
                 if reply.status_code != 200 and len(data) > _SHOWN_BYTES:
                     break
                 if len(data) > MOST_BYTES:
@@ -135,6 +140,7 @@ class ChatClient:
             return reply.status_code, reply.headers, bytes(data)
 
     async def _cancel(self) -> None:
+        # Each cancelled request wakes its thread, which then sees that the run was stopped.
         tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         for task in tasks:
             task.cancel()
@@ -162,17 +168,18 @@ class ChatClient:
 
 
 def read_answer(reply: bytes) -> Answer:
-    """The answer in a chat completion.
+    """Parses a chat completion.
 
     Raises:
         UnansweredError: the reply is no chat completion.
-        UserError: its answer cannot be trained on.
+        UserError: an answer that cannot be trained on.
     """
     try:
         value = parse_json(reply, "it", expected="a chat completion")
         choice = value["choices"][0]
         message, reason = choice["message"], choice["finish_reason"]
         text = message["content"]
+        # Two names of one field: servers differ.
         thoughts = message.get("reasoning_content") or message.get("reasoning")
         tokens = (value.get("usage") or {}).get("completion_tokens") or 0
     except UserError as error:
@@ -184,6 +191,7 @@ def read_answer(reply: bytes) -> Answer:
     if isinstance(tokens, bool) or not isinstance(tokens, int) or not 0 <= tokens < 2**31:
         raise UnansweredError(f"the reply's completion_tokens are {tokens!r:.40}; a count was expected.")
 
+    # The answer was generated after its thoughts; without them it would be trained after another context.
     if thoughts:
         raise UserError(
             "the server gives the answer's reasoning apart from it; turn thinking off by --server-extra, or the "
@@ -194,6 +202,7 @@ def read_answer(reply: bytes) -> Answer:
         raise UserError(f"the answer ended with {reason!r:.60}; stop or length was expected.")
     if text is not None and not isinstance(text, str):
         raise UserError(f"the answer is a {type(text).__name__}; text was expected.")
+    # A text of replacement characters alone was cut within its first character.
     if not (text or "").strip("\ufffd \t\r\n"):
         raise UserError("the answer is empty.")
 
@@ -215,6 +224,7 @@ def _url(server: str) -> str:
         )
 
     address = server.rstrip("/")
+    # Users give the address with or without the path.
     return address if address.endswith("/chat/completions") else f"{address}/chat/completions"
 
 

@@ -1,4 +1,4 @@
-"""A run of train.prepare_data: its output begun or continued, its answers written as they end, its figures."""
+"""A run of train.prepare_data: begins or continues its output, writes answers as they finish, sums up."""
 
 import json
 import re
@@ -33,13 +33,15 @@ from dspark_jax.targets.registry import read_target_config
 
 
 def with_self_prompts(settings: PrepareSettings) -> tuple[PrepareSettings, Counter[str]]:
-    """Settings whose prompts are a file that the target has written, OUTPUT.prompts.jsonl, made or completed now.
+    """Has the target write its own prompts to OUTPUT.prompts.jsonl, or completes that file.
 
     Returns:
-        The settings, and how many candidates were dropped for which reason; none where the file was there.
+        Settings that read that file, and the number of candidates dropped by reason; empty where the file existed.
+
     Raises:
         UserError: the file was begun with other settings, or the target does not write prompts of these domains.
     """
+    # The finished file and the log of all candidates, from which a killed run continues.
     path, log = settings.beside("prompts.jsonl"), settings.beside("candidates.jsonl")
     folder = resolve_folder(settings.target)
     identity = {
@@ -54,6 +56,7 @@ def with_self_prompts(settings: PrepareSettings) -> tuple[PrepareSettings, Count
     begun = require_same_settings(settings.beside("prompts.settings.json"), identity, path)
     dropped: Counter[str] = Counter()
 
+    # The file is written whole at the end, so its existence means that it is complete.
     if not path.exists():
         domains = DOMAINS if settings.domains is None else read_domains(settings.domains)
         excluded = excluded_prompts(settings.exclude)
@@ -69,11 +72,16 @@ def with_self_prompts(settings: PrepareSettings) -> tuple[PrepareSettings, Count
         judged = (json.loads(line)["reason"] for line in log.read_bytes().splitlines())
         dropped.update(reason for reason in judged if reason is not None)
 
+    # From here on the run is one over an ordinary file of prompts.
     return replace(settings, prompts=(path,), self_prompts=0, domains=None, exclude=()), dropped
 
 
 def load_regenerator(settings: PrepareSettings, prompts: str) -> Regenerator:
-    """The target of the settings, loaded once its small files and the output were found to fit."""
+    """Loads the target, after checking its small files and the output against the settings.
+
+    Raises:
+        UserError: a context too short, no chat template, or an output begun with other settings.
+    """
     folder = resolve_folder(settings.target)
     hf_config = read_hf_config(folder)
     context = read_target_config(hf_config).max_positions
@@ -103,7 +111,7 @@ def load_regenerator(settings: PrepareSettings, prompts: str) -> Regenerator:
 
 
 def check_begun(settings: PrepareSettings, identity: Mapping[str, Any]) -> bool:
-    """Whether the output was begun, with these settings; UserError when it was with others, or by another program."""
+    """Whether the output was begun with these settings; UserError where it was with others, or by another program."""
     begun = require_same_settings(settings.beside("settings.json"), identity, settings.output)
     if settings.output.exists() and not begun:
         raise UserError(f"{settings.output} exists and was not begun by this program; move it or name another output.")
@@ -111,7 +119,7 @@ def check_begun(settings: PrepareSettings, identity: Mapping[str, Any]) -> bool:
 
 
 def begin(settings: PrepareSettings, identity: Mapping[str, Any]) -> None:
-    """Records the settings beside an output that is new."""
+    """Records the settings beside a new output."""
     if not check_begun(settings, identity):
         who = settings.target or settings.server
         write_settings(settings.beside("settings.json"), identity, target=who, prompts=settings.described)
@@ -120,28 +128,38 @@ def begin(settings: PrepareSettings, identity: Mapping[str, Any]) -> None:
 def regenerate(
     settings: PrepareSettings, answerer: Answerer, sources: list[Source], refused: list[Rejected]
 ) -> tuple[dict[str, Any], Counter[str]]:
-    """Answers what is not finished yet, then puts the files into the order of the sources.
+    """Answers the conversations that are not finished, then sorts the files by the order of the sources.
+
+    Args:
+        settings: of the run.
+        answerer: the target here, or a server of it.
+        sources: conversations to answer.
+        refused: conversations set aside when they were read.
 
     Returns:
-        The figures of `summarise`.
+        As `summarise`.
 
     Raises:
-        UserError: the output holds other conversations, or answers cannot be had.
+        UserError: the output holds other conversations, or the server does not answer.
     """
+    # Refused ones have places too: rejected.jsonl is sorted like the output.
     order = {source.id: source.index for source in [*sources, *(r.source for r in refused)]}
     fitting, too_long = answerer.sort_out(sources)
     began, made = time.perf_counter(), 0
 
     with ResumableJsonl(settings.output) as done, ResumableJsonl(settings.beside("rejected.jsonl")) as aside:
+        # Another input would leave its answers in the file, beside those of this one.
         strangers = (done.finished | aside.finished) - order.keys()
         if strangers:
             raise UserError(f"{settings.output} holds the id {min(strangers)!r}, which is not among the prompts.")
 
         aside.append(map(_rejected_row, (r for r in [*refused, *too_long] if r.source.id not in aside.finished)))
+        # Both files were cut to whole records when they were opened.
         finished = done.finished | aside.finished
         todo = [source for source in fitting if source.id not in finished]
 
         with tqdm(total=len(order), initial=len(order) - len(todo), unit="conversation") as bar:
+            # `fitting`, not `todo`: the longest conversation shapes the programs, in a continued run as in the first.
             for ended in answerer.answers(todo, fitting) if todo else ():
                 done.append(_row(e) for e in ended if isinstance(e, Finished))
                 aside.append(_rejected_row(e) for e in ended if isinstance(e, Rejected))
@@ -149,6 +167,7 @@ def regenerate(
                 bar.update(len(ended))
                 bar.set_postfix_str(f"{made / (time.perf_counter() - began):,.0f} tokens/s", refresh=False)
 
+        # Written as they ended, whose order depends on timing; sorted, equal runs give equal bytes.
         for path in (done.path, aside.path):
             _sort_lines(path, order)
 
@@ -159,9 +178,15 @@ def regenerate(
 
 
 def summarise(settings: PrepareSettings, made: int, seconds: float) -> tuple[dict[str, Any], Counter[str]]:
-    """Writes OUTPUT.metrics.json, and counts the reasons why conversations were set aside, numbers in them left out.
+    """Writes OUTPUT.metrics.json and counts the conversations set aside by reason, numbers in the reasons masked.
 
-    Both count the whole output; the speed is that of this run, of `made` tokens in `seconds`.
+    Args:
+        settings: of the run.
+        made: tokens generated in this run.
+        seconds: duration of this run.
+
+    Returns:
+        The metrics, of the whole output except for the speed, and the counted reasons.
     """
     rows = [json.loads(line) for line in settings.output.read_bytes().splitlines()]
     aside = settings.beside("rejected.jsonl")

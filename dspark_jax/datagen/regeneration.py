@@ -1,8 +1,8 @@
-"""Answers from the target itself: every assistant turn of a conversation generated anew, many conversations at once.
+"""Answers from the target itself: every assistant turn of a conversation is regenerated, many conversations at once.
 
-A conversation's answers depend on (its prompts, its index, the decoding settings) alone, to the last bit: its random
+A conversation's answers depend only on its prompts, its index and the decoding settings, to the last bit: its random
 numbers come from its index, its prompt is prefilled by itself, and every round runs one program over all slots. The
-conversations decoded beside it do not matter, so a run that was killed and continued ends with the same file.
+other conversations in the batch do not matter, so a run that was killed and continued ends with the same file.
 """
 
 from collections import deque
@@ -19,7 +19,7 @@ from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.targets.target import Target
 
-_TURN_SLACK = 16  # an answer's end-of-turn marker, and what its text may gain when it is tokenised again
+_TURN_SLACK = 16  # tokens: an answer's end-of-turn marker, and the growth of its text when tokenised again
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Source:
     """A conversation to answer.
 
     Attributes:
-        index: its place among all sources; with the configuration's seed it decides the random numbers.
+        index: its place among all sources, which with the seed of the settings determines its random numbers.
         segments: the turns before each answer.
         extra: fields carried over to the output (a domain, ...).
         where: file and line, for messages.
@@ -42,7 +42,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Finished:
-    """A conversation with the target's answers. `tokens` are the generated ones, stop tokens included."""
+    """A conversation with the target's answers; `tokens` counts the generated ones, stop tokens included."""
 
     source: Source
     messages: tuple[Message, ...]
@@ -52,26 +52,26 @@ class Finished:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A conversation that is set aside, with the reason."""
+    """A conversation set aside, with the reason."""
 
     source: Source
     reason: str
 
 
 class Answerer(Protocol):
-    """A source of answers: `Regenerator` runs the target here, `server.ServedAnswers` asks a server."""
+    """A source of answers: `Regenerator` decodes with the target, `server.ServedAnswers` asks a server."""
 
     def sort_out(self, sources: Iterable[Source]) -> tuple[list[Source], list[Rejected]]:
-        """The sources that can be answered, and those that are set aside unanswered."""
+        """The sources that can be answered, and those set aside before any decoding."""
         ...
 
     def answers(self, todo: Sequence[Source], fitting: Sequence[Source]) -> Iterator[list[Finished | Rejected]]:
-        """Yields conversations of `todo` as they end; `fitting` are all that can be answered, finished ones too."""
+        """Yields conversations of `todo` as they finish; `fitting`: all that can be answered, with finished ones."""
         ...
 
 
 def answer_message(text: str, finish_reason: str) -> Message:
-    """The assistant's turn; one that the limit cut is marked, and loses a character that it was cut within."""
+    """The assistant's turn; one cut by the length limit is marked, and loses a character that was cut in two."""
     if finish_reason == "stop":
         return {"role": "assistant", "content": text}
     return {"role": "assistant", "content": text.rstrip("\ufffd"), "truncated": True}
@@ -79,6 +79,8 @@ def answer_message(text: str, finish_reason: str) -> Message:
 
 @dataclass
 class _Open:
+    """A conversation being answered: its messages so far, and the segment whose answer is next."""
+
     source: Source
     messages: list[Message] = field(default_factory=list)
     turn: int = 0
@@ -89,7 +91,7 @@ class Regenerator:
     """Answers conversations with `target` through one engine."""
 
     def __init__(self, target: Target, thinking: bool, sampling: SamplingParams, engine: EngineConfig, context: int):
-        """`context` is the most positions that a conversation may take."""
+        """`context` is the limit of a conversation's positions."""
         self.target, self.thinking, self.context = target, thinking, context
         self.sampling, self.config = sampling, engine
         added = target.tokenizer.added_tokens_decoder.items()
@@ -100,6 +102,7 @@ class Regenerator:
         rejected: list[Rejected] = []
         for source in sources:
             try:
+                # Later prompts contain answers, so only the first can be checked here.
                 self._encode(source.segments[0])
             except UserError as error:
                 rejected.append(Rejected(source, str(error)))
@@ -112,14 +115,16 @@ class Regenerator:
         return self.run(todo, self.longest(fitting))
 
     def longest(self, sources: Sequence[Source]) -> int:
-        """Positions that the longest of these conversations may take, at most the context."""
+        """Upper bound of the positions of these conversations, at most the context."""
         return min(self.context, max(map(self._reach, sources), default=1))
 
     def run(self, sources: Iterable[Source], longest: int) -> Iterator[list[Finished | Rejected]]:
-        """Yields, dispatch by dispatch, the conversations that ended; their order depends on their lengths.
+        """Yields the conversations that ended in each dispatch; their order depends on their lengths.
 
-        `longest` shapes the compiled programs, so runs that are to agree pass the same (from `longest` over all
-        sources, finished ones included).
+        Args:
+            sources: conversations to answer.
+            longest: positions of the engine's caches. It shapes the compiled programs, so runs that are to agree pass
+                the same value (`self.longest` over all sources, finished ones included).
         """
         slots = self.config.slots
         stops = max(1, len(self.target.stop_tokens))
@@ -128,6 +133,7 @@ class Regenerator:
         # At most half the slots are filled at once: the engine then prefills each prompt by itself, and a prompt's
         # hidden states do not depend on how many others arrived with it.
         together = max(1, slots // 2)
+        # `waiting` requests are submitted and have no slot; `running` ones have. Both follow the engine's own count.
         fresh, later = iter(sources), deque[_Open]()
         open_: dict[int, _Open] = {}
         waiting = running = 0
@@ -135,6 +141,7 @@ class Regenerator:
         while True:
             ended: list[Finished | Rejected] = []
             while waiting < together:
+                # Begun conversations first, so that few are open at a time.
                 conversation = later.popleft() if later else _start(fresh)
                 if conversation is None:
                     break
@@ -148,6 +155,7 @@ class Regenerator:
             if not open_ and not ended:
                 return
 
+            # The step below admits in the order of submission, as far as slots are free.
             admitted = min(waiting, slots - running)
             waiting, running = waiting - admitted, running + admitted
             for progress in engine.step():
@@ -176,6 +184,7 @@ class Regenerator:
         return prompt
 
     def _reach(self, source: Source) -> int:
+        # Every answer at its longest, and what is added when it returns as part of a prompt.
         turns = len(source.segments)
         messages: list[Message] = []
         for segment in source.segments:
@@ -191,6 +200,7 @@ class Regenerator:
         except UserError as error:
             return Rejected(source, f"turn {conversation.turn + 1}: {error}")
 
+        # `_reach` is an estimate: an answer's text can take more tokens as part of a prompt.
         if len(prompt) + self.sampling.max_new_tokens > longest:
             return Rejected(source, f"turn {conversation.turn + 1}: its {len(prompt)} tokens outgrew the engine.")
 
@@ -200,6 +210,7 @@ class Regenerator:
     def _answer(self, conversation: _Open, made: Generation) -> Finished | Rejected | None:
         """Adds an answer; None when the next turn is to be answered. An answer cut by the limit ends a conversation."""
         source, tokenizer = conversation.source, self.target.tokenizer
+        # A special token within an answer would, as text in the next prompt, become ordinary tokens.
         said = made.tokens[:-1] if made.finish_reason == "stop" else made.tokens
         special = next((t for t in said if t in self._special), None)
         turn = f"turn {conversation.turn + 1}"

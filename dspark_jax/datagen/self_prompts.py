@@ -1,10 +1,10 @@
-"""Prompts that a chat model writes itself: what follows the start of a user's turn, sampled (Magpie, arXiv 2406.08464).
+"""Prompts sampled from the chat model itself, as continuations of a user's turn (Magpie, arXiv 2406.08464).
 
-A model that was tuned on conversations continues the start of a user's turn with something that a user might say. A
-system message that names a domain, and the first words of the turn, keep a small model to the point: without them much
-of what it writes never ends. Prompts and answers are then both the target's own, for any chat model, with no network.
+A model tuned on conversations continues the start of a user's turn with a plausible request. A system message that
+names a domain, and the first words of the turn, keep a small model to the point: without them many of its turns never
+end. Prompts and answers are then both the target's own, for any chat model, without a network.
 
-Candidate i is a function of (seed, i) and the domains alone, so a run that was killed is continued.
+Candidate i is a function of (seed, i) and the domains alone, so a killed run can be continued.
 """
 
 import random
@@ -29,25 +29,25 @@ from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.targets.target import Target
 
 WINDOW = 64
-"""Candidates written between two looks at whether there are enough; what a kill loses at most."""
+"""Candidates written before they are counted again; the most that a kill can lose."""
 
-LONGEST, NEW_TOKENS = 600, 110
+LONGEST, NEW_TOKENS = 600, 110  # characters of a prompt; tokens generated after its opener
 SHORTEST_WORDS = 4
-LEAST_ASCII, LEAST_DIFFERENT = 0.97, 0.7
-_SAME = 60
+LEAST_ASCII, LEAST_DIFFERENT = 0.97, 0.7  # shares of a prompt's characters, and of its word triples
+_SAME = 60  # characters by which two prompts are compared
 _MARK = "\N{SNOWMAN}"
 _NUMBER = re.compile(r"\d|\b(two|three|four|five|six|seven|eight|nine|ten|half|twice|double|dozen)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Domain:
-    """What candidates are drawn for.
+    """A subject of prompts, with the beginnings that candidates are drawn from.
 
     Attributes:
-        name: kept beside each prompt.
-        systems: system messages under which a turn is begun; one is drawn.
-        openers: first words of a turn; one is drawn.
-        needs: "number" where a prompt without any is dropped.
+        name: stored with each prompt.
+        systems: system messages, one of which is drawn for a candidate.
+        openers: first words of a turn, one of which is drawn.
+        needs: "number" to drop prompts that ask nothing about numbers.
     """
 
     name: str
@@ -131,7 +131,7 @@ def _texts(value: Any) -> tuple[str, ...]:
 
 
 def excluded_prompts(files: Iterable[Path]) -> set[str]:
-    """User turns that must not be written, compared as words, whole and by their beginning.
+    """Keys of user turns that must not be written (see `same_as`).
 
     Args:
         files: evaluation sets ({"turns": [...]}) or conversations.
@@ -143,7 +143,7 @@ def excluded_prompts(files: Iterable[Path]) -> set[str]:
     for file in files:
         for record in read_prompt_records(file):
             for turn in (message["content"] for message in record.messages if message["role"] == "user"):
-                # Instructions that an evaluation adds stand on lines of their own.
+                # Evaluations often add instructions on further lines, so the first line is excluded too.
                 for text in (turn, turn.split("\n")[0]):
                     found.update(same_as(text))
 
@@ -151,19 +151,19 @@ def excluded_prompts(files: Iterable[Path]) -> set[str]:
 
 
 def same_as(text: str) -> tuple[str, str]:
-    """The words of a prompt, and their first characters: what makes two prompts the same."""
+    """Keys under which two prompts count as the same: the words, and their first `_SAME` characters."""
     words = " ".join(re.findall(r"\w+", text.lower()))
     return words, words[:_SAME]
 
 
 @dataclass
 class Filter:
-    """Which candidates are kept; `seen` are those kept so far and those excluded."""
+    """Decides which candidates are kept; `seen` holds the keys of kept and excluded prompts."""
 
     seen: set[str]
 
     def reason(self, text: str, domain: Domain, ended: bool) -> str | None:
-        """Why a candidate is dropped; None keeps it, and no second one like it will be."""
+        """Why a candidate is dropped; None keeps it and drops later ones like it."""
         words = text.split()
         triples = list(zip(words, words[1:], words[2:], strict=False))
         checks = {
@@ -175,6 +175,7 @@ class Filter:
             "it asks nothing about numbers": domain.needs == "number" and not (_NUMBER.search(text) and "?" in text),
             "a prompt like it is there or excluded": not self.seen.isdisjoint(same_as(text)),
         }
+        # The first reason in this order is reported; only a kept candidate blocks others.
         found = next((reason for reason, applies in checks.items() if applies), None)
         if found is None:
             self.seen.update(same_as(text))
@@ -184,7 +185,7 @@ class Filter:
 
 @dataclass(frozen=True)
 class Writer:
-    """Writes candidates with `target`; temperatures 0.7 to 1, so that the plain and the unusual are both there."""
+    """Samples candidates from `target` at temperatures 0.7 to 1, for both common and unusual prompts."""
 
     target: Target
     domains: tuple[Domain, ...]
@@ -193,6 +194,7 @@ class Writer:
 
     def candidate(self, index: int) -> tuple[Domain, str, str, float]:
         """(domain, system message, opener, temperature) of a candidate."""
+        # Seeds of text are reproducible: `random` hashes them by sha512.
         rng = random.Random(f"{self.seed}:{index}")
         domain = rng.choice(self.domains)
         return domain, rng.choice(domain.systems), rng.choice(domain.openers), rng.choice((0.7, 0.8, 0.9, 1.0))
@@ -201,6 +203,7 @@ class Writer:
         """(index, domain, text, whether it ended) of the `WINDOW` candidates from `first` on, in order."""
         drawn = {index: self.candidate(index) for index in range(first, first + WINDOW)}
         config = replace(self.engine, longest=self.longest, stop_slots=max(1, len(self.target.stop_tokens)))
+        # A fresh engine for each window, so that nothing depends on the windows before.
         engine = Engine(self.target, None, config)
 
         for index, (_, system, opener, temperature) in drawn.items():
@@ -220,7 +223,7 @@ class Writer:
 
     @cached_property
     def longest(self) -> int:
-        """Positions that any candidate may take: one set of compiled programs for all windows."""
+        """Positions of the longest candidate: one set of compiled programs for all windows."""
         prefixes = (self.prefix(s, o) for domain in self.domains for s in domain.systems for o in domain.openers)
         return max(map(len, prefixes)) + NEW_TOKENS
 
@@ -228,6 +231,7 @@ class Writer:
         """Token ids up to the opener of a user's turn, as the chat template renders it."""
         messages = [{"role": "system", "content": system}, {"role": "user", "content": _MARK}]
         rendered = render(self.target.tokenizer, messages, add_generation_prompt=False)
+        # Everything that the template writes before the user's words; the model continues from there.
         before, mark, _ = rendered.partition(_MARK)
         if not mark:
             raise UserError(
@@ -237,22 +241,23 @@ class Writer:
         return tuple(self.target.tokenizer(before + opener, add_special_tokens=False)["input_ids"])
 
     def text(self, opener: str, made: Generation) -> str:
-        """The whole turn; a code block that was left open is closed."""
+        """The whole turn; an open code block is closed."""
         said = made.tokens[:-1] if made.finish_reason == "stop" else made.tokens
         text = (opener + self.target.tokenizer.decode(list(said), skip_special_tokens=True)).strip()
         return text + "\n```" if text.count("```") % 2 else text
 
 
 def write_prompts(writer: Writer, wanted: int, log: Path, excluded: set[str]) -> Iterator[dict[str, Any]]:
-    """Rows of conversations with one user turn, `wanted` of them, each candidate's fate in `log`.
+    """Yields `wanted` conversations of one user turn each.
 
     Args:
         writer: makes the candidates.
         wanted: prompts to keep.
-        log: JSONL file of all candidates; what is there already is not made again.
-        excluded: see `excluded_prompts`.
+        log: JSONL file of all candidates with their reasons; those in it are not generated again.
+        excluded: keys from `excluded_prompts`.
+
     Raises:
-        UserError: hardly anything that the target writes is kept.
+        UserError: hardly any of the target's candidates is kept.
     """
     by_name = {domain.name: domain for domain in writer.domains}
     sieve, kept = Filter(set(excluded)), 0
@@ -260,12 +265,13 @@ def write_prompts(writer: Writer, wanted: int, log: Path, excluded: set[str]) ->
         earlier = [parse_line(line, f"{log} line {number}") for number, line in read_lines(log)]
         first = 0
         while kept < wanted:
-            # Candidates are told apart by their number; a window that a kill cut is made again, and only completed.
+            # A window that a kill cut short is generated again whole, and only its missing rows are appended.
             window = earlier[first : first + WINDOW]
             if len(window) < WINDOW:
                 window = _judged(writer.window(first), sieve)
                 done.append(row for row in window if row["id"] not in done.finished)
             else:
+                # Replayed for the keys of kept candidates only: a dropped one counts as not ended, which adds none.
                 for row in window:
                     sieve.reason(row["text"], by_name[row["domain"]], row["reason"] is None)
 
@@ -276,6 +282,7 @@ def write_prompts(writer: Writer, wanted: int, log: Path, excluded: set[str]) ->
                     yield _conversation(row)
 
             first += WINDOW
+            # Below one kept in fifty the run would hardly end.
             if first >= 8 * WINDOW and kept < first / 50:
                 raise UserError(
                     f"Of {first} turns that {writer.target.name} began, {kept} are prompts; these domains do not suit "

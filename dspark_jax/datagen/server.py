@@ -1,7 +1,7 @@
 """Conversations answered by an OpenAI-compatible server of the target, many at once.
 
-A server's answers depend on its batching, so unlike `Regenerator` a run that was killed does not end with the bytes it
-would have had; every conversation is asked for once all the same, and finished ones are never asked for again.
+A server's answers depend on its batching, so unlike with `Regenerator` a continued run does not end with the bytes of
+an undisturbed one. Still every conversation is answered once, and finished ones are never requested again.
 """
 
 import json
@@ -21,12 +21,14 @@ from dspark_jax.errors import UserError
 from dspark_jax.evaluation.answers import turn_seed
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
-"""Seconds between attempts: doubled each time, or as many as the server asks for."""
+"""Seconds between attempts: doubled each time, or as the server asks, up to the second."""
 FIRST_ALIKE = 16
-"""When so many conversations end first, none is answered, and all are refused alike, the fault is not theirs."""
+"""Conversations which, refused first and all for the same reason, show a fault of server or options."""
 
 
 class _GaveUp(Exception):
+    """A conversation with a turn that no attempt got an answer for."""
+
     def __init__(self, rejected: Rejected):
         super().__init__(rejected.reason)
         self.rejected = rejected
@@ -41,17 +43,17 @@ class ServedAnswers:
         self._stopped = threading.Event()
 
     def sort_out(self, sources: Iterable[Source]) -> tuple[list[Source], list[Rejected]]:
-        """All of them fit: a prompt that is too long is the server's to refuse."""
+        """All sources: the server itself refuses a prompt that is too long."""
         return list(sources), []
 
     def answers(self, todo: Sequence[Source], fitting: Sequence[Source]) -> Iterator[list[Finished | Rejected]]:
         """Yields the conversations that ended, in any order.
 
-        A conversation is set aside only beside others that are answered. While none is, refusals are held back.
+        A conversation is set aside only once others have been answered; until then refusals are held back.
 
         Raises:
             UserError: the server is down (more than `server_concurrency` conversations in a row, or all of them, got no
-                answer in all their attempts), or refuses the first conversations alike. Nothing is lost by it.
+                answer in all attempts), or refuses the first conversations alike. Finished ones are kept.
         """
         waiting, most = iter(todo), self.settings.server_concurrency
         held = _Held(self.client.url, nothing_finished=len(todo) == len(fitting))
@@ -60,17 +62,19 @@ class ServedAnswers:
                 running = {pool.submit(self._converse, source) for source in islice(waiting, most)}
                 while running and len(held.unanswered) <= most:
                     done, running = wait(running, return_when=FIRST_COMPLETED)
+                    # As many new ones as ended: the pool holds no queue, so a stop has little to cancel.
                     running |= {pool.submit(self._converse, source) for source in islice(waiting, len(done))}
                     if ended := held.sift(done):
                         yield ended
                 yield held.rest(most)
             finally:
+                # In this order: no new attempts, then the open requests end, then the threads can.
                 self._stopped.set()
                 self.client.close()
                 pool.shutdown(wait=True, cancel_futures=True)
 
     def _converse(self, source: Source) -> Finished | Rejected:
-        """All turns of a conversation; a truncated answer ends it. Runs in a thread of the pool."""
+        """Answers all turns of a conversation; a truncated answer ends it. Runs in a thread of the pool."""
         messages: list[Message] = []
         tokens, reason = 0, "stop"
         for turn, segment in enumerate(source.segments):
@@ -79,6 +83,7 @@ class ServedAnswers:
                 answer = self._ask(messages, source.index, turn)
             except UnansweredError as error:
                 raise _GaveUp(Rejected(source, f"turn {turn + 1}: {error}")) from None
+            # Before its base class: this one ends the run.
             except ServerError:
                 raise
             except UserError as error:
@@ -92,7 +97,7 @@ class ServedAnswers:
         return Finished(source, tuple(messages), reason, tokens)
 
     def _ask(self, messages: Sequence[Message], index: int, turn: int) -> Answer:
-        """One answer; UserError for one that can't be used, UnansweredError when no attempt got any."""
+        """One answer; UserError for an unusable one, UnansweredError where no attempt got any."""
         body = json.dumps(self.request(messages, index, turn)).encode()
         attempt, pause = 0, FIRST_PAUSE
         while True:
@@ -102,14 +107,15 @@ class ServedAnswers:
             except UnansweredError as error:
                 if attempt == self.settings.server_attempts or self._stopped.is_set():
                     raise UnansweredError(f"no answer in {attempt} attempts, the last: {error}") from None
-                # Spread out, so that what failed together does not come back together.
+                # Jitter, so that requests that failed together are not repeated together.
                 asked = pause * random.uniform(0.5, 1.0) if error.pause is None else error.pause
                 self._stopped.wait(min(asked, LONGEST_PAUSE))
                 pause *= 2
 
     def request(self, messages: Sequence[Message], index: int, turn: int) -> dict[str, Any]:
-        """The body of a request. The seed follows from the conversation's place, for servers that honour it."""
+        """The body of a request; its seed follows from the conversation's place, for servers that honour seeds."""
         settings = self.settings
+        # Servers take a signed 32-bit seed; `extra_fields` come last, to override any of these.
         fields: dict[str, Any] = {
             "model": settings.server_model,
             "messages": [{"role": m["role"], "content": m["content"]} for m in messages],
@@ -123,7 +129,7 @@ class ServedAnswers:
 
 
 class _Held:
-    """Conversations without an answer that are not set aside yet, since the server may be at fault."""
+    """Conversations without an answer that are held back, since the server may be at fault."""
 
     def __init__(self, url: str, nothing_finished: bool):
         self.url, self.nothing_finished = url, nothing_finished
@@ -132,7 +138,7 @@ class _Held:
         self._trusted = False
 
     def sift(self, done: Iterable[Future[Finished | Rejected]]) -> list[Finished | Rejected]:
-        """The conversations that may be handed on now; UserError when the first conversations were refused alike."""
+        """The conversations that can be reported now; UserError where the first ones were refused alike."""
         ended: list[Finished | Rejected] = []
         for future in done:
             try:
@@ -150,21 +156,23 @@ class _Held:
                 if len(self.refused) >= FIRST_ALIKE:
                     raise self._refusal()
                 return []
-            ended = []  # refused for several reasons, which are theirs
+            ended = []  # refused for several reasons: the conversations are at fault, not the server
 
+        # An answer came, or refusals differ: the server works, and what was held back is reported.
         self._trusted = True
         ended = [*self.unanswered, *self.refused, *ended]
         self.unanswered, self.refused = [], []
         return ended
 
     def rest(self, most: int) -> list[Finished | Rejected]:
-        """The last of them, at the end of the run; UserError when the server answered none."""
+        """The conversations still held back at the end of the run; UserError where the server answered none."""
         if len(self.unanswered) > most or (self.unanswered and not self._trusted):
             raise UserError(
                 f"{self.url} left {len(self.unanswered)} conversations in a row unanswered, the last: "
                 f"{self.unanswered[-1].reason} What is finished is kept; run again when the server answers."
             )
 
+        # In a continued run a few refused ones may be all that was left, so there they are set aside.
         if self.refused and self.nothing_finished:
             raise self._refusal()
         return [*self.unanswered, *self.refused]
@@ -180,6 +188,6 @@ class _Held:
 
 
 def _kind(reason: str) -> str:
-    """The kind of a refusal: its status, or its sentence without the numbers."""
+    """The kind of a refusal: its HTTP status, or its sentence with numbers masked."""
     status = re.search(r"\(HTTP \d+", reason)
     return status.group() if status else re.sub(r"\d+", "#", reason)

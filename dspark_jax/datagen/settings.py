@@ -1,4 +1,4 @@
-"""The options of train.prepare_data."""
+"""Settings of train.prepare_data, checked at construction."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,11 +83,13 @@ class PrepareSettings:
     """Let the chat template open with thinking."""
 
     def __post_init__(self) -> None:
+        # All of it at construction: a wrong option must not cost the loading of a target.
         if bool(self.target) == bool(self.server):
             raise UserError("Say who answers in one way: --target FOLDER_OR_ID, or --server URL --server-model NAME.")
         if self.server and not self.server_model:
             raise UserError("--server needs --server-model, the model's name on that server.")
 
+        # Exactly one origin of prompts: ids and places of several would depend on their mixture.
         if sum(map(bool, (self.prompts, self.dataset, self.embedded_prompts, self.self_prompts))) != 1:
             raise UserError(
                 "Give the prompts in one way: --prompts FILE.jsonl, --dataset ID, --embedded-prompts code,chat,math or "
@@ -101,6 +103,7 @@ class PrepareSettings:
         if self.limit == 0 and "math" in self.embedded_domains:
             raise UserError("The embedded math prompts have no end: give --limit, the number of each domain's prompts.")
 
+        # The sentences name options as they are typed.
         counts = ("max_new_tokens", "slots", "rounds_per_dispatch", "server_concurrency", "server_attempts")
         for name, least in (("limit", 0), ("self_prompts", 0), *((name, 1) for name in counts)):
             if getattr(self, name) < least:
@@ -140,8 +143,9 @@ class PrepareSettings:
         return self.output.with_name(f"{self.output.name.removesuffix('.jsonl')}.{kind}")
 
     def recorded(self) -> dict[str, Any]:
-        """The options that decide what is written: kept beside the output, and compared when it is continued."""
+        """The options that determine the output: stored beside it and compared when it is continued."""
         common = ("temperature", "top_p", "top_k", "max_new_tokens", "seed", "thinking", "dedup")
+        # Slots too: the width of the compiled program decides the last bits of its sums.
         here = ("max_context", "slots", "dtype")
         served = ("server_model", "server_extra")
         return {name: getattr(self, name) for name in common + (served if self.server else here)}

@@ -1,4 +1,4 @@
-"""The conversations that train.prepare_data answers: read, split and deduplicated, each with its place."""
+"""Conversations for train.prepare_data: read, split, deduplicated and numbered."""
 
 import hashlib
 import json
@@ -23,8 +23,18 @@ from dspark_jax.errors import UserError
 
 
 def read_sources(settings: PrepareSettings) -> tuple[list[Source], list[Rejected]]:
-    """The conversations to answer, and those set aside unanswered: no prompt in them, prompts that an earlier one has,
-    and, where bad rows don't stop the program, rows of another form. UserError for what can't be read."""
+    """Reads the conversations to answer.
+
+    Args:
+        settings: where the prompts come from, the split, and the treatment of duplicates and bad rows.
+
+    Returns:
+        The conversations, and those set aside: without prompts, with the prompts of an earlier one, or, with
+        `bad_rows` "set-aside", of another form.
+
+    Raises:
+        UserError: files that cannot be read, a bad row, an id used twice, or no conversation at all.
+    """
     sources: list[Source] = []
     refused: list[Rejected] = []
     seen: set[str] = set()
@@ -34,6 +44,7 @@ def read_sources(settings: PrepareSettings) -> tuple[list[Source], list[Rejected
         if record.id in seen:
             raise UserError(f"{record.where}: the id {record.id!r} was used before; expected every id once.")
 
+        # Every row takes a place, set aside or not, so that places follow from the input alone.
         source = Source(len(seen), record.id, (), {}, record.where)
         seen.add(record.id)
         if isinstance(record, BadRow):
@@ -45,6 +56,7 @@ def read_sources(settings: PrepareSettings) -> tuple[list[Source], list[Rejected
         source = replace(source, extra=record.extra)
         try:
             source = replace(source, segments=prompt_segments(record.messages))
+            # The first conversation with these prompts claims the digest.
             earlier = first.setdefault(_digest(source.segments), source.where) if settings.dedup else source.where
             if earlier != source.where:
                 raise UserError(f"its prompts are those of {earlier}.")
@@ -59,7 +71,7 @@ def read_sources(settings: PrepareSettings) -> tuple[list[Source], list[Rejected
 
 
 def prompts_sha256(sources: Iterable[Source]) -> str:
-    """Hash of the sources' places, ids, prompts and further fields."""
+    """sha256 (hex) of the sources' places, ids, prompts and extra fields."""
     digest = hashlib.sha256()
     for source in sorted(sources, key=lambda source: source.index):
         row = (source.index, source.id, source.segments, source.extra)
@@ -68,8 +80,14 @@ def prompts_sha256(sources: Iterable[Source]) -> str:
 
 
 def side(messages: Sequence[Message], heldout: float) -> str:
-    """The split of a conversation, train or heldout: a function of its first prompt alone, so that it stays there
-    in any file, order or continuation."""
+    """The split of a conversation, "train" or "heldout".
+
+    It is a function of the first user turn alone, so that it is the same in any file, order or continuation.
+
+    Args:
+        messages: the conversation.
+        heldout: share of conversations held out, in [0, 1).
+    """
     prompt = next((message["content"] for message in messages if message["role"] == "user"), "")
     number = int.from_bytes(hashlib.sha256(b"heldout:" + prompt.strip().encode()).digest()[:8], "big")
     return "heldout" if number < heldout * 2**64 else "train"
@@ -79,7 +97,7 @@ def _records(settings: PrepareSettings) -> Iterator[ConversationRecord | BadRow]
     for prefix, rows in _files(settings):
         count = 0
         for record in parse_rows(rows):
-            # Rows of another form have no prompt, and are named on either side.
+            # Rows of another form have no prompt, and are reported in both splits.
             if isinstance(record, ConversationRecord) and side(record.messages, settings.heldout) != settings.split:
                 continue
             if settings.limit and count == settings.limit:
@@ -97,9 +115,11 @@ def _files(settings: PrepareSettings) -> Iterator[tuple[str, Iterator[Row]]]:
     if settings.dataset:
         yield "", hub_rows(settings.dataset, settings.dataset_split, settings.dataset_config)
     for path in settings.prompts:
+        # Ids are unique within a file only.
         yield f"{path.stem}/" if len(settings.prompts) > 1 else "", file_rows(path)
 
 
 def _digest(segments: Segments) -> bytes:
+    # Surrounding space does not make another prompt; 16 bytes keep the table of a large corpus small.
     turns = [[(turn["role"], turn["content"].strip()) for turn in segment] for segment in segments]
     return hashlib.sha256(json.dumps(turns).encode()).digest()[:16]

@@ -1,4 +1,4 @@
-"""Conversations of three domains, made from what every Python installation has.
+"""Conversations of three domains, made from the Python installation itself.
 
 `code`: functions of the standard library from signature and docstring; `chat`: docstrings and reference topics as
 questions and answers; `math`: generated word problems with worked answers. Everything is a pure function of
@@ -22,8 +22,14 @@ SPLITS = ("train", "heldout")
 def conversations(domain: str, split: str, limit: int | None = None, seed: int = 0) -> Iterator[dict]:
     """Yields {'id', 'domain', 'source', 'messages'}; messages are one user and one assistant turn.
 
-    `seed` sets the order and the wording. Without a limit `code` and `chat` end after every item was given once;
-    `math` never ends. Raises UserError on an unknown domain or split.
+    Args:
+        domain: one of `DOMAINS`.
+        split: one of `SPLITS`.
+        limit: conversations at most. None: `code` and `chat` end after each item was given once, `math` never does.
+        seed: sets the order and the wording.
+
+    Raises:
+        UserError: an unknown domain or split.
     """
     if domain not in DOMAINS:
         raise UserError(f"unknown domain {domain!r}: expected one of {', '.join(DOMAINS)}")
@@ -33,7 +39,7 @@ def conversations(domain: str, split: str, limit: int | None = None, seed: int =
 
 
 def prompts(domain: str, split: str, limit: int | None = None, seed: int = 0) -> Iterator[dict]:
-    """Like `conversations`, with the user turn alone in 'messages'."""
+    """Like `conversations`, with only the user turn in 'messages'."""
     for item in conversations(domain, split, limit, seed):
         yield {**item, "messages": item["messages"][:1]}
 
@@ -48,12 +54,14 @@ def _library(domain: str, split: str, seed: int) -> Iterator[dict]:
     order = random.Random(f"{domain}:{split}:{seed}")
     order.shuffle(items)
     for source, key, item, build in items:
+        # From the item alone: its wording does not depend on its place or the limit.
         wording = random.Random(f"{seed}:{key}")
         yield {"id": f"{domain}-{key}", "domain": domain, "source": source, "messages": build(item, wording)}
 
 
 def _arithmetic(split: str, seed: int) -> Iterator[dict]:
     for number in count():
+        # From the number alone: both splits draw the same problems, and each takes its own.
         question, answer = arithmetic.problem(random.Random(f"math:{seed}:{number}"))
         if arithmetic.in_split(question, split):
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

@@ -1,4 +1,4 @@
-"""Questions about Python, answered from docstrings and the reference topics that `help()` shows."""
+"""Questions about Python, answered from docstrings and the reference topics of `help()`."""
 
 import importlib
 import inspect
@@ -52,7 +52,7 @@ _COMPILED = (
 
 @dataclass(frozen=True)
 class Entry:
-    """One thing that can be asked about: its kind (a key of the question table), dotted name and description."""
+    """A subject of questions: source, kind (a key of the question table), dotted name, signature and description."""
 
     source: str
     kind: str
@@ -68,6 +68,7 @@ def pool(split: str) -> tuple[Entry, ...]:
     seen: set[str] = set()
     kept = []
     for entry in (*_documented(), *_compiled(), *_topics()):
+        # Duplicates are dropped before the split is looked at: no text may be in both.
         if len(entry.text) < _MIN_CHARACTERS or {entry.text, entry.key} & seen:
             continue
         seen |= {entry.text, entry.key}
@@ -90,6 +91,7 @@ def _documented() -> list[Entry]:
     for item in definitions():
         if item.doc:
             signature = item.header.removeprefix("def ").rstrip(":") if item.kind in ("function", "method") else ""
+            # A long signature would crowd out the description.
             signature = signature if len(signature) <= 120 else ""
             text = _chunks(item.doc)[0]
             entries.append(Entry(item.module, item.kind, item.name, signature, text, item.name))
@@ -105,6 +107,7 @@ def _compiled() -> list[Entry]:
         except ImportError:
             continue
         shown = "" if module == "builtins" else module.lstrip("_") + "."
+        # Sorted: the order in a module's namespace may differ between builds.
         for name, value in sorted(vars(owner).items()):
             if name.startswith("_") or not callable(value):
                 continue
@@ -127,6 +130,7 @@ def _live(module: str, name: str, value: object, kind: str) -> list[Entry]:
 
 def _topics() -> list[Entry]:
     try:
+        # Generated documentation, which some distributions leave out.
         topics = importlib.import_module("pydoc_data.topics").topics
     except (ImportError, AttributeError):
         return []
@@ -134,6 +138,7 @@ def _topics() -> list[Entry]:
     entries = []
     for name in sorted(topics):
         text = topics[name].encode("ascii", "ignore").decode()
+        # Underlines of headings say nothing without markup.
         text = re.sub(r"\n[*=~-]{4,}\n", "\n", text).strip()
         for index, chunk in enumerate(_chunks(text)):
             kind = "topic" if index == 0 else "passage"
@@ -149,6 +154,7 @@ def _chunks(text: str) -> list[str]:
         paragraph = paragraph.rstrip()
         while len(paragraph) > MAX_CHARACTERS:
             cut = paragraph.rfind("\n", 0, MAX_CHARACTERS)
+            # A single line longer than the limit is cut within.
             cut = cut if cut > 0 else MAX_CHARACTERS
             chunks.append(paragraph[:cut])
             paragraph = paragraph[cut:].lstrip("\n")

@@ -1,4 +1,4 @@
-"""Functions of the standard library, asked for by signature and docstring, answered by their source."""
+"""Functions of the standard library: requested by signature and docstring, answered with their source."""
 
 import random
 import textwrap
@@ -33,7 +33,9 @@ def pool(split: str) -> tuple[Definition, ...]:
         if item.kind not in ("function", "method") or not item.body or {item.body, item.name} & seen:
             continue
 
+        # Before the split is looked at: no body may be in both.
         seen |= {item.body, item.name}
+        # The header stands in question and answer; 60 is for the words around it.
         length = 2 * len(item.header) + len(_short_doc(item.doc)) + len(item.body) + 60
         asked = bool(item.doc) or (split == "train" and "\n" in item.body)
         if asked and length <= MAX_CHARACTERS and split_of(item.module) == split:
@@ -47,6 +49,7 @@ def conversation(item: Definition, rng: random.Random) -> list[dict[str, str]]:
     doc = _short_doc(item.doc)
     answer = f"```python\n{item.header}\n{item.body}\n```"
     owner = f" of the class `{item.name.split('.')[-2]}`" if item.kind == "method" else ""
+    # Mostly completion, as in code evaluations; the rest asks in words.
     if doc and rng.random() < 0.7:
         quoted = textwrap.indent(f'"""{doc}"""', "    ")
         question = f"Complete this {item.kind}{owner}:\n```python\n{item.header}\n{quoted}\n```"

@@ -1,4 +1,4 @@
-"""Arithmetic word problems in two or three steps with worked answers, drawn from a seeded generator."""
+"""Arithmetic word problems of two or three steps with worked answers, drawn from a seeded generator."""
 
 import random
 
@@ -18,7 +18,7 @@ def problem(rng: random.Random) -> tuple[str, str]:
 
 
 def in_split(question: str, split: str) -> bool:
-    """Whether a question belongs to a split; the text decides, so no question is in both."""
+    """Whether a question belongs to a split; its text decides, so that no question is in both."""
     return split_of(question) == split
 
 
@@ -26,6 +26,7 @@ def _buy(rng: random.Random) -> tuple[str, list[str], int]:
     name, item = rng.choice(_NAMES), rng.choice(_GOODS)
     count, price = rng.randint(2, 9), rng.randint(2, 9)
     cost = count * price
+    # Numbers are drawn so that every intermediate result is a positive integer.
     paid = cost + rng.randint(1, 30)
     question = rng.choice((
         f"{name} buys {count} {item} for {price} dollars each and pays with {paid} dollars."
@@ -58,6 +59,7 @@ def _two_goods(rng: random.Random) -> tuple[str, list[str], int]:
 def _give_away(rng: random.Random) -> tuple[str, list[str], int]:
     (name, other), item = rng.sample(_NAMES, 2), rng.choice(_GOODS)
     start, more = rng.randint(10, 60), rng.randint(2, 30)
+    # Never all of them: the answer stays at least 1.
     given = rng.randint(2, start + more - 1)
     question = rng.choice((
         f"{name} has {start} {item}, finds {more} more and gives {given} to {other}."
@@ -87,6 +89,7 @@ def _boxes(rng: random.Random) -> tuple[str, list[str], int]:
 def _share(rng: random.Random) -> tuple[str, list[str], int]:
     name, item = rng.choice(_NAMES), rng.choice(_GOODS)
     children, each, kept = rng.randint(2, 9), rng.randint(2, 9), rng.randint(1, 12)
+    # Built from the answer, so that the division leaves no remainder.
     total = children * each + kept
     question = (
         f"{name} has {total} {item}, keeps {kept} and shares the rest equally among {children} children."
@@ -103,6 +106,7 @@ def _week(rng: random.Random) -> tuple[str, list[str], int]:
     name, item = rng.choice(_NAMES), rng.choice(_GOODS)
     daily, days, sold = rng.randint(2, 9), rng.randint(3, 9), rng.randint(2, 15)
     made = daily * days
+    # Never all of them.
     sold = min(sold, made - 1)
     question = (
         f"{name} makes {daily} {item} a day for {days} days and sells {sold} of them. How many {item} are not sold?"

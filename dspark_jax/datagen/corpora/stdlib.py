@@ -1,4 +1,4 @@
-"""The functions, classes and modules of the Python standard library, read from its sources without importing them."""
+"""Functions, classes and modules of the Python standard library, read from its sources without importing them."""
 
 import ast
 import hashlib
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-HELD_OUT_PERCENT = 8
+HELD_OUT_PERCENT = 8  # of sources, not of conversations
 
 # Absent from some installations, generated, tables of data, or near-copies of another module (which would let a
 # held-out function be seen in training).
@@ -22,11 +22,15 @@ _SKIPPED_MODULES = {"ntpath", "this", "antigravity", "_pydatetime", "_pydecimal"
 
 @dataclass(frozen=True)
 class Definition:
-    """One documented or undocumented definition of the standard library.
+    """One definition of the standard library, documented or not.
 
-    `kind` is "module", "class", "function" or "method"; `name` is dotted and starts with the module;
-    `header` is the signature line (`def f(x):`, empty for modules); `doc` the clean docstring or "";
-    `body` the source of a function's statements after the docstring, indented by four spaces ("" for others).
+    Attributes:
+        module: dotted name.
+        kind: "module", "class", "function" or "method".
+        name: dotted, starting with the module.
+        header: the signature line (`def f(x):`), empty for modules.
+        doc: the cleaned docstring, or "".
+        body: source of a function's statements after the docstring, indented by four spaces; "" for other kinds.
     """
 
     module: str
@@ -39,6 +43,7 @@ class Definition:
 
 def split_of(source: str) -> str:
     """'heldout' for about HELD_OUT_PERCENT of the sources, else 'train': a pure function of the name."""
+    # Not Python's `hash`, which differs between processes for text.
     bucket = int.from_bytes(hashlib.sha256(source.encode()).digest()[:8], "big") % 100
     return "heldout" if bucket < HELD_OUT_PERCENT else "train"
 
@@ -52,6 +57,7 @@ def definitions() -> tuple[Definition, ...]:
             source = path.read_text(encoding="utf-8")
             tree = ast.parse(source)
         except (OSError, SyntaxError, UnicodeDecodeError, ValueError):
+            # A file of another encoding or syntax is left out.
             continue
         found.extend(_of_module(module, tree, source.splitlines()))
 
@@ -95,6 +101,7 @@ def _of_statements(
 
 def _doc(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> str:
     text = ast.get_docstring(node, clean=False) or ""
+    # ASCII only: other characters would take room in the small vocabulary of the embedded tokenizer.
     text = inspect.cleandoc(text).strip()
     return text if text.isascii() else ""
 
@@ -113,9 +120,11 @@ def _body(node: ast.FunctionDef, lines: list[str]) -> str:
     if not statements or statements[0].lineno <= node.lineno:
         return ""
 
+    # After the docstring's last line, or at the first statement; lines count from 1, the list from 0.
     first = node.body[0].end_lineno if statements is not node.body else statements[0].lineno - 1
     block = lines[first : node.end_lineno]
     indent = node.col_offset
+    # A line may stand left of the function, as within a string of several lines.
     shifted = [line[indent:] if not line[:indent].strip() else line.lstrip() for line in block]
     text = "\n".join(line.rstrip().expandtabs(4) for line in shifted).strip("\n")
 
