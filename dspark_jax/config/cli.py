@@ -1,4 +1,4 @@
-"""The command line of every program: named configurations, typed overrides, and mistakes answered in one sentence.
+"""The command line of every program: named configurations, typed overrides, and one-sentence errors.
 
 A program in train/ or infer/ reads
 
@@ -59,9 +59,14 @@ NOT_EXPERIMENTS = {"recipe", "sweeps"}
 
 
 def program(main: Callable[[list[str]], Any]) -> Callable[..., Any]:
-    """Wraps a program's `main(argv)`: a `UserError` becomes its sentence on stderr and exit code 2, an interrupt 130.
+    """Wraps a program's `main(argv)`, so that errors of the user end in one sentence on stderr and no traceback.
 
-    The wrapped main takes argv (`None`: the process's own) and returns what `main` returned.
+    Exit codes: 2 for a `UserError` or a full disk, 130 for an interrupt.
+
+    Args:
+        main: takes the arguments without the program's name.
+    Returns:
+        The wrapped main; it takes argv (None: the process's own) and returns what `main` returned.
     """
 
     @functools.wraps(main)
@@ -72,6 +77,7 @@ def program(main: Callable[[list[str]], Any]) -> Callable[..., Any]:
             print(" ".join(str(error).split()), file=sys.stderr)
             raise SystemExit(2) from None
         except OSError as error:
+            # A full disk can show at any write. Any other OSError is a fault of the program and keeps its traceback.
             if error.errno not in FULL_DISK:
                 raise
             what = f" {error.filename}" if error.filename else ""
@@ -85,7 +91,7 @@ def program(main: Callable[[list[str]], Any]) -> Callable[..., Any]:
 
 
 def experiments() -> ModuleType:
-    """The package of experiments, `configs/`. Imported by name, since it stands above the library."""
+    """The package of experiments, `configs/`. Imported by name, because the library must not depend on it."""
     return importlib.import_module(module_name("configs"))
 
 
@@ -101,12 +107,14 @@ def table_of_experiments() -> Mapping[str, Callable[[], Any]]:
 
 
 def load_config(name: str) -> Any:
-    """A configuration by name: `configs/NAME.py` or an entry of `configs/recipe.py`; or by the path of a Python file.
+    """Loads a configuration.
 
-    A file gives what its `get_config()` returns.
-
+    Args:
+        name: `configs/NAME.py`, an entry of `configs/recipe.py`, or the path of a Python file with a `get_config()`.
+    Returns:
+        What `get_config()`, or the entry, returns.
     Raises:
-      UserError: no such configuration or file, or a file without the function.
+        UserError: no such configuration or file, or a file without the function.
     """
     if name.endswith(".py"):
         return from_file(Path(name), "get_config")
@@ -145,6 +153,9 @@ def parse_named(argv: Sequence[str], default: str | None = None, description: st
     """Reads `--config NAME` (or `default`) and applies the remaining options to that configuration.
 
     `--help` without a name prints the known names; with one, every option and its value in that configuration.
+
+    Raises:
+        UserError: no name, an unknown one, or options that `parse` refuses.
     """
     name, rest = take_option(list(argv), "--config")
     if name is None and default is None:
@@ -159,7 +170,7 @@ def parse_named(argv: Sequence[str], default: str | None = None, description: st
 
 
 def parse_training(argv: Sequence[str], module: str, description: str | None = None) -> TrainConfig:
-    """`parse_named` for the programs of training runs, `module` being the one that asks; UserError for another kind."""
+    """`parse_named` for training runs; UserError, naming the program `module`, for another kind of configuration."""
     config = parse_named(argv, description=description)
     if not isinstance(config, TrainConfig):
         raise UserError(f"The configuration is a {type(config).__name__}; {module} takes those of training.")
@@ -175,16 +186,17 @@ def parse(config: C, argv: Sequence[str], description: str | None = None) -> C: 
 
 
 def parse(config: Any, argv: Sequence[str], description: str | None = None) -> Any:
-    """A dataclass from options such as `--drafter.block-size 16`.
+    """Builds a dataclass from options such as `--drafter.block-size 16`.
 
     Args:
-      config: an instance, whose values are the defaults, or a class, whose fields without a default are required.
-      argv: options without the program's name.
-      description: text of `--help`; without one the class's docstring is shown.
+        config: an instance, whose values are the defaults, or a class, whose fields without a default are required.
+        argv: options without the program's name.
+        description: text of `--help`; without one the class's docstring is shown.
     Raises:
-      UserError: an option that does not exist, or a value that does not fit, in one sentence.
+        UserError: an option that does not exist, or a value that does not fit, in one sentence.
     """
     cls = config if isinstance(config, type) else type(config)
+    # Checked before tyro does: its suggestions span a screen.
     _refuse_unknown(argv, _flags(cls))
     # tyro draws its complaints as a box; capture it and keep the first paragraph. `--help` (exit code 0) is passed on.
     complaints = io.StringIO()
@@ -201,14 +213,16 @@ def parse(config: Any, argv: Sequence[str], description: str | None = None) -> A
 
 
 def divide_options(argv: Sequence[str], cls: type) -> tuple[list[str], list[str]]:
-    """(options of the dataclass `cls` with their values, everything else in its order)."""
+    """Splits argv into (the options of the dataclass `cls` with their values, everything else), orders kept."""
     flags = _flags(cls)
+
     mine: list[str] = []
     rest: list[str] = []
     taken = rest
 
     for word in argv:
         if word.startswith("--") and len(word) > 2:
+            # Words up to the next option are the values of this one.
             taken = mine if word.split("=", 1)[0].replace("_", "-") in flags else rest
         taken.append(word)
 
@@ -216,13 +230,13 @@ def divide_options(argv: Sequence[str], cls: type) -> tuple[list[str], list[str]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`": did you mean A or B?"` for known words close to `word`, or an empty string."""
+    """The clause `": did you mean A or B?"` of known words close to `word`, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=2, cutoff=0.6)
     return f": did you mean {' or '.join(close)}?" if close else ""
 
 
 def mesh_settings(text: str, base: MeshSettings) -> MeshSettings:
-    """The mesh of `data=16,fsdp=4`: axes that it names have these sizes, others 1."""
+    """The mesh of a text such as `data=16,fsdp=4`; axes that it leaves out have size 1. UserError for other texts."""
     words = [word.partition("=") for word in text.split(",")]
     names = {name for name, _, _ in words}
     if names - {"data", "fsdp", "tensor"} or not all(size.lstrip("-").isdigit() for _, _, size in words):
@@ -232,7 +246,11 @@ def mesh_settings(text: str, base: MeshSettings) -> MeshSettings:
 
 
 def take_option(argv: list[str], option: str) -> tuple[str | None, list[str]]:
-    """Removes `option VALUE` or `option=VALUE` from argv; the last one wins, as for every other option."""
+    """Removes `option VALUE` or `option=VALUE` from argv.
+
+    Returns:
+        (value, the other words); of several values the last, as for every other option, None without one.
+    """
     value, rest = None, []
     words = iter(argv)
     for word in words:
@@ -249,12 +267,14 @@ def take_option(argv: list[str], option: str) -> tuple[str | None, list[str]]:
 
 
 def _flags(cls: type, prefix: str = "--") -> list[str]:
-    """Every option of a dataclass, nested ones with dots, in tyro's spelling (hyphens; `--no-` for booleans)."""
+    """The options of a dataclass, nested ones with dots, in tyro's spelling (hyphens; `--no-` for booleans)."""
     hints, annotated = get_type_hints(cls), get_type_hints(cls, include_extras=True)
+
     flags = []
     for field in dataclasses.fields(cls):
         name = field.name.replace("_", "-")
         if dataclasses.is_dataclass(hints[field.name]):
+            # `get_type_hints` drops `Annotated` unless asked to keep it, hence the two sets of hints.
             is_flat = FLAT in getattr(annotated[field.name], "__metadata__", ())
             flags += _flags(hints[field.name], prefix if is_flat else f"{prefix}{name}.")
         else:
@@ -271,7 +291,7 @@ def _refuse_unknown(argv: Sequence[str], flags: list[str]) -> None:
 
 
 def _closest_flag(flag: str, flags: list[str]) -> str:
-    """Suggestions by the whole name, or else by its last part, for options given without their group."""
+    """Suggestions: options with the same last part, for one given without its group, or else similar whole names."""
     whole = did_you_mean(flag.replace("_", "-"), flags)
     tail = flag.replace("_", "-").lstrip("-").rsplit(".", 1)[-1]
     same_tail = [f for f in flags if f.lstrip("-").rsplit(".", 1)[-1] == tail]
@@ -279,9 +299,10 @@ def _closest_flag(flag: str, flags: list[str]) -> str:
 
 
 def _first_paragraph(box: str) -> str:
-    """The complaint in tyro's box as one line: what follows the title (part of the frame, or in ASCII above a rule)."""
+    """The text in tyro's box as one line, without its title, which is in the frame or, in ASCII, above a rule."""
     framed = "╭" in box
     lines = [line.strip(" │|") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+
     parts = re.split(r"\n[─-]{5,}(?:\n|$)", "\n".join(lines))
     sentence = " ".join(parts[0 if framed else min(1, len(parts) - 1)].split()) or "The options could not be read"
     return sentence if sentence.endswith((".", "?")) else f"{sentence}."

@@ -1,4 +1,4 @@
-"""Configuration of a training run: frozen dataclasses, one a concern, checked when they are made.
+"""Configuration of a training run: one frozen dataclass per concern, checked when it is constructed.
 
 Every field is read once, by the code it configures, which holds no second default. Importing this loads no jax.
 """
@@ -23,9 +23,9 @@ class DrafterSettings:
     target_layer_ids: tuple[int, ...]
     """Target layers whose outputs are tapped, ascending, counted from 0; -1 is the embedding output."""
     kind: str = "dspark"
-    """Name in the registry of drafters (dspark, dflash, eagle3, mtp); a kind reads the settings that it has use for."""
+    """Name in the registry of drafters (dspark, dflash, eagle3, mtp); a kind ignores the settings of others."""
     block_size: int = 7
-    """Draft tokens γ of a round, and the steps that Eagle3's training rolls out; MTP drafts one."""
+    """Draft tokens γ of a round, and steps of Eagle3's training-time test; MTP drafts one."""
     markov_rank: int = 256
     """Rank r of the sequential head; 0 leaves it out (DFlash)."""
     markov_head_type: str = "vanilla"
@@ -33,11 +33,11 @@ class DrafterSettings:
     enable_confidence_head: bool = True
     """Predict per position whether the draft token will be accepted."""
     confidence_head_with_markov: bool = True
-    """Show the confidence head the previous token's Markov embedding as well."""
+    """Give the confidence head the previous token's Markov embedding as well."""
     num_anchors: int = 512
     """Anchors N sampled from a training sequence, one position each for MTP; Eagle3 trains every position."""
     step_loss_decay: float = 0.8
-    """Eagle3: step s of the rollout weighs this to the power of s."""
+    """Eagle3: base d of the weight d^s of step s."""
     mask_token_id: int | None = None
     """Input of block positions after the anchor; None: the tokenizer's mask token."""
     intermediate_size: int | None = None
@@ -58,22 +58,30 @@ class DrafterSettings:
     def __post_init__(self) -> None:
         ids = self.target_layer_ids
         _require(self.num_layers >= 1, "drafter.num_layers", self.num_layers, "at least 1")
+
         _require(self.block_size >= 1, "drafter.block_size", self.block_size, "at least 1")
+
         _require(self.num_anchors >= 1, "drafter.num_anchors", self.num_anchors, "at least 1")
         _require(self.step_loss_decay > 0, "drafter.step_loss_decay", self.step_loss_decay, "a positive number")
         _require(self.markov_rank >= 0, "drafter.markov_rank", self.markov_rank, "0 (no Markov head) or more")
+
+        # Features are concatenated in ascending order of their layers (docs/algorithm.md, rule 16).
         _require(
             len(ids) > 0 and list(ids) == sorted(set(ids)) and ids[0] >= -1,
             "drafter.target_layer_ids",
             ids,
             "one or more different layers in ascending order, counted from 0 (-1: the embeddings),",
         )
+
+        # The confidence head reads rows of the Markov table W_1 (docs/algorithm.md, rule 35).
         _require(
             not (self.enable_confidence_head and self.confidence_head_with_markov and self.markov_rank == 0),
             "drafter.confidence_head_with_markov",
             True,
             "False (the option --drafter.no-confidence-head-with-markov), as there is no Markov head at rank 0,",
         )
+
+        # A run starts from one of the two: each would overwrite the other's parameters.
         _require(
             not (self.init_drafter and self.init_target_layers),
             "drafter.init_drafter",
@@ -118,7 +126,7 @@ class OptimizerSettings:
     learning_rate: float = 6e-4
     """The peak, reached at the end of the warm-up."""
     warmup_ratio: float = 0.04
-    """Part of all steps spent warming up."""
+    """Fraction of all steps spent warming up."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """After the warm-up: cosine to 0, or constant."""
     weight_decay: float = 0.0
@@ -156,11 +164,12 @@ class DataSettings:
     thinking: bool = False
     """Let the chat template open with thinking."""
     min_loss_tokens: int = 2
-    """Those with fewer supervised tokens after the cut are dropped."""
+    """Conversations with fewer supervised tokens after the cut are dropped."""
     codec: Literal["bfloat16", "float32", "float8_e4m3", "int8"] = "bfloat16"
     """How a hybrid run stores the states, and sees them in its first epoch."""
     packing: bool = False
     """Put several sequences into a row of `max_length` tokens; none attends to another, and all share its anchors."""
+    # The reference recipe (docs/algorithm.md, rule 47).
     global_batch: int = 512
     """Sequences of one optimizer step, over all devices and micro-batches."""
     accumulation_steps: int = 1
@@ -191,6 +200,8 @@ class DataSettings:
             f"a file of conversations, as data.source is {self.source},",
         )
         _require(self.min_loss_tokens >= 1, "data.min_loss_tokens", self.min_loss_tokens, "at least 1")
+
+        # The last bucket must hold every sequence, which the cut leaves at most `max_length` long.
         buckets = self.length_buckets
         _require(
             not buckets
@@ -241,7 +252,7 @@ class CheckpointSettings:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationSettings:
-    """Accepted length by decoding held-out prompts with the drafter as it is, while the run goes on."""
+    """Accepted length during the run, from decoding held-out prompts with the current drafter."""
 
     every_steps: int = 0
     """Optimizer steps between evaluations, each of which also saves a checkpoint; 0: none."""

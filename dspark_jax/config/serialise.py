@@ -1,4 +1,4 @@
-"""Configurations as JSON and back: strict both ways, so that a run's saved configuration is the run's configuration."""
+"""Configurations as JSON and back, strict both ways: a saved configuration is exactly the one that ran."""
 
 import dataclasses
 import difflib
@@ -16,16 +16,21 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def from_json(cls: type[C], values: dict[str, Any], where: str = "") -> C:
-    """A dataclass from what `to_json` gave.
+    """Builds a dataclass from what `to_json` returned; absent fields keep their defaults, so older files still load.
 
-    Fields that are absent keep their default, so older files still load.
+    Args:
+        cls: the dataclass.
+        values: a JSON object of its fields.
+        where: dotted prefix of the fields' names in errors.
     Raises:
-      UserError: an unknown field (with the nearest known one), one that has no value, a value that does not fit.
+        UserError: an unknown field (with the nearest known one), a missing one without a default, or a value of
+            another type.
     """
     if not isinstance(values, dict):
         raise UserError(f"{where or cls.__name__} is {values!r}; a JSON object of its fields was expected.")
 
     hints, fields = get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+
     prefix = f"{where}." if where else ""
     for name in values:
         if name not in fields:
@@ -67,8 +72,10 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in arguments:
             return None
         rest = [a for a in arguments if a is not type(None)]
+        # Of unions only `X | None` occurs in the schema; any other is refused below.
         if len(rest) == 1:
             return _typed(rest[0], value, where)
+    # JSON writes 1.0 as 1 in other hands. A bool is an int to Python, and no number here.
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     elif isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):

@@ -1,4 +1,4 @@
-"""Sweeps: one base configuration, and the differences that make the points; combined by product, zip and chain.
+"""Sweeps: one base configuration and a difference for each point; differences combine by product, zip and chain.
 
     def get_sweep() -> Sweep:
         diffs = product(axis("drafter.num_layers", 1, 2), axis("seed", 0, 1, 2))
@@ -26,7 +26,7 @@ Diffs = list[Diff]
 
 
 def axis(field: str, *values: Any) -> Diffs:
-    """One field, by its dotted name in `TrainConfig`, a value a point."""
+    """One point for each value of a field, named with dots as in `TrainConfig`."""
     return [{field: value} for value in values]
 
 
@@ -41,14 +41,14 @@ def product(*parts: Diffs) -> Diffs:
 
 
 def zipped(*parts: Diffs) -> Diffs:
-    """The parts side by side; UserError when their lengths differ."""
+    """Point i joins the i-th points of all parts; UserError when their lengths differ."""
     if len({len(part) for part in parts}) > 1:
         raise UserError(f"zipped was given parts of {[len(part) for part in parts]} points; expected equal lengths.")
     return [_join(diffs) for diffs in zip(*parts, strict=True)]
 
 
 def chain(*parts: Diffs) -> Diffs:
-    """One part after the other; a point that two of them share is kept once."""
+    """One part after the other; a repeated point is kept once."""
     points: Diffs = []
     for diff in itertools.chain(*parts):
         if diff not in points:
@@ -59,6 +59,7 @@ def chain(*parts: Diffs) -> Diffs:
 def _join(diffs: Iterable[Diff]) -> Diff:
     joined: Diff = {}
     for diff in diffs:
+        # The later value would win silently, and the point's name would not show it.
         twice = joined.keys() & diff.keys()
         if twice:
             raise UserError(f"A point of the sweep is given {min(twice)} twice; name a field in one part only.")
@@ -69,7 +70,7 @@ def _join(diffs: Iterable[Diff]) -> Diff:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """`metric`: what the summary plots, a key of a run's metrics.json."""
+    """A base configuration and its points; `metric` is what the summary plots, a key of a run's metrics.json."""
 
     name: str
     base: TrainConfig
@@ -77,13 +78,17 @@ class Sweep:
     metric: str = "tau_probabilistic"
 
     def points(self, base: TrainConfig | None = None) -> dict[str, TrainConfig]:
-        """Configurations by name, in order; every field is checked. `base` replaces the sweep's own.
+        """The points' configurations by name, in order; every field is checked.
 
-        Raises UserError for an unknown field, a value that does not fit, or two points of one name.
+        Args:
+            base: replaces the sweep's own.
+        Raises:
+            UserError: no points, an unknown field, a value that does not fit, or two points of one name.
         """
         if not self.diffs:
             raise UserError(f"The sweep {self.name} has no points; give it at least one difference.")
 
+        # A name is a folder: two points of one name would write to the same run.
         names = [run_name(diff) for diff in self.diffs]
         name, count = Counter(names).most_common(1)[0]
         if count > 1:
@@ -94,7 +99,7 @@ class Sweep:
 
 
 def apply_diff(config: TrainConfig, diff: Diff) -> TrainConfig:
-    """The configuration with the fields of `diff` replaced; as strict as reading it from JSON."""
+    """The configuration with the fields of `diff` replaced, checked as strictly as when it is read from JSON."""
     values = to_json(config)
     for field, value in diff.items():
         *groups, leaf = field.split(".")
@@ -111,8 +116,9 @@ def apply_diff(config: TrainConfig, diff: Diff) -> TrainConfig:
 
 
 def run_name(diff: Diff) -> str:
-    """The difference as a folder's name, `num_layers=2,betas=0.9-0.95`; a leaf of several groups keeps its group."""
+    """The difference as a folder's name, as in `num_layers=2,betas=0.9-0.95`; an ambiguous field keeps its group."""
     shared = {leaf for leaf, count in Counter(_leaves(TrainConfig)).items() if count > 1}
+
     parts = []
     for field, value in diff.items():
         leaf = field.rsplit(".", 1)[-1]
@@ -141,10 +147,12 @@ def shipped_sweeps() -> dict[str, Path]:
 
 
 def load_sweep(path: str) -> Sweep:
-    """The sweep of `get_sweep()` in a Python file, or in the file of `configs/sweeps` that is named.
+    """The sweep that `get_sweep()` of a Python file returns.
 
+    Args:
+        path: of the file, or the name of one in `configs/sweeps`.
     Raises:
-      UserError: no such file, or no such function in it.
+        UserError: no such file, or no such function in it.
     """
     shipped = shipped_sweeps()
     file = shipped.get(path, Path(path))
@@ -157,7 +165,11 @@ def load_sweep(path: str) -> Sweep:
 
 
 def part(points: Sequence[str], index: int | None, count: int) -> list[str]:
-    """The points of job `index` of `count`, every count-th of them; all without an index."""
+    """The points of job `index` of `count`: every count-th, from `index` on; all of them without an index.
+
+    Raises:
+        UserError: an index outside 0..count-1.
+    """
     if count < 1 or (index is not None and not 0 <= index < count):
         raise UserError(f"--index {index} --count {count}: expected 0 <= index < count.")
     return list(points) if index is None else list(points[index::count])

@@ -1,1 +1,1 @@
-"""Programs for hardware that is not here: abstract runs, memory estimates, compilation for named topologies."""
+"""Plans for hardware that is not attached: abstract runs, memory estimates, compilation for named topologies."""

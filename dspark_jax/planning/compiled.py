@@ -1,6 +1,6 @@
 """Memory, collectives and cost of a compiled program, and compilers for TPUs that are not attached.
 
-Nothing is run: this shows what fits and what is communicated, and says nothing about results or speed.
+Nothing is run: the figures show memory and communication, not results or speed.
 """
 
 import math
@@ -23,7 +23,7 @@ ACCELERATORS = {"v4": "v4", "v5e": "v5litepod", "v5p": "v5p", "v6e": "v6e"}
 
 
 def topology_devices(topology: str) -> list[Any]:
-    """The chips of a topology such as v5e:4x4, in its order.
+    """The chips of a TPU topology such as v5e:4x4, in the compiler's order.
 
     Raises:
         UserError: no such topology, or the compiler is not installed (extra `aot`).
@@ -52,11 +52,20 @@ def topology_devices(topology: str) -> list[Any]:
 
 
 def topology_mesh(topology: str, data: int, fsdp: int, tensor: int, part: bool = False) -> Mesh:
-    """The mesh over the chips of a topology, or, with `part`, over as many of the first as its sizes name. UserError as
-    `topology_devices` and where the sizes do not fit it."""
+    """The mesh over the chips of a topology.
+
+    Args:
+        topology: as in v5e:4x4.
+        data, fsdp, tensor: sizes of the axes; one of them may be -1, which takes the chips that remain.
+        part: use only as many chips, the first ones, as the sizes name.
+    Raises:
+        UserError: as `topology_devices`, and where the sizes do not fit the topology.
+    """
     found, sizes = topology_devices(topology), (data, fsdp, tensor)
+
     if part and -1 not in sizes:
         found = found[: math.prod(sizes)]
+
     devices: np.ndarray = np.array(found).reshape(mesh_shape(len(found), *sizes))
     return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * devices.ndim)
 
@@ -67,15 +76,19 @@ def compiled(lowered: jax.stages.Lowered, what: str) -> jax.stages.Compiled:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         lines = str(error).splitlines()
+        # XLA's message is a screen long; the line that matters gives the bytes used and available.
         said = next((line for line in lines if "RESOURCE_EXHAUSTED" in line or "Used" in line), lines[0])
         raise UserError(f"{what} does not fit: {said.strip()[:400]}") from error
 
 
 def memory_of(program: jax.stages.Compiled, counted_twice: int = 0) -> dict[str, int]:
-    """Bytes on one device while the program runs.
+    """Bytes on one device while the program runs, by part.
 
-    Donated arguments and the results that replace them are the same bytes. `counted_twice`: bytes of an array that is
-    passed as two arguments.
+    Donated arguments and the results that replace them are the same bytes, counted as arguments.
+
+    Args:
+        program: the compiled program.
+        counted_twice: bytes of an array that is passed as two arguments.
     """
     memory: Any = program.memory_analysis()
     arguments = memory.argument_size_in_bytes - counted_twice
@@ -90,7 +103,7 @@ def memory_of(program: jax.stages.Compiled, counted_twice: int = 0) -> dict[str,
 
 
 def figures(program: jax.stages.Compiled, device_kind: str, counted_twice: int = 0) -> dict[str, str | float]:
-    """Memory, collectives and cost of a compiled program, a device, as a plan prints them."""
+    """Memory, collectives and cost of a compiled program on one device, by the names that a plan prints."""
     cost: Any = program.cost_analysis() or {}
     memory: Any = program.memory_analysis()
     device = known_device(device_kind)
@@ -106,9 +119,12 @@ def figures(program: jax.stages.Compiled, device_kind: str, counted_twice: int =
 
 
 def collectives(program: str) -> dict[str, str]:
-    """Instructions of every kind of collective in an optimised program, and the bytes of their results. One inside a
-    loop is counted once, although it runs in each iteration."""
+    """Counts the collectives of each kind in an optimised program, and the bytes of their results.
+
+    A collective inside a loop is counted once, although it runs in each iteration.
+    """
     counts, sizes = Counter[str](), Counter[str]()
+    # `-start` of an asynchronous pair is counted and its `-done` is not, as it has another name.
     for shapes, name in re.findall(rf"= (.+?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", program):
         counts[name] += 1
         sizes[name] += sum(_shape_bytes(*part) for part in re.findall(r"([a-z]+\d+)\[([\d,]*)\]", shapes))
@@ -116,13 +132,17 @@ def collectives(program: str) -> dict[str, str]:
 
 
 def copies(program: str, shapes: Iterable[tuple[int, ...]]) -> list[str]:
-    """Instructions of an optimised program that copy an array of one of these per-device shapes. The entry computation
-    is left out: its copies happen once a call, not once a round."""
+    """The instructions of an optimised program that copy an array of one of these per-device shapes.
+
+    The entry computation is left out: its copies happen once a call, not once a round.
+    """
     wanted = {",".join(map(str, shape)) for shape in shapes}
     entry, found = False, []
     for line in program.splitlines():
+        # A computation's header begins in the first column, its instructions are indented.
         if line and not line[0].isspace():
             entry = line.startswith("ENTRY")
+
         copy = re.search(r"= \(?\w+\[([\d,]*)\]\S* copy(?:-start)?\(", line)
         if copy and not entry and copy.group(1) in wanted:
             found.append(line.strip())
@@ -135,5 +155,6 @@ def mebibytes(count: float) -> str:
 
 
 def _shape_bytes(kind: str, dimensions: str) -> int:
+    # The number in the name of an XLA type is its size in bits: bf16, s32, u8.
     bits = int(re.sub(r"\D", "", kind)[:2] or 8) if kind != "pred" else 8
     return int(np.prod([int(n) for n in dimensions.split(",") if n], dtype=np.int64)) * bits // 8

@@ -1,7 +1,7 @@
-"""The decode loop from shapes alone: what a device would hold, before weights are fetched or hardware is rented.
+"""The decode loop from shapes alone: the memory of a device, before weights are fetched or hardware is rented.
 
-Only config.json files are read, and nothing of those for the targets that configs/ names. The program is the one that
-the engine dispatches: all rounds, every verify bucket, the state donated. `infer.plan` prints it.
+Only config.json files are read; the targets that configs/ names need not even those. The program is the one that the
+engine dispatches: all rounds, every verify bucket, the state donated. `infer.plan` prints it.
 """
 
 import dataclasses
@@ -68,8 +68,14 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """The loop that an engine would run, and ShapeDtypeStructs of everything that it takes. `mesh` None: one device
-    that is here; of one device: a chip of a topology."""
+    """The loop that an engine would run, and ShapeDtypeStructs of its arguments.
+
+    Attributes:
+        target, drafter: with shapes in place of parameters; no drafter means plain decoding.
+        loop: the static part of the program.
+        params, state: its arguments.
+        mesh: None for one attached device; a mesh of size 1 is one chip of a topology.
+    """
 
     target: Target
     drafter: Drafter | None
@@ -80,12 +86,15 @@ class DecodePlan:
 
     @classmethod
     def of(cls, options: PlanOptions) -> "DecodePlan":
-        """UserError for configurations that don't fit together, or a mesh that the devices don't have."""
+        """The plan of some options; UserError for configurations that don't fit together, or a mesh that the devices
+        cannot form."""
         mesh = plan_mesh(options)
         target, drafter = planned_pair(options, mesh)
         stops = max(1, len(target.stop_tokens))
         policy = policy_named(options.policy)
         loop = make_loop(target, drafter, EngineConfig(options.slots, options.longest, stop_slots=stops), policy)
+
+        # Costs of any values will do: shapes do not depend on them.
         tables = None
 
         if drafter is not None and policy.needs_tables:
@@ -118,26 +127,28 @@ class DecodePlan:
         }
 
     def lower(self, platform: str) -> jax.stages.Lowered:
-        """One dispatch, lowered for a platform, whatever is here."""
+        """One dispatch, lowered for "cpu", "cuda" or "tpu", whatever is attached."""
         scalar = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), bool)
         occupancy = shapes_of(Occupancy.of())
         traced = run_rounds.trace(self.loop, self.params, self.state, occupancy, *scalar)
         return traced.lower(lowering_platforms=(platform,))
 
     def compile(self) -> dict[str, Any]:
-        """Figures of the compiled dispatch; UserError where it does not fit."""
+        """Figures of the compiled dispatch; UserError where it does not fit the device."""
         program = compiled(self.lower(self.platform), "The decode loop")
+        # The cache must be updated in place: a copy would move all of it in every round.
         copied = copies(program.as_text() or "", self.cache_shapes())
         return figures(program, self.device_kind) | {"whole-cache copies": len(copied)}
 
     def cache_shapes(self) -> set[tuple[int, ...]]:
         """Shapes of cached keys and values as they lie on one device."""
+        # Keys and values alone have four axes with the positions third; counters and lengths are left out.
         leaves = jax.tree.leaves((self.state.target_cache, self.state.draft))
         return {local_shape(x) for x in leaves if x.ndim == 4 and x.shape[2] == self.loop.size}
 
 
 def plan_mesh(options: PlanOptions) -> Mesh | None:
-    """The mesh of the options; None for one device that is here."""
+    """The mesh of the options; None for one attached device."""
     if not options.topology:
         if not options.mesh:
             return None
@@ -150,7 +161,11 @@ def plan_mesh(options: PlanOptions) -> Mesh | None:
 
 
 def planned_pair(options: PlanOptions, mesh: Mesh | None) -> tuple[Target, Drafter | None]:
-    """Target and drafter with shapes in place of parameters, laid over the mesh as loading them does."""
+    """Target and drafter with shapes in place of parameters, laid over the mesh as loading would lay them.
+
+    Raises:
+        UserError: no target is named, the configuration is not one of training, or the two don't fit together.
+    """
     config = load_config(options.config) if options.config else None
     if config is not None and not isinstance(config, TrainConfig):
         raise UserError(f"The configuration {options.config} is a {type(config).__name__}; name one of training.")
@@ -162,6 +177,8 @@ def planned_pair(options: PlanOptions, mesh: Mesh | None) -> tuple[Target, Draft
     target = planned_target(name)
     module = target_skeleton(target.config)
     target = dataclasses.replace(target, params=abstract_params(module, mesh, options.dtype))
+
+    # A drafter's own config.json wins over the configuration's description.
     hf_config = None
 
     if options.drafter:
@@ -183,6 +200,7 @@ def planned_pair(options: PlanOptions, mesh: Mesh | None) -> tuple[Target, Draft
 def described_drafter(config: TrainConfig, target: Target) -> dict[str, Any]:
     """config.json of the drafter that a training configuration describes."""
     settings = dataclasses.asdict(config.drafter)
+    # The one setting that names parameters and no shape.
     del settings["init_target_layers"]
     if settings["mask_token_id"] is None:
         settings["mask_token_id"] = getattr(target.tokenizer, "mask_token_id", None)
@@ -195,6 +213,7 @@ def abstract_params(module: Any, mesh: Mesh | None, dtype: str) -> dict:
     over = {} if mesh is None else flatten_dict(parameter_shardings(module, mesh, ShardingRules()))
 
     def one(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
+        # The confidence head stays in float32 when the rest is decoded in bfloat16.
         kind = jnp.float32 if path[0] == "confidence_head" else DTYPES[dtype]
         return jax.ShapeDtypeStruct(leaf.shape, kind, sharding=over.get(path))
 
@@ -202,10 +221,12 @@ def abstract_params(module: Any, mesh: Mesh | None, dtype: str) -> dict:
 
 
 def abstract_state(loop: DecodeLoop, params: LoopParams) -> DecodeState:
-    """The empty state as shapes, laid over the loop's mesh as it lays it itself."""
+    """The empty state as shapes, with the shardings that the loop gives it on its mesh."""
     if loop.mesh is None:
         return jax.eval_shape(loop.init_state, params)
     platform = loop.mesh.devices.flat[0].platform
+
+    # The loop leaves the state's layout to the compiler, so the compiler is asked for it.
     made = jax.jit(loop.init_state).trace(params).lower(lowering_platforms=(platform,))
     shapes, placed = made.out_info, made.compile().output_shardings
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)

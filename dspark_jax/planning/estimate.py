@@ -14,7 +14,7 @@ from dspark_jax.training.states import TargetStates
 
 
 def describe(run: AbstractRun) -> dict[str, Any]:
-    """The run that an estimate is for: configuration, target, mesh, micro-batches."""
+    """The facts that an estimate depends on: configuration, target, mesh, micro-batches."""
     mesh = run.placement.mesh
     parameters = sum(x.size for x in jax.tree.leaves(run.state.params))
 
@@ -30,9 +30,12 @@ def describe(run: AbstractRun) -> dict[str, Any]:
 
 
 def estimate(run: AbstractRun) -> dict[str, int]:
-    """Bytes on one device by component, and their sum: the peak, which occurs in the gradient of a micro-batch.
+    """Bytes on one device by component, and their total: the peak, which occurs in the gradient of a micro-batch.
 
     Stored arrays are exact. Activations are `liveness.peak_bytes` of the traced gradient, an estimate.
+
+    Returns:
+        Bytes by name; the last is `total`.
     """
     rules = run.placement.rules
 
@@ -43,10 +46,13 @@ def estimate(run: AbstractRun) -> dict[str, int]:
         return sum(shard_bytes(x, gathered(x.sharding, rules)) for x in jax.tree.leaves(tree))
 
     def copies(tree: Any) -> int:
+        # A leaf that nothing splits for storage is used where it lies, without a copy.
         return sum(whole(x) for x in jax.tree.leaves(tree) if whole(x) != stored(x))
 
     online = run.target_params is not None
+
     layers = (run.target_params or {}).get("layers", {})
+
     gradients = whole(run.state.params)
     parts = {
         "parameters": stored(run.state.params),
@@ -60,6 +66,7 @@ def estimate(run: AbstractRun) -> dict[str, int]:
         "target's other parameters": stored(run.target_params) - stored(run.shared) + tied_bytes(run) if online else 0,
         # The layer in use, and the next one, whose gather overlaps with it.
         "target's layers, gathered": 2 * max(map(copies, layers.values()), default=0),
+        # The traced gradient counts its own result, which has a line above.
         "activations": activation_bytes(run) - gradients,
     }
 
@@ -67,8 +74,9 @@ def estimate(run: AbstractRun) -> dict[str, int]:
 
 
 def activation_bytes(run: AbstractRun) -> int:
-    """Peak of the gradient of one micro-batch's rows on one device, the gradient itself included."""
+    """Peak bytes of the gradient of one micro-batch's rows on one device, the gradient itself included."""
     objective, rows = run.spec.objective(), run.rows_a_device
+    # Traced without a mesh: sharding constraints have no meaning for one device's rows.
     states = dataclasses.replace(run.states, whole=None) if isinstance(run.states, TargetStates) else run.states
     batch = {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in run.batch.items()}
 
@@ -84,6 +92,7 @@ def activation_bytes(run: AbstractRun) -> int:
     params, tables, target = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (run.state.params, run.shared, run.target_params)
     )
+
     key = jax.eval_shape(lambda: jax.random.key(0))
     vocabulary, ways = run.target.config.vocab_size, run.placement.mesh.shape["tensor"]
 

@@ -1,4 +1,4 @@
-"""Bytes that a traced function holds at once besides its arguments: an estimate from its jaxpr, nothing compiled.
+"""Peak bytes of a traced function besides its arguments: an estimate from its jaxpr, without compilation.
 
 Equations run in their order; a value lives from its equation to its last use. What XLA fuses into its only consumers
 (elementwise arithmetic, casts, broadcasts, reshapes) takes no memory of its own, but keeps its operands alive.
@@ -28,7 +28,7 @@ def peak_bytes(closed: ClosedJaxpr, size: Bytes) -> int:
 
 
 def _peak(jaxpr: Jaxpr, size: Bytes) -> int:
-    # The last use of every stored value, directly or through what is fused from it.
+    # The last use of every stored value, directly or through a value fused from it.
     made_of = _origins(jaxpr)
     ends: dict[Any, int] = {}
     for index, equation in enumerate(jaxpr.eqns):
@@ -36,6 +36,7 @@ def _peak(jaxpr: Jaxpr, size: Bytes) -> int:
             for origin in made_of.get(var, ()):
                 ends[origin] = index
 
+    # Results live to the end.
     for var in _variables(jaxpr.outvars):
         for origin in made_of.get(var, ()):
             ends[origin] = len(jaxpr.eqns)
@@ -46,11 +47,13 @@ def _peak(jaxpr: Jaxpr, size: Bytes) -> int:
 
     live = peak = 0
     for index, equation in enumerate(jaxpr.eqns):
+        # Fused values have other origins than themselves, and take no memory.
         made = [var for var in equation.outvars if made_of.get(var) == {var}]
         own = sum(size(var.aval) for var in made)
         inside = max((_peak(inner, size) for inner in _inner(equation)), default=0)
         # A loop holds its results beside its body; a call's results are its body's.
         peak = max(peak, live + (own + inside if equation.primitive.name in ("scan", "while") else max(own, inside)))
+        # A value that is never used is not in `ends`, and is not kept either.
         live += sum(size(var.aval) for var in made if var in ends)
         live -= sum(size(var.aval) for var in dying.get(index, ()))
 
@@ -58,8 +61,10 @@ def _peak(jaxpr: Jaxpr, size: Bytes) -> int:
 
 
 def _origins(jaxpr: Jaxpr) -> dict[Any, set[Any]]:
-    """Of every value made here, the stored values that it is read from: itself, or what it is fused from. Arguments
-    have none, since their bytes are the caller's."""
+    """For every value of a jaxpr, the stored values behind it: itself, or those that it is fused from.
+
+    Arguments have none, since their bytes are the caller's.
+    """
     stored = _read_whole(jaxpr)
     origins: dict[Any, set[Any]] = {}
     for equation in jaxpr.eqns:
@@ -74,7 +79,10 @@ def _origins(jaxpr: Jaxpr) -> dict[Any, set[Any]]:
 
 
 def _read_whole(jaxpr: Jaxpr) -> set[Any]:
-    """Values with a reader that can't be fused with their producer: products, gathers, loops, results."""
+    """Values that some reader needs whole in memory: products, gathers, loops and the function's results.
+
+    Elementwise readers and reductions can be fused with the producer instead.
+    """
     whole = set(_variables(jaxpr.outvars))
     for equation in jaxpr.eqns:
         if equation.primitive.name not in _FUSED | _REDUCTIONS:
@@ -84,6 +92,7 @@ def _read_whole(jaxpr: Jaxpr) -> set[Any]:
 
 def _inner(equation: Any) -> Iterator[Jaxpr]:
     for value in equation.params.values():
+        # `cond` holds a tuple of branches, `scan` one jaxpr.
         for part in value if isinstance(value, tuple | list) else (value,):
             if isinstance(part, ClosedJaxpr):
                 yield part.jaxpr

@@ -133,7 +133,7 @@ _V4_PRO = _V4 | {
 
 
 def _with_stages(config: dict[str, Any], taps: list[int], rank: int) -> dict[str, Any]:
-    """The repository that holds a DSpark module: three blocks past the layers, and its fields."""
+    """The configuration of a repository with a DSpark module: three blocks past the layers, and the module's fields."""
     return config | {
         "compress_ratios": [*config["compress_ratios"], 0, 0, 0],
         "dspark_target_layer_ids": taps,
@@ -161,9 +161,14 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 @functools.cache
 def planned_target(name: str) -> Target:
-    """A target without parameters: a published one by its shapes here, any other by its folder or hub id."""
+    """A target without parameters: a published one from the shapes above, any other from its folder or hub id.
+
+    Raises:
+        UserError: the folder or repository can't be read.
+    """
     if name not in PUBLISHED:
         return describe_target(name)
+
     hf_config = PUBLISHED[name]
     config = read_target_config(hf_config)
     graphdef, _ = split(target_skeleton(config))

@@ -1,4 +1,4 @@
-"""A training run as shapes, on devices that need not be attached: the start of lowering, estimates and plans."""
+"""A training run as shapes, on devices that need not be attached: the basis of lowering, estimates and plans."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,21 +18,21 @@ from dspark_jax.training.states import States, StoredStates
 from dspark_jax.training.step import Placement, TrainState, TrainStep
 
 SCHEDULED_STEPS = 10_000
-"""Length of the learning-rate schedule: a constant of the program, which no shape depends on."""
+"""Length of the learning-rate schedule; no shape depends on it."""
 
 
 @dataclass(frozen=True)
 class AbstractRun:
-    """ShapeDtypeStructs with shardings of everything that a training step takes, and the step itself.
+    """ShapeDtypeStructs with shardings of the arguments of a training step, and the step itself.
 
     Attributes:
-        name, seed, data: of the configuration.
+        name, seed, data: from the configuration.
         target: described, without parameters.
         spec: what the step is made of.
         shared, batch: the step's arguments beside the state.
         step: the step that a run of this configuration compiles.
-        states: where the target's states come from.
-        target_params: the target's, where it runs in the step; a hybrid run is planned as its first epoch.
+        states: source of the target's states.
+        target_params: those of a target that runs in the step, else None; a hybrid run is planned as its first epoch.
     """
 
     name: str
@@ -48,7 +48,8 @@ class AbstractRun:
 
     @classmethod
     def of(cls, config: TrainConfig, mesh: AnyMesh) -> "AbstractRun":
-        """Reads small files only; UserError for whatever does not fit together, as `Run.of` has it."""
+        """The plan of a configuration on a mesh; reads small files only. UserError as `Run.of`, where parts do not fit
+        together."""
         target = planned_target(config.target)
         spec = StepSpec.of(config, target, mesh, SCHEDULED_STEPS)
         batch = abstract_batch(config.data, len(spec.drafter.target_layer_ids), target.config.hidden_size)
@@ -100,7 +101,7 @@ class AbstractRun:
         return self.data.global_batch // (self.micro_batches * self.placement.rules.row_groups(self.placement.mesh))
 
     def lower(self, platform: str) -> jax.stages.Lowered:
-        """The step lowered for tpu, cuda or cpu, whatever is here."""
+        """The step lowered for "tpu", "cuda" or "cpu", whatever is attached."""
         online = () if self.target_params is None else (self.target_params,)
         return self.step.trace(self.state, self.shared, self.batch, *online).lower(lowering_platforms=(platform,))
 
@@ -123,7 +124,7 @@ def abstract_target_params(config: TargetConfig, dtype: str, placement: Placemen
 
 
 def abstract_batch(data: DataSettings, taps: int, hidden_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """One step's batch at its longest; the states that it brings are those of a bfloat16 cache."""
+    """One step's batch, padded to the longest bucket; its states are those of a bfloat16 cache."""
     rows, length = data.global_batch, data.length_buckets[-1] if data.length_buckets else data.max_length
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {
         "input_ids": ((rows, length), jnp.int32),
@@ -133,6 +134,7 @@ def abstract_batch(data: DataSettings, taps: int, hidden_size: int) -> dict[str,
     if data.packing:
         shapes["segments"] = ((rows, length), jnp.int32)
 
+    # Other sources compute the states in the step.
     if data.source == "offline":
         shapes["features"] = ((rows, length, taps * hidden_size), jnp.bfloat16)
         shapes["last_hidden"] = ((rows, length, hidden_size), jnp.bfloat16)

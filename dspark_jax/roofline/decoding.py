@@ -1,7 +1,7 @@
 """The floor of one decode round by term: floating-point operations and bytes, counted from shapes.
 
-Every weight is read once a pass, every cached position once; rows on their way through a layer stay on the chip. Logits
-and laws over the vocabulary are float32 and do pass through memory.
+Every weight and every cached position is read once a pass; activations between the products of a layer stay on the
+chip. Logits and laws over the vocabulary are float32 and do pass through memory.
 
 Letters: R requests, c positions cached a request, γ drafts, W = γ + 1, P = R W rows verified, D hidden, F mlp, Q query
 heads, G kv heads, H head dim, V vocab, m taps, L layers of the target, L' of the drafter, r Markov rank, b bytes.
@@ -20,8 +20,17 @@ LAW_FLOPS = 5  # an entry of a softmax
 def round_terms(
     target: TargetConfig, drafter: DrafterConfig | None, requests: int, context: float, itemsize: int, sort: bool = True
 ) -> list[Term] | None:
-    """The terms of a round in which every request verifies its whole block (of a plain round without a drafter), one
-    device. `sort`: some request uses top-k or top-p. None for targets with experts and drafters that aren't DSpark's.
+    """The terms of one round on one device, in which every request verifies its whole block.
+
+    Args:
+        target: its shapes.
+        drafter: None for a round of plain decoding.
+        requests: R.
+        context: positions cached a request, c.
+        itemsize: bytes of a weight and of a cached number.
+        sort: some request uses top-k or top-p, which sort the laws.
+    Returns:
+        None for targets with experts and for drafters of another kind than DSpark: they are not counted.
     """
     if any(layer.sparse for layer in target.layers) or not isinstance(drafter, DSparkConfig | None):
         return None
@@ -29,6 +38,7 @@ def round_terms(
     block = 0 if drafter is None else drafter.block_size
     rows, vocab = requests * (block + 1), target.vocab_size
     laws = requests * (2 * block + 1) * vocab  # of γ drafts and γ + 1 verified rows
+
     terms = [
         _weights("verify: projections and MLP", target, rows, itemsize),
         _cache("verify: attention over the cache", target, requests, block + 1, context, itemsize),
@@ -37,29 +47,34 @@ def round_terms(
 
     if drafter is not None:
         dims = drafter.backbone
+        # A drafter whose anchor predicts nothing has one more input row.
         inputs = requests * (block + (not drafter.sample_from_anchor))
         terms += [
             _weights("draft: projections and MLP", dims, inputs, itemsize),
             _cache("draft: attention over the context", dims, requests, block, context, itemsize, append=False),
+            # The drafter's head is the target's: a second pass over the same weights.
             _head("draft: head", target, requests * block, itemsize),
             _context(drafter, requests, itemsize),
         ]
         if drafter.markov_rank:
             terms.append(_markov(drafter, requests, itemsize))
 
+    # Each law is read as logits and written as probabilities.
     terms.append(Term("sampling laws", LAW_FLOPS * laws, 2 * LOGIT * laws))
     if sort:
+        # n log2 n comparisons.
         terms.append(Term("sort of laws (top-k, top-p)", laws * math.log2(vocab), 2 * LOGIT * laws))
 
-    # The row that rejects, of both laws, and the residual.
+    # Rejection sampling reads the rejecting row of both laws and writes their residual (docs/algorithm.md, rule 4).
     return [*terms, Term("acceptance", 3 * requests * vocab, 3 * LOGIT * requests * vocab)]
 
 
 def _weights(name: str, dims: TargetConfig, rows: int, b: int) -> Term:
-    """The products of all decoder layers; each weight is read once."""
+    """The matrix products of all decoder layers over `rows` rows; each weight is read once."""
     size = 0
     for layer in dims.layers:
         queries, keys = dims.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
+        # Q and O, then K and V, which share a projection where values are keys; below gate, up and down.
         size += dims.hidden_size * (2 * queries + keys * (1 if layer.values_are_keys else 2))
         size += 3 * dims.hidden_size * dims.intermediate_size
     return Term(name, 2.0 * rows * size, size * b)
@@ -68,9 +83,10 @@ def _weights(name: str, dims: TargetConfig, rows: int, b: int) -> Term:
 def _cache(
     name: str, dims: TargetConfig, requests: int, width: int, context: float, b: int, append: bool = True
 ) -> Term:
-    """`width` rows a request over c cached positions and one another; the new K/V are written, if they are kept."""
+    """Attention of `width` rows a request over c cached positions and each other; `append`: their K/V are cached."""
     flops = moved = 0.0
     for layer in dims.layers:
+        # Scores and mixing: two products, of 2 operations each. A row sees half of the new ones on average.
         seen = context if layer.window is None else min(context, layer.window)
         flops += 4.0 * requests * width * (seen + width / 2) * dims.num_heads * layer.head_dim
         moved += requests * (seen + width * append) * 2 * layer.num_kv_heads * layer.head_dim * b
@@ -83,7 +99,7 @@ def _head(name: str, dims: TargetConfig, rows: int, b: int) -> Term:
 
 
 def _context(drafter: DSparkConfig, requests: int, b: int) -> Term:
-    """Taps of the verified rows, fused and projected to every draft layer's K/V, which are appended."""
+    """Fusion of the verified rows' taps, and their projection to every draft layer's K/V, which are cached."""
     dims, rows = drafter.backbone, requests * (drafter.block_size + 1)
     taps = len(drafter.target_layer_ids) * dims.hidden_size
     keys = sum(2 * layer.num_kv_heads * layer.head_dim for layer in dims.layers)
@@ -92,7 +108,7 @@ def _context(drafter: DSparkConfig, requests: int, b: int) -> Term:
 
 
 def _markov(drafter: DSparkConfig, requests: int, b: int) -> Term:
-    """γ steps one after the other, each reading all of W_2 and adding its bias to a row of logits."""
+    """The Markov head: γ sequential steps, each of which reads all of W_2 and adds a bias to a row of logits."""
     size = drafter.backbone.vocab_size * drafter.markov_rank
     rows = requests * drafter.block_size
     return Term("draft: Markov head", 2.0 * rows * size, drafter.block_size * size * b)

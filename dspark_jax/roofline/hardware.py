@@ -1,6 +1,6 @@
 """Peaks of accelerators, and the least time that given operations and bytes take on one.
 
-Peaks are the makers' data sheets: dense bfloat16 products, and bytes to and from the device's own memory.
+Peaks are from the makers' data sheets: dense bfloat16 products, and traffic of the device's own memory.
 """
 
 from collections.abc import Iterable
@@ -9,7 +9,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Device:
-    """`kind`: the beginning of jax's `device_kind`; bfloat16 FLOP/s, bytes/s and GiB of its memory."""
+    """An accelerator.
+
+    Attributes:
+        kind: the beginning of jax's `device_kind`.
+        flops: bfloat16 FLOP/s, dense.
+        bandwidth: bytes/s of its memory.
+        memory_gib: GiB of its memory.
+    """
 
     kind: str
     flops: float
@@ -45,8 +52,14 @@ def peak_flops(kind: str, compute_dtype: str) -> float | None:
 
 @dataclass(frozen=True)
 class Term:
-    """A part of some work: operations it needs, bytes it must move if every operand is read and every result written
-    once, and operations that a program which stores less does `again`."""
+    """A part of some work.
+
+    Attributes:
+        name: for tables.
+        flops: operations that it needs.
+        bytes: traffic if every operand is read once and every result written once.
+        again: further operations of a program that recomputes instead of storing; no part of the floor.
+    """
 
     name: str
     flops: float
@@ -60,7 +73,7 @@ class Term:
         return Term(self.name, self.flops * count, self.bytes * count, self.again * count)
 
     def seconds(self, device: Device) -> float:
-        """The least that one device takes, products and traffic overlapping perfectly within the term."""
+        """The least seconds on one device: products and traffic overlap perfectly within a term."""
         return max(self.flops / device.flops, self.bytes / device.bandwidth)
 
 
@@ -69,19 +82,21 @@ def total(terms: Iterable[Term], name: str = "together") -> Term:
 
 
 def floor_seconds(terms: Iterable[Term], device: Device) -> float:
-    """The floor of terms that run one after the other."""
+    """The floor, in seconds, of terms that run one after the other."""
     return sum(term.seconds(device) for term in terms)
 
 
 def terms_table(terms: Iterable[Term], device: Device | None) -> str:
-    """Columns by term: Gflop, Gflop done again, GB, and on a known device the floor and what bounds it."""
+    """A table by term: Gflop, Gflop recomputed, GB, and on a known device the floor and its bound."""
     rows = [("term", "Gflop", "again", "GB", *(("floor ms", "bound by") if device else ()))]
+
     listed = list(terms)
     for term in (*listed, total(listed)):
         row = [term.name, f"{term.flops / 1e9:,.1f}", f"{term.again / 1e9:,.1f}", f"{term.bytes / 1e9:,.3f}"]
         if device is not None:
             products = term.flops / device.flops >= term.bytes / device.bandwidth
             last = term.name == "together"
+            # The last row adds the terms' floors: the floor of their sum would let terms overlap.
             seconds = floor_seconds(listed, device) if last else term.seconds(device)
             row += [f"{1e3 * seconds:,.3f}", "" if last else "products" if products else "memory"]
         rows.append(tuple(row))

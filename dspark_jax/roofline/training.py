@@ -1,10 +1,10 @@
 """The floor of a training step by term: floating-point operations and bytes, counted from shapes.
 
-A product x W of n rows costs 2 n i o forward and as much again for each gradient: frozen tables have no weight
-gradient, taps no input gradient, the target's logits neither. It reads both operands and writes its result once, each
-time, in the compute dtype; weight gradients are written in float32. Attention and the losses keep scores and logits on
-the chip. Recomputation (`Term.again`) is counted apart, norms and ropes not at all. A query sees T/2 positions on
-average.
+A product x W of n rows costs 2 n i o forward and as much again for each gradient; frozen tables have no weight
+gradient, taps no input gradient, and the target's logits have neither. Each product reads both operands and writes its
+result once, in the compute dtype; weight gradients are written in float32. Attention and the losses keep scores and
+logits on the chip. Recomputation (`Term.again`) is counted separately; norms and RoPE are not counted. A query sees T/2
+positions on average.
 
 Letters: B sequences of a step, T padded tokens, N anchors, γ block size, P = N γ rows, m taps, D hidden, F mlp, Q query
 heads, G kv heads, H head dim, V vocab, L draft layers, R Markov rank, b bytes of the compute dtype, W parameters.
@@ -25,8 +25,8 @@ ADAMW_BYTES = 8 * 4
 
 
 def training_flops(config: DrafterConfig, sequences: int, length: int) -> float | None:
-    """Operations of the products that one step of B sequences padded to T needs, forward and backward; None: not
-    counted for a kind that isn't registered below."""
+    """Operations of the products of one step of B sequences padded to T, forward and backward; None for a kind that
+    isn't registered below."""
     terms = product_terms(config, sequences, length, 2)
     return None if terms is None else total(terms).flops
 
@@ -40,9 +40,18 @@ def step_terms(
     micro_batches: int = 1,
     remat: bool = True,
 ) -> list[Term] | None:
-    """The terms of one optimizer step on one device, of so many micro-batches of B sequences each; None as above.
+    """The terms of one optimizer step on one device.
 
-    `remat`: the program runs the forward pass of blocks and heads a second time, as it does with more than one chunk.
+    Args:
+        config: the drafter's shapes.
+        sequences: B, of one micro-batch.
+        length: the padded T.
+        parameters: their number on this device.
+        itemsize: bytes of the compute dtype.
+        micro_batches: of the step.
+        remat: the forward pass of blocks and heads runs a second time, as it does with more than one chunk of anchors.
+    Returns:
+        None for a kind of drafter that isn't registered below.
     """
     terms = product_terms(config, sequences, length, itemsize)
     if terms is None:
@@ -52,6 +61,8 @@ def step_terms(
     # Each micro-batch reads the parameters in float32 and writes them in the compute dtype.
     cast = Term("cast of the parameters", 0.0, (4 + itemsize) * parameters)
     update = Term("optimizer", ADAMW_FLOPS * parameters, ADAMW_BYTES * parameters)
+
+    # The optimizer runs once a step, everything else once a micro-batch.
     counted = [term.times(micro_batches) for term in (*terms, losses, cast)] + [update]
 
     return counted if remat else [Term(term.name, term.flops, term.bytes) for term in counted]
@@ -65,15 +76,19 @@ def product_terms(config: DrafterConfig, sequences: int, length: int, itemsize: 
 
 @product_terms.register
 def _(config: DSparkConfig, sequences: int, length: int, itemsize: int) -> list[Term]:
+    # Context features are projected at all T positions, blocks run on N γ rows alone.
     dims, b, positions = config.backbone, itemsize, sequences * length
     d, v, layers, blocks = dims.hidden_size, dims.vocab_size, dims.num_layers, sequences * config.num_anchors
     queries, keys = _heads(dims)
+
     # A block has a row that predicts nothing where its anchor does not.
     width = config.block_size + (not config.sample_from_anchor)
     inputs, rows = blocks * width, blocks * config.block_size
+
     attention = _product("", inputs, d, queries + 2 * keys, b) + _product("", inputs, queries, d, b)
     scores = _attention(inputs, positions, length / 2 + width, queries, 2 * keys, b)
     mlp = _product("", inputs, d, 2 * dims.intermediate_size, b) + _product("", inputs, dims.intermediate_size, d, b)
+    # Fusion and context K/V run once a sequence, outside the chunks, so nothing of them is repeated.
     terms = [
         _product("feature fusion", positions, len(config.target_layer_ids) * d, d, b, inputs=False),
         _named("context K/V projection", _product("", positions, d, 2 * keys, b).times(layers)),
@@ -88,6 +103,7 @@ def _(config: DSparkConfig, sequences: int, length: int, itemsize: int) -> list[
 
     if config.enable_confidence_head:
         size = d + (config.markov_rank if config.confidence_head_with_markov else 0)
+        # In float32, hence 4 bytes.
         terms.append(_again(_product("confidence head", rows, size, 1, 4)))
 
     return terms
@@ -96,6 +112,7 @@ def _(config: DSparkConfig, sequences: int, length: int, itemsize: int) -> list[
 @product_terms.register
 def _(config: MTPConfig, sequences: int, length: int, itemsize: int) -> list[Term]:
     dims, d, positions = config.backbone, config.backbone.hidden_size, sequences * length
+    # The one layer runs at every position, heads and losses at the anchors alone.
     rows = sequences * config.num_anchors
 
     return [
@@ -108,6 +125,7 @@ def _(config: MTPConfig, sequences: int, length: int, itemsize: int) -> list[Ter
 @product_terms.register
 def _(config: Eagle3Config, sequences: int, length: int, itemsize: int) -> list[Term]:
     dims, steps, d = config.backbone, config.block_size, config.backbone.hidden_size
+    # A query of step s sees the context and its own position in the steps before (docs/algorithm.md, rule 53).
     seen, positions = length / 2 + steps / 2, sequences * length
 
     return [
@@ -119,15 +137,16 @@ def _(config: Eagle3Config, sequences: int, length: int, itemsize: int) -> list[
 
 
 def _frozen_heads(rows: int, target_rows: int, d: int, v: int, b: int) -> list[Term]:
-    """The target's output head on the drafter's rows and on its own, whose logits stay on the chip."""
+    """The frozen output head on the drafter's and on the target's rows; logits stay on the chip."""
     return [
+        # Of the drafter's two passes, forward and input gradient, one is repeated; the target's has no gradient at all.
         _again(_product("draft head", rows, d, v, b, weights=False, kept=True), 2),
         _again(_product("target's head", target_rows, d, v, b, weights=False, inputs=False, kept=True), 1),
     ]
 
 
 def _layer(dims: TargetConfig, rows: int, seen: float, width: int, b: int) -> list[Term]:
-    """A decoder layer over whole rows, its attention reading rows of `width`, each over `seen` others."""
+    """A decoder layer over `rows` positions, whose attention reads inputs of `width` and sees `seen` positions."""
     d, (queries, keys) = dims.hidden_size, _heads(dims)
     projections = _product("", rows, width, queries + 2 * keys, b) + _product("", rows, queries, d, b)
     mlp = _product("", rows, d, 2 * dims.intermediate_size, b) + _product("", rows, dims.intermediate_size, d, b)
@@ -146,7 +165,7 @@ def _heads(dims: TargetConfig) -> tuple[int, int]:
 
 
 def _loss_rows(config: DrafterConfig, length: int) -> int:
-    """Rows of a sequence that have logits."""
+    """Rows of a sequence for which logits are computed."""
     if isinstance(config, Eagle3Config):
         return length * config.block_size
     return getattr(config, "num_anchors", 0) * config.block_size
@@ -155,10 +174,18 @@ def _loss_rows(config: DrafterConfig, length: int) -> int:
 def _product(
     name: str, rows: float, i: int, o: int, b: int, weights: bool = True, inputs: bool = True, kept: bool = False
 ) -> Term:
-    """x W with the gradients asked for; `kept`: the result [rows, o] stays on the chip, as its gradient does."""
+    """The product x W [rows, i] x [i, o] with its gradients.
+
+    Args:
+        name: of the term.
+        rows, i, o, b: sizes, and bytes of an element.
+        weights, inputs: whether the gradients of W and of x are needed.
+        kept: the result [rows, o] and its gradient stay on the chip.
+    """
     once = 2.0 * rows * i * o
     operands, result = (rows * i + i * o) * b, 0.0 if kept else rows * o * b
     moved = operands + result
+    # dx = dy W^T reads dy and W and writes dx; dW = x^T dy reads x and dy and writes dW in float32.
     if inputs:
         moved += i * o * b + rows * i * b + result
 
@@ -169,17 +196,21 @@ def _product(
 
 
 def _attention(rows: float, context: float, seen: float, queries: int, keys: int, b: int) -> Term:
-    """Scores and mixing, each row over `seen` positions; keys and values of context and rows. The backward pass does
-    two such pairs of products, and moves everything twice."""
+    """Scores and mixing of `rows` rows, each over `seen` positions.
+
+    The backward pass takes two such pairs of products and moves everything twice.
+    """
     once = 2 * 2.0 * rows * seen * queries
     moved = (2 * rows * queries + (rows + context) * keys) * b
     return Term("", 3 * once, 3 * moved)
 
 
 def _markov(config: DSparkConfig, rows: int, b: int) -> Term:
-    """Rows of W_1, what the head's type makes of them, and the bias over the vocabulary; W_1's gradient is dense."""
+    """The Markov head: rows of W_1, its type's layer, and the bias over the vocabulary; W_1's gradient is dense."""
     d, r, v = config.backbone.hidden_size, config.markov_rank, config.backbone.vocab_size
     head = _product("Markov head", rows, r, v, b, kept=True) + Term("", 0.0, 2 * rows * r * b + v * r * 4)
+
+    # Gate of [h ; e]; the RNN's gate, candidate and output of [s ; e ; h] (docs/algorithm.md, rules 32 and 33).
     shapes = {"gated": (d + r, r), "rnn": (d + 2 * r, 3 * r)}
     if config.markov_head_type in shapes:
         head = head + _product("", rows, *shapes[config.markov_head_type], b)
@@ -187,7 +218,7 @@ def _markov(config: DSparkConfig, rows: int, b: int) -> Term:
 
 
 def _again(term: Term, passes: int = 3) -> Term:
-    """Its forward pass, one of so many like it, runs a second time in the backward pass."""
+    """The term with its forward pass, one of `passes` equal ones, repeated by rematerialisation."""
     return Term(term.name, term.flops, term.bytes, term.flops / passes)
 
 
