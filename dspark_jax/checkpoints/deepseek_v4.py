@@ -1,7 +1,7 @@
 """V4 folders in the published layout and under transformers' names: which tensor holds which parameter.
 
-The published names are the common tongue: parameters map to them, and a folder with transformers' names answers to
-them. Quantised tensors read as their float32 values.
+Parameters map to the published names, and a folder with transformers' names is read through a translation to them.
+Quantised tensors read as their float32 values.
 """
 
 import re
@@ -81,54 +81,67 @@ def block_tensor(below: ParamPath, prefix: str) -> Stored:
 
 
 class V4Folder(TensorFolder):
-    """Tensors by their published names, whichever names the folder has; fp8 and fp4 ones slice as values."""
+    """Tensors by their published names, whichever names the folder has; slices of fp8 and fp4 tensors are values."""
 
     def __init__(self, folder: Path):
         super().__init__(folder)
+        # One tensor tells the two namings apart: every target has an embedding.
         self.renamed = "model.embed_tokens.weight" in self._file_of
 
     def _handle(self, path: Path) -> Any:
+        # Not safetensors' own reader, which has no numpy type for fp8 and fp4 codes.
         if path not in self._open:
             self._open[path] = RawFile(path)
         return self._open[path]
 
     def stored(self, name: str) -> Any:
+        """The tensor of a published name, sliceable. UserError where its scales are missing or of another shape."""
         if self.renamed:
             return self._transformers(name)
+
         tensor = self.raw(name)
         if self._entries[name].dtype not in _QUANTISED:
             return tensor
+
         scale = scale_name(name)
         if scale not in self.names:
             raise UserError(
                 f"{self.folder} has the quantised tensor {name} without its {scale}; copy the folder again."
             )
+
         scales, (rows, columns) = self.raw(scale).array, tensor.array.shape
+        # fp4 packs two codes in a byte: GROUP values take GROUP / 2 columns. fp8 has a scale for each BLOCK² tile.
         fp4 = self._entries[name].dtype == "I8"
         expected = [rows, columns // (GROUP // 2)] if fp4 else [-(-rows // BLOCK), -(-columns // BLOCK)]
+
         if list(scales.shape) != expected:
             raise UserError(
                 f"Tensor {scale} in {self.folder} has shape {list(scales.shape)}; {name} of shape "
                 f"{[rows, columns]} calls for {expected}."
             )
+
         return ScaledTensor(tensor.array, scales)
 
     def stored_name(self, name: str) -> str:
         """The folder's own name of the tensor that holds a published one."""
         if not self.renamed:
             return name
+
         found = _EXPERT.fullmatch(name)
         if found is None:
             return transformers_name(name)
+
         stack = "down_proj" if found["which"] == "w2" else "gate_up_proj"
         return f"model.layers.{found['layer']}.mlp.experts.{stack}"
 
     def _transformers(self, name: str) -> Any:
-        """transformers stacks the experts, gate above up."""
+        """A published tensor out of transformers' ones, which stack the experts [E, ...] and put gate above up."""
         stored, found = self.raw(self.stored_name(name)), _EXPERT.fullmatch(name)
         if found is None:
             return stored
+
         array, which = stored.array[int(found["expert"])], found["which"]
+        # w1 is the gate, w3 the up projection: the first and second half of the rows.
         half = len(array) // 2
         return RawTensor(array if which == "w2" else array[:half] if which == "w1" else array[half:])
 
@@ -139,7 +152,7 @@ def scale_name(name: str) -> str:
 
 
 def v4_needed(folder: V4Folder, names: Iterable[str]) -> set[str]:
-    """The folder's tensors that published ones are read from, scales among them."""
+    """The folder's own names of the tensors that published ones are read from, scales included."""
     mine = {folder.stored_name(name) for name in names}
     return mine | {scale_name(name) for name in mine if scale_name(name) in folder.names}
 
@@ -151,6 +164,7 @@ _RENAMED = [
     (r"hc_head_(\w+)", r"model.hc_head.hc_\1"),
     (r"layers\.(\d+)\.(.*)", r"model.layers.\1.\2"),
 ]
+# In this order: a later pattern sees what earlier ones have made of a name.
 _RENAMED_BELOW = [
     (r"\.hc_(attn|ffn)_(\w+)", r".\1_hc.\2"),
     (r"\.attn_norm\.", ".input_layernorm."),
@@ -176,10 +190,13 @@ _RENAMED_BELOW = [
 
 def transformers_name(name: str) -> str:
     """transformers' name of a published tensor other than an expert's."""
+    # At most one of these matches, since each describes a whole name.
     for pattern, renamed in _RENAMED:
         if re.fullmatch(pattern, name):
             name = re.sub(pattern, renamed, name)
             break
+
     for pattern, renamed in _RENAMED_BELOW:
         name = re.sub(pattern, renamed, name)
+
     return name

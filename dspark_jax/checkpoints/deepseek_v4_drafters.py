@@ -1,4 +1,4 @@
-"""V4's drafters in the target's own files, found by their tensors: a DSpark module, or the preview's MTP-1 block."""
+"""V4's drafters in the target's own files, detected by their tensors: a DSpark module, or the preview's MTP-1 block."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,9 +20,11 @@ from dspark_jax.sharding import ShardingRules, parameter_shardings, split
 from dspark_jax.targets.config import config_sha256
 from dspark_jax.targets.target import Target
 
+# A tensor that only one of the two has.
 _MARKS = {"dspark": "mtp.0.main_proj.weight", "mtp": "mtp.0.e_proj.weight"}
 _SAMPLED_ROWS = 64
 
+# Parameters after the last stage, stored with it; then those before the first, stored with that one.
 _HEADS: dict[ParamPath, Stored] = {
     ("norm", "weight"): Stored("norm.weight"),
     **{("collapse", leaf): Stored(f"hc_head_{leaf}") for leaf in ("fn", "base", "scale")},
@@ -41,15 +43,16 @@ _FIRST: dict[ParamPath, Stored] = {
 
 
 def holds_v4(folder: Path) -> bool:
-    """Whether the folder's config.json is of a V4 repository."""
+    """Whether the folder's config.json is a V4 repository's."""
     return read_hf_config(folder).get("model_type") == "deepseek_v4"
 
 
 def drafter_kind_in(tensors: V4Folder) -> str:
-    """'dspark' or 'mtp', by what the folder holds; UserError for neither."""
+    """'dspark' or 'mtp', by the folder's tensors; UserError for neither."""
     for kind, mark in _MARKS.items():
         if mark in tensors.names:
             return kind
+
     raise UserError(
         f"{tensors.folder} holds no drafter: neither {' nor '.join(_MARKS.values())} is among its tensors. Give a "
         "repository whose name ends in -DSpark, or the preview's."
@@ -59,9 +62,12 @@ def drafter_kind_in(tensors: V4Folder) -> str:
 def v4_drafter_map(config: DrafterConfig, paths: Iterable[ParamPath]) -> dict[ParamPath, Stored]:
     """Parameter path -> published tensor, for a V4 drafter's parameters at `paths`."""
     paths = list(paths)
+
+    # The published files have no place outside the stages: heads lie under the last `mtp.N`, inputs under `mtp.0`.
     stages = [path[1] for path in paths if path[0] == "stages"]
     last = f"mtp.{max(stages, default=0)}"
     table = {}
+
     for path in paths:
         if path[0] == "stages":
             table[path] = block_tensor(path[2:], f"mtp.{path[1]}")
@@ -70,6 +76,7 @@ def v4_drafter_map(config: DrafterConfig, paths: Iterable[ParamPath]) -> dict[Pa
         else:
             stored, prefix = (_FIRST[path], "mtp.0") if path in _FIRST else (_HEADS[path], last)
             table[path] = Stored(f"{prefix}.{stored.name}", stored.layout)
+
     return table
 
 
@@ -81,18 +88,30 @@ def load_v4_drafter(
     mesh: Mesh | None = None,
     rules: ShardingRules | None = None,
 ) -> Drafter:
-    """The drafter in a V4 folder or hub id, the target's own or one that holds a drafter alone.
+    """Loads the drafter in a V4 folder or hub id, be it the target's own or one that holds a drafter alone.
 
-    Raises UserError when there is none, when its widths are not the config's, or when it is of another target.
+    Args:
+        path_or_id: a folder or hub id.
+        target: the target that it was trained for.
+        dtype: 'float32' or 'bfloat16'; None keeps the config's.
+        mesh: parameters are placed over it; None: one device.
+        rules: how they are placed.
+
+    Raises:
+        UserError: there is no drafter, its widths are not the config's, or it belongs to another target.
     """
     folder = resolve_folder(path_or_id)
     stored = read_hf_config(folder)
+
     tensors = V4Folder(folder)
     hf_config = native_config(stored, drafter_kind_in(tensors), num_anchors=stored.get("num_anchors", 512))
+
     config = read_config(hf_config)
     config.check_target(target.config)
+    # A config's hash that matches settles it; without one the folder may still be the same model with another config.
     if config.target_sha256 != target.config_sha256 and config_sha256(stored) != target.config_sha256:
         _check_same_target(tensors, target)
+
     storage = DTYPES[dtype or config.backbone.dtype]
     module = skeleton(hf_config)
     graphdef, abstract = split(module)
@@ -103,20 +122,26 @@ def load_v4_drafter(
         return np.float32 if float32_parameter(path) else storage
 
     table = v4_drafter_map(config, leaves)
+    # The target's own tensors are harmless leftovers in a shared folder; unknown ones of the drafter are not.
     refuse_leftovers(tensors, v4_needed(tensors, stored_names(table, leaves)), ("deepseek_v4_drafter",))
     params = load_params(tensors, table, leaves, shardings, kept)
+
     return Drafter(str(path_or_id), config, graphdef, params, hf_config)
 
 
 def _check_same_target(tensors: V4Folder, target: Target) -> None:
-    """Where the folder has an embedding too, rows of it against the target's."""
+    """UserError where the folder has an embedding too and sampled rows of it are not the target's."""
     table = target.params.get("embed_weight_vd")
+    # A table sharded over several processes cannot be sampled from one of them.
     if "embed.weight" not in tensors.names or table is None or not table.is_fully_addressable:
         return
+
     rows = np.unique(np.linspace(0, table.shape[0] - 1, _SAMPLED_ROWS).astype(int))
     stored = tensors.stored("embed.weight")
     mine = np.stack([np.asarray(stored[int(r) : int(r) + 1])[0] for r in rows]).astype(np.float32)
     theirs = np.asarray(table[rows]).astype(np.float32)
+
+    # Beyond what rounding to bfloat16 on either side explains.
     if np.any(np.abs(mine - theirs) > 2.0**-7 * np.abs(theirs) + 1e-6):
         raise UserError(
             f"Target/drafter mismatch: the embedding in {tensors.folder} is not {target.name}'s; load the drafter from "

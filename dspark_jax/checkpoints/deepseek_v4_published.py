@@ -1,4 +1,4 @@
-"""V4's published layout as a whole: which tensors a repository holds, in which form, and folders written that way."""
+"""V4's published layout as a whole: the tensors of a repository, their stored forms, and folders written that way."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -25,18 +25,20 @@ from dspark_jax.targets.deepseek_v4.model import V4Model
 
 
 class StoredTensor(NamedTuple):
-    """A tensor as safetensors names its type, and its stored shape."""
+    """A tensor's element type by its safetensors name, and its stored shape."""
 
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tensor in a file."""
         sizes = {"F8_E4M3": 1, "F8_E8M0": 1, "I8": 1, "BF16": 2, "F32": 4, "I64": 8}
         return sizes[self.dtype] * int(np.prod(self.shape, dtype=np.int64))
 
 
 _QUANTISED_FIELDS = ("quantization_config", "expert_dtype")
+# The first pattern that matches decides; a tensor that matches none is BF16.
 _FORMS = (
     ("fp4", r"\.ffn\.experts\."),
     ("fp8", r"\.attn\.(wq_a|wq_b|wkv|wo_a|wo_b)\.|\.indexer\.wq_b\.|\.shared_experts\.|\.(main|e|h)_proj\."),
@@ -46,39 +48,50 @@ _FORMS = (
 
 
 def stored_form(name: str) -> str:
-    """fp4, fp8, I64, F32 or BF16: how a published tensor of this name is stored."""
+    """How a published tensor of this name is stored: fp4, fp8, I64, F32 or BF16."""
     return next((form for form, pattern in _FORMS if re.search(pattern, name)), "BF16")
 
 
 def published_tensors(hf_config: Mapping[str, Any], drafter: str | None = None) -> dict[str, StoredTensor]:
-    """Every tensor of a repository with this config.json, from shapes alone, with the drafter 'dspark' or 'mtp'."""
+    """Every tensor of a repository with this config.json, by name, from shapes alone.
+
+    drafter: 'dspark' or 'mtp' includes that drafter's tensors; None: the target's alone.
+    """
     target = _target_leaves(v4_config(hf_config))
     found = dict(_forms(v4_tensor_map(target), target))
+
     if drafter is not None:
         native = native_config(hf_config, drafter)
         leaves = flatten_dict(split(skeleton(native))[1])
         found |= _forms(v4_drafter_map(read_config(native), leaves), leaves)
+
     return found
 
 
 def _target_leaves(config: V4Config) -> dict[ParamPath, Any]:
     """Shapes of the target's parameters; layers of one kind are described once."""
     leaves = _shapes(lambda: V4Model(replace(config, layers=()), rngs=nnx.Rngs(0)))
+    # A published model has dozens of layers of a few kinds, and tracing each of them would dominate.
     kinds = {layer: _shapes(lambda: V4Block(config, layer, rngs=nnx.Rngs(0))) for layer in set(config.layers)}  # noqa: B023
+
     for i, layer in enumerate(config.layers):
         leaves |= {("layers", i, *below): leaf for below, leaf in kinds[layer].items()}
     return leaves
 
 
 def _shapes(make: Callable[[], nnx.Module]) -> dict[ParamPath, Any]:
+    """Parameter paths and shapes of a module that is never built."""
     return flatten_dict(split(nnx.eval_shape(make))[1])
 
 
 def _forms(table: TensorMap, leaves: Mapping[Any, Any]) -> Iterator[tuple[str, StoredTensor]]:
+    """(name, stored form) of each tensor in `table`, scales of quantised ones included."""
     for path, source in table.items():
         for name, shape in source.parts(leaves[path].shape):
             form = stored_form(name)
             scale = name.removesuffix("weight") + "scale"
+
+            # One scale for each BLOCK x BLOCK tile, partial tiles included; fp4 packs two codes in a byte.
             if form == "fp8":
                 yield name, StoredTensor("F8_E4M3", shape)
                 yield scale, StoredTensor("F8_E8M0", (-(-shape[0] // BLOCK), -(-shape[1] // BLOCK)))
@@ -90,20 +103,21 @@ def _forms(table: TensorMap, leaves: Mapping[Any, Any]) -> Iterator[tuple[str, S
 
 
 def save_v4_target(folder: Path, hf_config: Mapping[str, Any], params: dict, dtype: str) -> None:
-    """Writes config.json and model.safetensors under published names; as published where `dtype` is 'published'."""
+    """Writes config.json and model.safetensors under published names; `dtype` 'published': in the published forms."""
     table = v4_tensor_map(flatten_dict(params))
     _save(folder, hf_config, _encoded(table, params, dtype), dtype)
 
 
 def save_v4_drafter(folder: Path, drafter: Drafter, dtype: str | None = None) -> None:
-    """Writes the drafter's tensors, `mtp.*`, beside the target's config.json. Put among the target's files, with
-    their names in its index, they are the published repository; alone they load as a drafter of that target.
+    """Writes the drafter's tensors, `mtp.*`, and the target's config.json. Put among the target's files, with their
+    names in its index, they are the published repository; alone they load as a drafter of that target.
 
-    dtype: as `save_v4_target`'s; None: as published where the config.json speaks of a quantised repository.
+    dtype: as in `save_v4_target`; None: as published if the config.json describes a quantised repository.
     """
     if dtype is None:
         published = "quantization_config" in drafter.hf_config
         dtype = "published" if published else drafter.config.backbone.dtype
+
     table = v4_drafter_map(drafter.config, flatten_dict(drafter.params))
     _save(folder, target_config_of(drafter.hf_config), _encoded(table, drafter.params, dtype), dtype)
 
@@ -112,29 +126,38 @@ def _save(folder: Path, hf_config: Mapping[str, Any], tensors: dict[str, np.ndar
     folder.mkdir(parents=True, exist_ok=True)
     write_raw(folder / "model.safetensors", tensors)
     kept = dict(hf_config)
+
+    # An unquantised copy must not claim the repository's quantisation: readers would look for scales.
     if dtype != "published":
         kept = {name: value for name, value in kept.items() if name not in _QUANTISED_FIELDS} | {"torch_dtype": dtype}
+
     write_json(folder / "config.json", kept)
 
 
 def _encoded(table: TensorMap, params: dict, dtype: str) -> dict[str, np.ndarray]:
-    """The tensors of a params dict under their stored names. `dtype`: 'published', or what all floats are stored in
-    but for those that are float32 everywhere."""
+    """The tensors of a params dict under their stored names. `dtype`: 'published', or the type that all floats are
+    stored in, except those that are float32 everywhere."""
     flat, tensors = flatten_dict(params), dict[str, np.ndarray]()
+
     for path, source in table.items():
         array = np.asarray(jax.device_get(flat[path]))
         for (name, _), part in zip(source.parts(array.shape), array if source.stacked else [array], strict=True):
             tensors |= _encode(name, np.ascontiguousarray(source.layout.write(part)), dtype)
+
     return tensors
 
 
 def _encode(name: str, array: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
+    """{stored name: array}, with a second entry for the scales where the form is quantised."""
     form = stored_form(name)
     if form == "I64":
         return {name: array.astype(np.int64)}
+
     if form == "F32" or dtype != "published":
         return {name: array.astype(np.float32 if form == "F32" or dtype == "float32" else ml_dtypes.bfloat16)}
+
     if form == "BF16":
         return {name: array.astype(ml_dtypes.bfloat16)}
+
     codes, scales = (encode_fp8 if form == "fp8" else encode_fp4)(array.astype(np.float32))
     return {name: codes, name.removesuffix("weight") + "scale": scales}

@@ -1,6 +1,6 @@
-"""DeepSpec's own layout, the default: a flat config.json, tensors without a prefix. vLLM and SGLang read it.
+"""DeepSpec's own layout, the default: a flat config.json and tensors without a prefix. vLLM and SGLang read it.
 
-It is also what the other layouts are translated to: `drafter_tensor_map` says where each parameter is stored.
+The other layouts are translated to it and back; `drafter_tensor_map` says where each parameter is stored.
 """
 
 from collections.abc import Iterable
@@ -14,6 +14,7 @@ from dspark_jax.errors import UserError
 from dspark_jax.targets.config import TargetConfig
 from dspark_jax.targets.target import Target
 
+# Last name of a parameter -> (tensor's last name, layout), where they differ from the parameter's own.
 _LEAVES = {
     "weight": ("weight", Layout.SAME),
     "weight_io": ("weight", Layout.LINEAR),
@@ -26,18 +27,23 @@ _LEAVES = {
 
 @dataclass(frozen=True)
 class DeepSpecLayout:
+    """Published by DeepSpec: config.json as `DrafterConfig` reads it, so translation is a copy."""
+
     name: str = "deepspec"
     layer_id_base: int = 0
     vocabulary_maps: bool = False
 
     def detects(self, stored: Config) -> bool:
+        """True if `architectures` names a family and a drafter model, as in `Qwen3DSparkModel`."""
         named = [str(name) for name in stored.get("architectures") or []]
         return any(name.startswith(FAMILIES) and name.endswith("Model") for name in named)
 
     def to_native(self, stored: Config, target: TargetConfig) -> dict[str, Any]:
+        """A copy: the stored config is DeepSpec's already."""
         return dict(stored)
 
     def from_native(self, native: Config, target: Target) -> dict[str, Any]:
+        """A copy; UserError for a block whose anchor row predicts nothing (docs/algorithm.md, rule 91)."""
         if not native.get("sample_from_anchor", True):
             raise UserError(
                 "This drafter's anchor row predicts nothing, and the deepspec layout has no field that says so: its "
@@ -46,9 +52,11 @@ class DeepSpecLayout:
         return dict(native)
 
     def tensor(self, name: str, native: Config) -> str:
+        """The name itself: tensors bear no prefix (docs/algorithm.md, rule 90)."""
         return name
 
     def frozen(self, native: Config) -> tuple[str, ...]:
+        """Both tables, stored untied even where the target ties them (docs/algorithm.md, rule 18)."""
         return (EMBEDDING, HEAD)
 
 
@@ -59,12 +67,16 @@ def drafter_tensor_map(config: DrafterConfig, paths: Iterable[ParamPath]) -> dic
     new head or a new drafter needs no entry here.
     """
     table: dict[ParamPath, Stored] = {}
+
     for path in paths:
+        # The backbone is a module of ours; DeepSpec's drafter has its parts at top level.
         named = path[1:] if path[0] == "backbone" else path
         below = named[2:] if named[0] == "layers" else None
+
         if below in LAYER_TENSORS:
             table[path] = layer_tensor(below, f"layers.{named[1]}")
         else:
             leaf, layout = _LEAVES.get(path[-1], (path[-1], Layout.SAME))
             table[path] = Stored(".".join([*map(str, named[:-1]), leaf]), layout)
+
     return table

@@ -49,16 +49,18 @@ _DRAFT_HEAD_PATH = ("draft_head_pd",)
 
 
 class _NamedTensors(TensorFolder):
-    """A folder whose tensors are asked for by DeepSpec's names."""
+    """A folder whose tensors are requested by DeepSpec's names."""
 
     def __init__(self, folder: Path, stored_name: Callable[[str], str]):
         super().__init__(folder)
         self.stored_name = stored_name
 
     def stored(self, name: str) -> Any:
+        """The slices of the weight that the layout stores under another name."""
         return super().stored(self.stored_name(name))
 
     def holds(self, name: str) -> bool:
+        """Whether the folder has it; frozen copies of the target's tables are optional."""
         return self.stored_name(name) in self.names
 
 
@@ -80,18 +82,17 @@ def load_drafter(
     """Loads a drafter of `target` from a folder or hub id in any of the layouts.
 
     Args:
-        path_or_id: folder or hub id.
-        target: the target that it was trained for.
-        Args:
         path_or_id: a folder or hub id.
         target: the target that it was trained for.
-        dtype: 'float32' or 'bfloat16'; None keeps the config's. The confidence head is float32 always.
+        dtype: 'float32' or 'bfloat16'; None keeps the config's. The confidence head is always float32.
         mesh: parameters are placed over it, each device reading its own part; None: one device.
         rules: how they are placed.
         compare_manifest: refuse a folder whose dspark.json, where it has one, contradicts its config or the target.
-        layer_shift: added to the layer ids that the files name, for files that are in doubt.
+        layer_shift: added to the layer ids that the files name, for files whose convention is in doubt.
+
     Returns:
-        Config and parameters.
+        The drafter, config and parameters.
+
     Raises:
         UserError: a contradiction, files that are missing or cut off, or a drafter of another target (depth, width,
             vocabulary, tapped layers, or frozen copies that differ).
@@ -99,35 +100,46 @@ def load_drafter(
     folder = resolve_folder(path_or_id, "drafter")
     if holds_v4(folder):
         return load_v4_drafter(folder, target, dtype=dtype, mesh=mesh, rules=rules)
+
     stored, layout = read_stored_config(folder)
     hf_config = native_config(stored, layout, target.config)
+    # Ids that are off by one load without an error and draft badly (docs/algorithm.md, rule 96).
     if layer_shift:
         hf_config["target_layer_ids"] = [i + layer_shift for i in hf_config["target_layer_ids"]]
+    # A pruned vocabulary is stored as tensors; the config, on which shapes depend, needs it first.
     if "draft_vocab_size" in hf_config and "draft_vocabulary" not in hf_config:
         hf_config["draft_vocabulary"] = stored_vocabulary(TensorFolder(folder), hf_config).bits
+
     config = read_config(hf_config)
     config.check_target(target.config)
+
     if compare_manifest:
         check_manifest(folder, hf_config, layout, target)
+
     if (dtype or config.backbone.dtype) not in DTYPES:
         raise UserError(
             f"Drafter dtype {dtype or config.backbone.dtype!r} is not supported; choose float32 or bfloat16."
         )
     storage = DTYPES[dtype or config.backbone.dtype]
+
     module = skeleton(hf_config)
     graphdef, abstract = split(module)
     leaves = flatten_dict(abstract)
     shardings = None if mesh is None else flatten_dict(parameter_shardings(module, mesh, rules or ShardingRules()))
+
     tensors, table = (
         _NamedTensors(folder, lambda name: layout.tensor(name, hf_config)),
         drafter_tensor_map(config, leaves),
     )
     needed = {layout.tensor(name, hf_config) for name in stored_names(table, leaves)}
     refuse_leftovers(tensors, needed, ("drafter", layout.name) if layout.name in HARMLESS else ("drafter",))
+
     vocabulary = getattr(config, "draft_vocabulary", None)
     _check_frozen_copies(tensors, target, vocabulary)
     if vocabulary is None:
         _check_vocabulary_map(tensors)
+
+    # The layout may leave out the draft head, whose rows are the target's own (rule 18).
     borrowed = vocabulary is not None and not tensors.holds(DRAFT_HEAD)
     params = load_params(
         tensors,
@@ -158,13 +170,13 @@ def save_drafter(
 ) -> None:
     """Writes config.json, model.safetensors and the manifest dspark.json in the named layout.
 
-    Loading and saving again, in whatever layouts in between, gives the same bytes.
+    Loading and saving again, through any of the layouts, gives the same bytes.
 
     Args:
-        folder: made where it is missing.
-        drafter: as `load_drafter` or training gives it.
+        folder: created where it is missing.
+        drafter: as returned by `load_drafter` or by training.
         target: the target that it was trained for.
-        layout: a name in `checkpoints.layouts`; a DeepSeek-V4 drafter has the published one, `mtp.*`, whatever it is.
+        layout: a name in `checkpoints.layouts`; a DeepSeek-V4 drafter always has the published one, `mtp.*`.
         dtype: of the stored tensors; None: the config's.
         frozen_copies: also write the copies of the target's embedding and head that the layout's readers expect, always
             untied; servers take the target's own where they are absent, and so does `load_drafter` for the head of a
@@ -172,17 +184,21 @@ def save_drafter(
         vocabulary_maps: also write the identity as `d2t` and `t2d`, where the layout has them; a pruned vocabulary's
             are always written.
         provenance: how the drafter was made, for the manifest.
+
     Raises:
-        UserError: a drafter that the layout cannot express; nothing is written.
+        UserError: the layout cannot express the drafter; nothing is written.
     """
     if str(drafter.hf_config.get("model_type")) == "deepseek_v4":
         save_v4_drafter(Path(folder), drafter, dtype)
         return
+
     folder, form = Path(folder), layout_named(layout)
     native = {**drafter.hf_config, "dtype": dtype or drafter.config.backbone.dtype}
     stored = form.from_native(native, target)
+
     table = drafter_tensor_map(drafter.config, flatten_dict(drafter.params))
     tensors = stored_tensors(table, drafter.params, native["dtype"])
+
     if frozen_copies:
         shared = shared_tables(target)
         tables = {EMBEDDING: shared.embed, HEAD: shared.head}
@@ -190,13 +206,18 @@ def save_drafter(
         tensors |= stored_tensors(frozen, tables, native["dtype"])
     elif form.name == "deepspec":
         tensors.pop(DRAFT_HEAD, None)
+
+    # Renamed once, here: up to this line every name is DeepSpec's.
     tensors = {form.tensor(name, native): array for name, array in tensors.items()}
+
     vocabulary = getattr(drafter.config, "draft_vocabulary", None)
     if form.vocabulary_maps and (vocabulary_maps or vocabulary is not None):
         member = np.ones(native["vocab_size"], np.bool_) if vocabulary is None else vocabulary.member
         ids = np.flatnonzero(member)
+        # d2t holds differences, t2d membership: the speculators library's convention (rule 92).
         tensors |= {"d2t": ids - np.arange(len(ids)), "t2d": member}
-    # Before the first file is replaced: a manifest that stands beside other files would speak against them.
+
+    # Before the first file is replaced: an old manifest beside new files would contradict them.
     with suppress(OSError, ValueError):
         (folder / MANIFEST_FILE).unlink(missing_ok=True)
     write_tensors(folder / WEIGHTS_FILE, tensors)
@@ -205,21 +226,22 @@ def save_drafter(
 
 
 def shared_tables(target: Target) -> SharedTables:
-    """The target's embedding and head [V, D], the same array twice when they are tied."""
+    """The target's embedding and head [V, D], the same array twice if they are tied."""
     embed = target.params["embed_weight_vd"]
     head = embed if target.config.tie_word_embeddings else target.params["head_weight_vd"]
     return SharedTables.of(target.config, embed, head)
 
 
 def draft_head(shared: SharedTables, vocabulary: DraftVocabulary) -> Float[Array, "p d"]:
-    """The target's head rows for a pruned draft vocabulary."""
+    """The target's head rows [P, D] for a pruned draft vocabulary."""
     return jnp.take(shared.head, vocabulary.ids, axis=0)
 
 
 def stored_vocabulary(tensors: TensorFolder, hf_config: Mapping[str, Any]) -> DraftVocabulary:
     """The draft vocabulary that `d2t` and `t2d` describe; UserError where they are missing or contradict each other.
 
-    `d2t[i]` is what is added to draft id i; some files hold the target ids themselves, told by their going up.
+    `d2t[i]` is the difference between target id and draft id i; some files hold the target ids themselves instead,
+    recognised by the sums not ascending within the vocabulary.
     """
     whole, size = hf_config["vocab_size"], hf_config["draft_vocab_size"]
     if "d2t" not in tensors.names:
@@ -227,14 +249,17 @@ def stored_vocabulary(tensors: TensorFolder, hf_config: Mapping[str, Any]) -> Dr
             f"{tensors.folder} has a vocabulary reduced to {size} of {whole} tokens and no tensor d2t that says to "
             "which; copy its weights again."
         )
+
     ids = np.asarray(tensors.raw("d2t")[:]).astype(np.int64)
     relative = ids + np.arange(len(ids))
     ids = relative if np.all(np.diff(relative) > 0) and relative[-1:] < whole else ids
+
     if len(ids) != size or np.any(np.diff(ids) <= 0) or ids[0] < 0 or ids[-1] >= whole:
         raise UserError(
             f"The tensor d2t in {tensors.folder} does not name {size} different target ids below {whole} in ascending "
             "order; copy its weights again."
         )
+
     found = DraftVocabulary.of(ids, whole)
     if "t2d" in tensors.names and not np.array_equal(np.asarray(tensors.raw("t2d")[:]).astype(bool), found.member):
         raise UserError(f"The tensors d2t and t2d in {tensors.folder} contradict each other; copy its weights again.")
@@ -242,13 +267,16 @@ def stored_vocabulary(tensors: TensorFolder, hf_config: Mapping[str, Any]) -> Dr
 
 
 def _check_frozen_copies(tensors: _NamedTensors, target: Target, vocabulary: DraftVocabulary | None) -> None:
-    """Compares sampled rows: over a fine-tuned or re-tokenised target a drafter would draft well-formed nonsense."""
+    """Compares sampled rows of the frozen copies: over a fine-tuned or re-tokenised target, a drafter would draft
+    well-formed nonsense."""
     shared = shared_tables(target)
     if vocabulary is None:
         heads = {HEAD: shared.head}
     else:
         heads = {DRAFT_HEAD: draft_head(shared, vocabulary)}
+
     for name, table in ({EMBEDDING: shared.embed} | heads).items():
+        # A layout may store no copies, and a table sharded over processes cannot be sampled in one.
         if not tensors.holds(name) or not table.is_fully_addressable:
             continue
         stored = tensors.stored(name)
@@ -258,7 +286,9 @@ def _check_frozen_copies(tensors: _NamedTensors, target: Target, vocabulary: Dra
                 f"Vocabulary mismatch: the drafter's {name} has shape {list(shape)}, the target's table "
                 f"{list(table.shape)}; give the target that the drafter was trained for."
             )
+
         rows = np.unique(np.linspace(0, shape[0] - 1, _SAMPLED_ROWS).astype(int))
+        # Rows are read one by one: a table of a hundred thousand rows is not loaded for a sample of it.
         mine = np.stack([np.asarray(stored[int(r) : int(r) + 1])[0] for r in rows]).astype(np.float32)
         theirs = np.asarray(jnp.take(table, rows, axis=0)).astype(np.float32)
         if _differ(mine, theirs):
@@ -269,6 +299,7 @@ def _check_frozen_copies(tensors: _NamedTensors, target: Target, vocabulary: Dra
 
 
 def _check_vocabulary_map(tensors: _NamedTensors) -> None:
+    """UserError where a drafter without a pruned vocabulary maps its ids to others."""
     if "d2t" in tensors.names and np.any(np.asarray(tensors.raw("d2t")[:])):
         raise UserError(
             f"The drafter in {tensors.folder} speaks ids of its own (its d2t is not zero); drafters here speak the "
@@ -277,5 +308,5 @@ def _check_vocabulary_map(tensors: _NamedTensors) -> None:
 
 
 def _differ(mine: np.ndarray, theirs: np.ndarray) -> Any:
-    """True beyond what rounding to bfloat16 on either side explains."""
+    """Whether the rows differ by more than rounding to bfloat16 on either side explains."""
     return np.any(np.abs(mine - theirs) > 2.0**-7 * np.abs(theirs) + 1e-6)

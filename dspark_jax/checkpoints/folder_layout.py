@@ -1,6 +1,6 @@
 """The interface of a layout of drafter folders: its config.json and tensor names, translated to DeepSpec's and back.
 
-DeepSpec's own layout is the common form: `DrafterConfig` reads its config, parameters map to its tensors.
+DeepSpec's own layout is the common form: `DrafterConfig` reads its config, and parameters map to its tensors.
 """
 
 from collections.abc import Mapping
@@ -15,32 +15,34 @@ from dspark_jax.targets.target import Target
 Config = Mapping[str, Any]
 CONFIG_FILE = "config.json"
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
-DRAFT_HEAD = "draft_head.weight"  # of a pruned draft vocabulary: the target's rows for it
-ANCHORS = 512  # what DeepSpec trains with; other layouts needn't say
+DRAFT_HEAD = "draft_head.weight"  # the target's rows for a pruned draft vocabulary
+ANCHORS = 512  # DeepSpec's value in training, which the other layouts need not state
 
 
 class FolderLayout(Protocol):
     """`to_native(from_native(config))` is `config` again, for every drafter that the layout can hold."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The layout's name in `checkpoints.layouts` and in manifests."""
+        ...
 
     @property
     def layer_id_base(self) -> int:
-        """Added to a 0-based layer id where it is stored."""
+        """Added to a 0-based layer id when it is stored."""
         ...
 
     @property
     def vocabulary_maps(self) -> bool:
-        """Its readers know `d2t` and `t2d`, tables between draft and target ids."""
+        """Whether its readers know `d2t` and `t2d`, tables between draft and target ids."""
         ...
 
     def detects(self, stored: Config) -> bool:
-        """True when this config.json is of this layout."""
+        """Whether this config.json is in this layout."""
         ...
 
     def to_native(self, stored: Config, target: TargetConfig) -> dict[str, Any]:
-        """DeepSpec's config.json; UserError for what no drafter here can be. `target` fills in what isn't stored."""
+        """DeepSpec's config.json; UserError for a drafter that cannot exist here. `target` fills in absent fields."""
         ...
 
     def from_native(self, native: Config, target: Target) -> dict[str, Any]:
@@ -52,12 +54,12 @@ class FolderLayout(Protocol):
         ...
 
     def frozen(self, native: Config) -> tuple[str, ...]:
-        """Which copies of the target's tables its readers expect."""
+        """The copies of the target's tables that its readers expect, by DeepSpec's names."""
         ...
 
 
 def require_kind(native: Config, layout: str) -> str:
-    """The kind, if the layout has a place for it."""
+    """The kind, if the layout can hold it; UserError otherwise."""
     kind = kind_name(native)
     if kind not in ("dspark", "dflash", "eagle3"):
         raise UserError(
@@ -68,18 +70,19 @@ def require_kind(native: Config, layout: str) -> str:
 
 
 def native_architecture(fields: Config, kind: str) -> str:
-    """DeepSpec's name of a kind over draft layers with this model_type; UserError for layers it has none for."""
+    """DeepSpec's name of a kind whose draft layers have this model_type; UserError for layers without such a name."""
     model_type = str(fields.get("model_type"))
     if model_type != "qwen3" and not model_type.startswith("gemma4"):
         raise UserError(
             f"The drafter's layers are of model_type {model_type!r}; drafters here are made of 'qwen3' or Gemma 4 "
             "layers. Give a drafter that was trained with those."
         )
+
     return drafter_family(fields) + ("Eagle3Model" if kind == "eagle3" else "DSparkModel")
 
 
 def refuse_fields(fields: Config, refused: Mapping[str, tuple[Any, ...]], where: str) -> None:
-    """UserError where a field that is there has a value other than the named ones, which change nothing."""
+    """UserError where a field is present with a value other than `refused`'s, under which it has no effect."""
     for name, harmless in refused.items():
         if name in fields and fields[name] not in harmless:
             raise UserError(

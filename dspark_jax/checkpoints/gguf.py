@@ -1,8 +1,8 @@
-"""Targets in llama.cpp's GGUF files, turned into Hugging Face folders once and loaded as any other from then on.
+"""Targets in llama.cpp's GGUF files, converted to Hugging Face folders once and loaded like any other from then on.
 
-A file is named by itself, by its folder, or as `folder:file` where a folder holds several. What it becomes lies beside
-it, in `NAME.gguf.d/HASH` with HASH of the file's bytes: made whole or not at all, and made again when the file changes.
-Every quantisation is decoded to float32 and stored in bfloat16, or in float32 where the file's own matrices are.
+A file is named by itself, by its folder, or as `folder:file` where a folder holds several. The converted folder lies
+beside it, in `NAME.gguf.d/HASH` with HASH of the file's bytes: written whole or not at all, and again when the file
+changes. Every quantisation is decoded to float32 and stored in bfloat16, or in float32 if the file's own matrices are.
 """
 
 import os
@@ -29,6 +29,7 @@ ARCHITECTURES = {
 }
 """`general.architecture` -> Hugging Face's architecture and model_type, of the files that are read."""
 
+# Bytes of one output shard: the most that conversion holds in memory beside the tensor at hand.
 SHARD_BYTES = 2 << 30
 
 _OUTER = {
@@ -50,19 +51,22 @@ _LAYER = {
     "ffn_down": "mlp.down_proj",
     "ffn_gate_inp": "mlp.gate",
 }
+# One stacked tensor each; Hugging Face stores every expert apart.
 _EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
 
 
 def gguf_file(path_or_id: str | Path) -> Path | None:
-    """The GGUF file that a target's name means: the file, `folder:file`, or a folder whose only model it is.
+    """The GGUF file that a target's name refers to: the file, `folder:file`, or the only one in a folder.
 
     Returns:
         The file; None for everything else (a Hugging Face folder, a hub id).
+
     Raises:
         UserError: a name that ends in .gguf without such a file, or a folder with several and no config.json.
     """
     path = Path(path_or_id)
     if path.is_dir():
+        # A folder with a config.json is a Hugging Face folder, whatever GGUF files lie beside its weights.
         found = [] if (path / "config.json").exists() else sorted(path.glob(f"*{SUFFIX}"))
         if len(found) > 1:
             names = ", ".join(file.name for file in found)
@@ -71,23 +75,27 @@ def gguf_file(path_or_id: str | Path) -> Path | None:
 
     if path.suffix != SUFFIX:
         return None
+    # `folder:file` ends in .gguf too, but no such path exists.
     folder, colon, name = str(path_or_id).rpartition(":")
     if colon and Path(folder).is_dir():
         path = Path(folder) / name
     if not path.is_file():
         raise UserError(f"{path} does not exist; give a GGUF file, or a folder that holds one.")
+
     return path
 
 
 def converted_folder(file: Path) -> Path:
-    """The Hugging Face folder of a GGUF file, made now where it is not there.
+    """The Hugging Face folder of a GGUF file, converted now if it does not exist yet.
 
     Raises:
-        UserError: no whole GGUF file, one of an architecture, rotation or tokenizer that is not read, or no place to
-            write beside it.
+        UserError: the file is not whole; its architecture, rotation or tokenizer is not supported; or the folder beside
+            it cannot be written.
     """
+    # Named by content, so that a file that was replaced is converted again.
     parent = file.with_name(f"{file.name}.d")
     final = parent / file_hash(file)
+    # config.json is written last and renamed with its folder: its presence means a whole conversion.
     if (final / "config.json").exists():
         return final
 
@@ -99,22 +107,26 @@ def converted_folder(file: Path) -> Path:
             f"{file} is turned into a folder beside it, and {parent} cannot be written ({error.strerror}); copy the "
             "file to where that is possible."
         ) from error
+
     try:
         _convert(file, made)
-        # Another process may have been as fast; its folder holds the same bytes.
+        # Another process may have been faster; its folder holds the same bytes.
         if not (final / "config.json").exists():
             os.replace(made, final)
     finally:
+        # After a rename there is nothing left to remove; after an error the unfinished folder goes.
         shutil.rmtree(made, ignore_errors=True)
     return final
 
 
 def _convert(file: Path, folder: Path) -> None:
+    """Writes a whole Hugging Face folder: weights, tokenizer, generation_config.json and, last, config.json."""
     from gguf import GGUFReader
 
     try:
         reader = GGUFReader(file)
         fields = {name: field.contents() for name, field in reader.fields.items()}
+    # The reader checks little: on a cut file it fails in the middle of its own arithmetic.
     except (ValueError, KeyError, IndexError, OSError, TypeError, OverflowError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{file} is no whole GGUF file ({reason}); copy it again.") from error
@@ -123,20 +135,23 @@ def _convert(file: Path, folder: Path) -> None:
     config = hf_config(file, fields, tensors)
     _write_weights(folder, config, file, tensors)
     write_tokenizer(folder, file, fields)
+
+    # A chat model ends its turn with eot, which need not be eos.
     stops = {fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")} - {None}
     write_json(folder / "generation_config.json", {"eos_token_id": sorted(stops)})
     write_json(folder / "config.json", config)
 
 
 def hf_config(file: Path, fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of a GGUF file's metadata.
+    """The config.json that a GGUF file's metadata and tensors describe.
 
     Args:
         file: for messages.
         fields: metadata by key.
         tensors: tensors of the gguf package's reader, by name.
+
     Raises:
-        UserError: a part of a split file, an architecture or a rotation that is not read, a key that is missing.
+        UserError: it is a part of a split file, its architecture or rotation is not supported, or a key is missing.
     """
     kind = fields.get("general.architecture")
     if kind not in ARCHITECTURES:
@@ -155,6 +170,7 @@ def hf_config(file: Path, fields: Mapping[str, Any], tensors: Mapping[str, Any])
     embedding = tensors.get("token_embd.weight")
     if embedding is None:
         raise UserError(f"{file} has no tensor token_embd.weight; give the file of a language model.")
+
     config = {
         "architectures": [architecture],
         "model_type": model_type,
@@ -169,11 +185,13 @@ def hf_config(file: Path, fields: Mapping[str, Any], tensors: Mapping[str, Any])
         "rms_norm_eps": float(f"{value('attention.layer_norm_rms_epsilon'):.6g}"),
         "rope_theta": float(fields.get(f"{kind}.rope.freq_base", 10000.0)),
         "max_position_embeddings": int(value("context_length")),
+        # Shapes come fastest axis first in GGUF: the last one is the vocabulary.
         "vocab_size": int(embedding.shape[-1]),
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": False,
         "dtype": "float32" if embedding.tensor_type.name == "F32" else "bfloat16",
     }
+
     if kind == "llama":
         config["mlp_bias"] = False
     if kind == "qwen3moe":
@@ -181,13 +199,16 @@ def hf_config(file: Path, fields: Mapping[str, Any], tensors: Mapping[str, Any])
             "num_experts": int(value("expert_count")),
             "num_experts_per_tok": int(value("expert_used_count")),
             "moe_intermediate_size": int(value("expert_feed_forward_length")),
+            # Not in the metadata; the published Qwen3 mixtures agree on these three.
             "norm_topk_prob": True,
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
         }
+
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         if (token := fields.get(f"tokenizer.ggml.{key}_token_id")) is not None:
             config[f"{name}_token_id"] = int(token)
+
     scaling = _rope_scaling(file, kind, fields, tensors, config)
     return config if scaling is None else config | {"rope_scaling": scaling}
 
@@ -195,9 +216,10 @@ def hf_config(file: Path, fields: Mapping[str, Any], tensors: Mapping[str, Any])
 def _rope_scaling(
     file: Path, kind: str, fields: Mapping[str, Any], tensors: Mapping[str, Any], config: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """`rope_scaling`; Llama 3's comes as a tensor of factors, from which its four numbers are found again."""
+    """`rope_scaling`; Llama 3's is stored as a tensor of factors, from which its four numbers are recovered."""
     if (factors := tensors.get("rope_freqs.weight")) is not None:
         found = _decoded(factors).reshape(-1)
+        # Only the original length is unknown: the low and high factors are the same in all of Llama 3's models.
         for original in (8192, 4096, 2048):
             scaling = {
                 "rope_type": "llama3",
@@ -208,9 +230,11 @@ def _rope_scaling(
             }
             rope = RopeConfig.from_hf_dict({**config, "rope_scaling": scaling})
             plain = RopeConfig.from_hf_dict(config).inverse_frequencies(config["head_dim"])[0]
+            # The file holds divisors: plain frequency over scaled frequency.
             ours = np.array(plain) / np.array(rope.inverse_frequencies(config["head_dim"])[0])
             if ours.shape == found.shape and np.allclose(ours, found, rtol=1e-3):
                 return scaling
+
         raise UserError(f"{file} has RoPE factors other than Llama 3's, which are not read; give another conversion.")
 
     named = fields.get(f"{kind}.rope.scaling.type", "none")
@@ -218,6 +242,7 @@ def _rope_scaling(
         return None
     if named not in ("linear", "yarn"):
         raise UserError(f"{file} asks for RoPE scaling {named!r}; none, linear and yarn are read from GGUF files.")
+
     original = fields.get(f"{kind}.rope.scaling.original_context_length", config["max_position_embeddings"])
     factor = float(fields[f"{kind}.rope.scaling.factor"])
     return {"rope_type": named, "factor": factor, "original_max_position_embeddings": int(original)}
@@ -231,12 +256,14 @@ def _write_weights(folder: Path, config: Mapping[str, Any], file: Path, tensors:
     size = total = 0
 
     def close() -> None:
+        """Writes the last shard and frees its arrays."""
         name = f"model-{len(shards):05d}.safetensors"
         write_tensors(folder / name, shards[-1])
         files.update(dict.fromkeys(shards[-1], name))
         shards[-1] = {}
 
     for name, array in _hf_tensors(file, config, tensors):
+        # Before adding, so that a shard exceeds the limit by one oversize tensor only.
         if size and size + array.size * dtype.itemsize > SHARD_BYTES:
             close()
             shards.append({})
@@ -244,25 +271,31 @@ def _write_weights(folder: Path, config: Mapping[str, Any], file: Path, tensors:
         shards[-1][name] = np.ascontiguousarray(array).astype(dtype)
         size += shards[-1][name].nbytes
         total += shards[-1][name].nbytes
+
     if len(shards) == 1:
         write_tensors(folder / "model.safetensors", shards[0])
         return
+
+    # The unfinished shard is the last; one shard alone is written under the plain name, without an index.
     close()
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": files})
 
 
 def _hf_tensors(file: Path, config: Mapping[str, Any], tensors: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """(Hugging Face's name, float32 array) of every tensor; UserError for one that has no place."""
+    """(Hugging Face's name, float32 array) of each tensor; UserError for one that the target has no parameter for."""
     for name, tensor in tensors.items():
+        # Written to config.json by `_rope_scaling`.
         if name == "rope_freqs.weight":
             continue
         if name in _OUTER:
             yield _OUTER[name], _decoded(tensor)
             continue
+
         parts = name.split(".")
         known = len(parts) == 4 and parts[0] == "blk" and parts[3] == "weight"
         if known and parts[2] in _LAYER:
             array = _decoded(tensor)
+            # llama.cpp interleaves Q and K for architecture llama only; the Qwen files keep halves.
             if config["model_type"] == "llama" and parts[2] in ("attn_q", "attn_k"):
                 array = _halves(array, config["head_dim"])
             yield f"model.layers.{parts[1]}.{_LAYER[parts[2]]}.weight", array
@@ -277,14 +310,15 @@ def _hf_tensors(file: Path, config: Mapping[str, Any], tensors: Mapping[str, Any
 
 
 def _halves(weight: np.ndarray, head_dim: int) -> np.ndarray:
-    """Rotary pairs (i, i + H/2) from the interleaved (2i, 2i + 1) in which llama.cpp keeps Q and K of Llama."""
+    """Rows [Q*H, D] with rotary pairs (i, i + H/2), from the interleaved (2i, 2i + 1) of llama.cpp's Llama files."""
     out, into = weight.shape
     pairs = weight.reshape(out // head_dim, head_dim // 2, 2, into)
+
     return pairs.swapaxes(1, 2).reshape(out, into)
 
 
 def _decoded(tensor: Any) -> np.ndarray:
-    """float32, output-first as Hugging Face has it: GGUF names the fastest axis first."""
+    """float32, output-first as in Hugging Face; GGUF lists the fastest axis first."""
     from gguf.quants import dequantize
 
     values = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)

@@ -1,6 +1,6 @@
-"""The tokenizer in a GGUF file's metadata as tokenizer.json and tokenizer_config.json, chat template included.
+"""Writes the tokenizer in a GGUF file's metadata as tokenizer.json and tokenizer_config.json, chat template included.
 
-Byte-level BPE alone (`tokenizer.ggml.model` gpt2), with the way of cutting text that `tokenizer.ggml.pre` names.
+Byte-level BPE only (`tokenizer.ggml.model` gpt2), with the pre-tokenisation that `tokenizer.ggml.pre` names.
 """
 
 from collections.abc import Mapping
@@ -11,8 +11,9 @@ from dspark_jax.checkpoints.tensors import write_json
 from dspark_jax.errors import UserError
 
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
-"""`tokenizer.ggml.token_type`: special, always kept whole, a hole in the table."""
+"""`tokenizer.ggml.token_type`: special, always kept whole, an unused place in the table."""
 
+# Qwen2's rule. Llama 3's differs in one place: it groups up to three digits where Qwen2 takes them one by one.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -30,11 +31,12 @@ def write_tokenizer(folder: Path, file: Path, fields: Mapping[str, Any]) -> None
     """Writes both files.
 
     Args:
-        folder: where to.
+        folder: the destination.
         file: the GGUF file, for messages.
         fields: its metadata.
+
     Raises:
-        UserError: another kind of tokenizer than byte-level BPE, or a way of cutting text that is not known.
+        UserError: the tokenizer is not byte-level BPE, or its pre-tokenisation is not supported.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
@@ -44,27 +46,34 @@ def write_tokenizer(folder: Path, file: Path, fields: Mapping[str, Any]) -> None
             f"{file} has a tokenizer of kind {kind!r}; byte-level BPE ('gpt2') is read from GGUF files. Give the "
             "model as a Hugging Face folder."
         )
+
     tokens, types = fields["tokenizer.ggml.tokens"], fields.get("tokenizer.ggml.token_type")
     types = types or [1] * len(tokens)
     pre = fields.get("tokenizer.ggml.pre", "default")
     merges = [tuple(merge.split(" ", 1)) for merge in fields.get("tokenizer.ggml.merges", [])]
+    # Unused places would be words of the tokenizer otherwise, and count as known tokens.
     vocabulary = {token: i for i, (token, of) in enumerate(zip(tokens, types, strict=True)) if of != UNUSED}
 
-    # Llama 3's table has words that no merges lead to.
+    # Llama 3's table has words that no sequence of merges produces.
     model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in ("llama-bpe", "llama3"))
     made = Tokenizer(model)
+    # Qwen2's tokenizer normalises; the metadata does not say so.
     if _PATTERNS.get(pre) == _WORDS:
         made.normalizer = normalizers.NFC()
     made.pre_tokenizer = _pre_tokenizer(file, pre)
     made.decoder = decoders.ByteLevel()
+
+    # Added after the model is built, so that they keep their ids and are never split by its merges.
     for of, special in ((CONTROL, True), (USER_DEFINED, False)):
         chosen = [token for token, found in zip(tokens, types, strict=True) if found == of]
         made.add_tokens([AddedToken(token, special=special, normalized=False) for token in chosen])
+
     made.save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", _tokenizer_config(fields, tokens))
 
 
 def _pre_tokenizer(file: Path, pre: str) -> Any:
+    """The pre-tokeniser of that name; UserError listing the supported ones."""
     from tokenizers import Regex, pre_tokenizers
 
     if pre in _PLAIN:
@@ -79,18 +88,22 @@ def _pre_tokenizer(file: Path, pre: str) -> Any:
             f"{file} cuts text as {pre!r} before it is tokenised, which is not known here ({known} are); give the "
             "model as a Hugging Face folder."
         )
+
     return pre_tokenizers.Sequence([first, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex)])
 
 
 def _tokenizer_config(fields: Mapping[str, Any], tokens: list[str]) -> dict[str, Any]:
+    """tokenizer_config.json: the names of special tokens, and the chat template where the file has one."""
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "add_bos_token": bool(fields.get("tokenizer.ggml.add_bos_token", False)),
     }
+
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown"), ("mask", "mask")):
         if (token := fields.get(f"tokenizer.ggml.{key}_token_id")) is not None:
             config[f"{name}_token"] = tokens[int(token)]
+
     if template := fields.get("tokenizer.chat_template"):
         config["chat_template"] = template
     return config

@@ -41,7 +41,7 @@ from dspark_jax.targets.target import Target
 
 HEAD_TENSOR = "lm_head.weight"
 HASHES_FILE = "hashes.json"
-"""Names of files and their hashes, written by `save_target` and checked by infer.verify."""
+"""Hashes of the files by name, written by `save_target` and checked by infer.verify."""
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
@@ -51,29 +51,35 @@ def resolve_folder(path_or_id: str | Path, kind: Literal["target", "drafter"] = 
 
     Args:
         path_or_id: a local folder, taken as it is; a target's GGUF file, which is converted first; `embedded`, the
-            target or drafter that comes with this package; anything else is a hub id, from the hub or, offline, from
-            the local hub cache.
+            target or drafter that comes with this package; anything else is a hub id, taken from the hub or, offline,
+            from the local hub cache.
         kind: which of the two `embedded` means.
 
     Raises:
         UserError: neither a folder nor a model that the hub gives.
     """
     folder, name = Path(path_or_id), str(path_or_id)
+    # Probed first: too long a name or a folder without permission raises here, and not later without a sentence.
     try:
         folder.is_dir()
     except OSError as error:
         raise UserError(f"{name} cannot be read ({reason_of(error)}); give a model folder that can.") from None
+
     if kind == "target" and (file := gguf_file(path_or_id)) is not None:
         return converted_folder(file)
+    # A folder wins over a hub id of the same name.
     if folder.is_dir():
         return folder
     if name == EMBEDDED:
         return asset(f"{EMBEDDED}_{kind}")
+
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(
             f"{name} is not a folder; give a model folder in Hugging Face layout, a GGUF file, "
             f"a hub id (owner/name) or '{EMBEDDED}'."
         )
+
+    # Imported late: only this branch needs the network library, and its import is slow.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -109,23 +115,29 @@ def load_target(
         mesh: parameters are placed over it, each device reading its own part; None: one device.
         rules: how they are placed.
         tokenizer: whether to load the tokenizer too.
+
     Returns:
         Config, parameters and tokenizer.
+
     Raises:
-        UserError: files that are missing, cut off or of another model.
+        UserError: files are missing, cut off or of another model.
     """
     folder = resolve_folder(path_or_id)
     hf_config = read_hf_config(folder)
     config = read_target_config(hf_config)
     if (dtype or config.dtype) not in DTYPES:
         raise UserError(f"Target dtype {dtype or config.dtype!r} is not supported; choose float32 or bfloat16.")
+
     kind = DTYPES[dtype or config.dtype]
     skeleton = target_skeleton(config)
     graphdef, abstract = split(skeleton)
     leaves = flatten_dict(abstract)
     shardings = None if mesh is None else flatten_dict(parameter_shardings(skeleton, mesh, rules or ShardingRules()))
+
     tensors, table = target_tensors(folder, config, hf_config, leaves)
     params = load_params(tensors, table, leaves, shardings, parameter_dtypes(config, leaves, kind).__getitem__)
+
+    # After the weights: a damaged folder is reported before a tokenizer is parsed.
     words = load_tokenizer(folder) if tokenizer else None
     return Target(
         name=str(path_or_id),
@@ -142,21 +154,23 @@ def load_target(
 
 
 def save_target(folder: str | Path, hf_config: Mapping[str, Any], params: dict, dtype: str = "bfloat16") -> None:
-    """Writes config.json and model.safetensors in Hugging Face naming, and their hashes; a tied head is not written."""
+    """Writes config.json, model.safetensors in Hugging Face naming, and their hashes; a tied head is not written."""
     folder = Path(folder)
+
+    # `text_config` returns the file itself for a text-only model: the index is whether it is multimodal.
     table = target_tensor_map(flatten_dict(params), _PREFIXES[text_config(hf_config) is not hf_config])
     write_json(folder / "config.json", {**hf_config, "dtype": dtype})
     write_tensors(folder / WEIGHTS_FILE, stored_tensors(table, params, dtype))
     write_json(folder / HASHES_FILE, {name: file_hash(folder / name) for name in ("config.json", WEIGHTS_FILE)})
 
 
-# Of the language model's tensors, in text-only and in multimodal files.
+# Prefixes of the language model's tensors, in text-only and in multimodal files.
 _PREFIXES = ("model", "model.language_model")
 
 
 def stored_prefix(tensors: TensorFolder, hf_config: Mapping[str, Any]) -> str:
     """The prefix under which the folder has its embedding, whatever its config says: text-only configs are also found
-    beside multimodal tensors. The config's own where there is no embedding under either."""
+    beside multimodal tensors. Where there is no embedding under either, the config's own prefix."""
     own = _PREFIXES[text_config(hf_config) is not hf_config]
     for prefix in (own, *_PREFIXES):
         if f"{prefix}.embed_tokens.weight" in tensors.names:
@@ -167,7 +181,7 @@ def stored_prefix(tensors: TensorFolder, hf_config: Mapping[str, Any]) -> str:
 def target_tensors(
     folder: Path, config: TargetConfig, hf_config: Mapping[str, Any], leaves: Mapping[ParamPath, Any]
 ) -> tuple[TensorFolder, dict[ParamPath, Stored]]:
-    """The folder's tensors, and which of them hold the parameters at the paths of `leaves`, all of the target's.
+    """The folder's tensors, and the map from the paths of `leaves`, all of the target's, to the tensors that hold them.
 
     Raises:
         UserError: the folder holds tensors that the config does not call for, or a head that differs from the
@@ -177,23 +191,29 @@ def target_tensors(
         published, table = V4Folder(folder), v4_tensor_map(leaves)
         refuse_leftovers(published, v4_needed(published, stored_names(table, leaves)), ("deepseek_v4",))
         return published, table
+
     tensors = TensorFolder(folder)
     prefix = stored_prefix(tensors, hf_config)
     table = target_tensor_map(leaves, prefix)
     needed = stored_names(table, leaves)
+
     if config.tie_word_embeddings and HEAD_TENSOR in tensors.names:
+        # A tied head is stored by some writers; it is harmless only while it equals the embedding.
         _check_tied_head(tensors, f"{prefix}.embed_tokens.weight")
         needed.add(HEAD_TENSOR)
+
     refuse_leftovers(tensors, needed, ("multimodal",) if prefix == _PREFIXES[1] else ())
     return tensors, table
 
 
 def _check_tied_head(tensors: TensorFolder, embedding: str) -> None:
-    """UserError where sampled rows of a stored head are not the embedding's, as a tied one's are."""
+    """UserError where sampled rows of a stored head differ from the embedding's, which a tied head's cannot."""
     embed, head = tensors.stored(embedding), tensors.stored(HEAD_TENSOR)
+
     count = embed.get_shape()[0]
     rows = [slice(int(r), int(r) + 1) for r in np.linspace(0, count - 1, min(count, 64))]
     same = embed.get_shape() == head.get_shape() and all(np.array_equal(embed[row], head[row]) for row in rows)
+
     if not same:
         raise UserError(
             f"{tensors.folder} holds a {HEAD_TENSOR} that differs from {embedding}, and its config.json ties the head "
@@ -215,10 +235,11 @@ def target_tensor_map(paths: Iterable[ParamPath], prefix: str = "model") -> dict
 
 
 def parameter_dtypes(config: TargetConfig, leaves: Mapping[ParamPath, Any], storage: Any) -> dict[ParamPath, Any]:
-    """The dtype of each parameter: `storage`, but for tables of ids and what the family computes in float32."""
+    """The dtype of each parameter: `storage`, except for tables of ids and parameters that the family keeps float32."""
     wide = TARGETS[config.model_type].float32
 
     def dtype(path: ParamPath, leaf: Any) -> Any:
+        # Routing tables hold expert ids, which a cast to bfloat16 would corrupt.
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             return leaf.dtype
         return jnp.float32 if path[-1] in wide else storage
@@ -228,13 +249,17 @@ def parameter_dtypes(config: TargetConfig, leaves: Mapping[ParamPath, Any], stor
 
 def stop_tokens(folder: Path, hf_config: Mapping[str, Any]) -> tuple[int, ...]:
     """End-of-sequence ids: generation_config.json's if it names any, else config.json's."""
+    # `lexists`, so that a broken link is reported instead of being read as an absent file.
     path = folder / "generation_config.json"
     stored = read_object(path) if os.path.lexists(path) else {}
     check_fields(stored, {"eos_token_id": TOKEN_IDS}, str(path))
+
     declared = stored.get("eos_token_id")
+    # A multimodal file may state it outside or within its text config.
     if declared is None:
         check_fields(hf_config, {"eos_token_id": TOKEN_IDS}, "config.json")
         declared = hf_config.get("eos_token_id", text_config(hf_config).get("eos_token_id"))
+
     if declared is None:
         return ()
     return tuple(declared) if isinstance(declared, list) else (declared,)
@@ -248,10 +273,12 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def count_known_tokens(tokenizer: Any, config: TargetConfig, name: str) -> int | None:
-    """`Target.known_tokens`, with a warning where the target's vocabulary is padded beyond it or falls short of it."""
+    """`Target.known_tokens`, with a warning if the target's vocabulary is longer than the tokenizer or shorter."""
     if tokenizer is None:
         return None
+    # Not len(): ids may have holes, and the largest one bounds what can be decoded.
     known = 1 + max(tokenizer.get_vocab().values(), default=-1)
+
     if known < config.vocab_size:
         warnings.warn(
             f"{name} has a vocabulary of {config.vocab_size:,} ids and a tokenizer of {known:,}: ids from {known:,} on "
@@ -264,11 +291,12 @@ def count_known_tokens(tokenizer: Any, config: TargetConfig, name: str) -> int |
             "others cannot be decoded.",
             stacklevel=3,
         )
+
     return known
 
 
 def target_skeleton(config: TargetConfig) -> nnx.Module:
-    """The target's module with shapes instead of arrays."""
+    """The target's module with shapes instead of arrays: nothing is allocated."""
     return nnx.eval_shape(lambda: target_module(config, rngs=nnx.Rngs(0)))
 
 
@@ -277,6 +305,7 @@ def abstract_target(config: TargetConfig, dtype: str) -> tuple[nnx.GraphDef, dic
     graphdef, abstract = split(target_skeleton(config))
     leaves = flatten_dict(abstract)
     dtypes = parameter_dtypes(config, leaves, DTYPES[dtype])
+
     return graphdef, unflatten_dict(
         {path: jax.ShapeDtypeStruct(leaf.shape, dtypes[path]) for path, leaf in leaves.items()}
     )

@@ -1,4 +1,4 @@
-"""The layouts of drafter folders by name. A new one is a file beside these and a line here."""
+"""The layouts of drafter folders by name. A new layout is a file beside these and one line here."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ LAYOUTS: dict[str, FolderLayout] = {
     layout.name: layout for layout in (DeepSpecLayout(), SpecForgeLayout(), SpeculatorsLayout())
 }
 
-# Where other layouts than DeepSpec's keep fields that it keeps at top level.
+# Objects in which other layouts keep fields that DeepSpec keeps at top level.
 NESTED = ("dflash_config", "eagle_config", "transformer_layer_config")
 _LAYER_IDS = list_of(integer(0, 1024), least=1)
 _STORED: Schema = {
@@ -29,34 +29,39 @@ _STORED: Schema = {
 
 
 def layout_named(name: str) -> FolderLayout:
+    """The layout of that name; UserError listing the names otherwise."""
     if name not in LAYOUTS:
         raise UserError(f"There is no layout {name!r}; expected one of {', '.join(LAYOUTS)}.")
     return LAYOUTS[name]
 
 
 def detect_layout(stored: Config) -> FolderLayout:
-    """The layout whose config.json this is; DeepSpec's where no other claims it, whose reader then names the fault."""
+    """The layout whose config.json this is; DeepSpec's if none claims it, whose reader then names the fault."""
     claims = [layout for layout in LAYOUTS.values() if layout.detects(stored)]
     return claims[0] if claims else LAYOUTS["deepspec"]
 
 
 def read_stored_config(folder: Path) -> tuple[Config, FolderLayout]:
-    """(config.json of a drafter's folder as it is stored, its layout).
+    """(config.json of a drafter's folder as stored, its layout).
 
     Raises:
-        UserError: the file cannot be read, or a field, nested ones included, is of another type or range than any
-            drafter's, or asks for a rotation of keys and queries that is not implemented.
+        UserError: the file cannot be read; a field, nested ones included, has a type or range that no drafter has; or
+            it asks for a rotation of keys and queries that is not implemented.
     """
     path = folder / CONFIG_FILE
     stored = read_object(path, expected="the config.json of a drafter")
     check_fields(stored, _STORED, str(path))
     check_drafter_fields(stored, str(path))
+
+    # Nested objects are checked too: `to_native` lifts their fields to top level without looking at them.
     for name in NESTED:
         if stored.get(name):
             check_drafter_fields(stored[name], f"{path}, under {name},")
+
     refuse_rotations(stored, str(path))
     for values in (stored, *(stored.get(name) or {} for name in NESTED)):
         refuse_quantisation(values, str(path))
+
     return stored, detect_layout(stored)
 
 

@@ -1,7 +1,8 @@
 """Tensors of 8 and 4 bits with power-of-two scales, and safetensors files that hold them, read slice by slice.
 
 e4m3: sign, 4 exponent bits, 3 of mantissa, no infinity; one e8m0 scale (2^(byte - 127)) for each block of 128 x 128.
-e2m1: 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives, two codes a byte, the even one in the low half; a scale for 32.
+e2m1: 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives, two codes in a byte, the even one in the low half; one scale for
+32 columns.
 """
 
 import json
@@ -42,16 +43,18 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 def e8m0_values(codes: np.ndarray) -> np.ndarray:
     """float32 2^(byte - 127); byte 255 is NaN."""
     exponents = codes.view(np.uint8).astype(np.int32)
+    # 2^-127 is a subnormal float32, for which ldexp is exact.
     return np.where(exponents == 255, np.float32(np.nan), np.ldexp(np.float32(1), exponents - 127)).astype(np.float32)
 
 
 def e8m0_codes(exponents: np.ndarray) -> np.ndarray:
-    """The scales 2^exponent as stored."""
+    """The scales 2^exponent as stored codes."""
     return (np.clip(exponents, -127, 127) + 127).astype(np.uint8).view(_DTYPES["F8_E8M0"])
 
 
 def decode_fp8(codes: np.ndarray, scales: np.ndarray, row: int = 0, column: int = 0) -> np.ndarray:
     """float32 values of codes [n, k] at (row, column) of a matrix whose block scales are `scales`."""
+    # Offsets matter: a device's slice may begin in the middle of a block.
     rows = (row + np.arange(codes.shape[0])) // BLOCK
     columns = (column + np.arange(codes.shape[1])) // BLOCK
     return codes.astype(np.float32) * e8m0_values(scales)[rows[:, None], columns[None, :]]
@@ -60,6 +63,7 @@ def decode_fp8(codes: np.ndarray, scales: np.ndarray, row: int = 0, column: int 
 def unpack_fp4(packed: np.ndarray) -> np.ndarray:
     """float32 values [..., 2 k] of packed codes [..., k], without their scales."""
     codes = packed.view(np.uint8)
+    # The even code is in the low half of a byte.
     return E2M1[np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1)]
 
 
@@ -69,16 +73,20 @@ def decode_fp4(packed: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 
 def encode_fp8(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(e4m3 codes, e8m0 block scales) of a matrix: the smallest power of two a block under which nothing overflows.
+    """(e4m3 codes, e8m0 block scales) of a matrix: each block takes the smallest power of two that avoids overflow.
 
     Values that were decoded from such a tensor come back exactly.
     """
     rows, columns = values.shape
+
+    # Padding with zeros leaves the maxima of partial blocks unchanged.
     padded = np.zeros((-(-rows // BLOCK) * BLOCK, -(-columns // BLOCK) * BLOCK), np.float32)
     padded[:rows, :columns] = values
     blocks = padded.reshape(padded.shape[0] // BLOCK, BLOCK, padded.shape[1] // BLOCK, BLOCK)
+
     exponents = _exponents(np.abs(blocks).max(axis=(1, 3)), E4M3_MAX)
     scaled = np.ldexp(blocks, -exponents[:, None, :, None]).reshape(padded.shape)[:rows, :columns]
+
     return scaled.astype(_DTYPES["F8_E4M3"]), e8m0_codes(exponents)
 
 
@@ -86,27 +94,31 @@ def encode_fp4(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(packed int8 [n, k / 2], e8m0 scales [n, k / 32]) of a matrix whose k is a multiple of 32; ties to even codes."""
     rows, columns = values.shape
     groups = values.astype(np.float32).reshape(rows, columns // GROUP, GROUP)
+
     exponents = _exponents(np.abs(groups).max(axis=-1), E2M1_MAX)
     scaled = np.ldexp(groups, -exponents[..., None]).reshape(rows, columns)
     codes = scaled.astype(ml_dtypes.float4_e2m1fn).view(np.uint8)
+
     packed = codes[:, 0::2] & 15 | (codes[:, 1::2] & 15) << 4
     return packed.view(np.int8), e8m0_codes(exponents)
 
 
 def _exponents(largest: np.ndarray, limit: float) -> np.ndarray:
     """The least e with largest <= limit 2^e; -127 for zero."""
+    # frexp gives a mantissa in [0.5, 1), one exponent too many where the quotient is a power of two.
     mantissa, exponent = np.frexp(largest.astype(np.float64) / limit)
     exact = mantissa == 0.5
     return np.where(largest > 0, np.maximum(exponent - exact, -127), -127).astype(np.int32)
 
 
 class RawTensor:
-    """A stored tensor, sliced without reading the rest; element types that numpy lacks are ml_dtypes'."""
+    """A stored tensor, sliced without reading the rest; element types that numpy lacks are from ml_dtypes."""
 
     def __init__(self, array: np.ndarray):
         self.array = array
 
     def get_shape(self) -> list[int]:
+        """The stored shape, as safetensors' slices give it."""
         return list(self.array.shape)
 
     def __getitem__(self, index: Any) -> np.ndarray:
@@ -120,16 +132,19 @@ class ScaledTensor:
         self.codes, self.scales, self.packed = codes, scales, codes.dtype == np.int8
 
     def get_shape(self) -> list[int]:
+        """The shape in values: fp4 packs two of them in a code."""
         rows, columns = self.codes.shape
         return [rows, columns * (2 if self.packed else 1)]
 
     def __getitem__(self, index: Any) -> np.ndarray:
+        # Missing trailing axes are whole, as in numpy.
         index = index if isinstance(index, tuple) else (index,)
         index = (*index, *(slice(None),) * (2 - len(index)))
         (top, bottom, _), (left, right, _) = (s.indices(n) for s, n in zip(index, self.get_shape(), strict=True))
+
         if not self.packed:
             return decode_fp8(self.codes[top:bottom, left:right], self.scales, top, left)
-        # Whole groups are decoded, then cut.
+        # A scale serves GROUP columns, so whole groups are decoded and then cut.
         first, last = left // GROUP, -(-right // GROUP)
         codes = self.codes[top:bottom, first * GROUP // 2 : last * GROUP // 2]
         values = decode_fp4(codes, self.scales[top:bottom, first:last])
@@ -141,31 +156,39 @@ class RawFile:
 
     def __init__(self, path: Path):
         self.path, self.entries = path, read_tensor_header(path)
+        # Eight bytes of header length, the header, then the tensors at their offsets.
         with path.open("rb") as file:
             self.start = 8 + struct.unpack("<Q", file.read(8))[0]
 
     def keys(self) -> list[str]:
+        """The names of all tensors in the file."""
         return list(self.entries)
 
     def get_slice(self, name: str) -> RawTensor:
+        """A tensor over a memory map; UserError for an element type that is not supported."""
         entry = self.entries[name]
         if entry.dtype not in _DTYPES:
             raise UserError(f"Tensor {name} in {self.path} is of type {entry.dtype}, which is not read here.")
+        # An empty memory map is an error.
         if 0 in entry.shape:
             return RawTensor(np.zeros(entry.shape, _DTYPES[entry.dtype]))
         return RawTensor(np.memmap(self.path, _DTYPES[entry.dtype], "r", self.start + entry.begin, entry.shape))
 
 
 def write_raw(file: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Writes a safetensors file of any of the element types here, beside the file and renamed."""
+    """Writes a safetensors file with any of the element types here, to a temporary name first and then renamed."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
+
     for name, array in tensors.items():
         kind = _NAMES[array.dtype]
         header[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": [at, at + array.nbytes]}
         at += array.nbytes
+
     text = json.dumps(header).encode()
+    # Padded to a multiple of 8, as the reference writer does, so that tensors are aligned.
     text += b" " * (-len(text) % 8)
+
     with files.replacing(file) as temporary, Path(temporary).open("wb") as out:
         out.write(struct.pack("<Q", len(text)) + text)
         for array in tensors.values():

@@ -1,7 +1,8 @@
 """`dspark.json` beside a drafter's weights: the conventions it was trained under, its target and its training.
 
-None of the layouts' own configs says all of it, and a drafter read under another convention drafts well-formed nonsense
-without an error (docs/algorithm.md, rule 96). So each save writes it, and each load that finds one compares.
+None of the layouts' own configs states all of it, and a drafter read under another convention drafts well-formed
+nonsense without an error (docs/algorithm.md, rule 96). So each save writes the manifest, and each load that finds one
+compares.
 """
 
 import os
@@ -20,6 +21,7 @@ from dspark_jax.targets.target import Target
 
 MANIFEST_FILE = "dspark.json"
 FORMAT, VERSION = "dspark_jax drafter", 1
+# Sentences and not codes: the file is for people too, and comparison is by equality.
 ANCHOR_PREDICTS = "row k, at position anchor + k, predicts token anchor + k + 1"
 ANCHOR_WAITS = "row 0 predicts nothing; row k >= 1, at position anchor + k, predicts token anchor + k"
 STEPWISE = "one token a step: hidden state t with token t + 1 at position t predicts token t + 2"
@@ -27,7 +29,7 @@ STEPWISE = "one token a step: hidden state t with token t + 1 at position t pred
 
 @dataclass(frozen=True)
 class Provenance:
-    """The facts that only the trainer knows; {} where unknown.
+    """Facts that only the trainer knows; {} where unknown.
 
     Attributes:
         sampling: how the answers were drawn (temperature, top_k, top_p, seed).
@@ -42,15 +44,18 @@ UNKNOWN = Provenance({}, {})
 
 
 def conventions(native: Config, layout: FolderLayout) -> dict[str, Any]:
-    """The conventions of a drafter with this DeepSpec config, as a folder of `layout` stores it."""
+    """The conventions of a drafter with this DeepSpec config, stored in a folder of `layout`."""
     ids = list(native.get("target_layer_ids", []))
     found: dict[str, Any] = {
         "target_layer_ids": ids,
         "layer_id_base": layout.layer_id_base,
+        # Both forms of the ids, because the off-by-one between them is silent (rule 96).
         "stored_layer_ids": [i + layout.layer_id_base for i in ids],
     }
+
     if kind_name(native) not in ("dspark", "dflash"):
         return found | {"anchor": STEPWISE}
+
     predicts = native.get("sample_from_anchor", True)
     return found | {
         "anchor": ANCHOR_PREDICTS if predicts else ANCHOR_WAITS,
@@ -66,7 +71,7 @@ def conventions(native: Config, layout: FolderLayout) -> dict[str, Any]:
 def write_manifest(
     folder: Path, native: Config, layout: FolderLayout, target: Target, provenance: Provenance = UNKNOWN
 ) -> None:
-    """Writes the manifest of a folder whose other files stand there already, since it holds their hashes."""
+    """Writes the manifest of a folder whose other files are already written: the manifest holds their hashes."""
     weights = {} if target.folder is None else {"weights_xxh3": weights_hash(target.folder)}
     content = {
         "format": FORMAT,
@@ -79,6 +84,7 @@ def write_manifest(
         "sampling": dict(provenance.sampling),
         "sources": dict(provenance.sources),
     }
+
     write_json(folder / MANIFEST_FILE, sealed(content))
 
 
@@ -93,8 +99,9 @@ _TARGET: Schema = {"name": text(), "config_sha256": text(), "weights_xxh3": text
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The folder's manifest, None where there is none; UserError where it is none of ours."""
+    """The folder's manifest, None if there is none; UserError if the file has another format or version."""
     path = folder / MANIFEST_FILE
+    # `lexists`: a broken link is an error, not an absent manifest.
     if not os.path.lexists(path):
         return None
     content = read_object(path, expected="the manifest of a drafter")
@@ -103,27 +110,30 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
             f"{path} has format {content.get('format')!r} version {content.get('version')!r}; "
             f"expected {FORMAT!r} version {VERSION}. Read it with the version of dspark_jax that wrote it."
         )
+
     check_fields(content, _FIELDS, str(path), required=("layout", "kind", "conventions", "target"))
     check_fields(content["target"], _TARGET, f"{path}, under target,", required=("name", "config_sha256"))
     return content
 
 
 def provenance_of(manifest: Config | None) -> Provenance:
-    """The provenance that a converted drafter keeps."""
+    """The provenance that a converted drafter keeps: its manifest's, or none."""
     return UNKNOWN if manifest is None else Provenance(manifest.get("sampling", {}), manifest.get("sources", {}))
 
 
 def mismatches(manifest: Config, native: Config, layout: FolderLayout, target: Target) -> list[str]:
-    """Where a folder's manifest contradicts its config.json or the target, as half sentences."""
+    """Contradictions between a folder's manifest and its config.json or the target, each as a clause."""
     declared, found = manifest.get("conventions", {}), conventions(native, layout)
     compared: list[tuple[str, Any, Any]] = [
         ("layout", manifest.get("layout"), layout.name),
         ("kind", manifest.get("kind"), kind_name(native)),
     ]
+    # Names of both sides are compared: a convention that only one of them knows is a contradiction too.
     compared += [(name, declared.get(name), found.get(name)) for name in sorted({*declared, *found})]
     wrong = [
         f"{name} is {was!r} in {MANIFEST_FILE} and {now!r} by config.json" for name, was, now in compared if was != now
     ]
+
     sha = manifest.get("target", {}).get("config_sha256")
     if sha != target.config_sha256:
         name = manifest.get("target", {}).get("name")
@@ -131,19 +141,23 @@ def mismatches(manifest: Config, native: Config, layout: FolderLayout, target: T
             f"it was trained for {name} with config sha256 {str(sha)[:12]}, and {target.name} has "
             f"{target.config_sha256[:12]}"
         )
+
     return wrong
 
 
 def check_files(folder: Path, manifest: Config) -> None:
-    """UserError where the manifest, or a file whose hash it holds, is not as it was written."""
+    """UserError where the manifest, or a file whose hash it holds, has changed since it was written."""
     check_seal(manifest, str(folder / MANIFEST_FILE), cure="export the drafter again")
+
     for name, written in manifest.get("files", {}).items():
+        # A manifest from elsewhere must not make the reader hash arbitrary paths.
         if name not in (CONFIG_FILE, WEIGHTS_FILE):
             raise UserError(f"{folder / MANIFEST_FILE} names the file {name!r}; copy the drafter again.")
         try:
             found = file_hash(folder / name)
         except OSError as error:
             raise UserError(f"{folder / name} cannot be read ({reason_of(error)}); copy it again.") from None
+
         if found != written:
             raise UserError(
                 f"{folder / name} is not the file that was written: its hash is {found[:12]}, {MANIFEST_FILE} says "
@@ -154,8 +168,10 @@ def check_files(folder: Path, manifest: Config) -> None:
 def check_weights(folder: Path, manifest: Config, target: Target) -> None:
     """UserError where the target's weights are not those that the drafter was trained for."""
     made_for = manifest["target"].get("weights_xxh3")
+    # The config's hash was compared already; weights differ where a target was fine-tuned without changing its config.
     if made_for is None or target.folder is None:
         return
+
     if (found := weights_hash(target.folder)) != made_for:
         raise UserError(
             f"The drafter in {folder} was trained for {manifest['target']['name']} with weights {made_for[:12]}, and "
@@ -168,6 +184,7 @@ def check_manifest(folder: Path, native: Config, layout: FolderLayout, target: T
     """UserError naming the first contradiction between a folder's manifest, its config and the target."""
     manifest = read_manifest(folder)
     wrong = [] if manifest is None else mismatches(manifest, native, layout, target)
+
     if wrong:
         raise UserError(
             f"The drafter in {folder} contradicts its manifest: {wrong[0]}. Give the target that it was trained "
@@ -176,7 +193,7 @@ def check_manifest(folder: Path, native: Config, layout: FolderLayout, target: T
 
 
 def check_integrity(folder: Path, target: Target) -> None:
-    """UserError where a folder's manifest says that its files were written otherwise, or for other target weights."""
+    """UserError where a folder's files, or the target's weights, differ from the hashes in its manifest."""
     manifest = read_manifest(folder)
     if manifest is not None:
         check_files(folder, manifest)

@@ -1,6 +1,6 @@
-"""The two tables beside a drafter that SGLang reads: `sts.json` (temperatures) and `sps.json` (steps per second).
+"""The two tables that SGLang reads beside a drafter: `sts.json` (temperatures) and `sps.json` (steps per second).
 
-Axes: K block position. Both are plain JSON; a table that a server would refuse is refused here, in a sentence.
+Axes: K block position. Both are plain JSON; a table that a server would refuse is refused here, with a sentence.
 """
 
 import math
@@ -19,10 +19,11 @@ OWN_FIELDS = ("valid_for", "profile")  # written by this project, ignored by ser
 
 @dataclass(frozen=True)
 class StsTable:
-    """Sequential temperature scaling: the confidence of position k is sigmoid(logit_k / temperatures[k]), K of them.
+    """Sequential temperature scaling: the confidence of position k is sigmoid(logit_k / temperatures[k]) (rule 94 of
+    docs/algorithm.md).
 
-    A server refuses a vector whose length is not the drafter's block size. The expected calibration errors are of the
-    cumulative product, by position; () where they were not measured.
+    A server refuses a vector whose length is not the drafter's block size. `ece_before` and `ece_after` are expected
+    calibration errors of the cumulative product, by position; () where they were not measured.
     """
 
     temperatures: tuple[float, ...]
@@ -37,6 +38,7 @@ class StsTable:
                 f"The STS temperatures are {list(self.temperatures)}; expected one finite number above 0 for every "
                 "block position. Calibrate again."
             )
+
         for name in ("ece_before", "ece_after"):
             if getattr(self, name) and len(getattr(self, name)) != len(self.temperatures):
                 raise UserError(
@@ -45,7 +47,7 @@ class StsTable:
                 )
 
     def check_block(self, block_size: int) -> None:
-        """UserError unless there is a temperature for every one of `block_size` positions."""
+        """UserError unless there is one temperature for each of `block_size` positions."""
         if len(self.temperatures) != block_size:
             raise UserError(
                 f"The STS table has {len(self.temperatures)} temperatures, the drafter's block {block_size} positions; "
@@ -55,7 +57,8 @@ class StsTable:
 
 @dataclass(frozen=True)
 class SpsTable:
-    """Steps per second of the verify pass at measured batch sizes in tokens; in between, the next smaller one's."""
+    """Steps per second of the verify pass at measured batch sizes in tokens; between probes, the next smaller one's
+    (docs/algorithm.md, rule 95)."""
 
     sample_batch_tokens: tuple[int, ...]
     sample_steps_per_sec: tuple[float, ...]
@@ -63,11 +66,13 @@ class SpsTable:
 
     def __post_init__(self) -> None:
         _check_probes("sample_batch_tokens", self.sample_batch_tokens, self.sample_steps_per_sec)
+
         if any(not math.isfinite(s) or s <= 0 for s in self.sample_steps_per_sec):
             raise UserError(
                 f"The SPS table's sample_steps_per_sec are {list(self.sample_steps_per_sec)}; expected finite numbers "
                 "above 0. Profile again."
             )
+
         if self.max_batch_tokens < self.sample_batch_tokens[-1]:
             raise UserError(
                 f"The SPS table's max_batch_tokens is {self.max_batch_tokens}, below its largest probe "
@@ -75,14 +80,16 @@ class SpsTable:
             )
 
     def steps_per_second(self, batch_tokens: int) -> float:
-        """The value of the largest probe not above `batch_tokens`, or of the smallest probe below all of them."""
+        """The value at the largest probe not above `batch_tokens`; below all probes, at the smallest."""
+        # A floor lookup, as servers do it: no interpolation across a bucket's edge.
         below = sum(probe <= batch_tokens for probe in self.sample_batch_tokens)
         return self.sample_steps_per_sec[max(below - 1, 0)]
 
 
 @dataclass(frozen=True)
 class SpsAdditiveTable:
-    """Step time in parts: bias + alpha(requests) + theta(requests + drafts), linear between probes, flat outside."""
+    """Step time in parts: bias + alpha(requests) + theta(requests + drafts), linear between probes and constant outside
+    (docs/algorithm.md, rule 95)."""
 
     bias_seconds: float
     bs_probes: tuple[int, ...]
@@ -97,31 +104,35 @@ class SpsAdditiveTable:
             raise UserError(f"The SPS table's bias_seconds is {self.bias_seconds}; expected a number above 0.")
 
     def step_seconds(self, requests: int, drafts: int) -> float:
-        """Seconds of a step that verifies `drafts` drafted tokens of `requests` requests together."""
+        """Seconds of a step that verifies `drafts` drafted tokens over `requests` requests."""
         alpha = _interpolate(self.bs_probes, self.alpha_seconds, requests)
+        # Each request verifies its anchor besides its drafts, hence requests + drafts tokens.
         return self.bias_seconds + alpha + _interpolate(self.m_probes, self.theta_seconds, requests + drafts)
 
 
 def write_sts(path: str | Path, table: StsTable) -> None:
+    """Writes `sts.json`."""
     write_json(Path(path), _plain(table))
 
 
 def read_sts(path: str | Path) -> StsTable:
-    """UserError where the file is missing, no JSON or no table that a server takes."""
+    """Reads `sts.json`; UserError where it is missing, is not JSON or is a table that a server would refuse."""
     return _table(StsTable, read_object(Path(path)), Path(path))
 
 
 def write_sps(path: str | Path, table: SpsTable | SpsAdditiveTable) -> None:
+    """Writes `sps.json`, in the form of the table given."""
     write_json(Path(path), _plain(table))
 
 
 def read_sps(path: str | Path) -> SpsTable | SpsAdditiveTable:
-    """The additive form if the file names `bias_seconds`, as SGLang decides; UserError as `read_sts`."""
+    """Reads `sps.json`: the additive form if it names `bias_seconds`, as SGLang decides; errors as in `read_sts`."""
     content = read_object(Path(path))
     return _table(SpsAdditiveTable if "bias_seconds" in content else SpsTable, content, Path(path))
 
 
 def _plain(table: Any) -> dict[str, Any]:
+    """A table as JSON holds it: tuples become lists."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(table).items()}
 
 
@@ -144,17 +155,22 @@ _FIELDS: Schema = {
 
 
 def _table(kind: type, content: Mapping[str, Any], path: Path) -> Any:
+    """The table of this kind in `content`; UserError for unknown, missing or mistyped fields."""
     content = {name: value for name, value in content.items() if name not in OWN_FIELDS}
+
     names = {field.name for field in fields(kind)}
+    # A misspelt optional field would silently mean its default.
     unknown = sorted(set(content) - names)
     if unknown:
         raise UserError(f"{path} has the field {unknown[0]!r}; expected {', '.join(sorted(names))}.")
+
     needed = [field.name for field in fields(kind) if field.default is MISSING]
     check_fields(content, _FIELDS, str(path), required=needed)
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in content.items()})
 
 
 def _check_probes(name: str, probes: Sequence[int], values: Sequence[float]) -> None:
+    """UserError unless probes increase strictly and each has a value."""
     if not probes or list(probes) != sorted(set(probes)) or len(probes) != len(values):
         raise UserError(
             f"The SPS table's {name} are {list(probes)} with {len(values)} values; expected increasing probes, one or "
@@ -163,6 +179,7 @@ def _check_probes(name: str, probes: Sequence[int], values: Sequence[float]) -> 
 
 
 def _interpolate(xs: Sequence[int], ys: Sequence[float], x: float) -> float:
+    """Linear between the points (xs, ys), constant outside; xs increase strictly."""
     if x <= xs[0]:
         return ys[0]
     for (x0, y0), (x1, y1) in zip(zip(xs, ys, strict=True), list(zip(xs, ys, strict=True))[1:], strict=False):

@@ -1,8 +1,8 @@
 """The layout of the speculators library: the decoder under `transformer_layer_config`, layer ids counted from 1.
 
 `aux_hidden_state_layer_ids` index Hugging Face's `hidden_states`, so they are DeepSpec's ids + 1 (docs/algorithm.md,
-rule 92). The block's convention is `sample_from_anchor`; without it the first row predicts nothing, and `block_size`
-counts it too.
+rule 92). `sample_from_anchor` states the block's convention; without it the first row predicts nothing, and
+`block_size` counts that row too.
 """
 
 from dataclasses import dataclass
@@ -36,21 +36,27 @@ _DRAFTER = (
 
 @dataclass(frozen=True)
 class SpeculatorsLayout:
+    """Published by the speculators library, and read by vLLM; layer ids are stored + 1."""
+
     name: str = "speculators"
     layer_id_base: int = 1
     vocabulary_maps: bool = True
 
     def detects(self, stored: Config) -> bool:
+        """True if the file names its `speculators_model_type`, which no other layout has."""
         return "speculators_model_type" in stored
 
     def to_native(self, stored: Config, target: TargetConfig) -> dict[str, Any]:
+        """DeepSpec's config.json; UserError for norms, projectors or vocabularies that drafters here do not have."""
         kind = stored["speculators_model_type"]
         if kind not in _NAMES:
             raise UserError(
                 f"The drafter's config.json has speculators_model_type {kind!r}; expected one of {', '.join(_NAMES)}."
             )
+
         layers = dict(stored.get("transformer_layer_config") or {})
         self._refuse(stored, layers)
+        # The drafter's own fields win over the decoder's of the same name.
         native = layers | {name: stored[name] for name in _DRAFTER if name in stored}
         if stored.get("draft_vocab_size") not in (None, layers.get("vocab_size")):
             native["draft_vocab_size"] = stored["draft_vocab_size"]
@@ -59,15 +65,18 @@ class SpeculatorsLayout:
                 f"The drafter's config.json has no {_IDS[kind]}; the layers that it reads can't be guessed safely. Add "
                 "them, counted from 1 for the first layer's output."
             )
+
         native["target_layer_ids"] = [i - self.layer_id_base for i in stored[_IDS[kind]]]
         if kind != "eagle3":
             self._block_to_native(native, kind)
         native["architectures"] = [native_architecture(native, kind)]
+
         return {"num_target_layers": target.num_layers} | native
 
     def from_native(self, native: Config, target: Target) -> dict[str, Any]:
+        """This layout's config.json; UserError for a kind that it cannot hold."""
         kind = require_kind(native, self.name)
-        # Which tokens a pruned vocabulary has is said by the tensors d2t and t2d.
+        # The tensors d2t and t2d say which tokens a pruned vocabulary has.
         own = (*_DRAFTER, "architectures", "target_layer_ids", "draft_vocabulary", "draft_vocab_size")
         stored: dict[str, Any] = {name: native[name] for name in _DRAFTER if name in native}
         stored |= {
@@ -80,21 +89,26 @@ class SpeculatorsLayout:
             "tie_word_embeddings": False,
             "dtype": native["dtype"],
         }
+
         if kind == "eagle3":
             # Written out: speculators and vLLM have different defaults.
             stored |= {"norm_before_residual": False, "norm_before_fc": False, "embed_requires_grad": False}
             drafts = native.get("ttt_length")
         else:
             stored["sample_from_anchor"] = native.get("sample_from_anchor", True)
+            # Rows and not predictions: the anchor's row counts here.
             stored["block_size"] = native["block_size"] + (not stored["sample_from_anchor"])
             drafts = native["block_size"]
+
         stored["speculators_config"] = _proposal(kind, drafts, target)
         return stored
 
     def tensor(self, name: str, native: Config) -> str:
+        """The draft head is `lm_head` here, whether the vocabulary is pruned or not."""
         return HEAD if name == DRAFT_HEAD else name
 
     def frozen(self, native: Config) -> tuple[str, ...]:
+        """Both tables; with a pruned vocabulary the head is the drafter's own tensor, not a frozen copy."""
         return (EMBEDDING,) if "draft_vocabulary" in native else (EMBEDDING, HEAD)
 
     def _block_to_native(self, native: dict[str, Any], kind: str) -> None:
@@ -102,23 +116,30 @@ class SpeculatorsLayout:
         for name, value in (("num_anchors", ANCHORS), ("markov_rank", 256 if kind == "dspark" else 0),
                             ("enable_confidence_head", kind == "dspark")):  # fmt: skip
             native.setdefault(name, value)
+
         if native["markov_rank"]:
             native.setdefault("markov_head_type", "vanilla")
         if native["enable_confidence_head"]:
             native.setdefault("confidence_head_with_markov", native["markov_rank"] > 0)
+
         if native.pop("sample_from_anchor", kind == "dspark"):
             return
+        # `block_size` counts the anchor's row here, and predictions in DeepSpec's config.
         native |= {"sample_from_anchor": False, "block_size": native["block_size"] - 1}
 
     def _refuse(self, stored: Config, layers: Config) -> None:
+        """UserError for a file without its decoder, a pruned Eagle3 vocabulary, or layers that are not implemented."""
         if not layers:
             raise UserError("The drafter's config.json has no transformer_layer_config; copy the whole file again.")
+
         vocabulary = stored.get("draft_vocab_size", layers.get("vocab_size"))
         if vocabulary != layers.get("vocab_size") and stored["speculators_model_type"] == "eagle3":
             raise UserError(
                 f"The drafter's vocabulary is reduced to {vocabulary} of {layers.get('vocab_size')} tokens; Eagle3 "
                 "drafters here speak the target's whole vocabulary. Give one that was trained with it."
             )
+
+        # Each of these changes the computation without adding a tensor, so leftovers alone would not reveal it.
         off = (False, None)
         harmless = {
             "norm_before_residual": off,
@@ -132,8 +153,10 @@ class SpeculatorsLayout:
 
 
 def _proposal(kind: str, drafts: int | None, target: Target) -> dict[str, Any]:
+    """`speculators_config`: the verifier and the proposal that vLLM reads from it."""
     method = {"proposal_type": "greedy", "speculative_tokens": drafts, "verifier_accept_k": 1, "accept_tolerance": 0.0}
     verifier = {"name_or_path": target.name, "architectures": target.hf_config.get("architectures", [])}
+
     return {
         "algorithm": kind,
         "default_proposal_method": "greedy",

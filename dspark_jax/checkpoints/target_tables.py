@@ -1,4 +1,4 @@
-"""The parts of a target that training needs: its embedding and output head, and layers that a drafter starts from."""
+"""The parts of a target that training needs: embedding, output head, and layers that a drafter starts from."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -30,12 +30,22 @@ _TABLES = (("embed_weight_vd",), ("head_weight_vd",))
 
 
 def describe_target(path_or_id: str | Path, *, tokenizer: bool = True) -> Target:
-    """A target with no parameters at all, from its small files: to check and to plan before anything is read."""
+    """A target without parameters, from its small files: for checks and plans before any weight is read.
+
+    Args:
+        path_or_id: a folder in the Hugging Face layout, or a hub id.
+        tokenizer: whether to load the tokenizer too.
+
+    Raises:
+        UserError: a file is missing or describes no target here.
+    """
     folder = resolve_folder(path_or_id)
     hf_config = read_hf_config(folder)
     config = read_target_config(hf_config)
+
     graphdef, _ = split(target_skeleton(config))
     words = load_tokenizer(folder) if tokenizer else None
+
     return Target(
         name=str(path_or_id),
         config=config,
@@ -53,8 +63,8 @@ def describe_target(path_or_id: str | Path, *, tokenizer: bool = True) -> Target
 def load_tables(target: Target, *, dtype: str, mesh: Mesh, rules: ShardingRules | None = None) -> Target:
     """The described target with its embedding [V, D] and, where it is untied, its head [V, D], in `dtype`.
 
-    They are placed by `rules`, each device reading its own part. `shared_tables` and `save_drafter` take the result;
-    it cannot run. UserError when the tensors are missing, cut off or of another shape.
+    They are placed by `rules`, each device reading its own part. `shared_tables` and `save_drafter` accept the result,
+    which cannot run. UserError where the tensors are missing, cut off or of another shape.
     """
     return replace(target, params=_load(target, lambda path: path in _TABLES, dtype, mesh, rules))
 
@@ -62,16 +72,17 @@ def load_tables(target: Target, *, dtype: str, mesh: Mesh, rules: ShardingRules 
 def load_rest(
     target: Target, tables: Mapping[str, Array], *, dtype: str, mesh: Mesh, rules: ShardingRules | None = None
 ) -> dict:
-    """All parameters of the described target, placed as `load_tables` does; those in `tables` are taken from there."""
+    """All parameters of the described target, placed as in `load_tables`; those in `tables` are not read again."""
     names = ("embed_weight_vd",) if target.config.tie_word_embeddings else ("embed_weight_vd", "head_weight_vd")
     rest = _load(target, lambda path: path not in _TABLES, dtype, mesh, rules)
+
     return {**rest, **{name: tables[name] for name in names}}
 
 
 def load_layers(
     target: Target, layers: tuple[int, ...], *, mesh: Mesh, rules: ShardingRules | None = None
 ) -> tuple[dict[int, dict], dict]:
-    """({layer: float32 parameters}, the final norm's) of some layers, placed by `rules`; UserError on a wrong id."""
+    """({layer: float32 parameters}, the final norm's parameters), placed by `rules`; UserError on a wrong id."""
     wrong = [layer for layer in layers if not 0 <= layer < target.config.num_layers]
     if wrong:
         raise UserError(
@@ -89,11 +100,15 @@ def load_layers(
 def _load(
     target: Target, wanted: Callable[[ParamPath], bool], dtype: str, mesh: Mesh, rules: ShardingRules | None
 ) -> dict:
+    """Nested parameters at the wanted paths, read from the target's own folder."""
     if dtype not in DTYPES:
         raise UserError(f"Target dtype {dtype!r} is not supported; choose float32 or bfloat16.")
+
     module = target_skeleton(target.config)
     leaves = flatten_dict(split(module)[1])
+    # All leaves are mapped, wanted or not, so that leftovers are judged against the whole model.
     tensors, table = target_tensors(resolve_folder(target.name), target.config, target.hf_config, leaves)
+
     return load_params(
         tensors,
         table,

@@ -26,7 +26,7 @@ ParamPath = tuple[Any, ...]
 
 
 class Layout(Enum):
-    """How a stored tensor (output-first, heads flattened) becomes ours (input-first, heads apart)."""
+    """How a stored tensor (output-first, heads flattened) becomes a parameter here (input-first, heads separate)."""
 
     SAME = "same"
     LINEAR = "[out, in] -> [in, out]"
@@ -36,6 +36,7 @@ class Layout(Enum):
     GROUPS_OUT = "[G*O, I] -> [G, I, O]"
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The stored shape of a parameter of this shape."""
         if self is Layout.LINEAR:
             return shape[::-1]
         if self is Layout.HEADS_OUT:
@@ -49,10 +50,14 @@ class Layout(Enum):
         return shape
 
     def read(self, stored: Any, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
-        """Our `index` of our `shape`, read from the stored tensor's slices. Heads are split by whole heads only."""
+        """The part `index` of the parameter of `shape`, read from slices of the stored tensor alone.
+
+        A head is read whole, even where `index` takes a part of it: stored heads are contiguous only as wholes.
+        """
         spans = [range(*s.indices(n)) for s, n in zip(index, shape, strict=True)]
         lo = [span.start for span in spans]
         hi = [span.stop for span in spans]
+
         if self is Layout.LINEAR:
             return stored[lo[1] : hi[1], lo[0] : hi[0]].T
         if self is Layout.HEADS_OUT:
@@ -73,7 +78,9 @@ class Layout(Enum):
         return stored[tuple(slice(a, b) for a, b in zip(lo, hi, strict=True))]
 
     def write(self, array: np.ndarray) -> np.ndarray:
+        """The stored form of a whole parameter, the inverse of `read`."""
         stored = self.stored_shape(array.shape)
+
         if self is Layout.LINEAR:
             return array.T
         if self is Layout.HEADS_OUT:
@@ -87,17 +94,18 @@ class Layout(Enum):
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a parameter is stored. A name with {} stands for one tensor an index of our first axis (experts)."""
+    """Where a parameter is stored. A name with {} stands for one tensor for each index of the first axis (experts)."""
 
     name: str
     layout: Layout = Layout.SAME
 
     @property
     def stacked(self) -> bool:
+        """Whether the parameter is stored as one tensor for each index of its first axis."""
         return "{}" in self.name
 
     def parts(self, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
-        """(name, stored shape) of every tensor that a parameter of this shape is stored in."""
+        """(name, stored shape) of each tensor that a parameter of this shape is stored in."""
         if self.stacked:
             return [(self.name.format(i), self.layout.stored_shape(shape[1:])) for i in range(shape[0])]
         return [(self.name, self.layout.stored_shape(shape))]
@@ -145,17 +153,18 @@ def layer_tensor(below: ParamPath, prefix: str) -> Stored:
 class TensorFolder:
     """Tensors of a folder holding `model.safetensors`, or shards listed in `model.safetensors.index.json`.
 
-    The headers of all files are read at once, so that what is missing, cut off or misplaced is found before the first
-    tensor is. UserError says which.
+    The headers of all files are read at once, so that a missing, cut off or misplaced tensor is found before the first
+    one is read. UserError says which.
     """
 
     readable: ClassVar[frozenset[str]] = frozenset({"F16", "BF16", "F32", "F64"})
-    """Stored dtypes that are weights; others, as of quantised tensors, are refused by name."""
+    """Stored dtypes that are weights; others, such as those of quantised tensors, are refused by name."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self._open: dict[Path, Any] = {}
         self._file_of: dict[str, Path] = {}
+
         index = folder / INDEX_FILE
         listed = _weight_map(index) if os.path.lexists(index) else {}
         if not listed and not os.path.lexists(folder / WEIGHTS_FILE):
@@ -165,21 +174,25 @@ class TensorFolder:
 
         files = {name: _inside(folder, name, index) for name in sorted(set(listed.values()))}
         headers = {path: self._header(path) for path in files.values() or [folder / WEIGHTS_FILE]}
+
         for name, file in listed.items():
             if name not in headers[files[file]]:
                 raise UserError(f"{files[file]} has no tensor {name} though the index places it there.")
-        # Tensors that the index leaves out count as well: they may be what makes it another model.
+
+        # Tensors that the index leaves out count as well: with them the folder may hold another model.
         for path, entries in headers.items():
             self._file_of |= dict.fromkeys(entries, path)
+        # The index decides where two files hold a tensor of one name.
         self._file_of |= {name: files[file] for name, file in listed.items()}
         self._entries = {name: headers[path][name] for name, path in self._file_of.items()}
 
     @property
     def names(self) -> set[str]:
+        """The names of all tensors in the folder."""
         return set(self._file_of)
 
     def stored(self, name: str) -> Any:
-        """The slices of a weight; UserError where it is missing or of no dtype that is a weight's."""
+        """The slices of a weight; UserError where it is missing or its dtype is not a weight's."""
         found = self.raw(name)
         if self._entries[name].dtype not in self.readable:
             raise UserError(
@@ -195,11 +208,13 @@ class TensorFolder:
         return self._handle(self._file_of[name]).get_slice(name)
 
     def _header(self, path: Path) -> dict[str, TensorEntry]:
+        """The entries of one file's header; UserError where the file is missing or cut off."""
         if not os.path.lexists(path):
             raise UserError(f"{path.name} is missing in {self.folder} though its index names it; copy the file there.")
         return read_tensor_header(path)
 
     def _handle(self, path: Path) -> Any:
+        """The open file; handles are kept, since a parameter may be read in many parts."""
         if path not in self._open:
             try:
                 self._open[path] = safe_open(path, framework="numpy")
@@ -209,26 +224,29 @@ class TensorFolder:
 
 
 def _weight_map(index: Path) -> Mapping[str, str]:
-    """Tensor -> file, as an index says; UserError where it says none."""
+    """Tensor -> file, as the index states; UserError where it states none."""
     stored = read_object(index, expected="an index of safetensors files")
     expected = object_of(text(empty=False))
     check_fields(stored, {"weight_map": expected}, str(index), required=("weight_map",))
+
     if not stored["weight_map"]:
         raise UserError(f"{index} places no tensor in any file; copy it again.")
     return stored["weight_map"]
 
 
 def _inside(folder: Path, name: str, index: Path) -> Path:
-    """The path of a file that an index names; UserError for one outside the folder, by its name or by a link.
+    """The path of a file that an index names; UserError for one outside the folder, by its name or through a link.
 
-    The hub's cache keeps its files as links into the folder `blobs` beside its snapshots.
+    The hub's cache keeps its files as links into the folder `blobs` beside its snapshots, which is allowed.
     """
     path, home = folder / name, folder.resolve()
     try:
         real = path.resolve()
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{index} names the file {name!r}, which cannot be read ({reason_of(error)}).") from None
+
     homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    # Names are checked as well as resolved paths: a name that leaves the folder is wrong even where it leads back.
     if (
         PurePosixPath(name).is_absolute()
         or ".." in PurePosixPath(name).parts
@@ -248,27 +266,44 @@ def load_params(
     shardings: Mapping[ParamPath, Sharding] | None,
     dtype: Callable[[ParamPath], Any],
 ) -> dict:
-    """Nested params dict. Each device's part is read by itself; nothing is held whole unless it is kept whole."""
+    """Loads parameters slice by slice: a device's part is read alone, and nothing is held whole that is not kept whole.
+
+    Args:
+        folder: the tensors.
+        table: where each parameter is stored.
+        abstract: shapes of the parameters to load, by path.
+        shardings: their placement; None: one device.
+        dtype: the dtype of the parameter at a path.
+
+    Returns:
+        A nested params dict.
+
+    Raises:
+        UserError: a tensor is missing, of another shape, cut off, or not finite in its dtype.
+    """
     flat = {}
     for path, leaf in abstract.items():
         source = table[path]
         kind = np.dtype(dtype(path))
         where = f"{source.name} in {folder.folder}"
+        # Shapes are checked before any part is read, and for the whole tensor whatever parts this process needs.
         part = partial(_read_part, _checked_slices(folder, source, leaf.shape), source, leaf.shape, kind, where)
         if shardings is None:
             flat[path] = jax.device_put(part(None))
         else:
             flat[path] = jax.make_array_from_callback(leaf.shape, shardings[path], part)
+
     return unflatten_dict(flat)
 
 
 def check_shapes(folder: TensorFolder, table: TensorMap, leaves: Mapping[ParamPath, Any]) -> None:
-    """UserError naming the first tensor that is missing, is no weight's or has another shape than the config's."""
+    """UserError naming the first tensor that is missing, is no weight or has another shape than the config's."""
     for path, leaf in leaves.items():
         _checked_slices(folder, table[path], leaf.shape)
 
 
 def _checked_slices(folder: TensorFolder, source: Stored, shape: tuple[int, ...]) -> list[Any]:
+    """Slices of the tensors that a parameter is stored in, their shapes checked."""
     slices = []
     for name, expected in source.parts(shape):
         slices.append(folder.stored(name))
@@ -278,6 +313,7 @@ def _checked_slices(folder: TensorFolder, source: Stored, shape: tuple[int, ...]
                 f"Tensor {name} in {folder.folder} has shape {found}; config.json calls for {list(expected)}. The "
                 "weights and the config are not of one model."
             )
+
     return slices
 
 
@@ -289,20 +325,25 @@ def _read_part(
     where: str,
     index: tuple[slice, ...] | None,
 ) -> np.ndarray:
+    """The part `index` of a parameter, in C order and in `dtype`; UserError where it is damaged or not finite."""
     index = index or (slice(None),) * len(shape)
     try:
         if source.stacked:
+            # The first axis indexes tensors here, so a device opens only its own experts.
             part = np.stack([source.layout.read(one, shape[1:], index[1:]) for one in slices[index[0]]])
         else:
             part = source.layout.read(slices[0], shape, index)
     except (SafetensorError, OSError) as error:
         raise UserError(f"Tensor {where} cannot be read ({error}); copy the folder again.") from None
+
+    # Checked after the cast: wide weights may overflow a narrower dtype.
     part = np.ascontiguousarray(part).astype(dtype, copy=False)
     if not all_finite(part):
         raise UserError(
             f"Tensor {where} holds values that are not finite in {dtype.name}; the weights are damaged or overflowed. "
             "Copy the folder again, or load it in float32."
         )
+
     return part
 
 
@@ -310,8 +351,8 @@ _EXPONENTS = {"bfloat16": (np.uint16, 0x7F80), "float16": (np.uint16, 0x7C00), "
 
 
 def all_finite(array: np.ndarray, chunk: int = 1 << 18) -> bool:
-    """Whether a contiguous array holds neither NaN nor infinity, by its exponent bits; true of other dtypes than
-    bfloat16, float16 and float32. Chunks fit a core's cache, so that it costs one reading of the array."""
+    """Whether a contiguous array holds neither NaN nor infinity, judged by its exponent bits; True for dtypes other
+    than bfloat16, float16 and float32. Chunks fit a core's cache, so the check costs one reading of the array."""
     if array.dtype.name not in _EXPONENTS:
         return True
     kind, ones = _EXPONENTS[array.dtype.name]
@@ -320,7 +361,7 @@ def all_finite(array: np.ndarray, chunk: int = 1 << 18) -> bool:
 
 
 def stored_names(table: TensorMap, leaves: Mapping[ParamPath, Any]) -> set[str]:
-    """The names of all tensors that parameters of these shapes are stored in."""
+    """The names of all tensors in which parameters of these shapes are stored."""
     return {name for path, leaf in leaves.items() for name, _ in table[path].parts(leaf.shape)}
 
 
@@ -328,17 +369,19 @@ def stored_tensors(table: TensorMap, params: dict, dtype: str | None) -> dict[st
     """The tensors of a params dict under their stored names and layouts, ready for a safetensors file."""
     flat = flatten_dict(params)
     kind = None if dtype is None else np.dtype(getattr(ml_dtypes, dtype, dtype))
+
     tensors = {}
     for path, source in table.items():
         array = np.asarray(jax.device_get(flat[path]))
         array = array if kind is None else array.astype(kind)
         for (name, _), part in zip(source.parts(array.shape), array if source.stacked else [array], strict=True):
             tensors[name] = np.ascontiguousarray(source.layout.write(part))
+
     return tensors
 
 
 def write_tensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
-    """A safetensors file, replaced atomically; UserError where it cannot be written."""
+    """Writes a safetensors file atomically; UserError where it cannot be written."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with files.replacing(file) as temporary:
@@ -348,5 +391,5 @@ def write_tensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """As transformers writes it: two spaces, sorted."""
+    """Writes JSON as transformers does: two spaces, sorted keys."""
     files.write_json(path, content, indent=2, sort_keys=True)
