@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dspark_jax.targets.target import Target
     from dspark_jax.training.fitting import fit
 
+# The module of each public name, imported when the name is first used.
 _HOMES = {
     "load_target": "checkpoints.huggingface",
     "load_drafter": "checkpoints.drafters",

@@ -19,7 +19,7 @@ GROUPS = {
 
 @program
 def main(argv: list[str]) -> int:
-    """Runs the program that the first word names with the words after it; returns its exit code."""
+    """Runs the program that the first word names, with the remaining words as its options; returns its exit code."""
     programs = found_programs()
     if not argv or argv[0] in ("-h", "--help"):
         print(overview(programs))
@@ -40,16 +40,18 @@ def main(argv: list[str]) -> int:
 
 
 def run(name: str, module: str, argv: Sequence[str]) -> int:
-    """Runs a program in this process, whose usage lines then name the subcommand; returns its exit code."""
+    """Runs a program in this process and returns its exit code."""
+    # tyro's usage lines show sys.argv[0], so they name the subcommand.
     sys.argv = [f"dspark {name}", *argv]
     path = source(module)
     imported = importlib.import_module(module_name(f"{module}.__main__" if path.stem == "__main__" else module))
     code = imported.main(list(argv))
+    # Programs that return something else, or nothing, have succeeded.
     return code if isinstance(code, int) else 0
 
 
 def overview(programs: dict[str, str]) -> str:
-    """The map: a line a program, by group."""
+    """The text of --help: one line for each program, by group."""
     width = max(map(len, programs))
     lines = ["usage: dspark SUBCOMMAND [--option value ...]; dspark SUBCOMMAND --help lists the options."]
     for title, modules in grouped(programs).items():
@@ -59,7 +61,10 @@ def overview(programs: dict[str, str]) -> str:
 
 
 def grouped(programs: dict[str, str]) -> dict[str, dict[str, str]]:
-    """Programs by the title of the last group whose mark is in their module's name; groups without one are left out."""
+    """Programs by the title of their group; empty groups are left out.
+
+    A program belongs to the last group whose mark is in its module's name: train.studies.x is a study.
+    """
     groups: dict[str, dict[str, str]] = {title: {} for title in GROUPS}
     for name, module in programs.items():
         title = [title for title, mark in GROUPS.items() if mark in module][-1]

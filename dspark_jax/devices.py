@@ -1,4 +1,4 @@
-"""The devices of this process: the line that every program starts with, and the record beside every figure."""
+"""The devices of this process: the first line of every program's output, and the record beside every figure."""
 
 import os
 import platform
@@ -13,9 +13,9 @@ GOOGLE = "0x1ae0"  # vendor of TPUs on the PCI bus
 
 
 def announce(dtype: str | None = None) -> None:
-    """Prints the devices and the dtype of a run on stderr, and a warning for an accelerator that this jax can't use.
+    """Prints devices and dtype of a run on stderr, and a warning for an accelerator that this jax can't use.
 
-    Starts jax's backend, so jobs of several processes join before; there the first process speaks.
+    Starts jax's backend, so a process must have joined its job before; process 0 prints.
 
     Args:
         dtype: of weights and activations; None where the target's configuration decides.
@@ -28,7 +28,7 @@ def announce(dtype: str | None = None) -> None:
 
 
 def device_line(dtype: str | None = None) -> str:
-    """`Device: 1 x cpu, float32, jax 0.10.2`."""
+    """A line such as `Device: 1 x cpu, float32, jax 0.10.2`."""
     kinds: dict[str, int] = {}
     for device in jax.devices():
         kinds[device.device_kind] = kinds.get(device.device_kind, 0) + 1
@@ -37,10 +37,14 @@ def device_line(dtype: str | None = None) -> str:
 
 
 def unused_accelerator(root: Path = Path("/")) -> str:
-    """A sentence on an NVIDIA GPU or a TPU of this machine while jax runs on the CPU unasked, or an empty one.
+    """A sentence about an unused NVIDIA GPU or TPU of this machine, if jax runs on the CPU without being told to.
 
-    root: of the file system that is searched.
+    Args:
+        root: of the file system that is searched.
+    Returns:
+        The sentence, or "".
     """
+    # JAX_PLATFORMS is a choice of the user, so the CPU is then no surprise.
     if jax.default_backend() != "cpu" or os.environ.get("JAX_PLATFORMS"):
         return ""
     if any((root / "dev").glob("nvidia[0-9]*")):
@@ -48,6 +52,8 @@ def unused_accelerator(root: Path = Path("/")) -> str:
             "this machine has an NVIDIA GPU that this jax can't use; install dspark-jax[cuda13], "
             "or dspark-jax[cuda12] for a driver older than 580."
         )
+    # Older TPU virtual machines have accelerator nodes. Newer ones pass chips through VFIO, as is done with other
+    # devices too, so the vendor decides.
     if any((root / "dev").glob("accel[0-9]*")) or _vendors(root) & {GOOGLE} and any((root / "dev/vfio").glob("[0-9]*")):
         return "this machine has a TPU that this jax can't use; install dspark-jax[tpu]."
 

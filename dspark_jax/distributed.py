@@ -45,14 +45,22 @@ class Job:
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> "Job | None":
-        """None without such variables; UserError for variables that contradict one another."""
+        """Reads the job from environment variables.
+
+        Returns:
+            None without any of them: the process is alone.
+        Raises:
+            UserError: variables that contradict one another, are incomplete or have bad values.
+        """
         given = [name for name in BY_HAND if environment.get(name)]
         cluster = environment.get(CLUSTER, "")
         if cluster not in ("", "auto"):
             raise UserError(f"{CLUSTER} is {cluster!r}; auto was expected, or no such variable.")
+
         if cluster and given:
             raise UserError(f"{CLUSTER}=auto and {given[0]} are both set; keep one of the two ways.")
 
+        # A half-described job would start as single processes, all of them writing the same run.
         if given and len(given) < len(BY_HAND):
             missing = " and ".join(name for name in BY_HAND if name not in given)
             raise UserError(
@@ -79,7 +87,11 @@ class Job:
 
 
 def initialize_from_environment() -> None:
-    """Joins the job that the environment describes; call it before JAX is used. UserError when joining fails."""
+    """Joins the job that the environment describes, if any; must be called before JAX is used.
+
+    Raises:
+        UserError: the variables don't describe a job, or joining fails.
+    """
     job = Job.of(os.environ)
     if job is None or jax.distributed.is_initialized():
         return
@@ -106,22 +118,22 @@ def initialize_from_environment() -> None:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes what a job writes once."""
+    """Whether this process writes the files of the job: process 0 does."""
     return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-    """Returns when every process has come here."""
+    """Returns once every process of the job has called it with this name."""
     if jax.process_count() > 1:
         with jax.transfer_guard("allow"):
             multihost_utils.sync_global_devices(name)
 
 
 def connect(mesh: Mesh) -> None:
-    """Opens on CPUs the connections of collectives over the mesh's axes; call it where all processes are together.
+    """Opens the connections that collectives over the mesh's axes need on CPUs; every process must call it.
 
-    A connection is made at the first use, and there all its processes must meet within 30 seconds: in a step, one may
-    still be compiling.
+    Otherwise a connection is made at its first use, where all its processes must meet within 30 seconds; inside a step
+    one of them may still be compiling.
     """
     if jax.process_count() == 1 or mesh.devices.flat[0].platform != "cpu":
         return
@@ -130,6 +142,7 @@ def connect(mesh: Mesh) -> None:
     everywhere = NamedSharding(mesh, PartitionSpec(tuple(mesh.axis_names)))
     ones = jax.make_array_from_callback((mesh.size,), everywhere, lambda index: np.ones(1, np.float32))
 
+    # Each set of axes has its own groups of processes, and so its own connections.
     for count in range(1, len(names) + 1):
         for axes in combinations(names, count):
             rest = PartitionSpec(tuple(name for name in mesh.axis_names if name not in axes))
@@ -138,11 +151,17 @@ def connect(mesh: Mesh) -> None:
 
 
 def require_same(values: Mapping[str, Any]) -> None:
-    """UserError, on every process alike, for the first value whose text is not the same on all of them; its key is the
-    clause that says so."""
+    """Compares values over the processes of a job, as text.
+
+    Args:
+        values: by the clause that describes a disagreement in the error.
+    Raises:
+        UserError: on every process alike, for the first value that differs from process 0's.
+    """
     if jax.process_count() == 1:
         return
 
+    # Hashes, because a gather needs arrays of one shape.
     mine = np.array([zlib.crc32(str(value).encode()) for value in values.values()], np.uint32)
     for what, theirs in zip(values, multihost_utils.process_allgather(mine).T, strict=True):
         other = np.flatnonzero(theirs != theirs[0])
@@ -151,23 +170,25 @@ def require_same(values: Mapping[str, Any]) -> None:
 
 
 def from_first(value: float) -> float:
-    """Process 0's value, on all of them."""
+    """Process 0's value, exactly and on every process."""
     if jax.process_count() == 1:
         return value
-    # As two words: where 64-bit numbers are switched off, JAX would round one of them.
+    # As two 32-bit words: without 64-bit mode JAX would round the float64.
     words = np.array([value], np.float64).view(np.uint32)
     with jax.transfer_guard("allow"):
         return float(multihost_utils.process_allgather(words)[0].view(np.float64)[0])
 
 
 def fetch(tree: Any) -> Any:
-    """Every array of a tree as a numpy array in process 0's memory, one after the other, however they are split; the
-    other processes get empty ones. A process that is alone gets its tree back."""
+    """Gathers every array of a tree, however it is split, to a numpy array in process 0's memory, one after the other.
+
+    Collective: every process must call it. The others get empty arrays; a single process gets its tree back unchanged.
+    """
     if jax.process_count() == 1:
         return tree
 
     def one(x: jax.Array) -> np.ndarray:
-        # Every process takes part in the gathering.
+        # Collective, so it precedes the branch on the process.
         whole = x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
         return np.asarray(whole) if is_first() else np.zeros(0, x.dtype)
 
@@ -175,14 +196,16 @@ def fetch(tree: Any) -> Any:
 
 
 def fetch_rows(x: jax.Array, most_bytes: int = 2**28) -> np.ndarray:
-    """`fetch` of an array [rows, ...], so many bytes' rows at a time (one row at least): while they are gathered, every
-    device holds them."""
+    """`fetch` of an array [rows, ...] in parts of at most `most_bytes` (at least one row).
+
+    Every device holds the whole part while it is gathered, so the parts bound the memory that this takes.
+    """
     if jax.process_count() == 1:
         return jax.device_get(x)
 
     rows = max(1, most_bytes * len(x) // max(x.nbytes, 1))
     with jax.transfer_guard("allow"):
-        # With the start as an operand: one program a size, not one a place.
+        # `dynamic_slice` takes the start as an operand: one program for each size, not for each position.
         parts = [
             fetch(jax.lax.dynamic_slice_in_dim(x, first, min(rows, len(x) - first))) for first in range(0, len(x), rows)
         ]
@@ -192,10 +215,11 @@ def fetch_rows(x: jax.Array, most_bytes: int = 2**28) -> np.ndarray:
 
 @contextmanager
 def bounded_by_peers() -> Iterator[None]:
-    """Ends a process whose part failed, at once where a computation did, which others wait for or have left.
+    """Ends this process in bounded time after a failure inside the block, so that no process of the job waits forever.
 
-    What else goes wrong may be met by all processes alike, so there is time to close files and end together; but where
-    one alone fails, the others wait for it and it for them, and `DSPARK_PEER_SECONDS` is all it gets.
+    A failed computation ends it at once: the others are gone, or wait for it in a collective. Any other error may
+    concern all processes alike, so they get time to close their files; as the others may be waiting for this one, it
+    ends after `DSPARK_PEER_SECONDS` in any case.
     """
     try:
         yield
@@ -213,6 +237,7 @@ def bounded_by_peers() -> Iterator[None]:
         job = Job.of(os.environ)
         if job is not None and jax.process_count() > 1:
             code = 2 if isinstance(error, UserError) else 1
+            # A daemon: it does not keep a process alive that ends in time.
             watchdog = threading.Timer(job.peer_seconds, _leave, (code, _one_line(error)))
             watchdog.daemon = True
             watchdog.start()
@@ -220,7 +245,7 @@ def bounded_by_peers() -> Iterator[None]:
 
 
 def _leave(code: int, words: str) -> None:
-    """Without waiting for anything."""
+    """Prints `words` and exits without cleanup: threads and JAX's own shutdown would wait for the other processes."""
     print(words, file=sys.stderr, flush=True)
     os._exit(code)
 

@@ -28,9 +28,9 @@ _CHUNK = 1 << 22
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; at the end of the block it replaces `path`, whole and on the disk.
+    """Yields a temporary path to write to; at the end of the block it replaces `path`, complete and on the disk.
 
-    After a kill or a power loss either the old or the new content stands there. A block that raises leaves the old
+    After a kill or a power loss `path` has either the old content or the new. A block that raises leaves the old
     content and no temporary file.
 
     Yields:
@@ -39,6 +39,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(path.name + ".tmp")
     try:
         yield temporary
+        # Content before name: otherwise a power loss could leave the new name on an empty file.
         fsync(temporary)
         os.replace(temporary, path)
     except BaseException:
@@ -51,13 +52,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
-    """Replaces a file by these bytes, or this text in UTF-8, as `replacing` does; OSError when the disk refuses."""
+    """Replaces a file by bytes, or by text in UTF-8, as `replacing` does; OSError if the disk refuses."""
     with replacing(path) as temporary:
         temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
 
 
 def write_json(path: Path, value: Mapping[str, Any], *, indent: int = 1, sort_keys: bool = False) -> None:
-    """An indented JSON file, replaced atomically; NaN, which JSON lacks, becomes null, a path its text.
+    """Writes an indented JSON file atomically; NaN, which JSON lacks, becomes null, and a path its text.
 
     Raises:
         UserError: the file can't be written.
@@ -94,8 +95,14 @@ def fsync(path: Path) -> None:
 
 
 def require_same_settings(path: Path, settings: Mapping[str, Any], output: Path) -> bool:
-    """True when `path` records these settings, False when there is no such file.
+    """Compares a program's settings with those that its output was begun with.
 
+    Args:
+        path: the file of recorded settings.
+        settings: those of this run.
+        output: named in errors.
+    Returns:
+        True if `path` records these settings, False if there is no such file.
     Raises:
         UserError: the output was begun with other settings (names the first that differs, and both values), or `path`
             is no settings file.
@@ -106,6 +113,7 @@ def require_same_settings(path: Path, settings: Mapping[str, Any], output: Path)
     stored, cure = read_object(path, expected="recorded settings"), f"move {output} away and run again"
     check_fields(stored, {"settings": object_of()}, str(path), required=("settings",), cure=cure)
     recorded = stored["settings"]
+    # As the file holds them: a tuple comes back as a list.
     wanted = json.loads(json.dumps(settings))
 
     for name in [*wanted, *recorded]:
@@ -119,7 +127,7 @@ def require_same_settings(path: Path, settings: Mapping[str, Any], output: Path)
 
 
 def write_settings(path: Path, settings: Mapping[str, Any], **about: Any) -> None:
-    """Records the settings, whole or not at all; `about` is for people and never compared."""
+    """Records settings atomically; `about` is further information for readers, never compared."""
     write_json(path, {**about, "settings": settings})
 
 
@@ -144,15 +152,16 @@ def hash_tree(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -
     Returns:
         Hashes by relative name with forward slashes, in ascending order of the names.
     """
+
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     names = sorted(name for name in files if not name.endswith(".tmp") and wanted(name))
     return {name: file_hash(files[name]) for name in names}
 
 
 def weights_hash(folder: Path) -> str:
-    """Identity of a model folder's weights: every byte of its safetensors and GGUF files, and their names.
+    """The identity of a model folder's weights: the bytes and names of its safetensors and GGUF files.
 
-    Hashes are remembered by path, size and time of change in the user's cache folder, so that gigabytes are read once.
+    Hashes are kept in the user's cache folder by path, size and modification time, so that gigabytes are read once.
 
     Returns:
         xxh3-128, 32 hexadecimal digits.
@@ -171,18 +180,20 @@ def weights_hash(folder: Path) -> str:
 
 
 def user_cache() -> Path:
-    """$DSPARK_JAX_CACHE, else dspark_jax in the user's cache folder: hashes and measured costs, made again at need."""
+    """$DSPARK_JAX_CACHE, else dspark_jax in the user's cache folder: hashes and measured costs, all reproducible."""
     named = os.environ.get("DSPARK_JAX_CACHE")
     return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dspark_jax"
 
 
 def _remembered_hash(path: Path) -> str:
-    """`file_hash`, from the user's cache where the file is the one that was hashed."""
+    """`file_hash`, from the user's cache if path, size and modification time are those that were hashed."""
     stat = path.stat()
     name = str(path.resolve())
     now = {"path": name, "bytes": stat.st_size, "changed_ns": stat.st_mtime_ns}
+
     note = user_cache() / "hashes" / f"{xxhash.xxh3_64_hexdigest(name.encode())}.json"
 
+    # Any fault of the note, such as torn JSON or another type, means hashing again.
     with suppress(OSError, ValueError, AttributeError):
         known = json.loads(note.read_bytes())
         if {name: known.get(name) for name in now} == now and isinstance(known.get("xxh3"), str):
@@ -202,17 +213,19 @@ def _remembered_hash(path: Path) -> str:
 
 
 class FolderLock:
-    """A folder that this process alone writes, until `release` or the end of `with`."""
+    """The exclusive right to write a folder, until `release` or the end of `with`."""
 
     def __init__(self, folder: Path, descriptor: int, created: bool):
         self.folder = folder
         self._descriptor, self._created = descriptor, created
 
     def release(self) -> None:
-        """Gives the folder up; one that was made for the lock and got no content goes again."""
+        """Releases the folder, and removes one that was created for the lock and is still empty."""
+        # Released before: `with` may follow an explicit release.
         if self._descriptor < 0:
             return
 
+        # Before the lock is given up, so that no other process is already writing there.
         if self._created:
             with suppress(OSError):
                 self.folder.rmdir()  # refuses a folder that holds something
@@ -228,12 +241,12 @@ class FolderLock:
 
 
 def lock_folder(folder: Path, what: str = "the folder", *, wait: bool = False) -> FolderLock:
-    """Takes the exclusive right to write a folder, made where it is missing; a process that dies gives it up.
+    """Takes the exclusive right to write a folder, which is created if missing; it ends with the process at the latest.
 
     Args:
         folder: a run, a cache, an export.
         what: the folder's role in a sentence, as in "the cache".
-        wait: wait for another process that has it, and do not refuse.
+        wait: wait for another process that has the right, instead of refusing.
     Raises:
         UserError: another process writes there, or the folder can't be made.
     """
@@ -254,7 +267,8 @@ def lock_folder(folder: Path, what: str = "the folder", *, wait: bool = False) -
             os.close(descriptor)
             raise
 
-        # Between opening and locking, its last owner may have removed the folder: then this one has no name any more.
+        # Between opening and locking, the last owner may have removed the folder. The lock is then on a folder without
+        # a name, and the next round creates a new one.
         with suppress(OSError):
             if os.path.samestat(os.fstat(descriptor), os.stat(folder)):
                 return FolderLock(folder, descriptor, created)
@@ -263,7 +277,7 @@ def lock_folder(folder: Path, what: str = "the folder", *, wait: bool = False) -
 
 
 def lock_descriptor(descriptor: int, path: Path, what: str, *, wait: bool = False) -> None:
-    """The same right on an open file, held until it is closed; UserError where another process has it."""
+    """The right of `lock_folder` on an open file, held until it is closed; UserError if another process has it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError as error:
@@ -271,11 +285,11 @@ def lock_descriptor(descriptor: int, path: Path, what: str, *, wait: bool = Fals
 
 
 def make_output(folder: Path, file: Path | None = None) -> None:
-    """Makes a program's output folder before anything is computed, and tries it.
+    """Creates a program's output folder and tests that it can be written, before anything is computed.
 
     Args:
         folder: of the output.
-        file: a further file that the program writes at its end; its folder is made and tried as well.
+        file: a further file that the program writes at its end; its folder is created and tested too.
 
     Raises:
         UserError: a folder can't be made or written to.
@@ -283,6 +297,7 @@ def make_output(folder: Path, file: Path | None = None) -> None:
     if file is not None:
         make_output(file.parent)
 
+    # Permission bits do not tell of read-only mounts and quotas; creating a file does.
     probe = folder / f".writable-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -295,7 +310,7 @@ def make_output(folder: Path, file: Path | None = None) -> None:
 
 
 def check_new_folder(folder: Path) -> None:
-    """UserError where the folder holds something: a model's files are not to be mixed with others."""
+    """UserError if the folder is not empty, so that a model's files are not mixed with others."""
     try:
         occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     except OSError as error:

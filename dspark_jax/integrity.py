@@ -1,7 +1,7 @@
-"""Any file or folder of this project: what it is, what it was made from, whether it is whole.
+"""Examination of any file or folder of this project: its kind, its origin, and whether it is whole.
 
-A kind is a line in `KINDS`: how it is recognised, and what examines it. An examination reads everything; the first
-fault that it meets is its verdict, as a sentence.
+A kind is a line in `KINDS`: a recogniser and an examiner. An examination reads all content; its verdict is the first
+fault found, as a sentence.
 """
 
 import hashlib
@@ -47,7 +47,14 @@ Facts = dict[str, Any]
 
 @dataclass
 class Finding:
-    """One thing that was examined. `facts`: what it is and what it was made from; `fault`: a sentence, "" if whole."""
+    """The result of one examination.
+
+    Attributes:
+        path: a file or folder.
+        kind: a key of `KINDS`.
+        facts: its properties and its origin, for display.
+        fault: a sentence; "" if it is whole.
+    """
 
     path: Path
     kind: str
@@ -56,10 +63,12 @@ class Finding:
 
 
 def examine(path: Path) -> list[Finding]:
-    """Examines a path: a run with its drafters, a drafter with its calibration and profile, or one thing alone.
+    """Examines a path as every kind that it is recognised as; a run includes its drafters.
 
+    Returns:
+        One finding for each kind; faults are in the findings and are not raised.
     Raises:
-        UserError: nothing at the path is of a kind that this project knows.
+        UserError: the path is of no known kind.
     """
     try:
         kinds = [name for name, (recognised, _) in KINDS.items() if recognised(path)]
@@ -108,7 +117,7 @@ def _target(folder: Path, facts: Facts) -> None:
 
 
 def _check_hashes(folder: Path) -> None:
-    """UserError where a file is not as `save_target` wrote it; nothing where it wrote no hashes."""
+    """UserError if a file is not as `save_target` wrote it; a folder without recorded hashes passes."""
     path = folder / HASHES_FILE
     if not os.path.lexists(path):
         return
@@ -116,13 +125,15 @@ def _check_hashes(folder: Path) -> None:
     stored = read_object(path, expected="hashes of a model's files")
     check_fields({"": stored}, {"": object_of(text())}, str(path))
     for name, written in stored.items():
+        # A name with a folder in it would reach outside of the model.
         if Path(name).name != name or not (folder / name).is_file() or file_hash(folder / name) != written:
             raise UserError(f"{folder / name} is not the file that was written ({path.name}); copy the folder again.")
 
 
 def _check_hub_names(folder: Path) -> None:
-    """UserError where a file of the hub's cache, which is named by the sha256 of its content, has another."""
+    """UserError if a file of the hub's cache does not have the sha256 that is its name."""
     for path in sorted(folder.glob("*.safetensors")):
+        # The cache links a readable name to a file that is named by its content.
         named = path.resolve().name
         if re.fullmatch(r"[0-9a-f]{64}", named):
             with open(path, "rb") as handle:
@@ -133,7 +144,7 @@ def _check_hub_names(folder: Path) -> None:
 
 def _check_finite(tensors: TensorFolder) -> None:
     for name in sorted(tensors.names):
-        # Of quantised ones the scales are read; codes are whole numbers or always finite.
+        # Quantised tensors are covered by their scales: codes are integers, or always finite.
         found = tensors.raw(name)
         if not all_finite(np.ascontiguousarray(found[:] if found.get_shape() else found[...])):
             raise UserError(f"Tensor {name} in {tensors.folder} holds values that are not finite; copy it again.")
@@ -167,6 +178,8 @@ def _cache(folder: Path, facts: Facts) -> None:
             facts["target weights xxh3"] = built.get("weights_xxh3", "not recorded")
 
     facts["sources sha256"] = cache.spec.sources_sha256 or "not recorded"
+
+    # Checksums first; reading every sample then checks that it can be decoded as well.
     if isinstance(cache, TargetCache):
         cache.verify()
 
@@ -204,6 +217,7 @@ def _conversations(path: Path, facts: Facts) -> None:
         if isinstance(made, Mapping):
             facts |= {name: value for name, value in made.items() if isinstance(value, str | int | float)}
 
+    # Reading them all checks every line.
     facts["conversations"] = sum(1 for _ in read_conversations(path))
     if os.path.lexists(metrics):
         counted = read_object(metrics, expected="the counts of conversations")
@@ -224,6 +238,7 @@ def _conversations(path: Path, facts: Facts) -> None:
 def _calibration(path: Path, facts: Facts) -> None:
     path = path / STS_FILE if path.is_dir() else path
     facts["positions"] = len(read_sts(path).temperatures)
+    # Tables of other programs have no record of what they were fitted on.
     if "valid_for" in read_object(path):
         _, made_for = read_sealed(path)
         facts |= {name: made_for[name] for name in ("target_name", "drafter_name", "temperature") if name in made_for}

@@ -1,4 +1,4 @@
-"""Strict readers of what comes from outside: JSON files, JSON lines, safetensors headers, and typed fields of objects.
+"""Strict readers of external input: JSON files, JSON lines, safetensors headers, and typed fields of objects.
 
 Every fault is a `UserError` of one sentence: the file, the field, what was found, what was expected, what to do. A
 value is returned whole or not at all.
@@ -136,7 +136,7 @@ def read_records(path: str | Path, *, limit: int = 1 << 30) -> list[Object]:
 
 
 class _Refused(Exception):
-    """Found by a hook of the JSON parser, which knows no path."""
+    """Raised by hooks of the JSON parser, which don't know the file's path."""
 
 
 def _refuse_constant(name: str) -> Any:
@@ -189,7 +189,7 @@ def _check_tree(value: Any, fail: Callable[[str], UserError]) -> None:
 
 @dataclass(frozen=True)
 class Check:
-    """The values that a field may hold: `holds(value)` decides, `expected` names them in a sentence."""
+    """A condition on a field's value: `holds(value)` decides, `expected` describes the values in a sentence."""
 
     expected: str
     holds: Callable[[Any], bool]
@@ -281,7 +281,7 @@ def check_fields(
 
 
 def require_object(value: Any, where: str, *, cure: str = COPY_AGAIN) -> Mapping[str, Any]:
-    """`value` where it is an object, UserError otherwise."""
+    """`value` if it is an object; UserError otherwise."""
     if not isinstance(value, Mapping):
         raise UserError(f"{where} is {kind_of_value(value)}; expected an object; {cure}.")
     return value

@@ -26,7 +26,7 @@ def listing(rows: Mapping[str, Any]) -> str:
 
 
 def acceptance_plot(path: Path, temperatures: Mapping[str, Mapping[str, Any]]) -> None:
-    """Conditional acceptance by block position, a line a domain, a panel a temperature."""
+    """Conditional acceptance by block position, with a line for each domain and a panel for each temperature."""
     plt = pyplot()
     count = len(temperatures)
     figure, panels = plt.subplots(1, count, figsize=(5 * count, 3.6), squeeze=False, sharey=True)
@@ -34,6 +34,7 @@ def acceptance_plot(path: Path, temperatures: Mapping[str, Mapping[str, Any]]) -
     for panel, (key, rows) in zip(panels[0], temperatures.items(), strict=True):
         for domain, row in rows.items():
             rates = row["conditional"]
+            # The pool of all domains stands out from the lines that it is made of.
             style = {"color": "black", "linestyle": "--"} if domain == "all" else {}
             panel.plot(range(1, len(rates) + 1), rates, marker="o", label=f"{domain} (τ = {row['tau']:.2f})", **style)
 
@@ -59,6 +60,7 @@ def training_plot(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
     panels[0].legend(fontsize=8)
     panels[1].plot(steps, [record["tau_probabilistic"] for record in records])
+    # Positions are counted from 0 in records, from 1 in the paper's figures.
     positions = [name for name in (records[0] if records else {}) if name.startswith("accept_rate@")]
 
     for name in positions:
@@ -74,12 +76,13 @@ def training_plot(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
 
 def reliability_plot(path: Path, sets: Mapping[str, Mapping[str, Any]]) -> None:
-    """Share accepted against predicted survival, before calibration and, where it is known, after (Figure 6)."""
+    """Accepted share against predicted survival, before calibration and, if known, after (the paper's Figure 6)."""
     plt = pyplot()
     stages = [stage for stage in ("before", "after") if any(stage in found for found in sets.values())]
     figure, panels = plt.subplots(1, len(stages), figsize=(4.6 * len(stages), 4.2), squeeze=False, sharey=True)
 
     for panel, stage in zip(panels[0], stages, strict=True):
+        # The diagonal is perfect calibration.
         panel.plot([0, 1], [0, 1], color="black", linewidth=0.8)
         for name, found in sets.items():
             points = found[stage]["reliability"]
@@ -96,10 +99,11 @@ def reliability_plot(path: Path, sets: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def threshold_plot(path: Path, sets: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
-    """Accepted length, and the share of verified tokens that is committed, by confidence threshold (Figure 5)."""
+    """Accepted length and committed share of verified tokens, by confidence threshold (the paper's Figure 5)."""
     plt = pyplot()
     figure, panels = plt.subplots(1, 2, figsize=(10, 3.8))
     for name, rows in sets.items():
+        # JSON objects have text as keys.
         thresholds = [float(value) for value in rows]
         for panel, key in zip(panels, ("tau", "verify_rate"), strict=True):
             panel.plot(thresholds, [row[key] for row in rows.values()], marker="o", label=name)
@@ -114,7 +118,8 @@ def threshold_plot(path: Path, sets: Mapping[str, Mapping[str, Mapping[str, Any]
 
 
 def throughput_plot(path: Path, closed: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
-    """Tokens a second of all users against one user's, a line a strategy, a point a concurrency (Figure 7)."""
+    """Tokens a second of all users against one user's: a line for each strategy, a point for each concurrency (the
+    paper's Figure 7)."""
     plt = pyplot()
     figure, panel = plt.subplots(figsize=(6, 4.4))
     for strategy in next(iter(closed.values())):
@@ -129,7 +134,7 @@ def throughput_plot(path: Path, closed: Mapping[str, Mapping[str, Mapping[str, f
 
 
 def budget_plot(path: Path, closed: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
-    """Throughput and tokens verified per request and round, by the number of users (Figure 8)."""
+    """Throughput, and tokens verified per request and round, by the number of users (the paper's Figure 8)."""
     plt = pyplot()
     figure, panels = plt.subplots(1, 2, figsize=(11, 4))
     users = [int(count) for count in closed]
@@ -148,7 +153,7 @@ def budget_plot(path: Path, closed: Mapping[str, Mapping[str, Mapping[str, float
 
 
 def pyplot() -> Any:
-    """matplotlib without a display; imported where something is drawn."""
+    """matplotlib.pyplot without a display, imported on the first plot."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -161,5 +166,6 @@ def save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
     with replacing(path) as temporary:
+        # The temporary name ends in .tmp, so the format cannot be read off it.
         figure.savefig(temporary, dpi=110, format=path.suffix.removeprefix("."))
     pyplot().close(figure)

@@ -24,8 +24,8 @@ MESH_AXES = ("data", "fsdp", "tensor")
 class ShardingRules:
     """Logical axis -> mesh axis (None: replicated). `batch` may name several mesh axes.
 
-    `fsdp` splits what lies on a device between uses, `tensor` the work itself: heads, MLPs and the vocabulary's rows of
-    embedding and head. The Markov tables [V, R] are whole by default, so that no drafted token waits for a collective;
+    `fsdp` splits storage between uses, `tensor` the computation: heads, MLPs and the vocabulary rows of embedding and
+    head. The Markov tables [V, R] are whole by default, so that no drafted token waits for a collective;
     `sharded_markov` splits them like the rest.
     """
 
@@ -42,7 +42,11 @@ class ShardingRules:
     rank: str | None = None
 
     def spec(self, axes: Sequence[str | None]) -> PartitionSpec:
-        """PartitionSpec of an array with these logical axes; UserError if two of them land on one mesh axis."""
+        """The PartitionSpec of an array with these logical axes.
+
+        Raises:
+            UserError: an unknown logical axis, or two of one array on the same mesh axis.
+        """
         known = {field.name for field in fields(self)}
         taken: dict[str, str] = {}
         entries: list[Any] = []
@@ -52,6 +56,8 @@ class ShardingRules:
                 raise UserError(f"ShardingRules has no logical axis {axis!r}; it knows {', '.join(sorted(known))}.")
 
             entry = None if axis is None else getattr(self, axis)
+
+            # A mesh axis can split one dimension of an array only.
             for mesh_axis in (entry,) if isinstance(entry, str) else entry or ():
                 if mesh_axis in taken:
                     raise UserError(
@@ -69,13 +75,13 @@ class ShardingRules:
         return NamedSharding(mesh, self.spec([None] * leading + ["batch"] + [None] * (ndim - leading - 1)))
 
     def row_groups(self, mesh: AnyMesh) -> int:
-        """Devices, or groups of them, that the rows of a batch are spread over."""
+        """The number of devices, or of groups of devices, that the rows of a batch are split over."""
         return math.prod(mesh.shape[axis] for axis in self.batch or ())
 
     def local_rows(self, mesh: Mesh, rows: int) -> tuple[int, ...]:
-        """Those rows of a batch that this process's devices hold, ascending: all of them where it is the only one.
+        """The rows of a batch that this process's devices hold, ascending; all of them in a single process.
 
-        Where an axis that splits no rows goes over processes, several hold the same.
+        Several processes hold the same rows if a mesh axis that splits no rows extends over processes.
         """
         spans = self.rows(mesh, 1).addressable_devices_indices_map((rows,)).values()
         return tuple(sorted({row for index in spans if index for row in range(*index[0].indices(rows))}))
@@ -86,7 +92,11 @@ class ShardingRules:
 
 
 def mesh_shape(devices: int, data: int = -1, fsdp: int = 1, tensor: int = 1) -> tuple[int, int, int]:
-    """Sizes of `MESH_AXES` on so many devices; a size of -1 takes those left. UserError if they don't divide."""
+    """The sizes of `MESH_AXES` on `devices` devices; a size of -1 takes those left.
+
+    Raises:
+        UserError: the sizes don't multiply to the number of devices, or more than one is -1.
+    """
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     open_axes = [name for name, size in sizes.items() if size == -1]
     if len(open_axes) > 1:
@@ -108,7 +118,7 @@ def mesh_shape(devices: int, data: int = -1, fsdp: int = 1, tensor: int = 1) -> 
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Mesh with the axes `MESH_AXES`, of `mesh_shape`."""
+    """A mesh with the axes `MESH_AXES` over `devices` (None: all), its sizes as `mesh_shape` resolves them."""
     devices = list(devices if devices is not None else jax.devices())
     shape = mesh_shape(len(devices), data, fsdp, tensor)
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
@@ -121,7 +131,7 @@ def abstract_mesh(devices: int, data: int = -1, fsdp: int = 1, tensor: int = 1) 
 
 
 def mesh_of_several(settings: MeshSettings) -> Mesh | None:
-    """The mesh of the settings; None on a single device, where nothing is placed. UserError if sizes don't fit."""
+    """The mesh of the settings, None on a single device; UserError if the sizes don't fit."""
     if jax.device_count() == 1:
         return None
     return make_mesh(settings.data, settings.fsdp, settings.tensor)
@@ -129,6 +139,7 @@ def mesh_of_several(settings: MeshSettings) -> Mesh | None:
 
 def parameter_mesh(params: dict) -> Mesh | None:
     """The mesh that parameters were loaded over, None when one device holds them."""
+    # One leaf speaks for all: loading lays every parameter over the same mesh.
     sharding = jax.tree.leaves(params)[0].sharding
     if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh) or sharding.mesh.size == 1:
         return None
@@ -136,14 +147,14 @@ def parameter_mesh(params: dict) -> Mesh | None:
 
 
 def require_rows(option: str, rows: int, mesh: Mesh | None) -> None:
-    """UserError unless the devices of a mesh can share so many rows evenly."""
+    """UserError, naming the option, unless `rows` divide evenly over the row groups of a mesh."""
     groups = 1 if mesh is None else ShardingRules().row_groups(mesh)
     if rows % groups:
         raise UserError(f"{option} is {rows}, which {groups} devices cannot share evenly; expected a multiple of them.")
 
 
 def param(array: jax.Array, *axes: str | None) -> nnx.Param:
-    """A parameter that remembers the logical name of each of its dimensions."""
+    """A parameter with a logical axis name for each of its dimensions; ValueError if their numbers differ."""
     if len(axes) != array.ndim:
         raise ValueError(f"{len(axes)} axis names for an array of shape {array.shape}")
     return nnx.Param(array, logical_axes=axes)
@@ -156,7 +167,7 @@ def split(module: nnx.Module) -> tuple[nnx.GraphDef, dict]:
 
 
 def parameter_shardings(module: nnx.Module, mesh: AnyMesh, rules: ShardingRules) -> dict:
-    """Nested dict, shaped like `split(module)[1]`, of the `array_sharding` of every parameter."""
+    """The `array_sharding` of every parameter, in a nested dict of the structure of `split(module)[1]`."""
     _, state = nnx.split(module, nnx.Param)
     flat = {}
     for path, variable in nnx.to_flat_state(state):
@@ -167,8 +178,11 @@ def parameter_shardings(module: nnx.Module, mesh: AnyMesh, rules: ShardingRules)
 def array_sharding(
     shape: Sequence[int], axes: Sequence[str | None], mesh: AnyMesh, rules: ShardingRules
 ) -> NamedSharding:
-    """Sharding of an array with these logical axes. A dimension that its mesh axis does not divide evenly is
-    replicated: small norms and odd vocabularies need no rule."""
+    """The sharding of an array with these logical axes.
+
+    A dimension that its mesh axis does not divide evenly is replicated, so small norms and odd vocabularies need no
+    rule of their own.
+    """
 
     def size(entry: Any) -> int:
         return math.prod(mesh.shape[name] for name in _names(entry))
@@ -178,8 +192,10 @@ def array_sharding(
 
 
 def gathered(sharding: NamedSharding, rules: ShardingRules) -> NamedSharding:
-    """The sharding while a step computes: what is split over the batch's axes, for storage only, is whole; what
-    another axis splits stays."""
+    """The sharding of a stored array while a step uses it.
+
+    Splits over the batch's axes save storage alone and are gathered; splits over other axes divide work and stay.
+    """
     stored = set(rules.batch or ())
     entries = (None if stored & set(_names(entry)) else entry for entry in sharding.spec)
     return NamedSharding(sharding.mesh, PartitionSpec(*entries))
@@ -190,7 +206,7 @@ def _names(entry: Any) -> tuple[str, ...]:
 
 
 def batch_shardings(batch: Mapping[str, Any], mesh: AnyMesh, rules: ShardingRules) -> dict:
-    """NamedSharding of every batch array: the leading dimension over the rules' batch axes, the rest whole."""
+    """The sharding of every array of a batch: its leading dimension over the rules' batch axes, the others whole."""
     return {key: rules.rows(mesh, value.ndim) for key, value in batch.items()}
 
 
