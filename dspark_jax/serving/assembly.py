@@ -1,4 +1,4 @@
-"""What an engine is put together from: the policy that its settings name, its cost table, the compiled loop's shape."""
+"""Assembly of an engine: resolves the named verify policy, its cost table, and the shape of the compiled loop."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,18 +19,19 @@ from dspark_jax.serving.temperatures import read_calibration, validity
 from dspark_jax.sharding import parameter_mesh
 from dspark_jax.targets.target import Target
 
+# Cache sizes are rounded up to this many positions, so that engines of similar size share compiled programs.
 CACHE_MULTIPLE = 64
 WHOLE_BLOCKS = Fixed()
 
 
 @dataclass(frozen=True)
 class Assembly:
-    """A loop and its weights. `drafter` is None where the policy leaves it out; `why`: one line on the policy."""
+    """A loop, its arguments, and the reason for its policy."""
 
-    drafter: Drafter | None
+    drafter: Drafter | None  # None also where the policy leaves the given one out
     loop: DecodeLoop
     params: LoopParams
-    why: str
+    why: str  # one line: the policy, and why it was chosen
 
     @classmethod
     def of(
@@ -42,10 +43,17 @@ class Assembly:
         strategy: VerifyPolicy | None = None,
         tables: ScheduleTables | None = None,
     ) -> "Assembly":
-        """What `config` asks for; `strategy` and `tables`, where given, are taken instead of the named and measured.
+        """Assemble what `config` asks for.
 
+        Args:
+            target: the model that decides.
+            drafter: proposes; None: plain decoding.
+            config: shapes, policy by name, files of tables.
+            sampling: default settings of requests, under which rounds are measured and calibrations are valid.
+            strategy: a policy instead of the one named.
+            tables: costs and temperatures instead of measured and read ones.
         Raises:
-            UserError: files that don't fit, buckets that don't, or no `longest`.
+            UserError: files or buckets that don't fit, or no `longest`.
         """
         plain = cls(None, make_loop(target, None, _plain(config)), LoopParams(target.params, {}), "")
         if drafter is None:
@@ -60,12 +68,15 @@ class Assembly:
         if not policy.needs_tables:
             return cls(drafter, loop, params, f"{name}: as asked")
 
-        # Before a state exists: a profile makes one of its own, which memory may not have room for twice.
+        # Before the engine's state exists: profiling allocates one of its own, and memory may not hold two.
         if tables is None:
             costs = _costs(loop, params, config, sampling)
             tables = ScheduleTables.of(costs, temperatures_of(target, drafter, sampling, config.sts))
+
+        # Only "auto" may give up the drafter: an explicit choice is respected even where it cannot pay.
         if strategy is not None or config.policy != "auto":
             return cls(drafter, loop, params._replace(tables=tables), f"{name}: as asked")
+
         worth = drafting_worth(tables.costs, loop)
         if worth.best_speedup <= 1:
             return replace(plain, why=f"plain decoding: drafting cannot pay here, since {worth}")
@@ -74,11 +85,10 @@ class Assembly:
 
 @dataclass(frozen=True)
 class DraftingWorth:
-    """Of a cost table: plain rounds that a round of whole blocks takes, for every slot, and the most that drafting
-    could gain over plain decoding, for one request or for all, if every draft were accepted."""
+    """Bounds that a cost table sets on drafting."""
 
-    plain_rounds: float
-    best_speedup: float
+    plain_rounds: float  # duration of a round that verifies whole blocks in all slots, in plain rounds
+    best_speedup: float  # over plain decoding if every draft were accepted, for one request or for all
 
     def __str__(self) -> str:
         return (
@@ -88,35 +98,47 @@ class DraftingWorth:
 
 
 def drafting_worth(costs: CostTable, loop: DecodeLoop) -> DraftingWorth:
-    """Means over the contexts that were measured."""
+    """Bounds by a measured table, as means over its contexts."""
     rungs = np.asarray(costs.tokens)
     verify = np.asarray(costs.verify).mean(axis=0)
     plain = float(verify[0] if costs.plain is None else np.asarray(costs.plain).mean())
     drafting = float(np.asarray(costs.drafting).mean())
+
+    # A round of j drafts commits at most j + 1 tokens a request; plain decoding takes j + 1 rounds for them.
     speedups = []
     for requests in {1, loop.requests}:
         for drafts in range(1, loop.width):
             rung = int(np.searchsorted(rungs, min(requests * (drafts + 1), rungs[-1])))
             speedups.append((drafts + 1) * plain / (drafting + verify[rung]))
+
     return DraftingWorth((drafting + verify[-1]) / plain, max(speedups))
 
 
 def make_loop(
     target: Target, drafter: Drafter | None, config: EngineConfig, policy: VerifyPolicy = WHOLE_BLOCKS
 ) -> DecodeLoop:
-    """The loop for these settings; a slot holds `longest` positions and the widest write behind them.
+    """The loop for these settings; a slot holds `longest` positions and the widest write after them.
 
+    Args:
+        target: its graph definition, mesh and tokenizer enter the loop.
+        drafter: None: no drafts, one row per request.
+        config: slots, longest, buckets, stop_slots.
+        policy: verify policy.
     Raises:
         UserError: no `longest`, or buckets that don't fit.
     """
     if config.longest is None:
         raise UserError("An engine needs to know how long requests may become: give longest, in positions.")
+
     block = 0 if drafter is None else drafter.config.block_size
+
     buckets = config.buckets or bucket_ladder(config.slots, block + 1)
     if buckets[-1] != config.slots * (block + 1) or list(buckets) != sorted(set(buckets)):
         raise UserError(
             f"Token buckets {buckets} must ascend and end at slots x (block + 1), {config.slots * (block + 1)}."
         )
+
+    # A write that does not fit would be moved left over live rows, hence the room for a whole block at the end.
     return DecodeLoop(
         target=target.graphdef,
         drafter=None if drafter is None else drafter.graphdef,
@@ -133,17 +155,18 @@ def make_loop(
 
 
 def words_of(target: Target) -> int | None:
-    """How many ids the tokenizer knows, counted to its largest; None without one. Some targets pad their tables."""
+    """One more than the tokenizer's largest id, at most V; None without a tokenizer. Some targets pad their tables
+    beyond it (docs/algorithm.md, rule 106)."""
     if target.tokenizer is None:
         return None
     return min(max(target.tokenizer.get_vocab().values()) + 1, target.config.vocab_size)
 
 
 def temperatures_of(target: Target, drafter: Drafter, sampling: SamplingParams, sts: Path | None) -> tuple[float, ...]:
-    """[K] temperatures of the confidence logits: of sts.json, else ones.
+    """[K] temperatures of the confidence logits: those of sts.json, or ones without a file.
 
     Raises:
-        UserError: a table that was calibrated for something else.
+        UserError: a table that was calibrated for other weights or sampling settings.
     """
     if sts is None:
         return (1.0,) * drafter.config.block_size
@@ -151,9 +174,11 @@ def temperatures_of(target: Target, drafter: Drafter, sampling: SamplingParams, 
 
 
 def costs_of(sps: Path, requests: int, buckets: tuple[int, ...]) -> CostTable:
-    """Seconds of a round at each bucket: of a profile of this project, or of sps.json as servers write it."""
+    """Seconds of a round at each bucket, from a profile measured by this project or an sps.json in the form that other
+    servers use (docs/algorithm.md, rule 95)."""
     if "profile" in read_object(sps):
         return Profile.read(sps).cost_table()
+
     table = read_sps(sps)
     if isinstance(table, SpsTable):
         seconds = [1.0 / table.steps_per_second(tokens) for tokens in buckets]
@@ -169,5 +194,5 @@ def _costs(loop: DecodeLoop, params: LoopParams, config: EngineConfig, sampling:
 
 
 def _plain(config: EngineConfig) -> EngineConfig:
-    """For a loop without a drafter, whose one bucket is its slots."""
+    """Settings of a loop without a drafter: the given buckets are for blocks, its only bucket is its slots."""
     return replace(config, buckets=None)

@@ -1,4 +1,4 @@
-"""Prompts cut into chunks of compiled widths, and the arrays that take a chunk to the device."""
+"""Cuts prompts into chunks of compiled widths, and builds the arrays that take a chunk to the device."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,23 +14,32 @@ from dspark_jax.serving.settings import EngineConfig
 
 
 def prompt_bucket(config: EngineConfig, size: int, start: int, tokens: int) -> int:
-    """The compiled width for the next chunk of a prompt with `tokens` left from position `start` on: a power of two
-    times the smallest, at most a chunk, and no wider than a slot of `size` has room for."""
+    """Compiled width of a prompt's next chunk: the smallest width times a power of two, at most a chunk, and no wider
+    than the slot has room for.
+
+    Args:
+        config: smallest_prompt_bucket and prefill_chunk.
+        size: positions of a slot.
+        start: position of the chunk.
+        tokens: prompt tokens left from there on.
+    """
     bucket = config.smallest_prompt_bucket
     while bucket < min(tokens, config.prefill_chunk):
         bucket *= 2
+
     # Clamped last: a chunk's junk must not wrap over what the slot holds, and one token is sampled behind it.
     return min(bucket, config.prefill_chunk, size - 1 - start)
 
 
 def next_chunk(loop: DecodeLoop, width: int, entering: Sequence[tuple[int, Job, int]]) -> Admission:
-    """numpy arrays: for each (slot, job, start) the prompt's tokens from `start` on, at most `width` of them."""
+    """An Admission of numpy arrays: for each (slot, job, start) the prompt's tokens from `start` on, up to `width`."""
     jobs = [job for _, job, _ in entering]
     settings = [job.sampling for job in jobs]
 
     def column(values: Any, dtype: Any = np.int32) -> Any:
         return np.asarray(values, dtype)
 
+    # [A], [A, T] and [A, E]; rows are padded on the right, stop tokens with -1, which no token equals.
     starts, counts = column([start for _, _, start in entering]), column([0] * len(jobs))
     tokens = column(np.zeros((len(jobs), width)))
     stops = column(np.full((len(jobs), loop.stop_slots), -1))
@@ -38,6 +47,7 @@ def next_chunk(loop: DecodeLoop, width: int, entering: Sequence[tuple[int, Job, 
         chunk = job.prompt[start : start + width]
         tokens[row, : len(chunk)], counts[row] = chunk, len(chunk)
         stops[row, : len(job.sampling.stop_tokens or ())] = job.sampling.stop_tokens or ()
+
     most = loop.block
     return Admission(
         slots=column([slot for slot, _, _ in entering]),
@@ -51,7 +61,7 @@ def next_chunk(loop: DecodeLoop, width: int, entering: Sequence[tuple[int, Job, 
         keys=column([job.seed_words for job in jobs], np.uint32),
         sampling=SamplingArrays(
             column([s.temperature for s in settings], np.float32),
-            column([min(s.top_k, 2**31 - 1) for s in settings]),
+            column([min(s.top_k, 2**31 - 1) for s in settings]),  # any int is legal, int32 is compiled
             column([s.top_p for s in settings], np.float32),
             column([s.min_p for s in settings], np.float32),
         ),
@@ -59,21 +69,23 @@ def next_chunk(loop: DecodeLoop, width: int, entering: Sequence[tuple[int, Job, 
 
 
 def blank_chunk(loop: DecodeLoop, rows: int, width: int) -> Admission:
-    """A chunk of nothing, for slot 0, which it leaves inactive."""
+    """A chunk to compile with: one token for slot 0, never final, so that the slot stays inactive."""
     job = Job(0, (0,), SamplingParams(max_new_tokens=1), (0, 0), 1)
     batch = next_chunk(loop, width, [(0, job, 0)] * rows)
     return batch._replace(final=batch.final & False)
 
 
 def chunk_widths(config: EngineConfig, size: int, longest: int) -> tuple[set[int], set[int]]:
-    """(widths of first chunks, widths of later ones) that prompts of up to `longest` tokens can meet."""
+    """(widths of first chunks, widths of later chunks) that prompts of up to `longest` tokens can need."""
     chunk = config.prefill_chunk
     first: set[int] = set()
     later: set[int] = set()
     for length in range(1, longest + 1):
         first.add(prompt_bucket(config, size, 0, length))
         if length > chunk:
+            # The last chunk holds the remainder; those between it and the first are whole.
             last = (length - 1) // chunk * chunk
             later.add(prompt_bucket(config, size, last, length - last))
             later |= {chunk} if last > chunk else set()
+
     return first, later

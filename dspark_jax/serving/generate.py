@@ -1,4 +1,4 @@
-"""Whole lists of prompts through an engine of their own: `generate` and `stream`."""
+"""Decodes lists of prompts with an engine made for them: `generate` and `stream`."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -12,7 +12,7 @@ from dspark_jax.serving.settings import DEFAULT_ENGINE, EngineConfig
 from dspark_jax.targets.target import Target
 
 SMALLEST = 256
-"""Positions of the shortest requests where the engine profiles itself."""
+"""Least positions of a slot where the engine profiles itself, so that all short prompts share one profile."""
 
 
 def generate(
@@ -22,13 +22,13 @@ def generate(
     sampling: SamplingParams = DEFAULT_SAMPLING,
     engine: EngineConfig = DEFAULT_ENGINE,
 ) -> list[Generation]:
-    """Decodes every prompt.
+    """Decode every prompt.
 
     Args:
         target: the model that decides.
         drafter: proposes; None: plain decoding.
         prompts: texts, token ids, lists of chat messages, or Requests with settings of their own.
-        sampling: of every prompt that brings none of its own.
+        sampling: settings of every prompt that has none of its own.
         engine: slots, verify policy and the rest.
     Returns:
         The generations in the order of the prompts.
@@ -47,25 +47,26 @@ def stream(
     sampling: SamplingParams = DEFAULT_SAMPLING,
     engine: EngineConfig = DEFAULT_ENGINE,
 ) -> Iterator[Progress]:
-    """Decodes every prompt and yields what each gains, dispatch by dispatch.
+    """Decode every prompt and yield its new tokens, dispatch by dispatch.
 
     Args:
         target: the model that decides.
         drafter: proposes; None: plain decoding.
-        prompts: as of `generate`.
-        sampling: of every prompt that brings none of its own.
+        prompts: as for `generate`.
+        sampling: settings of every prompt that has none of its own.
         engine: slots, verify policy and the rest.
     Returns:
         An iterator over the requests' Progress; the last one of a request carries its Generation.
     Raises:
-        UserError: as `generate`, when it is called and not when the iterator is.
+        UserError: as for `generate`, at the call and not at the first item.
     """
+    # Not a generator function: it would check nothing until the first item is asked for.
     made = engine_for(target, drafter, prompts, sampling, engine)
     return iter(()) if made is None else drain(made)
 
 
 def drain(engine: Engine) -> Iterator[Progress]:
-    """Steps an engine until no request is open."""
+    """Step an engine until no request is open, and yield each Progress."""
     while not engine.idle:
         yield from engine.step()
 
@@ -77,13 +78,27 @@ def engine_for(
     sampling: SamplingParams = DEFAULT_SAMPLING,
     config: EngineConfig = DEFAULT_ENGINE,
 ) -> Engine | None:
-    """An engine as large as these requests need, which are submitted under their places in the list; None for an
-    empty list. `config.longest`, where it is given, is kept; a bound of the queue is not."""
+    """An engine as large as these requests need, with all of them submitted.
+
+    Args:
+        target: the model that decides.
+        drafter: proposes; None: plain decoding.
+        prompts: as for `generate`; each is submitted under its place in the list.
+        sampling: settings of every prompt that has none of its own.
+        config: `longest` is kept if given; `slots` is an upper bound; `queue` is ignored, since the list is finite.
+    Returns:
+        The engine; None for an empty list.
+    Raises:
+        UserError: as for `generate`.
+    """
     requests = listed_requests(target, prompts)
     if not requests:
         return None
+
+    # Checked before the engine is built, which may compile and profile for minutes.
     jobs = [make_job(target, sampling, index, request) for index, request in enumerate(requests)]
     slots, longest = min(config.slots, len(jobs)), config.longest or max(job.longest for job in jobs)
+
     buckets = config.buckets
     if drafter is not None and config.longest is None and config.policy == "auto":
         # A profile is of one shape: rounded up, many lists of prompts share one, and its compiled programs.
@@ -92,6 +107,7 @@ def engine_for(
         # Every request always verifies one length: a bucket that no round can need would only cost compile time.
         whole = all(job.sampling.verify_length is None for job in jobs)
         buckets = (slots * (drafter.config.block_size + 1),) if whole else None
+
     stops = max(1, *(len(job.sampling.stop_tokens or ()) for job in jobs))
     made = Engine(
         target,
@@ -99,6 +115,7 @@ def engine_for(
         replace(config, slots=slots, longest=longest, buckets=buckets, queue=None, stop_slots=stops),
         sampling,
     )
+
     for index, request in enumerate(requests):
         made.submit(index, request)
     return made

@@ -1,7 +1,7 @@
-"""Requests made ready for an engine: prompts tokenised, settings filled in, and everything checked.
+"""Prepares requests for an engine: tokenises prompts, fills in settings, and checks everything.
 
-Every check stands here, before a request is queued: a bad value that reached the compiled loop would fail the dispatch
-of all the others.
+All checks are made here, before a request is queued: a bad value that reached the compiled loop would fail the dispatch
+of all other requests.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,31 +19,37 @@ from dspark_jax.targets.target import Target
 
 @dataclass(frozen=True)
 class Job:
-    """A request as an engine runs it. `sampling` has its stop tokens filled in, `seed_words` is the 64-bit seed, and
-    `longest` the length, prompt included, at which the request ends."""
+    """A checked request, as an engine runs it."""
 
     index: int
-    prompt: tuple[int, ...]
-    sampling: SamplingParams
-    seed_words: tuple[int, int]
-    longest: int
+    prompt: tuple[int, ...]  # token ids
+    sampling: SamplingParams  # with its stop tokens filled in
+    seed_words: tuple[int, int]  # (high, low) words of the 64-bit seed
+    longest: int  # positions, prompt included, at which the request ends
 
     def after(self, tokens: Sequence[int]) -> "Job":
-        """The rest of the request once `tokens` have been decoded."""
+        """The rest of the request after `tokens` have been decoded; they join the prompt, and `longest` stays."""
         return replace(self, prompt=(*self.prompt, *tokens))
 
 
 def make_job(target: Target, sampling: SamplingParams, index: int, request: Request) -> Job:
-    """A checked request; `sampling` is what it has where it brings no settings of its own.
+    """Check a request and prepare it for an engine.
 
+    Args:
+        target: the model that decides.
+        sampling: settings of a request that has none of its own.
+        index: a whole number that names the request.
+        request: a prompt of any form, with or without settings.
     Raises:
         UserError: a request that this target cannot decode, in a sentence that names it.
     """
+    # bool is a subclass of int, so it has to be excluded by name.
     if isinstance(index, bool | np.bool_) or not isinstance(index, int | np.integer):
         raise UserError(f"A request was given the index {index!r}; expected a whole number.")
     index, who = int(index), f"Request {index}"
     if not isinstance(request, Request):
         raise UserError(f"{who} is a {type(request).__name__}; wrap its prompt in a Request.")
+
     own = request.sampling is not None
     if own and not isinstance(request.sampling, SamplingParams):
         raise UserError(f"{who} has sampling = {request.sampling!r:.80}; expected SamplingParams.")
@@ -53,6 +59,8 @@ def make_job(target: Target, sampling: SamplingParams, index: int, request: Requ
     if settings.stop and target.tokenizer is None:
         raise UserError(f"{who} has stop texts, but {target.name} has no tokenizer files; give stop_tokens instead.")
     _require_fit(target, prompt, settings, who)
+
+    # None means the target's own stop tokens, while () means none at all.
     stops = target.stop_tokens if settings.stop_tokens is None else settings.stop_tokens
     settings = replace(settings, stop_tokens=tuple(stops))
     return Job(index, prompt, settings, seed_words(settings, index, own), len(prompt) + settings.max_new_tokens)
@@ -62,12 +70,14 @@ def listed_requests(target: Target, prompts: Sequence[Prompt | Request]) -> list
     """The prompts of a call as requests, tokenised.
 
     Raises:
-        UserError: what is no list of prompts, such as one bare text, or a prompt that cannot be tokenised.
+        UserError: anything but a list of prompts, such as one bare text, or a prompt that cannot be tokenised.
     """
+    # A text is a sequence too, of one prompt a character, which is never meant.
     if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Sequence | np.ndarray):
         raise UserError(
             f"prompts is a {type(prompts).__name__}; expected a list of prompts: put a single one in a list."
         )
+
     requests = [p if isinstance(p, Request) else Request(p) for p in prompts]
     return [
         replace(request, prompt=tokenize_prompt(target, request.prompt, f"Request {i}", request.thinking))
@@ -76,14 +86,20 @@ def listed_requests(target: Target, prompts: Sequence[Prompt | Request]) -> list
 
 
 def tokenize_prompt(target: Target, prompt: Prompt, who: str = "A prompt", thinking: bool = False) -> tuple[int, ...]:
-    """Token ids of a prompt: ids as they are, text as it is, chat messages through the tokenizer's template.
+    """Token ids of a prompt: ids unchanged, text without special tokens, chat messages through the chat template.
 
+    Args:
+        target: its tokenizer is used.
+        prompt: text, token ids or chat messages.
+        who: names the prompt in errors.
+        thinking: value of the chat template's switch.
     Raises:
-        UserError: what is none of them, or text that is no Unicode.
+        UserError: a prompt of another form, or text that is not valid Unicode.
     """
     if not isinstance(prompt, str):
         if isinstance(prompt, bytes | bytearray | Mapping) or not isinstance(prompt, Sequence | np.ndarray):
             raise UserError(f"{who} is a {type(prompt).__name__}; expected text, token ids or a list of chat messages.")
+        # Ids need no tokenizer; an empty list counts as ids and is refused as an empty prompt later.
         whole = [isinstance(t, int | np.integer) and not isinstance(t, bool | np.bool_) for t in prompt]
         if all(whole):
             return tuple(map(int, prompt))  # type: ignore[arg-type]
@@ -91,11 +107,14 @@ def tokenize_prompt(target: Target, prompt: Prompt, who: str = "A prompt", think
             raise UserError(
                 f"{who} is neither text, nor a list of token ids, nor a list of {{'role', 'content'}} messages."
             )
+
     if target.tokenizer is None:
         raise UserError(f"{target.name} has no tokenizer files; give prompts as token ids, or add tokenizer.json.")
+
     if isinstance(prompt, str):
         _require_unicode(prompt, who)
         return tuple(target.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+
     try:
         return tuple(encode_prompt(target.tokenizer, [_joined(turn) for turn in prompt], thinking).tolist())
     except UserError as error:
@@ -103,14 +122,16 @@ def tokenize_prompt(target: Target, prompt: Prompt, who: str = "A prompt", think
 
 
 def _joined(turn: Any) -> dict[str, Any]:
-    """A message whose content is one text: parts of text, as chat APIs send them, are joined."""
+    """The message with its content as one text: chat APIs send lists of parts, whose texts are joined."""
     content = turn["content"]
     if not isinstance(content, Sequence) or isinstance(content, str | bytes):
         return dict(turn)
+
     for part in content:
         kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
         if kind != "text" or not isinstance(part.get("text"), str):
             raise UserError(f"a message has content of the kind {kind!r:.40}; only parts of text can be read.")
+
     return {**turn, "content": "".join(part["text"] for part in content)}
 
 
@@ -133,6 +154,7 @@ def _require_fit(target: Target, prompt: tuple[int, ...], sampling: SamplingPara
             f"{who} asks for {sampling.max_new_tokens} new tokens after a prompt of {len(prompt)}; "
             f"{target.name} has a context of {limit}. Ask for at most {limit - len(prompt)}."
         )
+    # An id out of range would be clamped by the gather on the device, silently.
     bad = next((t for t in prompt if not 0 <= t < target.config.vocab_size), None)
     if bad is not None:
         raise UserError(

@@ -1,41 +1,46 @@
-"""The load that a policy sees: dispatches timed against the seconds that the cost table predicts."""
+"""Load metering for policies: times dispatches against the seconds that the cost table predicts."""
 
 from dataclasses import dataclass, field
 
 from dspark_jax.scheduling.costs import LoadMeter, Occupancy
 
 SELDOM_TIMED = 4
+"""Of the dispatches that follow a prefill, one in this many is timed."""
 
 
 @dataclass
 class Metering:
-    """Lives on the host, beside an engine.
+    """An engine's view of the load on its device, kept on the host.
 
     Attributes:
         meter: compares measured with predicted seconds; None: the load stays as profiled.
-        signal: the user's word for what else the device carries, 1.0 for nothing. May be set at any time.
-        dispatch_seconds: what a dispatch takes beside its rounds.
+        signal: external load factor set by the caller, 1.0 for no other load. May be set at any time.
+        dispatch_seconds: overhead of a dispatch, which the predicted seconds of its rounds do not include.
+        occupancy: of the last dispatch.
     """
 
     meter: LoadMeter | None = field(default_factory=LoadMeter)
     signal: float = 1.0
     dispatch_seconds: float = 0.0
     occupancy: Occupancy = field(default_factory=Occupancy.of)
-    _known: tuple[float, float] = (1.0, 1.0)
+    _known: tuple[float, float] = (1.0, 1.0)  # (load, signal) that `occupancy` holds
     _untimed: int = 0  # dispatches since one was timed
 
     def current(self) -> Occupancy:
-        """The occupancy for the next dispatch; the same arrays while nothing has changed."""
+        """The occupancy for the next dispatch; the same device arrays as before while neither factor has changed."""
         known = (1.0 if self.meter is None else self.meter.load, self.signal)
         if known != self._known:
             self.occupancy, self._known = Occupancy.of(*known), known
         return self.occupancy
 
     def due(self, behind_prefill: bool) -> bool:
-        """Whether the coming dispatch is to be timed.
+        """Whether the next dispatch is to be timed.
 
-        A prefill's seconds say nothing about the rounds', and waiting for its end costs more than it is worth: behind
-        one, one dispatch in `SELDOM_TIMED` is timed. The first, which may meet the compiler, is behind one.
+        The clock can start only once a prefill has ended, and waiting for that stalls the host: of the dispatches that
+        follow a prefill, one in `SELDOM_TIMED` is timed. The first dispatch, which may have to compile, follows one.
+
+        Args:
+            behind_prefill: whether the device may still be running a prefill.
         """
         if self.meter is None:
             return False
@@ -43,6 +48,7 @@ class Metering:
         return not behind_prefill or self._untimed >= SELDOM_TIMED
 
     def took(self, seconds: float, predicted: float) -> None:
+        """Add a timed dispatch: `seconds` by the clock, `predicted` for its rounds by the cost table."""
         if self.meter is not None:
             self.meter.update(seconds - self.dispatch_seconds, predicted)
         self._untimed = 0

@@ -1,7 +1,9 @@
-"""Measures what a round costs by tokens verified, on the compiled loop itself: the table that adaptive policies need.
+"""Measures the cost of a round by tokens verified, on the compiled loop itself: the table that adaptive policies need.
 
-Costs are forced through a loop of any adaptive policy by caps and a flat table, under which every draft is worth
-letting in; so a profile compiles nothing that decoding doesn't. Axes: R request slots, C context probes, P token rungs.
+Verify lengths are forced by caps, under a flat cost table that makes every draft worth admitting. So any adaptive
+policy's loop can be profiled, and profiling compiles nothing that decoding does not need.
+
+Axes: R request slots, C context probes, P token rungs.
 """
 
 import hashlib
@@ -39,43 +41,52 @@ from dspark_jax.readers import (
 from dspark_jax.scheduling.costs import CostTable, Occupancy, ScheduleTables
 
 RUNG_WORTH = 0.01
+"""Relative saving below which a further rung of the ladder is not worth compiling."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Median seconds and their interquartile ranges. `key` says where and of what: device kind, dtype, shapes."""
+    """Measured costs: medians in seconds, and interquartile ranges (`spread`)."""
 
-    key: dict[str, Any]
-    tokens: tuple[int, ...]
-    contexts: tuple[float, ...]
-    rounds: tuple[tuple[float, ...], ...]  # [C][P] with drafting, but for the first rung, which is plain
+    key: dict[str, Any]  # where and of what: device kind, dtype, shapes; see `profile_key`
+    tokens: tuple[int, ...]  # [P] ascending
+    contexts: tuple[float, ...]  # [C] committed positions
+    rounds: tuple[tuple[float, ...], ...]  # [C][P] with drafting, except for the first rung, which is plain
     rounds_spread: tuple[tuple[float, ...], ...]
     drafting: tuple[float, ...]  # [C] the draft pass alone
     drafting_spread: tuple[float, ...]
-    dispatch: float  # what a dispatch takes beside its rounds; no part of the figures above
+    dispatch: float  # overhead of a dispatch, which the figures above do not include
 
     def cost_table(self) -> CostTable:
-        """Monotone-cleaned: clocks are noisy, but no pass is cheaper for being wider.
+        """The costs as policies read them, made monotone: timings are noisy, but no pass is cheaper for being wider.
 
-        The anchors' own pass in a round that drafts cannot be forced apart; it is taken to lie as far below the second
-        rung as tokens cost between the second and the last, and not below a plain round."""
+        The pass over the anchors alone cannot be measured in a round that drafts. It is extrapolated from the second
+        rung, with the mean cost of a token between the second and the last rung, and is at least a plain round.
+        """
         drafting, rounds = np.array(self.drafting), np.array(self.rounds)
         plain = rounds[:, 0]
+
         if len(self.tokens) == 1:
             return CostTable.of(self.tokens, rounds, drafting, self.contexts, plain, self.dispatch)
+
+        # [C, P - 1]: drafting is a cost of its own, and noise must not leave a verify pass of nothing.
         wide = np.stack([monotone(row) for row in np.maximum(rounds[:, 1:] - drafting[:, None], 1e-3 * plain[:, None])])
+
+        # [C]: the first rung, on the line through the others.
         tokens = np.array(self.tokens, float)
         slope = (wide[:, -1] - wide[:, 0]) / max(tokens[-1] - tokens[1], 1.0)
         first = np.clip(wide[:, 0] - slope * (tokens[1] - tokens[0]), np.minimum(plain, wide[:, 0]), wide[:, 0])
+
         verify = np.concatenate([first[:, None], wide], axis=1)
         return CostTable.of(self.tokens, verify, drafting, self.contexts, plain, self.dispatch)
 
     def serving(self) -> dict[str, Any]:
-        """`sps.json` as servers read it: steps per second of the largest probe not above a batch, so each stair is
-        named by its first token count. Drafting is part of a step."""
+        """`sps.json` as servers read it (docs/algorithm.md, rule 95). A server looks up the largest listed count not
+        above its batch, so each step of the staircase is listed by its first token count. A step includes drafting."""
         table = self.cost_table()
         seconds = np.asarray(table.verify).mean(axis=0) + np.asarray(table.drafting).mean()
         starts = [1, *(n + 1 for n in self.tokens[:-1])]
+
         return {
             "sample_batch_tokens": starts,
             "sample_steps_per_sec": [float(1 / s) for s in seconds],
@@ -83,21 +94,31 @@ class Profile:
         }
 
     def save(self, path: Path) -> None:
+        """Write `sps.json`: the servers' fields, and the sealed profile beside them."""
         write_json(path, {**self.serving(), "profile": sealed(asdict(self))})
 
     @classmethod
     def read(cls, path: Path) -> "Profile":
-        """UserError where the file is missing or was not written by `save`."""
+        """Read a file that `save` wrote.
+
+        Raises:
+            UserError: a file that is missing, was changed, or was not written by `save`.
+        """
         content = read_object(path, expected="a profile that infer.profile measured").get("profile")
         if not isinstance(content, dict) or set(content) - {SEAL} != set(cls.__dataclass_fields__):
             raise UserError(f"{path} holds no profile of this program; measure one with infer.profile.")
+
         where, cure = f"{path}, under profile,", "measure one with infer.profile"
         check_fields(content, _FIELDS, where, cure=cure)
         check_seal(content, where, cure=cure)
         content.pop(SEAL, None)
+
+        # JSON has lists where the dataclass has tuples, at one or two levels.
         rows: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in content.items()}
         rows |= {name: tuple(map(tuple, rows[name])) for name in ("rounds", "rounds_spread")}
         made = cls(**rows)
+
+        # The schema knows no lengths: every grid and line must fit the probes and rungs.
         tokens, contexts = len(made.tokens), len(made.contexts)
         grids, lines = (made.rounds, made.rounds_spread), (made.drafting, made.drafting_spread)
         whole = all([len(row) for row in grid] == [tokens] * contexts for grid in grids)
@@ -106,6 +127,7 @@ class Profile:
                 f"{where} does not hold a time for each of its {contexts} contexts and {tokens} increasing token "
                 f"counts; {cure}."
             )
+
         return made
 
 
@@ -123,23 +145,36 @@ _FIELDS: Schema = {
 
 
 def monotone(values: np.ndarray) -> np.ndarray:
-    """The closest sequence that never falls (pool adjacent violators)."""
+    """The closest sequence, in least squares, that never falls (pool adjacent violators)."""
+    # Blocks of (mean, count): a block above its successor is merged with it, until the means ascend.
     blocks: list[tuple[float, int]] = []
     for value in values:
         blocks.append((float(value), 1))
         while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
             (b, m), (a, n) = blocks.pop(), blocks.pop()
             blocks.append(((a * n + b * m) / (n + m), n + m))
+
     return np.array([value for value, count in blocks for _ in range(count)])
 
 
 def choose_ladder(tokens: Sequence[int], seconds: Sequence[float], rungs: int = 4) -> tuple[int, ...]:
-    """At most `rungs` of the measured token counts, the first and last among them, that cost the least on average when
-    every token count between them is equally likely and runs at the next rung. A rung that saves less than a hundredth
-    is left out: each is one more program to compile."""
+    """Choose token counts to compile the verify pass for: those with the least mean cost if every count between the
+    first and the last is equally likely and runs at the next rung. A rung that saves less than `RUNG_WORTH` is left
+    out, since each is one more program to compile.
+
+    Args:
+        tokens: measured counts, ascending.
+        seconds: of a pass at each.
+        rungs: the most that are chosen.
+    Returns:
+        Counts among `tokens`, the first and last included.
+    """
     cost = monotone(np.asarray(seconds, float))
+
+    # Dynamic programme over (last rung, rungs used) -> (cost, path): counts above rung i and up to rung j run at j.
     count = len(tokens)
     best: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {(0, 1): (0.0, (0,))}
+
     for used in range(2, min(rungs, count) + 1):
         for last in range(1, count):
             ways = [
@@ -150,6 +185,8 @@ def choose_ladder(tokens: Sequence[int], seconds: Sequence[float], rungs: int = 
             if ways:
                 total, path = min(ways)
                 best[last, used] = total, (*path, last)
+
+    # All paths to the last count, the penalty of one rung more weighed against its saving.
     ends = [best[count - 1, used] for used in range(1, rungs + 1) if (count - 1, used) in best]
     if not ends:
         return tuple(tokens)
@@ -157,10 +194,11 @@ def choose_ladder(tokens: Sequence[int], seconds: Sequence[float], rungs: int = 
 
 
 def profile_key(loop: DecodeLoop, params: LoopParams, temperature: float) -> dict[str, Any]:
-    """What a profile depends on."""
+    """Everything that a profile depends on; a stored profile is valid iff its key is equal."""
     device = jax.tree.leaves(params.target)[0].devices()
 
     def shapes(tree: Any) -> str:
+        # Names, shapes and dtypes, not values: retrained weights of one architecture cost the same.
         leaves = [(jax.tree_util.keystr(path), x.shape, str(x.dtype)) for path, x in jax.tree.leaves_with_path(tree)]
         return hashlib.sha256(json.dumps(leaves).encode()).hexdigest()[:16]
 
@@ -182,7 +220,7 @@ def profile_key(loop: DecodeLoop, params: LoopParams, temperature: float) -> dic
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure: dispatches of at most `rounds` rounds, each point `repeats` times, all in turn."""
+    """How long to measure: each point `repeats` times, in alternation, by dispatches of at most `rounds` rounds."""
 
     rounds: int = 8
     repeats: int = 5
@@ -196,41 +234,63 @@ def measure_profile(
     effort: Effort = Effort(),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Profile:
-    """Times rounds at every bucket and the draft pass, `contexts` being shares of a slot's positions: what a dispatch
-    takes over one of no rounds, since a small model's rounds are not much longer than the call. Makes a state of its
-    own and lets it go, so call it before there is another where memory is short.
+    """Time rounds at every bucket, and the draft pass alone.
 
-    Raises UserError for a loop whose policy reads no table: its verify lengths could not be forced.
+    A round's time is that of a dispatch minus that of a dispatch without rounds, since a small model's rounds are not
+    much longer than the call. Allocates a temporary decode state: where memory is short, profile before another exists.
+
+    Args:
+        loop: with a drafter and a load-adaptive policy.
+        params: weights; tables are not read.
+        temperature: of all requests, as sampling adds to a round's cost.
+        contexts: probes, as shares of a slot's positions.
+        effort: how long to measure.
+        progress: called with (points done, points in all).
+    Raises:
+        UserError: a loop whose policy reads no table, so that its verify lengths could not be forced.
     """
     if not loop.policy.needs_tables or loop.block == 0:
         raise UserError("Only a loop with a drafter and a load-adaptive policy can be profiled.")
+
+    # Under equal costs each further draft gains, so that the caps alone decide the verify lengths.
     flat = CostTable.of(loop.buckets, np.ones((len(contexts), len(loop.buckets))), 0.0, range(len(contexts)))
     params = params._replace(tables=ScheduleTables.of(flat, [1.0] * loop.block))
+
     state, occupancy = init_state(loop, params), Occupancy.of()
+
+    # The rounds of a dispatch must not end requests: their context has to fit even if every draft is accepted.
     rounds = max(1, min(effort.rounds, (loop.size - 2) // (4 * loop.width)))
     lengths = [int(max(2, min(share * loop.size, loop.size - (rounds + 1) * loop.width - 1))) for share in contexts]
+
     sampling = state.sampling._replace(temperature=jnp.full((loop.requests,), temperature, jnp.float32))
     state = replace(state, limit=jnp.full((loop.requests,), loop.size, jnp.int32), sampling=sampling)
+
+    # (context, bucket); bucket -1 stands for the draft pass.
     points = [(c, p) for c in range(len(contexts)) for p in range(-1, len(loop.buckets))]
     times: dict[tuple[int, int], list[float]] = {point: [] for point in points}
     calls: list[float] = []
 
     def seconds(c: int, p: int, count: int) -> float:
+        """Seconds of one dispatch of `count` rounds, or `count` draft passes, at context c and bucket p."""
         nonlocal state
+        # Made anew each time, as rounds move lengths on, and finished before the clock starts.
         ready = jax.block_until_ready(_forced(loop, state, lengths[c], max(p, 0)))
         limits = jax.device_put((np.int32(count), np.bool_(False)))
+
         start = time.perf_counter()
         if p < 0:
             jax.block_until_ready(_draft_passes(loop, params, ready, limits[0]))
         else:
             state = jax.block_until_ready(run_rounds(loop, params, ready, occupancy, *limits))
+
         return time.perf_counter() - start
 
-    for repeat in range(-1, effort.repeats):  # once to compile and warm up
+    for repeat in range(-1, effort.repeats):  # the first pass, -1, compiles and warms up
+        # Forwards and backwards by turns, so that a drifting clock rate does not favour the early points.
         for at, (c, p) in enumerate(points if repeat % 2 else points[::-1]):
             call, whole = seconds(c, p, 0), seconds(c, p, rounds)
             if repeat >= 0:
-                # Never nothing: a cost table's rounds take time.
+                # Above 0 whatever the noise: a cost table refuses rounds without duration.
                 times[c, p].append(max(whole - call, 0.01 * whole) / rounds)
                 calls += [call] if p >= 0 else []
             progress((repeat + 1) * len(points) + at + 1, (effort.repeats + 1) * len(points))
@@ -257,11 +317,13 @@ def _spread(times: list[float]) -> float:
 
 
 def _forced(loop: DecodeLoop, state: DecodeState, length: int, bucket: int) -> DecodeState:
-    """`state` with requests at `length` whose caps fill that bucket; what they hold is junk, which costs the same."""
+    """`state` with requests at `length` whose caps fill that bucket. Their content is junk, which costs the same."""
+    # The tokens beyond the anchors, shared out evenly; bucket 0 leaves caps of 0, and so plain rounds.
     tokens, requests = loop.buckets[bucket], loop.requests
     extra = max(tokens - requests, 0)
     slots = np.arange(requests)
     caps = extra // requests + (slots < extra % requests)
+    # Junk drafts are rejected; with a fresh history the guard does not disable them for it.
     fresh = loop.policy.init(requests, loop.block)
     return replace(
         state,
@@ -274,7 +336,7 @@ def _forced(loop: DecodeLoop, state: DecodeState, length: int, bucket: int) -> D
 
 @partial(jax.jit, static_argnums=0)
 def _draft_passes(loop: DecodeLoop, params: LoopParams, state: DecodeState, count: jax.Array) -> Any:
-    """The draft pass `count` times, each from an anchor of the one before, so that none can be left out."""
+    """Run the draft pass `count` times, each from the last token of the one before, so that XLA can omit none."""
     target, drafter = loop.models(params)
     assert drafter is not None, "a loop without a drafter has no draft pass"
 
@@ -287,10 +349,15 @@ def _draft_passes(loop: DecodeLoop, params: LoopParams, state: DecodeState, coun
 def load_or_measure(
     loop: DecodeLoop, params: LoopParams, temperature: float = 1.0, folder: Path | None = None
 ) -> Profile:
-    """The profile for this loop on this device: from `folder` (None: `user_cache()`), or measured in a few seconds
-    and kept there. A folder that can't be written costs a measurement at every start and nothing else."""
+    """The profile for this loop on this device, read from a folder or measured in a few seconds and stored there.
+
+    Args:
+        loop, params, temperature: as for `measure_profile`.
+        folder: None: `user_cache()`. If it cannot be written, every start measures again.
+    """
     key = profile_key(loop, params, temperature)
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+
     path = (folder or user_cache()) / f"sps-{name}.json"
     if path.exists():
         try:
@@ -299,7 +366,9 @@ def load_or_measure(
                 return found
         except UserError:  # a torn or foreign file: measure again
             pass
+
     profile = measure_profile(loop, params, temperature)
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         profile.save(path)

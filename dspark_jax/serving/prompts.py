@@ -1,4 +1,4 @@
-"""Prompts to decode: from conversation files, from evaluation sets ({"turns": [...]})."""
+"""Reads prompts to decode from conversation files and evaluation sets ({"turns": [...]})."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,24 +12,25 @@ from dspark_jax.targets.target import Target
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """Token ids that end where the answer begins, and the group that results are reported under."""
+    """A prompt, ready to decode."""
 
     id: str
-    domain: str
-    tokens: tuple[int, ...]
+    domain: str  # group that results are reported under
+    tokens: tuple[int, ...]  # ids, up to where the answer begins
 
 
 def read_prompts(
     target: Target, files: Sequence[Path], limit: int | None = None, thinking: bool = False
 ) -> list[EncodedPrompt]:
-    """The prompts of conversations (their turns up to the first answer) and of evaluation sets (their first turn).
+    """Read the prompts of conversations (the turns up to the first answer) and of evaluation sets (the first turn).
 
     Args:
         target: its tokenizer encodes them.
         files: JSONL, JSON or Parquet.
-        limit: prompts taken of each domain, a row's `domain` field or else its file's name; None: all.
-        thinking: what the chat template's switch is set to.
-
+        limit: prompts taken from each domain, a row's `domain` field or else its file's name; None: all.
+        thinking: value of the chat template's switch.
+    Returns:
+        The prompts in the order of files and rows.
     Raises:
         UserError: a file that cannot be read, a row of another form, no prompt at all, a target without a tokenizer.
     """
@@ -38,10 +39,12 @@ def read_prompts(
     for file in files:
         for record in read_prompt_records(file):
             domain = str(record.extra.get("domain", Path(file).stem))
+            # Counted by domain, not by file: an evaluation set may come in several files.
             if limit is not None and taken.get(domain, 0) >= limit:
                 continue
             taken[domain] = taken.get(domain, 0) + 1
             prompts.append(EncodedPrompt(record.id, domain, encode(target, record.segments()[0], thinking)))
+
     if not prompts:
         named = ", ".join(map(str, files)) or "No file"
         raise UserError(f"{named} holds no prompt; give JSONL with messages or turns.")
@@ -49,7 +52,7 @@ def read_prompts(
 
 
 def encode(target: Target, messages: Sequence[Message], thinking: bool = False) -> tuple[int, ...]:
-    """Token ids of a prompt that ends where the answer begins; UserError where the target has no tokenizer."""
+    """Token ids of a prompt, up to where the answer begins; UserError if the target has no tokenizer."""
     if target.tokenizer is None:
         raise UserError(f"{target.name} has no tokenizer files, so it can't read prompts; add tokenizer.json.")
     return tuple(encode_prompt(target.tokenizer, messages, thinking).tolist())

@@ -1,4 +1,4 @@
-"""What goes into an engine and what comes out: requests, progress, generations, and the errors of the way between."""
+"""The data that an engine exchanges with its callers: requests, progress, generations, errors."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from dspark_jax.errors import UserError
 from dspark_jax.serving.sampling import SamplingParams
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
-"""Text as it is, token ids, or the messages of a chat."""
+"""Text without a template, token ids, or the messages of a chat."""
 
 
 class QueueFull(UserError):
@@ -24,9 +24,9 @@ class Request:
     """A prompt with settings of its own.
 
     Attributes:
-        prompt: text as it is, token ids, or chat messages, rendered with the tokenizer's template.
+        prompt: text without a template, token ids, or chat messages, rendered with the tokenizer's template.
         sampling: the request's own settings. None: those of the call or of the engine.
-        thinking: what the chat template's switch is set to, where it has one.
+        thinking: value of the chat template's switch, where it has one.
     """
 
     prompt: Prompt
@@ -36,10 +36,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds since a request was submitted, as the host saw it, dispatch by dispatch.
+    """Seconds since a request was submitted, as seen by the host, with the resolution of a dispatch.
 
-    `admitted`: it left the queue; `first_token`: its first token was there; `ended`. A moment that never came is equal
-    to `ended`.
+    Attributes:
+        admitted: when it left the queue.
+        first_token: when the host read its first token.
+        ended: when it ended. An event that never happened has this time too.
     """
 
     admitted: float = 0.0
@@ -52,18 +54,18 @@ class Generation:
     """A request that has ended.
 
     Attributes:
-        index: the request's place in the call, or the name that it was submitted under.
+        index: the request's place in the call, or the number that it was submitted under.
         prompt_tokens: token ids of the prompt.
-        tokens: the new ones, a stop token included; those behind a stop string are left out.
-        text: of the new tokens, without the stop token, or up to the stop string. Bytes at the end that are no whole
-            character are left out.
+        tokens: the new token ids, a stop token included; those after a stop string are left out.
+        text: text of the new tokens without the stop token, cut before a stop string. Bytes at the end that form no
+            whole character are left out.
         finish_reason: "stop", "length", "cancelled" or "error".
         rounds: rounds since the request was admitted.
         committed: tokens that those rounds committed.
         verified_at: drafts verified, by block position.
         accepted_at: drafts accepted, by block position.
         drafted: rounds with drafts.
-        timing: seconds, no part of an equality.
+        timing: seconds; ignored when generations are compared.
         error: one sentence where the reason is "error".
     """
 
@@ -82,17 +84,17 @@ class Generation:
 
     @property
     def accepted_length(self) -> float:
-        """tau: tokens committed a round, the target's own included; 0 when the first token ended the request.
+        """tau: tokens committed per round, the target's own included; 0 if the first token ended the request.
 
-        A round counts up to the stop token or the limit of new tokens that ends the request, so the tokens but the
-        first, which comes from the prompt's own pass, are the committed ones. Behind a stop string, which only the host
-        sees, rounds count whole.
+        Rounds count up to the stop token or the limit of new tokens (docs/algorithm.md, rules 10 to 12), so the
+        committed tokens are all but the first, which comes from prefill. Stop strings are found by the host after the
+        dispatch: rounds that ran past one count in full.
         """
         return self.committed / self.rounds if self.rounds else 0.0
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens over the seconds in a slot, prefill included; 0 for a request that never had one."""
+        """New tokens per second in a slot, prefill included; 0 for a request that never had a slot."""
         seconds = self.timing.ended - self.timing.admitted
         return len(self.tokens) / seconds if seconds > 0 else 0.0
 
@@ -103,10 +105,10 @@ class Progress:
 
     Attributes:
         index: the request.
-        tokens: the new ones.
-        text: what can be said since the last Progress: whole characters that are no beginning of a stop string. The
-            texts of a request, joined, are its Generation's.
-        generation: once the request has ended.
+        tokens: the new token ids.
+        text: new text that is final: whole characters that cannot become part of a stop string. The texts of a
+            request, joined, are its Generation's.
+        generation: the result once the request has ended, else None.
     """
 
     index: int

@@ -1,8 +1,7 @@
-"""Which requests an engine has: those that wait, those in slots, and what each has made so far.
+"""The open requests of an engine: those that wait, those in slots, and the tokens of each so far.
 
-Host bookkeeping alone, behind a lock of its own that is never held while the device works: `submit` and `cancel` do not
-wait for a dispatch. What a dispatch changes can be taken back (`mark`, `rewind`), so that an interrupted one leaves no
-trace.
+Pure host bookkeeping. Its own lock is never held while the device works, so `submit` and `cancel` do not wait for a
+dispatch. The changes of a dispatch can be undone (`mark`, `rewind`), so that an interrupted one leaves no trace.
 """
 
 import threading
@@ -24,28 +23,29 @@ NO_LAW = (
 
 @dataclass(frozen=True)
 class Counts:
-    """Of a request since it was submitted: rounds, tokens that they committed, drafts verified and accepted by block
-    position, rounds with drafts."""
+    """Totals of a request since it was submitted."""
 
     rounds: int = 0
-    committed: int = 0
-    verified_at: tuple[int, ...] = ()
+    committed: int = 0  # tokens, by those rounds
+    verified_at: tuple[int, ...] = ()  # drafts, by block position
     accepted_at: tuple[int, ...] = ()
-    drafted: int = 0
+    drafted: int = 0  # rounds with drafts
 
     def __add__(self, other: "Counts") -> "Counts":
+        # Empty counts know no block size yet.
         if not self.verified_at:
             verified, accepted = other.verified_at, other.accepted_at
         else:
             verified = tuple(a + b for a, b in zip(self.verified_at, other.verified_at, strict=True))
             accepted = tuple(a + b for a, b in zip(self.accepted_at, other.accepted_at, strict=True))
+
         totals = self.rounds + other.rounds, self.committed + other.committed
         return Counts(*totals, verified, accepted, self.drafted + other.drafted)
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What the host has seen of a request."""
+    """The part of a request's output that the host has read."""
 
     tokens: tuple[int, ...] = ()
     counts: Counts = Counts()
@@ -55,19 +55,15 @@ class Seen:
 
 @dataclass(eq=False)
 class Entry:
-    """A request in the engine; times are of `perf_counter`.
-
-    `running` is what its slot was given: the job, behind the tokens that had been seen when it entered the slot
-    (`before`), of which there are some only after an interrupted dispatch.
-    """
+    """A request in the engine; times are of `perf_counter`."""
 
     job: Job
     submitted: float
     admitted: float | None = None
-    slot: int | None = None
-    prefilled: int = 0
-    running: Job = field(init=False)
-    before: Seen = Seen()
+    slot: int | None = None  # None: waiting
+    prefilled: int = 0  # tokens of `running`'s prompt that the slot holds
+    running: Job = field(init=False)  # what the slot decodes: the job with the tokens of `before` added to its prompt
+    before: Seen = Seen()  # what had been seen when it entered the slot: nothing, unless a dispatch was interrupted
     seen: Seen = Seen()
 
     def __post_init__(self) -> None:
@@ -75,14 +71,16 @@ class Entry:
 
     @property
     def decoding(self) -> bool:
+        """Whether it is in a slot and its whole prompt is prefilled."""
         return self.slot is not None and self.prefilled == len(self.running.prompt)
 
     @property
     def left_to_prefill(self) -> int:
+        """Prompt tokens that its slot lacks."""
         return len(self.running.prompt) - self.prefilled
 
     def unseat(self) -> None:
-        """Back to the queue, to go on behind what has been seen."""
+        """Return the request to the queue, to be continued after the tokens that have been seen."""
         self.slot, self.prefilled = None, 0
         self.before, self.running = self.seen, self.job.after(self.seen.tokens)
 
@@ -92,26 +90,34 @@ class Entry:
         return len(self.seen.tokens) - len(self.before.tokens)
 
     def see(self, decode: Decode | None, new: Sequence[int], counts: Counts, stopped: bool, now: float) -> bool:
-        """Takes over new tokens, and the counts since the request entered its slot. Tokens behind a stop string are
-        left out.
+        """Add new tokens; those after a stop string are left out.
 
         Args:
-            decode: the tokenizer's; None: there is no text.
+            decode: the tokenizer's; None: the request gets no text.
+            new: token ids since the last call.
+            counts: totals since the request entered its slot.
             stopped: whether the last of the tokens is a stop token.
+            now: the time of reading, by `perf_counter`.
         Returns:
             Whether a stop string has ended the request.
         """
         text, kept = self.seen.text, None
         if decode is not None:
+            # The stop token belongs to the tokens but not to the text.
             text, kept = text.grown(decode, self.job.sampling.stop, new[:-1] if stopped else new)
+
         tokens = (*self.seen.tokens, *new[:kept])
         first = now if self.seen.first_token is None else self.seen.first_token
+
+        # The counters of a slot start at 0 with each admission, so what earlier slots counted is added.
         self.seen = Seen(tokens, self.before.counts + counts, text, first)
         return kept is not None
 
     def generation(self, reason: str, now: float) -> Generation:
+        """The result of the request, ended at `now` with the finish reason `reason`."""
         seen, counts = self.seen, self.seen.counts
         times = (now if at is None else at for at in (self.admitted, seen.first_token, now))
+
         return Generation(
             index=self.job.index,
             prompt_tokens=self.job.prompt,
@@ -142,12 +148,20 @@ class Roster:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Several calls as one."""
+        """Hold the lock over several calls; it is reentrant, so they may lock it again."""
         with self._lock:
             yield
 
     def add(self, job: Job, bound: int | None) -> None:
-        """Queues a request. Raises QueueFull where `bound` others wait, UserError where its index is in use."""
+        """Queue a request.
+
+        Args:
+            job: the checked request.
+            bound: the most requests that may wait; None: any number.
+        Raises:
+            QueueFull: `bound` others wait already.
+            UserError: its index is in use.
+        """
         with self._lock:
             if job.index in self._open:
                 raise UserError(f"Request {job.index} is in the engine already; give every open request its own index.")
@@ -155,6 +169,7 @@ class Roster:
             self._open[job.index] = Entry(job, time.perf_counter())
 
     def require_room(self, index: int, bound: int | None) -> None:
+        """Raise QueueFull if `bound` requests wait already; `index` is for the sentence."""
         if bound is not None and self.waiting >= bound:
             raise QueueFull(
                 f"Request {index} finds {self.waiting} others waiting, as many as this engine's queue holds; "
@@ -162,7 +177,8 @@ class Roster:
             )
 
     def remove(self, index: int) -> Entry | None:
-        """Takes a request out, as it was before the dispatch that is under way."""
+        """Remove a request; None if it is not open. It is returned as it was before the dispatch that is under way."""
+        # A booking that was interrupted halfway will be undone: only tokens that have been reported count.
         with self._lock:
             entry = self._open.pop(index, None)
             if entry is not None and self._mark is not None:
@@ -170,18 +186,22 @@ class Roster:
             return entry
 
     def holds(self, entry: Entry) -> bool:
+        """Whether this very entry is open; another may have taken its index since it was cancelled."""
         return self._open.get(entry.job.index) is entry
 
     def entries(self) -> list[Entry]:
+        """The open requests in order of arrival, as a copy."""
         with self._lock:
             return list(self._open.values())
 
     @property
     def waiting(self) -> int:
+        """Requests without a slot."""
         return sum(entry.slot is None for entry in self.entries())
 
     @property
     def running(self) -> int:
+        """Requests in slots."""
         return sum(entry.slot is not None for entry in self.entries())
 
     @property
@@ -190,19 +210,21 @@ class Roster:
         return self._mark is not None
 
     def mark(self) -> None:
-        """Remembers what has been seen, until `settle` or `rewind`."""
+        """Remember what has been seen, until `settle` or `rewind`."""
         with self._lock:
             self._mark = {entry: entry.seen for entry in self._open.values()}
 
     def settle(self, ended: Sequence[Entry] = ()) -> None:
-        """What has been seen since the mark stands; requests that have ended leave."""
+        """Keep what has been seen since the mark, and remove the requests that have ended."""
         with self._lock:
             self._mark = None
             self._open = {index: entry for index, entry in self._open.items() if entry not in ended}
 
     def rewind(self) -> None:
-        """As at the mark, with every request back in the queue. Can itself be interrupted and repeated."""
+        """Restore what had been seen at the mark, and return every request to the queue. Safe to repeat if it is
+        interrupted itself."""
         with self._lock:
+            # The mark is dropped last: until then a repeated call finds the same state to restore.
             mark = self._mark or {}
             for entry in self._open.values():
                 entry.seen = mark.get(entry, entry.seen)

@@ -1,4 +1,4 @@
-"""How one request is decoded: `SamplingParams`, and the checks that keep a bad value out of a compiled loop."""
+"""Decoding settings of a request, and the checks that keep a bad value out of a compiled loop."""
 
 import math
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ SEEDS = 2**64
 class SamplingParams:
     """Decoding settings of one request, or of every request of a call.
 
-    Output is lossless for each of them: token for token what the target alone would give at temperature 0, and in law
-    above it. In bfloat16 about one greedy output in twenty differs from plain decoding at a near-tie of two logits,
-    since a block and a single row round differently; float32 keeps them apart.
+    Decoding is lossless under all settings: at temperature 0 the output is token for token that of the target alone,
+    above 0 it has the same law. In bfloat16 about one greedy output in twenty differs from plain decoding at a near-tie
+    of two logits, since a block and a single row round differently; float32 resolves such ties.
     """
 
     max_new_tokens: int = 256
@@ -28,29 +28,29 @@ class SamplingParams:
     temperature: float = 0.0
     """0: greedy."""
     top_k: int = 0
-    """Sample from so many tokens of highest probability. 0: off."""
+    """Sample from this many tokens of highest probability. 0: off."""
     top_p: float = 1.0
     """Sample from the smallest set of tokens with this much probability. 1: off."""
     min_p: float = 0.0
     """Sample from tokens of at least this share of the highest probability. 0: off."""
     seed: int | None = None
-    """0 to 2**64 - 1, every bit of which counts. Of a whole call: request i draws from seed + i * 2**32. None: 0, so
-    requests without a seed say the same again in every run; vary the seed for other samples."""
+    """0 to 2**64 - 1; all 64 bits are used. In a call of several prompts, request i draws from seed + i * 2**32.
+    None: 0, so requests without a seed repeat their output in every run; vary the seed for other samples."""
     stop: tuple[str, ...] = ()
     """Texts that end an answer, which is cut before them."""
     stop_tokens: tuple[int, ...] | None = None
     """Token ids that end an answer. None: the target's end-of-sequence ids; (): none."""
     verify_length: int | None = None
-    """Drafts verified a round at most. None: the drafter's whole block."""
+    """The most drafts verified in a round. None: the drafter's whole block."""
     mode: Mode = "rejection"
     """How drafts are verified: rejection sampling, draft by draft."""
 
     def checked(self, vocabulary: int, who: str) -> "SamplingParams":
-        """The same in plain Python numbers.
+        """A checked copy in plain Python numbers.
 
         Args:
             vocabulary: number of token ids of the target.
-            who: what the sentences call these settings, as in "Request 3".
+            who: subject of the error sentences, as in "Request 3".
         Raises:
             UserError: a value of the wrong type, not finite, or out of range.
         """
@@ -58,14 +58,17 @@ class SamplingParams:
         stops = self.stop_tokens
         if stops is not None:
             stops = tuple(whole("stop_tokens", t, 0, vocabulary - 1) for t in listed("stop_tokens", stops, who))
+
         texts = listed("stop", self.stop, who)
         for text in texts:
             if not isinstance(text, str) or not text or not is_unicode(text):
                 raise UserError(f"{who} has stop = {self.stop!r}; expected texts that are not empty.")
+
         if self.mode != "rejection":
             known = ("block", "coupled")
             hint = "is not supported by this version" if self.mode in known else "is unknown"
             raise UserError(f"{who} has mode = {self.mode!r}, which {hint}; use mode = 'rejection'.")
+
         return replace(
             self,
             max_new_tokens=whole("max_new_tokens", self.max_new_tokens, 1, None),
@@ -84,15 +87,24 @@ DEFAULT_SAMPLING = SamplingParams()
 
 
 def seed_words(sampling: SamplingParams, index: int, own: bool) -> tuple[int, int]:
-    """(high, low) 32-bit words of a request's 64-bit seed: the request's `own`, or its share of a call's."""
+    """(high, low) 32-bit words of a request's 64-bit seed (docs/algorithm.md, rule 107).
+
+    Args:
+        sampling: its settings; a seed of None counts as 0.
+        index: its place in the call.
+        own: whether the settings are the request's own. A seed of its own is used as it is; under a shared one each
+            index gets a seed of its own.
+    """
     seed = sampling.seed or 0
+    # The index goes into the high word, so that neighbouring seeds of calls do not share requests' seeds.
     if not own or sampling.seed is None:
         seed = (seed + index * 2**32) % SEEDS
+
     return seed >> 32, seed % 2**32
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text can be written as UTF-8: lone surrogates, as broken JSON escapes leave them, cannot."""
+    """Whether a text can be encoded as UTF-8: lone surrogates, which broken JSON escapes leave behind, cannot."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -101,7 +113,7 @@ def is_unicode(text: str) -> bool:
 
 
 def listed(name: str, value: Any, who: str) -> list[Any]:
-    """The items of a sequence. Raises UserError for anything else, a text included, whose letters are not meant."""
+    """The items of a sequence. Raises UserError for anything else, texts included: their letters are never meant."""
     if isinstance(value, str | bytes) or not isinstance(value, Sequence | np.ndarray):
         expected = "token ids" if name == "stop_tokens" else "a list of texts"
         raise UserError(f"{who} has {name} = {value!r}; expected {expected}.")
@@ -118,6 +130,7 @@ def whole_number(who: str, name: str, value: Any, least: int, most: int | None =
 
 def number_between(who: str, name: str, value: Any, least: float, most: float) -> float:
     """`value` as a float. Raises UserError unless it is a finite number (no bool) from `least` to `most`."""
+    # `value != value` is true of NaN alone.
     is_number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
     if not is_number or value != value or value in (math.inf, -math.inf):
         raise UserError(f"{who} has {name} = {value!r}; expected a number.")

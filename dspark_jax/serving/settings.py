@@ -1,4 +1,4 @@
-"""How an engine runs: `EngineConfig`, the verify policies by name, and the checks of both."""
+"""Settings of an engine: `EngineConfig`, the verify policies by name, and the checks of both."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +23,13 @@ class EngineConfig:
     """How many drafts are verified. auto: look-ahead where drafting can pay on this machine, else plain decoding.
     fixed: the whole block. threshold: up to the first draft below it. causal, look-ahead, asynchronous: what pays."""
     threshold: float = 0.5
-    """Of the threshold policy: the least confidence of a draft that is verified."""
+    """The least confidence of a draft that is verified, for the threshold policy."""
     sts: Path | None = None
     """sts.json: calibrated temperatures of the drafter's confidence, for the load-adaptive policies."""
     sps: Path | None = None
     """sps.json: what a round costs by tokens verified. None: measured once and kept for this machine and pair."""
     rounds_per_dispatch: int = 16
-    """Rounds between two looks at the host."""
+    """Rounds of a dispatch, after which the host reads the state."""
     buckets: tuple[int, ...] | None = None
     """Token counts that the verify pass is compiled for. None: a ladder up to slots x (block + 1)."""
     smallest_prompt_bucket: int = 32
@@ -41,7 +41,7 @@ class EngineConfig:
     queue: int | None = None
     """Requests that may wait. None: any number."""
     stop_slots: int = 4
-    """Stop tokens that a request may name."""
+    """The most stop tokens that a request may name."""
     return_at_once: bool = False
     """End a dispatch with the first request that ends, even if none waits."""
 
@@ -50,8 +50,12 @@ DEFAULT_ENGINE = EngineConfig()
 
 
 def policy_named(name: PolicyName, threshold: float = 0.0) -> VerifyPolicy:
-    """The strategy of a name with its default guards; `threshold` is the threshold policy's. Of "auto" it is the one
-    that is tried first; whether drafting pays at all is asked in serving/choice.py."""
+    """The strategy of a name, with its default guard.
+
+    Args:
+        name: "auto" gives the policy that is tried first; serving/assembly.py decides whether drafting can pay at all.
+        threshold: confidence threshold of the threshold policy.
+    """
     policies: dict[str, VerifyPolicy] = {
         "auto": LookAhead(),
         "plain": Fixed(),
@@ -65,14 +69,20 @@ def policy_named(name: PolicyName, threshold: float = 0.0) -> VerifyPolicy:
 
 
 def check_engine(config: EngineConfig) -> None:
-    """Raises UserError for settings that no engine can run with."""
+    """Check the settings that do not depend on a target.
+
+    Raises:
+        UserError: settings that no engine can run with.
+    """
     who = "The engine"
     counts = ("slots", "rounds_per_dispatch", "smallest_prompt_bucket", "prefill_chunk", "prefill_budget", "stop_slots")
     for name in counts:
         whole_number(who, name, getattr(config, name), 1)
+
     for name in ("queue", "longest"):
         if getattr(config, name) is not None:
             whole_number(who, name, getattr(config, name), 1)
+
     number_between(who, "threshold", config.threshold, 0.0, 1.0)
     if config.policy not in get_args(PolicyName):
         raise UserError(f"The engine has policy = {config.policy!r}; known are {', '.join(get_args(PolicyName))}.")

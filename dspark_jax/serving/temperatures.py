@@ -1,4 +1,4 @@
-"""sts.json: the temperatures of the confidence logits, and the weights and settings that they are valid for."""
+"""Reads and writes sts.json: temperatures of the confidence logits, and the weights and settings they are valid for."""
 
 import hashlib
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from dspark_jax.targets.target import Target
 
 
 def validity(target: Target, drafter: Drafter, sampling: SamplingParams) -> dict[str, Any]:
-    """What a calibration holds for: these weights, and these sampling settings, which decide what is accepted."""
+    """The facts that a calibration depends on: the weights, and the sampling settings, which decide acceptance."""
     return {
         "target": fingerprint(target.params),
         "target_name": target.name,
@@ -33,19 +33,22 @@ def validity(target: Target, drafter: Drafter, sampling: SamplingParams) -> dict
 
 
 def fingerprint(params: Mapping[str, Any]) -> str:
-    """Of the names, shapes and some 64 values of every array, in bfloat16: the same whichever dtype was loaded, another
-    after any training, and cheap for a model of any size."""
+    """Hash of the names, shapes and about 64 values in bfloat16 of every array: independent of the dtype that the
+    weights were loaded in, changed by any training, and cheap for models of any size."""
     seen = hashlib.sha256()
     for path, leaf in jax.tree.leaves_with_path(params):
         flat = jnp.ravel(leaf)
         some = np.asarray(flat[:: max(1, flat.shape[0] // 64)][:64].astype(jnp.bfloat16))
+        # Paths and shapes are hashed too, so that equal values under other names differ.
         seen.update(jax.tree_util.keystr(path).encode() + str(leaf.shape).encode() + some.tobytes())
+
     return seen.hexdigest()[:32]
 
 
 def write_calibration(path: Path, table: StsTable, valid_for: Mapping[str, Any]) -> None:
-    """sts.json with the fields that servers read, and `valid_for`."""
+    """Write sts.json: the fields that servers read, and `valid_for`."""
     fields = {name: getattr(table, name) for name in table.__dataclass_fields__}
+
     # The hash stands under `valid_for`: servers read the fields beside it, and only those they know.
     content = sealed(fields)
     seal = content.pop(SEAL)
@@ -53,13 +56,17 @@ def write_calibration(path: Path, table: StsTable, valid_for: Mapping[str, Any])
 
 
 def read_calibration(path: Path, valid_for: Mapping[str, Any]) -> np.ndarray:
-    """[K] temperatures.
+    """Read the temperatures [K] of a calibration.
 
+    Args:
+        path: sts.json, as written by `write_calibration`.
+        valid_for: the facts it has to be valid for, from `validity`.
     Raises:
-      UserError: a file that is no calibration, or one made for other weights or sampling settings than `validity` says.
+        UserError: a file that is no calibration, or one made for other weights or sampling settings.
     """
     table, made_for = read_sealed(path)
     for name, expected in valid_for.items():
+        # Names only make the sentence readable: weights may move or be renamed and stay valid.
         if not name.endswith("_name") and made_for.get(name) != expected:
             said, here = (facts.get(f"{name}_name", facts.get(name)) for facts in (made_for, valid_for))
             same = " (of the same name, but other weights)" if said == here else ""
@@ -67,15 +74,23 @@ def read_calibration(path: Path, valid_for: Mapping[str, Any]) -> np.ndarray:
                 f"{path} was calibrated for {name.replace('_', '-')} {said}, this is {here}{same}; calibrate "
                 "again with infer.calibrate."
             )
+
     return np.asarray(table.temperatures)
 
 
 def read_sealed(path: Path) -> tuple[StsTable, dict[str, Any]]:
-    """(the table, what it is valid for) of a calibration; UserError for another file, and for one that was changed."""
+    """Read a calibration and check its seal.
+
+    Returns:
+        (the table, the facts it is valid for).
+    Raises:
+        UserError: a file that is no calibration, or one that was changed after it was written.
+    """
     table, content = read_sts(path), read_object(path)
     made_for = content.pop("valid_for", None)
     if not isinstance(made_for, dict):
         raise UserError(f"{path} does not say what it is valid for; calibrate with infer.calibrate.")
+
     seal = {SEAL: made_for[SEAL]} if SEAL in made_for else {}
     check_seal({**content, **seal}, str(path), cure="calibrate again with infer.calibrate")
     return table, made_for

@@ -1,7 +1,7 @@
-"""Tokens to text as they come: whole characters only, and nothing that a stop string will take back.
+"""Incremental detokenisation: emits whole characters only, and no text that a stop string may still remove.
 
-A character may be spread over several tokens and a token's text may depend on the token before, so tokens are decoded
-in a window whose first part has been said already, and what its text has gained is what is new.
+A character may be spread over several tokens, and a token's text may depend on the token before. So tokens are decoded
+together with a window of earlier ones, and the new text is what the window's text has gained.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,32 +10,37 @@ from dataclasses import dataclass, replace
 Decode = Callable[[list[int]], str]
 
 BROKEN = "\ufffd"
-"""What tokenizers decode bytes to that are no whole character."""
+"""The replacement character, to which tokenizers decode bytes that form no whole character."""
 WINDOW = 64
-"""Tokens decoded together at most, while characters are whole."""
+"""The most tokens that are decoded together while characters are whole."""
 LONGEST_WINDOW = 4 * WINDOW
-"""Beyond this, bytes that are still no character never will be one."""
+"""From this length on, bytes that still form no character are taken to be broken for good."""
 
 
 @dataclass(frozen=True)
 class AnswerText:
-    """The text of an answer so far. Pure: `grown` returns the next.
+    """The text of an answer so far. Immutable: `grown` returns the next state."""
 
-    `window`: the last tokens, of whose text `shown` characters are decoded; `boundary`: a place in it where characters
-    were whole. `held` follows `said`, and may become a stop string.
-    """
-
-    said: str = ""
-    held: str = ""
-    window: tuple[int, ...] = ()
-    shown: int = 0
-    boundary: int = 0
+    said: str = ""  # final
+    held: str = ""  # follows `said`; may become part of a stop string
+    window: tuple[int, ...] = ()  # the last tokens, decoded together
+    shown: int = 0  # leading characters of the window's text that are in `said` and `held` already
+    boundary: int = 0  # a place in the window at which characters were whole, so that it may be cut there
 
     def grown(self, decode: Decode, stops: Sequence[str], tokens: Sequence[int]) -> tuple["AnswerText", int | None]:
-        """(the text with new tokens, how many of them a completed stop string leaves). The second is None without one;
-        with one, the text ends before it."""
+        """Add new tokens.
+
+        Args:
+            decode: the tokenizer's.
+            stops: stop strings, none of them empty.
+            tokens: the new ones.
+        Returns:
+            (the text; None, or the number of new tokens that are kept if they complete a stop string, before which the
+            text then ends).
+        """
         text = self._decoded(decode, tokens)
         if not any(stop in text.held for stop in stops):
+            # The end of the text that begins a stop string stays back: the next tokens may complete it.
             keep = max((_overlap(text.held, stop) for stop in stops), default=0)
             cut = len(text.held) - keep
             return replace(text, said=text.said + text.held[:cut], held=text.held[cut:]), None
@@ -47,26 +52,32 @@ class AnswerText:
             text = self._decoded(decode, tokens[:count])
             if any(stop in text.held for stop in stops):
                 break
+
         at = min(text.held.find(stop) for stop in stops if stop in text.held)
         return replace(text, said=text.said + text.held[:at], held=""), count
 
     def ended(self) -> "AnswerText":
-        """With all that was held back; bytes that became no whole character stay out."""
+        """The final text: held text is released, bytes that never became a whole character are left out."""
         return replace(self, said=self.said + self.held, held="")
 
     def _decoded(self, decode: Decode, tokens: Sequence[int]) -> "AnswerText":
-        """With the new whole characters in `held`."""
+        """The state with the new whole characters in `held`."""
         if not tokens:
             return self
+
         window = (*self.window, *tokens)
         fresh = decode(list(window))[self.shown :]
         whole = fresh.rstrip(BROKEN) if len(window) <= LONGEST_WINDOW else fresh
+
         shown, boundary = self.shown + len(whole), self.boundary
+        # The window is cut only between whole characters, and keeps the last tokens, whose successor may depend on
+        # them.
         if whole == fresh:
             if len(window) > WINDOW and boundary:
                 window = window[boundary:]
                 shown = len(decode(list(window)))
             boundary = len(window)
+
         return AnswerText(self.said, self.held + whole, window, shown, boundary)
 
 
