@@ -1,4 +1,4 @@
-"""The configs of V4's drafters: the target's own config.json, in which their fields stand."""
+"""The configs of V4's drafters: the target's own config.json, which holds their fields (docs/algorithm.md, rule 93)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,32 +11,38 @@ from dspark_jax.targets.deepseek_v4.config import V4Config
 from dspark_jax.targets.registry import read_target_config
 
 ARCHITECTURES = {"dspark": "DeepseekV4DSparkModel", "mtp": "DeepseekV4MTPModel"}
+# Fields about the storage of the published weights, which a new drafter's weights do not share.
 _STORED_FORM = ("quantization_config", "expert_dtype", "dtype", "torch_dtype")
+# Added by this project; a published config.json has none of them.
 _OURS = ("architectures", "num_anchors", TARGET_SHA_FIELD)
 
 
 def native_config(target_hf_config: Mapping[str, Any], kind: str, **fields: Any) -> dict[str, Any]:
     """The config of a drafter of this kind in the files of the target with this config.json."""
+    # The hash is the target's, so it must not depend on the fields that are added here.
     described = {key: value for key, value in target_hf_config.items() if key not in _OURS}
     made = {"architectures": [ARCHITECTURES[kind]], "num_anchors": 512, **fields}
     return described | made | {TARGET_SHA_FIELD: config_sha256(described)}
 
 
 def target_config_of(native: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json that a published folder has for `native`: without the fields that are ours alone."""
+    """The config.json that a published folder has for `native`, without the fields that this project adds."""
     return {key: value for key, value in native.items() if key not in _OURS}
 
 
 def _trained(target_hf_config: Mapping[str, Any], kind: str, blocks: int, **fields: Any) -> dict[str, Any]:
-    """The config of a drafter to be trained, of so many blocks, for the target with this config.json."""
+    """The config of a drafter to be trained, with `blocks` blocks, for the target with this config.json."""
     target = cast(V4Config, read_target_config(target_hf_config))
     kept = {name: value for name, value in target_hf_config.items() if name not in _STORED_FORM}
+    # Drafter blocks are counted by the 0s past the layers' ratios, so new ones are announced there.
     ratios = [*(layer.ratio for layer in target.layers), *[0] * blocks]
     native = native_config(kept | {"compress_ratios": ratios} | fields, kind, num_anchors=fields["num_anchors"])
+
     return native | {TARGET_SHA_FIELD: config_sha256(target_hf_config)}
 
 
 def _common(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that both kinds take from the target's config."""
     backbone = read_target_config(config, WHERE)
     return {
         "backbone": backbone,
@@ -48,10 +54,11 @@ def _common(config: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class V4DSparkConfig(DSparkConfig):
-    """As many stages as the config has blocks past its layers."""
+    """A DSpark module with as many stages as the config has blocks past its layers."""
 
     @property
     def dims(self) -> V4Config:
+        """The target's config, with V4's fields."""
         return cast(V4Config, self.backbone)
 
     @classmethod
@@ -61,6 +68,7 @@ class V4DSparkConfig(DSparkConfig):
             "target_layer_ids": tuple(config["dspark_target_layer_ids"]),
             "mask_token_id": config["dspark_noise_token_id"],
             "markov_rank": config["dspark_markov_rank"],
+            # Published modules have one form of heads, so the file names none of these choices.
             "markov_head_type": "vanilla",
             "enable_confidence_head": True,
             "confidence_head_with_markov": True,
@@ -73,7 +81,7 @@ class V4DSparkConfig(DSparkConfig):
         cls, target_hf_config: Mapping[str, Any], *, num_layers: int, target_layer_ids: Sequence[int], dtype: str,
         block_size: int, markov_rank: int, mask_token_id: int | None, num_anchors: int, **_: Any,
     ) -> dict[str, Any]:  # fmt: skip
-        """The config of a new module of `num_layers` stages; settings that it has no use for pass by."""
+        """The config of a new module of `num_layers` stages; settings that do not concern it are ignored."""
         noise = target_hf_config.get("dspark_noise_token_id") if mask_token_id is None else mask_token_id
         if noise is None:
             raise UserError("The drafter has no noise token; name an unused token with --drafter.mask-token-id.")
@@ -91,7 +99,7 @@ class V4DSparkConfig(DSparkConfig):
 
     @property
     def last_tap(self) -> int:
-        """Taps are means over streams, which no norm has touched: the last layer's too."""
+        """The target's last layer: taps are means over streams, to which no norm was applied (unlike rule 15's)."""
         return self.num_target_layers - 1
 
     def check(self) -> None:
@@ -101,6 +109,7 @@ class V4DSparkConfig(DSparkConfig):
                 f"config.json has compress_ratios for its {self.num_target_layers} layers alone; a DSpark module needs "
                 "one 0 more for each of its stages."
             )
+
         if not 0 <= self.mask_token_id < self.backbone.vocab_size:
             raise UserError(
                 f"config.json has dspark_noise_token_id {self.mask_token_id}; expected a token below "
@@ -114,6 +123,7 @@ class V4MTPConfig(BlockConfig):
 
     @property
     def dims(self) -> V4Config:
+        """The target's config, with V4's fields."""
         return cast(V4Config, self.backbone)
 
     @classmethod
@@ -126,9 +136,10 @@ class V4MTPConfig(BlockConfig):
         cls, target_hf_config: Mapping[str, Any], *, num_layers: int, target_layer_ids: Sequence[int], dtype: str,
         num_anchors: int, **_: Any,
     ) -> dict[str, Any]:  # fmt: skip
-        """The config of a new block."""
+        """The config of a new block; `num_layers` and `target_layer_ids` are fixed for it and ignored."""
         return _trained(target_hf_config, "mtp", 1, num_anchors=num_anchors, torch_dtype=dtype)
 
     @property
     def last_tap(self) -> int:
+        """The id one past the last layer, which taps the streams themselves."""
         return self.num_target_layers

@@ -1,4 +1,4 @@
-"""A V4 block: the attention site, then the MLP site, each reading the streams as they are."""
+"""A V4 block: the attention site, then the MLP site, each reading the residual streams and writing to them."""
 
 from typing import NamedTuple
 
@@ -13,8 +13,13 @@ from dspark_jax.targets.deepseek_v4.streams import Norm, Site
 
 
 class BlockOutput(NamedTuple):
-    """`streams` [*n, S, D] after the block; `rows` for the decode state; `experts` [*n, K] of each row; `attended`
-    [R, W, N], the entries that each query of a CSA layer attends, None elsewhere."""
+    """The result of a block.
+
+    streams: [*n, S, D], after the block.
+    rows: what the decode state keeps.
+    experts: [*n, K], ids of each row's experts.
+    attended: [R, W, N], the entries that each query of a CSA layer attends to; None elsewhere.
+    """
 
     streams: Array
     rows: LayerRows
@@ -23,7 +28,7 @@ class BlockOutput(NamedTuple):
 
 
 class V4Block(nnx.Module):
-    """Of a target's layer, of a DSpark stage and of an MTP block alike."""
+    """The block of a target's layer, of a DSpark stage and of an MTP block alike."""
 
     def __init__(self, config: V4Config, layer: V4LayerConfig, *, rngs: nnx.Rngs):
         d, eps = config.hidden_size, config.rms_norm_eps
@@ -38,6 +43,7 @@ class V4Block(nnx.Module):
         self, streams: Float[Array, "*n s d"], tokens: Int[Array, "*n"], positions: Int[Array, "*n"],
         place: Placement, state: LayerState | None,
     ) -> BlockOutput:  # fmt: skip
+        """Runs the rows; `state` None: the block is the whole sequence."""
         x, mixing = self.attention_input(streams)
         y, rows, attended = self.attention(x, positions, place, state)
         streams, experts = self.after_attention(streams, y, mixing, tokens)
@@ -45,6 +51,7 @@ class V4Block(nnx.Module):
 
     def attention_input(self, streams: Float[Array, "*n s d"]) -> tuple[Float[Array, "*n d"], tuple[Array, Array]]:
         """(normed rows in the weights' dtype, what the site's `write` needs)."""
+        # The streams stay float32 whatever the weights are; the cast is at the entrance of each projection.
         x, mixing = self.attention_site.read(streams)
         return self.attention_norm(x).astype(self.attention.qa_weight_dr.dtype), mixing
 

@@ -16,7 +16,7 @@ from dspark_jax.targets.config import (
 )
 
 SPARSE_RATIO = 4
-"""The ratio of compressed sparse attention (CSA): overlapping windows and an indexer. Any other is HCA's."""
+"""The ratio of compressed sparse attention (CSA), with overlapping windows and an indexer; other ratios are HCA's."""
 
 _TYPES = {0: "sliding_attention", SPARSE_RATIO: "compressed_sparse_attention"}
 _HEAVY = "heavily_compressed_attention"
@@ -24,22 +24,23 @@ _HEAVY = "heavily_compressed_attention"
 
 @dataclass(frozen=True)
 class V4LayerConfig(LayerConfig):
-    """`ratio` tokens make one compressed entry, 0: the window alone. `hashed`: experts are chosen by token id."""
+    """`ratio` tokens make one compressed entry; 0: the window alone. `hashed`: experts are chosen by token id."""
 
     ratio: int = 0
     hashed: bool = False
 
     @property
     def indexed(self) -> bool:
-        """Entries overlap, and an indexer selects those that a query attends."""
+        """Whether entries overlap and an indexer selects those that a query attends to."""
         return self.ratio == SPARSE_RATIO
 
 
 @dataclass(frozen=True, kw_only=True)
 class V4Config(TargetConfig):
-    """What V4 has beside a `TargetConfig`; `layers` are `V4LayerConfig`s, `drafter_blocks` the `mtp.*` blocks.
+    """V4's fields in addition to a `TargetConfig`'s; `layers` are `V4LayerConfig`s, `drafter_blocks` counts `mtp.*`.
 
-    `quantised_caches`: keys, entries and index rows are rounded as the served weights were trained (fake_quant.py).
+    `quantised_caches`: keys, entries and index rows are rounded as in the training of the served weights
+    (fake_quant.py).
     """
 
     layers: tuple[V4LayerConfig, ...]
@@ -62,22 +63,24 @@ class V4Config(TargetConfig):
     quantised_caches: bool = False
 
     def tap_width(self, tap_layers: Sequence[int]) -> int:
-        """A layer's tap is a mean over streams; the id past the last layer taps the streams themselves."""
+        """Channels of the taps: a layer's tap is a mean over streams; the id past the last layer taps all streams."""
         return sum(self.streams if i == self.num_layers else 1 for i in tap_layers) * self.hidden_size
 
     @property
     def window_layer(self) -> V4LayerConfig:
-        """The layer of a drafter's block: the window alone, routed experts."""
+        """The layer of a drafter's block: the window alone, with routed experts."""
         return V4LayerConfig(1, self.head_dim, RopeConfig(theta=self.rope_theta), window=self.window, sparse=True)
 
 
 def v4_config(config: Mapping[str, Any]) -> V4Config:
-    """Reads either form; UserError for what is not implemented and for fields that contradict one another."""
+    """Reads either form; UserError for features that are not implemented and for fields that contradict one another."""
     _refuse(config)
+
     count = config["num_hidden_layers"]
     ratios = _ratios(config)
     hashed = _hash_layers(config)
     theta, compressed = _ropes(config)
+    # Yarn is for layers with entries, whose keys may lie far back; layers with a window alone keep the plain rope.
     plain = RopeConfig(theta=theta)
     head_dim, window = config["head_dim"], config["sliding_window"]
     layers = tuple(
@@ -86,7 +89,9 @@ def v4_config(config: Mapping[str, Any]) -> V4Config:
         )
         for i, ratio in enumerate(ratios[:count])
     )
+
     return V4Config(
+        # `common_fields` needs an intermediate_size, which V4's file has for experts alone.
         **common_fields({**config, "intermediate_size": config["moe_intermediate_size"]}),
         layers=layers,
         tie_word_embeddings=False,
@@ -113,7 +118,7 @@ def v4_config(config: Mapping[str, Any]) -> V4Config:
     )
 
 
-# Field -> the values that change nothing here.
+# Field -> the values that have no effect here.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_key_value_heads": (1,),
     "n_shared_experts": (1,),
@@ -147,16 +152,20 @@ V4_FIELDS: Schema = {
 
 
 def _refuse(config: Mapping[str, Any]) -> None:
+    """UserError for mistyped fields and for variants that are not implemented."""
     check_fields(config, V4_FIELDS, "config.json")
     check_activation(config, "hidden_act", "silu")
+
     for field, neutral in _NEUTRAL.items():
         if (found := config.get(field, neutral[0])) not in neutral:
             raise UserError(
                 f"config.json has {field} {found!r}; deepseek_v4 targets are implemented with {neutral[0]!r} only."
             )
+
     heads, groups = config["num_attention_heads"], config["o_groups"]
     if heads % groups:
         raise UserError(f"config.json has {heads} heads in {groups} o_groups; the heads must divide into the groups.")
+
     if not 1 <= config["num_experts_per_tok"] <= config["n_routed_experts"]:
         raise UserError(
             f"config.json has num_experts_per_tok {config['num_experts_per_tok']}; expected 1 to the "
@@ -165,77 +174,92 @@ def _refuse(config: Mapping[str, Any]) -> None:
 
 
 def _ratios(config: Mapping[str, Any]) -> list[int]:
-    """`compress_ratios`, which run on past the layers by one 0 a drafter block, or transformers' `layer_types`."""
+    """One ratio per layer and one 0 per drafter block: `compress_ratios`, or transformers' `layer_types`."""
     count, types = config["num_hidden_layers"], config.get("layer_types")
     rates = config.get("compress_rates") or {}
+
     named = None
     if types is not None:
         if len(types) < count:
             raise UserError(f"config.json lists {len(types)} layer_types for {count} layers; it must name every layer.")
         named = [_ratio_of(kind, rates) for kind in types[:count]]
+
     ratios = config.get("compress_ratios", named)
+    # A KeyError, because the registry turns it into the sentence about a missing field.
     if ratios is None:
         raise KeyError("compress_ratios")
     ratios = list(ratios)
+
     if len(ratios) < count or any(ratios[count:]) or min(ratios) < 0:
         raise UserError(
             f"config.json has compress_ratios {ratios} for {count} layers; expected one a layer, 0 or more, then one 0 "
             "for each mtp block."
         )
+
     if named is not None and named != ratios[:count]:
         raise UserError(
             f"config.json contradicts itself: compress_ratios are {ratios[:count]}, layer_types with compress_rates "
             f"say {named}; remove the wrong ones."
         )
+
     return ratios
 
 
 def _ratio_of(kind: str, rates: Mapping[str, int]) -> int:
+    """The ratio of one of transformers' layer types; UserError for unknown types and contradicting rates."""
     if kind == _TYPES[0]:
         return 0
     if kind not in (_TYPES[SPARSE_RATIO], _HEAVY):
         raise UserError(
             f"config.json has layer type {kind!r}; deepseek_v4 targets use {', '.join(_TYPES.values())} and {_HEAVY}."
         )
+
     ratio = rates.get(kind, SPARSE_RATIO if kind == _TYPES[SPARSE_RATIO] else 128)
     if (ratio == SPARSE_RATIO) != (kind == _TYPES[SPARSE_RATIO]) or ratio < 1:
         raise UserError(f"config.json gives {kind} the ratio {ratio}; only {_TYPES[SPARSE_RATIO]} has {SPARSE_RATIO}.")
+
     return ratio
 
 
 def _hash_layers(config: Mapping[str, Any]) -> int:
-    """The first so many layers choose experts by token id."""
+    """The number of first layers whose experts are chosen by token id."""
     types = config.get("mlp_layer_types")
     named = None if types is None else [kind == "hash_moe" for kind in types[: config["num_hidden_layers"]]]
     if named is not None and named != sorted(named, reverse=True):
         raise UserError(f"config.json has mlp_layer_types {types}; hash_moe layers must come before all others.")
+
     hashed = config.get("num_hash_layers", None if named is None else sum(named))
     if hashed is None:
         raise KeyError("num_hash_layers")
+
     if named is not None and sum(named) != hashed:
         raise UserError(
             f"config.json contradicts itself: num_hash_layers is {hashed}, mlp_layer_types name {sum(named)}; remove "
             "the wrong one."
         )
+
     return hashed
 
 
 def _ropes(config: Mapping[str, Any]) -> tuple[float, RopeConfig]:
-    """(theta of window-only layers, the rope of layers with entries): yarn scales the latter alone."""
+    """(theta of window-only layers, the rope of layers with entries): yarn scales only the latter."""
     parameters = config.get("rope_parameters") or {}
     main, entries = parameters.get("main") or {}, parameters.get("compress") or {}
     theta = main.get("rope_theta", config.get("rope_theta"))
     compressed = entries.get("rope_theta", config.get("compress_rope_theta"))
     if theta is None or compressed is None:
         raise KeyError("rope_theta" if theta is None else "compress_rope_theta")
+
+    # The published form has one scaling for the file; transformers nests it under the kind of layer it is for.
     scaling = {**(entries or config.get("rope_scaling") or {})}
     scaling.pop("rope_theta", None)
     scaling.pop("partial_rotary_factor", None)
+
     if scaling.setdefault("rope_type", scaling.get("type", "default")) not in ("yarn", "default"):
         raise UserError(
             f"config.json asks for RoPE scaling {scaling['rope_type']!r}; deepseek_v4 targets use yarn or none."
         )
-    # Positions are stretched, scores are not: yarn's factor on cos and sin is 1 here.
+    # Yarn stretches positions but does not scale scores here: its factor on cos and sin is 1.
     scaling["attention_factor"] = 1.0
     read = {"max_position_embeddings": config["max_position_embeddings"], "rope_theta": compressed}
     return float(theta), RopeConfig.from_hf_dict({**read, "rope_parameters": scaling})

@@ -1,4 +1,4 @@
-"""The MLP of a V4 block: routed experts beside a shared one. The first layers choose experts by token id."""
+"""The MLP of a V4 block: routed experts plus a shared one. The first layers choose experts by token id."""
 
 import jax
 import jax.numpy as jnp
@@ -20,35 +20,40 @@ class Router(nnx.Module):
         assert experts is not None
         d, e = config.hidden_size, experts.count
         self.weight_de = param(normal(rngs, (d, e), config.initializer_range), "embed", None)
+
         self.hashed = hashed
         if hashed:
             self.table_vk = param(jnp.zeros((config.vocab_size, experts.per_token), jnp.int32), None, None)
         else:
             self.bias = param(jnp.zeros((e,)), None)
+
         self.per_token, self.scale = experts.per_token, config.routed_scale
 
     def __call__(
         self, x: Float[Array, "*n d"], tokens: Int[Array, "*n"]
     ) -> tuple[Float[Array, "*n k"], Int[Array, "*n k"]]:
-        """(weights, ids) of each row's experts. The bias decides who is chosen and enters no weight."""
+        """(weights, ids) of each row's experts. The bias affects the choice alone and enters no weight."""
+        # HIGHEST: a score rounded to bfloat16 inside the product would flip the choice between close experts.
         wide, weight = x.astype(jnp.float32), self.weight_de[...].astype(jnp.float32)
         logits = jnp.einsum("...d,de->...e", wide, weight, precision=HIGHEST)
         scores = jnp.sqrt(jax.nn.softplus(logits))
+
         if self.hashed:
             chosen = jnp.take(self.table_vk[...], tokens, axis=0)
         else:
             _, chosen = jax.lax.top_k(scores + self.bias[...], self.per_token)
+
         weights = jnp.take_along_axis(scores, chosen, axis=-1)
         return weights / jnp.sum(weights, axis=-1, keepdims=True) * self.scale, chosen
 
 
 def clamped_swiglu(gate: Array, up: Array, limit: float) -> Array:
-    """silu(min(gate, limit)) * clip(up, -limit, limit): the gate has no bound below."""
+    """silu(min(gate, limit)) * clip(up, -limit, limit): the gate has no lower bound."""
     return jax.nn.silu(jnp.minimum(gate, limit)) * jnp.clip(up, -limit, limit)
 
 
 class SharedExpert(nnx.Module):
-    """The expert that every row passes, clamped like the others."""
+    """The expert that processes every row, clamped like the others."""
 
     def __init__(self, config: V4Config, *, rngs: nnx.Rngs):
         d, f, std = config.hidden_size, config.intermediate_size, config.initializer_range
@@ -63,11 +68,12 @@ class SharedExpert(nnx.Module):
 
 
 class V4MoE(nnx.Module):
-    """Σ_k g_k expert_k(x) + shared(x). No expert has a capacity: a row does not depend on its neighbours."""
+    """Σ_k g_k expert_k(x) + shared(x). No expert has a capacity, so a row's result depends on that row alone."""
 
     def __init__(self, config: V4Config, hashed: bool, *, rngs: nnx.Rngs):
         assert config.experts is not None
         d, e, f, std = config.hidden_size, config.experts.count, config.intermediate_size, config.initializer_range
+
         self.router = Router(config, hashed, rngs=rngs)
         self.gate_weight_edf = param(normal(rngs, (e, d, f), std), "experts", "embed", "mlp")
         self.up_weight_edf = param(normal(rngs, (e, d, f), std), "experts", "embed", "mlp")
@@ -79,9 +85,11 @@ class V4MoE(nnx.Module):
         self, x: Float[Array, "*n d"], tokens: Int[Array, "*n"]
     ) -> tuple[Float[Array, "*n d"], Int[Array, "*n k"]]:
         """(output, ids of each row's experts)."""
+        # [*n, D] -> [N, D]: experts group rows, whatever axes they came in.
         rows = x.reshape(-1, x.shape[-1])
         weights, chosen = self.router(rows, tokens.reshape(-1))
         stack = ExpertStack(self.gate_weight_edf[...], self.up_weight_edf[...], self.down_weight_efd[...])
+
         routed = mix_experts(rows, weights, chosen, stack, self._activate)
         out = routed + self.shared(rows).astype(routed.dtype)
         return out.astype(x.dtype).reshape(x.shape), chosen.reshape(*x.shape[:-1], -1)

@@ -1,6 +1,6 @@
-"""The rounding that served V4 weights were trained under, in float: fp8 keys and entries, fp4 index rows.
+"""The rounding under which served V4 weights were trained, in float: fp8 keys and entries, fp4 index rows.
 
-Off unless config.json sets `quantised_caches`; the reference numbers are without it.
+Off unless config.json sets `quantised_caches`; the reference numbers are made without it.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ FP8_BLOCK, FP4_GROUP = 64, 32
 
 @dataclass(frozen=True)
 class KeyRounding:
-    """`round_keys` of heads with so many rotated channels: a value, so that equal modules are equal."""
+    """`round_keys` with `rotated` channels kept; a value, so that equal modules compare equal."""
 
     rotated: int
 
@@ -23,21 +23,25 @@ class KeyRounding:
 
 
 def round_keys(x: Float[Array, "*n h"], rotated: int) -> Float[Array, "*n h"]:
-    """All channels but the last `rotated` ones rounded to e4m3, with a power-of-two scale for each 64 of them."""
+    """All channels except the last `rotated` ones rounded to e4m3, with one power-of-two scale for each 64 of them."""
     still, turned = x[..., : x.shape[-1] - rotated], x[..., x.shape[-1] - rotated :]
     blocks = _groups(still.astype(jnp.float32), FP8_BLOCK)
+    # The floor keeps the scale of an all-zero block away from 0.
     largest = jnp.maximum(jnp.max(jnp.abs(blocks), axis=-1, keepdims=True), 1e-4)
     scale = _power_of_two(largest / 448.0)
     rounded = (blocks / scale).astype(jnp.float8_e4m3fn).astype(jnp.float32) * scale
+
     return jnp.concatenate([rounded.reshape(still.shape).astype(x.dtype), turned], axis=-1)
 
 
 def round_index_rows(x: Float[Array, "*n h"]) -> Float[Array, "*n h"]:
-    """Rotated by the normalised Hadamard matrix, then rounded to e2m1 in groups of 32."""
+    """Rows rotated by the normalised Hadamard matrix, then rounded to e2m1 in groups of 32."""
+    # The rotation spreads outliers over all channels, which a scale for 32 of them could not absorb.
     groups = _groups(rotate_by_hadamard(x), FP4_GROUP)
     largest = jnp.max(jnp.abs(groups), axis=-1, keepdims=True)
     scale = jnp.where(largest > 0, _power_of_two(largest / 6.0), 1.0)
     rounded = _nearest_e2m1(groups / scale) * scale
+
     return rounded.reshape(x.shape).astype(x.dtype)
 
 
@@ -47,15 +51,18 @@ def rotate_by_hadamard(x: Float[Array, "*n h"]) -> Float[Array, "*n h"]:
     matrix = np.ones((1, 1), np.float32)
     while len(matrix) < size:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+
     return jnp.einsum("...h,hk->...k", x.astype(jnp.float32), jnp.asarray(matrix), precision="highest") * size**-0.5
 
 
 def _groups(x: Array, size: int) -> Array:
+    """[..., C] -> [..., C / size, size], one group of all channels where there are fewer."""
     return x.reshape(*x.shape[:-1], -1, min(size, x.shape[-1]))
 
 
 def _power_of_two(x: Array) -> Array:
     """The least power of two that is not below x."""
+    # frexp gives a mantissa in [0.5, 1), so an exact power of two comes out one exponent too high.
     mantissa, exponent = jnp.frexp(x)
     return jnp.ldexp(jnp.float32(1), exponent - (mantissa == 0.5))
 

@@ -33,7 +33,7 @@ class V4Model(nnx.Module):
         self.config = config
 
     def blocks(self, tokens: Int[Array, "*n"], positions: Int[Array, "*n"], attend: Attend) -> Iterator[BlockOutput]:
-        """What each layer makes, one after the other."""
+        """The output of each layer in order; a generator, so that taps need not be kept for all of them."""
         rows = jnp.take(self.embed_weight_vd[...], tokens, axis=0)
         streams = spread_streams(rows, self.config.streams)
         place, state = Placement.of(attend, len(tokens))
@@ -49,21 +49,27 @@ class V4Model(nnx.Module):
         tapped: dict[int, Array] = {}
         if -1 in tap_layers:
             tapped[-1] = jnp.take(self.embed_weight_vd[...], tokens, axis=0).astype(jnp.float32)
+
         rows, streams = [], None
         for i, out in enumerate(self.blocks(tokens, positions, attend)):
             rows.append(out.rows)
             streams = out.streams
             if i in tap_layers:
                 tapped[i] = jnp.mean(streams, axis=-2)
+
         assert streams is not None
         if self.config.num_layers in tap_layers:
             tapped[self.config.num_layers] = streams.reshape(*streams.shape[:-2], -1)
+
+        # Streams are float32; taps and hidden states leave in the dtype of the weights, as caches store them.
         dtype = self.embed_weight_vd.dtype
         taps = [tapped[i].astype(dtype) for i in tap_layers]
         hidden = self.final_norm(self.collapse(streams)).astype(dtype)
+
         return TargetOutput(hidden, jnp.concatenate(taps, axis=-1) if taps else hidden[..., :0], tuple(rows))
 
     def head_weight(self) -> Float[Array, "v d"]:
+        """The output head, never tied in V4."""
         return self.head_weight_vd[...]
 
     def logits(self, hidden: Float[Array, "*n d"]) -> Float[Array, "*n v"]:
@@ -71,13 +77,16 @@ class V4Model(nnx.Module):
         return head_logits(hidden, self.head_weight_vd[...], None)
 
     def empty_cache(self, requests: int, size: int, width: int, dtype: Any) -> V4State:
+        """Zeros for `size` positions; up to `width` rows of a block may be dropped."""
         return empty_state(self.config, requests, size, width, dtype)
 
     def append(self, cache: V4State, rows: Any, starts: Int[Array, " r"]) -> V4State:
+        """The state with a block of every request, all rows real."""
         width = rows[0].window.shape[1]
         return append_block(cache, rows, jnp.arange(len(starts)), starts, jnp.full_like(starts, width))
 
     def insert(
         self, cache: V4State, rows: Any, slots: Int[Array, " a"], starts: Int[Array, " a"], counts: Int[Array, " a"]
     ) -> V4State:
+        """The state with chunks in `slots`, of which the first `counts` rows are real."""
         return append_block(cache, rows, slots, starts, counts)

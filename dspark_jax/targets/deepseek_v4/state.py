@@ -1,8 +1,8 @@
-"""The decode state of a V4 target, and where the rows of a call sit in it.
+"""The decode state of a V4 target, and the placement of a call's rows in it.
 
-Per layer: a ring of the window's keys, rings of the raw rows that open windows are pooled from, and all closed entries.
-Everything is addressed by absolute position, and what a query sees follows from its position: keeping k of the rows
-just run is `length += k`, and a window that rejected rows closed is closed again, before any query can see its entry.
+Each layer has a ring of the window's keys, rings of the raw rows from which open windows are pooled, and all closed
+entries. Everything is addressed by absolute position, and what a query sees follows from its position: keeping k of the
+rows just run is `length += k`. A window that rejected rows closed is closed again before any query can see its entry.
 """
 
 from collections.abc import Sequence
@@ -19,15 +19,15 @@ from dspark_jax.targets.deepseek_v4.rings import write_entries, write_ring
 
 
 class CompressedState(NamedTuple):
-    """raw [R, size, 2, series C]: content and gate of the latest tokens; entries [R, N, C]. Both float32 or as
-    `empty_state` is asked."""
+    """raw [R, size, 2, series C]: content and gate of the latest tokens, float32; entries [R, N, C], in the dtype given
+    to `empty_state`."""
 
     raw: Array
     entries: Array
 
 
 class LayerState(NamedTuple):
-    """window [R, size, H]; `main` of layers with entries, `indexer` of those with one."""
+    """window [R, size, H]; `main` in layers with entries, `indexer` in layers with an indexer."""
 
     window: Array
     main: Any  # CompressedState | None
@@ -35,14 +35,14 @@ class LayerState(NamedTuple):
 
 
 class CompressedRows(NamedTuple):
-    """raw rows [R, W, 2, series C] of a block and the entries that it closes."""
+    """The raw rows [R, W, 2, series C] of a block and the entries that it closes."""
 
     raw: Array
     closed: Closed
 
 
 class LayerRows(NamedTuple):
-    """What a block adds to a `LayerState`: keys [R, W, H], and raw rows with entries."""
+    """A block's additions to a `LayerState`: keys [R, W, H], and raw rows with entries."""
 
     window: Array
     main: CompressedRows | None
@@ -61,25 +61,29 @@ class Placement:
 
     @classmethod
     def of(cls, attend: Attend, requests: int) -> tuple["Placement", Sequence[LayerState] | None]:
-        """(placement, the state that is read) of causal rows, which begin at position 0, or of a cached block."""
+        """(placement, the state to read) of causal rows, which begin at position 0, or of a cached block."""
         if isinstance(attend, CachedBlock):
             return cls(attend.lengths, attend.packed), attend.cache  # type: ignore[return-value]
+        # Packed conversations would pool tokens of two of them into one entry.
         if not isinstance(attend, CausalRows) or attend.segments is not None:
             raise ValueError("V4 targets run causal rows of one sequence each, and blocks over a decode state")
+
         return cls(jnp.zeros((requests,), jnp.int32)), None
 
     def to_grid(self, x: Array) -> Array:
+        """[P, ...] -> [R, W, ...] where the rows are packed."""
         return x if self.packed is None else self.packed.to_grid(x)
 
     def from_grid(self, x: Array) -> Array:
+        """[R, W, ...] -> [P, ...] where the rows are packed."""
         return x if self.packed is None else self.packed.from_grid(x)
 
 
 def empty_state(config: V4Config, requests: int, size: int, width: int, dtype: Any) -> V4State:
-    """Zeros for `size` positions a request, of which blocks of up to `width` rows may be dropped again.
+    """Zeros for `size` positions per request, of which blocks of up to `width` rows may be dropped again.
 
-    A block at s may keep any prefix, so the next one begins at s .. s + width: a ring holds what is read from s on
-    beside the block. Zeros, because a masked weight of 0 times NaN is NaN.
+    A block at s may keep any prefix, so the next one begins at s .. s + width: a ring holds what is read from s on in
+    addition to the block. Zeros, because a masked weight of 0 times NaN is NaN.
     """
 
     def compressed(series: int, ratio: int, channels: int) -> CompressedState:
@@ -88,6 +92,7 @@ def empty_state(config: V4Config, requests: int, size: int, width: int, dtype: A
 
     layers = []
     for layer in config.layers:
+        # Raw rows reach back over `series` windows; width - 1 more survive the dropping of a block.
         series, ratio = 2 if layer.indexed else 1, layer.ratio
         layers.append(
             LayerState(
@@ -96,6 +101,7 @@ def empty_state(config: V4Config, requests: int, size: int, width: int, dtype: A
                 compressed(series, ratio, config.index_dim) if layer.indexed else None,
             )
         )
+
     return tuple(layers)
 
 
@@ -103,7 +109,7 @@ def append_block(
     state: V4State, rows: Sequence[LayerRows], slots: Int[Array, " a"], starts: Int[Array, " a"],
     counts: Int[Array, " a"],
 ) -> V4State:  # fmt: skip
-    """The state with blocks of A requests behind what they hold: rows at positions starts.., the first `counts` real.
+    """The state with blocks of A requests appended: rows at positions starts.., the first `counts` real.
 
     Blocks wider than a ring leave their last rows in it.
     """

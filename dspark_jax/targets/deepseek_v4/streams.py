@@ -1,6 +1,6 @@
 """Manifold-constrained hyper-connections: S residual streams, and what a block reads from and writes to them.
 
-All of it in float32, whatever the weights' dtype: the mixing matrix comes from 20 divisions in a row.
+All in float32, whatever the weights' dtype: the mixing matrix results from 20 successive divisions.
 """
 
 import jax
@@ -16,7 +16,7 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def unit_rms(x: Float[Array, "*n d"], eps: float) -> Float[Array, "*n d"]:
-    """x / rms(x), float32."""
+    """x / rms(x), in float32."""
     wide = x.astype(jnp.float32)
     return wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
 
@@ -33,21 +33,21 @@ class Norm(nnx.Module):
 
 
 def spread_streams(x: Float[Array, "*n d"], streams: int) -> Float[Array, "*n s d"]:
-    """The residual streams that a row enters with: its embedding, repeated."""
+    """The residual streams [*n, S, D] at the first layer: S copies of the embedding."""
     wide = x.astype(jnp.float32)[..., None, :]
     return jnp.broadcast_to(wide, (*x.shape[:-1], streams, x.shape[-1]))
 
 
 def _signals(streams: Float[Array, "*n s d"], fn: Float[Array, "c sd"], eps: float) -> Float[Array, "*n c"]:
-    """What a site's coefficients are made from. One statistic a token, over all streams together."""
+    """The signals [*n, C] from which a site computes its coefficients; one RMS per token, over all streams together."""
     flat = streams.reshape(*streams.shape[:-2], -1)
     return jnp.einsum("...f,cf->...c", unit_rms(flat, eps), fn, precision=HIGHEST)
 
 
 def doubly_stochastic(logits: Float[Array, "*n s s"], iterations: int, eps: float) -> Float[Array, "*n s s"]:
-    """Sinkhorn's scaling of a softmax over the last axis, columns (the first index) first and last.
+    """Sinkhorn's scaling of a softmax over the last axis; columns (sums over the first index) come first and last.
 
-    `iterations` counts divisions over columns; between two of them lies one over rows.
+    `iterations` counts divisions of columns; between two of them is one of rows.
     """
 
     def columns(b: Array) -> Array:
@@ -61,10 +61,11 @@ def doubly_stochastic(logits: Float[Array, "*n s s"], iterations: int, eps: floa
 
 
 class Site(nnx.Module):
-    """Where a block's attention or MLP reads the streams and writes to them."""
+    """The place where a block's attention or MLP reads the streams and writes to them."""
 
     def __init__(self, config: V4Config, *, rngs: nnx.Rngs):
         s, d = config.streams, config.hidden_size
+        # S weights to collapse, S to expand and S x S to carry streams over.
         count = (2 + s) * s
         self.fn = param(normal(rngs, (count, s * d), config.initializer_range), None, None)
         self.base = param(jnp.zeros((count,)), None)
@@ -78,14 +79,17 @@ class Site(nnx.Module):
         """(collapse [*n, S], expand [*n, S], carry [*n, S from, S to])."""
         s, scale, base = self.streams, self.scale[...], self.base[...]
         signals = _signals(streams, self.fn[...], self.rms_eps)
+
+        # Collapse weights lie in (0, 1) + eps and expand weights in (0, 2), so that 1 is the middle of the latter.
         collapse = jax.nn.sigmoid(signals[..., :s] * scale[0] + base[:s]) + self.eps
         expand = 2.0 * jax.nn.sigmoid(signals[..., s : 2 * s] * scale[1] + base[s : 2 * s])
         logits = signals[..., 2 * s :] * scale[2] + base[2 * s :]
         carry = doubly_stochastic(logits.reshape(*logits.shape[:-1], s, s), self.iterations, self.eps)
+
         return collapse, expand, carry
 
     def read(self, streams: Float[Array, "*n s d"]) -> tuple[Float[Array, "*n d"], tuple[Array, Array]]:
-        """(the row that the block works on, what `write` needs)."""
+        """(the row [*n, D] that the block processes, what `write` needs)."""
         collapse, expand, carry = self.coefficients(streams)
         return jnp.einsum("...s,...sd->...d", collapse, streams, precision=HIGHEST), (expand, carry)
 
@@ -99,7 +103,7 @@ class Site(nnx.Module):
 
 
 class Collapse(nnx.Module):
-    """Streams to the hidden state that the final norm reads; no Sinkhorn."""
+    """Collapses streams to the hidden state that the final norm reads; there is no Sinkhorn here."""
 
     def __init__(self, config: V4Config, *, rngs: nnx.Rngs):
         s, d = config.streams, config.hidden_size
