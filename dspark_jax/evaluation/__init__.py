@@ -1,1 +1,1 @@
-"""Measuring drafters and engines: acceptance, conformance, evaluation sets, timing, traffic, the simulator."""
+"""Measurements of drafters and engines: acceptance, conformance, evaluation sets, timing, traffic, the simulator."""

@@ -1,4 +1,7 @@
-"""Acceptance counted over real speculative decoding: what a drafter is judged by, in training as in inference."""
+"""Acceptance counted over real speculative decoding, the measure of a drafter in training and inference.
+
+Axes: K block position.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,9 +19,17 @@ from dspark_jax.targets.target import Target
 
 @dataclass(frozen=True)
 class Acceptance:
-    """What a set of generations counted. tau: committed tokens a round. By block position k = 1..K: `verified` and
-    `accepted` drafts; `unconditional`, x_1..x_k all accepted, of rounds that verified x_k; `conditional`, x_k accepted
-    given x_<k. A rate of nothing is nan."""
+    """Counts of a set of generations (docs/algorithm.md, rule 12).
+
+    Attributes:
+        rounds: draft-verify-accept rounds.
+        committed: tokens committed by them, the prefill's first token not included.
+        tau: committed tokens a round.
+        verified: [K] drafts verified at each position.
+        accepted: [K] drafts accepted at each position.
+        unconditional: [K] share of rounds verifying x_k in which x_1..x_k were all accepted; nan where there is none.
+        conditional: [K] share of x_k accepted among those judged after an accepted x_<k; nan where there is none.
+    """
 
     rounds: int
     committed: int
@@ -30,6 +41,7 @@ class Acceptance:
 
     @classmethod
     def of(cls, generations: Sequence[Generation]) -> "Acceptance":
+        """Counts of all rounds of the generations."""
         block = max((len(g.verified_at) for g in generations), default=0)
         return cls.counted(
             sum(g.rounds for g in generations),
@@ -40,7 +52,7 @@ class Acceptance:
 
     @classmethod
     def pooled(cls, parts: Sequence["Acceptance"]) -> "Acceptance":
-        """Several sets of generations as one."""
+        """Several sets of generations counted as one."""
         block = max((len(part.verified) for part in parts), default=0)
         return cls.counted(
             sum(part.rounds for part in parts),
@@ -51,6 +63,8 @@ class Acceptance:
 
     @classmethod
     def counted(cls, rounds: int, committed: int, verified: np.ndarray, accepted: np.ndarray) -> "Acceptance":
+        # Rounds that judged x_k after an accepted prefix. Counts by position give only a bound, the smaller of accepted
+        # x_k-1 and verified x_k, which is exact where whole blocks are verified.
         reached = np.concatenate([verified[:1], np.minimum(accepted[:-1], verified[1:])])
         counts = tuple(verified.tolist()), tuple(accepted.tolist())
         tau = committed / max(rounds, 1)
@@ -58,7 +72,7 @@ class Acceptance:
 
 
 def _total(counts: Sequence[tuple[int, ...]], block: int) -> np.ndarray:
-    """Sums by position; what had no block (plain decoding, no round at all) counts nothing."""
+    """Sums by position, [block]; generations without a block (plain decoding, no round at all) count as zeros."""
     total = np.zeros(block, np.int64)
     for count in counts:
         total[: len(count)] += np.asarray(count, np.int64)
@@ -70,7 +84,7 @@ def _rates(good: np.ndarray, tried: np.ndarray) -> tuple[float, ...]:
 
 
 def seeded(prompts: Sequence[EncodedPrompt], sampling: SamplingParams) -> list[Request]:
-    """Requests whose seeds, one after the other, do not depend on the engine: the first has that of `sampling`."""
+    """Requests with consecutive seeds from that of `sampling` on, so that they do not depend on the engine."""
     first = sampling.seed or 0
     return [Request(prompt.tokens, replace(sampling, seed=first + i)) for i, prompt in enumerate(prompts)]
 
@@ -78,9 +92,20 @@ def seeded(prompts: Sequence[EncodedPrompt], sampling: SamplingParams) -> list[R
 def acceptance_by_domain(
     target: Target, drafter: Drafter, prompts: Sequence[EncodedPrompt], sampling: SamplingParams, engine: EngineConfig
 ) -> dict[str, Acceptance]:
-    """Decodes all prompts together; a prompt keeps its random numbers whatever the drafter and the other prompts.
+    """Decodes all prompts together and counts acceptance by domain.
 
-    Calls with drafters of one structure, the same prompts and settings share compiled programs.
+    A prompt's random numbers depend on its place alone, not on the drafter. Calls with drafters of one structure and
+    the same prompts and settings share compiled programs.
+
+    Args:
+        target: the model that verifies.
+        drafter: under measurement.
+        prompts: with their domains.
+        sampling: of all requests; its seed is the first one's.
+        engine: slots and policy.
+
+    Returns:
+        Acceptance by domain, in order of first appearance.
     """
     made = generate(target, drafter, seeded(prompts, sampling), engine=engine)
     domains = dict.fromkeys(prompt.domain for prompt in prompts)
@@ -91,5 +116,5 @@ def acceptance_by_domain(
 
 
 def macro_tau(by_domain: Mapping[str, Acceptance]) -> float:
-    """The mean of the domains' accepted lengths, each domain counting alike."""
+    """The mean of the domains' accepted lengths, each domain with equal weight."""
     return float(np.mean([acceptance.tau for acceptance in by_domain.values()]))

@@ -1,4 +1,4 @@
-"""Calibration of a drafter's confidence: rounds recorded, temperatures fitted on half the prompts and measured on half.
+"""Calibration of a drafter's confidence: temperatures fitted on rounds of half the prompts and measured on the rest.
 
 Axes: n recorded rounds, K block position.
 """
@@ -35,8 +35,14 @@ WIDE = EngineConfig(slots=32, smallest_prompt_bucket=64)
 
 
 class Rounds(NamedTuple):
-    """n rounds of decoding requests: `prompt` [n] index, `logits` [n, K], `accepted` [n, K] 1 where x_<=k all were,
-    `observed` [n, K] where x_k was verified, which a stop token among the drafts cuts short."""
+    """Recorded rounds.
+
+    Attributes:
+        prompt: int [n], index of the round's prompt.
+        logits: float32 [n, K], confidence logits.
+        accepted: bool [n, K], whether all of x_1..x_k were accepted.
+        observed: bool [n, K], whether x_k was verified; a stop token among the drafts cuts a block short.
+    """
 
     prompt: np.ndarray
     logits: np.ndarray
@@ -48,22 +54,23 @@ class Rounds(NamedTuple):
 
     @property
     def halves(self) -> tuple["Rounds", "Rounds"]:
-        """Those of the even prompts, which temperatures are fitted on, and those of the odd ones."""
+        """The rounds of even prompts, for fitting, and of odd ones, for measuring."""
+        # By prompt, not by round: rounds of one answer resemble each other.
         return self.of(self.prompt % 2 == 0), self.of(self.prompt % 2 == 1)
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What `calibrate` found.
+    """Result of `calibrate`.
 
     Attributes:
         temperatures: float64 [K], divisors of the confidence logits.
-        before: metrics of the measured half as the drafter is.
-        after: the same with the shift and the temperatures.
+        before: metrics of the measured half, uncalibrated.
+        after: the same with shift and temperatures applied.
         diagrams: reliability by position, before and after.
-        rounds: what was recorded.
+        rounds: all recorded rounds.
         drafter: the drafter that the temperatures are for: the one given, or its recentred copy.
-        shift: what was added to its confidence logits; 0 unless it was asked for.
+        shift: constant added to its confidence logits; 0 unless requested.
         valid_for: the weights and sampling settings that the temperatures hold for.
     """
 
@@ -77,7 +84,7 @@ class Calibrated:
     valid_for: dict[str, Any]
 
     def table(self, source: str = "") -> StsTable:
-        """As servers read it; `source` names the prompts."""
+        """The table in the form that servers read; `source` names the prompts."""
         return StsTable(
             tuple(self.temperatures.tolist()),
             source,
@@ -87,7 +94,7 @@ class Calibrated:
         )
 
     def save(self, path: Path, source: str = "") -> None:
-        """Writes sts.json, which `EngineConfig.sts` names, with what it is valid for."""
+        """Writes sts.json, for `EngineConfig.sts`, with the weights and settings that it is valid for."""
         write_calibration(path, self.table(source), self.valid_for)
 
     def figures(self) -> dict[str, Any]:
@@ -120,22 +127,24 @@ def calibrate(
     samples: int = 8,
     recenter: bool = False,
 ) -> Calibrated:
-    """Sequential temperature scaling of the confidence head, on answers that are sampled now.
+    """Sequential temperature scaling of the confidence head, on freshly sampled answers (docs/algorithm.md, rule 71).
 
-    Every round verifies the whole block, whatever policy `engine` names. Temperatures are fitted on the even prompts
+    Every round verifies the whole block, whatever the policy of `engine`. Temperatures are fitted on the even prompts
     and measured on the odd ones.
 
     Args:
-        target: the model that decides.
-        drafter: one with a confidence head.
+        target: the model that verifies.
+        drafter: must have a confidence head.
         prompts: two or more, held out from training.
-        sampling: settings that the calibration is for.
-        engine: slots and the rest.
-        samples: answers of each prompt, each with a seed of its own; 1 where the temperature is 0.
-        recenter: also fit the bias of the confidence head, for one that is too sure by a constant, which no temperature
-            mends; `Calibrated.drafter` is then a copy with that bias.
+        sampling: settings that the calibration is to hold for.
+        engine: slots and the other engine settings.
+        samples: answers of each prompt, each with its own seed; 1 where the temperature is 0.
+        recenter: also fit the bias of the confidence head, for overconfidence by a constant, which no temperature can
+            correct; `Calibrated.drafter` is then a copy with that bias.
+
     Returns:
         Temperatures, and metrics before and after.
+
     Raises:
         UserError: no confidence head, fewer than two prompts, prompts that cannot be decoded, or no round to fit on.
     """
@@ -146,6 +155,7 @@ def calibrate(
     if samples < 1:
         raise UserError(f"There is nothing to record: samples is {samples}, expected 1 or more.")
 
+    # Greedy answers of a prompt are all the same: one is enough.
     rounds = record(target, drafter, prompts, sampling, engine, samples if sampling.temperature > 0 else 1)
     shift = 0.0
     if recenter:
@@ -163,11 +173,17 @@ def record(
     config: EngineConfig,
     samples: int,
 ) -> Rounds:
-    """Decodes every prompt `samples` times with the whole block verified, and keeps each round of each request."""
+    """Decodes every prompt `samples` times, verifying whole blocks, and records each round of each request.
+
+    Raises:
+        UserError: no round was recorded.
+    """
     kept: list[Rounds] = []
 
     def keep(holders: tuple[int | None, ...], records: RoundRecord) -> None:
+        # Requests are numbered prompt by prompt, `samples` each; -1 is an empty slot.
         index = np.array([-1 if holder is None else holder // samples for holder in holders])
+        # [rounds, R] of a dispatch: rounds after a request's end commit nothing.
         live = (records.committed > 0) & (index >= 0)
         position = np.arange(records.confidence.shape[-1])
         accepted = position < records.accepted[..., None]
@@ -177,6 +193,7 @@ def record(
         kept.append(Rounds(owner[live], confidence[live], accepted[live], observed[live]))
 
     requests = listed_requests(target, prompts)
+    # A schedule would censor what it cut (docs/algorithm.md, rule 72), so the policy is fixed and the one bucket whole.
     whole = replace(
         config,
         longest=max(len(request.prompt) for request in requests) + sampling.max_new_tokens,
@@ -200,7 +217,7 @@ def record(
 
 
 def fitted(rounds: Rounds, drafter: Drafter, shift: float, valid_for: dict[str, Any]) -> Calibrated:
-    """Fits one half of the rounds, logits moved by `shift`, and measures the other."""
+    """Fits temperatures on one half of the rounds, with `shift` added to the logits, and measures the other half."""
     fit, test = rounds.halves
     temperatures = fit_temperatures(fit.logits + shift, fit.accepted, fit.observed)
     raw, scaled = prefix_survival(test.logits), prefix_survival(test.logits + shift, temperatures)
@@ -221,7 +238,7 @@ def fitted(rounds: Rounds, drafter: Drafter, shift: float, valid_for: dict[str, 
 
 
 def recentered(drafter: Drafter, shift: float) -> Drafter:
-    """The drafter with `shift` added to its confidence head's bias."""
+    """A copy of the drafter with `shift` added to its confidence head's bias."""
     head = drafter.params["confidence_head"]
     proj = head["proj"] | {"bias_o": head["proj"]["bias_o"] + shift}
     return replace(drafter, params=drafter.params | {"confidence_head": head | {"proj": proj}})

@@ -1,4 +1,4 @@
-"""How well confidences predict acceptance: ECE, AUROC and Brier score of prefix survival (docs/algorithm.md, rule 72).
+"""Metrics of confidence: ECE, AUROC and Brier score of predicted prefix survival (docs/algorithm.md, rule 72).
 
 Axes: n proposals, K block position. Survival is the cumulative product of confidences.
 """
@@ -10,11 +10,12 @@ import numpy as np
 ECE_BINS = 20
 AUC_BINS = 1000
 CLAMP = 1e-8
+"""Predictions are kept this far from 0 and 1."""
 
 
 @dataclass(frozen=True)
 class CalibrationMetrics:
-    """float64 [K] each; NaN where a position has no observation (AUROC: or only one class)."""
+    """Metrics by position, float64 [K] each; NaN where a position has no observation (AUROC: or only one class)."""
 
     ece: np.ndarray
     auc: np.ndarray
@@ -38,7 +39,13 @@ def prefix_survival(confidence_logits: np.ndarray, temperatures: np.ndarray | fl
 
 
 def calibration_metrics(survival: np.ndarray, accepted: np.ndarray, observed: np.ndarray) -> CalibrationMetrics:
-    """survival [n, K] in [0, 1]; accepted [n, K] 1 where the whole prefix was; observed [n, K] bool."""
+    """Metrics of every position.
+
+    Args:
+        survival: [n, K] predicted, in [0, 1].
+        accepted: [n, K], 1 where x_1..x_k were all accepted.
+        observed: bool [n, K], where x_k was verified; other entries are left out.
+    """
     columns = [position_metrics(survival[m, k], accepted[m, k]) for k, m in enumerate(np.asarray(observed, bool).T)]
     return CalibrationMetrics(*(np.array(values, np.float64) for values in zip(*columns, strict=True)))
 
@@ -50,7 +57,9 @@ def position_metrics(predicted: np.ndarray, label: np.ndarray) -> tuple[float, f
 
     predicted = np.clip(np.asarray(predicted, np.float64), CLAMP, 1 - CLAMP)
     label = np.asarray(label, np.float64)
+    # A prediction of 1 belongs to the last bin.
     coarse = np.minimum((predicted * ECE_BINS).astype(int), ECE_BINS - 1)
+    # n_b (mean prediction - mean label) of bin b is a difference of two sums: no bin is divided by its count.
     gaps = np.bincount(coarse, predicted, ECE_BINS) - np.bincount(coarse, label, ECE_BINS)
 
     return (
@@ -70,17 +79,18 @@ def _auc(predicted: np.ndarray, label: np.ndarray) -> float:
     negative = np.bincount(fine, 1 - label, AUC_BINS)
     if positive.sum() == 0 or negative.sum() == 0:
         return float("nan")
+    # [AUC_BINS] negatives in lower bins than each.
     below = np.cumsum(negative) - negative
     return float(np.sum(positive * (below + 0.5 * negative)) / (positive.sum() * negative.sum()))
 
 
 def sigmoid(z: np.ndarray) -> np.ndarray:
-    """float64, on the host."""
+    """Logistic function in float64 on the host; `z` is an array of logits."""
     return 1.0 / (1.0 + np.exp(-z))
 
 
 def reliability(survival: np.ndarray, accepted: np.ndarray, observed: np.ndarray, bins: int = 10) -> list[list[float]]:
-    """[mean prediction, share accepted, count] of every bin of predicted survival that is not empty."""
+    """[mean prediction, share accepted, count] of every non-empty bin of predicted survival, for a diagram."""
     predicted, label = survival[observed], accepted[observed]
     place = np.minimum((predicted * bins).astype(int), bins - 1)
     groups = [(predicted[place == b], label[place == b]) for b in range(bins) if np.any(place == b)]

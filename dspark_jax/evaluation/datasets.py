@@ -18,7 +18,7 @@ SUFFIXES = (".jsonl", ".parquet")
 
 @dataclass(frozen=True)
 class Dialogue:
-    """The user's side of a conversation; the answers between are the model's.
+    """The user's side of a conversation; the answers in between come from the model.
 
     Attributes:
         index: its place among all dialogues.
@@ -33,10 +33,17 @@ class Dialogue:
 
 
 def read_datasets(sources: Sequence[str], limit: int | None = None) -> dict[str, list[Dialogue]]:
-    """The first `limit` dialogues of every set, by the set's name: the row's `domain` field, else the file's name.
+    """The first `limit` dialogues of every set.
+
+    Args:
+        sources: files, folders or hub ids.
+        limit: dialogues of each set; None: all.
+
+    Returns:
+        Dialogues by the set's name: a row's `domain` field, else the file's name.
 
     Raises:
-        UserError: a source that is no file, no folder with any and no data set on the hub, or a row without turns.
+        UserError: a source that is neither a file, a folder of files nor a data set on the hub; a row without turns.
     """
     sets: dict[str, list[Dialogue]] = {}
     total = 0
@@ -45,6 +52,7 @@ def read_datasets(sources: Sequence[str], limit: int | None = None) -> dict[str,
             name = str(record.extra.get("domain", file.stem))
             taken = sets.setdefault(name, [])
             if limit is None or len(taken) < limit:
+                # Numbered over all sets: the number decides the random numbers of its answers.
                 taken.append(Dialogue(total, record.id, name, record.segments()))
                 total += 1
 
@@ -54,7 +62,7 @@ def read_datasets(sources: Sequence[str], limit: int | None = None) -> dict[str,
 
 
 def domain_of(dataset: str) -> str:
-    """The group that a set's figures are averaged under."""
+    """The group in which a set's figures are averaged."""
     return next((domain for domain, sets in DOMAINS.items() if dataset in sets), dataset)
 
 
@@ -64,6 +72,7 @@ def _files(source: str) -> list[Path]:
         return [path]
 
     folder = path if path.is_dir() else _from_hub(source)
+    # Sorted: the order in a folder differs between disks, and places decide random numbers.
     files = sorted(file for suffix in SUFFIXES for file in folder.rglob(f"*{suffix}"))
     if not files:
         raise UserError(f"{source} holds no {' or '.join(SUFFIXES)} file; give evaluation sets in either.")
@@ -72,6 +81,7 @@ def _files(source: str) -> list[Path]:
 
 
 def _from_hub(source: str) -> Path:
+    # A mistyped path must not become a request to the hub.
     if source.count("/") != 1 or source.startswith((".", "/", "~")) or source.endswith(SUFFIXES):
         raise UserError(f"{source} is neither a file nor a folder here; give one, or a hub id (owner/name).")
 

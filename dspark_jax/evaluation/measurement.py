@@ -1,4 +1,4 @@
-"""A drafter measured on evaluation sets: accepted length, acceptance by position, confidence, speed against plain."""
+"""Measures a drafter on evaluation sets: accepted length, acceptance by position, confidence, speed against plain."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +21,7 @@ from dspark_jax.serving.settings import EngineConfig, PolicyName
 from dspark_jax.targets.target import Target
 
 AVERAGED = ("tau", "drafted_per_round", "verify_rate", "plain_tokens_per_second", "tokens_per_second", "speedup")
-"""Figures whose means over the sets of a domain are given."""
+"""Figures that are averaged over the sets of a domain."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class EvaluateSettings:
 
 @dataclass
 class Evaluation:
-    """Engines made once and used for every set, so that a set compiles nothing."""
+    """An evaluation run. Its engines are made once and shared by all sets, so that no timed pass compiles."""
 
     settings: EvaluateSettings
     target: Target
@@ -65,13 +65,16 @@ class Evaluation:
         settings = self.settings
         for temperature in settings.temperatures:  # a calibration for something else is refused before anything runs
             temperatures_of(self.target, self.drafter, SamplingParams(temperature=temperature), settings.engine.sts)
+        # The longest conversation of all sets shapes every engine.
         limit = min(settings.engine.longest or self.target.config.max_positions, self.target.config.max_positions)
         samples = [sample for group in self.sets.values() for sample in group]
         reached = (reach(self.target, one, settings.max_new_tokens, settings.thinking) for one in samples)
         self.longest = min(limit, max(reached))
 
     def engine_of(self, temperature: float, policy: PolicyName, threshold: float = 0.5) -> Engine:
+        """An engine with every program compiled."""
         settings = self.settings.engine
+        # One bucket for whole blocks of all slots: a fixed policy never needs a smaller one.
         whole = (settings.slots * (self.drafter.config.block_size + 1),)
         config = replace(
             settings,
@@ -88,7 +91,7 @@ class Evaluation:
         return engine
 
     def at(self, temperature: float) -> dict[str, Any]:
-        """Figures of one temperature: by data set, their means by domain, and the mean of the domains."""
+        """Figures at one temperature: by data set, averaged by domain, and averaged over the domains."""
         settings = self.settings
         plain = self.engine_of(temperature, "plain")
         timed = self.engine_of(temperature, settings.engine.policy, settings.engine.threshold)
@@ -99,10 +102,12 @@ class Evaluation:
         for name, samples in tqdm(self.sets.items(), desc=f"temperature {temperature:g}", unit="set", disable=None):
             passes: list[tuple[Answered, Answered]] = []
             for i in range(settings.repeats):
+                # Alternating order: a drift of the machine's speed does not favour either.
                 order = [plain, timed] if i % 2 == 0 else [timed, plain]
                 done = {id(engine): self._answer(engine, samples) for engine in order}
                 passes.append((done[id(plain)], done[id(timed)]))
 
+            # Apart from the timed passes: recording costs time, and acceptance is measured on whole blocks (rule 72).
             recorded, proposals = self._recorded(whole, samples)
             rows[name] = speed_figures(samples, passes, self.drafter.config.block_size)
             rows[name] |= acceptance_figures(recorded)
@@ -125,7 +130,7 @@ class Evaluation:
             engine.recorder = None
 
     def _confidence(self, proposals: Proposals, sampling: SamplingParams) -> dict[str, Any] | None:
-        """Metrics of predicted prefix survival before and, with sts.json, after calibration."""
+        """Metrics of predicted prefix survival before and, with sts.json, after calibration; None without a head."""
         logits, accepted, observed = proposals.arrays()
         if not logits.size:
             return None
@@ -145,7 +150,7 @@ class Evaluation:
 def speed_figures(
     samples: Sequence[Dialogue], passes: Sequence[tuple[Answered, Answered]], block: int
 ) -> dict[str, Any]:
-    """Medians of speeds over (plain, speculative) passes; drafted and verified tokens of the first pass."""
+    """Figures of a set: median speeds over (plain, speculative) passes, and counts from the first pass."""
     first = passes[0][1]
     made = list(first.generations.values())
     counts = Acceptance.of(made)
@@ -162,7 +167,7 @@ def speed_figures(
         "tau": counts.tau,
         "drafted_per_round": drafted / max(counts.rounds, 1),
         "verified_share": verified / max(drafted, 1),
-        # As the reference counts it: committed tokens of all that the target ran on, anchors included.
+        # As the reference counts it: committed tokens over all tokens that the target ran on, anchors included.
         "verify_rate": counts.committed / max(verified + counts.rounds, 1),
         "plain_tokens_per_second": float(np.median([slow.tokens_per_second for slow, _ in passes])),
         "tokens_per_second": float(np.median([fast.tokens_per_second for _, fast in passes])),
@@ -171,17 +176,18 @@ def speed_figures(
 
 
 def acceptance_figures(recorded: Answered) -> dict[str, Any]:
-    """Acceptance by position where whole blocks are verified."""
+    """Acceptance by position, from a pass that verifies whole blocks."""
     counts = Acceptance.of(list(recorded.generations.values()))
     return {"tau_whole": counts.tau, "unconditional": counts.unconditional, "conditional": counts.conditional}
 
 
 def averages(rows: dict[str, Any]) -> dict[str, Any]:
-    """Means over the sets of each domain, each set counting alike, and over the domains."""
+    """Means over the sets of each domain, with equal weights, and over the domains."""
 
     def mean(group: Sequence[dict[str, Any]]) -> dict[str, float]:
         return {key: float(np.mean([row[key] for row in group])) for key in AVERAGED}
 
+    # The paper's domains first, in its order.
     names = [domain for domain in DOMAINS if any(domain_of(name) == domain for name in rows)]
     names += [d for d in dict.fromkeys(map(domain_of, rows)) if d not in names]
     domains = {d: mean([row for name, row in rows.items() if domain_of(name) == d]) for d in names}

@@ -1,7 +1,7 @@
-"""An engine under load, simulated from recorded proposals and a cost table: for accelerators and loads not at hand.
+"""Simulates an engine under load from recorded proposals and a cost table, for accelerators and loads not at hand.
 
-The policies are the real ones, run on recorded confidences; only drafting, verifying and the clock are simulated. A
-request follows the proposals of a recorded one in order, each of them judged once with the whole block verified.
+The policies are the real ones, run on recorded confidences; only drafting, verification and the clock are simulated. A
+simulated request replays the proposals of a recorded one in order, whose whole blocks were verified.
 
 Axes: n recorded rounds, m recorded requests, R request slots, K block position.
 """
@@ -20,8 +20,15 @@ from dspark_jax.scheduling.policies import PolicyState, RoundView, VerifyPolicy
 
 @dataclass(frozen=True)
 class Traces:
-    """`logits` [n, K] and `accepted` [n] of rounds that verified the whole block, sorted by request; `request` [n] the
-    request of each round; `prompts` [m] and `lengths` [m] the tokens of each request's prompt and answer."""
+    """Recorded rounds that verified the whole block, sorted by request.
+
+    Attributes:
+        logits: float32 [n, K], confidence logits.
+        accepted: int32 [n], drafts accepted.
+        request: int32 [n], the request of each round.
+        prompts: int32 [m], tokens of each request's prompt.
+        lengths: int32 [m], tokens of each request's answer.
+    """
 
     logits: np.ndarray
     accepted: np.ndarray
@@ -36,14 +43,20 @@ class Traces:
 
 @dataclass(frozen=True)
 class Prefill:
-    """Seconds of a prefill by compiled width: of one prompt, and of one in every slot at once."""
+    """Seconds of a prefill by compiled width.
+
+    Attributes:
+        widths: padded prompt lengths, ascending.
+        alone: seconds of one prompt.
+        house: seconds of one prompt in every slot at once.
+    """
 
     widths: tuple[int, ...]
     alone: tuple[float, ...]
     house: tuple[float, ...]
 
     def seconds(self, prompts: np.ndarray, slots: int) -> float:
-        """Of prompts of these lengths that arrive together, grouped as `Engine.admit` does."""
+        """Seconds for prompts of these lengths that arrive together, grouped as in `Engine.admit`."""
         places = np.minimum(np.searchsorted(self.widths, prompts), len(self.widths) - 1)
         counts = np.bincount(places, minlength=len(self.widths))
         return sum(
@@ -57,8 +70,16 @@ NO_PREFILL = Prefill((1,), (0.0,), (0.0,))
 
 @dataclass(frozen=True)
 class SimulatedDevice:
-    """`tables` the cost of rounds, `buckets` those of the verify pass; prefill with the drafter and, in plain decoding,
-    without it; `dispatch_seconds` the overhead of a dispatch."""
+    """Costs of a device.
+
+    Attributes:
+        tables: costs of rounds.
+        buckets: compiled token counts of the verify pass, ascending.
+        prefill: of target and drafter.
+        plain_prefill: of the target alone, for plain decoding.
+        dispatch_seconds: overhead of a dispatch.
+        rounds_per_dispatch: rounds at most before the host looks at the slots.
+    """
 
     tables: ScheduleTables
     buckets: tuple[int, ...]
@@ -70,8 +91,14 @@ class SimulatedDevice:
 
 @dataclass(frozen=True)
 class LoadFigures:
-    """Tokens a second over all users; tokens a second of each finished request; tokens verified, anchors included, per
-    request and round; accepted length."""
+    """Figures of a run under load.
+
+    Attributes:
+        tokens_per_second: over all users.
+        user_speeds: tokens a second of each finished request.
+        verify_budget: tokens verified per request and round, anchors included.
+        tau: accepted length.
+    """
 
     tokens_per_second: float
     user_speeds: tuple[float, ...]
@@ -88,7 +115,7 @@ def simulate(
     requests: int,
     occupancy: Occupancy | None = None,
 ) -> LoadFigures:
-    """A closed loop of `concurrency` users, each of whom sends the next request as soon as one is answered.
+    """Simulates a closed loop of `concurrency` users, each of whom sends a request when the last one is answered.
 
     Args:
         policy: the verify policy under study.
@@ -97,7 +124,8 @@ def simulate(
         device: its costs.
         concurrency: users, and slots.
         requests: sent by all users together; figures cover the time in which every slot is taken.
-        occupancy: the load that the policy is given; None: as profiled.
+        occupancy: the load that the policy sees; None: as profiled.
+
     Raises:
         UserError: fewer requests than users.
     """
@@ -105,6 +133,7 @@ def simulate(
         raise UserError(f"{requests} requests cannot keep {concurrency} users busy; simulate at least as many.")
 
     load = Occupancy.of() if occupancy is None else occupancy
+    # [m + 1]: the rounds of request i are starts[i] .. starts[i + 1].
     starts = np.searchsorted(traces.request, np.arange(len(traces.lengths) + 1))
     slots = _Slots(traces, starts, concurrency, cap, clipped=policy.needs_tables)
     fresh = policy.init(concurrency, traces.logits.shape[1])
@@ -121,6 +150,7 @@ def simulate(
             drafted, lengths, view, state = _schedule(policy, view, slots.proposals(), state)
             accepted, made = slots.advance(np.asarray(lengths))
             state = _learn(policy, view, lengths, jnp.asarray(accepted), state)
+            # Every request's anchor goes through the target as well.
             passed = int(np.sum(np.asarray(lengths) + 1))
             clock += _round_seconds(device, load, view, passed, bool(jnp.any(drafted)))
             tokens, verified, rounds = tokens + made, verified + passed, rounds + concurrency
@@ -145,7 +175,7 @@ def simulate(
 
 
 class _Slots:
-    """The progress of each slot's request; host arrays [R]."""
+    """Progress of the request in each slot, in host arrays [R]."""
 
     def __init__(self, traces: Traces, starts: np.ndarray, concurrency: int, cap: int, clipped: bool):
         self.traces, self.starts, self.cap, self.clipped = traces, starts, cap, clipped
@@ -156,12 +186,13 @@ class _Slots:
             self.enter(slot, slot % len(traces.lengths), 0.0)
 
     def enter(self, slot: int, source: int, now: float) -> None:
-        # One token comes with the prefill.
+        # One token comes with the prefill; a request of one token would never see a round.
         self.source[slot], self.place[slot], self.made[slot] = source, 0, 1
         self.wanted[slot], self.since[slot] = max(self.traces.lengths[source], 2), now
 
     @property
     def rows(self) -> np.ndarray:
+        # A policy that cuts blocks needs more rounds than were recorded: the recording starts again.
         counts = self.starts[self.source + 1] - self.starts[self.source]
         return self.starts[self.source] + self.place % counts
 
@@ -180,7 +211,8 @@ class _Slots:
         return RoundView(active, jnp.asarray(lengths), jnp.asarray(left), occupancy, tables)
 
     def advance(self, lengths: np.ndarray) -> tuple[np.ndarray, int]:
-        """(drafts accepted [R], tokens made by all)."""
+        """Plays one round; returns (drafts accepted [R], tokens made by all slots)."""
+        # Whole blocks were recorded, so a shorter verify length accepts the same prefix, cut.
         accepted = np.minimum(self.traces.accepted[self.rows], lengths)
         made = np.minimum(accepted + 1, self.wanted - self.made)
         self.made += made
@@ -192,11 +224,12 @@ class _Slots:
 def _schedule(
     policy: VerifyPolicy, view: RoundView, logits: jax.Array, state: PolicyState
 ) -> tuple[jax.Array, jax.Array, RoundView, PolicyState]:
-    """(requests that drafted, verify lengths, the policy's view, its state), in the order of the compiled round."""
+    """(requests that drafted [R], verify lengths [R], the view, the state), in the compiled round's order of calls."""
     drafted, state = policy.drafting(view, state)
     drafted &= view.caps > 0
     view = view._replace(drafted=drafted, caps=jnp.where(drafted, view.caps, 0), confidence=logits)
     lengths, new = policy(view, state)
+    # A round without drafts does not run the policy, so its state is left as it was.
     state = jax.tree.map(lambda a, b: jnp.where(jnp.any(drafted), a, b), new, state)
 
     return drafted, jnp.where(drafted, lengths, 0), view, state
@@ -211,10 +244,12 @@ def _learn(
 
 def _round_seconds(device: SimulatedDevice, occupancy: Occupancy, view: RoundView, tokens: int, drafted: bool) -> float:
     costs = round_costs(device.tables.costs, occupancy, view.active, view.lengths)
+    # A pass costs as much as the bucket that its tokens are padded to.
     bucket = next((b for b in device.buckets if b >= tokens), device.buckets[-1])
     return float(costs.of(jnp.asarray(bucket)) + costs.drafting) if drafted else float(costs.plain)
 
 
 def _put(ended: np.ndarray, leaf: jax.Array, fresh: jax.Array) -> jax.Array:
+    # [R] -> [R, 1, ...], against a leaf of any rank.
     mask = ended.reshape(ended.shape + (1,) * (leaf.ndim - 1))
     return jnp.where(mask, fresh, leaf)

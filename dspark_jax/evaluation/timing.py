@@ -1,4 +1,4 @@
-"""Timed decoding and what is counted of it. Figures are medians over alternating runs: machines drift."""
+"""Timed decoding. Figures are medians over alternating runs, since the speed of machines drifts."""
 
 import statistics
 import time
@@ -35,7 +35,7 @@ class Timed:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A way of decoding: the target alone, or with a drafter. A request keeps its seed whatever the set it is in."""
+    """A way of decoding: the target alone, or with a drafter. A request's seed follows from its place in the set."""
 
     target: Target
     drafter: Drafter | None
@@ -50,12 +50,13 @@ class Decoder:
 
 
 def alternate(decoders: Mapping[str, Callable[[], Timed]], times: int) -> dict[str, list[Timed]]:
-    """Runs each decoder once to compile, then all in turn, `times` times, the order reversed each time."""
+    """Runs each decoder once to compile, then all in turn, `times` times, reversing the order each time."""
     for decode in decoders.values():
         decode()
 
     runs: dict[str, list[Timed]] = {name: [] for name in decoders}
     for i in range(times):
+        # Reversed in every other round: a decoder does not always run after the same one.
         names = list(decoders) if i % 2 == 0 else list(decoders)[::-1]
         for name in names:
             runs[name].append(decoders[name]())
@@ -64,18 +65,20 @@ def alternate(decoders: Mapping[str, Callable[[], Timed]], times: int) -> dict[s
 
 
 def median_speed(runs: Sequence[Timed]) -> float:
+    """Median of tokens per second."""
     return statistics.median(run.tokens_per_second for run in runs)
 
 
 def median_ratio(fast: Sequence[Timed], slow: Sequence[Timed]) -> float:
     """Median of the pairwise ratios of tokens per second."""
+    # Pairs of one round: what slows the machine for a while slows both.
     pairs = zip(fast, slow, strict=True)
     return statistics.median(a.tokens_per_second / b.tokens_per_second for a, b in pairs)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Where two greedy outputs first part, and the target's top-2 logit gap there."""
+    """First position at which two greedy outputs differ, and the target's top-2 logit gap there."""
 
     prompt: str
     position: int
@@ -85,11 +88,12 @@ class Difference:
 def differences(
     target: Target, prompts: Sequence[EncodedPrompt], plain: Sequence[Generation], other: Sequence[Generation]
 ) -> list[Difference]:
-    """Prompts whose outputs are not token for token the same; a tiny gap tells a near-tie from a fault."""
+    """Prompts whose outputs differ; the gap tells a near-tie, where it is tiny, from a fault."""
     found = []
     for prompt, a, b in zip(prompts, plain, other, strict=True):
         if a.tokens == b.tokens:
             continue
+        # One output may be a prefix of the other.
         shared = zip(a.tokens, b.tokens, strict=False)
         at = next((i for i, (x, y) in enumerate(shared) if x != y), min(len(a.tokens), len(b.tokens)))
         found.append(Difference(prompt.id, at, _top2_gap(target, prompt.tokens + a.tokens[:at])))

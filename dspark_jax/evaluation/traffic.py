@@ -1,4 +1,4 @@
-"""Requests sent at a real engine as users would, and what they got: closed loops, Poisson arrivals, recorded traces."""
+"""Load on a real engine: closed loops, Poisson arrivals, and traces recorded for the simulator."""
 
 import time
 from collections.abc import Sequence
@@ -22,8 +22,14 @@ from dspark_jax.serving.sampling import SamplingParams
 
 @dataclass(frozen=True)
 class Traffic:
-    """The requests of a study, the same for every strategy: request i asks prompt i, from the first again after the
-    last, for `max_new_tokens` tokens less up to a share `spread` of them, drawn evenly."""
+    """The requests of a study, the same for every strategy.
+
+    Attributes:
+        prompts: request i has prompt i, cyclically.
+        max_new_tokens: of the longest answers.
+        spread: largest share of `max_new_tokens` by which an answer is shortened, drawn uniformly.
+        seed: of the requests' lengths and random numbers.
+    """
 
     prompts: Sequence[EncodedPrompt]
     max_new_tokens: int
@@ -31,6 +37,7 @@ class Traffic:
     seed: int = 0
 
     def request(self, index: int, sampling: SamplingParams) -> Request:
+        # From (seed, index) alone, so that a request is the same in whatever order it is sent.
         less = np.random.default_rng((self.seed, index)).integers(int(self.spread * self.max_new_tokens) + 1)
         tokens = self.prompts[index % len(self.prompts)].tokens
         new = max(1, self.max_new_tokens - int(less))
@@ -39,16 +46,22 @@ class Traffic:
 
 @dataclass(frozen=True)
 class OpenFigures(LoadFigures):
-    """Of Poisson arrivals, seconds since each request came: until its first token, and in the queue."""
+    """Figures under Poisson arrivals.
+
+    Attributes:
+        first_token_seconds: from each request's arrival to its first token.
+        queued_seconds: from each request's arrival to its slot.
+    """
 
     first_token_seconds: tuple[float, ...]
     queued_seconds: tuple[float, ...]
 
 
 def closed_loop(engine: Engine, traffic: Traffic, users: int, requests: int) -> LoadFigures:
-    """`users` who ask again as soon as they are answered, until `requests` have asked; what is open then is cancelled.
+    """A closed loop: `users` users, each of whom sends a request when the last one is answered.
 
-    Timed while every user has a request in a slot, the first prefills left out.
+    It ends when `requests` have been sent; open ones are cancelled. Only the time in which every user has a request in
+    a slot is measured, without the first prefills.
     """
     asked, tokens = 0, 0
     done: list[Generation] = []
@@ -62,6 +75,7 @@ def closed_loop(engine: Engine, traffic: Traffic, users: int, requests: int) -> 
         ask()
 
     engine.admit()
+    # Dispatch is asynchronous: the clock starts once the prefills have run.
     jax.block_until_ready(engine.state.length)
     begin = time.perf_counter()
 
@@ -80,7 +94,10 @@ def closed_loop(engine: Engine, traffic: Traffic, users: int, requests: int) -> 
 
 
 def poisson(engine: Engine, traffic: Traffic, rate: float, requests: int) -> OpenFigures:
-    """`requests` arrivals at `rate` a second, the same moments for every strategy; a user's speed counts the queue."""
+    """`requests` Poisson arrivals at `rate` per second, at the same moments for every strategy.
+
+    A user's speed includes the time in the queue.
+    """
     moments = np.cumsum(np.random.default_rng(traffic.seed).exponential(1 / rate, requests))
     done: list[Generation] = []
     begin, asked = time.perf_counter(), 0
@@ -90,6 +107,7 @@ def poisson(engine: Engine, traffic: Traffic, rate: float, requests: int) -> Ope
         while asked < requests and moments[asked] <= now:
             engine.submit(asked, traffic.request(asked, engine.sampling))
             asked += 1
+        # Nothing runs: wait for the next arrival.
         if engine.idle:
             time.sleep(max(0.0, moments[asked] - now))
             continue
@@ -104,17 +122,23 @@ def poisson(engine: Engine, traffic: Traffic, rate: float, requests: int) -> Ope
 
 
 def _shares(done: Sequence[Generation]) -> tuple[float, float]:
-    """(tokens verified a round, anchors included; accepted length)."""
+    """(tokens verified per round, anchors included; accepted length)."""
     rounds = max(sum(g.rounds for g in done), 1)
     return sum(sum(g.verified_at) + g.rounds for g in done) / rounds, sum(g.committed for g in done) / rounds
 
 
 def record_traces(engine: Engine, traffic: Traffic, requests: int) -> Traces:
-    """Every proposal of `requests` requests through an engine that verifies whole blocks."""
+    """Records every proposal of `requests` requests; the engine must verify whole blocks.
+
+    Raises:
+        UserError: no request lasted a round.
+    """
     found: dict[int, list[tuple[np.ndarray, int]]] = {}
 
     def take(holders: tuple[int | None, ...], records: RoundRecord) -> None:
+        # [rounds, R] of a dispatch, [rounds, R, K] the logits; empty slots commit nothing.
         live, logits, accepted = (np.asarray(x) for x in (records.committed, records.confidence, records.accepted))
+        # Row-major: the rounds of a request stay in order.
         for r, slot in zip(*np.nonzero(live), strict=True):
             index = holders[slot]
             if index is not None:
@@ -129,6 +153,7 @@ def record_traces(engine: Engine, traffic: Traffic, requests: int) -> Traces:
         made |= {p.index: p.generation for p in engine.step() if p.generation is not None}
 
     engine.recorder = None
+    # Requests that ended with their first token have no round, and no place in the traces.
     kept = sorted(found)
     rows = [(place, *row) for place, index in enumerate(kept) for row in found[index]]
     if not rows:
@@ -144,12 +169,13 @@ def record_traces(engine: Engine, traffic: Traffic, requests: int) -> Traces:
 
 
 def save_traces(path: Path, traces: Traces) -> None:
+    """Writes traces as a compressed .npz."""
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(path, **vars(traces))
 
 
 def read_traces(path: Path) -> Traces:
-    """UserError where the file is missing or holds something else."""
+    """Reads traces; UserError where the file is missing or holds something else."""
     try:
         with np.load(path, allow_pickle=False) as content:
             return Traces(**{name: content[name] for name in Traces.__dataclass_fields__})
@@ -158,7 +184,13 @@ def read_traces(path: Path) -> Traces:
 
 
 def overheads(engine: Engine, prompts: Sequence[EncodedPrompt], repeats: int = 7) -> tuple[Prefill, float]:
-    """Medians on a warm, idle engine: what prompts of every width take, seconds of a dispatch that runs no round."""
+    """Medians on an idle engine: prefill by width, and seconds of a dispatch that runs no round.
+
+    Args:
+        engine: warmed up and idle.
+        prompts: one of each width is timed.
+        repeats: timed runs of each, after one that is dropped.
+    """
     none, until_free = jnp.asarray(0, jnp.int32), jnp.asarray(False)
     dispatch: list[float] = []
 
@@ -170,19 +202,21 @@ def overheads(engine: Engine, prompts: Sequence[EncodedPrompt], repeats: int = 7
         engine.admit()
         jax.block_until_ready(engine.state.length)
         prefilled = time.perf_counter()
+        # Zero rounds: only the call and the transfers that follow it are left.
         engine.state = run_rounds(engine.loop, engine.params, engine.state, engine.occupancy, none, until_free)
         jax.device_get((engine.state.tokens, engine.state.length))
         dispatch.append(time.perf_counter() - prefilled)
         for i in range(count):
             engine.cancel(i)
 
-        engine.admit()  # empties the slots, before the next is timed
+        engine.admit()  # empties the slots before the next timing
         return prefilled - start
 
     def median(tokens: Sequence[int], count: int) -> float:
         return float(np.median([admitted(tokens, count) for _ in range(repeats + 1)][1:]))
 
     by_width: dict[int, Sequence[int]] = {}
+    # The shortest prompt of each compiled width: they differ only in padding.
     for prompt in sorted(prompts, key=lambda prompt: len(prompt.tokens)):
         width = prompt_bucket(engine.config, engine.loop.size, 0, len(prompt.tokens))
         by_width.setdefault(width, prompt.tokens)
