@@ -1,1 +1,1 @@
-"""Typed configurations: an experiment is `configs/NAME.py` with a `get_config()`; the classes are in `schema`."""
+"""Typed configurations: an experiment is `configs/NAME.py` with a `get_config()`; see dspark_jax.config.schema."""

@@ -1,9 +1,9 @@
-"""Seconds long: does the whole training path run on this machine?
+"""A run of seconds, to check that the whole training path works on this machine.
 
 Command:   python -m train.fit --config debug
 Hardware:  any CPU.
 Data:      `data.cache` is empty, so the program makes a few records itself; --data.cache DIR trains on a real cache.
-Expected:  it finishes. The drafter is far too small and too little trained to accept anything.
+Expected:  it finishes. The drafter is far too small and too little trained to have drafts accepted.
 """
 
 from dspark_jax.config.schema import CheckpointSettings, DataSettings, DrafterSettings, OptimizerSettings, TrainConfig

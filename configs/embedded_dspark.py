@@ -1,4 +1,4 @@
-"""A DSpark drafter for the target that comes with this repository; what `make demo` trains.
+"""A DSpark drafter for the target that comes with this repository; `make demo` trains it.
 
 Command:   python -m train.fit --config embedded_dspark --data.cache runs/demo/cache
 Hardware:  2 CPU cores, no accelerator, no network.
@@ -7,8 +7,8 @@ Expected:  see the results in README.md, which `make demo` measures.
 float32, because matrix products in bfloat16 are no faster on a CPU. A few minutes of training are far from the
 reference recipe's 1.2e7 sequences, so this one differs from it: the draft layers start as copies of the target's last
 two, small batches buy more updates, and cross-entropy counts for more (the total-variation term alone learns slowly
-from far away). Blocks are of 4, because every row of a verify pass is dear on a CPU. docs/log.md has the runs that
-decided it.
+from far away). Blocks have 4 drafts, because every row of a verify pass is expensive on a CPU. docs/log.md has the
+runs behind these choices.
 """
 
 from dspark_jax.config.schema import (

@@ -1,11 +1,11 @@
-"""The reference recipe: how DeepSpec trains DSpark and its two baselines, DFlash and Eagle3, on the paper's targets.
+"""The reference recipe of DeepSpec for DSpark and its two baselines, DFlash and Eagle3, on the paper's targets.
 
 Loss, optimizer (learning rate 6e-4, warm-up 4 %, cosine, no weight decay, clip 1.0) and the 10 epochs are the schema's
 defaults; sequences of 4096 tokens, 512 a step, one on a device at a time.
 
 Command:   python -m train.build_cache --config qwen3_4b_dspark --conversations FILE --output DIR
            python -m train.fit --config qwen3_4b_dspark --data.cache DIR        (and so for every name below)
-Hardware:  meant for one machine with 8 accelerators of 80 GB; train.plan says what another takes. The cache of a target
+Hardware:  meant for one machine with 8 accelerators of 80 GB; train.plan estimates others. The cache of a target
            serves its three drafters: six states a token in bfloat16, token id and mask.
 Expected:  not measured here. The paper's accepted length at temperature 1.0, γ = 7, without scheduling:
 
@@ -87,6 +87,7 @@ def eagle3(name: str, target: RecipeTarget) -> TrainConfig:
 
 def _run(name: str, target: RecipeTarget, drafter: DrafterSettings, loss: LossSettings) -> TrainConfig:
     cache = f"runs/{target.folder}/cache"
+    # accumulation_steps 0: as many as leave one sequence on a device at a time.
     data = DataSettings(cache=cache, global_batch=512, accumulation_steps=0, max_length=4096)
     return TrainConfig(name=name, target=target.hub_id, drafter=drafter, data=data, loss=loss)
 
@@ -98,4 +99,4 @@ EXPERIMENTS: dict[str, Callable[[], TrainConfig]] = {
     for kind in KINDS
     for name in [f"{target.folder}_{kind.__name__}"]
 }
-"""What `--config` finds here, by name."""
+"""Experiments of this module, by the name given to `--config`."""

@@ -11,10 +11,10 @@ Command:   make real-target
 Hardware:  2 CPU cores, 6 GB of memory, no accelerator; hours. A step takes 0.75 seconds of one core.
 Expected:  the drafter in assets/smollm2_135m_drafter, whose README says how far it was trained and what it reaches.
 
-A plain round of this target reads 540 MB of float32, and a block of 4 drafts costs 1.8 of them with the whole
-vocabulary drafted: so the vocabulary is pruned to a quarter, which takes three quarters of the head and of the Markov
-table out of every round. The draft layers start as copies of the target's last two, with head norms fitted to the scale
-of their queries and keys.
+A plain round of this target reads 540 MB of float32, and a block of 4 drafts from the whole vocabulary costs as much as
+1.8 of them. The draft vocabulary is therefore pruned to a quarter, which takes three quarters of the head and of the
+Markov table out of every round. The draft layers start as copies of the target's last two, with head norms fitted to
+the scale of their queries and keys.
 """
 
 from dspark_jax.config.schema import (

@@ -1,12 +1,12 @@
-"""Runs the target over conversations and keeps what a drafter is trained on: the target cache.
+"""Runs the target over conversations and stores its hidden states, the training data of a drafter: the target cache.
 
     python -m train.build_cache --target assets/embedded_target --conversations runs/x/conversations.jsonl \\
         --layers 1 3 5 7 --output runs/x/cache --max-length 512
     python -m train.build_cache --config qwen3_4b_dspark --conversations runs/x/conversations.jsonl
                         target, layers, lengths, dtypes and folder as that experiment reads them
-    ... --estimate      prints the bytes it would write, and writes nothing
+    ... --estimate      prints the bytes that it would write, and writes nothing
 
-A run that was killed is continued by the same command and ends with the same bytes.
+The same command continues a killed run, which ends with the same bytes.
 
 Several processes are one job where dspark_jax/distributed.py's variables say so: the target runs on all of their
 devices, and the first process writes. The output must be a folder that all of them see.
@@ -25,6 +25,7 @@ def main(argv: list[str]) -> None:
     settings = parse(defaults, options, description=__doc__)
     settings.check()
 
+    # After the checks that need no other process, before anything touches a device.
     initialize_from_environment()
     require_same({"they were given different options": settings})
     with bounded_by_peers():

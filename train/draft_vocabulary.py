@@ -1,13 +1,13 @@
-"""Chooses the tokens that a drafter may draft, from what its target says: a pruned draft vocabulary.
+"""Chooses a pruned draft vocabulary: the tokens that a drafter may draft, from answers of its target.
 
     python -m train.draft_vocabulary --target .cache/real_target --conversations runs/x/conversations.jsonl \\
         --size 12288 --output runs/x/vocabulary.json
     python -m train.fit --config NAME --drafter.draft-vocabulary runs/x/vocabulary.json
 
-A drafter's head and Markov table then have a row for these tokens alone; all others are left to the target, at no
-loss but of drafts. The most frequent tokens of the conversations are taken, then the lowest ids, which byte-level BPE
-gives to the most frequent pieces of its own corpus. What is kept is measured on every second conversation, with a
-choice made from the rest: the whole set's own share would flatter it.
+A drafter's head and Markov table then have rows for these tokens alone. Output is not affected: other tokens still come
+from the target, but are never drafted. The most frequent tokens of the conversations are taken, then the lowest ids,
+which byte-level BPE gives to the most frequent pieces of its own corpus. The share of tokens kept is measured on every
+second answer, with a choice made from the rest, since a choice is biased on the answers that it was made from.
 """
 
 from collections import Counter
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
 
 
 def answers(files: Sequence[Path]) -> Iterable[tuple[str, str]]:
-    """(domain, text) of every assistant turn."""
+    """Yields (domain, text) of every assistant turn."""
     for file in files:
         for record in parse_rows(file_rows(file)):
             if not isinstance(record, ConversationRecord):
@@ -79,17 +79,18 @@ def answers(files: Sequence[Path]) -> Iterable[tuple[str, str]]:
 
 
 def count_tokens(tokenizer: Any, text: str) -> Counter[int]:
-    """How often an answer has each token, the end of its turn included: it has to be drafted too."""
+    """Counts the tokens of an answer, including the end of the turn, which has to be drafted too."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return Counter([*ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])])
 
 
 def choose(counts: Iterable[Counter[int]], size: int) -> list[int]:
-    """The `size` most frequent ids, filled up with the lowest; ascending."""
+    """The `size` most frequent ids, filled up with the lowest ones; ascending."""
     total: Counter[int] = Counter()
     for counted in counts:
         total.update(counted)
 
+    # Ties by id, so that the choice does not depend on the order of counting.
     chosen = dict.fromkeys(token for token, _ in sorted(total.items(), key=lambda item: (-item[1], item[0]))[:size])
     lowest = 0
     while len(chosen) < size:
@@ -100,10 +101,12 @@ def choose(counts: Iterable[Counter[int]], size: int) -> list[int]:
 
 
 def kept_shares(counted: Sequence[tuple[str, Counter[int]]], size: int) -> dict[str, float]:
-    """Share of tokens, by domain, that a choice from every second conversation keeps of the others."""
+    """Share of tokens, by domain and over all, that a choice from every second answer keeps of the others."""
     kept = set(choose((tokens for _, tokens in counted[::2]), size))
     held, whole = Counter[str](), Counter[str]()
+    # A single answer is measured on itself: there is no other.
     for domain, tokens in counted[1::2] or counted:
+        # Once, where the domain itself is called "all".
         for name in dict.fromkeys((domain, "all")):
             held[name] += sum(count for token, count in tokens.items() if token in kept)
             whole[name] += tokens.total()

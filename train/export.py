@@ -18,6 +18,7 @@ def main(argv: list[str]) -> None:
     announce(config.compute_dtype)
     require_same({"they were given different configurations": to_json(config)})
 
+    # A process that waits for one that has died ends with a sentence, not by hanging.
     with bounded_by_peers():
         step, drafter = export_run(config)
         barrier("the end of the export")

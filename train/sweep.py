@@ -5,10 +5,9 @@
     ... --index 3 --count 8        this job's points of an array of eight; any of them may write the summary
     ... --list                     the points and what they change; nothing is run
 
-Options of the training configuration apply to every point. The same command continues a sweep that was stopped:
-finished points are skipped, one that was under way continues from its checkpoint, one that fails is tried twice and
-reported. OUTPUT/NAME is the run of a point, OUTPUT/logs what it printed, OUTPUT/summary.json and summary.png what came
-out.
+Options of the training configuration apply to every point. The same command continues a stopped sweep: finished points
+are skipped, unfinished ones continue from their checkpoints, failing ones are tried twice and reported. OUTPUT/NAME is
+the run of a point, OUTPUT/logs holds its output, OUTPUT/summary.json and summary.png the results.
 """
 
 from dataclasses import dataclass, replace
@@ -45,6 +44,7 @@ class SweepSettings:
 @program
 def main(argv: list[str]) -> None:
     mine, rest = divide_options(argv, SweepSettings)
+    # The sweep's file is the only positional argument; what follows belongs to the training configuration.
     file = rest.pop(0) if rest and not rest[0].startswith("-") else ""
     if {"-h", "--help"} & set(argv):
         parse(SweepSettings, ["--help"], description=__doc__)
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
 
 
 def resolve(sweep: Sweep, settings: SweepSettings, options: list[str]) -> dict[str, TrainConfig]:
-    """Every point's configuration, its run below the sweep's folder."""
+    """Configurations by point, each run in a folder below the sweep's; UserError for a run folder given by option."""
     base = parse(sweep.base, options)
     if base.run_dir != sweep.base.run_dir:
         raise UserError("Each point of a sweep has a run folder of its own; name the folder of them all with --output.")
@@ -74,9 +74,10 @@ def sweep_folder(sweep: Sweep, settings: SweepSettings) -> Path:
 
 
 def run_point(configs: dict[str, TrainConfig], name: str) -> None:
+    """Trains one point in this process."""
     if name not in configs:
         raise UserError(f"The sweep has no point {name!r}; its points are {', '.join(configs)}.")
-    # Here, so that the program that only starts the points needs no jax.
+    # Imported here, so that the program that only starts the points needs no jax.
     from dspark_jax.training.fitting import fit
     from dspark_jax.training.summary import table
 
@@ -84,6 +85,8 @@ def run_point(configs: dict[str, TrainConfig], name: str) -> None:
 
 
 def run_sweep(sweep: Sweep, settings: SweepSettings, configs: dict[str, TrainConfig], argv: list[str]) -> None:
+    """Runs this job's points as processes, then writes the summary of all that are finished."""
+    # All of them before the first starts: a sweep of hours must not fail in its last point.
     for config in configs.values():
         require_same_run(Path(config.folder), config)
 
@@ -94,6 +97,7 @@ def run_sweep(sweep: Sweep, settings: SweepSettings, configs: dict[str, TrainCon
     }
     runner = Runner(folder / "logs", settings.jobs)
     failed = runner.run([points[name] for name in part(list(points), settings.index, settings.count)])
+    # From all finished points, those of other jobs of the array included.
     rows = summary_rows(sweep, {name: point.read() for name, point in points.items() if point.done})
     write_json(folder / "summary.json", {"name": sweep.name, "metric": sweep.metric, "points": rows, "failed": failed})
     summary_plot(folder / "summary.png", sweep, rows)

@@ -1,4 +1,4 @@
-"""How long the block: 4, 8, 12 and 16 draft tokens without a head, with the Markov and with the RNN head (Figure 4).
+"""Block length: 4, 8, 12 and 16 draft tokens without a head, with the Markov and with the RNN head (Figure 4).
 
 Command:   python -m train.sweep configs/sweeps/block_length.py --data.cache runs/demo/cache --max-steps 1000
 Hardware:  2 CPU cores; a few minutes a point, more for long blocks.

@@ -1,4 +1,4 @@
-"""How deep the drafter: DSpark and DFlash with one to three draft layers (paper, Figure 3).
+"""Depth of the drafter: DSpark and DFlash with one to three draft layers (paper, Figure 3).
 
 Command:   python -m train.sweep configs/sweeps/depth.py --data.cache runs/demo/cache --max-steps 1000
 Hardware:  2 CPU cores; a few minutes a point.

@@ -1,4 +1,4 @@
-"""Which sequential head: vanilla, gated and RNN Markov heads at three ranks.
+"""Sequential heads: vanilla, gated and RNN Markov heads at three ranks.
 
 Command:   python -m train.sweep configs/sweeps/head_type.py --data.cache runs/demo/cache --max-steps 1000
 Hardware:  2 CPU cores; a few minutes a point.

@@ -1,4 +1,4 @@
-"""What the loss should weigh: cross-entropy against total variation, and the decay over block positions.
+"""Loss weights: cross-entropy against total variation, and the decay over block positions.
 
 Command:   python -m train.sweep configs/sweeps/loss_weights.py --data.cache runs/demo/cache --max-steps 1000
 Hardware:  2 CPU cores; a few minutes a point.
@@ -10,6 +10,7 @@ from dspark_jax.config.sweep import Sweep, axis, chain, product, zipped
 
 
 def get_sweep() -> Sweep:
+    # From cross-entropy alone to total variation alone.
     weights = zipped(axis("loss.ce_alpha", 1.0, 1.0, 0.1, 0.0), axis("loss.l1_alpha", 0.0, 0.9, 0.9, 1.0))
     decays = product(axis("loss.ce_alpha", 1.0), axis("loss.l1_alpha", 0.9), axis("loss.decay_gamma", 0.0, 2.0, 8.0))
     return Sweep("loss_weights", load_config("embedded_dspark"), chain(weights, decays))

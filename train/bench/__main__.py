@@ -1,4 +1,4 @@
-"""Times the drafter's training step alone, and says what it could take at best and how much memory it needs.
+"""Times the drafter's training step alone, with its theoretical floor and the memory it needs.
 
     python -m train.bench                                          the embedded drafter, or Qwen3-4B's on an accelerator
     python -m train.bench --preset qwen3_4b [--results FILE]       T 4096, N 512, blocks of 7, bfloat16, random weights
@@ -7,8 +7,8 @@
     python -m train.bench --preset qwen3_4b --show floor --device "NVIDIA H200"      the floor by term; nothing runs
     python -m train.bench --preset qwen3_4b --show memory          compiled, not run; the naive one beside it
 
-The step is the one that train.fit runs, its state donated. Compilation and the first steps are left out; each of
-several runs is a few steps in a row, waited for at the end. Figures are the median over runs and their spread.
+The step is that of train.fit, with its state donated. Compilation and the first steps are left out; each of several
+runs is a few steps in a row, waited for at the end. Figures are the median over runs and their spread.
 """
 
 import dataclasses
@@ -70,6 +70,7 @@ def main(argv: list[str]) -> None:
     mine, rest = divide_options(argv, BenchOptions)
     options = parse(BenchOptions, mine)
     config = configuration(options, rest)
+    # Refused now rather than after the measurement.
     if options.results is not None:
         make_output(options.results.parent)
 
@@ -94,7 +95,7 @@ def main(argv: list[str]) -> None:
 
 
 def configuration(options: BenchOptions, rest: list[str]) -> TrainConfig:
-    """The configuration that `--config` names, or the preset; the other options apply to either."""
+    """The configuration named by `--config`, or the preset; the other options apply to either."""
     if any(word == "--config" or word.startswith("--config=") for word in rest) or {"-h", "--help"} & set(rest):
         return parse_training(rest, "train.bench", __doc__)
     return parse(preset(options.preset), rest, description=__doc__)
@@ -104,6 +105,7 @@ def preset(name: str) -> TrainConfig:
     if name == "embedded" or (name == "auto" and jax.default_backend() == "cpu"):
         return load_config("embedded_dspark")
     config: TrainConfig = load_config("qwen3_4b_dspark")
+    # One sequence a device: the step's cost a sequence, in the least memory.
     data = dataclasses.replace(config.data, global_batch=jax.device_count(), accumulation_steps=1)
     return dataclasses.replace(config, data=data)
 
@@ -124,7 +126,7 @@ def shapes(run: AbstractRun) -> dict[str, Any]:
 
 
 def anchors(run: AbstractRun) -> int:
-    """Anchors of a sequence; for a kind that samples none, its positions."""
+    """Anchors of a sequence; the number of its positions for kinds that sample no anchors."""
     return getattr(run.spec.drafter, "num_anchors", run.batch["input_ids"].shape[1])
 
 
@@ -133,8 +135,11 @@ def parameters(run: AbstractRun) -> int:
 
 
 def floor_terms(run: AbstractRun) -> list[Term] | None:
-    """The terms of one device: its share of the sequences and the whole update. None where a target runs in the step,
-    where the tensor axis shares the work on a sequence, and for kinds of drafters that are not counted."""
+    """Floor terms of one device: its share of the sequences, and the whole update.
+
+    None where the target runs in the step, where the tensor axis divides the work on a sequence, and for kinds of
+    drafters that are not counted.
+    """
     if run.target_params is not None or run.placement.mesh.shape["tensor"] > 1:
         return None
 
@@ -147,7 +152,7 @@ def floor_terms(run: AbstractRun) -> list[Term] | None:
 
 
 def measure(run: AbstractRun, config: TrainConfig, options: BenchOptions, terms: list[Term] | None) -> dict[str, Any]:
-    """Runs the step and says how fast it was; `config`: of the run, for a batch of its cache."""
+    """Runs the step and returns its figures; `config` is the run's, for a batch of its cache."""
     state, borrowed = random_inputs(run) if options.batch == "random" else cached_inputs(run, config)
     step = compiled(run.step.lower(state, *borrowed), "The step")
     seconds, metrics = timed_runs(step, state, borrowed, options)
@@ -166,6 +171,7 @@ def measure(run: AbstractRun, config: TrainConfig, options: BenchOptions, terms:
     if "peak_bytes_in_use" in stats:
         figures["peak on the device"] = gibibytes(stats["peak_bytes_in_use"])
 
+    # MFU counts useful operations only; recomputation is shown apart.
     if terms is not None:
         work, device = total(terms), known_device(mesh.devices.flat[0].device_kind)
         peak = peak_flops(mesh.devices.flat[0].device_kind, run.spec.dtype)
@@ -180,12 +186,13 @@ def measure(run: AbstractRun, config: TrainConfig, options: BenchOptions, terms:
 
 
 def timed_runs(step: Any, state: Any, borrowed: tuple, options: BenchOptions) -> tuple[list[float], dict[str, Any]]:
-    """(seconds a step of every run, steps a run and updates skipped). The state is used up."""
+    """Returns (seconds a step in each run, {steps a run, updates skipped}). The state is donated."""
     metrics: Any = None
     for _ in range(options.warm_up):
         state, metrics = step(state, *borrowed)
 
     jax.block_until_ready((state, metrics))
+    # Where no number is given, the first run of one step only sets it and is not recorded.
     count = options.steps_per_run
     seconds: list[float] = []
 
@@ -205,7 +212,7 @@ def timed_runs(step: Any, state: Any, borrowed: tuple, options: BenchOptions) ->
 
 
 def memory_figures(run: AbstractRun) -> dict[str, Any]:
-    """Compiled memory of one device, of the step and of the naive one."""
+    """Compiled memory on one device, of the step and of the naive step."""
     platform_name = jax.default_backend()
     found: dict[str, Any] = {}
     for name, one in (("step", run), ("naive step", naive_run(run))):

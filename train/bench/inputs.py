@@ -1,4 +1,4 @@
-"""Inputs that a training step is timed on: random arrays in a run's shapes, or the first batch of its cache."""
+"""Inputs for timing a training step: random arrays in a run's shapes, or the first batch of its cache."""
 
 from typing import Any
 
@@ -18,11 +18,11 @@ Borrowed = tuple[Any, ...]  # the step's arguments after the state
 
 
 def random_inputs(run: AbstractRun) -> tuple[TrainState, Borrowed]:
-    """A fresh state, random tables, rows full of supervised random tokens, and where it takes part a random target."""
+    """A fresh state, random tables, full rows of supervised random tokens, and a random target if the step has one."""
     spread = run.target.config.initializer_range
 
     def fill(tree: Any, seed: int) -> Any:
-        """Weights as drafters start with, norms 1."""
+        """Random weights of the initial scale; norms are 1."""
         leaves, structure = jax.tree.flatten(tree)
 
         def make(key: jax.Array) -> list[jax.Array]:
@@ -32,6 +32,7 @@ def random_inputs(run: AbstractRun) -> tuple[TrainState, Borrowed]:
                 for k, x in zip(keys, leaves, strict=True)
             ]
 
+        # Made on the devices, each its own shard: no host could hold a large target.
         made = jax.jit(make, out_shardings=[x.sharding for x in leaves])(jax.random.key(seed))
         return jax.tree.unflatten(structure, made)
 
@@ -45,6 +46,7 @@ def random_inputs(run: AbstractRun) -> tuple[TrainState, Borrowed]:
 
 def random_batch(run: AbstractRun) -> dict[str, jax.Array]:
     def value(name: str, x: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
+        # Full rows, all supervised: the most work that a batch of this shape can be.
         if name == "input_ids":
             return jax.random.randint(key, x.shape, 0, run.target.config.vocab_size, x.dtype)
         if name == "lengths":
@@ -62,7 +64,7 @@ def random_batch(run: AbstractRun) -> dict[str, jax.Array]:
 
 
 def cached_inputs(run: AbstractRun, config: TrainConfig) -> tuple[TrainState, Borrowed]:
-    """A fresh state, the target's own tables and the first batch of the cache of the configuration."""
+    """A fresh state, the target's own tables and the first batch of the configuration's cache."""
     if run.data.source != "offline" or not run.data.cache:
         raise UserError("A batch of a cache needs data.source offline and data.cache; name one, or leave out --batch.")
     whole = Run.of(config)

@@ -1,4 +1,4 @@
-"""Writes the embedded domains' prompts, user turns only, as JSONL that every program reads.
+"""Writes the embedded domains' prompts, user turns only, as JSONL that all programs read.
 
 python -m train.embedded.corpora --split heldout --limit 20 --output runs/demo/heldout.jsonl
 """

@@ -26,9 +26,14 @@ class Encoded(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Packed rows [B, T], int32 but for the float32 weights. Segment 0 is padding; positions restart in a segment.
+    """Packed rows, each array [B, T]; int32 except for the float32 weights.
 
-    `labels[t]` is the row's token t+1 and `weights[t]` its weight, 0 where it belongs to another segment.
+    Attributes:
+        tokens: ids.
+        positions: restart at 0 in each segment.
+        segments: 1, 2, ... for the conversations of a row; 0 is padding.
+        labels: labels[t] is token t + 1.
+        weights: weight of labels[t]; 0 where it belongs to another segment.
     """
 
     tokens: np.ndarray
@@ -40,10 +45,10 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoder:
-    """Renders in the chat format and weighs: assistant text and its end 1, everything else `context_weight`.
+    """Renders conversations and weights their tokens: assistant text and its end 1, all others `context_weight`.
 
     With `default_system` every second conversation (by its question's checksum) opens with the default system message,
-    as a drafter's training text does; the others open with the user, as a prompt at inference does.
+    as the shipped chat template renders it; the others open with the user's turn.
     """
 
     tokenizer: Tokenizer
@@ -54,6 +59,7 @@ class Encoder:
         system = self.default_system and zlib.crc32(messages[0]["content"].encode()) % 2 == 0
         turns = [{"role": "system", "content": DEFAULT_SYSTEM}, *messages] if system else messages
         tokens = np.array(self.tokenizer.encode(render(turns)).ids, np.int32)
+        # The last header is the assistant's; each of its three parts is one token.
         answer = int(np.flatnonzero(tokens == self.tokenizer.token_to_id(START))[-1]) + 3  # <|im_start|>assistant\n
         weights = np.full(len(tokens), self.context_weight, np.float32)
         weights[answer:] = 1.0
@@ -61,13 +67,13 @@ class Encoder:
 
 
 def render(messages: list[dict[str, str]], generation_prompt: bool = False) -> str:
-    """The text of a conversation as the tokenizer's chat template gives it."""
+    """The text of a conversation in the chat template's format, without its default system message."""
     text = "".join(f"{START}{turn['role']}\n{turn['content']}{END}\n" for turn in messages)
     return f"{text}{START}assistant\n" if generation_prompt else text
 
 
 def endless(encoder: Encoder, domain: str, longest: int) -> Iterator[Encoded]:
-    """The training conversations of a domain for ever, reshuffled and reworded in every pass."""
+    """Yields the training conversations of a domain for ever, reshuffled and reworded in every pass."""
     epoch = 0
     while True:
         for item in conversations(domain, "train", seed=epoch):
@@ -82,6 +88,7 @@ def mixture(encoder: Encoder, shares: Mapping[str, float], longest: int) -> Iter
     sources = {domain: endless(encoder, domain, longest) for domain in shares}
     given = dict.fromkeys(shares, 0)
     while True:
+        # The domain furthest behind its share: no random draw, so no drift either.
         domain = min(shares, key=lambda name: given[name] / shares[name])
         encoded = next(sources[domain])
         given[domain] += len(encoded.tokens)
@@ -91,7 +98,7 @@ def mixture(encoder: Encoder, shares: Mapping[str, float], longest: int) -> Iter
 def pack(stream: Iterator[Encoded], length: int) -> Iterator[list[Encoded]]:
     """Groups conversations into rows of at most `length` tokens; each gap takes the longest waiting one that fits.
 
-    Every conversation of a finite stream is given once. The oldest waiting one opens each row, so none starves.
+    Every conversation of a finite stream is yielded once. The oldest waiting one opens each row, so none is starved.
     """
     waiting: list[Encoded] = []
     while True:
@@ -114,6 +121,7 @@ def pack(stream: Iterator[Encoded], length: int) -> Iterator[list[Encoded]]:
 def batches(stream: Iterator[Encoded], rows: int, length: int) -> Iterator[Rows]:
     """Batches of packed rows; a finite stream's last batch is filled up with empty rows."""
     packed = pack(stream, length)
+    # `zip` draws from `range` first, so no packed row is lost at a batch's end.
     while chosen := [row for _, row in zip(range(rows), packed, strict=False)]:
         yield _to_arrays(chosen, rows, length)
 
@@ -130,6 +138,7 @@ def _to_arrays(chosen: list[list[Encoded]], rows: int, length: int) -> Rows:
             start = span.stop
 
     labels, weights = np.zeros_like(tokens), np.zeros_like(own)
+    # Position t predicts token t + 1, but never across a border or from padding.
     labels[:, :-1] = tokens[:, 1:]
     weights[:, :-1] = np.where(segments[:, 1:] == segments[:, :-1], own[:, 1:], 0.0) * (segments[:, :-1] > 0)
     return Rows(tokens, positions, segments, labels, weights)

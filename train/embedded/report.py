@@ -1,4 +1,4 @@
-"""How good the embedded target is: held-out loss and exactness per domain, samples, and the README of its folder."""
+"""Quality of the embedded target: held-out loss and exactness by domain, samples, and the README of its folder."""
 
 from functools import lru_cache, partial
 from pathlib import Path
@@ -27,7 +27,7 @@ SAMPLE_TOKENS = 160
 
 @partial(jax.jit, static_argnums=0)
 def _score(graphdef: nnx.GraphDef, params: Any, rows: Rows) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy and argmax correctness of every label, [B, T] each."""
+    """Cross-entropy in nats and argmax correctness of every label, [B, T] each."""
     model = nnx.merge(graphdef, params)
     logits = model.logits(model(rows.tokens, rows.positions, CausalRows(jnp.asarray(rows.segments))).hidden)
     right = jnp.take_along_axis(logits, rows.labels[..., None], axis=-1)[..., 0]
@@ -35,8 +35,19 @@ def _score(graphdef: nnx.GraphDef, params: Any, rows: Rows) -> tuple[jax.Array, 
 
 
 def evaluate(graphdef: nnx.GraphDef, params: Any, tokenizer: Tokenizer, length: int) -> dict[str, dict[str, float]]:
-    """Per domain, over the answers of held-out conversations: loss in nats a token, the share of tokens that greedy
-    decoding gets right after the true prefix, and the share of answers it gives word for word."""
+    """Measures held-out answers.
+
+    Args:
+        graphdef: of the model.
+        params: its parameters.
+        tokenizer: of the target.
+        length: tokens of a row; longer conversations are left out.
+
+    Returns:
+        By domain: loss in nats a token, the share of tokens that are the greedy choice after the true prefix, the share
+        of answers for which all are, and the counts.
+    """
+    # Weight 0 for the context: what is counted below is answers alone.
     encoder = Encoder(tokenizer, context_weight=0.0, default_system=False)
     found = {}
     for domain in DOMAINS:
@@ -51,6 +62,7 @@ def evaluate(graphdef: nnx.GraphDef, params: Any, tokenizer: Tokenizer, length: 
             for b in range(BATCH):
                 for segment in range(1, rows.segments[b].max() + 1):
                     answers += 1
+                    # Every token right after the true prefix is the same as greedy decoding giving the whole answer.
                     exact += bool(hit[b][(rows.segments[b] == segment) & counted[b]].all())
 
         found[domain] = {
@@ -74,7 +86,7 @@ def _next(graphdef: nnx.GraphDef, params: Any, tokens: jax.Array, last: jax.Arra
 
 
 def samples(graphdef: nnx.GraphDef, params: Any, tokenizer: Tokenizer, length: int) -> list[dict[str, str]]:
-    """Greedy answers to held-out prompts, by plain recomputation of the whole row for every token."""
+    """Greedy answers to held-out prompts, recomputing the whole row for every token."""
     asked = [item for domain in DOMAINS for item in prompts(domain, "heldout", SAMPLES, seed=1)]
     ids = [tokenizer.encode(render(item["messages"], generation_prompt=True)).ids for item in asked]
     rows = np.zeros((len(ids), length), np.int32)
@@ -89,6 +101,7 @@ def samples(graphdef: nnx.GraphDef, params: Any, tokenizer: Tokenizer, length: i
         if not running.any():
             break
 
+        # One compiled shape: rows keep their full length, and `ends` says where each is.
         chosen = np.asarray(_next(graphdef, params, jnp.asarray(rows), jnp.asarray(ends - 1)))
         running &= chosen != stop
         for i in np.flatnonzero(running):
@@ -104,6 +117,7 @@ def samples(graphdef: nnx.GraphDef, params: Any, tokenizer: Tokenizer, length: i
 
 @lru_cache(maxsize=1)
 def _amounts() -> dict[str, str]:
+    # Cached: the corpora are read once, though the README is written at every checkpoint.
     amounts = {}
     for domain in ("code", "chat"):
         sizes = [(split, list(conversations(domain, split))) for split in ("train", "heldout")]
@@ -123,7 +137,7 @@ def write_readme(
     history: list[dict[str, Any]],
     shown: list[dict[str, str]] | None,
 ) -> None:
-    """README.md of the model's folder from the run's own figures; `shown` None marks a model still in training."""
+    """Writes README.md of the model's folder from the run's figures; `shown` None: training is not finished."""
     lines = [
         "# Embedded target",
         "",

@@ -2,9 +2,9 @@
 
     python -m train.embedded.target --output assets/embedded_target --run-dir runs/embedded_target --minutes 55
 
-The schedule runs on the wall clock, so that the run ends on time on a busy machine; `--steps N` follows the step count
-instead, and two such runs are the same. A killed run continues from its last checkpoint with the same command; a
-finished one only writes its folder and report again.
+The schedule follows the wall clock, so that the run ends on time on a busy machine; `--steps N` follows the step count
+instead, and two such runs are identical. The same command continues a killed run from its last checkpoint; on a
+finished one it only writes folder and report again.
 """
 
 import json
@@ -39,13 +39,13 @@ from .packing import Encoder, Rows, batches, mixture
 from .report import evaluate, samples, write_readme
 from .tokenizer import END, PAD, VOCABULARY, learn_tokenizer, save_tokenizer
 
-TOKENIZER_MATH = 3000  # generated problems that the tokenizer learns from, beside all of code and chat
+TOKENIZER_MATH = 3000  # generated problems in the tokenizer's training text, beside all of code and chat
 Params = Any
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the embedded target is made."""
+    """Settings of the embedded target: data, model and schedule."""
 
     output: Path = Path("assets/embedded_target")
     run_dir: Path = Path("runs/embedded_target")
@@ -103,6 +103,8 @@ class Recipe:
 
 
 class State(NamedTuple):
+    """Device state of a run; a step donates it and returns its successor."""
+
     params: Params
     optimizer: optax.OptState
 
@@ -116,9 +118,9 @@ class Progress(NamedTuple):
 
 
 def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
-    """Muon for the layers' matrices, AdamW for embedding and norms, both at rate 1: the clock's rate comes in the step.
+    """Muon for the layers' matrices, AdamW for embedding and norms, both at rate 1: the step applies the clock's rate.
 
-    Muon's updates are scaled to the RMS that AdamW's have (0.2), so that one rate serves both.
+    Muon's updates are scaled to the usual RMS of AdamW's (0.2), so that one rate suits both.
     """
     return optax.chain(
         optax.clip_by_global_norm(1.0),
@@ -134,7 +136,8 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
 
 
 def _matrices(params: Params) -> Params:
-    """Which axes of each parameter are inputs and outputs, by the axis letters that its name ends with."""
+    """Input and output axes of each parameter, from the axis letters at the end of its name; None: AdamW."""
+    # A projection has several head axes: Muon orthogonalises it as one matrix, inputs by outputs.
     axes = {"dqh": ((0,), (1, 2)), "dgh": ((0,), (1, 2)), "qhd": ((0, 1), (2,)), "df": ((0,), (1,)), "fd": ((0,), (1,))}
 
     def of(path: Any, _: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
@@ -145,7 +148,7 @@ def _matrices(params: Params) -> Params:
 
 
 def make_loss(graphdef: nnx.GraphDef) -> Callable[[Params, Rows], jax.Array]:
-    """Cross-entropy of packed rows, averaged by the rows' weights: float32 scalar."""
+    """Makes (params, rows) -> float32 scalar: cross-entropy averaged with the rows' weights."""
 
     def loss(params: Params, rows: Rows) -> jax.Array:
         model = nnx.merge(graphdef, params)
@@ -158,12 +161,13 @@ def make_loss(graphdef: nnx.GraphDef) -> Callable[[Params, Rows], jax.Array]:
 
 
 def make_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation) -> Callable:
-    """(state, rows, learning rate) -> (state, loss), jitted, the old state donated."""
+    """Makes the jitted (state, rows, learning rate) -> (state, loss); the old state is donated."""
     loss = make_loss(graphdef)
 
     def step(state: State, rows: Rows, learning_rate: jax.Array) -> tuple[State, jax.Array]:
         value, gradients = jax.value_and_grad(loss)(state.params, rows)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+        # The rate is an argument, as it follows the clock: no schedule is compiled in.
         params = jax.tree.map(lambda p, u: p + learning_rate * u, state.params, updates)
         return State(params, optimizer_state), value
 
@@ -171,14 +175,14 @@ def make_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation) -
 
 
 def learning_rate(recipe: Recipe, step: int, fraction: float) -> float:
-    """Linear warm-up by steps, then a cosine from the full rate to a hundredth of it at fraction 1 of the run."""
+    """Linear warm-up by steps, times a cosine from the full rate to a hundredth of it at fraction 1 of the run."""
     warm = min(1.0, (step + 1) / recipe.warmup)
     return recipe.learning_rate * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(fraction, 1.0))))
 
 
 @dataclass
 class Run:
-    """One training run: what is fixed, and where it stands."""
+    """A training run: its recipe, tokenizer and structure, with the current state and progress."""
 
     recipe: Recipe
     tokenizer: Tokenizer
@@ -188,7 +192,7 @@ class Run:
 
     @classmethod
     def start(cls, recipe: Recipe) -> "Run":
-        """A fresh run, or the one that the run folder's checkpoint continues."""
+        """A fresh run, or one restored from the run folder's checkpoint."""
         tokenizer = _tokenizer(recipe)
         config = read_target_config(recipe.hf_config(tokenizer))
         graphdef, params = split(target_module(config, rngs=nnx.Rngs(recipe.seed)))
@@ -204,13 +208,13 @@ class Run:
         return self.recipe.run_dir / "checkpoint.npz"
 
     def fraction(self) -> float:
-        """How much of the schedule is done, 0..1."""
+        """Share of the schedule that is done, from 0 to 1."""
         if self.recipe.steps:
             return self.progress.step / self.recipe.steps
         return self.progress.seconds / (60 * self.recipe.minutes)
 
     def data(self) -> Iterator[Rows]:
-        """The batches still to come; what an interrupted run has seen is generated again and skipped."""
+        """The remaining batches; those that an interrupted run has seen are generated again and skipped."""
         encoder = Encoder(self.tokenizer, self.recipe.context_weight)
         stream = mixture(encoder, self.recipe.shares(), self.recipe.length)
         return islice(batches(stream, self.recipe.rows, self.recipe.length), self.progress.step, None)
@@ -220,6 +224,7 @@ class Run:
             f"leaf_{i:04d}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(self.state))
         }
         header = json.dumps({"progress": self.progress._asdict(), "recipe": _identity(self.recipe)})
+        # Swapped in whole: a kill while saving leaves the checkpoint before.
         with replacing(self.checkpoint) as temporary, open(temporary, "wb") as file:
             np.savez(file, header=np.frombuffer(header.encode(), np.uint8), **leaves)
 
@@ -238,12 +243,13 @@ class Run:
 
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
-    """The part of a recipe that a continued run must share: all but the folders and the run's length."""
+    """The part of a recipe that a continued run must share: everything but the folders and the run's length."""
     free = {"output", "run_dir", "minutes", "steps", "save_minutes"}
     return {key: value for key, value in asdict(recipe).items() if key not in free}
 
 
 def _tokenizer(recipe: Recipe) -> Tokenizer:
+    # Learned once a run, and kept beside the checkpoint: another Python's library would give another vocabulary.
     path = recipe.run_dir / "tokenizer.json"
     if not path.exists():
         limits = {domain: TOKENIZER_MATH if domain == "math" else None for domain in DOMAINS}
@@ -254,12 +260,13 @@ def _tokenizer(recipe: Recipe) -> Tokenizer:
 
 
 def export(run: Run, losses: list[dict[str, Any]], final: bool) -> None:
-    """Writes the Hugging Face folder beside `out` and swaps it in, so that a reader never meets half a model."""
+    """Writes the Hugging Face folder beside its final place and swaps it in, so that no reader finds half a model."""
     out = run.recipe.output
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     save_tokenizer(run.tokenizer, partial, run.recipe.context)
     save_target(partial, run.recipe.hf_config(run.tokenizer), run.state.params, dtype="bfloat16")
+    # Sampling takes long without a cache, so only the final model is shown.
     shown = samples(run.graphdef, run.state.params, run.tokenizer, run.recipe.length) if final else None
     write_readme(partial, run.recipe, run.progress, losses, shown)
     previous = out.with_name(out.name + ".previous")
@@ -272,7 +279,7 @@ def export(run: Run, losses: list[dict[str, Any]], final: bool) -> None:
 
 
 def train(run: Run, history: "History") -> None:
-    """Steps until the schedule's end, with a checkpoint, an evaluation and an export every `save_minutes`."""
+    """Trains to the end of the schedule, with a checkpoint, an evaluation and an export every `save_minutes`."""
     recipe = run.recipe
     step = make_step(run.graphdef, make_optimizer(recipe))
     clock = time.monotonic()
@@ -282,6 +289,7 @@ def train(run: Run, history: "History") -> None:
         rate = learning_rate(recipe, run.progress.step, run.fraction())
         run.state, loss = step(run.state, rows, jnp.float32(rate))
         recent.append(float(loss))
+        # The time since the last step, evaluations and exports between them included.
         now, clock = time.monotonic() - clock, time.monotonic()
         count, tokens, seconds = run.progress
         run.progress = Progress(count + 1, tokens + int((rows.segments > 0).sum()), seconds + now)
@@ -310,7 +318,7 @@ def train(run: Run, history: "History") -> None:
 
 @dataclass
 class History:
-    """The held-out losses over the run, kept in a JSON-lines file of the run folder."""
+    """Held-out losses over the run, kept as JSON Lines in the run folder."""
 
     path: Path
     entries: list[dict[str, Any]]
@@ -319,6 +327,7 @@ class History:
     def open(cls, run: Run) -> "History":
         path = run.recipe.run_dir / "heldout.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
+        # Entries past the restored checkpoint belong to steps that are done again.
         entries = [entry for entry in map(json.loads, lines) if entry["step"] <= run.progress.step]
         return cls(path, entries)
 

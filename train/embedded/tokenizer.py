@@ -11,12 +11,12 @@ PAD, START, END, MASK = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>
 SPECIAL = (PAD, START, END, MASK)  # ids 0..3
 DEFAULT_SYSTEM = "You are a helpful assistant."
 
-# As Qwen: letters with one leading character, digits one by one, punctuation with a leading space, line breaks.
+# As in Qwen: letters with one leading character, digits one by one, punctuation with a leading space, line breaks.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Puts the default system message in front where there is none, as the training text of `dspark_jax.data.chat` has it:
-# a drafter then meets the same context when it is trained and when it drafts.
+# Puts the default system message in front where there is none, as Qwen's templates do. Training rows and prompts are
+# both rendered by it, so a drafter has the same context in training and in decoding (docs/algorithm.md, rule 103).
 _CHAT_TEMPLATE = (
     "{%- if messages[0]['role'] != 'system' -%}"
     "{{ '<|im_start|>system\n" + DEFAULT_SYSTEM + "<|im_end|>' + '\n' }}{%- endif -%}"
@@ -38,6 +38,7 @@ def learn_tokenizer(conversations: Iterable[list[dict[str, str]]]) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
         special_tokens=list(SPECIAL),
+        # All 256 bytes, so that no text is out of vocabulary.
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

@@ -1,13 +1,13 @@
-"""Trains the paper's drafters for one target at equal budget, decodes with them, and makes its tables and figures.
+"""Trains the paper's drafters for one target at equal budget, decodes with them, and makes tables and figures.
 
     python -m train.studies.compare                          everything; about 45 minutes on two idle cores
     python -m train.studies.compare --only main              DSpark, DFlash, Eagle3 and MTP-1, 3 seeds each (Table 1)
     python -m train.studies.compare --only depth block       the curves over depth and block length (Figures 3 and 4)
     python -m train.studies.compare --results docs/results   also copies metrics, plots and the command there
 
-The target answers the embedded prompts once, and one cache of its hidden states serves every point. Each point is a
+The target answers the embedded prompts once, and all points share one cache of its hidden states. Each point is a
 process: it trains for the same steps on the same sequences, then decodes held-out prompts. The same command continues
-a study that was stopped. OUTPUT/points/NAME is a run, NAME.json its figures; metrics.json and the plots are the study.
+a stopped study. OUTPUT/points/NAME is a run, NAME.json its figures; metrics.json and the plots are the results.
 """
 
 import subprocess
@@ -101,7 +101,7 @@ class CompareSettings:
 IDENTITY = (
     "minutes", "depth", "layers", "anchors", "start", "prompts", "cache", "heldout", "samples", "max_new_tokens",
 )  # fmt: skip
-"""What every point of a study shares, beside the target and the steps."""
+"""Settings shared by all points of a study, beside the target and the steps."""
 
 
 @program
@@ -113,6 +113,7 @@ def main(argv: list[str]) -> None:
         run_point(settings, points, settings.point)
         return
 
+    # Only the starting program prepares: the points are its children, and find everything there.
     prepare(settings)
     steps = step_count(settings)
     jobs = {p.name: Point(p.name, command(argv, p.name), result_file(settings, p.name)) for p in points}
@@ -121,6 +122,7 @@ def main(argv: list[str]) -> None:
 
     runner = Runner(settings.output / "logs", settings.jobs)
     failed = runner.run([jobs[name] for name in part(list(jobs), settings.index, settings.count)])
+    # The report covers every finished point, whichever job or earlier command ran it.
     about = {"command": " ".join(["python -m train.studies.compare", *argv]), "steps": steps, **asdict(settings)}
     made = report(settings.output, finished(settings), read_if_there(result_file(settings, HEAD_COST)), about)
     if made and settings.results:
@@ -138,12 +140,13 @@ def result_file(settings: CompareSettings, name: str) -> Path:
 
 
 def all_points(settings: CompareSettings) -> list[StudyPoint]:
-    """The points of the parts asked for, each once: the curves pass through the main comparison."""
+    """The points of the requested parts, each once: the curves share points with the main comparison."""
     return list(dict.fromkeys(p for name in settings.parts for p in study_points(name, settings.depth, settings.seeds)))
 
 
 def finished(settings: CompareSettings) -> dict[StudyPoint, dict[str, Any]]:
-    """What every finished point of any part found, whoever ran it."""
+    """Results of all finished points of any part, from this command and earlier ones."""
+    # More seeds than any study has: earlier commands may have run more than this one.
     everything = dict.fromkeys(p for name in PARTS for p in study_points(name, settings.depth, 99))
     found = {p: read_if_there(result_file(settings, p.name)) for p in everything}
     return {p: result for p, result in found.items() if result is not None}
@@ -157,7 +160,7 @@ def read_if_there(path: Path) -> dict[str, Any] | None:
 
 
 def begin(settings: CompareSettings) -> None:
-    """Refuses to mix two studies in one folder, before anything runs."""
+    """Checks the settings and refuses to mix two studies in one folder, before anything runs."""
     folder = resolve_folder(settings.target)
     layers = target_layers(settings)
     if settings.depth > layers or max(settings.layers) > layers - 2:
@@ -167,6 +170,7 @@ def begin(settings: CompareSettings) -> None:
         )
 
     identity = {name: getattr(settings, name) for name in IDENTITY} | {"weights_xxh3": weights_hash(folder)}
+    # With minutes the steps are measured, and recorded in budget.json.
     if not settings.minutes:
         identity["steps"] = settings.steps
     if not require_same_settings(settings.output / "study.json", identity, settings.output):
@@ -174,7 +178,7 @@ def begin(settings: CompareSettings) -> None:
 
 
 def prepare(settings: CompareSettings) -> None:
-    """Held-out prompts, the target's answers and the cache of its hidden states, by the programs that make them."""
+    """Makes held-out prompts, the target's answers and the cache of its hidden states, with the programs for them."""
     if not settings.prompts_file.exists():
         run("train.embedded.corpora", "--limit", settings.heldout, "--output", settings.prompts_file)
     if cache_fits(settings):
@@ -200,12 +204,12 @@ def target_layers(settings: CompareSettings) -> int:
 
 
 def cached_layers(settings: CompareSettings) -> tuple[int, ...]:
-    """The layers of all drafters, the last one for MTP-1."""
+    """The layers that any drafter needs, the last one for MTP-1."""
     return (*settings.layers, target_layers(settings) - 1)
 
 
 def cache_fits(settings: CompareSettings) -> bool:
-    """Whether the study's cache is there and whole; UserError when it is of other layers or another target."""
+    """Whether the study's cache is complete; UserError where it is of other layers or another target."""
     folder = settings.cache_folder
     if not (folder / "manifest.json").exists() or not Manifest.load(folder).complete:
         return False
@@ -226,7 +230,7 @@ def cache_fits(settings: CompareSettings) -> bool:
 
 
 def run(module: str, *words: object) -> None:
-    """Runs a program of the project; its sentence is on stderr already when it fails."""
+    """Runs a program of the project; UserError where it fails, after its own sentence on stderr."""
     print(f"== python -m {' '.join(map(str, (module, *words)))}", flush=True)
     code = subprocess.run(program_command(module, *words), check=False).returncode
     if code:
@@ -237,7 +241,7 @@ def run(module: str, *words: object) -> None:
 
 
 def run_point(settings: CompareSettings, points: list[StudyPoint], name: str) -> None:
-    from . import compare_point  # here, so that the program that only starts the points needs little memory
+    from . import compare_point  # imported here, so that the program that starts the points needs little memory
 
     if name == HEAD_COST:
         write_json(result_file(settings, name), compare_point.head_cost(settings.target))
@@ -257,7 +261,8 @@ def run_point(settings: CompareSettings, points: list[StudyPoint], name: str) ->
 
 
 def point_config(settings: CompareSettings, point: StudyPoint, steps: int) -> TrainConfig:
-    """The point's training run: its drafter's own recipe on the data and the steps of all."""
+    """The point's training run: its drafter's recipe, with data and steps shared by all points."""
+    # Steps end the run, not epochs: all points see the same sequences in the same order.
     common: Diff = {
         "target": settings.target,
         "run_dir": str(settings.output / "points" / point.name),
@@ -278,7 +283,7 @@ def point_config(settings: CompareSettings, point: StudyPoint, steps: int) -> Tr
 
 
 def step_count(settings: CompareSettings) -> int:
-    """`steps`, or what DSpark makes in `minutes` on this machine: measured once, then kept."""
+    """`steps`, or the number that DSpark makes in `minutes` on this machine, measured once and stored."""
     if not settings.minutes:
         return settings.steps
 

@@ -1,10 +1,10 @@
-"""Measures what a smaller target cache costs: bytes a token, reading speed, and the accepted length of drafters.
+"""Compares codecs of the target cache: bytes a token, reading speed, and the accepted length of drafters.
 
     python -m train.studies.compare_codecs                                  small: one seed a codec, 300 steps
     python -m train.studies.compare_codecs --seeds 3 --steps 1000 --heldout 20 --samples 2
 
 The target answers the embedded prompts once; each codec gets a cache of its hidden states, and drafters that differ in
-nothing but the cache are trained from them and decode held-out prompts. The same command continues what was stopped.
+the cache alone are trained from them and decode held-out prompts. The same command continues a stopped study.
 OUTPUT/cache-CODEC are the caches, points/NAME the runs, NAME.json their figures; metrics.json and the table the result.
 """
 
@@ -39,7 +39,7 @@ REFERENCE = "bfloat16"
 MAX_LENGTH = 256
 READ_BATCH = 16
 IDENTITY = ("conversations", "steps", "prompts", "heldout", "samples", "max_new_tokens")
-"""What all points of a study share, beside the target."""
+"""Settings shared by all points of a study, beside the target."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def begin(settings: CodecSettings) -> None:
 
 
 def prepare(settings: CodecSettings) -> None:
-    """Held-out prompts, answers and a cache a codec, by the programs that make them; what is there is left alone."""
+    """Makes held-out prompts, answers and a cache for each codec, by their programs; existing ones are kept."""
     if not settings.prompts_file.exists():
         run("train.embedded.corpora", "--limit", settings.heldout, "--output", settings.prompts_file)
 
@@ -141,6 +141,7 @@ def prepare(settings: CodecSettings) -> None:
             *("--slots", 64, "--dtype", "float32"),
         )
 
+    # One set of answers for all caches: they differ in the codec alone.
     layers = base_config().drafter.target_layer_ids
     for codec in missing:
         run(
@@ -163,7 +164,7 @@ def base_config() -> TrainConfig:
 
 def run_point(settings: CodecSettings, points: Mapping[str, tuple[str, int]], name: str) -> None:
     from .compare_point import (
-        train_and_decode,  # here, so that the program that starts the points stays small
+        train_and_decode,  # imported here, so that the program that starts the points stays small
     )
 
     if name not in points:
@@ -180,7 +181,7 @@ def run_point(settings: CodecSettings, points: Mapping[str, tuple[str, int]], na
 
 
 def point_config(settings: CodecSettings, codec: str, seed: int) -> TrainConfig:
-    """The embedded recipe on a codec's cache; drafters of one seed differ in the cache alone."""
+    """The embedded recipe on a codec's cache; drafters with one seed differ in the cache alone."""
     name = settings.result(codec, seed).stem
     diff: Diff = {
         "name": name,
@@ -203,12 +204,12 @@ def point_config(settings: CodecSettings, codec: str, seed: int) -> TrainConfig:
 
 
 def reading(folder: Path, passes: int) -> dict[str, float]:
-    """Median speed of reading a cache through the trainer's pipeline, records checked and padded, files in memory."""
+    """Median speed of reading a cache through the trainer's pipeline, with checksums and padding, files cached."""
     cache = TargetCache(folder)
     batches = Batches(Truncated(cache, MAX_LENGTH), READ_BATCH, seed=0, buckets=(MAX_LENGTH,))
     tokens, seconds = int(cache.lengths.sum()), []
 
-    for _ in range(passes + 1):  # the first brings the files into memory
+    for _ in range(passes + 1):  # the first only brings the files into memory
         began = time.perf_counter()
         with batches.iterate(0, batches.steps_per_epoch) as iterator:
             for _batch in iterator:
@@ -220,7 +221,7 @@ def reading(folder: Path, passes: int) -> dict[str, float]:
 
 
 def report(settings: CodecSettings, command: str) -> None:
-    """Writes metrics.json and prints the table of the codecs that have a finished point."""
+    """Writes metrics.json and prints a table of the codecs with finished points."""
     found: dict[str, dict[int, dict[str, Any]]] = {codec: finished(settings, codec) for codec in settings.codecs}
     found = {codec: results for codec, results in found.items() if results}
     reference = found.get(REFERENCE, {})
@@ -253,9 +254,10 @@ def finished(settings: CodecSettings, codec: str) -> dict[int, dict[str, Any]]:
 
 
 def accepted(key: str, results: Mapping[int, Any], reference: Mapping[int, Any]) -> dict[str, Any]:
-    """Accepted length over domains alike, by domain, and what is lost of bfloat16's with the same seed."""
+    """Accepted length, macro-averaged and by domain, and the share lost against bfloat16 with the same seed."""
     taus = {seed: macro_tau(acceptance(result, key)) for seed, result in results.items()}
     theirs = {seed: macro_tau(acceptance(reference[seed], key)) for seed in taus if seed in reference}
+    # Paired by seed: the two drafters saw the same sequences, so their difference varies less than either.
     losses = [1 - taus[seed] / tau for seed, tau in theirs.items()]
     by_domain: dict[str, list[float]] = {}
 
@@ -295,7 +297,7 @@ def codec_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def with_interval(value: Mapping[str, Any] | None, form: str) -> str:
-    """A mean, with the half-width of its interval over seeds where there are several."""
+    """A mean, with the half-width of its interval over seeds where there is more than one."""
     if value is None:
         return "-"
     mean = form.format(value["mean"])

@@ -14,7 +14,7 @@ COLOURS = {"dspark": "C0", "dflash": "C1", "eagle3": "C2", "mtp1": "C3", "dspark
 
 
 def plot_all(folder: Path, metrics: Mapping[str, Any]) -> None:
-    """figure2.png, figure3.png and figure4.png, each where its points are there."""
+    """Writes figure2.png, figure3.png and figure4.png, as far as their points are finished."""
     if metrics["figure2_t1"]:
         conditional_acceptance(folder / "figure2.png", metrics)
     if metrics["figure3_t1"]:
@@ -26,7 +26,7 @@ def plot_all(folder: Path, metrics: Mapping[str, Any]) -> None:
 
 
 def conditional_acceptance(path: Path, metrics: Mapping[str, Any]) -> None:
-    """Figure 2: x_k accepted, given x_<k were; a panel a domain at temperature 1, seeds as thin lines."""
+    """Figure 2: conditional acceptance of x_k at temperature 1; one panel for each domain, seeds as thin lines."""
     rows = metrics["figure2_t1"]
     domains = list(next(iter(rows.values())))
     figure, panels = pyplot().subplots(1, len(domains), figsize=(3.4 * len(domains), 3.6), squeeze=False, sharey=True)
@@ -49,12 +49,13 @@ def conditional_acceptance(path: Path, metrics: Mapping[str, Any]) -> None:
 
 
 def _known(rates: list[float | None]) -> tuple[list[int], list[float]]:
+    # Positions count from 1 in the paper's figures.
     pairs = [(k, rate) for k, rate in enumerate(rates, 1) if rate is not None]
     return [k for k, _ in pairs], [rate for _, rate in pairs]
 
 
 def block_length(path: Path, metrics: Mapping[str, Any]) -> None:
-    """Figure 4: accepted length by block length, the gain over DFlash, and what the sequential head costs a round."""
+    """Figure 4: accepted length by block length, the gain over DFlash, and the sequential head's share of a round."""
     figure, panels = pyplot().subplots(1, 3, figsize=(13, 3.8))
     rows, cost = metrics["figure4_t1"], metrics["figure4_head_cost"]
     _curves(panels[0], rows, "block length")
@@ -86,7 +87,7 @@ def block_length(path: Path, metrics: Mapping[str, Any]) -> None:
 
 
 def _head_cost(panel: Any, rows: list[Mapping[str, Any]]) -> None:
-    """A line a head and a number of requests at once."""
+    """One line for each head and number of concurrent requests."""
     for head, name in (("vanilla", "dspark"), ("rnn", "dspark_rnn")):
         for slots, style in zip(dict.fromkeys(row["slots"] for row in rows), ("-", "--"), strict=False):
             line = [(row["block"], 100 * row["overhead"][head]) for row in rows if row["slots"] == slots]
@@ -98,6 +99,7 @@ def _curves(panel: Any, rows: Mapping[str, Any], label: str) -> None:
     for name, row in rows.items():
         at = sorted(map(int, row))
         means = [row[str(x)]["macro"]["mean"] for x in at]
+        # A single seed has no interval; it is drawn without bars.
         spread = [row[str(x)]["macro"]["ci95"] or 0.0 for x in at]
         panel.errorbar(
             at, means, yerr=spread, marker="o", capsize=3, label=CONTESTANTS[name].label, color=COLOURS[name]

@@ -1,4 +1,4 @@
-"""One point of `train.studies.compare`: a drafter trained and decoded with, or a sequential head's cost measured."""
+"""One point of `train.studies.compare`: trains a drafter and decodes with it, or measures the cost of a head."""
 
 import statistics
 import time
@@ -31,7 +31,17 @@ ROUNDS = 16
 
 
 def train_and_decode(config: TrainConfig, prompts: Path, *, max_new_tokens: int, samples: int) -> dict[str, Any]:
-    """Trains, or finds the run finished; then counts acceptance over the held-out prompts, greedy and sampled."""
+    """Trains, unless the run is finished, then counts acceptance on the held-out prompts, sampled and greedy.
+
+    Args:
+        config: the training run.
+        prompts: file of held-out prompts.
+        max_new_tokens: of an answer.
+        samples: passes at temperature 1.
+
+    Returns:
+        Counts by domain under "t1" and "t0", the drafter's parameters, and figures of its training.
+    """
     fitted = fit(config)
     trained = fitted.summary
     target = load_target(config.target, dtype=config.compute_dtype)
@@ -63,7 +73,7 @@ def train_and_decode(config: TrainConfig, prompts: Path, *, max_new_tokens: int,
 
 
 def counts(acceptance: Acceptance) -> dict[str, Any]:
-    """What `Acceptance.counted` needs to be made again; no rate of nothing, which JSON lacks."""
+    """The arguments of `Acceptance.counted`; rates are left out, since they can be NaN, which JSON lacks."""
     names = ("rounds", "committed", "verified", "accepted")
     return {name: getattr(acceptance, name) for name in names}
 
@@ -74,8 +84,18 @@ def seconds_a_step(config: TrainConfig, folder: Path) -> float:
 
 
 def head_cost(target_folder: str, repeats: int = 7) -> dict[str, Any]:
-    """Seconds of a round at every block length, without and with a sequential head; weights are random, since a
-    round's time does not depend on them. Dispatches of the heads alternate, so that drift hits all alike."""
+    """Seconds of a round at every block length, without and with a sequential head.
+
+    Weights are random, since a round's time does not depend on them. Dispatches of the heads alternate, so that drift
+    affects all equally.
+
+    Args:
+        target_folder: of the target.
+        repeats: dispatches of each head.
+
+    Returns:
+        Rank, repeats, and for each block length and number of requests the seconds and the heads' overhead.
+    """
     target = load_target(target_folder, dtype="float32")
     rows = []
     for slots in SLOTS:
@@ -119,7 +139,7 @@ def _drafter(target: Target, block: int, head: str) -> Drafter:
 
 
 def _dispatches(target: Target, drafter: Drafter, slots: int, count: int) -> Iterator[float]:
-    """Seconds a round of one dispatch after the other, all slots decoding throughout."""
+    """Yields the seconds a round of successive dispatches, with all slots decoding throughout."""
     new_tokens = min(ROUNDS * (count + 2) * (drafter.config.block_size + 1), target.config.max_positions - 64)
     config = EngineConfig(
         slots, 32 + new_tokens, "fixed", rounds_per_dispatch=ROUNDS, buckets=(slots * (drafter.config.block_size + 1),)
@@ -129,6 +149,7 @@ def _dispatches(target: Target, drafter: Drafter, slots: int, count: int) -> Ite
     for slot in range(slots):
         engine.submit(slot, Request(tuple(rng.integers(0, target.config.vocab_size, 24).tolist())))
 
+    # Prefill and compilation, then one dispatch of the warm program.
     engine.step()
     engine.step()
     while True:

@@ -1,4 +1,4 @@
-"""The tables and figures of `train.studies.compare`, from the points that are finished, whichever they are."""
+"""Tables and figures of `train.studies.compare`, from whichever points are finished."""
 
 import math
 import shutil
@@ -32,7 +32,7 @@ def estimate(values: Sequence[float]) -> dict[str, Any]:
 
 
 def acceptance(result: Mapping[str, Any], key: str) -> dict[str, Acceptance]:
-    """The domains of a point's result at one temperature."""
+    """Acceptance by domain of a point's result at one temperature (a key of `TEMPERATURES`)."""
     return {
         domain: Acceptance.counted(
             row["rounds"], row["committed"], np.array(row["verified"]), np.array(row["accepted"])
@@ -42,7 +42,7 @@ def acceptance(result: Mapping[str, Any], key: str) -> dict[str, Acceptance]:
 
 
 def report(folder: Path, found: Found, head_cost: Mapping[str, Any] | None, about: Mapping[str, Any]) -> bool:
-    """Writes metrics.json and the plots and prints the tables; False, and nothing written, while no point is done."""
+    """Writes metrics.json and the plots, and prints the tables; False, writing nothing, without a finished point."""
     if not found:
         return False
 
@@ -69,7 +69,7 @@ def report(folder: Path, found: Found, head_cost: Mapping[str, Any] | None, abou
 
 
 def main_points(found: Found, name: str, depth: int) -> list[StudyPoint]:
-    """Every seed of a contestant of the main comparison, in order."""
+    """The points of a contestant in the main comparison, by seed."""
     contestant = CONTESTANTS[name]
     layers = 1 if contestant.single else depth
     mine = (p for p in found if (p.drafter, p.depth, p.block) == (name, layers, contestant.block))
@@ -88,7 +88,7 @@ def main_table(found: Found, depth: int, key: str) -> dict[str, dict[str, Any]]:
 
 
 def gains(found: Found, depth: int, key: str) -> dict[str, Any]:
-    """DSpark's macro-average over each other one, paired by seed: both saw the same sequences in the same order."""
+    """DSpark's gain in macro-average over each other drafter, paired by seed: both saw the same sequences in order."""
     macro = {
         name: {p.seed: macro_tau(acceptance(found[p], key)) for p in main_points(found, name, depth)} for name in MAIN
     }
@@ -103,8 +103,8 @@ def gains(found: Found, depth: int, key: str) -> dict[str, Any]:
 
 
 def positions(found: Found, depth: int, key: str) -> dict[str, dict[str, Any]]:
-    """Figure 2: drafter -> domain or "all" -> conditional acceptance by position, counts pooled over seeds, with the
-    seeds' own curves."""
+    """Figure 2: drafter -> domain or "all" -> conditional acceptance by position, from counts pooled over seeds, and
+    the curves of single seeds."""
     made: dict[str, dict[str, Any]] = {}
     for name in MAIN:
         runs = [acceptance(found[p], key) for p in main_points(found, name, depth)]
@@ -125,6 +125,7 @@ def curve(found: Found, names: Iterable[str], field: str, key: str, depth: int |
     made: dict[str, Any] = {}
     for name in names:
         for point in sorted((p for p in found if p.drafter == name), key=lambda p: (getattr(p, field), p.seed)):
+            # A curve varies one of the two, so the other is at its value of the main comparison.
             fits = point.block == BLOCK if depth is None else point.depth == depth and point.block in BLOCKS
             if fits:
                 by_domain = acceptance(found[point], key)
@@ -140,7 +141,7 @@ def curve(found: Found, names: Iterable[str], field: str, key: str, depth: int |
 
 
 def training(found: Found, depth: int) -> dict[str, Any]:
-    """What each main drafter's training took and reached, by drafter."""
+    """Time, loss and size of the main drafters' training runs, by drafter."""
     names = ("train_seconds", "train_step_seconds", "train_loss", "train_tau_probabilistic", "parameters")
     made = {}
     for name in MAIN:
@@ -151,7 +152,7 @@ def training(found: Found, depth: int) -> dict[str, Any]:
 
 
 def tables(metrics: Mapping[str, Any]) -> str:
-    """Table 1 at both temperatures, the gains, and the curves, for people."""
+    """Text of Table 1 at both temperatures, the gains, the curves and the cost of the heads."""
     parts = []
     for key in TEMPERATURES:
         title = f"\naccepted length at temperature {key[1:]} (mean and 95 % interval over seeds)"

@@ -1,4 +1,4 @@
-"""The study of drafters on one target: which points it has, and how each differs from `embedded_dspark`.
+"""The points of the study of drafters, and how each differs from `embedded_dspark`.
 
 All points share recipe, data, feature layers, sequences a step, steps and seeds; they differ in kind, depth and block.
 """
@@ -26,8 +26,15 @@ CROSS_ENTROPY: Diff = {"loss.ce_alpha": 1.0, "loss.l1_alpha": 0.0, "loss.confide
 
 @dataclasses.dataclass(frozen=True)
 class Contestant:
-    """A `single` one has one layer, whatever the others have; `last_layer`: it is fed by the target's last layer, as it
-    was devised, and not by the layers that the others share."""
+    """A kind of drafter in the study.
+
+    Attributes:
+        label: for tables and plots.
+        diff: changes to `embedded_dspark`.
+        single: has one layer, whatever the depth of the others.
+        block: γ in the main comparison.
+        last_layer: is fed by the target's last layer, as it was devised, and not by the layers that the others share.
+    """
 
     label: str
     diff: Diff
@@ -39,7 +46,7 @@ class Contestant:
 CONTESTANTS: dict[str, Contestant] = {
     "dspark": Contestant("DSpark", {}),
     "dflash": Contestant("DFlash", {"drafter.kind": "dflash", **HEADLESS, **CROSS_ENTROPY}),
-    # Its loss is its own, a soft cross-entropy over the steps of its rollout.
+    # Its loss is its own, a soft cross-entropy over the steps of its rollout (docs/algorithm.md, rule 56).
     "eagle3": Contestant("Eagle3", {"drafter.kind": "eagle3", **HEADLESS}, single=True),
     "mtp1": Contestant(
         "MTP-1", {"drafter.kind": "mtp", **HEADLESS, **CROSS_ENTROPY}, single=True, block=1, last_layer=True
@@ -65,10 +72,16 @@ class StudyPoint:
         return f"{self.drafter},depth={self.depth},block={self.block},seed={self.seed}"
 
     def config(self, common: Diff, target_layers: int, copies: bool) -> TrainConfig:
-        """`common`: the fields that all points share. `copies`: the draft layers start as the last target layers, where
-        they are alike."""
+        """The point's training configuration.
+
+        Args:
+            common: fields shared by all points.
+            target_layers: number of the target's layers.
+            copies: start the draft layers as copies of the last target layers, for kinds whose layers fit.
+        """
         contestant = CONTESTANTS[self.drafter]
         first = target_layers - self.depth if copies and not contestant.single else target_layers
+        # An empty range starts the layers at random.
         own: Diff = {
             "name": self.name,
             "seed": self.seed,
