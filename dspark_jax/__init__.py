@@ -66,6 +66,7 @@ def __getattr__(name: str) -> Any:
         return import_module("importlib.metadata").version("dspark-jax")
     if name not in _HOMES:
         raise AttributeError(f"module 'dspark_jax' has no attribute {name!r}")
+
     return getattr(import_module(f"dspark_jax.{_HOMES[name]}"), name)
 
 

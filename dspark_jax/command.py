@@ -9,6 +9,7 @@ from dspark_jax.config.cli import did_you_mean, program
 from dspark_jax.errors import UserError
 from dspark_jax.programs import found_programs, module_name, source
 
+# Title -> mark in the module's name; later marks are more specific.
 GROUPS = {
     "Make data and train": "train.",
     "Decode, measure and exchange": "infer.",
@@ -44,8 +45,10 @@ def run(name: str, module: str, argv: Sequence[str]) -> int:
     # tyro's usage lines show sys.argv[0], so they name the subcommand.
     sys.argv = [f"dspark {name}", *argv]
     path = source(module)
+    # A package of a program keeps its main in __main__.
     imported = importlib.import_module(module_name(f"{module}.__main__" if path.stem == "__main__" else module))
     code = imported.main(list(argv))
+
     # Programs that return something else, or nothing, have succeeded.
     return code if isinstance(code, int) else 0
 
@@ -54,9 +57,11 @@ def overview(programs: dict[str, str]) -> str:
     """The text of --help: one line for each program, by group."""
     width = max(map(len, programs))
     lines = ["usage: dspark SUBCOMMAND [--option value ...]; dspark SUBCOMMAND --help lists the options."]
+
     for title, modules in grouped(programs).items():
         lines += ["", f"{title}:"]
         lines += [f"  {name:<{width}}  {summary(module)}" for name, module in modules.items()]
+
     return "\n".join(lines)
 
 
@@ -69,11 +74,13 @@ def grouped(programs: dict[str, str]) -> dict[str, dict[str, str]]:
     for name, module in programs.items():
         title = [title for title, mark in GROUPS.items() if mark in module][-1]
         groups[title][name] = module
+
     return {title: modules for title, modules in groups.items() if modules}
 
 
 def summary(module: str) -> str:
     """The first sentence of a program's docstring, read without importing it."""
+    # Importing every program for one page of help would load jax and take seconds.
     text = ast.get_docstring(ast.parse(source(module).read_text(encoding="utf-8"))) or ""
     return " ".join(text.split("\n\n")[0].split()).partition(". ")[0].partition("; ")[0].rstrip(".")
 

@@ -29,9 +29,11 @@ def announce(dtype: str | None = None) -> None:
 
 def device_line(dtype: str | None = None) -> str:
     """A line such as `Device: 1 x cpu, float32, jax 0.10.2`."""
+    # A machine may hold accelerators of several kinds.
     kinds: dict[str, int] = {}
     for device in jax.devices():
         kinds[device.device_kind] = kinds.get(device.device_kind, 0) + 1
+
     devices = " and ".join(f"{count} x {kind}" for kind, count in kinds.items())
     return f"Device: {devices}, {dtype or 'dtype of the model'}, jax {jax.__version__}"
 
@@ -71,5 +73,6 @@ def machine() -> dict[str, Any]:
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
         "cores": os.cpu_count(),
+        # A loaded machine explains figures that no device does.
         "load": statistics.fmean(os.getloadavg()),
     }

@@ -71,6 +71,7 @@ class Job:
         if not given and not cluster:
             return None
 
+        # Defaults here, not in the schema: they belong to the machine and not to the run.
         seconds = _number(environment, PEER_SECONDS, 1, "100"), _number(environment, START_SECONDS, 1, "300")
         if cluster:
             return cls(None, None, None, *seconds)
@@ -92,6 +93,7 @@ def initialize_from_environment() -> None:
     Raises:
         UserError: the variables don't describe a job, or joining fails.
     """
+    # A program may be called from another that has joined already.
     job = Job.of(os.environ)
     if job is None or jax.distributed.is_initialized():
         return
@@ -103,6 +105,7 @@ def initialize_from_environment() -> None:
             job.coordinator,
             job.processes,
             job.process,
+            # With an address given, jax must not look for a cluster as well.
             cluster_detection_method=None if job.coordinator is None else "deactivate",
             initialization_timeout=job.start_seconds,
             heartbeat_timeout_seconds=job.peer_seconds,
@@ -139,6 +142,7 @@ def connect(mesh: Mesh) -> None:
         return
 
     names = [name for name in mesh.axis_names if mesh.shape[name] > 1]
+    # One number on each device, split over all axes at once.
     everywhere = NamedSharding(mesh, PartitionSpec(tuple(mesh.axis_names)))
     ones = jax.make_array_from_callback((mesh.size,), everywhere, lambda index: np.ones(1, np.float32))
 
@@ -164,6 +168,7 @@ def require_same(values: Mapping[str, Any]) -> None:
     # Hashes, because a gather needs arrays of one shape.
     mine = np.array([zlib.crc32(str(value).encode()) for value in values.values()], np.uint32)
     for what, theirs in zip(values, multihost_utils.process_allgather(mine).T, strict=True):
+        # All processes see the same table, so all of them raise for the same value.
         other = np.flatnonzero(theirs != theirs[0])
         if other.size:
             raise UserError(f"Process {other[0]} of {jax.process_count()} and process 0 disagree: {what}.")
@@ -173,6 +178,7 @@ def from_first(value: float) -> float:
     """Process 0's value, exactly and on every process."""
     if jax.process_count() == 1:
         return value
+
     # As two 32-bit words: without 64-bit mode JAX would round the float64.
     words = np.array([value], np.float64).view(np.uint32)
     with jax.transfer_guard("allow"):
@@ -203,6 +209,7 @@ def fetch_rows(x: jax.Array, most_bytes: int = 2**28) -> np.ndarray:
     if jax.process_count() == 1:
         return jax.device_get(x)
 
+    # Bytes a row = nbytes / rows; the product comes first to stay in integers.
     rows = max(1, most_bytes * len(x) // max(x.nbytes, 1))
     with jax.transfer_guard("allow"):
         # `dynamic_slice` takes the start as an operand: one program for each size, not for each position.
@@ -226,6 +233,7 @@ def bounded_by_peers() -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
+        # Printed here, since os._exit does not return to a handler that would.
         traceback.print_exc()
         who = f"Process {jax.process_index()} of {jax.process_count()}"
         _leave(
@@ -236,6 +244,7 @@ def bounded_by_peers() -> Iterator[None]:
     except Exception as error:
         job = Job.of(os.environ)
         if job is not None and jax.process_count() > 1:
+            # The exit codes of `config.cli.program`.
             code = 2 if isinstance(error, UserError) else 1
             # A daemon: it does not keep a process alive that ends in time.
             watchdog = threading.Timer(job.peer_seconds, _leave, (code, _one_line(error)))

@@ -84,6 +84,7 @@ def _plain(value: Any) -> Any:
 
 def fsync(path: Path) -> None:
     """Forces a file or a folder's entries to disk."""
+    # Read-only suffices, and is all that a folder allows.
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -138,8 +139,10 @@ def file_hash(path: Path) -> str:
     """xxh3-128 of a file's bytes, 32 hexadecimal digits; OSError when it can't be read."""
     digest = xxhash.xxh3_128()
     with open(path, "rb") as handle:
+        # In chunks: shards are larger than memory should hold.
         while chunk := handle.read(_CHUNK):
             digest.update(chunk)
+
     return digest.hexdigest()
 
 
@@ -170,8 +173,10 @@ def weights_hash(folder: Path) -> str:
     """
     digest = xxhash.xxh3_128()
     files = sorted(path for pattern in WEIGHTS for path in folder.glob(pattern))
+
     try:
         for path in files:
+            # Names count: the same bytes under another name are read as another shard.
             digest.update(f"{path.name}:{_remembered_hash(path)};".encode())
     except OSError as error:
         raise UserError(f"{error.filename or folder} cannot be read ({error.strerror}); copy it again.") from error
@@ -279,6 +284,7 @@ def lock_folder(folder: Path, what: str = "the folder", *, wait: bool = False) -
 def lock_descriptor(descriptor: int, path: Path, what: str, *, wait: bool = False) -> None:
     """The right of `lock_folder` on an open file, held until it is closed; UserError if another process has it."""
     try:
+        # The kernel releases the lock with the process, so no stale lock can remain.
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError as error:
         raise UserError(f"Another process is writing {what} {path}; wait for it or give another output.") from error
@@ -315,5 +321,6 @@ def check_new_folder(folder: Path) -> None:
         occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     except OSError as error:
         raise UserError(f"{folder} cannot be used ({reason_of(error)}); give another folder.") from error
+
     if occupied:
         raise UserError(f"{folder} holds something already; give a folder that is empty or missing.")

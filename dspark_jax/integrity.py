@@ -71,6 +71,7 @@ def examine(path: Path) -> list[Finding]:
         UserError: the path is of no known kind.
     """
     try:
+        # One path can be of several kinds: a drafter's folder may hold a calibration and a profile.
         kinds = [name for name, (recognised, _) in KINDS.items() if recognised(path)]
     except OSError as error:
         raise UserError(f"{path} cannot be read ({reason_of(error)}); give the folder of one.") from None
@@ -107,10 +108,12 @@ def _target(folder: Path, facts: Facts) -> None:
     facts |= {"family": config.model_type, "layers": config.num_layers, "vocabulary": config.vocab_size}
     _check_hashes(folder)
     _check_hub_names(folder)
+    # The shapes that the configuration implies are compared with those in the file.
     leaves = flatten_dict(split(target_skeleton(config))[1])
     tensors, table = target_tensors(folder, config, hf_config, leaves)
     check_shapes(tensors, table, leaves)
     _check_finite(tensors)
+    # Called for their errors: a model that cannot stop or be tokenised is not whole.
     stop_tokens(folder, hf_config)
     load_tokenizer(folder)
     facts |= {"tensors": len(tensors.names), "weights xxh3": weights_hash(folder)}
@@ -124,6 +127,7 @@ def _check_hashes(folder: Path) -> None:
 
     stored = read_object(path, expected="hashes of a model's files")
     check_fields({"": stored}, {"": object_of(text())}, str(path))
+
     for name, written in stored.items():
         # A name with a folder in it would reach outside of the model.
         if Path(name).name != name or not (folder / name).is_file() or file_hash(folder / name) != written:
@@ -202,10 +206,12 @@ def _run(folder: Path, facts: Facts) -> None:
 
     steps = steps_in(folder / "checkpoints")
     for step in steps:
+        # Hashes of all files, the arrays' included.
         if reason := damage(folder / "checkpoints" / str(step)):
             raise UserError(f"The checkpoint of step {step} in {folder} is damaged: {reason}.")
 
     facts |= {"finished": "yes" if finished else "no", "checkpoints": ", ".join(map(str, steps)) or "none"}
+    # metrics.json is written last, after the export.
     if finished and not (folder / "drafter").is_dir():
         raise UserError(f"The run in {folder} is finished and has no drafter; export it again with train.export.")
 
@@ -261,6 +267,7 @@ def _holds(*names: str) -> Callable[[Path], bool]:
 
 
 def _is_run(path: Path) -> bool:
+    # Runs, drafters and targets all hold a config.json; what lies beside it tells them apart.
     return _holds(CONFIG_FILE)(path) and _holds("metrics.jsonl", "checkpoints", "inputs.json")(path)
 
 

@@ -11,6 +11,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Left-aligned columns under a rule."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
+
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(line.rstrip() for line in lines)
 
@@ -78,6 +79,7 @@ def training_plot(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 def reliability_plot(path: Path, sets: Mapping[str, Mapping[str, Any]]) -> None:
     """Accepted share against predicted survival, before calibration and, if known, after (the paper's Figure 6)."""
     plt = pyplot()
+    # Before the temperatures are fitted there is only one stage.
     stages = [stage for stage in ("before", "after") if any(stage in found for found in sets.values())]
     figure, panels = plt.subplots(1, len(stages), figsize=(4.6 * len(stages), 4.2), squeeze=False, sharey=True)
 
@@ -102,6 +104,7 @@ def threshold_plot(path: Path, sets: Mapping[str, Mapping[str, Mapping[str, Any]
     """Accepted length and committed share of verified tokens, by confidence threshold (the paper's Figure 5)."""
     plt = pyplot()
     figure, panels = plt.subplots(1, 2, figsize=(10, 3.8))
+
     for name, rows in sets.items():
         # JSON objects have text as keys.
         thresholds = [float(value) for value in rows]
@@ -122,6 +125,7 @@ def throughput_plot(path: Path, closed: Mapping[str, Mapping[str, Mapping[str, f
     paper's Figure 7)."""
     plt = pyplot()
     figure, panel = plt.subplots(figsize=(6, 4.4))
+
     for strategy in next(iter(closed.values())):
         rows = [group[strategy] for group in closed.values()]
         panel.plot([r["user_median"] for r in rows], [r["tokens_per_second"] for r in rows], marker="o", label=strategy)
@@ -143,6 +147,7 @@ def budget_plot(path: Path, closed: Mapping[str, Mapping[str, Mapping[str, float
     for panel, (key, label) in zip(panels, labels.items(), strict=True):
         for strategy in next(iter(closed.values())):
             panel.plot(users, [group[strategy][key] for group in closed.values()], marker="o", label=strategy)
+        # Users are swept by doubling.
         panel.set_xscale("log", base=2)
         panel.set_xlabel("users")
         panel.set_ylabel(label)
@@ -156,6 +161,7 @@ def pyplot() -> Any:
     """matplotlib.pyplot without a display, imported on the first plot."""
     import matplotlib
 
+    # Machines that train have no display.
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -165,7 +171,9 @@ def pyplot() -> Any:
 def save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
+
     with replacing(path) as temporary:
         # The temporary name ends in .tmp, so the format cannot be read off it.
         figure.savefig(temporary, dpi=110, format=path.suffix.removeprefix("."))
+
     pyplot().close(figure)

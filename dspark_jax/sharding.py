@@ -72,6 +72,7 @@ class ShardingRules:
 
     def rows(self, mesh: AnyMesh, ndim: int, leading: int = 0) -> NamedSharding:
         """Sharding of an array whose batch dimension comes after `leading` others."""
+        # A micro-batched array has its rows behind the axis of micro-batches.
         return NamedSharding(mesh, self.spec([None] * leading + ["batch"] + [None] * (ndim - leading - 1)))
 
     def row_groups(self, mesh: AnyMesh) -> int:
@@ -83,6 +84,7 @@ class ShardingRules:
 
         Several processes hold the same rows if a mesh axis that splits no rows extends over processes.
         """
+        # jax maps every local device to the slice of rows that it holds; copies repeat slices.
         spans = self.rows(mesh, 1).addressable_devices_indices_map((rows,)).values()
         return tuple(sorted({row for index in spans if index for row in range(*index[0].indices(rows))}))
 
@@ -105,6 +107,7 @@ def mesh_shape(devices: int, data: int = -1, fsdp: int = 1, tensor: int = 1) -> 
         )
 
     fixed = math.prod(size for size in sizes.values() if size != -1)
+    # Otherwise the -1 stays, and the check below refuses the sizes.
     if open_axes and fixed > 0 and devices % fixed == 0:
         sizes[open_axes[0]] = devices // fixed
 
@@ -132,6 +135,7 @@ def abstract_mesh(devices: int, data: int = -1, fsdp: int = 1, tensor: int = 1) 
 
 def mesh_of_several(settings: MeshSettings) -> Mesh | None:
     """The mesh of the settings, None on a single device; UserError if the sizes don't fit."""
+
     if jax.device_count() == 1:
         return None
     return make_mesh(settings.data, settings.fsdp, settings.tensor)
@@ -162,6 +166,7 @@ def param(array: jax.Array, *axes: str | None) -> nnx.Param:
 
 def split(module: nnx.Module) -> tuple[nnx.GraphDef, dict]:
     """(graphdef, params): the static structure and a nested dict of plain arrays, `nnx.merge`'s two arguments."""
+    # Pure dicts: Orbax, optax and jax.tree see arrays and no Flax types.
     graphdef, state = nnx.split(module, nnx.Param)
     return graphdef, nnx.to_pure_dict(state)
 
@@ -170,8 +175,10 @@ def parameter_shardings(module: nnx.Module, mesh: AnyMesh, rules: ShardingRules)
     """The `array_sharding` of every parameter, in a nested dict of the structure of `split(module)[1]`."""
     _, state = nnx.split(module, nnx.Param)
     flat = {}
+
     for path, variable in nnx.to_flat_state(state):
         flat[path] = array_sharding(variable.shape, variable.get_metadata()["logical_axes"], mesh, rules)
+
     return nnx.to_pure_dict(nnx.from_flat_state(flat.items()))
 
 
@@ -196,6 +203,7 @@ def gathered(sharding: NamedSharding, rules: ShardingRules) -> NamedSharding:
 
     Splits over the batch's axes save storage alone and are gathered; splits over other axes divide work and stay.
     """
+    # Devices along a batch axis compute on different rows, so each needs whole parameters while it does.
     stored = set(rules.batch or ())
     entries = (None if stored & set(_names(entry)) else entry for entry in sharding.spec)
     return NamedSharding(sharding.mesh, PartitionSpec(*entries))

@@ -97,6 +97,7 @@ def experiments() -> ModuleType:
 
 def config_names() -> list[str]:
     """Names that `load_config` knows, sorted."""
+    # Listed, not imported: a configuration may be expensive to build, or broken.
     files = (module.name for module in pkgutil.iter_modules(experiments().__path__))
     return sorted({*files, *table_of_experiments()} - NOT_EXPERIMENTS)
 
@@ -137,6 +138,7 @@ def load_config(name: str) -> Any:
 
 def from_file(path: Path, function: str) -> Any:
     """Calls a function of a Python file; UserError when there is no such file or function."""
+    # The module is not put in sys.modules, so two files of one name don't meet.
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if not path.is_file() or spec is None or spec.loader is None:
         raise UserError(f"There is no Python file {path}; give the path of one that has a {function}().")
@@ -157,6 +159,7 @@ def parse_named(argv: Sequence[str], default: str | None = None, description: st
     Raises:
         UserError: no name, an unknown one, or options that `parse` refuses.
     """
+    # Before tyro runs: the configuration's own values are the defaults that it needs.
     name, rest = take_option(list(argv), "--config")
     if name is None and default is None:
         names = ", ".join(config_names())
@@ -199,6 +202,7 @@ def parse(config: Any, argv: Sequence[str], description: str | None = None) -> A
     # Checked before tyro does: its suggestions span a screen.
     _refuse_unknown(argv, _flags(cls))
     # tyro draws its complaints as a box; capture it and keep the first paragraph. `--help` (exit code 0) is passed on.
+
     complaints = io.StringIO()
 
     try:
@@ -241,6 +245,7 @@ def mesh_settings(text: str, base: MeshSettings) -> MeshSettings:
     names = {name for name, _, _ in words}
     if names - {"data", "fsdp", "tensor"} or not all(size.lstrip("-").isdigit() for _, _, size in words):
         raise UserError(f"--mesh is {text!r}; sizes of data, fsdp and tensor were expected, as in data=16,fsdp=4.")
+
     sizes = {name: int(size) for name, _, size in words}
     return MeshSettings(sizes.get("data", 1), sizes.get("fsdp", 1), sizes.get("tensor", 1), base.markov_tables)
 
@@ -253,6 +258,7 @@ def take_option(argv: list[str], option: str) -> tuple[str | None, list[str]]:
     """
     value, rest = None, []
     words = iter(argv)
+
     for word in words:
         if word == option:
             value = next(words, None)
@@ -271,6 +277,7 @@ def _flags(cls: type, prefix: str = "--") -> list[str]:
     hints, annotated = get_type_hints(cls), get_type_hints(cls, include_extras=True)
 
     flags = []
+
     for field in dataclasses.fields(cls):
         name = field.name.replace("_", "-")
         if dataclasses.is_dataclass(hints[field.name]):
@@ -284,6 +291,7 @@ def _flags(cls: type, prefix: str = "--") -> list[str]:
 
 
 def _refuse_unknown(argv: Sequence[str], flags: list[str]) -> None:
+    # Values that begin with one hyphen, such as -1, are not options.
     for word in argv:
         flag = word.split("=", 1)[0]
         if flag.startswith("--") and flag != "--help" and flag.replace("_", "-") not in flags:
@@ -292,6 +300,7 @@ def _refuse_unknown(argv: Sequence[str], flags: list[str]) -> None:
 
 def _closest_flag(flag: str, flags: list[str]) -> str:
     """Suggestions: options with the same last part, for one given without its group, or else similar whole names."""
+    # A tail that fits exactly is a better guess than a name that is merely similar.
     whole = did_you_mean(flag.replace("_", "-"), flags)
     tail = flag.replace("_", "-").lstrip("-").rsplit(".", 1)[-1]
     same_tail = [f for f in flags if f.lstrip("-").rsplit(".", 1)[-1] == tail]
@@ -305,4 +314,5 @@ def _first_paragraph(box: str) -> str:
 
     parts = re.split(r"\n[─-]{5,}(?:\n|$)", "\n".join(lines))
     sentence = " ".join(parts[0 if framed else min(1, len(parts) - 1)].split()) or "The options could not be read"
+
     return sentence if sentence.endswith((".", "?")) else f"{sentence}."

@@ -10,6 +10,7 @@ from dspark_jax.errors import UserError
 
 
 def _require(holds: bool, field: str, found: Any, expected: str) -> None:
+    # `expected` continues a sentence: one that contains a clause ends in a comma.
     if not holds:
         raise UserError(f"{field} is {found!r}; {expected} was expected.")
 
@@ -230,6 +231,7 @@ class MeshSettings:
         for name in ("data", "fsdp", "tensor"):
             size = getattr(self, name)
             _require(size == -1 or size >= 1, f"mesh.{name}", size, "a positive number or -1")
+
         _require(sizes.count(-1) <= 1, "mesh", sizes, "at most one axis of size -1")
 
 
@@ -291,6 +293,7 @@ class TrainConfig:
     """Folder or hub id of the frozen target."""
     drafter: DrafterSettings
     data: DataSettings
+    # Frozen dataclasses, so one default instance may serve all configurations.
     loss: LossSettings = LossSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     mesh: MeshSettings = MeshSettings()

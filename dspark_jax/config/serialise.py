@@ -32,6 +32,8 @@ def from_json(cls: type[C], values: dict[str, Any], where: str = "") -> C:
     hints, fields = get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
 
     prefix = f"{where}." if where else ""
+
+    # Strict: an unknown field would otherwise be ignored, and the run would not be the one asked for.
     for name in values:
         if name not in fields:
             close = difflib.get_close_matches(name, fields, n=1)
@@ -62,6 +64,7 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
 
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is tuple and isinstance(value, list | tuple):
+        # `tuple[int, ...]` takes any length, `tuple[float, float]` exactly two.
         if arguments[-1] is Ellipsis:
             arguments = (arguments[0],) * len(value)
         if len(arguments) == len(value):

@@ -51,8 +51,10 @@ def chain(*parts: Diffs) -> Diffs:
     """One part after the other; a repeated point is kept once."""
     points: Diffs = []
     for diff in itertools.chain(*parts):
+        # Lists, since a difference may hold values that cannot be hashed.
         if diff not in points:
             points.append(diff)
+
     return points
 
 
@@ -100,10 +102,13 @@ class Sweep:
 
 def apply_diff(config: TrainConfig, diff: Diff) -> TrainConfig:
     """The configuration with the fields of `diff` replaced, checked as strictly as when it is read from JSON."""
+    # Through JSON, so that every field is checked as in a file: a sweep cannot make a value that a run folder
+    # refuses.
     values = to_json(config)
     for field, value in diff.items():
         *groups, leaf = field.split(".")
         place = values
+
         for depth, group in enumerate(groups):
             if not isinstance(place.get(group), dict):
                 known = ", ".join(name for name, inner in place.items() if isinstance(inner, dict))
@@ -117,12 +122,15 @@ def apply_diff(config: TrainConfig, diff: Diff) -> TrainConfig:
 
 def run_name(diff: Diff) -> str:
     """The difference as a folder's name, as in `num_layers=2,betas=0.9-0.95`; an ambiguous field keeps its group."""
+    # `seed`, for one, is a field of the run and of its data.
     shared = {leaf for leaf, count in Counter(_leaves(TrainConfig)).items() if count > 1}
 
     parts = []
+
     for field, value in diff.items():
         leaf = field.rsplit(".", 1)[-1]
         parts.append(f"{field if leaf in shared else leaf}={_shown(value)}")
+
     return ",".join(parts) or "base"
 
 
@@ -138,6 +146,7 @@ def _leaves(cls: type) -> Iterable[str]:
 def _shown(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "-".join(map(_shown, value)) or "none"
+    # Slashes and spaces have no place in a folder's name.
     return re.sub(r"[^\w.+-]", "_", f"{value:g}" if isinstance(value, float) else str(value))
 
 

@@ -66,6 +66,7 @@ def topology_mesh(topology: str, data: int, fsdp: int, tensor: int, part: bool =
     if part and -1 not in sizes:
         found = found[: math.prod(sizes)]
 
+    # Not `jax.make_mesh`, which orders attached devices; these exist for the compiler alone.
     devices: np.ndarray = np.array(found).reshape(mesh_shape(len(found), *sizes))
     return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * devices.ndim)
 
@@ -90,6 +91,7 @@ def memory_of(program: jax.stages.Compiled, counted_twice: int = 0) -> dict[str,
         program: the compiled program.
         counted_twice: bytes of an array that is passed as two arguments.
     """
+    # An alias is a donated argument that a result reuses: the same bytes must not count twice.
     memory: Any = program.memory_analysis()
     arguments = memory.argument_size_in_bytes - counted_twice
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -112,6 +114,7 @@ def figures(program: jax.stages.Compiled, device_kind: str, counted_twice: int =
         **{f"{name} a device": mebibytes(size) for name, size in memory_of(program, counted_twice).items()},
         **({} if device is None else {"of a device's memory": mebibytes(device.memory_gib * 2**30)}),
         "program": mebibytes(memory.generated_code_size_in_bytes),
+        # The optimised program: partitioning has inserted its collectives by then.
         **collectives(program.as_text() or ""),
         "Gflop a device, loop bodies once": cost.get("flops", 0.0) / 1e9,
         "GB moved a device, loop bodies once": cost.get("bytes accessed", 0.0) / 1e9,
@@ -128,6 +131,7 @@ def collectives(program: str) -> dict[str, str]:
     for shapes, name in re.findall(rf"= (.+?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", program):
         counts[name] += 1
         sizes[name] += sum(_shape_bytes(*part) for part in re.findall(r"([a-z]+\d+)\[([\d,]*)\]", shapes))
+
     return {name: f"{counts[name]} of {mebibytes(sizes[name])}" for name in COLLECTIVES if counts[name]}
 
 
@@ -138,6 +142,7 @@ def copies(program: str, shapes: Iterable[tuple[int, ...]]) -> list[str]:
     """
     wanted = {",".join(map(str, shape)) for shape in shapes}
     entry, found = False, []
+
     for line in program.splitlines():
         # A computation's header begins in the first column, its instructions are indented.
         if line and not line[0].isspace():

@@ -90,6 +90,7 @@ class DecodePlan:
         cannot form."""
         mesh = plan_mesh(options)
         target, drafter = planned_pair(options, mesh)
+        # An engine sizes this table by the target's stop tokens; a plan without them keeps one slot.
         stops = max(1, len(target.stop_tokens))
         policy = policy_named(options.policy)
         loop = make_loop(target, drafter, EngineConfig(options.slots, options.longest, stop_slots=stops), policy)
@@ -129,6 +130,7 @@ class DecodePlan:
     def lower(self, platform: str) -> jax.stages.Lowered:
         """One dispatch, lowered for "cpu", "cuda" or "tpu", whatever is attached."""
         scalar = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), bool)
+        # `rounds` and `until_free`, the last two arguments of a dispatch, are traced scalars.
         occupancy = shapes_of(Occupancy.of())
         traced = run_rounds.trace(self.loop, self.params, self.state, occupancy, *scalar)
         return traced.lower(lowering_platforms=(platform,))
@@ -156,6 +158,7 @@ def plan_mesh(options: PlanOptions) -> Mesh | None:
         mesh = make_mesh(settings.data, settings.fsdp, settings.tensor)
         return None if mesh.size == 1 else mesh
 
+    # Decoding splits the work on each token, so all chips go to the tensor axis.
     settings = mesh_settings(options.mesh, MeshSettings()) if options.mesh else MeshSettings(data=1, tensor=-1)
     return topology_mesh(options.topology, settings.data, settings.fsdp, settings.tensor, part=True)
 
@@ -204,6 +207,7 @@ def described_drafter(config: TrainConfig, target: Target) -> dict[str, Any]:
     del settings["init_target_layers"]
     if settings["mask_token_id"] is None:
         settings["mask_token_id"] = getattr(target.tokenizer, "mask_token_id", None)
+
     return drafter_hf_config(target.hf_config, dtype=config.compute_dtype, **settings)
 
 
@@ -224,11 +228,13 @@ def abstract_state(loop: DecodeLoop, params: LoopParams) -> DecodeState:
     """The empty state as shapes, with the shardings that the loop gives it on its mesh."""
     if loop.mesh is None:
         return jax.eval_shape(loop.init_state, params)
+
     platform = loop.mesh.devices.flat[0].platform
 
     # The loop leaves the state's layout to the compiler, so the compiler is asked for it.
     made = jax.jit(loop.init_state).trace(params).lower(lowering_platforms=(platform,))
     shapes, placed = made.out_info, made.compile().output_shardings
+
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
 
 
@@ -237,6 +243,7 @@ def shapes_of(tree: Any) -> Any:
 
 
 def local_shape(x: Any) -> tuple[int, ...]:
+    # What one device holds: the memory that a plan is about.
     return x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
 
 

@@ -89,6 +89,7 @@ def activation_bytes(run: AbstractRun) -> int:
 
         return jax.grad(mean)(params)
 
+    # Shapes without shardings: the function is traced as one device would run it.
     params, tables, target = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (run.state.params, run.shared, run.target_params)
     )
@@ -106,6 +107,7 @@ def activation_bytes(run: AbstractRun) -> int:
 
 def tied_bytes(run: AbstractRun) -> int:
     """Bytes of the head where it is tied to the embedding: one array that the step takes twice; otherwise 0."""
+    # Two arguments of the step share this array; its bytes are counted with both.
     head: Any = run.shared.head
     return shard_bytes(head, head.sharding) if run.target.config.tie_word_embeddings else 0
 

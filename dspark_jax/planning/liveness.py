@@ -31,6 +31,7 @@ def _peak(jaxpr: Jaxpr, size: Bytes) -> int:
     # The last use of every stored value, directly or through a value fused from it.
     made_of = _origins(jaxpr)
     ends: dict[Any, int] = {}
+
     for index, equation in enumerate(jaxpr.eqns):
         for var in _variables(equation.invars):
             for origin in made_of.get(var, ()):
@@ -50,6 +51,7 @@ def _peak(jaxpr: Jaxpr, size: Bytes) -> int:
         # Fused values have other origins than themselves, and take no memory.
         made = [var for var in equation.outvars if made_of.get(var) == {var}]
         own = sum(size(var.aval) for var in made)
+        # The branches of a `cond` share their memory: the largest counts.
         inside = max((_peak(inner, size) for inner in _inner(equation)), default=0)
         # A loop holds its results beside its body; a call's results are its body's.
         peak = max(peak, live + (own + inside if equation.primitive.name in ("scan", "while") else max(own, inside)))
@@ -67,6 +69,7 @@ def _origins(jaxpr: Jaxpr) -> dict[Any, set[Any]]:
     """
     stored = _read_whole(jaxpr)
     origins: dict[Any, set[Any]] = {}
+
     for equation in jaxpr.eqns:
         fused = equation.primitive.name in _FUSED
         for var in equation.outvars:
@@ -83,10 +86,12 @@ def _read_whole(jaxpr: Jaxpr) -> set[Any]:
 
     Elementwise readers and reductions can be fused with the producer instead.
     """
+    # Results are written whatever made them.
     whole = set(_variables(jaxpr.outvars))
     for equation in jaxpr.eqns:
         if equation.primitive.name not in _FUSED | _REDUCTIONS:
             whole.update(_variables(equation.invars))
+
     return whole
 
 
@@ -101,4 +106,5 @@ def _inner(equation: Any) -> Iterator[Jaxpr]:
 
 
 def _variables(atoms: Any) -> Iterator[Any]:
+    # Literals are part of the program and take no memory.
     return (atom for atom in atoms if not isinstance(atom, Literal))

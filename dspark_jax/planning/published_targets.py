@@ -10,6 +10,7 @@ from dspark_jax.targets.config import config_sha256
 from dspark_jax.targets.registry import read_target_config
 from dspark_jax.targets.target import Target
 
+# The fields that set shapes, and those that the readers require; other fields of the published files are left out.
 _QWEN3: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
@@ -26,6 +27,7 @@ _QWEN3: dict[str, Any] = {
 }
 _GEMMA4_12B: dict[str, Any] = {
     "architectures": ["Gemma4UnifiedForCausalLM"],
+    # The text part of the published file, which nests it under `text_config`.
     "model_type": "gemma4_unified_text",
     "vocab_size": 262144,
     "hidden_size": 3840,
@@ -66,6 +68,7 @@ def _qwen3(hidden: int, mlp: int, layers: int, heads: int, tied: bool) -> dict[s
     }
 
 
+# Fields that Flash and Pro share.
 _V4: dict[str, Any] = {
     "architectures": ["DeepseekV4ForCausalLM"],
     "model_type": "deepseek_v4",
@@ -116,6 +119,7 @@ _V4_FLASH = _V4 | {
     "n_routed_experts": 256,
     "moe_intermediate_size": 2048,
     "routed_scaling_factor": 1.5,
+    # One entry a layer: 0 for sliding attention alone, else the ratio by which the context is compressed.
     "compress_ratios": [0, 0, *[4, 128] * 20, 4],
 }
 _V4_PRO = _V4 | {
@@ -171,5 +175,7 @@ def planned_target(name: str) -> Target:
 
     hf_config = PUBLISHED[name]
     config = read_target_config(hf_config)
+    # Shapes only: the skeleton allocates nothing.
     graphdef, _ = split(target_skeleton(config))
+
     return Target(name, config, graphdef, {}, hf_config, config_sha256(hf_config))

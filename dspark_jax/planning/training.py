@@ -54,6 +54,7 @@ class AbstractRun:
         spec = StepSpec.of(config, target, mesh, SCHEDULED_STEPS)
         batch = abstract_batch(config.data, len(spec.drafter.target_layer_ids), target.config.hidden_size)
         shardings = batch_shardings(batch, mesh, spec.placement.rules)
+        # Rows lie over the batch axes, as `device_batch` puts them.
         batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[name]) for name, x in batch.items()}
 
         states: States = StoredStates(DTYPES[spec.dtype])
@@ -61,6 +62,7 @@ class AbstractRun:
 
         if config.data.source != "offline":
             target_params = abstract_target_params(target.config, spec.dtype, spec.placement)
+            # A hybrid run's first epoch passes the states through the codec; an online run never encodes them.
             codec = config.data.codec if config.data.source == "hybrid" else None
             states = spec.target_states(target, target_params, codec)
 
@@ -98,6 +100,7 @@ class AbstractRun:
     @property
     def rows_a_device(self) -> int:
         """Sequences of one micro-batch on one device."""
+        # Exact: `micro_batches` refused a batch that does not divide.
         return self.data.global_batch // (self.micro_batches * self.placement.rules.row_groups(self.placement.mesh))
 
     def lower(self, platform: str) -> jax.stages.Lowered:
@@ -107,6 +110,7 @@ class AbstractRun:
 
 
 def abstract_tables(config: TargetConfig, dtype: str, placement: Placement) -> SharedTables:
+    # Embedding and head have one shape, tied or not.
     table: Any = jax.ShapeDtypeStruct((config.vocab_size, config.hidden_size), DTYPES[dtype])
     shared = SharedTables.of(config, table, table)
     return jax.tree.map(
@@ -125,6 +129,7 @@ def abstract_target_params(config: TargetConfig, dtype: str, placement: Placemen
 
 def abstract_batch(data: DataSettings, taps: int, hidden_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     """One step's batch, padded to the longest bucket; its states are those of a bfloat16 cache."""
+    # The longest bucket sets the peak of memory, and is a program of its own.
     rows, length = data.global_batch, data.length_buckets[-1] if data.length_buckets else data.max_length
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {
         "input_ids": ((rows, length), jnp.int32),

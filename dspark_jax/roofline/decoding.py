@@ -77,6 +77,7 @@ def _weights(name: str, dims: TargetConfig, rows: int, b: int) -> Term:
         # Q and O, then K and V, which share a projection where values are keys; below gate, up and down.
         size += dims.hidden_size * (2 * queries + keys * (1 if layer.values_are_keys else 2))
         size += 3 * dims.hidden_size * dims.intermediate_size
+
     return Term(name, 2.0 * rows * size, size * b)
 
 
@@ -90,6 +91,7 @@ def _cache(
         seen = context if layer.window is None else min(context, layer.window)
         flops += 4.0 * requests * width * (seen + width / 2) * dims.num_heads * layer.head_dim
         moved += requests * (seen + width * append) * 2 * layer.num_kv_heads * layer.head_dim * b
+
     return Term(name, flops, moved)
 
 
@@ -104,6 +106,7 @@ def _context(drafter: DSparkConfig, requests: int, b: int) -> Term:
     taps = len(drafter.target_layer_ids) * dims.hidden_size
     keys = sum(2 * layer.num_kv_heads * layer.head_dim for layer in dims.layers)
     size = taps * dims.hidden_size + dims.hidden_size * keys
+
     return Term("commit: context K/V of the drafter", 2.0 * rows * size, (size + rows * (taps + keys)) * b)
 
 

@@ -47,6 +47,7 @@ def known_device(kind: str) -> Device | None:
 def peak_flops(kind: str, compute_dtype: str) -> float | None:
     """FLOP/s of one device; None on a CPU, and in float32, whose peak depends on the precision setting."""
     device = known_device(kind)
+    # On TPUs a float32 product takes one, three or six bfloat16 passes, by the precision setting.
     return None if device is None or compute_dtype != "bfloat16" else device.flops
 
 
@@ -78,6 +79,7 @@ class Term:
 
 
 def total(terms: Iterable[Term], name: str = "together") -> Term:
+    # Sums over terms of any names take the name given here.
     return sum(terms, Term(name, 0.0, 0.0))
 
 
@@ -91,6 +93,7 @@ def terms_table(terms: Iterable[Term], device: Device | None) -> str:
     rows = [("term", "Gflop", "again", "GB", *(("floor ms", "bound by") if device else ()))]
 
     listed = list(terms)
+
     for term in (*listed, total(listed)):
         row = [term.name, f"{term.flops / 1e9:,.1f}", f"{term.again / 1e9:,.1f}", f"{term.bytes / 1e9:,.3f}"]
         if device is not None:
@@ -99,6 +102,7 @@ def terms_table(terms: Iterable[Term], device: Device | None) -> str:
             # The last row adds the terms' floors: the floor of their sum would let terms overlap.
             seconds = floor_seconds(listed, device) if last else term.seconds(device)
             row += [f"{1e3 * seconds:,.3f}", "" if last else "products" if products else "memory"]
+
         rows.append(tuple(row))
 
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -106,4 +110,5 @@ def terms_table(terms: Iterable[Term], device: Device | None) -> str:
         "  ".join(cell.ljust(w) if i in (0, 5) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
         for row in rows
     )
+
     return "\n".join(line.rstrip() for line in lines)

@@ -160,6 +160,7 @@ def _layer(dims: TargetConfig, rows: int, seen: float, width: int, b: int) -> li
 
 def _heads(dims: TargetConfig) -> tuple[int, int]:
     """(Q H, G H) of the draft layers, which are all alike."""
+    # Queries and K/V have their own head counts (grouped-query attention).
     layer = dims.layers[0]
     return dims.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
 
@@ -168,6 +169,7 @@ def _loss_rows(config: DrafterConfig, length: int) -> int:
     """Rows of a sequence for which logits are computed."""
     if isinstance(config, Eagle3Config):
         return length * config.block_size
+    # MTP drafts one token an anchor: its block size is 1.
     return getattr(config, "num_anchors", 0) * config.block_size
 
 
@@ -214,6 +216,7 @@ def _markov(config: DSparkConfig, rows: int, b: int) -> Term:
     shapes = {"gated": (d + r, r), "rnn": (d + 2 * r, 3 * r)}
     if config.markov_head_type in shapes:
         head = head + _product("", rows, *shapes[config.markov_head_type], b)
+
     return head
 
 

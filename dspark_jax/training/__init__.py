@@ -15,6 +15,7 @@ def __getattr__(name: str) -> Any:
     """Loads the run on first use: the program that only starts the points of a sweep needs no jax."""
     if name not in __all__:
         raise AttributeError(f"module 'dspark_jax.training' has no attribute {name!r}")
+
     from dspark_jax.training import fitting
 
     return getattr(fitting, name)

@@ -92,6 +92,7 @@ class Checkpoints:
         """
         self.wait()
         self._require_room(step, state)
+        # Checksums are computed on the devices now: afterwards the state may be donated.
         notes = sealed({"extra": extra, "score": score, "checksums": checksums(state)})
         metrics = None if score is None else {"score": score}
 
@@ -129,7 +130,9 @@ class Checkpoints:
             UserError: none of the checkpoints is whole; in a job of several processes, one that the hashes of its
                 files call whole can't be read.
         """
+        # Newest first; each damaged one is moved away until a whole one is found.
         while (step := self.latest) is not None:
+            # Orbax keeps a list of the steps, which must forget the moved one.
             if self._set_aside_damaged(step):
                 self._orbax.reload()
                 continue
@@ -209,11 +212,13 @@ class Checkpoints:
         damaged = bool(from_first(reason is not None))
         if damaged:
             self._set_aside(step, reason or "as process 0 says")
+
         return damaged
 
     def _set_aside(self, step: int, reason: str) -> None:
         """Moves a step's folder away; the first process of a job does it for all."""
         if is_first():
+            # An earlier damaged checkpoint of the same step makes way, so that the rename cannot fail.
             target = _aside(self.folder) / str(step)
             shutil.rmtree(target, ignore_errors=True)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -224,6 +229,7 @@ class Checkpoints:
                 file=sys.stderr,
             )
 
+        # The others must not list the folder before the rename.
         barrier(f"the checkpoint of step {step} has been moved")
 
     @contextmanager
@@ -264,9 +270,12 @@ def opened(notes: Any) -> dict[str, Any]:
     """The notes that `sealed` made, without the seal; Damaged where they are not whole."""
     if not isinstance(notes, dict) or "seal" not in notes:
         raise Damaged("its notes have no seal")
+
+    # Orbax reads the notes without checking them, hence a seal of our own.
     plain = {name: value for name, value in notes.items() if name != "seal"}
     if notes["seal"] != _seal(plain):
         raise Damaged("its notes are not those that were saved")
+
     return plain
 
 

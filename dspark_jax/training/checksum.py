@@ -28,6 +28,7 @@ def _checksum(x: Array) -> Array:
     # The row-major index of every element, mod 2^32. From iotas, so that it is split over devices as `x` is.
     words = _bits(x)
     place = jnp.zeros(words.shape, jnp.uint32)
+
     for axis in range(words.ndim):
         stride = math.prod(words.shape[axis + 1 :]) % 2**32
         place += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride)
@@ -46,6 +47,7 @@ def _bits(x: Array) -> Array:
     """The element's bits as uint32; wider elements become several along a last axis."""
     if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
+
     if x.dtype == jnp.bool_:
         return x.astype(jnp.uint32)
 

@@ -58,6 +58,7 @@ class Evaluator:
         dtype = DTYPES[step.dtype]
 
         return cls(
+            # A second copy of the target: the run itself holds only its embedding and head.
             target=load_target(target.name, dtype=step.dtype),
             prompts=heldout.prompts,
             sampling=SamplingParams(heldout.settings.max_new_tokens, heldout.settings.temperature),
@@ -77,6 +78,7 @@ class Evaluator:
             local = jax.tree.map(lambda x: x.addressable_data(0), self.gather(params))
             drafter = Drafter(self.blank.name, self.blank.config, self.blank.graphdef, local, self.blank.hf_config)
             found = figures(acceptance_by_domain(self.target, drafter, self.prompts, self.sampling, self.engine))
+
         # Checkpoints are ranked by this figure, so every process must have the same.
         return found | {TAU: from_first(found[TAU])}
 

@@ -51,6 +51,7 @@ class Online(Offline):
     """Batches of tokens; the target, laid over the run's mesh, computes their states in the step."""
 
     def __init__(self, run: Run, shared: SharedTables, start: int):
+        # Not `super().__init__`: that would build the step of stored states.
         self.batches = device_batches(run.batches, run.step.placement, start, run.total_steps)
         self._shared, self._target = shared, target_params(run, shared)
         self._step = run.step.step(run.step.target_states(run.target, self._target))
@@ -72,6 +73,7 @@ class Hybrid(Offline):
 
         epoch = FirstEpoch.of(run.batches)
         spec = epoch.spec(run.data, run.target, run.step.drafter.target_layer_ids)
+        # Another dtype or other weights would give other states under the same name.
         made = {"weights_xxh3": weights_hash(resolve_folder(run.target.name)), "compute_dtype": run.step.dtype}
         self._recorder = Recorder(run.cache, epoch, spec, made, start)
 
@@ -94,6 +96,7 @@ class Hybrid(Offline):
         # Counted before the step runs: the step just taken is `_at - 1`.
         state, metrics, stored = self._recorded(state, self._shared, batch, self._target)
         self._recorder.take(self._at - 1, stored)
+
         return state, metrics
 
     def flush(self) -> None:
@@ -114,6 +117,7 @@ class Hybrid(Offline):
             return
 
         # Reached while the epoch's last step runs; the target is not needed after it.
+        # The same rows in the same order as the first epoch's source gave, now with states.
         stored = run.on(self._recorder.finish())
         self._target = None
         yield from device_batches(stored.batches, placement, max(start, self._switch), run.total_steps)
@@ -141,6 +145,7 @@ def device_batch(batch: Batch, batches: Batches, placement: Placement) -> dict[s
     """This host's rows of a batch as global arrays, rows over the mesh."""
 
     rows, here = batches.global_batch, batches.rows
+    # The device gets only what a step reads.
     kept = {key: batch[key] for key in BATCH_KEYS if key in batch}
     shardings = batch_shardings(kept, placement.mesh, placement.rules)
 

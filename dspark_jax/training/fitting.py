@@ -60,6 +60,7 @@ def fit(config: TrainConfig) -> Fitted:
             process that writes there, a full disk, too many skipped updates in a row.
     """
     folder = Path(config.folder)
+    # The lock comes first: everything below reads the folder and acts on it.
     with only_writer(folder):
         require_same_run(folder, config)
         # If one process returned while the others trained, they would wait for it in their first collective.
@@ -117,6 +118,7 @@ def export_run(config: TrainConfig) -> tuple[int, Path]:
     folder = Path(config.folder)
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} holds no run to export; train it first, with train.fit.")
+
     with only_writer(folder):
         return _export_run(config)
 
@@ -167,6 +169,7 @@ def _left_alone(config: TrainConfig) -> Fitted:
     folder = Path(config.folder)
     summary = read_object(folder / "metrics.json", expected="a run's summary (a run without one goes on)")
     best = summary.get("best_step")
+    # The summary is written after the exports, so a folder without weights was removed since.
     lost = [name for name in (LAST, BEST) if not (folder / name / WEIGHTS_FILE).exists()]
 
     if LAST in lost or (BEST in lost and best is not None):

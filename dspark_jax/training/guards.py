@@ -48,6 +48,7 @@ class Preemption:
             signal.signal(signal.SIGTERM, self._before)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        # Only a flag: a signal can arrive in the middle of a step or of a save.
         self._requested = True
 
 
@@ -107,4 +108,5 @@ class SkipGuard:
         if is_first():
             steps = [{"step": s + 1, "sample_ids": self.batches.sample_ids_at(s)} for s in self.streak]
             write_json(path, {"cache": self.cache, "steps": steps})
+
         return path

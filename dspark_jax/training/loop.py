@@ -102,6 +102,7 @@ class Window:
             # Utilisation counts the products that the algorithm needs, not what rematerialisation repeats.
             devices = self.spec.mesh.devices
             peak = peak_flops(devices.flat[0].device_kind, self.spec.dtype)
+
             if peak is not None and self.flops:
                 speed["mfu"] = self.flops / (elapsed * peak * devices.size)
 

@@ -60,6 +60,7 @@ def block_sums(
     repeats that in the backward pass, so nothing of size [N K, V] or [T + N K]^2 exists. `build` casts the parameters;
     it runs inside the chunk, so that gradients add up over chunks in the parameters' float32.
     """
+    # The context does not depend on the anchors, so it is computed once (docs/algorithm.md, rule 19).
     narrow = build(params).train_context(shared, batch["features"], batch["input_ids"], batch.get("segments"))
     # The context's gradient is a sum over chunks too, so chunks take it in float32.
     context = jax.tree.map(lambda x: x.astype(jnp.float32), narrow)
@@ -89,6 +90,7 @@ def block_sums(
 def _split_anchors(x: Array, size: int) -> Array:
     """[B, N, ...] -> [chunks, B, size, ...]; N is padded with zeros: dummy blocks of weight 0."""
     padding = [(0, 0), (0, -x.shape[1] % size), *[(0, 0)] * (x.ndim - 2)]
+    # The scan needs chunks of one shape. Padded blocks have keep False and weight 0.
     x = jnp.pad(x, padding)
     return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
 
@@ -105,6 +107,7 @@ def target_logits(shared: SharedTables, last_hidden: Float[Array, "b t d"], bloc
     # [B, N K, 1] indices gather rows of [B, T, D], which become [B, N, K, D].
     rows = blocks.sources.reshape(blocks.sources.shape[0], -1, 1)
     hidden = jnp.take_along_axis(last_hidden, rows, axis=1).reshape(*blocks.sources.shape, -1)
+    # The target's law is a label: no gradient flows into it.
     return jax.lax.stop_gradient(shared.logits(hidden.astype(shared.head.dtype)))
 
 

@@ -36,6 +36,7 @@ def loss_metrics(sums: Sums, options: LossOptions, length: int, num_anchors: int
     denominator = sums["weight"] + EPSILON
 
     positions = sums["accept"].shape[0]
+    # Slots count alike here, whatever their weight in the loss.
     accept = sums["accept"] / jnp.maximum(sums["supervised"], 1.0)
 
     metrics = {"loss": options.total(sums, denominator), "ce_loss": sums["ce"] / denominator}

@@ -58,6 +58,7 @@ class Objective(Protocol):
 
 def cast_params(params: dict, dtype: Any) -> dict:
     """Parameters in the compute dtype, except those that stay float32 in decoding too."""
+    # A parameter in float32 while decoding must be trained in float32, or the two would disagree.
     flat = flatten_dict(params)
     return unflatten_dict({p: x if float32_parameter(p) else x.astype(dtype) for p, x in flat.items()})
 
@@ -84,10 +85,14 @@ class BlockObjective:
         size, gamma = self.config.block_size, self.options.decay_gamma
         mask, segments = batch["loss_mask"], batch.get("segments")
         blocks = make_blocks(batch["input_ids"], mask, anchors, keep, size, gamma, segments)
+        # Taken over the global batch, before rows are split: denominators are never local (docs/algorithm.md, rule
+        # 44).
         weight = jnp.sum(blocks.weights)
+
         return Plan(blocks, weight + EPSILON, anchor_sums(blocks, mask, segments), weight)
 
     def build(self, params: dict) -> BlockDrafter:
+        # The cast is inside the differentiated function, so gradients arrive in the masters' float32.
         return nnx.merge(self.graphdef, cast_params(params, self.compute_dtype))
 
     def sums(self, params: dict, shared: SharedTables, batch: Batch, rows: Blocks) -> Sums:

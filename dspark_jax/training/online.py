@@ -41,6 +41,7 @@ def open_conversations(data: DataSettings, target: Target) -> Tokenised:
         raise UserError(f"{target.name} has no tokenizer files to read conversations with; add tokenizer.json.")
 
     files = [data.conversations]
+    # The cut happens while tokenising, and short conversations are dropped after it (docs/algorithm.md, rule 88).
     encoded = encode_files(files, target.tokenizer, data.thinking, data.max_length, target.config.vocab_size)
     found = Tokenised.of(encoded, data.min_loss_tokens)
     if not len(found):
@@ -82,6 +83,7 @@ class FirstEpoch:
 
         members = [source.rows[row] for row in rows]
         firsts = np.cumsum([0, *map(len, members)])
+
         return cls(batches, source.source, np.concatenate(members).astype(np.int64), firsts)
 
     def spec(self, data: DataSettings, target: Target, layer_ids: tuple[int, ...]) -> CacheSpec:
@@ -90,6 +92,7 @@ class FirstEpoch:
         digest = xxhash.xxh3_128(self.order.astype("<i8").tobytes())
         for index in self.order.tolist():
             sample = self.sequences[index]
+
             digest.update(sample.input_ids.tobytes() + sample.loss_mask.tobytes())
 
         return CacheSpec(
@@ -133,6 +136,7 @@ class Recorder:
         """
         self.folder, self.epoch = folder, epoch
 
+        # The disk is checked before the first step, not when it is full after hours.
         tokens = int(epoch.sequences.lengths.sum())
         begun = require_same_settings(folder / "build.json", made, folder)
         # A resumed run needs room for the rest alone.
@@ -148,6 +152,7 @@ class Recorder:
         # A start past the first epoch has all of its records behind it.
         behind = int(epoch.firsts[min(start * epoch.batches.global_batch, len(epoch.firsts) - 1)])
 
+        # Fewer records than steps: the missing states were computed before the checkpoint and are lost.
         if self._next < behind:
             self.close()
             raise UserError(
@@ -173,12 +178,14 @@ class Recorder:
             # Starts the copy without waiting; arrays split over processes need a collective, in `_write`.
             if array.is_fully_addressable:
                 array.copy_to_host_async()
+
         self._pending = step, stored
 
     def flush(self) -> None:
         """Writes everything taken so far, and finishes the cache after the epoch's last record."""
         self._write()
         if self._writer and not self._writer.complete:
+            # Only `finish` marks the cache complete, which tells it from an interrupted one.
             if self._writer.next_source == len(self.epoch.order):
                 self._writer.finish()
             else:
@@ -188,11 +195,14 @@ class Recorder:
         """Finishes the cache, and returns its sequences under their original indices and sample ids."""
         self.flush()
         self.close()
+
+        # The others open what the first process has just completed.
         barrier("the cache is written")
 
         # Record r holds sequence order[r]; the later epochs ask for sequences by their own number.
         inverse = np.empty_like(self.epoch.order)
         inverse[self.epoch.order] = np.arange(len(inverse))
+
         return Reordered(TargetCache(self.folder), inverse, self.epoch.names())
 
     def close(self) -> None:

@@ -86,6 +86,7 @@ class Runner:
                         # A point that failed goes to the end of the queue.
                         if not self._succeeded(entry) and self.tried[entry.point.name] < TRIES:
                             waiting.append(entry.point)
+
                     bar.update(len(points) - len(waiting) - len(self._running) - bar.n)
                     time.sleep(POLL_SECONDS)
             finally:
@@ -100,6 +101,7 @@ class Runner:
         if not free:
             return False
 
+        # The lock belongs to the open file, which the child inherits: it lasts as long as the child does.
         log = open(self.logs / f"{point.name}.log", "ab")  # noqa: SIM115 (the child's copy holds the lock)
         with log:
             try:
@@ -125,16 +127,19 @@ class Runner:
 
         if self.jobs == 1 or not hasattr(os, "sched_setaffinity"):
             return
+
         cores = sorted(os.sched_getaffinity(0))
         # With fewer cores than jobs a share would be empty; then all points share all cores.
         if len(cores) >= self.jobs:
             os.sched_setaffinity(pid, cores[lane :: self.jobs])
 
     def _succeeded(self, entry: _Running) -> bool:
+        # Exit code 0 without a result is a failure too: the result is the last act.
         code, name = entry.process.returncode, entry.point.name
         if code == 0 and entry.point.done:
             self.failed.pop(name, None)
             return True
+
         self.failed[name] = f"{last_line(self.logs / f'{name}.log')} (exit code {code})"
         return False
 
@@ -143,6 +148,7 @@ class Runner:
         for entry in self._running:
             entry.process.terminate()
 
+        # One deadline for all, since all were signalled together.
         until = time.monotonic() + GRACE_SECONDS
         for entry in self._running:
             try:
@@ -158,6 +164,7 @@ def _terminated_as_interrupt() -> Iterator[None]:
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
+    # Without this SIGTERM would end this process and leave its children running.
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
@@ -174,7 +181,9 @@ def report_failures(failed: dict[str, str], logs: Path) -> None:
     """Says what failed on stderr and ends the program with exit code 1; does nothing when all went well."""
     if not failed:
         return
+
     for name, reason in failed.items():
         print(f"failed {TRIES} times: {name}: {reason}", file=sys.stderr)
+
     print(f"Their logs are in {logs}; the same command tries them again.", file=sys.stderr)
     raise SystemExit(1)

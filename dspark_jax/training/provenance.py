@@ -29,6 +29,7 @@ def provenance_of(run: Run) -> Provenance:
     while isinstance(source, Packed | Truncated):
         source = source.source
 
+    # A bug and no mistake of the user: `Run.of` opens conversations for every other source.
     if not isinstance(source, Tokenised):
         raise TypeError(f"an online run reads conversations, not {type(source).__name__}")
 
@@ -47,6 +48,7 @@ def provenance_of(run: Run) -> Provenance:
         "num_sources": len(source),
         "sources_sha256": source.sha256,
     }
+
     return Provenance(answers[0]["sampling"], sources)
 
 
@@ -78,6 +80,7 @@ def cache_provenance(
     # Answers drawn in different ways have no single sampling to record.
     sampling = drawn[0] if drawn and all(one == drawn[0] for one in drawn) else {}
     sources: dict[str, Any] = {"cache": name, "answers": answers, "loss": dict(loss), "inputs": dict(inputs)}
+
     return Provenance(sampling, sources | {field: getattr(spec, field) for field in SPEC_FIELDS})
 
 

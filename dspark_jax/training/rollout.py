@@ -55,6 +55,7 @@ class RolloutObjective:
         # Chunks take float32 states and build the model again, so that gradients are summed over chunks in float32.
         hidden = jnp.moveaxis(hidden, 0, 2).astype(jnp.float32)  # [B, T, S, D]
 
+        # C is at most T; padded positions have mask 0.
         steps, size = hidden.shape[2], min(self.options.anchor_chunk, hidden.shape[1])
         padding = -hidden.shape[1] % size
         hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0), (0, 0)))
@@ -64,6 +65,7 @@ class RolloutObjective:
         numbers = None if segments is None else jnp.pad(segments, ((0, 0), (0, padding + steps)))
 
         def chunk(start: Array) -> Sums:
+            # A dynamic start lets one traced chunk serve all of them in the scan.
             def window(x: Array, count: int) -> Array:
                 return jax.lax.dynamic_slice_in_dim(x, start, count, axis=1)
 
@@ -89,6 +91,7 @@ class RolloutObjective:
         """float32 scalars; ratios are over the positions that a step supervises, `tau_*` over those of step 0."""
         counted = jnp.maximum(sums["supervised"], 1.0)
         metrics = {"loss": self.loss(sums, sums["positions"])}
+
         for s in range(self.config.block_size):
             metrics |= {
                 f"ploss_{s}": sums["ploss"][s] / sums["positions"],
@@ -99,6 +102,7 @@ class RolloutObjective:
 
         metrics["tau_probabilistic"] = sums["tau"] / counted[0]
         metrics["tau_greedy"] = sums["tau_greedy"] / counted[0]
+
         return metrics
 
 
@@ -111,6 +115,7 @@ def supervised_positions(loss_mask: Array, lengths: Array, segments: Array | Non
     # In a packed row every sequence ends before its number changes.
     if segments is not None:
         last |= jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (0, 1)))
+
     return ((loss_mask > 0) & ~last).astype(jnp.float32)
 
 
@@ -149,6 +154,8 @@ def _chunk_sums(
 
     names = ("ploss", "accept", "correct", "supervised")
     sums = dict(zip(names, map(jnp.stack, zip(*parts, strict=True)), strict=True))
+
+    # Every position of step 0 commits one token besides its drafts.
     first = jnp.sum(mask[:, :count])
 
     return sums | {"tau": first + tau, "tau_greedy": first + tau_greedy}

@@ -115,6 +115,7 @@ class Run:
             UserError: parts of the configuration do not fit together, or the folder's run was begun with others.
         """
         folder = Path(config.folder)
+        # First, since it is cheap: a run of another configuration needs no data opened.
         require_same_run(folder, config)
         target = describe_target(config.target)
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
@@ -133,6 +134,7 @@ class Run:
             source = open_conversations(config.data, target)
 
         batches = make_batches(config.data, source, mesh)
+        # The learning rate ends at the total, so it is fixed before the step is described.
         steps = config.epochs * batches.steps_per_epoch
         total = steps if config.max_steps is None else min(steps, config.max_steps)
 
@@ -208,6 +210,7 @@ def open_records(where: Path, layer_ids: tuple[int, ...], target: Target) -> Fea
     Raises:
         UserError: the cache lacks one of the layers, or is of another target, tokenizer or weights.
     """
+    # A cache of more layers serves any drafter that taps some of them.
     cache: FeatureSource = open_cache(where)
     if set(layer_ids) < set(cache.spec.layer_ids):
         cache = Tapped(cache, layer_ids)
@@ -223,6 +226,7 @@ def open_records(where: Path, layer_ids: tuple[int, ...], target: Target) -> Fea
 
     require_match(cache.spec, str(where), wanted)
     require_built_with(where, resolve_folder(target.name))
+
     return cache
 
 
@@ -243,5 +247,6 @@ def make_batches(data: DataSettings, source: TokenSource, mesh: Mesh) -> Batches
         seed=data.seed,
         buckets=data.length_buckets or (data.max_length,),
         shuffle=data.shuffle,
+        # Each process reads the rows of its own devices, and no others.
         rows=ShardingRules().local_rows(mesh, data.global_batch),
     )

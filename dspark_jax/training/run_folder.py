@@ -51,6 +51,7 @@ def require_same_run(folder: Path, config: TrainConfig) -> None:
 
     stored = read_object(path, expected="the configuration of a run")
     try:
+        # Compared as configurations: a field that is new since then has its default on both sides.
         found = from_json(TrainConfig, stored)
     except UserError as error:
         raise UserError(f"{path} is no configuration of a run: {error}") from None
@@ -78,6 +79,7 @@ def input_hashes(target: Path, data: DataSettings, cache: Path) -> dict[str, str
     A cache's manifest holds the hashes of its shards, so the manifest's own stands for all of them. A hybrid run writes
     its cache itself, and begins from conversations.
     """
+    # By content: a folder keeps its name when its files are replaced.
     hashes = {"target weights": weights_hash(target)}
     if data.source == "offline":
         return hashes | {"target cache": file_hash(cache / "manifest.json")}
@@ -127,6 +129,7 @@ def _first_difference(found: Any, wanted: Any, prefix: str = "") -> tuple[str, A
         if theirs == ours or name in FREE_TO_CHANGE:
             continue
         return _first_difference(theirs, ours, f"{name}.") if is_dataclass(theirs) else (name, theirs, ours)
+
     return None
 
 
@@ -178,7 +181,9 @@ class MetricsLog:
                     file=sys.stderr,
                 )
 
+            # Rewritten without the dropped records, then appended to.
             write_atomically(self.path, _lines(self.records))
+            # Unbuffered: a record is in the file when `write` returns.
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (held for the run)
             self._board = ScalarBoard(folder / "tensorboard", step)
 
@@ -237,6 +242,7 @@ class ScalarBoard:
         self._writer = EventsWriter(str(folder / "events"))
         if step:
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            # A session start at step s + 1 makes TensorBoard discard events from there on.
             self._add(event_pb2.Event(step=step + 1, session_log=start))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -267,6 +273,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
 
     records, wrong = [], []
+
     for number, line in enumerate(lines[:-1], 1):
         record = _record(line)
         if record is None:
@@ -286,5 +293,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return None
+
+    # `True` is an int to Python, and no step.
     whole = isinstance(record, dict) and type(record.get("step")) is int
     return record if whole else None

@@ -23,6 +23,7 @@ def learning_rate_schedule(
     rest = max(total_steps - warmup, 1)
 
     def schedule(step: Any, xp: Any = jnp) -> Any:
+        # Step 0 already moves: the warm-up starts at base / w.
         rising = base * (step + 1) / max(warmup, 1)
         if kind == "constant":
             return xp.where(step < warmup, rising, base)
@@ -46,6 +47,8 @@ def make_optimizer(
     """
     mask = None if weight_decay == 0 else _decays
     adamw = optax.adamw(schedule, b1=betas[0], b2=betas[1], eps=eps, weight_decay=weight_decay, mask=mask)
+
+    # Clipped before AdamW sees the gradient, so that one outlier does not enter the moments whole.
     return optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw
 
 

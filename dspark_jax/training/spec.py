@@ -64,6 +64,7 @@ class StepSpec:
         rules = ShardingRules()
         placement = Placement(mesh, rules.sharded_markov() if config.mesh.markov_tables == "sharded" else rules)
         settings = config.optimizer
+        # The optimizer counts its own updates; the schedule is kept beside it for the metrics.
         schedule = learning_rate_schedule(settings.learning_rate, total_steps, settings.warmup_ratio, settings.schedule)
         optimizer = make_optimizer(schedule, settings.betas, settings.eps, settings.weight_decay, settings.clip_norm)
 
@@ -75,6 +76,7 @@ class StepSpec:
             placement=placement,
             optimizer=optimizer,
             schedule=schedule,
+            # Shapes and shardings only: nothing is allocated until the run starts.
             abstract=abstract_train_state(drafter_hf, optimizer, placement),
         )
 
@@ -159,9 +161,11 @@ def draft_vocabulary(path: str, target: Target) -> DraftVocabulary | None:
     """The pruned vocabulary in a file of train.draft_vocabulary; None where none is named."""
     if not path:
         return None
+
     ids = read_object(Path(path), expected="a draft vocabulary, as train.draft_vocabulary writes it").get("ids")
     if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
         raise UserError(f'{path} is no draft vocabulary; a JSON object with "ids", a list of token ids, was expected.')
+
     return DraftVocabulary.of(ids, target.config.vocab_size)
 
 

@@ -90,5 +90,6 @@ def last_tap_rows(run: Run, batch: Mapping[str, np.ndarray] | None = None) -> ja
 
     features = decode_states({name: batch[name] for name in STATES if name in batch}, np.float32, np)["features"]
     real = np.arange(features.shape[1]) < np.asarray(batch["lengths"])[:, None]
+
     # Taps are concatenated in ascending order of their layers, so the last D features are the last tap's.
     return jnp.asarray(features[real][:, -run.target.config.hidden_size :])

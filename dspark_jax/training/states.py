@@ -41,6 +41,7 @@ class StoredStates:
         return {name: batch[name] for name in STATES if name in batch}
 
     def read(self, stored: dict[str, Array], batch: Batch) -> dict[str, Array]:
+        # Codes are dropped once they are decoded, so a micro-batch holds one form of its states.
         rest = {name: value for name, value in batch.items() if name not in STATES}
         return rest | decode_states(stored, self.dtype, jnp)
 
@@ -76,7 +77,9 @@ class TargetStates:
             target = jax.tree.map(jax.lax.with_sharding_constraint, target, self.whole)
 
         model = nnx.merge(self.graphdef, target)
+        # The final norm is part of `hidden`, taps are raw layer outputs (docs/algorithm.md, rules 15 and 17).
         out = model(tokens, positions, CausalRows(segments), self.layer_ids)
+
         states = jax.lax.stop_gradient((out.taps, out.hidden))
         if self.codec is None:
             return dict(zip(("features", "last_hidden"), states, strict=True))

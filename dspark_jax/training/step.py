@@ -68,6 +68,7 @@ def abstract_train_state(
 ) -> TrainState:
     """ShapeDtypeStructs (with shardings, given a placement) of a run's state: for init, restore and lowering."""
 
+    # The structure follows from the code that makes the state, so the two cannot differ.
     def build() -> TrainState:
         key = jax.random.key(0)
         params = new_params(hf_config, key)
@@ -87,6 +88,7 @@ def abstract_train_state(
         ),
         key=placement.whole,
     )
+
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed)
 
 
@@ -186,6 +188,7 @@ def make_train_step(
             "skipped": 1 - good.astype(jnp.int32),
             "unsupervised": 1 - supervised.astype(jnp.int32),
         }
+
         if "lengths" in batch:
             metrics["utilisation"] = jnp.mean(batch["lengths"]) / length
 
@@ -196,6 +199,7 @@ def make_train_step(
             lambda new, old: jnp.where(good, new, old), updated, (state.params, state.opt_state)
         )
         new = TrainState(state.step + 1, params, opt_state, state.key)
+
         return (new, metrics, stored) if record else (new, metrics)
 
     if placement is None:
@@ -207,6 +211,7 @@ def make_train_step(
     # recompile.
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     recorded = (placement.rules.rows(placement.mesh, 3),) if record else ()
+
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, placement.whole, *recorded))
 
 
@@ -221,6 +226,7 @@ def make_eval_step(
             batch = placement.rows(dict(batch))
 
         plan = objective.plan(batch, key)
+
         whole = replicate(params, None if placement is None else placement.whole)
         given = source.read(source.stored(target, batch), batch)
         sums = objective.sums(whole, shared, given, plan.rows)
@@ -238,6 +244,7 @@ def _over_micro_batches(
     placement: Placement | None,
 ) -> tuple[Any, dict[str, Array]]:
     """(summed gradients and sums, stored rows in the batch's order) over sequential micro-batches."""
+    # Shapes are static, so a bad batch is refused while the step is traced.
     _check_rows(batch["input_ids"].shape[0], steps, placement)
     if steps == 1:
         return gradient(batch, rows)
@@ -260,6 +267,7 @@ def _over_micro_batches(
 
 def _split_rows(x: Array, steps: int) -> Array:
     """[B, ...] -> [A, B / A, ...], every A-th row to a micro-batch: contiguous device shards stay where they are."""
+    # Row r goes to micro-batch r mod A.
     return jnp.moveaxis(x.reshape(-1, steps, *x.shape[1:]), 1, 0)
 
 

@@ -11,6 +11,7 @@ Records = list[dict[str, Any]]
 
 def summarise(name: str, total_steps: int, records: Records, drafter: Path) -> dict[str, Any]:
     """The contents of metrics.json: the last good record's metrics and, over all records, time, speed and skips."""
+    # A last window of skipped steps has no losses to report.
     last = next((record for record in reversed(records) if record["loss"] is not None), {})
 
     # Acceptance by position becomes one list; fields of the whole run replace those of a record.
@@ -31,6 +32,7 @@ def summarise(name: str, total_steps: int, records: Records, drafter: Path) -> d
 
 def require_trained(folder: Path, records: Records) -> None:
     """UserError when every step of a run was skipped, so that its drafter is the untrained one."""
+    # One good step is enough: skips in a row are the guard's concern.
     if any(record["loss"] is not None for record in records):
         return
 
@@ -78,6 +80,7 @@ def table(summary: dict[str, Any]) -> str:
 
     rows.append(("drafter", summary["drafter"]))
     width = max(len(name) for name, _ in rows)
+
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 

@@ -77,6 +77,7 @@ def _abscissa(sweep: Sweep, rows: list[Row]) -> str | None:
         # True and False are numbers to Python, and no axis.
         if all(isinstance(value, Real) and not isinstance(value, bool) for value in values) and len(set(values)) > 1:
             counts[field] = len(set(values))
+
     return max(counts, key=lambda field: counts[field]) if counts else None
 
 
@@ -84,12 +85,16 @@ def _lines(sweep: Sweep, rows: list[Row], field: str) -> dict[str, list[tuple[fl
     """The points of each line; a field in one-to-one relation with the abscissa (copies with a depth) makes no line."""
     other = [name for name in varied(sweep) if name != field and not _follows(rows, name, field)]
     lines: dict[str, list[tuple[float, float]]] = {}
+
     for row in rows:
         label = run_name({name: row["values"][name] for name in other}) if other else sweep.metric
+        # Points that agree in all other fields share a line.
         lines.setdefault(label, []).append((row["values"][field], row[sweep.metric]))
+
     return lines
 
 
 def _follows(rows: list[Row], field: str, leader: str) -> bool:
+    # One to one: no value of either field is paired with two of the other.
     pairs = {(str(row["values"][leader]), str(row["values"][field])) for row in rows}
     return len(pairs) == len({leading for leading, _ in pairs}) and len(pairs) == len({value for _, value in pairs})
