@@ -35,6 +35,7 @@ class Occupancy(NamedTuple):
         Raises:
             UserError: a factor that is not a finite number above 0.
         """
+        # Refused here, on the host: a NaN on the device would silently turn every comparison of costs false.
         for name, value in (("load", load), ("signal", signal)):
             if not math.isfinite(value) or value <= 0:
                 raise UserError(f"The occupancy's {name} is {value}; expected a number above 0, 1 for as profiled.")
@@ -86,6 +87,7 @@ class CostTable(NamedTuple):
             UserError: seconds that don't fit the rungs and probes, or rungs or probes that don't ascend.
         """
         seconds = np.atleast_2d(np.asarray(verify, np.float32))
+        # A single cost of drafting holds at every context.
         draft = np.broadcast_to(np.asarray(drafting, np.float32), (len(contexts),))
         rungs, probes = np.asarray(tokens, np.int32), np.asarray(contexts, np.float32)
 
@@ -103,6 +105,7 @@ class CostTable(NamedTuple):
 
     def at(self, context: Array) -> tuple[Float[Array, " p"], Float[Array, ""], Float[Array, ""] | None]:
         """(verify [P], drafting [], plain [] or None) at a mean context length; clamped outside the probes."""
+        # A single probe: there is no second row to interpolate with.
         if self.contexts.shape[0] == 1:
             return self.verify[0], self.drafting[0], None if self.plain is None else self.plain[0]
 
@@ -173,6 +176,7 @@ def round_costs(
         lengths: committed tokens of each slot.
     """
     base = jnp.sum(active)
+    # With no active slot base is 0: the maximum avoids 0 / 0.
     mean = jnp.sum(jnp.where(active, lengths, 0)) / jnp.maximum(base, 1)
 
     verify, drafting, plain = table.at(mean)
@@ -227,6 +231,7 @@ class LoadMeter:
 def bucket_ladder(requests: int, width: int, rungs: int = 3) -> tuple[int, ...]:
     """Token counts that the verify pass is compiled for, ascending: evenly spaced from one row per request to `width`
     rows per request. Each is one more program to compile."""
+    # The full block is always among them: the verify pass needs a bucket that holds every row.
     steps = min(rungs, width)
     widths = {1 + round((width - 1) * i / max(steps - 1, 1)) for i in range(steps)} | {width}
     return tuple(requests * w for w in sorted(widths))

@@ -69,6 +69,7 @@ class History:
     def expected(self, slots: SlotHistory, shared: SharedHistory) -> tuple[Float[Array, " r"], Float[Array, " r"]]:
         """Expected (accepted, verified) drafts [R] of each request in a round in which it drafts."""
         # The shared mean fades out as a request's own rounds fill its memory of 1 / (1 - slot_decay) rounds.
+        # Bounded below, as rounding may take the memory beyond full and the weight below 0.
         prior = self.prior_rounds * jnp.maximum(1.0 - (1.0 - self.slot_decay) * slots.rounds, 1e-3)
         weight, total = prior / shared.rounds, slots.rounds + prior
         return (slots.accepted + weight * shared.accepted) / total, (slots.verified + weight * shared.verified) / total

@@ -95,6 +95,7 @@ class Fixed:
         return PolicyState()
 
     def drafting(self, view: RoundView, state: PolicyState) -> tuple[Array, PolicyState]:
+        # A request with a cap of 0 drafts too: its drafts are then not verified.
         return view.active, state
 
     def skipped(self, state: PolicyState, rounds: Array) -> PolicyState:
@@ -118,6 +119,7 @@ class Threshold(Fixed):
     threshold: float = 0.0
 
     def __call__(self, view: RoundView, state: PolicyState) -> tuple[Array, PolicyState]:
+        # Off: everything is verified, and no confidence head is needed.
         if self.threshold <= 0:
             return view.caps, state
         if view.confidence is None:
@@ -289,6 +291,7 @@ class LookAhead(Adaptive):
             count, rung, _ = carry
             opens = (count < available) & (rung < steps - 1)
             opens &= worth_it(count, rung)
+            # One rung at a time, though a farther one may have gained: its drafts show their own survival on the way.
             rung = jnp.where(opens, rung + 1, rung)
             return jnp.where(opens, filled(rung), count), rung, opens
 

@@ -55,6 +55,7 @@ class Assembly:
         Raises:
             UserError: files or buckets that don't fit, or no `longest`.
         """
+        # Assembled in every case, as "auto" may fall back to it; a loop is only a description and allocates nothing.
         plain = cls(None, make_loop(target, None, _plain(config)), LoopParams(target.params, {}), "")
         if drafter is None:
             return replace(plain, why="plain decoding: there is no drafter")
@@ -65,6 +66,7 @@ class Assembly:
         loop = make_loop(target, drafter, config, policy)
         params = LoopParams(target.params, drafter.params)
         name = type(policy).__name__ if strategy else config.policy
+        # These policies start at once: there is nothing to measure for them.
         if not policy.needs_tables:
             return cls(drafter, loop, params, f"{name}: as asked")
 
@@ -101,6 +103,7 @@ def drafting_worth(costs: CostTable, loop: DecodeLoop) -> DraftingWorth:
     """Bounds by a measured table, as means over its contexts."""
     rungs = np.asarray(costs.tokens)
     verify = np.asarray(costs.verify).mean(axis=0)
+    # Tables of other servers have no plain rounds; their first rung stands for one.
     plain = float(verify[0] if costs.plain is None else np.asarray(costs.plain).mean())
     drafting = float(np.asarray(costs.drafting).mean())
 
@@ -108,6 +111,7 @@ def drafting_worth(costs: CostTable, loop: DecodeLoop) -> DraftingWorth:
     speedups = []
     for requests in {1, loop.requests}:
         for drafts in range(1, loop.width):
+            # A round runs at the first bucket that holds its tokens.
             rung = int(np.searchsorted(rungs, min(requests * (drafts + 1), rungs[-1])))
             speedups.append((drafts + 1) * plain / (drafting + verify[rung]))
 
@@ -180,6 +184,7 @@ def costs_of(sps: Path, requests: int, buckets: tuple[int, ...]) -> CostTable:
         return Profile.read(sps).cost_table()
 
     table = read_sps(sps)
+    # Either steps a second by tokens, or an additive cost over requests and drafts.
     if isinstance(table, SpsTable):
         seconds = [1.0 / table.steps_per_second(tokens) for tokens in buckets]
     else:

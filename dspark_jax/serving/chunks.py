@@ -23,6 +23,7 @@ def prompt_bucket(config: EngineConfig, size: int, start: int, tokens: int) -> i
         start: position of the chunk.
         tokens: prompt tokens left from there on.
     """
+    # Powers of two: few widths to compile, and above the smallest one less than half of a chunk is padding.
     bucket = config.smallest_prompt_bucket
     while bucket < min(tokens, config.prefill_chunk):
         bucket *= 2
@@ -77,6 +78,7 @@ def blank_chunk(loop: DecodeLoop, rows: int, width: int) -> Admission:
 
 def chunk_widths(config: EngineConfig, size: int, longest: int) -> tuple[set[int], set[int]]:
     """(widths of first chunks, widths of later chunks) that prompts of up to `longest` tokens can need."""
+    # Every length is tried instead of listing widths, as the clamp to the slot makes widths of its own.
     chunk = config.prefill_chunk
     first: set[int] = set()
     later: set[int] = set()

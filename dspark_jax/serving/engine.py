@@ -109,6 +109,7 @@ class Engine:
         job = make_job(self.target, self.sampling, index, request)
 
         longest, stops = self.config.longest or 0, job.sampling.stop_tokens or ()
+        # Both limits are shapes of the compiled loop.
         if job.longest > longest:
             raise UserError(
                 f"Request {index} needs {job.longest} positions (a prompt of {len(job.prompt)} tokens and up to "
@@ -195,6 +196,7 @@ class Engine:
         """Admit, dispatch and harvest; every dispatch that the meter asks for is timed."""
         self._admit()
         decoding = [entry.decoding for entry in self._seats.values()]
+        # Every seated request is in the middle of its prompt: there is nothing to decode.
         if not any(decoding):
             self._roster.settle()
             return []
@@ -250,6 +252,7 @@ class Engine:
 
     def _admit(self) -> int:
         """Seat and prefill, as `admit` describes; returns the tokens prefilled, padding included."""
+        # Asked before seating: only requests that decode already are held up by a prefill.
         decoding = any(entry.decoding for entry in self._seats.values() if self._roster.holds(entry))
         self._seat()
 
@@ -361,12 +364,14 @@ class Engine:
         # Held while booking, so that a `cancel` sees a request before or after the dispatch, never halfway.
         with self._roster.held():
             for slot, entry in list(self._seats.items()):
+                # Slots in the middle of a prompt have no tokens yet; cancelled ones are retired by the next step.
                 if not entry.decoding or not self._roster.holds(entry):
                     continue
                 before = entry.seen
                 reason = self._see(entry, slot, made, now)
 
                 generation = None if reason is None else entry.generation(reason, now)
+                # At the end the held text is released too, and the last Progress reports it.
                 text = entry.seen.text.said if generation is None else generation.text
                 gained = entry.seen.tokens[len(before.tokens) :], text[len(before.text.said) :]
 

@@ -37,6 +37,7 @@ def generate(
             ids) or settings that don't fit.
     """
     done = [p.generation for p in stream(target, drafter, prompts, sampling, engine) if p.generation is not None]
+    # Requests end in any order.
     return sorted(done, key=lambda generation: generation.index)
 
 

@@ -118,6 +118,7 @@ def tokenize_prompt(target: Target, prompt: Prompt, who: str = "A prompt", think
     try:
         return tuple(encode_prompt(target.tokenizer, [_joined(turn) for turn in prompt], thinking).tolist())
     except UserError as error:
+        # Sentences about messages and templates do not name the request yet.
         raise UserError(f"{who}: {error}") from None
 
 

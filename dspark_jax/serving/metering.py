@@ -50,5 +50,6 @@ class Metering:
     def took(self, seconds: float, predicted: float) -> None:
         """Add a timed dispatch: `seconds` by the clock, `predicted` for its rounds by the cost table."""
         if self.meter is not None:
+            # A dispatch may end sooner than its mean overhead; the meter ignores times that are not positive.
             self.meter.update(seconds - self.dispatch_seconds, predicted)
         self._untimed = 0

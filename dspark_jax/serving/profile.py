@@ -84,6 +84,7 @@ class Profile:
         """`sps.json` as servers read it (docs/algorithm.md, rule 95). A server looks up the largest listed count not
         above its batch, so each step of the staircase is listed by its first token count. A step includes drafting."""
         table = self.cost_table()
+        # Averaged over the contexts: the servers' format has no axis for them.
         seconds = np.asarray(table.verify).mean(axis=0) + np.asarray(table.drafting).mean()
         starts = [1, *(n + 1 for n in self.tokens[:-1])]
 
@@ -205,6 +206,7 @@ def profile_key(loop: DecodeLoop, params: LoopParams, temperature: float) -> dic
     return {
         "device": next(iter(device)).device_kind,
         "devices": len(device),
+        # The number of cores changes the times of a CPU alone.
         "cores": os.cpu_count() if next(iter(device)).platform == "cpu" else None,
         "jax": jax.__version__,
         "dtype": str(params.target["embed_weight_vd"].dtype),
@@ -292,6 +294,7 @@ def measure_profile(
             if repeat >= 0:
                 # Above 0 whatever the noise: a cost table refuses rounds without duration.
                 times[c, p].append(max(whole - call, 0.01 * whole) / rounds)
+                # The draft pass alone is another program: its call is not the overhead of a dispatch.
                 calls += [call] if p >= 0 else []
             progress((repeat + 1) * len(points) + at + 1, (effort.repeats + 1) * len(points))
 
@@ -362,6 +365,7 @@ def load_or_measure(
     if path.exists():
         try:
             found = Profile.read(path)
+            # The name is only a hash of the key, so the key itself is compared.
             if found.key == key:
                 return found
         except UserError:  # a torn or foreign file: measure again

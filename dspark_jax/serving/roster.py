@@ -165,6 +165,7 @@ class Roster:
         with self._lock:
             if job.index in self._open:
                 raise UserError(f"Request {job.index} is in the engine already; give every open request its own index.")
+            # Checked under the lock: another thread may have taken the last place since the first check.
             self.require_room(job.index, bound)
             self._open[job.index] = Entry(job, time.perf_counter())
 
@@ -218,6 +219,7 @@ class Roster:
         """Keep what has been seen since the mark, and remove the requests that have ended."""
         with self._lock:
             self._mark = None
+            # Replaced in one assignment: an interrupt leaves the old set or the new one, nothing between.
             self._open = {index: entry for index, entry in self._open.items() if entry not in ended}
 
     def rewind(self) -> None:

@@ -69,6 +69,7 @@ class SamplingParams:
             hint = "is not supported by this version" if self.mode in known else "is unknown"
             raise UserError(f"{who} has mode = {self.mode!r}, which {hint}; use mode = 'rejection'.")
 
+        # A temperature beyond the range of float32 would become infinite on the device.
         return replace(
             self,
             max_new_tokens=whole("max_new_tokens", self.max_new_tokens, 1, None),
@@ -122,6 +123,7 @@ def listed(name: str, value: Any, who: str) -> list[Any]:
 
 def whole_number(who: str, name: str, value: Any, least: int, most: int | None = None) -> int:
     """`value` as an int. Raises UserError unless it is a whole number (no bool) from `least` to `most`."""
+    # numpy's integers pass, bool does not, although it is an int to Python.
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
         raise UserError(f"{who} has {name} = {value!r}; expected a whole number.")
     _require_range(who, name, value, least, most)

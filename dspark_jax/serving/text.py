@@ -39,6 +39,7 @@ class AnswerText:
             text then ends).
         """
         text = self._decoded(decode, tokens)
+        # Searching the held text is enough: nothing that could begin a stop string has been released.
         if not any(stop in text.held for stop in stops):
             # The end of the text that begins a stop string stays back: the next tokens may complete it.
             keep = max((_overlap(text.held, stop) for stop in stops), default=0)
