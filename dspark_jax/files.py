@@ -155,7 +155,6 @@ def hash_tree(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -
     Returns:
         Hashes by relative name with forward slashes, in ascending order of the names.
     """
-
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     names = sorted(name for name in files if not name.endswith(".tmp") and wanted(name))
     return {name: file_hash(files[name]) for name in names}

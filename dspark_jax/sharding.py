@@ -135,7 +135,6 @@ def abstract_mesh(devices: int, data: int = -1, fsdp: int = 1, tensor: int = 1) 
 
 def mesh_of_several(settings: MeshSettings) -> Mesh | None:
     """The mesh of the settings, None on a single device; UserError if the sizes don't fit."""
-
     if jax.device_count() == 1:
         return None
     return make_mesh(settings.data, settings.fsdp, settings.tensor)

@@ -201,8 +201,8 @@ def parse(config: Any, argv: Sequence[str], description: str | None = None) -> A
     cls = config if isinstance(config, type) else type(config)
     # Checked before tyro does: its suggestions span a screen.
     _refuse_unknown(argv, _flags(cls))
-    # tyro draws its complaints as a box; capture it and keep the first paragraph. `--help` (exit code 0) is passed on.
 
+    # tyro draws its complaints as a box; capture it and keep the first paragraph. `--help` (exit code 0) is passed on.
     complaints = io.StringIO()
 
     try:

@@ -203,7 +203,7 @@ def planned_pair(options: PlanOptions, mesh: Mesh | None) -> tuple[Target, Draft
 def described_drafter(config: TrainConfig, target: Target) -> dict[str, Any]:
     """config.json of the drafter that a training configuration describes."""
     settings = dataclasses.asdict(config.drafter)
-    # The one setting that names parameters and no shape.
+    # It names the parameters to start from, and no shape.
     del settings["init_target_layers"]
     if settings["mask_token_id"] is None:
         settings["mask_token_id"] = getattr(target.tokenizer, "mask_token_id", None)

@@ -27,7 +27,6 @@ _QWEN3: dict[str, Any] = {
 }
 _GEMMA4_12B: dict[str, Any] = {
     "architectures": ["Gemma4UnifiedForCausalLM"],
-    # The text part of the published file, which nests it under `text_config`.
     "model_type": "gemma4_unified_text",
     "vocab_size": 262144,
     "hidden_size": 3840,

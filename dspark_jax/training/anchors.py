@@ -105,6 +105,7 @@ def make_blocks(
         anchors=anchors,
         keep=keep,
         starts=starts,
+        # Teacher forcing: the anchor's token, then the labels shifted by one (docs/algorithm.md, rule 34).
         previous=jnp.concatenate([at(input_ids, anchors)[..., None], labels[..., :-1]], axis=-1),
         labels=labels,
         # The target's law for a label comes from the position before it (docs/algorithm.md, rule 39).

@@ -98,6 +98,7 @@ class Checkpoints:
 
         # Orbax brings arrays to the host by itself, which a transfer guard of the caller would refuse.
         with jax.transfer_guard("allow"), self._reported():
+            # Asynchronous: it returns when the arrays are on the host, and a thread writes them.
             self._orbax.save_async(step, state, custom_metadata=notes, force=True, metrics=metrics)
 
         self._unhashed = step

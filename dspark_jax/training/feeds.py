@@ -143,7 +143,6 @@ def device_batches(batches: Batches, placement: Placement, start: int, stop: int
 
 def device_batch(batch: Batch, batches: Batches, placement: Placement) -> dict[str, jax.Array]:
     """This host's rows of a batch as global arrays, rows over the mesh."""
-
     rows, here = batches.global_batch, batches.rows
     # The device gets only what a step reads.
     kept = {key: batch[key] for key in BATCH_KEYS if key in batch}

@@ -103,7 +103,6 @@ def _chunk_sums(model: BlockDrafter, shared: SharedTables, context: Any, last_hi
 def target_logits(shared: SharedTables, last_hidden: Float[Array, "b t d"], blocks: Blocks) -> Float[Array, "b n k v"]:
     """float32 logits of the target for every label, from its last hidden state one position before (docs/algorithm.md,
     rule 39)."""
-
     # [B, N K, 1] indices gather rows of [B, T, D], which become [B, N, K, D].
     rows = blocks.sources.reshape(blocks.sources.shape[0], -1, 1)
     hidden = jnp.take_along_axis(last_hidden, rows, axis=1).reshape(*blocks.sources.shape, -1)
@@ -144,7 +143,6 @@ def _terms(out: BlockOutput, targets: Array, blocks: Blocks, vocabulary: DraftVo
         `tau`, `blocks`: expected committed tokens of blocks with a supervised slot, and the number of these blocks.
         `confidence_*`: weighted sums of the confidence head's errors, without a gradient.
     """
-
     weights, supervised = blocks.weights, blocks.supervised
     if vocabulary is None:
         labels, learnable = blocks.labels, weights

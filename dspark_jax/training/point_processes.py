@@ -124,7 +124,6 @@ class Runner:
 
     def _give_cores(self, pid: int, lane: int) -> None:
         """Pins a point to its share of the cores: processes that share cores stall each other."""
-
         if self.jobs == 1 or not hasattr(os, "sched_setaffinity"):
             return
 

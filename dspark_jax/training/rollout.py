@@ -109,7 +109,6 @@ class RolloutObjective:
 def supervised_positions(loss_mask: Array, lengths: Array, segments: Array | None = None) -> Float[Array, "b t"]:
     """1 where step 0 is supervised: the loss mask, unshifted, without each sequence's last real token
     (docs/algorithm.md, rule 55)."""
-
     last = jnp.arange(loss_mask.shape[1]) == lengths[:, None] - 1
 
     # In a packed row every sequence ends before its number changes.

@@ -181,7 +181,6 @@ def loss_options(settings: LossSettings, anchor_chunk: int) -> LossOptions:
 
 def micro_batches(data: DataSettings, mesh: AnyMesh) -> int:
     """Micro-batches of a step on this mesh; UserError when its devices can't share one evenly."""
-
     groups = ShardingRules().row_groups(mesh)
     steps = data.accumulation_steps or max(1, data.global_batch // groups)
 
