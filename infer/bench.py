@@ -1,10 +1,10 @@
-"""Measures decoding: speculative against plain, over prompts in domains; or plain against transformers' generate.
+"""Measures decoding: speculative against plain over prompts in domains, or plain against transformers' generate.
 
     python -m infer.bench --target embedded --drafter runs/demo/fit/drafter --prompts runs/demo/heldout.jsonl
     python -m infer.bench --target embedded --prompts runs/demo/heldout.jsonl --against transformers
 
-Every figure is a median over alternating runs after one that compiles; prefill is part of the time. Writes metrics.json
-and, with a drafter, the plot of conditional acceptance by block position.
+Every figure is a median over alternating runs, after one for compilation; prefill is part of the time. Writes
+metrics.json and, with a drafter, the plot of conditional acceptance by block position.
 """
 
 from collections.abc import Callable, Sequence
@@ -91,7 +91,14 @@ def main(argv: list[str]) -> None:
 def against_plain(
     settings: BenchSettings, target: Target, drafter: Drafter, prompts: Sequence[EncodedPrompt]
 ) -> dict[str, Any]:
-    """Per temperature and domain: tau, acceptance by position, speeds, ratio, and (greedy) identical outputs."""
+    """Figures by temperature and domain: tau, acceptance by position, speeds, ratio, and (greedy) identical outputs.
+
+    Args:
+        settings: of the measurement.
+        target: decodes plainly and verifies.
+        drafter: of that target.
+        prompts: with their domains.
+    """
     domains = {name: [p for p in prompts if p.domain == name] for name in dict.fromkeys(p.domain for p in prompts)}
     metrics: dict[str, Any] = {"temperatures": {}}
     for i, temperature in enumerate(settings.temperatures):
@@ -101,6 +108,7 @@ def against_plain(
             decoders[f"{domain}/plain"] = partial(Decoder(target, None, *how), group)
             decoders[f"{domain}/speculative"] = partial(Decoder(target, drafter, *how), group)
 
+        # All domains and both ways in one alternation, so that drift of the machine affects all equally.
         runs = alternate(decoders, settings.repeats if i == 0 else settings.sampled_repeats)
         key = f"t{temperature:g}"
         metrics["temperatures"][key] = compare(target, domains, runs, greedy=temperature == 0)
@@ -112,9 +120,10 @@ def against_plain(
 def compare(
     target: Target, domains: dict[str, list[EncodedPrompt]], runs: dict[str, list[Timed]], greedy: bool
 ) -> dict[str, Any]:
-    """Figures of one temperature by domain, with "all" for all of them together."""
+    """Figures of one temperature by domain, and under "all" for all domains together."""
     rows: dict[str, Any] = {}
     repeats = len(next(iter(runs.values())))
+    # Run i of all domains together is the sum of their runs i, as if they had been one pass.
     whole = {
         name: [
             Timed(
@@ -138,6 +147,7 @@ def compare(
             "speculative_over_plain": median_ratio(speculative, plain),
             "ratios": [s.tokens_per_second / p.tokens_per_second for s, p in zip(speculative, plain, strict=True)],
         }
+        # Sampled outputs differ in their draws by right, so only greedy ones are compared (docs/algorithm.md, rule 6).
         if greedy:
             found = differences(target, group, plain[0].generations, speculative[0].generations)
             rows[name]["identical"] = len(group) - len(found)
@@ -159,7 +169,7 @@ def comparison_table(key: str, rows: dict[str, Any]) -> str:
 
 
 def against_transformers(settings: BenchSettings, target: Target, prompts: Sequence[EncodedPrompt]) -> dict[str, Any]:
-    """Greedy plain decoding, one request at a time, against `generate` of transformers on the same weights."""
+    """Greedy plain decoding against `generate` of transformers on the same weights; figures for metrics.json."""
     reference = TransformersDecoder.load(settings)
     decode = Decoder(target, None, settings.sampling(0.0), settings.engine)
     runs = alternate({"plain": lambda: decode(prompts), "transformers": lambda: reference(prompts)}, settings.repeats)
@@ -184,7 +194,7 @@ def against_transformers(settings: BenchSettings, target: Target, prompts: Seque
 
 @dataclass(frozen=True)
 class TransformersDecoder:
-    """transformers' greedy `generate` in float32 on the CPU, for comparison."""
+    """Greedy `generate` of transformers on the CPU, one request at a time, in --dtype (float32 where none is given)."""
 
     model: Any
     stop_tokens: list[int]
@@ -214,11 +224,13 @@ class TransformersDecoder:
         for i, prompt in enumerate(prompts):
             ids = torch.tensor([prompt.tokens])
             with torch.inference_mode():
+                # One prompt, so there is no padding: the mask is all ones, and the pad id only silences a warning.
                 out = self.model.generate(
                     ids, attention_mask=torch.ones_like(ids), max_new_tokens=self.max_new_tokens, do_sample=False,
                     pad_token_id=0,
                 )  # fmt: skip
             tokens = tuple(out[0, len(prompt.tokens) :].tolist())
+            # Only tokens are compared and counted; the engine's other fields have no counterpart.
             made.append(Generation(i, prompt.tokens, tokens, "", "", 0, 0, (), ()))
 
         return Timed(tuple(made), time.perf_counter() - start)

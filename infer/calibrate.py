@@ -1,11 +1,11 @@
-"""Calibrates a drafter's confidence: records rounds, fits Sequential Temperature Scaling, measures on other prompts.
+"""Calibrates a drafter's confidence by Sequential Temperature Scaling, and measures it on other prompts.
 
     python -m infer.calibrate --target assets/embedded_target --drafter assets/embedded_drafter \
         --prompts runs/demo/heldout.jsonl --output runs/calibrate --results docs/results/calibration.json
 
 Every round verifies the whole block. Temperatures are fitted on one half of the prompts; the figures, before and after,
-are of the other half. Writes sts.json (with what it is valid for), serving/sts.json (as servers read it), metrics.json,
-rounds.npz (what was recorded) and the reliability diagrams.
+are of the other half. Writes sts.json (with the weights and settings that it is valid for), serving/sts.json (as
+servers read it), metrics.json, rounds.npz (the recorded rounds) and the reliability diagrams.
 """
 
 import time
@@ -59,6 +59,7 @@ class CalibrateSettings:
 @program
 def main(argv: list[str]) -> None:
     settings = parse(CalibrateSettings, argv, description=__doc__)
+    # Tried first: a folder that cannot be written must not cost the recording.
     make_output(settings.output, settings.results)
     announce(settings.dtype)
     target = load_target(settings.target, dtype=settings.dtype)
@@ -93,9 +94,11 @@ def main(argv: list[str]) -> None:
 
 
 def save(settings: CalibrateSettings, found: Calibrated, metrics: dict[str, Any]) -> None:
+    """Writes all files of a calibration."""
     source = ",".join(path.stem for path in settings.prompts)
     write_json(settings.output / "metrics.json", metrics)
     found.save(settings.output / "sts.json", source)
+    # Servers expect a file named sts.json too, without `valid_for`: hence a folder of its own.
     (settings.output / "serving").mkdir(exist_ok=True)
     write_sts(settings.output / "serving" / "sts.json", found.table(source))
     if settings.results is not None:
@@ -106,6 +109,7 @@ def save(settings: CalibrateSettings, found: Calibrated, metrics: dict[str, Any]
 
 
 def summary(metrics: dict[str, Any]) -> str:
+    """A table of the measured half, a row for each position."""
     header = ["position", "temperature", "ECE before", "after", "AUROC", "Brier before", "after", "survival", "rounds"]
     before, after = metrics["before"], metrics["after"]
     rows = []

@@ -1,9 +1,9 @@
-"""Tells whether a drafter is read as it was trained: which of the four silent off-by-ones, if any, its files have.
+"""Checks that a drafter is read as it was trained, and finds which of the four silent off-by-ones its files have.
 
     python -m infer.conformance --drafter assets/embedded_drafter --target assets/embedded_target
 
-The target answers real prompts; then the drafter's blocks are laid over those answers, and their expected acceptance is
-compared between what the files declare and each shifted convention: slot, layer id, block position, loss mask
+The target answers real prompts; the drafter's blocks are then laid over those answers, and their expected acceptance is
+compared between the declared conventions and each shifted one: slot, layer id, block position, loss mask
 (docs/interop.md). Prints a table, writes metrics.json. Exit code 0: the conventions fit; 1: one is off, and is named;
 2: bad input.
 """
@@ -49,15 +49,15 @@ from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.targets.target import Target
 
 DEFAULT_PROMPTS = asset("conformance_prompts.jsonl")
-NEXT_TURN = {"role": "user", "content": "Thank you."}  # so that something follows the answer, which no loss covers
+NEXT_TURN = {"role": "user", "content": "Thank you."}  # gives the answer a continuation that no loss covers
 LENGTHS = 64  # sequences are padded to a multiple of this
 FEWEST = 8  # answers below which a difference is no evidence
-UNTRAINED = 0.02
+UNTRAINED = 0.02  # acceptance below which readings cannot be told apart
 
 
 @dataclass(frozen=True)
 class ConformanceSettings:
-    """Tells whether a drafter is read as it was trained."""
+    """Checks that a drafter is read as it was trained."""
 
     target: str
     """Folder or hub id of the target."""
@@ -86,7 +86,7 @@ class ConformanceSettings:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The measurements. `off`: the conventions that are wrong, the clearest first."""
+    """The measurements; `off` names the wrong conventions, the clearest first."""
 
     comparisons: list[Comparison]
     edges: Edges
@@ -120,11 +120,14 @@ def main(argv: list[str]) -> int:
 
 
 def load_doubtful(settings: ConformanceSettings, target: Target) -> Drafter:
-    """The drafter, whatever its manifest says, and even where its layer ids, read as they stand, can't be right: ids
-    counted from 1 name the forbidden last layer."""
+    """Loads a drafter regardless of its manifest, and even with layer ids that cannot be right.
+
+    Ids counted from 1 name the last layer, which is never tapped (docs/algorithm.md, rule 15) and refused by loading.
+    """
     native = native_config(*read_stored_config(resolve_folder(settings.drafter, "drafter")), target.config)
     ids = tuple(native.get("target_layer_ids") or ())
     shift = -1 if ids and ids[-1] == target.config.num_layers - 1 and "MTP" not in str(native["architectures"]) else 0
+    # Loaded with ids that are allowed, then given those of its files, to be judged as declared.
     drafter = load_drafter(settings.drafter, target, dtype=settings.dtype, compare_manifest=False, layer_shift=shift)
     return replace(drafter, config=replace(drafter.config, target_layer_ids=ids)) if shift else drafter
 
@@ -135,7 +138,7 @@ def manifest_contradictions(path: str, drafter: Drafter, target: Target) -> list
 
 
 def read_messages(settings: ConformanceSettings) -> list[Sequence[Message]]:
-    """The turns before each prompt's first answer, `limit` of them spread over all the files."""
+    """The turns before each conversation's first answer; `limit` of them, evenly spread over all files."""
     found = [record.segments()[0] for file in settings.prompts for record in read_prompt_records(file)]
     if len(found) < FEWEST:
         raise UserError(f"There are {len(found)} prompts; a verdict needs {FEWEST} or more. Give more with --prompts.")
@@ -144,7 +147,7 @@ def read_messages(settings: ConformanceSettings) -> list[Sequence[Message]]:
 
 
 def answered(settings: ConformanceSettings, target: Target, prompts: Sequence[Sequence[Message]]) -> Sequences:
-    """Whole conversations as training sees them, with the target's own answers and a next turn."""
+    """Whole conversations as in training, with the target's own answers and a next turn."""
     sampling = SamplingParams(settings.max_new_tokens, settings.temperature, seed=settings.seed)
     engine = EngineConfig(settings.slots, rounds_per_dispatch=64)
     room = target.config.max_positions - settings.max_new_tokens
@@ -161,6 +164,7 @@ def answered(settings: ConformanceSettings, target: Target, prompts: Sequence[Se
     found = []
     for turns, text in zip(asked, texts, strict=True):
         conversation = [*turns, {"role": "assistant", "content": text}]
+        # The last row holds the answer, whatever the template did to the turns before.
         row = encode_conversation(target.tokenizer, conversation, None, settings.thinking)[-1]
         following = encode(target, [*conversation, NEXT_TURN], settings.thinking)
         if (one := _followed(target.tokenizer, row, following)) is not None:
@@ -170,13 +174,14 @@ def answered(settings: ConformanceSettings, target: Target, prompts: Sequence[Se
 
 
 def _followed(tokenizer: Any, row: Encoded, following: Sequence[int]) -> tuple[np.ndarray, int, int, int] | None:
-    """(tokens with those of a next turn, the answer's first and last position, the first after its closing).
+    """Returns (tokens with a next turn's, the answer's first and last position, the first position after its closing).
 
-    Whitespace that the template writes after an end marker belongs to the closing: some trainers supervise it, some
-    don't, so it is judged in neither way. None where the next prompt does not repeat the answer.
+    Whitespace that the template writes after an end marker belongs to the closing: only some trainers supervise it, so
+    it is not judged. None where the next prompt does not repeat the answer.
     """
     supervised = np.flatnonzero(row.loss_mask)
     answer = row.input_ids[supervised].tolist()
+    # From the end: the same words may occur in an earlier turn.
     starts = range(len(following) - len(answer), -1, -1)
     at = next((i for i in starts if list(following[i : i + len(answer)]) == answer), None)
     if at is None or len(answer) < 4:
@@ -192,7 +197,7 @@ def _followed(tokenizer: Any, row: Encoded, following: Sequence[int]) -> tuple[n
 
 
 def _padded(found: Sequence[tuple[np.ndarray, int, int, int]], longest: int) -> Sequences:
-    """Those that fit, with an answer of a few tokens and something after it."""
+    """Pads the conversations whose answer and next token fit; UserError for too few of them."""
     kept = [one for one in found if one[3] < min(len(one[0]), longest)]
     if len(kept) < FEWEST:
         raise UserError(
@@ -210,7 +215,7 @@ def _padded(found: Sequence[tuple[np.ndarray, int, int, int]], longest: int) -> 
 
 
 def judge(probe: Probe, sequences: Sequences, settings: ConformanceSettings) -> Verdict:
-    """Reads the drafter in all ways; the loss mask is judged under the reading that fits best."""
+    """Reads the drafter in all ways; the loss mask is judged under the best-fitting reading."""
     block = probe.drafter.config.block_size
     inside = middle_anchors(sequences, block, settings.anchors, settings.seed)
     whole = inside.min(axis=1) >= 0
@@ -222,6 +227,7 @@ def judge(probe: Probe, sequences: Sequences, settings: ConformanceSettings) -> 
 
     chosen = Sequences(*(field[whole] for field in sequences))
     comparisons = compare(probe.acceptance(chosen, inside[whole], readings(probe.drafter)))
+    # Only one of the first three conventions is named: a wrong one spoils the readings of the others.
     better = sorted((c for c in comparisons if c.better()), key=lambda c: -c.gain)
     best = better[0] if better else comparisons[0]
     if max(c.acceptance for c in comparisons) < UNTRAINED:
@@ -230,6 +236,7 @@ def judge(probe: Probe, sequences: Sequences, settings: ConformanceSettings) -> 
             "it is untrained, or of another target."
         )
 
+    # All answers, not only those longer than a block: their ends are alike.
     at = edge_anchors(sequences, block)
     end = edges(sequences, at, probe.acceptance(sequences, at, [best.reading])[best.reading])
     off = [best.reading.convention] if better else []
@@ -239,7 +246,7 @@ def judge(probe: Probe, sequences: Sequences, settings: ConformanceSettings) -> 
 
 
 def middle_anchors(sequences: Sequences, block: int, count: int, seed: int) -> np.ndarray:
-    """[S, count] anchors whose blocks lie wholly in the answer, rows of -1 where there is no room for one."""
+    """[S, count] random anchors whose blocks lie wholly within the answer; rows of -1 where there is no room."""
     rng = np.random.default_rng(seed)
     anchors = np.full((len(sequences.first), count), -1, np.int32)
     for row, (first, last) in enumerate(zip(sequences.first, sequences.last, strict=True)):

@@ -30,6 +30,7 @@ def main(argv: list[str]) -> None:
     if not settings.temperatures or settings.repeats < 1:
         raise UserError("There is nothing to evaluate: give a temperature, and repeats of 1 or more.")
 
+    # Cheap and fallible first: a mistyped set ends the program before weights are loaded.
     sets = read_datasets(settings.datasets, settings.limit or None)
     make_output(settings.output)
     announce(settings.dtype)
@@ -59,6 +60,7 @@ def summary_table(temperature: float, figures: dict[str, Any]) -> str:
 
     for name, row in figures["datasets"].items():
         confidence = row["confidence"] or {}
+        # Calibrated figures where there is an sts.json, else the raw ones.
         best = confidence.get("after", confidence.get("before", {}))
         shown = [str(row["samples"]), str(row["rounds"]), *(f"{row[k]:.2f}" for k in AVERAGED[:3])]
         shown += [" ".join(f"{rate:.2f}" for rate in row["conditional"])]
@@ -76,6 +78,8 @@ def _speeds(row: dict[str, Any]) -> list[str]:
 
 
 def plots(folder: Path, temperatures: dict[str, Any]) -> None:
+    """Draws acceptance at every temperature; reliability and thresholds at the first."""
+    # Acceptance by position is counted over whole blocks, so the tau beside it is that pass's too.
     by_set = {
         key: {name: row | {"tau": row["tau_whole"]} for name, row in figures["datasets"].items()}
         for key, figures in temperatures.items()

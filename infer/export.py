@@ -1,10 +1,10 @@
-r"""Converts a drafter to the layout that another server reads.
+r"""Converts a drafter to the layout of another server.
 
     python -m infer.export --drafter assets/embedded_drafter --target assets/embedded_target --layout specforge \
         --output DIR
 
-The layout of --drafter is detected from its config.json. docs/interop.md says who reads which layout. What a layout
-can't express is refused in a sentence, and nothing is written.
+The layout of --drafter is detected from its config.json; docs/interop.md lists the readers of each layout. A drafter
+that a layout cannot express is refused in a sentence, and nothing is written.
 """
 
 from dataclasses import dataclass
@@ -43,6 +43,7 @@ class ExportSettings:
 def main(argv: list[str]) -> None:
     settings = parse(ExportSettings, argv, description=__doc__)
     out = settings.output
+    # Before the weights are loaded; files of another drafter must not mix with this one's.
     check_new_folder(out)
     target = load_target(settings.target, tokenizer=False)
     found = drafter_layout(settings.drafter)

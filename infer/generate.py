@@ -1,4 +1,4 @@
-"""Decodes prompts with a target, plainly or with a drafter, and streams the text as it comes.
+"""Decodes prompts with a target, plainly or with a drafter, and streams the text.
 
 python -m infer.generate --target assets/embedded_target --drafter assets/embedded_drafter --prompt "..."
 python -m infer.generate --target Qwen/Qwen3-4B --prompts questions.jsonl --output answers.jsonl
@@ -58,6 +58,7 @@ def main(argv: list[str]) -> None:
     settings = parse(GenerateSettings, argv, description=__doc__)
     if bool(settings.prompt) == bool(settings.prompts):
         raise UserError("Give what to decode in one way: --prompt TEXT, or --prompts FILE.jsonl.")
+    # Tried before anything is loaded or decoded.
     if settings.output is not None:
         make_output(settings.output.parent)
     if not settings.target:
@@ -72,11 +73,13 @@ def main(argv: list[str]) -> None:
     if engine is None:
         return
 
+    # On stderr, so that stdout holds answers alone.
     print(engine.why, file=sys.stderr)
 
     started, done = time.perf_counter(), list[Generation]()
     with Answers(settings.output, prompts) as answers:
         for progress in drain(engine):
+            # Text of several requests would interleave: then each answer is shown as it ends.
             if len(prompts) == 1:
                 _show(progress.text)
             if progress.generation is not None:
@@ -89,6 +92,7 @@ def main(argv: list[str]) -> None:
 
 
 def prompts_of(settings: GenerateSettings, target: Target) -> list[EncodedPrompt]:
+    """The prompts of the files, or of --prompt, encoded."""
     if settings.prompts:
         return read_prompts(target, settings.prompts, thinking=settings.thinking)
     before = [{"role": "system", "content": settings.system}] if settings.system else []
@@ -97,7 +101,7 @@ def prompts_of(settings: GenerateSettings, target: Target) -> list[EncodedPrompt
 
 
 class Answers:
-    """The file of answers, which holds each from the moment it ends: an interrupt loses those under way alone."""
+    """The file of answers, written as each one ends: an interrupt loses only those under way."""
 
     def __init__(self, path: Path | None, prompts: Sequence[EncodedPrompt]):
         self.path, self.prompts = path, prompts
@@ -122,6 +126,7 @@ class Answers:
             )
 
     def add(self, generation: Generation) -> None:
+        """Writes one answer and flushes it."""
         if self._file is None:
             return
         prompt = self.prompts[generation.index]

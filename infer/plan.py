@@ -1,6 +1,6 @@
-"""Prints what a device would hold while it decodes, before any weights are fetched or hardware is rented.
+"""Prints the memory of a decoding device and the floor of a round, without weights or the hardware.
 
-python -m infer.plan --config qwen3_4b_dspark --slots 8 --longest 4096         compiled for the device that is here
+python -m infer.plan --config qwen3_4b_dspark --slots 8 --longest 4096         compiled for this machine's device
 python -m infer.plan --target DIR --drafter DIR --topology v5e:2x2 --mesh tensor=4    by the TPU compiler (`aot`)
 python -m infer.plan --config qwen3_4b_dspark --no-compile --device "NVIDIA H200"     the floor of a round alone
 """
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
 
     print(table(["decoding", ""], [[name, shown(value)] for name, value in rows.items()]))
 
-    # The floor needs shapes alone, so it is printed for devices that are not here as well.
+    # The floor needs shapes alone, so it is printed for devices that this machine lacks as well.
     context = options.context or options.longest // 2
     drafter = None if plan.drafter is None else plan.drafter.config
     itemsize = DTYPES[options.dtype].dtype.itemsize

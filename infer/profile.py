@@ -3,9 +3,9 @@
     python -m infer.profile --target assets/embedded_target --drafter assets/embedded_drafter --slots 1 8 32
     python -m infer.profile --target assets/embedded_target --drafter assets/embedded_drafter --scheduler-cost
 
-For each number of slots it measures every token count a ladder could have, chooses the ladder, and writes
-sps-SLOTS.json (what engines and infer.evaluate --sps read), serving/sps-SLOTS.json (as servers read it) and
-metrics.json. With --scheduler-cost it measures what a policy itself takes of a round instead.
+For each number of slots it measures token counts up to the whole block, chooses a ladder of them, and writes
+sps-SLOTS.json (for --sps of engines and infer.evaluate), serving/sps-SLOTS.json (as servers read it) and metrics.json.
+With --scheduler-cost it measures a policy's own share of a round instead.
 """
 
 import time
@@ -40,7 +40,7 @@ from dspark_jax.targets.target import Target
 
 @dataclass(frozen=True)
 class ProfileSettings:
-    """Measures what rounds cost."""
+    """Measures the cost of rounds."""
 
     target: str
     """Folder or hub id of the target."""
@@ -94,8 +94,9 @@ def main(argv: list[str]) -> None:
 
 
 def profile_slots(settings: ProfileSettings, target: Target, drafter: Drafter, slots: int) -> dict[str, Any]:
-    """Measures one number of slots, prints and writes its tables."""
+    """Measures one number of slots; prints and writes its tables."""
     width = drafter.config.block_size + 1
+    # From plain decoding (one token a request) to the whole block.
     counts = sorted({round(n) for n in np.linspace(slots, slots * width, min(settings.widths, width))})
     loop, params = _loop(settings, target, drafter, slots, tuple(counts), LookAhead())
     bar = tqdm(total=1, desc=f"{slots} slots", leave=False)
@@ -108,6 +109,7 @@ def profile_slots(settings: ProfileSettings, target: Target, drafter: Drafter, s
     profile = measure_profile(loop, params, settings.temperature, settings.contexts, effort, progress)
     bar.close()
     costs = profile.cost_table()
+    # One ladder serves all contexts, so it is chosen on their mean.
     ladder = choose_ladder(counts, np.asarray(costs.verify).mean(axis=0).tolist(), settings.rungs)
     profile.save(settings.output / f"sps-{slots}.json")
     serving = settings.output / "serving"
@@ -147,10 +149,13 @@ def _table(slots: int, profile: Profile, costs: CostTable, ladder: Sequence[int]
 
 
 def scheduler_cost(settings: ProfileSettings, target: Target, drafter: Drafter) -> dict[str, Any]:
-    """Seconds of a policy's part of a round (who drafts, how much is verified, what is learnt) and of the whole round.
+    """Seconds of a policy's own work in a round (choosing drafters and verify lengths, learning) and of a whole round.
 
-    The policy runs by itself in a compiled loop on confidences drawn at random; the round is that of the fixed policy's
-    whole block, measured in turns with it.
+    The policy runs alone in a compiled loop on random confidences. The round to compare with verifies whole blocks and
+    is profiled afterwards.
+
+    Raises:
+        UserError: a policy without work of its own.
     """
     default = ProfileSettings.__dataclass_fields__["slots"].default
     slots = 128 if settings.slots == default else settings.slots[0]
@@ -161,10 +166,12 @@ def scheduler_cost(settings: ProfileSettings, target: Target, drafter: Drafter) 
     block = drafter.config.block_size
     buckets = tuple(sorted({slots * (1 + round(block * i / 3)) for i in range(4)}))
     loop, params = _loop(settings, target, drafter, slots, buckets, policy)
+    # A made-up rising cost: the policy's time does not depend on the values.
     tables = ScheduleTables.of(CostTable.of(buckets, 1.0 + np.arange(len(buckets)) / 4), [1.0] * block)
     times: list[float] = []
     rounds = max(settings.rounds, 32)
 
+    # The first run compiles and is dropped below.
     for _ in range(settings.repeats + 1):
         start = time.perf_counter()
         jax.block_until_ready(_policy_rounds(policy, slots, block, tables, rounds))
@@ -193,12 +200,13 @@ def scheduler_cost(settings: ProfileSettings, target: Target, drafter: Drafter) 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 4))
 def _policy_rounds(policy: Any, slots: int, block: int, tables: ScheduleTables, rounds: int) -> Any:
-    """A policy's part of `rounds` rounds, on random confidences and acceptances."""
+    """A policy's work in `rounds` rounds, on random confidences and varying acceptances."""
     logits = 2.0 + 2.0 * jax.random.normal(jax.random.key(0), (16, slots, block))
     one = jnp.ones((), jnp.float32)
     caps = jnp.full((slots,), block, jnp.int32)
     view = RoundView(caps > 0, caps, caps, Occupancy(one, one), tables)
 
+    # The order of calls is the compiled round's; 16 sets of confidences keep the loop from being folded.
     def body(i: jax.Array, state: Any) -> Any:
         drafted, state = policy.drafting(view, state)
         shown = view._replace(drafted=drafted, confidence=logits[i % 16])

@@ -1,10 +1,10 @@
-"""Says of any folder or file of this project what it is, what it was made from, and whether it is whole.
+"""Identifies any folder or file of this project, shows its origin, and checks whether it is whole.
 
     python -m infer.verify runs/demo/fit assets/embedded_drafter assets/embedded_target
 
-Knows targets, drafters in every layout, target caches, runs, conversations (JSONL), calibrations and profiles.
-Everything is read: hashes, counts, sizes, and weights for values that are not finite.
-Exit code 0: all are whole; 1: one is not; 2: one is of no kind that is known here.
+It covers targets, drafters in every layout, target caches, runs, conversations (JSONL), calibrations and profiles, and
+reads everything: hashes, counts, sizes, and weights, for values that are not finite.
+Exit code 0: all are whole; 1: one is not; 2: one is of an unknown kind.
 """
 
 import sys
@@ -40,6 +40,7 @@ def main(argv: list[str]) -> int:
             continue
         for finding in findings:
             print(described(finding), end="\n\n")
+        # 2 outranks 1: a path that cannot be judged is worse than one that is judged damaged.
         if code != 2 and any(finding.fault for finding in findings):
             code = 1
 
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> int:
 
 
 def described(finding: Finding) -> str:
-    """A heading, the facts, and the fault where there is one."""
+    """Text of a finding: a heading, the facts, and the fault if there is one."""
     verdict = "NOT WHOLE" if finding.fault else "whole"
     lines = [f"{finding.path}: {finding.kind}, {verdict}"]
     if finding.facts:

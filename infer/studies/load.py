@@ -4,9 +4,9 @@
         --prompts heldout.jsonl --concurrency 1 2 4 8 16 32 64 --validate --results docs/results/load.json
     python -m infer.studies.load --simulate runs/load/traces.npz --sps sps.json --concurrency 16 64 256
 
-Every strategy is run in turn, order reversed each time, and figures are medians; a stopped study continues in the same
---output. Writes runs.jsonl, traces.npz, metrics.json, throughput.png (Figure 7) and budget.png (Figure 8).
---validate compares the simulator with the engine; --simulate asks it alone, with a cost table measured or made up.
+The strategies are run in turn, in reversed order each time, and figures are medians; a stopped study continues in the
+same --output. Writes runs.jsonl, traces.npz, metrics.json, throughput.png (Figure 7) and budget.png (Figure 8).
+--validate compares the simulator with the engine; --simulate runs it alone, with a cost table measured or made up.
 """
 
 import gc
@@ -54,7 +54,7 @@ IDENTITY = (
     "target", "drafter", "mtp", "prompts", "limit", "sts", "sps", "dtype", "max_new_tokens", "answer_spread",
     "temperature", "threshold", "requests_per_user", "least_requests", "rounds_per_dispatch", "seed",
 )  # fmt: skip
-"""Settings that decide what a run measures: a study continues only where these are the same."""
+"""Settings that determine a run's figures: a study continues only where these are unchanged."""
 WIDTHS = (1, 2, 4)  # tokens a request for which verify buckets are compiled, beside the whole block
 
 
@@ -175,6 +175,8 @@ def measured(settings: LoadSettings) -> dict[str, Any]:
 
 @dataclass
 class Study:
+    """A study on real engines, with the log of its runs."""
+
     settings: LoadSettings
     target: Target
     drafter: Drafter
@@ -191,7 +193,7 @@ class Study:
         sampling = SamplingParams(
             settings.max_new_tokens,
             settings.temperature,
-            stop_tokens=(),  # an answer has the same length, whatever the strategy
+            stop_tokens=(),  # so that an answer has the same length under every strategy
             verify_length=1 if strategy == "fixed-1" else None,
         )
         config = EngineConfig(
@@ -216,7 +218,7 @@ class Study:
         return Traffic(self.prompts, settings.max_new_tokens, settings.answer_spread, settings.seed + shift)
 
     def closed(self, users: int) -> dict[str, Any]:
-        """Medians of every strategy at this many users."""
+        """Medians of every strategy with this many users."""
         requests = requests_of(self.settings, users)
         self._runs("closed", users, users, lambda e: closed_loop(e, self.traffic(), users, requests))
         return {s: self.log.medians("closed", users, s) for s in self.settings.strategies}
@@ -236,7 +238,7 @@ class Study:
         ]
         engines = {strategy: self.engine(strategy, slots) for strategy in dict.fromkeys(s for _, s in missing)}
         for engine in engines.values():
-            run(engine)  # the first of each is not counted
+            run(engine)  # a first run of each, not counted
 
         for repeat, strategy in tqdm(missing, desc=f"{mode} {load:g}", unit="run", disable=None):
             self.log.add(mode, load, strategy, repeat, run(engines[strategy]))
@@ -245,13 +247,14 @@ class Study:
         forget_programs()
 
     def validation(self, users: int, closed: dict[str, Any]) -> dict[str, Any]:
-        """The simulator against the medians of the real engine at this many users, strategy by strategy. What a round
-        and a prompt cost is measured now: machines are not always as fast as when a kept profile was made."""
+        """The simulator against the real engine's medians with this many users, by strategy. Costs of rounds and
+        prompts are measured anew, since a machine's speed may have changed since a stored profile."""
         engine = self.engine("fixed", users, Causal())
         temperatures = temperatures_of(self.target, self.drafter, engine.sampling, self.settings.sts)
         costs = measure_profile(engine.loop, engine.params, self.settings.temperature).cost_table()
         prefill, dispatch = overheads(engine, self.prompts)
         plain_prefill, _ = overheads(self.engine("plain", users), self.prompts)
+        # Other traffic than that of the measured runs: the simulator is not fitted to what it predicts.
         traces = record_traces(self.engine("fixed", users), self.traffic(10_000), max(32, 2 * users))
         save_traces(self.settings.output / "traces.npz", traces)
         device = SimulatedDevice(
@@ -278,20 +281,20 @@ class Study:
 
 
 def forget_programs() -> None:
-    """Each compiled program holds memory maps, and a study over many numbers of users compiles more of them than a
-    process may have."""
+    """Frees compiled programs. Each holds memory maps, and a study with many numbers of users would exceed the limit of
+    a process."""
     jax.clear_caches()
     gc.collect()
 
 
 class RunLog:
-    """runs.jsonl: one finished run a line, so that a stopped study loses one run at most."""
+    """runs.jsonl: settings, then one finished run per line, so that a stopped study loses one run at most."""
 
     def __init__(self, settings: LoadSettings):
         self.path = settings.output / "runs.jsonl"
         self.header = json.loads(json.dumps({name: getattr(settings, name) for name in IDENTITY}, default=str))
         text = self.path.read_text() if self.path.exists() else ""
-        whole = text[: text.rfind("\n") + 1]  # a run that was killed while it wrote leaves a torn line
+        whole = text[: text.rfind("\n") + 1]  # a kill while writing leaves a torn line
         header, *self.rows = [json.loads(line) for line in whole.splitlines()] or [self.header]
         if header != self.header:
             raise UserError(f"{self.path} holds runs of other settings; give another --output or those settings.")
@@ -317,21 +320,22 @@ class RunLog:
 
 
 def requests_of(settings: LoadSettings, users: int) -> int:
-    """Of a closed loop, with those that are open at its end."""
+    """Requests of a closed loop, including those open at its end."""
     return max(users * settings.requests_per_user, settings.least_requests) + users
 
 
 def ladder(slots: int, block: int) -> tuple[int, ...]:
+    """Token buckets of the verify pass, ascending."""
     return tuple(sorted({slots * width for width in (*WIDTHS, block + 1) if width <= block + 1}))
 
 
 def policy_name(strategy: str) -> PolicyName:
-    """The policy that a strategy verifies by; the rest of a strategy is its drafter and its cap."""
+    """The verify policy of a strategy, whose other parts are its drafter and its cap."""
     return strategy if strategy in ("plain", "threshold", *ADAPTIVE) else "fixed"  # type: ignore[return-value]
 
 
 def summarise(figures: LoadFigures) -> dict[str, float]:
-    """One run's figures; `user_p95` is the speed that 95 % of the requests reach."""
+    """Figures of one run; `user_p95` is the speed reached by 95 % of the requests."""
     speeds = figures.user_speeds or (float("nan"),)
     row = {
         "tokens_per_second": figures.tokens_per_second,
@@ -350,7 +354,7 @@ def summarise(figures: LoadFigures) -> dict[str, float]:
 
 
 def verdict(closed: dict[str, Any]) -> dict[str, Any]:
-    """By users: each adaptive strategy's throughput over the best static one's, and over fixed verification's."""
+    """Throughput of each adaptive strategy relative to the best static one and to fixed verification, by users."""
     found: dict[str, Any] = {}
     for users, rows in closed.items():
         static = {name: row["tokens_per_second"] for name, row in rows.items() if name in STATIC}
@@ -380,7 +384,7 @@ def closed_table(closed: dict[str, Any]) -> str:
 
 
 def simulated(settings: LoadSettings, traces: Traces) -> dict[str, Any]:
-    """Closed loops on a device that is known by its cost table only."""
+    """Simulated closed loops on a device known by its cost table alone."""
     if settings.sps is None:
         raise UserError("A simulation needs --sps FILE: the cost table of the device, measured or made up.")
 

@@ -1,11 +1,12 @@
-"""Measures the real pair: SmolLM2-135M-Instruct and its drafter against plain decoding, on questions of three domains.
+"""Measures SmolLM2-135M-Instruct with its drafter against plain decoding, on questions of three domains.
 
     make real-target
     python -m infer.studies.real_pair --questions eval_datasets/gsm8k.jsonl eval_datasets/mbpp.jsonl \\
         eval_datasets/mt-bench.jsonl --domains math code chat
 
-Each file is a domain, of which the first questions are asked. One request at a time, alternating runs, medians, prefill
-included, at temperatures 0 and 1. Writes docs/results/real_pair.json, and infer.bench's figures and plot into the run.
+Each file is a domain, of which the first questions are asked: one request at a time, in alternating runs at
+temperatures 0 and 1. Figures are medians, prefill included. Writes docs/results/real_pair.json, and infer.bench's
+figures and plot into the run's folder.
 """
 
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from dspark_jax.targets.target import Target
 
 from ..bench import BenchSettings, against_plain
 
-# Of the target's two best logits: in float32, batches of other widths differ by less.
+# Gap of the target's two best logits, above the differences between float32 batches of different widths.
 NEAR_TIE = 1e-3
 
 
@@ -100,7 +101,7 @@ def main(argv: list[str]) -> None:
 
 
 def questions(settings: RealPairSettings, target: Target) -> list[EncodedPrompt]:
-    """The first questions of every file, under its domain's name."""
+    """The first questions of every file, with its domain."""
     made: list[EncodedPrompt] = []
     for path, domain in zip(settings.questions, settings.domains, strict=True):
         found = read_prompts(target, [path], settings.per_domain)[: settings.per_domain]
@@ -109,7 +110,7 @@ def questions(settings: RealPairSettings, target: Target) -> list[EncodedPrompt]
 
 
 def summary(temperatures: dict[str, Any]) -> dict[str, Any]:
-    """Ratios in the mean over domains and by domain, accepted lengths, and the outputs that are plain decoding's.
+    """Ratios as a mean over domains and by domain, accepted lengths, and the number of outputs equal to plain ones.
 
     Args:
         temperatures: figures of `infer.bench.compare` under t0 and t1.
@@ -128,6 +129,7 @@ def summary(temperatures: dict[str, Any]) -> dict[str, Any]:
         for name in temperatures["t0"]
         if name != "all"
     }
+    # Greedy outputs may differ from plain decoding's only at a near-tie; both counts are given.
     greedy = temperatures["t0"]["all"]
 
     return {

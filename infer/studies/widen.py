@@ -1,11 +1,11 @@
-"""Writes a target that answers as another does and costs what a larger one costs, with its drafter.
+"""Writes a target with the answers of a given one and the cost of a larger one, together with its drafter.
 
     python -m infer.studies.widen --target assets/embedded_target --drafter assets/embedded_drafter \
         --intermediate-size 16384 --output runs/wide
 
-For studies of speed and load (infer.bench, infer.studies.load) where a step is as dear as that of a larger model that
-has no drafter: the MLPs get more hidden units, copies of those they have, whose results are multiplied by zero.
-What is drafted and accepted stays as it was. Writes OUTPUT/target and OUTPUT/drafter; sts.json is not carried over.
+For studies of speed and load (infer.bench, infer.studies.load) at the cost of a larger model for which there is no
+drafter: the MLPs get more hidden units, copies of their own, whose results are multiplied by zero. Drafts and
+acceptance do not change. Writes OUTPUT/target and OUTPUT/drafter; sts.json is not carried over.
 """
 
 import shutil
@@ -61,6 +61,7 @@ def main(argv: list[str]) -> None:
                 shutil.copy(file, out / "target")
         if drafter is not None:
             provenance = provenance_of(read_manifest(resolve_folder(settings.drafter, "drafter")))
+            # The drafter's manifest names the weights on disk, which exist now.
             made = replace(wide, name=str(out / "target"), folder=out / "target")
             save_drafter(out / "drafter", drafter, made, provenance=provenance)
     except OSError as error:
@@ -71,20 +72,28 @@ def main(argv: list[str]) -> None:
 
 
 def widened(target: Target, intermediate_size: int) -> Target:
-    """The target with MLPs of so many units, those beyond its own without effect: every output is what it was, but for
-    rounding. Raises UserError for fewer units than it has, and for mixtures of experts."""
+    """The target with wider MLPs, whose added units have no effect: outputs change by rounding alone.
+
+    Args:
+        target: with dense MLPs.
+        intermediate_size: hidden units of each MLP, at least as many as it has.
+
+    Raises:
+        UserError: fewer units than the target has, or mixtures of experts.
+    """
     units = target.config.intermediate_size
     if target.config.experts is not None:
         raise UserError(f"{target.name} has mixtures of experts; expected a target whose MLPs are dense.")
     if intermediate_size < units:
         raise UserError(f"{target.name} has MLPs of {units} units; expected at least as many, got {intermediate_size}.")
 
+    # Copies, not zeros: the device does the work of real values.
     repeated = np.arange(intermediate_size) % units
     params = {}
     for path, leaf in flatten_dict(target.params).items():
         if path[-2:-1] == ("mlp",) and path[-1].endswith("f"):  # gate and up, into the units: [d, f], biases [f]
             leaf = jnp.asarray(leaf)[..., repeated]
-        elif path[-2:-1] == ("mlp",) and path[-1].endswith("fd"):
+        elif path[-2:-1] == ("mlp",) and path[-1].endswith("fd"):  # down, out of the units: [f, d], zeros added
             leaf = jnp.pad(leaf, ((0, intermediate_size - units), (0, 0)))
 
         params[path] = leaf
