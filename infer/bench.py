@@ -66,6 +66,7 @@ def main(argv: list[str]) -> None:
     settings = parse(BenchSettings, argv, description=__doc__)
     if settings.against == "plain" and not settings.drafter:
         raise UserError("There is nothing to compare: give --drafter DIR, or --against transformers.")
+    # Checked before the target is loaded, which can take minutes.
     if min(settings.repeats, settings.sampled_repeats) < 1 or not settings.temperatures:
         raise UserError(
             "There is nothing to measure: repeats and sampled-repeats must be 1 or more, and a temperature given."
@@ -170,10 +171,12 @@ def comparison_table(key: str, rows: dict[str, Any]) -> str:
 
 def against_transformers(settings: BenchSettings, target: Target, prompts: Sequence[EncodedPrompt]) -> dict[str, Any]:
     """Greedy plain decoding against `generate` of transformers on the same weights; figures for metrics.json."""
+    # Greedy, so that both must give the same tokens: a faster wrong answer would show.
     reference = TransformersDecoder.load(settings)
     decode = Decoder(target, None, settings.sampling(0.0), settings.engine)
     runs = alternate({"plain": lambda: decode(prompts), "transformers": lambda: reference(prompts)}, settings.repeats)
     mine, theirs = runs["plain"][0].generations, runs["transformers"][0].generations
+
     metrics = {
         "plain_tokens_per_second": median_speed(runs["plain"]),
         "transformers_tokens_per_second": median_speed(runs["transformers"]),
@@ -184,6 +187,7 @@ def against_transformers(settings: BenchSettings, target: Target, prompts: Seque
         "identical": sum(a.tokens == b.tokens for a, b in zip(mine, theirs, strict=True)),
         "prompts": len(prompts),
     }
+
     header = ["plain tok/s", "transformers tok/s", "ratio", "identical"]
     speeds = [f"{metrics['plain_tokens_per_second']:.0f}", f"{metrics['transformers_tokens_per_second']:.0f}"]
     ratio = f"{metrics['plain_over_transformers']:.2f}"

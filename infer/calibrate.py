@@ -65,6 +65,7 @@ def main(argv: list[str]) -> None:
     target = load_target(settings.target, dtype=settings.dtype)
     drafter = load_drafter(settings.drafter, target, dtype=settings.dtype)
     prompts = read_prompts(target, settings.prompts, settings.limit or None, settings.thinking)
+
     started = time.perf_counter()
     found = calibrate(
         target,
@@ -75,6 +76,7 @@ def main(argv: list[str]) -> None:
         settings.samples,
         recenter=settings.recenter is not None,
     )
+
     metrics = {
         **found.figures(),
         "shift": found.shift,

@@ -205,6 +205,7 @@ def _padded(found: Sequence[tuple[np.ndarray, int, int, int]], longest: int) -> 
         )
 
     rows = [tokens[:longest] for tokens, *_ in kept]
+    # A multiple of a fixed length, so that other prompts often need no other program.
     size = -(-max(map(len, rows)) // LENGTHS) * LENGTHS
     tokens = np.zeros((len(rows), size), np.int32)
     for row, ids in enumerate(rows):
@@ -292,6 +293,7 @@ def summary(verdict: Verdict, drafter: Drafter) -> str:
 def metrics(
     verdict: Verdict, contradictions: Sequence[str], settings: ConformanceSettings, drafter: Drafter
 ) -> dict[str, Any]:
+    # `asdict` nests the reading; the file has its three shifts beside the figures.
     def entry(c: Comparison) -> dict[str, Any]:
         fields = {name: value for name, value in asdict(c).items() if name != "reading"}
         named = {"convention": c.reading.convention or "declared", "read": c.reading.describe(drafter)}

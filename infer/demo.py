@@ -40,6 +40,7 @@ class DemoSettings:
 def steps(settings: DemoSettings) -> dict[str, list[str]]:
     """The demo's steps in order, each with the words of its program."""
     folder, target = settings.folder, settings.target
+    # Each step's output is a later step's input; each program continues or keeps what is there.
     conversations, cache, heldout = folder / "conversations.jsonl", folder / "cache", folder / "heldout.jsonl"
     return {
         "regenerate answers": [
@@ -75,6 +76,7 @@ def main(argv: list[str]) -> None:
         seconds[name] = time.perf_counter() - started
 
     bench = json.loads((settings.folder / "bench" / "metrics.json").read_text())
+    # The demo's own files are made from those of its programs: nothing is measured twice.
     records = [json.loads(line) for line in (settings.folder / "fit" / "metrics.jsonl").read_text().splitlines()]
     training_plot(settings.folder / "training.png", records)
     (settings.folder / "bench" / "conditional_acceptance.png").replace(settings.folder / "conditional_acceptance.png")

@@ -88,6 +88,7 @@ def main(argv: list[str]) -> None:
     else:
         metrics = {"profiles": [profile_slots(settings, target, drafter, slots) for slots in settings.slots]}
 
+    # The settings beside the figures: a profile holds for them alone.
     metrics["settings"] = asdict(settings)
     write_json(settings.output / "metrics.json", metrics)
     print(f"tables and metrics in {settings.output}")
@@ -134,6 +135,7 @@ def _loop(
 def _table(slots: int, profile: Profile, costs: CostTable, ladder: Sequence[int]) -> str:
     header = ["tokens", *(f"context {c:.0f}: ms (spread)" for c in profile.contexts), "verify, cleaned", "ladder"]
     rows = []
+    # The first count is one token a request: a plain round.
     for p, tokens in enumerate(profile.tokens):
         cells = [
             f"{1e3 * seconds[p]:.2f} ({1e3 * spread[p]:.2f})"

@@ -55,11 +55,13 @@ def main(argv: list[str]) -> None:
     if tokenizer is None:
         raise UserError(f"{folder} has no tokenizer files; add tokenizer.json.")
 
+    # Each answer is counted once; shares and choice are sums over these counts.
     counted = [(domain, count_tokens(tokenizer, text)) for domain, text in answers(settings.conversations)]
     if not counted:
         raise UserError("The conversations hold no answers; give those that the target has answered.")
 
     shares = kept_shares(counted, settings.size)
+    # The final choice uses every answer; the shares above do not, so they are a cautious estimate.
     ids = choose((tokens for _, tokens in counted), settings.size)
     write_json(settings.output, {"size": len(ids), "kept": shares, "ids": ids}, indent=0)
     print(

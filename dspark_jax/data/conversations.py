@@ -130,6 +130,7 @@ def parse_conversation(record: Mapping[str, Any], where: str = "record") -> Conv
     if not isinstance(record, Mapping):
         raise UserError(f"{where}: found {kind(record)}, expected an object with 'messages' or 'conversations'.")
 
+    # A row with both is read by its first; hub datasets use either name.
     key = next((k for k in ("messages", "conversations") if k in record), None)
     if key is None:
         found = ", ".join(f"{k!r:.40}" for k in list(record)[:8]) or "no fields"

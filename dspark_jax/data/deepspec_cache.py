@@ -124,6 +124,7 @@ class DeepSpecCache:
 
         data = path.read_bytes()
         wanted = self.manifest["num_samples"] * _INDEX.size
+        # A multiple of the record size is not enough: a cut at a record's end would pass.
         if len(data) != wanted:
             raise UserError(
                 f"{path} has {len(data)} bytes, expected {wanted} for {self.manifest['num_samples']} samples; "
@@ -177,11 +178,13 @@ class DeepSpecCacheWriter:
         max_shard_bytes: int = 2**31,
         extra: Mapping[str, Any] | None = None,
     ):
+        # The format has no field for another dtype.
         if spec.dtype != "bfloat16":
             raise UserError(f"dtype is {spec.dtype!r}, a DeepSpec cache holds bfloat16 only.")
 
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        # A writer never continues: without checksums a torn shard would go unnoticed.
         if any(self.folder.iterdir()):
             raise UserError(f"{self.folder} is not empty; give a new folder for a DeepSpec cache.")
 
@@ -212,6 +215,8 @@ class DeepSpecCacheWriter:
         """Writes the index, then the manifest, which makes the folder a cache."""
         self._close_shard()
         write_atomically(self.folder / "samples.idx", b"".join(self._index))
+
+        # The reference's own fields; `extra` may add to them but replace none.
         manifest = {
             **self.extra,
             **_FIXED,
@@ -225,6 +230,7 @@ class DeepSpecCacheWriter:
             "target_layer_ids": list(self.spec.layer_ids),
             "target_model_name_or_path": self.spec.target_name,
         }
+
         write_atomically(self.folder / "manifest.json", json.dumps(manifest, indent=2, sort_keys=True).encode())
 
     def _open_shard(self) -> None:

@@ -293,6 +293,7 @@ class TargetCache:
     def __init__(self, folder: str | os.PathLike[str]):
         self.folder = Path(folder)
         self._manifest = Manifest.load(self.folder)
+        # Shards of an unfinished cache are sound, but training on a part of the data must be a decision.
         if not self._manifest.complete:
             raise UserError(
                 f"The cache in {self.folder} is unfinished: {self._manifest.next_source} of "
@@ -304,6 +305,7 @@ class TargetCache:
         self._index = self._read_index()
         self._starts = np.cumsum([0, *(shard.records for shard in self._manifest.shards)])
         self._readers: dict[int, ArrayRecordReader] = {}
+        # Guards the table of readers only; the readers themselves are used by several threads.
         self._lock = threading.Lock()
 
     @property

@@ -138,6 +138,8 @@ def make(settings: CacheSettings) -> dict[str, Any]:
     check_settings(settings, config)
     tokenizer = load_tokenizer(folder)
     items, sources_sha256 = encode_sources(settings, tokenizer, config.vocab_size)
+
+    # All that decides the records: a folder with another spec is refused by the writer.
     spec = CacheSpec(
         target_name=settings.target,
         target_sha256=config_sha256(hf_config),
@@ -151,6 +153,7 @@ def make(settings: CacheSettings) -> dict[str, Any]:
         dtype=settings.codec,
         sources_sha256=sources_sha256,
     )
+
     figures = estimate(settings, spec, items)
     # Each process reads the files itself; on different copies they would compute different rows together.
     require_same({"their conversations are not the same": sources_sha256})
@@ -174,6 +177,7 @@ def make(settings: CacheSettings) -> dict[str, Any]:
     require_disk(
         settings.output, figures["bytes"] - sum(path.stat().st_size for path in settings.output.glob("shard-*"))
     )
+
     announce(settings.compute_dtype)
     target = load_target(folder, dtype=settings.compute_dtype, mesh=mesh, tokenizer=False)
 

@@ -156,6 +156,7 @@ class ChatClient:
                 "that answers."
             )
 
+        # A success without a body to read (204) is no answer either.
         if status in RETRIED or status < 300:
             named = headers.get("Retry-After", "")
             return UnansweredError(
@@ -164,6 +165,7 @@ class ChatClient:
 
         if status in WRONG_SERVER:
             return ServerError(f"{self.url} {WRONG_SERVER[status]} (HTTP {status}: {said})")
+        # Whatever is left concerns this request alone, such as a prompt that is too long.
         return UserError(f"the server refused the request (HTTP {status}: {said})")
 
 

@@ -93,6 +93,7 @@ def load_regenerator(settings: PrepareSettings, prompts: str) -> Regenerator:
         raise UserError(f"The tokenizer in {folder} has no chat template; put a chat_template.jinja beside it.")
 
     identity = {
+        # Weights too: two checkpoints of one architecture share their config.
         "target_sha256": config_sha256(hf_config),
         "weights_xxh3": weights_hash(folder),
         "tokenizer_hash": tokenizer_hash(tokenizer),
@@ -100,6 +101,7 @@ def load_regenerator(settings: PrepareSettings, prompts: str) -> Regenerator:
         **settings.recorded(),
     }
     check_begun(settings, identity)
+    # All checks are done. The tokenizer is loaded already, so the target comes without one.
     announce(settings.dtype)
     mesh = mesh_of_several(settings.mesh)
     target = replace(load_target(folder, dtype=settings.dtype, mesh=mesh, tokenizer=False), tokenizer=tokenizer)

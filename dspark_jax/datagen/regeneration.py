@@ -177,6 +177,7 @@ class Regenerator:
                 f"a prompt of {len(prompt)} tokens leaves no room for {new} new ones in a context of {self.context}."
             )
 
+        # A tokenizer copied from another model can have more tokens than the target has rows.
         vocabulary = self.target.config.vocab_size
         if max(prompt) >= vocabulary:
             raise UserError(f"token id {max(prompt)} is outside the target's vocabulary of {vocabulary}.")

@@ -108,6 +108,7 @@ def read_domains(path: Path) -> tuple[Domain, ...]:
     made = []
     for number, row in enumerate(read_records(path), start=1):
         name, needs = row.get("domain"), row.get("needs", "")
+        # Without openers the model begins the turn itself.
         systems, openers = _texts(row.get("system")), _texts(row.get("openers", [""]))
         if not isinstance(name, str) or not systems or not openers:
             raise UserError(

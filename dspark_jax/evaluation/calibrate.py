@@ -220,6 +220,7 @@ def fitted(rounds: Rounds, drafter: Drafter, shift: float, valid_for: dict[str, 
     """Fits temperatures on one half of the rounds, with `shift` added to the logits, and measures the other half."""
     fit, test = rounds.halves
     temperatures = fit_temperatures(fit.logits + shift, fit.accepted, fit.observed)
+    # Both on the measured half: the same rounds before and after.
     raw, scaled = prefix_survival(test.logits), prefix_survival(test.logits + shift, temperatures)
     before = calibration_metrics(raw, test.accepted, test.observed)
     after = calibration_metrics(scaled, test.accepted, test.observed)

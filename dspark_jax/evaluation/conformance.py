@@ -54,6 +54,7 @@ class Reading:
         if self.slot and hasattr(drafter.config, "sample_from_anchor"):
             return "the anchor's row predicts nothing" if self.slot < 0 else "the anchor's row predicts too"
 
+        # At most one of the three is shifted in a reading.
         for shift, one, few in (
             (self.slot, "tokens drafted {} {}", ("earlier", "later")),
             (self.layer, "layer ids {} {}", ("lower", "higher")),

@@ -137,6 +137,7 @@ class Evaluation:
 
         temperatures = np.array(temperatures_of(self.target, self.drafter, sampling, self.settings.engine.sts))
         found: dict[str, Any] = {}
+        # Temperatures of 1 leave the logits as they are.
         for stage, scale in (("before", np.ones_like(temperatures)), ("after", temperatures)):
             survival = prefix_survival(logits, scale)
             metrics = calibration_metrics(survival, accepted, observed)

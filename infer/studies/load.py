@@ -251,6 +251,7 @@ class Study:
         prompts are measured anew, since a machine's speed may have changed since a stored profile."""
         engine = self.engine("fixed", users, Causal())
         temperatures = temperatures_of(self.target, self.drafter, engine.sampling, self.settings.sts)
+
         costs = measure_profile(engine.loop, engine.params, self.settings.temperature).cost_table()
         prefill, dispatch = overheads(engine, self.prompts)
         plain_prefill, _ = overheads(self.engine("plain", users), self.prompts)

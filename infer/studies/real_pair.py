@@ -76,6 +76,7 @@ def main(argv: list[str]) -> None:
     # One length for all domains, so that they share their compiled programs and the profile.
     longest = -(-(max(len(prompt.tokens) for prompt in prompts) + settings.max_new_tokens) // 64) * 64
     engine = EngineConfig(1, longest, settings.policy, rounds_per_dispatch=64, smallest_prompt_bucket=64)
+
     bench = BenchSettings(
         target=settings.target,
         prompts=settings.questions,
@@ -87,12 +88,15 @@ def main(argv: list[str]) -> None:
         dtype=settings.dtype,
         engine=engine,
     )
+
     metrics = against_plain(bench, target, drafter, prompts)
     acceptance_plot(settings.output / "conditional_acceptance.png", metrics["temperatures"])
     write_json(settings.output / "metrics.json", metrics)
+
     made = summary(metrics["temperatures"]) | {"policy": settings.policy, "machine": machine()}
     made |= {"max_new_tokens": settings.max_new_tokens, "repeats": settings.repeats}
     write_json(settings.result, made)
+
     rows = [
         [name, *(f"{row[key]:.2f}" for key in ("t0", "t1", "tau_t0", "tau_t1"))]
         for name, row in made["by_domain"].items()

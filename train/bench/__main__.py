@@ -156,9 +156,12 @@ def measure(run: AbstractRun, config: TrainConfig, options: BenchOptions, terms:
     state, borrowed = random_inputs(run) if options.batch == "random" else cached_inputs(run, config)
     step = compiled(run.step.lower(state, *borrowed), "The step")
     seconds, metrics = timed_runs(step, state, borrowed, options)
+
     mesh = run.placement.mesh
+    # The batch's shape, not the plan's: a cached batch may be shorter than the longest bucket.
     rows, length = borrowed[1]["input_ids"].shape
     found = statistics.median(seconds)
+
     figures: dict[str, Any] = {
         "steps timed": f"{len(seconds)} runs of {metrics['steps a run']}",
         "seconds a step": found,
@@ -167,6 +170,7 @@ def measure(run: AbstractRun, config: TrainConfig, options: BenchOptions, terms:
         "skipped updates": metrics["skipped"],
         **{f"{name}, compiled": gibibytes(size) for name, size in memory_of(step, tied_bytes(run)).items()},
     }
+
     stats: dict[str, int] = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         figures["peak on the device"] = gibibytes(stats["peak_bytes_in_use"])

@@ -100,6 +100,7 @@ def pack(stream: Iterator[Encoded], length: int) -> Iterator[list[Encoded]]:
 
     Every conversation of a finite stream is yielded once. The oldest waiting one opens each row, so none is starved.
     """
+    # Choosing among many waiting ones fills rows almost whole, so little is spent on padding.
     waiting: list[Encoded] = []
     while True:
         while len(waiting) < _POOL and (item := next(stream, None)) is not None:

@@ -348,6 +348,7 @@ def main(argv: list[str]) -> None:
     history = History.open(run)
     if run.fraction() < 1:
         train(run, history)
+    # A run killed between its last step and its report is measured now.
     if not history.entries or history.entries[-1]["step"] != run.progress.step:
         history.record(run)
 

@@ -34,7 +34,9 @@ def learn_tokenizer(conversations: Iterable[list[dict[str, str]]]) -> Tokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
+
     tokenizer.decoder = decoders.ByteLevel()
+
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
         special_tokens=list(SPECIAL),
@@ -42,6 +44,7 @@ def learn_tokenizer(conversations: Iterable[list[dict[str, str]]]) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
+
     tokenizer.train_from_iterator(_texts(conversations), trainer)
 
     return tokenizer
@@ -60,6 +63,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(_CHAT_TEMPLATE, encoding="utf-8")
+
     described = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context,
@@ -69,7 +73,9 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
         "mask_token": MASK,
         "additional_special_tokens": [START],
     }
+
     _write_json(folder / "tokenizer_config.json", described)
+    # Both end a generation: END closes a turn, PAD is Qwen's end of a document.
     ids = {name: tokenizer.token_to_id(name) for name in (PAD, END)}
     generation = {"do_sample": False, "eos_token_id": [ids[END], ids[PAD]], "pad_token_id": ids[PAD]}
     _write_json(folder / "generation_config.json", generation)

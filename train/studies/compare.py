@@ -186,6 +186,7 @@ def prepare(settings: CompareSettings) -> None:
     if settings.cache:
         raise UserError(f"{settings.cache} is no finished cache; leave --cache out, and the study makes its own.")
 
+    # Temperature 1 and the whole law: drafters learn the distribution that they are measured on.
     conversations = settings.output / "conversations.jsonl"
     run(
         *("train.prepare_data", "--target", settings.target, "--embedded-prompts", "code,chat,math"),
@@ -214,6 +215,7 @@ def cache_fits(settings: CompareSettings) -> bool:
     if not (folder / "manifest.json").exists() or not Manifest.load(folder).complete:
         return False
 
+    # Layers in the spec, target by config and weights: a cache of another checkpoint would train to other features.
     spec, target = Manifest.load(folder).spec, resolve_folder(settings.target)
     built = read_object(folder / "build.json")["settings"] if (folder / "build.json").exists() else {}
     found = (tuple(spec.layer_ids), spec.target_sha256, built.get("weights_xxh3", ""))
@@ -291,6 +293,7 @@ def step_count(settings: CompareSettings) -> int:
     if not path.exists():
         from .compare_point import seconds_a_step
 
+        # DSpark at the study's depth, long enough for a median without compilation.
         probe = StudyPoint("dspark", settings.depth, 7, 0)
         config = point_config(settings, probe, 60)
         seconds = seconds_a_step(config, settings.output / "probe")

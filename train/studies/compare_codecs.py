@@ -107,6 +107,7 @@ def main(argv: list[str]) -> None:
         run_point(settings, points, settings.point)
         return
 
+    # The points only read what this process has prepared.
     begin(settings)
     prepare(settings)
     jobs = [
@@ -224,6 +225,7 @@ def report(settings: CodecSettings, command: str) -> None:
     """Writes metrics.json and prints a table of the codecs with finished points."""
     found: dict[str, dict[int, dict[str, Any]]] = {codec: finished(settings, codec) for codec in settings.codecs}
     found = {codec: results for codec, results in found.items() if results}
+    # Every codec is held against bfloat16 of the same seed, as far as that is finished.
     reference = found.get(REFERENCE, {})
     rows: dict[str, dict[str, Any]] = {}
 

@@ -29,6 +29,7 @@ def conditional_acceptance(path: Path, metrics: Mapping[str, Any]) -> None:
     """Figure 2: conditional acceptance of x_k at temperature 1; one panel for each domain, seeds as thin lines."""
     rows = metrics["figure2_t1"]
     domains = list(next(iter(rows.values())))
+    # A common y axis: heights can be compared across domains.
     figure, panels = pyplot().subplots(1, len(domains), figsize=(3.4 * len(domains), 3.6), squeeze=False, sharey=True)
 
     for panel, domain in zip(panels[0], domains, strict=True):
@@ -61,6 +62,7 @@ def block_length(path: Path, metrics: Mapping[str, Any]) -> None:
     _curves(panels[0], rows, "block length")
 
     for name, row in rows.items():
+        # A gain needs DFlash at the same block length.
         shared = [at for at in row if at in rows.get("dflash", {})]
         if name != "dflash" and shared:
             gain = [row[at]["macro"]["mean"] / rows["dflash"][at]["macro"]["mean"] - 1 for at in shared]
@@ -80,6 +82,7 @@ def block_length(path: Path, metrics: Mapping[str, Any]) -> None:
         panel.set_ylabel(unit)
         panel.set_xlabel("block length")
         panel.grid(alpha=0.3)
+        # A panel without points has nothing to explain.
         if panel.get_legend_handles_labels()[0]:
             panel.legend(fontsize=7)
 

@@ -106,6 +106,7 @@ def head_cost(target_folder: str, repeats: int = 7) -> dict[str, Any]:
                 for head in list(HEADS) if i % 2 else list(HEADS)[::-1]:
                     seconds[head].append(next(engines[head]))
 
+            # Paired with the headless dispatch of the same turn, then the median.
             ratios = {h: [a / b for a, b in zip(seconds[h], seconds["none"], strict=True)] for h in HEADS}
             rows.append(
                 {
@@ -131,6 +132,7 @@ def _drafter(target: Target, block: int, head: str) -> Drafter:
         block_size=block,
         markov_rank=HEADS[head],
         markov_head_type="vanilla" if head == "none" else head,
+        # No confidence head: the study is of the sequential head's cost alone.
         enable_confidence_head=False,
         dtype="float32",
     )

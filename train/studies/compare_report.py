@@ -48,6 +48,7 @@ def report(folder: Path, found: Found, head_cost: Mapping[str, Any] | None, abou
 
     depth = int(about["depth"])
     metrics: dict[str, Any] = {}
+    # A figure without points is an empty table, which plots and text leave out.
     for key in TEMPERATURES:
         table = main_table(found, depth, key)
         metrics[f"tau_macro_{key}"] = {name: row["macro"]["mean"] for name, row in table.items()}
@@ -162,6 +163,7 @@ def tables(metrics: Mapping[str, Any]) -> str:
 
     for figure, field in (("figure3_t1", "depth"), ("figure4_t1", "block")):
         rows = metrics[figure]
+        # JSON's keys are text; sorted as numbers, 12 comes after 8.
         at = sorted({int(x) for row in rows.values() for x in row})
         if rows:
             body = [

@@ -106,12 +106,15 @@ def _compiled() -> list[Entry]:
             owner = importlib.import_module(module)
         except ImportError:
             continue
+
+        # The name as a user would write it: `len`, not builtins.len; `operator.add`, not _operator.add.
         shown = "" if module == "builtins" else module.lstrip("_") + "."
         # Sorted: the order in a module's namespace may differ between builds.
         for name, value in sorted(vars(owner).items()):
             if name.startswith("_") or not callable(value):
                 continue
             entries.extend(_live(module, f"{shown}{name}", value, "class" if inspect.isclass(value) else "function"))
+
             if inspect.isclass(value):
                 for attribute, member in sorted(vars(value).items()):
                     if not attribute.startswith("_") and callable(member):

@@ -71,6 +71,7 @@ def _source_files() -> list[tuple[str, Path]]:
         parts = path.relative_to(root).with_suffix("").parts
         if _SKIPPED_FOLDERS & set(parts[:-1]) or parts[0].startswith(("config-", "_sysconfigdata")):
             continue
+        # A package is known by its folder's name.
         if parts[-1] == "__init__":
             parts = parts[:-1]
 
