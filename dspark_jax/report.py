@@ -169,6 +169,7 @@ def pyplot() -> Any:
 
 
 def save(figure: Any, path: Path) -> None:
+    """Writes a figure atomically, in the format of the path's suffix, and closes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
 

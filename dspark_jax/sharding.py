@@ -218,4 +218,5 @@ def batch_shardings(batch: Mapping[str, Any], mesh: AnyMesh, rules: ShardingRule
 
 
 def replicated(mesh: AnyMesh) -> NamedSharding:
+    """The sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())

@@ -263,7 +263,7 @@ class EvaluationSettings:
     limit: int = 8
     """Prompts taken of each domain; 0: all."""
     temperature: float = 1.0
-    """Of target and drafter; 0: greedy."""
+    """Sampling temperature of target and drafter; 0: greedy."""
     max_new_tokens: int = 128
     """Longest answer decoded."""
     slots: int = 16
@@ -304,7 +304,7 @@ class TrainConfig:
     max_steps: int | None = None
     """Stop, and end the learning-rate schedule, after this many optimizer steps even if epochs remain."""
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of activations and matrix products; parameters and optimizer state are float32."""
+    """Dtype of activations and matrix products; parameters and optimizer state are float32."""
     anchor_chunk: int = 64
     """Anchors whose logits [chunk γ, V] exist at once in the loss."""
     log_every: int = 10

@@ -156,6 +156,7 @@ def copies(program: str, shapes: Iterable[tuple[int, ...]]) -> list[str]:
 
 
 def mebibytes(count: float) -> str:
+    """A number of bytes as text, in MiB with one decimal."""
     return f"{count / 2**20:,.1f} MiB"
 
 

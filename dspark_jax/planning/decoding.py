@@ -107,13 +107,16 @@ class DecodePlan:
 
     @property
     def device_kind(self) -> str:
+        """jax's name of the devices that the loop is compiled for."""
         return (jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0]).device_kind
 
     @property
     def platform(self) -> str:
+        """jax's name of the platform that the loop is compiled for."""
         return jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
 
     def describe(self) -> dict[str, Any]:
+        """The facts of the plan by the names that `infer.plan` prints; sizes are those on one device."""
         loop, mesh = self.loop, self.mesh
         return {
             "target": self.target.name,
@@ -239,13 +242,16 @@ def abstract_state(loop: DecodeLoop, params: LoopParams) -> DecodeState:
 
 
 def shapes_of(tree: Any) -> Any:
+    """ShapeDtypeStructs in place of a pytree's arrays, without shardings."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
 def local_shape(x: Any) -> tuple[int, ...]:
+    """The shape of an array's part on one device."""
     # What one device holds: the memory that a plan is about.
     return x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
 
 
 def bytes_of(tree: Any) -> int:
+    """Bytes of a pytree on one device."""
     return sum(math.prod(local_shape(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

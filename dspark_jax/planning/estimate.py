@@ -118,4 +118,5 @@ def value_bytes(value: Any) -> int:
 
 
 def shard_bytes(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> int:
+    """Bytes of an array on one device under a sharding."""
     return math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize

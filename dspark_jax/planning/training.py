@@ -83,18 +83,22 @@ class AbstractRun:
 
     @property
     def drafter_hf(self) -> dict[str, Any]:
+        """config.json of the drafter."""
         return self.spec.drafter_hf
 
     @property
     def placement(self) -> Placement:
+        """The mesh and its sharding rules."""
         return self.spec.placement
 
     @property
     def state(self) -> TrainState:
+        """Shapes and shardings of the training state."""
         return self.spec.abstract
 
     @property
     def micro_batches(self) -> int:
+        """Micro-batches of a step."""
         return self.spec.accumulation_steps
 
     @property
@@ -110,6 +114,7 @@ class AbstractRun:
 
 
 def abstract_tables(config: TargetConfig, dtype: str, placement: Placement) -> SharedTables:
+    """The target's embedding and head [V, D] as shapes with shardings."""
     # Embedding and head have one shape, tied or not.
     table: Any = jax.ShapeDtypeStruct((config.vocab_size, config.hidden_size), DTYPES[dtype])
     shared = SharedTables.of(config, table, table)
@@ -119,6 +124,7 @@ def abstract_tables(config: TargetConfig, dtype: str, placement: Placement) -> S
 
 
 def abstract_target_params(config: TargetConfig, dtype: str, placement: Placement) -> dict:
+    """The target's parameters as shapes with shardings, in the dtype of the step."""
     skeleton = target_skeleton(config)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, DTYPES[dtype], sharding=s),

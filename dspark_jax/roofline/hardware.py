@@ -71,6 +71,7 @@ class Term:
         return Term(self.name, self.flops + other.flops, self.bytes + other.bytes, self.again + other.again)
 
     def times(self, count: float) -> "Term":
+        """The term repeated `count` times."""
         return Term(self.name, self.flops * count, self.bytes * count, self.again * count)
 
     def seconds(self, device: Device) -> float:
@@ -79,6 +80,7 @@ class Term:
 
 
 def total(terms: Iterable[Term], name: str = "together") -> Term:
+    """The sum of terms under a new name."""
     # Sums over terms of any names take the name given here.
     return sum(terms, Term(name, 0.0, 0.0))
 

@@ -168,6 +168,7 @@ class Checkpoints:
             write_hashes(self.folder / str(step))
 
     def close(self) -> None:
+        """Closes the folder, after the save under way."""
         self._orbax.close()
 
     def __enter__(self) -> "Checkpoints":

@@ -44,6 +44,7 @@ class Offline:
         """Called before a checkpoint: on return, records that earlier steps produced are on disk."""
 
     def close(self) -> None:
+        """Stops the threads that read ahead."""
         self.batches.close()
 
 

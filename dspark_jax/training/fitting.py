@@ -139,6 +139,7 @@ def export(run: Run, target: Target, params: dict, name: str) -> Path:
 
 
 def open_checkpoints(run: Run) -> Checkpoints:
+    """The checkpoints in the run's folder, kept as its configuration says; close them."""
     return Checkpoints(run.folder / "checkpoints", run.checkpoints.keep, run.checkpoints.keep_best)
 
 

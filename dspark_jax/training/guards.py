@@ -30,6 +30,7 @@ class Preemption:
         self._before: Any = None
 
     def requested(self, step: int) -> bool:
+        """Whether to save and stop after `step`; in a job, every process must ask at every step."""
         if jax.process_count() == 1:
             return self._requested
 

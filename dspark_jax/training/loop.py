@@ -49,6 +49,7 @@ class Window:
     flops: float = 0.0
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Adds the metrics of the step with index `step`, without waiting for them."""
         self.pending.append(metrics)
         # Metrics count from the first step, speed only after compilation.
         if self.timed_from is not None:
@@ -62,6 +63,7 @@ class Window:
         self.timed_from = time.perf_counter()
 
     def fetch(self) -> list[dict[str, float]]:
+        """The pending metrics as floats, one dict a step; waits for the steps."""
         # One transfer for all steps of the window; what was fetched before a checkpoint is kept as floats.
         self.pending = [{k: float(v) for k, v in m.items()} for m in jax.device_get(self.pending)]
         return self.pending

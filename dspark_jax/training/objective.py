@@ -77,6 +77,8 @@ class BlockObjective:
     compute_dtype: Any = jnp.float32
 
     def plan(self, batch: Batch, key: Array) -> Plan:
+        """Samples anchors and derives their blocks."""
+        # `plan_at` takes anchors as given, so that a comparison can fix them (docs/algorithm.md, rule 98).
         anchors, keep = sample_anchors(key, batch["loss_mask"], self.config.num_anchors, batch.get("segments"))
         return self.plan_at(batch, anchors, keep)
 
@@ -92,16 +94,21 @@ class BlockObjective:
         return Plan(blocks, weight + EPSILON, anchor_sums(blocks, mask, segments), weight)
 
     def build(self, params: dict) -> BlockDrafter:
+        """The drafter with `params` in the compute dtype."""
         # The cast is inside the differentiated function, so gradients arrive in the masters' float32.
         return nnx.merge(self.graphdef, cast_params(params, self.compute_dtype))
 
     def sums(self, params: dict, shared: SharedTables, batch: Batch, rows: Blocks) -> Sums:
+        """The sums of `losses.block_sums` over the rows of a micro-batch."""
+        # `build`, not a model: each chunk casts the parameters itself.
         return block_sums(self.build, params, shared, batch, rows, self.options.anchor_chunk)
 
     def loss(self, sums: Sums, denominator: Array) -> Array:
+        """[] float32, the loss of rule 41."""
         return self.options.total(sums, denominator)
 
     def metrics(self, sums: Sums, length: int) -> dict[str, Array]:
+        """The figures of `metrics.loss_metrics`."""
         return loss_metrics(sums, self.options, length, self.config.num_anchors)
 
 

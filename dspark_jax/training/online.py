@@ -71,6 +71,7 @@ class FirstEpoch:
 
     @classmethod
     def of(cls, batches: Batches) -> "FirstEpoch":
+        """The first epoch of a run's batches, over packed or single sequences."""
         source, count = batches.source, len(batches.source)
 
         steps = range(batches.steps_per_epoch)
@@ -206,6 +207,7 @@ class Recorder:
         return Reordered(TargetCache(self.folder), inverse, self.epoch.names())
 
     def close(self) -> None:
+        """Releases the cache's folder; states that were taken and not yet written are dropped."""
         if self._writer:
             self._writer.close()
 

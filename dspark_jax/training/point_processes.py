@@ -38,9 +38,11 @@ class Point:
 
     @property
     def done(self) -> bool:
+        """Whether the result exists."""
         return self.result.exists()
 
     def read(self) -> dict[str, Any]:
+        """The JSON object of the result; UserError if it is missing or damaged."""
         return read_object(self.result, expected="the result of a point")
 
 
@@ -172,6 +174,7 @@ def _terminated_as_interrupt() -> Iterator[None]:
 
 
 def last_line(log: Path) -> str:
+    """The last line of a log that is not blank, up to 300 characters."""
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else []
     return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "its log is empty")
 

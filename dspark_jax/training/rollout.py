@@ -41,6 +41,7 @@ class RolloutObjective:
         return Plan(mask, jnp.float32(mask.size), {"positions": jnp.float32(mask.size)}, jnp.sum(mask))
 
     def build(self, params: dict) -> Eagle3:
+        """The drafter with `params` in the compute dtype."""
         return nnx.merge(self.graphdef, cast_params(params, self.compute_dtype))
 
     def sums(self, params: dict, shared: SharedTables, batch: Batch, rows: Float[Array, "b t"]) -> Sums:
@@ -84,6 +85,7 @@ class RolloutObjective:
         return jax.lax.scan(lambda total, at: (jax.tree.map(jnp.add, total, body(at)), None), zeros, starts)[0]
 
     def loss(self, sums: Sums, denominator: Array) -> Array:
+        """[] float32: the steps' sums, weighted by decay^s, over B T (docs/algorithm.md, rule 56)."""
         weights = self.config.step_loss_decay ** jnp.arange(self.config.block_size)
         return jnp.sum(weights * sums["ploss"]) / denominator
 

@@ -160,6 +160,7 @@ class Run:
 
     @property
     def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
         return self.cadence.total
 
     @property

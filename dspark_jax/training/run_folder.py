@@ -66,6 +66,7 @@ def require_same_run(folder: Path, config: TrainConfig) -> None:
 
 
 def write_config(folder: Path, config: TrainConfig) -> None:
+    """Creates the run's folder and writes config.json, atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", to_json(config))
 
@@ -104,6 +105,7 @@ def require_same_inputs(folder: Path, inputs: Mapping[str, str]) -> None:
 
 
 def write_inputs(folder: Path, inputs: Mapping[str, str]) -> None:
+    """Writes inputs.json, atomically."""
     write_json(folder / "inputs.json", inputs)
 
 
@@ -207,6 +209,7 @@ class MetricsLog:
         return xxh3_64_hexdigest(_lines(self.records).encode())
 
     def close(self) -> None:
+        """Closes both files; UserError if the disk refuses."""
         self._file.close()
         with self._reported():
             self._board.close()
@@ -252,6 +255,7 @@ class ScalarBoard:
         self._writer.flush()
 
     def close(self) -> None:
+        """Flushes and closes the event file."""
         self._writer.close()
 
     def _add(self, event: Any) -> None:

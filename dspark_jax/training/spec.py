@@ -60,6 +60,7 @@ class StepSpec:
         Raises:
             UserError: a drafter that doesn't fit the target, or a batch that the mesh can't share.
         """
+        # Refuses a drafter that does not fit the target, before anything is laid out.
         drafter_hf = drafter_config(config.drafter, target, config.compute_dtype)
         rules = ShardingRules()
         placement = Placement(mesh, rules.sharded_markov() if config.mesh.markov_tables == "sharded" else rules)
@@ -82,10 +83,12 @@ class StepSpec:
 
     @cached_property
     def drafter(self) -> DrafterConfig:
+        """The drafter's configuration, read from `drafter_hf`."""
         return read_config(self.drafter_hf)
 
     @property
     def mesh(self) -> Any:
+        """The mesh of the placement."""
         return self.placement.mesh
 
     def objective(self) -> Objective:
@@ -170,6 +173,7 @@ def draft_vocabulary(path: str, target: Target) -> DraftVocabulary | None:
 
 
 def loss_options(settings: LossSettings, anchor_chunk: int) -> LossOptions:
+    """The settings of the loss with the chunk size, as the losses take them."""
     return LossOptions(
         ce_alpha=settings.ce_alpha,
         l1_alpha=settings.l1_alpha,

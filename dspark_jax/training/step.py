@@ -44,6 +44,7 @@ class Placement:
 
     @property
     def whole(self) -> NamedSharding:
+        """The sharding of arrays that every device holds whole."""
         return replicated(self.mesh)
 
     def rows(self, tree: Any, leading: int = 0) -> Any:

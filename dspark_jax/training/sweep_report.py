@@ -30,6 +30,7 @@ def summary_rows(sweep: Sweep, results: Mapping[str, Mapping[str, Any]]) -> list
 
 
 def varied(sweep: Sweep) -> list[str]:
+    """Dotted names of the fields that some point varies, in order of appearance."""
     return list(dict.fromkeys(field for diff in sweep.diffs for field in diff))
 
 
@@ -41,6 +42,7 @@ def _value(sweep: Sweep, field: str) -> Any:
 
 
 def summary_table(sweep: Sweep, rows: list[Row], total: int) -> str:
+    """Finished points as a text table, with the measured figures that exist; `total`: points of the sweep."""
     shown = [key for key in dict.fromkeys((*MEASURED, sweep.metric)) if any(row[key] is not None for row in rows)]
     body = [[row["name"], *("" if row[key] is None else f"{row[key]:.3f}" for key in shown)] for row in rows]
     return f"{table(['point', *shown], body)}\n{len(rows)} of {total} points are finished."
