@@ -106,6 +106,7 @@ def load_v4_drafter(
     tensors = V4Folder(folder)
     hf_config = native_config(stored, drafter_kind_in(tensors), num_anchors=stored.get("num_anchors", 512))
 
+    # Checked against the target before any weight is read.
     config = read_config(hf_config)
     config.check_target(target.config)
     # A config's hash that matches settles it; without one the folder may still be the same model with another config.
@@ -136,6 +137,7 @@ def _check_same_target(tensors: V4Folder, target: Target) -> None:
     if "embed.weight" not in tensors.names or table is None or not table.is_fully_addressable:
         return
 
+    # Spread over the vocabulary: rows of added tokens at its end are often untrained and equal.
     rows = np.unique(np.linspace(0, table.shape[0] - 1, _SAMPLED_ROWS).astype(int))
     stored = tensors.stored("embed.weight")
     mine = np.stack([np.asarray(stored[int(r) : int(r) + 1])[0] for r in rows]).astype(np.float32)

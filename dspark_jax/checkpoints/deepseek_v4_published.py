@@ -70,6 +70,7 @@ def published_tensors(hf_config: Mapping[str, Any], drafter: str | None = None) 
 
 def _target_leaves(config: V4Config) -> dict[ParamPath, Any]:
     """Shapes of the target's parameters; layers of one kind are described once."""
+    # Tables and heads from a model without layers, then the layers of each kind.
     leaves = _shapes(lambda: V4Model(replace(config, layers=()), rngs=nnx.Rngs(0)))
     # A published model has dozens of layers of a few kinds, and tracing each of them would dominate.
     kinds = {layer: _shapes(lambda: V4Block(config, layer, rngs=nnx.Rngs(0))) for layer in set(config.layers)}  # noqa: B023
@@ -124,6 +125,7 @@ def save_v4_drafter(folder: Path, drafter: Drafter, dtype: str | None = None) ->
 
 def _save(folder: Path, hf_config: Mapping[str, Any], tensors: dict[str, np.ndarray], dtype: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    # safetensors' own numpy writer has no fp8 types.
     write_raw(folder / "model.safetensors", tensors)
     kept = dict(hf_config)
 
@@ -159,5 +161,6 @@ def _encode(name: str, array: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
     if form == "BF16":
         return {name: array.astype(ml_dtypes.bfloat16)}
 
+    # Weights that were decoded from such codes are encoded to the same ones.
     codes, scales = (encode_fp8 if form == "fp8" else encode_fp4)(array.astype(np.float32))
     return {name: codes, name.removesuffix("weight") + "scale": scales}

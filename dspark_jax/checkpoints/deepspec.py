@@ -73,9 +73,11 @@ def drafter_tensor_map(config: DrafterConfig, paths: Iterable[ParamPath]) -> dic
         named = path[1:] if path[0] == "backbone" else path
         below = named[2:] if named[0] == "layers" else None
 
+        # A draft layer is a target's block, stored under the target's names.
         if below in LAYER_TENSORS:
             table[path] = layer_tensor(below, f"layers.{named[1]}")
         else:
+            # The attribute's name is the tensor's, which is why attributes of heads must not be renamed.
             leaf, layout = _LEAVES.get(path[-1], (path[-1], Layout.SAME))
             table[path] = Stored(".".join([*map(str, named[:-1]), leaf]), layout)
 

@@ -101,6 +101,7 @@ def load_drafter(
     if holds_v4(folder):
         return load_v4_drafter(folder, target, dtype=dtype, mesh=mesh, rules=rules)
 
+    # Whatever the layout, everything below works on DeepSpec's names and fields.
     stored, layout = read_stored_config(folder)
     hf_config = native_config(stored, layout, target.config)
     # Ids that are off by one load without an error and draft badly (docs/algorithm.md, rule 96).
@@ -120,6 +121,7 @@ def load_drafter(
         raise UserError(
             f"Drafter dtype {dtype or config.backbone.dtype!r} is not supported; choose float32 or bfloat16."
         )
+
     storage = DTYPES[dtype or config.backbone.dtype]
 
     module = skeleton(hf_config)
@@ -132,9 +134,11 @@ def load_drafter(
         drafter_tensor_map(config, leaves),
     )
     needed = {layout.tensor(name, hf_config) for name in stored_names(table, leaves)}
+    # Before any weight is read: a tensor without a parameter means that config and weights differ.
     refuse_leftovers(tensors, needed, ("drafter", layout.name) if layout.name in HARMLESS else ("drafter",))
 
     vocabulary = getattr(config, "draft_vocabulary", None)
+    # The same sizes do not make it the same target: tables are compared, not only shapes.
     _check_frozen_copies(tensors, target, vocabulary)
     if vocabulary is None:
         _check_vocabulary_map(tensors)
@@ -146,9 +150,11 @@ def load_drafter(
         table,
         {path: leaf for path, leaf in leaves.items() if not borrowed or path != _DRAFT_HEAD_PATH},
         shardings,
+        # Confidences are compared with thresholds and multiplied (docs/algorithm.md, rule 35).
         lambda path: jnp.float32 if path[0] == "confidence_head" else storage,
     )
     if vocabulary is not None and borrowed:
+        # Placed as a stored head would be.
         rows = draft_head(shared_tables(target), vocabulary).astype(storage)
         params[_DRAFT_HEAD_PATH[0]] = rows if shardings is None else jax.device_put(rows, shardings[_DRAFT_HEAD_PATH])
     # Last: a fault that an earlier check explains is better named by that check.
@@ -193,6 +199,7 @@ def save_drafter(
         return
 
     folder, form = Path(folder), layout_named(layout)
+    # The config states the dtype of the tensors that are written with it.
     native = {**drafter.hf_config, "dtype": dtype or drafter.config.backbone.dtype}
     stored = form.from_native(native, target)
 
@@ -205,6 +212,7 @@ def save_drafter(
         frozen = {(name,): Stored(name) for name in form.frozen(native)}
         tensors |= stored_tensors(frozen, tables, native["dtype"])
     elif form.name == "deepspec":
+        # The draft head is a frozen copy too: without copies, loading takes the target's rows again.
         tensors.pop(DRAFT_HEAD, None)
 
     # Renamed once, here: up to this line every name is DeepSpec's.
@@ -222,6 +230,7 @@ def save_drafter(
         (folder / MANIFEST_FILE).unlink(missing_ok=True)
     write_tensors(folder / WEIGHTS_FILE, tensors)
     write_json(folder / CONFIG_FILE, stored)
+    # Last, because it holds the hashes of the files before it.
     write_manifest(folder, native, form, target, provenance)
 
 
@@ -251,6 +260,7 @@ def stored_vocabulary(tensors: TensorFolder, hf_config: Mapping[str, Any]) -> Dr
         )
 
     ids = np.asarray(tensors.raw("d2t")[:]).astype(np.int64)
+    # Differences, where their sums ascend within the vocabulary; target ids otherwise.
     relative = ids + np.arange(len(ids))
     ids = relative if np.all(np.diff(relative) > 0) and relative[-1:] < whole else ids
 
@@ -260,6 +270,7 @@ def stored_vocabulary(tensors: TensorFolder, hf_config: Mapping[str, Any]) -> Dr
             "order; copy its weights again."
         )
 
+    # `t2d` is redundant; where it is stored, it must describe the same ids.
     found = DraftVocabulary.of(ids, whole)
     if "t2d" in tensors.names and not np.array_equal(np.asarray(tensors.raw("t2d")[:]).astype(bool), found.member):
         raise UserError(f"The tensors d2t and t2d in {tensors.folder} contradict each other; copy its weights again.")
@@ -290,6 +301,7 @@ def _check_frozen_copies(tensors: _NamedTensors, target: Target, vocabulary: Dra
         rows = np.unique(np.linspace(0, shape[0] - 1, _SAMPLED_ROWS).astype(int))
         # Rows are read one by one: a table of a hundred thousand rows is not loaded for a sample of it.
         mine = np.stack([np.asarray(stored[int(r) : int(r) + 1])[0] for r in rows]).astype(np.float32)
+        # Gathered on the device, so that the whole table does not travel to the host.
         theirs = np.asarray(jnp.take(table, rows, axis=0)).astype(np.float32)
         if _differ(mine, theirs):
             raise UserError(

@@ -101,6 +101,7 @@ def converted_folder(file: Path) -> Path:
 
     try:
         parent.mkdir(exist_ok=True)
+        # Beside its final place, since a rename is atomic within one file system only.
         made = Path(tempfile.mkdtemp(prefix="making-", dir=parent))
     except OSError as error:
         raise UserError(
@@ -132,6 +133,7 @@ def _convert(file: Path, folder: Path) -> None:
         raise UserError(f"{file} is no whole GGUF file ({reason}); copy it again.") from error
 
     tensors = {tensor.name: tensor for tensor in reader.tensors}
+    # The config comes first: an architecture that is not read is refused before gigabytes are decoded.
     config = hf_config(file, fields, tensors)
     _write_weights(folder, config, file, tensors)
     write_tokenizer(folder, file, fields)
@@ -166,6 +168,7 @@ def hf_config(file: Path, fields: Mapping[str, Any], tensors: Mapping[str, Any])
         return found
 
     architecture, model_type = ARCHITECTURES[kind]
+    # `value` is for fields without a default in the format; those with one are read by `get` below.
     heads, hidden = int(value("attention.head_count")), int(value("embedding_length"))
     embedding = tensors.get("token_embd.weight")
     if embedding is None:
@@ -187,6 +190,7 @@ def hf_config(file: Path, fields: Mapping[str, Any], tensors: Mapping[str, Any])
         "max_position_embeddings": int(value("context_length")),
         # Shapes come fastest axis first in GGUF: the last one is the vocabulary.
         "vocab_size": int(embedding.shape[-1]),
+        # The format has no field for it: a tied model's file has no output tensor.
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": False,
         "dtype": "float32" if embedding.tensor_type.name == "F32" else "bfloat16",
@@ -228,6 +232,7 @@ def _rope_scaling(
                 "high_freq_factor": 4.0,
                 "original_max_position_embeddings": original,
             }
+            # Tried through the same code that will run, so that a match means equal frequencies at load.
             rope = RopeConfig.from_hf_dict({**config, "rope_scaling": scaling})
             plain = RopeConfig.from_hf_dict(config).inverse_frequencies(config["head_dim"])[0]
             # The file holds divisors: plain frequency over scaled frequency.
@@ -250,6 +255,7 @@ def _rope_scaling(
 
 def _write_weights(folder: Path, config: Mapping[str, Any], file: Path, tensors: Mapping[str, Any]) -> None:
     """model.safetensors, or shards of about `SHARD_BYTES` with their index: no more is in memory at once."""
+    # numpy has no bfloat16; its float32 is not in ml_dtypes.
     dtype = np.dtype(getattr(ml_dtypes, config["dtype"], config["dtype"]))
     shards: list[dict[str, np.ndarray]] = [{}]
     files: dict[str, str] = {}
@@ -300,6 +306,7 @@ def _hf_tensors(file: Path, config: Mapping[str, Any], tensors: Mapping[str, Any
                 array = _halves(array, config["head_dim"])
             yield f"model.layers.{parts[1]}.{_LAYER[parts[2]]}.weight", array
         elif known and parts[2] in _EXPERTS:
+            # [E, F, D] or [E, D, F], one expert for each index of the first axis.
             for expert, array in enumerate(_decoded(tensor)):
                 yield f"model.layers.{parts[1]}.mlp.experts.{expert}.{_EXPERTS[parts[2]]}.weight", array
         else:
@@ -312,7 +319,7 @@ def _hf_tensors(file: Path, config: Mapping[str, Any], tensors: Mapping[str, Any
 def _halves(weight: np.ndarray, head_dim: int) -> np.ndarray:
     """Rows [Q*H, D] with rotary pairs (i, i + H/2), from the interleaved (2i, 2i + 1) of llama.cpp's Llama files."""
     out, into = weight.shape
-    pairs = weight.reshape(out // head_dim, head_dim // 2, 2, into)
+    pairs = weight.reshape(out // head_dim, head_dim // 2, 2, into)  # [Q, H/2, 2, D]
 
     return pairs.swapaxes(1, 2).reshape(out, into)
 

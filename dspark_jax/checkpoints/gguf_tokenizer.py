@@ -76,11 +76,14 @@ def _pre_tokenizer(file: Path, pre: str) -> Any:
     """The pre-tokeniser of that name; UserError listing the supported ones."""
     from tokenizers import Regex, pre_tokenizers
 
+    # GPT-2's own pattern is built into the byte-level step.
     if pre in _PLAIN:
         return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     if pre in _DIGITS_APART:
+        # Digits come apart first, then GPT-2's pattern cuts the rest.
         first, regex = pre_tokenizers.Digits(individual_digits=True), True
     elif pre in _PATTERNS:
+        # The pattern replaces GPT-2's, so the byte-level step must not cut again.
         first, regex = pre_tokenizers.Split(Regex(_PATTERNS[pre]), "isolated"), False
     else:
         known = ", ".join(sorted([*_PLAIN, *_DIGITS_APART, *_PATTERNS]))

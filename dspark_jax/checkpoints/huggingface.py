@@ -83,8 +83,10 @@ def resolve_folder(path_or_id: str | Path, kind: Literal["target", "drafter"] = 
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    # Weights in other formats, which may be as large again, are left on the hub.
     patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.txt"]
     try:
+        # Offline, this takes a complete copy from the local cache.
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
@@ -161,6 +163,7 @@ def save_target(folder: str | Path, hf_config: Mapping[str, Any], params: dict, 
     table = target_tensor_map(flatten_dict(params), _PREFIXES[text_config(hf_config) is not hf_config])
     write_json(folder / "config.json", {**hf_config, "dtype": dtype})
     write_tensors(folder / WEIGHTS_FILE, stored_tensors(table, params, dtype))
+    # Last: hashes of files as written, so that a cut copy is found later.
     write_json(folder / HASHES_FILE, {name: file_hash(folder / name) for name in ("config.json", WEIGHTS_FILE)})
 
 
@@ -172,6 +175,7 @@ def stored_prefix(tensors: TensorFolder, hf_config: Mapping[str, Any]) -> str:
     """The prefix under which the folder has its embedding, whatever its config says: text-only configs are also found
     beside multimodal tensors. Where there is no embedding under either, the config's own prefix."""
     own = _PREFIXES[text_config(hf_config) is not hf_config]
+    # The config's own prefix first, for folders that hold both.
     for prefix in (own, *_PREFIXES):
         if f"{prefix}.embed_tokens.weight" in tensors.names:
             return prefix
@@ -188,6 +192,7 @@ def target_tensors(
             embedding to which the config ties it.
     """
     if config.model_type == "deepseek_v4":
+        # V4's files have names and quantised forms of their own.
         published, table = V4Folder(folder), v4_tensor_map(leaves)
         refuse_leftovers(published, v4_needed(published, stored_names(table, leaves)), ("deepseek_v4",))
         return published, table
@@ -211,6 +216,7 @@ def _check_tied_head(tensors: TensorFolder, embedding: str) -> None:
     embed, head = tensors.stored(embedding), tensors.stored(HEAD_TENSOR)
 
     count = embed.get_shape()[0]
+    # A sample of 64 rows: a head that was trained apart differs in nearly all of them.
     rows = [slice(int(r), int(r) + 1) for r in np.linspace(0, count - 1, min(count, 64))]
     same = embed.get_shape() == head.get_shape() and all(np.array_equal(embed[row], head[row]) for row in rows)
 

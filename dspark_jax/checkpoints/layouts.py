@@ -37,6 +37,7 @@ def layout_named(name: str) -> FolderLayout:
 
 def detect_layout(stored: Config) -> FolderLayout:
     """The layout whose config.json this is; DeepSpec's if none claims it, whose reader then names the fault."""
+    # The first claim decides; files of one layout carry no other's marks.
     claims = [layout for layout in LAYOUTS.values() if layout.detects(stored)]
     return claims[0] if claims else LAYOUTS["deepspec"]
 
@@ -50,6 +51,7 @@ def read_stored_config(folder: Path) -> tuple[Config, FolderLayout]:
     """
     path = folder / CONFIG_FILE
     stored = read_object(path, expected="the config.json of a drafter")
+    # Types and ranges first, so that the layouts' readers may index and compute without checks of their own.
     check_fields(stored, _STORED, str(path))
     check_drafter_fields(stored, str(path))
 
@@ -58,6 +60,7 @@ def read_stored_config(folder: Path) -> tuple[Config, FolderLayout]:
         if stored.get(name):
             check_drafter_fields(stored[name], f"{path}, under {name},")
 
+    # On the stored file: translation may drop the very field that asks for another rotation.
     refuse_rotations(stored, str(path))
     for values in (stored, *(stored.get(name) or {} for name in NESTED)):
         refuse_quantisation(values, str(path))

@@ -69,6 +69,7 @@ def unpack_fp4(packed: np.ndarray) -> np.ndarray:
 
 def decode_fp4(packed: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """float32 values [n, 2 k] of packed codes [n, k] with scales [n, 2 k / 32]."""
+    # One scale for each GROUP columns; the last group may be cut.
     return unpack_fp4(packed) * np.repeat(e8m0_values(scales), GROUP, axis=-1)[..., : 2 * packed.shape[-1]]
 
 
@@ -84,7 +85,7 @@ def encode_fp8(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     padded[:rows, :columns] = values
     blocks = padded.reshape(padded.shape[0] // BLOCK, BLOCK, padded.shape[1] // BLOCK, BLOCK)
 
-    exponents = _exponents(np.abs(blocks).max(axis=(1, 3)), E4M3_MAX)
+    exponents = _exponents(np.abs(blocks).max(axis=(1, 3)), E4M3_MAX)  # one for each block
     scaled = np.ldexp(blocks, -exponents[:, None, :, None]).reshape(padded.shape)[:rows, :columns]
 
     return scaled.astype(_DTYPES["F8_E4M3"]), e8m0_codes(exponents)
@@ -95,7 +96,7 @@ def encode_fp4(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     rows, columns = values.shape
     groups = values.astype(np.float32).reshape(rows, columns // GROUP, GROUP)
 
-    exponents = _exponents(np.abs(groups).max(axis=-1), E2M1_MAX)
+    exponents = _exponents(np.abs(groups).max(axis=-1), E2M1_MAX)  # [n, k / 32]
     scaled = np.ldexp(groups, -exponents[..., None]).reshape(rows, columns)
     codes = scaled.astype(ml_dtypes.float4_e2m1fn).view(np.uint8)
 
@@ -140,6 +141,7 @@ class ScaledTensor:
         # Missing trailing axes are whole, as in numpy.
         index = index if isinstance(index, tuple) else (index,)
         index = (*index, *(slice(None),) * (2 - len(index)))
+        # Steps are always 1: only contiguous parts of a parameter are read.
         (top, bottom, _), (left, right, _) = (s.indices(n) for s, n in zip(index, self.get_shape(), strict=True))
 
         if not self.packed:

@@ -56,6 +56,7 @@ def conventions(native: Config, layout: FolderLayout) -> dict[str, Any]:
     if kind_name(native) not in ("dspark", "dflash"):
         return found | {"anchor": STEPWISE}
 
+    # DeepSpec's config has no such field, and its anchor row predicts.
     predicts = native.get("sample_from_anchor", True)
     return found | {
         "anchor": ANCHOR_PREDICTS if predicts else ANCHOR_WAITS,
@@ -72,6 +73,7 @@ def write_manifest(
     folder: Path, native: Config, layout: FolderLayout, target: Target, provenance: Provenance = UNKNOWN
 ) -> None:
     """Writes the manifest of a folder whose other files are already written: the manifest holds their hashes."""
+    # A target made in memory has no files to hash.
     weights = {} if target.folder is None else {"weights_xxh3": weights_hash(target.folder)}
     content = {
         "format": FORMAT,
@@ -111,6 +113,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
             f"expected {FORMAT!r} version {VERSION}. Read it with the version of dspark_jax that wrote it."
         )
 
+    # The version first, then the fields: an unknown version may have others.
     check_fields(content, _FIELDS, str(path), required=("layout", "kind", "conventions", "target"))
     check_fields(content["target"], _TARGET, f"{path}, under target,", required=("name", "config_sha256"))
     return content

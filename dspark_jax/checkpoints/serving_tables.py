@@ -128,6 +128,7 @@ def write_sps(path: str | Path, table: SpsTable | SpsAdditiveTable) -> None:
 def read_sps(path: str | Path) -> SpsTable | SpsAdditiveTable:
     """Reads `sps.json`: the additive form if it names `bias_seconds`, as SGLang decides; errors as in `read_sts`."""
     content = read_object(Path(path))
+    # The two forms share no field, so one name tells them apart.
     return _table(SpsAdditiveTable if "bias_seconds" in content else SpsTable, content, Path(path))
 
 
@@ -164,6 +165,7 @@ def _table(kind: type, content: Mapping[str, Any], path: Path) -> Any:
     if unknown:
         raise UserError(f"{path} has the field {unknown[0]!r}; expected {', '.join(sorted(names))}.")
 
+    # Required are the fields without a default, so the dataclass states it once.
     needed = [field.name for field in fields(kind) if field.default is MISSING]
     check_fields(content, _FIELDS, str(path), required=needed)
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in content.items()})

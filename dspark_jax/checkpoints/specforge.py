@@ -49,6 +49,7 @@ class SpecForgeLayout:
         if architecture.endswith(_EAGLE3) or "eagle_config" in stored:
             return self._eagle3_to_native(stored, architecture, target)
 
+        # Heads may be named inside and outside; where both are, they must agree.
         nested = dict(stored.get("dflash_config") or {})
         _refuse_other_blocks(architecture, nested)
 
@@ -78,6 +79,7 @@ class SpecForgeLayout:
         if not anchor_predicts and "block_size" in native:
             native |= {"sample_from_anchor": False, "block_size": native["block_size"] - 1}
 
+        # DSpark and DFlash share an architecture in DeepSpec's layout (docs/algorithm.md, rule 27).
         native["architectures"] = [native_architecture(native, "dspark")]
         return {"num_target_layers": target.num_layers, "num_anchors": ANCHORS} | native
 
@@ -110,6 +112,7 @@ class SpecForgeLayout:
                 "drafter with heads as predicting from the anchor. Write it in the speculators layout."
             )
 
+        # z-lab counts the anchor's row in the block.
         stored |= {"architectures": ["DFlashDraftModel"], "block_size": native["block_size"] + 1}
         return stored | {"dflash_config": nested}
 

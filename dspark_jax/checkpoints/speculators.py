@@ -58,6 +58,7 @@ class SpeculatorsLayout:
         self._refuse(stored, layers)
         # The drafter's own fields win over the decoder's of the same name.
         native = layers | {name: stored[name] for name in _DRAFTER if name in stored}
+        # A size equal to the whole vocabulary is how an unpruned drafter is written.
         if stored.get("draft_vocab_size") not in (None, layers.get("vocab_size")):
             native["draft_vocab_size"] = stored["draft_vocab_size"]
         if _IDS[kind] not in stored:
@@ -66,6 +67,7 @@ class SpeculatorsLayout:
                 "them, counted from 1 for the first layer's output."
             )
 
+        # Off by one here loads without an error and drafts badly (docs/algorithm.md, rule 96).
         native["target_layer_ids"] = [i - self.layer_id_base for i in stored[_IDS[kind]]]
         if kind != "eagle3":
             self._block_to_native(native, kind)
@@ -84,6 +86,7 @@ class SpeculatorsLayout:
             "speculators_model_type": kind,
             "transformer_layer_config": {name: value for name, value in native.items() if name not in own},
             _IDS[kind]: [i + self.layer_id_base for i in native["target_layer_ids"]],
+            # Always written, so that no reader's own default applies.
             "draft_vocab_size": native.get("draft_vocab_size", native["vocab_size"]),
             "target_hidden_size": target.config.hidden_size,
             "tie_word_embeddings": False,

@@ -43,6 +43,7 @@ def describe_target(path_or_id: str | Path, *, tokenizer: bool = True) -> Target
     hf_config = read_hf_config(folder)
     config = read_target_config(hf_config)
 
+    # Shapes only: nothing is allocated until tables or layers are loaded.
     graphdef, _ = split(target_skeleton(config))
     words = load_tokenizer(folder) if tokenizer else None
 
@@ -73,6 +74,7 @@ def load_rest(
     target: Target, tables: Mapping[str, Array], *, dtype: str, mesh: Mesh, rules: ShardingRules | None = None
 ) -> dict:
     """All parameters of the described target, placed as in `load_tables`; those in `tables` are not read again."""
+    # A tied target has no head parameter of its own.
     names = ("embed_weight_vd",) if target.config.tie_word_embeddings else ("embed_weight_vd", "head_weight_vd")
     rest = _load(target, lambda path: path not in _TABLES, dtype, mesh, rules)
 
@@ -93,6 +95,7 @@ def load_layers(
     def wanted(path: ParamPath) -> bool:
         return path[0] == "final_norm" or (path[0] == "layers" and path[1] in layers)
 
+    # float32, the dtype of master weights: a drafter starts from copies of them (docs/algorithm.md, rule 47).
     params = _load(target, wanted, "float32", mesh, rules)
     return params["layers"], params["final_norm"]
 

@@ -54,6 +54,7 @@ class Backbone(nnx.Module):
 
     def context(self, taps: Float[Array, "b t md"], positions: Int[Array, "b t"]) -> tuple[KeysValues, ...]:
         """Each layer's context K/V [B, T, G, H]; they depend on the taps alone, so each position is computed once."""
+        # Taps come in the target's dtype; the drafter computes in its own.
         hidden = self.hidden_norm(self.fc(taps.astype(self.fc.weight_io.dtype)))
         ropes = layer_ropes(self.config, positions)
         return tuple(layer.attention.keys_values(hidden, rope) for layer, rope in zip(self.layers, ropes, strict=True))

@@ -79,6 +79,7 @@ class DrafterConfig:
                 "drafter needs."
             ) from None
 
+        # On the constructed object, where the checks of subclasses see all fields.
         made.check()
         return made
 
@@ -113,6 +114,7 @@ class DrafterConfig:
 
     def check(self) -> None:
         """Raises UserError if the fields contradict one another."""
+        # Increasing, because features are concatenated in this order (docs/algorithm.md, rule 16).
         ids, last = self.target_layer_ids, self.last_tap
         if not ids or any(b <= a for a, b in zip(ids, ids[1:], strict=False)) or ids[0] < -1 or ids[-1] > last:
             raise UserError(
@@ -133,6 +135,7 @@ class DrafterConfig:
             )
 
         for what, found, expected in (
+            # Depth and width fix the taps; scale and soft-cap fix how the frozen tables are read.
             ("num_target_layers", self.num_target_layers, target.num_layers),
             ("hidden_size", self.backbone.hidden_size, target.hidden_size),
             ("embedding scale", self.backbone.embed_scale, target.embed_scale),

@@ -73,6 +73,7 @@ class DSpark(nnx.Module):
 
         markov = self.markov_head
         carry = None if markov is None else markov.init(anchors.shape)
+        # A Python loop: K is small and static, and only the head runs in it.
         previous, tokens, probs, embeddings = anchors, [], [], []
 
         for k in range(self.block_size):
@@ -86,6 +87,7 @@ class DSpark(nnx.Module):
                 embeddings.append(embedding)
 
             if self.vocabulary is not None:
+                # [R, P] -> [R, V], before sampling, so that p^d and p^t are laws over the same ids.
                 logits = self.vocabulary.spread(logits)
 
             previous, law = sample(logits, k)
@@ -99,6 +101,7 @@ class DSpark(nnx.Module):
         self, shared: SharedTables, state: Any, anchors: Int[Array, " r"], positions: Int[Array, " r"]
     ) -> Float[Array, "r k d"]:
         """h_k [R, K, D] of one block for each request, from its draft state."""
+        # Decoding is training with N = 1 block for each request.
         return self._block_hidden(shared, state, anchors[:, None], positions[:, None])[:, 0]
 
     def base_logits(self, shared: SharedTables, hidden: Float[Array, "*n d"]) -> Float[Array, "*n p"]:
@@ -112,6 +115,7 @@ class DSpark(nnx.Module):
         """Context K/V of whole rows, head-major [B, G, T, H] for each layer; positions restart at 0 in each segment."""
         positions = jnp.broadcast_to(jnp.arange(taps.shape[1]), taps.shape[:2])
         if segments is not None:
+            # The index in the row counts from the row's start, RoPE from the conversation's.
             positions = positions - segment_starts(segments)
         return tuple(head_major(layer) for layer in self.backbone.context(taps, positions))
 
@@ -146,6 +150,7 @@ class DSpark(nnx.Module):
         # A block whose anchor row predicts nothing needs one row more for the same K predictions.
         count = self.block_size if self.config.sample_from_anchor else self.block_size + 1
 
+        # The anchor's embedding in slot 0, the mask token's in all others (docs/algorithm.md, rule 22).
         masks = jnp.full((*tokens.shape, count - 1), self.config.mask_token_id, tokens.dtype)
         inputs = jnp.concatenate([tokens[..., None], masks], axis=-1)
 

@@ -119,6 +119,7 @@ class Eagle3(PairedRows):
             # The prefix stays cut at the anchor's row; drafted rows are seen through `rows`, none of them cached yet.
             attend = OwnRows(state.cache[0], limits, tuple(rows))
             hidden, kv = self.step(shared, hidden, previous[:, None], limits + k, attend)
+            # The un-normed state goes on to the next step; the norm is for the logits only.
             previous, law = sample(self.logits(shared, hidden[:, 0]), k)
             rows.append(kv)
             tokens.append(previous)
@@ -138,6 +139,7 @@ class Eagle3(PairedRows):
         """
         hidden = self.fuse(taps)
 
+        # Limits are indices in the row, positions those in the conversation: they differ in packed rows.
         limits = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         starts = None if segments is None else segment_starts(segments)
         positions = limits if starts is None else limits - starts
@@ -151,6 +153,7 @@ class Eagle3(PairedRows):
             # Without rematerialisation, the backward pass would keep the attention scores of all S steps.
             run = jax.checkpoint(partial(self._rollout_step, shared, s))
             hidden, kv = run(hidden, tokens, limits, context, rows, starts)
+            # K/V of all steps are kept (rule 52): step s attends to its own rows of the steps before.
             rows = (*rows, kv)
             out.append(hidden)
 
@@ -174,6 +177,7 @@ class Eagle3(PairedRows):
     def graft(params: dict, layers: Sequence[dict], final_norm: dict) -> dict:
         """Puts the target's layer on the hidden half of the inputs, whose embedding half keeps its noise; W_c keeps
         half of its noise and passes the last tap through."""
+        # Exactly one layer, which `check` has made sure of.
         (layer,) = layers
         mine, attention = params["layers"][0], dict(layer["attention"])
         size = params["fc"]["weight_io"].shape[1]

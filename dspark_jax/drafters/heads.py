@@ -29,6 +29,7 @@ class Linear(nnx.Module):
             self.bias_o = param(jnp.zeros((size_out,)), axes[1])
 
     def __call__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
+        # Stored input-first, the transpose of a checkpoint's linear.
         out = x @ self.weight_io[...]
         return out + self.bias_o[...] if self.has_bias else out
 
@@ -94,6 +95,7 @@ class GatedMarkov(MarkovHead):
         self.gate_proj = Linear(d + r, r, config.backbone.initializer_range, rngs=rngs)
 
     def step(self, state: Any, embedding: Array, hidden: Array) -> tuple[Array, Any]:
+        # Hidden state first: the checkpoint's order of inputs (rule 32).
         gate = jax.nn.sigmoid(self.gate_proj(jnp.concatenate([hidden, embedding], axis=-1)))
         return gate * embedding, state
 
@@ -154,6 +156,7 @@ class ConfidenceHead(nnx.Module):
         self.proj = Linear(size, 1, config.backbone.initializer_range, rngs=rngs, bias=bias)
 
     def __call__(self, hidden: Float[Array, "*n d"], embedding: Float[Array, "*n r"] | None) -> Float[Array, "*n"]:
+        # The raw row of W_1, not the head's latent, whatever the type of the Markov head (rule 35).
         features = hidden if embedding is None else jnp.concatenate([hidden, embedding], axis=-1)
 
         weight = self.proj.weight_io[..., 0].astype(jnp.float32)

@@ -89,6 +89,7 @@ class MTP(PairedRows):
         """One token: row s - 1 pairs the anchor at s with the hidden state before it."""
         limits = positions[:, None] - 1
         x = self._rows(shared, state.hidden[:, None].astype(self.eh_proj.weight_io.dtype), anchors[:, None])
+        # The row attends to the cached rows before it and to itself, like any row of the sequence.
         x, _ = self.layers[0](x, self.rope(limits), OwnRows(state.cache[0], limits))
 
         tokens, law = sample(shared.logits(self.norm(x[:, 0])), 0)
@@ -108,6 +109,7 @@ class MTP(PairedRows):
         x, _ = self.layers[0](x, self.rope(positions), CausalRows(segments))
 
         # Shifted by one here, so that `train_outputs` needs a gather and no arithmetic on anchors.
+        # The final norm is applied here once for each row, not once for each anchor.
         before = jnp.pad(self.norm(x), ((0, 0), (1, 0), (0, 0)))[:, :-1]
         return before if segments is None else jnp.where(positions[..., None] > 0, before, 0)
 
@@ -122,6 +124,7 @@ class MTP(PairedRows):
 
     def _rows(self, shared: SharedTables, hidden: Array, tokens: Array) -> Array:
         """[normed embedding ; normed hidden] through the projection, embedding first (rule 29)."""
+        # Tables have the target's dtype; the drafter's parameters may be float32 in training.
         embedded = shared.rows(tokens).astype(hidden.dtype)
         return self.eh_proj(jnp.concatenate([self.enorm(embedded), self.hnorm(hidden)], axis=-1))
 

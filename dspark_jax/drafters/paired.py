@@ -54,12 +54,14 @@ class OwnRows:
 
         def attend(part: tuple[Array, KeysValues, Array, Array | None]) -> Array:
             queries, own, limits, starts = part
+            # No window: drafters never slide (docs/algorithm.md, rule 25).
             allowed = prefix_mask(limits, self.prefix.keys.shape[2], 1, starts=starts)
             return prefix_block_attention(queries[:, :, None], own, self.prefix, allowed, None, scale=scale)[:, :, 0]
 
         count, chunk = q.shape[1], self.query_chunk
         operands = (q, block, self.limits, self.starts)
 
+        # The training pass has a query for each position of the row; decoding has one in all.
         if count <= chunk or count % chunk:
             return attend(operands)
         # [B, N, ...] -> [chunks, B, chunk, ...], the axis that `map` runs over first.
@@ -84,6 +86,7 @@ class PairedRows(nnx.Module):
 
     def rope(self, positions: Int[Array, "*n"]) -> Rope:
         """The draft layer's rotation at `positions`."""
+        # One draft layer, hence one rope.
         return layer_ropes(self.config.backbone, positions)[0]
 
     def init_state(self, requests: int, size: int, dtype: Any) -> PairedState:
@@ -99,6 +102,7 @@ class PairedRows(nnx.Module):
         hidden = self.fuse(taps)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
 
+        # Row t pairs the hidden state at t with token t + 1.
         kv = self.keys_values(shared, hidden, shift_left(tokens, 1), positions)
         return PairedState((head_major(kv),), _row(hidden, lengths - 1))
 
@@ -109,6 +113,7 @@ class PairedRows(nnx.Module):
         """Caches rows starts - 1 .. starts + W - 2: token j of the commit belongs with the hidden state one position
         before it."""
         hidden = self.fuse(taps)
+        # Hidden states are shifted by one against tokens: the first comes from the previous commit.
         paired = jnp.concatenate([state.hidden[:, None].astype(hidden.dtype), hidden[:, :-1]], axis=1)
         # Row starts - 1 is new, since it needed the anchor; the anchor of an empty slot is at 0.
         first = jnp.maximum(starts - 1, 0)

@@ -69,6 +69,7 @@ def kind_name(hf_config: Mapping[str, Any]) -> str:
     named = hf_config.get("architectures") or []
     for name, kind in _kinds().items():
         # The architecture alone does not decide: DSpark and DFlash share one (docs/algorithm.md, rule 27).
+
         mine = {family + kind.architecture for family in kind.families}
         if mine & set(named) and kind.module.config_type.describes(hf_config):
             return name
@@ -128,6 +129,7 @@ def drafter_hf_config(
     Raises:
         UserError: the result is no valid drafter of that target.
     """
+    # Checks the target first: a fault in its file must not be reported as the drafter's.
     target = read_target_config(target_hf_config)
 
     if (own := OWN_DRAFTERS.get(f"{target.model_type}_{kind}")) is not None:
@@ -144,6 +146,7 @@ def drafter_hf_config(
         "head_dim": head_dim,
     }
 
+    # Given sizes have the generic names; Gemma's global layers use names of their own.
     config, sizes = family_fields(target_hf_config, {name: n for name, n in given.items() if n is not None})
     # Facts about the target's files, not about the drafter's.
     for name in ("torch_dtype", "_name_or_path", "quantization_config"):
@@ -225,6 +228,7 @@ def with_head_norms(layer: dict, rows: Float[Array, "n d"], eps: float) -> dict:
     queries and keys have on `rows` (the layer's inputs, before its input norm), so that scores keep their scale.
     """
     wide = rows.astype(jnp.float32)
+    # The layer's own input norm, written out, because a target layer's parameters come without their module.
     normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     normed = normed * layer["input_norm"]["weight"]
 
@@ -249,6 +253,7 @@ def graft_target_layers(hf_config: Mapping[str, Any], params: dict, layers: Sequ
             "drafter.init_target_layers."
         )
 
+    # Shapes are compared as a whole, after the graft: sizes may differ in heads, width or MLP.
     grafted = kind.module.graft(params, layers, final_norm)
     if jax.tree.map(jnp.shape, grafted) != jax.tree.map(jnp.shape, params):
         raise UserError(

@@ -35,6 +35,7 @@ class DraftVocabulary:
     @classmethod
     def of(cls, ids: Iterable[int], whole: int) -> Self:
         """The vocabulary of these target ids; UserError for none, repeated ids or ids outside the target's."""
+        # Ascending, so that draft ids keep the order of target ids and `ids` follows from the bits alone.
         chosen = np.asarray(sorted(ids), np.int64)
         if not chosen.size or chosen[0] < 0 or chosen[-1] >= whole or np.any(np.diff(chosen) == 0):
             raise UserError(
@@ -55,6 +56,7 @@ class DraftVocabulary:
         except (binascii.Error, ValueError):
             packed = np.zeros(0, np.uint8)
 
+        # The last byte may be partly used.
         if packed.size != -(-self.whole // 8):
             raise UserError(
                 f"The drafter's draft_vocabulary holds {8 * packed.size} bits; expected one for each of the target's "
@@ -75,6 +77,7 @@ class DraftVocabulary:
     @cached_property
     def _rows(self) -> np.ndarray:
         """int32 [V]: the draft id of a target id, P for those that are never drafted."""
+        # P is one past the last draft id: the column that `spread` fills with -inf.
         return np.where(self.member, np.cumsum(self.member) - 1, self.size).astype(np.int32)
 
     def spread(self, logits: Float[Array, "*n p"]) -> Float[Array, "*n v"]:

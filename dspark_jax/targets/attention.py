@@ -41,7 +41,7 @@ class CausalRows:
 
     def __call__(self, layer: int, q: Array, k: Array, v: Array, *, scale: float, window: int | None) -> Array:
         length = q.shape[1]
-        keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, G, T, H]
 
         # A length that is not a multiple of `query_chunk` takes the whole score matrix at once: pad long rows to one.
         if length <= self.query_chunk or length % self.query_chunk:
@@ -83,6 +83,7 @@ def segment_starts(segments: Int[Array, "b t"]) -> Int[Array, "b t"]:
     """The first position of each position's segment; subtracted from a position, it gives the place within."""
     # The first column always starts a segment, whatever its id.
     changes = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    # Starts increase along the row, so a running maximum carries the latest one forward.
     return jax.lax.cummax(jnp.where(changes, jnp.arange(segments.shape[1]), 0), axis=1)
 
 
@@ -106,6 +107,7 @@ class PackedRows:
     def from_grid(self, x: Array) -> Array:
         """[R, W, ...] -> [P, ...]; unused rows repeat the grid's last cell, finite and ignored by `to_grid`."""
         flat = x.reshape(self.requests * self.width, *x.shape[2:])
+        # Clipping and not filling: the fill value is NaN, which unused rows would carry into the dense layers.
         return jnp.take(flat, self.index, axis=0, mode="clip")
 
 
@@ -123,7 +125,7 @@ class CachedBlock:
 
     def __call__(self, layer: int, q: Array, k: Array, v: Array, *, scale: float, window: int | None) -> Array:
         if self.packed is not None:
-            q, k, v = (self.packed.to_grid(x) for x in (q, k, v))
+            q, k, v = (self.packed.to_grid(x) for x in (q, k, v))  # [P, ...] -> [R, W, ...]
 
         prefix = self.cache[layer]
         allowed = prefix_mask(self.lengths[:, None], prefix.keys.shape[2], q.shape[1], window)
@@ -150,7 +152,7 @@ def prefix_mask(
     """Cached position t is visible to row k of a block starting at `lengths` iff t < lengths (and in the window, and
     not before the block's segment, which begins at `starts`)."""
     columns = jnp.arange(size)
-    allowed = columns < lengths[:, :, None, None]
+    allowed = columns < lengths[:, :, None, None]  # [B, N, 1, T]
 
     # Packed conversations: the context of another segment in the same row is not this block's.
     if starts is not None:
@@ -159,6 +161,7 @@ def prefix_mask(
     if window is None:
         return jnp.broadcast_to(allowed, (*lengths.shape, 1, size))
 
+    # Row k stands at lengths + k, so the window's lower edge moves with it; without a window all rows see the same.
     rows = lengths[:, :, None, None] + jnp.arange(width)[:, None]
     return allowed & (columns > rows - window)
 
@@ -189,16 +192,18 @@ def prefix_block_attention(
 
     # One matrix product per (batch, kv head): all rows that share the head are stacked as M = N * (Q/G) * K rows.
     rows = q.reshape(b, n, k, groups, q_heads // groups, h).transpose(0, 3, 1, 4, 2, 5)  # [B, G, N, Q/G, K, H]
-    stacked = rows.reshape(b, groups, -1, h)
+    stacked = rows.reshape(b, groups, -1, h)  # [B, G, M, H]
 
     scores = jnp.einsum("bgmh,bgth->bgmt", stacked, prefix.keys, preferred_element_type=jnp.float32) * scale
-    scores = scores.reshape(*rows.shape[:-1], -1)
+    scores = scores.reshape(*rows.shape[:-1], -1)  # [B, G, N, Q/G, K, T]
     scores = jnp.where(prefix_allowed[:, None, :, None], scores, MASKED)
     top = jnp.max(scores, axis=-1, keepdims=True)
 
     # All keys compete in one softmax, so the block's scores are taken against the same maximum as the prefix's.
     if block is not None:
-        inner = jnp.einsum("bgnrkh,bnjgh->bgnrkj", rows, block.keys, preferred_element_type=jnp.float32) * scale
+        inner = (
+            jnp.einsum("bgnrkh,bnjgh->bgnrkj", rows, block.keys, preferred_element_type=jnp.float32) * scale
+        )  # [B, G, N, Q/G, K, K]
         if block_allowed is not None:
             inner = jnp.where(block_allowed, inner, MASKED)
         top = jnp.maximum(top, jnp.max(inner, axis=-1, keepdims=True))
@@ -209,6 +214,7 @@ def prefix_block_attention(
 
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
+    # Weights are cast to the values' dtype, as kernels do; their sum stays float32.
     flat = weights.reshape(b, groups, -1, weights.shape[-1]).astype(prefix.values.dtype)
     out = jnp.einsum("bgmt,bgth->bgmh", flat, prefix.values, preferred_element_type=jnp.float32).reshape(rows.shape)
 
@@ -218,5 +224,6 @@ def prefix_block_attention(
         inner = inner.astype(block.values.dtype)
         out = out + jnp.einsum("bgnrkj,bnjgh->bgnrkh", inner, block.values, preferred_element_type=jnp.float32)
 
+    # Only a row without any key has a total of 0, and its sum of values is 0 as well.
     out = out / jnp.where(total > 0, total, 1.0)
     return out.transpose(0, 2, 4, 1, 3, 5).reshape(q.shape).astype(q.dtype)

@@ -47,6 +47,7 @@ class RopeConfig:
         """
         refuse_rotations(config, "config.json")
         where = "config.json, under rope_parameters or rope_scaling,"
+        # transformers 5 writes `rope_parameters`, earlier versions `rope_scaling` (docs/algorithm.md, rule 69).
         scaling = require_object(config.get("rope_parameters") or config.get("rope_scaling") or {}, where)
         if layer_type is not None:
             scaling = require_object(scaling.get(layer_type) or {}, where)
@@ -65,6 +66,7 @@ class RopeConfig:
             )
 
         partial = scaling.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+        # Other kinds would turn the first channels of a head only, which `Rope.rotate` by halves cannot express.
         if partial != 1.0 and kind != "proportional":
             raise UserError(
                 f"config.json asks for RoPE {kind!r} on a part ({partial}) of each head; only 'proportional' RoPE has "
@@ -84,6 +86,7 @@ class RopeConfig:
                          "high_freq_factor")
             if scaling.get(name) is not None
         }  # fmt: skip
+        # The blend between the two factors divides by their difference.
         if kind == "llama3" and optional.get("low_freq_factor", 1.0) >= optional.get("high_freq_factor", 4.0):
             raise UserError(
                 f"config.json has {shown(dict(scaling))} as its llama3 RoPE; expected low_freq_factor below "
@@ -110,6 +113,7 @@ class RopeConfig:
             return [f / self.factor if i < turning else 0.0 for i, f in enumerate(plain)], 1.0
         if self.kind == "linear":
             return [f / self.factor for f in plain], 1.0
+        # YaRN alone has a factor on cos and sin; through q and k it scales the scores by its square.
         if self.kind == "yarn":
             return self._yarn(plain, head_dim)
         if self.kind == "llama3":
@@ -145,6 +149,7 @@ class RopeConfig:
         def mscale(scale: float, m: float = 1.0) -> float:
             return 1.0 if scale <= 1 else 0.1 * m * math.log(scale) + 1.0
 
+        # An explicit factor in the file wins over the formula.
         if self.attention_factor is not None:
             return self.attention_factor
         if self.mscale and self.mscale_all_dim:
@@ -153,7 +158,7 @@ class RopeConfig:
 
     def _llama3(self, frequency: float) -> float:
         """Llama 3's scaling of one frequency: kept if short, divided by `factor` if long, blended in between."""
-        wavelength = 2 * math.pi / frequency
+        wavelength = 2 * math.pi / frequency  # in tokens
 
         if wavelength < self.original_max_positions / self.high_freq_factor:
             return frequency
@@ -226,6 +231,7 @@ class TargetConfig:
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The language model's part of a config.json: `text_config` of a multimodal file, else the file itself."""
+    # Multimodal files of every family keep the language model's fields under this one name.
     return config["text_config"] if isinstance(config.get("text_config"), Mapping) else config
 
 
@@ -274,6 +280,7 @@ def layer_types(config: Mapping[str, Any], default: Sequence[str]) -> list[str]:
 
 def config_sha256(config: Mapping[str, Any]) -> str:
     """sha256 of the canonical JSON of the fields that decide what the model computes, not of paths and versions."""
+    # The storage dtype is left out: a cache made from a bfloat16 copy serves a float32 one of the same weights.
     ignored = {"_name_or_path", "transformers_version", "use_cache", "architectures", "dtype", "torch_dtype"}
     kept = {key: value for key, value in config.items() if key not in ignored}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

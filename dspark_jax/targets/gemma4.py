@@ -40,6 +40,7 @@ def gemma4_config(config: Mapping[str, Any]) -> TargetConfig:
     if config["model_type"] == "gemma4_text":
         config = {"hidden_size_per_layer_input": 256, **config}
 
+    # Each of these fields adds parts to the model; leaving them out would load and compute something else.
     for field, (neutral, what) in _REFUSED.items():
         if (found := config.get(field)) not in neutral:
             raise UserError(
@@ -50,6 +51,7 @@ def gemma4_config(config: Mapping[str, Any]) -> TargetConfig:
     check_activation(config, "hidden_activation", "gelu_pytorch_tanh")
 
     count = config["num_hidden_layers"]
+    # The default pattern is transformers' too: five sliding layers, then a global one.
     types = layer_types(config, ["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(count)])
     types[-1] = "full_attention"  # transformers forces it, whatever the file says
 
@@ -57,6 +59,7 @@ def gemma4_config(config: Mapping[str, Any]) -> TargetConfig:
         **common_fields(config),
         layers=tuple(_layer(config, kind) for kind in types),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", True)),
+        # Rounded to the rows' dtype where it is applied (rule 60).
         embed_scale=config["hidden_size"] ** 0.5,
         logit_softcap=config.get("final_logit_softcapping"),
     )
@@ -66,6 +69,7 @@ def _layer(config: Mapping[str, Any], kind: str) -> LayerConfig:
     """One layer's sizes: global layers alone have `global_head_dim` and K = V, and with K = V their own number of kv
     heads (rule 64)."""
     ropes = config.get("rope_parameters") or _DEFAULT_ROPES
+    # Without an entry, the top-level theta would be used for both kinds, which is wrong for one of them.
     if not isinstance(ropes.get(kind), Mapping):
         raise UserError(
             f"config.json has {kind} layers and no rope_parameters for them; Gemma 4 gives each type of layer its own."
@@ -73,6 +77,7 @@ def _layer(config: Mapping[str, Any], kind: str) -> LayerConfig:
 
     rope = RopeConfig.from_hf_dict({**config, "rope_parameters": ropes}, kind)
     if kind == "sliding_attention":
+        # Sliding layers have values of their own, whatever `attention_k_eq_v` says.
         return LayerConfig(config["num_key_value_heads"], config["head_dim"], rope, config["sliding_window"])
 
     shared = bool(config.get("attention_k_eq_v", False))
@@ -146,6 +151,7 @@ class Gemma4Layer(nnx.Module):
         return self.after_attention(x, mixed), kv
 
     def after_attention(self, residual: Float[Array, "*n d"], mixed: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+        # Gemma norms a sublayer's output before adding it, in addition to its input.
         x = residual + self.post_attention_norm(mixed)
         x = x + self.post_feedforward_norm(self.mlp(self.pre_feedforward_norm(x)))
         # A buffer in the reference: no gradient reaches it.

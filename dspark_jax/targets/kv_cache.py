@@ -23,6 +23,7 @@ def empty_cache(shapes: Sequence[tuple[int, int]], requests: int, size: int, dty
 
     Make `size` the longest length + the widest append: `append_rows` clamps its start.
     """
+    # Gemma's layers differ in heads and head size, hence one shape for each layer.
     full = [(requests, kv_heads, size, head_dim) for kv_heads, head_dim in shapes]
     return tuple(KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for shape in full)
 
@@ -62,9 +63,10 @@ def insert_rows(
 
     def one(a: Array, stored: Tree) -> Tree:
         def insert(leaf: Array, new: Array) -> Array:
-            row = jax.lax.dynamic_slice_in_dim(new, a, 1).astype(leaf.dtype)
+            row = jax.lax.dynamic_slice_in_dim(new, a, 1).astype(leaf.dtype)  # [1, ...], the slot axis kept
             at: list[Any] = [slots[a], *(0,) * (leaf.ndim - 1)]
             if starts is not None:
+                # A dynamic start may differ for each request; the other axes begin at 0.
                 at[axis] = starts[a]
             return jax.lax.dynamic_update_slice(leaf, row, at)
 

@@ -35,8 +35,9 @@ class Rope(NamedTuple):
 
     def rotate(self, x: Float[Array, "*n heads h"]) -> Float[Array, "*n heads h"]:
         """Rotates halves (i, i + H/2), each head alike; computed in float32."""
+        # Checkpoints pair channel i with i + H/2; the interleaved pairing is refused by `fields.refuse_rotations`.
         first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-        cos, sin = self.cos[..., None, :], self.sin[..., None, :]
+        cos, sin = self.cos[..., None, :], self.sin[..., None, :]  # [*n, 1, H/2]
         return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
@@ -58,6 +59,7 @@ def head_logits(hidden: Float[Array, "*n d"], head: Float[Array, "v d"], softcap
         return jax.lax.optimization_barrier(columns).T.reshape(*x.shape[:-1], -1)
 
     if math.prod(hidden.shape[:-1]) <= FEW_ROWS:
+        # Chosen at lowering, so that a program exported from a CPU for an accelerator gets the accelerator's form.
         logits = jax.lax.platform_dependent(hidden, head, cpu=as_columns, default=as_rows)
     else:
         logits = as_rows(hidden, head)
@@ -91,6 +93,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+        # The statistic is float32; the weight is applied after the cast back, as in Qwen's reference code.
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
 
@@ -108,8 +111,10 @@ class Attention(nnx.Module):
 
     def __init__(self, config: TargetConfig, index: int, *, rngs: nnx.Rngs, input_size: int | None = None):
         layer, std, d = config.layers[index], config.initializer_range, config.hidden_size
+        # A drafter's first layer may read wider rows than D (Eagle3 reads 2 D), but always writes D.
         q, g, h, i = config.num_heads, layer.num_kv_heads, layer.head_dim, input_size or d
 
+        # Heads have an axis of their own, so that sharding splits whole heads.
         self.q_weight_dqh = param(normal(rngs, (i, q, h), std), "embed", "heads", "head_dim")
         self.k_weight_dgh = param(normal(rngs, (i, g, h), std), "embed", "kv_heads", "head_dim")
         self.values_are_keys = layer.values_are_keys
@@ -138,6 +143,7 @@ class Attention(nnx.Module):
         """(attention output, the rows' own K/V)."""
         q, kv = self.queries(x, rope), self.keys_values(x, rope)
 
+        # The new rows go to the core as they are; whether and where they are cached is the caller's business.
         mixed = attend(self.index, q, kv.keys, kv.values, scale=self.scale, window=self.window)
         return self.output(mixed), kv
 

@@ -54,9 +54,9 @@ def grouped_experts(
     count, k = chosen.shape
 
     # Pairs are numbered row-major, n * K + k; `order` lists them by expert, each expert's in row order.
-    order = jnp.argsort(chosen.ravel(), stable=True)
-    sizes = jnp.zeros((len(stack.gate),), jnp.int32).at[chosen.ravel()].add(1)
-    gathered = jnp.take(rows, order // k, axis=0)
+    order = jnp.argsort(chosen.ravel(), stable=True)  # [N K]
+    sizes = jnp.zeros((len(stack.gate),), jnp.int32).at[chosen.ravel()].add(1)  # [E], rows of each expert
+    gathered = jnp.take(rows, order // k, axis=0)  # [N K, D]
 
     inner = activation(jax.lax.ragged_dot(gathered, stack.gate, sizes), jax.lax.ragged_dot(gathered, stack.up, sizes))
     out = jax.lax.ragged_dot(inner, stack.down, sizes)
@@ -79,6 +79,7 @@ def experts_one_by_one(
         def run(total: Array) -> Array:
             return total + share * (activation(rows @ gate, rows @ up) @ down)
 
+        # At decode widths most experts have no row: the branch skips reading their weights.
         return jax.lax.cond(jnp.any(chosen == index), run, lambda total: total, total), None
 
     return jax.lax.scan(add, jnp.zeros_like(rows), (jnp.arange(len(stack.gate)), *stack))[0]

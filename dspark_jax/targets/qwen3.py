@@ -59,6 +59,7 @@ def qwen3_moe_config(config: Mapping[str, Any]) -> TargetConfig:
             intermediate_size=config["moe_intermediate_size"],
             normalise=bool(config.get("norm_topk_prob", False)),
         )
+        # top_k fails on more experts than there are, and would do so inside a traced function.
         if not 1 <= experts.per_token <= count:
             raise UserError(
                 f"config.json has num_experts_per_tok {experts.per_token}; expected 1 to the {count} experts there are."
@@ -81,6 +82,7 @@ def _windows(config: Mapping[str, Any]) -> list[int | None]:
     """Per-layer window, as transformers reads it: `sliding_window` counts only under `use_sliding_window`, and the
     layer types come from `max_window_layers` when the file has none."""
     window = config.get("sliding_window") if config.get("use_sliding_window", False) else None
+    # Qwen's convention: the first `max_window_layers` layers are full, those after them slide.
     first = config.get("max_window_layers", 28)
     default = [
         "sliding_attention" if window and i >= first else "full_attention" for i in range(config["num_hidden_layers"])

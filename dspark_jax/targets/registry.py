@@ -41,7 +41,10 @@ class TargetKind:
 
     def read(self, config: Mapping[str, Any], where: str) -> TargetConfig:
         """As `read_target_config`, for a file already known to be of this kind."""
+        # A copy: the outer fields merged below must not leak into the caller's object.
         fields = dict(text_config(config))
+
+        # Quantised weights are refused by the config, before any tensor of unknown type is met.
         if not self.quantised:
             refuse_quantisation(config, where)
             refuse_quantisation(fields, where)
@@ -101,6 +104,7 @@ def target_kind(config: Mapping[str, Any], where: str = "config.json") -> Target
 def _check_heads(config: TargetConfig, where: str) -> None:
     """UserError where heads cannot be grouped, or a head cannot be rotated by halves."""
     for layer in config.layers:
+        # Attention stacks the Q/G query heads of each kv head.
         if config.num_heads % layer.num_kv_heads:
             raise UserError(
                 f"{where} has {config.num_heads} attention heads for {layer.num_kv_heads} key/value heads; expected a "

@@ -35,6 +35,7 @@ def _trained(target_hf_config: Mapping[str, Any], kind: str, blocks: int, **fiel
     target = cast(V4Config, read_target_config(target_hf_config))
     kept = {name: value for name, value in target_hf_config.items() if name not in _STORED_FORM}
     # Drafter blocks are counted by the 0s past the layers' ratios, so new ones are announced there.
+
     ratios = [*(layer.ratio for layer in target.layers), *[0] * blocks]
     native = native_config(kept | {"compress_ratios": ratios} | fields, kind, num_anchors=fields["num_anchors"])
 
@@ -83,6 +84,7 @@ class V4DSparkConfig(DSparkConfig):
     ) -> dict[str, Any]:  # fmt: skip
         """The config of a new module of `num_layers` stages; settings that do not concern it are ignored."""
         noise = target_hf_config.get("dspark_noise_token_id") if mask_token_id is None else mask_token_id
+
         if noise is None:
             raise UserError("The drafter has no noise token; name an unused token with --drafter.mask-token-id.")
         return _trained(

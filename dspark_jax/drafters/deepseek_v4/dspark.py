@@ -64,6 +64,7 @@ class V4DSpark(DSpark):
         """Rings of fresh prompts, of which each keeps its last `window` positions."""
         starts = jnp.zeros_like(lengths)
         positions = jnp.broadcast_to(jnp.arange(taps.shape[1]), taps.shape[:2])
+        # Padding rows past `lengths` are not written.
         return tuple(filled_ring(rows, starts, lengths, self.window) for rows in self.context_keys(taps, positions))
 
     def commit(
@@ -100,7 +101,7 @@ class V4DSpark(DSpark):
         index = anchors[..., None] + jnp.arange(-self.window, 0)
         # A packed row holds other conversations too: the window ends at the sequence's own start.
         first = jnp.zeros_like(anchors) if starts is None else starts
-        allowed = index >= first[..., None]
+        allowed = index >= first[..., None]  # [B, N, window]
 
         at = jnp.clip(index, 0, context[0].shape[1] - 1)
         # [B, T, H] -> [B, N, window, H]: each block's own stretch of context.
@@ -123,6 +124,7 @@ class V4DSpark(DSpark):
         tokens: Int[Array, "*b"], anchors: Int[Array, "*b"],
     ) -> tuple[list[Float[Array, "*b k s d"]], Float[Array, "*b k d"]]:  # fmt: skip
         """(streams after each stage, h before the final norm) of blocks after `tokens` at positions `anchors`."""
+        # Slot 0 is the anchor's embedding, the others the noise token's (docs/algorithm.md, rule 22).
         noise = jnp.full((*tokens.shape, self.block_size - 1), self.config.mask_token_id, tokens.dtype)
         inputs = jnp.concatenate([tokens[..., None], noise], axis=-1)
         positions = anchors[..., None] + jnp.arange(self.block_size)

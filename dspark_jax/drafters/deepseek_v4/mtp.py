@@ -56,7 +56,8 @@ class V4MTP(nnx.Module):
     ) -> Float[Array, "*n s d"]:
         """The block's input [*n, S, D]: the target's flattened streams at t with token t + 1."""
         dtype = self.e_proj.weight_io.dtype
-        apart = streams.reshape(*streams.shape[:-1], self.streams, -1).astype(dtype)
+        apart = streams.reshape(*streams.shape[:-1], self.streams, -1).astype(dtype)  # [*n, S, D]
+        # One embedding for all streams; each stream has its own hidden part.
         embedded = self.e_proj(self.enorm(shared.rows(tokens).astype(dtype)))
         return (embedded[..., None, :] + self.h_proj(self.hnorm(apart))).astype(jnp.float32)
 
@@ -137,6 +138,7 @@ class V4MTP(nnx.Module):
         if segments is not None:
             raise UserError("MTP blocks of V4 train on rows of one conversation each; leave data.packing off.")
 
+        # One pass of the block over whole rows, causal and windowed as in the target.
         hidden = self._normed(self.sequence(shared, taps, shift_left(tokens, 1))[1])
         return jnp.pad(hidden, ((0, 0), (1, 0), (0, 0)))[:, :-1]
 

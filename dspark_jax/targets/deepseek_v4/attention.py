@@ -62,7 +62,7 @@ def sink_attention(
 
     total, out = jnp.exp(sink - top), jnp.zeros(q.shape, jnp.float32)
     for part, score in zip(parts, scores, strict=True):
-        weights = jnp.exp(score - top[..., None])
+        weights = jnp.exp(score - top[..., None])  # [*b, W, Q, T]
         total = total + jnp.sum(weights, axis=-1)
         out = out + jnp.einsum(
             "...wqt,...th->...wqh", weights.astype(part.keys.dtype), part.keys, preferred_element_type=jnp.float32
@@ -95,6 +95,7 @@ class Indexer(nnx.Module):
         self, q: Float[Array, "r w q h"], weights: Float[Array, "r w q"], keys: Float[Array, "r n h"]
     ) -> Float[Array, "r w n"]:
         """float32 scores [R, W, N] of entries: products above zero, summed over heads with the row's weights."""
+        # Keys are shared by all index heads, as in the attention itself.
         products = jnp.einsum("rwqh,rnh->rwqn", q, keys.astype(q.dtype), preferred_element_type=jnp.float32)
         return jnp.einsum("rwq,rwqn->rwn", weights, jax.nn.relu(products)) * self.scale
 
@@ -156,7 +157,7 @@ class V4Attention(nnx.Module):
         # A value is a rotated key: without the inverse rotation the output would depend on absolute positions.
         oa, ob = self.oa_weight_gio[...], self.ob_weight_god[...]
         flat = rotate_heads(mixed, rope, inverse=True).reshape(*mixed.shape[:-2], oa.shape[0], oa.shape[1])
-        low = jnp.einsum("...gi,gio->...go", flat, oa)
+        low = jnp.einsum("...gi,gio->...go", flat, oa)  # [*n, G, O]
 
         return low.reshape(*low.shape[:-2], -1) @ ob.reshape(-1, ob.shape[-1])
 
@@ -196,6 +197,7 @@ class V4Attention(nnx.Module):
         """Keys [R, window - 1 + W, H] of positions starts - window + 1 .. starts + W - 1."""
         # A row sees itself and window - 1 earlier positions, so the first row needs that many from the ring.
         before = starts[:, None] + jnp.arange(1 - self.window, 0)
+        # Without a state these are zeros at negative positions, which `_attend` masks.
         held = rows_at(None if state is None else state.window, kv, starts, before)
         return jnp.concatenate([held, kv], axis=1)
 
@@ -221,6 +223,7 @@ class V4Attention(nnx.Module):
         closed, m = rows.closed, self.layer.ratio
         limits = (starts[:, None] + jnp.arange(width) + 1) // m
         index = closed.first[:, None] + jnp.arange(closed.entries.shape[1])
+        # Each entry's own index decides, so rows of one block see the entries that they close themselves.
         entries, seen = [closed.entries], [index[:, None] < limits[..., None]]
 
         if stored is not None:
@@ -271,5 +274,5 @@ class V4Attention(nnx.Module):
         if chunk == width:
             return rows(jnp.zeros((), jnp.int32))
 
-        out = jax.lax.map(jax.checkpoint(rows), jnp.arange(0, width, chunk))
+        out = jax.lax.map(jax.checkpoint(rows), jnp.arange(0, width, chunk))  # [chunks, R, chunk, Q, H]
         return jnp.moveaxis(out, 0, 1).reshape(q.shape)

@@ -62,5 +62,6 @@ class V4Block(nnx.Module):
         """(streams after the block, each row's experts)."""
         streams = self.attention_site.write(streams, y, mixing)
         x, mixing = self.mlp_site.read(streams)
+        # Token ids go along: the first layers choose experts by them.
         y, experts = self.mlp(self.mlp_norm(x).astype(self.attention.qa_weight_dr.dtype), tokens)
         return self.mlp_site.write(streams, y, mixing), experts

@@ -40,6 +40,7 @@ class Compressor(nnx.Module):
         self.size = size
         self.kv_weight_dc = param(normal(rngs, (d, self.series * size), std), "embed", None)
         self.gate_weight_dc = param(normal(rngs, (d, self.series * size), std), "embed", None)
+        # A bias for each place in the window, so that pooling knows the order of its tokens.
         self.ape = param(normal(rngs, (layer.ratio, self.series * size), std), None, None)
         self.norm = Norm(size, config.rms_norm_eps, None)
         self.rope, self.rope_dim = layer.rope, config.rope_dim
@@ -49,6 +50,7 @@ class Compressor(nnx.Module):
         """A token's share in its window: content, and gate logits with the bias of its place in the window."""
         content = jnp.einsum("...d,dc->...c", x, self.kv_weight_dc[...], preferred_element_type=jnp.float32)
         gate = jnp.einsum("...d,dc->...c", x, self.gate_weight_dc[...], preferred_element_type=jnp.float32)
+        # Both are kept float32 in the ring: a window may close many rounds after its first token.
         return jnp.stack([content, gate + self.ape[...][positions % self.ratio]], axis=-2)
 
     def close(self, ring: Array | None, block: Float[Array, "r w 2 c"], starts: Int[Array, " r"]) -> Closed:
@@ -78,11 +80,12 @@ class Compressor(nnx.Module):
         if self.series == 1:
             content, gate = windows[..., 0, 0, :], windows[..., 1, 0, :]
         else:
+            # Series 0 of a window serves the entry after it, series 1 its own.
             own, before = windows[:, 1:, :, :, 1], windows[:, :-1, :, :, 0]
             # The first window has none before it: its gate is masked, so that the softmax is over its own tokens.
             absent = (index == 0)[..., None, None, None] & (jnp.arange(2) == 1)[:, None]
             before = jnp.where(absent, MASKED, before)
-            slots = jnp.concatenate([before, own], axis=2)
+            slots = jnp.concatenate([before, own], axis=2)  # [R, N, 2 M, 2, C]
             content, gate = slots[..., 0, :], slots[..., 1, :]
 
         return jnp.sum(jax.nn.softmax(gate, axis=2) * content, axis=2)

@@ -190,6 +190,7 @@ def _ratios(config: Mapping[str, Any]) -> list[int]:
         raise KeyError("compress_ratios")
     ratios = list(ratios)
 
+    # Blocks past the layers are drafters', which have no compressed entries.
     if len(ratios) < count or any(ratios[count:]) or min(ratios) < 0:
         raise UserError(
             f"config.json has compress_ratios {ratios} for {count} layers; expected one a layer, 0 or more, then one 0 "
@@ -215,6 +216,7 @@ def _ratio_of(kind: str, rates: Mapping[str, int]) -> int:
         )
 
     ratio = rates.get(kind, SPARSE_RATIO if kind == _TYPES[SPARSE_RATIO] else 128)
+    # The ratio alone tells CSA from HCA everywhere else, so the two must not overlap.
     if (ratio == SPARSE_RATIO) != (kind == _TYPES[SPARSE_RATIO]) or ratio < 1:
         raise UserError(f"config.json gives {kind} the ratio {ratio}; only {_TYPES[SPARSE_RATIO]} has {SPARSE_RATIO}.")
 
@@ -228,6 +230,7 @@ def _hash_layers(config: Mapping[str, Any]) -> int:
     if named is not None and named != sorted(named, reverse=True):
         raise UserError(f"config.json has mlp_layer_types {types}; hash_moe layers must come before all others.")
 
+    # Either form may state it; where both do, they must agree.
     hashed = config.get("num_hash_layers", None if named is None else sum(named))
     if hashed is None:
         raise KeyError("num_hash_layers")
@@ -251,6 +254,7 @@ def _ropes(config: Mapping[str, Any]) -> tuple[float, RopeConfig]:
         raise KeyError("rope_theta" if theta is None else "compress_rope_theta")
 
     # The published form has one scaling for the file; transformers nests it under the kind of layer it is for.
+
     scaling = {**(entries or config.get("rope_scaling") or {})}
     scaling.pop("rope_theta", None)
     scaling.pop("partial_rotary_factor", None)

@@ -23,6 +23,7 @@ class Router(nnx.Module):
 
         self.hashed = hashed
         if hashed:
+            # Ids, not weights: the table is int32 and no gradient reaches it.
             self.table_vk = param(jnp.zeros((config.vocab_size, experts.per_token), jnp.int32), None, None)
         else:
             self.bias = param(jnp.zeros((e,)), None)
@@ -43,6 +44,7 @@ class Router(nnx.Module):
         else:
             _, chosen = jax.lax.top_k(scores + self.bias[...], self.per_token)
 
+        # Hashed layers still weigh their experts by score.
         weights = jnp.take_along_axis(scores, chosen, axis=-1)
         return weights / jnp.sum(weights, axis=-1, keepdims=True) * self.scale, chosen
 
@@ -91,6 +93,7 @@ class V4MoE(nnx.Module):
         stack = ExpertStack(self.gate_weight_edf[...], self.up_weight_edf[...], self.down_weight_efd[...])
 
         routed = mix_experts(rows, weights, chosen, stack, self._activate)
+
         out = routed + self.shared(rows).astype(routed.dtype)
         return out.astype(x.dtype).reshape(x.shape), chosen.reshape(*x.shape[:-1], -1)
 

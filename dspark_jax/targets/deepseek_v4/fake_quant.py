@@ -28,7 +28,7 @@ def round_keys(x: Float[Array, "*n h"], rotated: int) -> Float[Array, "*n h"]:
     blocks = _groups(still.astype(jnp.float32), FP8_BLOCK)
     # The floor keeps the scale of an all-zero block away from 0.
     largest = jnp.maximum(jnp.max(jnp.abs(blocks), axis=-1, keepdims=True), 1e-4)
-    scale = _power_of_two(largest / 448.0)
+    scale = _power_of_two(largest / 448.0)  # 448 is the largest e4m3 value
     rounded = (blocks / scale).astype(jnp.float8_e4m3fn).astype(jnp.float32) * scale
 
     return jnp.concatenate([rounded.reshape(still.shape).astype(x.dtype), turned], axis=-1)
@@ -39,7 +39,7 @@ def round_index_rows(x: Float[Array, "*n h"]) -> Float[Array, "*n h"]:
     # The rotation spreads outliers over all channels, which a scale for 32 of them could not absorb.
     groups = _groups(rotate_by_hadamard(x), FP4_GROUP)
     largest = jnp.max(jnp.abs(groups), axis=-1, keepdims=True)
-    scale = jnp.where(largest > 0, _power_of_two(largest / 6.0), 1.0)
+    scale = jnp.where(largest > 0, _power_of_two(largest / 6.0), 1.0)  # 6 is the largest e2m1 value
     rounded = _nearest_e2m1(groups / scale) * scale
 
     return rounded.reshape(x.shape).astype(x.dtype)
@@ -48,6 +48,7 @@ def round_index_rows(x: Float[Array, "*n h"]) -> Float[Array, "*n h"]:
 def rotate_by_hadamard(x: Float[Array, "*n h"]) -> Float[Array, "*n h"]:
     """float32 x H / sqrt(size), H in Sylvester's order; the size is a power of two."""
     size = x.shape[-1]
+    # Built by numpy at trace time: a constant of the program.
     matrix = np.ones((1, 1), np.float32)
     while len(matrix) < size:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])

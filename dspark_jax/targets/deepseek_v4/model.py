@@ -36,6 +36,7 @@ class V4Model(nnx.Module):
         """The output of each layer in order; a generator, so that taps need not be kept for all of them."""
         rows = jnp.take(self.embed_weight_vd[...], tokens, axis=0)
         streams = spread_streams(rows, self.config.streams)
+        # V4 has cores of its own: of `attend` only the lengths, the packing and the state are used.
         place, state = Placement.of(attend, len(tokens))
         for i, layer in enumerate(self.layers):
             out = layer(streams, tokens, positions, place, None if state is None else state[i])
@@ -55,7 +56,7 @@ class V4Model(nnx.Module):
             rows.append(out.rows)
             streams = out.streams
             if i in tap_layers:
-                tapped[i] = jnp.mean(streams, axis=-2)
+                tapped[i] = jnp.mean(streams, axis=-2)  # [*n, S, D] -> [*n, D]
 
         assert streams is not None
         if self.config.num_layers in tap_layers:

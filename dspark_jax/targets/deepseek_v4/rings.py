@@ -21,6 +21,7 @@ def rows_at(ring: Array | None, block: Array, starts: Int[Array, " r"], position
     if ring is None:
         return jnp.where(before, 0, fresh)
 
+    # jnp's remainder has the divisor's sign, so negative positions give a slot as well.
     held = _take(ring, positions % ring.shape[1]).astype(block.dtype)
     return jnp.where(before, held, fresh)
 
@@ -33,6 +34,7 @@ def write_ring(
     The first `counts` rows are real; of more rows than the ring has slots, the last ones are kept.
     """
     size, columns = ring.shape[1], jnp.arange(rows.shape[1])
+    # Rows before position 0 belong to no request: in an empty slot, an MTP block's commit begins at -1.
     kept = (columns < counts[:, None]) & (columns >= counts[:, None] - size) & (starts[:, None] + columns >= 0)
     # A scatter: the slots of kept rows differ, and dropped rows are given index `size`, past the ring.
     index = jnp.where(kept, (starts[:, None] + columns) % size, size)

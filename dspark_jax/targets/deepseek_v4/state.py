@@ -117,6 +117,7 @@ def append_block(
     def compressed(old: CompressedState | None, new: CompressedRows | None) -> CompressedState | None:
         if old is None or new is None:
             return None
+        # Raw rows are counted, entries are not: an entry past the length is stale and hidden until it is closed again.
         raw = write_ring(old.raw, new.raw, slots, starts, counts)
         return CompressedState(raw, write_entries(old.entries, new.closed.entries, slots, new.closed.first))
 

@@ -40,7 +40,7 @@ def spread_streams(x: Float[Array, "*n d"], streams: int) -> Float[Array, "*n s 
 
 def _signals(streams: Float[Array, "*n s d"], fn: Float[Array, "c sd"], eps: float) -> Float[Array, "*n c"]:
     """The signals [*n, C] from which a site computes its coefficients; one RMS per token, over all streams together."""
-    flat = streams.reshape(*streams.shape[:-2], -1)
+    flat = streams.reshape(*streams.shape[:-2], -1)  # [*n, S D]
     return jnp.einsum("...f,cf->...c", unit_rms(flat, eps), fn, precision=HIGHEST)
 
 
@@ -56,6 +56,7 @@ def doubly_stochastic(logits: Float[Array, "*n s s"], iterations: int, eps: floa
     def rows(b: Array) -> Array:
         return b / (jnp.sum(b, axis=-1, keepdims=True) + eps)
 
+    # eps keeps every entry positive, without which the scaling need not converge.
     first = columns(jax.nn.softmax(logits, axis=-1) + eps)
     return jax.lax.fori_loop(0, iterations - 1, lambda _, b: columns(rows(b)), first)
 
@@ -98,6 +99,7 @@ class Site(nnx.Module):
     ) -> Float[Array, "*n s d"]:
         """X'_j = expand_j y + Σ_i carry[i, j] X_i: the sum runs over the first index of carry."""
         expand, carry = mixing
+        # Doubly stochastic, carry neither amplifies nor loses the streams' mean.
         kept = jnp.einsum("...ij,...id->...jd", carry, streams, precision=HIGHEST)
         return expand[..., None] * y.astype(jnp.float32)[..., None, :] + kept
 
