@@ -110,6 +110,7 @@ class V4Folder(TensorFolder):
             )
 
         scales, (rows, columns) = self.raw(scale).array, tensor.array.shape
+
         # fp4 packs two codes in a byte: GROUP values take GROUP / 2 columns. fp8 has a scale for each BLOCK² tile.
         fp4 = self._entries[name].dtype == "I8"
         expected = [rows, columns // (GROUP // 2)] if fp4 else [-(-rows // BLOCK), -(-columns // BLOCK)]
@@ -141,6 +142,7 @@ class V4Folder(TensorFolder):
             return stored
 
         array, which = stored.array[int(found["expert"])], found["which"]
+
         # w1 is the gate, w3 the up projection: the first and second half of the rows.
         half = len(array) // 2
         return RawTensor(array if which == "w2" else array[:half] if which == "w1" else array[half:])

@@ -109,6 +109,7 @@ def load_v4_drafter(
     # Checked against the target before any weight is read.
     config = read_config(hf_config)
     config.check_target(target.config)
+
     # A config's hash that matches settles it; without one the folder may still be the same model with another config.
     if config.target_sha256 != target.config_sha256 and config_sha256(stored) != target.config_sha256:
         _check_same_target(tensors, target)
@@ -123,6 +124,7 @@ def load_v4_drafter(
         return np.float32 if float32_parameter(path) else storage
 
     table = v4_drafter_map(config, leaves)
+
     # The target's own tensors are harmless leftovers in a shared folder; unknown ones of the drafter are not.
     refuse_leftovers(tensors, v4_needed(tensors, stored_names(table, leaves)), ("deepseek_v4_drafter",))
     params = load_params(tensors, table, leaves, shardings, kept)
@@ -133,6 +135,7 @@ def load_v4_drafter(
 def _check_same_target(tensors: V4Folder, target: Target) -> None:
     """UserError where the folder has an embedding too and sampled rows of it are not the target's."""
     table = target.params.get("embed_weight_vd")
+
     # A table sharded over several processes cannot be sampled from one of them.
     if "embed.weight" not in tensors.names or table is None or not table.is_fully_addressable:
         return

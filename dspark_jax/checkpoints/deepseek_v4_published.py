@@ -125,6 +125,7 @@ def save_v4_drafter(folder: Path, drafter: Drafter, dtype: str | None = None) ->
 
 def _save(folder: Path, hf_config: Mapping[str, Any], tensors: dict[str, np.ndarray], dtype: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+
     # safetensors' own numpy writer has no fp8 types.
     write_raw(folder / "model.safetensors", tensors)
     kept = dict(hf_config)

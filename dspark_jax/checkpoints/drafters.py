@@ -104,9 +104,11 @@ def load_drafter(
     # Whatever the layout, everything below works on DeepSpec's names and fields.
     stored, layout = read_stored_config(folder)
     hf_config = native_config(stored, layout, target.config)
+
     # Ids that are off by one load without an error and draft badly (docs/algorithm.md, rule 96).
     if layer_shift:
         hf_config["target_layer_ids"] = [i + layer_shift for i in hf_config["target_layer_ids"]]
+
     # A pruned vocabulary is stored as tensors; the config, on which shapes depend, needs it first.
     if "draft_vocab_size" in hf_config and "draft_vocabulary" not in hf_config:
         hf_config["draft_vocabulary"] = stored_vocabulary(TensorFolder(folder), hf_config).bits
@@ -134,10 +136,12 @@ def load_drafter(
         drafter_tensor_map(config, leaves),
     )
     needed = {layout.tensor(name, hf_config) for name in stored_names(table, leaves)}
+
     # Before any weight is read: a tensor without a parameter means that config and weights differ.
     refuse_leftovers(tensors, needed, ("drafter", layout.name) if layout.name in HARMLESS else ("drafter",))
 
     vocabulary = getattr(config, "draft_vocabulary", None)
+
     # The same sizes do not make it the same target: tables are compared, not only shapes.
     _check_frozen_copies(tensors, target, vocabulary)
     if vocabulary is None:
@@ -157,6 +161,7 @@ def load_drafter(
         # Placed as a stored head would be.
         rows = draft_head(shared_tables(target), vocabulary).astype(storage)
         params[_DRAFT_HEAD_PATH[0]] = rows if shardings is None else jax.device_put(rows, shardings[_DRAFT_HEAD_PATH])
+
     # Last: a fault that an earlier check explains is better named by that check.
     if compare_manifest:
         check_integrity(folder, target)
@@ -199,6 +204,7 @@ def save_drafter(
         return
 
     folder, form = Path(folder), layout_named(layout)
+
     # The config states the dtype of the tensors that are written with it.
     native = {**drafter.hf_config, "dtype": dtype or drafter.config.backbone.dtype}
     stored = form.from_native(native, target)
@@ -230,6 +236,7 @@ def save_drafter(
         (folder / MANIFEST_FILE).unlink(missing_ok=True)
     write_tensors(folder / WEIGHTS_FILE, tensors)
     write_json(folder / CONFIG_FILE, stored)
+
     # Last, because it holds the hashes of the files before it.
     write_manifest(folder, native, form, target, provenance)
 
@@ -260,6 +267,7 @@ def stored_vocabulary(tensors: TensorFolder, hf_config: Mapping[str, Any]) -> Dr
         )
 
     ids = np.asarray(tensors.raw("d2t")[:]).astype(np.int64)
+
     # Differences, where their sums ascend within the vocabulary; target ids otherwise.
     relative = ids + np.arange(len(ids))
     ids = relative if np.all(np.diff(relative) > 0) and relative[-1:] < whole else ids

@@ -72,6 +72,7 @@ def require_kind(native: Config, layout: str) -> str:
 def native_architecture(fields: Config, kind: str) -> str:
     """DeepSpec's name of a kind whose draft layers have this model_type; UserError for layers without such a name."""
     model_type = str(fields.get("model_type"))
+
     # Layers of another family have other norms or biases, even where all shapes agree.
     if model_type != "qwen3" and not model_type.startswith("gemma4"):
         raise UserError(

@@ -75,6 +75,7 @@ def gguf_file(path_or_id: str | Path) -> Path | None:
 
     if path.suffix != SUFFIX:
         return None
+
     # `folder:file` ends in .gguf too, but no such path exists.
     folder, colon, name = str(path_or_id).rpartition(":")
     if colon and Path(folder).is_dir():
@@ -95,6 +96,7 @@ def converted_folder(file: Path) -> Path:
     # Named by content, so that a file that was replaced is converted again.
     parent = file.with_name(f"{file.name}.d")
     final = parent / file_hash(file)
+
     # config.json is written last and renamed with its folder: its presence means a whole conversion.
     if (final / "config.json").exists():
         return final
@@ -117,6 +119,7 @@ def converted_folder(file: Path) -> Path:
     finally:
         # After a rename there is nothing left to remove; after an error the unfinished folder goes.
         shutil.rmtree(made, ignore_errors=True)
+
     return final
 
 
@@ -133,6 +136,7 @@ def _convert(file: Path, folder: Path) -> None:
         raise UserError(f"{file} is no whole GGUF file ({reason}); copy it again.") from error
 
     tensors = {tensor.name: tensor for tensor in reader.tensors}
+
     # The config comes first: an architecture that is not read is refused before gigabytes are decoded.
     config = hf_config(file, fields, tensors)
     _write_weights(folder, config, file, tensors)
@@ -159,6 +163,7 @@ def hf_config(file: Path, fields: Mapping[str, Any], tensors: Mapping[str, Any])
     if kind not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise UserError(f"{file} is a GGUF file of architecture {kind!r}; those read here are {known}.")
+
     if int(fields.get("split.count", 1)) > 1:
         raise UserError(f"{file} is one of {fields['split.count']} parts; join them with llama-gguf-split --merge.")
 
@@ -168,6 +173,7 @@ def hf_config(file: Path, fields: Mapping[str, Any], tensors: Mapping[str, Any])
         return found
 
     architecture, model_type = ARCHITECTURES[kind]
+
     # `value` is for fields without a default in the format; those with one are read by `get` below.
     heads, hidden = int(value("attention.head_count")), int(value("embedding_length"))
     embedding = tensors.get("token_embd.weight")

@@ -51,12 +51,14 @@ def write_tokenizer(folder: Path, file: Path, fields: Mapping[str, Any]) -> None
     types = types or [1] * len(tokens)
     pre = fields.get("tokenizer.ggml.pre", "default")
     merges = [tuple(merge.split(" ", 1)) for merge in fields.get("tokenizer.ggml.merges", [])]
+
     # Unused places would be words of the tokenizer otherwise, and count as known tokens.
     vocabulary = {token: i for i, (token, of) in enumerate(zip(tokens, types, strict=True)) if of != UNUSED}
 
     # Llama 3's table has words that no sequence of merges produces.
     model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in ("llama-bpe", "llama3"))
     made = Tokenizer(model)
+
     # Qwen2's tokenizer normalises; the metadata does not say so.
     if _PATTERNS.get(pre) == _WORDS:
         made.normalizer = normalizers.NFC()

@@ -59,6 +59,7 @@ def resolve_folder(path_or_id: str | Path, kind: Literal["target", "drafter"] = 
         UserError: neither a folder nor a model that the hub gives.
     """
     folder, name = Path(path_or_id), str(path_or_id)
+
     # Probed first: too long a name or a folder without permission raises here, and not later without a sentence.
     try:
         folder.is_dir()
@@ -67,6 +68,7 @@ def resolve_folder(path_or_id: str | Path, kind: Literal["target", "drafter"] = 
 
     if kind == "target" and (file := gguf_file(path_or_id)) is not None:
         return converted_folder(file)
+
     # A folder wins over a hub id of the same name.
     if folder.is_dir():
         return folder
@@ -141,6 +143,7 @@ def load_target(
 
     # After the weights: a damaged folder is reported before a tokenizer is parsed.
     words = load_tokenizer(folder) if tokenizer else None
+
     return Target(
         name=str(path_or_id),
         config=config,
@@ -163,6 +166,7 @@ def save_target(folder: str | Path, hf_config: Mapping[str, Any], params: dict, 
     table = target_tensor_map(flatten_dict(params), _PREFIXES[text_config(hf_config) is not hf_config])
     write_json(folder / "config.json", {**hf_config, "dtype": dtype})
     write_tensors(folder / WEIGHTS_FILE, stored_tensors(table, params, dtype))
+
     # Last: hashes of files as written, so that a cut copy is found later.
     write_json(folder / HASHES_FILE, {name: file_hash(folder / name) for name in ("config.json", WEIGHTS_FILE)})
 
@@ -216,6 +220,7 @@ def _check_tied_head(tensors: TensorFolder, embedding: str) -> None:
     embed, head = tensors.stored(embedding), tensors.stored(HEAD_TENSOR)
 
     count = embed.get_shape()[0]
+
     # A sample of 64 rows: a head that was trained apart differs in nearly all of them.
     rows = [slice(int(r), int(r) + 1) for r in np.linspace(0, count - 1, min(count, 64))]
     same = embed.get_shape() == head.get_shape() and all(np.array_equal(embed[row], head[row]) for row in rows)
@@ -234,6 +239,7 @@ def target_tensor_map(paths: Iterable[ParamPath], prefix: str = "model") -> dict
         ("final_norm", "weight"): Stored(f"{prefix}.norm.weight"),
         ("head_weight_vd",): Stored(HEAD_TENSOR),
     }
+
     return {
         path: layer_tensor(path[2:], f"{prefix}.layers.{path[1]}") if path[0] == "layers" else outer[path]
         for path in paths
@@ -261,6 +267,7 @@ def stop_tokens(folder: Path, hf_config: Mapping[str, Any]) -> tuple[int, ...]:
     check_fields(stored, {"eos_token_id": TOKEN_IDS}, str(path))
 
     declared = stored.get("eos_token_id")
+
     # A multimodal file may state it outside or within its text config.
     if declared is None:
         check_fields(hf_config, {"eos_token_id": TOKEN_IDS}, "config.json")
@@ -282,6 +289,7 @@ def count_known_tokens(tokenizer: Any, config: TargetConfig, name: str) -> int |
     """`Target.known_tokens`, with a warning if the target's vocabulary is longer than the tokenizer or shorter."""
     if tokenizer is None:
         return None
+
     # Not len(): ids may have holes, and the largest one bounds what can be decoded.
     known = 1 + max(tokenizer.get_vocab().values(), default=-1)
 
@@ -291,6 +299,7 @@ def count_known_tokens(tokenizer: Any, config: TargetConfig, name: str) -> int |
             "are no tokens.",
             stacklevel=3,
         )
+
     if known > config.vocab_size:
         warnings.warn(
             f"{name} has a tokenizer of {known:,} ids and a vocabulary of {config.vocab_size:,}: text that needs the "

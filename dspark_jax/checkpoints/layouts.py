@@ -51,6 +51,7 @@ def read_stored_config(folder: Path) -> tuple[Config, FolderLayout]:
     """
     path = folder / CONFIG_FILE
     stored = read_object(path, expected="the config.json of a drafter")
+
     # Types and ranges first, so that the layouts' readers may index and compute without checks of their own.
     check_fields(stored, _STORED, str(path))
     check_drafter_fields(stored, str(path))

@@ -141,11 +141,13 @@ class ScaledTensor:
         # Missing trailing axes are whole, as in numpy.
         index = index if isinstance(index, tuple) else (index,)
         index = (*index, *(slice(None),) * (2 - len(index)))
+
         # Steps are always 1: only contiguous parts of a parameter are read.
         (top, bottom, _), (left, right, _) = (s.indices(n) for s, n in zip(index, self.get_shape(), strict=True))
 
         if not self.packed:
             return decode_fp8(self.codes[top:bottom, left:right], self.scales, top, left)
+
         # A scale serves GROUP columns, so whole groups are decoded and then cut.
         first, last = left // GROUP, -(-right // GROUP)
         codes = self.codes[top:bottom, first * GROUP // 2 : last * GROUP // 2]
@@ -188,6 +190,7 @@ def write_raw(file: Path, tensors: dict[str, np.ndarray]) -> None:
         at += array.nbytes
 
     text = json.dumps(header).encode()
+
     # Padded to a multiple of 8, as the reference writer does, so that tensors are aligned.
     text += b" " * (-len(text) % 8)
 

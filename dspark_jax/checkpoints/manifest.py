@@ -58,6 +58,7 @@ def conventions(native: Config, layout: FolderLayout) -> dict[str, Any]:
 
     # DeepSpec's config has no such field, and its anchor row predicts.
     predicts = native.get("sample_from_anchor", True)
+
     return found | {
         "anchor": ANCHOR_PREDICTS if predicts else ANCHOR_WAITS,
         "sample_from_anchor": predicts,
@@ -103,6 +104,7 @@ _TARGET: Schema = {"name": text(), "config_sha256": text(), "weights_xxh3": text
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The folder's manifest, None if there is none; UserError if the file has another format or version."""
     path = folder / MANIFEST_FILE
+
     # `lexists`: a broken link is an error, not an absent manifest.
     if not os.path.lexists(path):
         return None
@@ -131,6 +133,7 @@ def mismatches(manifest: Config, native: Config, layout: FolderLayout, target: T
         ("layout", manifest.get("layout"), layout.name),
         ("kind", manifest.get("kind"), kind_name(native)),
     ]
+
     # Names of both sides are compared: a convention that only one of them knows is a contradiction too.
     compared += [(name, declared.get(name), found.get(name)) for name in sorted({*declared, *found})]
     wrong = [
@@ -171,6 +174,7 @@ def check_files(folder: Path, manifest: Config) -> None:
 def check_weights(folder: Path, manifest: Config, target: Target) -> None:
     """UserError where the target's weights are not those that the drafter was trained for."""
     made_for = manifest["target"].get("weights_xxh3")
+
     # The config's hash was compared already; weights differ where a target was fine-tuned without changing its config.
     if made_for is None or target.folder is None:
         return

@@ -160,6 +160,7 @@ def _table(kind: type, content: Mapping[str, Any], path: Path) -> Any:
     content = {name: value for name, value in content.items() if name not in OWN_FIELDS}
 
     names = {field.name for field in fields(kind)}
+
     # A misspelt optional field would silently mean its default.
     unknown = sorted(set(content) - names)
     if unknown:

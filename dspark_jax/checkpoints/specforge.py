@@ -73,8 +73,10 @@ class SpecForgeLayout:
             native.setdefault("confidence_head_with_markov", native["markov_rank"] > 0)
 
         heads = native["markov_rank"] or native["enable_confidence_head"]
+
         # No field states the convention: "dspark", or any head, means that the anchor's row predicts (rule 91).
         anchor_predicts = nested.get("projector_type") == "dspark" or architecture == "DSparkDraftModel" or heads
+
         # z-lab's block_size counts rows, of which the anchor's predicts nothing; here it counts predictions.
         if not anchor_predicts and "block_size" in native:
             native |= {"sample_from_anchor": False, "block_size": native["block_size"] - 1}

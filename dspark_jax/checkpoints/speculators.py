@@ -56,8 +56,10 @@ class SpeculatorsLayout:
 
         layers = dict(stored.get("transformer_layer_config") or {})
         self._refuse(stored, layers)
+
         # The drafter's own fields win over the decoder's of the same name.
         native = layers | {name: stored[name] for name in _DRAFTER if name in stored}
+
         # A size equal to the whole vocabulary is how an unpruned drafter is written.
         if stored.get("draft_vocab_size") not in (None, layers.get("vocab_size")):
             native["draft_vocab_size"] = stored["draft_vocab_size"]
@@ -78,6 +80,7 @@ class SpeculatorsLayout:
     def from_native(self, native: Config, target: Target) -> dict[str, Any]:
         """This layout's config.json; UserError for a kind that it cannot hold."""
         kind = require_kind(native, self.name)
+
         # The tensors d2t and t2d say which tokens a pruned vocabulary has.
         own = (*_DRAFTER, "architectures", "target_layer_ids", "draft_vocabulary", "draft_vocab_size")
         stored: dict[str, Any] = {name: native[name] for name in _DRAFTER if name in native}
@@ -127,6 +130,7 @@ class SpeculatorsLayout:
 
         if native.pop("sample_from_anchor", kind == "dspark"):
             return
+
         # `block_size` counts the anchor's row here, and predictions in DeepSpec's config.
         native |= {"sample_from_anchor": False, "block_size": native["block_size"] - 1}
 

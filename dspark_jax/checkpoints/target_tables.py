@@ -109,6 +109,7 @@ def _load(
 
     module = target_skeleton(target.config)
     leaves = flatten_dict(split(module)[1])
+
     # All leaves are mapped, wanted or not, so that leftovers are judged against the whole model.
     tensors, table = target_tensors(resolve_folder(target.name), target.config, target.hf_config, leaves)
 

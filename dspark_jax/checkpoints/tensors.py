@@ -64,17 +64,21 @@ class Layout(Enum):
             h = shape[2]
             rows = stored[lo[1] * h : hi[1] * h, lo[0] : hi[0]]
             return rows.reshape(-1, h, rows.shape[-1]).transpose(2, 0, 1)[..., lo[2] : hi[2]]
+
         if self is Layout.HEADS_IN:
             h = shape[1]
             columns = stored[lo[2] : hi[2], lo[0] * h : hi[0] * h]
             return columns.reshape(columns.shape[0], -1, h).transpose(1, 2, 0)[:, lo[1] : hi[1]]
+
         if self is Layout.HEADS_BIAS:
             h = shape[1]
             return stored[lo[0] * h : hi[0] * h].reshape(-1, h)[:, lo[1] : hi[1]]
+
         if self is Layout.GROUPS_OUT:
             o = shape[2]
             rows = stored[lo[0] * o : hi[0] * o, lo[1] : hi[1]]
             return rows.reshape(-1, o, rows.shape[-1]).transpose(0, 2, 1)[..., lo[2] : hi[2]]
+
         return stored[tuple(slice(a, b) for a, b in zip(lo, hi, strict=True))]
 
     def write(self, array: np.ndarray) -> np.ndarray:
@@ -182,6 +186,7 @@ class TensorFolder:
         # Tensors that the index leaves out count as well: with them the folder may hold another model.
         for path, entries in headers.items():
             self._file_of |= dict.fromkeys(entries, path)
+
         # The index decides where two files hold a tensor of one name.
         self._file_of |= {name: files[file] for name, file in listed.items()}
         self._entries = {name: headers[path][name] for name, path in self._file_of.items()}
@@ -246,6 +251,7 @@ def _inside(folder: Path, name: str, index: Path) -> Path:
         raise UserError(f"{index} names the file {name!r}, which cannot be read ({reason_of(error)}).") from None
 
     homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+
     # Names are checked as well as resolved paths: a name that leaves the folder is wrong even where it leads back.
     if (
         PurePosixPath(name).is_absolute()
@@ -256,6 +262,7 @@ def _inside(folder: Path, name: str, index: Path) -> Path:
             f"{index} names the file {name!r}, which lies outside the folder; expected files beside the index. Copy "
             "the model again from its source."
         )
+
     return path
 
 

@@ -44,6 +44,7 @@ class Backbone(nnx.Module):
         d, std, layer = dims.hidden_size, dims.initializer_range, layer_class(dims)
 
         features = len(config.target_layer_ids) * d
+
         # [m D] -> [D]: the features of all tapped layers are fused once, not once for each draft layer.
         self.fc = Linear(features, d, std, rngs=rngs, bias=False, axes=("features", "embed"))
         self.hidden_norm = layer.norm(d, dims.rms_norm_eps)
@@ -77,6 +78,7 @@ class Backbone(nnx.Module):
         ropes = layer_ropes(self.config, positions[..., None] + jnp.arange(x.shape[2]))
 
         attend = self.attending(context, anchors, x.shape[2], starts)
+
         # The block's own K/V are dropped: they come from mask tokens, and commit caches the context's only.
         for layer, rope in zip(self.layers, ropes, strict=True):
             x, _ = layer(x, rope, attend)

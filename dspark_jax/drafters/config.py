@@ -89,6 +89,7 @@ class DrafterConfig:
         # Layer types are overridden: draft layers are of the full-attention kind, for which Gemma has sizes of its own,
         # and they never slide (docs/algorithm.md, rules 25 and 64).
         full = ["full_attention"] * (config.get("num_hidden_layers") or 0)
+
         return {
             "backbone": read_target_config({**config, "layer_types": full}, WHERE),
             "block_size": config["block_size"],
@@ -229,6 +230,7 @@ class DSparkConfig(BlockConfig):
 
     def check(self) -> None:
         super().check()
+
         # The mask row is looked up in the target's embedding, whatever the draft vocabulary is.
         if not 0 <= self.mask_token_id < self.backbone.vocab_size:
             raise UserError(

@@ -73,6 +73,7 @@ class DSpark(nnx.Module):
 
         markov = self.markov_head
         carry = None if markov is None else markov.init(anchors.shape)
+
         # A Python loop: K is small and static, and only the head runs in it.
         previous, tokens, probs, embeddings = anchors, [], [], []
 
@@ -173,8 +174,10 @@ class DSpark(nnx.Module):
 
         backbone["layers"] = dict(enumerate(layers))
         backbone["norm"] = final_norm
+
         # H_ctx feeds K/V without an input norm (rule 19), so `hidden_norm` takes the place of the target's.
         backbone["hidden_norm"] = layers[0]["input_norm"]
+
         # The last D input rows are those of the last tap: features are concatenated in the order of ids (rule 16).
         backbone["fc"] = {"weight_io": (0.5 * weight).at[-size:].add(jnp.eye(size, dtype=weight.dtype))}
 

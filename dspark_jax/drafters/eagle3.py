@@ -46,6 +46,7 @@ class Eagle3Config(DrafterConfig):
 
     def check(self) -> None:
         super().check()
+
         # docs/algorithm.md, rule 59: the reference's proposal is exact for one layer only.
         if self.backbone.num_layers != 1:
             raise UserError(f"An Eagle3 drafter has {self.backbone.num_layers} layers; expected 1.")
@@ -72,6 +73,7 @@ class Eagle3(PairedRows):
         self.fc = Linear(features, d, std, rngs=rngs, bias=False, axes=("features", "embed"))
 
         layer = layer_class(dims)(dims, 0, rngs=rngs, input_size=2 * d)
+
         # The hidden half has a norm of its own; the layer's input norm serves the embedding half.
         layer.hidden_norm = layer.norm(d, dims.rms_norm_eps)
         self.layers = nnx.List([layer])
@@ -145,6 +147,7 @@ class Eagle3(PairedRows):
         positions = limits if starts is None else limits - starts
 
         context = head_major(self.keys_values(shared, hidden, shift_left(tokens, 1), positions))
+
         # Step 0's K/V serve every step; later steps add one row of their own at the same t.
         rows: tuple[KeysValues, ...] = ()
         out = []
@@ -181,12 +184,14 @@ class Eagle3(PairedRows):
         (layer,) = layers
         mine, attention = params["layers"][0], dict(layer["attention"])
         size = params["fc"]["weight_io"].shape[1]
+
         # Rows of q, k and v: the first D belong to the embedding half, the last D to the hidden half.
         for name in ("q_weight_dqh", "k_weight_dgh", "v_weight_dgh"):
             if name in attention:
                 attention[name] = jnp.concatenate([mine["attention"][name][:size], attention[name]])
 
         weight = params["fc"]["weight_io"]
+
         return {
             "fc": {"weight_io": (0.5 * weight).at[-size:].add(jnp.eye(size, dtype=weight.dtype))},
             "layers": {0: {**layer, "attention": attention, "hidden_norm": layer["input_norm"]}},

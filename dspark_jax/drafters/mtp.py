@@ -44,6 +44,7 @@ class MTPConfig(BlockConfig):
                 f"An MTP drafter's target_layer_ids are {list(self.target_layer_ids)}; expected the target's last "
                 f"layer alone, {self.last_tap}."
             )
+
         super().check()
         if self.backbone.num_layers != 1 or self.block_size != 1:
             raise UserError(

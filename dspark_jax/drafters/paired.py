@@ -64,6 +64,7 @@ class OwnRows:
         # The training pass has a query for each position of the row; decoding has one in all.
         if count <= chunk or count % chunk:
             return attend(operands)
+
         # [B, N, ...] -> [chunks, B, chunk, ...], the axis that `map` runs over first.
         parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(len(x), -1, chunk, *x.shape[2:]), 1, 0), operands)
         return jnp.moveaxis(jax.lax.map(jax.checkpoint(attend), parts), 0, 1).reshape(q.shape)
@@ -113,12 +114,15 @@ class PairedRows(nnx.Module):
         """Caches rows starts - 1 .. starts + W - 2: token j of the commit belongs with the hidden state one position
         before it."""
         hidden = self.fuse(taps)
+
         # Hidden states are shifted by one against tokens: the first comes from the previous commit.
         paired = jnp.concatenate([state.hidden[:, None].astype(hidden.dtype), hidden[:, :-1]], axis=1)
+
         # Row starts - 1 is new, since it needed the anchor; the anchor of an empty slot is at 0.
         first = jnp.maximum(starts - 1, 0)
 
         kv = self.keys_values(shared, paired, tokens, first[:, None] + jnp.arange(tokens.shape[1]))
+
         # The last accepted row's hidden state waits for the next anchor; an idle slot (count 0) keeps its own.
         last = jnp.where(counts[:, None] > 0, _row(hidden, jnp.maximum(counts - 1, 0)), state.hidden)
         return PairedState(append_rows(state.cache, (kv,), first), last.astype(state.hidden.dtype))

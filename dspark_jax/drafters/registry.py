@@ -148,6 +148,7 @@ def drafter_hf_config(
 
     # Given sizes have the generic names; Gemma's global layers use names of their own.
     config, sizes = family_fields(target_hf_config, {name: n for name, n in given.items() if n is not None})
+
     # Facts about the target's files, not about the drafter's.
     for name in ("torch_dtype", "_name_or_path", "quantization_config"):
         config.pop(name, None)
@@ -164,8 +165,10 @@ def drafter_hf_config(
     }
 
     config |= described.module.config_type.hf_fields(num_layers=num_layers, **SETTING_DEFAULTS | settings)
+
     # Last, so that given sizes win over both the target's and the kind's.
     config |= sizes
+
     # The file is read back at once: a contradiction is found before anything is trained.
     described.module.config_type.from_hf_dict(config).check_target(target)
     return config
@@ -228,6 +231,7 @@ def with_head_norms(layer: dict, rows: Float[Array, "n d"], eps: float) -> dict:
     queries and keys have on `rows` (the layer's inputs, before its input norm), so that scores keep their scale.
     """
     wide = rows.astype(jnp.float32)
+
     # The layer's own input norm, written out, because a target layer's parameters come without their module.
     normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     normed = normed * layer["input_norm"]["weight"]
@@ -260,4 +264,5 @@ def graft_target_layers(hf_config: Mapping[str, Any], params: dict, layers: Sequ
             "The draft layers differ from the target's in shape, so they can't start as copies of them; leave out "
             "drafter.init_target_layers, or the overrides of heads and MLP width."
         )
+
     return grafted

@@ -62,6 +62,7 @@ class DraftVocabulary:
                 f"The drafter's draft_vocabulary holds {8 * packed.size} bits; expected one for each of the target's "
                 f"{self.whole} tokens, in base64. Copy its config.json again."
             )
+
         return np.unpackbits(packed, count=self.whole, bitorder="little").astype(bool)
 
     @cached_property

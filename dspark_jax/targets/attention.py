@@ -214,6 +214,7 @@ def prefix_block_attention(
 
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
+
     # Weights are cast to the values' dtype, as kernels do; their sum stays float32.
     flat = weights.reshape(b, groups, -1, weights.shape[-1]).astype(prefix.values.dtype)
     out = jnp.einsum("bgmt,bgth->bgmh", flat, prefix.values, preferred_element_type=jnp.float32).reshape(rows.shape)

@@ -47,6 +47,7 @@ class RopeConfig:
         """
         refuse_rotations(config, "config.json")
         where = "config.json, under rope_parameters or rope_scaling,"
+
         # transformers 5 writes `rope_parameters`, earlier versions `rope_scaling` (docs/algorithm.md, rule 69).
         scaling = require_object(config.get("rope_parameters") or config.get("rope_scaling") or {}, where)
         if layer_type is not None:
@@ -66,6 +67,7 @@ class RopeConfig:
             )
 
         partial = scaling.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+
         # Other kinds would turn the first channels of a head only, which `Rope.rotate` by halves cannot express.
         if partial != 1.0 and kind != "proportional":
             raise UserError(
@@ -74,6 +76,7 @@ class RopeConfig:
             )
 
         original = scaling.get("original_max_position_embeddings") or config["max_position_embeddings"]
+
         # A yarn file may give the original length alone: transformers then takes the ratio of the two lengths.
         factor = scaling.get("factor")
         if factor is None:
@@ -86,6 +89,7 @@ class RopeConfig:
                          "high_freq_factor")
             if scaling.get(name) is not None
         }  # fmt: skip
+
         # The blend between the two factors divides by their difference.
         if kind == "llama3" and optional.get("low_freq_factor", 1.0) >= optional.get("high_freq_factor", 4.0):
             raise UserError(
@@ -111,8 +115,10 @@ class RopeConfig:
             # Frequencies past the turning part are 0, not absent: their pairs keep their angle, and H stays whole.
             turning = int(self.partial_factor * head_dim // 2)
             return [f / self.factor if i < turning else 0.0 for i, f in enumerate(plain)], 1.0
+
         if self.kind == "linear":
             return [f / self.factor for f in plain], 1.0
+
         # YaRN alone has a factor on cos and sin; through q and k it scales the scores by its square.
         if self.kind == "yarn":
             return self._yarn(plain, head_dim)
@@ -132,6 +138,7 @@ class RopeConfig:
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, head_dim - 1)
+
         # Equal ends would divide by zero below.
         if low == high:
             high += 0.001

@@ -75,12 +75,15 @@ class DecoderModel(nnx.Module):
 
     def __init__(self, config: TargetConfig, layer: Any, *, rngs: nnx.Rngs):
         shape = (config.vocab_size, config.hidden_size)
+
         # Stored [V, D] whether tied or not: rows are looked up, and the head reads them as they lie.
         self.embed_weight_vd = param(normal(rngs, shape, config.initializer_range), "vocab", "embed")
         self.layers = nnx.List(layer(config, i, rngs=rngs) for i in range(config.num_layers))
+
         # The family's own norm: Gemma's and Qwen's differ in where they round (docs/algorithm.md, rule 61).
         self.final_norm = layer.norm(config.hidden_size, config.rms_norm_eps)
         self.tied = config.tie_word_embeddings
+
         # A tied target has one array for both, so that its parameters count it once.
         if not self.tied:
             self.head_weight_vd = param(normal(rngs, shape, config.initializer_range), "vocab", "embed")
@@ -101,11 +104,13 @@ class DecoderModel(nnx.Module):
     ) -> TargetOutput:
         """Runs the rows. `tap_layers` are 0-based layer ids whose outputs are kept; -1 is the embedding."""
         x = self.embed(tokens)
+
         # Only the attention core needs the [R, W] grid; dense layers run on packed rows (docs/algorithm.md, rule 81).
         packed = attend.packed if isinstance(attend, CachedBlock) else None
 
         # Before the loop: layers of one kind share cos and sin.
         ropes = layer_ropes(self.config, positions)
+
         # Taps are raw layer outputs: the final norm is in none of them (docs/algorithm.md, rules 14 and 15).
         tapped = {-1: x} if -1 in tap_layers else {}
         kv = []

@@ -51,6 +51,7 @@ def gemma4_config(config: Mapping[str, Any]) -> TargetConfig:
     check_activation(config, "hidden_activation", "gelu_pytorch_tanh")
 
     count = config["num_hidden_layers"]
+
     # The default pattern is transformers' too: five sliding layers, then a global one.
     types = layer_types(config, ["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(count)])
     types[-1] = "full_attention"  # transformers forces it, whatever the file says
@@ -69,6 +70,7 @@ def _layer(config: Mapping[str, Any], kind: str) -> LayerConfig:
     """One layer's sizes: global layers alone have `global_head_dim` and K = V, and with K = V their own number of kv
     heads (rule 64)."""
     ropes = config.get("rope_parameters") or _DEFAULT_ROPES
+
     # Without an entry, the top-level theta would be used for both kinds, which is wrong for one of them.
     if not isinstance(ropes.get(kind), Mapping):
         raise UserError(
@@ -82,6 +84,7 @@ def _layer(config: Mapping[str, Any], kind: str) -> LayerConfig:
 
     shared = bool(config.get("attention_k_eq_v", False))
     own = config.get("num_global_key_value_heads") if shared else None
+
     return LayerConfig(
         num_kv_heads=own or config["num_key_value_heads"],
         head_dim=config.get("global_head_dim", 512) or config["head_dim"],
@@ -142,6 +145,7 @@ class Gemma4Layer(nnx.Module):
         self.pre_feedforward_norm = Gemma4Norm(d, eps)
         self.mlp = MLP(config, rngs=rngs, activation=_gelu)
         self.post_feedforward_norm = Gemma4Norm(d, eps)
+
         # Saved in checkpoints (rule 62); 1 in a fresh layer.
         self.layer_scalar = param(jnp.ones((1,), jnp.float32), None)
         self.index = index

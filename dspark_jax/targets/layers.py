@@ -111,6 +111,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: TargetConfig, index: int, *, rngs: nnx.Rngs, input_size: int | None = None):
         layer, std, d = config.layers[index], config.initializer_range, config.hidden_size
+
         # A drafter's first layer may read wider rows than D (Eagle3 reads 2 D), but always writes D.
         q, g, h, i = config.num_heads, layer.num_kv_heads, layer.head_dim, input_size or d
 
@@ -157,6 +158,7 @@ class Attention(nnx.Module):
     def keys_values(self, x: Float[Array, "*n i"], rope: Rope) -> KeysValues:
         """([*n, G, H] keys after norm and RoPE, [*n, G, H] values): what a cache keeps."""
         k = jnp.einsum("...d,dgh->...gh", x, self.k_weight_dgh[...])
+
         # With K = V, v is the raw projection: before the norm and without RoPE (docs/algorithm.md, rule 63).
         v = k = k + self.k_bias_gh[...] if self.has_bias else k
         if not self.values_are_keys:

@@ -10,6 +10,7 @@ from dspark_jax.targets.config import LayerConfig, RopeConfig, TargetConfig, che
 def llama_config(config: Mapping[str, Any]) -> TargetConfig:
     """A dense Llama-3-style target; UserError for another activation or for tensor-parallel pretraining order."""
     check_activation(config, "hidden_act", "silu")
+
     # transformers sums such products slice by slice, and another order rounds to other values.
     if (parts := config.get("pretraining_tp") or 1) != 1:
         raise UserError(

@@ -73,6 +73,7 @@ def experts_one_by_one(
 
     def add(total: Array, expert: tuple[Array, ...]) -> tuple[Array, None]:
         index, gate, up, down = expert
+
         # [N, 1]: 0 for rows that did not choose this expert, so that the product may run on all of them.
         share = jnp.sum(jnp.where(chosen == index, weights, 0), axis=1, keepdims=True).astype(rows.dtype)
 

@@ -37,12 +37,14 @@ def qwen3_moe_config(config: Mapping[str, Any]) -> TargetConfig:
     check_activation(config, "hidden_act", "silu")
 
     rope = RopeConfig.from_hf_dict(config)
+
     # Without a head_dim it is D / heads here, not the dense family's 128.
     heads, head_dim = _heads(config, config["hidden_size"] // config["num_attention_heads"])
 
     # Files use either name for the number of experts; without one, all layers are dense.
     count = config.get("num_experts", config.get("num_local_experts")) or 0
     step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
+
     # No `max_window_layers` here: in transformers, a mixture's window holds for every layer.
     window = config.get("sliding_window") if config.get("use_sliding_window", False) else None
 
@@ -82,6 +84,7 @@ def _windows(config: Mapping[str, Any]) -> list[int | None]:
     """Per-layer window, as transformers reads it: `sliding_window` counts only under `use_sliding_window`, and the
     layer types come from `max_window_layers` when the file has none."""
     window = config.get("sliding_window") if config.get("use_sliding_window", False) else None
+
     # Qwen's convention: the first `max_window_layers` layers are full, those after them slide.
     first = config.get("max_window_layers", 28)
     default = [

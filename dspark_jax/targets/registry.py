@@ -94,10 +94,12 @@ def target_kind(config: Mapping[str, Any], where: str = "config.json") -> Target
     outer, named = config.get("model_type"), text_config(config).get("model_type")
 
     kind = TARGETS.get(str(named))
+
     # A text model may stand alone (then outer and named agree), but not inside another family's multimodal file.
     if kind is None or outer not in (named, kind.multimodal):
         known = sorted([*TARGETS, *(kind.multimodal for kind in TARGETS.values() if kind.multimodal)])
         raise UserError(f"{where} has model_type {outer!r}; targets that load here are {', '.join(known)}.")
+
     return kind
 
 

@@ -87,6 +87,7 @@ class V4DSparkConfig(DSparkConfig):
 
         if noise is None:
             raise UserError("The drafter has no noise token; name an unused token with --drafter.mask-token-id.")
+
         return _trained(
             target_hf_config,
             "dspark",

@@ -99,11 +99,13 @@ class V4DSpark(DSpark):
     ) -> Array:
         """Blocks [B, N] over the last `window` positions of their own sequence before each anchor."""
         index = anchors[..., None] + jnp.arange(-self.window, 0)
+
         # A packed row holds other conversations too: the window ends at the sequence's own start.
         first = jnp.zeros_like(anchors) if starts is None else starts
         allowed = index >= first[..., None]  # [B, N, window]
 
         at = jnp.clip(index, 0, context[0].shape[1] - 1)
+
         # [B, T, H] -> [B, N, window, H]: each block's own stretch of context.
         keys = tuple(rows[jnp.arange(len(rows))[:, None, None], at] for rows in context)
         return self.stream_states(shared, keys, allowed, tokens, anchors - first)[1]

@@ -107,6 +107,7 @@ class Indexer(nnx.Module):
         # Hidden entries rank last, so that they fill the top only once all visible ones are in it.
         _, index = jax.lax.top_k(jnp.where(visible, scores, -jnp.inf), self.top)
         chosen = jax.vmap(jax.vmap(lambda row, at: row.at[at].set(True)))(jnp.zeros(scores.shape, bool), index)
+
         # With fewer visible entries than `top`, hidden ones were chosen too; they are taken out again.
         return chosen & visible
 
@@ -223,6 +224,7 @@ class V4Attention(nnx.Module):
         closed, m = rows.closed, self.layer.ratio
         limits = (starts[:, None] + jnp.arange(width) + 1) // m
         index = closed.first[:, None] + jnp.arange(closed.entries.shape[1])
+
         # Each entry's own index decides, so rows of one block see the entries that they close themselves.
         entries, seen = [closed.entries], [index[:, None] < limits[..., None]]
 
@@ -245,6 +247,7 @@ class V4Attention(nnx.Module):
 
         keys = [rows.closed.entries] if stored is None else [stored, rows.closed.entries]
         scores = jnp.concatenate([self.indexer.scores(q, weights, part) for part in keys], axis=-1)
+
         # One choice over stored and new entries together: a block's own entries compete with the old ones.
         chosen = self.indexer.select(scores, jnp.concatenate(seen, axis=-1))
         return jnp.split(chosen, [part.shape[-1] for part in seen[:-1]], axis=-1)
@@ -255,6 +258,7 @@ class V4Attention(nnx.Module):
     ) -> Float[Array, "r w q h"]:  # fmt: skip
         """Long blocks run chunk by chunk: a chunk of rows meets its band of the window's keys, not all of them."""
         width = q.shape[1]
+
         # Only whole chunks: a width that does not divide takes the whole score matrix.
         chunk = QUERY_CHUNK if width > QUERY_CHUNK and width % QUERY_CHUNK == 0 else width
 
@@ -263,6 +267,7 @@ class V4Attention(nnx.Module):
             band = jax.lax.dynamic_slice_in_dim(window, at, chunk + self.window - 1, axis=1)
             mine, column = jnp.arange(chunk)[:, None], jnp.arange(chunk + self.window - 1)
             near = (column >= mine) & (column < mine + self.window)
+
             # Near the start of a sequence the band reaches below position 0, where there are no rows.
             real = (starts[:, None] + at + column - self.window + 1 >= 0)[:, None]
 

@@ -40,6 +40,7 @@ class Compressor(nnx.Module):
         self.size = size
         self.kv_weight_dc = param(normal(rngs, (d, self.series * size), std), "embed", None)
         self.gate_weight_dc = param(normal(rngs, (d, self.series * size), std), "embed", None)
+
         # A bias for each place in the window, so that pooling knows the order of its tokens.
         self.ape = param(normal(rngs, (layer.ratio, self.series * size), std), None, None)
         self.norm = Norm(size, config.rms_norm_eps, None)
@@ -59,6 +60,7 @@ class Compressor(nnx.Module):
         Earlier rows of the first window (and of the one before it) come from the ring.
         """
         m, width = self.ratio, block.shape[1]
+
         # A block closes at most ceil(W / M) windows, beginning with the one that holds its first row.
         count, first = -(-width // m), starts // m
 
@@ -70,6 +72,7 @@ class Compressor(nnx.Module):
         # [R, T, 2, series C] -> [R, windows, M, 2, series, C]; axis 3 is content and gate.
         windows = rows.reshape(len(rows), -1, m, 2, self.series, self.size)
         pooled = self._pool(windows, first[:, None] + jnp.arange(count))
+
         # An entry has the position of its window's first token.
         ropes = rope_at(self.rope, self.rope_dim, (first[:, None] + jnp.arange(count)) * m)
 

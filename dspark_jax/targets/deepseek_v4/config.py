@@ -80,6 +80,7 @@ def v4_config(config: Mapping[str, Any]) -> V4Config:
     ratios = _ratios(config)
     hashed = _hash_layers(config)
     theta, compressed = _ropes(config)
+
     # Yarn is for layers with entries, whose keys may lie far back; layers with a window alone keep the plain rope.
     plain = RopeConfig(theta=theta)
     head_dim, window = config["head_dim"], config["sliding_window"]
@@ -185,6 +186,7 @@ def _ratios(config: Mapping[str, Any]) -> list[int]:
         named = [_ratio_of(kind, rates) for kind in types[:count]]
 
     ratios = config.get("compress_ratios", named)
+
     # A KeyError, because the registry turns it into the sentence about a missing field.
     if ratios is None:
         raise KeyError("compress_ratios")
@@ -216,6 +218,7 @@ def _ratio_of(kind: str, rates: Mapping[str, int]) -> int:
         )
 
     ratio = rates.get(kind, SPARSE_RATIO if kind == _TYPES[SPARSE_RATIO] else 128)
+
     # The ratio alone tells CSA from HCA everywhere else, so the two must not overlap.
     if (ratio == SPARSE_RATIO) != (kind == _TYPES[SPARSE_RATIO]) or ratio < 1:
         raise UserError(f"config.json gives {kind} the ratio {ratio}; only {_TYPES[SPARSE_RATIO]} has {SPARSE_RATIO}.")
@@ -263,6 +266,7 @@ def _ropes(config: Mapping[str, Any]) -> tuple[float, RopeConfig]:
         raise UserError(
             f"config.json asks for RoPE scaling {scaling['rope_type']!r}; deepseek_v4 targets use yarn or none."
         )
+
     # Yarn stretches positions but does not scale scores here: its factor on cos and sin is 1.
     scaling["attention_factor"] = 1.0
     read = {"max_position_embeddings": config["max_position_embeddings"], "rope_theta": compressed}

@@ -26,6 +26,7 @@ def round_keys(x: Float[Array, "*n h"], rotated: int) -> Float[Array, "*n h"]:
     """All channels except the last `rotated` ones rounded to e4m3, with one power-of-two scale for each 64 of them."""
     still, turned = x[..., : x.shape[-1] - rotated], x[..., x.shape[-1] - rotated :]
     blocks = _groups(still.astype(jnp.float32), FP8_BLOCK)
+
     # The floor keeps the scale of an all-zero block away from 0.
     largest = jnp.maximum(jnp.max(jnp.abs(blocks), axis=-1, keepdims=True), 1e-4)
     scale = _power_of_two(largest / 448.0)  # 448 is the largest e4m3 value

@@ -36,6 +36,7 @@ class V4Model(nnx.Module):
         """The output of each layer in order; a generator, so that taps need not be kept for all of them."""
         rows = jnp.take(self.embed_weight_vd[...], tokens, axis=0)
         streams = spread_streams(rows, self.config.streams)
+
         # V4 has cores of its own: of `attend` only the lengths, the packing and the state are used.
         place, state = Placement.of(attend, len(tokens))
         for i, layer in enumerate(self.layers):

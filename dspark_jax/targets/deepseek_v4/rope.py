@@ -16,6 +16,7 @@ def rotate_tail(x: Float[Array, "*n h"], rope: Rope, inverse: bool = False) -> F
     """Rotates the last channels of every row, in float32; `rope` [*n, P/2] must broadcast against x's leading axes."""
     size = 2 * rope.cos.shape[-1]
     still, turned = x[..., :-size], x[..., -size:].astype(jnp.float32)
+
     # Neighbouring pairs, unlike the halves of `Rope.rotate`; interleaving them again restores the order of channels.
     even, odd = turned[..., 0::2], turned[..., 1::2]
     sin = -rope.sin if inverse else rope.sin

@@ -66,6 +66,7 @@ class Site(nnx.Module):
 
     def __init__(self, config: V4Config, *, rngs: nnx.Rngs):
         s, d = config.streams, config.hidden_size
+
         # S weights to collapse, S to expand and S x S to carry streams over.
         count = (2 + s) * s
         self.fn = param(normal(rngs, (count, s * d), config.initializer_range), None, None)
