@@ -40,7 +40,7 @@ class BenchSettings:
     drafter: str = ""
     """Folder of the drafter."""
     against: Literal["plain", "transformers"] = "plain"
-    """What is compared: speculative with plain decoding, or plain decoding with transformers' generate on PyTorch."""
+    """Comparison: speculative against plain decoding, or plain decoding against transformers' generate on PyTorch."""
     output: Path = Path("runs/bench")
     """Folder of metrics.json and the plots."""
     temperatures: tuple[float, ...] = (0.0, 1.0)

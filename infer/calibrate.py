@@ -41,12 +41,12 @@ class CalibrateSettings:
     output: Path = Path("runs/calibrate")
     """Folder of sts.json, metrics.json and the diagrams."""
     results: Path | None = None
-    """Where the figures are kept besides, with the command."""
+    """JSON file for a further copy of the figures and the command."""
     recenter: Path | None = None
-    """Folder for a copy of the drafter with the bias of its confidence head set by the same rounds. No temperature
-    mends a head that is too sure by a constant, as after training data seen too often. sts.json is for the copy."""
+    """Folder for a copy of the drafter with the bias of its confidence head fitted to the same rounds. No temperature
+    can correct overconfidence by a constant, as after too many epochs. sts.json is then for the copy."""
     samples: int = 8
-    """Answers sampled of each prompt, each with a seed of its own; 1 where the temperature is 0."""
+    """Answers sampled for each prompt, each with its own seed; 1 where the temperature is 0."""
     limit: int = 0
     """Prompts taken of each domain; 0: all."""
     thinking: bool = False

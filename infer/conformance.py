@@ -68,12 +68,12 @@ class ConformanceSettings:
     output: Path = Path("runs/conformance")
     """Folder of metrics.json."""
     limit: int = 96
-    """Prompts taken, evenly from all; at least 8."""
+    """Prompts taken, evenly spread over all; at least 8."""
     max_new_tokens: int = 96
     temperature: float = 0.7
-    """At which the target answers."""
+    """Temperature of the target's answers."""
     anchors: int = 8
-    """Blocks laid over each answer."""
+    """Blocks measured in each answer."""
     slots: int = 16
     """Answers drawn at once."""
     batch: int = 8

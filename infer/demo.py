@@ -25,7 +25,7 @@ class DemoSettings:
     """Trains a drafter for the embedded target and decodes with it."""
 
     folder: Path = Path("runs/demo")
-    """Where everything goes."""
+    """Folder for all files of the demo."""
     target: str = "embedded"
     prompts: int = 500
     """Training prompts of each domain."""

@@ -32,7 +32,7 @@ class ExportSettings:
     """Folder to write; it must be empty or missing."""
     layout: Literal["deepspec", "specforge", "speculators"] = "deepspec"
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Dtype of the stored tensors; None: as the drafter's config says."""
+    """Dtype of the stored tensors; None: that of the drafter's config."""
     frozen_copies: bool = True
     """Also write the copies of the target's embedding and head that the layout's readers expect."""
     vocabulary_maps: bool = False

@@ -37,7 +37,7 @@ class GenerateSettings:
     drafter: str = ""
     """Folder or hub id of the drafter; empty: plain decoding."""
     prompt: tuple[str, ...] = ()
-    """User messages, a conversation each."""
+    """User messages, each a conversation of its own."""
     prompts: tuple[Path, ...] = ()
     """JSONL files of conversations or of evaluation prompts ({"turns": [...]})."""
     output: Path | None = None
@@ -47,8 +47,8 @@ class GenerateSettings:
     thinking: bool = False
     """Let the chat template open with thinking, where it has such a switch."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Of weights and activations; None: as the target's config says. In bfloat16 a greedy answer may differ from plain
-    decoding at a near-tie."""
+    """Dtype of weights and activations; None: that of the target's config. In bfloat16 a greedy answer may differ from
+    plain decoding at a near-tie."""
     sampling: Annotated[SamplingParams, FLAT] = SamplingParams()
     engine: Annotated[EngineConfig, FLAT] = EngineConfig()
 

@@ -51,21 +51,21 @@ class ProfileSettings:
     slots: tuple[int, ...] = (1, 8)
     """Numbers of requests decoded at once."""
     longest: int = 256
-    """Positions that a request may take."""
+    """Positions of a request at most."""
     contexts: tuple[float, ...] = (0.1, 0.5, 0.9)
-    """Shares of them that are filled when a round is timed."""
+    """Shares of --longest that are filled when a round is timed."""
     widths: int = 8
     """Token counts measured for each number of slots, evenly spread up to the whole block."""
     rungs: int = 4
-    """Token counts that the chosen ladder has, at most; each is a program to compile."""
+    """Token counts of the chosen ladder at most; each is a program to compile."""
     temperature: float = 1.0
     """0 profiles greedy decoding, which needs no sampling laws."""
     rounds: int = 8
     """Rounds in a timed dispatch."""
     repeats: int = 7
-    """Times that each point is measured, in turns."""
+    """Measurements of each point, alternating."""
     scheduler_cost: bool = False
-    """Measure what the policy takes of a round, at the first of --slots, or at 128 where that is left as it is."""
+    """Measure the policy's share of a round, at the first of --slots, or at 128 where that option is not given."""
     policy: PolicyName = "look-ahead"
     """Policy of --scheduler-cost."""
     dtype: Literal["float32", "bfloat16"] | None = None

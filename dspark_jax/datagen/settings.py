@@ -18,22 +18,22 @@ class PrepareSettings:
     output: Path
     """The JSONL file to write, one finished conversation a line."""
     target: str = ""
-    """Folder or hub id of the target, decoded here."""
+    """Folder or hub id of the target, which is decoded locally."""
     server: str = ""
-    """Instead of --target: address of an OpenAI-compatible server of it, as in http://host:8000/v1. The key, where it
-    wants one, is read from OPENAI_API_KEY."""
+    """Instead of --target: address of an OpenAI-compatible server of it, as in http://host:8000/v1. A key is read from
+    OPENAI_API_KEY."""
     server_model: str = ""
     """Name of the model on that server."""
     server_concurrency: int = 16
-    """Conversations asked for at once."""
+    """Concurrent requests."""
     server_timeout: float = 300.0
-    """Seconds that an answer may take."""
+    """Limit of one answer in seconds."""
     server_attempts: int = 5
-    """Attempts at an answer, with growing pauses, before its conversation is set aside."""
+    """Attempts for each answer, with growing pauses, before its conversation is set aside."""
     server_extra: str = "{}"
-    """JSON object of further fields of a request, as in {"chat_template_kwargs": {"enable_thinking": false}}."""
+    """JSON object of further request fields, as in {"chat_template_kwargs": {"enable_thinking": false}}."""
     prompts: tuple[Path, ...] = ()
-    """Conversation files in JSONL, JSON or Parquet; with several, ids get the file's name in front."""
+    """Conversation files in JSONL, JSON or Parquet; with several, ids are prefixed with the file's name."""
     dataset: str = ""
     """Hub id of a dataset, or a local folder in the hub's layout."""
     dataset_config: str | None = None
@@ -41,22 +41,22 @@ class PrepareSettings:
     dataset_split: str = "train"
     """Split of the dataset, or a slice of one: train[:10%]."""
     embedded_prompts: str = ""
-    """Prompts that come with the project instead: domains of code, chat and math, with commas."""
+    """Instead: prompts that come with the project, as domains of code, chat and math, separated by commas."""
     self_prompts: int = 0
-    """Prompts that the target writes itself instead, so many of them; they stand in OUTPUT.prompts.jsonl."""
+    """Instead: number of prompts that the target writes itself, into OUTPUT.prompts.jsonl."""
     domains: Path | None = None
-    """What the target writes prompts about: JSONL, {"domain": NAME, "system": [...], "openers": [...]} a line. None:
-    math, code and chat."""
+    """Domains of the target's own prompts: JSONL with {"domain": NAME, "system": [...], "openers": [...]} per line.
+    None: math, code and chat."""
     exclude: tuple[Path, ...] = ()
-    """JSONL files of evaluation sets or conversations whose prompts must not be among those that the target writes."""
+    """JSONL files of evaluation sets or conversations whose prompts are excluded from the target's own."""
     split: Literal["train", "heldout"] = "train"
-    """Which side of the held-out split to answer; files and datasets have one by --heldout."""
+    """Side of the held-out split to answer; --heldout splits files and datasets."""
     heldout: float = 0.0
-    """Part of the prompts of files and datasets that is held out, chosen by the first prompt's text alone."""
+    """Share of the prompts of files and datasets that is held out, chosen by the first prompt's text alone."""
     dedup: bool = True
-    """Set aside conversations whose prompts an earlier one has."""
+    """Set aside conversations with the prompts of an earlier one."""
     bad_rows: Literal["stop", "set-aside"] = "stop"
-    """Whether a row that is no conversation ends the run or is set aside."""
+    """Treatment of a row that is no conversation: end the run, or set the row aside."""
     limit: int = 0
     """Conversations taken of each file, dataset or embedded domain; 0: all (math has no end and needs a limit)."""
     temperature: float = 0.7
@@ -66,17 +66,17 @@ class PrepareSettings:
     top_k: int = 0
     """0: off."""
     max_new_tokens: int = 192
-    """Longest answer; one that is cut by it ends its conversation, and its end is marked as not the target's."""
+    """Longest answer, in tokens; a cut one ends its conversation and is marked as truncated."""
     max_context: int = 0
-    """Positions a conversation may take; longer prompts are set aside. 0: the target's context."""
+    """Positions of a conversation at most; longer prompts are set aside. 0: the target's context."""
     slots: int = 16
     """Conversations decoded at once."""
     rounds_per_dispatch: int = 16
-    """Tokens decoded between two looks at what has ended."""
+    """Rounds decoded before ended conversations are replaced."""
     seed: int = 0
-    """Decides, with a conversation's place in the input, its random numbers; and the order of embedded prompts."""
+    """Determines, with a conversation's place in the input, its random numbers; also the order of embedded prompts."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Dtype of the target's weights and activations; None: as its config says."""
+    """Dtype of the target's weights and activations; None: that of its config."""
     mesh: MeshSettings = MeshSettings(data=1, fsdp=-1)
     """Layout of the target over several devices."""
     thinking: bool = False

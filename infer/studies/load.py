@@ -72,7 +72,7 @@ class LoadSettings:
     """Folder of an MTP-1 drafter, for the strategy mtp."""
     output: Path = Path("runs/load")
     results: Path | None = None
-    """Where metrics.json is kept besides."""
+    """JSON file for a further copy of metrics.json."""
     strategies: tuple[Strategy, ...] = (
         "plain", "fixed-1", "fixed", "threshold", "causal", "look-ahead", "asynchronous",
     )  # fmt: skip
@@ -83,11 +83,11 @@ class LoadSettings:
     repeats: int = 3
     requests_per_user: int = 4
     least_requests: int = 0
-    """Requests of a closed loop at least, so that a run of few users is long enough to be timed."""
+    """Minimum requests of a closed loop, so that a run with few users is long enough to be timed."""
     max_new_tokens: int = 64
     answer_spread: float = 0.5
-    """Answers are up to this share of max-new-tokens shorter, the same for every strategy. 0: all are equally long,
-    which keeps the requests of plain decoding in step, as no users do."""
+    """Largest share of max-new-tokens by which an answer is shorter, the same under every strategy. 0: equal lengths,
+    which keep the requests of plain decoding in step, unlike real traffic."""
     temperature: float = 1.0
     threshold: float = 0.5
     sts: Path | None = None

@@ -35,7 +35,7 @@ class RealPairSettings:
     """Measures speculative against plain decoding of a pair, by domain."""
 
     questions: tuple[Path, ...]
-    """JSONL files of questions, one a domain."""
+    """JSONL files of questions, one for each domain."""
     domains: tuple[str, ...]
     """The files' domains, in their order."""
     target: str = ".cache/real_target"
@@ -45,13 +45,13 @@ class RealPairSettings:
     per_domain: int = 8
     """Questions asked of each domain."""
     policy: PolicyName = "auto"
-    """How many drafts are verified."""
+    """Verify policy."""
     repeats: int = 3
     """Alternations at each temperature."""
     max_new_tokens: int = 96
     """Longest answer."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of weights and activations."""
+    """Dtype of weights and activations."""
     output: Path = Path("runs/real_pair")
     """Folder of the run's own files."""
     result: Path = Path("docs/results/real_pair.json")

@@ -50,11 +50,11 @@ class BenchOptions:
     batch: Literal["random", "cache"] = "random"
     """Random states and tokens, or the first batch of the run."""
     device: str = ""
-    """Whose peaks the floor is for, a device kind such as "NVIDIA H200"; empty: the device that is here."""
+    """Device kind whose peaks set the floor, such as "NVIDIA H200"; empty: this machine's device."""
     runs: int = 7
     """Timed runs."""
     steps_per_run: int = 0
-    """Steps of a timed run; 0: what fills about a second."""
+    """Steps of a timed run; 0: as many as take about a second."""
     warm_up: int = 2
     """Steps after compilation that are not timed."""
     results: Path | None = None

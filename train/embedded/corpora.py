@@ -19,7 +19,7 @@ class PromptSettings:
     output: Path
     """The JSONL file to write."""
     split: Literal["train", "heldout"] = "heldout"
-    """Which split of the corpora."""
+    """Split of the corpora."""
     limit: int = 20
     """Prompts of each domain."""
     seed: int = 0

@@ -44,25 +44,25 @@ class CompareSettings:
     output: Path = Path("runs/compare")
     """Folder of the study."""
     only: tuple[Literal["data", "main", "depth", "block"], ...] = ()
-    """Parts to run; none: all. What earlier runs finished is reported too."""
+    """Parts to run; none: all. Points of earlier runs are reported too."""
     seeds: int = 3
     """Runs of each drafter in the main comparison; the curves have one."""
     steps: int = 1000
     """Optimizer steps of a point."""
     minutes: float = 0.0
-    """Instead of steps: as many as DSpark takes in so many minutes here, measured once."""
+    """Instead of --steps: as many as DSpark takes in this time on this machine, measured once."""
     depth: int = 2
     """Draft layers of DSpark and DFlash outside the curve over depth."""
     layers: tuple[int, ...] = (1, 3, 5, 7, 8)
-    """Target layers whose hidden states all drafters are given."""
+    """Target layers whose hidden states are the input of all drafters."""
     anchors: int = 24
-    """Blocks that DSpark, DFlash and MTP-1 learn from in a sequence of a step; Eagle3 learns from every position."""
+    """Blocks of a sequence that DSpark, DFlash and MTP-1 are trained on; Eagle3 is trained on every position."""
     start: Literal["random", "target"] = "random"
-    """What the layers of DSpark and DFlash start as; the other kinds' layers fit no target layer."""
+    """Initial layers of DSpark and DFlash: random, or copies of the target's. Other kinds cannot have copies."""
     prompts: int = 500
     """Training prompts of each domain."""
     cache: str = ""
-    """A target cache to use if its manifest fits; empty: OUTPUT/cache, made where it is missing."""
+    """A target cache to use if its manifest fits; empty: OUTPUT/cache, which is built where it is missing."""
     heldout: int = 20
     """Held-out prompts of each domain."""
     samples: int = 2
@@ -72,7 +72,7 @@ class CompareSettings:
     jobs: int = 1
     """Points run at once."""
     index: int | None = None
-    """Which part of the points this process runs, counted from 0; None: all."""
+    """Part of the points that this process runs, counted from 0; None: all."""
     count: int = 1
     """Parts that the points are dealt into."""
     results: str = ""
