@@ -103,6 +103,7 @@ def against_plain(
     domains = {name: [p for p in prompts if p.domain == name] for name in dict.fromkeys(p.domain for p in prompts)}
     metrics: dict[str, Any] = {"temperatures": {}}
     for i, temperature in enumerate(settings.temperatures):
+        # One engine configuration for both ways: slots, lengths and buckets are the same.
         how = settings.sampling(temperature), settings.engine
         decoders: dict[str, Callable[[], Timed]] = {}
         for domain, group in domains.items():
@@ -135,6 +136,7 @@ def compare(
         ]
         for name in ("plain", "speculative")
     }
+    # All domains are one more row, of the same form.
     groups = {name: (group, runs[f"{name}/plain"], runs[f"{name}/speculative"]) for name, group in domains.items()}
     groups["all"] = ([p for group in domains.values() for p in group], whole["plain"], whole["speculative"])
 
@@ -233,6 +235,7 @@ class TransformersDecoder:
                     ids, attention_mask=torch.ones_like(ids), max_new_tokens=self.max_new_tokens, do_sample=False,
                     pad_token_id=0,
                 )  # fmt: skip
+            # `generate` returns the prompt too.
             tokens = tuple(out[0, len(prompt.tokens) :].tolist())
             # Only tokens are compared and counted; the engine's other fields have no counterpart.
             made.append(Generation(i, prompt.tokens, tokens, "", "", 0, 0, (), ()))

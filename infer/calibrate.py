@@ -87,6 +87,7 @@ def main(argv: list[str]) -> None:
         "settings": asdict(settings),
         "command": "python -m infer.calibrate " + " ".join(argv),
     }
+    # sts.json is valid for the weights of the copy, so the copy has to be kept.
     if settings.recenter is not None:
         save_drafter(settings.recenter, found.drafter, target)
 

@@ -97,6 +97,7 @@ class Verdict:
 @program
 def main(argv: list[str]) -> int:
     settings = parse(ConformanceSettings, argv, description=__doc__)
+    # Fewer answers could not give a standard error worth a verdict.
     if settings.limit < FEWEST or min(settings.anchors, settings.slots, settings.batch) < 1:
         raise UserError(f"Expected a limit of {FEWEST} prompts or more, and anchors, slots and batch of 1 or more.")
 
@@ -108,6 +109,7 @@ def main(argv: list[str]) -> int:
     announce(settings.dtype)
     target = load_target(settings.target, dtype=settings.dtype)
     drafter = load_doubtful(settings, target)
+    # Reported beside the measurement: a manifest may be wrong where the weights are right.
     contradictions = manifest_contradictions(settings.drafter, drafter, target)
     sequences = answered(settings, target, messages)
     verdict = judge(Probe(target, drafter, shared_tables(target), settings.batch), sequences, settings)
@@ -155,6 +157,7 @@ def answered(settings: ConformanceSettings, target: Target, prompts: Sequence[Se
 
     for turns in prompts:
         tokens = encode(target, turns, settings.thinking)
+        # A prompt without room for an answer would end at once and measure nothing.
         if len(tokens) < room:
             requests.append(Request(tokens))
             asked.append(turns)
@@ -184,6 +187,7 @@ def _followed(tokenizer: Any, row: Encoded, following: Sequence[int]) -> tuple[n
     # From the end: the same words may occur in an earlier turn.
     starts = range(len(following) - len(answer), -1, -1)
     at = next((i for i in starts if list(following[i : i + len(answer)]) == answer), None)
+    # The template rewrote the answer, or it is too short to have a middle and an end.
     if at is None or len(answer) < 4:
         return None
 
@@ -219,6 +223,7 @@ def judge(probe: Probe, sequences: Sequences, settings: ConformanceSettings) -> 
     """Reads the drafter in all ways; the loss mask is judged under the best-fitting reading."""
     block = probe.drafter.config.block_size
     inside = middle_anchors(sequences, block, settings.anchors, settings.seed)
+    # Rows of -1 are answers shorter than a block.
     whole = inside.min(axis=1) >= 0
     if whole.sum() < FEWEST:
         raise UserError(
@@ -261,6 +266,7 @@ def rows(verdict: Verdict, drafter: Drafter) -> str:
     for c in verdict.comparisons:
         name = c.reading.convention or "all"
         difference = "" if c.reading == DECLARED else f"{c.gain:+.3f} ± {c.error:.3f}"
+        # Several readings may be better at once; the verdict names the best.
         mark = "" if not c.better() else "fits best" if c.reading == verdict.best else "fits better"
         shown.append((name, c.reading.describe(drafter), f"{c.acceptance:.3f}", f"{c.tau:.2f}", difference, mark))
 

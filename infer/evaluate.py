@@ -42,6 +42,7 @@ def main(argv: list[str]) -> None:
     evaluation = Evaluation(settings, target, drafter, sets)
     metrics: dict[str, Any] = {"temperatures": {}}
 
+    # Shown as they come: a set at one temperature can take hours.
     for temperature in settings.temperatures:
         figures = evaluation.at(temperature)
         metrics["temperatures"][f"t{temperature:g}"] = figures

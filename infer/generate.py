@@ -61,6 +61,7 @@ def main(argv: list[str]) -> None:
     # Tried before anything is loaded or decoded.
     if settings.output is not None:
         make_output(settings.output.parent)
+    # Without a target the whole pair that comes with the package is meant.
     if not settings.target:
         settings = replace(settings, target=EMBEDDED, drafter=settings.drafter or EMBEDDED)
 
@@ -130,6 +131,7 @@ class Answers:
         if self._file is None:
             return
         prompt = self.prompts[generation.index]
+        # The prompt's tokens would make up most of the file, and follow from the prompt.
         fields = {name: value for name, value in asdict(generation).items() if name != "prompt_tokens"}
         self._file.write(json.dumps({"id": prompt.id, "domain": prompt.domain, **fields}) + "\n")
         self._file.flush()

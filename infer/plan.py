@@ -26,6 +26,7 @@ def main(argv: list[str]) -> None:
     print(table(["decoding", ""], [[name, shown(value)] for name, value in rows.items()]))
 
     # The floor needs shapes alone, so it is printed for devices that this machine lacks as well.
+    # About the mean while an answer fills its slot.
     context = options.context or options.longest // 2
     drafter = None if plan.drafter is None else plan.drafter.config
     itemsize = DTYPES[options.dtype].dtype.itemsize

@@ -159,6 +159,7 @@ def scheduler_cost(settings: ProfileSettings, target: Target, drafter: Drafter) 
     Raises:
         UserError: a policy without work of its own.
     """
+    # tyro does not tell a default from the same value typed, so the two count as one.
     default = ProfileSettings.__dataclass_fields__["slots"].default
     slots = 128 if settings.slots == default else settings.slots[0]
     policy = policy_named(settings.policy)
@@ -182,6 +183,7 @@ def scheduler_cost(settings: ProfileSettings, target: Target, drafter: Drafter) 
     profile = measure_profile(
         loop, params, settings.temperature, settings.contexts[:1], Effort(settings.rounds, settings.repeats)
     )
+    # The largest count at the one context: whole blocks of all slots.
     mine, whole = float(np.median(times[1:])), profile.rounds[0][-1]
     low, high = np.percentile(times[1:], [25, 75])
     what = f"{settings.policy}, {slots} requests, blocks of {block}"
@@ -206,6 +208,7 @@ def _policy_rounds(policy: Any, slots: int, block: int, tables: ScheduleTables, 
     logits = 2.0 + 2.0 * jax.random.normal(jax.random.key(0), (16, slots, block))
     one = jnp.ones((), jnp.float32)
     caps = jnp.full((slots,), block, jnp.int32)
+    # All slots active, one context, no external load: the policy's work does not depend on these.
     view = RoundView(caps > 0, caps, caps, Occupancy(one, one), tables)
 
     # The order of calls is the compiled round's; 16 sets of confidences keep the loop from being folded.

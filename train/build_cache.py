@@ -21,6 +21,7 @@ from dspark_jax.report import listing
 @program
 def main(argv: list[str]) -> None:
     experiment, options = take_option(argv, "--config")
+    # An experiment fixes what its cache must have; options may still override it.
     defaults = CacheSettings if experiment is None else CacheSettings.of_experiment(load_config(experiment))
     settings = parse(defaults, options, description=__doc__)
     settings.check()

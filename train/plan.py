@@ -35,6 +35,7 @@ class PlanOptions:
 
 @program
 def main(argv: list[str]) -> None:
+    # Two sets of options on one command line: the plan's, and the configuration's.
     mine, rest = divide_options(argv, PlanOptions)
     options = parse(PlanOptions, mine)
     config = parse_training(rest, "train.plan", __doc__)

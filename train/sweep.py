@@ -61,6 +61,7 @@ def main(argv: list[str]) -> None:
 
 def resolve(sweep: Sweep, settings: SweepSettings, options: list[str]) -> dict[str, TrainConfig]:
     """Configurations by point, each run in a folder below the sweep's; UserError for a run folder given by option."""
+    # The options change the base, on which every point is then a difference.
     base = parse(sweep.base, options)
     if base.run_dir != sweep.base.run_dir:
         raise UserError("Each point of a sweep has a run folder of its own; name the folder of them all with --output.")

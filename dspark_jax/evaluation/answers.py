@@ -113,6 +113,7 @@ def answer(engine: Engine, dialogues: Sequence[Dialogue], seed: int, thinking: b
     for dialogue in dialogues:
         ask(dialogue.index, 0)
 
+    # Turns are submitted as answers end, so dialogues of different lengths share the slots throughout.
     while not engine.idle:
         for progress in engine.step():
             if progress.generation is None:

@@ -86,6 +86,7 @@ class Evaluation:
             queue=None,
         )
         engine = Engine(self.target, self.drafter, config, SamplingParams(self.settings.max_new_tokens, temperature))
+        # Every program is compiled here, outside any timed pass.
         engine.warm_up()
 
         return engine

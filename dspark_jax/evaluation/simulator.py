@@ -161,6 +161,7 @@ def simulate(
         ended = slots.ended
         entering = np.flatnonzero(ended)
         speeds += [slots.wanted[slot] / max(clock - slots.since[slot], 1e-9) for slot in entering]
+        # A new request starts with fresh statistics; what the slots share stays.
         state = PolicyState(jax.tree.map(partial(_put, ended), state.slots, fresh.slots), state.shared)
 
         for slot in entering:

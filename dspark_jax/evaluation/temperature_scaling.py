@@ -28,6 +28,7 @@ def fit_temperatures(logits: np.ndarray, accepted: np.ndarray, observed: np.ndar
     temperatures = np.ones(logits.shape[1])
     survival = np.ones(len(logits))
     for k in range(logits.shape[1]):
+        # All rows carry the product on; only those observed at k judge t_k.
         z = np.asarray(logits[:, k], np.float64)
         rows = np.asarray(observed[:, k], bool)
         label = accepted[rows, k]

@@ -79,6 +79,7 @@ def closed_loop(engine: Engine, traffic: Traffic, users: int, requests: int) -> 
     jax.block_until_ready(engine.state.length)
     begin = time.perf_counter()
 
+    # Ends with the last request sent, not answered: from there on slots would run empty.
     while asked < requests:
         for progress in engine.step():
             tokens += len(progress.tokens)

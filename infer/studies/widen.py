@@ -98,6 +98,7 @@ def widened(target: Target, intermediate_size: int) -> Target:
 
         params[path] = leaf
 
+    # Multimodal configurations nest the text model's, which alone is changed.
     whole = target.hf_config
     inner = {**text_config(whole), "intermediate_size": intermediate_size}
     hf_config = inner if text_config(whole) is whole else {**whole, "text_config": inner}

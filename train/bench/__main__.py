@@ -143,6 +143,7 @@ def floor_terms(run: AbstractRun) -> list[Term] | None:
     if run.target_params is not None or run.placement.mesh.shape["tensor"] > 1:
         return None
 
+    # Chunks run under rematerialisation, which repeats operations.
     chunked = anchors(run) > run.spec.loss.anchor_chunk
     itemsize = DTYPES[run.spec.dtype].dtype.itemsize
     length = run.batch["input_ids"].shape[1]
@@ -195,6 +196,7 @@ def timed_runs(step: Any, state: Any, borrowed: tuple, options: BenchOptions) ->
     for _ in range(options.warm_up):
         state, metrics = step(state, *borrowed)
 
+    # Compilation and warm-up have ended before the first clock is read.
     jax.block_until_ready((state, metrics))
     # Where no number is given, the first run of one step only sets it and is not recorded.
     count = options.steps_per_run

@@ -78,6 +78,7 @@ def endless(encoder: Encoder, domain: str, longest: int) -> Iterator[Encoded]:
     while True:
         for item in conversations(domain, "train", seed=epoch):
             encoded = encoder(item["messages"])
+            # A conversation is never cut: its answer would lose its end.
             if len(encoded.tokens) <= longest:
                 yield encoded
         epoch += 1

@@ -236,6 +236,7 @@ class Run:
                     f"{self.checkpoint} belongs to a run with another recipe ({header['recipe']}); "
                     "name another --run-dir or remove it."
                 )
+            # By position: the recipe is the same, and with it the structure of the state.
             leaves = [jnp.asarray(stored[f"leaf_{i:04d}"]) for i in range(len(jax.tree.leaves(self.state)))]
 
         self.state = jax.tree.unflatten(jax.tree.structure(self.state), leaves)
@@ -269,6 +270,7 @@ def export(run: Run, losses: list[dict[str, Any]], final: bool) -> None:
     # Sampling takes long without a cache, so only the final model is shown.
     shown = samples(run.graphdef, run.state.params, run.tokenizer, run.recipe.length) if final else None
     write_readme(partial, run.recipe, run.progress, losses, shown)
+    # Two renames, since a folder cannot replace one that has content.
     previous = out.with_name(out.name + ".previous")
     shutil.rmtree(previous, ignore_errors=True)
     if out.exists():

@@ -117,6 +117,7 @@ def main(argv: list[str]) -> None:
     prepare(settings)
     steps = step_count(settings)
     jobs = {p.name: Point(p.name, command(argv, p.name), result_file(settings, p.name)) for p in points}
+    # The head's cost is a job of its own: it is timed, so it should not share a process with training.
     if "block" in settings.parts:
         jobs[HEAD_COST] = Point(HEAD_COST, command(argv, HEAD_COST), result_file(settings, HEAD_COST))
 

@@ -134,6 +134,7 @@ def prepare(settings: CodecSettings) -> None:
     if not settings.prompts_file.exists():
         run("train.embedded.corpora", "--limit", settings.heldout, "--output", settings.prompts_file)
 
+    # Answers are only needed for caches that are still to be built.
     missing = [codec for codec in settings.codecs if not complete(settings.cache(codec))]
     if missing and not settings.conversations:
         run(

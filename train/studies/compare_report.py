@@ -81,6 +81,7 @@ def main_table(found: Found, depth: int, key: str) -> dict[str, dict[str, Any]]:
     """Table 1: drafter -> domain or "macro" -> estimate of the accepted length over seeds."""
     table: dict[str, dict[str, Any]] = {}
     for name in MAIN:
+        # Seeds are averaged last, so that the interval is over runs.
         runs = [acceptance(found[p], key) for p in main_points(found, name, depth)]
         if runs:
             table[name] = {domain: estimate([run[domain].tau for run in runs]) for domain in runs[0]}
