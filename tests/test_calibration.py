@@ -210,6 +210,11 @@ def test_what_a_call_takes_is_no_part_of_its_rounds(monkeypatch: pytest.MonkeyPa
     found = measure_profile(loop, LoopParams(target.params, drafter.params), effort=Effort(rounds=3, repeats=2))
     assert found.dispatch == 5.0 and found.drafting == (0.5, 0.5) and found.rounds == ((2.0, 2.0), (2.0, 2.0))
 
+    # A sweep, a round at each of two contexts in two buckets and the draft pass of each, takes 35 of these seconds.
+    began = now
+    measure_profile(loop, LoopParams(target.params, drafter.params), effort=Effort(8, 5, seconds=100))
+    assert now - began == pytest.approx(2 * 35 + 2 * (26 + 35)), "two sweeps: calls alone, then with a round"
+
 
 # Programs
 

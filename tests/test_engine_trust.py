@@ -205,6 +205,29 @@ def test_characters_are_whole_wherever_a_dispatch_ends() -> None:
     assert broken.said == "\ufffd\ufffdn", "bytes that are no character, with others behind them, are shown"
 
 
+class Fallback(Letters):
+    """As tokenizers that fall back to bytes: where a run of bytes is no text as a whole, each of them is broken."""
+
+    bytes = "語字".encode()
+
+    def decode(self, tokens: list[int]) -> str:
+        raw = bytes(self.bytes[t % len(self.bytes)] for t in tokens)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "\ufffd" * len(raw)
+
+
+@pytest.mark.parametrize("size", [1, 7, 128, 200])
+def test_no_dispatch_breaks_a_character(size: int) -> None:
+    """Long dispatches that nearly always end within a character, of a tokenizer in which it breaks its neighbours."""
+    text, tokens = AnswerText(), [t % 6 for t in range(1200)]
+    for at in range(0, len(tokens), size):
+        text, _ = text.grown(Fallback().decode, (), tokens[at : at + size])
+        assert "\ufffd" not in text.said and len(text.window) <= 64 + 2 * size
+    assert text.ended().said == "語字" * 200
+
+
 def test_a_window_is_bounded_and_its_text_the_same() -> None:
     rows = [list(range(len(Letters.bytes)))] * 60
     said, text, _ = grow(AnswerText(), (), *rows)

@@ -284,7 +284,8 @@ def test_samples_follow_the_targets_law(name: str, record_property: Record) -> N
     print(line)
     record_property("chi-square", line)
     assert len(tokens) >= 50_000 and abs(law.sum() - 1) < 1e-5
-    assert 0.3 < accepted < BLOCK - 0.5, "the drafter is to be neither always right nor always wrong"
+    # Counts end at a request's limit, which cuts the last round of these short answers.
+    assert 0.25 < accepted < BLOCK - 0.5, "the drafter is to be neither always right nor always wrong"
     assert min(first, later) > 1e-3, line
 
 

@@ -22,7 +22,7 @@ from dspark_jax.config.schema import MeshSettings, TrainConfig
 from dspark_jax.decoding.dispatch import run_rounds
 from dspark_jax.decoding.round import DecodeLoop, LoopParams
 from dspark_jax.decoding.state import DecodeState
-from dspark_jax.drafters.registry import Drafter, drafter_hf_config, read_config, skeleton
+from dspark_jax.drafters.registry import Drafter, read_config, skeleton
 from dspark_jax.errors import UserError
 from dspark_jax.planning.compiled import compiled, copies, figures, mebibytes, topology_mesh
 from dspark_jax.planning.published_targets import planned_target
@@ -31,6 +31,7 @@ from dspark_jax.serving.assembly import make_loop
 from dspark_jax.serving.settings import EngineConfig, PolicyName, policy_named
 from dspark_jax.sharding import ShardingRules, make_mesh, parameter_shardings, split
 from dspark_jax.targets.target import Target
+from dspark_jax.training.spec import drafter_config
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ def planned_pair(options: PlanOptions, mesh: Mesh | None) -> tuple[Target, Draft
     if options.drafter:
         hf_config = native_config(*read_stored_config(resolve_folder(options.drafter, "drafter")), target.config)
     elif config is not None:
-        hf_config = described_drafter(config, target)
+        hf_config = drafter_config(config.drafter, target, config.compute_dtype)
 
     if hf_config is None:
         return target, None
@@ -201,17 +202,6 @@ def planned_pair(options: PlanOptions, mesh: Mesh | None) -> tuple[Target, Draft
     params = abstract_params(module, mesh, options.dtype)
 
     return target, Drafter(options.drafter or options.config, described, split(module)[0], params, hf_config)
-
-
-def described_drafter(config: TrainConfig, target: Target) -> dict[str, Any]:
-    """config.json of the drafter that a training configuration describes."""
-    settings = dataclasses.asdict(config.drafter)
-    # It names the parameters to start from, and no shape.
-    del settings["init_target_layers"]
-    if settings["mask_token_id"] is None:
-        settings["mask_token_id"] = getattr(target.tokenizer, "mask_token_id", None)
-
-    return drafter_hf_config(target.hf_config, dtype=config.compute_dtype, **settings)
 
 
 def abstract_params(module: Any, mesh: Mesh | None, dtype: str) -> dict:

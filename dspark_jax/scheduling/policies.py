@@ -318,7 +318,8 @@ class Asynchronous(Adaptive):
         available = jnp.sum(ranked.valid)
 
         # This round's capacity, decided two rounds ago.
-        wanted = jnp.minimum(own[0] * base, 1.0 * available).astype(jnp.int32)
+        # A little more than the product, which may have been rounded to just below a whole number.
+        wanted = jnp.floor(jnp.minimum(own[0] * base + 1e-3, 1.0 * available)).astype(jnp.int32)
         paid = jnp.clip(costs.tokens[costs.rung(costs.base + wanted)] - costs.base, 0, available)
 
         # The capacity of the round after the next: the count with the highest expected rate, if it gains enough. All of

@@ -154,16 +154,8 @@ def make_loop(
         stop_slots=config.stop_slots,
         policy=policy,
         mesh=parameter_mesh(target.params),
-        words=words_of(target),
+        words=target.known_tokens,
     )
-
-
-def words_of(target: Target) -> int | None:
-    """One more than the tokenizer's largest id, at most V; None without a tokenizer. Some targets pad their tables
-    beyond it (docs/algorithm.md, rule 106)."""
-    if target.tokenizer is None:
-        return None
-    return min(max(target.tokenizer.get_vocab().values()) + 1, target.config.vocab_size)
 
 
 def temperatures_of(target: Target, drafter: Drafter, sampling: SamplingParams, sts: Path | None) -> tuple[float, ...]:

@@ -8,6 +8,7 @@ Axes: R request slots, C context probes, P token rungs.
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -222,10 +223,62 @@ def profile_key(loop: DecodeLoop, params: LoopParams, temperature: float) -> dic
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure: each point `repeats` times, in alternation, by dispatches of at most `rounds` rounds."""
+    """How long to measure: dispatches of at most `rounds` rounds, each point `repeats` times, all in turn; fewer of
+    both where they would take more than `seconds`, compilation aside."""
 
     rounds: int = 8
     repeats: int = 5
+    seconds: float = math.inf
+
+    def within(self, sweep: float) -> "Effort":
+        """The effort that `seconds` allow where one round at each point takes `sweep` seconds: one of each at least."""
+        sweeps = min(self.seconds / max(sweep, 1e-9), float(self.rounds * self.repeats))
+        rounds = int(np.clip(sweeps / self.repeats, 1, self.rounds))
+        return replace(self, rounds=rounds, repeats=int(np.clip(sweeps / rounds, 1, self.repeats)))
+
+
+FIRST_USE = Effort(seconds=4.0)
+"""Of an engine that profiles itself: whoever waits for its first answer waits for this too."""
+
+
+@dataclass
+class _Stopwatch:
+    """Times dispatches of a loop with forced lengths and verify lengths, on a decode state of its own."""
+
+    loop: DecodeLoop
+    params: LoopParams
+    state: DecodeState
+    lengths: list[int]  # of each context
+
+    @classmethod
+    def of(
+        cls, loop: DecodeLoop, params: LoopParams, temperature: float, contexts: Sequence[float], rounds: int
+    ) -> "_Stopwatch":
+        # Under equal costs each further draft gains, so that the caps alone decide the verify lengths.
+        flat = CostTable.of(loop.buckets, np.ones((len(contexts), len(loop.buckets))), 0.0, range(len(contexts)))
+        params = params._replace(tables=ScheduleTables.of(flat, [1.0] * loop.block))
+
+        # The rounds of a dispatch must not end requests: their context has to fit even if every draft is accepted.
+        most = loop.size - (rounds + 1) * loop.width - 1
+        lengths = [int(max(2, min(share * loop.size, most))) for share in contexts]
+
+        state = init_state(loop, params)
+        sampling = state.sampling._replace(temperature=jnp.full((loop.requests,), temperature, jnp.float32))
+        limit = jnp.full((loop.requests,), loop.size, jnp.int32)
+        return cls(loop, params, replace(state, limit=limit, sampling=sampling), lengths)
+
+    def seconds(self, context: int, bucket: int, rounds: int) -> float:
+        """Of one dispatch of so many rounds, or of as many draft passes where `bucket` is -1."""
+        # Made anew each time, as rounds move lengths on, and finished before the clock starts.
+        ready = jax.block_until_ready(_forced(self.loop, self.state, self.lengths[context], max(bucket, 0)))
+        limits = jax.device_put((np.int32(rounds), np.bool_(False)))
+
+        start = time.perf_counter()
+        if bucket < 0:
+            jax.block_until_ready(_draft_passes(self.loop, self.params, ready, limits[0]))
+        else:
+            self.state = jax.block_until_ready(run_rounds(self.loop, self.params, ready, Occupancy.of(), *limits))
+        return time.perf_counter() - start
 
 
 def measure_profile(
@@ -254,49 +307,29 @@ def measure_profile(
     if not loop.policy.needs_tables or loop.block == 0:
         raise UserError("Only a loop with a drafter and a load-adaptive policy can be profiled.")
 
-    # Under equal costs each further draft gains, so that the caps alone decide the verify lengths.
-    flat = CostTable.of(loop.buckets, np.ones((len(contexts), len(loop.buckets))), 0.0, range(len(contexts)))
-    params = params._replace(tables=ScheduleTables.of(flat, [1.0] * loop.block))
-
-    state, occupancy = init_state(loop, params), Occupancy.of()
-
-    # The rounds of a dispatch must not end requests: their context has to fit even if every draft is accepted.
-    rounds = max(1, min(effort.rounds, (loop.size - 2) // (4 * loop.width)))
-    lengths = [int(max(2, min(share * loop.size, loop.size - (rounds + 1) * loop.width - 1))) for share in contexts]
-
-    sampling = state.sampling._replace(temperature=jnp.full((loop.requests,), temperature, jnp.float32))
-    state = replace(state, limit=jnp.full((loop.requests,), loop.size, jnp.int32), sampling=sampling)
+    most_rounds = max(1, min(effort.rounds, (loop.size - 2) // (4 * loop.width)))
+    stopwatch = _Stopwatch.of(loop, params, temperature, contexts, most_rounds)
 
     # (context, bucket); bucket -1 stands for the draft pass.
     points = [(c, p) for c in range(len(contexts)) for p in range(-1, len(loop.buckets))]
     times: dict[tuple[int, int], list[float]] = {point: [] for point in points}
     calls: list[float] = []
 
-    def seconds(c: int, p: int, count: int) -> float:
-        """Seconds of one dispatch of `count` rounds, or `count` draft passes, at context c and bucket p."""
-        nonlocal state
-        # Made anew each time, as rounds move lengths on, and finished before the clock starts.
-        ready = jax.block_until_ready(_forced(loop, state, lengths[c], max(p, 0)))
-        limits = jax.device_put((np.int32(count), np.bool_(False)))
+    # The first call of a program compiles it; the second shows how much measuring there is time for.
+    for point in points:
+        stopwatch.seconds(*point, 1)
+    sweep = sum(stopwatch.seconds(*point, 1) for point in points)
+    effort = replace(effort, rounds=most_rounds).within(sweep)
 
-        start = time.perf_counter()
-        if p < 0:
-            jax.block_until_ready(_draft_passes(loop, params, ready, limits[0]))
-        else:
-            state = jax.block_until_ready(run_rounds(loop, params, ready, occupancy, *limits))
-
-        return time.perf_counter() - start
-
-    for repeat in range(-1, effort.repeats):  # the first pass, -1, compiles and warms up
+    for repeat in range(effort.repeats):
         # Forwards and backwards by turns, so that a drifting clock rate does not favour the early points.
         for at, (c, p) in enumerate(points if repeat % 2 else points[::-1]):
-            call, whole = seconds(c, p, 0), seconds(c, p, rounds)
-            if repeat >= 0:
-                # Above 0 whatever the noise: a cost table refuses rounds without duration.
-                times[c, p].append(max(whole - call, 0.01 * whole) / rounds)
-                # The draft pass alone is another program: its call is not the overhead of a dispatch.
-                calls += [call] if p >= 0 else []
-            progress((repeat + 1) * len(points) + at + 1, (effort.repeats + 1) * len(points))
+            call, whole = stopwatch.seconds(c, p, 0), stopwatch.seconds(c, p, effort.rounds)
+            # Above 0 whatever the noise: a cost table refuses rounds without duration.
+            times[c, p].append(max(whole - call, 0.01 * whole) / effort.rounds)
+            # The draft pass alone is another program: its call is not the overhead of a dispatch.
+            calls += [call] if p >= 0 else []
+            progress(repeat * len(points) + at + 1, effort.repeats * len(points))
 
     def grid(measure: Callable[[list[float]], float]) -> tuple[tuple[float, ...], ...]:
         return tuple(tuple(measure(times[c, p]) for p in range(len(loop.buckets))) for c in range(len(contexts)))
@@ -305,7 +338,7 @@ def measure_profile(
         return tuple(measure(times[c, -1]) for c in range(len(contexts)))
 
     return Profile(
-        profile_key(loop, params, temperature), loop.buckets, tuple(map(float, lengths)),
+        profile_key(loop, params, temperature), loop.buckets, tuple(map(float, stopwatch.lengths)),
         grid(_median), grid(_spread), line(_median), line(_spread), _median(calls),
     )  # fmt: skip
 
@@ -371,7 +404,7 @@ def load_or_measure(
         except UserError:  # a torn or foreign file: measure again
             pass
 
-    profile = measure_profile(loop, params, temperature)
+    profile = measure_profile(loop, params, temperature, effort=FIRST_USE)
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -218,9 +218,9 @@ class Roster:
     def settle(self, ended: Sequence[Entry] = ()) -> None:
         """Keep what has been seen since the mark, and remove the requests that have ended."""
         with self._lock:
-            self._mark = None
-            # Replaced in one assignment: an interrupt leaves the old set or the new one, nothing between.
-            self._open = {index: entry for index, entry in self._open.items() if entry not in ended}
+            left = {index: entry for index, entry in self._open.items() if entry not in ended}
+            # An interrupt comes at a call or a loop, so that it finds both as they were or both as they are now.
+            self._open, self._mark = left, None
 
     def rewind(self) -> None:
         """Restore what had been seen at the mark, and return every request to the queue. Safe to repeat if it is

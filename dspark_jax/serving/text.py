@@ -66,20 +66,34 @@ class AnswerText:
         if not tokens:
             return self
 
-        window = (*self.window, *tokens)
-        fresh = decode(list(window))[self.shown :]
-        whole = fresh.rstrip(BROKEN) if len(window) <= LONGEST_WINDOW else fresh
+        window, boundary = (*self.window, *tokens), self.boundary
+        text, end = _whole_text(decode, window)
+        if end is None and len(window) <= LONGEST_WINDOW:
+            text = text.rstrip(BROKEN)
 
-        shown, boundary = self.shown + len(whole), self.boundary
+        fresh, shown = text[self.shown :], max(self.shown, len(text))
         # The window is cut only between whole characters, and keeps the last tokens, whose successor may depend on
         # them.
-        if whole == fresh:
-            if len(window) > WINDOW and boundary:
-                window = window[boundary:]
-                shown = len(decode(list(window)))
-            boundary = len(window)
+        if end is not None or len(window) > LONGEST_WINDOW:
+            end = len(window) if end is None else end
+            if len(window) > WINDOW and 0 < boundary < end:
+                window, end = window[boundary:], end - boundary
+                shown = len(decode(list(window[:end])))
+            boundary = end
 
-        return AnswerText(self.said, self.held + whole, window, shown, boundary)
+        return AnswerText(self.said, self.held + fresh, window, shown, boundary)
+
+
+def _whole_text(decode: Decode, window: Sequence[int]) -> tuple[str, int | None]:
+    """The window's text up to its last whole character and the tokens that make it; where no cut of the last tokens
+    ends at one, the text of all and None."""
+    # A character has at most four bytes, so at most three tokens at the end are only the beginning of one. One that
+    # falls back to bytes breaks all the characters beside it: so what is whole is found by leaving tokens out.
+    for end in range(len(window), max(len(window) - 4, 0), -1):
+        text = decode(list(window[:end]))
+        if not text.endswith(BROKEN):
+            return text, end
+    return decode(list(window)), None
 
 
 def _overlap(text: str, stop: str) -> int:
