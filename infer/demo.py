@@ -6,7 +6,6 @@ the exported drafter, metrics.json and the plots. Every step is one of the proje
 stopped demo continues where it was.
 """
 
-import json
 import subprocess
 import time
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from dspark_jax.config.cli import parse, program
 from dspark_jax.errors import UserError
 from dspark_jax.files import write_json
 from dspark_jax.programs import program_command
+from dspark_jax.readers import read_object, read_records
 from dspark_jax.report import training_plot
 
 
@@ -75,9 +75,9 @@ def main(argv: list[str]) -> None:
         run(name, command)
         seconds[name] = time.perf_counter() - started
 
-    bench = json.loads((settings.folder / "bench" / "metrics.json").read_text())
+    bench = read_object(settings.folder / "bench" / "metrics.json")
     # The demo's own files are made from those of its programs: nothing is measured twice.
-    records = [json.loads(line) for line in (settings.folder / "fit" / "metrics.jsonl").read_text().splitlines()]
+    records = read_records(settings.folder / "fit" / "metrics.jsonl")
     training_plot(settings.folder / "training.png", records)
     (settings.folder / "bench" / "conditional_acceptance.png").replace(settings.folder / "conditional_acceptance.png")
     metrics = summary(bench, seconds, time.perf_counter() - begun)

@@ -17,6 +17,7 @@ from dspark_jax.decoding.round import LoopParams
 from dspark_jax.errors import UserError
 from dspark_jax.evaluation.calibration_metrics import calibration_metrics, prefix_survival, reliability
 from dspark_jax.evaluation.temperature_scaling import fit_shift, fit_temperatures
+from dspark_jax.files import weights_hash
 from dspark_jax.scheduling.policies import Fixed, LookAhead
 from dspark_jax.serving import profile as profile_module
 from dspark_jax.serving.assembly import make_loop
@@ -40,6 +41,7 @@ from infer.calibrate import main as calibrate
 from infer.profile import main as profile
 from tests.decoding_tiny import tiny_pair
 from tests.test_infer_programs import folder, refused
+from tests.tiny import write_tiny_target
 
 __all__ = ["folder"]  # a fixture: a tiny target, a drafter with a confidence head, prompts
 
@@ -123,6 +125,26 @@ def test_fingerprints_know_weights_and_not_dtypes() -> None:
 
     half = jax.tree.map(lambda x: x.astype("bfloat16"), drafter.params)
     assert fingerprint(half) == fingerprint(drafter.params) != fingerprint(tiny_pair(seed=1)[1].params)
+    w1 = drafter.params["markov_head"]["w1_vr"]
+    for place in ((0, 0), (3, 1), (w1.shape[0] - 1, w1.shape[1] - 1)):
+        head = drafter.params["markov_head"] | {"w1_vr": w1.at[place].add(1.0)}
+        assert fingerprint(drafter.params | {"markov_head": head}) != fingerprint(drafter.params), place
+
+
+def test_a_calibration_is_bound_to_whole_files_of_weights(tmp_path: Path) -> None:
+    """One bit of the target's weights, wherever it is, makes its calibration another target's."""
+    _, drafter = tiny_pair()
+    target = load_target(write_tiny_target(tmp_path / "target"))
+    valid = validity(target, drafter, SamplingParams())
+    assert valid["target"] == weights_hash(tmp_path / "target")
+    write_calibration(tmp_path / "sts.json", StsTable((1.0, 2.0, 0.5, 1.0)), valid)
+    read_calibration(tmp_path / "sts.json", validity(target, drafter, SamplingParams()))
+    weights = tmp_path / "target" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1001] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(UserError, match="of the same name, but other weights"):
+        read_calibration(tmp_path / "sts.json", validity(target, drafter, SamplingParams()))
 
 
 # Profiles

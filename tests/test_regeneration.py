@@ -1,6 +1,7 @@
 """Regenerated answers: what the engine is asked, what becomes of its answers, and independence of the neighbours."""
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,9 @@ import dspark_jax.datagen.regeneration as regeneration
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.data.chat import encode_prompt
 from dspark_jax.data.conversations import prompt_segments
+from dspark_jax.datagen.preparation import summarise
 from dspark_jax.datagen.regeneration import Finished, Regenerator, Rejected, Source, answer_message
+from dspark_jax.datagen.settings import PrepareSettings
 from dspark_jax.errors import UserError
 from dspark_jax.serving import engine
 from dspark_jax.serving.sampling import SamplingParams
@@ -116,6 +119,29 @@ def test_what_is_set_aside(target: Target, monkeypatch: pytest.MonkeyPatch):
     assert "turn 1: a prompt of " in reasons[2] and "no room for 8 new ones in a context of 200" in reasons[2]
     assert "turn 2: a prompt of " in reasons[3]
     assert isinstance(ended[4], Finished)
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "message"),
+    [
+        ("a.jsonl", '{"id": "x", "finish_reason": "stop"}', r"a\.jsonl, the row with id .x., has no field 'tokens'"),
+        (
+            "a.jsonl",
+            '{"id": "x", "finish_reason": "stop", "tokens": "3"}',
+            r'has tokens = "3"; expected a whole number',
+        ),
+        ("a.jsonl", '{"id": "x", "tokens": NaN}', "line 2: found NaN"),
+        ("a.rejected.jsonl", '{"id": "x"}', r"a\.rejected\.jsonl, the row with id .x., has no field 'reason'"),
+        ("a.rejected.jsonl", '["x"]', "found a list of 1"),
+    ],
+)
+def test_rows_of_an_earlier_run_are_checked(tmp_path: Path, name: str, line: str, message: str) -> None:
+    settings = PrepareSettings(tmp_path / "a.jsonl", target="tiny", embedded_prompts="code")
+    settings.output.write_text('{"id": "y", "tokens": 3, "finish_reason": "stop"}\n')
+    with open(tmp_path / name, "a") as handle:
+        handle.write(line + "\n")
+    with pytest.raises(UserError, match=message):
+        summarise(settings, 3, 1.0)
 
 
 @pytest.mark.parametrize(("slots", "most"), [(1, 1), (2, 1), (5, 2), (16, 8)])

@@ -10,6 +10,7 @@ import pytest
 
 from dspark_jax.checkpoints.drafters import shared_tables
 from dspark_jax.drafters.registry import drafter_hf_config, new_drafter
+from dspark_jax.errors import UserError
 from dspark_jax.training.losses import LossOptions
 from dspark_jax.training.objective import BlockObjective
 from dspark_jax.training.schedule import learning_rate_schedule, make_optimizer
@@ -83,6 +84,14 @@ def test_a_drafter_learns_from_a_frozen_target(kind: str) -> None:
     after = evaluate(state.params, shared, seen)
     assert after["loss"] < 0.8 * before["loss"]
     assert after["tau_probabilistic"] > before["tau_probabilistic"]
+
+
+def test_packed_rows_are_refused_in_a_sentence() -> None:
+    target, rows = v4_target(3), jnp.ones((1, 8), jnp.int32)
+    states = TargetStates(target.graphdef, (1, 2))
+    batch = {"input_ids": rows, "lengths": jnp.full((1,), 8), "segments": jnp.asarray([[1, 1, 1, 1, 2, 2, 2, 2]])}
+    with pytest.raises(UserError, match=r"one conversation each; leave data\.packing off\.$"):
+        states.stored(target.params, batch)
 
 
 def test_settings_become_the_published_fields() -> None:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from dspark_jax.checkpoints.huggingface import load_target, read_hf_config, resolve_folder
 from dspark_jax.data.chat import load_tokenizer, tokenizer_hash
-from dspark_jax.data.jsonl import ResumableJsonl
+from dspark_jax.data.jsonl import ResumableJsonl, parse_line
 from dspark_jax.datagen.regeneration import Answerer, Finished, Regenerator, Rejected, Source
 from dspark_jax.datagen.self_prompts import DOMAINS, Writer, excluded_prompts, read_domains, write_prompts
 from dspark_jax.datagen.settings import PrepareSettings
@@ -27,9 +27,15 @@ from dspark_jax.files import (
     write_json,
     write_settings,
 )
+from dspark_jax.readers import Schema, check_fields, integer, optional, read_records, shown, text
 from dspark_jax.sharding import mesh_of_several
 from dspark_jax.targets.config import config_sha256
 from dspark_jax.targets.registry import read_target_config
+
+ANSWERED: Schema = {"tokens": integer(), "finish_reason": text()}
+SET_ASIDE: Schema = {"reason": text()}
+JUDGED: Schema = {"reason": optional(text())}
+MOVE_AWAY = "move the file away and run again"
 
 
 def with_self_prompts(settings: PrepareSettings) -> tuple[PrepareSettings, Counter[str]]:
@@ -69,8 +75,7 @@ def with_self_prompts(settings: PrepareSettings) -> tuple[PrepareSettings, Count
         writer = Writer(target, domains, settings.engine(), settings.seed)
         rows = list(write_prompts(writer, settings.self_prompts, log, excluded))
         write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        judged = (json.loads(line)["reason"] for line in log.read_bytes().splitlines())
-        dropped.update(reason for reason in judged if reason is not None)
+        dropped.update(row["reason"] for row in _read_rows(log, JUDGED) if row["reason"] is not None)
 
     # From here on the run is one over an ordinary file of prompts.
     return replace(settings, prompts=(path,), self_prompts=0, domains=None, exclude=()), dropped
@@ -190,9 +195,8 @@ def summarise(settings: PrepareSettings, made: int, seconds: float) -> tuple[dic
     Returns:
         The metrics, of the whole output except for the speed, and the counted reasons.
     """
-    rows = [json.loads(line) for line in settings.output.read_bytes().splitlines()]
-    aside = settings.beside("rejected.jsonl")
-    reasons = [json.loads(line)["reason"] for line in aside.read_bytes().splitlines()] if aside.exists() else []
+    rows = _read_rows(settings.output, ANSWERED)
+    reasons = [row["reason"] for row in _read_rows(settings.beside("rejected.jsonl"), SET_ASIDE)]
     metrics = {
         "conversations": len(rows),
         "tokens": sum(row["tokens"] for row in rows),
@@ -208,6 +212,14 @@ def summarise(settings: PrepareSettings, made: int, seconds: float) -> tuple[dic
     return metrics, Counter(re.sub(r"\d+", "#", reason) for reason in reasons)
 
 
+def _read_rows(path: Path, schema: Schema) -> list[dict[str, Any]]:
+    """The rows of a file that an earlier run may have begun; UserError naming the first that lacks a field."""
+    rows = read_records(path)
+    for row in rows:
+        check_fields(row, schema, f"{path}, the row with id {shown(row.get('id'))},", required=schema, cure=MOVE_AWAY)
+    return rows
+
+
 def _row(ended: Finished) -> Mapping[str, Any]:
     fields = {"messages": list(ended.messages), "finish_reason": ended.finish_reason, "tokens": ended.tokens}
     return {"id": ended.source.id, **ended.source.extra, **fields}
@@ -220,5 +232,5 @@ def _rejected_row(ended: Rejected) -> Mapping[str, Any]:
 def _sort_lines(path: Path, order: Mapping[str, int]) -> None:
     """Rewrites a finished file in the order of the sources, atomically."""
     lines = path.read_bytes().splitlines(keepends=True)
-    lines.sort(key=lambda line: order[json.loads(line)["id"]])
+    lines.sort(key=lambda line: order[parse_line(line, str(path))["id"]])
     write_atomically(path, b"".join(lines))

@@ -1,6 +1,5 @@
 """Reads and writes sts.json: temperatures of the confidence logits, and the weights and settings they are valid for."""
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,11 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import xxhash
 
 from dspark_jax.checkpoints.serving_tables import StsTable, read_sts
 from dspark_jax.checkpoints.tensors import write_json
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.errors import UserError
+from dspark_jax.files import weights_hash
 from dspark_jax.readers import SEAL, check_seal, read_object, sealed
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.targets.target import Target
@@ -21,7 +22,8 @@ from dspark_jax.targets.target import Target
 def validity(target: Target, drafter: Drafter, sampling: SamplingParams) -> dict[str, Any]:
     """The facts that a calibration depends on: the weights, and the sampling settings, which decide acceptance."""
     return {
-        "target": fingerprint(target.params),
+        # Files are hashed once and remembered; weights that were made in memory have no files.
+        "target": fingerprint(target.params) if target.folder is None else weights_hash(target.folder),
         "target_name": target.name,
         "drafter": fingerprint(drafter.params),
         "drafter_name": drafter.name,
@@ -33,16 +35,17 @@ def validity(target: Target, drafter: Drafter, sampling: SamplingParams) -> dict
 
 
 def fingerprint(params: Mapping[str, Any]) -> str:
-    """Hash of the names, shapes and about 64 values in bfloat16 of every array: independent of the dtype that the
-    weights were loaded in, changed by any training, and cheap for models of any size."""
-    seen = hashlib.sha256()
-    for path, leaf in jax.tree.leaves_with_path(params):
-        flat = jnp.ravel(leaf)
-        some = np.asarray(flat[:: max(1, flat.shape[0] // 64)][:64].astype(jnp.bfloat16))
-        # Paths and shapes are hashed too, so that equal values under other names differ.
-        seen.update(jax.tree_util.keystr(path).encode() + str(leaf.shape).encode() + some.tobytes())
+    """xxh3-128 of the names, shapes and all values of a model's arrays, rounded to bfloat16.
 
-    return seen.hexdigest()[:32]
+    Independent of the dtype that the weights were loaded in and of the layout that they are stored in.
+    """
+    digest = xxhash.xxh3_128()
+    for path, leaf in jax.tree.leaves_with_path(params):
+        # Paths and shapes are hashed too, so that equal values under other names differ.
+        digest.update(jax.tree_util.keystr(path).encode() + str(leaf.shape).encode())
+        digest.update(np.asarray(jnp.asarray(leaf).astype(jnp.bfloat16)).tobytes())
+
+    return digest.hexdigest()
 
 
 def write_calibration(path: Path, table: StsTable, valid_for: Mapping[str, Any]) -> None:

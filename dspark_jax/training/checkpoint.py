@@ -24,6 +24,7 @@ from orbax.checkpoint import v1 as ocp
 from dspark_jax.distributed import barrier, from_first, is_first
 from dspark_jax.errors import UserError
 from dspark_jax.files import hash_tree, write_json
+from dspark_jax.readers import read_object
 from dspark_jax.training.checksum import checksums
 
 State = TypeVar("State")
@@ -319,14 +320,9 @@ def damage(checkpoint: Path, notes_alone: bool = False) -> str | None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise Damaged(f"{path.name} cannot be read: {error}") from error
-
-    if not isinstance(value, dict):
-        raise Damaged(f"{path.name} is no JSON object")
-
-    return value
+        return read_object(path)
+    except UserError as error:
+        raise Damaged(str(error).rstrip(".")) from error
 
 
 def _seal(plain: dict[str, Any]) -> str:

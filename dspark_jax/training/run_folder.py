@@ -29,7 +29,7 @@ from dspark_jax.config.cli import from_json, to_json
 from dspark_jax.config.schema import DataSettings, TrainConfig
 from dspark_jax.errors import UserError
 from dspark_jax.files import file_hash, weights_hash, write_atomically, write_json
-from dspark_jax.readers import check_fields, object_of, read_object
+from dspark_jax.readers import check_fields, object_of, parse_json, read_object
 
 # None of these changes (but for rounding) the parameters that a run arrives at, so a resumed run may differ in them.
 FREE_TO_CHANGE = ("run_dir", "mesh", "checkpoint", "evaluation")
@@ -294,8 +294,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 def _record(line: bytes) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
+        record = parse_json(line, "a record")
+    except UserError:
         return None
 
     # `True` is an int to Python, and no step.

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from dspark_jax.errors import UserError
 from dspark_jax.targets.attention import Attend, CachedBlock, CausalRows, PackedRows
 from dspark_jax.targets.deepseek_v4.compressor import Closed
 from dspark_jax.targets.deepseek_v4.config import V4Config
@@ -66,7 +67,7 @@ class Placement:
             return cls(attend.lengths, attend.packed), attend.cache  # type: ignore[return-value]
         # Packed conversations would pool tokens of two of them into one entry.
         if not isinstance(attend, CausalRows) or attend.segments is not None:
-            raise ValueError("V4 targets run causal rows of one sequence each, and blocks over a decode state")
+            raise UserError("DeepSeek-V4 targets run rows of one conversation each; leave data.packing off.")
 
         return cls(jnp.zeros((requests,), jnp.int32)), None
 
