@@ -1,12 +1,14 @@
 """One rule for every template: decoding's prompt begins the training row, and the loss covers what is generated."""
 
 import time
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from jinja2 import TemplateError
 
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.data import templates
@@ -122,6 +124,9 @@ def test_tool_calls_and_thoughts_are_the_templates():
     assert tokenizer.decode(row.input_ids[row.loss_mask == 1]) == "[{'name': 'f'}]<|im_end|>"
 
 
+MUCH = "one operation would make more than 50,000,000 characters"
+
+
 @pytest.mark.parametrize(
     ("template", "said"),
     [
@@ -134,8 +139,7 @@ def test_tool_calls_and_thoughts_are_the_templates():
         ("{{ raise_exception('no \nway') }}", "refused .* no way"),
         ("{{ 1 / 0 }}", "refused .* division by zero"),
         ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "refused .* recursion"),
-        ("{{ 'a' * 10 ** 15 }}", "refused .* MemoryError"),
-        ("{{ messages | length * 'x' * 60000000 }}", "made 60,000,000 characters"),
+        ("{{ messages | length * 'x' * 60000000 }}", MUCH),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refused .* unsafe"),
     ],
 )
@@ -147,6 +151,90 @@ def test_templates_that_are_damaged_or_never_end_are_one_sentence(template, said
     with pytest.raises(UserError, match=said) as caught:
         encode_prompt(tokenizer, [{"role": "user", "content": "Hi"}])
     assert "\n" not in str(caught.value) and time.monotonic() - began < 8
+
+
+LARGE = [
+    "{{ 'a' * 10 ** 10 }}",
+    "{{ 10 ** 10 * 'a' }}",
+    "{{ ['a' * 1000] * 10 ** 6 }}",
+    "{{ 7 ** (10 ** 10) }}",
+    "{{ range(10 ** 12) | list }}",
+    "{{ '%10000000000d' % 1 }}",
+    "{{ '%*d' % (10 ** 10, 1) }}",
+    "{{ '{:10000000000}'.format(1) }}",
+    "{{ '{:{}}'.format(1, 10 ** 10) }}",
+    "{{ '{a:{b}}'.format_map({'a': 1, 'b': 10 ** 10}) }}",
+    "{{ ('{0}' * 10 ** 6).format('a' * 10 ** 6) }}",
+    "{{ '%10000000000d' | format(1) }}",
+    "{{ 'a'.ljust(10 ** 10) }}",
+    "{{ 'a'.zfill(10 ** 10) }}",
+    "{{ 'a' | center(10 ** 10) }}",
+    "{{ ('a\n' * 10 ** 5) | indent(10 ** 6) }}",
+    "{{ ('\t' * 10 ** 5).expandtabs(10 ** 6) }}",
+    "{{ [1] | tojson(indent=10 ** 10) }}",
+    "{{ ['a'] | batch(10 ** 10, 'b') | list }}",
+    "{{ ('a' * 10 ** 6).replace('a', 'b' * 10 ** 6) }}",
+    "{{ ('a' * 10 ** 6) | replace('a', 'b' * 10 ** 6) }}",
+    "{{ ('a' * 10 ** 6).translate({97: 'b' * 10 ** 6}) }}",
+    "{{ ('a' * 10 ** 6).join('b' * 10 ** 6) }}",
+    "{{ range(99999) | map('center', 10 ** 6) | join }}",
+    "{{ strftime_now('%10000000000d') }}",
+    "{% set ns = namespace(a='aa') %}{% for i in range(99) %}{% set ns.a = ns.a + ns.a %}{% endfor %}",
+    "{% set ns = namespace(a='aa') %}{% for i in range(99) %}{% set ns.a = ns.a ~ ns.a %}{% endfor %}",
+    "{% set ns = namespace(a=['aa']) %}{% for i in range(99) %}{% set ns.a = [ns.a, ns.a] %}{% endfor %}{{ ns.a }}",
+    "{% set ns = namespace(a='aa') %}{% for i in range(99) %}{% set b %}{{ ns.a }}{{ ns.a }}{% endset %}"
+    "{% set ns.a = b %}{% endfor %}",
+    "{% macro f(a) %}{{ a }}{{ a }}{% endmacro %}{% set ns = namespace(a='aa') %}"
+    "{% for i in range(99) %}{% set ns.a = f(ns.a) %}{% endfor %}",
+    "{% set ns = namespace(a=[]) %}{% for i in range(9999) %}{% set ns.a = [ns.a, 'a' * 10 ** 7] %}{% endfor %}",
+    "{% for i in range(9999) %}{{ 'a' * 10 ** 7 }}{% endfor %}",
+]
+
+
+@pytest.mark.parametrize("template", LARGE)
+def test_no_operation_of_a_template_takes_all_memory(template):
+    """Weighed before it runs: the peak is the bound's own, and nothing waits for the deadline."""
+    tokenizer = tokenizer_of("chatml")
+    tokenizer.chat_template = template
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="more than [0-9,]+ characters|Range too big"):
+            encode_prompt(tokenizer, [{"role": "user", "content": "Hi"}])
+        assert tracemalloc.get_traced_memory()[1] < 2**30
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_the_sandbox_renders_what_transformers_renders(name):
+    tokenizer = tokenizer_of(name)
+    said = conversation([("Hi ~ {{ 1 }}", "\n1 + 1 %s"), ("你好", "🙂")])
+    for end in (1, 2, 3, 4):
+        given = {"add_generation_prompt": end % 2 == 1, "enable_thinking": end > 2}
+        try:
+            expected = tokenizer.apply_chat_template(said[:end], tokenize=False, **given)
+        except TemplateError:
+            with pytest.raises(UserError, match="refused"):
+                templates.render(tokenizer, said[:end], **given)
+            continue
+        assert templates.render(tokenizer, said[:end], **given) == expected
+
+
+def test_what_published_templates_use_renders_as_in_transformers():
+    """Every extension of transformers' environment, and the filters and methods that published templates call."""
+    tokenizer = tokenizer_of("chatml")
+    tokenizer.chat_template = (
+        "{{- bos_token or 'none' }}{{ eos_token }}{% for m in messages if m.role != 'tool' %}\n"
+        "  {% if loop.index0 > 3 %}{% break %}{% endif %}\n"
+        "  {%- generation %}{% set x = 1 %}{{ m.content | trim | upper }}{% endgeneration %}{{ x is defined }}\n"
+        "{% endfor %}{{ messages | tojson(indent=2) }}{{ {'a': '<é>'} | tojson }}{{ tools is none }}"
+        "{{ 'a-b'.split('-')[-1].rstrip('b') ~ 1 ~ none ~ [1, 'x'] }}{{ '%s: %05d' % ('a', 7) }}{{ '{:>4}'.format(7) }}"
+        "{{ messages | map(attribute='role') | unique | join(', ') }}{{ 'a\nb' | indent(2) }}{{ 7 // 2 * 3 ** 2 }}"
+        "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}{{ 'aab' | replace('a', 'b') }}"
+        "{{ ['a'] + ['b'] }}{{ messages[0].items() | list | string }}{{ 'x' * 3 }}{{ undefined_name }}"
+    )
+    said = conversation([(" Hi ", "Yes <b>"), ("你好", "🙂")])
+    assert templates.render(tokenizer, said) == tokenizer.apply_chat_template(said, tokenize=False)
 
 
 def test_an_answer_that_a_template_leaves_out_is_named():

@@ -1,7 +1,6 @@
 """Rendering of chat templates: bounded in time and size, with refusals as one sentence.
 
-A template is a foreign program. transformers runs it in jinja's sandbox, which keeps it from files and attributes but
-not from looping; here it also has a deadline.
+A template is a foreign program: it runs in a sandbox that bounds what it makes (`template_sandbox`), with a deadline.
 """
 
 import ctypes
@@ -9,12 +8,11 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dspark_jax.data.template_sandbox import rendered
 from dspark_jax.errors import UserError
 
 RENDER_SECONDS = 10.0
 """Deadline; a conversation of thousands of turns renders in a fraction of a second."""
-MOST_CHARACTERS = 50_000_000
-"""Limit of a rendered text, far above any context."""
 
 
 def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
@@ -41,10 +39,6 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **variables: A
         raise UserError(f"The chat template did not end within {RENDER_SECONDS:g} seconds on {who}; mend the template.")
     if isinstance(outcome, BaseException):
         raise UserError(f"The chat template refused {who}: {_reason(outcome)}") from outcome
-
-    if not isinstance(outcome, str) or len(outcome) > MOST_CHARACTERS:
-        size = f"{len(outcome):,} characters" if isinstance(outcome, str) else f"a {type(outcome).__name__}"
-        raise UserError(f"The chat template made {size} of {who}; at most {MOST_CHARACTERS:,} characters are expected.")
 
     # The tokenizer's Rust part would fail on it with an error that names no conversation.
     try:
@@ -78,7 +72,9 @@ class _Rendering:
     def _run(self) -> None:
         tokenizer, messages, variables = self._call
         try:
-            self._outcome = tokenizer.apply_chat_template(messages, tokenize=False, **variables)
+            # The variables that templates are written for; switches come last, as a caller may overwrite any.
+            given = {**tokenizer.special_tokens_map, "tools": None, "documents": None, "messages": messages}
+            self._outcome = rendered(tokenizer.get_chat_template(), {**given, **variables})
         except Exception as error:  # jinja's own errors, those of the template's expressions, its raise_exception
             self._outcome = error
         except SystemExit:  # stopped by `wait`
