@@ -77,8 +77,8 @@ def examine(path: Path) -> list[Finding]:
         raise UserError(f"{path} cannot be read ({reason_of(error)}); give the folder of one.") from None
 
     if not kinds:
-        what = "is" if os.path.lexists(path) else "does not exist; expected"
-        raise UserError(f"{path} {what} none of: {', '.join(KINDS)}; give the folder of one.")
+        found = "is none of" if os.path.lexists(path) else "does not exist; expected one of"
+        raise UserError(f"{path} {found}: {', '.join(KINDS)}. Give the path of one.")
 
     findings = []
     for kind in kinds:
@@ -286,9 +286,7 @@ def _is_drafter(path: Path) -> bool:
     except UserError:
         return False  # a damaged config.json is examined as a target's, which says so
 
-    return any(
-        name in stored for name in ("target_layer_ids", "speculators_model_type", "dflash_config", "eagle_config")
-    )
+    return not _OF_DRAFTERS.isdisjoint(stored)
 
 
 def _is_target(path: Path) -> bool:

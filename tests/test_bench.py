@@ -13,6 +13,7 @@ from dspark_jax.checkpoints.huggingface import abstract_target
 from dspark_jax.config.cli import load_config
 from dspark_jax.config.schema import TrainConfig
 from dspark_jax.drafters.registry import read_config, skeleton
+from dspark_jax.drafters.vocabulary import DraftVocabulary
 from dspark_jax.planning.compiled import memory_of
 from dspark_jax.planning.training import AbstractRun
 from dspark_jax.roofline.decoding import round_terms
@@ -104,6 +105,16 @@ def test_the_decode_floor_reads_every_weight_once() -> None:
     plain = round_terms(target, None, 3, 100, 2, sort=False) or []
     assert [term.name.split(":")[0] for term in plain] == ["verify"] * 3 + ["sampling laws", "acceptance"]
     assert round_terms(target, read_config(run_of("embedded_eagle3").drafter_hf), 3, 100, 2) is None
+
+
+def test_a_pruned_vocabulary_shortens_the_drafters_head() -> None:
+    run = run_of("embedded_dspark")
+    target, whole = run.target.config, run.spec.drafter
+    pruned = dataclasses.replace(whole, draft_vocabulary=DraftVocabulary.of(range(0, 512, 2), target.vocab_size))
+    found, full = ({t.name: t for t in round_terms(target, d, 3, 100, 2) or ()} for d in (pruned, whole))
+    assert found["draft: head"].bytes == 256 * target.hidden_size * 2 + 3 * whole.block_size * 256 * 4
+    assert found["draft: Markov head"].flops * target.vocab_size == full["draft: Markov head"].flops * 256
+    assert found["verify: head"] == full["verify: head"]
 
 
 def test_the_floor_takes_the_slower_of_products_and_memory() -> None:

@@ -1,6 +1,8 @@
 """Targets from GGUF files: the same logits and the same tokens as the Hugging Face folders that they were made from."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +162,28 @@ def test_a_file_is_converted_once_and_again_when_it_changes(tmp_path: Path) -> N
     assert (first / "model.safetensors").stat().st_mtime_ns == before
     write_gguf(write_tiny_target(tmp_path / "other", seed=1), file)
     assert converted_folder(file) != first
+
+
+def test_two_processes_convert_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one finishes after the last look at the final place and before the rename."""
+    file = write_gguf(write_tiny_target(tmp_path / "hf"), tmp_path / "model.gguf")
+    rename = os.replace
+
+    def overtaken(made: Path, final: Path) -> None:
+        if Path(made).name.startswith("making-"):
+            shutil.copytree(made, final)
+        rename(made, final)
+
+    monkeypatch.setattr(os, "replace", overtaken)
+    folder = converted_folder(file)
+    assert (folder / "config.json").exists() and [folder] == list(folder.parent.iterdir())
+
+
+def test_a_scaling_without_its_factor_is_one_sentence(tmp_path: Path) -> None:
+    folder = write_tiny_target(tmp_path / "hf")
+    file = write_gguf(folder, tmp_path / "model.gguf", qwen3__rope__scaling__type="yarn")
+    with pytest.raises(UserError, match=r"has no metadata qwen3\.rope\.scaling\.factor"):
+        load_target(file)
 
 
 def test_tokens_and_template_are_those_of_the_folder(tmp_path: Path) -> None:

@@ -203,8 +203,15 @@ def test_collectives_are_counted_with_their_bytes() -> None:
       %a = f32[8,128]{1,0} all-gather(%p), dimensions={0}
       %b = (bf16[4]{0}, bf16[1024,1024]{1,0}) all-reduce-start(%q, %r)
       %c = bf16[4]{0} all-reduce-done(%b)
+      %d = (f8e4m3fn[1024,1024]{1,0:T(8,128)(4,1)}, pred[1024,1024]{1,0}, token[]) all-to-all(%s, %t)
+      %e = c128[256,256]{1,0} collective-permute(%u)
     """
-    assert collectives(program) == {"all-gather": "1 of 0.0 MiB", "all-reduce": "1 of 2.0 MiB"}
+    assert collectives(program) == {
+        "all-gather": "1 of 0.0 MiB",
+        "all-reduce": "1 of 2.0 MiB",
+        "all-to-all": "1 of 2.0 MiB",
+        "collective-permute": "1 of 1.0 MiB",
+    }
 
 
 def test_recipes_of_the_paper() -> None:

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dspark_jax import load_target
-from dspark_jax.checkpoints.huggingface import save_target
+from dspark_jax.checkpoints.huggingface import save_target, stop_tokens
 from dspark_jax.errors import UserError
 from dspark_jax.targets.config import RopeConfig, config_sha256
 from dspark_jax.targets.registry import read_target_config
@@ -130,6 +130,7 @@ def test_stop_tokens(folder: Path, tmp_path: Path) -> None:
     assert load_target(mine, tokenizer=False).stop_tokens == (9,)
     edit(mine, eos_token_id=None)
     assert load_target(mine, tokenizer=False).stop_tokens == ()
+    assert stop_tokens(mine, {"eos_token_id": None, "text_config": {"eos_token_id": 3}}) == (3,)
 
 
 def drop_tensor(folder: Path) -> None:

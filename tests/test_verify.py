@@ -189,8 +189,9 @@ def test_the_hubs_names_are_hashes(whole: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_of_no_kind_is_exit_code_2(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for path in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(UserError, match="none of: target, drafter, target cache, run, conversations, calibration"):
+    kinds = "target, drafter, target cache, run, conversations, calibration, profile"
+    for path, found in ((tmp_path, "is none of"), (tmp_path / "missing", "does not exist; expected one of")):
+        with pytest.raises(UserError, match=f"{path} {found}: {kinds}. Give the path of one."):
             examine(path)
     assert verify([str(whole / "tables"), str(tmp_path)]) == 2
     assert "calibration, whole" in capsys.readouterr().out

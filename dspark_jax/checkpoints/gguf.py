@@ -113,9 +113,16 @@ def converted_folder(file: Path) -> Path:
 
     try:
         _convert(file, made)
-        # Another process may have been faster; its folder holds the same bytes.
-        if not (final / "config.json").exists():
+        try:
             os.replace(made, final)
+        except OSError as error:
+            # Another process may have been faster: a folder that holds files is not replaced, and its bytes are the
+            # same. Tried before it is looked for, since the other one may finish between the two.
+            if not (final / "config.json").exists():
+                raise UserError(
+                    f"The folder that {file} was turned into cannot be put at {final} ({error.strerror}); remove what "
+                    "is there."
+                ) from error
     finally:
         # After a rename there is nothing left to remove; after an error the unfinished folder goes.
         shutil.rmtree(made, ignore_errors=True)
@@ -255,8 +262,11 @@ def _rope_scaling(
         raise UserError(f"{file} asks for RoPE scaling {named!r}; none, linear and yarn are read from GGUF files.")
 
     original = fields.get(f"{kind}.rope.scaling.original_context_length", config["max_position_embeddings"])
-    factor = float(fields[f"{kind}.rope.scaling.factor"])
-    return {"rope_type": named, "factor": factor, "original_max_position_embeddings": int(original)}
+    if (factor := fields.get(f"{kind}.rope.scaling.factor")) is None:
+        raise UserError(
+            f"{file} asks for RoPE scaling {named!r} and has no metadata {kind}.rope.scaling.factor; copy it again."
+        )
+    return {"rope_type": named, "factor": float(factor), "original_max_position_embeddings": int(original)}
 
 
 def _write_weights(folder: Path, config: Mapping[str, Any], file: Path, tensors: Mapping[str, Any]) -> None:

@@ -268,10 +268,11 @@ def stop_tokens(folder: Path, hf_config: Mapping[str, Any]) -> tuple[int, ...]:
 
     declared = stored.get("eos_token_id")
 
-    # A multimodal file may state it outside or within its text config.
-    if declared is None:
-        check_fields(hf_config, {"eos_token_id": TOKEN_IDS}, "config.json")
-        declared = hf_config.get("eos_token_id", text_config(hf_config).get("eos_token_id"))
+    # A multimodal file may state it outside or within its text config, and leave the other one null.
+    for config in (hf_config, text_config(hf_config)):
+        if declared is None:
+            check_fields(config, {"eos_token_id": TOKEN_IDS}, "config.json")
+            declared = config.get("eos_token_id")
 
     if declared is None:
         return ()

@@ -130,7 +130,7 @@ def collectives(program: str) -> dict[str, str]:
     # `-start` of an asynchronous pair is counted and its `-done` is not, as it has another name.
     for shapes, name in re.findall(rf"= (.+?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", program):
         counts[name] += 1
-        sizes[name] += sum(_shape_bytes(*part) for part in re.findall(r"([a-z]+\d+)\[([\d,]*)\]", shapes))
+        sizes[name] += sum(_shape_bytes(*part) for part in re.findall(r"([a-z]\w*)\[([\d,]*)\]", shapes))
 
     return {name: f"{counts[name]} of {mebibytes(sizes[name])}" for name in COLLECTIVES if counts[name]}
 
@@ -161,6 +161,8 @@ def mebibytes(count: float) -> str:
 
 
 def _shape_bytes(kind: str, dimensions: str) -> int:
-    # The number in the name of an XLA type is its size in bits: bf16, s32, u8.
-    bits = int(re.sub(r"\D", "", kind)[:2] or 8) if kind != "pred" else 8
+    # The first number in the name of an XLA type is its size in bits: bf16, s32, f8e4m3fn, c128. A pred, which has
+    # none, takes a byte; a token takes nothing.
+    size = re.search(r"\d+", kind)
+    bits = int(size[0]) if size else 8 * (kind == "pred")
     return int(np.prod([int(n) for n in dimensions.split(",") if n], dtype=np.int64)) * bits // 8

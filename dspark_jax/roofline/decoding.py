@@ -4,7 +4,8 @@ Every weight and every cached position is read once a pass; activations between 
 chip. Logits and laws over the vocabulary are float32 and do pass through memory.
 
 Letters: R requests, c positions cached a request, γ drafts, W = γ + 1, P = R W rows verified, D hidden, F mlp, Q query
-heads, G kv heads, H head dim, V vocab, m taps, L layers of the target, L' of the drafter, r Markov rank, b bytes.
+heads, G kv heads, H head dim, V vocab, U ids that may be drafted, m taps, L layers of the target, L' of the drafter,
+r Markov rank, b bytes.
 """
 
 import math
@@ -42,7 +43,7 @@ def round_terms(
     terms = [
         _weights("verify: projections and MLP", target, rows, itemsize),
         _cache("verify: attention over the cache", target, requests, block + 1, context, itemsize),
-        _head("verify: head", target, rows, itemsize),
+        _head("verify: head", target.hidden_size, vocab, rows, itemsize),
     ]
 
     if drafter is not None:
@@ -52,8 +53,8 @@ def round_terms(
         terms += [
             _weights("draft: projections and MLP", dims, inputs, itemsize),
             _cache("draft: attention over the context", dims, requests, block, context, itemsize, append=False),
-            # The drafter's head is the target's: a second pass over the same weights.
-            _head("draft: head", target, requests * block, itemsize),
+            # The drafter's head is the target's, or its rows of a pruned vocabulary: a second pass over those weights.
+            _head("draft: head", target.hidden_size, drafter.draft_vocab_size, requests * block, itemsize),
             _context(drafter, requests, itemsize),
         ]
         if drafter.markov_rank:
@@ -95,9 +96,8 @@ def _cache(
     return Term(name, flops, moved)
 
 
-def _head(name: str, dims: TargetConfig, rows: int, b: int) -> Term:
-    size = dims.vocab_size * dims.hidden_size
-    return Term(name, 2.0 * rows * size, size * b + rows * dims.vocab_size * LOGIT)
+def _head(name: str, hidden: int, vocab: int, rows: int, b: int) -> Term:
+    return Term(name, 2.0 * rows * vocab * hidden, vocab * hidden * b + rows * vocab * LOGIT)
 
 
 def _context(drafter: DSparkConfig, requests: int, b: int) -> Term:
@@ -112,6 +112,6 @@ def _context(drafter: DSparkConfig, requests: int, b: int) -> Term:
 
 def _markov(drafter: DSparkConfig, requests: int, b: int) -> Term:
     """The Markov head: γ sequential steps, each of which reads all of W_2 and adds a bias to a row of logits."""
-    size = drafter.backbone.vocab_size * drafter.markov_rank
+    size = drafter.draft_vocab_size * drafter.markov_rank
     rows = requests * drafter.block_size
     return Term("draft: Markov head", 2.0 * rows * size, drafter.block_size * size * b)
