@@ -1,5 +1,6 @@
 """The command `dspark`, where programs are found, and the line that a program starts with."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from dspark_jax.devices import announce, unused_accelerator
 from dspark_jax.errors import UserError
 from dspark_jax.files import make_output
 from dspark_jax.programs import MAIN, ROOT, found_programs, program_command, source
+from dspark_jax.serving.sampling import SamplingParams
 
 
 def test_every_program_is_one_subcommand_with_a_line() -> None:
@@ -113,3 +115,40 @@ def test_an_output_is_made_and_tried_first(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="can't be written to"):
         make_output(tmp_path / "file" / "inner")
+
+
+PROGRAMS = {
+    "bench": ["--drafter", "models", "--prompts", "no.jsonl"],
+    "calibrate": ["--drafter", "models", "--prompts", "no.jsonl"],
+    "conformance": ["--drafter", "models"],
+    "evaluate": ["--drafter", "models", "--datasets", "set.jsonl"],
+    "generate": ["--prompt", "a"],
+    "profile": ["--drafter", "models"],
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_programs_make_their_output_before_they_load_anything(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of two faults, the output's is told, although it is needed last."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "config.json").write_text("{}")
+    (tmp_path / "set.jsonl").write_text('{"turns": ["a"]}\n')
+    program = importlib.import_module(f"infer.{name}").main
+    with pytest.raises(SystemExit) as stop:
+        program(["--target", "models", *PROGRAMS[name], "--output", "file/inner/out.jsonl"])
+    assert stop.value.code == 2 and "can't be written to" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        program(["--target", "models", *PROGRAMS[name], "--output", "new/out"])
+    assert "has model_type None" in capsys.readouterr().err and (tmp_path / "new").is_dir()
+
+
+def test_what_bfloat16_may_change_is_said_where_it_is_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        importlib.import_module("infer.generate").main(["--help"])
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "near-tie" in said and "bfloat16" in said
+    assert "near-tie" in str(SamplingParams.__doc__)

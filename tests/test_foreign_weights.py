@@ -20,6 +20,8 @@ from dspark_jax.checkpoints.layouts import LAYOUTS
 from dspark_jax.checkpoints.tensors import all_finite
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.errors import UserError
+from dspark_jax.serving.engine import Engine
+from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.targets.target import Target
 from tests.drafters_tiny import write_pair
 from tests.families_tiny import GEMMA, write_family
@@ -190,6 +192,8 @@ def test_only_ids_of_the_tokenizer_are_known(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"a vocabulary of 400 ids and a tokenizer of (\d+): ids from \1 on"):
         found = load_target(padded)
     assert found.known_tokens == len(found.tokenizer) < 400
+    config = EngineConfig(1, 32, "fixed", buckets=(1,))
+    assert Engine(found, None, config).loop.words == found.known_tokens, "decoding masks what the warning names"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         whole = load_target(write_tiny_target(tmp_path / "whole", vocab_size=found.known_tokens))

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +216,37 @@ def test_a_file_that_is_cut_off_is_one_sentence(tmp_path: Path, keep: int) -> No
     with pytest.raises(UserError, match=r"is no whole GGUF file .* copy it again"):
         load_target(file)
     assert not list((tmp_path / "model.gguf.d").iterdir())
+
+
+def header(tensors: int, fields: int, rest: bytes) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, fields) + rest
+
+
+KEY = struct.pack("<Q", 1) + b"a"
+HOSTILE = {
+    "numbers": header(0, 1, KEY + struct.pack("<IIQ", 9, 0, 2**60)),
+    "texts": header(0, 1, KEY + struct.pack("<IIQ", 9, 8, 2**60)),
+    "numbers within the file": header(0, 1, KEY + struct.pack("<IIQ", 9, 0, 9_000_000)),
+    "arrays in arrays": header(0, 1, KEY + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000),
+    "wide arrays in arrays": header(0, 1, KEY + struct.pack("<IIQ", 9, 9, 2**40) + struct.pack("<IQ", 9, 2**40) * 9),
+    "fields": header(0, 2**63, b""),
+    "tensors": header(2**63, 0, b""),
+    "axes": header(1, 0, KEY + struct.pack("<I", 2**32 - 1)),
+    "name": header(1, 0, struct.pack("<Q", 2**63)),
+    "other byte order": b"GGUF" + struct.pack(">IQQ", 3, 2**40, 0),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_headers_that_never_end_are_one_sentence(tmp_path: Path, case: str) -> None:
+    """Counts beyond the file or any use: the file is sparse and large, so that its end does not bound them."""
+    file = tmp_path / "model.gguf"
+    file.write_bytes(HOSTILE[case])
+    os.truncate(file, 1 << 26)
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"is no whole GGUF file \(.* announce.*\); copy it again"):
+        load_target(file)
+    assert time.monotonic() - began < 20
 
 
 def test_foreign_files_are_one_sentence(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from dspark_jax.checkpoints.gguf_header import check_header
 from dspark_jax.checkpoints.gguf_tokenizer import write_tokenizer
 from dspark_jax.checkpoints.tensors import write_json, write_tensors
 from dspark_jax.errors import UserError
@@ -135,6 +136,7 @@ def _convert(file: Path, folder: Path) -> None:
     from gguf import GGUFReader
 
     try:
+        check_header(file)
         reader = GGUFReader(file)
         fields = {name: field.contents() for name, field in reader.fields.items()}
     # The reader checks little: on a cut file it fails in the middle of its own arithmetic.
