@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dspark_jax.checkpoints.drafters import load_drafter, save_drafter
+from dspark_jax.checkpoints.drafters import load_drafter, save_drafter, stored_vocabulary
+from dspark_jax.checkpoints.tensors import TensorFolder
 from dspark_jax.drafters.registry import Drafter, drafter_hf_config, new_drafter, with_draft_head
 from dspark_jax.drafters.vocabulary import DraftVocabulary
 from dspark_jax.errors import UserError
@@ -174,6 +175,43 @@ def test_another_targets_head_and_broken_maps_are_refused(tmp_path: Path) -> Non
     save_file({name: tensor for name, tensor in stored.items() if name != "d2t"}, weights)
     with pytest.raises(UserError, match="no tensor d2t"):
         load_drafter(tmp_path / "e", target)
+
+
+def test_ids_and_differences_are_told_apart_or_refused(tmp_path: Path) -> None:
+    """A table of low ids ascends as differences do, and differences of scattered ids as low ids do."""
+    low = DraftVocabulary.of([*range(19), 20], VOCAB)
+    target, fresh = write_pair(tmp_path / "target", dtype="float32", draft_vocabulary=low)
+    params = with_draft_head(fresh.hf_config, fresh.params, target.params["embed_weight_vd"])
+    save_drafter(tmp_path / "d", replace(fresh, params=params), target, layout="speculators")
+    weights = tmp_path / "d" / "model.safetensors"
+    stored = load_file(weights)
+    as_ids = stored | {"d2t": low.ids.astype(np.int64)}
+
+    save_file(as_ids, weights)
+    assert load_drafter(tmp_path / "d", target, compare_manifest=False).config.draft_vocabulary == low
+    save_file({name: tensor for name, tensor in as_ids.items() if name != "t2d"}, weights)
+    with pytest.raises(UserError, match="d2t in .* can be read as target ids and as their differences"):
+        load_drafter(tmp_path / "d", target)
+
+    # Equal neighbours are differences, and ids that leave the vocabulary as differences are ids: no t2d is needed.
+    for table, ids in ((stored["d2t"], low.ids), (high := np.arange(VOCAB - 20, VOCAB), high)):
+        save_file({"d2t": np.asarray(table, np.int64)}, weights)
+        np.testing.assert_array_equal(stored_vocabulary(TensorFolder(tmp_path / "d"), 20, VOCAB).ids, ids)
+
+
+def test_sizes_that_prune_nothing_and_configs_without_the_whole(tmp_path: Path) -> None:
+    target, fresh = write_pair(tmp_path / "target")
+    save_drafter(tmp_path / "d", fresh, target)
+    config = json.loads((tmp_path / "d" / "config.json").read_text())
+    for size in (None, VOCAB):
+        (tmp_path / "d" / "config.json").write_text(json.dumps(config | {"draft_vocab_size": size}))
+        loaded = load_drafter(tmp_path / "d", target, compare_manifest=False)
+        assert loaded.config == fresh.config and "draft_vocab_size" not in loaded.hf_config
+
+    config.pop("vocab_size")
+    (tmp_path / "d" / "config.json").write_text(json.dumps(config | {"draft_vocab_size": 20}))
+    with pytest.raises(UserError, match="no field 'vocab_size'"):
+        load_drafter(tmp_path / "d", target, compare_manifest=False)
 
 
 def test_the_choice_follows_the_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

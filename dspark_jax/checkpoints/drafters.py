@@ -1,6 +1,6 @@
 """Drafters on disk, in any layout: detected from config.json when loaded, chosen by name when saved."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from dspark_jax.checkpoints.deepseek_v4_drafters import holds_v4, load_v4_drafter
 from dspark_jax.checkpoints.deepseek_v4_published import save_v4_drafter
 from dspark_jax.checkpoints.deepspec import drafter_tensor_map
-from dspark_jax.checkpoints.folder_layout import CONFIG_FILE, DRAFT_HEAD, EMBEDDING, HEAD, FolderLayout
+from dspark_jax.checkpoints.folder_layout import CONFIG_FILE, DRAFT_HEAD, EMBEDDING, HEAD, Config, FolderLayout
 from dspark_jax.checkpoints.huggingface import DTYPES, resolve_folder
 from dspark_jax.checkpoints.layouts import layout_named, native_config, read_stored_config
 from dspark_jax.checkpoints.leftovers import HARMLESS, refuse_leftovers
@@ -29,8 +29,10 @@ from dspark_jax.checkpoints.manifest import (
 )
 from dspark_jax.checkpoints.tensors import (
     WEIGHTS_FILE,
+    ParamPath,
     Stored,
     TensorFolder,
+    TensorMap,
     load_params,
     stored_names,
     stored_tensors,
@@ -103,64 +105,31 @@ def load_drafter(
 
     # Whatever the layout, everything below works on DeepSpec's names and fields.
     stored, layout = read_stored_config(folder)
-    hf_config = native_config(stored, layout, target.config)
-
-    # Ids that are off by one load without an error and draft badly (docs/algorithm.md, rule 96).
-    if layer_shift:
-        hf_config["target_layer_ids"] = [i + layer_shift for i in hf_config["target_layer_ids"]]
-
-    # A pruned vocabulary is stored as tensors; the config, on which shapes depend, needs it first.
-    if "draft_vocab_size" in hf_config and "draft_vocabulary" not in hf_config:
-        hf_config["draft_vocabulary"] = stored_vocabulary(TensorFolder(folder), hf_config).bits
-
+    hf_config = _native_config(folder, stored, layout, target, layer_shift)
     config = read_config(hf_config)
     config.check_target(target.config)
-
     if compare_manifest:
         check_manifest(folder, hf_config, layout, target)
 
-    if (dtype or config.backbone.dtype) not in DTYPES:
-        raise UserError(
-            f"Drafter dtype {dtype or config.backbone.dtype!r} is not supported; choose float32 or bfloat16."
-        )
-
-    storage = DTYPES[dtype or config.backbone.dtype]
+    named = dtype or config.backbone.dtype
+    if named not in DTYPES:
+        raise UserError(f"Drafter dtype {named!r} is not supported; choose float32 or bfloat16.")
 
     module = skeleton(hf_config)
     graphdef, abstract = split(module)
     leaves = flatten_dict(abstract)
     shardings = None if mesh is None else flatten_dict(parameter_shardings(module, mesh, rules or ShardingRules()))
 
-    tensors, table = (
-        _NamedTensors(folder, lambda name: layout.tensor(name, hf_config)),
-        drafter_tensor_map(config, leaves),
-    )
-    needed = {layout.tensor(name, hf_config) for name in stored_names(table, leaves)}
+    tensors = _NamedTensors(folder, lambda name: layout.tensor(name, hf_config))
+    table = drafter_tensor_map(config, leaves)
 
     # Before any weight is read: a tensor without a parameter means that config and weights differ.
+    needed = {tensors.stored_name(name) for name in stored_names(table, leaves)}
     refuse_leftovers(tensors, needed, ("drafter", layout.name) if layout.name in HARMLESS else ("drafter",))
 
     vocabulary = getattr(config, "draft_vocabulary", None)
-
-    # The same sizes do not make it the same target: tables are compared, not only shapes.
-    _check_frozen_copies(tensors, target, vocabulary)
-    if vocabulary is None:
-        _check_vocabulary_map(tensors)
-
-    # The layout may leave out the draft head, whose rows are the target's own (rule 18).
-    borrowed = vocabulary is not None and not tensors.holds(DRAFT_HEAD)
-    params = load_params(
-        tensors,
-        table,
-        {path: leaf for path, leaf in leaves.items() if not borrowed or path != _DRAFT_HEAD_PATH},
-        shardings,
-        # Confidences are compared with thresholds and multiplied (docs/algorithm.md, rule 35).
-        lambda path: jnp.float32 if path[0] == "confidence_head" else storage,
-    )
-    if vocabulary is not None and borrowed:
-        # Placed as a stored head would be.
-        rows = draft_head(shared_tables(target), vocabulary).astype(storage)
-        params[_DRAFT_HEAD_PATH[0]] = rows if shardings is None else jax.device_put(rows, shardings[_DRAFT_HEAD_PATH])
+    _check_tables(tensors, target, vocabulary)
+    params = _load_params(tensors, table, leaves, shardings, DTYPES[named], target, vocabulary)
 
     # Last: a fault that an earlier check explains is better named by that check.
     if compare_manifest:
@@ -253,36 +222,110 @@ def draft_head(shared: SharedTables, vocabulary: DraftVocabulary) -> Float[Array
     return jnp.take(shared.head, vocabulary.ids, axis=0)
 
 
-def stored_vocabulary(tensors: TensorFolder, hf_config: Mapping[str, Any]) -> DraftVocabulary:
-    """The draft vocabulary that `d2t` and `t2d` describe; UserError where they are missing or contradict each other.
+def stored_vocabulary(tensors: TensorFolder, size: int, whole: int) -> DraftVocabulary:
+    """The draft vocabulary of `size` among `whole` ids that the tensors `d2t` and `t2d` describe.
 
-    `d2t[i]` is the difference between target id and draft id i; some files hold the target ids themselves instead,
-    recognised by the sums not ascending within the vocabulary.
+    `d2t[i]` is the difference between target id and draft id i; some files hold the target ids themselves. Where a
+    table can be either, `t2d` decides.
+
+    Raises:
+        UserError: no `d2t`, one that is neither, one that contradicts `t2d`, or one that can be either without a `t2d`.
     """
-    whole, size = hf_config["vocab_size"], hf_config["draft_vocab_size"]
     if "d2t" not in tensors.names:
         raise UserError(
             f"{tensors.folder} has a vocabulary reduced to {size} of {whole} tokens and no tensor d2t that says to "
             "which; copy its weights again."
         )
 
-    ids = np.asarray(tensors.raw("d2t")[:]).astype(np.int64)
-
-    # Differences, where their sums ascend within the vocabulary; target ids otherwise.
-    relative = ids + np.arange(len(ids))
-    ids = relative if np.all(np.diff(relative) > 0) and relative[-1:] < whole else ids
-
-    if len(ids) != size or np.any(np.diff(ids) <= 0) or ids[0] < 0 or ids[-1] >= whole:
+    # Both readings, of which low ids, or differences that grow with every id, allow either.
+    table = np.asarray(tensors.raw("d2t")[:]).astype(np.int64)
+    readings = (table + np.arange(size), table) if table.shape == (size,) else ()
+    found = [
+        DraftVocabulary.of(ids, whole)
+        for ids in readings
+        if np.all(np.diff(ids) > 0) and ids[0] >= 0 and ids[-1] < whole
+    ]
+    if not found:
         raise UserError(
             f"The tensor d2t in {tensors.folder} does not name {size} different target ids below {whole} in ascending "
             "order; copy its weights again."
         )
 
-    # `t2d` is redundant; where it is stored, it must describe the same ids.
-    found = DraftVocabulary.of(ids, whole)
-    if "t2d" in tensors.names and not np.array_equal(np.asarray(tensors.raw("t2d")[:]).astype(bool), found.member):
-        raise UserError(f"The tensors d2t and t2d in {tensors.folder} contradict each other; copy its weights again.")
-    return found
+    if "t2d" in tensors.names:
+        member = np.asarray(tensors.raw("t2d")[:]).astype(bool)
+        found = [vocabulary for vocabulary in found if np.array_equal(vocabulary.member, member)]
+        if not found:
+            raise UserError(
+                f"The tensors d2t and t2d in {tensors.folder} contradict each other; copy its weights again."
+            )
+
+    # A guess would show only as short accepted lengths.
+    if len(set(found)) > 1:
+        raise UserError(
+            f"The tensor d2t in {tensors.folder} can be read as target ids and as their differences from draft ids; "
+            "give weights with the tensor t2d, which tells the two apart."
+        )
+    return found[0]
+
+
+def _native_config(
+    folder: Path, stored: Config, layout: FolderLayout, target: Target, layer_shift: int
+) -> dict[str, Any]:
+    """DeepSpec's config of a stored one, its layer ids shifted, and a pruned vocabulary taken from the tensors."""
+    native = native_config(stored, layout, target.config)
+
+    # Ids that are off by one load without an error and draft badly (docs/algorithm.md, rule 96).
+    if layer_shift:
+        native["target_layer_ids"] = [i + layer_shift for i in native["target_layer_ids"]]
+
+    if native.get("draft_vocabulary") is not None:
+        return native
+
+    # Null, or the size of the whole vocabulary, says that nothing is pruned: such fields are dropped.
+    native.pop("draft_vocabulary", None)
+    size, whole = native.pop("draft_vocab_size", None), native.get("vocab_size")
+
+    # The config, on which shapes depend, needs the vocabulary before any weight is read. A config without the whole
+    # one's size is refused where it is read.
+    if size not in (None, whole) and whole is not None:
+        vocabulary = stored_vocabulary(TensorFolder(folder), size, whole)
+        native |= {"draft_vocabulary": vocabulary.bits, "draft_vocab_size": vocabulary.size}
+    return native
+
+
+def _load_params(
+    tensors: _NamedTensors,
+    table: TensorMap,
+    leaves: dict[ParamPath, Any],
+    shardings: dict[ParamPath, Any] | None,
+    storage: Any,
+    target: Target,
+    vocabulary: DraftVocabulary | None,
+) -> dict:
+    """The parameters at `leaves`, from the tensors; a pruned vocabulary's head from the target where it is absent."""
+    # The layout may leave out the draft head, whose rows are the target's own (rule 18).
+    borrowed = vocabulary is not None and not tensors.holds(DRAFT_HEAD)
+    params = load_params(
+        tensors,
+        table,
+        {path: leaf for path, leaf in leaves.items() if not borrowed or path != _DRAFT_HEAD_PATH},
+        shardings,
+        # Confidences are compared with thresholds and multiplied (docs/algorithm.md, rule 35).
+        lambda path: jnp.float32 if path[0] == "confidence_head" else storage,
+    )
+
+    if vocabulary is not None and borrowed:
+        # Placed as a stored head would be.
+        rows = draft_head(shared_tables(target), vocabulary).astype(storage)
+        params[_DRAFT_HEAD_PATH[0]] = rows if shardings is None else jax.device_put(rows, shardings[_DRAFT_HEAD_PATH])
+    return params
+
+
+def _check_tables(tensors: _NamedTensors, target: Target, vocabulary: DraftVocabulary | None) -> None:
+    """UserError where the drafter's tables are another target's: the same sizes do not make it the same one."""
+    _check_frozen_copies(tensors, target, vocabulary)
+    if vocabulary is None:
+        _check_vocabulary_map(tensors)
 
 
 def _check_frozen_copies(tensors: _NamedTensors, target: Target, vocabulary: DraftVocabulary | None) -> None:
