@@ -54,3 +54,16 @@ def test_what_is_cited_exists(folder: str) -> None:
             if not any((place / name).exists() for place in (ROOT, ROOT / "docs", file.parent)):
                 wrong.append(f"{file}: {name}")
     assert not wrong
+
+
+def test_the_tests_that_a_page_names_exist() -> None:
+    """docs/reliability.md names a test for each of its 32 kinds of faults."""
+    page = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
+    kinds, wrong = set[int](), []
+    for number, tests in re.findall(r"^\| (\d+) \| [^|]+ \| (.+) \|$", page, re.MULTILINE):
+        kinds.add(int(number))
+        source = ""
+        for file, name in re.findall(r"`(test_\w+\.py)?(?:::(\w+))?`", tests):
+            source = (ROOT / "tests" / file).read_text(encoding="utf-8") if file else source
+            wrong += [name] if name and f"def {name}(" not in source else []
+    assert kinds == set(range(1, 33)) and not wrong
