@@ -202,6 +202,16 @@ def test_training_learns_and_reports() -> None:
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.float32)}
 
 
+def test_a_skipped_step_leaves_the_learning_rate_where_it_was() -> None:
+    schedule, adamw = optimizer()
+    state, batch, rates = init_train_state(tiny_drafter().hf_config, adamw, seed=0), tiny_batch(), []
+    for factor in (1.0, jnp.nan, 1.0):
+        given = batch | {"features": batch["features"] * factor}
+        state, metrics = step_of(1)(state, tiny_tables(), given)
+        rates.append(metrics["learning_rate"])
+    np.testing.assert_allclose(rates, schedule(np.array([0, 1, 1]), np), rtol=1e-6)
+
+
 def test_init_keeps_a_drafters_parameters_and_the_callers_arrays() -> None:
     drafter = tiny_drafter()
     _, adamw = optimizer()

@@ -210,6 +210,12 @@ def save_drafter(
     write_manifest(folder, native, form, target, provenance)
 
 
+def saved_whole(folder: Path) -> bool:
+    """Whether `save_drafter` came to its end there: the last file is the manifest, or V4's config.json."""
+    present = (folder / WEIGHTS_FILE).exists() and (folder / CONFIG_FILE).exists()
+    return present and ((folder / MANIFEST_FILE).exists() or holds_v4(folder))
+
+
 def shared_tables(target: Target) -> SharedTables:
     """The target's embedding and head [V, D], the same array twice if they are tied."""
     embed = target.params["embed_weight_vd"]

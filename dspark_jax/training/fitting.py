@@ -8,7 +8,7 @@ from typing import Any
 
 from xxhash import xxh3_64_hexdigest
 
-from dspark_jax.checkpoints.drafters import WEIGHTS_FILE, save_drafter, shared_tables
+from dspark_jax.checkpoints.drafters import save_drafter, saved_whole, shared_tables
 from dspark_jax.config.schema import TrainConfig
 from dspark_jax.distributed import barrier, bounded_by_peers, connect, fetch, from_first, is_first, require_same
 from dspark_jax.drafters.registry import Drafter, skeleton
@@ -48,7 +48,7 @@ def fit(config: TrainConfig) -> Fitted:
     """Trains a drafter, or continues the run in the configuration's folder to the same parameters.
 
     The folder gets checkpoints, records, the drafter and metrics.json, as `run_folder` lists them. A finished run is
-    left unchanged, except that a missing drafter is exported again. Every process of a job calls this.
+    left unchanged, except that a missing or half-written drafter is exported again. Every process of a job calls this.
 
     Args:
         config: the whole run.
@@ -166,12 +166,12 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 
 def _left_alone(config: TrainConfig) -> Fitted:
-    """The result of a finished run; a drafter whose weights are missing is exported again."""
+    """The result of a finished run; a drafter that is missing or not whole is exported again."""
     folder = Path(config.folder)
     summary = read_object(folder / "metrics.json", expected="a run's summary (a run without one goes on)")
     best = summary.get("best_step")
-    # The summary is written after the exports, so a folder without weights was removed since.
-    lost = [name for name in (LAST, BEST) if not (folder / name / WEIGHTS_FILE).exists()]
+    # The summary is written after the exports: what is missing was removed since, or its export anew was interrupted.
+    lost = [name for name in (LAST, BEST) if not saved_whole(folder / name)]
 
     if LAST in lost or (BEST in lost and best is not None):
         _export_run(config)

@@ -52,5 +52,13 @@ def make_optimizer(
     return optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw
 
 
+def updates_taken(opt_state: Any) -> Any:
+    """[] int32: the updates that the schedule of `make_optimizer` has counted; skipped ones are not among them."""
+    # AdamW's bias correction counts too, under the same name.
+    return optax.tree_utils.tree_get(
+        opt_state, "count", filtering=lambda path, _: path[-1].tuple_name == optax.ScaleByScheduleState.__name__
+    )
+
+
 def _decays(params: dict) -> dict:
     return unflatten_dict({path: path[-1] not in ("layer_scalar", "draft_head_pd") for path in flatten_dict(params)})

@@ -19,6 +19,7 @@ from dspark_jax.errors import UserError
 from dspark_jax.sharding import AnyMesh, ShardingRules, array_sharding, gathered, parameter_shardings, replicated
 from dspark_jax.training.losses import Sums
 from dspark_jax.training.objective import Batch, Objective, replicate
+from dspark_jax.training.schedule import updates_taken
 from dspark_jax.training.states import States, StoredStates
 
 TrainStep = jax.stages.Wrapped
@@ -140,7 +141,7 @@ def make_train_step(
     Args:
         objective: the loss of the drafter's kind.
         optimizer: its updates are added to the float32 masters.
-        schedule: the learning rate of a step, reported only; the optimizer has its own.
+        schedule: the learning rate by updates taken, reported only; the optimizer has its own.
         accumulation_steps: micro-batches of a step.
         placement: the mesh; None on a single device.
         abstract: with a placement, of `abstract_train_state`: pins the new state where the old one lies.
@@ -184,7 +185,8 @@ def make_train_step(
         good = finite & supervised
 
         metrics = objective.metrics(sums | plan.sums, length) | {
-            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            # Skipped steps do not count: this is the rate that the optimizer applies.
+            "learning_rate": jnp.asarray(schedule(updates_taken(state.opt_state)), jnp.float32),
             "grad_norm": norm,
             "skipped": 1 - good.astype(jnp.int32),
             "unsupervised": 1 - supervised.astype(jnp.int32),
