@@ -1,8 +1,11 @@
 """`infer.evaluate`: sets from files and folders, turns fed back, and the figures of a tiny pair."""
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,8 +18,10 @@ from dspark_jax.evaluation.answers import Answered, Proposals, answer, reach, tu
 from dspark_jax.evaluation.datasets import domain_of, read_datasets
 from dspark_jax.evaluation.measurement import averages
 from dspark_jax.serving.engine import Engine
+from dspark_jax.serving.requests import Request
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
+from dspark_jax.targets.target import Target
 from infer.evaluate import main
 from tests.test_infer_programs import refused, write_drafter
 from tests.tiny import write_tiny_target
@@ -89,18 +94,46 @@ def test_answers_are_fed_back(folder: Path, thinking: bool) -> None:
     assert set(answer(small, samples, 5, thinking).cut) <= {0, 2} and small.idle
 
 
+class Hashing:
+    """An engine whose answers are hashes of prompt and seed: a dialogue of any length costs nothing."""
+
+    def __init__(self, target: Target):
+        self.target, self.sampling = target, SamplingParams(1, 1.0)
+        self.open: list[tuple[int, Request]] = []
+        self.seeds: list[int | None] = []
+
+    @property
+    def idle(self) -> bool:
+        return not self.open
+
+    def submit(self, index: int, request: Request) -> None:
+        self.open.append((index, request))
+        self.seeds.append(None if request.sampling is None else request.sampling.seed)
+
+    def step(self) -> list[Any]:
+        ended, self.open = self.open, []
+        return [SimpleNamespace(index=i, generation=SimpleNamespace(text=self.said(r))) for i, r in ended]
+
+    @staticmethod
+    def said(request: Request) -> str:
+        return hashlib.sha256(repr((tuple(request.prompt), request.sampling)).encode()).hexdigest()[:8]
+
+
 def test_more_turns_than_any_bound_stay_their_own_samples(folder: Path, tmp_path: Path) -> None:
     """70 turns of one dialogue beside the turns of the next: no answer is written over another's, no seed repeats."""
     turns = [[f"{i}" for i in range(70)], ["a", "b"]]
     (tmp_path / "long.jsonl").write_text("".join(json.dumps({"turns": t}) + "\n" for t in turns))
     target = load_target(folder / "target")
     samples = read_datasets([str(tmp_path / "long.jsonl")])["long"]
-    how = EngineConfig(2, 512), SamplingParams(1, 1.0)
-    done = answer(Engine(target, None, *how), samples, seed=0)
-    asked = {key for key in done.generations if key[0] == 0}
-    assert asked == {(0, turn) for turn in range(len(asked))} and len(asked) > 20 and done.cut in ((), (0,))
-    alone = answer(Engine(target, None, *how), samples[1:], seed=0)
-    assert said_by(alone, 1) == said_by(done, 1)
+    engine = Hashing(target)
+    done = answer(cast(Engine, engine), samples, seed=0)
+    assert set(done.generations) == {(0, turn) for turn in range(70)} | {(1, 0), (1, 1)} and not done.cut
+    for dialogue, one in enumerate(samples):
+        alone = answer(cast(Engine, Hashing(target)), [one], seed=0)
+        assert {key: g.text for key, g in done.generations.items() if key[0] == dialogue} == {
+            key: g.text for key, g in alone.generations.items()
+        }
+    assert len(set(engine.seeds)) == 72 == len({g.text for g in done.generations.values()})
     assert len({turn_seed(seed, i, t) for seed in (0, 1, 64) for i in range(20) for t in range(200)}) == 12_000
 
 
