@@ -198,3 +198,14 @@ def test_jsonl_refuses_what_it_would_spoil(tmp_path):
     with pytest.raises(UserError, match="line 2: found an object without 'id'"):
         ResumableJsonl(path)
     assert path.read_text().endswith('{"id"')
+
+
+@pytest.mark.parametrize("wrong", [3_000_000_000, -1, 1.5, True, "7"])
+def test_ids_far_beyond_a_vocabulary_are_refused_before_they_are_loaded(tmp_path: Path, wrong: object) -> None:
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(CASE / "tokenizer_qwen", folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"][next(iter(content["model"]["vocab"]))] = wrong
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="gives a token the id"):
+        load_tokenizer(folder)

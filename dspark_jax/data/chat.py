@@ -32,6 +32,9 @@ Message = Mapping[str, Any]
 A last answer cut by a length limit has "truncated": true: the target did not end it there, so no end marker follows.
 """
 
+MOST_TOKENIZER_BYTES = 512 << 20
+"""A vocabulary of a million words with its merges has a tenth of that."""
+
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 _STAND_INS = range(0xE000, 0xF8FF)  # Unicode's private use area: no meaning of their own
@@ -334,6 +337,8 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
     for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
         if os.path.lexists(path / name):
             read_object(path / name)
+    if os.path.lexists(path / "tokenizer.json"):
+        _check_ids(path / "tokenizer.json")
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
@@ -344,6 +349,24 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"The tokenizer in {folder} does not load ({reason}); copy its files again.") from None
+
+
+def _check_ids(path: Path) -> None:
+    """UserError for a tokenizer.json whose ids leave far more holes than it has tokens: the tokenizers library prints
+    every hole, which took gigabytes for one damaged digit."""
+    content = read_object(path, limit=MOST_TOKENIZER_BYTES)
+    model, added = content.get("model"), content.get("added_tokens")
+    words = model.get("vocab") if isinstance(model, dict) else None
+    ids = list(words.values()) if isinstance(words, dict) else []
+    ids += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+
+    most = 10 * len(ids) + 100_000
+    wrong = next((i for i in ids if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < most), None)
+    if wrong is not None:
+        raise UserError(
+            f"{path} gives a token the id {wrong!r:.40}; expected whole numbers from 0 to {most - 1:,} for its "
+            f"{len(ids):,} tokens. Copy the file again."
+        )
 
 
 def tokenizer_hash(folder_or_tokenizer: Any) -> str:
