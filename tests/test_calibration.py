@@ -6,6 +6,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,12 +20,13 @@ from dspark_jax.errors import UserError
 from dspark_jax.evaluation.calibration_metrics import calibration_metrics, prefix_survival, reliability
 from dspark_jax.evaluation.temperature_scaling import fit_shift, fit_temperatures
 from dspark_jax.files import weights_hash
-from dspark_jax.scheduling.policies import Fixed, LookAhead
+from dspark_jax.scheduling.policies import Asynchronous, Fixed, LookAhead
 from dspark_jax.serving import profile as profile_module
 from dspark_jax.serving.assembly import make_loop
 from dspark_jax.serving.profile import (
     Effort,
     Profile,
+    _Stopwatch,
     choose_ladder,
     load_or_measure,
     measure_profile,
@@ -209,6 +212,18 @@ def test_a_loop_is_profiled_by_its_own_program_once(tmp_path: Path) -> None:
     assert Profile.read(path).key == first.key
     with pytest.raises(UserError, match="load-adaptive policy"):
         measure_profile(make_loop(target, drafter, EngineConfig(2, 60), Fixed()), params)
+
+
+def test_junk_confidences_do_not_narrow_a_profiled_round() -> None:
+    target, drafter = tiny_pair()
+    head = drafter.params["confidence_head"]
+    low = drafter.params | {"confidence_head": jax.tree.map(lambda x: jnp.full_like(x, -30.0 * (x.ndim == 1)), head)}
+    loop = make_loop(target, drafter, EngineConfig(2, 60, buckets=(2, 5, 10)), Asynchronous())
+    watch = _Stopwatch.of(loop, LoopParams(target.params, low), 1.0, (0.2, 0.5), 5)
+    for bucket, extra in ((1, 3), (2, 8)):
+        before = int(watch.state.counters.verified_at.sum())
+        watch.seconds(0, bucket, 5)
+        assert int(watch.state.counters.verified_at.sum()) - before == 5 * extra
 
 
 def test_what_a_call_takes_is_no_part_of_its_rounds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,6 +153,20 @@ def test_every_part_of_occupancy_counts(factor: str) -> None:
         assert busy < idle, POLICIES[index]
 
 
+@pytest.mark.parametrize("index", range(len(POLICIES)))
+def test_caps_alone_decide_while_rounds_are_profiled(index: int) -> None:
+    """With confidences so low that survival underflows, drafts that are all rejected, and drafting that never pays."""
+    policy, cap = POLICIES[index], jnp.asarray([4, 2, 3])
+    costs = CostTable.of(TOKENS, (1.0, 1.2, 1.3, 1.9, 2.0), 50.0)
+    shown = view(np.full((R, K), -60.0), cap)._replace(tables=ScheduleTables.of(costs, [1.0] * K, forced=True))
+    state = policy.init(R, K)
+    for _ in range(6):
+        drafted, state = policy.drafting(shown, state)
+        lengths, state = CHOOSE[index](shown._replace(drafted=drafted), state)
+        assert drafted.all() and lengths.tolist() == [4, 2, 3]
+        state = policy.observe(shown._replace(drafted=drafted), lengths, jnp.zeros_like(lengths), state)
+
+
 def test_costs_follow_contexts_and_active_requests() -> None:
     table = CostTable.of((2, 4), [[1.0, 2.0], [3.0, 6.0]], [0.5, 0.7], (0.0, 100.0))
     active = jnp.asarray([True, True, False])

@@ -125,10 +125,11 @@ class ScheduleTables(NamedTuple):
 
     costs: CostTable
     temperatures: Array  # [K] float32, of the confidence logits; ones if not calibrated
+    forced: Array  # [] bool: drafting and verify lengths follow the caps alone, while rounds are profiled
 
     @classmethod
-    def of(cls, costs: CostTable, temperatures: Sequence[float]) -> "ScheduleTables":
-        return cls(costs, jax.device_put(np.asarray(temperatures, np.float32)))
+    def of(cls, costs: CostTable, temperatures: Sequence[float], forced: bool = False) -> "ScheduleTables":
+        return cls(costs, *jax.device_put((np.asarray(temperatures, np.float32), np.bool_(forced))))
 
 
 class RoundCosts(NamedTuple):

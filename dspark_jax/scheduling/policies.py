@@ -196,6 +196,8 @@ class Adaptive:
         drafts, slots, history = self.guard(
             self.history, _costs(view), able, pressure, state.slots, state.shared.history
         )
+        # A round that is being profiled drafts, whatever junk weights make of its drafts.
+        drafts |= able & _tables(view).forced
         return drafts, PolicyState(slots, state.shared._replace(history=history))
 
     def skipped(self, state: PolicyState, rounds: Array) -> PolicyState:
@@ -212,7 +214,8 @@ class Adaptive:
         ranked = rank(survival(self.confidences(view, shared)), caps)
 
         count, own = self.admit(ranked, _costs(view), conditional, shared.own)
-        return ranked.lengths(count), PolicyState(state.slots, shared._replace(own=own))
+        lengths = jnp.where(_tables(view).forced, caps, ranked.lengths(count))
+        return lengths, PolicyState(state.slots, shared._replace(own=own))
 
     def confidences(self, view: RoundView, shared: AdaptiveShared) -> Float[Array, "r k"]:
         """Calibrated c [R, K]; without a confidence head the historical rate of each position."""

@@ -1,7 +1,8 @@
 """Measures the cost of a round by tokens verified, on the compiled loop itself: the table that adaptive policies need.
 
-Verify lengths are forced by caps, under a flat cost table that makes every draft worth admitting. So any adaptive
-policy's loop can be profiled, and profiling compiles nothing that decoding does not need.
+Verify lengths are forced by caps: the policy runs as ever, and `ScheduleTables.forced` sets its choice aside. So any
+adaptive policy's loop can be profiled, whatever its confidences, and profiling compiles nothing that decoding does not
+need.
 
 Axes: R request slots, C context probes, P token rungs.
 """
@@ -254,9 +255,10 @@ class _Stopwatch:
     def of(
         cls, loop: DecodeLoop, params: LoopParams, temperature: float, contexts: Sequence[float], rounds: int
     ) -> "_Stopwatch":
-        # Under equal costs each further draft gains, so that the caps alone decide the verify lengths.
+        # Costs of any value, of the shape that the measured ones will have; a random drafter's confidences are junk, so
+        # that no costs would make a policy fill every bucket.
         flat = CostTable.of(loop.buckets, np.ones((len(contexts), len(loop.buckets))), 0.0, range(len(contexts)))
-        params = params._replace(tables=ScheduleTables.of(flat, [1.0] * loop.block))
+        params = params._replace(tables=ScheduleTables.of(flat, [1.0] * loop.block, forced=True))
 
         # The rounds of a dispatch must not end requests: their context has to fit even if every draft is accepted.
         most = loop.size - (rounds + 1) * loop.width - 1
@@ -359,14 +361,11 @@ def _forced(loop: DecodeLoop, state: DecodeState, length: int, bucket: int) -> D
     extra = max(tokens - requests, 0)
     slots = np.arange(requests)
     caps = extra // requests + (slots < extra % requests)
-    # Junk drafts are rejected; with a fresh history the guard does not disable them for it.
-    fresh = loop.policy.init(requests, loop.block)
     return replace(
         state,
         length=jnp.full((requests,), length, jnp.int32),
         active=jnp.asarray(slots < tokens),
         verify_cap=jnp.asarray(caps, jnp.int32),
-        policy=jax.tree.map(jnp.asarray, fresh),
     )
 
 
