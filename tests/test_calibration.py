@@ -307,7 +307,7 @@ def test_profile_from_beginning_to_end(folder: Path, tmp_path: Path, capsys: pyt
 def test_programs_refuse_in_a_sentence(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pair = ["--target", str(folder / "target"), "--drafter", str(folder / "drafter")]
     prompts, out = ["--prompts", str(folder / "code.jsonl")], ["--output", str(tmp_path / "out")]
-    assert "samples and slots" in refused(calibrate, [*pair, *prompts, *out, "--samples", "0"], capsys)
+    assert "samples is 0" in refused(calibrate, [*pair, *prompts, *out, "--samples", "0"], capsys)
     assert "two prompts or more" in refused(calibrate, [*pair, *prompts, *out, "--limit", "1"], capsys)
     assert "shares of --longest" in refused(profile, [*pair, *out, "--contexts", "1.5"], capsys)
     assert "1 or more" in refused(profile, [*pair, *out, "--repeats", "0"], capsys)
