@@ -313,4 +313,4 @@ def test_programs_refuse_in_a_sentence(folder: Path, tmp_path: Path, capsys: pyt
     assert "1 or more" in refused(profile, [*pair, *out, "--repeats", "0"], capsys)
     adaptive = [*pair, *out, "--scheduler-cost", "--policy", "fixed"]
     assert "name an adaptive one" in refused(profile, adaptive, capsys)
-    assert not (tmp_path / "out").exists()
+    assert not [*(tmp_path / "out").glob("*")], "the folder may be there, and nothing in it"
