@@ -124,6 +124,10 @@ def test_algorithm_one_by_hand() -> None:
     assert policy(shown, policy.init(1, K))[0].tolist() == [2]
     busy = shown._replace(occupancy=Occupancy.of(9.0))  # a token costs 0.9: 1 -> 1.9/1.9 does not gain
     assert policy(busy, policy.init(1, K))[0].tolist() == [0]
+    # With 0.2 of drafting, 1.8 under that load: 1/2.8 -> 1.9/3.7 -> 2.71/4.6 -> 2.791/5.5.
+    drafting = CostTable.of(range(1, 6), [1.0, 1.1, 1.2, 1.3, 1.4], 0.2)
+    shown = busy._replace(tables=ScheduleTables.of(drafting, [1.0] * K))
+    assert policy(shown, policy.init(1, K))[0].tolist() == [2]
 
 
 def test_look_ahead_crosses_edges_that_stop_algorithm_one() -> None:
@@ -176,6 +180,7 @@ def test_costs_follow_contexts_and_active_requests() -> None:
     assert float(costs.of(jnp.int32(3))) == pytest.approx(4.0)
     busy = round_costs(table, Occupancy.of(2.0, 1.5), active, jnp.asarray([40, 60, 999]))
     np.testing.assert_allclose(busy.seconds, [2.0, 2.0 + 3 * 2.0], rtol=1e-6)
+    assert float(busy.drafting) == pytest.approx(3 * 0.6)
     far = round_costs(table, Occupancy.of(), active, jnp.asarray([500, 700, 0]))
     np.testing.assert_allclose(far.seconds, [3.0, 6.0], rtol=1e-6)
 
@@ -278,7 +283,7 @@ def test_guard_without_drafters_says_so() -> None:
     history, table = History(), CostTable.of(TOKENS, [1.0] * 5, 0.1)
     slots, shared = history.init_slots(R), history.init_shared(K)
     costs = round_costs(table, Occupancy.of(), jnp.ones(R, bool), jnp.ones(R, jnp.int32))
-    drafts, slots, shared = DraftGuard()(history, costs, jnp.zeros(R, bool), jnp.ones(()), slots, shared)
+    drafts, slots, shared = DraftGuard()(history, costs, jnp.zeros(R, bool), slots, shared)
     assert not drafts.any() and not slots.off.any() and int(shared.since) == 0
 
 
@@ -288,7 +293,7 @@ def test_drafting_that_pays_shortens_the_wait_for_a_probe_little_by_little() -> 
     slots, shared = history.init_slots(R), history.init_shared(K)
     shared, waits = shared._replace(interval=jnp.asarray(256, jnp.int32)), []
     for _ in range(30):
-        drafts, slots, shared = DraftGuard()(history, costs, jnp.ones(R, bool), jnp.ones(()), slots, shared)
+        drafts, slots, shared = DraftGuard()(history, costs, jnp.ones(R, bool), slots, shared)
         assert drafts.all()
         waits.append(int(shared.interval))
     assert waits[:3] == [224, 196, 172] and waits[-1] == history.probe_after

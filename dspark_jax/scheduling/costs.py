@@ -44,8 +44,8 @@ class Occupancy(NamedTuple):
 
     @property
     def pressure(self) -> Array:
-        """Factor on the profiled cost of one more token. Spare capacity is free on an idle device but costs co-located
-        work, so pressure scales the cost above the cheapest verify pass, not the pass itself."""
+        """Factor on the profiled seconds above the cheapest pass, those of more tokens and of drafting alike. Spare
+        capacity is free on an idle device but costs co-located work; the cheapest pass itself runs in any case."""
         return self.load * self.signal
 
 
@@ -137,7 +137,7 @@ class RoundCosts(NamedTuple):
 
     tokens: Int[Array, " p"]
     seconds: Float[Array, " p"]  # of a round without drafting, under pressure
-    drafting: Float[Array, ""]  # seconds that drafting adds, as profiled: pressure is not in it
+    drafting: Float[Array, ""]  # seconds that drafting adds, under pressure
     base: Int[Array, ""]  # tokens verified whatever is scheduled: the anchors
     plain: Float[Array, ""]  # seconds of a round without drafts
 
@@ -168,7 +168,10 @@ def round_costs(
     table: CostTable, occupancy: Occupancy, active: Bool[Array, " r"], lengths: Int[Array, " r"]
 ) -> RoundCosts:
     """Costs of this round: the table at the mean context of the active requests, with the seconds above the cheapest
-    possible pass, the one over the anchors alone, multiplied by the occupancy's pressure.
+    possible pass, the one over the anchors alone, multiplied by the occupancy's pressure, drafting included.
+
+    That is the one place where pressure enters: the guard, which chooses whether to draft, and the policies, which
+    choose how much of the drafts to verify, then maximise the same tokens a second.
 
     Args:
         table: as profiled.
@@ -186,6 +189,7 @@ def round_costs(
     # Noise may leave a rung below the anchors' own; the maximum keeps pressure from making wide passes cheaper.
     seconds = least + occupancy.pressure * jnp.maximum(verify - least, 0.0)
 
+    drafting = occupancy.pressure * drafting
     return RoundCosts(table.tokens, seconds, drafting, base, least if plain is None else plain)
 
 

@@ -144,7 +144,6 @@ class DraftGuard:
         history: History,
         costs: RoundCosts,
         able: Bool[Array, " r"],
-        pressure: Array,
         slots: SlotHistory,
         shared: SharedHistory,
     ) -> tuple[Bool[Array, " r"], SlotHistory, SharedHistory]:
@@ -154,7 +153,6 @@ class DraftGuard:
             history: turns the sums into expectations.
             costs: of this round.
             able: active requests that may have drafts verified.
-            pressure: factor on the drafting pass.
             slots, shared: the sums, and what is disabled.
         Returns:
             (which of the `able` requests draft, the histories with the new decisions).
@@ -172,7 +170,7 @@ class DraftGuard:
         # All requests: tokens a second if the good ones draft, against plain decoding.
         tokens = base + jnp.sum(jnp.where(good, accepted, 0.0))
         wanted = costs.between(base + jnp.sum(jnp.where(good, verified, 0.0)))
-        seconds = jnp.maximum(wanted, plain) + pressure * costs.drafting
+        seconds = jnp.maximum(wanted, plain) + costs.drafting
         pays = tokens > jnp.where(shared.off, 1 + self.gain, 1.0) * worth * seconds
         wants = good & pays
 

@@ -192,10 +192,7 @@ class Adaptive:
         if self.guard is None:
             return able, state
 
-        pressure = view.occupancy.pressure
-        drafts, slots, history = self.guard(
-            self.history, _costs(view), able, pressure, state.slots, state.shared.history
-        )
+        drafts, slots, history = self.guard(self.history, _costs(view), able, state.slots, state.shared.history)
         # A round that is being profiled drafts, whatever junk weights make of its drafts.
         drafts |= able & _tables(view).forced
         return drafts, PolicyState(slots, state.shared._replace(history=history))
