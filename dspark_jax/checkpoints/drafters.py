@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from dspark_jax.checkpoints.deepseek_v4_drafters import holds_v4, load_v4_drafter
 from dspark_jax.checkpoints.deepseek_v4_published import save_v4_drafter
 from dspark_jax.checkpoints.deepspec import drafter_tensor_map
-from dspark_jax.checkpoints.folder_layout import CONFIG_FILE, DRAFT_HEAD, EMBEDDING, HEAD, Config, FolderLayout
+from dspark_jax.checkpoints.folder_layout import CONFIG_FILE, DRAFT_HEAD, EMBEDDING, HEAD, FolderLayout
 from dspark_jax.checkpoints.huggingface import DTYPES, resolve_folder
 from dspark_jax.checkpoints.layouts import layout_named, native_config, read_stored_config
 from dspark_jax.checkpoints.leftovers import HARMLESS, refuse_leftovers
@@ -104,17 +104,13 @@ def load_drafter(
         return load_v4_drafter(folder, target, dtype=dtype, mesh=mesh, rules=rules)
 
     # Whatever the layout, everything below works on DeepSpec's names and fields.
-    stored, layout = read_stored_config(folder)
-    hf_config = _native_config(folder, stored, layout, target, layer_shift)
+    hf_config, layout = _native_config(folder, target, layer_shift)
     config = read_config(hf_config)
     config.check_target(target.config)
     if compare_manifest:
         check_manifest(folder, hf_config, layout, target)
 
-    named = dtype or config.backbone.dtype
-    if named not in DTYPES:
-        raise UserError(f"Drafter dtype {named!r} is not supported; choose float32 or bfloat16.")
-
+    storage = _storage_dtype(dtype or config.backbone.dtype)
     module = skeleton(hf_config)
     graphdef, abstract = split(module)
     leaves = flatten_dict(abstract)
@@ -122,14 +118,13 @@ def load_drafter(
 
     tensors = _NamedTensors(folder, lambda name: layout.tensor(name, hf_config))
     table = drafter_tensor_map(config, leaves)
+    vocabulary = getattr(config, "draft_vocabulary", None)
 
     # Before any weight is read: a tensor without a parameter means that config and weights differ.
     needed = {tensors.stored_name(name) for name in stored_names(table, leaves)}
     refuse_leftovers(tensors, needed, ("drafter", layout.name) if layout.name in HARMLESS else ("drafter",))
-
-    vocabulary = getattr(config, "draft_vocabulary", None)
     _check_tables(tensors, target, vocabulary)
-    params = _load_params(tensors, table, leaves, shardings, DTYPES[named], target, vocabulary)
+    params = _load_params(tensors, table, leaves, shardings, storage, target, vocabulary)
 
     # Last: a fault that an earlier check explains is better named by that check.
     if compare_manifest:
@@ -274,10 +269,10 @@ def stored_vocabulary(tensors: TensorFolder, size: int, whole: int) -> DraftVoca
     return found[0]
 
 
-def _native_config(
-    folder: Path, stored: Config, layout: FolderLayout, target: Target, layer_shift: int
-) -> dict[str, Any]:
-    """DeepSpec's config of a stored one, its layer ids shifted, and a pruned vocabulary taken from the tensors."""
+def _native_config(folder: Path, target: Target, layer_shift: int) -> tuple[dict[str, Any], FolderLayout]:
+    """(DeepSpec's form of the folder's config, layer ids shifted and a pruned vocabulary taken from the tensors; the
+    folder's layout)."""
+    stored, layout = read_stored_config(folder)
     native = native_config(stored, layout, target.config)
 
     # Ids that are off by one load without an error and draft badly (docs/algorithm.md, rule 96).
@@ -285,7 +280,7 @@ def _native_config(
         native["target_layer_ids"] = [i + layer_shift for i in native["target_layer_ids"]]
 
     if native.get("draft_vocabulary") is not None:
-        return native
+        return native, layout
 
     # Null, or the size of the whole vocabulary, says that nothing is pruned: such fields are dropped.
     native.pop("draft_vocabulary", None)
@@ -296,7 +291,14 @@ def _native_config(
     if size not in (None, whole) and whole is not None:
         vocabulary = stored_vocabulary(TensorFolder(folder), size, whole)
         native |= {"draft_vocabulary": vocabulary.bits, "draft_vocab_size": vocabulary.size}
-    return native
+    return native, layout
+
+
+def _storage_dtype(name: str) -> Any:
+    """The dtype of that name; UserError for one that parameters are not stored in."""
+    if name not in DTYPES:
+        raise UserError(f"Drafter dtype {name!r} is not supported; choose float32 or bfloat16.")
+    return DTYPES[name]
 
 
 def _load_params(
