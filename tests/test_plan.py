@@ -40,9 +40,13 @@ def planned(name: str, devices: int, **mesh: str) -> AbstractRun:
     )
 
 
+# Experiments for two CPU cores, whose target is not there before `make real-target`.
+FETCHED = [name for name in config_names() if load_config(name).target == ".cache/real_target"]
+
+
 @pytest.mark.lowering
 @pytest.mark.parametrize("devices", MESHES)
-@pytest.mark.parametrize("name", config_names())
+@pytest.mark.parametrize("name", [name for name in config_names() if name not in FETCHED])
 def test_every_configuration_lowers_for_tpus(name: str, devices: int) -> None:
     data, fsdp, tensor = MESHES[devices]
     lowered = planned(name, devices).lower("tpu")

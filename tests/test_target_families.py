@@ -132,7 +132,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no heads": ({k: v for k, v in GEMMA.items() if k != "head_dim"}, "no field 'head_dim', which a gemma4_text"),
     "other wrapper": (
         {"model_type": "llava", "text_config": LLAMA},
-        "model_type 'llava'; targets that load here are gemma4, gemma4_text, gemma4_unified",
+        "model_type 'llava'; targets that load here are deepseek_v4, gemma4, gemma4_text, gemma4_unified",
     ),
     "partial rope": (
         LLAMA | {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5}},
