@@ -178,7 +178,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "model": (
         lambda f: edit(f, model_type="gpt2"),
-        r"model_type 'gpt2'; targets that load here are gemma4, .*, llama, qwen3, qwen3_moe",
+        r"model_type 'gpt2'; targets that load here are deepseek_v4, .*, llama, qwen3, qwen3_moe",
     ),
     "activation": (
         lambda f: edit(f, hidden_act="gelu"),
