@@ -121,7 +121,7 @@ FAULTS: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "target cut": ("target", cut("model.safetensors"), "is not"),
     "target NaN": ("target", nan_weight, r"Tensor model\.norm\.weight in .* not finite"),
     "target config": ("target", cut("config.json"), "not JSON"),
-    "tokenizer": ("target", cut("tokenizer.json"), "The tokenizer in .* does not load"),
+    "tokenizer": ("target", cut("tokenizer.json"), "tokenizer.json: not JSON"),
     **{
         f"{layout} flipped": (layout, flip("model.safetensors"), "is not the file that was written")
         for layout in LAYOUTS
