@@ -96,7 +96,7 @@ def test_unknown_options_are_answered_with_the_closest(target: Path, refused: Re
 def test_targets_that_do_not_load(target: Path, folder: Path, refused: Refused):
     for command in (prepare, cache):
         assert "/absent is not a folder" in refused(*command(folder / "absent"))
-    torn = {"tokenizer.json": "does not load", "model.safetensors": "not a whole safetensors file"}
+    torn = {"tokenizer.json": "not JSON", "model.safetensors": "not a whole safetensors file"}
     for name, said in torn.items():
         copy = shutil.copytree(target, folder / f"torn-{name}")
         whole = (copy / name).read_bytes()
