@@ -32,7 +32,7 @@ SIGNATURES = {
         "(index, prompt_tokens, tokens, text, finish_reason, rounds, committed, verified_at, accepted_at, drafted, "
         "timing, error)"
     ),
-    "Progress": "(index, tokens, text, generation)",
+    "Progress": "(index, tokens, text, generation, counts)",
 }
 NAMES = {
     "Drafter", "Engine", "EngineConfig", "Generation", "Progress", "QueueFull", "Request", "SamplingParams", "Target",

@@ -27,8 +27,8 @@ from dspark_jax.serving.assembly import Assembly
 from dspark_jax.serving.chunks import blank_chunk, chunk_widths, next_chunk, prompt_bucket
 from dspark_jax.serving.jobs import make_job
 from dspark_jax.serving.metering import Metering
-from dspark_jax.serving.requests import EngineBroken, Generation, Progress, Request
-from dspark_jax.serving.roster import Counts, Entry, Roster
+from dspark_jax.serving.requests import Counts, EngineBroken, Generation, Progress, Request
+from dspark_jax.serving.roster import Entry, Roster
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig, check_engine
 from dspark_jax.targets.target import Target
@@ -375,7 +375,7 @@ class Engine:
                 text = entry.seen.text.said if generation is None else generation.text
                 gained = entry.seen.tokens[len(before.tokens) :], text[len(before.text.said) :]
 
-                progress.append(Progress(entry.job.index, *gained, generation))
+                progress.append(Progress(entry.job.index, *gained, generation, entry.seen.counts))
                 if generation is not None:
                     ended.append(entry)
                     if not made.active[slot]:  # else a stop string ended it, and the slot is still to be retired

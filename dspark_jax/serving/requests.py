@@ -35,6 +35,28 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Counts:
+    """Totals of a request since it was submitted."""
+
+    rounds: int = 0
+    committed: int = 0  # tokens, by those rounds
+    verified_at: tuple[int, ...] = ()  # drafts, by block position
+    accepted_at: tuple[int, ...] = ()
+    drafted: int = 0  # rounds with drafts
+
+    def __add__(self, other: "Counts") -> "Counts":
+        # Empty counts know no block size yet.
+        if not self.verified_at:
+            verified, accepted = other.verified_at, other.accepted_at
+        else:
+            verified = tuple(a + b for a, b in zip(self.verified_at, other.verified_at, strict=True))
+            accepted = tuple(a + b for a, b in zip(self.accepted_at, other.accepted_at, strict=True))
+
+        totals = self.rounds + other.rounds, self.committed + other.committed
+        return Counts(*totals, verified, accepted, self.drafted + other.drafted)
+
+
+@dataclass(frozen=True)
 class Timing:
     """Seconds since a request was submitted, as seen by the host, with the resolution of a dispatch.
 
@@ -109,9 +131,11 @@ class Progress:
         text: new text that is final: whole characters that cannot become part of a stop string. The texts of a
             request, joined, are its Generation's.
         generation: the result once the request has ended, else None.
+        counts: totals since the request was submitted.
     """
 
     index: int
     tokens: tuple[int, ...]
     text: str
     generation: Generation | None
+    counts: Counts = Counts()

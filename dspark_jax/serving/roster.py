@@ -12,35 +12,13 @@ from dataclasses import dataclass, field
 
 from dspark_jax.errors import UserError
 from dspark_jax.serving.jobs import Job
-from dspark_jax.serving.requests import Generation, QueueFull, Timing
+from dspark_jax.serving.requests import Counts, Generation, QueueFull, Timing
 from dspark_jax.serving.text import AnswerText, Decode
 
 NO_LAW = (
     "The target gave no finite probabilities for the next token: its weights or the dtype that it runs in do not fit; "
     "try float32."
 )
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Totals of a request since it was submitted."""
-
-    rounds: int = 0
-    committed: int = 0  # tokens, by those rounds
-    verified_at: tuple[int, ...] = ()  # drafts, by block position
-    accepted_at: tuple[int, ...] = ()
-    drafted: int = 0  # rounds with drafts
-
-    def __add__(self, other: "Counts") -> "Counts":
-        # Empty counts know no block size yet.
-        if not self.verified_at:
-            verified, accepted = other.verified_at, other.accepted_at
-        else:
-            verified = tuple(a + b for a, b in zip(self.verified_at, other.verified_at, strict=True))
-            accepted = tuple(a + b for a, b in zip(self.accepted_at, other.accepted_at, strict=True))
-
-        totals = self.rounds + other.rounds, self.committed + other.committed
-        return Counts(*totals, verified, accepted, self.drafted + other.drafted)
 
 
 @dataclass(frozen=True)
