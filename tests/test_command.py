@@ -26,7 +26,7 @@ def test_every_program_is_one_subcommand_with_a_line() -> None:
         line = next(line for line in overview if line.split()[:1] == [name])
         assert len(line.split()) > 3, f"{module} needs a docstring whose first sentence says what it does"
     assert programs["bench"] == "infer.bench" and programs["train-bench"] == "train.bench"
-    assert programs["embedded-target"] == "train.embedded.target" and programs["load"] == "infer.studies.load"
+    assert programs["embedded-target"] == "train.embedded.target" and programs["load-study"] == "infer.studies.load"
 
 
 def test_a_subcommand_is_run_or_corrected(capsys: pytest.CaptureFixture[str]) -> None:

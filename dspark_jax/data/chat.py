@@ -53,13 +53,16 @@ class Encoded:
         return int(self.loss_mask.sum())
 
 
-def encode_prompt(tokenizer: Any, messages: Sequence[Message], thinking: bool = False) -> np.ndarray:
+def encode_prompt(
+    tokenizer: Any, messages: Sequence[Message], thinking: bool = False, variables: Mapping[str, Any] | None = None
+) -> np.ndarray:
     """Token ids of a prompt that ends where the assistant's answer begins.
 
     Args:
         tokenizer: a Hugging Face tokenizer with a chat template.
         messages: the turns so far, rendered as they are.
         thinking: setting of the template's thinking switch, where it has one.
+        variables: further variables of the template, such as `tools`; they overrule the switch.
 
     Returns:
         int32 [T].
@@ -68,7 +71,7 @@ def encode_prompt(tokenizer: Any, messages: Sequence[Message], thinking: bool = 
         UserError: no messages, messages of another form, or ones that the template refuses.
     """
     check_messages(messages)
-    chat = _Chat(tokenizer, messages, thinking)
+    chat = _Chat(tokenizer, messages, thinking, variables or {})
     return np.asarray(chat.tokenise(chat.prompt(len(messages))), np.int32)
 
 
@@ -163,6 +166,7 @@ class _Chat:
     tokenizer: Any
     messages: Sequence[Message]
     thinking: bool
+    variables: Mapping[str, Any] = field(default_factory=dict)
     specials: Mapping[str, tuple[int, Any]] = field(init=False)
     stand_ins: Mapping[str, str] = field(init=False)
     probe: str = field(init=False)
@@ -236,7 +240,8 @@ class _Chat:
         turns = [{k: v for k, v in message.items() if k != "truncated"} for message in messages]
         # Two names of one switch: Qwen, Gemma and GLM read the first, DeepSeek and Granite the second.
         switches = {"enable_thinking": self.thinking, "thinking": self.thinking}
-        return render(self.tokenizer, turns, add_generation_prompt=add_generation_prompt, **switches)
+        variables = {**switches, **self.variables, "add_generation_prompt": add_generation_prompt}
+        return render(self.tokenizer, turns, **variables)
 
     def _answer(self, index: int, prompt: str) -> str:
         """Text of answer `index` as the target generates it after `prompt`, its end marker included."""

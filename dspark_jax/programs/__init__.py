@@ -35,7 +35,7 @@ def found_programs() -> dict[str, str]:
     """Every program by the name it has as a subcommand of `dspark`: {"fit": "train.fit", ...}.
 
     A name is the file's, after its folder's unless that is a wing or `studies`. Where both wings have a program of one
-    name, that of `infer/` keeps it and the other is `train-NAME`.
+    name, that of `infer/` keeps it and the other is `train-NAME`; a study of a program's name is `NAME-study`.
     """
     programs: dict[str, str] = {}
     for wing in WINGS:
@@ -45,7 +45,9 @@ def found_programs() -> dict[str, str]:
             parts = file.relative_to(ROOT / wing).with_suffix("").parts
             parts = parts[:-1] if parts[-1] == "__main__" else parts
             name = "-".join(part for part in parts if part != "studies").replace("_", "-")
-            if name in programs:
+            if name in programs and "studies" in parts:
+                name = f"{name}-study"
+            elif name in programs:
                 programs[f"{WINGS[0]}-{name}"] = programs[name]
             programs[name] = ".".join((wing, *parts))
     return programs

@@ -148,6 +148,12 @@ class Engine:
         return self._roster.running
 
     @property
+    def positions(self) -> int:
+        """Positions that the requests in slots hold, of `slots` times `loop.size`."""
+        seated = [entry for entry in self._roster.entries() if entry.slot is not None]
+        return sum(len(entry.job.prompt) + len(entry.seen.tokens) for entry in seated)
+
+    @property
     def occupancy(self) -> Occupancy:
         """The load and signal of the last dispatch."""
         return self.metering.occupancy
@@ -203,7 +209,7 @@ class Engine:
 
         rounds = self.config.rounds_per_dispatch
         if not all(decoding):
-            rounds = max(1, rounds // 4)  # another prompt waits for its next chunk
+            rounds = self._fewer_rounds  # another prompt waits for its next chunk
 
         # A recorder copies records to the host between rounds and clock, so its dispatches are never timed.
         timed = self.tables is not None and self.recorder is None and self.metering.due(self._prefilling)
@@ -219,6 +225,11 @@ class Engine:
         predicted = float(self.state.predicted_seconds)  # waits for the dispatch
         self.metering.took(time.perf_counter() - started, predicted)
         return self._harvest()
+
+    @property
+    def _fewer_rounds(self) -> int:
+        """Rounds of a dispatch while a prompt waits for its next chunk."""
+        return max(1, self.config.rounds_per_dispatch // 4)
 
     def _dispatch(self, rounds: int) -> None:
         """Start up to `rounds` rounds on the device; waits for them only with a recorder."""
@@ -325,7 +336,8 @@ class Engine:
         self.state = admit(self.loop, self.params, self.state, jax.device_put(batch), fresh)
 
     def warm_up(self) -> None:
-        """Compile every program that a request can need, so that none waits for the compiler.
+        """Compile every program that a request can need, so that none waits for the compiler; those that record, if
+        there is a recorder.
 
         Raises:
             UserError: the engine has requests already.
@@ -346,6 +358,10 @@ class Engine:
             # No round and no slot: these calls compile and change nothing.
             limits = jax.device_put((np.int32(0), np.bool_(False)))
             self.state = run_rounds(self.loop, self.params, self.state, self.metering.current(), *limits)
+            if self.recorder is not None:
+                for rounds in sorted({self.config.rounds_per_dispatch, self._fewer_rounds}):
+                    occupancy = self.metering.current()
+                    self.state, _ = record_rounds(self.loop, self.params, self.state, occupancy, rounds)
             self.state = retire(self.loop, self.state, jax.device_put(np.zeros(self.config.slots, bool)))
             self._roster.settle()
 

@@ -1,0 +1,261 @@
+"""The thread that owns the engine: steps it while there is something to do, hands out tokens, survives its failures."""
+
+import logging
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Literal
+
+from dspark_jax.serving.api.channel import Event, Piece
+from dspark_jax.serving.api.errors import engine_failed, unavailable
+from dspark_jax.serving.api.pulse import Pulse
+from dspark_jax.serving.api.rounds import RoundLog
+from dspark_jax.serving.engine import Engine
+from dspark_jax.serving.requests import EngineBroken, Progress, Request
+
+Sink = Callable[[int, Event], None]
+"""Takes (index of the request, event); called on the engine's thread, so it must not wait."""
+
+Status = Literal["starting", "ready", "draining", "failed"]
+
+RETRY_SECONDS = 5.0
+"""Pause before an engine that could not be made is tried again."""
+
+log = logging.getLogger(__name__)
+
+
+class EngineDriver:
+    """An engine on a thread of its own. Its methods may be called from any thread.
+
+    Args:
+        make: builds the engine; called again after one has failed.
+        pulse: is told of everything that the engine makes.
+        warm_up: whether to compile all programs before the first request.
+    Raises:
+        UserError: settings that no engine can run with.
+    """
+
+    def __init__(self, make: Callable[[], Engine], pulse: Pulse, warm_up: bool = True):
+        self._make, self._pulse, self._warm = make, pulse, warm_up
+        self._engine: Engine | None = make()
+        self._sinks: dict[int, Sink] = {}
+        self._rounds = RoundLog()
+        self._lock = threading.Lock()  # of the engine's identity, the sinks and the next index
+        self._next = 0
+        self._wake, self._closing = threading.Event(), threading.Event()
+        self._draining, self._ready = False, threading.Event()
+        self._failed_in_a_row = 0
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # Any thread
+
+    def start(self) -> None:
+        """Warm the engine up and serve."""
+        self._thread.start()
+
+    def submit(self, request: Request, sink: Sink, watched: bool = False) -> int:
+        """Queue a request; `sink` gets its pieces, the last of which carries the Generation, or a failure.
+
+        Args:
+            request: checked by the engine.
+            sink: called on the engine's thread.
+            watched: whether pieces carry the rounds that their tokens came from.
+        Returns:
+            The request's index.
+        Raises:
+            UserError, QueueFull: as `Engine.submit`.
+            ApiError: the server starts, ends, or makes a new engine.
+        """
+        # Registered under the lock that a restart takes: it fails this sink, or the request enters the new engine.
+        with self._lock:
+            engine = self._serving()
+            index, self._next = self._next, self._next + 1
+            self._sinks[index] = sink
+        try:
+            # Before the request can have a slot, so that its first round is recorded.
+            if watched:
+                self._rounds.watch(index)
+            engine.submit(index, request)
+        except EngineBroken:
+            self._drop(index)
+            raise engine_failed() from None
+        except BaseException:
+            self._drop(index)
+            raise
+        self._wake.set()
+        return index
+
+    def cancel(self, index: int) -> None:
+        """End a request whose client has gone; its sink hears nothing more, and its slot is free for the next step."""
+        self._drop(index)
+        engine = self._engine
+        if engine is not None:
+            engine.cancel(index)
+        self._pulse.forget(index)
+        self._wake.set()
+
+    def cut(self, index: int) -> None:
+        """End a request early and report what has been made of it, with finish_reason "cancelled"."""
+        engine = self._engine
+        generation = None if engine is None else engine.cancel(index)
+        # One that is no longer open has ended by itself, and its last piece is on its way.
+        if generation is None:
+            return
+
+        with self._lock:
+            sink = self._sinks.pop(index, None)
+        self._rounds.forget(index)
+        self._pulse.forget(index)
+        self._wake.set()
+        if sink is not None:
+            sink(index, Piece(Progress(index, (), "", generation)))
+
+    def cut_all(self) -> None:
+        """Cut every open request."""
+        with self._lock:
+            open_requests = list(self._sinks)
+        for index in open_requests:
+            self.cut(index)
+
+    def drain(self) -> None:
+        """Take no more requests; those that run go on."""
+        self._draining = True
+
+    def close(self, seconds: float = 10.0) -> None:
+        """Stop the thread after the dispatch that is under way; waits at most `seconds`."""
+        self._draining = True
+        self._closing.set()
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(seconds)
+
+    @property
+    def status(self) -> Status:
+        """Whether requests are taken ("ready"), or why not."""
+        if self._draining:
+            return "draining"
+        if self._engine is None:
+            return "failed"
+        return "ready" if self._ready.is_set() else "starting"
+
+    @property
+    def engine(self) -> Engine | None:
+        """The present engine, to read figures from; None while a new one is made."""
+        return self._engine
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine's thread runs."""
+        return self._thread.is_alive()
+
+    @property
+    def open_requests(self) -> int:
+        """Requests that wait or run."""
+        return len(self._sinks)
+
+    def _serving(self) -> Engine:
+        status = self.status
+        if status == "draining":
+            raise unavailable("The server is shutting down and takes no new requests.")
+        if status == "starting":
+            raise unavailable("The server is compiling its programs; GET /ready answers 200 once it takes requests.")
+        if self._engine is None:
+            raise unavailable("The engine failed and could not be made anew yet; try again later.")
+        return self._engine
+
+    def _drop(self, index: int) -> None:
+        with self._lock:
+            self._sinks.pop(index, None)
+        self._rounds.forget(index)
+
+    # The engine's thread
+
+    def _run(self) -> None:
+        self._warm_up()
+        while not self._closing.is_set():
+            engine = self._engine
+            if engine is None:
+                self._remake()
+            elif engine.idle:
+                self._wake.wait()
+                self._wake.clear()
+            else:
+                self._step(engine)
+
+    def _warm_up(self) -> None:
+        """Compile, then take requests. A failure to compile is a failure of the engine."""
+        engine = self._engine
+        if engine is not None and self._warm:
+            try:
+                # With a recorder the recording dispatches are compiled too.
+                engine.recorder = self._rounds.record
+                engine.warm_up()
+            except Exception as error:
+                self._tell("The engine could not be warmed up", error)
+                self._restart()
+                return
+        self._ready.set()
+
+    def _step(self, engine: Engine) -> None:
+        # Recording is slower, and its dispatches are not timed by the load meter: only while a request asks for it.
+        engine.recorder = self._rounds.record if self._rounds.watching else None
+        try:
+            made = engine.step()
+        except Exception as error:
+            self._rounds.discard()
+            self._pulse.failures += 1
+            self._tell("The engine failed", error)
+            # A first failure is mended by the next step, which resumes every request where it was; docs/engine.md.
+            self._failed_in_a_row += 1
+            if isinstance(error, EngineBroken) or self._failed_in_a_row > 1:
+                self._restart()
+            return
+
+        self._failed_in_a_row = 0
+        for progress in made:
+            self._hand_out(progress)
+
+    def _hand_out(self, progress: Progress) -> None:
+        index = progress.index
+        self._pulse.saw(progress)
+        piece = Piece(progress, self._rounds.take(index))
+
+        with self._lock:
+            sink = self._sinks.get(index)
+            if progress.generation is not None:
+                self._sinks.pop(index, None)
+        if sink is None or progress.generation is not None:
+            # Cancelled since the dispatch, or ended: nothing more comes of it.
+            self._rounds.forget(index)
+            self._pulse.forget(index)
+        if sink is not None:
+            sink(index, piece)
+
+    def _restart(self) -> None:
+        """Fail every open request and make the engine anew."""
+        with self._lock:
+            # Out of reach first, so that its memory is free before the next one is made.
+            self._engine, failed, self._sinks = None, self._sinks, {}
+        self._ready.set()
+        self._rounds = RoundLog()
+        self._failed_in_a_row = 0
+        for index, sink in failed.items():
+            self._pulse.forget(index)
+            sink(index, engine_failed())
+        self._remake()
+
+    def _remake(self) -> None:
+        try:
+            engine = self._make()
+        except Exception as error:
+            self._tell(f"The engine could not be made anew and is tried again in {RETRY_SECONDS:g} s", error)
+            self._closing.wait(RETRY_SECONDS)
+            return
+        self._pulse.restarts += 1
+        with self._lock:
+            self._engine = engine
+
+    def _tell(self, what: str, error: Exception) -> None:
+        """Log a failure: its kind and where it was raised, but not its message, which may quote a prompt."""
+        frames = "".join(traceback.format_tb(error.__traceback__)[-6:])
+        log.error("%s (%s).\n%s", what, type(error).__name__, frames)

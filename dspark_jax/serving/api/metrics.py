@@ -1,0 +1,99 @@
+"""GET /metrics: what the server counts, in Prometheus' text format."""
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from dspark_jax.serving.api.driver import EngineDriver
+from dspark_jax.serving.api.pulse import Pulse
+
+FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+BETWEEN_TOKENS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+WHOLE_REQUEST = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+
+
+class Metrics:
+    """One registry a server, so that several can live in one process.
+
+    Attributes:
+        requests: by endpoint and status of the response.
+        ended: answers by finish reason.
+        first_token: seconds from a request's arrival to its first token.
+        between_tokens: seconds between tokens of one answer: the gap before each dispatch's tokens, divided by them.
+        whole: seconds from a request's arrival to its end.
+    """
+
+    def __init__(self, driver: EngineDriver, pulse: Pulse):
+        self._registry = CollectorRegistry()
+        registry = self._registry
+        self.requests = Counter(
+            "dspark_requests", "HTTP requests by endpoint and status.", ("endpoint", "status"), registry=registry
+        )
+        self.ended = Counter("dspark_answers", "Answers by finish reason.", ("finish_reason",), registry=registry)
+        self.first_token = Histogram(
+            "dspark_time_to_first_token_seconds", "From a request's arrival to its first token.",
+            buckets=FIRST_TOKEN, registry=registry,
+        )  # fmt: skip
+        self.between_tokens = Histogram(
+            "dspark_inter_token_seconds", "Between tokens of one answer.", buckets=BETWEEN_TOKENS, registry=registry
+        )
+        self.whole = Histogram(
+            "dspark_request_seconds", "From a request's arrival to its end.", buckets=WHOLE_REQUEST, registry=registry
+        )
+        registry.register(EngineFigures(driver, pulse))
+
+    def text(self) -> bytes:
+        """The exposition."""
+        return generate_latest(self._registry)
+
+
+class EngineFigures(Collector):
+    """The engine's own figures, read when they are asked for: it counts anyway, and pays nothing for being watched."""
+
+    def __init__(self, driver: EngineDriver, pulse: Pulse):
+        self._driver, self._pulse = driver, pulse
+
+    def collect(self) -> Iterator[Metric]:
+        """All metrics of the engine."""
+        totals, pulse = self._pulse.totals, self._pulse
+        for name, about, count in (
+            ("dspark_prompt_tokens", "Prompt tokens of answers that have ended.", totals.prompt_tokens),
+            ("dspark_generated_tokens", "New tokens.", totals.tokens),
+            ("dspark_rounds", "Rounds, counted for each request.", totals.rounds),
+            ("dspark_committed_tokens", "Tokens that rounds committed.", totals.committed),
+            ("dspark_verified_drafts", "Drafts verified.", totals.verified),
+            ("dspark_accepted_drafts", "Drafts accepted.", totals.accepted),
+            ("dspark_drafting_rounds", "Rounds with drafts, counted for each request.", totals.drafted),
+            ("dspark_engine_failures", "Dispatches that failed.", pulse.failures),
+            ("dspark_engine_restarts", "Engines made anew after a failure.", pulse.restarts),
+        ):
+            yield CounterMetricFamily(name, about, value=count)
+
+        recent, engine = pulse.recent(), self._driver.engine
+        gauges = {
+            "dspark_accepted_length": ("Tokens a round and request, recently.", recent["accepted_length"]),
+            "dspark_verified_per_round": ("Tokens verified a round and request.", recent["verified_per_round"]),
+            "dspark_drafting_share": ("Share of recent rounds with drafts.", recent["drafting_share"]),
+            "dspark_ready": ("Whether requests are taken.", float(self._driver.status == "ready")),
+        }
+        if engine is not None:
+            slots, load = engine.config.slots, engine.metering
+            held = engine.positions
+            gauges |= {
+                "dspark_queue_requests": ("Requests that wait for a slot.", engine.waiting),
+                "dspark_running_requests": ("Requests in slots.", engine.running),
+                "dspark_slots": ("Requests decoded at once, at most.", slots),
+                "dspark_cache_positions": ("Positions of the caches that requests hold.", held),
+                "dspark_cache_share": ("Share of the caches' positions held.", held / (slots * engine.loop.size)),
+                "dspark_load_factor": (
+                    "Seconds that rounds take, by those that the cost table predicts.",
+                    load.signal * (1.0 if load.meter is None else load.meter.load),
+                ),
+            }
+        for name, (about, value) in gauges.items():
+            # A figure of no rounds is no figure.
+            if value is not None:
+                yield GaugeMetricFamily(name, about, value=float(value))

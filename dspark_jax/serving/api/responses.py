@@ -1,0 +1,107 @@
+"""Sends answers: as one JSON object, or as server-sent events; ends what is open when the client goes."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from dspark_jax.serving.api.answers import Delta, Session, Writer
+from dspark_jax.serving.api.errors import ApiError
+
+EVENTS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would collect the events otherwise
+]
+
+
+class Answered(Response):
+    """The answers of a session. The status is sent with the first of them, so that a failure before it has its own.
+
+    Args:
+        session: submitted.
+        writer: makes the JSON.
+        stall_seconds: that the client may read nothing before the connection is given up.
+    """
+
+    def __init__(self, session: Session, writer: Writer, stall_seconds: float):
+        super().__init__()
+        self._session, self._writer, self._stall = session, writer, stall_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, unless the client hangs up first."""
+        hung_up = asyncio.create_task(_hung_up(receive))
+        work = asyncio.create_task(self._stream(send) if self._session.ask.stream else self._whole(send))
+        try:
+            await asyncio.wait({hung_up, work}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()
+        finally:
+            hung_up.cancel()
+            work.cancel()
+            await asyncio.gather(hung_up, work, return_exceptions=True)
+            self._session.close()
+
+    async def _whole(self, send: Send) -> None:
+        told: dict[int, list[dict[str, Any]]] = {}
+        async for batch in self._session.deltas():
+            for delta in batch:
+                if delta.speculation is not None:
+                    told.setdefault(delta.place, []).append(delta.speculation)
+
+        data = encoded(self._writer.whole(told))
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
+        await self._send(send, {"type": "http.response.start", "status": 200, "headers": headers})
+        await self._send(send, {"type": "http.response.body", "body": data})
+
+    async def _stream(self, send: Send) -> None:
+        batches = self._session.deltas()
+        # Nothing is sent before this: a request that fails in the queue or in its prompt gets a status of its own.
+        first: list[Delta] = await anext(batches, [])
+        await self._send(send, {"type": "http.response.start", "status": 200, "headers": EVENTS})
+        await self._events(send, [*self._writer.opening(), *self._chunks(first)])
+        try:
+            await self._follow(send, batches)
+        except ApiError as error:
+            # The status is gone; clients look for an error among the events.
+            await self._events(send, [error.body()])
+            await self._send(send, {"type": "http.response.body", "body": b""})
+            return
+
+        end = b"".join(map(_event, self._writer.closing())) + b"data: [DONE]\n\n"
+        await self._send(send, {"type": "http.response.body", "body": end})
+
+    async def _follow(self, send: Send, batches: AsyncIterator[list[Delta]]) -> None:
+        async for batch in batches:
+            await self._events(send, self._chunks(batch))
+
+    def _chunks(self, batch: list[Delta]) -> list[dict[str, Any]]:
+        chunks = (self._writer.chunk(delta) for delta in batch)
+        return [chunk for chunk in chunks if chunk is not None]
+
+    async def _events(self, send: Send, objects: list[dict[str, Any]]) -> None:
+        if objects:
+            body = b"".join(map(_event, objects))
+            await self._send(send, {"type": "http.response.body", "body": body, "more_body": True})
+
+    async def _send(self, send: Send, message: Any) -> None:
+        # A client that reads nothing holds this coroutine up, and no other; after a while it is given up.
+        async with asyncio.timeout(self._stall):
+            await send(message)
+
+
+async def _hung_up(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def encoded(value: Any) -> bytes:
+    """Compact JSON in UTF-8."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _event(value: Any) -> bytes:
+    return b"data: " + encoded(value) + b"\n\n"

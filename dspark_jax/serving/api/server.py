@@ -1,0 +1,82 @@
+"""The process's side of the server: a socket, signals, and an end that lets running answers finish."""
+
+import asyncio
+import socket
+from collections.abc import Callable
+
+import uvicorn
+
+from dspark_jax.errors import UserError
+from dspark_jax.serving.api.app import make_app
+from dspark_jax.serving.api.service import Service
+from dspark_jax.serving.api.settings import ServerConfig
+
+CUT_SECONDS = 5.0
+"""For the ends of answers that were cut to reach their clients."""
+
+
+def bind(config: ServerConfig) -> socket.socket:
+    """A socket bound to the server's address, which takes connections once the server runs.
+
+    Raises:
+        UserError: no such address here, or one that is in use.
+    """
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(
+            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        bound = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise UserError(f"{config.host} is no address of this machine ({error.strerror}); give another host.") from None
+
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind(place)
+    except OSError as error:
+        bound.close()
+        raise UserError(
+            f"{config.host} port {config.port} cannot be listened on ({error.strerror}); give another port."
+        ) from None
+    return bound
+
+
+def address(bound: socket.socket) -> str:
+    """http://HOST:PORT of a bound socket."""
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class ApiServer(uvicorn.Server):
+    """uvicorn's server, which on SIGTERM or SIGINT takes no more requests, lets running ones end, and cuts them at the
+    deadline.
+
+    Args:
+        service: to be served.
+        on_ready: called once requests are taken.
+    """
+
+    def __init__(self, service: Service, on_ready: Callable[[], None] = lambda: None):
+        self._service = service
+        drain = service.config.drain_seconds
+        super().__init__(
+            uvicorn.Config(
+                make_app(service, on_ready),
+                http="httptools",
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=30,
+                timeout_graceful_shutdown=round(drain + CUT_SECONDS),
+            )
+        )
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Drain, then stop."""
+        self._service.driver.drain()
+        cut = asyncio.get_running_loop().call_later(self._service.config.drain_seconds, self._service.driver.cut_all)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            cut.cancel()

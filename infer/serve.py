@@ -1,0 +1,71 @@
+"""Serves a target, with a drafter or without, behind OpenAI's interface; with a page that shows speculation at work.
+
+python -m infer.serve
+python -m infer.serve --target Qwen/Qwen3-4B --drafter runs/x/fit/drafter --host 127.0.0.1 --port 8000
+"""
+
+import logging
+import os
+import signal
+import sys
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
+
+from dspark_jax.checkpoints.drafters import load_drafter
+from dspark_jax.checkpoints.huggingface import load_target
+from dspark_jax.config.cli import FLAT, parse, program
+from dspark_jax.devices import announce
+from dspark_jax.programs import EMBEDDED
+from dspark_jax.serving.api.server import ApiServer, address, bind
+from dspark_jax.serving.api.service import Service
+from dspark_jax.serving.api.settings import ServerConfig
+from dspark_jax.serving.settings import EngineConfig
+
+# Fewer rounds a dispatch than in programs that only want throughput: clients get their tokens a dispatch at a time.
+ENGINE = EngineConfig(slots=16, rounds_per_dispatch=4, queue=64)
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """Serves a pair over HTTP."""
+
+    target: str = ""
+    """Folder or hub id of the target, or `embedded`; empty: the pair that comes with this package."""
+    drafter: str = ""
+    """Folder or hub id of the drafter; empty: plain decoding."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype of weights and activations; None: that of the target's config."""
+    warm_up: bool = True
+    """Compile everything before the first request; otherwise each first use waits for the compiler."""
+    server: Annotated[ServerConfig, FLAT] = ServerConfig()
+    engine: Annotated[EngineConfig, FLAT] = ENGINE
+
+
+@program
+def main(argv: list[str]) -> None:
+    settings = parse(ServeSettings, argv, description=__doc__)
+    # Without a target the whole pair that comes with the package is meant.
+    if not settings.target:
+        settings = replace(settings, target=EMBEDDED, drafter=settings.drafter or EMBEDDED)
+    key = settings.server.api_key or os.environ.get("DSPARK_API_KEY", "")
+    config = replace(settings.server, api_key=key).checked()
+
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+    # Bound before the weights are loaded: a port that is taken shows at once.
+    with bind(config) as bound:
+        announce(settings.dtype)
+        target = load_target(settings.target, dtype=settings.dtype)
+        drafter = load_drafter(settings.drafter, target, dtype=settings.dtype) if settings.drafter else None
+        service = Service(target, drafter, settings.engine, config, settings.warm_up)
+
+        engine = service.driver.engine
+        print(f"{service.name}: {'' if engine is None else engine.why}", file=sys.stderr)
+        server = ApiServer(service, on_ready=lambda: print(f"Ready at {address(bound)}", flush=True))
+
+        # uvicorn drains on SIGTERM and then raises it again, for whoever handled it before: the end was an orderly one.
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        server.run(sockets=[bound])
+
+
+if __name__ == "__main__":
+    main()
