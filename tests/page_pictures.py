@@ -1,0 +1,94 @@
+"""Takes the pictures of the server's page in docs/pictures from a running server.
+
+    python -m tests.page_pictures --server http://127.0.0.1:8000 --output docs/pictures --users 1 2 4 8 16 --seconds 25
+
+Chat, race and load, each light, dark and on a phone; the load is walked through the numbers of users before its
+pictures are taken. Takes them with the Chromium of this machine and writes each with 256 colours.
+"""
+
+import argparse
+import io
+import time
+from pathlib import Path
+
+from tests.browser import Browser, chromium
+
+QUESTION = "Zoe had 52 marbles and got 14 more. How many has she now?"
+WIDE, PHONE = (1240, 860), (400, 860)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--server", default="http://127.0.0.1:8000")
+    parser.add_argument("--output", type=Path, default=Path("docs/pictures"))
+    parser.add_argument("--views", nargs="+", choices=list(VIEWS), default=list(VIEWS))
+    parser.add_argument("--question", default=QUESTION)
+    parser.add_argument("--users", nargs="+", type=int, default=[1, 2, 4, 8, 16])
+    parser.add_argument("--seconds", type=float, default=25.0, help="with each number of users")
+    settings = parser.parse_args()
+    settings.output.mkdir(parents=True, exist_ok=True)
+
+    with chromium() as browser:
+        browser.size(*WIDE, scale=2)
+        for view in settings.views:
+            browser.driver.get(f"{settings.server}/#{view}")
+            browser.wait(lambda page: page.find("#engine-policy").is_displayed(), "the page has not met its engine")
+            VIEWS[view](browser, settings)
+            take_all(browser, settings.output, view)
+        browser.driver.get(f"{settings.server}/#load")
+        browser.click("#users-stop")
+        time.sleep(1.0)
+
+
+def chat(browser: Browser, settings: argparse.Namespace) -> None:
+    """One answer, with the card of its most telling round open."""
+    browser.type("#question", settings.question + "\n")
+    browser.wait(lambda page: page.all(".answer .round") and not page.find("#stop").is_displayed(), "no answer", 120)
+    # The round with the most drafts that were verified and not all accepted.
+    browser.run("""
+        const rounds = [...document.querySelectorAll(".answer .round")];
+        const telling = (round) => round.querySelectorAll('[class*=" p"]').length + 9 * Boolean(round.querySelector(".corrected"));
+        rounds.reduce((best, round) => (telling(round) > telling(best) ? round : best)).focus();
+    """)
+
+
+def race(browser: Browser, settings: argparse.Namespace) -> None:
+    browser.type("#race-question", settings.question + "\n")
+    browser.wait(lambda page: page.find("#verdict").is_displayed(), "the race has not ended", 300)
+
+
+def load(browser: Browser, settings: argparse.Namespace) -> None:
+    """Users come step by step, and one step leads back down."""
+    for users in [*settings.users, settings.users[0]]:
+        browser.run(
+            "const slider = document.getElementById('users'); slider.value = arguments[0];"
+            "slider.dispatchEvent(new Event('input'));",
+            users,
+        )
+        time.sleep(settings.seconds)
+
+
+VIEWS = {"chat": chat, "race": race, "load": load}
+
+
+def take_all(browser: Browser, folder: Path, view: str) -> None:
+    """The view as it stands: light and dark in a window, and light on a phone."""
+    for name, scheme, size in (("light", "light", WIDE), ("dark", "dark", WIDE), ("phone", "light", PHONE)):
+        browser.prefer(color_scheme=scheme)
+        browser.size(*size, scale=2, phone=name == "phone")
+        time.sleep(0.8)  # plots are drawn at the new width by the next answer of the server at the latest
+        (folder / f"page-{view}-{name}.png").write_bytes(small(browser.driver.get_screenshot_as_png()))
+    browser.size(*WIDE, scale=2)
+
+
+def small(png: bytes) -> bytes:
+    """A picture with 256 colours, a third of its size."""
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.open(io.BytesIO(png)).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    return out.getvalue()
+
+
+if __name__ == "__main__":
+    main()
