@@ -15,6 +15,13 @@ from tests.browser import Browser, chromium
 
 QUESTION = "Zoe had 52 marbles and got 14 more. How many has she now?"
 WIDE, PHONE = (1240, 860), (400, 860)
+# Opens the card of the round with the most accepted drafts among those in which one was rejected.
+TELLING = """
+    const rounds = [...document.querySelectorAll(".answer .round")];
+    const drafts = (round) => round.querySelectorAll("[data-position]").length;
+    const tells = (round) => drafts(round) + 9 * Boolean(round.querySelector(".corrected"));
+    rounds.reduce((best, round) => (tells(round) > tells(best) ? round : best)).focus();
+"""
 
 
 def main() -> None:
@@ -44,12 +51,7 @@ def chat(browser: Browser, settings: argparse.Namespace) -> None:
     """One answer, with the card of its most telling round open."""
     browser.type("#question", settings.question + "\n")
     browser.wait(lambda page: page.all(".answer .round") and not page.find("#stop").is_displayed(), "no answer", 120)
-    # The round with the most drafts that were verified and not all accepted.
-    browser.run("""
-        const rounds = [...document.querySelectorAll(".answer .round")];
-        const telling = (round) => round.querySelectorAll('[class*=" p"]').length + 9 * Boolean(round.querySelector(".corrected"));
-        rounds.reduce((best, round) => (telling(round) > telling(best) ? round : best)).focus();
-    """)
+    browser.run(TELLING)
 
 
 def race(browser: Browser, settings: argparse.Namespace) -> None:

@@ -92,7 +92,8 @@ startViews();
 startTheme();
 startKey();
 startNumbers();
-byId("settings-box").open = window.matchMedia("(min-width: 60rem)").matches;
+// Beside the view where there is room; above it, closed, where there is not.
+for (const box of ["settings-box", "legend-box"]) byId(box).open = window.matchMedia("(min-width: 60rem)").matches;
 startChat();
 startRace(() => Math.max(0, (live.points.at(-1)?.running ?? 0) - 1));
 startLoad();
