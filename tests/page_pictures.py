@@ -38,11 +38,11 @@ def main() -> None:
     with chromium() as browser:
         browser.size(*WIDE, scale=2)
         for view in settings.views:
-            browser.driver.get(f"{settings.server}/#{view}")
+            browser.driver.get(f"{settings.server}/#/{view}")
             browser.wait(lambda page: page.find("#engine-policy").is_displayed(), "the page has not met its engine")
             VIEWS[view](browser, settings)
             take_all(browser, settings.output, view)
-        browser.driver.get(f"{settings.server}/#load")
+        browser.driver.get(f"{settings.server}/#/load")
         browser.click("#users-stop")
         time.sleep(1.0)
 

@@ -70,9 +70,8 @@ function shownTurn(question) {
     ribbon,
     facts,
   );
-  // Kept in the document, hidden, for the next new chat.
   byId("conversation").append(place);
-  place.scrollIntoView({ block: "start" });
+  place.scrollIntoView({ block: "nearest" });
   return { answer: new Answer(text, ribbon), facts, place };
 }
 

@@ -26,6 +26,7 @@ export function drawn(tag, attributes = {}, ...children) {
 /** A number in few digits: 1.28, 12.8, 128. */
 export function digits(value, least = 0) {
   if (value === null || value === undefined || !Number.isFinite(value)) return "–";
+  if (value === 0) return "0";
   const places = Math.abs(value) >= 100 ? 0 : Math.abs(value) >= 10 ? 1 : 2;
   return value.toFixed(Math.max(least, places));
 }

@@ -7,7 +7,7 @@ const EVERY = 1000; // milliseconds between two questions
 
 export const live = {
   points: [], // oldest first
-  engine: null, // the latest account: models, policy, why, block, slots
+  engine: null, // the latest account: model, policy, block, synthetic
 };
 
 /** Users at a point: synthetic ones count even in the moment between two of their requests. */
@@ -44,11 +44,10 @@ async function once() {
 
 function take(account) {
   live.engine = account;
-  // A server that was started again counts from the beginning.
-  if (account.next < since) live.points = [];
-  since = account.next;
-  live.points.push(...account.points);
-  // The server keeps less than its whole life, and the page less than that.
+  // A server that was started again counts from the beginning; the next question gets all that it has.
+  if (account.recent.index + 1 < since) [live.points, since] = [[], 0];
+  else live.points.push(...account.points);
+  if (account.points.length) since = account.points.at(-1).index + 1;
   const oldest = (live.points.at(-1)?.time ?? 0) - KEPT;
   live.points = live.points.filter((point) => point.time >= oldest);
 }

@@ -45,6 +45,7 @@ export function startLoad() {
     trail: true,
   });
   startUsers();
+  onLive(allow);
   onLive(draw);
   new ResizeObserver(draw).observe(place);
 }
@@ -68,6 +69,15 @@ function startUsers() {
   window.addEventListener("pagehide", () => {
     if (asked > 0) post("v1/synthetic", { users: 0 }, { keepalive: true }).catch(() => {});
   });
+}
+
+/** The slider follows what the server allows. */
+function allow() {
+  const synthetic = live.engine?.synthetic;
+  if (!synthetic) return;
+  byId("users").max = synthetic.most;
+  byId("users").disabled = byId("users-stop").disabled = !synthetic.allowed;
+  if (!synthetic.allowed) byId("users-note").textContent = "This server was started without synthetic users; the plots show its own.";
 }
 
 async function send(users) {
@@ -99,7 +109,8 @@ function smoothed(points) {
   const fields = [...MEASURES.map((measure) => measure.field), "accepted_length"];
   return points.map((point, i) => {
     const recent = [];
-    for (let j = i; j >= 0 && points[j].time > point.time - SMOOTHED; j--) recent.push(points[j]);
+    // Without users there is nothing to have a speed, and no zero that belongs into the mean.
+    for (let j = i; j >= 0 && usersOf(points[j]) && points[j].time > point.time - SMOOTHED; j--) recent.push(points[j]);
     return { ...point, ...Object.fromEntries(fields.map((field) => [field, meanOf(recent.map((one) => one[field]))])) };
   });
 }

@@ -22,10 +22,14 @@ function show(view) {
 }
 
 function startViews() {
-  const chosen = () => (VIEWS.includes(location.hash.slice(1)) ? location.hash.slice(1) : "chat");
+  // With a slash, which no element's id has, so that the browser scrolls nowhere.
+  const chosen = () => VIEWS.find((name) => location.hash === `#/${name}`) ?? "chat";
   for (const [index, name] of VIEWS.entries()) {
     const tab = byId(`tab-${name}`);
-    tab.addEventListener("click", () => history.replaceState(null, "", `#${name}`) ?? show(name));
+    tab.addEventListener("click", () => {
+      history.replaceState(null, "", `#/${name}`);
+      show(name);
+    });
     tab.addEventListener("keydown", (event) => {
       const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
       if (!step) return;
@@ -72,12 +76,12 @@ function describe(error) {
     return;
   }
 
-  const { model, policy, why } = live.engine;
+  const { model, policy } = live.engine;
   const now = live.points.at(-1);
   byId("engine-model").textContent = model;
-  byId("engine-policy").textContent = policy;
+  byId("engine-policy").textContent = policy.name;
   byId("engine-policy").hidden = false;
-  byId("engine-why").textContent = why;
+  byId("engine-why").textContent = policy.why;
   const figures = now ? [`${counted(now.running, "request")} running`, `${digits(now.tokens_per_second)} tokens/s`] : [];
   if (now?.waiting) figures.splice(1, 0, `${now.waiting} waiting`);
   byId("engine-figures").textContent = figures.join(" · ");
@@ -93,7 +97,10 @@ startTheme();
 startKey();
 startNumbers();
 // Beside the view where there is room; above it, closed, where there is not.
-for (const box of ["settings-box", "legend-box"]) byId(box).open = window.matchMedia("(min-width: 60rem)").matches;
+const roomy = window.matchMedia("(min-width: 60rem)");
+const unfold = () => ["settings-box", "legend-box"].forEach((box) => (byId(box).open = roomy.matches));
+roomy.addEventListener("change", unfold);
+unfold();
 startChat();
 startRace(() => Math.max(0, (live.points.at(-1)?.running ?? 0) - 1));
 startLoad();

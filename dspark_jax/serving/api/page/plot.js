@@ -53,8 +53,8 @@ class Plot {
     return line;
   }
 
-  text(x, y, words, anchor = "middle") {
-    this.canvas.append(drawn("text", { x, y, "text-anchor": anchor }, words));
+  text(x, y, words, anchor = "middle", kind = "") {
+    this.canvas.append(drawn("text", { x, y, "text-anchor": anchor, class: kind }, words));
   }
 
   path(kind, points, closed = false) {
@@ -119,6 +119,19 @@ export class TimePlot extends Plot {
     });
     if (!steps.length) return;
     this.path("users", [[steps[0][0], this.y(0)], ...steps, [steps.at(-1)[0], this.y(0)]], true);
+    this.counts(points);
+  }
+
+  /** The number of users in the middle of each stretch that is wide enough for it. */
+  counts(points) {
+    let from = 0;
+    for (let i = 1; i <= points.length; i++) {
+      const users = usersOf(points[from]);
+      if (i < points.length && usersOf(points[i]) === users) continue;
+      const [left, right] = [this.x(points[from].time), this.x(points[Math.min(i, points.length - 1)].time)];
+      if (users && right - left > 18) this.text((left + right) / 2, this.y(0) - 5, String(users), "middle", "count");
+      from = i;
+    }
   }
 
   times(from, to) {

@@ -95,9 +95,8 @@ class Lane {
     const { tokens, rounds, acceptedLength } = this.answer.transcript;
     const facts = [
       ["tokens/s", digits(tokens.length / this.time)],
-      ["passes of the target", String(rounds)],
+      ["target passes", String(rounds)],
       ["accepted length", digits(acceptedLength, 2)],
-      ["tokens", String(tokens.length)],
     ];
     this.clock(seconds(this.time));
     this.place
