@@ -14,13 +14,14 @@ from pathlib import Path
 from tests.browser import Browser, chromium
 
 QUESTION = "Zoe had 52 marbles and got 14 more. How many has she now?"
-WIDE, PHONE = (1240, 860), (400, 860)
+WIDE, PHONE = (1240, 940), (400, 860)
 # Opens the card of the round with the most accepted drafts among those in which one was rejected.
 TELLING = """
     const rounds = [...document.querySelectorAll(".answer .round")];
     const drafts = (round) => round.querySelectorAll("[data-position]").length;
     const tells = (round) => drafts(round) + 9 * Boolean(round.querySelector(".corrected"));
-    rounds.reduce((best, round) => (tells(round) > tells(best) ? round : best)).focus();
+    window.scrollTo(0, 0); // typing has scrolled to the field
+    rounds.reduce((best, round) => (tells(round) > tells(best) ? round : best)).focus({ preventScroll: true });
 """
 
 

@@ -4,7 +4,7 @@ import { byId, counted, drawn, element } from "./dom.js";
 import { Transcript } from "./rounds.js";
 
 export const SHADES = 8; // colours in answers.css; positions beyond share the last
-const CELL = { width: 6, height: 5, gap: 1 };
+const CELL = { width: 7, height: 6, gap: 1 };
 
 const shade = (position) => `p${Math.min(position, SHADES)}`;
 

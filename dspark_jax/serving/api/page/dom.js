@@ -55,6 +55,7 @@ export function growing(area) {
     area.style.height = `${Math.min(area.scrollHeight + 2, 220)}px`;
   };
   area.addEventListener("input", fit);
+  new ResizeObserver(fit).observe(area); // its text wraps otherwise at another width
   area.addEventListener("keydown", (event) => {
     // An input method's Enter picks a candidate and must not send.
     if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;

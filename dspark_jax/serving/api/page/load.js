@@ -11,8 +11,8 @@ const SMOOTHED = 3; // seconds that each drawn value is the mean of: dispatches 
 const MEASURES = [
   { title: "Total speed", unit: "tokens/s", note: "of all users together", tone: "total", field: "tokens_per_second" },
   { title: "Speed of a user", unit: "tokens/s", note: "of each, in the mean", tone: "user", field: "tokens_per_second_per_user" },
-  { title: "Verify budget", unit: "tokens", note: "verified per request and round, the anchor included: 1 is no draft at all", tone: "budget", field: "verified_per_round" },
-  { title: "Load factor", unit: "×", note: "seconds of a round over those that its profile predicts", tone: "factor", field: "load" },
+  { title: "Verify budget", unit: "tokens", note: "verified per request and round; 1 is no draft", tone: "budget", field: "verified_per_round" },
+  { title: "Load factor", unit: "×", note: "seconds of a round, by those that were predicted", tone: "factor", field: "load" },
 ];
 
 let plots = [];
@@ -30,15 +30,15 @@ export function startLoad() {
   plots = MEASURES.map((measure) => new TimePlot(place, { ...measure, of: (point) => point[measure.field] }, follow));
   budget = new ScatterPlot(place, {
     title: "Budget by users",
-    unit: "tokens",
-    note: "the same verify budget, in the mean of the time shown",
+    unit: "",
+    note: "the verify budget in the mean of the time shown",
     tone: "budget",
     xName: "users →",
     trail: true,
   });
   frontier = new ScatterPlot(place, {
-    title: "Total against each user's speed",
-    unit: "tokens/s in all",
+    title: "Total against a user's speed",
+    unit: "",
     note: "means of the time shown, by the number of users",
     tone: "total",
     xName: "tokens/s of a user →",

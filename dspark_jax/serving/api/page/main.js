@@ -102,7 +102,7 @@ const unfold = () => ["settings-box", "legend-box"].forEach((box) => (byId(box).
 roomy.addEventListener("change", unfold);
 unfold();
 startChat();
-startRace(() => Math.max(0, (live.points.at(-1)?.running ?? 0) - 1));
+startRace();
 startLoad();
 onLive(describe);
 startLive();

@@ -3,7 +3,7 @@
 import { digits, drawn, element } from "./dom.js";
 import { usersOf } from "./live.js";
 
-const HEIGHT = 168;
+const HEIGHT = 160;
 const EDGE = { left: 40, right: 12, top: 10, bottom: 22 };
 
 /** The least of 1, 2, 2.5 and 5 times a power of ten that is not below `value`. */

@@ -3,23 +3,24 @@
 import { Answer } from "./answer.js";
 import { chat } from "./api.js";
 import { announce, byId, complain, counted, digits, element, growing, seconds } from "./dom.js";
+import { live } from "./live.js";
 import { median, shared } from "./rounds.js";
 import { requestFields } from "./settings.js";
 
 let running = null;
 
-export function startRace(others) {
+export function startRace() {
   growing(byId("race-question"));
   byId("race-question").value = "Zoe had 52 marbles and got 14 more. How many has she now?";
   byId("race-form").addEventListener("submit", (event) => {
     event.preventDefault();
     const question = byId("race-question").value.trim();
-    if (question && !running) race(question, others);
+    if (question && !running) race(question);
   });
   byId("race-stop").addEventListener("click", () => running?.abort());
 }
 
-async function race(question, others) {
+async function race(question) {
   let body;
   try {
     body = { ...requestFields(), messages: [{ role: "user", content: question }] };
@@ -32,6 +33,7 @@ async function race(question, others) {
 
   complain(null);
   byId("verdict").hidden = true;
+  const began = live.points.at(-1)?.time ?? 0;
   const lanes = [
     new Lane("lane-plain", { ...body, policy: "plain" }),
     new Lane("lane-drafts", body),
@@ -44,7 +46,7 @@ async function race(question, others) {
       // Every other pair runs in the other order, so that a machine that slows down favours neither.
       for (const lane of run % 2 ? [...lanes].reverse() : lanes) await lane.run(running.signal);
     }
-    judge(lanes, body, others());
+    judge(lanes, body, othersSince(began));
   } catch (error) {
     if (error.name !== "AbortError") complain(error);
     else announce("The race was stopped.");
@@ -136,6 +138,11 @@ function judge([plain, drafts], body, others) {
   byId("race-note").textContent = notes.join(" ");
   byId("verdict").hidden = false;
   announce(`${byId("ratio").textContent} ${byId("ratio-note").textContent}. ${byId("identity").textContent}`);
+}
+
+/** Requests that ran beside those of the race at any moment since `began`, by the server's clock. */
+function othersSince(began) {
+  return Math.max(0, ...live.points.filter((point) => point.time > began).map((point) => point.running - 1));
 }
 
 function identity(same, first, second, temperature) {
