@@ -9,6 +9,7 @@ import math
 import os
 import stat
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -159,8 +160,7 @@ def _number_of(digits: str) -> float:
 def _object_of(pairs: list[tuple[str, Any]]) -> Object:
     value = dict(pairs)
     if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
         raise _Refused(f"the name {shown(twice)} stands twice in one object")
     return value
 

@@ -11,7 +11,7 @@ from dspark_jax.serving.api.errors import engine_failed, unavailable
 from dspark_jax.serving.api.pulse import Pulse
 from dspark_jax.serving.api.rounds import RoundLog
 from dspark_jax.serving.engine import Engine
-from dspark_jax.serving.requests import EngineBroken, Progress, Request
+from dspark_jax.serving.requests import EngineBroken, Progress, QueueFull, Request
 
 Sink = Callable[[int, Event], None]
 """Takes (index of the request, event); called on the engine's thread, so it must not wait."""
@@ -29,14 +29,15 @@ class EngineDriver:
 
     Args:
         make: builds the engine; called again after one has failed.
+        capacity: the most requests that may be open, in slots and waiting for one.
         pulse: is told of everything that the engine makes.
         warm_up: whether to compile all programs before the first request.
     Raises:
         UserError: settings that no engine can run with.
     """
 
-    def __init__(self, make: Callable[[], Engine], pulse: Pulse, warm_up: bool = True):
-        self._make, self._pulse, self._warm = make, pulse, warm_up
+    def __init__(self, make: Callable[[], Engine], capacity: int, pulse: Pulse, warm_up: bool = True):
+        self._make, self._capacity, self._pulse, self._warm = make, capacity, pulse, warm_up
         self._engine: Engine | None = make()
         self._sinks: dict[int, Sink] = {}
         self._rounds = RoundLog()
@@ -69,6 +70,9 @@ class EngineDriver:
         # Registered under the lock that a restart takes: it fails this sink, or the request enters the new engine.
         with self._lock:
             engine = self._serving()
+            # Counted here, as the engine's own bound is of requests without a slot, which a burst has before a step.
+            if len(self._sinks) >= self._capacity:
+                raise QueueFull(f"{len(self._sinks)} requests are open, as many as this server takes.")
             index, self._next = self._next, self._next + 1
             self._sinks[index] = sink
         try:

@@ -55,12 +55,15 @@ class Service:
         self.target, self.config = target, config.checked()
         self.longest = engine.longest or min(target.config.max_positions, MOST_POSITIONS)
         self.queue = 4 * engine.slots if engine.queue is None else engine.queue
-        settings = replace(engine, longest=self.longest, queue=self.queue)
+        # More could never be queued together.
+        capacity = engine.slots + self.queue
+        self.most_choices = min(config.most_choices, capacity)
+        settings = replace(engine, longest=self.longest, queue=capacity)
 
         self.name = config.served_model_name or target.name
         self.drafter_name = None if drafter is None else drafter.name
         self.pulse = Pulse()
-        self.driver = EngineDriver(lambda: make(target, drafter, settings), self.pulse, warm_up)
+        self.driver = EngineDriver(lambda: make(target, drafter, settings), capacity, self.pulse, warm_up)
         self.metrics = Metrics(self.driver, self.pulse)
         self.started = int(time.time())
         self.synthetic = 0  # synthetic users, for the figures
@@ -75,11 +78,10 @@ class Service:
             ApiError: another model, or more answers than this server gives at once.
         """
         require_model(ask, self.name)
-        if ask.answers > self.config.most_choices:
+        if ask.answers > self.most_choices:
             field = "prompt" if len(ask.prompts) > 1 else "n"
             raise bad_request(
-                f"The request asks for {ask.answers} answers; this server gives at most {self.config.most_choices}.",
-                field,
+                f"The request asks for {ask.answers} answers; this server gives at most {self.most_choices}.", field
             )
         decode = None if self.target.tokenizer is None else self.target.tokenizer.decode
         return Session(self.driver, self.metrics, ask, decode, self.config.request_seconds)
