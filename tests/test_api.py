@@ -608,3 +608,11 @@ def test_threads_that_submit_at_once_get_their_own_answers(running: Running) -> 
         thread.join(60)
     assert [found[number] for number in range(4)] == expected
     assert running.service.longest == CONTEXT
+
+
+def test_the_page_is_served_and_loads_nothing_from_elsewhere(running: Running) -> None:
+    page = httpx.get(f"{running.url}/")
+    assert page.status_code == 200 and "<title>" in page.text
+    assert page.headers["Content-Security-Policy"].startswith("default-src 'self'")
+    for name in re.findall(r'(?:src|href)="([^"]+)"', page.text):
+        assert name.startswith("#") or httpx.get(f"{running.url}/{name}").status_code == 200, name

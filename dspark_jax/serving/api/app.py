@@ -53,10 +53,8 @@ def make_app(service: Service, on_ready: Callable[[], None] = lambda: None) -> S
         Route("/health", api.health),
         Route("/ready", api.ready),
         Route("/metrics", api.metrics),
+        Mount("/", StaticFiles(directory=PAGE, html=True)),
     ]
-    if PAGE.is_dir():
-        routes.append(Mount("/", StaticFiles(directory=PAGE, html=True)))
-
     return Starlette(
         routes=routes,
         middleware=[Middleware(Gate, api_key=service.config.api_key, metrics=service.metrics)],

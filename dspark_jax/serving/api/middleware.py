@@ -20,6 +20,12 @@ NAMED = {
 }  # fmt: skip
 """Paths that are counted by name; a stranger's paths must not become labels without end."""
 
+SAFE = [
+    (b"content-security-policy", b"default-src 'self'; base-uri 'none'; frame-ancestors 'none'"),
+    (b"x-content-type-options", b"nosniff"),
+]
+"""Headers of every response: the page loads nothing from elsewhere, and no other site's page holds it in a frame."""
+
 
 def error_response(error: ApiError) -> JSONResponse:
     """A refusal or failure as a response."""
@@ -46,6 +52,7 @@ class Gate:
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 status.append(message["status"])
+                message["headers"] = [*message.get("headers", []), *SAFE]
             await send(message)
 
         try:
