@@ -43,16 +43,20 @@ def make_app(service: Service, on_ready: Callable[[], None] = lambda: None) -> S
         on_ready: called once requests are taken.
     """
     api = Api(service, SyntheticUsers(service, asset("conformance_prompts.jsonl")), on_ready)
+    v1 = [
+        Route("/chat/completions", partial(api.complete, chat=True), methods=["POST"]),
+        Route("/completions", partial(api.complete, chat=False), methods=["POST"]),
+        Route("/models", api.models),
+        Route("/models/{name:path}", api.model),
+        Route("/speculation", api.speculation),
+        Route("/synthetic", api.synthetic, methods=["POST"]),
+    ]
     routes: list[BaseRoute] = [
-        Route("/v1/chat/completions", partial(api.complete, chat=True), methods=["POST"]),
-        Route("/v1/completions", partial(api.complete, chat=False), methods=["POST"]),
-        Route("/v1/models", api.models),
-        Route("/v1/models/{name:path}", api.model),
-        Route("/v1/speculation", api.speculation),
-        Route("/v1/synthetic", api.synthetic, methods=["POST"]),
         Route("/health", api.health),
         Route("/ready", api.ready),
         Route("/metrics", api.metrics),
+        # Mounted: another method on an address of the API is then refused, and not sought among the page's files.
+        Mount("/v1", routes=v1),
         Mount("/", StaticFiles(directory=PAGE, html=True)),
     ]
     return Starlette(
