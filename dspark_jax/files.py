@@ -9,6 +9,7 @@ import fcntl
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,10 +18,11 @@ from typing import Any
 import xxhash
 
 from dspark_jax.errors import UserError
-from dspark_jax.readers import check_fields, object_of, read_object, reason_of
+from dspark_jax.readers import Check, check_fields, object_of, read_object, reason_of
 
 WEIGHTS = ("*.safetensors", "*.gguf")
 _CHUNK = 1 << 22
+_HASH = Check("32 hexadecimal digits", lambda v: isinstance(v, str) and re.fullmatch("[0-9a-f]{32}", v) is not None)
 
 
 # -- Atomic replacement ----------------------------------------------------------------------------------------------
@@ -163,7 +165,7 @@ def hash_tree(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -
 def weights_hash(folder: Path) -> str:
     """The identity of a model folder's weights: the bytes and names of its safetensors and GGUF files.
 
-    Hashes are kept in the user's cache folder by path, size and modification time, so that gigabytes are read once.
+    Hashes are kept in the user's cache folder by path, size and times of change, so that gigabytes are read once.
 
     Returns:
         xxh3-128, 32 hexadecimal digits.
@@ -190,17 +192,19 @@ def user_cache() -> Path:
 
 
 def _remembered_hash(path: Path) -> str:
-    """`file_hash`, from the user's cache if path, size and modification time are those that were hashed."""
+    """`file_hash`, from the user's cache if path, size and times are those that were hashed."""
     stat = path.stat()
     name = str(path.resolve())
-    now = {"path": name, "bytes": stat.st_size, "changed_ns": stat.st_mtime_ns}
+    # Copies and archives may keep the modification time, or set it to a constant; the time of the inode they can't.
+    now = {"path": name, "bytes": stat.st_size, "written_ns": stat.st_mtime_ns, "changed_ns": stat.st_ctime_ns}
 
     note = user_cache() / "hashes" / f"{xxhash.xxh3_64_hexdigest(name.encode())}.json"
 
     # Any fault of the note, such as torn JSON or another type, means hashing again.
-    with suppress(OSError, ValueError, AttributeError):
-        known = json.loads(note.read_bytes())
-        if {name: known.get(name) for name in now} == now and isinstance(known.get("xxh3"), str):
+    with suppress(UserError):
+        known = read_object(note, expected="a remembered hash")
+        check_fields(known, {"xxh3": _HASH}, str(note), required=("xxh3",))
+        if {name: known.get(name) for name in now} == now:
             return known["xxh3"]
 
     found = file_hash(path)

@@ -8,11 +8,8 @@ undisturbed run once there is room. Prints a line a run and a verdict; exits 1 w
 """
 
 import argparse
-import os
 import random
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -21,7 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.kill_resume import PATIENCE_SECONDS, ROOT, TASKS, Task, differences
+from tests.kill_resume import PATIENCE_SECONDS, TASKS, Task, differences
+from tests.started import start
 from tests.tiny import write_tiny_target
 
 
@@ -34,28 +32,10 @@ class Outcome:
     wrong: list[str] = field(default_factory=list)
 
 
-def run(task: Task, folder: Path, scratch: Path, limit: int | None = None) -> tuple[int, str]:
+def run(task: Task, folder: Path, scratch: Path, limit: int | None = None, fresh: bool = False) -> tuple[int, str]:
     """(exit code, stderr) of the program; `limit`: bytes that a file may have."""
-    compiled = {
-        "JAX_COMPILATION_CACHE_DIR": str(scratch / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-    }
-
-    def confine() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit or resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-
-    done = subprocess.run(
-        [sys.executable, "-m", *task.command(folder)],
-        cwd=ROOT,
-        env=compiled | os.environ,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        preexec_fn=None if limit is None else confine,
-        timeout=10 * PATIENCE_SECONDS,
-    )
-    return done.returncode, done.stderr.decode(errors="replace")
+    started = start(task.command(folder), scratch / "compiled", fresh=fresh, file_bytes=limit)
+    return started.end(10 * PATIENCE_SECONDS)
 
 
 @contextmanager
@@ -82,7 +62,7 @@ def may_mount(scratch: Path) -> bool:
 def fill_and_compare(task: Task, scratch: Path, times: int, seed: int = 0, mounted: bool | None = None) -> Outcome:
     """`times` runs on small disks, each continued with room; `mounted` False: limits on a file's size instead."""
     whole, found, rng = scratch / "undisturbed", Outcome(), random.Random(seed)
-    code, said = run(task, whole, scratch)
+    code, said = run(task, whole, scratch, fresh=True)
     if code != 0:
         raise SystemExit(f"{task.name} ended with {code}:\n{said[-2000:]}")
     sizes = [path.stat().st_size for path in whole.rglob("*") if path.is_file()]

@@ -3,14 +3,13 @@
     python -m tests.kill_resume {regenerate|cache|train|sweep} --times 10 [--target DIR] [--seed N] [--scratch DIR]
 
 Kills are spread over the work by what stands on the disk, each at a random moment after its share; every fourth comes
-at a random moment of the start-up. Prints a line a kill and a verdict; exits 1 when any compared file differs.
+at a random moment of the start-up, behind its imports. Prints a line a kill and a verdict; exits 1 when any compared
+file differs.
 """
 
 import argparse
 import json
-import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,11 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dspark_jax.datagen import corpora
+from tests.started import POLL_SECONDS, ROOT, Started, start
 from tests.tiny import write_tiny_target
 
-ROOT = Path(__file__).parent.parent
 EMBEDDED = ROOT / "assets" / "embedded_target"
-POLL_SECONDS = 0.002
 PATIENCE_SECONDS = 300
 
 
@@ -112,25 +110,36 @@ TASKS = {"regenerate": regenerate_task, "cache": cache_task, "train": train_task
 
 def kill_and_compare(task: Task, scratch: Path, times: int, seed: int = 0) -> list[str]:
     """Runs `task` undisturbed, then with `times` kills; the relative paths that differ, [] when all is the same."""
-    whole, began = scratch / "undisturbed", time.monotonic()
-    with _start(task, whole, scratch) as process:
-        start_up = _wait(process, lambda: task.progress(whole) > 0)
-        _finish(process, task, scratch)
+    whole, began, compiled = scratch / "undisturbed", time.monotonic(), scratch / "compiled"
+    undisturbed = start(task.command(whole), compiled, fresh=True)
+    _finish(undisturbed, task)
+    seconds = time.monotonic() - began
+
+    # Timed once more by fork, as the kills are, on compiled programs.
+    began, again = time.monotonic(), scratch / "again"
+    process = start(task.command(again), compiled)
+    start_up = _wait(process, lambda: task.progress(again) > 0)
+    _finish(process, task)
     total = task.progress(whole)
-    print(f"{task.name}: {time.monotonic() - began:.1f} s undisturbed, {start_up:.1f} s of them start-up", flush=True)
-    rng, differing = random.Random(seed), set[str]()
+    print(
+        f"{task.name}: {seconds:.1f} s undisturbed; forked {time.monotonic() - began:.1f} s, {start_up:.1f} s of them "
+        "start-up",
+        flush=True,
+    )
+
+    rng, differing = random.Random(seed), set(differences(task, whole, again))
     kills = runs = 0
     while kills < times:  # a run that ends before its kill is compared too, and the next kills hit a new one
         folder, runs, ended = scratch / f"killed-{runs}", runs + 1, False
         while kills < times and not ended:
             early, share = kills % 4 == 3, (kills + rng.random()) / times
-            with _start(task, folder, scratch) as process:
-                if early:
-                    seconds = _wait(process, lambda: False, rng.uniform(0.1, start_up))
-                else:
-                    seconds = _wait_for_work(process, task, folder, round(share * total), rng.uniform(0, 0.05))
-                ended = process.poll() is not None
-                process.kill()
+            process = start(task.command(folder), compiled)
+            if early:
+                seconds = _wait(process, lambda: False, rng.uniform(0.0, start_up))
+            else:
+                seconds = _wait_for_work(process, task, folder, round(share * total), rng.uniform(0, 0.05))
+            ended = process.code is not None
+            process.kill()
             if not ended:
                 kills += 1
                 moment = "start-up" if early else "work"
@@ -138,15 +147,16 @@ def kill_and_compare(task: Task, scratch: Path, times: int, seed: int = 0) -> li
                 print(f"kill {kills:2d} after {seconds:5.1f} s, in the {moment}: {done}", flush=True)
             else:
                 print(f"        ended after {seconds:5.1f} s, before its kill; the next one hits a new run", flush=True)
-        with _start(task, folder, scratch) as process:
-            _finish(process, task, scratch)
+            if "Traceback" in process.said():
+                raise SystemExit(f"{task.name} printed\n{process.said()[-2000:]}")
+        _finish(start(task.command(folder), compiled), task)
         differing |= set(differences(task, whole, folder))
     verdict = f"DIFFERENT: {', '.join(sorted(differing))}" if differing else "identical"
     print(f"{task.name}: {kills} kills, {runs} runs ended: {verdict}", flush=True)
     return sorted(differing)
 
 
-def _wait_for_work(process: subprocess.Popen, task: Task, folder: Path, least: int, more: float) -> float:
+def _wait_for_work(process: Started, task: Task, folder: Path, least: int, more: float) -> float:
     """Seconds until `least` stands on the disk and something new as well, and `more` seconds after."""
     least = max(least, task.progress(folder) + 1)
     return _wait(process, lambda: task.progress(folder) >= least) + _wait(process, lambda: False, more)
@@ -160,30 +170,18 @@ def differences(task: Task, one: Path, other: Path) -> list[str]:
     return [name for name in sorted(names) if _read(one / name) is None or _read(one / name) != _read(other / name)]
 
 
-def _start(task: Task, folder: Path, scratch: Path) -> subprocess.Popen:
-    compiled = {
-        "JAX_COMPILATION_CACHE_DIR": str(scratch / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-    }
-    with open(scratch / "stderr.txt", "wb") as errors:
-        command = [sys.executable, "-m", *task.command(folder)]
-        quiet = subprocess.DEVNULL
-        return subprocess.Popen(command, cwd=ROOT, env=compiled | os.environ, stdout=quiet, stderr=errors)
-
-
-def _wait(process: subprocess.Popen, ready: Callable[[], bool], seconds: float = PATIENCE_SECONDS) -> float:
+def _wait(process: Started, ready: Callable[[], bool], seconds: float = PATIENCE_SECONDS) -> float:
     """Seconds until `ready()`, the process's end or the time limit."""
     began = time.monotonic()
-    while not ready() and process.poll() is None and time.monotonic() - began < seconds:
+    while not ready() and process.code is None and time.monotonic() - began < seconds:
         time.sleep(POLL_SECONDS)
     return time.monotonic() - began
 
 
-def _finish(process: subprocess.Popen, task: Task, scratch: Path) -> None:
-    if process.wait(PATIENCE_SECONDS) != 0:
-        errors = (scratch / "stderr.txt").read_text(errors="replace")[-2000:]
-        raise SystemExit(f"{task.name} ended with {process.returncode}:\n{errors}")
+def _finish(process: Started, task: Task) -> None:
+    code, said = process.end(PATIENCE_SECONDS)
+    if code != 0 or "Traceback" in said:
+        raise SystemExit(f"{task.name} ended with {code}:\n{said[-2000:]}")
 
 
 def _write_conversations(path: Path, each: int, second_turn: int = 0) -> None:

@@ -180,6 +180,25 @@ def test_a_killed_run_continues_bit_for_bit_and_its_folder_loads(
     with pytest.raises(UserError, match="another recipe"):
         Run.start(dataclasses.replace(halved, learning_rate=1e-4))
 
+    # A folder that was damaged since is one sentence.
+    heldout, checkpoint = halved.run_dir / "heldout.jsonl", halved.run_dir / "checkpoint.npz"
+    for line in ("[]", '{"step": "1"}', '{"step": 1, "tokens": 2, "seconds": 1, "heldout": {"math": 3}}'):
+        lines = heldout.read_text()
+        heldout.write_text(lines + line + "\n")
+        with pytest.raises(UserError, match="heldout.jsonl line"):
+            History.open(second)
+        heldout.write_text(lines)
+    whole_bytes = checkpoint.read_bytes()
+    with np.load(checkpoint) as stored:
+        arrays = dict(stored)
+    for damage in ({"header": np.frombuffer(b"{}", np.uint8)}, {"leaf_0000": np.zeros(3, np.float32)}):
+        np.savez(checkpoint, **arrays | damage)
+        with pytest.raises(UserError, match="checkpoint.npz"):
+            Run.start(halved)
+    checkpoint.write_bytes(whole_bytes[: len(whole_bytes) // 2])
+    with pytest.raises(UserError, match="cannot be read"):
+        Run.start(halved)
+
 
 def _train_steps(run: Run, steps: int) -> None:
     """Trains as `train` does and saves after `steps`, as a run that is killed right after a checkpoint leaves it."""

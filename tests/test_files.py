@@ -77,6 +77,20 @@ def test_weights_are_hashed_whole_and_once(tmp_path: Path, monkeypatch: pytest.M
     after = weights_hash(model)
     assert before != after and len(after) == 32
 
+    # An archive that is unpacked over it, with the time that it had.
+    stat = file.stat()
+    content[7] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert file.stat().st_mtime_ns == stat.st_mtime_ns and weights_hash(model) != after
+    after = weights_hash(model)
+
+    # A note that is none is made anew.
+    (note,) = (tmp_path / "cache" / "hashes").iterdir()
+    for wrong in (b"", b"[]", b"{", note.read_bytes().replace(after.encode(), b"no hash"), b'{"xxh3": "\xff"}'):
+        note.write_bytes(wrong)
+        assert weights_hash(model) == after
+
     monkeypatch.setattr("dspark_jax.files.file_hash", lambda path: pytest.fail(f"{path} was read again"))
     assert weights_hash(model) == after
     file.rename(model / "other.safetensors")

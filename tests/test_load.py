@@ -1,5 +1,6 @@
 """The simulator on numbers worked out by hand, and `infer.studies.load` from beginning to end on a tiny pair."""
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -131,7 +132,7 @@ def test_traffic_and_traces_of_an_engine(tmp_path: Path) -> None:
     assert np.all(made >= recorded.lengths) and np.all(made < recorded.lengths + 5)
     save_traces(tmp_path / "traces.npz", recorded)
     np.testing.assert_array_equal(read_traces(tmp_path / "traces.npz").logits, recorded.logits)
-    with pytest.raises(UserError, match="holds no traces"):
+    with pytest.raises(UserError, match="expected traces of a load study"):
         read_traces(tmp_path / "nothing.npz")
     prefill, dispatch = overheads(engine, made_prompts(), repeats=2)
     assert dispatch > 0 and all(seconds > 0 for seconds in (*prefill.alone, *prefill.house))
@@ -186,6 +187,52 @@ def test_a_study_continues_where_it_stopped(tmp_path: Path) -> None:
             RunLog(other)
 
 
+@pytest.mark.parametrize(
+    "line", ["{}", "[1]", '{"key": "x", "figures": {}}', '{"key": [0, 1, 2, 3], "figures": {"a": "b"}}', "{{"]
+)
+def test_a_line_that_is_no_run_is_named(line: str, tmp_path: Path) -> None:
+    settings = LoadSettings(output=tmp_path)
+    RunLog(settings).add("closed", 4, "plain", 0, LoadFigures(1.0, (), 1.0, 1.0))
+    log = tmp_path / "runs.jsonl"
+    assert np.isnan(RunLog(settings).medians("closed", 4, "plain")["user_median"]), "a figure that a run has not"
+    log.write_text(log.read_text() + line + "\n")
+    with pytest.raises(UserError, match=r"runs.jsonl line 3"):
+        RunLog(settings)
+
+
+BAD_TRACES: dict[str, dict[str, Any]] = {
+    "more accepted than drafted": {"accepted": np.array([5, 0, 0, 0], np.int32)},
+    "other counts": {"accepted": np.zeros(3, np.int32)},
+    "requests out of order": {"request": np.array([1, 1, 0, 0], np.int32)},
+    "a request without a round": {"prompts": np.ones(3, np.int32), "lengths": np.ones(3, np.int32)},
+    "another dtype": {"logits": np.zeros((4, 4))},
+    "pickled": {"logits": np.array([{}], object)},
+}
+
+
+@pytest.mark.parametrize("fault", BAD_TRACES)
+def test_traces_that_do_not_fit_are_refused(fault: str, tmp_path: Path) -> None:
+    path = tmp_path / "traces.npz"
+    np.savez(path, **vars(traces([1, 2], 8)) | BAD_TRACES[fault])
+    with pytest.raises(UserError, match="traces"):
+        read_traces(path)
+
+
+def test_damaged_traces_are_one_sentence(tmp_path: Path) -> None:
+    """Cut at any place, and with any byte of its directory and headers changed."""
+    path = tmp_path / "traces.npz"
+    save_traces(path, traces([1, 2], 8))
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    for cut in [*range(0, len(whole), 61), len(whole) - 1]:
+        path.write_bytes(whole[:cut])
+        with pytest.raises(UserError, match="traces"):
+            read_traces(path)
+    for at in rng.integers(len(whole), size=200):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :])
+        with contextlib.suppress(UserError):
+            read_traces(path)
+
+
 def test_few_users_ask_often_enough_to_be_timed() -> None:
     settings = LoadSettings(requests_per_user=5, least_requests=48)
     assert [requests_of(settings, users) for users in (1, 4, 16)] == [49, 52, 96]
@@ -228,7 +275,7 @@ LOAD: dict[str, tuple[list[str], str]] = {
     "no users": (["--concurrency", "0"], "every concurrency must be 1 or more"),
     "too much spread": (["--answer-spread", "1.5"], "The answer spread is 1.5; expected a share, 0 to 1"),
     "mtp": (["--strategies", "mtp"], "The strategy mtp needs --mtp DIR"),
-    "no table": (["--simulate", "{}/traces.npz"], "holds no traces"),
+    "no table": (["--simulate", "{}/traces.npz"], "expected traces of a load study"),
 }
 
 

@@ -8,8 +8,9 @@ import concurrent.futures
 import os
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -77,6 +78,8 @@ class ChatClient:
             raise UserError(f"No client of {self.url} can be made ({error}); look at the proxy variables.") from error
 
         self._closed, self._lock = False, threading.Lock()
+        # Requests under way. Tasks that httpx makes below them are its own to cancel.
+        self._open: set[Coroutine[Any, Any, Any]] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -96,7 +99,10 @@ class ChatClient:
         with self._lock:
             if self._closed:
                 raise UnansweredError("the run was stopped.")
-            future = asyncio.run_coroutine_threadsafe(self._post(body), self._loop)
+            request = self._post(body)
+            self._open.add(request)
+            future = asyncio.run_coroutine_threadsafe(request, self._loop)
+            future.add_done_callback(lambda _: self._open.discard(request))
 
         try:
             status, headers, data = future.result()
@@ -140,8 +146,9 @@ class ChatClient:
             return reply.status_code, reply.headers, bytes(data)
 
     async def _cancel(self) -> None:
-        # Each cancelled request wakes its thread, which then sees that the run was stopped.
-        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        # Each cancelled request wakes its thread, which then sees that the run was stopped. The connection attempts
+        # below it end with it; cancelled from here, one that has not begun would never be awaited.
+        tasks = [task for task in asyncio.all_tasks() if task.get_coro() in self._open]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

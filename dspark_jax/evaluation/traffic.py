@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dspark_jax.arrays import read_arrays
 from dspark_jax.decoding.dispatch import run_rounds
 from dspark_jax.decoding.state import RoundRecord
 from dspark_jax.errors import UserError
@@ -176,12 +177,26 @@ def save_traces(path: Path, traces: Traces) -> None:
 
 
 def read_traces(path: Path) -> Traces:
-    """Reads traces; UserError where the file is missing or holds something else."""
-    try:
-        with np.load(path, allow_pickle=False) as content:
-            return Traces(**{name: content[name] for name in Traces.__dataclass_fields__})
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} holds no traces ({error}); a load study leaves them as traces.npz.") from None
+    """Reads traces; UserError where the file is missing, is damaged or holds something else."""
+    layouts = {
+        "logits": ("float32", 2),
+        **dict.fromkeys(("accepted", "request", "prompts", "lengths"), ("int32", 1)),
+    }
+    traces = Traces(**read_arrays(path, layouts, "traces of a load study (traces.npz)"))
+
+    rounds, block = traces.logits.shape
+    right = (
+        len(traces.accepted) == len(traces.request) == rounds
+        and len(traces.prompts) == len(traces.lengths)
+        and np.all((traces.accepted >= 0) & (traces.accepted <= block))
+        # Sorted by request, each with a round or more: the simulator cuts them apart where the number changes.
+        and np.array_equal(np.unique(traces.request), np.arange(len(traces.lengths)))
+        and np.all(np.diff(traces.request) >= 0)
+        and np.all(traces.lengths > 0)
+    )
+    if not right:
+        raise UserError(f"{path} holds traces that do not fit together; record them again by a load study.")
+    return traces
 
 
 def overheads(engine: Engine, prompts: Sequence[EncodedPrompt], repeats: int = 7) -> tuple[Prefill, float]:

@@ -35,7 +35,8 @@ from dspark_jax.evaluation.traffic import (
     record_traces,
     save_traces,
 )
-from dspark_jax.files import make_output, write_json
+from dspark_jax.files import make_output, write_atomically, write_json
+from dspark_jax.readers import Schema, check_fields, either, list_of, number, object_of, optional, read_records, text
 from dspark_jax.report import budget_plot, table, throughput_plot
 from dspark_jax.scheduling.costs import ScheduleTables
 from dspark_jax.scheduling.policies import Causal, VerifyPolicy
@@ -52,9 +53,11 @@ STATIC = ("plain", "fixed-1", "mtp", "fixed", "threshold")
 ADAPTIVE = ("causal", "look-ahead", "asynchronous")
 IDENTITY = (
     "target", "drafter", "mtp", "prompts", "limit", "sts", "sps", "dtype", "max_new_tokens", "answer_spread",
-    "temperature", "threshold", "requests_per_user", "least_requests", "rounds_per_dispatch", "seed",
+    "temperature", "threshold", "requests_per_user", "least_requests", "rounds_per_dispatch", "seed", "thinking",
 )  # fmt: skip
 """Settings that determine a run's figures: a study continues only where these are unchanged."""
+RUN: Schema = {"key": list_of(either(text(), number()), least=4, most=4), "figures": object_of(optional(number()))}
+"""A line of runs.jsonl behind the first."""
 WIDTHS = (1, 2, 4)  # tokens a request for which verify buckets are compiled, beside the whole block
 
 
@@ -226,8 +229,10 @@ class Study:
     def poisson(self, rate: float) -> dict[str, Any]:
         slots = max(self.settings.concurrency)
         requests = slots * self.settings.requests_per_user
-        self._runs("poisson", rate, slots, lambda e: poisson(e, self.traffic(), rate, requests))
-        return {s: self.log.medians("poisson", rate, s) for s in self.settings.strategies}
+        # The slots follow from another option, which a continued study may change.
+        mode = f"poisson, {slots} slots"
+        self._runs(mode, rate, slots, lambda e: poisson(e, self.traffic(), rate, requests))
+        return {s: self.log.medians(mode, rate, s) for s in self.settings.strategies}
 
     def _runs(self, mode: str, load: float, slots: int, run: Any) -> None:
         missing = [
@@ -294,30 +299,31 @@ class RunLog:
     def __init__(self, settings: LoadSettings):
         self.path = settings.output / "runs.jsonl"
         self.header = json.loads(json.dumps({name: getattr(settings, name) for name in IDENTITY}, default=str))
-        text = self.path.read_text() if self.path.exists() else ""
-        whole = text[: text.rfind("\n") + 1]  # a kill while writing leaves a torn line
-        header, *self.rows = [json.loads(line) for line in whole.splitlines()] or [self.header]
+        header, *self.rows = read_records(self.path) or [self.header]  # a torn last line is left out
         if header != self.header:
             raise UserError(f"{self.path} holds runs of other settings; give another --output or those settings.")
 
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(whole or json.dumps(self.header) + "\n")
+        for line, row in enumerate(self.rows, start=2):
+            check_fields(row, RUN, f"{self.path} line {line}", required=RUN, cure="remove the line")
+        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in [header, *self.rows]))
 
     def has(self, mode: str, load: float, strategy: str, repeat: int) -> bool:
         return any(row["key"] == [mode, load, strategy, repeat] for row in self.rows)
 
     def add(self, mode: str, load: float, strategy: str, repeat: int, figures: LoadFigures) -> None:
-        row = {"key": [mode, load, strategy, repeat], **summarise(figures)}
+        figured = {name: None if np.isnan(value) else value for name, value in summarise(figures).items()}
+        row = {"key": [mode, load, strategy, repeat], "figures": figured}
         self.rows.append(row)
-        self._write(row)
-
-    def medians(self, mode: str, load: float, strategy: str) -> dict[str, float]:
-        rows = [row for row in self.rows if row["key"][:3] == [mode, load, strategy]]
-        return {name: float(np.median([row[name] for row in rows])) for name in rows[0] if name != "key"}
-
-    def _write(self, row: dict[str, Any]) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
+
+    def medians(self, mode: str, load: float, strategy: str) -> dict[str, float]:
+        """By figure; NaN where a run has none, such as the speed of users none of whom finished."""
+        rows = [row["figures"] for row in self.rows if row["key"][:3] == [mode, load, strategy]]
+        columns = {name: [row.get(name) for row in rows] for name in rows[0]}
+        return {
+            name: float(np.median([np.nan if v is None else v for v in column])) for name, column in columns.items()
+        }
 
 
 def requests_of(settings: LoadSettings, users: int) -> int:

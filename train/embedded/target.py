@@ -25,12 +25,23 @@ import optax.contrib
 from flax import nnx
 from tokenizers import Tokenizer
 
+from dspark_jax.arrays import read_arrays
 from dspark_jax.checkpoints.huggingface import save_target
 from dspark_jax.config.cli import parse, program
 from dspark_jax.datagen.corpora import DOMAINS, conversations
 from dspark_jax.devices import announce
 from dspark_jax.errors import UserError
 from dspark_jax.files import replacing, write_atomically
+from dspark_jax.readers import (
+    Schema,
+    check_fields,
+    integer,
+    number,
+    object_of,
+    parse_json,
+    read_records,
+    require_object,
+)
 from dspark_jax.sharding import split
 from dspark_jax.targets.attention import CausalRows
 from dspark_jax.targets.registry import read_target_config, target_module
@@ -229,18 +240,32 @@ class Run:
             np.savez(file, header=np.frombuffer(header.encode(), np.uint8), **leaves)
 
     def _restore(self) -> None:
-        with np.load(self.checkpoint, allow_pickle=False) as stored:
-            header = json.loads(stored["header"].tobytes())
-            if header["recipe"] != _identity(self.recipe):
-                raise UserError(
-                    f"{self.checkpoint} belongs to a run with another recipe ({header['recipe']}); "
-                    "name another --run-dir or remove it."
-                )
-            # By position: the recipe is the same, and with it the structure of the state.
-            leaves = [jnp.asarray(stored[f"leaf_{i:04d}"]) for i in range(len(jax.tree.leaves(self.state)))]
+        expected = "a checkpoint of this program"
+        leaves, structure = jax.tree.flatten(self.state)
+        # By position: the recipe is the same, and with it the structure of the state.
+        layouts = {f"leaf_{i:04d}": (str(leaf.dtype), leaf.ndim) for i, leaf in enumerate(leaves)}
+        noted = read_arrays(self.checkpoint, {"header": ("uint8", 1)}, expected)["header"].tobytes()
+        where = f"{self.checkpoint}, its header"
+        header = require_object(parse_json(noted, where), where)
+        check_fields(header, _HEADER, where, required=_HEADER)
+        check_fields(header["progress"], _PROGRESS, where, required=_PROGRESS)
+        if header["recipe"] != _identity(self.recipe):
+            raise UserError(
+                f"{self.checkpoint} belongs to a run with another recipe ({header['recipe']}); "
+                "name another --run-dir or remove it."
+            )
 
-        self.state = jax.tree.unflatten(jax.tree.structure(self.state), leaves)
-        self.progress = Progress(**header["progress"])
+        stored = list(read_arrays(self.checkpoint, layouts, expected).values())
+        if [array.shape for array in stored] != [leaf.shape for leaf in leaves]:
+            raise UserError(f"{self.checkpoint} holds a state of other shapes; copy it again or remove it.")
+
+        self.state = jax.tree.unflatten(structure, [jnp.asarray(array) for array in stored])
+        self.progress = Progress(**{name: header["progress"][name] for name in Progress._fields})
+
+
+_HEADER: Schema = {"progress": object_of(), "recipe": object_of()}
+_PROGRESS: Schema = {"step": integer(), "tokens": integer(0, 2**62), "seconds": number(0)}
+_ENTRY: Schema = {**_PROGRESS, "heldout": object_of(object_of(number()))}
 
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
@@ -328,10 +353,12 @@ class History:
     @classmethod
     def open(cls, run: Run) -> "History":
         path = run.recipe.run_dir / "heldout.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
+        entries = read_records(path)
+        for line, entry in enumerate(entries, start=1):
+            check_fields(entry, _ENTRY, f"{path} line {line}", required=_ENTRY, cure="remove the line")
+
         # Entries past the restored checkpoint belong to steps that are done again.
-        entries = [entry for entry in map(json.loads, lines) if entry["step"] <= run.progress.step]
-        return cls(path, entries)
+        return cls(path, [entry for entry in entries if entry["step"] <= run.progress.step])
 
     def record(self, run: Run) -> None:
         losses = evaluate(run.graphdef, run.state.params, run.tokenizer, run.recipe.length)
