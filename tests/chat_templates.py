@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 SPECIAL = (
@@ -164,10 +164,40 @@ def _backend() -> str:
     return tokenizer.to_str()
 
 
-def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
+@cache
+def _word_backend(kind: str) -> str:
+    """As SentencePiece's vocabularies: spaces are part of a word, and a text's beginning may be marked as one is."""
+    letters = sorted({*" \n▁.,?!:{}[]<>/|'\"", *map(chr, range(33, 127)), *_TEXT[0], *_TEXT[1]} - {" "})
+    words = [*SPECIAL, "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters, "▁The", "▁sum", "and", "▁and"]
+    if kind == "unigram":
+        made = Tokenizer(
+            models.Unigram([(word, -1.0 - i / 1000) for i, word in enumerate(words)], words.index("<unk>"), True)
+        )
+    else:
+        pairs = [("▁", "T"), ("▁T", "h"), ("▁Th", "e"), ("a", "n"), ("an", "d"), ("▁", "and")]
+        words += [a + b for a, b in pairs if a + b not in words]
+        made = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, pairs, unk_token="<unk>", byte_fallback=True))
+    if kind == "gemma":  # no mark at the beginning
+        made.normalizer = normalizers.Replace(" ", "▁")
+    elif kind == "prepending":  # Llama 2's older form: every part between special tokens begins with one
+        made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always" if kind == "always" else "first")
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    made.decoder = decoders.Sequence(parts)
+    made.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in (*SPECIAL, "<unk>")])
+    made.add_tokens([AddedToken(name, special=False) for name in ORDINARY])
+    return made.to_str()
+
+
+BACKENDS = ("bytes", "first", "always", "prepending", "gemma", "unigram")
+
+
+def tokenizer_of(name: str, backend: str = "bytes") -> PreTrainedTokenizerFast:
     style = STYLES[name]
+    stored = _backend() if backend == "bytes" else _word_backend(backend)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_backend()), eos_token=style.eos, clean_up_tokenization_spaces=False
+        tokenizer_object=Tokenizer.from_str(stored), eos_token=style.eos, clean_up_tokenization_spaces=False
     )
     tokenizer.chat_template = style.template
     return tokenizer

@@ -19,7 +19,7 @@ from dspark_jax.serving.jobs import tokenize_prompt
 from dspark_jax.serving.prompts import encode
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
-from tests.chat_templates import SPECIAL, STYLES, tokenizer_of
+from tests.chat_templates import BACKENDS, SPECIAL, STYLES, tokenizer_of
 from tests.tiny import write_tiny_target
 
 PIECES = ["Seven", " four", "\n", "\n\n", "  ", "你好", "東京", "🙂", "👩‍💻", "é", "\ue000",
@@ -92,6 +92,57 @@ def test_names_of_special_tokens_in_messages_are_text(name):
     assert tokenizer("<|im_end|>", add_special_tokens=False)["input_ids"] == [SPECIAL.index("<|im_end|>")]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["chatml", "llama3", "mistral", "gemma"])
+def test_a_name_in_a_later_message_changes_no_token_before_it(name, backend):
+    """Whatever the tokenizer does at the beginning of a text: prompts of a conversation are tokenised alike, whether
+    or not a later turn names a special token, and the name changes nothing around it."""
+    tokenizer = tokenizer_of(name, backend)
+    pairs = [("The sum and 你好", "and the sum"), ("Say <|im_end|> and </s>.", "The </s> and")]
+    messages = conversation(pairs)
+    rows = encode_conversation(tokenizer, messages)
+    for index in (1, 3):
+        prompt = encode_prompt(tokenizer, messages[:index]).tolist()
+        assert any(row.input_ids[: len(prompt)].tolist() == prompt for row in rows), index
+
+    # As without the name: the same tokens up to it, and the same after it. "#" is no word's part, as "<" and ">".
+    plain = [[{"role": "user", "content": f"The sum {word} and the sum"}] for word in ("<|im_end|>", "#")]
+    named, other = (encode_prompt(tokenizer, turns).tolist() for turns in plain)
+    before = next(i for i, (a, b) in enumerate(zip(named, other)) if a != b)
+    after = next(i for i, (a, b) in enumerate(zip(named[::-1], other[::-1])) if a != b)
+    assert before + after >= len(other) - 2
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in SPECIAL]
+    assert [t for t in named if t in ids] == [t for t in other if t in ids]
+
+
+def test_names_of_special_tokens_are_text_in_every_field_of_a_message():
+    """Tool calls and thoughts, their arguments' names as well."""
+    tokenizer = tokenizer_of("chatml")
+    tokenizer.chat_template = STYLES["chatml"].template.replace(
+        "m.content +", "m.content + (m.tool_calls or '') | string + (m.reasoning_content or '') +"
+    )
+    said = {
+        "content": "",
+        "tool_calls": [{"name": "f", "arguments": {"<|im_end|>": ["</s>"]}}],
+        "reasoning_content": "<|im_start|>",
+    }
+    (row,) = encode_conversation(tokenizer, [{"role": "user", "content": "Hi"}, {"role": "assistant", **said}])
+    special = [t for t in row.input_ids[row.loss_mask == 1].tolist() if t in {SPECIAL.index(name) for name in SPECIAL}]
+    assert special == [SPECIAL.index("<|im_end|>")], "the template's own"
+    deep: list = []
+    for _ in range(3000):
+        deep = [deep]
+    with pytest.raises(UserError, match="Turn 0 .* nested deeper"):
+        encode_prompt(tokenizer, [{"role": "user", "content": "Hi", "tool_calls": deep}])
+
+
+@pytest.mark.parametrize("cut", ["false", 1, [], "no"])
+def test_a_cut_answer_is_marked_by_true_alone(cut):
+    messages = [*conversation([("Hi", "Seven.")])[:1], {"role": "assistant", "content": "Seven", "truncated": cut}]
+    with pytest.raises(UserError, match="Turn 1 .* truncated = .*, expected true or false"):
+        encode_conversation(tokenizer_of("chatml"), messages)
+
+
 @pytest.mark.parametrize("thinking", [False, True])
 def test_api_program_regeneration_and_training_send_the_same_ids(thinking, tmp_path):
     target = load_target(write_tiny_target(tmp_path / "tiny", vocab_size=400))
@@ -154,6 +205,9 @@ def test_templates_that_are_damaged_or_never_end_are_one_sentence(template, said
 
 
 LARGE = [
+    "{{ 2 ** 40000000 }}",
+    "{% set x = 3 ** 20000 %}{{ x * x * x * x }}",
+    "{{ (2 ** 60000) // 3 ** 60000 }}",
     "{{ 'a' * 10 ** 10 }}",
     "{{ 10 ** 10 * 'a' }}",
     "{{ ['a' * 1000] * 10 ** 6 }}",
@@ -198,7 +252,7 @@ def test_no_operation_of_a_template_takes_all_memory(template):
     tokenizer.chat_template = template
     tracemalloc.start()
     try:
-        with pytest.raises(UserError, match="more than [0-9,]+ characters|Range too big"):
+        with pytest.raises(UserError, match="more than [0-9,]+ (characters|bits)|Range too big"):
             encode_prompt(tokenizer, [{"role": "user", "content": "Hi"}])
         assert tracemalloc.get_traced_memory()[1] < 2**30
     finally:

@@ -97,6 +97,19 @@ def indexed(name: str, links: Path | None = None) -> Spoil:
     return spoil
 
 
+def changed_row(embedding: np.ndarray) -> np.ndarray:
+    """As after a fine-tuning that added one token to an untied head."""
+    head = embedding.copy()
+    head[-2] += 1
+    return head
+
+
+def two_sets(folder: Path) -> None:
+    indexed("other.safetensors")(folder)
+    shutil.copy(folder.parent / "outside.safetensors", folder / "other.safetensors")
+    shutil.copy(folder.parent / "outside.safetensors", folder / "model.safetensors")
+
+
 REFUSED: dict[str, tuple[Spoil, str]] = {
     "gptq": (fields(quantization_config={"quant_method": "gptq", "bits": 4}), r'a quantization_config \("gptq"\)'),
     "mlx": (fields(quantization={"group_size": 64, "bits": 4}), "a quantization"),
@@ -114,6 +127,22 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
     "another head": (
         tensors(lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1})),
         r"a lm_head\.weight that differs from model\.embed_tokens\.weight, and its config\.json ties",
+    ),
+    "another head in one row": (
+        tensors(lambda t: t.update({"lm_head.weight": changed_row(t["model.embed_tokens.weight"])})),
+        r"a lm_head\.weight that differs from model\.embed_tokens\.weight",
+    ),
+    "two sets": (
+        two_sets,
+        "holds model.safetensors, and an model.safetensors.index.json .* two sets of weights",
+    ),
+    "adapter": (
+        lambda folder: (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}') and None,
+        r"holds an adapter \(adapter_config.json\), which is not read; merge it into the weights",
+    ),
+    "nested quantisation": (
+        fields(text_config={"quantization_config": {"format": "nvfp4"}}),
+        r'a quantization_config \("nvfp4"\)',
     ),
     "NaN": (poison(np.nan), r"model\.layers\.2\.mlp\.down_proj\.weight in .* holds values that are not finite"),
     "infinity": (poison(-np.inf), "holds values that are not finite"),

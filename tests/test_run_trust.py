@@ -254,6 +254,19 @@ def test_a_run_without_supervision_stops(folder: Path, steps: int, said: str, ca
     assert not (folder / f"nothing-{steps}" / "drafter").exists()
 
 
+def test_a_finished_run_without_drafter_and_last_checkpoint_trains_the_rest_again(folder: Path, capsys):
+    """Not the drafter of the checkpoint before: the run's own, to the same bytes."""
+    run = folder / "no-drafter-no-checkpoint"
+    shutil.copytree(folder / "whole", run)
+    shutil.rmtree(run / "drafter")
+    last = max(int(entry.name) for entry in (run / "checkpoints").iterdir() if entry.name.isdigit())
+    (damaged,) = [p for p in (run / "checkpoints" / str(last)).rglob("*") if p.name == "_CHECKPOINT_METADATA"]
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    main(command(folder, "no-drafter-no-checkpoint", "--checkpoint.every-steps", 2))
+    assert "the run continues from the one before it" in capsys.readouterr().err
+    assert drafter_bytes(run) == drafter_bytes(folder / "whole")
+
+
 def test_a_finished_run_whose_drafter_is_gone_exports_it_again(folder: Path, capsys: pytest.CaptureFixture[str]):
     run = folder / "no-drafter"
     shutil.copytree(folder / "whole", run)

@@ -40,6 +40,7 @@ from dspark_jax.targets.registry import TARGETS, read_target_config, target_modu
 from dspark_jax.targets.target import Target
 
 HEAD_TENSOR = "lm_head.weight"
+ADAPTER_FILE = "adapter_config.json"
 HASHES_FILE = "hashes.json"
 """Hashes of the files by name, written by `save_target` and checked by infer.verify."""
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -171,6 +172,8 @@ def save_target(folder: str | Path, hf_config: Mapping[str, Any], params: dict, 
     write_json(folder / HASHES_FILE, {name: file_hash(folder / name) for name in ("config.json", WEIGHTS_FILE)})
 
 
+_ROWS = 4096  # read at a time where two tables are compared
+
 # Prefixes of the language model's tensors, in text-only and in multimodal files.
 _PREFIXES = ("model", "model.language_model")
 
@@ -192,9 +195,15 @@ def target_tensors(
     """The folder's tensors, and the map from the paths of `leaves`, all of the target's, to the tensors that hold them.
 
     Raises:
-        UserError: the folder holds tensors that the config does not call for, or a head that differs from the
-            embedding to which the config ties it.
+        UserError: the folder holds tensors that the config does not call for, an adapter, or a head that differs from
+            the embedding to which the config ties it.
     """
+    # Other libraries apply an adapter that lies beside the weights.
+    if os.path.lexists(folder / ADAPTER_FILE):
+        raise UserError(
+            f"{folder} holds an adapter ({ADAPTER_FILE}), which is not read; merge it into the weights, or remove it."
+        )
+
     if config.model_type == "deepseek_v4":
         # V4's files have names and quantised forms of their own.
         published, table = V4Folder(folder), v4_tensor_map(leaves)
@@ -216,13 +225,11 @@ def target_tensors(
 
 
 def _check_tied_head(tensors: TensorFolder, embedding: str) -> None:
-    """UserError where sampled rows of a stored head differ from the embedding's, which a tied head's cannot."""
+    """UserError where a stored head differs from the embedding, which a tied head cannot."""
     embed, head = tensors.stored(embedding), tensors.stored(HEAD_TENSOR)
 
-    count = embed.get_shape()[0]
-
-    # A sample of 64 rows: a head that was trained apart differs in nearly all of them.
-    rows = [slice(int(r), int(r) + 1) for r in np.linspace(0, count - 1, min(count, 64))]
+    # Every row: a head that was trained apart for some added tokens alone differs in their rows alone.
+    rows = [slice(start, start + _ROWS) for start in range(0, embed.get_shape()[0], _ROWS)]
     same = embed.get_shape() == head.get_shape() and all(np.array_equal(embed[row], head[row]) for row in rows)
 
     if not same:

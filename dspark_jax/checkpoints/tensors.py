@@ -176,6 +176,13 @@ class TensorFolder:
                 f"{folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}; point to a folder with safetensors weights."
             )
 
+        # Other libraries read the one file where both are there, so neither is what is surely meant.
+        if listed and WEIGHTS_FILE not in listed.values() and os.path.lexists(folder / WEIGHTS_FILE):
+            raise UserError(
+                f"{folder} holds {WEIGHTS_FILE}, and an {INDEX_FILE} that places all tensors in other files: two sets "
+                "of weights. Remove the one that is not meant."
+            )
+
         files = {name: _inside(folder, name, index) for name in sorted(set(listed.values()))}
         headers = {path: self._header(path) for path in files.values() or [folder / WEIGHTS_FILE]}
 

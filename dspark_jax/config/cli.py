@@ -20,8 +20,10 @@ import functools
 import importlib
 import importlib.util
 import io
+import os
 import pkgutil
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -61,7 +63,7 @@ NOT_EXPERIMENTS = {"recipe", "sweeps"}
 def program(main: Callable[[list[str]], Any]) -> Callable[..., Any]:
     """Wraps a program's `main(argv)`, so that errors of the user end in one sentence on stderr and no traceback.
 
-    Exit codes: 2 for a `UserError` or a full disk, 130 for an interrupt.
+    Exit codes: 2 for a `UserError` or a full disk, 130 for an interrupt, 141 where the reader of stdout has left.
 
     Args:
         main: takes the arguments without the program's name.
@@ -71,8 +73,17 @@ def program(main: Callable[[list[str]], Any]) -> Callable[..., Any]:
 
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> Any:
+        # A terminal of another encoding than UTF-8 shows escapes for what it lacks.
+        if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
-            return main(list(sys.argv[1:] if argv is None else argv))
+            returned = main(list(sys.argv[1:] if argv is None else argv))
+            # A full disk behind stdout shows here, not when the interpreter ends.
+            sys.stdout.flush()
+            return returned
+        except BrokenPipeError:
+            _drop_output()
+            raise SystemExit(128 + signal.SIGPIPE) from None
         except UserError as error:
             print(" ".join(str(error).split()), file=sys.stderr)
             raise SystemExit(2) from None
@@ -82,12 +93,21 @@ def program(main: Callable[[list[str]], Any]) -> Callable[..., Any]:
                 raise
             what = f" {error.filename}" if error.filename else ""
             print(f"The disk takes no more ({error.strerror}{what}): make room and run again.", file=sys.stderr)
+            _drop_output()
             raise SystemExit(2) from None
         except KeyboardInterrupt:
             print("Interrupted.", file=sys.stderr)
             raise SystemExit(130) from None
 
     return run
+
+
+def _drop_output() -> None:
+    """Points stdout elsewhere where it takes no more: the interpreter flushes it once again at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def experiments() -> ModuleType:

@@ -8,12 +8,10 @@ marker is searched for in text: how a template closes an answer is read off from
 Message text stays text: the name of a special token in a message becomes ordinary tokens.
 """
 
-import copy
 import hashlib
 import json
 import os
 import re
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,9 +20,10 @@ from typing import Any
 
 import numpy as np
 
+from dspark_jax.data.special_tokens import aliased
 from dspark_jax.data.templates import render
 from dspark_jax.errors import UserError
-from dspark_jax.readers import read_object
+from dspark_jax.readers import MAX_DEPTH, read_object
 
 Message = Mapping[str, Any]
 """One turn: "role" and "content", plus whatever else the tokenizer's template reads (tool_calls, ...).
@@ -142,6 +141,10 @@ def check_messages(messages: Sequence[Message]) -> None:
                 "used."
             )
 
+        # Null as well: tables give every row every field.
+        if (cut := message.get("truncated")) is not None and not isinstance(cut, bool):
+            raise UserError(f"Turn {index} of the conversation has truncated = {cut!r:.40}, expected true or false.")
+
         # JSON can hold half a pair as an escape; it has no UTF-8 form.
         if any("\ud800" <= character <= "\udfff" for character in content):
             raise UserError(
@@ -174,7 +177,8 @@ class _Chat:
     def __post_init__(self) -> None:
         added = getattr(self.tokenizer, "added_tokens_decoder", {})
         specials = {token.content: (number, token) for number, token in added.items() if token.special}
-        texts = "".join(message["content"] for message in self.messages)
+        # All text of a message, not its content alone: templates write tool calls and thoughts as well.
+        texts = "\n".join(text for i, message in enumerate(self.messages) for text in _texts(message, i))
         # Longest first: one special token's name may contain another's.
         named = [name for name in sorted(specials, key=len, reverse=True) if name in texts]
         free = (chr(code) for code in _STAND_INS if chr(code) not in texts)
@@ -202,25 +206,19 @@ class _Chat:
         if not self.stand_ins:
             return list(self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"])
 
-        ids: list[int] = []
-        # Special tokens split a text before anything else does, so its parts can be tokenised one by one.
-        parts = re.split(self._special_names, text)
+        if getattr(self.tokenizer, "backend_tokenizer", None) is not None:
+            return aliased(self.tokenizer).ids(text, self.stand_ins)
 
+        ids: list[int] = []
         # `re.split` with a group alternates: text at even places, names of special tokens at odd ones.
-        for at, part in enumerate(parts):
+        for at, part in enumerate(re.split(self._special_names, text)):
             if at % 2:
                 ids.append(self.specials[part][0])
                 continue
-            # A special token may swallow the spaces beside it; cutting the text there must keep that.
-            if at and self.specials[parts[at - 1]][1].rstrip:
-                part = part.lstrip()
-            if at + 1 < len(parts) and self.specials[parts[at + 1]][1].lstrip:
-                part = part.rstrip()
-
             for name, stand_in in self.stand_ins.items():
                 part = part.replace(stand_in, name)
-
-            ids += _plain_ids(self.tokenizer, part)
+            plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+            ids += self.tokenizer(part, **plain)["input_ids"]
 
         return ids
 
@@ -228,13 +226,18 @@ class _Chat:
     def _shielded(self) -> list[Message]:
         if not self.stand_ins:
             return list(self.messages)
-        return [{**message, "content": self._shield(message["content"])} for message in self.messages]
+        return [{**self._shield(message), "role": message["role"]} for message in self.messages]
 
-    def _shield(self, text: str) -> str:
-        # The names are back, but as ordinary text: `_plain_ids` knows no special tokens.
-        for name, stand_in in self.stand_ins.items():
-            text = text.replace(name, stand_in)
-        return text
+    def _shield(self, value: Any) -> Any:
+        """A message, or a part of one, with stand-ins in all its text."""
+        if isinstance(value, Mapping):
+            return {self._shield(name): self._shield(item) for name, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._shield(item) for item in value]
+        if isinstance(value, str):
+            for name, stand_in in self.stand_ins.items():
+                value = value.replace(name, stand_in)
+        return value
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         turns = [{k: v for k, v in message.items() if k != "truncated"} for message in messages]
@@ -304,24 +307,19 @@ def _check_conversation(messages: Sequence[Message]) -> None:
         )
 
 
-_plain_backends: "weakref.WeakKeyDictionary[Any, Any]" = weakref.WeakKeyDictionary()
+def _texts(message: Message, index: int) -> list[str]:
+    """Every text in a message, names of fields included; UserError where it is nested too deep for a template."""
+    texts, level, depth = list[str](), list[Any]([message]), 0
+    while level:
+        if (depth := depth + 1) > MAX_DEPTH:
+            raise UserError(f"Turn {index} of the conversation is nested deeper than {MAX_DEPTH} levels; leave it out.")
+        texts += [item for item in level if isinstance(item, str)]
+        lists = [item for item in level if isinstance(item, list | tuple)]
+        objects = [item for item in level if isinstance(item, Mapping)]
+        level = [part for item in lists for part in item]
+        level += [part for item in objects for part in (*item, *item.values())]
 
-
-def _plain_ids(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text in which no special token is meant."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"])
-
-    # A copy, since the switch is state of the backend, which other threads use. Copying is slow: one a tokenizer.
-    if tokenizer not in _plain_backends:
-        plain = copy.deepcopy(backend)
-        plain.encode_special_tokens = True
-        plain.no_truncation()
-        plain.no_padding()
-        _plain_backends[tokenizer] = plain
-
-    return list(_plain_backends[tokenizer].encode(text, add_special_tokens=False).ids)
+    return texts
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Any:

@@ -27,6 +27,8 @@ MOST_IN_ALL = 500_000_000
 """Weight that all operations of a rendering may make: values that are kept in lists add up."""
 
 ITEM = 50
+MOST_BITS = 1 << 16
+"""Of a whole number: products and quotients of longer ones take minutes in one call into C."""
 
 PADDING = {"center", "ljust", "rjust", "zfill", "batch", "slice"}
 MULTIPLYING = {"indent", "expandtabs", "tojson", "translate", "wordwrap"}
@@ -117,6 +119,19 @@ def _weight_of_call(name: str, values: list[Any]) -> int:
     return weight
 
 
+def _allow_bits(operator: str, left: int, right: int) -> None:
+    """TooMuch where two whole numbers, or what an operator makes of them, are longer than `MOST_BITS`."""
+    ours, theirs = left.bit_length(), right.bit_length()
+    # A product has the bits of both; a power as many times its base's as its exponent says.
+    made = max(ours, theirs)
+    if operator == "*":
+        made = ours + theirs
+    elif operator == "**":
+        made = max(made, ours * abs(right))
+    if made > MOST_BITS:
+        raise TooMuch(f"one operation would work on numbers of more than {MOST_BITS:,} bits")
+
+
 def _listed(value: Any) -> Any:
     """A generator's items, weighed as they come; any other value as it is."""
     if not isinstance(value, GeneratorType):
@@ -163,14 +178,14 @@ class _Generation(Extension):
 
 class _Sandbox(ImmutableSandboxedEnvironment):
     code_generator_class = _Generator
-    intercepted_binops = frozenset({"*", "**", "+", "%"})
+    intercepted_binops = frozenset({"*", "**", "+", "-", "%", "/", "//"})
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if isinstance(left, int) and isinstance(right, int):
+            _allow_bits(operator, left, right)
         if operator == "%" and isinstance(left, str):
             values = [*right] if isinstance(right, tuple) else [right]
             _allow(_weight_of_format(left, values))
-        elif operator == "**":
-            _allow((1 + _weight(left)) * _largest(right))
         elif operator == "*":
             # Of two numbers the digits add up; of a number and a sequence the sequence is repeated.
             numbers = isinstance(left, int | float) and isinstance(right, int | float)

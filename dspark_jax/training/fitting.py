@@ -48,7 +48,8 @@ def fit(config: TrainConfig) -> Fitted:
     """Trains a drafter, or continues the run in the configuration's folder to the same parameters.
 
     The folder gets checkpoints, records, the drafter and metrics.json, as `run_folder` lists them. A finished run is
-    left unchanged, except that a missing or half-written drafter is exported again. Every process of a job calls this.
+    left unchanged, except that a missing or half-written drafter is exported again, for which steps whose checkpoint
+    is damaged are trained again. Every process of a job calls this.
 
     Args:
         config: the whole run.
@@ -174,7 +175,10 @@ def _left_alone(config: TrainConfig) -> Fitted:
     lost = [name for name in (LAST, BEST) if not saved_whole(folder / name)]
 
     if LAST in lost or (BEST in lost and best is not None):
-        _export_run(config)
+        step, _ = _export_run(config)
+        # The last checkpoint was damaged, so what was exported is not the finished run's drafter yet.
+        if step != summary.get("steps"):
+            return _fit(config)
 
     return Fitted(folder, folder / LAST, summary, found=True)
 
