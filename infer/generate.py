@@ -18,7 +18,7 @@ from dspark_jax.config.cli import FLAT, parse, program
 from dspark_jax.devices import announce
 from dspark_jax.errors import UserError
 from dspark_jax.evaluation.acceptance import Acceptance
-from dspark_jax.files import make_output
+from dspark_jax.files import lock_descriptor, make_output
 from dspark_jax.programs import EMBEDDED
 from dspark_jax.serving.generate import drain, engine_for
 from dspark_jax.serving.prompts import EncodedPrompt, encode, read_prompts
@@ -113,9 +113,13 @@ class Answers:
         if self.path is not None:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self.path.open("w", encoding="utf-8")
+                self._file = self.path.open("a", encoding="utf-8")
             except OSError as error:
                 raise UserError(f"{self.path} cannot be written ({error.strerror}); give an output that can.") from None
+            # Emptied under the lock: another process may be writing its answers there.
+            lock_descriptor(self._file.fileno(), self.path, "the answers")
+            if self.path.is_file():
+                self._file.truncate(0)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:

@@ -23,6 +23,10 @@ from tests.started import start
 from tests.tiny import write_tiny_target
 
 
+TRACES = ("Traceback", "Exception in", "Exception ignored", "never retrieved", "Fatal", "core dumped", "[C]", ".cc:")
+"""What stands in the trace of a thread or a library, and in no sentence."""
+
+
 @dataclass
 class Outcome:
     """What came of the runs: how many stopped for the disk, how many fitted, and what was wrong."""
@@ -95,8 +99,8 @@ def compare(
         found.fitted += 1
     else:
         found.stopped += 1
-        if code != 2 or "Traceback" in said:
-            found.wrong.append(f"{where}: exit code {code}, {sentence}")
+        if code != 2 or any(trace in said for trace in TRACES):
+            found.wrong.append(f"{where}: exit code {code}, stderr:\n{said[-3000:]}")
         again, said = run(task, folder, scratch)
         if again != 0:
             found.wrong.append(f"{where}: continued with exit code {again}, {said.splitlines()[-1:]}")

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -238,3 +240,24 @@ def test_as_a_process() -> None:
     assert "did you mean --drafter.block-size" in bad.stderr
     assert "embedded_dspark" in run("--help").stdout
     assert "--drafter.block-size INT" in run("--config", "debug", "--help").stdout
+
+
+def test_output_that_can_not_be_written_is_no_traceback() -> None:
+    """A reader that leaves, a full disk behind stdout, and a terminal of another encoding."""
+    code = "from dspark_jax.config.cli import program; program(lambda argv: print('é🙂' * 40_000))()"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+
+    def run(stdout: int | IO[bytes]) -> tuple[int, str]:
+        command = [sys.executable, "-c", code]
+        done = subprocess.Popen(command, cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE, env=environment)
+        if done.stdout is not None:
+            done.stdout.close()
+        said = done.stderr.read().decode() if done.stderr else ""
+        return done.wait(60), said
+
+    assert run(subprocess.PIPE) == (141, "")
+    with open("/dev/full", "wb") as full:
+        code = code.replace("40_000", "2")  # all of it in the buffer, until the end
+        assert run(full) == (2, "The disk takes no more (No space left on device): make room and run again.\n")
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (shown.returncode, shown.stdout) == (0, "\\xe9\\U0001f642" * 2 + "\n")

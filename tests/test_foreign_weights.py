@@ -140,10 +140,6 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
         lambda folder: (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}') and None,
         r"holds an adapter \(adapter_config.json\), which is not read; merge it into the weights",
     ),
-    "nested quantisation": (
-        fields(text_config={"quantization_config": {"format": "nvfp4"}}),
-        r'a quantization_config \("nvfp4"\)',
-    ),
     "NaN": (poison(np.nan), r"model\.layers\.2\.mlp\.down_proj\.weight in .* holds values that are not finite"),
     "infinity": (poison(-np.inf), "holds values that are not finite"),
     "absolute": (indexed("/etc/passwd"), "names the file '/etc/passwd', which lies outside the folder"),

@@ -11,6 +11,7 @@ import pytest
 from dspark_jax.checkpoints.drafters import save_drafter
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.drafters.registry import Drafter, drafter_hf_config, read_config, skeleton
+from dspark_jax.errors import UserError
 from dspark_jax.evaluation.acceptance import Acceptance
 from dspark_jax.evaluation.timing import Timed, alternate, median_ratio, median_speed
 from dspark_jax.serving.engine import Engine
@@ -18,6 +19,7 @@ from dspark_jax.serving.generate import drain
 from dspark_jax.serving.requests import Generation, Progress
 from dspark_jax.sharding import split
 from infer.bench import main as bench
+from infer.generate import Answers
 from infer.generate import main as generate
 from tests.decoding_tiny import random_leaves
 from tests.tiny import write_tiny_target
@@ -125,6 +127,18 @@ def test_an_interrupt_keeps_the_answers_that_have_ended(
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert stop.value.code == 130 and [tuple(row["tokens"]) for row in rows] == [g.tokens for g in ended]
     assert "2 of 3 answers had ended; they are in" in capsys.readouterr().err
+
+
+def test_a_file_of_answers_has_one_writer(tmp_path: Path) -> None:
+    """The second leaves what the first has written."""
+    out = tmp_path / "answers.jsonl"
+    with Answers(out, []):
+        out.write_text("an answer\n")
+        with pytest.raises(UserError, match="Another process is writing the answers"), Answers(out, []):
+            pass
+        assert out.read_text() == "an answer\n"
+    with Answers(out, []):
+        assert out.read_text() == ""
 
 
 GENERATE: dict[str, tuple[list[str], str]] = {

@@ -9,6 +9,7 @@ import pytest
 from pyarrow import parquet
 
 from dspark_jax.data.conversations import BadRow, file_rows, hub_rows, parse_rows, read_conversations
+from dspark_jax.data.jsonl import read_lines
 from dspark_jax.datagen.regeneration import Rejected, Source
 from dspark_jax.datagen.settings import PrepareSettings
 from dspark_jax.datagen.sources import prompts_sha256, read_sources
@@ -160,3 +161,23 @@ def test_options_that_contradict(options: dict, said: str):
     given = {"prompts": (Path("p.jsonl"),)} if "dataset" not in options else {}
     with pytest.raises(UserError, match=said):
         settings(**given | options)
+
+
+def test_what_tables_hold_beside_text_is_json(tmp_path: Path):
+    """NaN, which pandas writes for a field that a row lacks, is none; an empty id is none either."""
+    rows = [{"id": "", "score": float("nan"), "deep": {"a": [float("inf"), 1.0]}, **row} for row in SHAREGPT]
+    found = list(read_conversations(write_parquet(tmp_path / "a.parquet", rows)))
+    assert [record.id for record in found] == [str(i) for i in range(len(rows))]
+    assert all("score" not in record.extra and record.extra["deep"] == {"a": [None, 1.0]} for record in found)
+
+    broken = pa.array([b"\xff\xfe"], pa.binary()).view(pa.string())
+    parquet.write_table(pa.table({"messages": broken}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match="cannot be read as Parquet"):
+        list(read_conversations(tmp_path / "b.parquet"))
+
+
+def test_a_line_without_end_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("dspark_jax.data.jsonl.MAX_JSON_BYTES", 1000)
+    (tmp_path / "a.jsonl").write_bytes(b'{"messages": []}\n' + b"[" * 5000)
+    with pytest.raises(UserError, match="a.jsonl line 2 has more than 1,000 bytes"):
+        list(read_lines(tmp_path / "a.jsonl"))

@@ -229,7 +229,8 @@ def _check_tied_head(tensors: TensorFolder, embedding: str) -> None:
     embed, head = tensors.stored(embedding), tensors.stored(HEAD_TENSOR)
 
     # Every row: a head that was trained apart for some added tokens alone differs in their rows alone.
-    rows = [slice(start, start + _ROWS) for start in range(0, embed.get_shape()[0], _ROWS)]
+    count = embed.get_shape()[0]
+    rows = [slice(start, min(start + _ROWS, count)) for start in range(0, count, _ROWS)]
     same = embed.get_shape() == head.get_shape() and all(np.array_equal(embed[row], head[row]) for row in rows)
 
     if not same:

@@ -5,6 +5,7 @@ of prompts also take evaluation sets, {"turns": [...]}: user turns only. Those a
 readers refuse them.
 """
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -235,18 +236,20 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path} row {number}", _plain(row)
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, ValueError, OverflowError) as error:  # text that is not UTF-8, dates beyond range
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} cannot be read as Parquet ({reason}); expected a whole Parquet file.") from error
 
 
 def _plain(value: Any) -> Any:
     """A column's value in JSON's types. A column gives every turn the fields of all turns, so null fields are
-    dropped as absent. Dates and the like become text."""
+    dropped as absent. NaN and infinity, which JSON lacks, are null. Dates and the like become text."""
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items() if v is not None}
+        return {k: plain for k, v in value.items() if (plain := _plain(v)) is not None}
     if isinstance(value, list):
         return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
@@ -260,7 +263,7 @@ def _record(value: Any, where: str, position: str, evaluation_sets: bool) -> Con
 
 def _id_of(value: Any, position: str) -> str:
     named = value.get("id") if isinstance(value, Mapping) else None
-    return position if named is None else str(named)
+    return position if named is None or named == "" else str(named)
 
 
 def _user_turns(turns: Any, where: str) -> Conversation:

@@ -8,18 +8,22 @@ from typing import Any
 
 from dspark_jax.errors import UserError
 from dspark_jax.files import lock_descriptor
-from dspark_jax.readers import kind_of_value, parse_json
+from dspark_jax.readers import MAX_JSON_BYTES, kind_of_value, parse_json
 
 
 def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:
-    """Yields (1-based line number, bytes) for every non-empty line; UserError when the file cannot be opened."""
+    """Yields (1-based line number, bytes) for every non-empty line; UserError when the file cannot be opened, or a line
+    has more than `MAX_JSON_BYTES`."""
     try:
         handle = open(path, "rb")  # noqa: SIM115 (only the opening is in this try)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); give the path of a JSONL file.") from error
 
     with handle:
-        for number, line in enumerate(handle, start=1):
+        # Read with a bound: a file without line breaks would be one line.
+        for number, line in enumerate(iter(lambda: handle.readline(MAX_JSON_BYTES + 1), b""), start=1):
+            if len(line) > MAX_JSON_BYTES:
+                raise UserError(f"{path} line {number} has more than {MAX_JSON_BYTES:,} bytes; expected JSON Lines.")
             if line.strip():
                 yield number, line
 
