@@ -22,7 +22,6 @@ from tests.kill_resume import PATIENCE_SECONDS, TASKS, Task, differences
 from tests.started import start
 from tests.tiny import write_tiny_target
 
-
 TRACES = ("Traceback", "Exception in", "Exception ignored", "never retrieved", "Fatal", "core dumped", "[C]", ".cc:")
 """What stands in the trace of a thread or a library, and in no sentence."""
 
