@@ -26,6 +26,12 @@ def listing(rows: Mapping[str, Any]) -> str:
     return "\n".join(f"{name:<{width}}  {shown(value)}" for name, value in rows.items())
 
 
+def painted(pieces: Sequence[tuple[str, bool]], colour: bool) -> str:
+    """Text whose marked pieces are green on a terminal, and in angle brackets elsewhere."""
+    opening, closing = ("\033[32m", "\033[0m") if colour else ("‹", "›")
+    return "".join(f"{opening}{text}{closing}" if marked else text for text, marked in pieces)
+
+
 def acceptance_plot(path: Path, temperatures: Mapping[str, Mapping[str, Any]]) -> None:
     """Conditional acceptance by block position, with a line for each domain and a panel for each temperature."""
     plt = pyplot()
@@ -46,6 +52,28 @@ def acceptance_plot(path: Path, temperatures: Mapping[str, Mapping[str, Any]]) -
         panel.legend(fontsize=8)
 
     panels[0][0].set_ylabel("x_k accepted, given x_<k were")
+    save(figure, path)
+
+
+def speed_plot(path: Path, temperatures: Mapping[str, Mapping[str, Any]]) -> None:
+    """Tokens a second of plain and speculative decoding by domain, with a panel for each temperature."""
+    plt = pyplot()
+    count = len(temperatures)
+    figure, panels = plt.subplots(1, count, figsize=(5 * count, 3.6), squeeze=False, sharey=True)
+
+    for panel, (key, rows) in zip(panels[0], temperatures.items(), strict=True):
+        for shift, way in ((-0.2, "plain"), (0.2, "speculative")):
+            speeds = [row[f"{way}_tokens_per_second"] for row in rows.values()]
+            panel.bar([i + shift for i in range(len(rows))], speeds, width=0.4, label=way)
+
+        # The ratio is the median of pairs, which may differ from the quotient of the two bars.
+        names = [f"{name}\n{row['speculative_over_plain']:.2f}x" for name, row in rows.items()]
+        panel.set_xticks(range(len(rows)), names)
+        panel.set_title(f"temperature {key.removeprefix('t')}")
+        panel.grid(alpha=0.3, axis="y")
+
+    panels[0][0].set_ylabel("tokens a second")
+    panels[0][0].legend(fontsize=8)
     save(figure, path)
 
 

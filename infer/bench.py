@@ -7,8 +7,8 @@ Every figure is a median over alternating runs, after one for compilation; prefi
 metrics.json and, with a drafter, the plot of conditional acceptance by block position.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -174,7 +174,7 @@ def comparison_table(key: str, rows: dict[str, Any]) -> str:
 def against_transformers(settings: BenchSettings, target: Target, prompts: Sequence[EncodedPrompt]) -> dict[str, Any]:
     """Greedy plain decoding against `generate` of transformers on the same weights; figures for metrics.json."""
     # Greedy, so that both must give the same tokens: a faster wrong answer would show.
-    reference = TransformersDecoder.load(settings)
+    reference = TransformersDecoder.load(settings.target, settings.dtype or "float32", settings.max_new_tokens)
     decode = Decoder(target, None, settings.sampling(0.0), settings.engine)
     runs = alternate({"plain": lambda: decode(prompts), "transformers": lambda: reference(prompts)}, settings.repeats)
     mine, theirs = runs["plain"][0].generations, runs["transformers"][0].generations
@@ -200,24 +200,27 @@ def against_transformers(settings: BenchSettings, target: Target, prompts: Seque
 
 @dataclass(frozen=True)
 class TransformersDecoder:
-    """Greedy `generate` of transformers on the CPU, one request at a time, in --dtype (float32 where none is given)."""
+    """Greedy `generate` of transformers on the CPU, one request at a time; `options` are further arguments of it."""
 
     model: Any
-    stop_tokens: list[int]
     max_new_tokens: int
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, settings: BenchSettings) -> "TransformersDecoder":
+    def load(cls, target: str, dtype: str, max_new_tokens: int) -> "TransformersDecoder":
+        """The target in PyTorch; UserError where that is not installed."""
         try:
             import torch
             from transformers import AutoModelForCausalLM
         except ImportError:
             raise UserError("Comparing with transformers needs PyTorch; install it with `make parity-env`.") from None
 
-        kind = getattr(torch, settings.dtype or "float32")
-        model = AutoModelForCausalLM.from_pretrained(resolve_folder(settings.target), dtype=kind).eval()
-        stops = model.generation_config.eos_token_id
-        return cls(model, stops if isinstance(stops, list) else [stops], settings.max_new_tokens)
+        model = AutoModelForCausalLM.from_pretrained(resolve_folder(target), dtype=getattr(torch, dtype)).eval()
+        return cls(model, max_new_tokens)
+
+    def having(self, **options: Any) -> "TransformersDecoder":
+        """The same model with further arguments of `generate`."""
+        return replace(self, options={**self.options, **options})
 
     def __call__(self, prompts: Sequence[EncodedPrompt]) -> Timed:
         import time
@@ -233,7 +236,7 @@ class TransformersDecoder:
                 # One prompt, so there is no padding: the mask is all ones, and the pad id only silences a warning.
                 out = self.model.generate(
                     ids, attention_mask=torch.ones_like(ids), max_new_tokens=self.max_new_tokens, do_sample=False,
-                    pad_token_id=0,
+                    pad_token_id=0, **self.options,
                 )  # fmt: skip
             # `generate` returns the prompt too.
             tokens = tuple(out[0, len(prompt.tokens) :].tolist())

@@ -4,11 +4,12 @@
     python -m infer.studies.real_pair --questions eval_datasets/gsm8k.jsonl eval_datasets/mbpp.jsonl \\
         eval_datasets/mt-bench.jsonl --domains math code chat
 
-Each file is a domain, of which the first questions are asked: one request at a time, in alternating runs at
-temperatures 0 and 1. Figures are medians, prefill included. Writes docs/results/real_pair.json, and infer.bench's
-figures and plot into the run's folder.
+The first questions of each domain are asked: one request at a time, in alternating runs at temperatures 0 and 1.
+Figures are medians, prefill included. Writes docs/results/real_pair.json, and infer.bench's figures and plots into the
+run's folder.
 """
 
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,9 +18,11 @@ from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.config.cli import parse, program
 from dspark_jax.devices import announce, machine
+from dspark_jax.drafters.registry import Drafter
 from dspark_jax.errors import UserError
+from dspark_jax.evaluation.drafted import drafted_pieces
 from dspark_jax.files import make_output, write_json
-from dspark_jax.report import acceptance_plot, table
+from dspark_jax.report import acceptance_plot, painted, speed_plot, table
 from dspark_jax.serving.prompts import EncodedPrompt, read_prompts
 from dspark_jax.serving.settings import EngineConfig, PolicyName
 from dspark_jax.targets.target import Target
@@ -35,9 +38,9 @@ class RealPairSettings:
     """Measures speculative against plain decoding of a pair, by domain."""
 
     questions: tuple[Path, ...]
-    """JSONL files of questions, one for each domain."""
-    domains: tuple[str, ...]
-    """The files' domains, in their order."""
+    """JSONL files of questions."""
+    domains: tuple[str, ...] = ()
+    """The files' domains, in their order. None: those that the rows name."""
     target: str = ".cache/real_target"
     """Folder, GGUF file or hub id of the target."""
     drafter: str = "assets/smollm2_135m_drafter"
@@ -47,9 +50,13 @@ class RealPairSettings:
     policy: PolicyName = "auto"
     """Verify policy."""
     repeats: int = 3
-    """Alternations at each temperature."""
+    """Alternations at temperature 0."""
+    sampled_repeats: int = 3
+    """Alternations at temperature 1."""
     max_new_tokens: int = 96
     """Longest answer."""
+    answers: int = 0
+    """Questions, each of another domain, whose greedy answers are printed with their drafted tokens marked."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of weights and activations."""
     output: Path = Path("runs/real_pair")
@@ -58,7 +65,7 @@ class RealPairSettings:
     """The summary."""
 
     def __post_init__(self) -> None:
-        if len(self.domains) != len(self.questions):
+        if self.domains and len(self.domains) != len(self.questions):
             raise UserError(
                 f"{len(self.questions)} files of questions and {len(self.domains)} domains were given; expected a "
                 "domain for each file."
@@ -83,7 +90,7 @@ def main(argv: list[str]) -> None:
         drafter=settings.drafter,
         output=settings.output,
         repeats=settings.repeats,
-        sampled_repeats=settings.repeats,
+        sampled_repeats=settings.sampled_repeats,
         max_new_tokens=settings.max_new_tokens,
         dtype=settings.dtype,
         engine=engine,
@@ -91,6 +98,7 @@ def main(argv: list[str]) -> None:
 
     metrics = against_plain(bench, target, drafter, prompts)
     acceptance_plot(settings.output / "conditional_acceptance.png", metrics["temperatures"])
+    speed_plot(settings.output / "speed.png", metrics["temperatures"])
     write_json(settings.output / "metrics.json", metrics)
 
     made = summary(metrics["temperatures"]) | {"policy": settings.policy, "machine": machine()}
@@ -102,10 +110,31 @@ def main(argv: list[str]) -> None:
         for name, row in made["by_domain"].items()
     ]
     print(f"\n{table(['domain', 'ratio, T = 0', 'T = 1', 'tau, T = 0', 'T = 1'], rows)}\n{settings.result}")
+    show_answers(settings, bench, target, drafter, prompts)
+
+
+def show_answers(
+    settings: RealPairSettings, bench: BenchSettings, target: Target, drafter: Drafter, prompts: list[EncodedPrompt]
+) -> None:
+    """Prints greedy answers with their drafted tokens marked."""
+    # Whole blocks, so that drafts are seen also where `auto` would decode plainly.
+    engine = replace(bench.engine, policy="fixed")
+    firsts = {prompt.domain: prompt for prompt in reversed(prompts)}
+    chosen = sorted(firsts.values(), key=prompts.index)[: settings.answers]
+
+    colour = sys.stdout.isatty()
+    if chosen:
+        print(f"\nDrafted and accepted tokens are {'green' if colour else 'in ‹›'}, whole blocks being verified.")
+    for prompt in chosen:
+        answer = drafted_pieces(target, drafter, prompt.tokens, bench.sampling(0.0), engine)
+        print(f"\n--- {prompt.domain}, {prompt.id}\n{painted(answer, colour)}")
 
 
 def questions(settings: RealPairSettings, target: Target) -> list[EncodedPrompt]:
-    """The first questions of every file, with its domain."""
+    """The first questions of every domain."""
+    if not settings.domains:
+        return read_prompts(target, settings.questions, settings.per_domain)
+
     made: list[EncodedPrompt] = []
     for path, domain in zip(settings.questions, settings.domains, strict=True):
         found = read_prompts(target, [path], settings.per_domain)[: settings.per_domain]
