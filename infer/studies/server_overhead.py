@@ -1,0 +1,153 @@
+"""Measures what the HTTP server costs: tokens a second over HTTP against the bare engine, in alternating runs.
+
+    python -m infer.studies.server_overhead --users 16 --repeats 5
+
+Both decode the same requests in a closed loop, with the same programs, from the first request to the last answer. The
+streaming clients run in a process of their own on the same machine, so that their share of its cores counts too.
+"""
+
+import json
+import statistics
+import subprocess
+import threading
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from dspark_jax.checkpoints.drafters import load_drafter
+from dspark_jax.checkpoints.huggingface import load_target
+from dspark_jax.config.cli import parse, program
+from dspark_jax.devices import announce, machine
+from dspark_jax.errors import UserError
+from dspark_jax.files import make_output, write_json
+from dspark_jax.programs import EMBEDDED, asset, program_command
+from dspark_jax.report import table
+from dspark_jax.serving.api.server import ApiServer, address, bind
+from dspark_jax.serving.api.service import Service
+from dspark_jax.serving.api.settings import ServerConfig
+from dspark_jax.serving.engine import Engine
+from dspark_jax.serving.prompts import EncodedPrompt, read_prompts
+from dspark_jax.serving.requests import Request
+from dspark_jax.serving.sampling import SamplingParams
+from dspark_jax.serving.settings import PolicyName
+
+from ..serve import ENGINE
+
+
+@dataclass(frozen=True)
+class OverheadSettings:
+    """The server against the bare engine."""
+
+    target: str = EMBEDDED
+    """Folder or hub id of the target, or `embedded`."""
+    drafter: str = EMBEDDED
+    """Folder or hub id of the drafter, or `embedded`."""
+    policy: PolicyName = "auto"
+    """Verify policy."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype of weights and activations; None: that of the target's config."""
+    users: int = 16
+    """Clients at once, and slots."""
+    requests: int = 96
+    """Requests of a run."""
+    max_tokens: int = 96
+    """The most new tokens of an answer."""
+    repeats: int = 5
+    """Pairs of runs."""
+    rounds_per_dispatch: int = ENGINE.rounds_per_dispatch
+    """Rounds of a dispatch, in both."""
+    output: Path = Path("runs/server_overhead")
+    """Folder for metrics.json."""
+    results: Path | None = None
+    """A second copy of metrics.json."""
+
+
+@program
+def main(argv: list[str]) -> None:
+    settings = parse(OverheadSettings, argv, description=__doc__)
+    if min(settings.users, settings.requests, settings.max_tokens, settings.repeats) < 1:
+        raise UserError("Users, requests, tokens and repeats must be 1 or more.")
+    make_output(settings.output, settings.results)
+    announce(settings.dtype)
+
+    target = load_target(settings.target, dtype=settings.dtype)
+    drafter = load_drafter(settings.drafter, target, dtype=settings.dtype)
+    config = replace(
+        ENGINE, slots=settings.users, policy=settings.policy, rounds_per_dispatch=settings.rounds_per_dispatch
+    )
+    service = Service(target, drafter, config, ServerConfig(port=0, demo="off"))
+    engine = Engine(target, drafter, replace(config, longest=service.longest, queue=None))
+    print(engine.why)
+
+    prompts = read_prompts(target, [asset("conformance_prompts.jsonl")])
+    ready = threading.Event()
+    with bind(service.config) as bound:
+        server = ApiServer(service, on_ready=ready.set)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
+        thread.start()
+        ready.wait()
+        engine.warm_up()
+        runs = measured(settings, engine, prompts, address(bound))
+        server.should_exit = True
+        thread.join()
+
+    medians = {name: statistics.median(values) for name, values in runs.items()}
+    overhead = 1 - medians["server"] / medians["engine"]
+    metrics = {"tokens_per_second": runs, "medians": medians, "overhead": overhead, "machine": machine()}
+    for path in filter(None, (settings.output / "metrics.json", settings.results)):
+        write_json(path, {**metrics, "settings": asdict(settings)})
+    print(table(["", "tok/s, median"], [[name, f"{value:.0f}"] for name, value in medians.items()]))
+    print(f"The server costs {overhead:.1%} of the engine's tokens a second at {settings.users} clients.")
+
+
+def measured(
+    settings: OverheadSettings, engine: Engine, prompts: list[EncodedPrompt], url: str
+) -> dict[str, list[float]]:
+    """Tokens per second of alternating runs; the first pair is not counted."""
+    runs: dict[str, list[float]] = {"engine": [], "server": []}
+    for repeat in range(settings.repeats + 1):
+        pair = {"engine": bare(settings, engine, prompts), "server": over_http(settings, url)}
+        for name, speed in pair.items():
+            if repeat:
+                runs[name].append(speed)
+    return runs
+
+
+def bare(settings: OverheadSettings, engine: Engine, prompts: list[EncodedPrompt]) -> float:
+    """Tokens per second of a closed loop on the engine itself."""
+    sampling = SamplingParams(settings.max_tokens)
+    asked = tokens = 0
+
+    def send() -> None:
+        nonlocal asked
+        if asked < settings.requests:
+            engine.submit(asked, Request(prompts[asked % len(prompts)].tokens, sampling))
+            asked += 1
+
+    began = time.perf_counter()
+    for _ in range(settings.users):
+        send()
+    while not engine.idle:
+        for progress in engine.step():
+            tokens += len(progress.tokens)
+            if progress.generation is not None:
+                send()
+    return tokens / (time.perf_counter() - began)
+
+
+def over_http(settings: OverheadSettings, url: str) -> float:
+    """Tokens per second of the same loop through the server."""
+    folder = settings.output / "load"
+    words = ["--server", url, "--users", settings.users, "--requests", settings.requests]
+    command = program_command("infer.load", *words, "--max-tokens", settings.max_tokens, "--output", folder)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"The clients failed: {done.stderr.strip()[-300:]}")
+    (run,) = json.loads((folder / "metrics.json").read_text())["runs"]
+    speed: Any = run["tokens_per_second"]
+    return float(speed)
+
+
+if __name__ == "__main__":
+    main()
