@@ -23,8 +23,8 @@ from dspark_jax.decoding.acceptance import Acceptance, RejectionSampling
 from dspark_jax.decoding.dispatch import run_rounds
 from dspark_jax.decoding.prefill import admit
 from dspark_jax.decoding.round import DecodeLoop, LoopParams, borrowed_tables
-from dspark_jax.decoding.sampling import DRAFT, draw
 from dspark_jax.decoding.state import DecodeState
+from dspark_jax.decoding.verifiers import Draws, Independent
 from dspark_jax.drafters.protocol import DraftOutput
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.scheduling.costs import CostTable, Occupancy, ScheduleTables
@@ -87,6 +87,7 @@ class Apportioned:
     policies: tuple[VerifyPolicy, ...]
     always_drafts = True
     needs_tables = True
+    anticipates = False
 
     def init(self, requests: int, block: int) -> PolicyState:
         states = [policy.init(requests, block) for policy in self.policies]
@@ -134,7 +135,7 @@ class Damaged(DecodeLoop):
     def __hash__(self) -> int:
         return super().__hash__()
 
-    def draft(self, target: Any, drafter: Any, state: DecodeState, anchors: Any) -> DraftOutput:
+    def draft(self, target: Any, drafter: Any, state: DecodeState, anchors: Any, noise: Any) -> DraftOutput:
         rows = np.repeat([[0.0] * V if row is None else row for row in DAMAGES.values()], self.each, axis=0)
         own = np.repeat([row is None for row in DAMAGES.values()], self.each)
         late = np.repeat([name == "late" for name in DAMAGES], self.each)
@@ -142,7 +143,8 @@ class Damaged(DecodeLoop):
         def sample(logits: Any, offset: int) -> Any:
             logits = jnp.where(own[:, None], logits, rows.astype(np.float32))
             logits = jnp.where(late[:, None] & (offset > 0), jnp.nan, logits)
-            return draw(logits, state.keys, state.length - 1, offset, DRAFT, state.sampling)
+            draws = Draws(state.keys, state.length - 1, state.sampling)
+            return self.verifier.draft(logits, offset, noise, draws)
 
         made = drafter.draft(borrowed_tables(target), state.draft, anchors, state.length - 1, sample)
         if made.confidence is None:
@@ -158,7 +160,7 @@ class OldComparison(RejectionSampling):
         right = super().__call__(draft_tokens, draft_law, target_law, uniforms, verify_lengths)
         pick = partial(jnp.take_along_axis, axis=1)
         target = pick(target_law, right.accepted[:, None, None])[:, 0]
-        draft = pick(draft_law, jnp.minimum(right.accepted, draft_law.shape[1] - 1)[:, None, None])[:, 0]
+        draft = pick(draft_law.probs, jnp.minimum(right.accepted, draft_tokens.shape[1] - 1)[:, None, None])[:, 0]
         residual = jnp.maximum(target - draft, 0.0)
         mass = jnp.sum(residual, axis=-1, keepdims=True)
         law = jnp.where(mass <= 1e-8, target, residual / jnp.maximum(mass, 1e-8))
@@ -247,7 +249,7 @@ def control(kind: str, batches: int) -> dict[str, float]:
     """p by damage under the old comparison."""
     loop, params = loop_of(kind, Fixed())
     law = exact_law(pair(kind)[0])
-    found = p_values(replace(loop, rule=OldComparison()), params, law, ["fixed"], batches)["fixed"]
+    found = p_values(replace(loop, verifier=Independent(OldComparison())), params, law, ["fixed"], batches)["fixed"]
     return {damage: p for damage, (p, _) in found.items()}
 
 

@@ -12,8 +12,9 @@ import numpy as np
 
 from dspark_jax.checkpoints.drafters import load_drafter, shared_tables
 from dspark_jax.checkpoints.huggingface import load_target
-from dspark_jax.decoding.acceptance import RejectionSampling, first_stop, residual_law
+from dspark_jax.decoding.acceptance import RejectionSampling, first_stop, normalised
 from dspark_jax.decoding.sampling import SamplingArrays, sampling_law
+from dspark_jax.drafters.laws import Dense
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.evaluation.calibration_metrics import calibration_metrics, prefix_survival
 from dspark_jax.scheduling.policies import Fixed, Threshold, VerifyPolicy
@@ -270,7 +271,7 @@ def check_sampled_rounds(vectors: Any, forward: Forward) -> Iterator[Result]:
     yield close("t1/draft_probs", law_d, vectors["t1/draft_probs"])
     yield close("t1/target_probs", law_t, vectors["t1/target_probs"])
     full = jnp.full((len(drafts),), width - 1)
-    found = RejectionSampling()(jnp.asarray(drafts), law_d, law_t, jnp.asarray(vectors["t1/u"]), full)
+    found = RejectionSampling()(jnp.asarray(drafts), Dense(law_d), law_t, jnp.asarray(vectors["t1/u"]), full)
     mask = np.arange(width - 1) < np.asarray(found.accepted)[:, None]
     yield exact("t1/accept_prefix_mask", mask.astype(int), vectors["t1/accept_prefix_mask"])
     yield exact("t1/accepted", found.accepted, vectors["t1/accepted"])
@@ -342,16 +343,15 @@ def check_sampling(case: Path) -> Iterator[Result]:
     for temperature, expected in zip(vectors["probs/temperatures"], vectors["probs/out"], strict=True):
         params = _params([temperature] * len(logits))
         yield close(f"probs/temperature {temperature:g}", sampling_law(logits, params), expected)
-    yield close(
-        "residual/out", residual_law(jnp.asarray(vectors["residual/p_t"]), jnp.asarray(vectors["residual/p_d"])),
-        vectors["residual/out"],
-    )  # fmt: skip
+    p_t, p_d = jnp.asarray(vectors["residual/p_t"]), Dense(jnp.asarray(vectors["residual/p_d"])[:, None])
+    residual = normalised(p_d.residual(p_t, jnp.zeros(len(p_t), jnp.int32)), p_t)
+    yield close("residual/out", residual, vectors["residual/out"])
     lengths, drafts = vectors["verify/draft_len"], vectors["verify/draft_tokens"]
     params = _params(vectors["verify/temperature"])
     law = sampling_law(jnp.asarray(vectors["verify/target_logits"]), params)
     found = RejectionSampling()(
-        jnp.maximum(drafts, 0), jnp.asarray(vectors["verify/draft_probs"]), law, jnp.asarray(vectors["verify/u"]),
-        jnp.asarray(lengths),
+        jnp.maximum(drafts, 0), Dense(jnp.asarray(vectors["verify/draft_probs"])), law,
+        jnp.asarray(vectors["verify/u"]), jnp.asarray(lengths),
     )  # fmt: skip
     mask = np.arange(drafts.shape[1]) < np.asarray(found.accepted)[:, None]
     yield exact("verify/accept_prefix_mask", mask.astype(int), vectors["verify/accept_prefix_mask"])

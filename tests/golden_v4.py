@@ -261,7 +261,7 @@ def check_mtp(case: Path) -> Iterator[Result]:
     def draft(params: dict, taps: jax.Array, tokens: jax.Array) -> jax.Array:
         model, length = drafter.model(params), taps.shape[1]
         state = model.prefill(shared, taps, tokens[:, :-1], jnp.asarray([length]))
-        return model.draft(shared, state, tokens[:, -1], jnp.asarray([length]), _raw).probs[0, 0]
+        return model.draft(shared, state, tokens[:, -1], jnp.asarray([length]), _raw).law[0, 0]
 
     for group in vectors.groups("mtp/"):
         taps = vectors[f"{group}/target_streams"]
@@ -339,8 +339,8 @@ def check_rounds(case: Path) -> Iterator[Result]:
         out, hidden, base = propose(drafter.params, taps, jnp.asarray(padded), jnp.asarray([start]))
         yield from vectors.close(f"{name}_context_features", taps[:, before:start])
         yield from vectors.exact(f"{name}_sampled_tokens", out.tokens)
-        yield from vectors.close(f"{name}_corrected_logits", out.probs)
-        yield from vectors.close(f"{name}_draft_logits", out.probs[:, 0])
+        yield from vectors.close(f"{name}_corrected_logits", out.law)
+        yield from vectors.close(f"{name}_draft_logits", out.law[:, 0])
         if hidden is not None:
             yield from vectors.close(f"{name}_head_hidden", hidden)
             yield from vectors.close(f"{name}_base_logits", base)

@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dspark_jax.decoding.acceptance import RejectionSampling, residual_law
+from dspark_jax.decoding.acceptance import BlockVerification, RejectionSampling, normalised
+from dspark_jax.decoding.verifiers import Coupled, Independent
+from dspark_jax.drafters.laws import Dense
 from dspark_jax.drafters.registry import Drafter
+from dspark_jax.scheduling.policies import Fixed
 from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.generate import generate
 from dspark_jax.serving.requests import Generation, Request
@@ -50,6 +53,18 @@ def test_outputs_follow_the_target_whatever_the_drafters_law(kind: str, record_p
 
 
 @pytest.mark.lossless
+@pytest.mark.parametrize("verifier", [Independent(BlockVerification()), Coupled()])
+def test_so_they_do_in_the_other_modes(verifier: Any, record_property: Any) -> None:
+    loop, params = loop_of("dspark", Fixed())
+    law = exact_law(pair("dspark")[0])
+    found = p_values(replace(loop, verifier=verifier), params, law, ["fixed"], batches=60)["fixed"]
+    line = f"{verifier}: " + ", ".join(f"{name} {p:.3f}" for name, (p, _) in found.items())
+    print(line)
+    record_property("chi-square", line)
+    assert all(verified > 0 and p > 1e-4 for p, verified in found.values()), line
+
+
+@pytest.mark.lossless
 def test_the_old_comparison_is_rejected(record_property: Any) -> None:
     """The control; it also shows that sound laws do not depend on the comparison."""
     found = control("dspark", batches=60)
@@ -59,12 +74,13 @@ def test_the_old_comparison_is_rejected(record_property: Any) -> None:
     assert control_is_rejected(found), line
 
 
+@pytest.mark.parametrize("rule", [RejectionSampling(), BlockVerification()])
 @pytest.mark.parametrize("row", [[np.nan, 1.0], [2.0, 0.5], [1.5, -0.5], [0.0, 0.0], [np.inf, 0.0], [-1.0, -1.0]])
-def test_what_is_no_law_is_rejected_and_leaves_the_targets(row: list[float]) -> None:
+def test_what_is_no_law_is_rejected_and_leaves_the_targets(row: list[float], rule: Any) -> None:
     target = jnp.asarray([[[0.6, 0.4], [0.3, 0.7]]])
-    draft = jnp.asarray([[row]], jnp.float32)
+    draft = Dense(jnp.asarray([[row]], jnp.float32))
     for token in (0, 1):
-        made = RejectionSampling()(jnp.asarray([[token]]), draft, target, jnp.zeros((1, 1)), jnp.asarray([1]))
+        made = rule(jnp.asarray([[token]]), draft, target, jnp.zeros((1, 1)), jnp.asarray([1]))
         assert int(made.accepted[0]) == 0
         np.testing.assert_array_equal(made.next_law, target[:, 0])
 
@@ -72,7 +88,8 @@ def test_what_is_no_law_is_rejected_and_leaves_the_targets(row: list[float]) -> 
 def test_a_residual_of_nothing_or_of_nan_is_the_targets_law() -> None:
     law = jnp.asarray([[0.25, 0.75]])
     for draft in (law, law * jnp.nan):
-        np.testing.assert_array_equal(residual_law(law, draft), law)
+        residual = Dense(draft[:, None]).residual(law, jnp.zeros(1, jnp.int32))
+        np.testing.assert_array_equal(normalised(residual, law), law)
 
 
 # A target without a law

@@ -57,23 +57,23 @@ def test_greedy_draft_is_the_teacher_forced_pass(head: str | None) -> None:
 
     out = jax.jit(forced)(drafter.params)
     np.testing.assert_array_equal(jnp.argmax(out.logits[:, 0], axis=-1), drafted.tokens)
-    np.testing.assert_allclose(jax.nn.softmax(out.logits[:, 0]), drafted.probs, atol=1e-6)
+    np.testing.assert_allclose(jax.nn.softmax(out.logits[:, 0]), drafted.law, atol=1e-6)
     if head is None:
         assert drafted.confidence is None and out.confidence is None
     else:
         np.testing.assert_allclose(out.confidence[:, 0], drafted.confidence, atol=1e-5)
         other = draft_with(tiny_drafter(markov_head_type="vanilla" if head != "vanilla" else "rnn"), taps)
-        assert not np.allclose(other.probs, drafted.probs, atol=1e-4)
+        assert not np.allclose(other.law, drafted.law, atol=1e-4)
 
 
 def test_context_ends_strictly_before_the_anchor() -> None:
     drafter, taps = tiny_drafter(), features()
-    base = draft_with(drafter, taps).probs
+    base = draft_with(drafter, taps).law
     for row, position in enumerate(POSITIONS):
-        later = draft_with(drafter, taps.at[row, position:].add(3.0)).probs
+        later = draft_with(drafter, taps.at[row, position:].add(3.0)).law
         np.testing.assert_array_equal(later, base)
         if position > 0:
-            before = draft_with(drafter, taps.at[row, position - 1].add(3.0)).probs
+            before = draft_with(drafter, taps.at[row, position - 1].add(3.0)).law
             assert not np.allclose(before[row], base[row], atol=1e-4)
             np.testing.assert_array_equal(np.delete(before, row, 0), np.delete(base, row, 0))
 
@@ -93,7 +93,7 @@ def test_block_positions_are_the_anchors_own() -> None:
             jnp.zeros(3, jnp.int32),
             None,
         )
-        return model.draft(tables, state, ANCHORS, jnp.full((3,), start), greedy).probs
+        return model.draft(tables, state, ANCHORS, jnp.full((3,), start), greedy).law
 
     run = jax.jit(at)
     # Positions 8 and on hold zeros, which are no context; so only the rotation differs.
@@ -144,7 +144,7 @@ def test_a_new_head_is_a_class_and_a_line(monkeypatch: pytest.MonkeyPatch) -> No
     doubled, vanilla = tiny_drafter(markov_head_type="doubled"), tiny_drafter()
     taller = dict(vanilla.params["markov_head"], w2_vr=vanilla.params["markov_head"]["w2_vr"] * 2)
     same = replace(vanilla, params=dict(vanilla.params, markov_head=taller))
-    np.testing.assert_allclose(draft_with(doubled, features()).probs, draft_with(same, features()).probs, atol=1e-6)
+    np.testing.assert_allclose(draft_with(doubled, features()).law, draft_with(same, features()).law, atol=1e-6)
 
 
 def test_bfloat16_drafter_keeps_logits_and_confidence_in_float32() -> None:
@@ -152,7 +152,7 @@ def test_bfloat16_drafter_keeps_logits_and_confidence_in_float32() -> None:
     low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), drafter.params)
     low["confidence_head"] = drafter.params["confidence_head"]
     found = draft_with(replace(drafter, params=low), features())
-    assert found.probs.dtype == found.confidence.dtype == jnp.float32
+    assert found.law.dtype == found.confidence.dtype == jnp.float32
 
 
 def test_config_is_the_targets_with_fields_over_it() -> None:

@@ -105,7 +105,7 @@ def test_drafts_are_what_training_predicts(kind: str) -> None:
         return model.draft(shared, whole, anchors, starts, greedy), model.draft(shared, state, anchors, starts, greedy)
 
     drafted, pieces = draft(drafter.params)
-    np.testing.assert_allclose(pieces.probs, drafted.probs, atol=1e-5)
+    np.testing.assert_allclose(pieces.law, drafted.law, atol=1e-5)
     columns = starts[:, None] + 1 + jnp.arange(drafter.config.block_size)
     forced = tokens.at[jnp.arange(3)[:, None], columns].set(drafted.tokens)
 
@@ -118,7 +118,7 @@ def test_drafts_are_what_training_predicts(kind: str) -> None:
         hidden = model.train_outputs(shared, taps, forced)
         return jnp.moveaxis(model.logits(shared, hidden)[:, jnp.arange(3), starts - 1], 0, 1)
 
-    np.testing.assert_allclose(jax.nn.softmax(teach(drafter.params)), drafted.probs, atol=1e-5)
+    np.testing.assert_allclose(jax.nn.softmax(teach(drafter.params)), drafted.law, atol=1e-5)
 
 
 def test_attention_in_chunks_of_queries_is_the_whole() -> None:

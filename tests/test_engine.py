@@ -221,7 +221,11 @@ BAD: dict[str, tuple[Any, str]] = {
     "seed": (asked(seed=0.5), "has seed = 0.5; expected a whole number"),
     "long seed": (asked(seed=2**64), "has seed = 18446744073709551616, which is out of range"),
     "verify": (asked(verify_length=-1), "has verify_length = -1, which is out of range"),
-    "mode": (asked(mode="block"), "has mode = 'block', which is not supported by this version; use mode = 'rejection'"),
+    "mode": (asked(mode="best"), "has mode = 'best'; expected one of rejection, block, coupled"),
+    "another mode": (
+        asked(mode="block", temperature=1.0),
+        "has mode = 'block', and this engine verifies in mode 'rejection'",
+    ),
     "stop": (asked(stop_tokens=3), "has stop_tokens = 3; expected token ids"),
     "far stop": (asked(stop_tokens=(2**40,)), "has stop_tokens = 1099511627776, which is out of range"),
     "negative stop": (asked(stop_tokens=(-1,)), "has stop_tokens = -1, which is out of range"),

@@ -280,7 +280,7 @@ def test_the_waiting_anchor_shifts_rows_by_one(pairs: dict) -> None:
     def laws(**fields: Any) -> jax.Array:
         model = nnx.merge(split(skeleton({**drafter.hf_config, **fields}))[0], drafter.params)
         state = model.prefill(shared, taps, jnp.zeros((2, 9), jnp.int32), anchors)
-        return model.draft(shared, state, tokens, anchors, lambda logits, k: (tokens, jax.nn.softmax(logits))).probs
+        return model.draft(shared, state, tokens, anchors, lambda logits, k: (tokens, jax.nn.softmax(logits))).law
 
     whole, waiting = laws(block_size=4), laws(block_size=3, sample_from_anchor=False)
     np.testing.assert_allclose(waiting, whole[:, 1:], rtol=1e-6, atol=1e-7)

@@ -17,11 +17,12 @@ from scipy.stats import chi2
 
 from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target
-from dspark_jax.decoding.acceptance import Acceptance, RejectionSampling
+from dspark_jax.decoding.acceptance import Acceptance, BlockVerification, RejectionSampling
 from dspark_jax.decoding.dispatch import run_rounds
 from dspark_jax.decoding.prefill import admit
 from dspark_jax.decoding.round import DecodeLoop, LoopParams, init_state
 from dspark_jax.decoding.sampling import SamplingArrays, sampling_law
+from dspark_jax.decoding.verifiers import Independent
 from dspark_jax.drafters.registry import DRAFTERS, Drafter, drafter_hf_config, read_config, skeleton
 from dspark_jax.evaluation.timing import differences
 from dspark_jax.scheduling.costs import Occupancy
@@ -263,12 +264,14 @@ def p_value(tokens: np.ndarray, law: np.ndarray) -> float:
     return float(chi2.sf(np.sum((seen - wanted) ** 2 / wanted), len(wanted) - 1))
 
 
+BLOCK_MODE = "block verification, mixed verify lengths"
 LAWS: dict[str, tuple[VerifyPolicy, Any, dict[str, float]]] = {
     "whole block": (Fixed(), None, {}),
     "mixed verify lengths": (Fixed(), np.arange(SLOTS) % (BLOCK + 1), {}),
     "confidence threshold": (Threshold(0.5), None, {}),
     "temperature, top-k, top-p": (Fixed(), None, {"temperature": 1.4, "top_k": 5, "top_p": 0.85}),
     "min-p": (Fixed(), None, {"min_p": 0.15}),
+    BLOCK_MODE: (Fixed(), np.arange(SLOTS) % (BLOCK + 1), {"temperature": 1.4, "top_k": 5}),
 }
 
 
@@ -277,7 +280,10 @@ def test_samples_follow_the_targets_law(name: str, record_property: Record) -> N
     """The first three tokens' joint law, and that of the three that rounds alone make, over >= 50k seeded requests."""
     policy, caps, settings = LAWS[name]
     engine = small_engine(policy)
-    tokens, accepted = samples(engine.loop, engine.params, list(LAWS).index(name), caps, **settings)
+    loop = engine.loop
+    if name == BLOCK_MODE:
+        loop = replace(loop, verifier=Independent(BlockVerification()))
+    tokens, accepted = samples(loop, engine.params, list(LAWS).index(name), caps, **settings)
     law = exact_law(engine.target, **settings)
     first, later = p_value(tokens[:, :3], law.sum(3)), p_value(tokens[:, 1:], law.sum(0))
     line = f"{name}: {len(tokens)} requests, p = {first:.4f} (tokens 1-3), {later:.4f} (2-4); accepted {accepted:.2f}"
@@ -307,7 +313,7 @@ def test_samples_follow_the_targets_law_with_every_kind(kind: str, record_proper
 def test_a_wrong_rule_is_rejected(record_property: Record) -> None:
     """The control: the same test on the same seeds, with a rule whose bonus ignores the residual."""
     engine = small_engine(Fixed())
-    tokens, _ = samples(replace(engine.loop, rule=PlainBonus()), engine.params, 0)
+    tokens, _ = samples(replace(engine.loop, verifier=Independent(PlainBonus())), engine.params, 0)
     law = exact_law(engine.target)
     line = f"wrong rule: p = {p_value(tokens[:, :3], law.sum(3)):.3g} (tokens 1-3)"
     print(line)

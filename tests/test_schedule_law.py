@@ -1,14 +1,14 @@
 """Scheduling is lossless, by enumeration: every draft, every outcome, every state a policy can be in after a round.
 
-A vocabulary of three, blocks of three, laws by hand, confidences that depend on drawn tokens, jagged costs. If the law
-of what a round commits is the target's in every reachable state (requests' last tokens and the policy's memory), then
-so is that of any number of rounds; states are enumerated to the second round. Axes: n draft combinations, R requests,
-K block position, V vocab, S = V^(K+1) continuations.
+A vocabulary of three, blocks of three, laws by hand, confidences that depend on drawn tokens, jagged costs. Acceptance
+rules are run on both sides of every threshold that they should have, and weighted by the measure of those sides. If the
+law of what a round commits is the target's in every reachable state (requests' last tokens and the policy's memory),
+then so is that of any number of rounds; states are enumerated to the second round. Axes: n draft combinations, R
+requests, K block position, V vocab, S = V^(K+1) continuations.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property, partial
 from itertools import product
 from typing import Any
 
@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dspark_jax.decoding.acceptance import Acceptance, BlockVerification, RejectionSampling
+from dspark_jax.drafters.laws import Dense, Sparse
 from dspark_jax.scheduling.calibration import Online, Static
 from dspark_jax.scheduling.costs import CostTable, Occupancy, ScheduleTables
 from dspark_jax.scheduling.history import DraftGuard, History
@@ -28,9 +30,13 @@ from dspark_jax.scheduling.policies import (
     LookAhead,
     PolicyState,
     Ranked,
+    Retrospective,
     RoundView,
     Threshold,
 )
+
+EDGE = 1e-6
+REJECTION = RejectionSampling()
 
 pytestmark = pytest.mark.lossless
 
@@ -44,6 +50,7 @@ class World:
     logits: np.ndarray
     costs: CostTable
     load: float = 1.0
+    rule: Any = REJECTION
     vocab: int = field(init=False)
     block: int = field(init=False)
 
@@ -72,21 +79,51 @@ class World:
         """[S] the target's law of the next K + 1 tokens."""
         return self._tail(anchor, self.block + 1)
 
-    def outcomes(self, anchor: int, draft: np.ndarray, length: int) -> Iterator[tuple[int, int, float]]:
-        """(accepted, next token, probability): speculative sampling of a draft's first `length` tokens."""
-        reached, before = 1.0, anchor
-        for k in range(length + 1):
-            law = self.target[before]
-            if k == length:
-                yield from ((k, token, reached * p) for token, p in enumerate(law) if reached * p > 0)
-                return
-            q = self.draft[k, before]
-            accept = min(1.0, law[draft[k]] / q[draft[k]])
-            residual = np.maximum(law - q, 0)
-            if accept < 1:
-                residual = residual / residual.sum()
-                yield from ((k, t, reached * (1 - accept) * p) for t, p in enumerate(residual) if p > 0)
-            reached, before = reached * accept, draft[k]
+    @cached_property
+    def outcomes(self) -> dict[tuple[int, int, int], dict[tuple[int, int], float]]:
+        """{(anchor, draft, verify length): {(accepted, next token): probability}} by the rule itself."""
+        drafts, length = self.drafts(), self.block + 1
+        cases = list(product(range(self.vocab), range(len(drafts)), range(length)))
+        anchors, index, lengths = np.array(cases).T
+        before = np.concatenate([anchors[:, None], drafts[index]], axis=1)  # [n, W]
+        q = np.stack([self.draft[k, before[:, k]] for k in range(self.block)], axis=1)
+        p = self.target[before]
+
+        # Every threshold splits [0, 1) in two: a row for each combination of sides, next to the thresholds.
+        edges = self.thresholds(p, q, before[:, 1:], lengths)[:, None]  # [n, 1, K]
+        sides = np.array(list(product((False, True), repeat=self.block)))
+        near = np.clip(np.where(sides, edges + EDGE, edges - EDGE), 0, 1 - EDGE)
+        measure = np.prod(np.where(sides, 1 - edges, edges), axis=-1)  # [n, sides]
+
+        def rows(x: np.ndarray) -> jax.Array:
+            return jnp.asarray(np.repeat(x, len(sides), axis=0), jnp.int32 if x.dtype == np.int64 else jnp.float32)
+
+        law = Dense(rows(q))
+        found = jax.jit(self.rule)(rows(before[:, 1:]), law, rows(p), near.reshape(-1, self.block), rows(lengths))
+        accepted = np.asarray(found.accepted).reshape(measure.shape)
+        chances = measure[..., None] * np.asarray(found.next_law).reshape(*measure.shape, -1)
+
+        made: dict[Any, dict[tuple[int, int], float]] = {case: {} for case in cases}
+        for n, side, token in np.argwhere(chances > 1e-12).tolist():
+            key = int(accepted[n, side]), token
+            made[cases[n]][key] = made[cases[n]].get(key, 0.0) + float(chances[n, side, token])
+        return made
+
+    def thresholds(self, p: np.ndarray, q: np.ndarray, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """[n, K] acceptance probabilities of the rule's tests, in float64, as docs/algorithm.md has them (rules 3 and
+        112); 1 past the verify lengths."""
+        ratios = np.take_along_axis(p[:, :-1] / q, tokens[..., None], axis=-1)[..., 0]
+        chances = np.minimum(ratios, 1.0)
+        if isinstance(self.rule, BlockVerification):
+            reach = np.ones(len(p))
+            for k in range(self.block):
+                reach = np.minimum(1.0, reach * ratios[:, k])
+                excess = np.zeros(len(p))
+                if k + 1 < self.block:
+                    excess = np.maximum(0, reach[:, None] * p[:, k + 1] - q[:, k + 1]).sum(-1)
+                inner = np.divide(excess, excess + 1 - reach, out=np.ones(len(p)), where=excess + 1 - reach > 1e-12)
+                chances[:, k] = np.where(k + 1 == lengths, reach, inner)
+        return np.where(np.arange(self.block) < lengths[:, None], chances, 1.0)
 
     def extended(self, anchor: int) -> np.ndarray:
         """[n, K + 1, S]: law of the next K + 1 tokens for every draft and verify length, the target going on alone
@@ -95,7 +132,7 @@ class World:
         made = np.zeros((len(self.drafts()), k1, s))
         for i, draft in enumerate(self.drafts()):
             for length in range(k1):
-                for accepted, token, p in self.outcomes(anchor, draft, length):
+                for (accepted, token), p in self.outcomes[anchor, i, length].items():
                     committed = [*draft[:accepted], token]
                     tail = self._tail(token, k1 - len(committed))
                     start = int(np.dot(committed, self.vocab ** np.arange(k1 - 1, k1 - 1 - len(committed), -1)))
@@ -110,7 +147,8 @@ class World:
         return law
 
 
-def world(load: float = 1.0, requests: int = 1) -> World:
+@cache
+def world(load: float = 1.0, requests: int = 1, rule: Any = REJECTION) -> World:
     target = np.array([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3], [0.35, 0.25, 0.4]])
     draft = np.array(
         [
@@ -123,17 +161,7 @@ def world(load: float = 1.0, requests: int = 1) -> World:
     # A first draft is dear and those behind it cheap, so that looking ahead at today's confidences would tempt.
     tokens = (1, 2, 4) if requests == 1 else (1, 2, 3, 5, 6, 8)
     seconds = (1.0, 1.8, 1.95) if requests == 1 else (0.9, 1.0, 1.5, 1.75, 1.8, 2.2)
-    return World(target, draft, logits, CostTable.of(tokens, seconds, 0.1), load)
-
-
-@dataclass(frozen=True)
-class Retrospective(Adaptive):
-    """The rule that the paper warns of: the best of all sizes by today's confidences, later ones included."""
-
-    def admit(self, ranked: Ranked, costs: Any, conditional: Any, own: Any) -> Any:
-        tokens = costs.base + jnp.concatenate([jnp.zeros(1), jnp.cumsum(ranked.survival)])
-        rate = tokens / (costs.drafting + costs.of(costs.base + jnp.arange(tokens.shape[0])))
-        return jnp.argmax(jnp.where(jnp.arange(tokens.shape[0]) <= jnp.sum(ranked.valid), rate, 0.0)), own
+    return World(target, draft, logits, CostTable.of(tokens, seconds, 0.1), load, rule)
 
 
 @dataclass(frozen=True)
@@ -198,12 +226,7 @@ class Enumeration:
     def __post_init__(self) -> None:
         w = self.world
         self.extended = {a: w.extended(a) for a in range(w.vocab)}
-        self.outcomes = {
-            (a, i, length): sorted({(k, t) for k, t, _ in w.outcomes(a, draft, length)})
-            for a in range(w.vocab)
-            for i, draft in enumerate(w.drafts())
-            for length in range(w.block + 1)
-        }
+        self.outcomes = {case: sorted(found) for case, found in w.outcomes.items()}
 
     @property
     def view(self) -> RoundView:
@@ -255,8 +278,8 @@ class Enumeration:
                 tails.append(tuple(t for _, t in outcome))
         index = np.array([i for i, _ in n])
         unique, inverse = np.unique(np.column_stack([index, np.array([k for _, k in n])]), axis=0, return_inverse=True)
-        size = 128 if self.requests == 1 else 8192  # one shape to compile
-        assert len(unique) <= size
+        size = 128 if self.requests == 1 else 8192  # few shapes to compile
+        size *= -(-len(unique) // size)
         padded = np.concatenate([unique, np.repeat(unique[:1], size - len(unique), axis=0)])
         at, accepted = padded[:, 0], padded[:, 1:].astype(np.int32)
         many = np.broadcast_to(drafted, (size, self.requests))
@@ -315,30 +338,146 @@ POLICIES: dict[str, Any] = {
 }
 
 
+RULES: dict[str, Any] = {"rejection": RejectionSampling(), "block": BlockVerification()}
+
+
 @pytest.mark.long
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("requests", [1, 2])
 @pytest.mark.parametrize("name", POLICIES)
-def test_two_rounds_follow_the_targets_law(name: str, requests: int, record_property: Any) -> None:
+def test_two_rounds_follow_the_targets_law(name: str, requests: int, rule: str, record_property: Any) -> None:
     policy, lengths, states, worst = POLICIES[name], set(), 0, 0.0
     for load in (1.0, 1.5) if requests == 1 else (1.0,):
-        enumeration = Enumeration(world(load, requests), policy, requests)
+        enumeration = Enumeration(world(load, requests, RULES[rule]), policy, requests)
         deviation, entered = enumeration.run(pasts(policy, requests), most=300 if requests == 2 else 3000)
         lengths, states, worst = lengths | enumeration.seen, states + entered, max(worst, deviation)
-    line = f"{name}, R = {requests}: {states} states, verify lengths {len(lengths)}, largest deviation {worst:.1e}"
+    line = (
+        f"{name}, {rule}, R = {requests}: {states} states, verify lengths {len(lengths)}, largest deviation {worst:.1e}"
+    )
     print(line)
     record_property("enumeration", line)
     assert worst < 1e-6, line
     assert name == "fixed" or len(lengths) >= 2, "the policy is to choose in this world"
 
 
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(
     ("policy", "requests"), [(Retrospective(), 1), (Retrospective(guard=None), 2), (FallsBack(guard=None), 1)]
 )
-def test_rules_that_look_back_are_rejected(policy: Any, requests: int) -> None:
-    enumeration = Enumeration(world(requests=requests), policy, requests)
+def test_rules_that_look_back_are_rejected(policy: Any, requests: int, rule: str) -> None:
+    assert one_round(world(requests=requests, rule=RULES[rule]), policy, requests) > 1e-3
+
+
+def one_round(world: World, policy: Any, requests: int = 1) -> float:
+    """The largest deviation of a round from a new policy's state."""
+    enumeration = Enumeration(world, policy, requests)
     fresh = jax.device_get(policy.init(requests, 3))
     enumeration.round([(anchors, fresh) for anchors in product(range(3), repeat=requests)], False)
-    assert enumeration.worst > 1e-3
+    return enumeration.worst
+
+
+class NoFactor(BlockVerification):
+    """The control: the residual of a prefix that was certain to be accepted, without the factor p_n."""
+
+    def __call__(self, draft_tokens: Any, draft_law: Any, target_law: Any, uniforms: Any, verify_lengths: Any) -> Any:
+        right = super().__call__(draft_tokens, draft_law, target_law, uniforms, verify_lengths)
+        row = jnp.take_along_axis(target_law, right.accepted[:, None, None], axis=1)[:, 0]
+        residual = draft_law.residual(row, jnp.minimum(right.accepted, draft_tokens.shape[1] - 1))
+        residual = residual / jnp.maximum(residual.sum(-1, keepdims=True), 1e-9)
+        return Acceptance(right.accepted, jnp.where((right.accepted < verify_lengths)[:, None], residual, row))
+
+
+def joint(q: np.ndarray, p: np.ndarray) -> np.ndarray:
+    """[3, 3] probability that token i wins the race of q and j that of p, on the same clocks (docs/algorithm.md, rule
+    111): a integral over the ratio s of the waits of j and i."""
+    made = np.zeros((3, 3))
+    for i, j in product(range(3), repeat=2):
+        if i == j:
+            made[i, i] = 1 / np.maximum(p / p[i], q / q[i]).sum()
+            continue
+        k = 3 - i - j
+        low, high = q[j] / q[i], p[j] / p[i]
+        # The third clock waits at least as long as max(q_k / q_i, s p_k / p_j) times the wait of i.
+        alpha, beta = q[k] / q[i], p[k] / p[j]
+        if low < high:
+            turn = np.clip(alpha / beta, low, high)
+            made[i, j] = 1 / (1 + alpha + low) - 1 / (1 + alpha + turn)
+            made[i, j] += (1 / (1 + turn * (1 + beta)) - 1 / (1 + high * (1 + beta))) / (1 + beta)
+    return made
+
+
+class SharedNoise(World):
+    """The control: drafts drawn with the clocks of coupled decoding, but verified by rejection, so that the correction
+    reads the clocks that chose the draft."""
+
+    @cached_property
+    def outcomes(self) -> Any:
+        made: dict[Any, dict[tuple[int, int], float]] = {}
+        for (anchor, i, length), right in World.outcomes.func(self).items():
+            draft, found = self.drafts()[i], {}
+            for (n, token), chance in right.items():
+                if n == length:
+                    found[n, token] = chance
+                    continue
+                # The whole chance of this rejection goes to the token that wins on the clocks of the draft.
+                before = draft[n - 1] if n else anchor
+                q = self.draft[n, before]
+                residual = np.maximum(self.target[before] - q, 1e-12)
+                both = joint(q, residual / residual.sum())[draft[n]]
+                rejected = sum(c for (m, _), c in right.items() if m == n)
+                found[n, token] = rejected * both[token] / both.sum()
+            made[anchor, i, length] = found
+        return made
+
+
+def test_wrong_verification_is_rejected() -> None:
+    """Far beyond the 1e-6 of the right ones, by the same enumeration."""
+    right = world()
+    assert one_round(replace(right, rule=NoFactor()), Fixed()) > 5e-4
+    shared = SharedNoise(*(getattr(right, name) for name in ("target", "draft", "logits", "costs")))
+    assert one_round(shared, Fixed()) > 1e-3
+
+
+def mean_accepted(target: list[float], draft: list[float], block: int, rule: Any) -> float:
+    """Mean accepted drafts of a round that verifies whole blocks; the laws do not depend on the token before."""
+    size, costs = len(target), CostTable.of((1,), (1.0,))
+    laws = np.tile(target, (size, 1)), np.tile(draft, (block, size, 1))
+    w = World(*laws, np.zeros((block, size)), costs, rule=rule)
+    found = [w.outcomes[0, i, block] for i in range(len(w.drafts()))]
+    return float(w.draft_law(0) @ [sum(n * chance for (n, _), chance in outcome.items()) for outcome in found])
+
+
+def test_block_verification_accepts_more() -> None:
+    """Its paper's example: 11/9 against 10/9 drafts a round; one draft alone is no block."""
+    laws = [1 / 3, 2 / 3], [2 / 3, 1 / 3]
+    assert mean_accepted(*laws, 2, RejectionSampling()) == pytest.approx(10 / 9, abs=1e-6)
+    assert mean_accepted(*laws, 2, BlockVerification()) == pytest.approx(11 / 9, abs=1e-6)
+    for rule in RULES.values():
+        assert mean_accepted(*laws, 1, rule) == pytest.approx(2 / 3, abs=1e-6)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_sparse_law_is_verified_like_the_dense_one(rule: str) -> None:
+    rng = np.random.default_rng(0)
+    count, block, vocab, candidates = 500, 3, 12, 4
+    ids = np.argsort(rng.random((count, block, vocab)), axis=-1)[..., :candidates]
+    probs = rng.dirichlet(np.ones(candidates), (count, block)).astype(np.float32)
+    dense = np.zeros((count, block, vocab), np.float32)
+    np.put_along_axis(dense, ids, probs, axis=-1)
+    tokens = np.take_along_axis(ids, rng.integers(0, candidates, (count, block, 1)), axis=-1)[..., 0]
+    target = rng.dirichlet(0.3 * np.ones(vocab), (count, block + 1)).astype(np.float32)
+    rest = target, rng.random((count, block)).astype(np.float32), rng.integers(0, block + 1, count)
+    whole = jnp.zeros((count, block, vocab)).at[jnp.arange(count)[:, None], jnp.arange(block), tokens].set(1.0)
+    pairs = [
+        (Sparse(jnp.asarray(ids), jnp.asarray(probs)), Dense(jnp.asarray(dense))),
+        (Sparse.one_hot(jnp.asarray(tokens)), Dense(whole)),
+    ]
+    run = jax.jit(RULES[rule])
+    for sparse, same in pairs:
+        found, expected = run(tokens, sparse, *rest), run(tokens, same, *rest)
+        assert len(set(np.asarray(found.accepted).tolist())) > 2
+        np.testing.assert_array_equal(found.accepted, expected.accepted)
+        np.testing.assert_allclose(found.next_law, expected.next_law, atol=1e-5)
 
 
 # The paper's counterexample (docs/algorithm.md, rule 77)

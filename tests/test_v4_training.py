@@ -48,8 +48,8 @@ def test_training_blocks_are_the_blocks_of_decoding(kind: str) -> None:
         previous = jnp.concatenate([anchor[:, None], drafts.tokens[:, :-1]], axis=1)
         context = model.train_context(shared, taps, tokens)
         return (
-            drafts.probs,
-            again.probs,
+            drafts.law,
+            again.law,
             model.train_outputs(shared, context, previous[:, None], anchors[:, None]).logits,
         )
 

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from dspark_jax.decoding.round import DecodeLoop, LoopParams, borrowed_tables, finite_or_zero, sound_rows
-from dspark_jax.decoding.sampling import RESIDUAL, draw_token, sampling_law
 from dspark_jax.decoding.state import Admission, DecodeState, empty_counters
 from dspark_jax.decoding.verification import zeros_of
+from dspark_jax.decoding.verifiers import Draws
 from dspark_jax.drafters.protocol import DrafterModel, SharedTables
 from dspark_jax.targets.attention import Attend, CachedBlock, CausalRows
 from dspark_jax.targets.decoder import Cache, TargetModel
@@ -54,8 +54,9 @@ def admit(loop: DecodeLoop, params: LoopParams, state: DecodeState, new: Admissi
     if not fresh:
         failed |= state.failed[new.slots]
 
-    # Keyed by the prompt's last position, which is no round's anchor: the draw shares no random number with any round.
-    first = draw_token(sampling_law(logits, new.sampling), new.keys, ends - 1, 0, RESIDUAL, new.sampling)
+    # As after an anchor at the prompt's last position, which is no round's anchor: with independent noise the draw
+    # shares no random number with any round.
+    first = loop.verifier.next_token(logits, Draws(new.keys, ends - 1, new.sampling), 0)
 
     # A first token that is a stop token ends the request at once; a failed request commits none.
     stopped = new.final & ~failed & jnp.any(first[:, None] == new.stop_tokens, axis=1)

@@ -9,7 +9,7 @@ m tapped layers, D hidden.
 
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from dspark_jax.decoding.acceptance import AcceptanceRule, RejectionSampling, first_stop
-from dspark_jax.decoding.sampling import DRAFT, RESIDUAL, SamplingArrays, draw, draw_token, sampling_law, uniforms
+from dspark_jax.decoding.acceptance import first_stop
+from dspark_jax.decoding.sampling import SamplingArrays
 from dspark_jax.decoding.state import DecodeState, RoundCounters, RoundRecord, empty_counters, spread
 from dspark_jax.decoding.verification import VerifyOutput, verify
+from dspark_jax.decoding.verifiers import Draws, Independent, Verifier, check_pair
 from dspark_jax.drafters.protocol import DrafterModel, DraftOutput, SharedTables
 from dspark_jax.scheduling.costs import Occupancy, ScheduleTables, idle_costs
 from dspark_jax.scheduling.policies import Fixed, PolicyState, RoundView, VerifyPolicy
@@ -70,7 +71,8 @@ class DecodeLoop:
         buckets: token counts that the verify pass is compiled for, ascending, the last one R * W.
         stop_slots: stop tokens that a request may have.
         policy: chooses which requests draft and how many drafts are verified.
-        rule: decides which drafts are accepted.
+        verifier: draws the drafts and decides which of them are accepted; of all requests, because which policies are
+            exact depends on it. UserError if `policy` is not.
         words: ids below this one can be decoded; the rest of V is padding of the target's tables (docs/algorithm.md,
             rule 106). None: all of V.
         mesh: devices that the parameters, and the slots, are spread over; None: one device.
@@ -85,13 +87,17 @@ class DecodeLoop:
     buckets: tuple[int, ...]
     stop_slots: int
     policy: VerifyPolicy = Fixed()
-    rule: AcceptanceRule = RejectionSampling()
+    verifier: Verifier = Independent()
     mesh: Mesh | None = None
     words: int | None = None
 
+    def __post_init__(self) -> None:
+        check_pair(self.verifier, self.policy)
+
     @cached_property
     def _hash(self) -> int:
-        return hash((self.target, self.drafter, self.requests, self.size, self.block, self.buckets, self.policy))
+        shapes = self.requests, self.size, self.block, self.buckets
+        return hash((self.target, self.drafter, *shapes, self.policy, self.verifier))
 
     def __hash__(self) -> int:  # graphdefs are large: hash once, not at every dispatch
         return self._hash
@@ -167,9 +173,10 @@ class DecodeLoop:
         assert drafter is not None, "a loop without a drafter runs plain rounds"
         starts, anchors = _anchors(state)
 
-        # 1. Draft: K tokens after each anchor, with the laws they were drawn from and their confidences.
-        # Drafts [R, K], their laws [R, K, V], confidence logits [R, K] or None.
-        draft = self.draft(target, drafter, state, anchors)
+        # 1. Draft: K tokens [R, K] after each anchor, with the laws they were drawn from where the verifier compares
+        # laws, and confidence logits [R, K] or None.
+        noise = self.noise(target, state)
+        draft = self.draft(target, drafter, state, anchors, noise)
         block = jnp.concatenate([anchors[:, None], draft.tokens], axis=1)
 
         # 2. Schedule: the policy cuts each block to the drafts that are worth verifying.
@@ -184,10 +191,8 @@ class DecodeLoop:
         # 4. Accept: a prefix of the drafts, and one token after it. A row without a finite law accepts nothing, nor do
         # the rows after it; where the accepted prefix ends at such a row, its request fails.
         sound = sound_rows(logits)
-        law = sampling_law(logits, state.sampling)
-        draws = uniforms(state.keys, starts, self.block, state.sampling)
-        accepted, next_law = self.rule(draft.tokens, draft.probs, law, draws, jnp.minimum(lengths, sound))
-        next_token = draw_token(next_law, state.keys, starts, self.block, RESIDUAL, state.sampling)
+        lasting = jnp.minimum(lengths, sound)
+        accepted, next_token = self.verifier.decide(draft, logits, lasting, noise, _draws(state))
 
         # 5. Commit: tokens, the target's K/V, the drafter's context, and what the policy learns from the outcome. The
         # context grows by the anchor's row and those of the accepted drafts (docs/algorithm.md, rule 5).
@@ -211,8 +216,8 @@ class DecodeLoop:
     def plain_round(self, params: LoopParams, state: DecodeState) -> tuple[DecodeState, RoundRecord, Array]:
         """Run a round without drafts, at the cost of plain decoding: the target on one row per request.
 
-        Neither the drafter's context nor the policy is updated; the caller does that from the taps. Each request uses
-        the random number that a speculative round of verify length 0 would use, so both give the same token.
+        Neither the drafter's context nor the policy is updated; the caller does that from the taps. Each request gets
+        the token of a speculative round of verify length 0.
 
         Returns:
             (the state after the round, its record, taps [R, 1, m D] of the anchors).
@@ -224,7 +229,7 @@ class DecodeLoop:
         # 3. Verify the anchor alone. 4. There is nothing to accept: the next token follows the target's law.
         verified, bucket = self.verify(target, state, anchors[:, None], starts, none)
         logits = self.decodable(verified.logits)
-        next_token, _ = draw(logits[:, 0], state.keys, starts, self.block, RESIDUAL, state.sampling)
+        next_token = self.verifier.next_token(logits[:, 0], _draws(state), self.block)
 
         # 5. Commit that token and the anchor's K/V.
         verdict = Verdict(anchors[:, None], none, none, next_token, sound_rows(logits) == 0)
@@ -233,15 +238,21 @@ class DecodeLoop:
         record = _record(starts, verdict, jnp.zeros((self.requests, 0)), count, bucket)
         return after, record, finite_or_zero(verified.taps)
 
-    def draft(self, target: TargetModel, drafter: DrafterModel, state: DecodeState, anchors: Array) -> DraftOutput:
-        """Draft K tokens after each slot's anchor token [R]; the laws they are drawn from have the request's sampling
-        transforms applied (docs/algorithm.md, rule 7)."""
-        starts = state.length - 1
+    def noise(self, target: TargetModel, state: DecodeState) -> Any:
+        """The random numbers that the verifier draws at once for a speculative round."""
+        return self.verifier.noise(_draws(state), self.block, target.config.vocab_size)
 
-        def sample(logits: Array, offset: int) -> tuple[Array, Array]:
-            return draw(logits, state.keys, starts, offset, DRAFT, state.sampling)
+    def draft(
+        self, target: TargetModel, drafter: DrafterModel, state: DecodeState, anchors: Array, noise: Any
+    ) -> DraftOutput:
+        """Draft K tokens after each slot's anchor token [R] with the verifier's `noise`; the laws they are drawn from
+        have the request's sampling transforms applied (docs/algorithm.md, rule 7)."""
+        draws = _draws(state)
 
-        return drafter.draft(borrowed_tables(target), state.draft, anchors, starts, sample)
+        def sample(logits: Array, k: int) -> tuple[Array, Any]:
+            return self.verifier.draft(logits, k, noise, draws)
+
+        return drafter.draft(borrowed_tables(target), state.draft, anchors, draws.anchors, sample)
 
     def verify(
         self, target: TargetModel, state: DecodeState, block: Array, starts: Array, lengths: Array
@@ -350,6 +361,10 @@ def _anchors(state: DecodeState) -> tuple[Array, Array]:
     """(positions, tokens) [R] of the last committed tokens."""
     starts = state.length - 1
     return starts, jnp.take_along_axis(state.tokens, starts[:, None], axis=1)[:, 0]
+
+
+def _draws(state: DecodeState) -> Draws:
+    return Draws(state.keys, state.length - 1, state.sampling)
 
 
 def _record(starts: Array, verdict: Verdict, confidence: Array, count: Array, bucket: Array) -> RoundRecord:

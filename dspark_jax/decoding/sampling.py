@@ -17,8 +17,8 @@ from dspark_jax.decoding.noise import Key
 GREEDY_BELOW = 1e-5
 
 # The purpose of a random number is folded into its key with position and offset: a draft, its acceptance test and the
-# residual draw at one position must be independent.
-DRAFT, ACCEPT, RESIDUAL = 0, 1, 2
+# residual draw at one position must be independent. Coupled decoding has one number a token for all purposes.
+DRAFT, ACCEPT, RESIDUAL, COUPLED = 0, 1, 2, 3
 
 
 class SamplingArrays(NamedTuple):
@@ -64,15 +64,20 @@ def _plain_law(params: SamplingArrays, logits: Array) -> Array:
 
 
 def _truncated_law(params: SamplingArrays, logits: Array) -> Array:
-    return _law(params, logits, _truncate(_scaled(params, logits), params))
+    return _law(params, logits, _cut(params, logits))
 
 
 def _law(params: SamplingArrays, logits: Array, scaled: Array) -> Array:
-    # Logits are relative to their largest, so p / p_max = exp(scaled); log(0) = -inf keeps every token.
-    floor = _per_request(jnp.log(params.min_p), logits)
-
-    law = jax.nn.softmax(jnp.where(scaled >= floor, scaled, -jnp.inf), axis=-1)
+    weights = _weights(params, scaled)
+    law = weights / jnp.sum(weights, axis=-1, keepdims=True)
     return jnp.where(_per_request(params.stochastic, logits), law, _greedy_law(logits))
+
+
+def _weights(params: SamplingArrays, scaled: Array) -> Array:
+    """p / p_max after min-p, the last of the transforms: the law up to its mass."""
+    # Logits are relative to their largest, so p / p_max = exp(scaled); log(0) = -inf keeps every token.
+    floor = _per_request(jnp.log(params.min_p), scaled)
+    return jnp.exp(jnp.where(scaled >= floor, scaled, -jnp.inf))
 
 
 def _scaled(params: SamplingArrays, logits: Array) -> Array:
@@ -82,6 +87,10 @@ def _scaled(params: SamplingArrays, logits: Array) -> Array:
     temperature = jnp.maximum(params.temperature, GREEDY_BELOW)
 
     return (wide - jnp.max(wide, axis=-1, keepdims=True)) / _per_request(temperature, logits)
+
+
+def _cut(params: SamplingArrays, logits: Array) -> Array:
+    return _truncate(_scaled(params, logits), params)
 
 
 def _per_request(value: Float[Array, " r"], like: Float[Array, "r *n v"]) -> Array:
@@ -145,10 +154,10 @@ def draw_token(
 ) -> Int[Array, " r"]:
     """Draw one int32 token per request from its law; if no request samples, the argmax, without random numbers."""
 
-    def race() -> Array:
+    def drawn() -> Array:
         return _race(law, round_keys(keys, positions, jnp.full((1,), offset), purpose))
 
-    return jax.lax.cond(jnp.any(params.stochastic), race, lambda: first_argmax(law))
+    return jax.lax.cond(jnp.any(params.stochastic), drawn, lambda: first_argmax(law))
 
 
 def draw(
@@ -175,10 +184,53 @@ def draw(
 def _race(law: Float[Array, "r v"], key: Key) -> Int[Array, " r"]:
     """Draw a token [R] of each law with `key` [R, 1]: the first of V exponential clocks with rates `law`. Equivalent to
     Gumbel-max with one logarithm less."""
+    return first_argmax(law / _waits(key, law.shape[-1])[:, 0])
+
+
+def _waits(key: Key, vocab: int) -> Float[Array, "*n v"]:
+    """The clocks of a race: independent waits of rate 1 for each key, a token's from its id alone."""
     tiny = jnp.finfo(jnp.float32).tiny
     # `tiny` guards log(0); uniforms stay below 1, so no wait is 0 and a token of probability 0 never wins.
-    waits = -jnp.log(jnp.maximum(key.uniform(law.shape[-1])[:, 0], tiny))
-    return first_argmax(law / waits)
+    return -jnp.log(jnp.maximum(key.uniform(vocab), tiny))
+
+
+def coupled_waits(
+    keys: UInt32[Array, "r 2"], positions: Int[Array, "r n"], vocab: int, params: SamplingArrays
+) -> Float[Array, "r n v"]:
+    """The clocks that decide the tokens at absolute `positions`: functions of the request's seed, the position and the
+    token id alone (docs/algorithm.md, rule 110); zeros if no request samples."""
+
+    def draw() -> Array:
+        request = Key.of(keys).fold_in(jnp.full_like(positions[:, 0], COUPLED))
+        return _waits(Key(request.high[:, None], request.low[:, None]).fold_in(positions), vocab)
+
+    shape = (*positions.shape, vocab)
+    return jax.lax.cond(jnp.any(params.stochastic), draw, lambda: jnp.zeros(shape, jnp.float32))
+
+
+def race(logits: Float[Array, "r *n v"], waits: Float[Array, "r *n v"], params: SamplingArrays) -> Int[Array, "r *n"]:
+    """The tokens that win races of given clocks under each row's `sampling_law`; the argmax where greedy."""
+
+    def greedy(logits: Array, waits: Array) -> Array:
+        return first_argmax(logits)
+
+    def sampled(cut: Callable, params: SamplingArrays, logits: Array, waits: Array) -> Array:
+        winners = first_argmax(_odds(cut, params, logits, waits))
+        return jnp.where(_per_request(params.stochastic, winners), winners, first_argmax(logits))
+
+    return _by_need(params, greedy, partial(sampled, _scaled), partial(sampled, _cut), logits, waits)
+
+
+def race_odds(
+    logits: Float[Array, "r *n v"], waits: Float[Array, "r *n v"], params: SamplingArrays
+) -> Float[Array, "r *n v"]:
+    """The numbers whose largest wins a race of sampled rows; two that are close are a near-tie."""
+    return _odds(_cut, params, logits, waits)
+
+
+def _odds(cut: Callable, params: SamplingArrays, logits: Array, waits: Array) -> Array:
+    # Rates need no common mass, so the law is not normalised.
+    return _weights(params, cut(params, logits)) / waits
 
 
 def first_argmax(x: Float[Array, "*n v"]) -> Int[Array, "*n"]:

@@ -75,7 +75,7 @@ class DSpark(nnx.Module):
         carry = None if markov is None else markov.init(anchors.shape)
 
         # A Python loop: K is small and static, and only the head runs in it.
-        previous, tokens, probs, embeddings = anchors, [], [], []
+        previous, tokens, laws, embeddings = anchors, [], [], []
 
         for k in range(self.block_size):
             logits = base[:, k]
@@ -93,10 +93,10 @@ class DSpark(nnx.Module):
 
             previous, law = sample(logits, k)
             tokens.append(previous)
-            probs.append(law)
+            laws.append(law)
 
         seen = jnp.stack(embeddings, axis=1) if embeddings else None
-        return DraftOutput(jnp.stack(tokens, axis=1), jnp.stack(probs, axis=1), self._confidence(hidden, seen))
+        return DraftOutput.of(tokens, laws, self._confidence(hidden, seen))
 
     def draft_hidden(
         self, shared: SharedTables, state: Any, anchors: Int[Array, " r"], positions: Int[Array, " r"]

@@ -127,7 +127,7 @@ class Eagle3(PairedRows):
             tokens.append(previous)
             laws.append(law)
 
-        return DraftOutput(jnp.stack(tokens, axis=1), jnp.stack(laws, axis=1), None)
+        return DraftOutput.of(tokens, laws)
 
     def train_outputs(
         self, shared: SharedTables, taps: Float[Array, "b t md"], tokens: Int[Array, "b t"],

@@ -94,7 +94,7 @@ class MTP(PairedRows):
         x, _ = self.layers[0](x, self.rope(limits), OwnRows(state.cache[0], limits))
 
         tokens, law = sample(shared.logits(self.norm(x[:, 0])), 0)
-        return DraftOutput(tokens[:, None], law[:, None], None)
+        return DraftOutput.of([tokens], [law])
 
     def train_context(
         self, shared: SharedTables, taps: Float[Array, "b t d"], tokens: Int[Array, "b t"],

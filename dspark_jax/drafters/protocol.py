@@ -3,7 +3,7 @@
 Axes: R request slots, W rows of a commit (block + 1), K block position, T context position, D hidden, V vocab, m taps.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -12,12 +12,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dspark_jax.drafters.config import DrafterConfig
+from dspark_jax.drafters.laws import DraftLaw
 from dspark_jax.drafters.vocabulary import DraftVocabulary
 from dspark_jax.targets.config import TargetConfig
 from dspark_jax.targets.layers import head_logits
 
-# (logits [R, V] float32, block offset k) -> (tokens [R] int32, probs [R, V]: the law the token was drawn from).
-SampleFn = Callable[[Array, int], tuple[Array, Array]]
+# (logits [R, V] float32, block offset k) -> (tokens [R] int32, the law they were drawn from: leaves [R, ...], or None
+# where verification needs none).
+SampleFn = Callable[[Array, int], tuple[Array, Any]]
 DraftState = Any
 
 
@@ -51,12 +53,23 @@ class SharedTables:
 
 
 class DraftOutput(NamedTuple):
-    """tokens [R, K] int32; probs [R, K, V] float32, p^d (docs/algorithm.md, rule 3);
-    confidence [R, K] logits or None."""
+    """A chain of drafts after each anchor.
+
+    Attributes:
+        tokens: [R, K] int32.
+        law: p^d, the law that they were drawn from (docs/algorithm.md, rules 3 and 7); None if `sample` gave none.
+        confidence: [R, K] logits; None without a confidence head.
+    """
 
     tokens: Array
-    probs: Array
+    law: DraftLaw | None
     confidence: Array | None
+
+    @classmethod
+    def of(cls, tokens: Sequence[Array], laws: Sequence[Any], confidence: Array | None = None) -> "DraftOutput":
+        """From the K tokens [R] and laws that `sample` returned, in order."""
+        law = jax.tree.map(lambda *rows: jnp.stack(rows, axis=1), *laws)
+        return cls(jnp.stack(tokens, axis=1), law, confidence)
 
 
 class DrafterModel(Protocol):

@@ -234,7 +234,7 @@ def _overlap(
     def teacher(logits: Array, k: int) -> tuple[Array, Array]:
         return forced[:, k], jax.nn.softmax(logits, axis=-1)
 
-    return jnp.sum(jnp.minimum(model.draft(shared, state, first, positions, teacher).probs, theirs), axis=-1)
+    return jnp.sum(jnp.minimum(model.draft(shared, state, first, positions, teacher).law, theirs), axis=-1)
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ import numpy as np
 
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.evaluation.acceptance import seeded
+from dspark_jax.serving.chunks import sampling_arrays
 from dspark_jax.serving.generate import generate
 from dspark_jax.serving.prompts import EncodedPrompt
 from dspark_jax.serving.requests import Generation
-from dspark_jax.serving.sampling import SamplingParams
+from dspark_jax.serving.sampling import SamplingParams, seed_words
 from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.targets.target import Target
 
@@ -78,7 +79,8 @@ def median_ratio(fast: Sequence[Timed], slow: Sequence[Timed]) -> float:
 
 @dataclass(frozen=True)
 class Difference:
-    """First position at which two greedy outputs differ, and the target's top-2 logit gap there."""
+    """First position at which two outputs that ought to be equal differ, and how close the target's decision is there:
+    the gap of its two best logits, or of the two best of its race, in nats."""
 
     prompt: str
     position: int
@@ -86,29 +88,49 @@ class Difference:
 
 
 def differences(
-    target: Target, prompts: Sequence[EncodedPrompt], plain: Sequence[Generation], other: Sequence[Generation]
+    target: Target,
+    prompts: Sequence[EncodedPrompt],
+    plain: Sequence[Generation],
+    other: Sequence[Generation],
+    sampling: Sequence[SamplingParams] | None = None,
 ) -> list[Difference]:
-    """Prompts whose outputs differ; the gap tells a near-tie, where it is tiny, from a fault."""
+    """Prompts whose outputs differ; the gap tells a near-tie, where it is tiny, from a fault.
+
+    Args:
+        target: decides.
+        prompts: as given to both.
+        plain, other: their outputs.
+        sampling: each prompt's own settings, for outputs of coupled decoding; None: greedy ones.
+    """
     found = []
-    for prompt, a, b in zip(prompts, plain, other, strict=True):
+    for i, (prompt, a, b) in enumerate(zip(prompts, plain, other, strict=True)):
         if a.tokens == b.tokens:
             continue
         # One output may be a prefix of the other.
         shared = zip(a.tokens, b.tokens, strict=False)
         at = next((i for i, (x, y) in enumerate(shared) if x != y), min(len(a.tokens), len(b.tokens)))
-        found.append(Difference(prompt.id, at, _top2_gap(target, prompt.tokens + a.tokens[:at])))
+        scores = _decision(target, prompt.tokens + a.tokens[:at], None if sampling is None else sampling[i])
+        second, first = np.sort(scores)[-2:]
+        found.append(Difference(prompt.id, at, float(first - second)))
 
     return found
 
 
-def _top2_gap(target: Target, tokens: Sequence[int]) -> float:
+def _decision(target: Target, tokens: Sequence[int], sampling: SamplingParams | None) -> np.ndarray:
+    """[V] the numbers whose largest decides the token after `tokens`: logits, or the logarithms of a coupled race."""
     import jax.numpy as jnp
 
+    from dspark_jax.decoding.sampling import coupled_waits, race_odds
     from dspark_jax.targets.attention import CausalRows
 
     model = target.model(target.params)
     ids = jnp.asarray([tokens])
     out = model(ids, jnp.arange(ids.shape[1])[None], CausalRows())
-    second, first = np.sort(np.asarray(model.logits(out.hidden[:, -1])[0]))[-2:]
+    logits = model.logits(out.hidden[:, -1])
+    if sampling is None or sampling.temperature == 0:
+        return np.asarray(logits[0])
 
-    return float(first - second)
+    settings = sampling_arrays([sampling])
+    keys = jnp.asarray([seed_words(sampling, 0, own=True)], jnp.uint32)
+    waits = coupled_waits(keys, jnp.asarray([[len(tokens)]]), logits.shape[-1], settings)
+    return np.log(np.asarray(race_odds(logits, waits[:, 0], settings)[0]) + np.finfo(np.float32).tiny)

@@ -61,6 +61,11 @@ class VerifyPolicy(Protocol):
         """Whether `LoopParams.tables` must be given."""
         ...
 
+    @property
+    def anticipates(self) -> bool:
+        """Whether the verification of x_k may depend on x_k or later tokens. Only coupled verification allows it."""
+        ...
+
     def init(self, requests: int, block: int) -> PolicyState:
         """The state before the first round, for R = `requests` slots and blocks of K = `block` drafts."""
         ...
@@ -74,7 +79,8 @@ class VerifyPolicy(Protocol):
         ...
 
     def __call__(self, view: RoundView, state: PolicyState) -> tuple[Int[Array, " r"], PolicyState]:
-        """Choose the verify lengths, 0..caps. Whether x_k is verified may depend on x_<k, never on x_k."""
+        """Choose the verify lengths, 0..caps. Unless the policy `anticipates`, whether x_k is verified may depend on
+        x_<k, never on x_k."""
         ...
 
     def observe(
@@ -90,6 +96,7 @@ class Fixed:
 
     always_drafts = True
     needs_tables = False
+    anticipates = False
 
     def init(self, requests: int, block: int) -> PolicyState:
         return PolicyState()
@@ -161,6 +168,7 @@ class Adaptive:
 
     always_drafts = False
     needs_tables = True
+    anticipates = False
 
     def init(self, requests: int, block: int) -> PolicyState:
         shared = AdaptiveShared(self.history.init_shared(block), self.calibration.init(block), self.init_own())
@@ -184,6 +192,18 @@ class Adaptive:
             (how many of the first drafts are admitted, the new state of the subclass).
         """
         raise NotImplementedError
+
+    def best_count(self, ranked: Ranked, costs: RoundCosts) -> Int[Array, ""]:
+        """How many of the ranked drafts have the highest expected rate, searched over every count; 0 unless that gains
+        enough over none. The search reads the survival of drafts that it leaves out."""
+        available = jnp.sum(ranked.valid)
+        expected = costs.base + jnp.cumsum(jnp.where(ranked.valid, ranked.survival, 0.0))
+        tokens = jnp.concatenate([costs.base[None].astype(jnp.float32), expected])
+        seconds = costs.drafting + costs.of(costs.base + jnp.arange(tokens.shape[0]))
+
+        rate = jnp.where(jnp.arange(tokens.shape[0]) <= available, tokens / seconds, -jnp.inf)
+        best = jnp.argmax(rate)
+        return jnp.where(rate[best] > (1 + self.min_gain) * rate[0], best, 0)
 
     def drafting(self, view: RoundView, state: PolicyState) -> tuple[Array, PolicyState]:
         # At its last token a request has a cap of 0. Being unable to draft is no evidence about its drafts, so the
@@ -315,23 +335,30 @@ class Asynchronous(Adaptive):
 
     def admit(self, ranked: Ranked, costs: RoundCosts, conditional: Array, own: Array) -> tuple[Array, Array]:
         base = jnp.maximum(costs.base, 1)
-        available = jnp.sum(ranked.valid)
 
         # This round's capacity, decided two rounds ago.
         # A little more than the product, which may have been rounded to just below a whole number.
-        wanted = jnp.floor(jnp.minimum(own[0] * base + 1e-3, 1.0 * available)).astype(jnp.int32)
-        paid = jnp.clip(costs.tokens[costs.rung(costs.base + wanted)] - costs.base, 0, available)
+        wanted = jnp.floor(jnp.minimum(own[0] * base + 1e-3, 1.0 * jnp.sum(ranked.valid))).astype(jnp.int32)
 
-        # The capacity of the round after the next: the count with the highest expected rate, if it gains enough. All of
-        # this round's survival may be searched, since it does not decide this round's lengths.
-        expected = costs.base + jnp.cumsum(jnp.where(ranked.valid, ranked.survival, 0.0))
-        tokens = jnp.concatenate([costs.base[None].astype(jnp.float32), expected])
-        seconds = costs.drafting + costs.of(costs.base + jnp.arange(tokens.shape[0]))
+        # The capacity of the round after the next. All of this round's survival may be searched, since it does not
+        # decide this round's lengths.
+        return _paid(ranked, costs, wanted), jnp.stack([own[1], self.best_count(ranked, costs) / base])
 
-        rate = jnp.where(jnp.arange(tokens.shape[0]) <= available, tokens / seconds, -jnp.inf)
-        best = jnp.argmax(rate)
-        best = jnp.where(rate[best] > (1 + self.min_gain) * rate[0], best, 0)
-        return paid, jnp.stack([own[1], best / base])
+
+@dataclass(frozen=True)
+class Retrospective(Adaptive):
+    """The count of today's drafts with the highest expected rate, all of today's confidences considered: the search
+    that Algorithm 1 must not make (docs/algorithm.md, rules 77 and 79), and that coupled verification allows."""
+
+    anticipates = True
+
+    def admit(self, ranked: Ranked, costs: RoundCosts, conditional: Array, own: Any) -> tuple[Array, Any]:
+        return _paid(ranked, costs, self.best_count(ranked, costs)), own
+
+
+def _paid(ranked: Ranked, costs: RoundCosts, count: Array) -> Int[Array, ""]:
+    """As many drafts as fit into the rung that `count` of them run at, which is paid for."""
+    return jnp.clip(costs.tokens[costs.rung(costs.base + count)] - costs.base, 0, jnp.sum(ranked.valid))
 
 
 def _tables(view: RoundView) -> ScheduleTables:

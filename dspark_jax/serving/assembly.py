@@ -7,6 +7,7 @@ import numpy as np
 
 from dspark_jax.checkpoints.serving_tables import SpsTable, read_sps
 from dspark_jax.decoding.round import DecodeLoop, LoopParams
+from dspark_jax.decoding.verifiers import Independent, Verifier
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.errors import UserError
 from dspark_jax.readers import read_object
@@ -14,7 +15,7 @@ from dspark_jax.scheduling.costs import CostTable, ScheduleTables, bucket_ladder
 from dspark_jax.scheduling.policies import Fixed, VerifyPolicy
 from dspark_jax.serving.profile import Profile, load_or_measure
 from dspark_jax.serving.sampling import SamplingParams
-from dspark_jax.serving.settings import EngineConfig, policy_named
+from dspark_jax.serving.settings import EngineConfig, policy_named, verifier_of
 from dspark_jax.serving.temperatures import read_calibration, validity
 from dspark_jax.sharding import parameter_mesh
 from dspark_jax.targets.target import Target
@@ -22,6 +23,7 @@ from dspark_jax.targets.target import Target
 # Cache sizes are rounded up to this many positions, so that engines of similar size share compiled programs.
 CACHE_MULTIPLE = 64
 WHOLE_BLOCKS = Fixed()
+BY_REJECTION = Independent()
 
 
 @dataclass(frozen=True)
@@ -49,21 +51,24 @@ class Assembly:
             target: the model that decides.
             drafter: proposes; None: plain decoding.
             config: shapes, policy by name, files of tables.
-            sampling: default settings of requests, under which rounds are measured and calibrations are valid.
+            sampling: default settings of requests, under which rounds are measured and calibrations are valid; its mode
+                is that of every request.
             strategy: a policy instead of the one named.
             tables: costs and temperatures instead of measured and read ones.
         Raises:
-            UserError: files or buckets that don't fit, or no `longest`.
+            UserError: files or buckets that don't fit, no `longest`, or a policy that is not exact in the mode.
         """
+        verifier = verifier_of(sampling.mode)
         # Assembled in every case, as "auto" may fall back to it; a loop is only a description and allocates nothing.
-        plain = cls(None, make_loop(target, None, _plain(config)), LoopParams(target.params, {}), "")
+        alone = make_loop(target, None, _plain(config), verifier=verifier)
+        plain = cls(None, alone, LoopParams(target.params, {}), "")
         if drafter is None:
             return replace(plain, why="plain decoding: there is no drafter")
         if strategy is None and config.policy == "plain":
             return replace(plain, why="plain decoding: as asked, without the drafter")
 
         policy = strategy or policy_named(config.policy, config.threshold)
-        loop = make_loop(target, drafter, config, policy)
+        loop = make_loop(target, drafter, config, policy, verifier)
         params = LoopParams(target.params, drafter.params)
         name = type(policy).__name__ if strategy else config.policy
         # These policies start at once: there is nothing to measure for them.
@@ -119,7 +124,11 @@ def drafting_worth(costs: CostTable, loop: DecodeLoop) -> DraftingWorth:
 
 
 def make_loop(
-    target: Target, drafter: Drafter | None, config: EngineConfig, policy: VerifyPolicy = WHOLE_BLOCKS
+    target: Target,
+    drafter: Drafter | None,
+    config: EngineConfig,
+    policy: VerifyPolicy = WHOLE_BLOCKS,
+    verifier: Verifier = BY_REJECTION,
 ) -> DecodeLoop:
     """The loop for these settings; a slot holds `longest` positions and the widest write after them.
 
@@ -128,8 +137,9 @@ def make_loop(
         drafter: None: no drafts, one row per request.
         config: slots, longest, buckets, stop_slots.
         policy: verify policy.
+        verifier: draws and accepts drafts.
     Raises:
-        UserError: no `longest`, or buckets that don't fit.
+        UserError: no `longest`, buckets that don't fit, or a policy that is not exact with the verifier.
     """
     if config.longest is None:
         raise UserError("An engine needs to know how long requests may become: give longest, in positions.")
@@ -153,6 +163,7 @@ def make_loop(
         buckets=buckets,
         stop_slots=config.stop_slots,
         policy=policy,
+        verifier=verifier,
         mesh=parameter_mesh(target.params),
         words=target.known_tokens,
     )

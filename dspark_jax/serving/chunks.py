@@ -60,12 +60,21 @@ def next_chunk(loop: DecodeLoop, width: int, entering: Sequence[tuple[int, Job, 
         stop_tokens=stops,
         verify_cap=column([most if s.verify_length is None else min(s.verify_length, most) for s in settings]),
         keys=column([job.seed_words for job in jobs], np.uint32),
-        sampling=SamplingArrays(
-            column([s.temperature for s in settings], np.float32),
-            column([min(s.top_k, 2**31 - 1) for s in settings]),  # any int is legal, int32 is compiled
-            column([s.top_p for s in settings], np.float32),
-            column([s.min_p for s in settings], np.float32),
-        ),
+        sampling=sampling_arrays(settings),
+    )
+
+
+def sampling_arrays(settings: Sequence[SamplingParams]) -> SamplingArrays:
+    """The settings of a law as numpy arrays, a row each."""
+
+    def column(values: Any, dtype: Any = np.float32) -> Any:
+        return np.asarray(values, dtype)
+
+    return SamplingArrays(
+        column([s.temperature for s in settings]),
+        column([min(s.top_k, 2**31 - 1) for s in settings], np.int32),  # any int is legal, int32 is compiled
+        column([s.top_p for s in settings]),
+        column([s.min_p for s in settings]),
     )
 
 

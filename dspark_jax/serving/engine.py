@@ -29,7 +29,7 @@ from dspark_jax.serving.jobs import make_job
 from dspark_jax.serving.metering import Metering
 from dspark_jax.serving.requests import Counts, EngineBroken, Generation, Progress, Request
 from dspark_jax.serving.roster import Entry, Roster
-from dspark_jax.serving.sampling import SamplingParams
+from dspark_jax.serving.sampling import SamplingParams, require_mode
 from dspark_jax.serving.settings import EngineConfig, check_engine
 from dspark_jax.targets.target import Target
 
@@ -51,7 +51,7 @@ class Engine:
         target: the model that decides.
         drafter: proposes; None: plain decoding.
         config: capacity of the engine, and its policy by name; `longest` must be set.
-        sampling: settings of requests that have none of their own.
+        sampling: settings of requests that have none of their own; its mode is that of every request.
         strategy: a verify policy instead of the one named, for studies.
         tables: costs and temperatures instead of measured ones.
         metering: the load meter and the external load factor.
@@ -107,6 +107,7 @@ class Engine:
         # Refused before the prompt is tokenised, which takes time; `add` checks again, under its lock.
         self._roster.require_room(index, self.config.queue)
         job = make_job(self.target, self.sampling, index, request)
+        require_mode(job.sampling, self.sampling.mode, f"Request {index}")
 
         longest, stops = self.config.longest or 0, job.sampling.stop_tokens or ()
         # Both limits are shapes of the compiled loop.

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.serving.engine import Engine
-from dspark_jax.serving.jobs import listed_requests, make_job
+from dspark_jax.serving.jobs import Job, listed_requests, make_job
 from dspark_jax.serving.requests import Generation, Progress, Prompt, Request
-from dspark_jax.serving.sampling import DEFAULT_SAMPLING, SamplingParams
+from dspark_jax.serving.sampling import DEFAULT_SAMPLING, SamplingParams, require_mode
 from dspark_jax.serving.settings import DEFAULT_ENGINE, EngineConfig
 from dspark_jax.targets.target import Target
 
@@ -98,6 +98,7 @@ def engine_for(
 
     # Checked before the engine is built, which may compile and profile for minutes.
     jobs = [make_job(target, sampling, index, request) for index, request in enumerate(requests)]
+    sampling = _with_mode(sampling, jobs)
     slots, longest = min(config.slots, len(jobs)), config.longest or max(job.longest for job in jobs)
 
     buckets = config.buckets
@@ -119,6 +120,15 @@ def engine_for(
 
     for index, request in enumerate(requests):
         made.submit(index, request)
+    return made
+
+
+def _with_mode(sampling: SamplingParams, jobs: Sequence[Job]) -> SamplingParams:
+    """The call's settings with the mode that its requests ask for, which all of them share."""
+    asked = [job.sampling.mode for job in jobs if job.sampling.temperature > 0 and job.sampling.mode is not None]
+    made = replace(sampling, mode=next(iter(asked), sampling.mode))
+    for job in jobs:
+        require_mode(job.sampling, made.mode, f"Request {job.index}")
     return made
 
 

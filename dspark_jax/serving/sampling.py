@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -19,8 +19,9 @@ class SamplingParams:
     """Decoding settings of one request, or of every request of a call.
 
     Decoding is lossless under all settings: at temperature 0 the output is token for token that of the target alone,
-    above 0 it has the same law. In bfloat16 about one greedy output in twenty differs from plain decoding at a near-tie
-    of two logits, since a block and a single row round differently; float32 resolves such ties.
+    above 0 it has the same law, and in mode "coupled" the same tokens too. In bfloat16 about one greedy output in
+    twenty differs from plain decoding at a near-tie of two logits, since a block and a single row round differently;
+    float32 resolves such ties.
     """
 
     max_new_tokens: int = 256
@@ -42,8 +43,10 @@ class SamplingParams:
     """Token ids that end an answer. None: the target's end-of-sequence ids; (): none."""
     verify_length: int | None = None
     """The most drafts verified in a round. None: the drafter's whole block."""
-    mode: Mode = "rejection"
-    """How drafts are verified: rejection sampling, draft by draft."""
+    mode: Mode | None = None
+    """How drafts are verified above temperature 0. rejection: one by one. block: together, so that more are accepted.
+    coupled: the target draws every token from noise of seed, position and token id alone, so that the text is that of
+    plain decoding in this mode. None: the engine's; an engine verifies in one mode, by default rejection."""
 
     def checked(self, vocabulary: int, who: str) -> "SamplingParams":
         """A checked copy in plain Python numbers.
@@ -64,10 +67,8 @@ class SamplingParams:
             if not isinstance(text, str) or not text or not is_unicode(text):
                 raise UserError(f"{who} has stop = {self.stop!r}; expected texts that are not empty.")
 
-        if self.mode != "rejection":
-            known = ("block", "coupled")
-            hint = "is not supported by this version" if self.mode in known else "is unknown"
-            raise UserError(f"{who} has mode = {self.mode!r}, which {hint}; use mode = 'rejection'.")
+        if self.mode is not None and self.mode not in get_args(Mode):
+            raise UserError(f"{who} has mode = {self.mode!r}; expected one of {', '.join(get_args(Mode))}.")
 
         # A temperature beyond the range of float32 would become infinite on the device.
         return replace(
@@ -85,6 +86,16 @@ class SamplingParams:
 
 
 DEFAULT_SAMPLING = SamplingParams()
+
+
+def require_mode(sampling: SamplingParams, mode: Mode | None, who: str) -> None:
+    """Raise UserError for settings of another mode than the engine's; greedy decoding is the same in all."""
+    mode = mode or "rejection"
+    if sampling.temperature > 0 and sampling.mode not in (None, mode):
+        raise UserError(
+            f"{who} has mode = {sampling.mode!r}, and this engine verifies in mode {mode!r}, which every request "
+            "shares; leave the request's mode out, or give the engine's own settings that mode."
+        )
 
 
 def seed_words(sampling: SamplingParams, index: int, own: bool) -> tuple[int, int]:

@@ -4,11 +4,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from dspark_jax.decoding.acceptance import BlockVerification, RejectionSampling
+from dspark_jax.decoding.verifiers import Coupled, Independent, Verifier
 from dspark_jax.errors import UserError
-from dspark_jax.scheduling.policies import Asynchronous, Causal, Fixed, LookAhead, Threshold, VerifyPolicy
-from dspark_jax.serving.sampling import number_between, whole_number
+from dspark_jax.scheduling.policies import (
+    Asynchronous,
+    Causal,
+    Fixed,
+    LookAhead,
+    Retrospective,
+    Threshold,
+    VerifyPolicy,
+)
+from dspark_jax.serving.sampling import Mode, number_between, whole_number
 
-PolicyName = Literal["auto", "plain", "fixed", "threshold", "causal", "look-ahead", "asynchronous"]
+PolicyName = Literal["auto", "plain", "fixed", "threshold", "causal", "look-ahead", "asynchronous", "retrospective"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +31,8 @@ class EngineConfig:
     """Positions that a request may take, prompt and new tokens together. None: as many as a call's requests need."""
     policy: PolicyName = "auto"
     """How many drafts are verified. auto: look-ahead where drafting can pay on this machine, else plain decoding.
-    fixed: the whole block. threshold: up to the first draft below it. causal, look-ahead, asynchronous: what pays."""
+    fixed: the whole block. threshold: up to the first draft below it. causal, look-ahead, asynchronous: what pays.
+    retrospective: what pays by all of today's confidences, in mode "coupled" alone."""
     threshold: float = 0.5
     """The least confidence of a draft that is verified, for the threshold policy."""
     sts: Path | None = None
@@ -64,8 +75,21 @@ def policy_named(name: PolicyName, threshold: float = 0.0) -> VerifyPolicy:
         "causal": Causal(),
         "look-ahead": LookAhead(),
         "asynchronous": Asynchronous(),
+        "retrospective": Retrospective(),
     }
     return policies[name]
+
+
+def verifier_of(mode: Mode | None) -> Verifier:
+    """The strategy that verifies drafts in a mode; None: rejection. UserError for an unknown mode."""
+    verifiers: dict[Mode, Verifier] = {
+        "rejection": Independent(RejectionSampling()),
+        "block": Independent(BlockVerification()),
+        "coupled": Coupled(),
+    }
+    if mode is not None and mode not in verifiers:
+        raise UserError(f"The engine's sampling has mode = {mode!r}; expected one of {', '.join(verifiers)}.")
+    return verifiers[mode or "rejection"]
 
 
 def check_engine(config: EngineConfig) -> None:

@@ -18,6 +18,8 @@ from dspark_jax.readers import SEAL, check_seal, read_object, sealed
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.targets.target import Target
 
+_DEFAULT_MODE = "rejection"
+
 
 def validity(target: Target, drafter: Drafter, sampling: SamplingParams) -> dict[str, Any]:
     """The facts that a calibration depends on: the weights, and the sampling settings, which decide acceptance."""
@@ -31,6 +33,8 @@ def validity(target: Target, drafter: Drafter, sampling: SamplingParams) -> dict
         "top_k": int(sampling.top_k),
         "top_p": float(sampling.top_p),
         "min_p": float(sampling.min_p),
+        # Greedy drafts are accepted alike in every mode.
+        "mode": _DEFAULT_MODE if sampling.temperature == 0 else sampling.mode or _DEFAULT_MODE,
     }
 
 
@@ -68,6 +72,8 @@ def read_calibration(path: Path, valid_for: Mapping[str, Any]) -> np.ndarray:
         UserError: a file that is no calibration, or one made for other weights or sampling settings.
     """
     table, made_for = read_sealed(path)
+    # Files of the time before there was a choice do not name a mode.
+    made_for.setdefault("mode", _DEFAULT_MODE)
     for name, expected in valid_for.items():
         # Names only make the sentence readable: weights may move or be renamed and stay valid.
         if not name.endswith("_name") and made_for.get(name) != expected:

@@ -116,7 +116,7 @@ class V4MTP(nnx.Module):
         streams, _ = self.block.after_attention(streams, attention.output(mixed, rope), mixing, anchors[:, None])
 
         tokens, law = sample(self.logits(shared, self.collapse(streams)[:, 0]), 0)
-        return DraftOutput(tokens[:, None], law[:, None], None)
+        return DraftOutput.of([tokens], [law])
 
     # Training
 

@@ -1,0 +1,170 @@
+"""Verifiers: how drafts are drawn, which of them are accepted, and which token follows them.
+
+A verifier owns all random numbers of a round. So drafts cannot be drawn with the noise of one and verified by another,
+which would not be exact (docs/algorithm.md, rule 108).
+
+Axes: R request slots, K drafts of a block, W = K + 1 rows of a block (anchor and drafts), V vocab.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dspark_jax.decoding.acceptance import AcceptanceRule, RejectionSampling
+from dspark_jax.decoding.sampling import (
+    DRAFT,
+    RESIDUAL,
+    SamplingArrays,
+    coupled_waits,
+    draw,
+    draw_token,
+    race,
+    sampling_law,
+    uniforms,
+)
+from dspark_jax.drafters.laws import Dense, DraftLaw
+from dspark_jax.drafters.protocol import DraftOutput
+from dspark_jax.errors import UserError
+from dspark_jax.scheduling.policies import VerifyPolicy
+
+
+class Draws(NamedTuple):
+    """What the random numbers of a round are made from."""
+
+    keys: Array  # [R, 2] uint32, of the requests' seeds
+    anchors: Array  # [R] absolute positions of the last committed tokens
+    sampling: SamplingArrays  # [R] each
+
+
+class Decision(NamedTuple):
+    """The outcome of a round for each request."""
+
+    accepted: Array  # [R] int32, drafts accepted, 0 to the verify length
+    next_token: Array  # [R] int32, the token after the accepted prefix
+
+
+class Verifier(Protocol):
+    """A frozen strategy, hashable: a jit-static field of the loop.
+
+    Order of a round: `noise`, `draft` for k = 0..K-1, `decide`. A round without drafts, and a prompt's first token, are
+    decided by `next_token`.
+    """
+
+    @property
+    def any_schedule(self) -> bool:
+        """Whether it is exact under every policy, also under one that looks at the tokens it decides on."""
+        ...
+
+    def noise(self, draws: Draws, block: int, vocab: int) -> Any:
+        """The random numbers of a round of K = `block` drafts that are drawn at once; any pytree."""
+        ...
+
+    def draft(
+        self, logits: Float[Array, "r v"], k: int, noise: Any, draws: Draws
+    ) -> tuple[Int[Array, " r"], DraftLaw | None]:
+        """(x_k [R] drawn from the drafter's logits under the request's sampling settings, the law it was drawn from
+        with leaves [R, ...]; None: it is not needed)."""
+        ...
+
+    def decide(
+        self, draft: DraftOutput, logits: Float[Array, "r w v"], lengths: Int[Array, " r"], noise: Any, draws: Draws
+    ) -> Decision:
+        """Accept a prefix of the first `lengths` drafts, and choose the token after it.
+
+        Args:
+            draft: as handed over by the drafter.
+            logits: the target's, on the anchor and the drafts; rows past `lengths` are junk.
+            lengths: drafts that may be accepted.
+            noise: of this round.
+            draws: as for `noise`.
+        Raises:
+            UserError: while tracing, if the drafter hands over too little.
+        """
+        ...
+
+    def next_token(self, logits: Float[Array, "r v"], draws: Draws, block: int) -> Int[Array, " r"]:
+        """The token after the anchor: that of a round of K = `block` drafts whose verify length is 0."""
+        ...
+
+
+@dataclass(frozen=True)
+class Independent:
+    """Drafts, acceptance tests and corrections with independent random numbers, fresh in every round.
+
+    Exact as long as whether x_k is verified depends on x_<k alone (docs/algorithm.md, rule 76).
+    """
+
+    rule: AcceptanceRule = RejectionSampling()
+
+    any_schedule = False
+
+    def noise(self, draws: Draws, block: int, vocab: int) -> Any:
+        return ()
+
+    def draft(self, logits: Float[Array, "r v"], k: int, noise: Any, draws: Draws) -> tuple[Array, DraftLaw | None]:
+        token, law = draw(logits, draws.keys, draws.anchors, k, DRAFT, draws.sampling)
+        return token, Dense(law)
+
+    def decide(
+        self, draft: DraftOutput, logits: Float[Array, "r w v"], lengths: Int[Array, " r"], noise: Any, draws: Draws
+    ) -> Decision:
+        if draft.law is None:
+            raise UserError(
+                "This drafter does not say which law its tokens were drawn from; rejection and block verification "
+                "compare that law with the target's, so decode in mode = 'coupled'."
+            )
+
+        keys, anchors, sampling = draws
+        block = draft.tokens.shape[1]
+        law = sampling_law(logits, sampling)
+        accepted, next_law = self.rule(draft.tokens, draft.law, law, uniforms(keys, anchors, block, sampling), lengths)
+        return Decision(accepted, draw_token(next_law, keys, anchors, block, RESIDUAL, sampling))
+
+    def next_token(self, logits: Float[Array, "r v"], draws: Draws, block: int) -> Int[Array, " r"]:
+        # The offset `block` is where `decide` draws too, so plain rounds give the tokens of verify length 0.
+        return draw(logits, draws.keys, draws.anchors, block, RESIDUAL, draws.sampling)[0]
+
+
+@dataclass(frozen=True)
+class Coupled:
+    """Every token is the winner of the target's own race, whose clocks depend on the request's seed, the token's
+    absolute position and its id alone; drafts race with the same clocks and are accepted while they win both.
+
+    So the text is that of plain decoding with the seed, whatever is drafted and however much of it is verified
+    (docs/algorithm.md, rules 110 and 111).
+    """
+
+    any_schedule = True
+
+    def noise(self, draws: Draws, block: int, vocab: int) -> Float[Array, "r w v"]:
+        # Row i decides the token at anchor + 1 + i. Drafts and target read the same clocks, so they are made once.
+        positions = draws.anchors[:, None] + 1 + jnp.arange(block + 1)
+        return coupled_waits(draws.keys, positions, vocab, draws.sampling)
+
+    def draft(self, logits: Float[Array, "r v"], k: int, noise: Any, draws: Draws) -> tuple[Array, DraftLaw | None]:
+        return race(logits, noise[:, k], draws.sampling), None
+
+    def decide(
+        self, draft: DraftOutput, logits: Float[Array, "r w v"], lengths: Int[Array, " r"], noise: Any, draws: Draws
+    ) -> Decision:
+        block = draft.tokens.shape[1]
+        won = race(logits, noise, draws.sampling)
+
+        equal = (draft.tokens == won[:, :block]) & (jnp.arange(block) < lengths[:, None])
+        accepted = jnp.sum(jnp.cumprod(equal.astype(jnp.int32), axis=1), axis=1)
+        return Decision(accepted, jnp.take_along_axis(won, accepted[:, None], axis=1)[:, 0])
+
+    def next_token(self, logits: Float[Array, "r v"], draws: Draws, block: int) -> Int[Array, " r"]:
+        return race(logits, self.noise(draws, 0, logits.shape[-1])[:, 0], draws.sampling)
+
+
+def check_pair(verifier: Verifier, policy: VerifyPolicy) -> None:
+    """Raise UserError if outputs under this policy would not follow the target's law."""
+    if policy.anticipates and not verifier.any_schedule:
+        raise UserError(
+            f"The policy {type(policy).__name__} looks at the tokens whose verification it decides, which would "
+            "change the law of the output under rejection and block verification; decode in mode = 'coupled', where "
+            "every schedule is exact."
+        )

@@ -1,0 +1,205 @@
+"""Measures the three modes of verification beside each other: accepted length, tokens per second, texts.
+
+    python -m infer.studies.modes
+    python -m infer.studies.modes --target .cache/real_target --drafter assets/smollm2_135m_drafter --prompts q.jsonl
+
+At each temperature, rejection, block and coupled verification decode the same prompts in alternating runs, whole blocks
+or what --policy names; figures are medians, prefill included. Coupled texts are compared with those of plain decoding
+in mode "coupled", and near-ties are counted apart. Without --prompts the held-out prompts of the embedded corpora are
+used. Writes docs/results/next_drafters.json.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from dspark_jax.checkpoints.drafters import load_drafter
+from dspark_jax.checkpoints.huggingface import load_target
+from dspark_jax.config.cli import parse, program
+from dspark_jax.datagen.corpora import DOMAINS
+from dspark_jax.datagen.corpora import prompts as corpus
+from dspark_jax.devices import announce, machine
+from dspark_jax.drafters.registry import Drafter
+from dspark_jax.errors import UserError
+from dspark_jax.evaluation.acceptance import Acceptance, seeded
+from dspark_jax.evaluation.timing import Decoder, Timed, alternate, differences, median_ratio, median_speed
+from dspark_jax.files import make_output, write_json
+from dspark_jax.report import table
+from dspark_jax.serving.prompts import EncodedPrompt, encode, read_prompts
+from dspark_jax.serving.sampling import Mode, SamplingParams
+from dspark_jax.serving.settings import EngineConfig, PolicyName
+from dspark_jax.targets.target import Target
+
+# In nats between the two best of a race, above the differences between float32 batches of different widths.
+NEAR_TIE = 1e-3
+
+
+@dataclass(frozen=True)
+class ModesSettings:
+    """Measures rejection, block and coupled verification of a pair."""
+
+    target: str = "assets/embedded_target"
+    """Folder, GGUF file or hub id of the target."""
+    drafter: str = "assets/embedded_drafter"
+    """Folder of the drafter."""
+    prompts: tuple[Path, ...] = ()
+    """JSONL files of prompts. None given: held-out prompts of the embedded corpora."""
+    per_domain: int = 8
+    """Prompts of each domain or file."""
+    temperatures: tuple[float, ...] = (0.5, 1.0, 1.3)
+    """Above 0: at 0 the modes are one."""
+    policies: tuple[PolicyName, ...] = ("fixed",)
+    """Verify policies; retrospective is measured in coupled mode alone."""
+    repeats: int = 3
+    """Alternating runs at each temperature."""
+    slots: int = 1
+    """Requests decoded at once."""
+    max_new_tokens: int = 96
+    """Longest answer."""
+    seed: int = 0
+    """Of the first prompt; the others follow."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of weights and activations."""
+    result: Path = Path("docs/results/next_drafters.json")
+    """The figures."""
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1 or not self.temperatures or min(self.temperatures) <= 0:
+            raise UserError("There is nothing to compare: repeats must be 1 or more, and temperatures above 0 given.")
+
+    def sampling(self, temperature: float, mode: Mode) -> SamplingParams:
+        return SamplingParams(self.max_new_tokens, temperature, seed=self.seed, mode=mode)
+
+
+@program
+def main(argv: list[str]) -> None:
+    settings = parse(ModesSettings, argv, description=__doc__)
+    make_output(settings.result)
+    announce(settings.dtype)
+    target = load_target(settings.target, dtype=settings.dtype)
+    drafter = load_drafter(settings.drafter, target, dtype=settings.dtype)
+    prompts = prompts_of(settings, target)
+
+    made: dict[str, Any] = {
+        f"t{t:g}": at_temperature(settings, target, drafter, prompts, t) for t in settings.temperatures
+    }
+    write_json(settings.result, summary(settings, made, len(prompts)))
+
+    header = ["temperature", "mode, policy", "tau", "less rejection's", "tok/s", "over rejection", "plain's own text"]
+    print(
+        f"\n{table(header, [row for name, rows in made.items() for row in table_rows(name, rows)])}\n{settings.result}"
+    )
+
+
+def prompts_of(settings: ModesSettings, target: Target) -> list[EncodedPrompt]:
+    """The prompts to decode, of every domain equally many."""
+    if settings.prompts:
+        return read_prompts(target, list(settings.prompts), settings.per_domain)
+
+    return [
+        EncodedPrompt(item["id"], domain, encode(target, item["messages"]))
+        for domain in DOMAINS
+        for item in corpus(domain, "heldout", settings.per_domain)
+    ]
+
+
+def at_temperature(
+    settings: ModesSettings, target: Target, drafter: Drafter, prompts: Sequence[EncodedPrompt], temperature: float
+) -> dict[str, Any]:
+    """Figures of every mode and policy at one temperature, and of plain decoding in coupled mode.
+
+    Args:
+        settings: of the measurement.
+        target, drafter: the pair.
+        prompts: decoded by all.
+        temperature: above 0.
+    """
+    # One length for all, so that the ways differ in nothing but the mode and the policy.
+    longest = -(-(max(len(prompt.tokens) for prompt in prompts) + settings.max_new_tokens) // 64) * 64
+    engine = EngineConfig(settings.slots, longest, rounds_per_dispatch=64, smallest_prompt_bucket=64)
+
+    ways = {"plain, coupled": Decoder(target, None, settings.sampling(temperature, "coupled"), engine)}
+    for policy in settings.policies:
+        for mode in ("coupled",) if policy == "retrospective" else get_args(Mode):
+            how = settings.sampling(temperature, mode), replace(engine, policy=policy)
+            ways[f"{mode}, {policy}"] = Decoder(target, drafter, *how)
+
+    runs = alternate({name: partial(decode, prompts) for name, decode in ways.items()}, settings.repeats)
+    rows = {name: figures(found, runs.get(_rejection(name))) for name, found in runs.items()}
+
+    requests = seeded(prompts, settings.sampling(temperature, "coupled"))
+    sampling = [request.sampling or SamplingParams() for request in requests]
+    for name, row in rows.items():
+        if name.startswith("coupled"):
+            plain, coupled = (runs[way][0].generations for way in ("plain, coupled", name))
+            parted = differences(target, prompts, plain, coupled, sampling)
+            row["identical"], row["prompts"] = len(prompts) - len(parted), len(prompts)
+            row["near_ties"] = sum(difference.gap < NEAR_TIE for difference in parted)
+
+    return rows
+
+
+def _rejection(name: str) -> str:
+    """The way that this one is compared with: rejection under the same policy, or under look-ahead, which is the best
+    that rejection has, where it has none of the name."""
+    policy = name.split(", ")[1]
+    return f"rejection, {'look-ahead' if policy == 'retrospective' else policy}"
+
+
+def figures(runs: Sequence[Timed], rejection: Sequence[Timed] | None) -> dict[str, Any]:
+    """tau and speed of one way, beside rejection's where that was measured."""
+    acceptance = Acceptance.of(runs[0].generations)
+    row: dict[str, Any] = {
+        "tau": acceptance.tau,
+        "conditional": acceptance.conditional,
+        "tokens_per_second": median_speed(runs),
+    }
+    if rejection is not None:
+        # Prompt by prompt: prompts differ more among themselves than the modes do.
+        pairs = zip(runs[0].generations, rejection[0].generations, strict=True)
+        gains = np.array([a.accepted_length - b.accepted_length for a, b in pairs])
+        row["tau_over_rejection"] = acceptance.tau / Acceptance.of(rejection[0].generations).tau
+        row["tau_gain"], row["tau_gain_error"] = float(gains.mean()), float(gains.std(ddof=1) / np.sqrt(len(gains)))
+        row["speed_over_rejection"] = median_ratio(runs, rejection)
+    return row
+
+
+def summary(settings: ModesSettings, made: dict[str, Any], prompts: int) -> dict[str, Any]:
+    """The contents of the result file: `tau_t1` by name, and all figures by temperature."""
+    policy = settings.policies[0]
+    names: dict[str, str] = {"rejection": "dspark", "block": "dspark_block", "coupled": "dspark_coupled"}
+    at_one = made.get("t1", {})
+    return {
+        "tau_t1": {
+            name: at_one[f"{mode}, {policy}"]["tau"] for mode, name in names.items() if f"{mode}, {policy}" in at_one
+        },
+        "modes": made,
+        "prompts": prompts,
+        "target": settings.target,
+        "drafter": settings.drafter,
+        "slots": settings.slots,
+        "max_new_tokens": settings.max_new_tokens,
+        "repeats": settings.repeats,
+        "dtype": settings.dtype,
+        "machine": machine(),
+    }
+
+
+def table_rows(temperature: str, rows: dict[str, Any]) -> list[list[str]]:
+    """One line a way."""
+    made = []
+    for name, row in rows.items():
+        gain = f"{row['tau_gain']:+.2f} ± {row['tau_gain_error']:.2f}" if "tau_gain" in row else "-"
+        ratio = f"{row['speed_over_rejection']:.3f}" if "speed_over_rejection" in row else "-"
+        same = f"{row['identical']}/{row['prompts']}, {row['near_ties']} near-ties" if "identical" in row else "-"
+        speed = f"{row['tokens_per_second']:.0f}"
+        made.append([temperature.removeprefix("t"), name, f"{row['tau']:.2f}", gain, speed, ratio, same])
+    return made
+
+
+if __name__ == "__main__":
+    main()
