@@ -188,7 +188,7 @@ def check(found: list[Generation], what: str, record: Any) -> None:
     print(line)
     record("coupled", line)
     assert all(d.gap < NEAR_TIE for d in parted) and len(parted) <= 2, line
-    assert len(found) == 200 and accepted > rounds / 4, line
+    assert len(found) == 200 and accepted > 200, line
 
 
 def with_policy(policy: Any) -> list[Generation]:
@@ -233,6 +233,7 @@ def test_the_text_is_that_of_plain_decoding(record_property: Any) -> None:
     assert parted <= 2, f"{parted} of 200 continuations differ"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", IN_LOOP)
 def test_the_text_is_that_of_plain_decoding_under_every_policy(name: str, record_property: Any) -> None:
     check(with_policy(IN_LOOP[name]), name, record_property)

@@ -349,7 +349,7 @@ def test_two_rounds_follow_the_targets_law(name: str, requests: int, rule: str, 
     policy, lengths, states, worst = POLICIES[name], set(), 0, 0.0
     for load in (1.0, 1.5) if requests == 1 else (1.0,):
         enumeration = Enumeration(world(load, requests, RULES[rule]), policy, requests)
-        deviation, entered = enumeration.run(pasts(policy, requests), most=300 if requests == 2 else 3000)
+        deviation, entered = enumeration.run(pasts(policy, requests), most=100 if requests == 2 else 3000)
         lengths, states, worst = lengths | enumeration.seen, states + entered, max(worst, deviation)
     line = (
         f"{name}, {rule}, R = {requests}: {states} states, verify lengths {len(lengths)}, largest deviation {worst:.1e}"
