@@ -33,11 +33,13 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path to write to; at the end of the block it replaces `path`, complete and on the disk.
 
     After a kill or a power loss `path` has either the old content or the new. A block that raises leaves the old
-    content and no temporary file.
+    content and no temporary file. A link stays a link: the file that it leads to is replaced.
 
     Yields:
         `path` with `.tmp` appended, in the same folder, which must exist.
     """
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
     temporary = path.with_name(path.name + ".tmp")
     try:
         yield temporary

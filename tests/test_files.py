@@ -64,6 +64,16 @@ def test_a_lock_leaves_no_folder_behind_that_it_made(tmp_path: Path):
     assert (tmp_path / "there").is_dir()
 
 
+def test_a_link_stays_a_link(tmp_path: Path):
+    """To a file on another disk, which is what such links are for; to one that is not there yet as well."""
+    (tmp_path / "disk").mkdir()
+    for name in ("there", "not yet"):
+        (tmp_path / name).symlink_to(tmp_path / "disk" / name)
+        write_atomically(tmp_path / name, "new")
+        assert (tmp_path / name).is_symlink() and (tmp_path / "disk" / name).read_text() == "new"
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["disk", "not yet", "not yet", "there", "there"]
+
+
 def test_weights_are_hashed_whole_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("DSPARK_JAX_CACHE", str(tmp_path / "cache"))
     model = tmp_path / "model"
