@@ -209,13 +209,17 @@ def test_program_turns_errors_into_exit_codes(capsys: pytest.CaptureFixture[str]
             raise UserError("The file x\n is missing.")
         if argv == ["stop"]:
             raise KeyboardInterrupt
+        if argv == ["path"]:
+            Path("a" * 300).exists()
         if argv == ["bug"]:
             raise ValueError("ours")
         return "done"
 
     main = program(body)
     assert main([]) == "done"
-    for argument, code, sentence in [("user", 2, "The file x is missing.\n"), ("stop", 130, "Interrupted.\n")]:
+    long = f"{'a' * 300} cannot be used (File name too long); give another path.\n"
+    cases = [("user", 2, "The file x is missing.\n"), ("stop", 130, "Interrupted.\n"), ("path", 2, long)]
+    for argument, code, sentence in cases:
         with pytest.raises(SystemExit) as caught:
             main([argument])
         assert caught.value.code == code

@@ -57,13 +57,15 @@ C = TypeVar("C")
 FLAT = tyro.conf.arg(name="")
 """`settings: Annotated[SomeSettings, FLAT]`: a nested dataclass whose options have no prefix."""
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP)
 NOT_EXPERIMENTS = {"recipe", "sweeps"}
 
 
 def program(main: Callable[[list[str]], Any]) -> Callable[..., Any]:
     """Wraps a program's `main(argv)`, so that errors of the user end in one sentence on stderr and no traceback.
 
-    Exit codes: 2 for a `UserError` or a full disk, 130 for an interrupt, 141 where the reader of stdout has left.
+    Exit codes: 2 for a `UserError`, a full disk or an impossible path, 130 for an interrupt, 141 where the reader of
+    stdout has left.
 
     Args:
         main: takes the arguments without the program's name.
@@ -88,7 +90,11 @@ def program(main: Callable[[list[str]], Any]) -> Callable[..., Any]:
             print(" ".join(str(error).split()), file=sys.stderr)
             raise SystemExit(2) from None
         except OSError as error:
-            # A full disk can show at any write. Any other OSError is a fault of the program and keeps its traceback.
+            # A full disk can show at any write, and a path that none can be at any look at it. Any other OSError is a
+            # fault of the program and keeps its traceback.
+            if error.errno in NO_PATH:
+                print(f"{error.filename} cannot be used ({error.strerror}); give another path.", file=sys.stderr)
+                raise SystemExit(2) from None
             if error.errno not in FULL_DISK:
                 raise
             what = f" {error.filename}" if error.filename else ""

@@ -16,6 +16,7 @@ from dspark_jax.data.chat import ROLES, Message
 from dspark_jax.data.jsonl import parse_line, read_lines
 from dspark_jax.errors import UserError
 from dspark_jax.readers import kind_of_value as kind
+from dspark_jax.readers import reason_of
 
 Row = tuple[str, Any]
 """(its place, for messages; its value). The value is a UserError where the row could not be decoded."""
@@ -212,8 +213,8 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
 def _json_rows(path: Path) -> Iterator[Row]:
     try:
         data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); give the path of a JSON file.") from error
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        raise UserError(f"{path} cannot be read ({reason_of(error)}); give the path of a JSON file.") from error
 
     try:
         value = parse_line(data, str(path))

@@ -8,7 +8,7 @@ from typing import Any
 
 from dspark_jax.errors import UserError
 from dspark_jax.files import lock_descriptor
-from dspark_jax.readers import MAX_JSON_BYTES, kind_of_value, parse_json
+from dspark_jax.readers import MAX_JSON_BYTES, kind_of_value, parse_json, reason_of
 
 
 def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:
@@ -16,8 +16,8 @@ def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:
     has more than `MAX_JSON_BYTES`."""
     try:
         handle = open(path, "rb")  # noqa: SIM115 (only the opening is in this try)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); give the path of a JSONL file.") from error
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        raise UserError(f"{path} cannot be read ({reason_of(error)}); give the path of a JSONL file.") from error
 
     with handle:
         # Read with a bound: a file without line breaks would be one line.
