@@ -51,6 +51,7 @@ LONG_FILES = (
     "test_evaluation",
     "test_evaluate",
     "test_overload",
+    "test_page",
     "test_api",
     "test_auto_policy",
     "test_draft_vocabulary",

@@ -13,7 +13,9 @@ from pathlib import Path
 
 from tests.browser import Browser, chromium
 
-QUESTION = "Zoe had 52 marbles and got 14 more. How many has she now?"
+QUESTION = (
+    "Henry has 48 shirts and sells half of them. Then Henry loses 3 and buys 14 more. How many shirts does Henry have?"
+)
 WIDE, PHONE = (1240, 940), (400, 860)
 # Opens the card of the round with the most accepted drafts among those in which one was rejected.
 TELLING = """

@@ -55,6 +55,7 @@ def test_the_wheel_has_one_package_and_its_files(installed: Path) -> None:
     where, *others = run([python, "-c", PLACES], installed).split()
     assert where.startswith(str(installed)) and others == ["None"] * 3
     run([python, "-c", RUN], installed)
+    assert (Path(where).parent / "serving" / "api" / "page" / "index.html").is_file()
 
 
 def test_the_command_is_the_map(installed: Path) -> None:

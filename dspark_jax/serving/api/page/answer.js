@@ -158,7 +158,7 @@ function fillCard(group) {
   if (own.length) {
     const place = element("td", { class: "place" }, "");
     const text = element("td", {}, element("code", { class: "token own" }, visible(own.join(""))));
-    rows.push(element("tr", {}, place, text, element("td", { colSpan: 2, class: "outcome" }, "the target's own")));
+    rows.push(element("tr", {}, place, text, element("td", { colSpan: 3, class: "outcome" }, "the target's own")));
   }
   if (rows.length) card.append(element("table", {}, element("tbody", {}, ...rows)));
 }
@@ -174,7 +174,8 @@ function draftRow(draft, position) {
     { class: said },
     element("td", { class: "place" }, String(position)),
     element("td", {}, element("code", { class: `token ${kind}` }, visible(draft.text))),
-    element("td", { class: "sure" }, ...(sure === null ? [] : [meter, ` ${sure} %`])),
+    element("td", {}, ...(sure === null ? [] : [meter])),
+    element("td", { class: "sure" }, sure === null ? "" : `${sure} %`),
     element("td", { class: "outcome" }, said === "unverified" ? "not verified" : said),
   );
 }
@@ -229,4 +230,5 @@ document.addEventListener("keydown", (event) => event.key === "Escape" && hideCa
 // The card of a round that has the focus moves with it; one that was pointed at goes.
 const scrolled = () => (about && about === document.activeElement && !byId("card").hidden ? placeCard(about) : hideCard());
 document.addEventListener("scroll", scrolled, { capture: true, passive: true });
+window.addEventListener("resize", scrolled);
 document.addEventListener("pointerdown", (event) => event.target.closest?.("[data-group]") || hideCard());

@@ -6,9 +6,9 @@ import { announce, byId, complain, counted, digits, element, growing, seconds } 
 import { requestFields } from "./settings.js";
 
 const QUESTIONS = [
-  "Zoe had 52 marbles and got 14 more. How many has she now?",
-  "Write the function `add(a, b)`: Return the sum of a and b.",
-  "What do plants need to grow?",
+  "Jack has 4 boxes with 4 cups each and 6 loose cups. How many cups is that?",
+  "Henry is 8 years old. Leo is 6 years older than Henry. David is 3 times as old as Leo. How old is David?",
+  "What does `collections.namedtuple` do?",
 ];
 
 let turns = []; // messages of the conversation, as the server takes them

@@ -6,7 +6,7 @@ import { live, onLive, usersOf } from "./live.js";
 import { ScatterPlot, TimePlot } from "./plot.js";
 
 const SHOWN = 300; // seconds in the plots
-const SMOOTHED = 3; // seconds that each drawn value is the mean of: dispatches report many rounds at once
+const SMOOTHED = 5; // seconds that each drawn value is the mean of: dispatches report many rounds at once
 
 const MEASURES = [
   { title: "Total speed", unit: "tokens/s", note: "of all users together", tone: "total", field: "tokens_per_second" },
@@ -37,9 +37,9 @@ export function startLoad() {
     trail: true,
   });
   frontier = new ScatterPlot(place, {
-    title: "Total against a user's speed",
+    title: "Trade-off",
     unit: "",
-    note: "means of the time shown, by the number of users",
+    note: "total speed against a user's, by the number of users",
     tone: "total",
     xName: "tokens/s of a user →",
     trail: true,
@@ -96,7 +96,9 @@ async function send(users) {
 function draw() {
   if (byId("load").hidden || !live.points.length) return;
   const to = live.points.at(-1).time;
-  const from = Math.max(live.points[0].time, to - SHOWN);
+  // From the first user on, since there is nothing to see before.
+  const busy = live.points.find((point) => point.time >= to - SHOWN && usersOf(point)) ?? live.points.at(-1);
+  const from = Math.max(live.points[0].time, busy.time - 2);
   const points = smoothed(live.points.filter((point) => point.time >= from));
   for (const plot of plots) plot.draw(points, Math.min(from, to - 20), to, marked);
   budget.draw(byUsers(points, usersOf, (point) => point.verified_per_round));

@@ -81,7 +81,7 @@ function describe(error) {
   byId("engine-model").textContent = model;
   byId("engine-policy").textContent = policy.name;
   byId("engine-policy").hidden = false;
-  byId("engine-why").textContent = policy.why;
+  byId("engine-why").textContent = policy.why.replace(`${policy.name}: `, "");
   const figures = now ? [`${counted(now.running, "request")} running`, `${digits(now.tokens_per_second)} tokens/s`] : [];
   if (now?.waiting) figures.splice(1, 0, `${now.waiting} waiting`);
   byId("engine-figures").textContent = figures.join(" · ");

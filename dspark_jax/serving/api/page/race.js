@@ -11,7 +11,7 @@ let running = null;
 
 export function startRace() {
   growing(byId("race-question"));
-  byId("race-question").value = "Zoe had 52 marbles and got 14 more. How many has she now?";
+  byId("race-question").value = "Henry has 48 shirts and sells half of them. Then Henry loses 3 and buys 14 more. How many shirts does Henry have?";
   byId("race-form").addEventListener("submit", (event) => {
     event.preventDefault();
     const question = byId("race-question").value.trim();
@@ -135,6 +135,10 @@ function judge([plain, drafts], body, others) {
   const runs = plain.times.length;
   const notes = [`${counted(runs, "run")} of each${runs > 1 ? ", medians" : ""}; times from sending to the last token.`];
   if (others > 0) notes.push(`${counted(others, "other request")} ran meanwhile, so these are not the times of an idle server.`);
+  // Policies that always draft do so for plain requests too, and only leave their drafts unverified.
+  if (plain.answer.transcript.groups.some((group) => group.drafted.length)) {
+    notes.push("This server's policy drafts in every round, so the plain run paid for drafts as well: for a fair race, serve with the policy look-ahead or auto.");
+  }
   byId("race-note").textContent = notes.join(" ");
   byId("verdict").hidden = false;
   announce(`${byId("ratio").textContent} ${byId("ratio-note").textContent}. ${byId("identity").textContent}`);
