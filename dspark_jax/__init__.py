@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from dspark_jax.evaluation.calibrate import calibrate
     from dspark_jax.serving.engine import Engine
     from dspark_jax.serving.generate import generate, stream
-    from dspark_jax.serving.requests import Generation, Progress, QueueFull, Request
+    from dspark_jax.serving.requests import EngineClosed, Generation, Progress, QueueFull, Request, TokenLogprob
     from dspark_jax.serving.sampling import SamplingParams
     from dspark_jax.serving.settings import EngineConfig
     from dspark_jax.targets.target import Target
@@ -34,6 +34,8 @@ _HOMES = {
     "Generation": "serving.requests",
     "Progress": "serving.requests",
     "QueueFull": "serving.requests",
+    "EngineClosed": "serving.requests",
+    "TokenLogprob": "serving.requests",
     "Target": "targets.target",
     "Drafter": "drafters.registry",
 }
@@ -41,6 +43,7 @@ _HOMES = {
 __all__ = [
     "Drafter",
     "Engine",
+    "EngineClosed",
     "EngineConfig",
     "Generation",
     "Progress",
@@ -48,6 +51,7 @@ __all__ = [
     "Request",
     "SamplingParams",
     "Target",
+    "TokenLogprob",
     "UserError",
     "__version__",
     "calibrate",

@@ -23,7 +23,7 @@ from dspark_jax.decoding.acceptance import Acceptance, RejectionSampling
 from dspark_jax.decoding.dispatch import run_rounds
 from dspark_jax.decoding.prefill import admit
 from dspark_jax.decoding.round import DecodeLoop, LoopParams, borrowed_tables
-from dspark_jax.decoding.state import DecodeState
+from dspark_jax.decoding.state import Admission, DecodeState
 from dspark_jax.decoding.verifiers import Draws, Independent
 from dspark_jax.drafters.protocol import DraftOutput
 from dspark_jax.drafters.registry import Drafter
@@ -199,10 +199,15 @@ def with_weights(params: LoopParams, value: float) -> LoopParams:
     return params._replace(drafter=jax.tree.map(broken, params.drafter))
 
 
+def asked(loop: DecodeLoop, **settings: Any) -> Admission:
+    """PROMPT in every slot; at temperature 1, unless `settings` say otherwise."""
+    keys = np.zeros((loop.requests, 2))
+    return admission(loop, [PROMPT] * loop.requests, 4, keys, bucket=4, **{"temperature": 1.0} | settings)
+
+
 @partial(jax.jit, static_argnums=0)
-def samples(loop: Damaged, params: LoopParams, batches: Any) -> Any:
+def samples(loop: Damaged, params: LoopParams, blank: Admission, batches: Any) -> Any:
     """([batches, R, 4] first tokens of seeded requests, [batches, R] drafts verified)."""
-    blank = admission(loop, [PROMPT] * loop.requests, 4, np.zeros((loop.requests, 2)), bucket=4, temperature=1.0)
 
     def batch(state: DecodeState, number: Any) -> Any:
         ids = jnp.arange(loop.requests) + number * loop.requests
@@ -216,10 +221,10 @@ def samples(loop: Damaged, params: LoopParams, batches: Any) -> Any:
 
 
 def p_values(
-    loop: Damaged, params: LoopParams, law: np.ndarray, policies: Sequence[str], batches: int = BATCHES
+    loop: Damaged, params: LoopParams, law: np.ndarray, policies: Sequence[str], batches: int = BATCHES, **settings: Any
 ) -> dict[str, dict[str, tuple[float, int]]]:
     """By policy (of the slots in turn) and damage: p of tokens 2-4's joint law, and how many drafts were verified."""
-    made, verified = (np.asarray(x) for x in samples(loop, params, jnp.arange(batches)))
+    made, verified = (np.asarray(x) for x in samples(loop, params, asked(loop, **settings), jnp.arange(batches)))
     slots = np.arange(loop.requests)
     found: dict[str, dict[str, tuple[float, int]]] = {}
     for turn, policy in enumerate(policies):

@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dspark_jax.checkpoints.huggingface import abstract_target
 from dspark_jax.decoding.dispatch import record_rounds
+from dspark_jax.decoding.penalties import Penalties
 from dspark_jax.decoding.prefill import admit
 from dspark_jax.decoding.round import DecodeLoop, LoopParams
 from dspark_jax.decoding.sampling import SamplingArrays
@@ -111,6 +112,7 @@ def prompts(count: int, vocab: int, seed: int = 0, longest: int = 20) -> list[tu
 def admission(
     loop: DecodeLoop, rows: Sequence[Sequence[int]], new: int, keys: np.ndarray, *, caps: Any = None, bucket: int = 32,
     temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
+    penalties: Penalties | None = None,
 ) -> Admission:  # fmt: skip
     """Row i in slot i, without stop tokens."""
     count, lengths = len(rows), np.asarray([len(row) for row in rows], np.int32)
@@ -134,6 +136,8 @@ def admission(
         sampling=SamplingArrays(
             full(temperature, np.float32), full(top_k, np.int32), full(top_p, np.float32), full(min_p, np.float32)
         ),
+        penalties=penalties or jax.tree.map(np.asarray, Penalties.off(count, loop.bias_slots)),
+        wants_logprobs=full(False, bool),
     )
 
 

@@ -22,16 +22,19 @@ from tests.broken_laws import (
     KINDS,
     WEIGHTS,
     Apportioned,
+    asked,
     control,
     control_is_rejected,
     loop_of,
     p_values,
     pair,
     policies_of,
+    samples,
     with_weights,
 )
 from tests.decoding_tiny import prompts, tiny_pair
-from tests.test_lossless import exact_law
+from tests.penalised import edited, penalties_of
+from tests.test_lossless import PROMPT, exact_law
 
 
 @pytest.mark.lossless
@@ -62,6 +65,37 @@ def test_so_they_do_in_the_other_modes(verifier: Any, record_property: Any) -> N
     print(line)
     record_property("chi-square", line)
     assert all(verified > 0 and p > 1e-4 for p, verified in found.values()), line
+
+
+EDITS = SamplingParams(
+    presence_penalty=0.7, frequency_penalty=-0.6, repetition_penalty=1.5, logit_bias=((2, 0.8), (5, -0.6))
+)
+
+
+@pytest.mark.lossless
+def test_penalised_outputs_follow_the_edited_law_under_every_policy(record_property: Any) -> None:
+    """Penalties and biases act on the target's rows, the drafter's law being whatever it drew from; greedily too. The
+    same compiled loop as above."""
+    policies, target = policies_of("dspark"), pair("dspark")[0]
+    loop, params = loop_of("dspark", Apportioned(tuple(policies.values())), each=24 * len(policies))
+    penalties = penalties_of(EDITS, len(PROMPT), loop)
+
+    def edit(logits: Any, rows: Any) -> Any:
+        return edited(logits, rows, PROMPT, EDITS)
+
+    found = p_values(loop, params, exact_law(target, edit), list(policies), 60, penalties=penalties)
+    values = {f"{policy}, {damage}": p for policy, row in found.items() for damage, (p, _) in row.items()}
+    line = f"{len(values)} p-values, the smallest {min(values.values()):.4f} ({min(values, key=values.get)})"
+    print(line)
+    record_property("chi-square", line)
+    assert all(verified > 0 for row in found.values() for _, verified in row.values())
+    assert min(values.values()) > 1e-4, {name: p for name, p in values.items() if p < 1e-2}
+    control = p_values(loop, params, exact_law(target), list(policies), 60, penalties=penalties)
+    assert max(p for row in control.values() for p, _ in row.values()) < 1e-9, "these are not the unedited law's"
+
+    greedy = exact_law(target, edit, temperature=0.0)
+    made = samples(loop, params, asked(loop, temperature=0.0, penalties=penalties), jnp.arange(2))[0]
+    assert (np.asarray(made) == np.unravel_index(np.argmax(greedy), greedy.shape)).all()
 
 
 @pytest.mark.lossless

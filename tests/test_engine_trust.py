@@ -53,9 +53,13 @@ def finish(engine: Engine, said: dict[int, list[int]], most: int = 300) -> dict[
     raise AssertionError("the engine hangs")
 
 
-def failing(monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException, at: set[int], after: bool) -> None:
-    """Calls `at` of the engine's function `name` raise: before it has run, or after, when the state is given away."""
-    calls, real = iter(range(10**6)), getattr(engine_module, name)
+def failing(
+    monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException, at: set[int], after: bool, owner: Any = None
+) -> None:
+    """Calls `at` of the function `name` of the engine or `owner` raise: before it has run, or after, when the state
+    is given away."""
+    owner = owner or engine_module
+    calls, real = iter(range(10**6)), getattr(owner, name)
 
     def call(*args: Any) -> Any:
         number = next(calls)
@@ -66,7 +70,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException, at
             raise error
         return made
 
-    monkeypatch.setattr(engine_module, name, call)
+    monkeypatch.setattr(owner, name, call)
 
 
 # Interrupts and failures

@@ -234,11 +234,14 @@ def samples(
     return np.concatenate(made), accepted / rounds
 
 
-def exact_law(target: Target, **law: float) -> np.ndarray:
-    """[V, V, V, V] probability of the first four tokens, from the target on every continuation, without a cache."""
+def exact_law(target: Target, edited: Callable[..., np.ndarray] | None = None, **law: float) -> np.ndarray:
+    """[V, V, V, V] probability of the first four tokens, from the target on every continuation, without a cache.
+
+    `edited` gets the logits [V**4, 4, V] and the continuations [V**4, 4], and gives the logits that the law is of."""
     rows = np.stack(np.meshgrid(*[np.arange(V)] * 4, indexing="ij"), axis=-1).reshape(-1, 4)
     whole = np.concatenate([np.tile(PROMPT, (len(rows), 1)), rows], axis=1)
     logits = next_logits(target, whole)[:, len(PROMPT) - 1 : -1]
+    logits = logits if edited is None else edited(logits, rows)
     full = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | law
     kinds = (jnp.float32, jnp.int32, jnp.float32, jnp.float32)
     settings = SamplingArrays(*(jnp.full((len(rows),), v, k) for v, k in zip(full.values(), kinds, strict=True)))

@@ -19,24 +19,27 @@ SIGNATURES = {
     "Engine": "(target, drafter, config, sampling, strategy, tables, metering, recorder)",
     "Engine.submit": "(self, index, request)",
     "Engine.cancel": "(self, index)",
+    "Engine.close": "(self, grace)",
     "Engine.step": "(self)",
-    "Request": "(prompt, sampling, thinking)",
+    "Request": "(prompt, sampling, thinking, deadline, priority)",
     "SamplingParams": (
-        "(max_new_tokens, temperature, top_k, top_p, min_p, seed, stop, stop_tokens, verify_length, mode)"
+        "(max_new_tokens, temperature, top_k, top_p, min_p, seed, stop, stop_tokens, verify_length, mode, ignore_eos, "
+        "logprobs, presence_penalty, frequency_penalty, repetition_penalty, logit_bias)"
     ),
     "EngineConfig": (
         "(slots, longest, policy, threshold, sts, sps, rounds_per_dispatch, buckets, smallest_prompt_bucket, "
-        "prefill_chunk, prefill_budget, queue, stop_slots, return_at_once)"
+        "prefill_chunk, prefill_budget, prefix_cache, queue, stop_slots, bias_slots, max_logprobs, return_at_once)"
     ),
     "Generation": (
         "(index, prompt_tokens, tokens, text, finish_reason, rounds, committed, verified_at, accepted_at, drafted, "
-        "timing, error)"
+        "timing, error, logprobs, cached_tokens)"
     ),
-    "Progress": "(index, tokens, text, generation, counts)",
+    "Progress": "(index, tokens, text, generation, counts, logprobs)",
 }
 NAMES = {
-    "Drafter", "Engine", "EngineConfig", "Generation", "Progress", "QueueFull", "Request", "SamplingParams", "Target",
-    "UserError", "__version__", "calibrate", "fit", "generate", "load_drafter", "load_target", "save_drafter", "stream",
+    "Drafter", "Engine", "EngineClosed", "EngineConfig", "Generation", "Progress", "QueueFull", "Request",
+    "SamplingParams", "Target", "TokenLogprob", "UserError", "__version__", "calibrate", "fit", "generate",
+    "load_drafter", "load_target", "save_drafter", "stream",
 }  # fmt: skip
 
 

@@ -9,13 +9,15 @@ Axes: R request slots, A admitted requests, T width of a chunk, m tapped layers,
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from dspark_jax.decoding.round import DecodeLoop, LoopParams, borrowed_tables, finite_or_zero, sound_rows
+from dspark_jax.decoding.penalties import LogitEdits
+from dspark_jax.decoding.round import DecodeLoop, LoopParams, borrowed_tables
+from dspark_jax.decoding.soundness import finite_or_zero, sound_rows
 from dspark_jax.decoding.state import Admission, DecodeState, empty_counters
 from dspark_jax.decoding.verification import zeros_of
 from dspark_jax.decoding.verifiers import Draws
@@ -23,6 +25,20 @@ from dspark_jax.drafters.protocol import DrafterModel, SharedTables
 from dspark_jax.targets.attention import Attend, CachedBlock, CausalRows
 from dspark_jax.targets.decoder import Cache, TargetModel
 from dspark_jax.targets.kv_cache import insert_rows, take_slots
+
+
+class FirstTokens(NamedTuple):
+    """What the target says behind the last row of each chunk; of a prompt's last chunk, the request's first token.
+
+    Attributes:
+        logits: [A, V], raw.
+        tokens: [A] int32, drawn from each request's law.
+        failed: [A] bool: the target gave no finite numbers in this chunk or an earlier one.
+    """
+
+    logits: Array
+    tokens: Array
+    failed: Array
 
 
 @partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
@@ -42,28 +58,70 @@ def admit(loop: DecodeLoop, params: LoopParams, state: DecodeState, new: Admissi
         The state with the chunks in their slots.
     """
     target, drafter = loop.models(params)
-    rows = jnp.arange(new.tokens.shape[0])
-    out = _forward(target, loop.tap_layers, state.target_cache, new, fresh)
-    ends = new.starts + new.counts
+    rows, ends = jnp.arange(new.tokens.shape[0]), new.starts + new.counts
 
-    # The first token, from the target's law at the prompt's last row: [A, D] -> [A, V].
-    logits = loop.decodable(target.logits(out.hidden[rows, new.counts - 1]))
-    failed = _unusable(out.hidden, new) | (new.final & (sound_rows(logits[:, None]) == 0))
+    out = _forward(target, loop.tap_layers, state.target_cache, new, fresh)
+    first = _first_tokens(loop, target, state, new, out.hidden, fresh)
+    settled = _entered(loop, state, new, first)
+
+    # The large leaves, written from `starts` on: tokens, the target's K/V, the drafter's context.
+    padded = jnp.pad(new.tokens, ((0, 0), (0, 1)))  # room for the first token after a full chunk
+    padded = padded.at[rows, new.counts].set(first.tokens)
+
+    # A NaN in the cache would outlive its request (docs/algorithm.md, rule 105).
+    kv = jax.tree.map(finite_or_zero, out.kv)
+
+    draft = state.draft
+    if drafter is not None:
+        draft = _context(drafter, borrowed_tables(target), draft, finite_or_zero(out.taps), new, fresh)
+
+    wanted = new.final & new.wants_logprobs
+    return loop.place(
+        replace(
+            settled,
+            tokens=insert_rows(state.tokens, padded, new.slots, new.starts, axis=1),
+            logprobs=state.logprobs.noted(wanted, first.logits[:, None], first.tokens[:, None], new.slots, ends),
+            target_cache=target.insert(state.target_cache, kv, new.slots, new.starts, new.counts),
+            draft=draft,
+            policy=state.policy._replace(slots=settled.policy),
+            predicted_seconds=state.predicted_seconds,
+        )
+    )
+
+
+def _first_tokens(
+    loop: DecodeLoop, target: TargetModel, state: DecodeState, new: Admission, hidden: Array, fresh: bool
+) -> FirstTokens:
+    """Sample behind the chunks' last rows, from the target's final hidden states [A, T, D]."""
+    rows, ends = jnp.arange(new.tokens.shape[0]), new.starts + new.counts
+
+    logits = loop.decodable(target.logits(hidden[rows, new.counts - 1]))
+    failed = _unusable(hidden, new) | (new.final & (sound_rows(logits[:, None]) == 0))
 
     # A failure in an earlier chunk sticks: the K/V stored for that chunk are not the target's.
     if not fresh:
         failed |= state.failed[new.slots]
 
+    # Penalties count the whole prompt, of which the slot holds the earlier chunks.
+    prompts = insert_rows(take_slots(state.tokens, new.slots), new.tokens, rows, new.starts, axis=1)
+    edits = LogitEdits(new.penalties, new.final, prompts, ends, jnp.zeros((len(rows), 1), jnp.int32))
+
     # As after an anchor at the prompt's last position, which is no round's anchor: with independent noise the draw
     # shares no random number with any round.
-    first = loop.verifier.next_token(logits, Draws(new.keys, ends - 1, new.sampling), 0)
+    tokens = loop.verifier.next_token(logits, Draws(new.keys, ends - 1, new.sampling, edits), 0)
+    return FirstTokens(logits, tokens, failed)
+
+
+def _entered(loop: DecodeLoop, state: DecodeState, new: Admission, first: FirstTokens) -> DecodeState:
+    """The state with the per-slot leaves of the chunks' requests, and without its large leaves."""
+    ends, failed = new.starts + new.counts, first.failed
 
     # A first token that is a stop token ends the request at once; a failed request commits none.
-    stopped = new.final & ~failed & jnp.any(first[:, None] == new.stop_tokens, axis=1)
+    stopped = new.final & ~failed & jnp.any(first.tokens[:, None] == new.stop_tokens, axis=1)
     length = ends + ~(new.final & failed)
 
-    # The per-slot leaves, all overwritten: nothing of the slot's previous request survives.
-    apart: Any = ()  # leaves that are written separately below
+    # All of them are overwritten: nothing of the slot's previous request survives.
+    apart: Any = ()  # leaves that `admit` writes
     entering = replace(
         state,
         tokens=apart,
@@ -76,40 +134,20 @@ def admit(loop: DecodeLoop, params: LoopParams, state: DecodeState, new: Admissi
         verify_cap=new.verify_cap,
         keys=new.keys,
         sampling=new.sampling,
-        counters=empty_counters(len(rows), loop.block),
+        penalties=new.penalties,
+        wants_logprobs=new.wants_logprobs,
+        logprobs=apart,
+        counters=empty_counters(len(failed), loop.block),
         target_cache=apart,
         draft=apart,
-        policy=loop.policy.init(len(rows), loop.block).slots,
+        policy=loop.policy.init(len(failed), loop.block).slots,
         predicted_seconds=apart,
     )
 
-    slots = replace(
-        state, tokens=apart, target_cache=apart, draft=apart, policy=state.policy.slots, predicted_seconds=apart
-    )
     # `entering` and `slots` have the same tree, as both leave out the same leaves.
-    settled = insert_rows(slots, entering, new.slots)
-
-    # The large leaves, written from `starts` on: tokens, the target's K/V, the drafter's context.
-    padded = jnp.pad(new.tokens, ((0, 0), (0, 1)))  # room for the first token after a full chunk
-    padded = padded.at[rows, new.counts].set(first)
-
-    # A NaN in the cache would outlive its request (docs/algorithm.md, rule 105).
-    kv = jax.tree.map(finite_or_zero, out.kv)
-
-    draft = state.draft
-    if drafter is not None:
-        draft = _context(drafter, borrowed_tables(target), draft, finite_or_zero(out.taps), new, fresh)
-
-    return loop.place(
-        replace(
-            settled,
-            tokens=insert_rows(state.tokens, padded, new.slots, new.starts, axis=1),
-            target_cache=target.insert(state.target_cache, kv, new.slots, new.starts, new.counts),
-            draft=draft,
-            policy=state.policy._replace(slots=settled.policy),
-            predicted_seconds=state.predicted_seconds,
-        )
-    )
+    large = {"tokens": apart, "logprobs": apart, "target_cache": apart, "draft": apart, "predicted_seconds": apart}
+    slots = replace(state, **large, policy=state.policy.slots)
+    return insert_rows(slots, entering, new.slots)
 
 
 def _forward(target: TargetModel, layers: tuple[int, ...], cache: Cache, new: Admission, fresh: bool) -> Any:

@@ -18,7 +18,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from dspark_jax.decoding.acceptance import first_stop
+from dspark_jax.decoding.logprobs import Logprobs
+from dspark_jax.decoding.penalties import LogitEdits, Penalties
 from dspark_jax.decoding.sampling import SamplingArrays
+from dspark_jax.decoding.soundness import finite_logits, finite_or_zero, sound_rows
 from dspark_jax.decoding.state import DecodeState, RoundCounters, RoundRecord, empty_counters, spread
 from dspark_jax.decoding.verification import VerifyOutput, verify
 from dspark_jax.decoding.verifiers import Draws, Independent, Verifier, check_pair
@@ -70,6 +73,8 @@ class DecodeLoop:
         tap_layers: target layers whose outputs the drafter reads.
         buckets: token counts that the verify pass is compiled for, ascending, the last one R * W.
         stop_slots: stop tokens that a request may have.
+        bias_slots: tokens that a request may bias.
+        top_logprobs: most probable tokens kept for requests that want log-probabilities.
         policy: chooses which requests draft and how many drafts are verified.
         verifier: draws the drafts and decides which of them are accepted; of all requests, because which policies are
             exact depends on it. UserError if `policy` is not.
@@ -86,6 +91,8 @@ class DecodeLoop:
     tap_layers: tuple[int, ...]
     buckets: tuple[int, ...]
     stop_slots: int
+    bias_slots: int
+    top_logprobs: int
     policy: VerifyPolicy = Fixed()
     verifier: Verifier = Independent()
     mesh: Mesh | None = None
@@ -135,6 +142,9 @@ class DecodeLoop:
             verify_cap=zeros,
             keys=jnp.zeros((r, 2), jnp.uint32),
             sampling=SamplingArrays(floats, zeros, floats + 1, floats),
+            penalties=Penalties.off(r, self.bias_slots),
+            wants_logprobs=flags,
+            logprobs=Logprobs.empty(r, self.size, min(self.top_logprobs, target.config.vocab_size)),
             target_cache=target.empty_cache(r, self.size, self.width, dtype),
             draft=() if drafter is None else drafter.init_state(r, self.size, dtype),
             counters=empty_counters(r, self.block),
@@ -180,7 +190,7 @@ class DecodeLoop:
         block = jnp.concatenate([anchors[:, None], draft.tokens], axis=1)
 
         # 2. Schedule: the policy cuts each block to the drafts that are worth verifying.
-        confidence = None if draft.confidence is None else _finite_logits(draft.confidence)
+        confidence = None if draft.confidence is None else finite_logits(draft.confidence)
         view = RoundView(state.active, state.length, plan.caps, occupancy, params.tables, plan.drafted, confidence)
         lengths, policy = self.policy(view, plan.policy)
 
@@ -192,7 +202,7 @@ class DecodeLoop:
         # the rows after it; where the accepted prefix ends at such a row, its request fails.
         sound = sound_rows(logits)
         lasting = jnp.minimum(lengths, sound)
-        accepted, next_token = self.verifier.decide(draft, logits, lasting, noise, _draws(state))
+        accepted, next_token = self.verifier.decide(draft, logits, lasting, noise, _draws(state, block))
 
         # 5. Commit: tokens, the target's K/V, the drafter's context, and what the policy learns from the outcome. The
         # context grows by the anchor's row and those of the accepted drafts (docs/algorithm.md, rule 5).
@@ -229,7 +239,7 @@ class DecodeLoop:
         # 3. Verify the anchor alone. 4. There is nothing to accept: the next token follows the target's law.
         verified, bucket = self.verify(target, state, anchors[:, None], starts, none)
         logits = self.decodable(verified.logits)
-        next_token = self.verifier.next_token(logits[:, 0], _draws(state), self.block)
+        next_token = self.verifier.next_token(logits[:, 0], _draws(state, anchors[:, None]), self.block)
 
         # 5. Commit that token and the anchor's K/V.
         verdict = Verdict(anchors[:, None], none, none, next_token, sound_rows(logits) == 0)
@@ -332,6 +342,13 @@ class DecodeLoop:
             failed=state.failed | failed,
             target_cache=target.append(state.target_cache, jax.tree.map(finite_or_zero, verified.kv), starts),
             counters=self._counted(state, verdict, count),
+            logprobs=state.logprobs.noted(
+                state.active & state.wants_logprobs,
+                self.decodable(verified.logits),
+                fresh,
+                jnp.arange(len(count)),
+                state.length,
+            ),
         )
         return after, verdict, count
 
@@ -363,29 +380,15 @@ def _anchors(state: DecodeState) -> tuple[Array, Array]:
     return starts, jnp.take_along_axis(state.tokens, starts[:, None], axis=1)[:, 0]
 
 
-def _draws(state: DecodeState) -> Draws:
-    return Draws(state.keys, state.length - 1, state.sampling)
+def _draws(state: DecodeState, block: Int[Array, "r w"] | None = None) -> Draws:
+    """With a block: also the edits of its rows, of which row i counts the block's tokens before it."""
+    edits = None
+    if block is not None:
+        edits = LogitEdits(state.penalties, state.active, state.tokens, state.length, block)
+    return Draws(state.keys, state.length - 1, state.sampling, edits)
 
 
 def _record(starts: Array, verdict: Verdict, confidence: Array, count: Array, bucket: Array) -> RoundRecord:
     lengths, accepted = verdict.lengths, verdict.accepted
     drafts = verdict.block[:, 1:]
     return RoundRecord(starts, drafts, confidence, lengths, accepted, verdict.next_token, count, bucket)
-
-
-def sound_rows(logits: Float[Array, "r w v"]) -> Int[Array, " r"]:
-    """Rows before the first whose logits give no law: those with a NaN or +inf, or with -inf alone (docs/algorithm.md,
-    rule 105)."""
-    sound = jnp.isfinite(jnp.max(logits, axis=-1))
-    return jnp.sum(jnp.cumprod(sound.astype(jnp.int32), axis=1), axis=1)
-
-
-def finite_or_zero(x: Array) -> Array:
-    """Replace non-finite values by zeros. A masked NaN is still a NaN in a product: in a cache it would outlive its
-    request and fail the slot's next one."""
-    return jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
-
-
-def _finite_logits(confidence: Array) -> Array:
-    """Confidence logits clipped to +-30, with NaN at the lowest, so that no policy's statistics become NaN."""
-    return jnp.clip(jnp.where(jnp.isnan(confidence), -30.0, confidence), -30.0, 30.0)

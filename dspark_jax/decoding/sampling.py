@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from dspark_jax.decoding.noise import Key
+from dspark_jax.decoding.penalties import LogitEdits
 
 # Below this a temperature means greedy: the law is one-hot at the lowest-indexed argmax (docs/algorithm.md, rule 6).
 GREEDY_BELOW = 1e-5
@@ -34,25 +35,41 @@ class SamplingArrays(NamedTuple):
         return self.temperature >= GREEDY_BELOW
 
 
-def sampling_law(logits: Float[Array, "r *n v"], params: SamplingArrays) -> Float[Array, "r *n v"]:
-    """float32 probabilities after temperature, top-k, top-p and min-p, in that order; one-hot where greedy.
+def sampling_law(
+    logits: Float[Array, "r *n v"], params: SamplingArrays, edits: LogitEdits | None = None
+) -> Float[Array, "r *n v"]:
+    """float32 probabilities of the (edited) logits after temperature, top-k, top-p and min-p, in that order; one-hot
+    where greedy.
 
     Tokens tied with the last one kept by top-k or top-p are kept too, so the law does not depend on a sort's order.
     Greedy-only batches skip the softmax, and batches without top-k and top-p skip the sort (docs/algorithm.md, rules 6
     to 8).
     """
-    return _by_need(params, _greedy_law, _plain_law, _truncated_law, logits)
+    return _by_need(params, edits, _greedy_law, _plain_law, _truncated_law, logits)
 
 
-def _by_need(params: SamplingArrays, greedy: Callable, plain: Callable, truncated: Callable, *operands: Any) -> Any:
+def _by_need(
+    params: SamplingArrays,
+    edits: LogitEdits | None,
+    greedy: Callable,
+    plain: Callable,
+    truncated: Callable,
+    logits: Array,
+    *operands: Any,
+) -> Any:
     """Run the cheapest of three computations of the same laws: `greedy` if no request samples, `plain` if none uses
-    top-k or top-p. One flat branch: on XLA:CPU, entering a nested one takes as long as computing a small law."""
+    top-k or top-p; each on edited logits if a request has edits. One flat branch: on XLA:CPU, entering a nested one
+    takes as long as computing a small law."""
     stochastic = jnp.any(params.stochastic)
     sorts = stochastic & jnp.any((params.top_k > 0) | (params.top_p < 1.0))
 
     need = stochastic.astype(jnp.int32) + sorts
+    branches: list[Callable] = [greedy, partial(plain, params), partial(truncated, params)]
 
-    return jax.lax.switch(need, (greedy, partial(plain, params), partial(truncated, params)), *operands)
+    if edits is not None:
+        need += len(branches) * edits.needed
+        branches += [lambda raw, *rest, branch=branch: branch(edits(raw), *rest) for branch in branches]
+    return jax.lax.switch(need, branches, logits, *operands)
 
 
 def _greedy_law(logits: Array) -> Array:
@@ -167,6 +184,7 @@ def draw(
     offset: int,
     purpose: int,
     params: SamplingArrays,
+    edits: LogitEdits | None = None,
 ) -> tuple[Int[Array, " r"], Float[Array, "r v"]]:
     """(a token [R] drawn from each request's `sampling_law`, that law [R, V]), in a single branch."""
 
@@ -178,7 +196,7 @@ def draw(
         law = law_of(params, logits)
         return _race(law, round_keys(keys, positions, jnp.full((1,), offset), purpose)), law
 
-    return _by_need(params, greedy, partial(sampled, _plain_law), partial(sampled, _truncated_law), logits)
+    return _by_need(params, edits, greedy, partial(sampled, _plain_law), partial(sampled, _truncated_law), logits)
 
 
 def _race(law: Float[Array, "r v"], key: Key) -> Int[Array, " r"]:
@@ -208,7 +226,12 @@ def coupled_waits(
     return jax.lax.cond(jnp.any(params.stochastic), draw, lambda: jnp.zeros(shape, jnp.float32))
 
 
-def race(logits: Float[Array, "r *n v"], waits: Float[Array, "r *n v"], params: SamplingArrays) -> Int[Array, "r *n"]:
+def race(
+    logits: Float[Array, "r *n v"],
+    waits: Float[Array, "r *n v"],
+    params: SamplingArrays,
+    edits: LogitEdits | None = None,
+) -> Int[Array, "r *n"]:
     """The tokens that win races of given clocks under each row's `sampling_law`; the argmax where greedy."""
 
     def greedy(logits: Array, waits: Array) -> Array:
@@ -218,7 +241,7 @@ def race(logits: Float[Array, "r *n v"], waits: Float[Array, "r *n v"], params: 
         winners = first_argmax(_odds(cut, params, logits, waits))
         return jnp.where(_per_request(params.stochastic, winners), winners, first_argmax(logits))
 
-    return _by_need(params, greedy, partial(sampled, _scaled), partial(sampled, _cut), logits, waits)
+    return _by_need(params, edits, greedy, partial(sampled, _scaled), partial(sampled, _cut), logits, waits)
 
 
 def race_odds(

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
+from dspark_jax.decoding.logprobs import Logprobs
+from dspark_jax.decoding.penalties import Penalties
 from dspark_jax.decoding.sampling import SamplingArrays
 from dspark_jax.sharding import ShardingRules, array_sharding, replicated
 from dspark_jax.targets.attention import KeysValues
@@ -51,6 +53,9 @@ class DecodeState:
     verify_cap: Array  # [R] int32 in 0..K: the most drafts verified for this request
     keys: Array  # [R, 2] uint32: raw threefry key of the request's seed
     sampling: SamplingArrays  # [R] each
+    penalties: Penalties  # [R] each
+    wants_logprobs: Array  # [R] bool
+    logprobs: Logprobs  # [R, S], of the requests that want them
     target_cache: Cache  # the target's: one KeysValues a layer, [R, G, S, H], where there is nothing but K and V
     draft: Any  # DraftState; () without a drafter
     counters: RoundCounters
@@ -75,6 +80,8 @@ class Admission(NamedTuple):
     verify_cap: Array  # [A] int32
     keys: Array  # [A, 2] uint32
     sampling: SamplingArrays  # [A] each
+    penalties: Penalties  # [A] each
+    wants_logprobs: Array  # [A] bool
 
 
 class RoundRecord(NamedTuple):

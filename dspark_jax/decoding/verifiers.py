@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dspark_jax.decoding.acceptance import AcceptanceRule, RejectionSampling
+from dspark_jax.decoding.penalties import LogitEdits
 from dspark_jax.decoding.sampling import (
     DRAFT,
     RESIDUAL,
@@ -31,11 +32,12 @@ from dspark_jax.scheduling.policies import VerifyPolicy
 
 
 class Draws(NamedTuple):
-    """What the random numbers of a round are made from."""
+    """What the random numbers of a round are made from, and what laws follow besides the logits."""
 
     keys: Array  # [R, 2] uint32, of the requests' seeds
     anchors: Array  # [R] absolute positions of the last committed tokens
     sampling: SamplingArrays  # [R] each
+    edits: LogitEdits | None = None  # of the target's rows; None while drafts are drawn
 
 
 class Decision(NamedTuple):
@@ -116,15 +118,15 @@ class Independent:
                 "compare that law with the target's, so decode in mode = 'coupled'."
             )
 
-        keys, anchors, sampling = draws
+        keys, anchors, sampling, edits = draws
         block = draft.tokens.shape[1]
-        law = sampling_law(logits, sampling)
+        law = sampling_law(logits, sampling, edits)
         accepted, next_law = self.rule(draft.tokens, draft.law, law, uniforms(keys, anchors, block, sampling), lengths)
         return Decision(accepted, draw_token(next_law, keys, anchors, block, RESIDUAL, sampling))
 
     def next_token(self, logits: Float[Array, "r v"], draws: Draws, block: int) -> Int[Array, " r"]:
         # The offset `block` is where `decide` draws too, so plain rounds give the tokens of verify length 0.
-        return draw(logits, draws.keys, draws.anchors, block, RESIDUAL, draws.sampling)[0]
+        return draw(logits, draws.keys, draws.anchors, block, RESIDUAL, draws.sampling, draws.edits)[0]
 
 
 @dataclass(frozen=True)
@@ -150,14 +152,14 @@ class Coupled:
         self, draft: DraftOutput, logits: Float[Array, "r w v"], lengths: Int[Array, " r"], noise: Any, draws: Draws
     ) -> Decision:
         block = draft.tokens.shape[1]
-        won = race(logits, noise, draws.sampling)
+        won = race(logits, noise, draws.sampling, draws.edits)
 
         equal = (draft.tokens == won[:, :block]) & (jnp.arange(block) < lengths[:, None])
         accepted = jnp.sum(jnp.cumprod(equal.astype(jnp.int32), axis=1), axis=1)
         return Decision(accepted, jnp.take_along_axis(won, accepted[:, None], axis=1)[:, 0])
 
     def next_token(self, logits: Float[Array, "r v"], draws: Draws, block: int) -> Int[Array, " r"]:
-        return race(logits, self.noise(draws, 0, logits.shape[-1])[:, 0], draws.sampling)
+        return race(logits, self.noise(draws, 0, logits.shape[-1])[:, 0], draws.sampling, draws.edits)
 
 
 def check_pair(verifier: Verifier, policy: VerifyPolicy) -> None:

@@ -135,7 +135,7 @@ def make_loop(
     Args:
         target: its graph definition, mesh and tokenizer enter the loop.
         drafter: None: no drafts, one row per request.
-        config: slots, longest, buckets, stop_slots.
+        config: slots, longest, buckets, stop_slots, bias_slots, max_logprobs.
         policy: verify policy.
         verifier: draws and accepts drafts.
     Raises:
@@ -162,6 +162,8 @@ def make_loop(
         tap_layers=() if drafter is None else drafter.config.target_layer_ids,
         buckets=buckets,
         stop_slots=config.stop_slots,
+        bias_slots=config.bias_slots,
+        top_logprobs=config.max_logprobs,
         policy=policy,
         verifier=verifier,
         mesh=parameter_mesh(target.params),

@@ -1,14 +1,16 @@
 """Cuts prompts into chunks of compiled widths, and builds the arrays that take a chunk to the device."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from dspark_jax.decoding.penalties import Penalties
 from dspark_jax.decoding.round import DecodeLoop
 from dspark_jax.decoding.sampling import SamplingArrays
 from dspark_jax.decoding.state import Admission
 from dspark_jax.serving.jobs import Job
+from dspark_jax.serving.roster import Entry
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
 
@@ -32,6 +34,49 @@ def prompt_bucket(config: EngineConfig, size: int, start: int, tokens: int) -> i
     return min(bucket, config.prefill_chunk, size - 1 - start)
 
 
+class ChunkPlan(NamedTuple):
+    """The chunks to prefill before the next dispatch.
+
+    Attributes:
+        fresh: by width, the slots whose prompts begin.
+        later: (slot, width) of prompts that go on.
+        spent: tokens, padding included.
+    """
+
+    fresh: dict[int, list[int]]
+    later: list[tuple[int, int]]
+    spent: int
+
+
+def plan_chunks(config: EngineConfig, size: int, seats: Mapping[int, Entry], budget: int | None) -> ChunkPlan:
+    """The next chunk of each prompt that is not whole yet, in the order of the requests' turns.
+
+    Args:
+        config: widths of chunks.
+        size: positions of a slot.
+        seats: the requests by slot.
+        budget: the most tokens in all; None: no bound. A first chunk that is wider still runs, or its prompt never
+            would.
+    """
+    fresh: dict[int, list[int]] = {}
+    later: list[tuple[int, int]] = []
+    spent = 0
+
+    for slot in sorted((s for s, entry in seats.items() if not entry.decoding), key=lambda s: seats[s].turn):
+        entry = seats[slot]
+        width = prompt_bucket(config, size, entry.prefilled, entry.left_to_prefill)
+        if budget is not None and spent and spent + width > budget:
+            break
+        spent += width
+
+        if entry.prefilled:
+            later.append((slot, width))
+        else:
+            fresh.setdefault(width, []).append(slot)
+
+    return ChunkPlan(fresh, later, spent)
+
+
 def next_chunk(loop: DecodeLoop, width: int, entering: Sequence[tuple[int, Job, int]]) -> Admission:
     """An Admission of numpy arrays: for each (slot, job, start) the prompt's tokens from `start` on, up to `width`."""
     jobs = [job for _, job, _ in entering]
@@ -40,14 +85,18 @@ def next_chunk(loop: DecodeLoop, width: int, entering: Sequence[tuple[int, Job, 
     def column(values: Any, dtype: Any = np.int32) -> Any:
         return np.asarray(values, dtype)
 
-    # [A], [A, T] and [A, E]; rows are padded on the right, stop tokens with -1, which no token equals.
+    # [A], [A, T] and [A, E]: rows are padded on the right, stop tokens with -1, which no token equals.
     starts, counts = column([start for _, _, start in entering]), column([0] * len(jobs))
     tokens = column(np.zeros((len(jobs), width)))
     stops = column(np.full((len(jobs), loop.stop_slots), -1))
+    # [A, E]: unused places add a bias of 0 to token 0.
+    biased, biases = (column(np.zeros((len(jobs), loop.bias_slots)), kind) for kind in (np.int32, np.float32))
     for row, (job, start) in enumerate(zip(jobs, starts, strict=True)):
         chunk = job.prompt[start : start + width]
         tokens[row, : len(chunk)], counts[row] = chunk, len(chunk)
         stops[row, : len(job.sampling.stop_tokens or ())] = job.sampling.stop_tokens or ()
+        for place, (token, bias) in enumerate(dict(job.sampling.logit_bias).items()):
+            biased[row, place], biases[row, place] = token, bias
 
     most = loop.block
     return Admission(
@@ -61,6 +110,15 @@ def next_chunk(loop: DecodeLoop, width: int, entering: Sequence[tuple[int, Job, 
         verify_cap=column([most if s.verify_length is None else min(s.verify_length, most) for s in settings]),
         keys=column([job.seed_words for job in jobs], np.uint32),
         sampling=sampling_arrays(settings),
+        penalties=Penalties(
+            column([s.presence_penalty for s in settings], np.float32),
+            column([s.frequency_penalty for s in settings], np.float32),
+            column([s.repetition_penalty for s in settings], np.float32),
+            prompt=column([job.given for job in jobs]),
+            bias_tokens=biased,
+            bias=biases,
+        ),
+        wants_logprobs=column([s.logprobs is not None for s in settings], bool),
     )
 
 
@@ -80,7 +138,7 @@ def sampling_arrays(settings: Sequence[SamplingParams]) -> SamplingArrays:
 
 def blank_chunk(loop: DecodeLoop, rows: int, width: int) -> Admission:
     """A chunk to compile with: one token for slot 0, never final, so that the slot stays inactive."""
-    job = Job(0, (0,), SamplingParams(max_new_tokens=1), (0, 0), 1)
+    job = Job(0, (0,), SamplingParams(max_new_tokens=1), (0, 0), longest=1, given=1)
     batch = next_chunk(loop, width, [(0, job, 0)] * rows)
     return batch._replace(final=batch.final & False)
 

@@ -6,11 +6,11 @@ Chunks are padded to length buckets, so that new prompts reuse compiled programs
 threads, interrupts, failures, bounds.
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,16 +18,18 @@ import numpy as np
 from dspark_jax.decoding.dispatch import record_rounds, run_rounds
 from dspark_jax.decoding.prefill import admit, retire
 from dspark_jax.decoding.round import DecodeLoop, LoopParams, init_state
-from dspark_jax.decoding.state import Admission, DecodeState, RoundCounters, RoundRecord
+from dspark_jax.decoding.state import Admission, DecodeState, RoundRecord
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.errors import UserError
 from dspark_jax.scheduling.costs import Occupancy, ScheduleTables
 from dspark_jax.scheduling.policies import VerifyPolicy
 from dspark_jax.serving.assembly import Assembly
-from dspark_jax.serving.chunks import blank_chunk, chunk_widths, next_chunk, prompt_bucket
-from dspark_jax.serving.jobs import make_job
+from dspark_jax.serving.booking import Made, book
+from dspark_jax.serving.chunks import blank_chunk, chunk_widths, next_chunk, plan_chunks
+from dspark_jax.serving.jobs import make_job, require_room
 from dspark_jax.serving.metering import Metering
-from dspark_jax.serving.requests import Counts, EngineBroken, Generation, Progress, Request
+from dspark_jax.serving.prefixes import PrefixCache
+from dspark_jax.serving.requests import EngineBroken, Generation, Progress, Request
 from dspark_jax.serving.roster import Entry, Roster
 from dspark_jax.serving.sampling import SamplingParams, require_mode
 from dspark_jax.serving.settings import EngineConfig, check_engine
@@ -42,10 +44,9 @@ records, leaves [rounds, R, ...]."""
 class Engine:
     """Continuous batching over the slots of one compiled loop.
 
-    `submit`, `cancel` and the properties may be called from any thread and never wait for the device. `step` may be
-    called from any thread too; a second call waits for the first. After an interrupt or a failure inside `step`, the
-    next `step` resumes the open requests after the tokens that have been reported; a second failure in a row breaks the
-    engine, and every later call raises EngineBroken.
+    `submit`, `cancel`, `close` and the properties may be called from any thread and never wait for the device. After an
+    interrupt or a failure inside `step`, the next `step` resumes the open requests after the tokens that have been
+    reported; a second failure in a row breaks the engine, and every later call raises EngineBroken.
 
     Args:
         target: the model that decides.
@@ -72,6 +73,7 @@ class Engine:
     loop: DecodeLoop = field(init=False)
     params: LoopParams = field(init=False)
     state: DecodeState = field(init=False, repr=False)
+    prefixes: PrefixCache | None = field(init=False, repr=False)  # None: prompts are always prefilled whole
 
     def __post_init__(self) -> None:
         check_engine(self.config)
@@ -84,6 +86,7 @@ class Engine:
             self.metering.dispatch_seconds = float(self.tables.costs.dispatch)
 
         self.state = init_state(self.loop, self.params)
+        self.prefixes = PrefixCache.of(self.config, self.loop.mesh)
         self._roster = Roster()
         self._stepping = threading.RLock()
         self._seats: dict[int, Entry] = {}  # by slot: requests on the device, cancelled ones included
@@ -101,6 +104,7 @@ class Engine:
         Raises:
             UserError: a request that cannot be decoded, or an index that is in use; the engine goes on as before.
             QueueFull: as many wait as `config.queue` allows.
+            EngineClosed: `close` was called.
             EngineBroken: the engine decodes no more.
         """
         self._require_whole()
@@ -109,18 +113,7 @@ class Engine:
         job = make_job(self.target, self.sampling, index, request)
         require_mode(job.sampling, self.sampling.mode, f"Request {index}")
 
-        longest, stops = self.config.longest or 0, job.sampling.stop_tokens or ()
-        # Both limits are shapes of the compiled loop.
-        if job.longest > longest:
-            raise UserError(
-                f"Request {index} needs {job.longest} positions (a prompt of {len(job.prompt)} tokens and up to "
-                f"{job.sampling.max_new_tokens} new ones); this engine holds {longest}. Shorten it or raise the limit."
-            )
-        if len(stops) > self.config.stop_slots:
-            raise UserError(
-                f"Request {index} names {len(stops)} stop tokens; this engine holds {self.config.stop_slots}."
-            )
-
+        require_room(job, self.config)
         self._roster.add(job, self.config.queue)
 
     def cancel(self, index: int) -> Generation | None:
@@ -132,6 +125,19 @@ class Engine:
         """
         entry = self._roster.remove(index)
         return None if entry is None else entry.generation("cancelled", time.perf_counter())
+
+    def close(self, grace: float | None = None) -> None:
+        """Take no more requests. The open ones, those that wait too, go on; step until `idle`.
+
+        Args:
+            grace: seconds from now after which they are cut, with finish_reason "deadline". None: they run on.
+        """
+        self._roster.close(math.inf if grace is None else time.perf_counter() + grace)
+
+    @property
+    def closed(self) -> bool:
+        """Whether new requests are refused."""
+        return self._roster.closed
 
     @property
     def idle(self) -> bool:
@@ -163,7 +169,8 @@ class Engine:
         """Admit what fits, run one dispatch, and report the new tokens.
 
         Returns:
-            A Progress for each request that decoded; empty if all of them are still being prefilled.
+            A Progress for each request that decoded or that its deadline has cut; empty if all of them are still being
+            prefilled.
         Raises:
             EngineBroken: this step and the one before failed, or an earlier pair did.
         """
@@ -171,7 +178,7 @@ class Engine:
             self._require_whole()
             try:
                 self._begin()
-                progress = self._advance()
+                progress = self._book(self._advance())
             except Exception as error:  # an interrupt is not an Exception, and not counted as a failure
                 self._failures.append(error)
                 self._require_whole()
@@ -181,42 +188,38 @@ class Engine:
     def _require_whole(self) -> None:
         """Raise EngineBroken once two failures have followed each other."""
         if len(self._failures) > 1:
-            error = self._failures[-1]
-            reason = "".join(str(error).strip().splitlines()[:1])
-            raise EngineBroken(
-                f"The engine failed twice in a row ({type(error).__name__}: {reason}) and decodes no more; make a new "
-                "one and submit the open requests again."
-            ) from error
+            raise EngineBroken.by(self._failures[-1]) from self._failures[-1]
 
     def _begin(self) -> None:
         """Recover from an interrupted or failed dispatch, and mark what this one starts from."""
         if self._roster.unsettled:
             # The state was donated to a call whose result never came: all requests start again, in a new state.
             self._seats.clear()
+            # A failure may have been one of memory, of which the kept chunks hold some.
+            if self._failures and self.prefixes is not None:
+                self.prefixes.clear()
             self.state = None  # type: ignore[assignment]  # first, so that two never fill the memory
             self.state = init_state(self.loop, self.params)
             self._roster.rewind()
 
         self._roster.mark()
 
-    def _advance(self) -> list[Progress]:
-        """Admit, dispatch and harvest; every dispatch that the meter asks for is timed."""
+    def _advance(self) -> Made | None:
+        """Admit, dispatch and read the results; None if nothing decodes. Some dispatches are timed for the meter."""
         self._admit()
         decoding = [entry.decoding for entry in self._seats.values()]
         # Every seated request is in the middle of its prompt: there is nothing to decode.
         if not any(decoding):
-            self._roster.settle()
-            return []
+            return None
 
-        rounds = self.config.rounds_per_dispatch
-        if not all(decoding):
-            rounds = self._fewer_rounds  # another prompt waits for its next chunk
+        # Fewer where another prompt waits for its next chunk.
+        rounds = self.config.rounds_per_dispatch if all(decoding) else self._fewer_rounds
 
         # A recorder copies records to the host between rounds and clock, so its dispatches are never timed.
         timed = self.tables is not None and self.recorder is None and self.metering.due(self._prefilling)
         if not timed:
             self._dispatch(rounds)
-            return self._harvest()
+            return self._read()
 
         # Work queued earlier, such as a prefill, must not be counted as time of the rounds.
         jax.block_until_ready(self.state.length)
@@ -225,7 +228,7 @@ class Engine:
 
         predicted = float(self.state.predicted_seconds)  # waits for the dispatch
         self.metering.took(time.perf_counter() - started, predicted)
-        return self._harvest()
+        return self._read()
 
     @property
     def _fewer_rounds(self) -> int:
@@ -249,7 +252,7 @@ class Engine:
     # Prompts
 
     def admit(self) -> int:
-        """Move waiting requests into free slots and prefill one chunk of each prompt, in order of arrival: all of them
+        """Move waiting requests into free slots and prefill one chunk of each prompt, in their order: all of them
         while no request decodes, else up to `prefill_budget` tokens (at least one chunk). Part of every `step`.
 
         Returns:
@@ -268,39 +271,26 @@ class Engine:
         decoding = any(entry.decoding for entry in self._seats.values() if self._roster.holds(entry))
         self._seat()
 
+        self._reuse()
+
         budget = self.config.prefill_budget if decoding else None
-        fresh: dict[int, list[int]] = {}
-        later: list[int] = []
-        spent = 0
-
-        # Within the budget, oldest first. A first chunk that is wider than the budget still runs, or its prompt never
-        # would.
-        waiting = [slot for slot, entry in self._seats.items() if not entry.decoding]
-        for slot in sorted(waiting, key=lambda slot: self._seats[slot].submitted):
-            width = self._chunk_bucket(self._seats[slot])
-            if budget is not None and spent and spent + width > budget:
-                break
-            spent += width
-
-            if self._seats[slot].prefilled:
-                later.append(slot)
-            else:
-                fresh.setdefault(width, []).append(slot)
-
+        plan = plan_chunks(self.config, self.loop.size, self._seats, budget)
         # First chunks of one width run together, since all attend to themselves alone; later ones have each its own
         # start.
-        for width, slots in fresh.items():
-            # Two compiled shapes a bucket, one prompt or a full house: more would only cost compile time.
-            together = len(slots) * 2 > self.config.slots
+        for width, slots in plan.fresh.items():
+            # Two compiled shapes a bucket, one prompt or a full house: more would only cost compile time. A chunk that
+            # may be kept always has the first, so that it holds the very bits that its next prompt would compute.
+            kept = self.prefixes is not None and width == self.config.prefill_chunk
+            together = len(slots) * 2 > self.config.slots and not kept
             for part in [slots] if together else [[slot] for slot in slots]:
                 self._prefill(width, part, self.config.slots if together else 1)
 
-        for slot in later:
-            self._prefill(self._chunk_bucket(self._seats[slot]), [slot], 1)
-        return spent
+        for slot, width in plan.later:
+            self._prefill(width, [slot], 1)
+        return plan.spent
 
     def _seat(self) -> None:
-        """Empty the slots of requests that have left, and give free slots to waiting requests in order of arrival."""
+        """Empty the slots of requests that have left, and seat waiting requests in the free ones, in their order."""
         left = [slot for slot, entry in self._seats.items() if not self._roster.holds(entry)]
         if left:
             # Requests cancelled or ended by a stop string are still active on the device.
@@ -311,14 +301,22 @@ class Engine:
 
         now = time.perf_counter()
         free = [slot for slot in range(self.config.slots) if slot not in self._seats]
-        waiting = [entry for entry in self._roster.entries() if entry.slot is None]
+        # Those whose deadline has passed are not worth a prefill; they are cut at the end of this step.
+        waiting = [entry for entry in self._roster.entries() if entry.slot is None and not entry.expired(now)]
+        waiting.sort(key=lambda entry: entry.turn)
 
         for slot, entry in zip(free, waiting, strict=False):
             self._seats[slot], entry.slot = entry, slot
             entry.admitted = now if entry.admitted is None else entry.admitted  # kept when it is seated again
 
-    def _chunk_bucket(self, entry: Entry) -> int:
-        return prompt_bucket(self.config, self.loop.size, entry.prefilled, entry.left_to_prefill)
+    def _reuse(self) -> None:
+        """Let prompts that have just been seated begin with the chunks that are kept of them."""
+        if self.prefixes is None:
+            return
+        for slot, entry in self._seats.items():
+            if not entry.prefilled:
+                self.state, entry.cached = self.prefixes.restore(self.loop, self.state, slot, entry.running.prompt)
+                entry.prefilled = entry.cached
 
     def _prefill(self, width: int, slots: list[int], rows: int) -> None:
         """Prefill the next chunk, of `width` positions, of the prompts in `slots`; the first is repeated up to `rows`
@@ -330,7 +328,10 @@ class Engine:
 
         for slot in slots:
             entry = self._seats[slot]
-            entry.prefilled = min(entry.prefilled + width, len(entry.running.prompt))
+            start, entry.prefilled = entry.prefilled, min(entry.prefilled + width, len(entry.running.prompt))
+            # Copied at once, before a round or another chunk changes the slot.
+            if self.prefixes is not None:
+                self.prefixes.keep(self.loop, self.state, slot, start, entry.running.prompt[: entry.prefilled])
 
     def _run_chunk(self, batch: Admission, fresh: bool) -> None:
         self._prefilling = True
@@ -356,83 +357,43 @@ class Engine:
             for width in sorted(later):
                 self._run_chunk(blank_chunk(self.loop, 1, width), fresh=False)
 
+            if self.prefixes is not None and later:
+                self.state = self.prefixes.compiled(self.loop, self.state)
+
             # No round and no slot: these calls compile and change nothing.
-            limits = jax.device_put((np.int32(0), np.bool_(False)))
-            self.state = run_rounds(self.loop, self.params, self.state, self.metering.current(), *limits)
+            limits, occupancy = jax.device_put((np.int32(0), np.bool_(False))), self.metering.current()
+            self.state = run_rounds(self.loop, self.params, self.state, occupancy, *limits)
             if self.recorder is not None:
                 for rounds in sorted({self.config.rounds_per_dispatch, self._fewer_rounds}):
-                    occupancy = self.metering.current()
                     self.state, _ = record_rounds(self.loop, self.params, self.state, occupancy, rounds)
             self.state = retire(self.loop, self.state, jax.device_put(np.zeros(self.config.slots, bool)))
             self._roster.settle()
 
     # Results
 
-    def _harvest(self) -> list[Progress]:
-        """Read the results of the dispatch from the device, and book them."""
-        state = self.state
-        # One transfer for everything; it also waits for the dispatch.
-        read = state.tokens, state.length, state.active, state.stopped, state.failed, state.counters
-        made = _Made(*jax.device_get(read))
+    def _read(self) -> Made:
+        """The results of the dispatch, for which it waits."""
+        made = Made.read(self.state, list(self._seats.values()))
         self._prefilling = False
         self._failures.clear()
+        return made
 
+    def _book(self, made: Made | None) -> list[Progress]:
+        """Add what the dispatch has made to the requests, and end those that have ended or are out of time."""
         now, progress, ended = time.perf_counter(), list[Progress](), list[Entry]()
+        decode = None if self.target.tokenizer is None else self.target.tokenizer.decode
+
         # Held while booking, so that a `cancel` sees a request before or after the dispatch, never halfway.
         with self._roster.held():
-            for slot, entry in list(self._seats.items()):
-                # Slots in the middle of a prompt have no tokens yet; cancelled ones are retired by the next step.
-                if not entry.decoding or not self._roster.holds(entry):
+            for entry in self._roster.entries():
+                gained = book(entry, made, decode, now)
+                if gained is None:
                     continue
-                before = entry.seen
-                reason = self._see(entry, slot, made, now)
-
-                generation = None if reason is None else entry.generation(reason, now)
-                # At the end the held text is released too, and the last Progress reports it.
-                text = entry.seen.text.said if generation is None else generation.text
-                gained = entry.seen.tokens[len(before.tokens) :], text[len(before.text.said) :]
-
-                progress.append(Progress(entry.job.index, *gained, generation, entry.seen.counts))
-                if generation is not None:
+                progress.append(gained)
+                if gained.generation is not None:
                     ended.append(entry)
-                    if not made.active[slot]:  # else a stop string ended it, and the slot is still to be retired
-                        del self._seats[slot]
+                    # Slots that are still active are retired by the next step: a stop string or a deadline ended them.
+                    if made is not None and entry.decoding and not made.active[entry.slot]:
+                        del self._seats[entry.slot]  # type: ignore[arg-type]
             self._roster.settle(ended)
         return progress
-
-    def _see(self, entry: Entry, slot: int, made: "_Made", now: float) -> str | None:
-        """Add a request's new tokens and counts to its entry.
-
-        Returns:
-            The finish reason if the request has ended, else None.
-        """
-        # The slot's tokens: the running prompt, what has been seen since it entered the slot, and the new ones.
-        new = made.tokens[slot, len(entry.running.prompt) + entry.made : made.length[slot]].tolist()
-        counts = Counts(
-            int(made.counters.rounds[slot]),
-            int(made.counters.committed[slot]),
-            tuple(made.counters.verified_at[slot].tolist()),
-            tuple(made.counters.accepted_at[slot].tolist()),
-            int(made.counters.drafted[slot]),
-        )
-
-        # A stop string comes first: it may lie before the stop token, the limit or the failure.
-        stopped = bool(made.stopped[slot])
-        decode = None if self.target.tokenizer is None else self.target.tokenizer.decode
-        if entry.see(decode, new, counts, stopped, now) or stopped:
-            return "stop"
-
-        if made.failed[slot]:
-            return "error"
-        return None if made.active[slot] else "length"
-
-
-class _Made(NamedTuple):
-    """The part of the state that the host reads after a dispatch, as numpy arrays."""
-
-    tokens: Any  # [R, S]
-    length: Any  # [R]
-    active: Any  # [R] bool
-    stopped: Any  # [R] bool
-    failed: Any  # [R] bool
-    counters: RoundCounters

@@ -13,8 +13,12 @@ import numpy as np
 from dspark_jax.data.chat import encode_prompt
 from dspark_jax.errors import UserError
 from dspark_jax.serving.requests import Prompt, Request
-from dspark_jax.serving.sampling import SamplingParams, is_unicode, seed_words
+from dspark_jax.serving.sampling import SamplingParams, is_unicode, number_between, seed_words, whole_number
+from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.targets.target import Target
+
+LONGEST_DEADLINE = 1e9
+"""Seconds; longer ones are taken for a mistake in the unit."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,9 @@ class Job:
     sampling: SamplingParams  # with its stop tokens filled in
     seed_words: tuple[int, int]  # (high, low) words of the 64-bit seed
     longest: int  # positions, prompt included, at which the request ends
+    given: int  # tokens of the prompt as submitted: penalties count those behind them as output
+    deadline: float | None = None  # seconds from submission on
+    priority: int = 0
 
     def after(self, tokens: Sequence[int]) -> "Job":
         """The rest of the request after `tokens` have been decoded; they join the prompt, and `longest` stays."""
@@ -61,9 +68,44 @@ def make_job(target: Target, sampling: SamplingParams, index: int, request: Requ
     _require_fit(target, prompt, settings, who)
 
     # None means the target's own stop tokens, while () means none at all.
-    stops = target.stop_tokens if settings.stop_tokens is None else settings.stop_tokens
-    settings = replace(settings, stop_tokens=tuple(stops))
-    return Job(index, prompt, settings, seed_words(settings, index, own), len(prompt) + settings.max_new_tokens)
+    ends = () if settings.ignore_eos else target.stop_tokens
+    settings = replace(settings, stop_tokens=tuple(ends if settings.stop_tokens is None else settings.stop_tokens))
+
+    deadline = request.deadline
+    return Job(
+        index,
+        prompt,
+        settings,
+        seed_words(settings, index, own),
+        longest=len(prompt) + settings.max_new_tokens,
+        given=len(prompt),
+        deadline=None if deadline is None else number_between(who, "deadline", deadline, 0.0, LONGEST_DEADLINE),
+        priority=whole_number(who, "priority", request.priority, 0, 1),
+    )
+
+
+def require_room(job: Job, config: EngineConfig) -> None:
+    """Check a request against the shapes of an engine's compiled loop.
+
+    Raises:
+        UserError: more positions, stop tokens, biases or log-probabilities than this engine holds.
+    """
+    longest, sampling = config.longest or 0, job.sampling
+    who = f"Request {job.index}"
+    if job.longest > longest:
+        raise UserError(
+            f"{who} needs {job.longest} positions (a prompt of {len(job.prompt)} tokens and up to "
+            f"{sampling.max_new_tokens} new ones); this engine holds {longest}. Shorten it or raise the limit."
+        )
+
+    asked = (
+        (f"names {len(sampling.stop_tokens or ())} stop tokens", len(sampling.stop_tokens or ()), config.stop_slots),
+        (f"biases {len(sampling.logit_bias)} tokens", len(sampling.logit_bias), config.bias_slots),
+        (f"asks for {sampling.logprobs} log-probabilities a token", sampling.logprobs or 0, config.max_logprobs),
+    )
+    for what, count, most in asked:
+        if count > most:
+            raise UserError(f"{who} {what}; this engine holds {most}.")
 
 
 def listed_requests(target: Target, prompts: Sequence[Prompt | Request]) -> list[Request]:

@@ -15,8 +15,21 @@ class QueueFull(UserError):
     """The engine's queue holds no more requests; try again once some have ended."""
 
 
+class EngineClosed(UserError):
+    """The engine is closing and takes no more requests; send them to another one."""
+
+
 class EngineBroken(UserError):
     """The engine failed twice in a row and decodes no more; make a new one."""
+
+    @classmethod
+    def by(cls, error: Exception) -> "EngineBroken":
+        """The sentence about the second failure, with the first line of its message."""
+        reason = "".join(str(error).strip().splitlines()[:1])
+        return cls(
+            f"The engine failed twice in a row ({type(error).__name__}: {reason}) and decodes no more; make a new one "
+            "and submit the open requests again."
+        )
 
 
 @dataclass(frozen=True)
@@ -27,11 +40,33 @@ class Request:
         prompt: text without a template, token ids, or chat messages, rendered with the tokenizer's template.
         sampling: the request's own settings. None: those of the call or of the engine.
         thinking: value of the chat template's switch, where it has one.
+        deadline: seconds from `submit` on, after which the request is cut with finish_reason "deadline", whether it
+            waits or decodes. Looked at between dispatches. None: no limit.
+        priority: 0, or 1 for work in the background, which gets a slot only while no request of priority 0 waits. A
+            request in a slot keeps it.
     """
 
     prompt: Prompt
     sampling: SamplingParams | None = None
     thinking: bool = False
+    deadline: float | None = None
+    priority: int = 0
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A new token's log-probability under the target's raw logits: before temperature, penalties, biases and
+    truncation, without the ids that pad its tables. It does not depend on the drafter.
+
+    Attributes:
+        token: the token id.
+        logprob: natural logarithm of its probability.
+        top: (token id, log-probability) of the most probable tokens in its place, falling; as many as were asked for.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,7 +116,7 @@ class Generation:
         tokens: the new token ids, a stop token included; those after a stop string are left out.
         text: text of the new tokens without the stop token, cut before a stop string. Bytes at the end that form no
             whole character are left out.
-        finish_reason: "stop", "length", "cancelled" or "error".
+        finish_reason: "stop", "length", "cancelled", "deadline" or "error".
         rounds: rounds since the request was admitted.
         committed: tokens that those rounds committed.
         verified_at: drafts verified, by block position.
@@ -89,6 +124,9 @@ class Generation:
         drafted: rounds with drafts.
         timing: seconds; ignored when generations are compared.
         error: one sentence where the reason is "error".
+        logprobs: one for each of `tokens` where the request asked for them, else empty.
+        cached_tokens: prompt tokens that were not prefilled, since the engine had kept them; ignored when generations
+            are compared.
     """
 
     index: int
@@ -103,6 +141,8 @@ class Generation:
     drafted: int = 0
     timing: Timing = field(default=Timing(), compare=False)
     error: str = ""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    cached_tokens: int = field(default=0, compare=False)
 
     @property
     def accepted_length(self) -> float:
@@ -132,6 +172,7 @@ class Progress:
             request, joined, are its Generation's.
         generation: the result once the request has ended, else None.
         counts: totals since the request was submitted.
+        logprobs: one for each of `tokens` where the request asked for them, else empty.
     """
 
     index: int
@@ -139,3 +180,4 @@ class Progress:
     text: str
     generation: Generation | None
     counts: Counts = Counts()
+    logprobs: tuple[TokenLogprob, ...] = ()

@@ -4,6 +4,7 @@ Pure host bookkeeping. Its own lock is never held while the device works, so `su
 dispatch. The changes of a dispatch can be undone (`mark`, `rewind`), so that an interrupted one leaves no trace.
 """
 
+import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 
 from dspark_jax.errors import UserError
 from dspark_jax.serving.jobs import Job
-from dspark_jax.serving.requests import Counts, Generation, QueueFull, Timing
+from dspark_jax.serving.requests import Counts, EngineClosed, Generation, QueueFull, Timing, TokenLogprob
 from dspark_jax.serving.text import AnswerText, Decode
 
 NO_LAW = (
@@ -29,6 +30,7 @@ class Seen:
     counts: Counts = Counts()
     text: AnswerText = AnswerText()
     first_token: float | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens, where the request asked for them
 
 
 @dataclass(eq=False)
@@ -40,12 +42,25 @@ class Entry:
     admitted: float | None = None
     slot: int | None = None  # None: waiting
     prefilled: int = 0  # tokens of `running`'s prompt that the slot holds
+    cached: int = 0  # of them, those that a kept prefix held
     running: Job = field(init=False)  # what the slot decodes: the job with the tokens of `before` added to its prompt
     before: Seen = Seen()  # what had been seen when it entered the slot: nothing, unless a dispatch was interrupted
     seen: Seen = Seen()
+    due: float = math.inf  # its deadline
 
     def __post_init__(self) -> None:
         self.running = self.job
+        if self.job.deadline is not None:
+            self.due = self.submitted + self.job.deadline
+
+    def expired(self, now: float) -> bool:
+        """Whether its deadline has passed."""
+        return now >= self.due
+
+    @property
+    def turn(self) -> tuple[int, float]:
+        """Sorts requests into the order in which they are served: by priority, then by arrival."""
+        return self.job.priority, self.submitted
 
     @property
     def decoding(self) -> bool:
@@ -67,7 +82,15 @@ class Entry:
         """Tokens seen since the request entered its slot."""
         return len(self.seen.tokens) - len(self.before.tokens)
 
-    def see(self, decode: Decode | None, new: Sequence[int], counts: Counts, stopped: bool, now: float) -> bool:
+    def see(
+        self,
+        decode: Decode | None,
+        new: Sequence[int],
+        counts: Counts,
+        stopped: bool,
+        now: float,
+        logprobs: Sequence[TokenLogprob] = (),
+    ) -> bool:
         """Add new tokens; those after a stop string are left out.
 
         Args:
@@ -76,6 +99,7 @@ class Entry:
             counts: totals since the request entered its slot.
             stopped: whether the last of the tokens is a stop token.
             now: the time of reading, by `perf_counter`.
+            logprobs: of the new tokens, or none.
         Returns:
             Whether a stop string has ended the request.
         """
@@ -88,7 +112,8 @@ class Entry:
         first = now if self.seen.first_token is None else self.seen.first_token
 
         # The counters of a slot start at 0 with each admission, so what earlier slots counted is added.
-        self.seen = Seen(tokens, self.before.counts + counts, text, first)
+        noted = (*self.seen.logprobs, *logprobs[:kept])
+        self.seen = Seen(tokens, self.before.counts + counts, text, first, noted)
         return kept is not None
 
     def generation(self, reason: str, now: float) -> Generation:
@@ -109,6 +134,8 @@ class Entry:
             drafted=counts.drafted,
             timing=Timing(*(at - self.submitted for at in times)),
             error=NO_LAW if reason == "error" else "",
+            logprobs=seen.logprobs,
+            cached_tokens=self.cached,
         )
 
 
@@ -123,6 +150,7 @@ class Roster:
         self._lock = threading.RLock()
         self._open: dict[int, Entry] = {}
         self._mark: Mark | None = None
+        self.closed = False  # whether new requests are refused
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -138,6 +166,7 @@ class Roster:
             bound: the most requests that may wait; None: any number.
         Raises:
             QueueFull: `bound` others wait already.
+            EngineClosed: no more requests are taken.
             UserError: its index is in use.
         """
         with self._lock:
@@ -148,12 +177,21 @@ class Roster:
             self._open[job.index] = Entry(job, time.perf_counter())
 
     def require_room(self, index: int, bound: int | None) -> None:
-        """Raise QueueFull if `bound` requests wait already; `index` is for the sentence."""
+        """Raise EngineClosed after `close`, or QueueFull if `bound` requests wait; `index` is for the sentence."""
+        if self.closed:
+            raise EngineClosed(f"Request {index} came after the engine was closed; send it to another one.")
         if bound is not None and self.waiting >= bound:
             raise QueueFull(
                 f"Request {index} finds {self.waiting} others waiting, as many as this engine's queue holds; "
                 "submit it again once some have ended."
             )
+
+    def close(self, due: float) -> None:
+        """Refuse new requests, and cut the open ones at `due` unless their own deadline comes first."""
+        with self._lock:
+            self.closed = True
+            for entry in self._open.values():
+                entry.due = min(entry.due, due)
 
     def remove(self, index: int) -> Entry | None:
         """Remove a request; None if it is not open. It is returned as it was before the dispatch that is under way."""

@@ -1,7 +1,7 @@
 """Decoding settings of a request, and the checks that keep a bad value out of a compiled loop."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, get_args
@@ -47,6 +47,19 @@ class SamplingParams:
     """How drafts are verified above temperature 0. rejection: one by one. block: together, so that more are accepted.
     coupled: the target draws every token from noise of seed, position and token id alone, so that the text is that of
     plain decoding in this mode. None: the engine's; an engine verifies in one mode, by default rejection."""
+    ignore_eos: bool = False
+    """Go on after the target's end-of-sequence ids. Stop strings, and `stop_tokens` that are given, still end it."""
+    logprobs: int | None = None
+    """Report each new token's log-probability under the target's raw logits (before temperature, penalties, biases and
+    truncation), and so many of the most probable tokens there. 0: the token's own alone. None: off."""
+    presence_penalty: float = 0.0
+    """-2 to 2, subtracted from the logits of tokens that the output holds already. 0: off."""
+    frequency_penalty: float = 0.0
+    """-2 to 2, subtracted once for each time that the output holds the token. 0: off."""
+    repetition_penalty: float = 1.0
+    """0.01 to 100, divides the positive and multiplies the negative logits of tokens in prompt or output. 1: off."""
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
+    """By token id, -100 to 100, added to its logit before the penalties: a mapping or pairs."""
 
     def checked(self, vocabulary: int, who: str) -> "SamplingParams":
         """A checked copy in plain Python numbers.
@@ -69,6 +82,8 @@ class SamplingParams:
 
         if self.mode is not None and self.mode not in get_args(Mode):
             raise UserError(f"{who} has mode = {self.mode!r}; expected one of {', '.join(get_args(Mode))}.")
+        if not isinstance(self.ignore_eos, bool | np.bool_):
+            raise UserError(f"{who} has ignore_eos = {self.ignore_eos!r}; expected True or False.")
 
         # A temperature beyond the range of float32 would become infinite on the device.
         return replace(
@@ -82,6 +97,12 @@ class SamplingParams:
             stop=tuple(texts),
             stop_tokens=stops,
             verify_length=None if self.verify_length is None else whole("verify_length", self.verify_length, 0, None),
+            ignore_eos=bool(self.ignore_eos),
+            logprobs=None if self.logprobs is None else whole("logprobs", self.logprobs, 0, None),
+            presence_penalty=number("presence_penalty", self.presence_penalty, -2.0, 2.0),
+            frequency_penalty=number("frequency_penalty", self.frequency_penalty, -2.0, 2.0),
+            repetition_penalty=number("repetition_penalty", self.repetition_penalty, 0.01, 100.0),
+            logit_bias=_biases(self.logit_bias, vocabulary, who),
         )
 
 
@@ -113,6 +134,24 @@ def seed_words(sampling: SamplingParams, index: int, own: bool) -> tuple[int, in
         seed = (seed + index * 2**32) % SEEDS
 
     return seed >> 32, seed % 2**32
+
+
+def _biases(given: Any, vocabulary: int, who: str) -> tuple[tuple[int, float], ...]:
+    """Pairs of (token id, bias), in order of ids and none of them twice."""
+    pairs = list(given.items()) if isinstance(given, Mapping) else given
+    if isinstance(pairs, str | bytes) or not isinstance(pairs, Sequence):
+        raise UserError(f"{who} has logit_bias = {given!r:.80}; expected token ids with a number each.")
+
+    biases: dict[int, float] = {}
+    for pair in pairs:
+        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+            raise UserError(f"{who} has {pair!r:.80} in logit_bias; expected a token id and a number.")
+        token = whole_number(who, "a token of logit_bias", pair[0], 0, vocabulary - 1)
+        if token in biases:
+            raise UserError(f"{who} names token {token} twice in logit_bias; give it one bias.")
+        biases[token] = number_between(who, f"a bias of {token}", pair[1], -100.0, 100.0)
+
+    return tuple(sorted(biases.items()))
 
 
 def is_unicode(text: str) -> bool:

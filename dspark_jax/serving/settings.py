@@ -49,10 +49,16 @@ class EngineConfig:
     """Longer prompts are prefilled in chunks of this many tokens."""
     prefill_budget: int = 512
     """Prompt tokens prefilled between two dispatches while other requests decode."""
+    prefix_cache: int = 0
+    """MiB of device memory for whole chunks of prompts, from which prompts that begin alike start. 0: none is kept."""
     queue: int | None = None
     """Requests that may wait. None: any number."""
     stop_slots: int = 4
     """The most stop tokens that a request may name."""
+    bias_slots: int = 300
+    """The most tokens that a request may bias."""
+    max_logprobs: int = 20
+    """The most log-probabilities that a request may ask for at each token."""
     return_at_once: bool = False
     """End a dispatch with the first request that ends, even if none waits."""
 
@@ -99,10 +105,11 @@ def check_engine(config: EngineConfig) -> None:
         UserError: settings that no engine can run with.
     """
     who = "The engine"
-    counts = ("slots", "rounds_per_dispatch", "smallest_prompt_bucket", "prefill_chunk", "prefill_budget", "stop_slots")
-    for name in counts:
+    counts = ("slots", "rounds_per_dispatch", "smallest_prompt_bucket", "prefill_chunk", "prefill_budget")
+    for name in (*counts, "stop_slots", "bias_slots", "max_logprobs"):
         whole_number(who, name, getattr(config, name), 1)
 
+    whole_number(who, "prefix_cache", config.prefix_cache, 0)
     for name in ("queue", "longest"):
         if getattr(config, name) is not None:
             whole_number(who, name, getattr(config, name), 1)
