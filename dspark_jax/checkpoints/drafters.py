@@ -173,27 +173,14 @@ def save_drafter(
     native = {**drafter.hf_config, "dtype": dtype or drafter.config.backbone.dtype}
     stored = form.from_native(native, target)
 
-    table = drafter_tensor_map(drafter.config, flatten_dict(drafter.params))
-    tensors = stored_tensors(table, drafter.params, native["dtype"])
-
-    if frozen_copies:
-        shared = shared_tables(target)
-        tables = {EMBEDDING: shared.embed, HEAD: shared.head}
-        frozen = {(name,): Stored(name) for name in form.frozen(native)}
-        tensors |= stored_tensors(frozen, tables, native["dtype"])
-    elif form.name == "deepspec":
-        # The draft head is a frozen copy too: without copies, loading takes the target's rows again.
-        tensors.pop(DRAFT_HEAD, None)
+    tensors = _own_tensors(drafter, native, form, target if frozen_copies else None)
 
     # Renamed once, here: up to this line every name is DeepSpec's.
     tensors = {form.tensor(name, native): array for name, array in tensors.items()}
 
     vocabulary = getattr(drafter.config, "draft_vocabulary", None)
     if form.vocabulary_maps and (vocabulary_maps or vocabulary is not None):
-        member = np.ones(native["vocab_size"], np.bool_) if vocabulary is None else vocabulary.member
-        ids = np.flatnonzero(member)
-        # d2t holds differences, t2d membership: the speculators library's convention (rule 92).
-        tensors |= {"d2t": ids - np.arange(len(ids)), "t2d": member}
+        tensors |= _vocabulary_maps(vocabulary, native["vocab_size"])
 
     # Before the first file is replaced: an old manifest beside new files would contradict them.
     with suppress(OSError, ValueError):
@@ -203,6 +190,34 @@ def save_drafter(
 
     # Last, because it holds the hashes of the files before it.
     write_manifest(folder, native, form, target, provenance)
+
+
+def _own_tensors(
+    drafter: Drafter, native: dict[str, Any], form: FolderLayout, copied: Target | None
+) -> dict[str, np.ndarray]:
+    """The drafter's tensors by DeepSpec's names, with the frozen copies of the tables of `copied`, None for none."""
+    table = drafter_tensor_map(drafter.config, flatten_dict(drafter.params))
+    tensors = stored_tensors(table, drafter.params, native["dtype"])
+
+    if copied is not None:
+        shared = shared_tables(copied)
+        tables = {EMBEDDING: shared.embed, HEAD: shared.head}
+        # Each layout's readers expect other copies: z-lab's, for one, take both tables from the target.
+        frozen = {(name,): Stored(name) for name in form.frozen(native)}
+        tensors |= stored_tensors(frozen, tables, native["dtype"])
+    elif form.name == "deepspec":
+        # The draft head is a frozen copy too: without copies, loading takes the target's rows again.
+        tensors.pop(DRAFT_HEAD, None)
+
+    return tensors
+
+
+def _vocabulary_maps(vocabulary: DraftVocabulary | None, size: int) -> dict[str, np.ndarray]:
+    """`d2t` and `t2d` of a pruned vocabulary, or of the identity over `size` ids."""
+    member = np.ones(size, np.bool_) if vocabulary is None else vocabulary.member
+    ids = np.flatnonzero(member)
+    # d2t holds differences, t2d membership: the speculators library's convention (docs/algorithm.md, rule 92).
+    return {"d2t": ids - np.arange(len(ids)), "t2d": member}
 
 
 def saved_whole(folder: Path) -> bool:

@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -176,60 +177,85 @@ def hf_config(file: Path, fields: Mapping[str, Any], tensors: Mapping[str, Any])
     if int(fields.get("split.count", 1)) > 1:
         raise UserError(f"{file} is one of {fields['split.count']} parts; join them with llama-gguf-split --merge.")
 
-    def value(name: str) -> Any:
-        if (found := fields.get(f"{kind}.{name}")) is None:
-            raise UserError(f"{file} has no metadata {kind}.{name}, which its architecture needs; copy it again.")
-        return found
-
-    architecture, model_type = ARCHITECTURES[kind]
-
-    # `value` is for fields without a default in the format; those with one are read by `get` below.
-    heads, hidden = int(value("attention.head_count")), int(value("embedding_length"))
     embedding = tensors.get("token_embd.weight")
     if embedding is None:
         raise UserError(f"{file} has no tensor token_embd.weight; give the file of a language model.")
 
+    architecture, model_type = ARCHITECTURES[kind]
     config = {
         "architectures": [architecture],
         "model_type": model_type,
-        "hidden_size": hidden,
-        "intermediate_size": int(value("feed_forward_length")),
-        "num_hidden_layers": int(value("block_count")),
-        "num_attention_heads": heads,
-        "num_key_value_heads": int(fields.get(f"{kind}.attention.head_count_kv", heads)),
-        "head_dim": int(fields.get(f"{kind}.attention.key_length", hidden // heads)),
-        "hidden_act": "silu",
-        # Stored in float32, where 1e-5 is 9.99999974e-06.
-        "rms_norm_eps": float(f"{value('attention.layer_norm_rms_epsilon'):.6g}"),
-        "rope_theta": float(fields.get(f"{kind}.rope.freq_base", 10000.0)),
-        "max_position_embeddings": int(value("context_length")),
+        **_sizes(_Metadata(file, kind, fields)),
         # Shapes come fastest axis first in GGUF: the last one is the vocabulary.
         "vocab_size": int(embedding.shape[-1]),
         # The format has no field for it: a tied model's file has no output tensor.
         "tie_word_embeddings": "output.weight" not in tensors,
-        "attention_bias": False,
         "dtype": "float32" if embedding.tensor_type.name == "F32" else "bfloat16",
     }
-
-    if kind == "llama":
-        config["mlp_bias"] = False
-    if kind == "qwen3moe":
-        config |= {
-            "num_experts": int(value("expert_count")),
-            "num_experts_per_tok": int(value("expert_used_count")),
-            "moe_intermediate_size": int(value("expert_feed_forward_length")),
-            # Not in the metadata; the published Qwen3 mixtures agree on these three.
-            "norm_topk_prob": True,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
-        }
 
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         if (token := fields.get(f"tokenizer.ggml.{key}_token_id")) is not None:
             config[f"{name}_token_id"] = int(token)
 
+    # Last: Llama 3's scaling is recovered with the sizes and theta that the config has by now.
     scaling = _rope_scaling(file, kind, fields, tensors, config)
     return config if scaling is None else config | {"rope_scaling": scaling}
+
+
+@dataclass(frozen=True)
+class _Metadata:
+    """The metadata of one architecture, whose keys start with its name."""
+
+    file: Path
+    kind: str
+    fields: Mapping[str, Any]
+
+    def get(self, name: str, default: Any) -> Any:
+        """A field that the format gives a default."""
+        return self.fields.get(f"{self.kind}.{name}", default)
+
+    def need(self, name: str) -> Any:
+        """A field without one; UserError where it is absent."""
+        if (found := self.get(name, None)) is None:
+            raise UserError(
+                f"{self.file} has no metadata {self.kind}.{name}, which its architecture needs; copy it again."
+            )
+        return found
+
+
+def _sizes(metadata: _Metadata) -> dict[str, Any]:
+    """The fields of config.json that an architecture's metadata hold: sizes, norm, rotation base, experts."""
+    need = metadata.need
+    heads, hidden = int(need("attention.head_count")), int(need("embedding_length"))
+    config = {
+        "hidden_size": hidden,
+        "intermediate_size": int(need("feed_forward_length")),
+        "num_hidden_layers": int(need("block_count")),
+        "num_attention_heads": heads,
+        "num_key_value_heads": int(metadata.get("attention.head_count_kv", heads)),
+        "head_dim": int(metadata.get("attention.key_length", hidden // heads)),
+        # The architectures read here have one activation and no bias, and the format no field for either.
+        "hidden_act": "silu",
+        "attention_bias": False,
+        # Stored in float32, where 1e-5 is 9.99999974e-06.
+        "rms_norm_eps": float(f"{need('attention.layer_norm_rms_epsilon'):.6g}"),
+        "rope_theta": float(metadata.get("rope.freq_base", 10000.0)),
+        "max_position_embeddings": int(need("context_length")),
+    }
+
+    if metadata.kind == "llama":
+        config["mlp_bias"] = False
+    if metadata.kind == "qwen3moe":
+        config |= {
+            "num_experts": int(need("expert_count")),
+            "num_experts_per_tok": int(need("expert_used_count")),
+            "moe_intermediate_size": int(need("expert_feed_forward_length")),
+            # Not in the metadata; the published Qwen3 mixtures agree on these three.
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
+    return config
 
 
 def _rope_scaling(

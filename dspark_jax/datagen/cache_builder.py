@@ -139,21 +139,7 @@ def make(settings: CacheSettings) -> dict[str, Any]:
     tokenizer = load_tokenizer(folder)
     items, sources_sha256 = encode_sources(settings, tokenizer, config.vocab_size)
 
-    # All that decides the records: a folder with another spec is refused by the writer.
-    spec = CacheSpec(
-        target_name=settings.target,
-        target_sha256=config_sha256(hf_config),
-        layer_ids=settings.layers,
-        hidden_size=config.hidden_size,
-        tokenizer_hash=tokenizer_hash(tokenizer),
-        chat_template=template_id(tokenizer, settings.thinking),
-        max_length=settings.max_length,
-        min_loss_tokens=settings.min_loss_tokens,
-        num_sources=len(items),
-        dtype=settings.codec,
-        sources_sha256=sources_sha256,
-    )
-
+    spec = cache_spec(settings, hf_config, tokenizer, len(items), sources_sha256)
     figures = estimate(settings, spec, items)
     # Each process reads the files itself; on different copies they would compute different rows together.
     require_same({"their conversations are not the same": sources_sha256})
@@ -174,14 +160,40 @@ def make(settings: CacheSettings) -> dict[str, Any]:
 
     begun = require_same_settings(settings.output / "build.json", made_with, settings.output)
     # A continued build needs room only for what is missing.
-    require_disk(
-        settings.output, figures["bytes"] - sum(path.stat().st_size for path in settings.output.glob("shard-*"))
-    )
+    written = sum(path.stat().st_size for path in settings.output.glob("shard-*"))
+    require_disk(settings.output, figures["bytes"] - written)
 
     announce(settings.compute_dtype)
     target = load_target(folder, dtype=settings.compute_dtype, mesh=mesh, tokenizer=False)
 
     return build(settings, target, spec, items, None if begun else made_with)
+
+
+def cache_spec(
+    settings: CacheSettings, hf_config: dict[str, Any], tokenizer: Any, rows: int, sources_sha256: str
+) -> CacheSpec:
+    """All that decides the records of a cache; the writer refuses a folder that was begun with another spec.
+
+    Args:
+        settings: of the build.
+        hf_config: the target's config.json.
+        tokenizer: the target's.
+        rows: training rows, dropped ones included.
+        sources_sha256: the hash of these rows.
+    """
+    return CacheSpec(
+        target_name=settings.target,
+        target_sha256=config_sha256(hf_config),
+        layer_ids=settings.layers,
+        hidden_size=read_target_config(hf_config).hidden_size,
+        tokenizer_hash=tokenizer_hash(tokenizer),
+        chat_template=template_id(tokenizer, settings.thinking),
+        max_length=settings.max_length,
+        min_loss_tokens=settings.min_loss_tokens,
+        num_sources=rows,
+        dtype=settings.codec,
+        sources_sha256=sources_sha256,
+    )
 
 
 def check_settings(settings: CacheSettings, config: TargetConfig) -> None:

@@ -132,46 +132,49 @@ def drafter_hf_config(
     # Checks the target first: a fault in its file must not be reported as the drafter's.
     target = read_target_config(target_hf_config)
 
+    settings = SETTING_DEFAULTS | settings
+
     if (own := OWN_DRAFTERS.get(f"{target.model_type}_{kind}")) is not None:
-        fields = {"num_layers": num_layers, "target_layer_ids": target_layer_ids, "dtype": dtype}
-        config = own.module.config_type.native(target_hf_config, **SETTING_DEFAULTS | settings | fields)
-        own.module.config_type.from_hf_dict(config).check_target(target)
-        return config
+        shape = {"num_layers": num_layers, "target_layer_ids": target_layer_ids, "dtype": dtype}
+        config_type = own.module.config_type
+        config = config_type.native(target_hf_config, **settings | shape)
+    else:
+        described = drafter_kind(kind)
+        config_type = described.module.config_type
+        given = {
+            "intermediate_size": intermediate_size,
+            "num_attention_heads": num_attention_heads,
+            "num_key_value_heads": num_key_value_heads,
+            "head_dim": head_dim,
+        }
+        # Given sizes have the generic names; Gemma's global layers use names of their own.
+        copied, sizes = family_fields(target_hf_config, {name: n for name, n in given.items() if n is not None})
 
-    described = drafter_kind(kind)
-    given = {
-        "intermediate_size": intermediate_size,
-        "num_attention_heads": num_attention_heads,
-        "num_key_value_heads": num_key_value_heads,
-        "head_dim": head_dim,
-    }
-
-    # Given sizes have the generic names; Gemma's global layers use names of their own.
-    config, sizes = family_fields(target_hf_config, {name: n for name, n in given.items() if n is not None})
-
-    # Facts about the target's files, not about the drafter's.
-    for name in ("torch_dtype", "_name_or_path", "quantization_config"):
-        config.pop(name, None)
-
-    config |= {
-        "architectures": [drafter_family(config) + described.architecture],
-        "num_target_layers": target.num_layers,
-        "num_hidden_layers": num_layers,
-        "tie_word_embeddings": False,
-        "layer_types": ["full_attention"] * num_layers,
-        "target_layer_ids": list(target_layer_ids),
-        "dtype": dtype,
-        TARGET_SHA_FIELD: config_sha256(target_hf_config),
-    }
-
-    config |= described.module.config_type.hf_fields(num_layers=num_layers, **SETTING_DEFAULTS | settings)
-
-    # Last, so that given sizes win over both the target's and the kind's.
-    config |= sizes
+        config = _common_fields(copied, described, target.num_layers, num_layers)
+        config |= {"target_layer_ids": list(target_layer_ids), "dtype": dtype}
+        config[TARGET_SHA_FIELD] = config_sha256(target_hf_config)
+        # Sizes last, so that given ones win over both the target's and the kind's.
+        config |= config_type.hf_fields(num_layers=num_layers, **settings) | sizes
 
     # The file is read back at once: a contradiction is found before anything is trained.
-    described.module.config_type.from_hf_dict(config).check_target(target)
+    config_type.from_hf_dict(config).check_target(target)
     return config
+
+
+def _common_fields(copied: Mapping[str, Any], kind: DrafterKind, target_layers: int, num_layers: int) -> dict[str, Any]:
+    """The target's fields `copied`, with those on top that all kinds of drafters share."""
+    # Facts about the target's files, not about the drafter's.
+    left_out = ("torch_dtype", "_name_or_path", "quantization_config")
+
+    return {name: value for name, value in copied.items() if name not in left_out} | {
+        "architectures": [drafter_family(copied) + kind.architecture],
+        "num_target_layers": target_layers,
+        "num_hidden_layers": num_layers,
+        # The frozen copies are stored apart even where the target ties them (docs/algorithm.md, rule 18).
+        "tie_word_embeddings": False,
+        # Draft layers see all of their context, whatever windows the target has (docs/algorithm.md, rule 25).
+        "layer_types": ["full_attention"] * num_layers,
+    }
 
 
 @dataclass(frozen=True)

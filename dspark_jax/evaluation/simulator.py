@@ -139,40 +139,67 @@ def simulate(
     fresh = policy.init(concurrency, traces.logits.shape[1])
     state = jax.tree.map(jnp.asarray, fresh)
     prefill = device.prefill if cap else device.plain_prefill
-    clock, asked, speeds = 0.0, concurrency, []
-    tokens, verified, rounds = 0, 0, 0
+    run, asked, speeds = _Totals(), concurrency, []
 
     while asked < requests:
-        # A dispatch: rounds until a request ends.
-        clock += device.dispatch_seconds
-        for _ in range(device.rounds_per_dispatch):
-            view = slots.view(load, device.tables)
-            drafted, lengths, view, state = _schedule(policy, view, slots.proposals(), state)
-            accepted, made = slots.advance(np.asarray(lengths))
-            state = _learn(policy, view, lengths, jnp.asarray(accepted), state)
-            # Every request's anchor goes through the target as well.
-            passed = int(np.sum(np.asarray(lengths) + 1))
-            clock += _round_seconds(device, load, view, passed, bool(jnp.any(drafted)))
-            tokens, verified, rounds = tokens + made, verified + passed, rounds + concurrency
-            if slots.ended.any():
-                break
+        state = _dispatch(policy, device, load, slots, state, run)
 
         # Between dispatches: ended requests leave their slots to the next ones, whose prompts are prefilled.
         ended = slots.ended
         entering = np.flatnonzero(ended)
-        speeds += [slots.wanted[slot] / max(clock - slots.since[slot], 1e-9) for slot in entering]
+        speeds += [slots.wanted[slot] / max(run.clock - slots.since[slot], 1e-9) for slot in entering]
         # A new request starts with fresh statistics; what the slots share stays.
         state = PolicyState(jax.tree.map(partial(_put, ended), state.slots, fresh.slots), state.shared)
 
         for slot in entering:
-            slots.enter(int(slot), asked % len(traces.lengths), clock)
+            # Recorded requests are replayed in order and over again: users may send more than were recorded.
+            slots.enter(int(slot), asked % len(traces.lengths), run.clock)
             asked += 1
 
-        clock += prefill.seconds(traces.prompts[slots.source[entering]], concurrency)
+        run.clock += prefill.seconds(traces.prompts[slots.source[entering]], concurrency)
 
     # The first token of every request comes with its prefill.
-    rate = (tokens + asked) / max(clock, 1e-9)
-    return LoadFigures(rate, tuple(speeds), verified / max(rounds, 1), tokens / max(rounds, 1))
+    rate, rounds = (run.tokens + asked) / max(run.clock, 1e-9), max(run.rounds, 1)
+    return LoadFigures(rate, tuple(speeds), run.verified / rounds, run.tokens / rounds)
+
+
+@dataclass
+class _Totals:
+    """Simulated seconds, and sums over rounds and requests: tokens committed, rows verified, requests' rounds."""
+
+    clock: float = 0.0
+    tokens: int = 0
+    verified: int = 0
+    rounds: int = 0
+
+
+def _dispatch(
+    policy: VerifyPolicy,
+    device: SimulatedDevice,
+    load: Occupancy,
+    slots: "_Slots",
+    state: PolicyState,
+    run: _Totals,
+) -> PolicyState:
+    """Plays rounds until a request ends, at most those of a dispatch, and adds them to `run`."""
+    run.clock += device.dispatch_seconds
+    for _ in range(device.rounds_per_dispatch):
+        view = slots.view(load, device.tables)
+        drafted, lengths, view, state = _schedule(policy, view, slots.proposals(), state)
+        accepted, made = slots.advance(np.asarray(lengths))
+        state = _learn(policy, view, lengths, jnp.asarray(accepted), state)
+
+        # Every request's anchor goes through the target as well.
+        passed = int(np.sum(np.asarray(lengths) + 1))
+        run.clock += _round_seconds(device, load, view, passed, bool(jnp.any(drafted)))
+        run.tokens += made
+        run.verified += passed
+        run.rounds += len(slots.made)
+
+        if slots.ended.any():
+            break
+
+    return state
 
 
 class _Slots:

@@ -45,27 +45,12 @@ class RopeConfig:
         layer_type: its entry of `rope_parameters`, in families that give each type of layer its own.
         Raises UserError for a field of another type or range, and for rotations that are not implemented.
         """
-        refuse_rotations(config, "config.json")
-        where = "config.json, under rope_parameters or rope_scaling,"
-
-        # transformers 5 writes `rope_parameters`, earlier versions `rope_scaling` (docs/algorithm.md, rule 69).
-        scaling = require_object(config.get("rope_parameters") or config.get("rope_scaling") or {}, where)
-        if layer_type is not None:
-            scaling = require_object(scaling.get(layer_type) or {}, where)
-        check_fields(scaling, ROPE_FIELDS, where)
-
+        scaling = _rope_scaling(config, layer_type)
         theta = scaling.get("rope_theta", config.get("rope_theta"))
         if theta is None:
             raise UserError("config.json gives no rope_theta, neither at top level nor under rope_parameters; add it.")
 
-        # transformers once wrote the key as `type`, and both spellings are in published files.
-        kind = scaling.get("rope_type") or scaling.get("type") or "default"
-        if kind not in ROPE_KINDS:
-            raise UserError(
-                f"config.json asks for RoPE scaling {kind!r}; targets here read {', '.join(ROPE_KINDS[:-1])} and "
-                f"{ROPE_KINDS[-1]}."
-            )
-
+        kind = _rope_kind(scaling)
         partial = scaling.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
 
         # Other kinds would turn the first channels of a head only, which `Rope.rotate` by halves cannot express.
@@ -83,12 +68,7 @@ class RopeConfig:
             factor = config["max_position_embeddings"] / original if kind == "yarn" else 1.0
 
         # Absent fields keep the dataclass's defaults, so that each default is written once.
-        optional = {
-            name: scaling[name]
-            for name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "low_freq_factor",
-                         "high_freq_factor")
-            if scaling.get(name) is not None
-        }  # fmt: skip
+        optional = {name: scaling[name] for name in _OPTIONAL_ROPE_FIELDS if scaling.get(name) is not None}
 
         # The blend between the two factors divides by their difference.
         if kind == "llama3" and optional.get("low_freq_factor", 1.0) >= optional.get("high_freq_factor", 4.0):
@@ -176,6 +156,42 @@ class RopeConfig:
             self.high_freq_factor - self.low_freq_factor
         )
         return (1 - smooth) * frequency / self.factor + smooth * frequency
+
+
+_OPTIONAL_ROPE_FIELDS = (
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "truncate",
+    "low_freq_factor",
+    "high_freq_factor",
+)
+
+
+def _rope_scaling(config: Mapping[str, Any], layer_type: str | None) -> Mapping[str, Any]:
+    """The checked object that describes the rotation; {} where the file has none."""
+    refuse_rotations(config, "config.json")
+    where = "config.json, under rope_parameters or rope_scaling,"
+
+    # transformers 5 writes `rope_parameters`, earlier versions `rope_scaling` (docs/algorithm.md, rule 69).
+    scaling = require_object(config.get("rope_parameters") or config.get("rope_scaling") or {}, where)
+    if layer_type is not None:
+        scaling = require_object(scaling.get(layer_type) or {}, where)
+    check_fields(scaling, ROPE_FIELDS, where)
+    return scaling
+
+
+def _rope_kind(scaling: Mapping[str, Any]) -> str:
+    """One of ROPE_KINDS; UserError for another."""
+    # transformers once wrote the key as `type`, and both spellings are in published files.
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind not in ROPE_KINDS:
+        raise UserError(
+            f"config.json asks for RoPE scaling {kind!r}; targets here read {', '.join(ROPE_KINDS[:-1])} and "
+            f"{ROPE_KINDS[-1]}."
+        )
+    return kind
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,15 @@ from dspark_jax.training.checkpoint import Checkpoints
 from dspark_jax.training.evaluation import TAU, Evaluator
 from dspark_jax.training.feeds import open_feed
 from dspark_jax.training.guards import Preempted, Preemption, SkipGuard, updated
-from dspark_jax.training.run import Run
+from dspark_jax.training.run import Due, Run
 from dspark_jax.training.run_folder import MetricsLog, NoLog
 from dspark_jax.training.spec import StepSpec
 from dspark_jax.training.start import initial_state
 from dspark_jax.training.step import TrainState
+
+
+NO_RECORDS = {"pending": [], "records": ""}
+"""`Records.pending` of a run that begins."""
 
 
 @dataclass
@@ -111,6 +115,56 @@ class Window:
         return speed
 
 
+@dataclass(frozen=True)
+class Records:
+    """The records of a run: the open window, the evaluation that some of them bring, the log and the bar."""
+
+    window: Window
+    evaluator: Evaluator | None
+    log: MetricsLog | NoLog
+    bar: tqdm
+
+    def write(self, done: int, state: TrainState, due: Due) -> float | None:
+        """Closes the window after `done` steps and logs its record; the score of its evaluation, if it has one."""
+        record = self.window.close(done)
+        # The record's time is taken first, so that an evaluation does not count as training.
+        scores = self.evaluator(state.params) if self.evaluator and due.evaluation else {}
+        self.window.restart_clock()
+
+        self.log.write(record | scores)
+        self.bar.set_postfix(loss=record["loss"], tau=record["tau_probabilistic"], refresh=False)
+        return scores.get(TAU)
+
+    def pending(self) -> dict[str, Any]:
+        """The part of the records that a checkpoint keeps, beside the hash of those written."""
+        return {"pending": self.window.fetch(), "records": self.log.digest()}
+
+
+@dataclass
+class InFlight:
+    """Keeps two steps in flight at most: a step is waited for, and watched by the guard, while the next one runs."""
+
+    guard: SkipGuard
+    last: tuple[int, dict[str, jax.Array]] | None = None
+
+    def started(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Waits for the step before `step`; for `step` itself where it is the first, which compiles."""
+        jax.block_until_ready(metrics if self.last is None else self.last[1])
+        self.watch()
+        self.last = step, metrics
+
+    def watch(self) -> None:
+        """Shows the guard the step that started last; UserError where it stops the run."""
+        if self.last is not None:
+            self.guard.watch(*self.last)
+
+
+def progress_bar(run: Run, start: int) -> tqdm:
+    """The bar over a run's steps, shown by the first process and on a terminal only."""
+    quiet = None if is_first() else True  # None: tqdm looks for a terminal itself
+    return tqdm(total=run.total_steps, initial=start, desc=run.name, unit="step", disable=quiet)
+
+
 def tokens_at(batches: Batches, step: int) -> int:
     """Real tokens of a step's sequences, over all hosts."""
     return int(batches.source.lengths[batches.indices_at(step)].sum())
@@ -129,55 +183,41 @@ def train(run: Run, shared: SharedTables, checkpoints: Checkpoints) -> tuple[Tra
         Preempted: after SIGTERM; the step in progress was finished and saved.
         UserError: a guard stopped the run, or the disk is full.
     """
-    spec, cadence = run.step, run.cadence
-    restored = checkpoints.restore_latest(spec.abstract)
-    start, state, extra = restored or (0, initial_state(run), {"pending": [], "records": ""})
+    start, state, extra = checkpoints.restore_latest(run.step.abstract) or (0, initial_state(run), NO_RECORDS)
     feed = open_feed(run, shared, start)
-    evaluator = None if run.heldout is None else Evaluator.of(run.name, run.target, spec, run.heldout)
-    quiet = None if is_first() else True  # None: the bar is shown on a terminal only
+    evaluator = None if run.heldout is None else Evaluator.of(run.name, run.target, run.step, run.heldout)
 
     with (
         MetricsLog(run.folder, start, extra["records"]) if is_first() else NoLog() as log,
-        tqdm(total=cadence.total, initial=start, desc=run.name, unit="step", disable=quiet) as bar,
+        progress_bar(run, start) as bar,
         closing(feed),
         Preemption() as preemption,
         # An implicit transfer would stall the device at every step, so it is an error.
         jax.transfer_guard("disallow"),
     ):
-        window = Window(spec, run.batches, extra["pending"])
-        guard = SkipGuard(run.folder, run.max_skipped, run.batches, run.data.cache)
-        upcoming, before = next(feed.batches, {}), None
+        records = Records(Window(run.step, run.batches, extra["pending"]), evaluator, log, bar)
+        flight = InFlight(SkipGuard(run.folder, run.max_skipped, run.batches, run.data.cache))
+        upcoming = next(feed.batches, {})
 
-        for done in range(start + 1, cadence.total + 1):
+        for done in range(start + 1, run.total_steps + 1):
             state, metrics = feed.step(state, upcoming)
-            # Dispatch is asynchronous: the next batch is prepared while the step runs. Waiting for the step before it
-            # then leaves at most two in flight. The first step is waited for itself, since it compiles.
+            # Dispatch is asynchronous: the next batch is prepared while the step runs.
             upcoming = next(feed.batches, {})
-            window.add(done - 1, metrics)
-            jax.block_until_ready(before if before is not None else metrics)
+            records.window.add(done - 1, metrics)
+            flight.started(done - 1, metrics)
+            # Compilation of the first step counts as no training.
+            if done == start + 1:
+                records.window.start_clock()
 
-            if before is None:
-                window.start_clock()
-            else:
-                guard.watch(done - 2, before)
-
-            before, scores = metrics, None
-
-            due = cadence.at(done)
-            if due.record:
-                record = window.close(done)
-                # The record's time is taken first, so that an evaluation does not count as training.
-                scores = evaluator(state.params) if evaluator and due.evaluation else None
-                window.restart_clock()
-                log.write(record | (scores or {}))
-                bar.set_postfix(loss=record["loss"], tau=record["tau_probabilistic"], refresh=False)
+            due = run.cadence.at(done)
+            score = records.write(done, state, due) if due.record else None
 
             # A step that changed nothing is no place to continue from, unless the run ends with it.
             stop = preemption.requested(done)
             if stop or due.end or (due.save and updated(metrics)):
+                # The cache of a hybrid run first: a checkpoint must not be ahead of its records.
                 feed.flush()
-                extra = {"pending": window.fetch(), "records": log.digest()}
-                checkpoints.save(done, state, extra, scores[TAU] if scores else None)
+                checkpoints.save(done, state, records.pending(), score)
 
             if stop:
                 checkpoints.wait()
@@ -185,9 +225,8 @@ def train(run: Run, shared: SharedTables, checkpoints: Checkpoints) -> tuple[Tra
 
             bar.update()
 
-        if before is not None:
-            # In the loop each step is watched one step later; the last one has no successor.
-            guard.watch(cadence.total - 1, before)
+        # In the loop each step is watched one step later; the last one has no successor.
+        flight.watch()
 
     checkpoints.wait()
     return state, log.records

@@ -5,7 +5,7 @@ Axes: B row of the global batch, A micro-batch.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -154,17 +154,12 @@ def make_train_step(
     source = states or StoredStates()
 
     def step(state: TrainState, shared: SharedTables, batch: Batch, target: Any = None) -> tuple:
-        length = batch["input_ids"].shape[1]
         if placement is not None:
             batch = placement.rows(dict(batch))
 
         # Drawn for the global batch from (key, step): neither micro-batches nor a resumed run change the anchors.
         plan = objective.plan(batch, jax.random.fold_in(state.key, state.step))
-        params = state.params
-        if placement is not None and abstract is not None:
-            # Gathered once per step: the partitioner alone would gather parameters again for every chunk of anchors.
-            params = placement.gathered(params, jax.tree.map(lambda x: x.sharding, abstract.params))
-            shared = placement.gathered(shared, placement.tables(shared))
+        params, shared = _in_use(state.params, shared, placement, abstract)
 
         def loss(params: dict, batch: Batch, rows: Any) -> tuple[Array, Sums]:
             sums = objective.sums(params, shared, batch, rows)
@@ -177,45 +172,15 @@ def make_train_step(
             return made, stored if record else {}
 
         (grads, sums), stored = _over_micro_batches(gradient, batch, plan.rows, accumulation_steps, placement)
-        # One NaN or infinity anywhere in the gradient makes its norm non-finite.
-        norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(norm) & jnp.isfinite(objective.loss(sums, plan.denominator))
-        # Without a supervised token the gradient is 0, and AdamW would move by its momentum and its decay alone.
-        supervised = plan.supervised > 0
-        good = finite & supervised
+        verdict = _Verdict.of(grads, objective.loss(sums, plan.denominator), plan.supervised)
 
-        metrics = objective.metrics(sums | plan.sums, length) | {
-            # Skipped steps do not count: this is the rate that the optimizer applies.
-            "learning_rate": jnp.asarray(schedule(updates_taken(state.opt_state)), jnp.float32),
-            "grad_norm": norm,
-            "skipped": 1 - good.astype(jnp.int32),
-            "unsupervised": 1 - supervised.astype(jnp.int32),
-        }
-
-        if "lengths" in batch:
-            metrics["utilisation"] = jnp.mean(batch["lengths"]) / length
-
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        updated = optax.apply_updates(state.params, updates), opt_state
-        # Chosen on the device: the metrics report it, and the host never waits for it.
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(good, new, old), updated, (state.params, state.opt_state)
-        )
-        new = TrainState(state.step + 1, params, opt_state, state.key)
+        metrics = _metrics(objective, sums | plan.sums, verdict, batch)
+        metrics["learning_rate"] = _applied_rate(schedule, state)
+        new = _updated(state, grads, optimizer, verdict.good)
 
         return (new, metrics, stored) if record else (new, metrics)
 
-    if placement is None:
-        return jax.jit(step, donate_argnums=0)
-    if abstract is None:
-        raise ValueError("a placement needs the abstract state that was laid over it")
-
-    # The results lie where the donated arguments did: otherwise the next call would meet another layout and
-    # recompile.
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    recorded = (placement.rules.rows(placement.mesh, 3),) if record else ()
-
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, placement.whole, *recorded))
+    return _compiled(step, placement, abstract, record)
 
 
 def make_eval_step(
@@ -237,6 +202,86 @@ def make_eval_step(
         return objective.metrics(sums | plan.sums, batch["input_ids"].shape[1])
 
     return jax.jit(evaluate)
+
+
+class _Verdict(NamedTuple):
+    """Whether a step may change the parameters; scalars on the device, so that the host never waits for them."""
+
+    norm: Array  # [] float32, of the whole gradient
+    supervised: Array  # [] bool: the batch has a supervised token
+    good: Array  # [] bool: the update is applied
+
+    @classmethod
+    def of(cls, grads: Any, loss: Array, supervised: Array) -> "_Verdict":
+        """The verdict on summed gradients, the loss and the summed weight of supervised slots."""
+        # One NaN or infinity anywhere in the gradient makes its norm non-finite.
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+
+        # Without a supervised token the gradient is 0, and AdamW would move by its momentum and its decay alone.
+        some = supervised > 0
+        return cls(norm, some, finite & some)
+
+
+def _metrics(objective: Objective, sums: Sums, verdict: _Verdict, batch: Batch) -> dict[str, Array]:
+    """The objective's figures, the gradient's norm, 1 for a step without update, and the part of rows in use."""
+    length = batch["input_ids"].shape[1]
+    metrics = objective.metrics(sums, length) | {
+        "grad_norm": verdict.norm,
+        "skipped": 1 - verdict.good.astype(jnp.int32),
+        "unsupervised": 1 - verdict.supervised.astype(jnp.int32),
+    }
+
+    if "lengths" in batch:
+        metrics["utilisation"] = jnp.mean(batch["lengths"]) / length
+    return metrics
+
+
+def _applied_rate(schedule: Callable[[Any], Any], state: TrainState) -> Array:
+    """[] float32: the learning rate that the optimizer applies next."""
+    # By its own count, which leaves skipped steps out, and not by `state.step`.
+    return jnp.asarray(schedule(updates_taken(state.opt_state)), jnp.float32)
+
+
+def _compiled(
+    step: Callable[..., tuple], placement: Placement | None, abstract: TrainState | None, record: bool
+) -> TrainStep:
+    """The jitted step; the new state lies where the donated one did."""
+    if placement is None:
+        return jax.jit(step, donate_argnums=0)
+    if abstract is None:
+        raise ValueError("a placement needs the abstract state that was laid over it")
+
+    # Pinned: otherwise the next call would meet another layout and recompile.
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    recorded = (placement.rules.rows(placement.mesh, 3),) if record else ()
+
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, placement.whole, *recorded))
+
+
+def _in_use(
+    params: dict, shared: SharedTables, placement: Placement | None, abstract: TrainState | None
+) -> tuple[dict, SharedTables]:
+    """Parameters and the target's tables as a step uses them: gathered from the devices that store their parts."""
+    if placement is None or abstract is None:
+        return params, shared
+
+    # Gathered once per step: the partitioner alone would gather parameters again for every chunk of anchors.
+    params = placement.gathered(params, jax.tree.map(lambda x: x.sharding, abstract.params))
+    return params, placement.gathered(shared, placement.tables(shared))
+
+
+def _updated(state: TrainState, grads: Any, optimizer: optax.GradientTransformation, good: Array) -> TrainState:
+    """The state after a step; parameters and optimizer are those of before where the step is not `good`."""
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    updated = optax.apply_updates(state.params, updates), opt_state
+
+    # Selected leaf by leaf on the device: a branch would need the host, or a conditional that copies the state.
+    kept = state.params, state.opt_state
+    params, opt_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), updated, kept)
+
+    # A skipped step counts all the same, since the data order is a function of `step`.
+    return TrainState(state.step + 1, params, opt_state, state.key)
 
 
 def _over_micro_batches(
