@@ -1,4 +1,4 @@
-"""Strict readers of external input: JSON files, JSON lines, safetensors headers, and typed fields of objects.
+"""Strict readers of external input: JSON files, JSON lines, and typed fields of objects.
 
 Every fault is a `UserError` of one sentence: the file, the field, what was found, what was expected, what to do. A
 value is returned whole or not at all.
@@ -8,7 +8,6 @@ import json
 import math
 import os
 import stat
-import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +20,6 @@ import xxhash
 from dspark_jax.errors import UserError
 
 MAX_JSON_BYTES = 64 << 20
-MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own bound
 MAX_DEPTH = 64
 INT32_MAX = 2**31 - 1
 COPY_AGAIN = "correct the file or copy it again"
@@ -39,7 +37,7 @@ def read_bytes(path: str | Path, *, limit: int = MAX_JSON_BYTES, expected: str =
         UserError: the file is missing, unreadable, no regular file (a folder, pipe or device), a loop of links, or
             larger than `limit`.
     """
-    with _opened(Path(path), expected) as handle:
+    with opened(Path(path), expected) as handle:
         size = os.fstat(handle.fileno()).st_size
         if size > limit:
             raise UserError(f"{path} has {size:,} bytes; expected {expected} of at most {limit:,}.")
@@ -47,7 +45,7 @@ def read_bytes(path: str | Path, *, limit: int = MAX_JSON_BYTES, expected: str =
 
 
 @contextmanager
-def _opened(path: Path, expected: str) -> Iterator[BinaryIO]:
+def opened(path: Path, expected: str) -> Iterator[BinaryIO]:
     """A regular file for reading; UserError for anything else, and where a read fails."""
     try:
         # O_NONBLOCK: opening a pipe would otherwise wait for a writer.
@@ -341,80 +339,3 @@ def check_seal(content: Mapping[str, Any], where: str, *, cure: str = COPY_AGAIN
 
 def _digest(content: Mapping[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
-
-
-# ---- safetensors headers
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """One tensor of a safetensors file: the format's dtype name (`F32`, `BF16`, ...), its shape, and where it begins
-    in the file, in bytes behind the header."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-
-
-_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
-    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "C64": 64, "F64": 64, "I64": 64,
-    "U64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-}  # fmt: skip
-_ENTRY: Schema = {
-    "dtype": one_of(*_BITS),
-    "shape": list_of(integer(0, 2**48), most=64),
-    "data_offsets": list_of(integer(0, 2**60), least=2, most=2),
-}
-
-
-def read_tensor_header(path: Path) -> dict[str, TensorEntry]:
-    """The tensors that a safetensors file holds, from its header alone.
-
-    Raises:
-        UserError: the file is unreadable or no regular file, its header is no object of tensors or larger than the
-            format allows, or the tensors do not fill the file to its end.
-    """
-    with _opened(path, "a safetensors file") as handle:
-        size, start = os.fstat(handle.fileno()).st_size, handle.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-            raise UserError(
-                f"{path} is not a whole safetensors file: its {size:,} bytes announce a header of {length:,}; copy it "
-                "again."
-            )
-        header = handle.read(length)
-
-    where = f"{path}, its header"
-    stored = require_object(parse_json(header, where, expected="an object of tensors"), where)
-    return _tensor_entries(stored, path, size - 8 - length)
-
-
-def _tensor_entries(stored: Mapping[str, Any], path: Path, data_bytes: int) -> dict[str, TensorEntry]:
-    """Checked entries: each tensor as large as its shape, all of them one after the other up to the end."""
-    entries, spans = {}, []
-    for name, value in stored.items():
-        if name == "__metadata__":
-            continue
-        where = f"{path}, tensor {shown(name)},"
-        check_fields(require_object(value, where), _ENTRY, where, required=_ENTRY)
-        dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-        if (end - begin) * 8 != math.prod(shape) * _BITS[dtype]:
-            raise UserError(
-                f"{path} gives tensor {shown(name)} {end - begin:,} bytes, and {dtype} {list(shape)} takes "
-                f"{math.prod(shape) * _BITS[dtype] // 8:,}; copy it again."
-            )
-        entries[name] = TensorEntry(dtype, shape, begin)
-        spans.append((begin, end))
-
-    reached = 0
-    for begin, end in sorted(spans):
-        if begin != reached:
-            raise UserError(f"{path} has a gap or an overlap between its tensors at byte {reached:,}; copy it again.")
-        reached = end
-    if reached != data_bytes:
-        raise UserError(
-            f"{path} is not a whole safetensors file: its tensors take {reached:,} bytes and {data_bytes:,} follow its "
-            "header; copy it again."
-        )
-    return entries

@@ -28,6 +28,7 @@ from configs.debug import get_config
 from dspark_jax.checkpoints.drafters import load_drafter, save_drafter
 from dspark_jax.checkpoints.huggingface import load_target, load_tokenizer
 from dspark_jax.checkpoints.layouts import LAYOUTS
+from dspark_jax.checkpoints.safetensors_header import read_tensor_header
 from dspark_jax.checkpoints.serving_tables import (
     SpsAdditiveTable,
     SpsTable,
@@ -44,7 +45,7 @@ from dspark_jax.data.pipeline import open_cache
 from dspark_jax.datagen.client import UnansweredError, read_answer
 from dspark_jax.errors import UserError
 from dspark_jax.files import require_same_settings, weights_hash, write_settings
-from dspark_jax.readers import read_records, read_tensor_header
+from dspark_jax.readers import read_records
 from dspark_jax.serving.profile import Profile
 from dspark_jax.serving.temperatures import read_calibration, write_calibration
 from dspark_jax.training.run_folder import (

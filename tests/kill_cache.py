@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dspark_jax.data.target_cache import CacheSpec, CacheWriter, Sample
+from dspark_jax.data.cache_writer import CacheWriter
+from dspark_jax.data.records import CacheSpec, Sample
 
 SOURCES = 60
 SHARD_BYTES = 20_000

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dspark_jax.data.cache_writer import CacheWriter
 from dspark_jax.data.codecs import CODECS, decode_states, encode_states
 from dspark_jax.data.pipeline import pad_batch
 from dspark_jax.data.records import CacheSpec, Sample, decode_record, encode_record
-from dspark_jax.data.target_cache import CacheWriter, TargetCache
+from dspark_jax.data.target_cache import TargetCache
 from dspark_jax.data.views import Tapped
 from dspark_jax.training.states import StoredStates
 from tests.kill_cache import SPEC, make_sample

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from dspark_jax.checkpoints.target_tables import describe_target
-from dspark_jax.data.target_cache import CacheWriter, TargetCache
+from dspark_jax.data.cache_writer import CacheWriter
+from dspark_jax.data.target_cache import TargetCache
 from dspark_jax.errors import UserError
 from dspark_jax.training import feeds
 from dspark_jax.training.checkpoint import Checkpoints

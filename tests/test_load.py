@@ -28,7 +28,8 @@ from dspark_jax.serving.prompts import EncodedPrompt
 from dspark_jax.serving.requests import Request
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
-from infer.studies.load import LoadSettings, RunLog, main, requests_of, summarise, verdict
+from infer.studies.load import IDENTITY, LoadSettings, main, requests_of, verdict
+from infer.studies.load_runs import Load, RunLog, summarise
 from tests.decoding_tiny import prompts, tiny_pair
 from tests.test_infer_programs import refused, write_drafter
 from tests.tiny import write_tiny_target
@@ -173,31 +174,38 @@ def test_figures_of_runs() -> None:
 
 
 def test_a_study_continues_where_it_stopped(tmp_path: Path) -> None:
-    settings = LoadSettings(output=tmp_path, seed=3)
-    log = RunLog(settings)
+    path, identity, load = tmp_path / "runs.jsonl", {"seed": 3, "prompts": (Path("some.jsonl"),)}, Load("closed", 4, 4)
+    log = RunLog(path, identity)
     for speed in (1.0, 5.0, 2.0):
-        log.add("closed", 4, "plain", int(speed), LoadFigures(speed, (1.0,), 1.0, 1.0))
-    with (tmp_path / "runs.jsonl").open("a") as file:
+        log.add(load, "plain", int(speed), LoadFigures(speed, (1.0,), 1.0, 1.0))
+    with path.open("a") as file:
         file.write('{"key": ["closed", 4, "pl')  # killed while it wrote
-    again = RunLog(settings)
-    assert again.has("closed", 4, "plain", 5) and not again.has("closed", 4, "fixed", 0)
-    assert again.medians("closed", 4, "plain")["tokens_per_second"] == 2.0
-    for other in (replace(settings, seed=4), replace(settings, prompts=(Path("others.jsonl"),))):
+    again = RunLog(path, identity)
+    assert again.has(load, "plain", 5) and not again.has(load, "fixed", 0)
+    assert again.medians(load, "plain")["tokens_per_second"] == 2.0
+    # Arrivals at one rate wait longer on fewer slots, so these are other runs.
+    assert not again.has(load._replace(slots=8), "plain", 5)
+    for other in (identity | {"seed": 4}, identity | {"prompts": (Path("others.jsonl"),)}):
         with pytest.raises(UserError, match="holds runs of other settings"):
-            RunLog(other)
+            RunLog(path, other)
+
+
+def test_every_setting_that_shapes_a_run_is_in_its_identity() -> None:
+    """The others: what the runs are, where figures go, and the loads, which each run has in its key."""
+    free = {"output", "results", "strategies", "concurrency", "rates", "repeats", "validate", "simulate"}
+    assert set(IDENTITY) == set(LoadSettings.__dataclass_fields__) - free
 
 
 @pytest.mark.parametrize(
-    "line", ["{}", "[1]", '{"key": "x", "figures": {}}', '{"key": [0, 1, 2, 3], "figures": {"a": "b"}}', "{{"]
+    "line", ["{}", "[1]", '{"key": "x", "figures": {}}', '{"key": [0, 1, 2, 3, 4], "figures": {"a": "b"}}', "{{"]
 )
 def test_a_line_that_is_no_run_is_named(line: str, tmp_path: Path) -> None:
-    settings = LoadSettings(output=tmp_path)
-    RunLog(settings).add("closed", 4, "plain", 0, LoadFigures(1.0, (), 1.0, 1.0))
-    log = tmp_path / "runs.jsonl"
-    assert np.isnan(RunLog(settings).medians("closed", 4, "plain")["user_median"]), "a figure that a run has not"
+    log, load = tmp_path / "runs.jsonl", Load("closed", 4, 4)
+    RunLog(log, {}).add(load, "plain", 0, LoadFigures(1.0, (), 1.0, 1.0))
+    assert np.isnan(RunLog(log, {}).medians(load, "plain")["user_median"]), "a figure that a run has not"
     log.write_text(log.read_text() + line + "\n")
     with pytest.raises(UserError, match=r"runs.jsonl line 3"):
-        RunLog(settings)
+        RunLog(log, {})
 
 
 BAD_TRACES: dict[str, dict[str, Any]] = {

@@ -8,8 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from dspark_jax.data.cache_writer import CacheWriter
 from dspark_jax.data.pipeline import Batches, length_buckets, open_cache, pad_batch
-from dspark_jax.data.target_cache import CacheWriter, TargetCache
+from dspark_jax.data.target_cache import TargetCache
 from dspark_jax.data.views import Tapped
 from dspark_jax.errors import UserError
 from tests.kill_cache import SPEC, make_sample, write_cache

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from dspark_jax.checkpoints.safetensors_header import TensorEntry, read_tensor_header
 from dspark_jax.errors import UserError
 from dspark_jax.readers import (
     MAX_DEPTH,
-    TensorEntry,
     check_fields,
     either,
     flag,
@@ -27,7 +27,6 @@ from dspark_jax.readers import (
     read_bytes,
     read_object,
     read_records,
-    read_tensor_header,
     text,
 )
 

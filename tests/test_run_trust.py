@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from dspark_jax.checkpoints.target_tables import describe_target
-from dspark_jax.data.target_cache import CacheWriter, TargetCache
+from dspark_jax.data.cache_writer import CacheWriter
+from dspark_jax.data.target_cache import TargetCache
 from dspark_jax.errors import UserError
 from dspark_jax.files import lock_folder, write_settings
 from dspark_jax.training.checkpoint import HASHES, Checkpoints, damage

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dspark_jax.checkpoints.low_bit import BLOCK, GROUP, RawFile, RawTensor, ScaledTensor
-from dspark_jax.checkpoints.tensors import Layout, ParamPath, Stored, TensorFolder
+from dspark_jax.checkpoints.tensor_map import Layout, ParamPath, Stored
+from dspark_jax.checkpoints.tensors import TensorFolder
 from dspark_jax.errors import UserError
 
 _QUANTISED = ("F8_E4M3", "I8")

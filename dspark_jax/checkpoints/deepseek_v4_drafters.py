@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 from dspark_jax.checkpoints.deepseek_v4 import V4Folder, block_tensor, v4_needed
 from dspark_jax.checkpoints.huggingface import DTYPES, read_hf_config, resolve_folder
 from dspark_jax.checkpoints.leftovers import refuse_leftovers
-from dspark_jax.checkpoints.tensors import Layout, ParamPath, Stored, load_params, stored_names
+from dspark_jax.checkpoints.tensor_map import Layout, ParamPath, Stored, stored_names
+from dspark_jax.checkpoints.tensors import load_params
 from dspark_jax.drafters.config import DrafterConfig, float32_parameter
 from dspark_jax.drafters.deepseek_v4.config import native_config
 from dspark_jax.drafters.registry import Drafter, read_config, skeleton

@@ -15,7 +15,8 @@ from flax.traverse_util import flatten_dict
 from dspark_jax.checkpoints.deepseek_v4 import v4_tensor_map
 from dspark_jax.checkpoints.deepseek_v4_drafters import v4_drafter_map
 from dspark_jax.checkpoints.low_bit import BLOCK, GROUP, encode_fp4, encode_fp8, write_raw
-from dspark_jax.checkpoints.tensors import ParamPath, TensorMap, write_json
+from dspark_jax.checkpoints.tensor_map import ParamPath, TensorMap
+from dspark_jax.checkpoints.tensors import write_json
 from dspark_jax.drafters.deepseek_v4.config import native_config, target_config_of
 from dspark_jax.drafters.registry import Drafter, read_config, skeleton
 from dspark_jax.sharding import split

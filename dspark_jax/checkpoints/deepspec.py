@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dspark_jax.checkpoints.folder_layout import DRAFT_HEAD, EMBEDDING, HEAD, Config
-from dspark_jax.checkpoints.tensors import LAYER_TENSORS, Layout, ParamPath, Stored, layer_tensor
+from dspark_jax.checkpoints.tensor_map import LAYER_TENSORS, Layout, ParamPath, Stored, layer_tensor
 from dspark_jax.drafters.config import FAMILIES, DrafterConfig
 from dspark_jax.errors import UserError
 from dspark_jax.targets.config import TargetConfig

@@ -27,14 +27,11 @@ from dspark_jax.checkpoints.manifest import (
     check_manifest,
     write_manifest,
 )
+from dspark_jax.checkpoints.tensor_map import ParamPath, Stored, TensorMap, stored_names
 from dspark_jax.checkpoints.tensors import (
     WEIGHTS_FILE,
-    ParamPath,
-    Stored,
     TensorFolder,
-    TensorMap,
     load_params,
-    stored_names,
     stored_tensors,
     write_json,
     write_tensors,

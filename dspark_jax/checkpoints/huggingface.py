@@ -16,14 +16,11 @@ from jax.sharding import Mesh
 from dspark_jax.checkpoints.deepseek_v4 import V4Folder, v4_needed, v4_tensor_map
 from dspark_jax.checkpoints.gguf import converted_folder, gguf_file
 from dspark_jax.checkpoints.leftovers import refuse_leftovers
+from dspark_jax.checkpoints.tensor_map import ParamPath, Stored, layer_tensor, stored_names
 from dspark_jax.checkpoints.tensors import (
     WEIGHTS_FILE,
-    ParamPath,
-    Stored,
     TensorFolder,
-    layer_tensor,
     load_params,
-    stored_names,
     stored_tensors,
     write_json,
     write_tensors,

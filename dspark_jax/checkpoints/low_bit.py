@@ -14,8 +14,8 @@ import ml_dtypes
 import numpy as np
 
 from dspark_jax import files
+from dspark_jax.checkpoints.safetensors_header import read_tensor_header
 from dspark_jax.errors import UserError
-from dspark_jax.readers import read_tensor_header
 
 BLOCK = 128
 """Rows and columns that share an fp8 scale."""

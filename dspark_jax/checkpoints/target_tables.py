@@ -19,7 +19,8 @@ from dspark_jax.checkpoints.huggingface import (
     target_skeleton,
     target_tensors,
 )
-from dspark_jax.checkpoints.tensors import ParamPath, load_params
+from dspark_jax.checkpoints.tensor_map import ParamPath
+from dspark_jax.checkpoints.tensors import load_params
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import ShardingRules, parameter_shardings, split
 from dspark_jax.targets.config import config_sha256

@@ -25,10 +25,6 @@ from dspark_jax.training.start import initial_state
 from dspark_jax.training.step import TrainState
 
 
-NO_RECORDS = {"pending": [], "records": ""}
-"""`Records.pending` of a run that begins."""
-
-
 @dataclass
 class Window:
     """The steps since the last record: their metrics, still on the device, and their tokens, operations and time.
@@ -183,19 +179,19 @@ def train(run: Run, shared: SharedTables, checkpoints: Checkpoints) -> tuple[Tra
         Preempted: after SIGTERM; the step in progress was finished and saved.
         UserError: a guard stopped the run, or the disk is full.
     """
-    start, state, extra = checkpoints.restore_latest(run.step.abstract) or (0, initial_state(run), NO_RECORDS)
+    start, state, extra = checkpoints.restore_latest(run.step.abstract) or (0, initial_state(run), {})
     feed = open_feed(run, shared, start)
     evaluator = None if run.heldout is None else Evaluator.of(run.name, run.target, run.step, run.heldout)
 
     with (
-        MetricsLog(run.folder, start, extra["records"]) if is_first() else NoLog() as log,
+        MetricsLog(run.folder, start, extra.get("records", "")) if is_first() else NoLog() as log,
         progress_bar(run, start) as bar,
         closing(feed),
         Preemption() as preemption,
         # An implicit transfer would stall the device at every step, so it is an error.
         jax.transfer_guard("disallow"),
     ):
-        records = Records(Window(run.step, run.batches, extra["pending"]), evaluator, log, bar)
+        records = Records(Window(run.step, run.batches, extra.get("pending", [])), evaluator, log, bar)
         flight = InFlight(SkipGuard(run.folder, run.max_skipped, run.batches, run.data.cache))
         upcoming = next(feed.batches, {})
 

@@ -11,6 +11,7 @@ same --output. Writes runs.jsonl, traces.npz, metrics.json, throughput.png (Figu
 
 import gc
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -35,8 +36,7 @@ from dspark_jax.evaluation.traffic import (
     record_traces,
     save_traces,
 )
-from dspark_jax.files import make_output, write_atomically, write_json
-from dspark_jax.readers import Schema, check_fields, either, list_of, number, object_of, optional, read_records, text
+from dspark_jax.files import make_output, write_json
 from dspark_jax.report import budget_plot, table, throughput_plot
 from dspark_jax.scheduling.costs import ScheduleTables
 from dspark_jax.scheduling.policies import Causal, VerifyPolicy
@@ -48,16 +48,16 @@ from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig, PolicyName, policy_named
 from dspark_jax.targets.target import Target
 
+from .load_runs import Load, RunLog, summarise
+
 Strategy = Literal["plain", "fixed-1", "mtp", "fixed", "threshold", "causal", "look-ahead", "asynchronous"]
 STATIC = ("plain", "fixed-1", "mtp", "fixed", "threshold")
 ADAPTIVE = ("causal", "look-ahead", "asynchronous")
 IDENTITY = (
-    "target", "drafter", "mtp", "prompts", "limit", "sts", "sps", "dtype", "max_new_tokens", "answer_spread",
-    "temperature", "threshold", "requests_per_user", "least_requests", "rounds_per_dispatch", "seed", "thinking",
+    "target", "drafter", "mtp", "prompts", "limit", "thinking", "sts", "sps", "dtype", "max_new_tokens",
+    "answer_spread", "temperature", "threshold", "requests_per_user", "least_requests", "rounds_per_dispatch", "seed",
 )  # fmt: skip
-"""Settings that determine a run's figures: a study continues only where these are unchanged."""
-RUN: Schema = {"key": list_of(either(text(), number()), least=4, most=4), "figures": object_of(optional(number()))}
-"""A line of runs.jsonl behind the first."""
+"""Settings that determine the figures of a run under a given load: a study continues only where these are unchanged."""
 WIDTHS = (1, 2, 4)  # tokens a request for which verify buckets are compiled, beside the whole block
 
 
@@ -185,10 +185,11 @@ class Study:
     drafter: Drafter
     mtp: Drafter | None
     prompts: list[EncodedPrompt]
-    log: "RunLog" = field(init=False)
+    log: RunLog = field(init=False)
 
     def __post_init__(self) -> None:
-        self.log = RunLog(self.settings)
+        identity = {name: getattr(self.settings, name) for name in IDENTITY}
+        self.log = RunLog(self.settings.output / "runs.jsonl", identity)
 
     def engine(self, strategy: str, slots: int, policy: VerifyPolicy | None = None) -> Engine:
         settings = self.settings
@@ -223,33 +224,31 @@ class Study:
     def closed(self, users: int) -> dict[str, Any]:
         """Medians of every strategy with this many users."""
         requests = requests_of(self.settings, users)
-        self._runs("closed", users, users, lambda e: closed_loop(e, self.traffic(), users, requests))
-        return {s: self.log.medians("closed", users, s) for s in self.settings.strategies}
+        return self._medians(Load("closed", users, users), lambda e: closed_loop(e, self.traffic(), users, requests))
 
     def poisson(self, rate: float) -> dict[str, Any]:
         slots = max(self.settings.concurrency)
         requests = slots * self.settings.requests_per_user
-        # The slots follow from another option, which a continued study may change.
-        mode = f"poisson, {slots} slots"
-        self._runs(mode, rate, slots, lambda e: poisson(e, self.traffic(), rate, requests))
-        return {s: self.log.medians(mode, rate, s) for s in self.settings.strategies}
+        return self._medians(Load("poisson", rate, slots), lambda e: poisson(e, self.traffic(), rate, requests))
 
-    def _runs(self, mode: str, load: float, slots: int, run: Any) -> None:
+    def _medians(self, load: Load, run: Callable[[Engine], LoadFigures]) -> dict[str, Any]:
+        """Medians by strategy under this load, after the runs of it that the log does not have yet."""
         missing = [
             (repeat, strategy)
             for repeat in range(self.settings.repeats)
             for strategy in (self.settings.strategies if repeat % 2 == 0 else self.settings.strategies[::-1])
-            if not self.log.has(mode, load, strategy, repeat)
+            if not self.log.has(load, strategy, repeat)
         ]
-        engines = {strategy: self.engine(strategy, slots) for strategy in dict.fromkeys(s for _, s in missing)}
+        engines = {strategy: self.engine(strategy, load.slots) for strategy in dict.fromkeys(s for _, s in missing)}
         for engine in engines.values():
             run(engine)  # a first run of each, not counted
 
-        for repeat, strategy in tqdm(missing, desc=f"{mode} {load:g}", unit="run", disable=None):
-            self.log.add(mode, load, strategy, repeat, run(engines[strategy]))
+        for repeat, strategy in tqdm(missing, desc=f"{load.mode} {load.amount:g}", unit="run", disable=None):
+            self.log.add(load, strategy, repeat, run(engines[strategy]))
 
         engines.clear()
         forget_programs()
+        return {strategy: self.log.medians(load, strategy) for strategy in self.settings.strategies}
 
     def validation(self, users: int, closed: dict[str, Any]) -> dict[str, Any]:
         """The simulator against the real engine's medians with this many users, by strategy. Costs of rounds and
@@ -293,39 +292,6 @@ def forget_programs() -> None:
     gc.collect()
 
 
-class RunLog:
-    """runs.jsonl: settings, then one finished run per line, so that a stopped study loses one run at most."""
-
-    def __init__(self, settings: LoadSettings):
-        self.path = settings.output / "runs.jsonl"
-        self.header = json.loads(json.dumps({name: getattr(settings, name) for name in IDENTITY}, default=str))
-        header, *self.rows = read_records(self.path) or [self.header]  # a torn last line is left out
-        if header != self.header:
-            raise UserError(f"{self.path} holds runs of other settings; give another --output or those settings.")
-
-        for line, row in enumerate(self.rows, start=2):
-            check_fields(row, RUN, f"{self.path} line {line}", required=RUN, cure="remove the line")
-        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in [header, *self.rows]))
-
-    def has(self, mode: str, load: float, strategy: str, repeat: int) -> bool:
-        return any(row["key"] == [mode, load, strategy, repeat] for row in self.rows)
-
-    def add(self, mode: str, load: float, strategy: str, repeat: int, figures: LoadFigures) -> None:
-        figured = {name: None if np.isnan(value) else value for name, value in summarise(figures).items()}
-        row = {"key": [mode, load, strategy, repeat], "figures": figured}
-        self.rows.append(row)
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-
-    def medians(self, mode: str, load: float, strategy: str) -> dict[str, float]:
-        """By figure; NaN where a run has none, such as the speed of users none of whom finished."""
-        rows = [row["figures"] for row in self.rows if row["key"][:3] == [mode, load, strategy]]
-        columns = {name: [row.get(name) for row in rows] for name in rows[0]}
-        return {
-            name: float(np.median([np.nan if v is None else v for v in column])) for name, column in columns.items()
-        }
-
-
 def requests_of(settings: LoadSettings, users: int) -> int:
     """Requests of a closed loop, including those open at its end."""
     return max(users * settings.requests_per_user, settings.least_requests) + users
@@ -339,25 +305,6 @@ def ladder(slots: int, block: int) -> tuple[int, ...]:
 def policy_name(strategy: str) -> PolicyName:
     """The verify policy of a strategy, whose other parts are its drafter and its cap."""
     return strategy if strategy in ("plain", "threshold", *ADAPTIVE) else "fixed"  # type: ignore[return-value]
-
-
-def summarise(figures: LoadFigures) -> dict[str, float]:
-    """Figures of one run; `user_p95` is the speed reached by 95 % of the requests."""
-    speeds = figures.user_speeds or (float("nan"),)
-    row = {
-        "tokens_per_second": figures.tokens_per_second,
-        "user_median": float(np.median(speeds)),
-        "user_p95": float(np.percentile(speeds, 5)),
-        "verify_budget": figures.verify_budget,
-        "tau": figures.tau,
-    }
-
-    for name in ("first_token_seconds", "queued_seconds"):
-        if hasattr(figures, name):
-            row[f"{name}_median"] = float(np.median(getattr(figures, name)))
-            row[f"{name}_p95"] = float(np.percentile(getattr(figures, name), 95))
-
-    return row
 
 
 def verdict(closed: dict[str, Any]) -> dict[str, Any]:

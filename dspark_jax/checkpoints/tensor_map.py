@@ -1,0 +1,144 @@
+"""Which stored tensor is which parameter, and how the one is laid out as the other."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import numpy as np
+
+ParamPath = tuple[Any, ...]
+
+
+class Layout(Enum):
+    """How a stored tensor (output-first, heads flattened) becomes a parameter here (input-first, heads separate)."""
+
+    SAME = "same"
+    LINEAR = "[out, in] -> [in, out]"
+    HEADS_OUT = "[N*H, D] -> [D, N, H]"
+    HEADS_IN = "[D, N*H] -> [N, H, D]"
+    HEADS_BIAS = "[N*H] -> [N, H]"
+    GROUPS_OUT = "[G*O, I] -> [G, I, O]"
+
+    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The stored shape of a parameter of this shape."""
+        if self is Layout.LINEAR:
+            return shape[::-1]
+        if self is Layout.HEADS_OUT:
+            return (shape[1] * shape[2], shape[0])
+        if self is Layout.HEADS_IN:
+            return (shape[2], shape[0] * shape[1])
+        if self is Layout.HEADS_BIAS:
+            return (shape[0] * shape[1],)
+        if self is Layout.GROUPS_OUT:
+            return (shape[0] * shape[2], shape[1])
+        return shape
+
+    def read(self, stored: Any, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+        """The part `index` of the parameter of `shape`, read from slices of the stored tensor alone.
+
+        A head is read whole, even where `index` takes a part of it: stored heads are contiguous only as wholes.
+        """
+        spans = [range(*s.indices(n)) for s, n in zip(index, shape, strict=True)]
+        lo = [span.start for span in spans]
+        hi = [span.stop for span in spans]
+
+        if self is Layout.LINEAR:
+            return stored[lo[1] : hi[1], lo[0] : hi[0]].T
+        if self is Layout.HEADS_OUT:
+            h = shape[2]
+            rows = stored[lo[1] * h : hi[1] * h, lo[0] : hi[0]]
+            return rows.reshape(-1, h, rows.shape[-1]).transpose(2, 0, 1)[..., lo[2] : hi[2]]
+
+        if self is Layout.HEADS_IN:
+            h = shape[1]
+            columns = stored[lo[2] : hi[2], lo[0] * h : hi[0] * h]
+            return columns.reshape(columns.shape[0], -1, h).transpose(1, 2, 0)[:, lo[1] : hi[1]]
+
+        if self is Layout.HEADS_BIAS:
+            h = shape[1]
+            return stored[lo[0] * h : hi[0] * h].reshape(-1, h)[:, lo[1] : hi[1]]
+
+        if self is Layout.GROUPS_OUT:
+            o = shape[2]
+            rows = stored[lo[0] * o : hi[0] * o, lo[1] : hi[1]]
+            return rows.reshape(-1, o, rows.shape[-1]).transpose(0, 2, 1)[..., lo[2] : hi[2]]
+
+        return stored[tuple(slice(a, b) for a, b in zip(lo, hi, strict=True))]
+
+    def write(self, array: np.ndarray) -> np.ndarray:
+        """The stored form of a whole parameter, the inverse of `read`."""
+        stored = self.stored_shape(array.shape)
+
+        if self is Layout.LINEAR:
+            return array.T
+        if self is Layout.HEADS_OUT:
+            return array.transpose(1, 2, 0).reshape(stored)
+        if self is Layout.HEADS_IN:
+            return array.transpose(2, 0, 1).reshape(stored)
+        if self is Layout.GROUPS_OUT:
+            return array.transpose(0, 2, 1).reshape(stored)
+        return array.reshape(stored)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a parameter is stored. A name with {} stands for one tensor for each index of the first axis (experts)."""
+
+    name: str
+    layout: Layout = Layout.SAME
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the parameter is stored as one tensor for each index of its first axis."""
+        return "{}" in self.name
+
+    def parts(self, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+        """(name, stored shape) of each tensor that a parameter of this shape is stored in."""
+        if self.stacked:
+            return [(self.name.format(i), self.layout.stored_shape(shape[1:])) for i in range(shape[0])]
+        return [(self.name, self.layout.stored_shape(shape))]
+
+
+# Parameter path -> where it is stored.
+TensorMap = Mapping[ParamPath, Stored]
+
+# Path below a decoder layer -> its tensor below the layer's prefix, in every family here, targets and drafters alike.
+LAYER_TENSORS: dict[ParamPath, Stored] = {
+    ("input_norm", "weight"): Stored("input_layernorm.weight"),
+    ("post_attention_norm", "weight"): Stored("post_attention_layernorm.weight"),
+    ("pre_feedforward_norm", "weight"): Stored("pre_feedforward_layernorm.weight"),
+    ("post_feedforward_norm", "weight"): Stored("post_feedforward_layernorm.weight"),
+    ("layer_scalar",): Stored("layer_scalar"),
+    ("attention", "q_weight_dqh"): Stored("self_attn.q_proj.weight", Layout.HEADS_OUT),
+    ("attention", "k_weight_dgh"): Stored("self_attn.k_proj.weight", Layout.HEADS_OUT),
+    ("attention", "v_weight_dgh"): Stored("self_attn.v_proj.weight", Layout.HEADS_OUT),
+    ("attention", "o_weight_qhd"): Stored("self_attn.o_proj.weight", Layout.HEADS_IN),
+    ("attention", "q_bias_qh"): Stored("self_attn.q_proj.bias", Layout.HEADS_BIAS),
+    ("attention", "k_bias_gh"): Stored("self_attn.k_proj.bias", Layout.HEADS_BIAS),
+    ("attention", "v_bias_gh"): Stored("self_attn.v_proj.bias", Layout.HEADS_BIAS),
+    ("attention", "o_bias_d"): Stored("self_attn.o_proj.bias"),
+    ("attention", "q_norm", "weight"): Stored("self_attn.q_norm.weight"),
+    ("attention", "k_norm", "weight"): Stored("self_attn.k_norm.weight"),
+    ("mlp", "gate_weight_df"): Stored("mlp.gate_proj.weight", Layout.LINEAR),
+    ("mlp", "up_weight_df"): Stored("mlp.up_proj.weight", Layout.LINEAR),
+    ("mlp", "down_weight_fd"): Stored("mlp.down_proj.weight", Layout.LINEAR),
+    ("mlp", "gate_bias_f"): Stored("mlp.gate_proj.bias"),
+    ("mlp", "up_bias_f"): Stored("mlp.up_proj.bias"),
+    ("mlp", "down_bias_d"): Stored("mlp.down_proj.bias"),
+    ("mlp", "router_weight_de"): Stored("mlp.gate.weight", Layout.LINEAR),
+    ("mlp", "gate_weight_edf"): Stored("mlp.experts.{}.gate_proj.weight", Layout.LINEAR),
+    ("mlp", "up_weight_edf"): Stored("mlp.experts.{}.up_proj.weight", Layout.LINEAR),
+    ("mlp", "down_weight_efd"): Stored("mlp.experts.{}.down_proj.weight", Layout.LINEAR),
+}
+
+
+def layer_tensor(below: ParamPath, prefix: str) -> Stored:
+    """The tensor of the parameter at path `below` a decoder layer stored under `prefix`."""
+    stored = LAYER_TENSORS[below]
+    return Stored(f"{prefix}.{stored.name}", stored.layout)
+
+
+def stored_names(table: TensorMap, leaves: Mapping[ParamPath, Any]) -> set[str]:
+    """The names of all tensors in which parameters of these shapes are stored."""
+    return {name for path, leaf in leaves.items() for name, _ in table[path].parts(leaf.shape)}
