@@ -173,13 +173,16 @@ def comparison_table(key: str, rows: dict[str, Any]) -> str:
 
 def against_transformers(settings: BenchSettings, target: Target, prompts: Sequence[EncodedPrompt]) -> dict[str, Any]:
     """Greedy plain decoding against `generate` of transformers on the same weights; figures for metrics.json."""
-    # Greedy, so that both must give the same tokens: a faster wrong answer would show.
-    reference = TransformersDecoder.load(settings.target, settings.dtype or "float32", settings.max_new_tokens)
+    # Greedy, so that both must give the same tokens: a faster wrong answer would show. In one dtype, without which the
+    # comparison would be of two widths of weights and not of two programs.
+    dtype = target.params["embed_weight_vd"].dtype.name
+    reference = TransformersDecoder.load(settings.target, dtype, settings.max_new_tokens)
     decode = Decoder(target, None, settings.sampling(0.0), settings.engine)
     runs = alternate({"plain": lambda: decode(prompts), "transformers": lambda: reference(prompts)}, settings.repeats)
     mine, theirs = runs["plain"][0].generations, runs["transformers"][0].generations
 
     metrics = {
+        "dtype": dtype,
         "plain_tokens_per_second": median_speed(runs["plain"]),
         "transformers_tokens_per_second": median_speed(runs["transformers"]),
         "plain_over_transformers": median_ratio(runs["plain"], runs["transformers"]),
@@ -190,10 +193,10 @@ def against_transformers(settings: BenchSettings, target: Target, prompts: Seque
         "prompts": len(prompts),
     }
 
-    header = ["plain tok/s", "transformers tok/s", "ratio", "identical"]
+    header = ["dtype of both", "plain tok/s", "transformers tok/s", "ratio", "identical"]
     speeds = [f"{metrics['plain_tokens_per_second']:.0f}", f"{metrics['transformers_tokens_per_second']:.0f}"]
     ratio = f"{metrics['plain_over_transformers']:.2f}"
-    print(table(header, [[*speeds, ratio, f"{metrics['identical']}/{len(prompts)}"]]))
+    print(table(header, [[dtype, *speeds, ratio, f"{metrics['identical']}/{len(prompts)}"]]))
 
     return metrics
 
@@ -241,7 +244,7 @@ class TransformersDecoder:
             # `generate` returns the prompt too.
             tokens = tuple(out[0, len(prompt.tokens) :].tolist())
             # Only tokens are compared and counted; the engine's other fields have no counterpart.
-            made.append(Generation(i, prompt.tokens, tokens, "", "", 0, 0, (), ()))
+            made.append(Generation(i, prompt.tokens, tokens, "", "", 0, 0, (), (), ()))
 
         return Timed(tuple(made), time.perf_counter() - start)
 

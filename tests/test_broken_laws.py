@@ -174,16 +174,20 @@ def test_a_prompt_that_the_target_fails_on_has_no_tokens() -> None:
         assert made[3].tokens[:2] == generate(target, None, asked[3:], short, config)[0].tokens[:2]
 
 
-def test_speculation_on_a_failing_target_is_never_wrong() -> None:
-    """What comes out before the error is what the sound target says."""
+def test_speculation_on_a_failing_target_is_plain_decoding() -> None:
+    """What comes out before the error is what the sound target says. A draft on which the target fails, and which is
+    rejected, ends nothing: its numbers reach no row before it."""
     target, drafter = tiny_pair()
     asked = prompts(12, target.config.vocab_size)
     sound = generate(target, None, asked, SAMPLING, CONFIG)
-    found = generate(poisoned(target, sound[0].tokens[6]), drafter, asked, SAMPLING, CONFIG)
+    failing = poisoned(target, sound[0].tokens[6])
+    plain, found = (generate(failing, model, asked, SAMPLING, CONFIG) for model in (None, drafter))
     assert {g.finish_reason for g in found} == {"error", "length"}
-    for good, made in zip(sound, found, strict=True):
+    for good, alone, made in zip(sound, plain, found, strict=True):
         assert made.tokens == good.tokens[: len(made.tokens)]
-        assert made.finish_reason == "error" or len(made.tokens) == 24
+        assert (made.tokens, made.finish_reason) == (alone.tokens, alone.finish_reason)
+    # Some drafts were rejected for it: the test has seen the case.
+    assert sum(sum(g.verified_at) for g in found) > sum(sum(g.accepted_at) for g in found)
 
 
 # Ids of a padded vocabulary

@@ -72,7 +72,9 @@ def result(point: StudyPoint, tau: float) -> dict[str, Any]:
 
     def row(tau: float) -> dict[str, Any]:
         accepted = np.linspace(600, 600 / point.block, point.block).astype(int).tolist()
-        return {"rounds": 1000, "committed": round(1000 * tau), "verified": [1000] * point.block, "accepted": accepted}
+        judged = [1000, *accepted[:-1]]
+        counts = {"rounds": 1000, "committed": round(1000 * tau), "verified": [1000] * point.block}
+        return counts | {"accepted": accepted, "judged": judged}
 
     domains = {"code": row(tau), "chat": row(tau + 0.5), "math": row(tau + 0.5)}
     trained = {f"train_{name}": 1.0 for name in ("seconds", "step_seconds", "loss", "tau_probabilistic")}
@@ -125,7 +127,7 @@ def test_a_report_of_what_there_is_so_far(tmp_path: Path):
     assert list(metrics["tau_macro_t1"]) == ["dflash"] and metrics["gains_t1"] == {}
     assert metrics["table1_t1"]["dflash"]["macro"]["ci95"] is None
     unfinished = StudyPoint("dspark", 2, 7, 0)
-    nothing = {"rounds": 0, "committed": 0, "verified": [0] * 7, "accepted": [0] * 7}
+    nothing = {"rounds": 0, "committed": 0, "verified": [0] * 7, "accepted": [0] * 7, "judged": [0] * 7}
     assert report(tmp_path, {unfinished: {**result(unfinished, 1.0), "t1": {"code": nothing}}}, None, ABOUT)
 
 

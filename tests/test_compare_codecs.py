@@ -13,7 +13,7 @@ CODECS = ("bfloat16", "float8_e4m3", "int8")
 
 
 def point(committed: int) -> dict:
-    counts = {"rounds": 100, "committed": committed, "verified": [100, 50], "accepted": [50, 20]}
+    counts = {"rounds": 100, "committed": committed, "verified": [100, 50], "accepted": [50, 20], "judged": [100, 25]}
     return {"t1": {"math": counts, "code": counts}, "t0": {"math": counts}, "train_loss": 1.5}
 
 

@@ -1,5 +1,6 @@
 """The embedded target's conversations, tokenizer, packing and a run that is killed and continued."""
 
+import ast
 import dataclasses
 import json
 import re
@@ -12,7 +13,7 @@ from tokenizers import Tokenizer
 
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.data.chat import encode_conversation, encode_prompt
-from dspark_jax.datagen.corpora import DOMAINS, conversations, prompts
+from dspark_jax.datagen.corpora import DOMAINS, conversations, prompts, stdlib
 from dspark_jax.datagen.corpora.stdlib import definitions, split_of
 from dspark_jax.errors import UserError
 from train.embedded import report as embedded_report
@@ -81,6 +82,12 @@ def test_code_answers_parse_and_keep_the_signature() -> None:
     assert documented["textwrap.dedent"].header == "def dedent(text):"
 
 
+def test_a_body_keeps_the_decorator_that_it_opens_with() -> None:
+    source = "def outer(f):\n    @wraps(f)\n    def inner():\n        return f()\n    return inner\n"
+    [found] = [item for item in stdlib._of_module("m", ast.parse(source), source.splitlines()) if item.body]
+    assert found.body == "    @wraps(f)\n    def inner():\n        return f()\n    return inner"
+
+
 def test_math_steps_are_true() -> None:
     for item in conversations("math", "heldout", 300):
         answer = item["messages"][1]["content"]
@@ -126,6 +133,18 @@ def test_training_tokens_are_what_the_chat_template_renders(tokenizer: Tokenizer
         prompt = encode_prompt(loaded, item["messages"][:1])
         np.testing.assert_array_equal(theirs.input_ids[: len(prompt)], prompt)
     assert 15 <= with_system <= 45
+
+
+def test_the_report_asks_as_the_chat_template_does(tokenizer: Tokenizer, folder: Path) -> None:
+    """Held-out figures and samples have the default system message, which everything that serves the target has."""
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(folder)
+    encoder = embedded_report.held_out_encoder(tokenizer)
+    for item in sample("heldout", 4):
+        asked = embedded_report.prompt_ids(tokenizer, item["messages"][:1])
+        assert asked == list(encode_prompt(loaded, item["messages"][:1]))
+        assert encoder(item["messages"]).tokens[: len(asked)].tolist() == asked
 
 
 def test_packing_keeps_every_conversation_once_and_apart(tokenizer: Tokenizer) -> None:

@@ -147,6 +147,8 @@ def test_proposals_become_arrays(folder: Path) -> None:
     logits, accepted, observed = proposals.arrays()
     assert logits.shape == accepted.shape == observed.shape == (made.rounds, 3)
     assert tuple(accepted.sum(0)) == made.accepted_at and tuple(observed.sum(0)) == made.verified_at
+    behind = np.pad(accepted[:, :-1], ((0, 0), (1, 0)), constant_values=1) > 0
+    assert tuple((observed & behind).sum(0)) == made.judged_at
     assert np.all(np.diff(accepted, axis=1) <= 0) and Proposals().arrays()[0].size == 0
 
 

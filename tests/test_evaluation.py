@@ -156,14 +156,25 @@ def test_refusals_write_nothing(folder: Path, more: tuple, said: str, capsys: py
     assert not (folder / "refused").exists()
 
 
-def generation(rounds: int, committed: int, verified: tuple[int, ...], accepted: tuple[int, ...]) -> Generation:
-    return Generation(0, (1,), (2,), "", "length", rounds, committed, verified, accepted)
+def generation(
+    rounds: int, committed: int, verified: tuple[int, ...], accepted: tuple[int, ...], judged: tuple[int, ...]
+) -> Generation:
+    return Generation(0, (1,), (2,), "", "length", rounds, committed, verified, accepted, judged)
 
 
 def test_acceptance_counts_by_hand():
-    one = Acceptance.of([generation(10, 19, (10, 10, 10), (6, 3, 0)), generation(0, 0, (0, 0, 0), (0, 0, 0))])
+    ended = generation(0, 0, (0, 0, 0), (0, 0, 0), (0, 0, 0))
+    one = Acceptance.of([generation(10, 19, (10, 10, 10), (6, 3, 0), (10, 6, 3)), ended])
     assert one.tau == 1.9 and one.unconditional == (0.6, 0.3, 0.0) and one.conditional == (0.6, 0.5, 0.0)
-    assert Acceptance.of([generation(4, 4, (), ())]).conditional == ()
-    both = Acceptance.pooled([one, Acceptance.of([generation(10, 31, (10, 10, 10), (10, 7, 4))])])
+    assert Acceptance.of([generation(4, 4, (), (), ())]).conditional == ()
+    both = Acceptance.pooled([one, Acceptance.of([generation(10, 31, (10, 10, 10), (10, 7, 4), (10, 10, 7))])])
     assert both.tau == 2.5 and both.conditional == (0.8, 10 / 16, 0.4)
+
+
+def test_conditional_acceptance_counts_only_what_was_judged():
+    """A schedule that stops at x_1 in rounds that accept it says nothing of x_2: 4 rounds of the second request judge
+    x_2 after 2 accepted x_1, and 1 of those accepts it."""
+    short, whole = generation(4, 7, (4, 0), (3, 0), (4, 0)), generation(4, 7, (4, 4), (2, 1), (4, 2))
+    assert Acceptance.of([short, whole]).conditional == (5 / 8, 1 / 2)
+    assert Acceptance.of([whole]).conditional == (2 / 4, 1 / 2)
     assert macro_tau({"a": one, "b": both}) == pytest.approx(2.2)

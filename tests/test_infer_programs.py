@@ -18,6 +18,7 @@ from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.generate import drain
 from dspark_jax.serving.requests import Generation, Progress
 from dspark_jax.sharding import split
+from infer.bench import TransformersDecoder
 from infer.bench import main as bench
 from infer.generate import Answers
 from infer.generate import main as generate
@@ -233,6 +234,14 @@ def test_bench_against_transformers(folder: Path, tmp_path: Path) -> None:
     bench([str(word) for word in [*argv, "--prompts", folder / "chat.jsonl", "--repeats", "1"]])
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["identical"] == metrics["prompts"] == 2 and metrics["plain_over_transformers"] > 0
+    assert metrics["dtype"] == "float32"
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_transformers_runs_in_the_dtype_of_the_target(folder: Path, dtype: str) -> None:
+    model = TransformersDecoder.load(str(folder / "target"), dtype, 8).model
+    assert {str(weight.dtype) for weight in model.parameters()} == {f"torch.{dtype}"}
 
 
 BENCH: dict[str, tuple[list[str], str]] = {
@@ -261,17 +270,20 @@ def test_bench_refuses(case: str, folder: Path, tmp_path: Path, capsys: pytest.C
 # What is counted
 
 
-def generation(tokens: int, rounds: int, verified: tuple[int, ...], accepted: tuple[int, ...]) -> Generation:
+def generation(
+    tokens: int, rounds: int, verified: tuple[int, ...], accepted: tuple[int, ...], judged: tuple[int, ...]
+) -> Generation:
     committed = rounds + sum(accepted)
-    return Generation(0, (1,), tuple(range(tokens)), "", "length", rounds, committed, verified, accepted)
+    return Generation(0, (1,), tuple(range(tokens)), "", "length", rounds, committed, verified, accepted, judged)
 
 
 def test_acceptance_rates_by_position() -> None:
-    found = Acceptance.of([generation(7, 4, (4, 4, 2), (3, 1, 1)), generation(1, 0, (0, 0, 0), (0, 0, 0))])
+    ended = generation(1, 0, (0, 0, 0), (0, 0, 0), (0, 0, 0))
+    found = Acceptance.of([generation(7, 4, (4, 4, 2), (3, 1, 1), (4, 3, 1)), ended])
     assert (found.rounds, found.tau) == (4, 9 / 4)
     assert found.unconditional == (3 / 4, 1 / 4, 1 / 2)
     assert found.conditional == (3 / 4, 1 / 3, 1.0)
-    plain = Acceptance.of([generation(5, 4, (), ())])
+    plain = Acceptance.of([generation(5, 4, (), (), ())])
     assert (plain.tau, plain.unconditional, plain.conditional) == (1.0, (), ())
 
 
@@ -283,7 +295,7 @@ def test_figures_are_medians_over_alternations() -> None:
 
         def run() -> Timed:
             order.append(name)
-            return Timed((generation(12, 0, (), ()),), 12 / next(left))
+            return Timed((generation(12, 0, (), (), ()),), 12 / next(left))
 
         return run
 

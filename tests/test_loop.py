@@ -226,13 +226,21 @@ def test_packed_rows_are_the_padded_ones() -> None:
     full = generate(target, drafter, PROMPTS, SAMPLING, CONFIG)
     assert tokens_of(full) == list(reference())
     assert 0 < sum(sum(g.accepted_at) for g in full) < sum(sum(g.verified_at) for g in full)
+
     for length in (0, 1, 2):
         found = generate(target, drafter, PROMPTS, replace(SAMPLING, verify_length=length), CONFIG)
         assert tokens_of(found) == list(reference())
         assert all(not any(g.verified_at[length:]) for g in found)
         assert length == 0 or all(g.verified_at[length - 1] > 0 for g in found if g.rounds > 1)
     mixed = [Request(p, replace(SAMPLING, verify_length=i % 6)) for i, p in enumerate(PROMPTS)]
-    assert tokens_of(generate(target, drafter, mixed, engine=CONFIG)) == list(reference())
+    found = generate(target, drafter, mixed, engine=CONFIG)
+    assert tokens_of(found) == list(reference())
+    # The first draft is judged wherever it is verified, a later one only behind accepted ones.
+    assert all(g.judged_at[0] == g.verified_at[0] for g in found)
+    behind = [
+        (g.accepted_at[k], g.judged_at[k], g.accepted_at[k - 1]) for g in found for k in range(1, len(g.judged_at))
+    ]
+    assert all(accepted <= judged <= before for accepted, judged, before in behind)
 
 
 def test_every_bucket_computes_the_same_rows() -> None:

@@ -218,6 +218,17 @@ def test_collectives_are_counted_with_their_bytes() -> None:
     }
 
 
+def test_asynchronous_collectives_are_counted_by_their_results() -> None:
+    """The text of a start holds the operands' shapes before the results', in XLA's own notation."""
+    program = """
+      %a = (bf16[256,1024]{1,0:T(8,128)(2,1)}, bf16[1024,1024]{1,0:T(8,128)(2,1)}) all-gather-start(%p), dimensions={0}
+      %b = bf16[1024,1024]{1,0:T(8,128)(2,1)} all-gather-done(%a)
+      %c = ((f32[4]{0}, f32[8]{0}), (f32[512,512]{1,0}, f32[512,512]{1,0})) all-gather-start(%q, %r), dimensions={0}
+      %d = (s8[1024,1024]{1,0}, s8[1024,1024]{1,0}, u32[], u32[]) collective-permute-start(%s)
+    """
+    assert collectives(program) == {"all-gather": "2 of 4.0 MiB", "collective-permute": "1 of 1.0 MiB"}
+
+
 def test_recipes_of_the_paper() -> None:
     layers = {"qwen3_4b": (1, 9, 17, 25, 33), "qwen3_8b": (1, 9, 17, 25, 33), "qwen3_14b": (1, 10, 19, 28, 37),
               "gemma4_12b": (5, 17, 29, 41, 46)}  # fmt: skip

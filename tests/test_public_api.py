@@ -31,8 +31,8 @@ SIGNATURES = {
         "prefill_chunk, prefill_budget, prefix_cache, queue, stop_slots, bias_slots, max_logprobs, return_at_once)"
     ),
     "Generation": (
-        "(index, prompt_tokens, tokens, text, finish_reason, rounds, committed, verified_at, accepted_at, drafted, "
-        "timing, error, logprobs, cached_tokens)"
+        "(index, prompt_tokens, tokens, text, finish_reason, rounds, committed, verified_at, accepted_at, judged_at, "
+        "drafted, timing, error, logprobs, cached_tokens)"
     ),
     "Progress": "(index, tokens, text, generation, counts, logprobs)",
 }

@@ -355,11 +355,16 @@ class DecodeLoop:
     def _counted(self, state: DecodeState, verdict: Verdict, count: Array) -> RoundCounters:
         # [R, K] masks of the drafts verified and accepted; slots that were idle before the round count nothing.
         position, live, counters = jnp.arange(self.block), state.active[:, None], state.counters
+        verified = live & (position < verdict.lengths[:, None])
+        accepted = verdict.accepted[:, None]
+
         return counters._replace(
             rounds=counters.rounds + state.active,
             committed=counters.committed + count,
-            verified_at=counters.verified_at + (live & (position < verdict.lengths[:, None])),
-            accepted_at=counters.accepted_at + (live & (position < verdict.accepted[:, None])),
+            verified_at=counters.verified_at + verified,
+            accepted_at=counters.accepted_at + (live & (position < accepted)),
+            # The first rejected draft was judged too; those behind it were not, as their prefix had failed.
+            judged_at=counters.judged_at + (verified & (position <= accepted)),
         )
 
 

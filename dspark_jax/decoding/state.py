@@ -31,6 +31,7 @@ class RoundCounters(NamedTuple):
     committed: Array  # [R] tokens committed by rounds, the first token not among them
     verified_at: Array  # [R, K] drafts verified, by block position
     accepted_at: Array  # [R, K] drafts accepted, by block position
+    judged_at: Array  # [R, K] drafts verified behind a prefix that was accepted whole, by block position
 
 
 @jax.tree_util.register_dataclass
@@ -100,7 +101,8 @@ class RoundRecord(NamedTuple):
 def empty_counters(requests: int, block: int) -> RoundCounters:
     """Zeros. Each leaf is a buffer of its own, since a donated state must not hold one buffer twice."""
     per_slot, per_position = jnp.zeros((requests,), jnp.int32), jnp.zeros((requests, block), jnp.int32)
-    return RoundCounters(per_slot, per_slot.copy(), per_slot.copy(), per_position, per_position.copy())
+    by_position = (per_position, per_position.copy(), per_position.copy())
+    return RoundCounters(per_slot, per_slot.copy(), per_slot.copy(), *by_position)
 
 
 def spread(state: DecodeState, mesh: Mesh) -> DecodeState:

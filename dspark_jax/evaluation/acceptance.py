@@ -16,6 +16,9 @@ from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.targets.target import Target
 
+COUNTS = ("rounds", "committed", "verified", "accepted", "judged")
+"""The fields of `Acceptance` from which `counted` makes the others."""
+
 
 @dataclass(frozen=True)
 class Acceptance:
@@ -27,8 +30,10 @@ class Acceptance:
         tau: committed tokens a round.
         verified: [K] drafts verified at each position.
         accepted: [K] drafts accepted at each position.
+        judged: [K] drafts verified at each position in rounds that accepted all before them.
         unconditional: [K] share of rounds verifying x_k in which x_1..x_k were all accepted; nan where there is none.
-        conditional: [K] share of x_k accepted among those judged after an accepted x_<k; nan where there is none.
+        conditional: [K] share of the judged x_k that were accepted; nan where there is none. Exact under any policy:
+            a round that stopped short of x_k, by its schedule or by a rejection, says nothing of x_k.
     """
 
     rounds: int
@@ -36,6 +41,7 @@ class Acceptance:
     tau: float
     verified: tuple[int, ...]
     accepted: tuple[int, ...]
+    judged: tuple[int, ...]
     unconditional: tuple[float, ...]
     conditional: tuple[float, ...]
 
@@ -48,6 +54,7 @@ class Acceptance:
             sum(g.committed for g in generations),
             _total([g.verified_at for g in generations], block),
             _total([g.accepted_at for g in generations], block),
+            _total([g.judged_at for g in generations], block),
         )
 
     @classmethod
@@ -59,16 +66,17 @@ class Acceptance:
             sum(part.committed for part in parts),
             _total([part.verified for part in parts], block),
             _total([part.accepted for part in parts], block),
+            _total([part.judged for part in parts], block),
         )
 
     @classmethod
-    def counted(cls, rounds: int, committed: int, verified: np.ndarray, accepted: np.ndarray) -> "Acceptance":
-        # Rounds that judged x_k after an accepted prefix. Counts by position give only a bound, the smaller of accepted
-        # x_k-1 and verified x_k, which is exact where whole blocks are verified.
-        reached = np.concatenate([verified[:1], np.minimum(accepted[:-1], verified[1:])])
-        counts = tuple(verified.tolist()), tuple(accepted.tolist())
+    def counted(
+        cls, rounds: int, committed: int, verified: np.ndarray, accepted: np.ndarray, judged: np.ndarray
+    ) -> "Acceptance":
+        """Rates of summed counts; the arrays are [K]."""
+        counts = tuple(verified.tolist()), tuple(accepted.tolist()), tuple(judged.tolist())
         tau = committed / max(rounds, 1)
-        return cls(rounds, committed, tau, *counts, _rates(accepted, verified), _rates(accepted, reached))
+        return cls(rounds, committed, tau, *counts, _rates(accepted, verified), _rates(accepted, judged))
 
 
 def _total(counts: Sequence[tuple[int, ...]], block: int) -> np.ndarray:

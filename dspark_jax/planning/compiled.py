@@ -128,7 +128,10 @@ def collectives(program: str) -> dict[str, str]:
     """
     counts, sizes = Counter[str](), Counter[str]()
     # `-start` of an asynchronous pair is counted and its `-done` is not, as it has another name.
-    for shapes, name in re.findall(rf"= (.+?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", program):
+    for shapes, name, start in re.findall(rf"= (.+?) ({'|'.join(COLLECTIVES)})(-start)?\(", program):
+        # The start of these two gives (operands, results, counters): its operands are not communicated twice.
+        if start and name in ("all-gather", "collective-permute"):
+            shapes = _tuple_parts(shapes)[1]
         counts[name] += 1
         sizes[name] += sum(_shape_bytes(*part) for part in re.findall(r"([a-z]\w*)\[([\d,]*)\]", shapes))
 
@@ -158,6 +161,20 @@ def copies(program: str, shapes: Iterable[tuple[int, ...]]) -> list[str]:
 def mebibytes(count: float) -> str:
     """A number of bytes as text, in MiB with one decimal."""
     return f"{count / 2**20:,.1f} MiB"
+
+
+def _tuple_parts(shape: str) -> list[str]:
+    """The parts of a tuple's shape in XLA's text, themselves perhaps tuples: "(f32[2], (s32[], s32[]))" has two."""
+    parts, depth = [""], 0
+    for letter in shape.strip()[1:-1]:
+        # Dimensions and layouts have commas too, within brackets or braces.
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+
+    return parts
 
 
 def _shape_bytes(kind: str, dimensions: str) -> int:

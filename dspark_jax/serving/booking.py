@@ -86,6 +86,7 @@ def _see(entry: Entry, made: Made, decode: Decode | None, now: float) -> str | N
         int(counters.committed[slot]),
         tuple(counters.verified_at[slot].tolist()),
         tuple(counters.accepted_at[slot].tolist()),
+        tuple(counters.judged_at[slot].tolist()),
         int(counters.drafted[slot]),
     )
 

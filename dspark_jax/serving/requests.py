@@ -77,18 +77,23 @@ class Counts:
     committed: int = 0  # tokens, by those rounds
     verified_at: tuple[int, ...] = ()  # drafts, by block position
     accepted_at: tuple[int, ...] = ()
+    judged_at: tuple[int, ...] = ()  # verified behind a prefix that was accepted whole
     drafted: int = 0  # rounds with drafts
 
     def __add__(self, other: "Counts") -> "Counts":
-        # Empty counts know no block size yet.
-        if not self.verified_at:
-            verified, accepted = other.verified_at, other.accepted_at
-        else:
-            verified = tuple(a + b for a, b in zip(self.verified_at, other.verified_at, strict=True))
-            accepted = tuple(a + b for a, b in zip(self.accepted_at, other.accepted_at, strict=True))
+        def summed(name: str) -> tuple[int, ...]:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            # Empty counts know no block size yet.
+            return tuple(a + b for a, b in zip(mine, theirs, strict=True)) if mine else theirs
 
-        totals = self.rounds + other.rounds, self.committed + other.committed
-        return Counts(*totals, verified, accepted, self.drafted + other.drafted)
+        return Counts(
+            self.rounds + other.rounds,
+            self.committed + other.committed,
+            summed("verified_at"),
+            summed("accepted_at"),
+            summed("judged_at"),
+            self.drafted + other.drafted,
+        )
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,7 @@ class Generation:
         committed: tokens that those rounds committed.
         verified_at: drafts verified, by block position.
         accepted_at: drafts accepted, by block position.
+        judged_at: drafts verified behind a prefix that was accepted whole, by block position.
         drafted: rounds with drafts.
         timing: seconds; ignored when generations are compared.
         error: one sentence where the reason is "error".
@@ -138,6 +144,7 @@ class Generation:
     committed: int
     verified_at: tuple[int, ...]
     accepted_at: tuple[int, ...]
+    judged_at: tuple[int, ...]
     drafted: int = 0
     timing: Timing = field(default=Timing(), compare=False)
     error: str = ""

@@ -131,6 +131,7 @@ class Entry:
             committed=counts.committed,
             verified_at=counts.verified_at,
             accepted_at=counts.accepted_at,
+            judged_at=counts.judged_at,
             drafted=counts.drafted,
             timing=Timing(*(at - self.submitted for at in times)),
             error=NO_LAW if reason == "error" else "",

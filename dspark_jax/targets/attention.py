@@ -127,6 +127,13 @@ class CachedBlock:
         if self.packed is not None:
             q, k, v = (self.packed.to_grid(x) for x in (q, k, v))  # [P, ...] -> [R, W, ...]
 
+        # In one product with the other rows a value that is not finite would reach them all, because its weight of 0
+        # times NaN is NaN: a failing draft would fail the rows before it. It stays that row's alone.
+        sound = None
+        if q.shape[1] > 1:
+            sound = jnp.all(jnp.isfinite(k) & jnp.isfinite(v), axis=(-2, -1), keepdims=True)  # [R, W, 1, 1]
+            k, v = jnp.where(sound, k, 0), jnp.where(sound, v, 0)
+
         prefix = self.cache[layer]
         allowed = prefix_mask(self.lengths[:, None], prefix.keys.shape[2], q.shape[1], window)
 
@@ -139,6 +146,7 @@ class CachedBlock:
             causal_block(q.shape[1], window),
             scale=scale,
         )[:, 0]
+        out = out if sound is None else jnp.where(sound, out, jnp.nan)
         return out if self.packed is None else self.packed.from_grid(out)
 
 

@@ -47,23 +47,29 @@ class Rows(NamedTuple):
 class Encoder:
     """Renders conversations and weights their tokens: assistant text and its end 1, all others `context_weight`.
 
-    With `default_system` every second conversation (by its question's checksum) opens with the default system message,
-    as the shipped chat template renders it; the others open with the user's turn.
+    One conversation of `system_every` (by its question's checksum) opens with the default system message, as the
+    shipped chat template renders it; the others open with the user's turn.
     """
 
     tokenizer: Tokenizer
     context_weight: float
-    default_system: bool = True
+    system_every: int = 2
 
     def __call__(self, messages: list[dict[str, str]]) -> Encoded:
-        system = self.default_system and zlib.crc32(messages[0]["content"].encode()) % 2 == 0
-        turns = [{"role": "system", "content": DEFAULT_SYSTEM}, *messages] if system else messages
+        # By checksum, not by count: a question has the same form in every pass over the corpora.
+        system = zlib.crc32(messages[0]["content"].encode()) % self.system_every == 0
+        turns = with_default_system(messages) if system else messages
         tokens = np.array(self.tokenizer.encode(render(turns)).ids, np.int32)
         # The last header is the assistant's; each of its three parts is one token.
         answer = int(np.flatnonzero(tokens == self.tokenizer.token_to_id(START))[-1]) + 3  # <|im_start|>assistant\n
         weights = np.full(len(tokens), self.context_weight, np.float32)
         weights[answer:] = 1.0
         return Encoded(tokens, weights)
+
+
+def with_default_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The conversation as the shipped chat template completes it."""
+    return [{"role": "system", "content": DEFAULT_SYSTEM}, *messages]
 
 
 def render(messages: list[dict[str, str]], generation_prompt: bool = False) -> str:

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from dspark_jax.datagen.corpora import DOMAINS, conversations, prompts
 from dspark_jax.targets.attention import CausalRows
 
-from .packing import Encoder, Rows, batches, render
+from .packing import Encoder, Rows, batches, render, with_default_system
 from .tokenizer import END, VOCABULARY
 
 if TYPE_CHECKING:
@@ -47,9 +47,7 @@ def evaluate(graphdef: nnx.GraphDef, params: Any, tokenizer: Tokenizer, length: 
         By domain: loss in nats a token, the share of tokens that are the greedy choice after the true prefix, the share
         of answers for which all are, and the counts.
     """
-    # Weight 0 for the context: what is counted below is answers alone.
-    encoder = Encoder(tokenizer, context_weight=0.0, default_system=False)
-    found = {}
+    encoder, found = held_out_encoder(tokenizer), {}
     for domain in DOMAINS:
         encoded = (encoder(item["messages"]) for item in conversations(domain, "heldout", HELD_OUT))
         fitting = (item for item in encoded if len(item.tokens) <= length)
@@ -76,6 +74,17 @@ def evaluate(graphdef: nnx.GraphDef, params: Any, tokenizer: Tokenizer, length: 
     return found
 
 
+def held_out_encoder(tokenizer: Tokenizer) -> Encoder:
+    """Encodes held-out conversations: weight 0 for the context, since answers alone are counted."""
+    # Every one opens with the default system message, as the shipped template has it in every prompt.
+    return Encoder(tokenizer, context_weight=0.0, system_every=1)
+
+
+def prompt_ids(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
+    """Token ids of a prompt, as the shipped chat template renders it."""
+    return tokenizer.encode(render(with_default_system(messages), generation_prompt=True)).ids
+
+
 @partial(jax.jit, static_argnums=0)
 def _next(graphdef: nnx.GraphDef, params: Any, tokens: jax.Array, last: jax.Array) -> jax.Array:
     model = nnx.merge(graphdef, params)
@@ -88,7 +97,7 @@ def _next(graphdef: nnx.GraphDef, params: Any, tokens: jax.Array, last: jax.Arra
 def samples(graphdef: nnx.GraphDef, params: Any, tokenizer: Tokenizer, length: int) -> list[dict[str, str]]:
     """Greedy answers to held-out prompts, recomputing the whole row for every token."""
     asked = [item for domain in DOMAINS for item in prompts(domain, "heldout", SAMPLES, seed=1)]
-    ids = [tokenizer.encode(render(item["messages"], generation_prompt=True)).ids for item in asked]
+    ids = [prompt_ids(tokenizer, item["messages"]) for item in asked]
     rows = np.zeros((len(ids), length), np.int32)
     starts = np.array([min(len(prompt), length - 1) for prompt in ids])
     for row, prompt, start in zip(rows, ids, starts, strict=True):

@@ -21,6 +21,7 @@ from dspark_jax.config.schema import TrainConfig
 from dspark_jax.config.sweep import Diff, part
 from dspark_jax.data.manifest import Manifest
 from dspark_jax.errors import UserError
+from dspark_jax.evaluation.acceptance import COUNTS
 from dspark_jax.files import require_same_settings, weights_hash, write_json, write_settings
 from dspark_jax.programs import program_command
 from dspark_jax.readers import read_object
@@ -171,6 +172,8 @@ def begin(settings: CompareSettings) -> None:
         )
 
     identity = {name: getattr(settings, name) for name in IDENTITY} | {"weights_xxh3": weights_hash(folder)}
+    # Points that were measured with fewer counts cannot be reported beside new ones.
+    identity["counts"] = list(COUNTS)
     # With minutes the steps are measured, and recorded in budget.json.
     if not settings.minutes:
         identity["steps"] = settings.steps

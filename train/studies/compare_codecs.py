@@ -25,7 +25,7 @@ from dspark_jax.data.target_cache import TargetCache
 from dspark_jax.data.views import Truncated
 from dspark_jax.devices import machine
 from dspark_jax.errors import UserError
-from dspark_jax.evaluation.acceptance import macro_tau
+from dspark_jax.evaluation.acceptance import COUNTS, macro_tau
 from dspark_jax.files import require_same_settings, weights_hash, write_json, write_settings
 from dspark_jax.readers import read_object
 from dspark_jax.report import table
@@ -123,7 +123,7 @@ def main(argv: list[str]) -> None:
 def begin(settings: CodecSettings) -> None:
     """Refuses to mix two studies in one folder."""
     identity = {name: getattr(settings, name) for name in IDENTITY}
-    identity |= {"weights_xxh3": weights_hash(resolve_folder(settings.target))}
+    identity |= {"weights_xxh3": weights_hash(resolve_folder(settings.target)), "counts": list(COUNTS)}
     path = settings.output / "study.json"
     if not require_same_settings(path, identity, settings.output):
         write_settings(path, identity, target=settings.target)

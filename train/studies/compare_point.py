@@ -14,7 +14,7 @@ from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.config.schema import TrainConfig
 from dspark_jax.drafters.registry import Drafter, drafter_hf_config, new_drafter
-from dspark_jax.evaluation.acceptance import Acceptance, acceptance_by_domain
+from dspark_jax.evaluation.acceptance import COUNTS, Acceptance, acceptance_by_domain
 from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.prompts import read_prompts
 from dspark_jax.serving.requests import Request
@@ -74,8 +74,7 @@ def train_and_decode(config: TrainConfig, prompts: Path, *, max_new_tokens: int,
 
 def counts(acceptance: Acceptance) -> dict[str, Any]:
     """The arguments of `Acceptance.counted`; rates are left out, since they can be NaN, which JSON lacks."""
-    names = ("rounds", "committed", "verified", "accepted")
-    return {name: getattr(acceptance, name) for name in names}
+    return {name: getattr(acceptance, name) for name in COUNTS}
 
 
 def seconds_a_step(config: TrainConfig, folder: Path) -> float:

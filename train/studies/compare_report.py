@@ -11,7 +11,7 @@ import numpy as np
 from scipy import stats
 
 from dspark_jax.devices import machine
-from dspark_jax.evaluation.acceptance import Acceptance, macro_tau
+from dspark_jax.evaluation.acceptance import COUNTS, Acceptance, macro_tau
 from dspark_jax.files import write_json
 from dspark_jax.report import table
 
@@ -33,12 +33,12 @@ def estimate(values: Sequence[float]) -> dict[str, Any]:
 
 def acceptance(result: Mapping[str, Any], key: str) -> dict[str, Acceptance]:
     """Acceptance by domain of a point's result at one temperature (a key of `TEMPERATURES`)."""
-    return {
-        domain: Acceptance.counted(
-            row["rounds"], row["committed"], np.array(row["verified"]), np.array(row["accepted"])
-        )
-        for domain, row in result[key].items()
-    }
+
+    def of(row: Mapping[str, Any]) -> Acceptance:
+        rounds, committed, *by_position = (row[name] for name in COUNTS)
+        return Acceptance.counted(rounds, committed, *map(np.array, by_position))
+
+    return {domain: of(row) for domain, row in result[key].items()}
 
 
 def report(folder: Path, found: Found, head_cost: Mapping[str, Any] | None, about: Mapping[str, Any]) -> bool:

@@ -121,8 +121,11 @@ def _body(node: ast.FunctionDef, lines: list[str]) -> str:
     if not statements or statements[0].lineno <= node.lineno:
         return ""
 
-    # After the docstring's last line, or at the first statement; lines count from 1, the list from 0.
-    first = node.body[0].end_lineno if statements is not node.body else statements[0].lineno - 1
+    # After the docstring's last line, or at the first statement; lines count from 1, the list from 0. A definition's
+    # line is that of `def` or `class`, below its decorators.
+    decorators = getattr(statements[0], "decorator_list", [])
+    opening = min(part.lineno for part in (statements[0], *decorators))
+    first = node.body[0].end_lineno if statements is not node.body else opening - 1
     block = lines[first : node.end_lineno]
     indent = node.col_offset
     # A line may stand left of the function, as within a string of several lines.
