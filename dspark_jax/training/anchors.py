@@ -28,6 +28,7 @@ class Blocks(NamedTuple):
 def eligible_anchors(loss_mask: Array, segments: Int[Array, "b t"] | None = None) -> Bool[Array, "b t1"]:
     """Position i < T - 1 may be an anchor iff it and i + 1, of one sequence, are supervised (docs/algorithm.md, rule
     37)."""
+    # The mask may arrive as uint8 or as float, hence no test of equality.
     supervised = loss_mask > 0.5
 
     # [B, T - 1]: the last position has no label, so it is never an anchor.
@@ -45,6 +46,7 @@ def sample_anchors(
     Returns:
         (positions, keep), [B, N]: the anchors in ascending order, then dummies at position 0 with keep False.
     """
+    # [B, T - 1]; a row with fewer eligible positions than N gets dummies.
     eligible = eligible_anchors(loss_mask, segments)
     rows, size = eligible.shape
     # The largest of independent uniforms are a draw without replacement whose shape is static. Ineligible positions
@@ -79,6 +81,7 @@ def make_blocks(
         segments: the sequence number of each position, where rows are packed.
     """
     length = input_ids.shape[1]
+    # Slot k's label is the token at anchor + 1 + k (docs/algorithm.md, rules 22 and 38).
     offsets = jnp.arange(block_size)
     # [B, N, K]. Dummies read position 0; they are unsupervised, so its values are never used.
     unclamped = anchors[..., None] + 1 + offsets
@@ -99,6 +102,7 @@ def make_blocks(
 
     # A slot counts only while every slot before it does: a gap in the mask ends the block.
     supervised = jnp.cumprod(here.astype(jnp.int32), axis=-1) > 0
+    # Later slots count less, since decoding reaches them less often.
     decay = jnp.exp(-offsets / decay_gamma) if decay_gamma and decay_gamma > 0 else jnp.ones((block_size,))
 
     return Blocks(

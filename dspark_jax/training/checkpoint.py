@@ -50,6 +50,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | os.PathLike[str], keep: int, keep_best: int = 0):
+        # Orbax refuses relative paths.
         self.folder = Path(folder).absolute()
         # The step whose files are still being written: they are hashed once they are complete.
         self._unhashed: int | None = None
@@ -77,6 +78,7 @@ class Checkpoints:
     @property
     def best(self) -> int | None:
         """Step of the highest score, the latest of equals; None when none was scored."""
+        # Saves without an evaluation have no score, and are no candidates.
         scored = [info for info in self._orbax.checkpoints if info.metrics is not None]
         return max(scored, key=lambda info: (_score(info.metrics), info.step)).step if scored else None
 
@@ -102,6 +104,7 @@ class Checkpoints:
             # Asynchronous: it returns when the arrays are on the host, and a thread writes them.
             self._orbax.save_async(step, state, custom_metadata=notes, force=True, metrics=metrics)
 
+        # Hashed at the next `wait`, when the thread has written the last file.
         self._unhashed = step
 
     def restore(self, step: int, like: State) -> tuple[State, Any]:
@@ -275,6 +278,7 @@ def opened(notes: Any) -> dict[str, Any]:
         raise Damaged("its notes have no seal")
 
     # Orbax reads the notes without checking them, hence a seal of our own.
+    # The seal is over everything but itself.
     plain = {name: value for name, value in notes.items() if name != "seal"}
     if notes["seal"] != _seal(plain):
         raise Damaged("its notes are not those that were saved")

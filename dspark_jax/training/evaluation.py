@@ -54,6 +54,7 @@ class Evaluator:
             step: the drafter's shape, dtype and mesh.
             heldout: the prompts and how they are decoded.
         """
+        # The structure alone; the parameters of the moment are put in at each call.
         graphdef, _ = split(skeleton(step.drafter_hf))
         dtype = DTYPES[step.dtype]
 
@@ -86,6 +87,7 @@ class Evaluator:
 def figures(by_domain: dict[str, Acceptance]) -> dict[str, Any]:
     """`eval_tau`, the mean over domains of equal weight; `eval_tau_DOMAIN`; `eval_accept@k`: x_k accepted given x_<k
     were."""
+    # Positions are pooled over domains, because one domain alone may rarely come as far as k.
     pooled = Acceptance.pooled(list(by_domain.values()))
     # NaN where no round came as far as k: a record holds numbers only.
     rates = {f"eval_accept@{k}": rate for k, rate in enumerate(pooled.conditional) if not np.isnan(rate)}

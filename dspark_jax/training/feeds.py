@@ -32,6 +32,7 @@ class Offline:
     """Batches whose states are read from a cache's shards."""
 
     def __init__(self, run: Run, shared: SharedTables, start: int):
+        # A generator: nothing is read before the first batch is asked for.
         self.batches: DeviceBatches = device_batches(run.batches, run.step.placement, start, run.total_steps)
         self._step = run.step.step()
         self._shared = shared
@@ -72,6 +73,8 @@ class Hybrid(Offline):
         super().__init__(run, shared, start)
         self._run, self._at, self._switch = run, start, run.batches.steps_per_epoch
 
+        # The order of the epoch is the order of the cache's records, so it has to be known before the first is
+        # written.
         epoch = FirstEpoch.of(run.batches)
         spec = epoch.spec(run.data, run.target, run.step.drafter.target_layer_ids)
         # Another dtype or other weights would give other states under the same name.
@@ -90,6 +93,7 @@ class Hybrid(Offline):
         self.batches = self._phases(start)
 
     def step(self, state: TrainState, batch: dict[str, jax.Array]) -> Stepped:
+        # `_at` counts the steps taken, which the recorder and the switch between the phases go by.
         self._at += 1
         if self._at > self._switch:
             return super().step(state, batch)
@@ -112,6 +116,7 @@ class Hybrid(Offline):
         run, placement = self._run, self._run.step.placement
 
         if start < self._switch:
+            # The last step of the epoch takes rows of the second one too, which are computed and not recorded.
             yield from device_batches(run.batches, placement, start, min(self._switch, run.total_steps))
 
         if run.total_steps <= self._switch:
@@ -144,6 +149,7 @@ def device_batches(batches: Batches, placement: Placement, start: int, stop: int
 
 def device_batch(batch: Batch, batches: Batches, placement: Placement) -> dict[str, jax.Array]:
     """This host's rows of a batch as global arrays, rows over the mesh."""
+    # `here`: the rows of the global batch that this process's devices hold; None where it holds all.
     rows, here = batches.global_batch, batches.rows
     # The device gets only what a step reads.
     kept = {key: batch[key] for key in BATCH_KEYS if key in batch}

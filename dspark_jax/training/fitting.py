@@ -71,6 +71,7 @@ def fit(config: TrainConfig) -> Fitted:
 
 
 def _fit(config: TrainConfig) -> Fitted:
+    # Everything that can be refused is refused here, before the folder changes.
     run = Run.of(config)
     # Different data would not fail: processes would train on rows of different batches.
     lengths = xxh3_64_hexdigest(run.batches.source.lengths.tobytes())
@@ -85,14 +86,17 @@ def _fit(config: TrainConfig) -> Fitted:
     barrier("the run's inputs have been compared")
 
     if is_first():
+        # First of what is written: with config.json the folder is recognised as this run's.
         write_config(run.folder, config)
         write_inputs(run.folder, run.inputs)
 
     with open_checkpoints(run) as checkpoints, bounded_by_peers():
+        # Processes that continued from different steps would wait in different collectives.
         latest = checkpoints.latest
         require_same({f"they find different checkpoints in {run.folder}, which must be shared by all": latest})
         state, records = train(run, shared_tables(target), checkpoints)
         if is_first():
+            # A drafter that no step changed would export without a fault and draft noise.
             require_trained(run.folder, records)
 
         drafter = export(run, target, state.params, LAST)
@@ -105,6 +109,7 @@ def _fit(config: TrainConfig) -> Fitted:
 
     summary = summarise(run.name, run.total_steps, records, drafter) | best_record(records, best)
     if is_first():
+        # Last of all files: its presence means that the run is finished.
         write_json(run.folder / "metrics.json", summary)
 
     return Fitted(run.folder, drafter, summary)
@@ -190,6 +195,7 @@ def _export_run(config: TrainConfig) -> tuple[int, Path]:
     target = run.tables()
 
     with open_checkpoints(run) as checkpoints:
+        # The same way back as a continued run's, so that a damaged checkpoint is passed over here too.
         restored = checkpoints.restore_latest(run.step.abstract)
         if restored is None:
             raise UserError(f"The run in {run.folder} has no checkpoint to export; continue it with train.fit.")

@@ -82,6 +82,7 @@ class SkipGuard:
             self.streak.clear()
             return
 
+        # Steps and not a count: the report names the samples of each.
         self.streak.append(step)
         if len(self.streak) <= self.limit:
             return

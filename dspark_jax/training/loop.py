@@ -53,6 +53,7 @@ class Window:
         self.pending.append(metrics)
         # Metrics count from the first step, speed only after compilation.
         if self.timed_from is not None:
+            # Operations are counted at the padded length, which the device computes; tokens are the real ones.
             rows, length = self.batches.global_batch, self.batches.length_at(step)
             self.timed_steps += 1
             self.tokens += tokens_at(self.batches, step)
@@ -85,11 +86,13 @@ class Window:
 
     def restart_clock(self) -> None:
         """Starts the next window's clock here, which excludes the evaluation since the last step."""
+        # The timed steps begin here too, or an evaluation would lower the next record's speed.
         self.opened = time.perf_counter()
         if self.timed_from is not None:
             self.timed_from = self.opened
 
     def _speed(self) -> dict[str, float | None]:
+        # Speeds stay None where no step was timed: a record of the first step alone has compiled and not run.
         now = time.perf_counter()
         speed: dict[str, float | None] = {
             "seconds": now - self.opened,
@@ -98,6 +101,7 @@ class Window:
             "mfu": None,
         }
         if self.timed_from is not None and self.timed_steps:
+            # Only the span of the timed steps: `seconds` above also has compilation, and with it no throughput.
             elapsed = now - self.timed_from
             speed |= {"step_seconds": elapsed / self.timed_steps, "tokens_per_s": self.tokens / elapsed}
 
@@ -196,6 +200,7 @@ def train(run: Run, shared: SharedTables, checkpoints: Checkpoints) -> tuple[Tra
         upcoming = next(feed.batches, {})
 
         for done in range(start + 1, run.total_steps + 1):
+            # `state` is donated: from here on only the new one may be read.
             state, metrics = feed.step(state, upcoming)
             # Dispatch is asynchronous: the next batch is prepared while the step runs.
             upcoming = next(feed.batches, {})
@@ -217,6 +222,7 @@ def train(run: Run, shared: SharedTables, checkpoints: Checkpoints) -> tuple[Tra
 
             if stop:
                 checkpoints.wait()
+                # Only now: the exception says that the step is saved.
                 raise Preempted(done)
 
             bar.update()

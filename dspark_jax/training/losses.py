@@ -40,6 +40,7 @@ class LossOptions:
 
     def total(self, sums: Sums, denominator: Array) -> Array:
         """The loss, [] float32, from weighted sums and the global sum of weights (+ EPSILON) that all terms share."""
+        # Terms are combined before the division: they share one denominator, whichever of them there are.
         loss = self.ce_alpha * sums["ce"] + self.l1_alpha * sums["l1"]
         if "confidence" in sums:
             loss = loss + self.confidence_alpha * sums["confidence"]
@@ -61,6 +62,7 @@ def block_sums(
     it runs inside the chunk, so that gradients add up over chunks in the parameters' float32.
     """
     # The context does not depend on the anchors, so it is computed once (docs/algorithm.md, rule 19).
+    # [B, T, ...] in the compute dtype, the form in which decoding caches it.
     narrow = build(params).train_context(shared, batch["features"], batch["input_ids"], batch.get("segments"))
     # The context's gradient is a sum over chunks too, so chunks take it in float32.
     context = jax.tree.map(lambda x: x.astype(jnp.float32), narrow)
@@ -96,6 +98,7 @@ def _split_anchors(x: Array, size: int) -> Array:
 
 
 def _chunk_sums(model: BlockDrafter, shared: SharedTables, context: Any, last_hidden: Array, blocks: Blocks) -> Sums:
+    # [B, C, K, V] logits exist here and in the backward pass of this chunk only.
     out = model.train_outputs(shared, context, blocks.previous, blocks.anchors, blocks.starts)
     return _terms(out, target_logits(shared, last_hidden, blocks), blocks, model.vocabulary)
 
@@ -128,6 +131,7 @@ def pruned_variation_l1(
 
     p^d is 0 outside the vocabulary, so the other law's mass there counts in full.
     """
+    # The softmax is over the whole vocabulary first: the target's law is not renormalised to what can be drafted.
     other = vocabulary.restrict(jax.nn.softmax(other_logits, axis=-1))
     inside = jnp.sum(jnp.abs(jax.nn.softmax(draft_logits, axis=-1) - other), axis=-1)
     # Rounding can put the mass inside slightly above 1.
@@ -146,6 +150,7 @@ def _terms(out: BlockOutput, targets: Array, blocks: Blocks, vocabulary: DraftVo
     weights, supervised = blocks.weights, blocks.supervised
     if vocabulary is None:
         labels, learnable = blocks.labels, weights
+        # [B, C, K] float32, the whole sum and not half of it (docs/algorithm.md, rule 41).
         l1 = total_variation_l1(out.logits, targets)
     else:
         # No drafter can learn a label that it cannot draft; the variation counts it as lost, as decoding will.
@@ -164,6 +169,8 @@ def _terms(out: BlockOutput, targets: Array, blocks: Blocks, vocabulary: DraftVo
     sums = {
         "ce": jnp.sum(learnable * (jax.nn.logsumexp(out.logits, axis=-1) - label_logits)),
         "l1": jnp.sum(weights * l1),
+        # Weighted by the decay, the denominator of all terms; the counts below are unweighted (docs/algorithm.md,
+        # rule 45).
         "weight": jnp.sum(weights),
         "accept": jnp.sum(accept * supervised, axis=(0, 1)),
         "supervised": jnp.sum(supervised, axis=(0, 1), dtype=jnp.float32),
@@ -174,6 +181,7 @@ def _terms(out: BlockOutput, targets: Array, blocks: Blocks, vocabulary: DraftVo
     if out.confidence is not None:
         # softplus(z) - z c* is the cross-entropy of sigmoid(z) against c*, without overflow.
         bce = jax.nn.softplus(out.confidence) - out.confidence * accept
+        # For the record alone; the loss's own gradient goes through `bce`.
         predicted = jax.lax.stop_gradient(jax.nn.sigmoid(out.confidence))
         sums["confidence"] = jnp.sum(weights * bce)
         sums["confidence_bias"] = jnp.sum(weights * (predicted - accept))

@@ -33,6 +33,7 @@ def loss_metrics(sums: Sums, options: LossOptions, length: int, num_anchors: int
         length: the padded T.
         num_anchors: anchors N of a row.
     """
+    # The loss's own denominator, so that `loss` here is the number that was minimised.
     denominator = sums["weight"] + EPSILON
 
     positions = sums["accept"].shape[0]

@@ -59,6 +59,7 @@ class Objective(Protocol):
 def cast_params(params: dict, dtype: Any) -> dict:
     """Parameters in the compute dtype, except those that stay float32 in decoding too."""
     # A parameter in float32 while decoding must be trained in float32, or the two would disagree.
+    # The confidence head is the case: its logits are compared and multiplied (docs/algorithm.md, rule 35).
     flat = flatten_dict(params)
     return unflatten_dict({p: x if float32_parameter(p) else x.astype(dtype) for p, x in flat.items()})
 
@@ -84,6 +85,7 @@ class BlockObjective:
 
     def plan_at(self, batch: Batch, anchors: Array, keep: Array) -> Plan:
         """The plan of given anchors [B, N]."""
+        # Anchors need no gradient, and neither does anything made of masks: a plan is constants to the loss.
         size, gamma = self.config.block_size, self.options.decay_gamma
         mask, segments = batch["loss_mask"], batch.get("segments")
         blocks = make_blocks(batch["input_ids"], mask, anchors, keep, size, gamma, segments)

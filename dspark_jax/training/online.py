@@ -92,6 +92,8 @@ class FirstEpoch:
         """The spec of the cache; its sources are the sequences in this order."""
         # A cache of the same sequences in another order is another cache: records are found by place.
         digest = xxhash.xxh3_128(self.order.astype("<i8").tobytes())
+        # The samples' own content as well: conversations that were edited since give other states at the same
+        # places.
         for index in self.order.tolist():
             sample = self.sequences[index]
 
@@ -148,7 +150,7 @@ class Recorder:
 
         # Every process has read build.json before the first may write there.
         self._writer = CacheWriter(folder, spec, SHARD_BYTES) if is_first() else None
-        # Records written by the first process; every process holds the same number.
+        # Records in finished shards, as the writer knows; every process must skip the same ones.
         self._next = int(from_first(self._writer.next_source if self._writer else 0))
 
         # A start past the first epoch has all of its records behind it.
@@ -186,6 +188,7 @@ class Recorder:
     def flush(self) -> None:
         """Writes everything taken so far, and finishes the cache after the epoch's last record."""
         self._write()
+        # The open shard ends early: the cache must hold everything that the coming checkpoint has behind it.
         if self._writer and not self._writer.complete:
             # Only `finish` marks the cache complete, which tells it from an interrupted one.
             if self._writer.next_source == len(self.epoch.order):
@@ -219,6 +222,7 @@ class Recorder:
         (step, stored), self._pending = self._pending, None
 
         rows, firsts = self.epoch.batches.global_batch, self.epoch.firsts
+        # Row numbers of the epoch, not of the batch: `firsts` maps them to records.
         first = step * rows
         last = min(first + rows, len(firsts) - 1)
 
@@ -237,6 +241,7 @@ class Recorder:
 
     def _write_row(self, writer: CacheWriter, first: int, stop: int, states: dict[str, np.ndarray]) -> None:
         """Writes the records `first` to `stop` of a row that the cache does not have yet."""
+        # A packed row's sequences follow one another, so each begins where the last one ended.
         start = 0
         for record in range(first, stop):
             tokens = self.epoch.sequences[int(self.epoch.order[record])]

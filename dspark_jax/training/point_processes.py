@@ -75,6 +75,7 @@ class Runner:
             raise UserError(f"--jobs is {self.jobs}; at least 1 was expected.")
 
         self.logs.mkdir(parents=True, exist_ok=True)
+        # Results of an earlier command count: that is how a sweep continues.
         waiting = [point for point in points if not point.done]
         finished = len(points) - len(waiting)
 
@@ -120,6 +121,7 @@ class Runner:
 
         self.tried[point.name] = self.tried.get(point.name, 0) + 1
         self._running.append(_Running(point, process, free[0]))
+        # After the start: the child cannot pin itself, as it does not know its neighbours.
         self._give_cores(process.pid, free[0])
 
         return True

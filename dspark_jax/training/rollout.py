@@ -52,6 +52,8 @@ class RolloutObjective:
             `tau`, `tau_greedy`: 1 + expected and greedy prefix lengths, over the positions of step 0.
         """
         segments = batch.get("segments")
+        # [S, B, T, D]: all steps of the rollout at once; each attends as its mask says (docs/algorithm.md, rules 52
+        # and 53).
         hidden = self.build(params).train_outputs(shared, batch["features"], batch["input_ids"], segments)
         # Chunks take float32 states and build the model again, so that gradients are summed over chunks in float32.
         hidden = jnp.moveaxis(hidden, 0, 2).astype(jnp.float32)  # [B, T, S, D]
@@ -86,11 +88,13 @@ class RolloutObjective:
 
     def loss(self, sums: Sums, denominator: Array) -> Array:
         """[] float32: the steps' sums, weighted by decay^s, over B T (docs/algorithm.md, rule 56)."""
+        # [S]: later steps count less (docs/algorithm.md, rule 56).
         weights = self.config.step_loss_decay ** jnp.arange(self.config.block_size)
         return jnp.sum(weights * sums["ploss"]) / denominator
 
     def metrics(self, sums: Sums, length: int) -> dict[str, Array]:
         """float32 scalars; ratios are over the positions that a step supervises, `tau_*` over those of step 0."""
+        # A step past the end of every answer supervises nothing; its figures are then 0.
         counted = jnp.maximum(sums["supervised"], 1.0)
         metrics = {"loss": self.loss(sums, sums["positions"])}
 
@@ -131,6 +135,7 @@ def _chunk_sums(
         mask, segments: [B, C + S - 1], from the chunk's first position on.
     """
     count, steps = hidden.shape[1:3]
+    # [B, C + S - 1, V]: the steps read overlapping windows of one array, so each position's law is computed once.
     targets = jax.lax.stop_gradient(shared.logits(states.astype(shared.head.dtype)))
     logits = model.logits(shared, hidden.astype(model.fc.weight_io.dtype))
 
@@ -153,6 +158,7 @@ def _chunk_sums(
         tau, tau_greedy = tau + jnp.sum(survival), tau_greedy + jnp.sum(greedy)
         parts.append((jnp.sum(entropy * valid), jnp.sum(accept), jnp.sum(correct), jnp.sum(valid)))
 
+    # One [S] array a name, of the scalars that the loop collected.
     names = ("ploss", "accept", "correct", "supervised")
     sums = dict(zip(names, map(jnp.stack, zip(*parts, strict=True)), strict=True))
 

@@ -39,6 +39,7 @@ class Cadence:
 
     def at(self, done: int) -> "Due":
         """The actions due after `done` steps. An evaluation also closes a record, and is saved with its score."""
+        # The last step records, evaluates and saves, or the run would end with work that nothing shows.
         last = done == self.total
         evaluation = bool(self.evaluate_every) and (last or done % self.evaluate_every == 0)
 
@@ -127,17 +128,23 @@ class Run:
         if config.data.source == "offline":
             if not config.data.cache:
                 make_records(config, folder, target)
+            # The cache must have the drafter's taps and be of this target: nothing else would notice features of
+            # other layers.
             source: TokenSource = open_records(
                 cache_folder(config.data, folder), config.drafter.target_layer_ids, target
             )
         else:
+            # The target runs in the step, so only tokens are read.
             source = open_conversations(config.data, target)
 
         batches = make_batches(config.data, source, mesh)
         # The learning rate ends at the total, so it is fixed before the step is described.
+        # `max_steps` can end a run within an epoch; without it the epochs decide.
         steps = config.epochs * batches.steps_per_epoch
         total = steps if config.max_steps is None else min(steps, config.max_steps)
 
+        # The step is described here and compiled at its first call: planning uses the same description without a
+        # device.
         spec = StepSpec.of(config, target, mesh, total)
 
         return cls(

@@ -39,6 +39,7 @@ def require_same_run(folder: Path, config: TrainConfig) -> None:
     """UserError when the folder belongs to a run of another configuration, or to something else altogether."""
     path = folder / "config.json"
     if not path.exists():
+        # An empty folder is a new run; one with other files holds something else.
         others = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
         # Left by a run that was killed before it had written its configuration.
         if [name for name in others if name != "config.json.tmp"]:
@@ -56,6 +57,7 @@ def require_same_run(folder: Path, config: TrainConfig) -> None:
     except UserError as error:
         raise UserError(f"{path} is no configuration of a run: {error}") from None
 
+    # One field is enough for the sentence.
     difference = _first_difference(found, config)
     if difference:
         name, theirs, ours = difference
@@ -81,6 +83,7 @@ def input_hashes(target: Path, data: DataSettings, cache: Path) -> dict[str, str
     its cache itself, and begins from conversations.
     """
     # By content: a folder keeps its name when its files are replaced.
+
     hashes = {"target weights": weights_hash(target)}
     if data.source == "offline":
         return hashes | {"target cache": file_hash(cache / "manifest.json")}
@@ -117,6 +120,7 @@ def require_built_with(cache: Path, target: Path) -> None:
 
     stored = read_object(path, expected="the settings of a cache")
     check_fields(stored, {"settings": object_of()}, str(path), required=("settings",), cure="build the cache again")
+    # Absent in caches that other programs made; those are trusted by their configuration's hash alone.
     built = stored["settings"].get("weights_xxh3")
     if built is not None and built != weights_hash(target):
         raise UserError(
@@ -128,6 +132,7 @@ def require_built_with(cache: Path, target: Path) -> None:
 def _first_difference(found: Any, wanted: Any, prefix: str = "") -> tuple[str, Any, Any] | None:
     for field in fields(found):
         name, theirs, ours = prefix + field.name, getattr(found, field.name), getattr(wanted, field.name)
+        # By its whole dotted name: `mesh` is free as a whole, and so are its fields.
         if theirs == ours or name in FREE_TO_CHANGE:
             continue
         return _first_difference(theirs, ours, f"{name}.") if is_dataclass(theirs) else (name, theirs, ours)
@@ -199,6 +204,7 @@ class MetricsLog:
             line = json.dumps(record).encode() + b"\n"
             while line:  # a disk that is nearly full takes a part, and refuses the next
                 line = line[self._file.write(line) :]
+            # TensorBoard has no null.
             known = {name: value for name, value in record.items() if name != "step" and value is not None}
             self._board.write(record["step"], known)
 

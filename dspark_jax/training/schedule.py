@@ -19,6 +19,7 @@ def learning_rate_schedule(
     Returns:
         lr(step, xp=jnp), float32 of traced steps; xp=numpy computes in float64.
     """
+    # Truncated, as in the reference; a ratio of 0 means no warm-up.
     warmup = int(warmup_ratio * total_steps)
     rest = max(total_steps - warmup, 1)
 
@@ -45,6 +46,7 @@ def make_optimizer(
 
     Parameters without a gradient (Gemma's layer scalars, a pruned vocabulary's head) do not decay either.
     """
+    # Without decay there is nothing to leave out, and the chain stays that of the reference.
     mask = None if weight_decay == 0 else _decays
     adamw = optax.adamw(schedule, b1=betas[0], b2=betas[1], eps=eps, weight_decay=weight_decay, mask=mask)
 

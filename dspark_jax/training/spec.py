@@ -62,6 +62,8 @@ class StepSpec:
         """
         # Refuses a drafter that does not fit the target, before anything is laid out.
         drafter_hf = drafter_config(config.drafter, target, config.compute_dtype)
+        # Markov tables are [V, r]: split like the embedding they save memory, whole they save a gather in every
+        # chunk.
         rules = ShardingRules()
         placement = Placement(mesh, rules.sharded_markov() if config.mesh.markov_tables == "sharded" else rules)
         settings = config.optimizer
@@ -134,6 +136,8 @@ class StepSpec:
 def drafter_config(settings: DrafterSettings, target: Target, dtype: str) -> dict[str, Any]:
     """config.json of the drafter that the settings describe; `dtype` is that of the exported weights."""
     # A kind whose block slots take the mask token refuses None; the others ignore it.
+    # The configuration's id wins over the tokenizer's, since it may stand for one that the tokenizer does not name
+    # (docs/algorithm.md, rule 89).
     mask_token = settings.mask_token_id
     if mask_token is None:
         mask_token = getattr(target.tokenizer, "mask_token_id", None)
@@ -186,6 +190,7 @@ def loss_options(settings: LossSettings, anchor_chunk: int) -> LossOptions:
 def micro_batches(data: DataSettings, mesh: AnyMesh) -> int:
     """Micro-batches of a step on this mesh; UserError when its devices can't share one evenly."""
     groups = ShardingRules().row_groups(mesh)
+    # 0 asks for one row for each group of devices: the order of the data stays, whatever their number.
     steps = data.accumulation_steps or max(1, data.global_batch // groups)
 
     # Every micro-batch must give each group of devices the same number of rows.

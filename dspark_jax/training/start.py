@@ -17,6 +17,7 @@ from dspark_jax.training.step import TrainState, init_train_state
 
 def initial_state(run: Run) -> TrainState:
     """The training state at step 0, each device making its own part; UserError where the given start does not fit."""
+    # An earlier drafter and copied layers exclude one another; the configuration was checked for that.
     spec, start = run.step, None
     if run.init_drafter:
         start = earlier_params(run)
@@ -56,6 +57,7 @@ def grafted_params(run: Run) -> dict:
     A short run would not learn such attention and MLPs from random parameters.
     """
     spec = run.step
+    # The named layers alone are read, not the target.
     layers, final_norm = load_layers(run.target, run.init_layers, mesh=spec.mesh, rules=spec.placement.rules)
     params = new_params(spec.drafter_hf, jax.random.key(run.seed))
     chosen, dims = [layers[i] for i in run.init_layers], spec.drafter.backbone
@@ -78,6 +80,7 @@ def last_tap_rows(run: Run, batch: Mapping[str, np.ndarray] | None = None) -> ja
         UserError: the batch has no states, as in runs whose target computes them in the step.
     """
     if batch is None:
+        # The first batch is as good as any, and the same in every process.
         with run.batches.iterate(0, 1) as batches:
             batch = next(iter(batches))
 

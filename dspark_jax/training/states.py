@@ -73,6 +73,7 @@ class TargetStates:
         if segments is not None:
             positions = positions - segment_starts(segments)
 
+        # A constraint for each leaf: XLA gathers a parameter where its layer runs, and drops the copy after it.
         if self.whole is not None:
             target = jax.tree.map(jax.lax.with_sharding_constraint, target, self.whole)
 
@@ -80,6 +81,7 @@ class TargetStates:
         # The final norm is part of `hidden`, taps are raw layer outputs (docs/algorithm.md, rules 15 and 17).
         out = model(tokens, positions, CausalRows(segments), self.layer_ids)
 
+        # The target is frozen; without this its activations would be kept for a backward pass.
         states = jax.lax.stop_gradient((out.taps, out.hidden))
         if self.codec is None:
             return dict(zip(("features", "last_hidden"), states, strict=True))

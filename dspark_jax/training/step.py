@@ -81,10 +81,12 @@ def abstract_train_state(
         return abstract
 
     # Moments lie as their parameters do; counters are on every device.
+    # Shardings come from the axis names in the module, which a bare tree of shapes no longer has.
     over_mesh = parameter_shardings(skeleton(hf_config), placement.mesh, placement.rules)
     placed = TrainState(
         step=placement.whole,
         params=over_mesh,
+        # A moment has the shape of its parameter, so it takes the same split; optax knows which leaves are moments.
         opt_state=optax.tree_utils.tree_map_params(
             optimizer, lambda _, s: s, abstract.opt_state, over_mesh, transform_non_params=lambda _: placement.whole
         ),
@@ -117,6 +119,7 @@ def init_train_state(
     if placement is None:
         return build(params)
 
+    # Jitted with the shardings of its results: each device makes its own part, and no array is whole on any of them.
     abstract = abstract_train_state(hf_config, optimizer, placement)
     return jax.jit(build, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))(params)
 
@@ -162,6 +165,7 @@ def make_train_step(
         params, shared = _in_use(state.params, shared, placement, abstract)
 
         def loss(params: dict, batch: Batch, rows: Any) -> tuple[Array, Sums]:
+            # Differentiated by `params` alone: the target's tables are frozen (docs/algorithm.md, rule 18).
             sums = objective.sums(params, shared, batch, rows)
             return objective.loss(sums, plan.denominator), sums
 
@@ -171,6 +175,7 @@ def make_train_step(
             made = jax.grad(loss, has_aux=True)(params, source.read(stored, batch), rows)
             return made, stored if record else {}
 
+        # Sums and gradients add up over micro-batches because each part is divided by the same global denominator.
         (grads, sums), stored = _over_micro_batches(gradient, batch, plan.rows, accumulation_steps, placement)
         verdict = _Verdict.of(grads, objective.loss(sums, plan.denominator), plan.supervised)
 
@@ -193,8 +198,10 @@ def make_eval_step(
         if placement is not None:
             batch = placement.rows(dict(batch))
 
+        # The caller's key, so that two evaluations draw the same anchors.
         plan = objective.plan(batch, key)
 
+        # An evaluation is one pass, so the parameters are gathered whole and no chunk gathers them again.
         whole = replicate(params, None if placement is None else placement.whole)
         given = source.read(source.stored(target, batch), batch)
         sums = objective.sums(whole, shared, given, plan.rows)
@@ -297,6 +304,7 @@ def _over_micro_batches(
     if steps == 1:
         return gradient(batch, rows)
 
+    # [B, ...] -> [A, B / A, ...] for the batch and for the blocks drawn from it, which belong together row by row.
     micro = jax.tree.map(lambda x: _split_rows(x, steps), (dict(batch), rows))
     if placement is not None:
         micro = placement.rows(micro, leading=1)
@@ -308,6 +316,7 @@ def _over_micro_batches(
     gradient = jax.jit(gradient)  # traced once for its shapes and for the loop
     shapes = jax.eval_shape(gradient, *jax.tree.map(lambda x: x[0], micro))[0]
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    # One micro-batch after the other, so that the activations of one alone are in memory.
     total, stored = jax.lax.scan(add, zeros, micro)
 
     return total, jax.tree.map(_join_rows, stored)
@@ -325,6 +334,7 @@ def _join_rows(x: Array) -> Array:
 
 
 def _check_rows(rows: int, steps: int, placement: Placement | None) -> None:
+    # Each group of devices takes the same number of rows of every micro-batch.
     groups = 1 if placement is None else placement.rules.row_groups(placement.mesh)
     if rows % (steps * groups):
         raise UserError(

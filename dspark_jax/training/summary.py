@@ -79,6 +79,7 @@ def table(summary: dict[str, Any]) -> str:
         rows.append(("model FLOPs utilisation", f"{summary['mfu']:.1%}"))
 
     rows.append(("drafter", summary["drafter"]))
+    # Aligned by the longest name, since the rows present differ from run to run.
     width = max(len(name) for name, _ in rows)
 
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

@@ -23,6 +23,7 @@ def summary_rows(sweep: Sweep, results: Mapping[str, Mapping[str, Any]]) -> list
             continue
         # A field that another point varies has the base's value here.
         values = {field: diff.get(field, _value(sweep, field)) for field in varied(sweep)}
+        # Runs differ in what they record: those without evaluations have no eval_tau.
         measured = {key: results[name].get(key) for key in {*MEASURED, sweep.metric, "steps", "accept_rate"}}
         rows.append({"name": name, "values": values, **measured})
 
@@ -73,6 +74,7 @@ def summary_plot(path: Path, sweep: Sweep, rows: list[Row]) -> None:
 
 
 def _abscissa(sweep: Sweep, rows: list[Row]) -> str | None:
+    # Numeric fields that take more than one value, with the number of these.
     counts = {}
     for field in varied(sweep):
         values = [row["values"][field] for row in rows]
@@ -89,6 +91,7 @@ def _lines(sweep: Sweep, rows: list[Row], field: str) -> dict[str, list[tuple[fl
     lines: dict[str, list[tuple[float, float]]] = {}
 
     for row in rows:
+        # Lines are told apart by the other fields, by the names that the points' folders have too.
         label = run_name({name: row["values"][name] for name in other}) if other else sweep.metric
         # Points that agree in all other fields share a line.
         lines.setdefault(label, []).append((row["values"][field], row[sweep.metric]))

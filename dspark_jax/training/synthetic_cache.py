@@ -48,6 +48,7 @@ def write_synthetic_cache(
 
         # All records in one pass: they are few and short by their purpose.
         model = load_target(target.name, dtype="float32", tokenizer=False)
+        # Random tokens, real states: losses and shapes are as in a run on text, and no text is needed.
         tokens = np.random.default_rng(seed).integers(0, target.config.vocab_size, (records, length), np.int32)
         taps, hidden = jax.device_get(_hidden_states(model, layer_ids, jnp.asarray(tokens)))
         mask = (np.arange(length) >= length // 2).astype(np.uint8)
