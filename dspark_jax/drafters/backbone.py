@@ -71,6 +71,7 @@ class Backbone(nnx.Module):
 
         `starts`: the index in its row at which each anchor's sequence begins; None: each row is one sequence.
         """
+        # Embedded rows come in the target's dtype, like the taps.
         x = x.astype(self.fc.weight_io.dtype)
 
         # RoPE counts from the sequence's start, while the mask compares indices in the packed row (rules 21 and 23).

@@ -69,6 +69,7 @@ class DrafterConfig:
     @classmethod
     def from_hf_dict(cls, config: Mapping[str, Any]) -> Self:
         """Reads a config.json; UserError naming a field that is missing, mistyped or contradicts another."""
+        # Types and ranges first: below, a field may be indexed, compared and multiplied as what it should be.
         check_drafter_fields(config, WHERE)
         refuse_rotations(config, WHERE)
         try:
@@ -95,6 +96,8 @@ class DrafterConfig:
             "block_size": config["block_size"],
             "target_layer_ids": tuple(config["target_layer_ids"]),
             "num_target_layers": config["num_target_layers"],
+            # Absent in files that other programs wrote; such a drafter is bound to its target by sizes and frozen
+            # copies alone.
             "target_sha256": config.get(TARGET_SHA_FIELD),
         }
 
@@ -188,6 +191,7 @@ class DSparkConfig(BlockConfig):
 
     @classmethod
     def read_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        # `or 0`: a null rank in a file means no head, as an absent one does.
         bits = config.get("draft_vocabulary")
         rank = config.get("markov_rank") or 0
         confidence = bool(config.get("enable_confidence_head", False))
@@ -277,10 +281,12 @@ def family_fields(
     target_hf_config: Mapping[str, Any], dimensions: Mapping[str, int]
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """(the target's text config spelled for the draft layers' family, the sizes under that family's names)."""
+    # Deep, because a config's nested objects (ropes, layer types) would be shared with the target's.
     config = deepcopy(dict(text_config(target_hf_config)))
     sizes = dict(dimensions)
 
     if drafter_family(config) == "Gemma4":
+        # Two fields that DeepSpec's Gemma drafters carry, by which a server finds the target's classes.
         config["target_text_model_type"] = config["model_type"]
         config["target_model_type"] = target_hf_config["model_type"]
 

@@ -42,6 +42,7 @@ class MarkovHead(nnx.Module):
     """
 
     def __init__(self, config: DSparkConfig, *, rngs: nnx.Rngs):
+
         rank, std = config.markov_rank, config.backbone.initializer_range
         # W_1 has a row for every target id, since any committed token may precede a draft; W_2 only for draft ids.
         self.w1_vr = param(normal(rngs, (config.backbone.vocab_size, rank), std), "markov_vocab", "rank")
@@ -70,6 +71,7 @@ class MarkovHead(nnx.Module):
         self, embeddings: Float[Array, "*n k r"], hidden: Float[Array, "*n k d"]
     ) -> Float[Array, "*n k r"]:
         """All latents of blocks whose previous tokens are given, computed in order as decoding does."""
+        # The order matters for the RNN head alone: its state at k depends on the tokens before.
         state, latents = self.init(hidden.shape[:-2]), []
         # Unrolled: K is small, and heads without a state then compute all positions independently.
         for k in range(hidden.shape[-2]):

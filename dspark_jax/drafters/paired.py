@@ -91,6 +91,7 @@ class PairedRows(nnx.Module):
         return layer_ropes(self.config.backbone, positions)[0]
 
     def init_state(self, requests: int, size: int, dtype: Any) -> PairedState:
+        # As many cached rows as positions: row s - 1 is written only when the token at s is known.
         dims = self.config.backbone
         cache = empty_cache(dims.kv_shapes, requests, size, dtype)
 

@@ -214,6 +214,7 @@ def new_params(hf_config: Mapping[str, Any], key: jax.Array) -> dict:
 
 def new_drafter(name: str, hf_config: Mapping[str, Any], key: jax.Array) -> Drafter:
     """An untrained drafter, on the default device."""
+    # The structure comes from shapes alone, the arrays from `new_params`: no second set of random numbers is drawn.
     graphdef, _ = split(skeleton(hf_config))
     # Not jitted: random bits compile slowly on a CPU, and run one by one each shape compiles only once.
     return Drafter(name, read_config(hf_config), graphdef, new_params(hf_config, key), hf_config)
@@ -233,6 +234,7 @@ def with_head_norms(layer: dict, rows: Float[Array, "n d"], eps: float) -> dict:
     A head norm divides by each row's own root mean square; its weight is set to the root mean square that the layer's
     queries and keys have on `rows` (the layer's inputs, before its input norm), so that scores keep their scale.
     """
+    # Measured in float32: a mean of squares loses its small terms in bfloat16.
     wide = rows.astype(jnp.float32)
 
     # The layer's own input norm, written out, because a target layer's parameters come without their module.
@@ -240,6 +242,7 @@ def with_head_norms(layer: dict, rows: Float[Array, "n d"], eps: float) -> dict:
     normed = normed * layer["input_norm"]["weight"]
 
     attention = dict(layer["attention"])
+    # Values have no norm in a draft layer either, so they need none here.
     for name, weight in (("q_norm", "q_weight_dqh"), ("k_norm", "k_weight_dgh")):
         # [N, D] -> [N, heads, H]; one scale for all heads, because a head norm's weight [H] is shared by them.
         heads = jnp.einsum("nd,dih->nih", normed, attention[weight])
@@ -253,6 +256,7 @@ def graft_target_layers(hf_config: Mapping[str, Any], params: dict, layers: Sequ
     """`params` with the draft layers and norms started from the target's: layers[i] becomes draft layer i, by the
     kind's `graft`. Layers without head norms go through `with_head_norms` first. Raises UserError for a kind without
     `graft`, and if the drafter's sizes are not the target's."""
+    # A kind names its own way of copying, since a layer's inputs differ: Eagle3's has an embedding half besides.
     kind = kind_of(hf_config)
     if not hasattr(kind.module, "graft"):
         raise UserError(

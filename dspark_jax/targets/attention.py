@@ -41,6 +41,7 @@ class CausalRows:
 
     def __call__(self, layer: int, q: Array, k: Array, v: Array, *, scale: float, window: int | None) -> Array:
         length = q.shape[1]
+        # Head-major, like cached keys, so that one core serves rows and caches.
         keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, G, T, H]
 
         # A length that is not a multiple of `query_chunk` takes the whole score matrix at once: pad long rows to one.
@@ -71,6 +72,7 @@ class CausalRows:
         allowed = allowed[None]
 
         if self.segments is not None:
+            # Padding is segment 0 and would see padding; its outputs are never read.
             mine = jax.lax.dynamic_slice_in_dim(self.segments, start, q.shape[1], axis=1)
             allowed = allowed & (mine[:, :, None] == self.segments[:, None, :])
 
@@ -125,6 +127,7 @@ class CachedBlock:
 
     def __call__(self, layer: int, q: Array, k: Array, v: Array, *, scale: float, window: int | None) -> Array:
         if self.packed is not None:
+            # Only here do rows meet other rows of their request, so only here are they put side by side.
             q, k, v = (self.packed.to_grid(x) for x in (q, k, v))  # [P, ...] -> [R, W, ...]
 
         # In one product with the other rows a value that is not finite would reach them all, because its weight of 0
@@ -159,6 +162,7 @@ def prefix_mask(
 ) -> Bool[Array, "b n k t"]:
     """Cached position t is visible to row k of a block starting at `lengths` iff t < lengths (and in the window, and
     not before the block's segment, which begins at `starts`)."""
+    # Every later position of the cache is junk: rejected drafts, or an earlier request of the slot.
     columns = jnp.arange(size)
     allowed = columns < lengths[:, :, None, None]  # [B, N, 1, T]
 
@@ -176,6 +180,7 @@ def prefix_mask(
 
 def causal_block(width: int, window: int | None = None) -> Bool[Array, "k k"]:
     """Which of a block's own keys each of its rows sees: itself and earlier ones, within the window."""
+    # Offsets within the block, not positions: all of a block's rows shift together.
     rows, columns = jnp.arange(width)[:, None], jnp.arange(width)[None, :]
     allowed = columns <= rows
     return allowed if window is None else allowed & (columns > rows - window)
@@ -203,6 +208,7 @@ def prefix_block_attention(
     stacked = rows.reshape(b, groups, -1, h)  # [B, G, M, H]
 
     scores = jnp.einsum("bgmh,bgth->bgmt", stacked, prefix.keys, preferred_element_type=jnp.float32) * scale
+    # The mask differs by block and row, so the stacked rows are told apart again.
     scores = scores.reshape(*rows.shape[:-1], -1)  # [B, G, N, Q/G, K, T]
     scores = jnp.where(prefix_allowed[:, None, :, None], scores, MASKED)
     top = jnp.max(scores, axis=-1, keepdims=True)

@@ -60,6 +60,7 @@ class RopeConfig:
                 "a partial_rotary_factor here."
             )
 
+        # Kinds that stretch positions need the length the model was first trained on; the others never read it.
         original = scaling.get("original_max_position_embeddings") or config["max_position_embeddings"]
 
         # A yarn file may give the original length alone: transformers then takes the ratio of the two lengths.
@@ -117,6 +118,7 @@ class RopeConfig:
         low, high = correction(self.beta_fast), correction(self.beta_slow)
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
+        # The ramp runs over the indices between the two; indices outside exist in no head.
         low, high = max(low, 0), min(high, head_dim - 1)
 
         # Equal ends would divide by zero below.
@@ -152,6 +154,7 @@ class RopeConfig:
         if wavelength > self.original_max_positions / self.low_freq_factor:
             return frequency / self.factor
 
+        # 0 at the longest wave that is divided whole, 1 at the shortest that is kept.
         smooth = (self.original_max_positions / wavelength - self.low_freq_factor) / (
             self.high_freq_factor - self.low_freq_factor
         )
@@ -269,6 +272,7 @@ def common_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         "rms_norm_eps": config["rms_norm_eps"],
         "max_positions": config["max_position_embeddings"],
         "initializer_range": config.get("initializer_range", 0.02),
+        # transformers 5 renamed the field; published files have either.
         "dtype": config.get("dtype") or config.get("torch_dtype") or "float32",
         "attention_bias": bool(config.get("attention_bias", False)),
     }
@@ -285,6 +289,7 @@ def check_activation(config: Mapping[str, Any], field: str, expected: str) -> No
 
 def layer_types(config: Mapping[str, Any], default: Sequence[str]) -> list[str]:
     """One of full_attention and sliding_attention a layer; UserError when the file names too few or others."""
+    # More types than layers are accepted: some files list those of further modules behind them.
     types = config.get("layer_types") or default
 
     layers = config["num_hidden_layers"]
@@ -305,5 +310,6 @@ def config_sha256(config: Mapping[str, Any]) -> str:
     """sha256 of the canonical JSON of the fields that decide what the model computes, not of paths and versions."""
     # The storage dtype is left out: a cache made from a bfloat16 copy serves a float32 one of the same weights.
     ignored = {"_name_or_path", "transformers_version", "use_cache", "architectures", "dtype", "torch_dtype"}
+    # Sorted keys below: the order of a file's fields is no part of the model.
     kept = {key: value for key, value in config.items() if key not in ignored}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

@@ -91,6 +91,7 @@ class DecoderModel(nnx.Module):
 
     def embed(self, tokens: Int[Array, "*n"]) -> Float[Array, "*n d"]:
         """Scaled rows of the table; the scale is rounded to their dtype first (docs/algorithm.md, rule 60)."""
+        # [*n, D] in the table's dtype.
         rows = jnp.take(self.embed_weight_vd[...], tokens, axis=0)
         scale = self.config.embed_scale
         return rows if scale == 1.0 else rows * jnp.asarray(scale, rows.dtype)
@@ -114,6 +115,7 @@ class DecoderModel(nnx.Module):
         # Taps are raw layer outputs: the final norm is in none of them (docs/algorithm.md, rules 14 and 15).
         tapped = {-1: x} if -1 in tap_layers else {}
         kv = []
+        # Unrolled: layers may differ in heads, window and MLP, and each writes to a cache leaf of its own.
         for layer, rope in zip(self.layers, ropes, strict=True):
             x, layer_kv = layer(x, rope, attend)
             # Cache rows are scattered to the grid here, once a layer, so that packing is unknown to the caches.

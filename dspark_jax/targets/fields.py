@@ -129,6 +129,7 @@ def refuse_rotations(config: Mapping[str, Any], where: str) -> None:
     Such a model's weights load without a fault and compute something else. `partial_rotary_factor` is `RopeConfig`'s.
     """
     # At any depth, because multimodal files nest the text config and Gemma's ropes lie a level further down.
+
     for values in _objects(config):
         for name, harmless in _ROTATIONS.items():
             if name in values and values[name] not in harmless:
@@ -142,5 +143,6 @@ def _objects(value: Any) -> Iterator[Mapping[str, Any]]:
     """Every object within a JSON value, outermost first; the reader has bounded its depth."""
     if isinstance(value, Mapping):
         yield value
+        # Lists are not searched: no published field for rotation lies in one.
         for item in value.values():
             yield from _objects(item)

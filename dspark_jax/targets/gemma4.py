@@ -77,11 +77,13 @@ def _layer(config: Mapping[str, Any], kind: str) -> LayerConfig:
             f"config.json has {kind} layers and no rope_parameters for them; Gemma 4 gives each type of layer its own."
         )
 
+    # Each kind of layer turns differently: global ones a quarter of the frequencies, by another theta (rule 65).
     rope = RopeConfig.from_hf_dict({**config, "rope_parameters": ropes}, kind)
     if kind == "sliding_attention":
         # Sliding layers have values of their own, whatever `attention_k_eq_v` says.
         return LayerConfig(config["num_key_value_heads"], config["head_dim"], rope, config["sliding_window"])
 
+    # `None` and 0 in a file mean the sliding layers' number, hence `or` below.
     shared = bool(config.get("attention_k_eq_v", False))
     own = config.get("num_global_key_value_heads") if shared else None
 

@@ -63,6 +63,7 @@ def insert_rows(
 
     def one(a: Array, stored: Tree) -> Tree:
         def insert(leaf: Array, new: Array) -> Array:
+            # Writes past the real rows are junk behind the slot's length, as everywhere in a cache.
             row = jax.lax.dynamic_slice_in_dim(new, a, 1).astype(leaf.dtype)  # [1, ...], the slot axis kept
             at: list[Any] = [slots[a], *(0,) * (leaf.ndim - 1)]
             if starts is not None:

@@ -110,6 +110,7 @@ class Attention(nnx.Module):
     norm: type = RMSNorm
 
     def __init__(self, config: TargetConfig, index: int, *, rngs: nnx.Rngs, input_size: int | None = None):
+        # Sizes of this layer alone: in Gemma they differ between sliding and global layers.
         layer, std, d = config.layers[index], config.initializer_range, config.hidden_size
 
         # A drafter's first layer may read wider rows than D (Eagle3 reads 2 D), but always writes D.
@@ -145,6 +146,7 @@ class Attention(nnx.Module):
         q, kv = self.queries(x, rope), self.keys_values(x, rope)
 
         # The new rows go to the core as they are; whether and where they are cached is the caller's business.
+
         mixed = attend(self.index, q, kv.keys, kv.values, scale=self.scale, window=self.window)
         return self.output(mixed), kv
 
@@ -216,6 +218,7 @@ class DecoderLayer(nnx.Module):
         self.input_norm = RMSNorm(d, eps)
         self.attention = Attention(config, index, rngs=rngs, input_size=input_size)
         self.post_attention_norm = RMSNorm(d, eps)
+        # A mixture may have dense layers among its sparse ones (Qwen3's mlp_only_layers).
         self.mlp: Any = SparseMLP(config, rngs=rngs) if config.layers[index].sparse else MLP(config, rngs=rngs)
 
         self.index = index
@@ -226,5 +229,6 @@ class DecoderLayer(nnx.Module):
 
     def after_attention(self, residual: Float[Array, "*n d"], mixed: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
         """The block's output from its residual and its attention's output."""
+        # The norm is of the sum: the residual stream itself is never normed.
         x = residual + mixed
         return x + self.mlp(self.post_attention_norm(x))

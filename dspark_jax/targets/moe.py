@@ -58,6 +58,7 @@ def grouped_experts(
     sizes = jnp.zeros((len(stack.gate),), jnp.int32).at[chosen.ravel()].add(1)  # [E], rows of each expert
     gathered = jnp.take(rows, order // k, axis=0)  # [N K, D]
 
+    # [N K, F]; each run of `sizes[e]` rows meets expert e's weights alone.
     inner = activation(jax.lax.ragged_dot(gathered, stack.gate, sizes), jax.lax.ragged_dot(gathered, stack.up, sizes))
     out = jax.lax.ragged_dot(inner, stack.down, sizes)
 

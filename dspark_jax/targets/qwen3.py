@@ -20,6 +20,7 @@ def qwen3_config(config: Mapping[str, Any]) -> TargetConfig:
     check_activation(config, "hidden_act", "silu")
 
     rope = RopeConfig.from_hf_dict(config)
+    # 128 is the family's default where a file has no head_dim.
     heads, head_dim = _heads(config, 128)
 
     return TargetConfig(

@@ -61,6 +61,7 @@ class TargetKind:
                 f"{where} has no field {missing}, which a {fields['model_type']} target needs; add it."
             ) from None
 
+        # On the result, where every family's defaults are filled in.
         _check_heads(made, where)
         return made
 
@@ -93,6 +94,7 @@ def target_kind(config: Mapping[str, Any], where: str = "config.json") -> Target
     """The kind that a config.json names, multimodal or text-only; UserError if no family here has it."""
     outer, named = config.get("model_type"), text_config(config).get("model_type")
 
+    # `str`, since the field may be missing or of another type in a file that is no target's.
     kind = TARGETS.get(str(named))
 
     # A text model may stand alone (then outer and named agree), but not inside another family's multimodal file.

@@ -83,6 +83,7 @@ class V4DSparkConfig(DSparkConfig):
         block_size: int, markov_rank: int, mask_token_id: int | None, num_anchors: int, **_: Any,
     ) -> dict[str, Any]:  # fmt: skip
         """The config of a new module of `num_layers` stages; settings that do not concern it are ignored."""
+        # A target that shipped with a drafter names the token that one was trained with.
         noise = target_hf_config.get("dspark_noise_token_id") if mask_token_id is None else mask_token_id
 
         if noise is None:

@@ -98,6 +98,7 @@ class V4DSpark(DSpark):
         self, shared: SharedTables, context: Rings, tokens: Array, anchors: Array, starts: Array | None = None
     ) -> Array:
         """Blocks [B, N] over the last `window` positions of their own sequence before each anchor."""
+        # [B, N, window]: the positions before each anchor, the nearest last; those below 0 are masked.
         index = anchors[..., None] + jnp.arange(-self.window, 0)
 
         # A packed row holds other conversations too: the window ends at the sequence's own start.
@@ -131,6 +132,7 @@ class V4DSpark(DSpark):
         inputs = jnp.concatenate([tokens[..., None], noise], axis=-1)
         positions = anchors[..., None] + jnp.arange(self.block_size)
 
+        # Stages work on S residual streams like the target's layers, and collapse them once at the end.
         streams, made = spread_streams(shared.rows(inputs), self.dims.streams), []
         for stage, keys in zip(self.stages, context, strict=True):
             streams = self._stage(stage, streams, inputs, positions, keys, allowed)
@@ -147,6 +149,7 @@ class V4DSpark(DSpark):
         rope = attention.rope(positions)
         q, kv = attention.queries(attention.low_rank(x), rope), attention.keys(x, rope)
 
+        # Two parts of keys in one softmax: the context, of which every block row sees the same, and the block whole.
         width = kv.shape[-2]
         seen = jnp.broadcast_to(allowed[..., None, :], (*allowed.shape[:-1], width, allowed.shape[-1]))
         block = jnp.ones((*kv.shape[:-1], width), bool)

@@ -55,6 +55,7 @@ def sink_attention(
 
     # The sink is always in the softmax: a row without visible keys gets 0, and no quotient is 0 / 0.
     sink = sinks.astype(jnp.float32)
+    # [*b, W, Q]: one maximum over the sink and all parts, by which the parts can be summed.
     top = jnp.broadcast_to(sink, q.shape[:-1])
     for score in scores:
         top = jnp.maximum(top, jnp.max(score, axis=-1, initial=MASKED))
@@ -157,6 +158,7 @@ class V4Attention(nnx.Module):
         """Rotated back to position 0, then through the low-rank output of its group of heads."""
         # A value is a rotated key: without the inverse rotation the output would depend on absolute positions.
         oa, ob = self.oa_weight_gio[...], self.ob_weight_god[...]
+        # [*n, Q, H] -> [*n, G, Q H / G]: each group of heads has a low-rank output of its own.
         flat = rotate_heads(mixed, rope, inverse=True).reshape(*mixed.shape[:-2], oa.shape[0], oa.shape[1])
         low = jnp.einsum("...gi,gio->...go", flat, oa)  # [*n, G, O]
 
@@ -176,6 +178,7 @@ class V4Attention(nnx.Module):
         low = self.low_rank(x)
         q, kv = place.to_grid(self.queries(low, rope)), place.to_grid(self.keys(x, rope))
 
+        # Three kinds of keys: the window, entries closed long ago, and entries that this very block closes.
         window = self._window(state, kv, place.starts)
         main = self._closed(self.compressor, x, positions, place, None if state is None else state.main)
 
@@ -184,6 +187,7 @@ class V4Attention(nnx.Module):
             return self.output(place.from_grid(mixed), rope), LayerRows(kv, None, None), None
 
         entries, seen = self._visible(main, None if state is None else state.main.entries, q.shape[1], place.starts)
+        # CSA's indexer has entries of its own, fewer channels wide, closed by the same windows.
         index = None
         if self.indexer is not None:
             stored = None if state is None else state.indexer
@@ -222,6 +226,7 @@ class V4Attention(nnx.Module):
         rows need no clean-up.
         """
         closed, m = rows.closed, self.layer.ratio
+        # [R, W]: the number of windows that are complete once the row's own token is in.
         limits = (starts[:, None] + jnp.arange(width) + 1) // m
         index = closed.first[:, None] + jnp.arange(closed.entries.shape[1])
 
@@ -230,6 +235,7 @@ class V4Attention(nnx.Module):
 
         if stored is not None:
             # From `first` on, stored entries belong to windows that were open before this block, or are stale.
+            # The block's own copy of a window takes the place of the stored one.
             old = jnp.arange(stored.shape[1]) < closed.first[:, None, None]
             entries, seen = [stored, *entries], [jnp.broadcast_to(old, (len(starts), width, stored.shape[1])), *seen]
 

@@ -38,6 +38,7 @@ class Compressor(nnx.Module):
         d, std = config.hidden_size, config.initializer_range
         self.ratio, self.series = layer.ratio, 2 if layer.indexed else 1
         self.size = size
+        # CSA reads each token twice, for the entry of its own window and for the next one: two series of channels.
         self.kv_weight_dc = param(normal(rngs, (d, self.series * size), std), "embed", None)
         self.gate_weight_dc = param(normal(rngs, (d, self.series * size), std), "embed", None)
 
@@ -91,4 +92,5 @@ class Compressor(nnx.Module):
             slots = jnp.concatenate([before, own], axis=2)  # [R, N, 2 M, 2, C]
             content, gate = slots[..., 0, :], slots[..., 1, :]
 
+        # A softmax for each channel: tokens may share an entry in different proportions.
         return jnp.sum(jax.nn.softmax(gate, axis=2) * content, axis=2)

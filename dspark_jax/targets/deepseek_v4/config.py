@@ -78,6 +78,7 @@ def v4_config(config: Mapping[str, Any]) -> V4Config:
 
     count = config["num_hidden_layers"]
     ratios = _ratios(config)
+    # Three facts have two spellings each; each helper reads both and refuses a file in which they disagree.
     hashed = _hash_layers(config)
     theta, compressed = _ropes(config)
 
@@ -217,6 +218,7 @@ def _ratio_of(kind: str, rates: Mapping[str, int]) -> int:
             f"config.json has layer type {kind!r}; deepseek_v4 targets use {', '.join(_TYPES.values())} and {_HEAVY}."
         )
 
+    # The published ratios are the defaults: 4 for CSA, 128 for HCA.
     ratio = rates.get(kind, SPARSE_RATIO if kind == _TYPES[SPARSE_RATIO] else 128)
 
     # The ratio alone tells CSA from HCA everywhere else, so the two must not overlap.

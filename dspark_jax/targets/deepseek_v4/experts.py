@@ -92,6 +92,7 @@ class V4MoE(nnx.Module):
         weights, chosen = self.router(rows, tokens.reshape(-1))
         stack = ExpertStack(self.gate_weight_edf[...], self.up_weight_edf[...], self.down_weight_efd[...])
 
+        # The chosen experts' share; the shared expert sees every row and has weight 1.
         routed = mix_experts(rows, weights, chosen, stack, self._activate)
 
         out = routed + self.shared(rows).astype(routed.dtype)

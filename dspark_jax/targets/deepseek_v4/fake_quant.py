@@ -30,6 +30,7 @@ def round_keys(x: Float[Array, "*n h"], rotated: int) -> Float[Array, "*n h"]:
     # The floor keeps the scale of an all-zero block away from 0.
     largest = jnp.maximum(jnp.max(jnp.abs(blocks), axis=-1, keepdims=True), 1e-4)
     scale = _power_of_two(largest / 448.0)  # 448 is the largest e4m3 value
+    # There and back: the values are those that the served kernels see, the dtype is the caller's.
     rounded = (blocks / scale).astype(jnp.float8_e4m3fn).astype(jnp.float32) * scale
 
     return jnp.concatenate([rounded.reshape(still.shape).astype(x.dtype), turned], axis=-1)

@@ -61,6 +61,7 @@ class V4Model(nnx.Module):
 
         assert streams is not None
         if self.config.num_layers in tap_layers:
+            # [*n, S, D] -> [*n, S D], for the MTP block, which reads every stream.
             tapped[self.config.num_layers] = streams.reshape(*streams.shape[:-2], -1)
 
         # Streams are float32; taps and hidden states leave in the dtype of the weights, as caches store them.

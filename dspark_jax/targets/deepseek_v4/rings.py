@@ -43,6 +43,7 @@ def write_ring(
 
 def write_entries(entries: Array, rows: Array, slots: Int[Array, " a"], first: Int[Array, " a"]) -> Array:
     """Entries [R, N, C] with rows [A, N', C] at indices first.. of requests `slots`; rows past the end are dropped."""
+    # Entries are addressed by their own index, which never wraps: the whole sequence's stay.
     index = first[:, None] + jnp.arange(rows.shape[1])
     return entries.at[slots[:, None], index].set(rows.astype(entries.dtype), mode="drop")
 
