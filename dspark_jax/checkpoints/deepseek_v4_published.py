@@ -58,6 +58,7 @@ def published_tensors(hf_config: Mapping[str, Any], drafter: str | None = None) 
 
     drafter: 'dspark' or 'mtp' includes that drafter's tensors; None: the target's alone.
     """
+    # From shapes: the published models are too large to build for a list of names.
     target = _target_leaves(v4_config(hf_config))
     found = dict(_forms(v4_tensor_map(target), target))
 

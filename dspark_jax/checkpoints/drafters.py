@@ -107,6 +107,7 @@ def load_drafter(
     if compare_manifest:
         check_manifest(folder, hf_config, layout, target)
 
+    # Shapes and shardings follow from the config alone, so each tensor can be judged before it is read.
     storage = _storage_dtype(dtype or config.backbone.dtype)
     module = skeleton(hf_config)
     graphdef, abstract = split(module)
@@ -251,6 +252,7 @@ def stored_vocabulary(tensors: TensorFolder, size: int, whole: int) -> DraftVoca
         )
 
     # Both readings, of which low ids, or differences that grow with every id, allow either.
+    # int64: differences may be stored unsigned, and a sum of small integers would wrap.
     table = np.asarray(tensors.raw("d2t")[:]).astype(np.int64)
     readings = (table + np.arange(size), table) if table.shape == (size,) else ()
     found = [
@@ -284,6 +286,7 @@ def stored_vocabulary(tensors: TensorFolder, size: int, whole: int) -> DraftVoca
 def _native_config(folder: Path, target: Target, layer_shift: int) -> tuple[dict[str, Any], FolderLayout]:
     """(DeepSpec's form of the folder's config, layer ids shifted and a pruned vocabulary taken from the tensors; the
     folder's layout)."""
+    # DeepSpec's names and fields from here on, whatever the folder has.
     stored, layout = read_stored_config(folder)
     native = native_config(stored, layout, target.config)
 

@@ -145,6 +145,7 @@ def _convert(file: Path, folder: Path) -> None:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{file} is no whole GGUF file ({reason}); copy it again.") from error
 
+    # Memory maps: nothing is read before a tensor is decoded.
     tensors = {tensor.name: tensor for tensor in reader.tensors}
 
     # The config comes first: an architecture that is not read is refused before gigabytes are decoded.
@@ -278,6 +279,7 @@ def _rope_scaling(
             plain = RopeConfig.from_hf_dict(config).inverse_frequencies(config["head_dim"])[0]
             # The file holds divisors: plain frequency over scaled frequency.
             ours = np.array(plain) / np.array(rope.inverse_frequencies(config["head_dim"])[0])
+            # Loosely: the file holds float32 divisors, and the three candidates differ by far more.
             if ours.shape == found.shape and np.allclose(ours, found, rtol=1e-3):
                 return scaling
 
@@ -289,6 +291,7 @@ def _rope_scaling(
     if named not in ("linear", "yarn"):
         raise UserError(f"{file} asks for RoPE scaling {named!r}; none, linear and yarn are read from GGUF files.")
 
+    # Without its own field, the context length is that before scaling.
     original = fields.get(f"{kind}.rope.scaling.original_context_length", config["max_position_embeddings"])
     if (factor := fields.get(f"{kind}.rope.scaling.factor")) is None:
         raise UserError(
@@ -341,6 +344,7 @@ def _hf_tensors(file: Path, config: Mapping[str, Any], tensors: Mapping[str, Any
             yield _OUTER[name], _decoded(tensor)
             continue
 
+        # "blk.3.attn_q.weight" has four parts; a fifth, or another ending, is a tensor that no model here has.
         parts = name.split(".")
         known = len(parts) == 4 and parts[0] == "blk" and parts[3] == "weight"
         if known and parts[2] in _LAYER:

@@ -39,6 +39,7 @@ class _Walk:
         self.order = "<" if struct.unpack_from("<I", data, 4)[0] & 0xFFFF else ">"
 
     def run(self) -> None:
+        # In this order by the format; both before anything else is walked, since they bound the loops.
         tensors, entries = self.number("Q"), self.number("Q")
         if max(tensors, entries) > MOST_ENTRIES:
             raise ValueError(f"it announces {tensors:,} tensors and {entries:,} fields")
@@ -59,6 +60,7 @@ class _Walk:
         if kind == TEXT:
             self.skip(self.number("Q"))
         elif kind == ARRAY:
+            # Items of all arrays are added up: many small arrays cost as much as a large one.
             inner, count = self.number("I"), self.number("Q")
             self.items += count
             if depth == MOST_DEPTH or self.items > MOST_ITEMS:
@@ -75,11 +77,13 @@ class _Walk:
 
     def number(self, form: str) -> int:
         """The unsigned number here, of a struct format."""
+        # Skipped first, so that a number across the file's end is refused like any other content.
         start = self.at
         self.skip(struct.calcsize(form))
         return int(struct.unpack_from(self.order + form, self.data, start)[0])
 
     def skip(self, count: int) -> None:
+        # Against what is left, not by adding to `at`: a count near 2**64 must not pass.
         if count > len(self.data) - self.at:
             raise ValueError(f"{count:,} bytes are announced at byte {self.at:,} of {len(self.data):,}")
         self.at += count

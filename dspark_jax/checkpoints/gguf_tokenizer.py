@@ -48,8 +48,10 @@ def write_tokenizer(folder: Path, file: Path, fields: Mapping[str, Any]) -> None
         )
 
     tokens, types = fields["tokenizer.ggml.tokens"], fields.get("tokenizer.ggml.token_type")
+    # Without types every token is an ordinary word.
     types = types or [1] * len(tokens)
     pre = fields.get("tokenizer.ggml.pre", "default")
+    # At the first space: byte-level tokens hold none, as a space is stored as another character.
     merges = [tuple(merge.split(" ", 1)) for merge in fields.get("tokenizer.ggml.merges", [])]
 
     # Unused places would be words of the tokenizer otherwise, and count as known tokens.
@@ -105,6 +107,7 @@ def _tokenizer_config(fields: Mapping[str, Any], tokens: list[str]) -> dict[str,
         "add_bos_token": bool(fields.get("tokenizer.ggml.add_bos_token", False)),
     }
 
+    # transformers wants the text of a special token where GGUF has its id.
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown"), ("mask", "mask")):
         if (token := fields.get(f"tokenizer.ggml.{key}_token_id")) is not None:
             config[f"{name}_token"] = tokens[int(token)]

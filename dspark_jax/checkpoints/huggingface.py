@@ -130,12 +130,14 @@ def load_target(
     if (dtype or config.dtype) not in DTYPES:
         raise UserError(f"Target dtype {dtype or config.dtype!r} is not supported; choose float32 or bfloat16.")
 
+    # Structure and shapes first, without an array: they say which tensors the folder must have.
     kind = DTYPES[dtype or config.dtype]
     skeleton = target_skeleton(config)
     graphdef, abstract = split(skeleton)
     leaves = flatten_dict(abstract)
     shardings = None if mesh is None else flatten_dict(parameter_shardings(skeleton, mesh, rules or ShardingRules()))
 
+    # Each parameter's own dtype: routing tables and V4's streams are not cast with the rest.
     tensors, table = target_tensors(folder, config, hf_config, leaves)
     params = load_params(tensors, table, leaves, shardings, parameter_dtypes(config, leaves, kind).__getitem__)
 
@@ -286,6 +288,7 @@ def stop_tokens(folder: Path, hf_config: Mapping[str, Any]) -> tuple[int, ...]:
 
 def load_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer, or None when it has no tokenizer files. Never runs code from the folder."""
+    # A target without a tokenizer is whole: token ids go in and out.
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None
     return chat.load_tokenizer(folder)

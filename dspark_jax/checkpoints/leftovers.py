@@ -39,6 +39,7 @@ def refuse_leftovers(tensors: TensorFolder, needed: Iterable[str], kinds: Iterab
     """
     # Whole names are matched: a pattern that matched a part would let unknown parameters pass.
     patterns = [re.compile(pattern) for kind in ("any", *kinds) for pattern in HARMLESS[kind]]
+
     left = [
         name for name in sorted(tensors.names - set(needed)) if not any(pattern.fullmatch(name) for pattern in patterns)
     ]

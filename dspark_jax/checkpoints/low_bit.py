@@ -42,6 +42,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 def e8m0_values(codes: np.ndarray) -> np.ndarray:
     """float32 2^(byte - 127); byte 255 is NaN."""
+    # numpy cannot compute with e8m0 itself; its bytes are the exponents, biased by 127.
     exponents = codes.view(np.uint8).astype(np.int32)
     # 2^-127 is a subnormal float32, for which ldexp is exact.
     return np.where(exponents == 255, np.float32(np.nan), np.ldexp(np.float32(1), exponents - 127)).astype(np.float32)
@@ -85,6 +86,7 @@ def encode_fp8(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     padded[:rows, :columns] = values
     blocks = padded.reshape(padded.shape[0] // BLOCK, BLOCK, padded.shape[1] // BLOCK, BLOCK)
 
+    # [rows / 128, columns / 128] maxima of the blocks.
     exponents = _exponents(np.abs(blocks).max(axis=(1, 3)), E4M3_MAX)  # one for each block
     scaled = np.ldexp(blocks, -exponents[:, None, :, None]).reshape(padded.shape)[:rows, :columns]
 
@@ -97,9 +99,11 @@ def encode_fp4(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     groups = values.astype(np.float32).reshape(rows, columns // GROUP, GROUP)
 
     exponents = _exponents(np.abs(groups).max(axis=-1), E2M1_MAX)  # [n, k / 32]
+    # ldexp shifts the exponent and leaves the mantissa: dividing by the scale rounds nothing.
     scaled = np.ldexp(groups, -exponents[..., None]).reshape(rows, columns)
     codes = scaled.astype(ml_dtypes.float4_e2m1fn).view(np.uint8)
 
+    # Two codes in a byte, the even column in the low half, as `unpack_fp4` reads them.
     packed = codes[:, 0::2] & 15 | (codes[:, 1::2] & 15) << 4
     return packed.view(np.int8), e8m0_codes(exponents)
 

@@ -140,6 +140,7 @@ def mismatches(manifest: Config, native: Config, layout: FolderLayout, target: T
         f"{name} is {was!r} in {MANIFEST_FILE} and {now!r} by config.json" for name, was, now in compared if was != now
     ]
 
+    # By content and not by name: a target may lie under any path.
     sha = manifest.get("target", {}).get("config_sha256")
     if sha != target.config_sha256:
         name = manifest.get("target", {}).get("name")
@@ -190,6 +191,7 @@ def check_weights(folder: Path, manifest: Config, target: Target) -> None:
 def check_manifest(folder: Path, native: Config, layout: FolderLayout, target: Target) -> None:
     """UserError naming the first contradiction between a folder's manifest, its config and the target."""
     manifest = read_manifest(folder)
+    # A folder of another program has no manifest, and is read by its config alone.
     wrong = [] if manifest is None else mismatches(manifest, native, layout, target)
 
     if wrong:

@@ -45,6 +45,7 @@ def read_tensor_header(path: Path) -> dict[str, TensorEntry]:
     """
     with opened(path, "a safetensors file") as handle:
         size, start = os.fstat(handle.fileno()).st_size, handle.read(8)
+        # Bounded before it is read: a damaged length would ask for terabytes of memory.
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
             raise UserError(
@@ -66,6 +67,7 @@ def _tensor_entries(stored: Mapping[str, Any], path: Path, data_bytes: int) -> d
             continue
         where = f"{path}, tensor {shown(name)},"
         check_fields(require_object(value, where), _ENTRY, where, required=_ENTRY)
+        # In bits: 4- and 6-bit elements do not fill bytes one by one.
         dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
         if (end - begin) * 8 != math.prod(shape) * _BITS[dtype]:
             raise UserError(
@@ -75,6 +77,7 @@ def _tensor_entries(stored: Mapping[str, Any], path: Path, data_bytes: int) -> d
         entries[name] = TensorEntry(dtype, shape, begin)
         spans.append((begin, end))
 
+    # The format allows neither gaps nor overlaps, so the last tensor ends with the file: a cut copy is found here.
     reached = 0
     for begin, end in sorted(spans):
         if begin != reached:

@@ -86,6 +86,7 @@ def load_layers(
     target: Target, layers: tuple[int, ...], *, mesh: Mesh, rules: ShardingRules | None = None
 ) -> tuple[dict[int, dict], dict]:
     """({layer: float32 parameters}, the final norm's parameters), placed by `rules`; UserError on a wrong id."""
+    # Negative ids would count from the end in Python, and mean the embeddings elsewhere.
     wrong = [layer for layer in layers if not 0 <= layer < target.config.num_layers]
     if wrong:
         raise UserError(

@@ -39,6 +39,7 @@ class Layout(Enum):
 
         A head is read whole, even where `index` takes a part of it: stored heads are contiguous only as wholes.
         """
+        # The part in the parameter's own axes; each layout says which stretch of the stored tensor that is.
         spans = [range(*s.indices(n)) for s, n in zip(index, shape, strict=True)]
         lo = [span.start for span in spans]
         hi = [span.stop for span in spans]

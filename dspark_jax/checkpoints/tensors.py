@@ -38,6 +38,7 @@ class TensorFolder:
         self._open: dict[Path, Any] = {}
         self._file_of: dict[str, Path] = {}
 
+        # `lexists`: a broken link is a fault of the folder and no absent file.
         index = folder / INDEX_FILE
         listed = _weight_map(index) if os.path.lexists(index) else {}
         if not listed and not os.path.lexists(folder / WEIGHTS_FILE):
@@ -52,6 +53,7 @@ class TensorFolder:
                 "of weights. Remove the one that is not meant."
             )
 
+        # Every header now, so that a folder that is missing a shard fails in seconds and not after its other shards.
         files = {name: _inside(folder, name, index) for name in sorted(set(listed.values()))}
         headers = {path: self._header(path) for path in files.values() or [folder / WEIGHTS_FILE]}
 
@@ -120,6 +122,7 @@ def _inside(folder: Path, name: str, index: Path) -> Path:
 
     The hub's cache keeps its files as links into the folder `blobs` beside its snapshots, which is allowed.
     """
+    # Both sides resolved, or a link in the path to the folder itself would look like a way out.
     path, home = folder / name, folder.resolve()
     try:
         real = path.resolve()
@@ -189,6 +192,7 @@ def _checked_slices(folder: TensorFolder, source: Stored, shape: tuple[int, ...]
     """Slices of the tensors that a parameter is stored in, their shapes checked."""
     slices = []
     for name, expected in source.parts(shape):
+        # Opens no data: a slice is read when it is indexed.
         slices.append(folder.stored(name))
         found = list(slices[-1].get_shape())
         if found != list(expected):
@@ -250,6 +254,7 @@ def stored_tensors(table: TensorMap, params: dict, dtype: str | None) -> dict[st
 
     tensors = {}
     for path, source in table.items():
+        # One parameter at a time on the host: a large model is not there twice.
         array = np.asarray(jax.device_get(flat[path]))
         array = array if kind is None else array.astype(kind)
         for (name, _), part in zip(source.parts(array.shape), array if source.stacked else [array], strict=True):

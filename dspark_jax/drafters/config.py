@@ -286,7 +286,7 @@ def family_fields(
     sizes = dict(dimensions)
 
     if drafter_family(config) == "Gemma4":
-        # Two fields that DeepSpec's Gemma drafters carry, by which a server finds the target's classes.
+        # Two fields of DeepSpec's Gemma drafters: the model types of the target's text part and of its whole file.
         config["target_text_model_type"] = config["model_type"]
         config["target_model_type"] = target_hf_config["model_type"]
 
