@@ -43,6 +43,7 @@ class CacheWriter:
         self._lock = lock_folder(self.folder, "the cache")
 
         try:
+            # An existing cache is continued only if it is this one and its shards are whole.
             self._manifest = self._open_manifest(spec, max_shard_bytes)
             check_sizes(self.folder, self._manifest)
             # Last: files are removed only from a folder that has proved to be this cache.
@@ -83,9 +84,11 @@ class CacheWriter:
             self._shard = _OpenShard(self.folder, len(self._manifest.shards), source_index)
 
         if sample is None:
+            # Counted and not stored: the manifest shows how many rows were too short.
             self._shard.dropped += 1
         else:
             spec = self._manifest.spec
+            # The id is the source's place, whatever the sample says: by it a resumed run knows where to go on.
             record = encode_record(dataclasses.replace(sample, sample_id=source_index), spec)
             with self._reported():
                 self._shard.write(record, source_index, len(sample.input_ids))

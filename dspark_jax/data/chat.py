@@ -98,6 +98,7 @@ def encode_conversation(
     """
     _check_conversation(messages)
     chat = _Chat(tokenizer, messages, thinking)
+    # Each answer is learnt after the prompt that decoding would have sent for it.
     answered = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not answered:
         ids = chat.tokenise(chat.prompt(len(messages)))
@@ -154,6 +155,7 @@ def check_messages(messages: Sequence[Message]) -> None:
 
 def template_id(tokenizer: Any, thinking: bool = False) -> str:
     """Identity of a template and its switch, recorded with everything rendered by it, so that a change is detected."""
+    # Some tokenizers have several templates by name, hence JSON and not the text itself.
     content = json.dumps(getattr(tokenizer, "chat_template", None), sort_keys=True)
     return f"{hashlib.sha256(content.encode(errors='replace')).hexdigest()[:16]}{' thinking' if thinking else ''}"
 
@@ -175,6 +177,7 @@ class _Chat:
     probe: str = field(init=False)
 
     def __post_init__(self) -> None:
+        # Only special tokens: other added tokens are ordinary words, and a message may use them.
         added = getattr(self.tokenizer, "added_tokens_decoder", {})
         specials = {token.content: (number, token) for number, token in added.items() if token.special}
         # All text of a message, not its content alone: templates write tool calls and thoughts as well.
@@ -193,6 +196,7 @@ class _Chat:
 
     def turn(self, index: int) -> tuple[list[int], list[int]]:
         """Token ids of the prompt before answer `index`, and of what the target generates after it."""
+        # Tokenised apart and together: the border between prompt and answer must fall between two tokens.
         text = self.prompt(index)
         answer = self._answer(index, text)
         prompt, whole = self.tokenise(text), self.tokenise(text + answer)
@@ -251,10 +255,13 @@ class _Chat:
         # A one-character probe in the answer's place: what the template writes after it closes any answer.
         message, before = self._shielded[index], self._shielded[:index]
         probed = self._render([*before, {"role": "assistant", "content": self.probe}], add_generation_prompt=False)
+        # The last occurrence: the template may have put the probe into its own summary of the turns as well.
         at = probed.rfind(self.probe)
         if at < 0:
             raise UserError("The chat template leaves out what the assistant says, so it cannot be trained on.")
 
+        # Rendering a finished conversation also writes what the template puts between turns, which no target
+        # generates.
         closing = probed[at + 1 :]
         end = "" if message.get("truncated") else self._end_marker(closing)
         # Text between the prompt and the answer, when the template writes any (a space, an empty thought).
@@ -275,6 +282,7 @@ class _Chat:
 
     def _end_marker(self, closing: str) -> str:
         """The first special token after an answer, where the target stops; the rest is the template's own text."""
+        # A template without special tokens is closed by the tokenizer's end of text.
         first = re.search(self._special_names, closing) if self.specials else None
         if first:
             return closing[: first.end()]
@@ -299,6 +307,7 @@ def _check_conversation(messages: Sequence[Message]) -> None:
             "drop the turns before the first user turn."
         )
 
+    # Only the last answer can have been cut: the user went on after every other one.
     early = [index for index, message in enumerate(messages[:-1]) if message.get("truncated")]
     if early:
         raise UserError(
@@ -363,6 +372,7 @@ def _check_ids(path: Path) -> None:
     ids = list(words.values()) if isinstance(words, dict) else []
     ids += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
 
+    # Generous: published tokenizers leave some ids free, and none of them leaves ten times as many as it uses.
     most = 10 * len(ids) + 100_000
     wrong = next((i for i in ids if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < most), None)
     if wrong is not None:

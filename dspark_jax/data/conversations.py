@@ -106,6 +106,7 @@ def parse_rows(rows: Iterable[Row]) -> Iterator[ConversationRecord | BadRow]:
     """Yields every row as a conversation or a `BadRow`; all ids differ, so that either can be recorded as done."""
     seen: set[str] = set()
     for position, (where, value) in enumerate(rows):
+        # Ids make a run resumable, so every row needs one that no other has.
         name = _id_of(value, str(position))
         repeated = name in seen
         try:
@@ -217,6 +218,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
         raise UserError(f"{path} cannot be read ({reason_of(error)}); give the path of a JSON file.") from error
 
     try:
+        # A file that ends in .json may hold JSON lines, which the hub's tools write under that name.
         value = parse_line(data, str(path))
     except UserError:
         yield from _jsonl_rows(path)  # its errors name the line
@@ -233,6 +235,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
     number = 0
     try:
+        # By batches: a file may be larger than memory.
         for batch in ParquetFile(path).iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 number += 1
@@ -255,6 +258,7 @@ def _plain(value: Any) -> Any:
 
 
 def _record(value: Any, where: str, position: str, evaluation_sets: bool) -> ConversationRecord:
+    # An evaluation set's row has user turns alone: it is prompted turn by turn, and never trained on.
     user_only = evaluation_sets and isinstance(value, Mapping) and "turns" in value
     messages = _user_turns(value["turns"], where) if user_only else parse_conversation(value, where)
     read = ("id", "turns") if user_only else ("id", "messages", "conversations")

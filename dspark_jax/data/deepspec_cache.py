@@ -62,6 +62,7 @@ class DeepSpecCache:
         self.manifest = read_manifest(self.folder / "manifest.json")
         self.spec = _spec_of(self.manifest, self.folder / "manifest.json")
         self._shards = _shard_paths(self.manifest, self.folder)
+        # Index and shards are compared before the first sample: a truncated copy is refused at opening.
         self._index = self._read_index()
         self._check_extents()
         self._maps: dict[int, mmap.mmap] = {}
@@ -204,6 +205,7 @@ class DeepSpecCacheWriter:
         if self._handle is None or 0 < self._handle.tell() > self.max_shard_bytes - sum(sizes):
             self._open_shard()
 
+        # Five arrays back to back; the index holds where each begins.
         start = self._handle.tell()
         offsets = [start + sum(sizes[:k]) for k in range(5)]
         for array in arrays:
@@ -252,6 +254,7 @@ def _token_bytes(spec: CacheSpec) -> list[int]:
 
 def _spec_of(manifest: Mapping[str, Any], path: Path) -> CacheSpec:
     needed = {*_FIXED, "num_samples", "num_shards", "target_layer_ids", "hidden_size", "shards"}
+    # Fields that another version lacks are named together, since one of them alone says little.
     missing = sorted(needed.difference(manifest))
     if missing:
         raise UserError(f"{path} is no DeepSpec version-2 manifest: it lacks {', '.join(missing)}.")

@@ -37,6 +37,7 @@ class DeepSpecFormat:
     def render(self, tokenizer: Any, messages: Sequence[Message]) -> str:
         """The training text of a conversation; UserError for messages that the template refuses."""
         check_messages(messages)
+        # DeepSpec changes the conversation before rendering, which the chat renderer of this project never does.
         turns = [self._with_prefix(message) for message in messages]
         if turns[0]["role"] != "system" and self.system_prompt is not None:
             turns.insert(0, {"role": "system", "content": self.system_prompt})
@@ -69,6 +70,7 @@ class DeepSpecFormat:
         def tokenise(part: str) -> list[int]:
             return list(tokenizer(part, add_special_tokens=False, truncation=False, verbose=False)["input_ids"])
 
+        # The mask is found by character spans of the rendered text, then counted in tokens of its prefixes (rule 87).
         text = self.render(tokenizer, messages)
         input_ids = np.asarray(tokenise(text)[:max_length], np.int32)
         loss_mask = np.zeros(len(input_ids), np.uint8)

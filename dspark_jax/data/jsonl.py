@@ -101,6 +101,7 @@ class ResumableJsonl:
             finished.add(str(record["id"]))
             good += len(line)
 
+        # What follows the last whole line is a torn record; cut off, or the next one would be glued to it.
         self._handle.truncate(good)
         self._handle.seek(good)
         return finished

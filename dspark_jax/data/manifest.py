@@ -126,6 +126,7 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
                 f"{path} {found}, expected {shard.bytes} bytes; restore it or build the cache again in a new folder."
             )
 
+    # The index is checked like a shard: lengths come from it, and a short one would drop samples.
     index = folder / "samples.idx"
     size = index.stat().st_size if index.exists() else 0
     needed = manifest.records * INDEX_DTYPE.itemsize

@@ -37,6 +37,7 @@ def length_buckets(max_length: int, smallest: int = 128) -> tuple[int, ...]:
     unless that is the smallest.
     """
     # Powers of two with their midpoints; all are multiples of `smallest`.
+
     last = -(-max_length // smallest) * smallest
     buckets, step = {last}, smallest
     while step < last:
@@ -64,6 +65,7 @@ def pad_batch(samples: Sequence[TokenSample], length: int) -> Batch:
         for name, array in sample.arrays().items():
             batch[name][row, : len(array)] = array
 
+    # Everything that is masked in a step follows from the lengths, so no mask of padding is carried along.
     batch["lengths"] = np.array([len(s.input_ids) for s in samples], np.int32)
     batch["sample_ids"] = np.array([name for s in samples for name in s.members or (s.sample_id,)], np.int64)
     return batch
@@ -125,6 +127,7 @@ class Batches:
 
     def indices_at(self, step: int) -> np.ndarray:
         """int64 [global_batch]: the samples of a step, over all hosts."""
+        # Positions run on through the epochs; the order maps each to a sample, epoch after epoch.
         positions = range(step * self.global_batch, (step + 1) * self.global_batch)
         return np.array([self._order[position] for position in positions], np.int64)
 
@@ -135,6 +138,7 @@ class Batches:
     def batch_at(self, step: int) -> Batch:
         """This host's rows of a step, as `pad_batch` returns them; safe from several threads."""
         indices = self.indices_at(step)
+        # All hosts agree on the step's samples and its length; each reads its own rows.
         mine = indices if self.rows is None else indices[list(self.rows)]
         return pad_batch([self.source[int(index)] for index in mine], self.length_at(step))
 
@@ -157,6 +161,7 @@ class BatchIterator(Iterator[Batch]):
     def __init__(self, batches: Batches, start: int, stop: int, threads: int, prefetch: int):
         self._stop = stop
         self._batches = batches
+        # Over steps and not over samples: a batch is the unit that is read ahead.
         self._dataset = grain.MapDataset.range(stop).map(self._load)
         self._options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, 1) if threads else 0)
         self._iterator: grain.DatasetIterator | None = None

@@ -211,10 +211,12 @@ def convert(sample: Sample, spec: CacheSpec) -> Sample:
     if found != shapes or (given is not None and given.shape != (length, len(spec.layer_ids) + 1)):
         raise ValueError(f"sample {sample.sample_id} has the shapes {found}, expected {shapes}")
 
+    # States are encoded here unless they are codes already, as in a hybrid run, whose step encodes them.
     stored = sample.arrays()
     if given is None:
         stored = encode_states(np.asarray(sample.features), np.asarray(sample.last_hidden), codec)
 
+    # Contiguous and little-endian: the bytes on disk do not depend on the machine.
     scales = stored.get("scales")
     return Sample(
         int(sample.sample_id),
@@ -279,6 +281,7 @@ def record_bytes(length: int, spec: CacheSpec) -> int:
 
 def estimate_bytes(total_tokens: int, samples: int, spec: CacheSpec, max_shard_bytes: int) -> int:
     """Upper bound of a cache's bytes on disk, within 1 % for real sizes."""
+    # Above the real size in every case: the disk is asked for this much before hours of work begin.
     payload = samples * (record_bytes(0, spec) + _RECORD_OVERHEAD) + total_tokens * spec.token_bytes
     shards = math.ceil(payload / max_shard_bytes)
     return payload + shards * (

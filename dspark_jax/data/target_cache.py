@@ -50,6 +50,7 @@ class TargetCache:
 
         check_sizes(self.folder, self._manifest)
         self._index = self._read_index()
+        # With the index in memory a sample's shard, place and length are known without reading.
         self._starts = np.cumsum([0, *(shard.records for shard in self._manifest.shards)])
         self._readers: dict[int, ArrayRecordReader] = {}
         # Guards the table of readers only; the readers themselves are used by several threads.

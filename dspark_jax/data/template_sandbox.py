@@ -97,6 +97,7 @@ def _largest(*values: Any) -> int:
 
 def _weight_of_format(text: str, values: list[Any]) -> int:
     """The most that a format can make: each of its fields as wide as the largest width, or all its values."""
+    # An upper bound, not the exact length: a template is refused only far above any use.
     fields = text.count("%") + text.count("{")
     widths = [int(digits[:12]) for digits in re.findall(r"\d+", text)]
     return len(text) + fields * (max(widths, default=0) + _largest(*values) + _weight(*values))
@@ -147,6 +148,7 @@ def _listed(value: Any) -> Any:
 def _weighed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(call)  # keeps jinja's mark of filters that take the context first
     def bounded(*args: Any, **kwargs: Any) -> Any:
+        # A generator has no length until it has run; run here, its items are weighed one by one.
         given = [_listed(arg) for arg in args]
         shown = given[1:] if hasattr(call, "jinja_pass_arg") else given
         _allow(_weight_of_call(name, [*shown, *kwargs.values()]))
@@ -181,6 +183,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"*", "**", "+", "-", "%", "/", "//"})
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        # Before the operation runs: a product of text and a number takes its memory in one call.
         if isinstance(left, int) and isinstance(right, int):
             _allow_bits(operator, left, right)
         if operator == "%" and isinstance(left, str):
@@ -225,6 +228,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     @staticmethod
     def concat(parts: Iterable[str]) -> str:
         """The text of a template, a macro or a block, of its pieces."""
+        # Weighed piece by piece, so that a template that writes without end is stopped while it writes.
         pieces, weight = [], 0
         for piece in parts:
             weight += len(piece)

@@ -32,6 +32,7 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **variables: A
             "tokenizer.json."
         )
 
+    # Copies: a template may change the objects it is handed.
     outcome = _Rendering(tokenizer, [dict(message) for message in messages], variables).wait(RENDER_SECONDS)
 
     who = f"a conversation with the roles {_roles(messages)}"

@@ -45,6 +45,7 @@ def encode_files(
 def _require_same_thinking(path: Path, thinking: bool) -> None:
     """UserError for answers generated after another prompt than the one their training rows would begin with."""
     note = path.with_suffix(".settings.json")
+    # Left by train.prepare_data beside the file; data from elsewhere has none, and is taken as it is.
     recorded = read_object(note).get("settings") if note.is_file() else None
     if not isinstance(recorded, dict) or "weights_xxh3" not in recorded:
         return  # not answered by train.prepare_data with a target of its own
@@ -74,6 +75,7 @@ class Tokenised:
 
     @classmethod
     def of(cls, conversations: Iterator[Encoded], min_loss_tokens: int) -> "Tokenised":
+        # Numbered before short ones are dropped, so that a sample id names a row of the files.
         kept = [(i, c) for i, c in enumerate(conversations) if c.loss_tokens >= min_loss_tokens]
         sizes = [len(c.input_ids) for _, c in kept]
         arrays = (

@@ -105,6 +105,7 @@ class Packed:
 
     def __post_init__(self) -> None:
         lengths = self.source.lengths
+        # Packed once, for all epochs: a row is a unit of the shuffle, and its members stay together.
         rows = tuple(map(tuple, pack(lengths, self.length)))
         object.__setattr__(self, "rows", rows)
         object.__setattr__(self, "_lengths", np.array([lengths[list(row)].sum() for row in rows], np.int64))
@@ -125,6 +126,7 @@ def join(name: int, samples: Sequence[Row]) -> Row:
     """Concatenates samples into one row with segments 1, 2, ... and their ids as `members`."""
     parts = [sample.arrays() for sample in samples]
     changes: dict[str, Any] = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
     sizes = [len(sample.input_ids) for sample in samples]
     # Segments keep conversations apart in attention and positions; 0 is left for padding.
     changes["segments"] = np.repeat(np.arange(1, len(samples) + 1, dtype=np.int32), sizes)
@@ -162,6 +164,7 @@ def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
             rows.append([])
         else:
             left = room[at]
+            # The fullest row that still takes it; rows of equal room are interchangeable.
             row = having[left].pop()
             if not having[left]:
                 del having[left], room[at]
