@@ -238,6 +238,7 @@ def build(
     Returns:
         The figures that are written to metrics.json; empty in processes other than the first.
     """
+    # The whole build in one stack: the writer's lock is released however it ends.
     began, made = time.perf_counter(), 0
     with ExitStack() as stack:
         writer = None
@@ -310,6 +311,7 @@ def compute_samples(
     results, are those of a run that was not interrupted.
     """
     forward, buckets = make_forward(target, spec), length_buckets(spec.max_length, SMALLEST_BUCKET)
+    # Small enough that little is computed twice after a kill, large enough that lengths can be sorted.
     window = batch * WINDOW_BATCHES
     for first in range(start // window * window, len(items), window):
         members = items[first : first + window]

@@ -77,6 +77,7 @@ class ChatClient:
         except (httpx.HTTPError, httpx.InvalidURL, ValueError, ImportError, OSError) as error:
             raise UserError(f"No client of {self.url} can be made ({error}); look at the proxy variables.") from error
 
+        # The client's own loop, in its own thread: callers are threads of a pool without a loop of theirs.
         self._closed, self._lock = False, threading.Lock()
         # Requests under way. Tasks that httpx makes below them are its own to cancel.
         self._open: set[Coroutine[Any, Any, Any]] = set()
@@ -134,6 +135,7 @@ class ChatClient:
         self._loop.close()
 
     async def _post(self, body: bytes) -> tuple[int, Mapping[str, str], bytes]:
+        # One deadline over connecting, sending and reading; a server that trickles bytes cannot reset it.
         async with asyncio.timeout(self.seconds), self._client.stream("POST", self.url, content=body) as reply:
             data = bytearray()
             async for part in reply.aiter_raw():
@@ -155,6 +157,7 @@ class ChatClient:
         await self._client.aclose()
 
     def _refusal(self, status: int, headers: Mapping[str, str], data: bytes) -> Exception:
+        # One line of what was said: servers answer with pages of HTML too.
         said = " ".join(data[:_SHOWN_BYTES].decode(errors="replace").split())[:300]
         if 300 <= status < 400:
             where = headers.get("Location", "elsewhere")[:200]
@@ -220,6 +223,7 @@ def read_answer(reply: bytes) -> Answer:
 
 def _url(server: str) -> str:
     try:
+        # Both parsers: each accepts addresses that the other refuses.
         httpx.URL(server)
         url = urlsplit(server)
         _ = url.port  # a ValueError where it is none

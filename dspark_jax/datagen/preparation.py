@@ -73,6 +73,7 @@ def with_self_prompts(settings: PrepareSettings) -> tuple[PrepareSettings, Count
             write_settings(settings.beside("prompts.settings.json"), identity, target=settings.target)
 
         writer = Writer(target, domains, settings.engine(), settings.seed)
+        # In memory at once: prompts are short, and the file must not be there before it is whole.
         rows = list(write_prompts(writer, settings.self_prompts, log, excluded))
         write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         dropped.update(row["reason"] for row in _read_rows(log, JUDGED) if row["reason"] is not None)
@@ -89,6 +90,7 @@ def load_regenerator(settings: PrepareSettings, prompts: str) -> Regenerator:
     """
     folder = resolve_folder(settings.target)
     hf_config = read_hf_config(folder)
+    # From the small files: all of this is refused before the weights are read.
     context = read_target_config(hf_config).max_positions
     if settings.max_context > context:
         raise UserError(f"--max-context is {settings.max_context}, the target's context {context}; lower it.")
@@ -195,6 +197,7 @@ def summarise(settings: PrepareSettings, made: int, seconds: float) -> tuple[dic
     Returns:
         The metrics, of the whole output except for the speed, and the counted reasons.
     """
+    # Counted from the files, not from this run: a continued run sums up what earlier ones have done too.
     rows = _read_rows(settings.output, ANSWERED)
     reasons = [row["reason"] for row in _read_rows(settings.beside("rejected.jsonl"), SET_ASIDE)]
     metrics = {
@@ -231,6 +234,7 @@ def _rejected_row(ended: Rejected) -> Mapping[str, Any]:
 
 def _sort_lines(path: Path, order: Mapping[str, int]) -> None:
     """Rewrites a finished file in the order of the sources, atomically."""
+    # As bytes: the lines themselves stay as they were written.
     lines = path.read_bytes().splitlines(keepends=True)
     lines.sort(key=lambda line: order[parse_line(line, str(path))["id"]])
     write_atomically(path, b"".join(lines))

@@ -170,6 +170,7 @@ class Regenerator:
 
     def _encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Token ids of a prompt; UserError when it leaves no room for an answer or the tokenizer isn't the target's."""
+        # Room for the longest answer: whether a conversation fits must not depend on how long its answer becomes.
         prompt = tuple(int(t) for t in encode_prompt(self.target.tokenizer, messages, self.thinking))
         new = self.sampling.max_new_tokens
         if len(prompt) + new > self.context:
@@ -186,6 +187,7 @@ class Regenerator:
 
     def _reach(self, source: Source) -> int:
         # Every answer at its longest, and what is added when it returns as part of a prompt.
+
         turns = len(source.segments)
         messages: list[Message] = []
         for segment in source.segments:
@@ -195,6 +197,7 @@ class Regenerator:
 
     def _submit(self, engine: Engine, conversation: _Open, longest: int) -> Rejected | None:
         source = conversation.source
+        # The whole history is sent anew each turn, as a chat program would.
         conversation.messages += source.segments[conversation.turn]
         try:
             prompt = self._encode(conversation.messages)
@@ -217,9 +220,11 @@ class Regenerator:
         turn = f"turn {conversation.turn + 1}"
         if special is not None:
             return Rejected(source, f"{turn}: the answer holds the special token {tokenizer.decode([special])!r}.")
+        # Nothing but space would teach a drafter to end at once.
         if not made.text.strip("\ufffd \t\r\n"):
             return Rejected(source, f"{turn}: the answer is empty.")
 
+        # An answer cut by the limit is kept, marked as such: no turn can follow it.
         conversation.messages.append(answer_message(made.text, made.finish_reason))
         conversation.tokens += len(made.tokens)
         conversation.turn += 1

@@ -202,12 +202,14 @@ class Writer:
 
     def window(self, first: int) -> list[tuple[int, Domain, str, bool]]:
         """(index, domain, text, whether it ended) of the `WINDOW` candidates from `first` on, in order."""
+        # A candidate is drawn from its own index, so a window can be generated again by itself.
         drawn = {index: self.candidate(index) for index in range(first, first + WINDOW)}
         config = replace(self.engine, longest=self.longest, stop_slots=max(1, len(self.target.stop_tokens)))
         # A fresh engine for each window, so that nothing depends on the windows before.
         engine = Engine(self.target, None, config)
 
         for index, (_, system, opener, temperature) in drawn.items():
+            # Apart from the draw above: another opener must not share the same noise.
             noise = random.Random(f"{self.seed}:{index}:noise").getrandbits(31)
             engine.submit(
                 index, Request(self.prefix(system, opener), SamplingParams(NEW_TOKENS, temperature, seed=noise))
@@ -231,6 +233,7 @@ class Writer:
     def prefix(self, system: str, opener: str) -> tuple[int, ...]:
         """Token ids up to the opener of a user's turn, as the chat template renders it."""
         messages = [{"role": "system", "content": system}, {"role": "user", "content": _MARK}]
+        # A mark that no template writes itself stands for the user's words.
         rendered = render(self.target.tokenizer, messages, add_generation_prompt=False)
         # Everything that the template writes before the user's words; the model continues from there.
         before, mark, _ = rendered.partition(_MARK)
@@ -243,6 +246,7 @@ class Writer:
 
     def text(self, opener: str, made: Generation) -> str:
         """The whole turn; an open code block is closed."""
+        # The opener belongs to the turn; the model only continued it.
         said = made.tokens[:-1] if made.finish_reason == "stop" else made.tokens
         text = (opener + self.target.tokenizer.decode(list(said), skip_special_tokens=True)).strip()
         return text + "\n```" if text.count("```") % 2 else text
@@ -260,6 +264,7 @@ def write_prompts(writer: Writer, wanted: int, log: Path, excluded: set[str]) ->
     Raises:
         UserError: hardly any of the target's candidates is kept.
     """
+
     by_name = {domain.name: domain for domain in writer.domains}
     sieve, kept = Filter(set(excluded)), 0
     with ResumableJsonl(log) as done, tqdm(total=wanted, unit="prompt", desc="writing prompts") as bar:

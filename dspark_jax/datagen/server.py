@@ -55,6 +55,7 @@ class ServedAnswers:
             UserError: the server is down (more than `server_concurrency` conversations in a row, or all of them, got no
                 answer in all attempts), or refuses the first conversations alike. Finished ones are kept.
         """
+        # Threads are the measure of concurrency: each conversation occupies one from its first turn to its last.
         waiting, most = iter(todo), self.settings.server_concurrency
         held = _Held(self.client.url, nothing_finished=len(todo) == len(fitting))
         with ThreadPoolExecutor(most) as pool:
@@ -98,6 +99,7 @@ class ServedAnswers:
 
     def _ask(self, messages: Sequence[Message], index: int, turn: int) -> Answer:
         """One answer; UserError for an unusable one, UnansweredError where no attempt got any."""
+        # Encoded once: every attempt sends the same bytes.
         body = json.dumps(self.request(messages, index, turn)).encode()
         attempt, pause = 0, FIRST_PAUSE
         while True:

@@ -72,6 +72,7 @@ def read_sources(settings: PrepareSettings) -> tuple[list[Source], list[Rejected
 
 def prompts_sha256(sources: Iterable[Source]) -> str:
     """sha256 (hex) of the sources' places, ids, prompts and extra fields."""
+    # In the order of their places: a continued run must find the same conversations under the same numbers.
     digest = hashlib.sha256()
     for source in sorted(sources, key=lambda source: source.index):
         row = (source.index, source.id, source.segments, source.extra)
@@ -89,6 +90,7 @@ def side(messages: Sequence[Message], heldout: float) -> str:
         heldout: share of conversations held out, in [0, 1).
     """
     prompt = next((message["content"] for message in messages if message["role"] == "user"), "")
+    # A hash and no draw: a conversation is on one side whatever others are read with it.
     number = int.from_bytes(hashlib.sha256(b"heldout:" + prompt.strip().encode()).digest()[:8], "big")
     return "heldout" if number < heldout * 2**64 else "train"
 

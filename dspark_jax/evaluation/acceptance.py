@@ -81,6 +81,7 @@ class Acceptance:
 
 def _total(counts: Sequence[tuple[int, ...]], block: int) -> np.ndarray:
     """Sums by position, [block]; generations without a block (plain decoding, no round at all) count as zeros."""
+    # Blocks of different lengths are added position by position.
     total = np.zeros(block, np.int64)
     for count in counts:
         total[: len(count)] += np.asarray(count, np.int64)
@@ -115,6 +116,7 @@ def acceptance_by_domain(
     Returns:
         Acceptance by domain, in order of first appearance.
     """
+    # All domains in one call, so that slots stay full where a domain has few prompts.
     made = generate(target, drafter, seeded(prompts, sampling), engine=engine)
     domains = dict.fromkeys(prompt.domain for prompt in prompts)
     return {

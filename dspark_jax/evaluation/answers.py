@@ -92,6 +92,7 @@ def answer(engine: Engine, dialogues: Sequence[Dialogue], seed: int, thinking: b
     Returns:
         All generations, the dialogues that did not fit, and the time taken.
     """
+
     messages: dict[int, list[Message]] = {dialogue.index: [] for dialogue in dialogues}
     by_index = {dialogue.index: dialogue for dialogue in dialogues}
     asked: list[tuple[int, int]] = []  # (dialogue, turn) of every request, by the index it is submitted under

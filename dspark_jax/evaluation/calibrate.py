@@ -159,6 +159,7 @@ def calibrate(
     rounds = record(target, drafter, prompts, sampling, engine, samples if sampling.temperature > 0 else 1)
     shift = 0.0
     if recenter:
+        # On the fitting half alone, like the temperatures: the other half measures both.
         shift = fit_shift(*rounds.halves[0][1:])
         drafter = recentered(drafter, shift)
 
@@ -240,6 +241,7 @@ def fitted(rounds: Rounds, drafter: Drafter, shift: float, valid_for: dict[str, 
 
 def recentered(drafter: Drafter, shift: float) -> Drafter:
     """A copy of the drafter with `shift` added to its confidence head's bias."""
+    # A constant added to the logits is a constant added to the bias, so servers need know nothing of it.
     head = drafter.params["confidence_head"]
     proj = head["proj"] | {"bias_o": head["proj"]["bias_o"] + shift}
     return replace(drafter, params=drafter.params | {"confidence_head": head | {"proj": proj}})

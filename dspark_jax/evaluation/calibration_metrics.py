@@ -26,6 +26,7 @@ class CalibrationMetrics:
 
     def mean(self, name: str) -> float:
         """A metric's mean over positions, weighted by observations; NaN positions are left out."""
+        # Late positions are observed rarely; unweighted, a handful of rounds would count as much as thousands.
         values, weights = getattr(self, name), self.observations
         defined = ~np.isnan(values) & (weights > 0)
         if not defined.any():
@@ -92,6 +93,7 @@ def sigmoid(z: np.ndarray) -> np.ndarray:
 def reliability(survival: np.ndarray, accepted: np.ndarray, observed: np.ndarray, bins: int = 10) -> list[list[float]]:
     """[mean prediction, share accepted, count] of every non-empty bin of predicted survival, for a diagram."""
     predicted, label = survival[observed], accepted[observed]
+    # Empty bins are left out: a diagram would show them as calibrated at 0.
     place = np.minimum((predicted * bins).astype(int), bins - 1)
     groups = [(predicted[place == b], label[place == b]) for b in range(bins) if np.any(place == b)]
     return [[float(np.mean(p)), float(np.mean(a)), float(len(p))] for p, a in groups]

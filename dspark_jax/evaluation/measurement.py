@@ -132,6 +132,7 @@ class Evaluation:
 
     def _confidence(self, proposals: Proposals, sampling: SamplingParams) -> dict[str, Any] | None:
         """Metrics of predicted prefix survival before and, with sts.json, after calibration; None without a head."""
+        # No logits: a drafter without a confidence head, or no round at all.
         logits, accepted, observed = proposals.arrays()
         if not logits.size:
             return None

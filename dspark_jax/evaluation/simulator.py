@@ -57,6 +57,7 @@ class Prefill:
 
     def seconds(self, prompts: np.ndarray, slots: int) -> float:
         """Seconds for prompts of these lengths that arrive together, grouped as in `Engine.admit`."""
+        # Prompts are padded to the next compiled width, and those of one width are admitted together.
         places = np.minimum(np.searchsorted(self.widths, prompts), len(self.widths) - 1)
         counts = np.bincount(places, minlength=len(self.widths))
         return sum(
@@ -271,6 +272,7 @@ def _learn(
 
 
 def _round_seconds(device: SimulatedDevice, occupancy: Occupancy, view: RoundView, tokens: int, drafted: bool) -> float:
+    # The table at this round's contexts, as the compiled round reads it.
     costs = round_costs(device.tables.costs, occupancy, view.active, view.lengths)
     # A pass costs as much as the bucket that its tokens are padded to.
     bucket = next((b for b in device.buckets if b >= tokens), device.buckets[-1])

@@ -45,6 +45,7 @@ class Decoder:
 
     def __call__(self, prompts: Sequence[EncodedPrompt]) -> Timed:
         requests = seeded(prompts, self.sampling)
+        # The engine is made within the call; its programs are compiled in the first one and shared by all others.
         start = time.perf_counter()
         generations = generate(self.target, self.drafter, requests, engine=self.engine)
         return Timed(tuple(generations), time.perf_counter() - start)
@@ -124,6 +125,7 @@ def _decision(target: Target, tokens: Sequence[int], sampling: SamplingParams | 
     from dspark_jax.targets.attention import CausalRows
 
     model = target.model(target.params)
+    # One uncached pass over the shared prefix: the law that both programs should have used.
     ids = jnp.asarray([tokens])
     out = model(ids, jnp.arange(ids.shape[1])[None], CausalRows())
     logits = model.logits(out.hidden[:, -1])

@@ -99,6 +99,7 @@ class Online:
         reached = (position < lengths[:, None]) & (position <= accepted[:, None])
 
         # First and second derivative of the log-loss in the calibrated logit; 0 where nothing was decided.
+        # On top of the static temperatures, which stay the prior belief.
         z = logits / temperatures
         p = jax.nn.sigmoid(z * state.scale + state.shift)
         wrong = jnp.where(reached, p - (position < accepted[:, None]), 0.0)

@@ -223,6 +223,7 @@ class LoadMeter:
             predicted: seconds by the cost table, `DecodeState.predicted_seconds`.
         """
         if predicted > 0 and measured > 0:
+            # An average, since a single dispatch may have met a pause of the machine.
             newest = min(measured / predicted, self.highest)
             self.ratio += self.weight * (newest - self.ratio)
         return self.load

@@ -169,6 +169,7 @@ class DraftGuard:
 
         # All requests: tokens a second if the good ones draft, against plain decoding.
         tokens = base + jnp.sum(jnp.where(good, accepted, 0.0))
+        # The mean number of verified drafts falls between rungs; rounds around it run at either.
         wanted = costs.between(base + jnp.sum(jnp.where(good, verified, 0.0)))
         seconds = jnp.maximum(wanted, plain) + costs.drafting
         pays = tokens > jnp.where(shared.off, 1 + self.gain, 1.0) * worth * seconds

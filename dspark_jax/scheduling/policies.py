@@ -283,6 +283,7 @@ class LookAhead(Adaptive):
     """
 
     def admit(self, ranked: Ranked, costs: RoundCosts, conditional: Array, own: Any) -> tuple[Array, Any]:
+        # [M]: position i has the sum over the first i + 1 drafts.
         total = jnp.cumsum(jnp.where(ranked.valid, ranked.survival, 0.0))  # expected of the first 1, 2, .. drafts
         available = jnp.sum(ranked.valid)
         steps = costs.tokens.shape[0]

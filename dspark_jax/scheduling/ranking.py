@@ -24,6 +24,7 @@ class Ranked(NamedTuple):
         if self.caps.shape[0] == 1:  # spares a single request the scatter
             return count[None].astype(jnp.int32)
 
+        # The first `count` of a request's drafts are a prefix of its block, since survival falls along it.
         inside = (jnp.arange(self.owner.shape[0]) < count).astype(jnp.int32)
         return jnp.zeros(self.caps.shape, jnp.int32).at[self.owner].add(inside)
 
@@ -33,6 +34,7 @@ class Ranked(NamedTuple):
         Only the frontier's own survival is read, one entry per request: later entries of the grid depend on tokens
         whose verification is still to be decided (docs/algorithm.md, rules 78 and 80).
         """
+        # [R, 1]: the frontier of each request is the draft behind its admitted ones.
         lengths = self.lengths(count)[:, None]
         position = jnp.arange(self.grid.shape[1])
         shown = jnp.take_along_axis(self.grid, jnp.minimum(lengths, self.grid.shape[1] - 1), axis=1)

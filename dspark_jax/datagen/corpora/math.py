@@ -13,6 +13,7 @@ _PLACES = ("shop", "market", "school", "library", "farm", "park", "museum", "sta
 
 def problem(rng: random.Random) -> tuple[str, str]:
     """One (question, worked answer); the answer ends with 'The answer is N.'"""
+    # The last line is of one form, so that an evaluation can find the number.
     question, steps, result = rng.choice(_TEMPLATES)(rng)
     return question, "\n".join([*steps, f"The answer is {result}."])
 

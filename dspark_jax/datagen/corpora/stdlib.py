@@ -65,6 +65,7 @@ def definitions() -> tuple[Definition, ...]:
 
 
 def _source_files() -> list[tuple[str, Path]]:
+    # Read as text and never imported: some modules act when they are.
     root = Path(sysconfig.get_paths()["stdlib"])
     files = []
     for path in root.rglob("*.py"):
@@ -127,6 +128,7 @@ def _body(node: ast.FunctionDef, lines: list[str]) -> str:
     opening = min(part.lineno for part in (statements[0], *decorators))
     first = node.body[0].end_lineno if statements is not node.body else opening - 1
     block = lines[first : node.end_lineno]
+    # Methods are shown as functions: their body is moved to the left by the class's indentation.
     indent = node.col_offset
     # A line may stand left of the function, as within a string of several lines.
     shifted = [line[indent:] if not line[:indent].strip() else line.lstrip() for line in block]
