@@ -76,6 +76,7 @@ class Job:
         if cluster:
             return cls(None, None, None, *seconds)
 
+        # Checked here, since jax would wait for a coordinator at a mistyped address until its time is up.
         address = environment[BY_HAND[0]]
         if not address.rpartition(":")[0] or not address.rpartition(":")[2].isdigit():
             raise UserError(f"{BY_HAND[0]} is {address!r}; host:port was expected, as in 10.0.0.2:8476.")

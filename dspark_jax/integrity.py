@@ -104,6 +104,7 @@ def examine(path: Path) -> list[Finding]:
 
 def _target(folder: Path, facts: Facts) -> None:
     hf_config = read_hf_config(folder)
+    # Cheap checks first, as in loading: a config that describes no target explains the faults behind it.
     config = read_target_config(hf_config, str(folder / CONFIG_FILE))
     facts |= {"family": config.model_type, "layers": config.num_layers, "vocabulary": config.vocab_size}
     _check_hashes(folder)
@@ -163,6 +164,7 @@ def _drafter(folder: Path, facts: Facts) -> None:
         facts |= {name: value for name, value in manifest.get("sources", {}).items() if isinstance(value, str | int)}
         check_files(folder, manifest)
 
+    # The files of another program have no hashes; that their tensors are finite is then all that can be said.
     stored, layout = read_stored_config(folder)
     tensors = TensorFolder(folder)
     _check_finite(tensors)

@@ -121,6 +121,7 @@ def read_records(path: str | Path, *, limit: int = 1 << 30) -> list[Object]:
     """
     if not os.path.lexists(path):
         return []
+    # The part behind the last newline is what a kill left of a record.
     *lines, _torn = read_bytes(path, limit=limit, expected="a JSON-lines file").split(b"\n")
     records = []
     for number, line in enumerate(lines, start=1):
@@ -143,6 +144,7 @@ def _refuse_constant(name: str) -> Any:
 
 
 def _integer_of(digits: str) -> int:
+    # Python refuses longer numbers with an error of its own, and takes time quadratic in their length.
     if len(digits) > 400:
         raise _Refused(f"found a whole number of {len(digits)} digits")
     return int(digits)
@@ -156,6 +158,7 @@ def _number_of(digits: str) -> float:
 
 
 def _object_of(pairs: list[tuple[str, Any]]) -> Object:
+    # A name that stands twice would lose its first value without a word.
     value = dict(pairs)
     if len(value) < len(pairs):
         twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
@@ -173,6 +176,7 @@ def _check_tree(value: Any, fail: Callable[[str], UserError]) -> None:
         following: list[Any] = []
         for item in level:
             if isinstance(item, str):
+                # An escape can make half of a surrogate pair, which no UTF-8 can hold and no later writer can write.
                 if not item.isascii() and any("\ud800" <= char <= "\udfff" for char in item):
                     raise fail(f"{shown(item)} holds half of a UTF-16 surrogate pair")
             elif isinstance(item, dict):
@@ -289,6 +293,7 @@ def shown(value: Any, most: int = 60) -> str:
     """A value as JSON for a sentence, cut to `most` characters."""
     if isinstance(value, list | dict) and len(value) > most:
         return kind_of_value(value)
+    # Control characters must not reach a terminal from a damaged file.
     found = ascii(value) if isinstance(value, str) and not value.isprintable() else _encoded(value)
     return found if len(found) <= most else found[: most - 3] + "..."
 

@@ -9,6 +9,7 @@ from dspark_jax.files import replacing
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Left-aligned columns under a rule."""
+    # By characters and not bytes: τ and γ are one column wide.
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
 

@@ -106,6 +106,7 @@ def mesh_shape(devices: int, data: int = -1, fsdp: int = 1, tensor: int = 1) -> 
             f"Only one mesh axis can be -1 (the devices that are left); here {' and '.join(open_axes)} are."
         )
 
+    # What is left for the open axis, if the fixed sizes divide the devices.
     fixed = math.prod(size for size in sizes.values() if size != -1)
     # Otherwise the -1 stays, and the check below refuses the sizes.
     if open_axes and fixed > 0 and devices % fixed == 0:
@@ -172,6 +173,7 @@ def split(module: nnx.Module) -> tuple[nnx.GraphDef, dict]:
 
 def parameter_shardings(module: nnx.Module, mesh: AnyMesh, rules: ShardingRules) -> dict:
     """The `array_sharding` of every parameter, in a nested dict of the structure of `split(module)[1]`."""
+    # The axis names are metadata of the variables, which the plain dict of `split` no longer has.
     _, state = nnx.split(module, nnx.Param)
     flat = {}
 

@@ -152,6 +152,7 @@ def load_config(name: str) -> Any:
         hint = did_you_mean(stem, known)
         raise UserError(f"Unknown configuration {name}{hint} (known: {', '.join(known)}; or a path that ends in .py).")
 
+    # A table's entry is called only now: each builds its own configuration.
     if stem in table_of_experiments():
         return table_of_experiments()[stem]()
 
@@ -267,6 +268,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def mesh_settings(text: str, base: MeshSettings) -> MeshSettings:
     """The mesh of a text such as `data=16,fsdp=4`; axes that it leaves out have size 1. UserError for other texts."""
+    # The short form of a plan's mesh; a run has the options --mesh.data and so on.
     words = [word.partition("=") for word in text.split(",")]
     names = {name for name, _, _ in words}
     if names - {"data", "fsdp", "tensor"} or not all(size.lstrip("-").isdigit() for _, _, size in words):

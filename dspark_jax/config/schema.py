@@ -143,6 +143,7 @@ class OptimizerSettings:
 
     def __post_init__(self) -> None:
         _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "a positive number")
+        # A warm-up of the whole run would leave no step at the full rate.
         _require(0 <= self.warmup_ratio < 1, "optimizer.warmup_ratio", self.warmup_ratio, "a part in [0, 1)")
         _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
         _require(self.max_skipped >= 0, "optimizer.max_skipped", self.max_skipped, "0 or more")
@@ -187,6 +188,7 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         _require(self.max_length >= 2, "data.max_length", self.max_length, "at least 2")
+        # Fields are checked alone first, so that the sentences below may rely on them.
         _require(self.accumulation_steps >= 0, "data.accumulation_steps", self.accumulation_steps, "0 or more")
         _require(
             self.global_batch >= 1 and self.global_batch % (self.accumulation_steps or 1) == 0,
@@ -316,6 +318,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require(bool(self.target), "target", self.target, "a folder or a hub id")
+        # What needs more than this class, as whether the drafter fits its target, is checked by `Run.of`.
         _require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
         _require(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "at least 1, or None")
         _require(self.anchor_chunk >= 1, "anchor_chunk", self.anchor_chunk, "at least 1")

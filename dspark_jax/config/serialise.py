@@ -62,6 +62,7 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return from_json(hint, value, where)  # type: ignore[arg-type]
 
+    # The annotations of the schema are few, so each is handled by itself and everything else is refused.
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is tuple and isinstance(value, list | tuple):
         # `tuple[int, ...]` takes any length, `tuple[float, float]` exactly two.

@@ -96,6 +96,7 @@ class Sweep:
         if count > 1:
             raise UserError(f"The sweep {self.name} has {count} points named {name}; leave out the repeated ones.")
 
+        # Every point before any is run: a mistake in the last one is found now.
         made = (apply_diff(base or self.base, diff) for diff in self.diffs)
         return dict(zip(names, made, strict=True))
 
@@ -136,6 +137,7 @@ def run_name(diff: Diff) -> str:
 
 def _leaves(cls: type) -> Iterable[str]:
     for field in dataclasses.fields(cls):
+        # Fields of nested dataclasses only: the groups themselves are no values.
         inner = field.type if isinstance(field.type, type) and dataclasses.is_dataclass(field.type) else None
         if inner is None:
             yield field.name
@@ -163,6 +165,7 @@ def load_sweep(path: str) -> Sweep:
     Raises:
         UserError: no such file, or no such function in it.
     """
+    # Names of shipped sweeps win over files of the same name in the working folder.
     shipped = shipped_sweeps()
     file = shipped.get(path, Path(path))
     if not file.is_file():

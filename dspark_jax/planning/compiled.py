@@ -143,6 +143,7 @@ def copies(program: str, shapes: Iterable[tuple[int, ...]]) -> list[str]:
 
     The entry computation is left out: its copies happen once a call, not once a round.
     """
+    # Shapes as XLA prints them, so that a line can be compared without parsing its type.
     wanted = {",".join(map(str, shape)) for shape in shapes}
     entry, found = False, []
 

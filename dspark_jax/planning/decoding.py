@@ -89,6 +89,7 @@ class DecodePlan:
     def of(cls, options: PlanOptions) -> "DecodePlan":
         """The plan of some options; UserError for configurations that don't fit together, or a mesh that the devices
         cannot form."""
+        # The mesh first: shapes on a device follow from it.
         mesh = plan_mesh(options)
         target, drafter = planned_pair(options, mesh)
         # An engine sizes this table by the target's stop tokens; a plan without them keeps one slot.
@@ -181,6 +182,7 @@ def planned_pair(options: PlanOptions, mesh: Mesh | None) -> tuple[Target, Draft
     if not name:
         raise UserError("There is nothing to plan: give --config NAME, or --target and --drafter.")
 
+    # Published shapes are in the package, so that a plan needs no download.
     target = planned_target(name)
     module = target_skeleton(target.config)
     target = dataclasses.replace(target, params=abstract_params(module, mesh, options.dtype))
@@ -196,6 +198,7 @@ def planned_pair(options: PlanOptions, mesh: Mesh | None) -> tuple[Target, Draft
     if hf_config is None:
         return target, None
 
+    # The same checks as loading: a plan of a pair that could not be loaded would be worth nothing.
     described = read_config(hf_config)
     described.check_target(target.config)
     module = skeleton(hf_config)

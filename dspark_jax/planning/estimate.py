@@ -54,6 +54,7 @@ def estimate(run: AbstractRun) -> dict[str, int]:
     layers = (run.target_params or {}).get("layers", {})
 
     gradients = whole(run.state.params)
+    # Gathered copies exist beside the stored parts for the length of a step.
     parts = {
         "parameters": stored(run.state.params),
         "optimizer": stored(run.state.opt_state),
@@ -81,6 +82,7 @@ def activation_bytes(run: AbstractRun) -> int:
     batch = {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in run.batch.items()}
 
     def gradient(params: Any, shared: Any, batch: Any, key: Any, target: Any) -> Any:
+        # The gradient of one micro-batch, without the update: its peak lies in the backward pass.
         planned = objective.plan(batch, key)
         read = states.read(states.stored(target, batch), batch)
 

@@ -42,6 +42,7 @@ def _peak(jaxpr: Jaxpr, size: Bytes) -> int:
         for origin in made_of.get(var, ()):
             ends[origin] = len(jaxpr.eqns)
 
+    # By the equation after which a value is dead, so that one pass frees as it goes.
     dying: dict[int, list[Any]] = {}
     for var, end in ends.items():
         dying.setdefault(end, []).append(var)

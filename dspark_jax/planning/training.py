@@ -51,6 +51,7 @@ class AbstractRun:
         """The plan of a configuration on a mesh; reads small files only. UserError as `Run.of`, where parts do not fit
         together."""
         target = planned_target(config.target)
+        # The very description that a run compiles, on a mesh of devices that may not exist.
         spec = StepSpec.of(config, target, mesh, SCHEDULED_STEPS)
         batch = abstract_batch(config.data, len(spec.drafter.target_layer_ids), target.config.hidden_size)
         shardings = batch_shardings(batch, mesh, spec.placement.rules)

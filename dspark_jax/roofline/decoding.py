@@ -103,6 +103,7 @@ def _head(name: str, hidden: int, vocab: int, rows: int, b: int) -> Term:
 def _context(drafter: DSparkConfig, requests: int, b: int) -> Term:
     """Fusion of the verified rows' taps, and their projection to every draft layer's K/V, which are cached."""
     dims, rows = drafter.backbone, requests * (drafter.block_size + 1)
+    # Committed rows are counted at their most, a whole block, as the compiled program runs them.
     taps = len(drafter.target_layer_ids) * dims.hidden_size
     keys = sum(2 * layer.num_kv_heads * layer.head_dim for layer in dims.layers)
     size = taps * dims.hidden_size + dims.hidden_size * keys
@@ -112,6 +113,7 @@ def _context(drafter: DSparkConfig, requests: int, b: int) -> Term:
 
 def _markov(drafter: DSparkConfig, requests: int, b: int) -> Term:
     """The Markov head: γ sequential steps, each of which reads all of W_2 and adds a bias to a row of logits."""
+    # Step by step, since x_k is needed before x_{k+1} is drawn: W_2 is read γ times and not once.
     size = drafter.draft_vocab_size * drafter.markov_rank
     rows = requests * drafter.block_size
     return Term("draft: Markov head", 2.0 * rows * size, drafter.block_size * size * b)

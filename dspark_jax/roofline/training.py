@@ -57,6 +57,7 @@ def step_terms(
     if terms is None:
         return None
 
+    # No bytes: logits stay on the chip, chunk by chunk (docs/algorithm.md, rule 49).
     losses = Term("losses", ELEMENTWISE * sequences * _loss_rows(config, length) * config.backbone.vocab_size, 0.0)
     # Each micro-batch reads the parameters in float32 and writes them in the compute dtype.
     cast = Term("cast of the parameters", 0.0, (4 + itemsize) * parameters)
@@ -184,6 +185,7 @@ def _product(
         weights, inputs: whether the gradients of W and of x are needed.
         kept: the result [rows, o] and its gradient stay on the chip.
     """
+    # A multiplication and an addition for each pair.
     once = 2.0 * rows * i * o
     operands, result = (rows * i + i * o) * b, 0.0 if kept else rows * o * b
     moved = operands + result
