@@ -141,6 +141,7 @@ def manifest_contradictions(path: str, drafter: Drafter, target: Target) -> list
 
 def read_messages(settings: ConformanceSettings) -> list[Sequence[Message]]:
     """The turns before each conversation's first answer; `limit` of them, evenly spread over all files."""
+    # First answers only: a later prompt would hold answers of another model.
     found = [record.segments()[0] for file in settings.prompts for record in read_prompt_records(file)]
     if len(found) < FEWEST:
         raise UserError(f"There are {len(found)} prompts; a verdict needs {FEWEST} or more. Give more with --prompts.")
@@ -182,6 +183,7 @@ def _followed(tokenizer: Any, row: Encoded, following: Sequence[int]) -> tuple[n
     Whitespace that the template writes after an end marker belongs to the closing: only some trainers supervise it, so
     it is not judged. None where the next prompt does not repeat the answer.
     """
+    # The last answer's tokens and its closing, all in one stretch.
     supervised = np.flatnonzero(row.loss_mask)
     answer = row.input_ids[supervised].tolist()
     # From the end: the same words may occur in an earlier turn.
@@ -253,6 +255,7 @@ def judge(probe: Probe, sequences: Sequences, settings: ConformanceSettings) -> 
 
 def middle_anchors(sequences: Sequences, block: int, count: int, seed: int) -> np.ndarray:
     """[S, count] random anchors whose blocks lie wholly within the answer; rows of -1 where there is no room."""
+    # Anchors are drawn once and shared by all readings, whose difference then varies less than either.
     rng = np.random.default_rng(seed)
     anchors = np.full((len(sequences.first), count), -1, np.int32)
     for row, (first, last) in enumerate(zip(sequences.first, sequences.last, strict=True)):

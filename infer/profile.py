@@ -99,6 +99,7 @@ def profile_slots(settings: ProfileSettings, target: Target, drafter: Drafter, s
     width = drafter.config.block_size + 1
     # From plain decoding (one token a request) to the whole block.
     counts = sorted({round(n) for n in np.linspace(slots, slots * width, min(settings.widths, width))})
+    # Any adaptive policy would do: verify lengths are forced while rounds are timed.
     loop, params = _loop(settings, target, drafter, slots, tuple(counts), LookAhead())
     bar = tqdm(total=1, desc=f"{slots} slots", leave=False)
 

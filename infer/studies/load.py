@@ -147,6 +147,7 @@ def measured(settings: LoadSettings) -> dict[str, Any]:
     if "mtp" in settings.strategies and not settings.mtp:
         raise UserError("The strategy mtp needs --mtp DIR, the folder of an MTP-1 drafter.")
 
+    # Loaded once for all engines; each engine has its own decode state and compiled programs.
     target = load_target(settings.target, dtype=settings.dtype)
     study = Study(
         settings,
@@ -239,6 +240,7 @@ class Study:
             for strategy in (self.settings.strategies if repeat % 2 == 0 else self.settings.strategies[::-1])
             if not self.log.has(load, strategy, repeat)
         ]
+        # All strategies at once in memory: they are to alternate, not to run one after the other.
         engines = {strategy: self.engine(strategy, load.slots) for strategy in dict.fromkeys(s for _, s in missing)}
         for engine in engines.values():
             run(engine)  # a first run of each, not counted

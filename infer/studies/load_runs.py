@@ -51,6 +51,7 @@ class RunLog:
 
         for line, row in enumerate(self.rows, start=2):
             check_fields(row, RUN, f"{self.path} line {line}", required=RUN, cure="remove the line")
+        # Written back without the torn line, or the next run would be appended to it.
         write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in [header, *self.rows]))
 
     def has(self, load: Load, strategy: str, repeat: int) -> bool:

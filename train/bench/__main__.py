@@ -67,6 +67,7 @@ class BenchOptions:
 
 @program
 def main(argv: list[str]) -> None:
+    # Two sets of options in one command line: those of the measurement, and any of a configuration.
     mine, rest = divide_options(argv, BenchOptions)
     options = parse(BenchOptions, mine)
     config = configuration(options, rest)
@@ -76,6 +77,7 @@ def main(argv: list[str]) -> None:
 
     announce(config.compute_dtype)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    # Shapes are enough for the floor and for memory; arrays are made only where the step is timed.
     run = AbstractRun.of(config, mesh)
     kind = options.device or jax.devices()[0].device_kind
     terms = floor_terms(run)

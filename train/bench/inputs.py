@@ -19,6 +19,7 @@ Borrowed = tuple[Any, ...]  # the step's arguments after the state
 
 def random_inputs(run: AbstractRun) -> tuple[TrainState, Borrowed]:
     """A fresh state, random tables, full rows of supervised random tokens, and a random target if the step has one."""
+    # Random weights of the usual scale: products of zeros could be faster, and logits must not overflow.
     spread = run.target.config.initializer_range
 
     def fill(tree: Any, seed: int) -> Any:

@@ -177,6 +177,7 @@ def make_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation) -
 
     def step(state: State, rows: Rows, learning_rate: jax.Array) -> tuple[State, jax.Array]:
         value, gradients = jax.value_and_grad(loss)(state.params, rows)
+        # The chain has rate 1 and a sign of its own, hence the sum below.
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         # The rate is an argument, as it follows the clock: no schedule is compiled in.
         params = jax.tree.map(lambda p, u: p + learning_rate * u, state.params, updates)
@@ -231,6 +232,7 @@ class Run:
         return islice(batches(stream, self.recipe.rows, self.recipe.length), self.progress.step, None)
 
     def save(self) -> None:
+        # Numbered leaves: the structure is that of the recipe, which is stored with them.
         leaves: dict[str, Any] = {
             f"leaf_{i:04d}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(self.state))
         }
