@@ -83,7 +83,7 @@ def test_drafted_pieces_are_the_answer_and_count_what_was_accepted() -> None:
 
 def test_a_row_compares_with_plain_decoding() -> None:
     def timed(tokens: tuple[int, ...], seconds: float) -> Timed:
-        return Timed((Generation(0, (1,), tokens, "", "length", 1, 1, (), ()),), seconds)
+        return Timed((Generation(0, (1,), tokens, "", "length", 1, 1, (), (), ()),), seconds)
 
     row = row_of([timed((1, 2), 1.0)], [timed((1, 2), 2.0)], [(1, 2)])
     assert row == {"tokens_per_second": 2.0, "over_plain": 2.0, "identical": 1}

@@ -155,7 +155,7 @@ class LlamaCpp:
             asked = {"prompt": list(prompt.tokens), "n_predict": self.max_new_tokens, "temperature": 0.0}
             # Without its prompt cache, so that each run prefills as the others do.
             answer = self.server.handle_completions({**asked, "return_tokens": True, "cache_prompt": False})
-            made.append(Generation(i, prompt.tokens, tuple(answer["tokens"]), "", "", 0, 0, (), ()))
+            made.append(Generation(i, prompt.tokens, tuple(answer["tokens"]), "", "", 0, 0, (), (), ()))
         return Timed(tuple(made), time.perf_counter() - start)
 
 

@@ -177,7 +177,7 @@ def make_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation) -
 
     def step(state: State, rows: Rows, learning_rate: jax.Array) -> tuple[State, jax.Array]:
         value, gradients = jax.value_and_grad(loss)(state.params, rows)
-        # The chain has rate 1 and a sign of its own, hence the sum below.
+        # Updates come with their sign, at rate 1.
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         # The rate is an argument, as it follows the clock: no schedule is compiled in.
         params = jax.tree.map(lambda p, u: p + learning_rate * u, state.params, updates)
