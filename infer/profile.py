@@ -33,7 +33,8 @@ from dspark_jax.report import table
 from dspark_jax.scheduling.costs import CostTable, Occupancy, ScheduleTables
 from dspark_jax.scheduling.policies import Adaptive, LookAhead, RoundView
 from dspark_jax.serving.assembly import make_loop
-from dspark_jax.serving.profile import Effort, Profile, choose_ladder, measure_profile
+from dspark_jax.serving.profile import Profile, choose_ladder
+from dspark_jax.serving.profiling import Effort, measure_profile
 from dspark_jax.serving.settings import EngineConfig, PolicyName, policy_named
 from dspark_jax.targets.target import Target
 

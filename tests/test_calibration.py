@@ -21,17 +21,10 @@ from dspark_jax.evaluation.calibration_metrics import calibration_metrics, prefi
 from dspark_jax.evaluation.temperature_scaling import fit_shift, fit_temperatures
 from dspark_jax.files import weights_hash
 from dspark_jax.scheduling.policies import Asynchronous, Fixed, LookAhead
-from dspark_jax.serving import profile as profile_module
+from dspark_jax.serving import profiling
 from dspark_jax.serving.assembly import make_loop
-from dspark_jax.serving.profile import (
-    Effort,
-    Profile,
-    _Stopwatch,
-    choose_ladder,
-    load_or_measure,
-    measure_profile,
-    monotone,
-)
+from dspark_jax.serving.profile import Profile, choose_ladder, monotone
+from dspark_jax.serving.profiling import Effort, _Stopwatch, load_or_measure, measure_profile
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.serving.temperatures import (
@@ -241,9 +234,9 @@ def test_what_a_call_takes_is_no_part_of_its_rounds(monkeypatch: pytest.MonkeyPa
         nonlocal now
         now += 3.0 + 0.5 * int(count)
 
-    monkeypatch.setattr(profile_module, "run_rounds", dispatch)
-    monkeypatch.setattr(profile_module, "_draft_passes", drafts)
-    monkeypatch.setattr(profile_module, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(profiling, "run_rounds", dispatch)
+    monkeypatch.setattr(profiling, "_draft_passes", drafts)
+    monkeypatch.setattr(profiling, "time", SimpleNamespace(perf_counter=lambda: now))
     found = measure_profile(loop, LoopParams(target.params, drafter.params), effort=Effort(rounds=3, repeats=2))
     assert found.dispatch == 5.0 and found.drafting == (0.5, 0.5) and found.rounds == ((2.0, 2.0), (2.0, 2.0))
 

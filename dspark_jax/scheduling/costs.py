@@ -50,7 +50,7 @@ class Occupancy(NamedTuple):
 
 
 class CostTable(NamedTuple):
-    """Seconds of a round, measured (`serving.profile`) or given: SPS(B) = 1 / (verify + drafting), docs/algorithm.md,
+    """Seconds of a round, measured (`serving.profiling`) or given: SPS(B) = 1 / (verify + drafting), docs/algorithm.md,
     rule 73.
 
     A round of B tokens costs as much as the first rung >= B, since it runs at that bucket. Between context probes costs

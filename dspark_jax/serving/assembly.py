@@ -13,7 +13,8 @@ from dspark_jax.errors import UserError
 from dspark_jax.readers import read_object
 from dspark_jax.scheduling.costs import CostTable, ScheduleTables, bucket_ladder
 from dspark_jax.scheduling.policies import Fixed, VerifyPolicy
-from dspark_jax.serving.profile import Profile, load_or_measure
+from dspark_jax.serving.profile import Profile
+from dspark_jax.serving.profiling import load_or_measure
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig, policy_named, verifier_of
 from dspark_jax.serving.temperatures import read_calibration, validity

@@ -54,6 +54,7 @@ def profile_key(loop: DecodeLoop, params: LoopParams, temperature: float) -> dic
         "block": loop.block,
         "buckets": list(loop.buckets),
         "sampled": temperature > 0,
+        "verifier": repr(loop.verifier),
     }
 
 
@@ -210,8 +211,11 @@ def _draft_passes(loop: DecodeLoop, params: LoopParams, state: DecodeState, coun
     target, drafter = loop.models(params)
     assert drafter is not None, "a loop without a drafter has no draft pass"
 
+    # Outside the loop: the noise of a round serves its drafts and its verification.
+    noise = loop.noise(target, state)
+
     def body(_: Any, anchors: jax.Array) -> jax.Array:
-        return loop.draft(target, drafter, state, anchors).tokens[:, -1]
+        return loop.draft(target, drafter, state, anchors, noise).tokens[:, -1]
 
     return jax.lax.fori_loop(0, count, body, jnp.zeros((loop.requests,), jnp.int32))
 

@@ -42,7 +42,7 @@ from dspark_jax.scheduling.costs import ScheduleTables
 from dspark_jax.scheduling.policies import Causal, VerifyPolicy
 from dspark_jax.serving.assembly import costs_of, temperatures_of
 from dspark_jax.serving.engine import Engine
-from dspark_jax.serving.profile import measure_profile
+from dspark_jax.serving.profiling import measure_profile
 from dspark_jax.serving.prompts import EncodedPrompt, read_prompts
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig, PolicyName, policy_named
