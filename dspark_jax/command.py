@@ -21,6 +21,7 @@ GROUPS = {
 @program
 def main(argv: list[str]) -> int:
     """Runs the program that the first word names, with the remaining words as its options; returns its exit code."""
+    # Found and not listed: a new program is a subcommand without a line here.
     programs = found_programs()
     if not argv or argv[0] in ("-h", "--help"):
         print(overview(programs))

@@ -20,6 +20,7 @@ def announce(dtype: str | None = None) -> None:
     Args:
         dtype: of weights and activations; None where the target's configuration decides.
     """
+    # One line for the job: its processes run on devices of one kind.
     if jax.process_index() == 0:
         print(device_line(dtype), file=sys.stderr)
         warning = unused_accelerator()

@@ -54,6 +54,8 @@ def opened(path: Path, expected: str) -> Iterator[BinaryIO]:
         raise UserError(f"{path} does not exist; expected {expected} there.") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({reason_of(error)}); give {expected} that can.") from None
+
+    # Of the open descriptor, not of the path: between two looks at a path another file may have taken its place.
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
@@ -82,6 +84,7 @@ def parse_json(data: bytes, where: str, *, expected: str = "one JSON value in UT
     except UnicodeDecodeError as error:
         raise fail(f"byte {error.start} is not UTF-8") from None
     try:
+        # Python's parser is lenient where RFC 8259 is not, so each leniency is taken back by a hook.
         value = json.loads(
             text,
             parse_constant=_refuse_constant,
@@ -96,6 +99,7 @@ def parse_json(data: bytes, where: str, *, expected: str = "one JSON value in UT
         raise fail(str(error)) from None
     except RecursionError:
         raise fail(f"nested deeper than {MAX_DEPTH} levels") from None
+
     _check_tree(value, fail)
     return value
 
@@ -168,6 +172,7 @@ def _object_of(pairs: list[tuple[str, Any]]) -> Object:
 
 def _check_tree(value: Any, fail: Callable[[str], UserError]) -> None:
     """Depth and text of a parsed value, without recursion: copies and encoders recurse, so depth is bounded here."""
+    # Level by level, so that the depth of a value costs no stack.
     level, depth = [value], 0
     while level:
         depth += 1
@@ -217,6 +222,7 @@ def number(low: float | None = None, high: float | None = None, *, above: float 
         if not (_is_integer(value) or isinstance(value, float)):
             return False
         try:
+            # An integer may be too large for a float, which `isfinite` would make of it.
             finite = math.isfinite(value)
         except OverflowError:
             return False
@@ -277,6 +283,8 @@ def check_fields(
     for name in required:
         if name not in values:
             raise UserError(f"{where} has no field {name!r}; expected {schema[name].expected}; {cure}.")
+
+    # Unknown fields pass: published files have many that nothing here reads.
     for name, check in schema.items():
         if name in values and not check.holds(values[name]):
             raise UserError(f"{where} has {name} = {shown(values[name])}; expected {check.expected}; {cure}.")
@@ -332,6 +340,7 @@ SEAL = "xxh3"
 
 def sealed(content: Mapping[str, Any]) -> Object:
     """The object with the hash of its other fields, as `check_seal` compares."""
+    # As the file will hold it, since that is what will be hashed again.
     plain = json.loads(json.dumps(content, default=str))
     return {**plain, SEAL: _digest(plain)}
 

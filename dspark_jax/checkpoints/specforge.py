@@ -97,6 +97,7 @@ class SpecForgeLayout:
 
         if kind == "eagle3":
             ids = {"eagle_aux_hidden_state_layer_ids": list(native["target_layer_ids"]), "use_aux_hidden_state": True}
+            # The ids move into the nested object; everything else is DeepSpec's form already.
             kept = {name: value for name, value in native.items() if name != "target_layer_ids"}
             named = {"architectures": [drafter_family(native) + _EAGLE3], "draft_vocab_size": native["vocab_size"]}
             return kept | named | {"eagle_config": ids}

@@ -79,6 +79,7 @@ def encode_states(features: Any, last_hidden: Any, codec: Codec, xp: ModuleType 
 
 def decode_states(stored: Mapping[str, Any], dtype: Any, xp: ModuleType = np) -> dict[str, Any]:
     """Inverse of `encode_states`: features and last hidden states in `dtype`; those without scales are unchanged."""
+    # Unscaled floats are used as they are stored; the caller's dtype is for codes.
     if "scales" not in stored:
         return {name: stored[name] for name in ("features", "last_hidden")}
     scales = stored["scales"]

@@ -124,6 +124,7 @@ class PrepareSettings:
 
     @property
     def extra_fields(self) -> dict[str, Any]:
+        # As strict as a file: a name that stands twice, or NaN, would reach the server otherwise.
         fields = parse_json(self.server_extra.encode("utf-8", "surrogatepass"), "--server-extra")
         if not isinstance(fields, dict):
             raise UserError(f"--server-extra is {self.server_extra!r}; a JSON object was expected.")

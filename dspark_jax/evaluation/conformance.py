@@ -90,6 +90,7 @@ def readings(drafter: Drafter) -> list[Reading]:
     ids, layers = drafter.config.target_layer_ids, drafter.config.num_target_layers
     # Shifted ids must name layers of the target too: -1 is the embeddings.
     shifted = [s for s in (-1, 1) if ids[0] + s >= -1 and ids[-1] + s < layers]
+
     config = drafter.config
     if isinstance(config, DSparkConfig):
         # A block has two anchor conventions, so only one other reading.
@@ -98,6 +99,7 @@ def readings(drafter: Drafter) -> list[Reading]:
     else:
         slots = [-1, 1]
 
+    # The declared reading first: the others are compared with it.
     found = [DECLARED, *(Reading(slot=s) for s in slots), *(Reading(layer=s) for s in shifted)]
     return [*found, *(Reading(position=s) for s in (-1, 1))]
 
@@ -141,6 +143,8 @@ class Probe:
         return {reading: np.concatenate(found) for reading, found in parts.items()}
 
     def _read(self, reading: Reading, features: Array, hidden: Array, tokens: Array, anchors: Array) -> np.ndarray:
+        # The other anchor convention is another structure over the same weights; every other reading moves inputs
+        # alone.
         declared = self.drafter.config.block_size
         if isinstance(self.drafter.config, DSparkConfig):
             graph = _graph(self.drafter, self.drafter.config, reading)
@@ -212,6 +216,7 @@ def _step_overlap(
     model = nnx.merge(graph, params)
 
     def at(a: Array) -> Array:
+        # Tokens past the anchor are masked by its length: the drafter sees what it would see in decoding.
         state = model.prefill(shared, features, tokens, a)
         return _overlap(model, shared, state, hidden, tokens, a, a + position, slot)
 
@@ -232,6 +237,7 @@ def _overlap(
     first = jnp.take_along_axis(tokens, anchors[:, None], axis=1)[:, 0]
 
     def teacher(logits: Array, k: int) -> tuple[Array, Array]:
+        # In the place of a draw: the true token goes on, so that later rows are judged on the text itself.
         return forced[:, k], jax.nn.softmax(logits, axis=-1)
 
     return jnp.sum(jnp.minimum(model.draft(shared, state, first, positions, teacher).law, theirs), axis=-1)
@@ -305,6 +311,7 @@ class Edges:
 
 def edge_anchors(sequences: Sequences, block: int) -> Int[np.ndarray, "s k"]:
     """Anchors last - 1 - k, k = 0 .. block - 2, none before the span: label k is the last token, k + 1 the next."""
+    # One anchor for each slot, so that every row of a block meets the last token once.
     anchors = np.asarray(sequences.last)[:, None] - 1 - np.arange(max(block - 1, 1))
     return np.maximum(anchors, np.asarray(sequences.first)[:, None])
 

@@ -47,6 +47,7 @@ def read_datasets(sources: Sequence[str], limit: int | None = None) -> dict[str,
     """
     sets: dict[str, list[Dialogue]] = {}
     total = 0
+    # All files are looked up before the first is read, so that a wrong name is refused at once.
     for file in [file for source in sources for file in _files(source)]:
         for record in read_prompt_records(file):
             name = str(record.extra.get("domain", file.stem))

@@ -94,6 +94,7 @@ class Evaluation:
     def at(self, temperature: float) -> dict[str, Any]:
         """Figures at one temperature: by data set, averaged by domain, and averaged over the domains."""
         settings = self.settings
+        # All engines of a temperature before the first set, so that compilation falls into no timed pass.
         plain = self.engine_of(temperature, "plain")
         timed = self.engine_of(temperature, settings.engine.policy, settings.engine.threshold)
         whole = timed if settings.engine.policy == "fixed" else self.engine_of(temperature, "fixed")
@@ -124,6 +125,7 @@ class Evaluation:
         return answer(engine, samples, self.settings.seed, self.settings.thinking)
 
     def _recorded(self, engine: Engine, samples: Sequence[Dialogue]) -> tuple[Answered, Proposals]:
+        # For this pass alone: a recorder makes every dispatch return its rounds.
         engine.recorder = proposals = Proposals()
         try:
             return self._answer(engine, samples), proposals

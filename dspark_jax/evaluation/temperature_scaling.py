@@ -40,6 +40,7 @@ def fit_temperatures(logits: np.ndarray, accepted: np.ndarray, observed: np.ndar
             noise = 0.1 * np.sqrt(ECE_BINS * np.mean(label) * (1 - np.mean(label)) / len(label))
             temperatures[k] = TEMPERATURES[np.argmin(np.where(ece <= ece.min() + noise, brier, np.inf))]
 
+        # The next position is fitted on the product so far, calibrated: errors do not add up along the block.
         survival = survival * sigmoid(z / temperatures[k])
 
     return temperatures
@@ -51,6 +52,7 @@ def fit_shift(logits: np.ndarray, accepted: np.ndarray, observed: np.ndarray) ->
     It corrects the bias of a head that is overconfident by a constant, which no temperature can. Arguments as for
     `fit_temperatures`.
     """
+    # `accepted` is of whole prefixes, so the column before says whether x_k was judged.
     before = np.concatenate([np.ones((len(logits), 1), bool), np.asarray(accepted, bool)[:, :-1]], axis=1)
     reached = np.asarray(observed, bool) & before  # x_k judged after an accepted prefix
     z, label = np.asarray(logits, np.float64)[reached], np.asarray(accepted, np.float64)[reached]

@@ -100,6 +100,7 @@ def poisson(engine: Engine, traffic: Traffic, rate: float, requests: int) -> Ope
 
     A user's speed includes the time in the queue.
     """
+    # Drawn before the clock starts, from the seed alone: every strategy meets the same arrivals.
     moments = np.cumsum(np.random.default_rng(traffic.seed).exponential(1 / rate, requests))
     done: list[Generation] = []
     begin, asked = time.perf_counter(), 0
@@ -207,6 +208,7 @@ def overheads(engine: Engine, prompts: Sequence[EncodedPrompt], repeats: int = 7
         prompts: one of each width is timed.
         repeats: timed runs of each, after one that is dropped.
     """
+    # A dispatch of no round runs the compiled loop's entrance and exit alone.
     none, until_free = jnp.asarray(0, jnp.int32), jnp.asarray(False)
     dispatch: list[float] = []
 

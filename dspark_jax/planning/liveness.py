@@ -68,6 +68,7 @@ def _origins(jaxpr: Jaxpr) -> dict[Any, set[Any]]:
 
     Arguments have none, since their bytes are the caller's.
     """
+    # Fused values are passed through to what they were made of, since those must stay alive for them.
     stored = _read_whole(jaxpr)
     origins: dict[Any, set[Any]] = {}
 

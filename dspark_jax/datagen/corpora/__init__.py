@@ -51,6 +51,7 @@ def _library(domain: str, split: str, seed: int) -> Iterator[dict]:
     else:
         items = [(entry.source, entry.key, entry, chat.conversation) for entry in chat.pool(split)]
 
+    # Seeded by text: neighbouring seeds and domains share no order.
     order = random.Random(f"{domain}:{split}:{seed}")
     order.shuffle(items)
     for source, key, item, build in items:

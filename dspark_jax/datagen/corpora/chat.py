@@ -93,6 +93,7 @@ def _documented() -> list[Entry]:
             signature = item.header.removeprefix("def ").rstrip(":") if item.kind in ("function", "method") else ""
             # A long signature would crowd out the description.
             signature = signature if len(signature) <= 120 else ""
+            # The first paragraphs say what a thing is for; the rest of a long docstring would be cut anyway.
             text = _chunks(item.doc)[0]
             entries.append(Entry(item.module, item.kind, item.name, signature, text, item.name))
 
