@@ -169,6 +169,7 @@ def test_acceptance_counts_by_hand():
     assert Acceptance.of([generation(4, 4, (), (), ())]).conditional == ()
     both = Acceptance.pooled([one, Acceptance.of([generation(10, 31, (10, 10, 10), (10, 7, 4), (10, 10, 7))])])
     assert both.tau == 2.5 and both.conditional == (0.8, 10 / 16, 0.4)
+    assert macro_tau({"a": one, "b": both}) == pytest.approx(2.2)
 
 
 def test_conditional_acceptance_counts_only_what_was_judged():
@@ -177,4 +178,3 @@ def test_conditional_acceptance_counts_only_what_was_judged():
     short, whole = generation(4, 7, (4, 0), (3, 0), (4, 0)), generation(4, 7, (4, 4), (2, 1), (4, 2))
     assert Acceptance.of([short, whole]).conditional == (5 / 8, 1 / 2)
     assert Acceptance.of([whole]).conditional == (2 / 4, 1 / 2)
-    assert macro_tau({"a": one, "b": both}) == pytest.approx(2.2)
