@@ -12,20 +12,33 @@ import jax
 GOOGLE = "0x1ae0"  # vendor of TPUs on the PCI bus
 
 
-def announce(dtype: str | None = None) -> None:
+def announce(dtype: str | None = None) -> str | None:
     """Prints devices and dtype of a run on stderr, and a warning for an accelerator that this jax can't use.
 
     Starts jax's backend, so a process must have joined its job before; process 0 prints.
 
     Args:
-        dtype: of weights and activations; None where the target's configuration decides.
+        dtype: of weights and activations; None where none was chosen.
+    Returns:
+        The dtype to load models in: the given one, else `usual_dtype`.
     """
+    dtype = dtype or usual_dtype()
     # One line for the job: its processes run on devices of one kind.
     if jax.process_index() == 0:
         print(device_line(dtype), file=sys.stderr)
         warning = unused_accelerator()
         if warning:
             print(f"Warning: {warning}", file=sys.stderr, flush=True)
+    return dtype
+
+
+def usual_dtype() -> str | None:
+    """The dtype that models are decoded in where none is chosen: float32 on a CPU, elsewhere None, that of the model.
+
+    XLA:CPU has no bfloat16 products for few rows and converts weights in every round: a plain round of one request
+    then takes several times as long (`infer.studies.products`).
+    """
+    return "float32" if jax.default_backend() == "cpu" else None
 
 
 def device_line(dtype: str | None = None) -> str:

@@ -73,13 +73,13 @@ def main(argv: list[str]) -> None:
         )
 
     make_output(settings.output)
-    announce(settings.dtype)
-    target = load_target(settings.target, dtype=settings.dtype)
+    dtype = announce(settings.dtype)
+    target = load_target(settings.target, dtype=dtype)
     prompts = read_prompts(target, settings.prompts, settings.limit or None, settings.thinking)
     if settings.against == "transformers":
         metrics = against_transformers(settings, target, prompts)
     else:
-        drafter = load_drafter(settings.drafter, target, dtype=settings.dtype)
+        drafter = load_drafter(settings.drafter, target, dtype=dtype)
         metrics = against_plain(settings, target, drafter, prompts)
         acceptance_plot(settings.output / "conditional_acceptance.png", metrics["temperatures"])
 

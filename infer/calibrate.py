@@ -61,9 +61,9 @@ def main(argv: list[str]) -> None:
     settings = parse(CalibrateSettings, argv, description=__doc__)
     # Tried first: a folder that cannot be written must not cost the recording.
     make_output(settings.output, settings.results)
-    announce(settings.dtype)
-    target = load_target(settings.target, dtype=settings.dtype)
-    drafter = load_drafter(settings.drafter, target, dtype=settings.dtype)
+    dtype = announce(settings.dtype)
+    target = load_target(settings.target, dtype=dtype)
+    drafter = load_drafter(settings.drafter, target, dtype=dtype)
     prompts = read_prompts(target, settings.prompts, settings.limit or None, settings.thinking)
 
     started = time.perf_counter()

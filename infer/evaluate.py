@@ -33,12 +33,12 @@ def main(argv: list[str]) -> None:
     # Cheap and fallible first: a mistyped set ends the program before weights are loaded.
     sets = read_datasets(settings.datasets, settings.limit or None)
     make_output(settings.output)
-    announce(settings.dtype)
-    target = load_target(settings.target, dtype=settings.dtype)
+    dtype = announce(settings.dtype)
+    target = load_target(settings.target, dtype=dtype)
     if target.tokenizer is None:
         raise UserError(f"{target.name} has no tokenizer files, so it can't read prompts; add tokenizer.json.")
 
-    drafter = load_drafter(settings.drafter, target, dtype=settings.dtype)
+    drafter = load_drafter(settings.drafter, target, dtype=dtype)
     evaluation = Evaluation(settings, target, drafter, sets)
     metrics: dict[str, Any] = {"temperatures": {}}
 

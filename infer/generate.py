@@ -47,8 +47,8 @@ class GenerateSettings:
     thinking: bool = False
     """Let the chat template open with thinking, where it has such a switch."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Dtype of weights and activations; None: that of the target's config. In bfloat16 a greedy answer may differ from
-    plain decoding at a near-tie."""
+    """Dtype of weights and activations; None: float32 on a CPU, else the target's own. In bfloat16 a greedy answer may
+    differ from plain decoding at a near-tie."""
     sampling: Annotated[SamplingParams, FLAT] = SamplingParams()
     engine: Annotated[EngineConfig, FLAT] = EngineConfig()
 
@@ -65,9 +65,9 @@ def main(argv: list[str]) -> None:
     if not settings.target:
         settings = replace(settings, target=EMBEDDED, drafter=settings.drafter or EMBEDDED)
 
-    announce(settings.dtype)
-    target = load_target(settings.target, dtype=settings.dtype)
-    drafter = load_drafter(settings.drafter, target, dtype=settings.dtype) if settings.drafter else None
+    dtype = announce(settings.dtype)
+    target = load_target(settings.target, dtype=dtype)
+    drafter = load_drafter(settings.drafter, target, dtype=dtype) if settings.drafter else None
     prompts = prompts_of(settings, target)
     requests = [Request(prompt.tokens) for prompt in prompts]
     engine = engine_for(target, drafter, requests, settings.sampling, settings.engine)

@@ -81,9 +81,9 @@ def main(argv: list[str]) -> None:
         raise UserError(f"The contexts are {settings.contexts}; expected shares of --longest, between 0 and 1.")
 
     make_output(settings.output)
-    announce(settings.dtype)
-    target = load_target(settings.target, dtype=settings.dtype)
-    drafter = load_drafter(settings.drafter, target, dtype=settings.dtype)
+    dtype = announce(settings.dtype)
+    target = load_target(settings.target, dtype=dtype)
+    drafter = load_drafter(settings.drafter, target, dtype=dtype)
     if settings.scheduler_cost:
         metrics: dict[str, Any] = {"scheduler": scheduler_cost(settings, target, drafter)}
     else:

@@ -34,7 +34,7 @@ class ServeSettings:
     drafter: str = ""
     """Folder or hub id of the drafter; empty: plain decoding."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Dtype of weights and activations; None: that of the target's config."""
+    """Dtype of weights and activations; None: float32 on a CPU, else the target's own."""
     warm_up: bool = True
     """Compile everything before the first request; otherwise each first use waits for the compiler."""
     server: Annotated[ServerConfig, FLAT] = ServerConfig()
@@ -53,9 +53,9 @@ def main(argv: list[str]) -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
     # Bound before the weights are loaded: a port that is taken shows at once.
     with bind(config) as bound:
-        announce(settings.dtype)
-        target = load_target(settings.target, dtype=settings.dtype)
-        drafter = load_drafter(settings.drafter, target, dtype=settings.dtype) if settings.drafter else None
+        dtype = announce(settings.dtype)
+        target = load_target(settings.target, dtype=dtype)
+        drafter = load_drafter(settings.drafter, target, dtype=dtype) if settings.drafter else None
         service = Service(target, drafter, settings.engine, config, settings.warm_up)
 
         engine = service.driver.engine

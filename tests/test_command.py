@@ -10,7 +10,7 @@ import pytest
 from dspark_jax import command
 from dspark_jax.checkpoints.huggingface import resolve_folder
 from dspark_jax.config.cli import load_config
-from dspark_jax.devices import announce, unused_accelerator
+from dspark_jax.devices import announce, unused_accelerator, usual_dtype
 from dspark_jax.errors import UserError
 from dspark_jax.files import make_output
 from dspark_jax.programs import MAIN, ROOT, found_programs, program_command, source
@@ -86,9 +86,15 @@ def test_a_configuration_is_a_name_or_a_file(tmp_path: Path) -> None:
 
 
 def test_the_first_line_names_devices_and_dtype(capsys: pytest.CaptureFixture[str]) -> None:
-    announce("bfloat16")
+    assert announce("bfloat16") == "bfloat16"
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.splitlines()[0] == f"Device: 1 x cpu, bfloat16, jax {jax.__version__}"
+
+
+def test_a_cpu_decodes_in_float32_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert usual_dtype() == announce() == "float32"
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert usual_dtype() is None
 
 
 def test_an_accelerator_that_jax_cannot_use_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

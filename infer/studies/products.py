@@ -1,0 +1,164 @@
+"""Measures the target's bare matrix products by dtype and number of rows, and the share of them in a plain round.
+
+    make real-target
+    python -m infer.studies.products --target .cache/real_target
+
+A chain of products with the shapes of the target's layers and of its head, every weight its own, so that nothing stays
+in a cache that decoding would read from memory: float32; bfloat16 with bfloat16 results, as a model in bfloat16 has
+them; bfloat16 with float32 results; int8 weights, converted inside the product. Medians of alternating runs.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from dspark_jax.checkpoints.huggingface import load_target
+from dspark_jax.config.cli import parse, program
+from dspark_jax.devices import announce, machine
+from dspark_jax.errors import UserError
+from dspark_jax.files import make_output, write_json
+from dspark_jax.report import table
+from dspark_jax.serving.generate import generate
+from dspark_jax.serving.sampling import SamplingParams
+from dspark_jax.serving.settings import EngineConfig
+from dspark_jax.targets.config import TargetConfig
+from dspark_jax.targets.layers import head_logits
+from dspark_jax.targets.target import Target
+
+KINDS: dict[str, tuple[Any, Any]] = {
+    "float32": (jnp.float32, jnp.float32),
+    "bfloat16": (jnp.bfloat16, jnp.bfloat16),
+    "bfloat16, float32 results": (jnp.bfloat16, jnp.float32),
+    "int8 weights": (jnp.int8, jnp.float32),
+}
+"""Dtypes of the weights and of the results."""
+
+
+@dataclass(frozen=True)
+class ProductSettings:
+    """Measures bare products of a target's shapes."""
+
+    target: str
+    """Folder, GGUF file or hub id of a dense target."""
+    rows: tuple[int, ...] = (1, 5, 32, 128)
+    """Rows of the products: 1 is a plain round of one request, a block and its anchor a verify pass."""
+    repeats: int = 5
+    """Alternations."""
+    round_tokens: int = 32
+    """Tokens decoded to time a plain round."""
+    cpu_seconds: bool = False
+    """Count CPU seconds of the process instead of the clock's. On a shared machine they tell more, of a process that is
+    pinned to one core (taskset -c 0)."""
+    result: Path = Path("docs/results/products.json")
+    """The figures."""
+
+
+@program
+def main(argv: list[str]) -> None:
+    settings = parse(ProductSettings, argv, description=__doc__)
+    make_output(settings.result.parent)
+    announce("float32")
+    target = load_target(settings.target, dtype="float32")
+    if any(layer.sparse for layer in target.config.layers):
+        raise UserError(f"{target.name} has mixtures of experts; expected a dense target.")
+
+    runs: dict[str, Callable[[], Any]] = {}
+    for kind, (stored, result) in KINDS.items():
+        weights = random_weights(target.config, stored)
+        for rows in settings.rows:
+            x = jnp.ones((rows, target.config.hidden_size), stored if stored == jnp.bfloat16 else jnp.float32)
+            runs[f"{kind}/{rows}"] = partial(chain, weights, x, result)
+    clock = time.process_time if settings.cpu_seconds else time.perf_counter
+    seconds = timed(runs, settings.repeats, clock)
+
+    # Of a request whose prefill is a single token: the difference of two lengths leaves rounds alone.
+    plain = plain_round(target, settings.round_tokens, settings.repeats, clock)
+    share = seconds["float32/1"] / plain if "float32/1" in seconds else None
+    made = {"milliseconds": {k: 1e3 * s for k, s in seconds.items()}, "plain_round": 1e3 * plain, "share": share}
+    write_json(settings.result, made | {"cpu_seconds": settings.cpu_seconds, "machine": machine()})
+
+    body = [[kind, *(f"{1e3 * seconds[f'{kind}/{rows}']:.1f}" for rows in settings.rows)] for kind in KINDS]
+    print(f"\nmilliseconds by rows\n{table(['weights', *map(str, settings.rows)], body)}")
+    said = "" if share is None else f", of which the float32 products are {100 * share:.0f} %"
+    print(f"plain round of one request: {1e3 * plain:.1f} ms{said}\n{settings.result}")
+
+
+def random_weights(config: TargetConfig, dtype: Any) -> list[Array]:
+    """Weights [in, out] of every layer's seven products in order, then the head [V, D], as they lie in a target."""
+    heads, d, f = config.num_heads, config.hidden_size, config.intermediate_size
+    shapes: list[tuple[int, int]] = []
+    for layer in config.layers:
+        q, kv = heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
+        shapes += [(d, q), (d, kv), (d, kv), (q, d), (d, f), (d, f), (f, d)]
+    shapes.append((config.vocab_size, d))
+
+    # Small, so that a chain of them neither overflows nor vanishes into denormals.
+    draws = np.random.default_rng(0)
+    if dtype == jnp.int8:
+        return [jnp.asarray(draws.integers(-2, 3, shape, np.int8)) for shape in shapes]
+    return [jnp.asarray(draws.standard_normal(shape, np.float32) * 0.02, dtype) for shape in shapes]
+
+
+@partial(jax.jit, static_argnums=2)
+def chain(weights: list[Array], x: Float[Array, "m d"], result: Any) -> Array:
+    """The products of a pass in order, each on the one before; softmax, norms and attention are left out."""
+
+    def times(x: Array, weight: Array) -> Array:
+        # An int8 weight is converted where it is read: XLA decides whether a float copy of it is written.
+        wide = weight.astype(jnp.float32) if weight.dtype == jnp.int8 else weight
+        out = jnp.matmul(x.astype(wide.dtype), wide, preferred_element_type=result)
+        return out * 0.1 if weight.dtype == jnp.int8 else out
+
+    *layers, head = weights
+    for at in range(0, len(layers), 7):
+        q, k, v, o, gate, up, down = layers[at : at + 7]
+        queries, keys, values = times(x, q), times(x, k), times(x, v)
+        # Every product must be needed, or XLA leaves it out.
+        mixed = queries + jnp.pad(keys + values, ((0, 0), (0, q.shape[1] - k.shape[1])))
+        x = x + times(mixed, o).astype(x.dtype)
+        x = x + times(times(x, gate) * times(x, up), down).astype(x.dtype)
+        x = x / (1 + jnp.max(jnp.abs(x)))
+
+    wide = head.astype(jnp.float32) if head.dtype == jnp.int8 else head
+    return head_logits(x.astype(wide.dtype), wide, None)
+
+
+def timed(
+    runs: dict[str, Callable[[], Any]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
+    """Median seconds of each, in alternating order after a first call that compiles."""
+    for run in runs.values():
+        jax.block_until_ready(run())
+
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for i in range(repeats):
+        for name in list(runs)[:: 1 if i % 2 == 0 else -1]:
+            start = clock()
+            jax.block_until_ready(runs[name]())
+            found[name].append(clock() - start)
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+def plain_round(target: Target, tokens: int, repeats: int, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Median seconds of a plain round of one request."""
+    engine = EngineConfig(1, 256, "plain", rounds_per_dispatch=tokens)
+
+    def decode(count: int) -> None:
+        # Without stop tokens, so that every run takes all its rounds.
+        generate(target, None, [[1]], SamplingParams(count, 0.0, stop_tokens=()), engine)
+
+    found = timed({"long": partial(decode, tokens + 1), "short": partial(decode, 1)}, repeats, clock)
+    return (found["long"] - found["short"]) / tokens
+
+
+if __name__ == "__main__":
+    main()
