@@ -157,8 +157,9 @@ class ChatClient:
         await self._client.aclose()
 
     def _refusal(self, status: int, headers: Mapping[str, str], data: bytes) -> Exception:
-        # One line of what was said: servers answer with pages of HTML too.
+        # One line of what was said, as servers answer with pages of HTML too, without characters that steer a terminal.
         said = " ".join(data[:_SHOWN_BYTES].decode(errors="replace").split())[:300]
+        said = "".join(character if character.isprintable() else "\ufffd" for character in said)
         if 300 <= status < 400:
             where = headers.get("Location", "elsewhere")[:200]
             return ServerError(

@@ -139,7 +139,8 @@ def tokenize_prompt(target: Target, prompt: Prompt, who: str = "A prompt", think
         UserError: a prompt of another form, or text that is not valid Unicode.
     """
     if not isinstance(prompt, str):
-        if isinstance(prompt, bytes | bytearray | Mapping) or not isinstance(prompt, Sequence | np.ndarray):
+        listed = isinstance(prompt, Sequence | np.ndarray) and getattr(prompt, "ndim", 1) > 0
+        if isinstance(prompt, bytes | bytearray | Mapping) or not listed:
             raise UserError(f"{who} is a {type(prompt).__name__}; expected text, token ids or a list of chat messages.")
         # Ids need no tokenizer; an empty list counts as ids and is refused as an empty prompt later.
         whole = [isinstance(t, int | np.integer) and not isinstance(t, bool | np.bool_) for t in prompt]
