@@ -1,6 +1,6 @@
 """The joint law at temperature 1 under drafters of broken numbers, for every kind of drafter and every verify policy.
 
-    python -m tests.broken_laws [--kinds dspark mtp ...] [--batches 80]
+    python -m tests.broken_laws [--kinds dspark mtp ...] [--policies fixed ...] [--modes rejection block] [--batches 80]
 
 Requests share one compiled loop: those of a damage have their own slots, where draft logits are NaN, infinite, zero or
 huge, and confidences NaN in every other slot. The same loop then runs with drafters whose weights are all so. Tokens
@@ -13,18 +13,19 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dspark_jax.decoding.acceptance import Acceptance, RejectionSampling
+from dspark_jax.decoding.acceptance import Acceptance, BlockVerification, RejectionSampling
 from dspark_jax.decoding.dispatch import run_rounds
 from dspark_jax.decoding.prefill import admit
 from dspark_jax.decoding.round import DecodeLoop, LoopParams, borrowed_tables
 from dspark_jax.decoding.state import Admission, DecodeState
-from dspark_jax.decoding.verifiers import Draws, Independent
+from dspark_jax.decoding.verifiers import Coupled, Draws, Independent
 from dspark_jax.drafters.protocol import DraftOutput
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.scheduling.costs import CostTable, Occupancy, ScheduleTables
@@ -71,6 +72,11 @@ KINDS: dict[str, tuple[str, str]] = {
     "mtp": ("mtp", "vanilla"),
 }
 """Kinds of drafters by name: the registry's, and the Markov head."""
+MODES: dict[str, Any] = {
+    "rejection": Independent(RejectionSampling()),
+    "block": Independent(BlockVerification()),
+    "coupled": Coupled(),
+}
 POLICIES: dict[str, VerifyPolicy] = {
     "fixed": Fixed(),
     "threshold": Threshold(0.3),
@@ -235,9 +241,10 @@ def p_values(
     return found
 
 
-def tried(kind: str, policy: str, batches: int) -> dict[str, float]:
-    """p by damage, of logits and of weights, under one policy."""
+def tried(kind: str, policy: str, batches: int, mode: str = "rejection") -> dict[str, float]:
+    """p by damage, of logits and of weights, under one policy and verifier."""
     loop, params = loop_of(kind, POLICIES[policy])
+    loop = replace(loop, verifier=MODES[mode])
     law = exact_law(pair(kind)[0])
     found = p_values(loop, params, law, [policy], batches)[policy]
     assert all(verified > 0 for _, verified in found.values()), f"{kind}, {policy}: drafts of every damage are verified"
@@ -265,24 +272,27 @@ def control_is_rejected(values: Mapping[str, float]) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=["rejection"])
     parser.add_argument("--batches", type=int, default=BATCHES)
     options = parser.parse_args()
-    smallest, everything, right = dict[tuple[str, str], float](), list[float](), True
+    smallest, everything, right = dict[tuple[str, str, str], float](), list[float](), True
     for kind in options.kinds:
-        for policy in policies_of(kind):
-            values = tried(kind, policy, options.batches)
+        for mode, policy in product(options.modes, [name for name in policies_of(kind) if name in options.policies]):
+            values = tried(kind, policy, options.batches, mode)
             everything += values.values()
-            smallest[kind, policy] = min(values.values())
-            print(f"{kind}, {policy}: " + ", ".join(f"{n} {p:.3f}" for n, p in values.items()), flush=True)
+            smallest[kind, mode, policy] = min(values.values())
+            print(f"{kind}, {mode}, {policy}: " + ", ".join(f"{n} {p:.3f}" for n, p in values.items()), flush=True)
         values = control(kind, options.batches)
         right &= control_is_rejected(values)
         print(f"{kind}, control: " + ", ".join(f"{n} {p:.2g}" for n, p in values.items()), flush=True)
         jax.clear_caches()
 
-    print(f"\n| drafter | {' | '.join(POLICIES)} |\n|---|{'---|' * len(POLICIES)}")
-    for kind in options.kinds:
-        cells = [f"{smallest[kind, name]:.3f}" if (kind, name) in smallest else "-" for name in POLICIES]
-        print(f"| {kind} | {' | '.join(cells)} |")
+    print(f"\n| drafter | mode | {' | '.join(options.policies)} |\n|---|---|{'---|' * len(options.policies)}")
+    for kind, mode in product(options.kinds, options.modes):
+        found = [smallest.get((kind, mode, name)) for name in options.policies]
+        cells = ["-" if p is None else f"{p:.3f}" for p in found]
+        print(f"| {kind} | {mode} | {' | '.join(cells)} |")
 
     least = min(everything)
     chance = 1 - (1 - least) ** len(everything)
