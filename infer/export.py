@@ -16,7 +16,7 @@ from dspark_jax.checkpoints.huggingface import load_target, resolve_folder
 from dspark_jax.checkpoints.manifest import provenance_of, read_manifest
 from dspark_jax.config.cli import parse, program
 from dspark_jax.errors import UserError
-from dspark_jax.files import check_new_folder
+from dspark_jax.files import check_new_folder, lock_folder
 from dspark_jax.report import table
 
 
@@ -42,11 +42,20 @@ class ExportSettings:
 @program
 def main(argv: list[str]) -> None:
     settings = parse(ExportSettings, argv, description=__doc__)
-    out = settings.output
-    # Before the weights are loaded; files of another drafter must not mix with this one's.
-    check_new_folder(out)
-    target = load_target(settings.target, tokenizer=False)
     found = drafter_layout(settings.drafter)
+    # From before the weights are loaded: files of another drafter must not mix with this one's.
+    with lock_folder(settings.output, "the export"):
+        check_new_folder(settings.output)
+        export(settings)
+
+    rows = [(file.name, f"{file.stat().st_size:,} bytes") for file in sorted(settings.output.iterdir())]
+    print(table(("file", f"{found.name} -> {settings.layout}"), rows))
+
+
+def export(settings: ExportSettings) -> None:
+    """Loads the drafter and writes it anew."""
+    out = settings.output
+    target = load_target(settings.target, tokenizer=False)
     drafter = load_drafter(settings.drafter, target)
 
     try:
@@ -62,9 +71,6 @@ def main(argv: list[str]) -> None:
         )
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}); give a folder that can.") from None
-
-    rows = [(file.name, f"{file.stat().st_size:,} bytes") for file in sorted(out.iterdir())]
-    print(table(("file", f"{found.name} -> {settings.layout}"), rows))
 
 
 if __name__ == "__main__":

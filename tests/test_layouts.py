@@ -16,7 +16,7 @@ from dspark_jax.checkpoints.layouts import LAYOUTS, detect_layout
 from dspark_jax.checkpoints.manifest import MANIFEST_FILE, Provenance
 from dspark_jax.drafters.registry import Drafter, drafter_hf_config, new_drafter
 from dspark_jax.errors import UserError
-from dspark_jax.files import file_hash, weights_hash
+from dspark_jax.files import file_hash, lock_folder, weights_hash
 from dspark_jax.targets.target import Target
 from infer.export import main as export
 from tests.drafters_tiny import HIDDEN, TAPS, VOCAB, write_pair
@@ -434,6 +434,11 @@ def test_export_converts_and_keeps_the_provenance(pairs: dict, tmp_path: Path, c
     export(["--drafter", str(tmp_path / "c"), *common, "--output", str(tmp_path / "d")])
     for name in FILES:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "d" / name).read_bytes()
+
+    # While another process exports there, not even an empty folder is written to.
+    with lock_folder(tmp_path / "e", "the export"), pytest.raises(SystemExit):
+        export(["--drafter", str(tmp_path / "c"), *common, "--output", str(tmp_path / "e")])
+    assert "Another process is writing the export" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from dspark_jax.evaluation.traffic import (
     record_traces,
     save_traces,
 )
+from dspark_jax.files import lock_folder
 from dspark_jax.scheduling.costs import CostTable, ScheduleTables
 from dspark_jax.scheduling.policies import Causal, Fixed, Threshold
 from dspark_jax.serving.engine import Engine
@@ -194,6 +195,13 @@ def test_every_setting_that_shapes_a_run_is_in_its_identity() -> None:
     """The others: what the runs are, where figures go, and the loads, which each run has in its key."""
     free = {"output", "results", "strategies", "concurrency", "rates", "repeats", "validate", "simulate"}
     assert set(IDENTITY) == set(LoadSettings.__dataclass_fields__) - free
+
+
+def test_a_study_has_one_writer(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--target", folder / "target", "--drafter", folder / "drafter", "--prompts", folder / "prompts.jsonl"]
+    with lock_folder(tmp_path / "out"), pytest.raises(SystemExit):
+        main([str(word) for word in [*argv, "--output", tmp_path / "out"]])
+    assert "Another process is writing the study" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ from dspark_jax.evaluation.traffic import (
     record_traces,
     save_traces,
 )
-from dspark_jax.files import make_output, write_json
+from dspark_jax.files import lock_folder, make_output, write_json
 from dspark_jax.report import budget_plot, table, throughput_plot
 from dspark_jax.scheduling.costs import ScheduleTables
 from dspark_jax.scheduling.policies import Causal, VerifyPolicy
@@ -123,7 +123,8 @@ def main(argv: list[str]) -> None:
     if settings.simulate is not None:
         metrics = simulated(settings, read_traces(settings.simulate))
     else:
-        metrics = measured(settings)
+        with lock_folder(settings.output, "the study"):
+            metrics = measured(settings)
 
     metrics |= {"machine": machine(), "settings": asdict(settings)}
     for path in (settings.output / "metrics.json", settings.results):

@@ -31,7 +31,7 @@ from dspark_jax.config.cli import parse, program
 from dspark_jax.datagen.corpora import DOMAINS, conversations
 from dspark_jax.devices import announce
 from dspark_jax.errors import UserError
-from dspark_jax.files import replacing, write_atomically
+from dspark_jax.files import lock_folder, replacing, write_atomically
 from dspark_jax.readers import (
     Schema,
     check_fields,
@@ -375,6 +375,12 @@ def main(argv: list[str]) -> None:
     recipe = parse(Recipe, argv, description=__doc__)
     announce("float32")
     recipe.output.parent.mkdir(parents=True, exist_ok=True)
+    with lock_folder(recipe.run_dir, "the run"):
+        finish(recipe)
+
+
+def finish(recipe: Recipe) -> None:
+    """Trains to the end, from the run's checkpoint if it has one, and writes folder and report."""
     run = Run.start(recipe)
     history = History.open(run)
     if run.fraction() < 1:
