@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from dspark_jax.evaluation.http_load import Asked, address_of, ask, closed_loop, figures, poisson
+from dspark_jax.serving.api.logprobs import TokenNames
 from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.generate import generate
 from dspark_jax.serving.requests import Generation
@@ -196,6 +197,57 @@ def test_how_tokens_came(running: Running, client: openai.OpenAI) -> None:
     assert all(played["accepted_length"] == 1 for played in plain["speculation"]["rounds"])
 
 
+def test_penalties_and_biases_are_the_engines(running: Running, client: openai.OpenAI) -> None:
+    options: Any = {"model": "tiny", "messages": MESSAGES, "max_tokens": 24, "temperature": 0}
+    for known, body in (
+        ({"presence_penalty": 1.5, "frequency_penalty": 0.5}, {}),
+        ({}, {"repetition_penalty": 1.7}),
+        ({"logit_bias": {"70": 6.0, "71": -100}}, {}),
+    ):
+        made = client.chat.completions.create(**options, **known, extra_body=body).choices[0].message.content
+        sampling = {name: {int(k): v for k, v in value.items()} if isinstance(value, dict) else value
+                    for name, value in (known | body).items()}  # fmt: skip
+        assert made == direct(running, max_new_tokens=24, **sampling).text
+        assert made != direct(running, max_new_tokens=24).text
+
+    ended = post(running, options | {"logit_bias": {"2": 100}}).json()
+    assert (ended["usage"]["completion_tokens"], ended["choices"][0]["finish_reason"]) == (1, "stop")
+    goes_on = post(running, options | {"logit_bias": {"2": 100}, "ignore_eos": True}).json()
+    assert (goes_on["usage"]["completion_tokens"], goes_on["choices"][0]["finish_reason"]) == (24, "length")
+
+
+def test_logprobs_are_the_targets(running: Running, client: openai.OpenAI) -> None:
+    """The same with drafts as `generate` gives without, whole and streamed; those of a cut stop string are told too."""
+    whole = direct(running, max_new_tokens=24).text
+    expected = direct(running, max_new_tokens=24, logprobs=3, stop=(whole[11:14],))
+    options: Any = {"model": "tiny", "max_tokens": 24, "temperature": 0, "stop": whole[11:14]}
+    made = client.chat.completions.create(**options, messages=MESSAGES, logprobs=True, top_logprobs=3).choices[0]
+    assert made.logprobs is not None and made.logprobs.content is not None
+    found = made.logprobs.content
+    assert [one.logprob for one in found] == pytest.approx([one.logprob for one in expected.logprobs], abs=1e-4)
+    assert [len(one.top_logprobs) for one in found] == [3] * len(found)
+    decode = running.service.target.tokenizer.decode
+    assert [one.token for one in found] == [decode([token]) for token in expected.tokens]
+    assert bytes(b for one in found for b in one.bytes or []).decode(errors="replace").startswith(expected.text)
+
+    stream = client.chat.completions.create(**options, messages=MESSAGES, logprobs=True, top_logprobs=3, stream=True)
+    parts = [part.choices[0].logprobs for part in stream]
+    assert [one for part in parts if part is not None for one in part.content or []] == found
+
+    old = client.completions.create(**options, prompt=list(expected.prompt_tokens), logprobs=2).choices[0].logprobs
+    assert old is not None and old.tokens == [one.token for one in found] and old.token_logprobs is not None
+    assert old.token_logprobs == pytest.approx([one.logprob for one in found], abs=1e-4)
+    assert old.top_logprobs is not None and all(1 <= len(top) <= 2 for top in old.top_logprobs)
+    assert old.text_offset is not None and old.text_offset[0] == 0 and old.text_offset[-1] <= len(expected.text)
+
+
+def test_tokens_that_are_parts_of_characters_have_their_bytes(running: Running) -> None:
+    names = TokenNames(running.service.target.tokenizer)
+    tokens = running.service.target.tokenizer("\u00e4\u6f22 x", add_special_tokens=False)["input_ids"]
+    assert any("\ufffd" in names.of(token)[0] for token in tokens)
+    assert bytes(b for token in tokens for b in names.of(token)[1] or []).decode() == "\u00e4\u6f22 x"
+
+
 def events(text: str) -> list[dict[str, Any]]:
     lines = [line.removeprefix("data: ") for line in text.splitlines() if line]
     assert lines[-1] == "[DONE]"
@@ -225,7 +277,16 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str | None, str]] = {
     "more than fit": ({"messages": MESSAGES, "n": 9}, 400, "n", "this server gives at most 8"),
     "stops": ({"messages": MESSAGES, "stop": ["a"] * 5}, 400, "stop", "stop is"),
     "empty stop": ({"messages": MESSAGES, "stop": ""}, 400, "stop", "text that is not empty"),
-    "stop ids": ({"messages": MESSAGES, "stop_token_ids": [5000]}, 400, "messages", "stop_tokens = 5000"),
+    "stop ids": ({"messages": MESSAGES, "stop_token_ids": [5000]}, 400, "stop_token_ids", "stop_tokens = 5000"),
+    "many stop ids": (
+        {"messages": MESSAGES, "stop_token_ids": [9] * 9}, 400, "stop_token_ids", "The request names 9 stop tokens",
+    ),
+    "bias": ({"messages": MESSAGES, "logit_bias": {"x": 1}}, 400, "logit_bias", 'logit_bias names "x"'),
+    "bias id": ({"messages": MESSAGES, "logit_bias": {"5000": 1}}, 400, "logit_bias", "a token of logit_bias = 5000"),
+    "bias size": ({"messages": MESSAGES, "logit_bias": {"5": 101}}, 400, "logit_bias", "of at most 100"),
+    "top": ({"messages": MESSAGES, "top_logprobs": 2}, 400, "top_logprobs", "set logprobs to true"),
+    "penalty": ({"messages": MESSAGES, "presence_penalty": 3}, 400, "presence_penalty", "presence_penalty is 3"),
+    "priority": ({"messages": MESSAGES, "priority": -1}, 400, "priority", "from 0 to 1"),
     "schema": (
         {"messages": MESSAGES, "response_format": {"type": "json_schema", "json_schema": {}}},
         400, "response_format", "not supported",
@@ -445,16 +506,21 @@ def test_a_failure_is_mended_and_two_are_answered_with_500(
 
 
 def fail(engine: Engine, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
-    """Dispatches of this engine raise so many times; where it is twice, once three requests are in it."""
-    dispatch, left = type(engine)._dispatch, [times]
+    """So many dispatches of this engine raise; where it is twice, once three requests are in it."""
+    begin, dispatch, left = type(engine)._begin, type(engine)._dispatch, [times]
+
+    def beginning() -> None:
+        while times == left[0] == 2 and engine.running + engine.waiting < 3:
+            time.sleep(0.01)
+        begin(engine)
 
     def failing(rounds: int) -> None:
-        if left[0] and (times == 1 or engine.running + engine.waiting >= 3 or left[0] < times):
+        if left[0]:
             left[0] -= 1
             raise RuntimeError(f"out of memory, in {MESSAGES[0]['content']}")
-        time.sleep(0.02)
         dispatch(engine, rounds)
 
+    monkeypatch.setattr(engine, "_begin", beginning)
     monkeypatch.setattr(engine, "_dispatch", failing)
 
 

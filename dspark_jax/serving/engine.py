@@ -9,7 +9,8 @@ threads, interrupts, failures, bounds.
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import jax
@@ -25,7 +26,7 @@ from dspark_jax.scheduling.costs import Occupancy, ScheduleTables
 from dspark_jax.scheduling.policies import VerifyPolicy
 from dspark_jax.serving.assembly import Assembly
 from dspark_jax.serving.booking import Made, book
-from dspark_jax.serving.chunks import blank_chunk, chunk_widths, next_chunk, plan_chunks
+from dspark_jax.serving.chunks import next_chunk, plan_chunks
 from dspark_jax.serving.jobs import make_job, require_room
 from dspark_jax.serving.metering import Metering
 from dspark_jax.serving.prefixes import PrefixCache
@@ -33,6 +34,7 @@ from dspark_jax.serving.requests import EngineBroken, Generation, Progress, Requ
 from dspark_jax.serving.roster import Entry, Roster
 from dspark_jax.serving.sampling import SamplingParams, require_mode
 from dspark_jax.serving.settings import EngineConfig, check_engine
+from dspark_jax.serving.warming import programs_of
 from dspark_jax.targets.target import Target
 
 Recorder = Callable[[tuple[int | None, ...], RoundRecord], None]
@@ -212,8 +214,10 @@ class Engine:
         if not any(decoding):
             return None
 
-        # Fewer where another prompt waits for its next chunk.
-        rounds = self.config.rounds_per_dispatch if all(decoding) else self._fewer_rounds
+        rounds = self.config.rounds_per_dispatch
+        # Recording dispatches are compiled for their number of rounds: there is one of them.
+        if not all(decoding) and self.recorder is None:
+            rounds = max(1, rounds // 4)  # another prompt waits for its next chunk
 
         # A recorder copies records to the host between rounds and clock, so its dispatches are never timed.
         timed = self.tables is not None and self.recorder is None and self.metering.due(self._prefilling)
@@ -229,11 +233,6 @@ class Engine:
         predicted = float(self.state.predicted_seconds)  # waits for the dispatch
         self.metering.took(time.perf_counter() - started, predicted)
         return self._read()
-
-    @property
-    def _fewer_rounds(self) -> int:
-        """Rounds of a dispatch while a prompt waits for its next chunk."""
-        return max(1, self.config.rounds_per_dispatch // 4)
 
     def _dispatch(self, rounds: int) -> None:
         """Start up to `rounds` rounds on the device; waits for them only with a recorder."""
@@ -344,29 +343,21 @@ class Engine:
         Raises:
             UserError: the engine has requests already.
         """
+        for compiling in programs_of(self):
+            compiling()
+
+    @contextmanager
+    def unused(self) -> Iterator[None]:
+        """Hold the engine, without requests, for a call that compiles a program and changes nothing.
+
+        Raises:
+            UserError: the engine has requests.
+        """
         with self._stepping:
             if not self.idle:
                 raise UserError("The engine has requests; warm it up before the first one.")
-
             self._begin()
-            first, later = chunk_widths(self.config, self.loop.size, (self.config.longest or 1) - 1)
-            for width in sorted(first):
-                # The row counts that `_admit` uses: one prompt, or as many rows as slots.
-                for rows in {1, self.config.slots}:
-                    self._run_chunk(blank_chunk(self.loop, rows, width), fresh=True)
-            for width in sorted(later):
-                self._run_chunk(blank_chunk(self.loop, 1, width), fresh=False)
-
-            if self.prefixes is not None and later:
-                self.state = self.prefixes.compiled(self.loop, self.state)
-
-            # No round and no slot: these calls compile and change nothing.
-            limits, occupancy = jax.device_put((np.int32(0), np.bool_(False))), self.metering.current()
-            self.state = run_rounds(self.loop, self.params, self.state, occupancy, *limits)
-            if self.recorder is not None:
-                for rounds in sorted({self.config.rounds_per_dispatch, self._fewer_rounds}):
-                    self.state, _ = record_rounds(self.loop, self.params, self.state, occupancy, rounds)
-            self.state = retire(self.loop, self.state, jax.device_put(np.zeros(self.config.slots, bool)))
+            yield
             self._roster.settle()
 
     # Results

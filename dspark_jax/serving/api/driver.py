@@ -6,20 +6,26 @@ import traceback
 from collections.abc import Callable
 from typing import Literal
 
+from dspark_jax.errors import UserError
 from dspark_jax.serving.api.channel import Event, Piece
 from dspark_jax.serving.api.errors import engine_failed, unavailable
 from dspark_jax.serving.api.pulse import Pulse
 from dspark_jax.serving.api.rounds import RoundLog
 from dspark_jax.serving.engine import Engine
-from dspark_jax.serving.requests import EngineBroken, Progress, QueueFull, Request
+from dspark_jax.serving.requests import EngineBroken, EngineClosed, Progress, QueueFull, Request
+from dspark_jax.serving.warming import essential, programs_of
 
 Sink = Callable[[int, Event], None]
 """Takes (index of the request, event); called on the engine's thread, so it must not wait."""
 
 Status = Literal["starting", "ready", "draining", "failed"]
 
+QUIET_SECONDS = 2.0
+"""Without a request, after which the next program is compiled that none has needed yet."""
 RETRY_SECONDS = 5.0
 """Pause before an engine that could not be made is tried again."""
+
+ENDING = "The server is shutting down and takes no new requests."
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +52,7 @@ class EngineDriver:
         self._wake, self._closing = threading.Event(), threading.Event()
         self._draining, self._ready = False, threading.Event()
         self._failed_in_a_row = 0
+        self._to_compile: list[Callable[[], None]] = []
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # Any thread
@@ -83,6 +90,9 @@ class EngineDriver:
         except EngineBroken:
             self._drop(index)
             raise engine_failed() from None
+        except EngineClosed:
+            self._drop(index)
+            raise unavailable(ENDING) from None
         except BaseException:
             self._drop(index)
             raise
@@ -98,32 +108,12 @@ class EngineDriver:
         self._pulse.forget(index)
         self._wake.set()
 
-    def cut(self, index: int) -> None:
-        """End a request early and report what has been made of it, with finish_reason "cancelled"."""
-        engine = self._engine
-        generation = None if engine is None else engine.cancel(index)
-        # One that is no longer open has ended by itself, and its last piece is on its way.
-        if generation is None:
-            return
-
-        with self._lock:
-            sink = self._sinks.pop(index, None)
-        self._rounds.forget(index)
-        self._pulse.forget(index)
-        self._wake.set()
-        if sink is not None:
-            sink(index, Piece(Progress(index, (), "", generation)))
-
-    def cut_all(self) -> None:
-        """Cut every open request."""
-        with self._lock:
-            open_requests = list(self._sinks)
-        for index in open_requests:
-            self.cut(index)
-
-    def drain(self) -> None:
-        """Take no more requests; those that run go on."""
+    def drain(self, seconds: float) -> None:
+        """Take no more requests; those that are open go on, and are cut after `seconds`."""
         self._draining = True
+        engine = self._engine
+        if engine is not None:
+            engine.close(seconds)
 
     def close(self, seconds: float = 10.0) -> None:
         """Stop the thread after the dispatch that is under way; waits at most `seconds`."""
@@ -160,7 +150,7 @@ class EngineDriver:
     def _serving(self) -> Engine:
         status = self.status
         if status == "draining":
-            raise unavailable("The server is shutting down and takes no new requests.")
+            raise unavailable(ENDING)
         if status == "starting":
             raise unavailable("The server is compiling its programs; GET /ready answers 200 once it takes requests.")
         if self._engine is None:
@@ -180,25 +170,36 @@ class EngineDriver:
             engine = self._engine
             if engine is None:
                 self._remake()
-            elif engine.idle:
-                self._wake.wait()
+            elif not engine.idle:
+                self._step(engine)
+            elif self._wake.wait(QUIET_SECONDS if self._to_compile else None):
                 self._wake.clear()
             else:
-                self._step(engine)
+                self._compile(engine)
 
     def _warm_up(self) -> None:
-        """Compile, then take requests. A failure to compile is a failure of the engine."""
+        """Compile what any request needs, then take requests; the other programs are compiled while none comes."""
         engine = self._engine
         if engine is not None and self._warm:
-            try:
-                # With a recorder the recording dispatches are compiled too.
-                engine.recorder = self._rounds.record
-                engine.warm_up()
-            except Exception as error:
-                self._tell("The engine could not be warmed up", error)
-                self._restart()
-                return
+            # With a recorder the recording dispatches are among the programs.
+            engine.recorder = self._rounds.record
+            self._to_compile = programs_of(engine)
+            rest = len(self._to_compile) - essential(engine)
+            while len(self._to_compile) > rest and not self._closing.is_set():
+                self._compile(engine)
         self._ready.set()
+
+    def _compile(self, engine: Engine) -> None:
+        """Compile the next program, unless a request has come in between."""
+        engine.recorder = self._rounds.record
+        try:
+            self._to_compile[0]()
+            self._to_compile.pop(0)
+        except UserError:
+            return
+        except Exception as error:
+            self._tell("A program could not be compiled", error)
+            self._restart()
 
     def _step(self, engine: Engine) -> None:
         # Recording is slower, and its dispatches are not timed by the load meter: only while a request asks for it.
@@ -240,7 +241,7 @@ class EngineDriver:
         with self._lock:
             # Out of reach first, so that its memory is free before the next one is made.
             self._engine, failed, self._sinks = None, self._sinks, {}
-        self._ready.set()
+        self._to_compile = []
         self._rounds = RoundLog()
         self._failed_in_a_row = 0
         for index, sink in failed.items():

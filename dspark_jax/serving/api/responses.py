@@ -9,6 +9,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from dspark_jax.serving.api.answers import Delta, Session, Writer
+from dspark_jax.serving.api.details import Told
 from dspark_jax.serving.api.errors import ApiError
 
 EVENTS = [
@@ -46,11 +47,10 @@ class Answered(Response):
             self._session.close()
 
     async def _whole(self, send: Send) -> None:
-        told: dict[int, list[dict[str, Any]]] = {}
+        told: dict[int, Told] = {}
         async for batch in self._session.deltas():
             for delta in batch:
-                if delta.speculation is not None:
-                    told.setdefault(delta.place, []).append(delta.speculation)
+                told[delta.place] = told.get(delta.place, Told()) + delta.told
 
         data = encoded(self._writer.whole(told))
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]

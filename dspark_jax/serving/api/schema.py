@@ -36,6 +36,12 @@ COMMON: dict[str, Check] = {
     "stream_options": object_of(),
     "speculation": flag(),
     "policy": one_of("plain"),
+    "ignore_eos": flag(),
+    "presence_penalty": number(-2, 2),
+    "frequency_penalty": number(-2, 2),
+    "repetition_penalty": number(0.01, 100),
+    "logit_bias": object_of(number(-100, 100)),
+    "priority": integer(0, 1),
 }
 """Fields of both endpoints that are honoured."""
 
@@ -44,8 +50,13 @@ CHAT: dict[str, Check] = COMMON | {
     "max_completion_tokens": integer(1, LIMIT),
     "chat_template_kwargs": object_of(),
     "tools": list_of(object_of()),
+    "logprobs": flag(),
+    "top_logprobs": integer(0, 20),
 }
-COMPLETION: dict[str, Check] = COMMON | {"prompt": either(text(), IDS, list_of(either(text(), IDS), least=1))}
+COMPLETION: dict[str, Check] = COMMON | {
+    "prompt": either(text(), IDS, list_of(either(text(), IDS), least=1)),
+    "logprobs": either(integer(0, 20), one_of(False)),
+}
 
 HARMLESS = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
@@ -54,14 +65,13 @@ HARMLESS = {
 """Fields that change no token of the answer."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,), "length_penalty": (1,),
-    "logit_bias": ({},), "logprobs": (False, 0), "top_logprobs": (0,), "best_of": (1,), "echo": (False,),
-    "suffix": ("",), "ignore_eos": (False,), "min_tokens": (0,), "response_format": ({"type": "text"},),
+    "length_penalty": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), "min_tokens": (0,),
+    "top_logprobs": (0,), "response_format": ({"type": "text"},),
     "tool_choice": ("auto", "none"), "functions": ([],), "function_call": ("auto", "none"), "modalities": (["text"],),
     "reasoning_effort": (), "verbosity": (), "audio": (), "web_search_options": (), "use_beam_search": (False,),
     "skip_special_tokens": (), "include_stop_str_in_output": (False,), "add_generation_prompt": (True,),
     "continue_final_message": (False,), "guided_json": (), "guided_regex": (), "guided_choice": (),
-    "guided_grammar": (), "structured_outputs": (), "priority": (0,),
+    "guided_grammar": (), "structured_outputs": (),
 }  # fmt: skip
 """Fields that would change the answer and are not honoured, with the values under which they do not."""
 
@@ -82,6 +92,7 @@ class Ask:
         variables: of the chat template, `tools` among them.
         stream, include_usage, usage_in_chunks: how to answer.
         speculation: whether the answer tells how its tokens came.
+        priority: 0, or 1 for work that waits behind that of others.
     """
 
     chat: bool
@@ -97,6 +108,7 @@ class Ask:
     include_usage: bool = False
     usage_in_chunks: bool = False
     speculation: bool = False
+    priority: int = 0
 
     @property
     def answers(self) -> int:
@@ -148,7 +160,7 @@ def read_ask(body: Mapping[str, Any], chat: bool) -> Ask:
         chat=chat,
         model=body.get("model"),
         prompts=(messages_of(body["messages"]),) if chat else _prompts(body["prompt"]),
-        sampling=_sampling(body),
+        sampling=_sampling(body, chat),
         limit=limit,
         limit_field=limit_field,
         choices=body.get("n", 1),
@@ -158,6 +170,7 @@ def read_ask(body: Mapping[str, Any], chat: bool) -> Ask:
         stream=body.get("stream", False),
         **_stream_options(body),
         speculation=body.get("speculation", False),
+        priority=body.get("priority", 0),
     )
 
 
@@ -186,7 +199,7 @@ def _prompts(prompt: Any) -> tuple[Prompt, ...]:
     return tuple(item if isinstance(item, str) else tuple(item) for item in prompt)
 
 
-def _sampling(body: Mapping[str, Any]) -> SamplingParams:
+def _sampling(body: Mapping[str, Any], chat: bool) -> SamplingParams:
     stop = body.get("stop", ())
     stop_tokens = body.get("stop_token_ids")
     return SamplingParams(
@@ -197,7 +210,43 @@ def _sampling(body: Mapping[str, Any]) -> SamplingParams:
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         stop_tokens=None if not stop_tokens else tuple(stop_tokens),
         verify_length=0 if body.get("policy") == "plain" else None,
+        ignore_eos=body.get("ignore_eos", False),
+        presence_penalty=float(body.get("presence_penalty", 0.0)),
+        frequency_penalty=float(body.get("frequency_penalty", 0.0)),
+        repetition_penalty=float(body.get("repetition_penalty", 1.0)),
+        logit_bias=_biases(body.get("logit_bias", {})),
+        logprobs=_logprobs(body, chat),
     )
+
+
+def _biases(given: Mapping[str, Any]) -> dict[int, float]:
+    """Biases by token id; JSON's names are texts."""
+    for name in given:
+        if not (name.isascii() and name.isdigit() and len(name) < 10):
+            raise bad_request(f"logit_bias names {shown(name)}; expected a token id.", "logit_bias")
+    return {int(name): float(value) for name, value in given.items()}
+
+
+def _logprobs(body: Mapping[str, Any], chat: bool) -> int | None:
+    """How many alternatives to tell at each token; None: nothing is told."""
+    given = body.get("logprobs", False)
+    if not chat:
+        return None if given is False else given
+    if not given and body.get("top_logprobs"):
+        raise bad_request("top_logprobs is for answers with logprobs; set logprobs to true.", "top_logprobs")
+    return body.get("top_logprobs", 0) if given else None
+
+
+FIELDS = {"stop_tokens": "stop_token_ids", "stop_slots": "stop_token_ids"} | {name: name for name in COMMON}
+"""The API's names of the engine's settings."""
+
+
+def field_of(sentence: str) -> str | None:
+    """The field that a sentence of the engine is about, if it names one."""
+    if "stop tokens" in sentence:
+        return "stop_token_ids"
+    words = sentence.replace(",", " ").split()
+    return next((FIELDS[word] for word in words if word in FIELDS and "_" in word), None)
 
 
 def _template_variables(body: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The process's side of the server: a socket, signals, and an end that lets running answers finish."""
 
-import asyncio
 import socket
 from collections.abc import Callable
 
@@ -74,9 +73,5 @@ class ApiServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drain, then stop."""
-        self._service.driver.drain()
-        cut = asyncio.get_running_loop().call_later(self._service.config.drain_seconds, self._service.driver.cut_all)
-        try:
-            await super().shutdown(sockets)
-        finally:
-            cut.cancel()
+        self._service.driver.drain(self._service.config.drain_seconds)
+        await super().shutdown(sockets)

@@ -12,9 +12,10 @@ from dspark_jax.errors import UserError
 from dspark_jax.serving.api.answers import Session
 from dspark_jax.serving.api.driver import EngineDriver
 from dspark_jax.serving.api.errors import ApiError, bad_request, busy, unavailable
+from dspark_jax.serving.api.logprobs import TokenNames
 from dspark_jax.serving.api.metrics import Metrics
 from dspark_jax.serving.api.pulse import Load, Pulse
-from dspark_jax.serving.api.schema import Ask, require_model
+from dspark_jax.serving.api.schema import Ask, field_of, require_model
 from dspark_jax.serving.api.settings import ServerConfig
 from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.jobs import tokenize_prompt
@@ -67,6 +68,7 @@ class Service:
         self.metrics = Metrics(self.driver, self.pulse)
         self.started = int(time.time())
         self.synthetic = 0  # synthetic users, for the figures
+        self._names = TokenNames(target.tokenizer)
         self._takes_tools = "tools" in json.dumps(target.tokenizer.chat_template or "")
 
     # Requests
@@ -83,8 +85,7 @@ class Service:
             raise bad_request(
                 f"The request asks for {ask.answers} answers; this server gives at most {self.most_choices}.", field
             )
-        decode = None if self.target.tokenizer is None else self.target.tokenizer.decode
-        return Session(self.driver, self.metrics, ask, decode, self.config.request_seconds)
+        return Session(self.driver, self.metrics, ask, self._names)
 
     def submit(self, ask: Ask, session: Session) -> None:
         """Tokenise the prompts and queue all answers; for a thread that may wait.
@@ -100,7 +101,8 @@ class Service:
             # Seeds of one request's answers differ in the high word, as those of one `generate` do.
             seed = (ask.seed + number * 2**32) % SEEDS
             sampling = replace(ask.sampling, max_new_tokens=limit, seed=seed)
-            session.submitted(self._submit(ask, Request(tokens, sampling), session), len(tokens))
+            request = Request(tokens, sampling, deadline=self.config.request_seconds, priority=ask.priority)
+            session.submitted(self._submit(ask, request, session), len(tokens))
 
     def _submit(self, ask: Ask, request: Request, session: Session) -> int:
         try:
@@ -110,7 +112,8 @@ class Service:
         except QueueFull:
             raise busy("The server's queue is full; try again later.", self.wait_seconds()) from None
         except UserError as error:
-            raise bad_request(_unnumbered(str(error)), ask.prompt_field) from None
+            sentence = _unnumbered(str(error))
+            raise bad_request(sentence, field_of(sentence) or ask.prompt_field) from None
 
     def wait_seconds(self) -> float:
         """An estimate of the seconds until a waiting request gets a slot."""

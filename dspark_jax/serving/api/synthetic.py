@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class SyntheticUsers:
-    """A closed loop of users.
+    """A closed loop of users, whose requests wait behind those of others.
 
     Args:
         service: that they ask.
@@ -76,7 +76,7 @@ class SyntheticUsers:
             prompt = random.choice(self._prompts)
             limit = min(MAX_TOKENS, self._service.longest - len(prompt))
             sampling = SamplingParams(temperature=0.7)
-            ask = Ask(False, None, (prompt,), sampling, limit, "max_tokens", 1, random.getrandbits(64))
+            ask = Ask(False, None, (prompt,), sampling, limit, "max_tokens", 1, random.getrandbits(64), priority=1)
 
             session = self._service.session(ask)
             try:

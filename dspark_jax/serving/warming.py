@@ -1,0 +1,73 @@
+"""The compiled programs of an engine, one by one, so that they can be compiled before a request waits for them."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+
+from dspark_jax.decoding.dispatch import record_rounds, run_rounds
+from dspark_jax.decoding.prefill import admit, retire
+from dspark_jax.serving.chunks import blank_chunk, chunk_widths
+
+if TYPE_CHECKING:
+    from dspark_jax.serving.engine import Engine
+
+
+def programs_of(engine: "Engine") -> list[Callable[[], None]]:
+    """The programs that requests can need, the commonest first: each call compiles one and changes nothing.
+
+    Each call raises UserError while the engine has requests.
+    """
+    first, later = _widths(engine)
+    alone = [partial(_compile_chunk, engine, width, 1, True) for width in first]
+    # The row counts that the engine uses: one prompt, or as many rows as slots.
+    together = [partial(_compile_chunk, engine, width, engine.config.slots, True) for width in first]
+    following = [partial(_compile_chunk, engine, width, 1, False) for width in later]
+
+    found: list[Callable[[], None]] = [partial(_compile_rounds, engine), *alone, *together, *following]
+    if engine.prefixes is not None and later:
+        found.append(partial(_compile_prefixes, engine))
+    if engine.recorder is not None:
+        found.append(partial(_compile_recording, engine))
+    return found
+
+
+def essential(engine: "Engine") -> int:
+    """How many of the first of `programs_of` decode a request that comes alone and is no longer than a chunk."""
+    return 1 + len(_widths(engine)[0])
+
+
+def _widths(engine: "Engine") -> tuple[list[int], list[int]]:
+    first, later = chunk_widths(engine.config, engine.loop.size, (engine.config.longest or 1) - 1)
+    return sorted(first), sorted(later)
+
+
+def _compile_chunk(engine: "Engine", width: int, rows: int, fresh: bool) -> None:
+    batch = jax.device_put(blank_chunk(engine.loop, rows, width))
+    with engine.unused():
+        engine.state = admit(engine.loop, engine.params, engine.state, batch, fresh)
+
+
+def _compile_rounds(engine: "Engine") -> None:
+    # No round and no slot.
+    limits = jax.device_put((np.int32(0), np.bool_(False)))
+    nobody = jax.device_put(np.zeros(engine.config.slots, bool))
+    with engine.unused():
+        occupancy = engine.metering.current()
+        engine.state = run_rounds(engine.loop, engine.params, engine.state, occupancy, *limits)
+        engine.state = retire(engine.loop, engine.state, nobody)
+
+
+def _compile_prefixes(engine: "Engine") -> None:
+    with engine.unused():
+        assert engine.prefixes is not None
+        engine.state = engine.prefixes.compiled(engine.loop, engine.state)
+
+
+def _compile_recording(engine: "Engine") -> None:
+    rounds = engine.config.rounds_per_dispatch
+    with engine.unused():
+        occupancy = engine.metering.current()
+        engine.state, _ = record_rounds(engine.loop, engine.params, engine.state, occupancy, rounds)
