@@ -3,8 +3,11 @@
 import gc
 import importlib.util
 import os
+import resource
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -82,6 +85,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="PyTorch is not installed: make parity-env"))
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Tracing makes millions of objects that live, and the collector would look through all of them, and through what
+    was imported, again and again: a third of the time that a trace takes."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 50, 100)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_compiled_programs() -> Iterator[None]:
     """Files share what was traced and compiled for the tiny pairs, until the memory maps of this process run short."""
@@ -99,3 +110,41 @@ def maps_run_short() -> bool:
         return True
     with open(MAPS, "rb") as lines:
         return sum(1 for _ in lines) > SHARE_OF_MAPS * int(MAPS_LIMIT.read_text())
+
+
+# CPU seconds by file: what `LONG_FILES` is ordered by, as the wall clock depends on what else the machine does.
+
+LONG_SECONDS = 30
+"""What makes a file long, on the CPU, compilation included."""
+_spent: Counter[str] = Counter()
+_before = [0.0]
+
+
+def cpu_seconds() -> float:
+    """Of this process and of those that it started and that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+def pytest_runtest_setup() -> None:
+    _before[0] = _before[0] or cpu_seconds()  # imports and collection are no test's
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Any:
+    """A worker's report of each phase says what was spent since the last one; module fixtures are in it."""
+    report = yield
+    _before[0], report.cpu_seconds = (now := cpu_seconds()), now - _before[0]
+    return report
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    _spent[Path(report.location[0]).stem] += getattr(report, "cpu_seconds", 0.0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The files that are long, or that `LONG_FILES` calls so, longest first."""
+    rows = [(name, spent) for name, spent in _spent.most_common() if spent > LONG_SECONDS or name in LONG_FILES]
+    terminalreporter.section(f"CPU seconds by file, {sum(_spent.values()):.0f} in all")
+    for name, spent in rows:
+        terminalreporter.write_line(f"{spent:8.1f}  {name}")

@@ -3,13 +3,14 @@
 import subprocess
 import sys
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dspark_jax.checkpoints.huggingface import abstract_target
@@ -159,14 +160,14 @@ def one_round(
 
 def next_logits(target: Target, rows: np.ndarray) -> np.ndarray:
     """float32 logits [n, T, V] of whole token rows [n, T], without a cache."""
+    return np.asarray(_next_logits(target.graphdef, target.params, jnp.asarray(rows)))
 
-    @jax.jit
-    def run(params: dict, ids: jax.Array) -> jax.Array:
-        model = target.model(params)
-        positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-        return model.logits(model(ids, positions, CausalRows()).hidden)
 
-    return np.asarray(run(target.params, jnp.asarray(rows)))
+@partial(jax.jit, static_argnums=0)
+def _next_logits(graphdef: nnx.GraphDef, params: dict, ids: jax.Array) -> jax.Array:
+    model: Any = nnx.merge(graphdef, params)
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    return model.logits(model(ids, positions, CausalRows()).hidden)
 
 
 def run_python(*args: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from dspark_jax.checkpoints.drafters import load_drafter, shared_tables
 from dspark_jax.checkpoints.huggingface import load_target
@@ -121,14 +122,13 @@ class Decoder:
     """A request decoded in blocks of up to `width` rows, of which any number is kept."""
 
     def __init__(self, target: Target, width: int, size: int = CACHE_SIZE):
-        self.target, self.width, self.length = target, width, 0
-        self._prefill = jax.jit(partial(_prefill, target, width, size))
-        self._step = jax.jit(partial(_step, target), donate_argnums=1)
+        self.target, self.width, self.size, self.length = target, width, size, 0
         self.cache: Any = None
 
     def prefill(self, ids: np.ndarray) -> np.ndarray:
         """Logits [T, V] of a prompt, all of which is kept."""
-        logits, self.cache = self._prefill(self.target.params, jnp.asarray(ids[None], jnp.int32))
+        fixed = self.target.graphdef, self.width, self.size
+        logits, self.cache = _prefill(*fixed, self.target.params, jnp.asarray(ids[None], jnp.int32))
         self.length = len(ids)
         return np.asarray(logits[0])
 
@@ -137,21 +137,25 @@ class Decoder:
         block = np.zeros((1, self.width), np.int32)
         block[0, : len(ids)] = ids
         start = jnp.asarray([self.length], jnp.int32)
-        logits, self.cache = self._step(self.target.params, self.cache, jnp.asarray(block), start)
+        graphdef, params = self.target.graphdef, self.target.params
+        logits, self.cache = _step(graphdef, params, self.cache, jnp.asarray(block), start)
         self.length += kept
         return np.asarray(logits[0, : len(ids)])
 
 
-def _prefill(target: Target, width: int, size: int, params: dict, ids: jax.Array) -> Any:
-    model = target.model(params)
+# Of the module and not of a decoder, so that decoders of one target share what is traced and compiled.
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _prefill(graphdef: nnx.GraphDef, width: int, size: int, params: dict, ids: jax.Array) -> Any:
+    model: Any = nnx.merge(graphdef, params)
     out = model(ids, jnp.arange(ids.shape[1])[None], CausalRows())
     cache = model.empty_cache(1, size, width, jnp.float32)
     at = jnp.zeros((1,), jnp.int32)
     return model.logits(out.hidden), model.insert(cache, out.kv, at, at, at + ids.shape[1])
 
 
-def _step(target: Target, params: dict, cache: Any, block: jax.Array, starts: jax.Array) -> Any:
-    model = target.model(params)
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _step(graphdef: nnx.GraphDef, params: dict, cache: Any, block: jax.Array, starts: jax.Array) -> Any:
+    model: Any = nnx.merge(graphdef, params)
     positions = starts[:, None] + jnp.arange(block.shape[1])
     out = model(block, positions, CachedBlock(cache, starts))
     return model.logits(out.hidden), model.append(cache, out.kv, starts)

@@ -27,6 +27,7 @@ from dspark_jax.targets.target import Target
 from tests.decoding_tiny import admission, admitted, kind_pair, prompts, tiny_pair
 from tests.test_loop import bytes_of, cache_copies
 from tests.test_lossless import PROMPT, V, exact_law, p_value
+from tests.xla import FAST_PROGRAM
 
 POLICIES: dict[str, VerifyPolicy] = {
     "causal": Causal(),
@@ -78,7 +79,7 @@ def unlike_pair() -> tuple[Target, Drafter]:
     return target, sharp(replace(drafter, params=params), 4.0, 0.5)
 
 
-@partial(jax.jit, static_argnums=(0, 3))
+@partial(jax.jit, static_argnums=(0, 3), compiler_options=FAST_PROGRAM)
 def many_samples(loop: DecodeLoop, params: LoopParams, occupancy: Occupancy, batches: int, seed: Any) -> Any:
     """[batches, R, 4] tokens, and [batches] sums of drafts verified, accepted and of rounds: what an engine does batch
     after batch, in one program. The policy's memory goes from one to the next."""

@@ -1,6 +1,7 @@
 """A random Qwen3 target with its own small tokenizer, made in well under a second: what tests run programs on."""
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,9 @@ def random_params(hf_config: dict[str, Any], seed: int = 0) -> dict:
     return unflatten_dict({path: draw(path, leaf) for path, leaf in flatten_dict(abstract).items()})
 
 
-def write_tokenizer(folder: Path, context: int) -> None:
-    """Byte-level BPE of at most `TOKENIZER_SIZE` entries, its chat template and the generation config."""
+@cache
+def trained_tokenizer() -> str:
+    """tokenizer.json of a byte-level BPE of at most `TOKENIZER_SIZE` entries; learnt once in a process."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -87,7 +89,11 @@ def write_tokenizer(folder: Path, context: int) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator(_TEXT, trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizer.to_str(pretty=True)
+
+
+def write_tokenizer(folder: Path, context: int) -> None:
+    """The tokenizer, its chat template and the generation config."""
     described = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context,
@@ -98,6 +104,7 @@ def write_tokenizer(folder: Path, context: int) -> None:
         "additional_special_tokens": ["<|im_start|>"],
     }
     generation = {"eos_token_id": [SPECIAL.index("<|im_end|>"), SPECIAL.index("<|endoftext|>")]}
+    (folder / "tokenizer.json").write_text(trained_tokenizer(), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(described), encoding="utf-8")
     (folder / "generation_config.json").write_text(json.dumps(generation), encoding="utf-8")
     (folder / "chat_template.jinja").write_text(_CHAT_TEMPLATE, encoding="utf-8")

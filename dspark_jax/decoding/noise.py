@@ -43,6 +43,8 @@ class Key(NamedTuple):
         return jax.lax.bitcast_convert_type(bits, jnp.float32) - 1.0
 
 
+# A function of its own while tracing: a round draws some forty times, and the compiler inlines the calls again.
+@jax.jit
 def threefry(key: Key, high: UInt32[Array, "*n"], low: UInt32[Array, "*n"]) -> tuple[Array, Array]:
     """Both words of the counter (high, low) enciphered under each key; all shapes broadcast."""
     words = (key.high, key.low, key.high ^ key.low ^ jnp.uint32(_PARITY))
