@@ -7,11 +7,9 @@ python -m infer.plan --config qwen3_4b_dspark --no-compile --device "NVIDIA H200
 
 from typing import Any
 
-from dspark_jax.checkpoints.huggingface import DTYPES
 from dspark_jax.config.cli import parse, program
 from dspark_jax.planning.decoding import DecodePlan, PlanOptions
 from dspark_jax.report import table
-from dspark_jax.roofline.decoding import round_terms
 from dspark_jax.roofline.hardware import known_device, terms_table
 
 
@@ -28,9 +26,7 @@ def main(argv: list[str]) -> None:
     # The floor needs shapes alone, so it is printed for devices that this machine lacks as well.
     # About the mean while an answer fills its slot.
     context = options.context or options.longest // 2
-    drafter = None if plan.drafter is None else plan.drafter.config
-    itemsize = DTYPES[options.dtype].dtype.itemsize
-    terms = round_terms(plan.target.config, drafter, options.slots, context, itemsize)
+    terms = plan.floor(context)
     if terms is not None:
         print(f"\nThe floor of a round on one device, {context} positions cached a request")
         print(terms_table(terms, known_device(kind)))

@@ -19,6 +19,7 @@ from dspark_jax.planning.training import AbstractRun
 from dspark_jax.roofline.decoding import round_terms
 from dspark_jax.roofline.hardware import Term, floor_seconds, known_device, terms_table, total
 from dspark_jax.sharding import abstract_mesh, make_mesh, split
+from dspark_jax.targets.config import ExpertsConfig, TargetConfig
 from train.bench import __main__ as bench
 from train.bench.inputs import random_inputs
 from train.bench.naive import naive_run
@@ -105,6 +106,24 @@ def test_the_decode_floor_reads_every_weight_once() -> None:
     plain = round_terms(target, None, 3, 100, 2, sort=False) or []
     assert [term.name.split(":")[0] for term in plain] == ["verify"] * 3 + ["sampling laws", "acceptance"]
     assert round_terms(target, read_config(run_of("embedded_eagle3").drafter_hf), 3, 100, 2) is None
+
+
+def test_the_floor_of_a_mixture_reads_the_experts_that_rows_choose() -> None:
+    dense = run_of("embedded_dspark").target.config
+    layers = tuple(dataclasses.replace(layer, sparse=True) for layer in dense.layers)
+    # Four experts of a quarter of the MLP's width, one of which a row chooses.
+    experts = ExpertsConfig(4, 1, dense.intermediate_size // 4, normalise=True)
+    sparse = dataclasses.replace(dense, layers=layers, experts=experts)
+    name, router = "verify: projections and MLP", dense.num_layers * dense.hidden_size * 4
+    mlp = dense.num_layers * 3 * dense.hidden_size * dense.intermediate_size
+
+    def products(config: TargetConfig, rows: int) -> Term:
+        return {term.name: term for term in round_terms(config, None, rows, 100, 2) or ()}[name]
+
+    for rows, read in ((1, 1 / 4), (2, 7 / 16), (200, 1.0)):
+        whole, chosen = products(dense, rows), products(sparse, rows)
+        assert whole.bytes - chosen.bytes == pytest.approx(2 * ((1 - read) * mlp - router))
+        assert whole.flops - chosen.flops == pytest.approx(2 * rows * (3 / 4 * mlp - router))
 
 
 def test_a_pruned_vocabulary_shortens_the_drafters_head() -> None:

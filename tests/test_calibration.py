@@ -219,6 +219,17 @@ def test_junk_confidences_do_not_narrow_a_profiled_round() -> None:
         assert int(watch.state.counters.verified_at.sum()) - before == 5 * extra
 
 
+def test_profiled_rows_are_of_different_tokens() -> None:
+    """Rows of one token would all choose the same experts, which prices a mixture's wide passes too low."""
+    target, drafter = tiny_pair()
+    loop = make_loop(target, drafter, EngineConfig(8, 60, buckets=(8, 40)), LookAhead())
+    state = _Stopwatch.of(loop, LoopParams(target.params, drafter.params), 1.0, (0.2, 0.5), 5).state
+    for length in (12, 30):
+        anchors = np.asarray(state.tokens)[:, length - 1]
+        assert len(set(anchors.tolist())) > 4 and anchors.max() < target.config.vocab_size
+    assert len(np.unique(np.asarray(state.keys), axis=0)) == 8
+
+
 def test_what_a_call_takes_is_no_part_of_its_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a clock by which a dispatch takes 5 seconds and each of its rounds 2."""
     target, drafter = tiny_pair()

@@ -22,14 +22,19 @@ from dspark_jax.config.schema import MeshSettings, TrainConfig
 from dspark_jax.decoding.dispatch import run_rounds
 from dspark_jax.decoding.round import DecodeLoop, LoopParams
 from dspark_jax.decoding.state import DecodeState
+from dspark_jax.drafters.config import DSparkConfig
 from dspark_jax.drafters.registry import Drafter, read_config, skeleton
 from dspark_jax.errors import UserError
 from dspark_jax.planning.compiled import compiled, copies, figures, mebibytes, topology_mesh
 from dspark_jax.planning.published_targets import planned_target
+from dspark_jax.planning.v4_costs import V4Costs
+from dspark_jax.roofline.decoding import round_terms
+from dspark_jax.roofline.hardware import Term
 from dspark_jax.scheduling.costs import CostTable, Occupancy, ScheduleTables
 from dspark_jax.serving.assembly import make_loop
 from dspark_jax.serving.settings import EngineConfig, PolicyName, policy_named
 from dspark_jax.sharding import ShardingRules, make_mesh, parameter_shardings, split
+from dspark_jax.targets.deepseek_v4.config import V4Config
 from dspark_jax.targets.target import Target
 from dspark_jax.training.spec import drafter_config
 
@@ -146,6 +151,21 @@ class DecodePlan:
         # The cache must be updated in place: a copy would move all of it in every round.
         copied = copies(program.as_text() or "", self.cache_shapes())
         return figures(program, self.device_kind) | {"whole-cache copies": len(copied)}
+
+    def floor(self, context: int) -> list[Term] | None:
+        """The terms of a round that verifies whole blocks, with `context` positions cached of each request; None for
+        kinds of drafters that are not counted. DeepSeek-V4's weights count as they are published, others as held."""
+        requests, config = self.loop.requests, self.target.config
+        drafter = None if self.drafter is None else self.drafter.config
+        if not isinstance(config, V4Config):
+            held = jax.tree.leaves(self.params.target)[0].dtype.itemsize
+            return round_terms(config, drafter, requests, context, held)
+
+        # The two kinds of V4's own drafters; each is counted from the fields of the configuration that it shares.
+        kind = None if drafter is None else "dspark" if isinstance(drafter, DSparkConfig) else "mtp"
+        described = self.target.hf_config if self.drafter is None else self.drafter.hf_config
+        costs = V4Costs.of(described, kind)
+        return [*costs.verify(requests * self.loop.width, requests, context), *costs.draft(requests)]
 
     def cache_shapes(self) -> set[tuple[int, ...]]:
         """Shapes of cached keys and values as they lie on one device."""

@@ -1,7 +1,8 @@
 """The floor of one decode round by term: floating-point operations and bytes, counted from shapes.
 
-Every weight and every cached position is read once a pass; activations between the products of a layer stay on the
-chip. Logits and laws over the vocabulary are float32 and do pass through memory.
+Every weight and every cached position is read once a pass, of routed experts those that some row chooses; activations
+between the products of a layer stay on the chip. Logits and laws over the vocabulary are float32 and do pass through
+memory.
 
 Letters: R requests, c positions cached a request, γ drafts, W = γ + 1, P = R W rows verified, D hidden, F mlp, Q query
 heads, G kv heads, H head dim, V vocab, U ids that may be drafted, m taps, L layers of the target, L' of the drafter,
@@ -18,6 +19,12 @@ LOGIT = 4  # bytes
 LAW_FLOPS = 5  # an entry of a softmax
 
 
+def distinct_experts(experts: int, chosen: int, rows: float) -> float:
+    """Experts of a layer that are read when each of `rows` rows chooses `chosen` of `experts`, in expectation under
+    even routing: E (1 - (1 - K / E)^n)."""
+    return experts * (1 - (1 - chosen / experts) ** rows)
+
+
 def round_terms(
     target: TargetConfig, drafter: DrafterConfig | None, requests: int, context: float, itemsize: int, sort: bool = True
 ) -> list[Term] | None:
@@ -31,9 +38,9 @@ def round_terms(
         itemsize: bytes of a weight and of a cached number.
         sort: some request uses top-k or top-p, which sort the laws.
     Returns:
-        None for targets with experts and for drafters of another kind than DSpark: they are not counted.
+        None for drafters of another kind than DSpark: they are not counted.
     """
-    if any(layer.sparse for layer in target.layers) or not isinstance(drafter, DSparkConfig | None):
+    if not isinstance(drafter, DSparkConfig | None):
         return None
 
     block = 0 if drafter is None else drafter.block_size
@@ -71,15 +78,25 @@ def round_terms(
 
 
 def _weights(name: str, dims: TargetConfig, rows: int, b: int) -> Term:
-    """The matrix products of all decoder layers over `rows` rows; each weight is read once."""
-    size = 0
+    """The matrix products of all decoder layers over `rows` rows; each weight that they use is read once."""
+    used = read = 0.0  # weights that a row is multiplied by, and that the pass reads
     for layer in dims.layers:
         queries, keys = dims.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
-        # Q and O, then K and V, which share a projection where values are keys; below gate, up and down.
-        size += dims.hidden_size * (2 * queries + keys * (1 if layer.values_are_keys else 2))
-        size += 3 * dims.hidden_size * dims.intermediate_size
+        # Q and O, then K and V, which share a projection where values are keys.
+        attention = dims.hidden_size * (2 * queries + keys * (1 if layer.values_are_keys else 2))
+        used, read = used + attention, read + attention
 
-    return Term(name, 2.0 * rows * size, size * b)
+        # Gate, up and down: of one MLP, or of the experts behind a router.
+        if layer.sparse and dims.experts is not None:
+            experts, router = dims.experts, dims.hidden_size * dims.experts.count
+            one = 3 * dims.hidden_size * experts.intermediate_size
+            used += router + experts.per_token * one
+            read += router + distinct_experts(experts.count, experts.per_token, rows) * one
+        else:
+            used += 3 * dims.hidden_size * dims.intermediate_size
+            read += 3 * dims.hidden_size * dims.intermediate_size
+
+    return Term(name, 2.0 * rows * used, read * b)
 
 
 def _cache(

@@ -103,7 +103,13 @@ class _Stopwatch:
         state = init_state(loop, params)
         sampling = state.sampling._replace(temperature=jnp.full((loop.requests,), temperature, jnp.float32))
         limit = jnp.full((loop.requests,), loop.size, jnp.int32)
-        return cls(loop, params, replace(state, limit=limit, sampling=sampling), lengths)
+
+        # Tokens and random numbers that differ: rows of one token choose the same experts, and a mixture's pass over
+        # them reads a fraction of the weights that real rows make it read.
+        rng, words = np.random.default_rng(0), loop.words or params.target["embed_weight_vd"].shape[0]
+        tokens = jnp.asarray(rng.integers(0, words, state.tokens.shape), state.tokens.dtype)
+        keys = jnp.asarray(rng.integers(0, 1 << 32, state.keys.shape), state.keys.dtype)
+        return cls(loop, params, replace(state, limit=limit, sampling=sampling, tokens=tokens, keys=keys), lengths)
 
     def seconds(self, context: int, bucket: int, rounds: int) -> float:
         """Of one dispatch of so many rounds, or of as many draft passes where `bucket` is -1."""
@@ -191,7 +197,7 @@ def _spread(times: list[float]) -> float:
 
 
 def _forced(loop: DecodeLoop, state: DecodeState, length: int, bucket: int) -> DecodeState:
-    """`state` with requests at `length` whose caps fill that bucket. Their content is junk, which costs the same."""
+    """`state` with requests at `length` whose caps fill that bucket. Cached content is junk, which costs the same."""
     # The tokens beyond the anchors, shared out evenly; bucket 0 leaves caps of 0, and so plain rounds.
     tokens, requests = loop.buckets[bucket], loop.requests
     extra = max(tokens - requests, 0)
@@ -217,7 +223,8 @@ def _draft_passes(loop: DecodeLoop, params: LoopParams, state: DecodeState, coun
     def body(_: Any, anchors: jax.Array) -> jax.Array:
         return loop.draft(target, drafter, state, anchors, noise).tokens[:, -1]
 
-    return jax.lax.fori_loop(0, count, body, jnp.zeros((loop.requests,), jnp.int32))
+    anchors = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)[:, 0]
+    return jax.lax.fori_loop(0, count, body, anchors)
 
 
 def load_or_measure(
