@@ -18,10 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dspark_jax.datagen import corpora
-from tests.started import POLL_SECONDS, ROOT, Started, start
+from tests.started import POLL_SECONDS, Started, start
 from tests.tiny import write_tiny_target
 
-EMBEDDED = ROOT / "assets" / "embedded_target"
 PATIENCE_SECONDS = 300
 
 
@@ -210,15 +209,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--times", type=int, default=10)
-    parser.add_argument("--target", type=Path, help="default: assets/embedded_target, or a tiny random target")
+    parser.add_argument("--target", type=Path, help="default: a tiny random target")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scratch", type=Path, help="an empty folder to work in and keep; default: a temporary one")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         scratch = options.scratch or Path(temporary)
         scratch.mkdir(parents=True, exist_ok=True)
-        target = options.target or (EMBEDDED if (EMBEDDED / "config.json").exists() else None)
-        target = target or write_tiny_target(scratch / "target", num_hidden_layers=3)
+        target = options.target or write_tiny_target(scratch / "target", num_hidden_layers=3)
         task = TASKS[options.task](target.resolve(), scratch.resolve())
         return 1 if kill_and_compare(task, scratch.resolve(), options.times, options.seed) else 0
 
