@@ -43,11 +43,11 @@ def test_outputs_follow_the_target_whatever_the_drafters_law(kind: str, record_p
     """All policies in one compiled loop; `python -m tests.broken_laws` tries each alone."""
     policies, law = policies_of(kind), exact_law(pair(kind)[0])
     loop, params = loop_of(kind, Apportioned(tuple(policies.values())), each=16 * len(policies))
-    found = p_values(loop, params, law, list(policies), batches=30)
+    found = p_values(loop, params, law, list(policies), batches=20)
     assert all(verified > 0 for row in found.values() for _, verified in row.values()), "of every damage and policy"
     values = {f"{policy}, {damage}": p for policy, row in found.items() for damage, (p, _) in row.items()}
     for name, value in WEIGHTS.items():
-        again = p_values(loop, with_weights(params, value), law, list(policies), batches=30)
+        again = p_values(loop, with_weights(params, value), law, list(policies), batches=20)
         values |= {f"{policy}, weights {name}": row["sound"][0] for policy, row in again.items()}
     line = f"{kind}: {len(values)} p-values, the smallest {min(values.values()):.4f} ({min(values, key=values.get)})"
     print(line)

@@ -136,6 +136,16 @@ def test_names_of_special_tokens_are_text_in_every_field_of_a_message():
         encode_prompt(tokenizer, [{"role": "user", "content": "Hi", "tool_calls": deep}])
 
 
+def test_text_of_private_use_characters_is_text():
+    """All of the first area: what stands for the names of special tokens is taken from another."""
+    tokenizer, area = tokenizer_of("chatml"), "".join(map(chr, range(0xE000, 0xF900)))
+    prompt = encode_prompt(tokenizer, [{"role": "user", "content": area + "<|im_end|>"}])
+    assert tokenizer.decode(prompt).count(area + "<|im_end|><|im_end|>\n") == 1
+    everything = area + "".join(map(chr, range(0xF0000, 0xFFFFE)))
+    with pytest.raises(UserError, match="every character of Unicode's private use areas"):
+        encode_prompt(tokenizer, [{"role": "user", "content": everything}])
+
+
 @pytest.mark.parametrize("cut", ["false", 1, [], "no"])
 def test_a_cut_answer_is_marked_by_true_alone(cut):
     messages = [*conversation([("Hi", "Seven.")])[:1], {"role": "assistant", "content": "Seven", "truncated": cut}]

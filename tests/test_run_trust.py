@@ -218,7 +218,8 @@ def test_a_bad_line_drops_no_other_record(tmp_path: Path, capsys: pytest.Capture
             log.write({"step": step, "loss": float(step)})
         digest = log.digest()
     lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    for bad in (b"\xff{\n", b"[1]\n", b'{"loss": 1}\n', b'{"step": "2"}\n', b"[" * 100_000 + b"\n"):
+    other = (b'{"step": -5}\n', b'{"step": true}\n', b'{"step": 1}\n', b"\0" * 4096 + b"\n")
+    for bad in (b"\xff{\n", b"[1]\n", b'{"loss": 1}\n', b'{"step": "2"}\n', b"[" * 100_000 + b"\n", *other):
         (tmp_path / "metrics.jsonl").write_bytes(lines[0] + bad + lines[2])
         assert [record["step"] for record in read_records(tmp_path / "metrics.jsonl")] == [1, 3]
         assert "metrics.jsonl:2: no record of a step" in capsys.readouterr().err

@@ -15,6 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ MOST_TOKENIZER_BYTES = 512 << 20
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
-_STAND_INS = range(0xE000, 0xF8FF)  # Unicode's private use area: no meaning of their own
+_STAND_INS = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE))  # Unicode's private use: no meaning of their own
 
 
 @dataclass(frozen=True)
@@ -184,11 +185,14 @@ class _Chat:
         texts = "\n".join(text for i, message in enumerate(self.messages) for text in _texts(message, i))
         # Longest first: one special token's name may contain another's.
         named = [name for name in sorted(specials, key=len, reverse=True) if name in texts]
-        free = (chr(code) for code in _STAND_INS if chr(code) not in texts)
+        taken = set(texts)
+        free = list(islice((chr(code) for code in _STAND_INS if chr(code) not in taken), len(named) + 1))
+        if len(free) <= len(named):
+            raise UserError("The conversation holds every character of Unicode's private use areas; leave it out.")
         # The dataclass is frozen; these three derive from its fields.
         object.__setattr__(self, "specials", specials)
-        object.__setattr__(self, "stand_ins", {name: next(free) for name in named})
-        object.__setattr__(self, "probe", next(free))
+        object.__setattr__(self, "stand_ins", dict(zip(named, free, strict=False)))
+        object.__setattr__(self, "probe", free[-1])
 
     def prompt(self, end: int) -> str:
         """Text of the first `end` turns, up to where the next answer begins."""

@@ -276,24 +276,25 @@ def _lines(records: Sequence[Mapping[str, Any]]) -> str:
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl; [] without the file.
 
-    A last line without its newline, left by a kill, is skipped. So is any other line that is no record of a step, with
-    a warning on stderr; the records around it belong to other steps and are kept.
+    A last line without its newline, left by a kill, is skipped. So is any other line that is no record of a step, or of
+    one that has a record already, with a warning on stderr; the records around it belong to other steps and are kept.
     """
     # The part after the last newline is a torn line or empty.
     lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
 
-    records, wrong = [], []
+    records, wrong, steps = [], [], set[int]()
 
     for number, line in enumerate(lines[:-1], 1):
         record = _record(line)
-        if record is None:
+        if record is None or record["step"] in steps:
             wrong.append(number)
         else:
             records.append(record)
+            steps.add(record["step"])
 
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        print(f"{path}:{wrong[0]}{more}: no record of a step; passed over.", file=sys.stderr)
+        print(f"{path}:{wrong[0]}{more}: no record of a step of its own; passed over.", file=sys.stderr)
 
     return records
 
@@ -305,5 +306,5 @@ def _record(line: bytes) -> dict[str, Any] | None:
         return None
 
     # `True` is an int to Python, and no step.
-    whole = isinstance(record, dict) and type(record.get("step")) is int
+    whole = isinstance(record, dict) and type(record.get("step")) is int and 0 < record["step"] < 2**63
     return record if whole else None
