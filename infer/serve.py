@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Literal
 
 from dspark_jax.checkpoints.drafters import load_drafter
@@ -19,6 +20,8 @@ from dspark_jax.programs import EMBEDDED
 from dspark_jax.serving.api.server import ApiServer, address, bind
 from dspark_jax.serving.api.service import Service
 from dspark_jax.serving.api.settings import ServerConfig
+from dspark_jax.serving.engine import Engine
+from dspark_jax.serving.sampling import Mode, SamplingParams
 from dspark_jax.serving.settings import EngineConfig
 
 # Fewer rounds a dispatch than in programs that only want throughput: clients get their tokens a dispatch at a time.
@@ -37,6 +40,8 @@ class ServeSettings:
     """Dtype of weights and activations; None: float32 on a CPU, else the target's own."""
     warm_up: bool = True
     """Compile everything before the first request; otherwise each first use waits for the compiler."""
+    mode: Mode = "rejection"
+    """How drafts are verified above temperature 0; coupled: a seed's answer is plain decoding's own."""
     server: Annotated[ServerConfig, FLAT] = ServerConfig()
     engine: Annotated[EngineConfig, FLAT] = ENGINE
 
@@ -56,7 +61,8 @@ def main(argv: list[str]) -> None:
         dtype = announce(settings.dtype)
         target = load_target(settings.target, dtype=dtype)
         drafter = load_drafter(settings.drafter, target, dtype=dtype) if settings.drafter else None
-        service = Service(target, drafter, settings.engine, config, settings.warm_up)
+        make = partial(Engine, sampling=SamplingParams(mode=settings.mode))
+        service = Service(target, drafter, settings.engine, config, settings.warm_up, make)
 
         engine = service.driver.engine
         print(f"{service.name}: {'' if engine is None else engine.why}", file=sys.stderr)

@@ -27,7 +27,7 @@ SIGNATURES = {
         "logprobs, presence_penalty, frequency_penalty, repetition_penalty, logit_bias)"
     ),
     "EngineConfig": (
-        "(slots, longest, policy, threshold, sts, sps, rounds_per_dispatch, buckets, smallest_prompt_bucket, "
+        "(slots, longest, policy, tree, threshold, sts, sps, rounds_per_dispatch, buckets, smallest_prompt_bucket, "
         "prefill_chunk, prefill_budget, prefix_cache, queue, stop_slots, bias_slots, max_logprobs, return_at_once)"
     ),
     "Generation": (

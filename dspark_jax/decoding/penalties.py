@@ -61,6 +61,7 @@ class LogitEdits(NamedTuple):
         tokens: [R, S] committed tokens, junk from `lengths` on.
         lengths: [R] the tokens before the block's second column.
         block: [R, W] the anchor, which is committed, and the drafts after it.
+        seen: [R, W, W] which of the block's tokens stand before each row, its own included; None: it is a chain.
     """
 
     penalties: Penalties
@@ -68,6 +69,7 @@ class LogitEdits(NamedTuple):
     tokens: Int[Array, "r s"]
     lengths: Int[Array, " r"]
     block: Int[Array, "r w"]
+    seen: Bool[Array, "r w w"] | None = None
 
     @property
     def needed(self) -> Bool[Array, ""]:
@@ -91,7 +93,10 @@ class LogitEdits(NamedTuple):
         seen = blank.at[slots, self.tokens].max(committed)
 
         drafts = jax.nn.one_hot(self.block, vocab).at[:, 0].set(0.0)
-        drafts = jnp.cumsum(drafts, axis=1)
+        if self.seen is None:
+            drafts = jnp.cumsum(drafts, axis=1)
+        else:
+            drafts = jnp.einsum("rij,rjv->riv", self.seen.astype(drafts.dtype), drafts)
         output, seen = output[:, None] + drafts, seen[:, None] + drafts
 
         # Adding 0, dividing by 1 and subtracting 0 change no bit of a finite logit, nor of -inf.

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
+from dspark_jax.decoding.judging import borrowed_tables
 from dspark_jax.decoding.penalties import LogitEdits
-from dspark_jax.decoding.round import DecodeLoop, LoopParams, borrowed_tables
+from dspark_jax.decoding.round import DecodeLoop, LoopParams
 from dspark_jax.decoding.soundness import finite_or_zero, sound_rows
 from dspark_jax.decoding.state import Admission, DecodeState, empty_counters
 from dspark_jax.decoding.verification import zeros_of

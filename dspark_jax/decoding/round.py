@@ -18,14 +18,16 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from dspark_jax.decoding.acceptance import first_stop
+from dspark_jax.decoding.judging import Verdict, anchors_of, borrowed_tables, draws_of, judge_chain, judge_tree
 from dspark_jax.decoding.logprobs import Logprobs
-from dspark_jax.decoding.penalties import LogitEdits, Penalties
+from dspark_jax.decoding.penalties import Penalties
 from dspark_jax.decoding.sampling import SamplingArrays
-from dspark_jax.decoding.soundness import finite_logits, finite_or_zero, sound_rows
+from dspark_jax.decoding.soundness import finite_or_zero, sound_rows
 from dspark_jax.decoding.state import DecodeState, RoundCounters, RoundRecord, empty_counters, spread
 from dspark_jax.decoding.verification import VerifyOutput, verify
-from dspark_jax.decoding.verifiers import Draws, Independent, Verifier, check_pair
-from dspark_jax.drafters.protocol import DrafterModel, DraftOutput, SharedTables
+from dspark_jax.decoding.verifiers import Independent, Verifier, check_pair
+from dspark_jax.drafters.protocol import DrafterModel, DraftOutput
+from dspark_jax.drafters.trees import TreeShape
 from dspark_jax.scheduling.costs import Occupancy, ScheduleTables, idle_costs
 from dspark_jax.scheduling.policies import Fixed, PolicyState, RoundView, VerifyPolicy
 from dspark_jax.targets.decoder import TargetModel
@@ -53,16 +55,6 @@ class RoundPlan(NamedTuple):
     policy: PolicyState  # the policy's state after choosing
 
 
-class Verdict(NamedTuple):
-    """The outcome of verification for each request's block."""
-
-    block: Int[Array, "r w"]  # anchor and drafts
-    lengths: Int[Array, " r"]  # drafts verified
-    accepted: Int[Array, " r"]  # drafts accepted, a prefix of those verified
-    next_token: Int[Array, " r"]  # the token after the accepted prefix
-    failed: Bool[Array, " r"]  # the target gave no finite law for that token
-
-
 @dataclass(frozen=True)
 class DecodeLoop:
     """Static part of the loop; hashable, so it is a jit-static argument and equal loops share compiled programs.
@@ -71,7 +63,7 @@ class DecodeLoop:
         target, drafter: graph definitions; the weights are arguments. No drafter: K = 0 and plain rounds.
         requests, size, block: R, S and K.
         tap_layers: target layers whose outputs the drafter reads.
-        buckets: token counts that the verify pass is compiled for, ascending, the last one R * W.
+        buckets: token counts that the verify pass is compiled for, ascending, the last one with a row for every draft.
         stop_slots: stop tokens that a request may have.
         bias_slots: tokens that a request may bias.
         top_logprobs: most probable tokens kept for requests that want log-probabilities.
@@ -80,6 +72,7 @@ class DecodeLoop:
             exact depends on it. UserError if `policy` is not.
         words: ids below this one can be decoded; the rest of V is padding of the target's tables (docs/algorithm.md,
             rule 106). None: all of V.
+        tree: shape of the draft trees; None: chains.
         mesh: devices that the parameters, and the slots, are spread over; None: one device.
     """
 
@@ -95,16 +88,17 @@ class DecodeLoop:
     top_logprobs: int
     policy: VerifyPolicy = Fixed()
     verifier: Verifier = Independent()
+    tree: TreeShape | None = None
     mesh: Mesh | None = None
     words: int | None = None
 
     def __post_init__(self) -> None:
-        check_pair(self.verifier, self.policy)
+        check_pair(self.verifier, self.policy, self.tree)
 
     @cached_property
     def _hash(self) -> int:
         shapes = self.requests, self.size, self.block, self.buckets
-        return hash((self.target, self.drafter, *shapes, self.policy, self.verifier))
+        return hash((self.target, self.drafter, *shapes, self.policy, self.verifier, self.tree))
 
     def __hash__(self) -> int:  # graphdefs are large: hash once, not at every dispatch
         return self._hash
@@ -181,36 +175,20 @@ class DecodeLoop:
         """
         target, drafter = self.models(params)
         assert drafter is not None, "a loop without a drafter runs plain rounds"
-        starts, anchors = _anchors(state)
 
-        # 1. Draft: K tokens [R, K] after each anchor, with the laws they were drawn from where the verifier compares
-        # laws, and confidence logits [R, K] or None.
-        noise = self.noise(target, state)
-        draft = self.draft(target, drafter, state, anchors, noise)
-        block = jnp.concatenate([anchors[:, None], draft.tokens], axis=1)
-
-        # 2. Schedule: the policy cuts each block to the drafts that are worth verifying.
-        confidence = None if draft.confidence is None else finite_logits(draft.confidence)
-        view = RoundView(state.active, state.length, plan.caps, occupancy, params.tables, plan.drafted, confidence)
-        lengths, policy = self.policy(view, plan.policy)
-
-        # 3. Verify: one pass of the target over the anchors and the drafts that are left.
-        verified, bucket = self.verify(target, state, block, starts, lengths)
-        logits = self.decodable(verified.logits)
-
-        # 4. Accept: a prefix of the drafts, and one token after it. A row without a finite law accepts nothing, nor do
-        # the rows after it; where the accepted prefix ends at such a row, its request fails.
-        sound = sound_rows(logits)
-        lasting = jnp.minimum(lengths, sound)
-        accepted, next_token = self.verifier.decide(draft, logits, lasting, noise, _draws(state, block))
+        # 1. Draft. 2. Schedule: the policy cuts what was drafted to what is worth verifying. 3. Verify: one pass of the
+        # target over the anchors and the drafts that are left. 4. Accept: a prefix, and one token after it.
+        view = RoundView(state.active, state.length, plan.caps, occupancy, params.tables, plan.drafted)
+        judge = judge_chain if self.tree is None else judge_tree
+        verdict, verified, bucket, view, policy = judge(self, target, drafter, state, view, plan.policy)
 
         # 5. Commit: tokens, the target's K/V, the drafter's context, and what the policy learns from the outcome. The
         # context grows by the anchor's row and those of the accepted drafts (docs/algorithm.md, rule 5).
-        verdict = Verdict(block, lengths, accepted, next_token, accepted == sound)
         after, verdict, count = self._commit(target, state, verdict, verified)
 
+        starts = state.length - 1
         rows, taps = jnp.where(state.active, verdict.accepted + 1, 0), finite_or_zero(verified.taps)
-        context = drafter.commit(borrowed_tables(target), state.draft, taps, block, starts, rows)
+        context = drafter.commit(borrowed_tables(target), state.draft, taps, verdict.block, starts, rows)
 
         after = replace(
             after,
@@ -220,7 +198,7 @@ class DecodeLoop:
             predicted_seconds=state.predicted_seconds + self._predicted(params, state, bucket),
         )
 
-        shown = jnp.zeros((self.requests, 0)) if draft.confidence is None else draft.confidence
+        shown = jnp.zeros((self.requests, 0)) if view.confidence is None else view.confidence
         return after, _record(starts, verdict, shown, count, bucket)
 
     def plain_round(self, params: LoopParams, state: DecodeState) -> tuple[DecodeState, RoundRecord, Array]:
@@ -233,13 +211,13 @@ class DecodeLoop:
             (the state after the round, its record, taps [R, 1, m D] of the anchors).
         """
         target, _ = self.models(params)
-        starts, anchors = _anchors(state)
+        starts, anchors = anchors_of(state)
         none = jnp.zeros_like(starts)
 
         # 3. Verify the anchor alone. 4. There is nothing to accept: the next token follows the target's law.
         verified, bucket = self.verify(target, state, anchors[:, None], starts, none)
         logits = self.decodable(verified.logits)
-        next_token = self.verifier.next_token(logits[:, 0], _draws(state, anchors[:, None]), self.block)
+        next_token = self.verifier.next_token(logits[:, 0], draws_of(state, anchors[:, None]), self.block)
 
         # 5. Commit that token and the anchor's K/V.
         verdict = Verdict(anchors[:, None], none, none, next_token, sound_rows(logits) == 0)
@@ -250,14 +228,14 @@ class DecodeLoop:
 
     def noise(self, target: TargetModel, state: DecodeState) -> Any:
         """The random numbers that the verifier draws at once for a speculative round."""
-        return self.verifier.noise(_draws(state), self.block, target.config.vocab_size)
+        return self.verifier.noise(draws_of(state), self.block, target.config.vocab_size)
 
     def draft(
         self, target: TargetModel, drafter: DrafterModel, state: DecodeState, anchors: Array, noise: Any
     ) -> DraftOutput:
         """Draft K tokens after each slot's anchor token [R] with the verifier's `noise`; the laws they are drawn from
         have the request's sampling transforms applied (docs/algorithm.md, rule 7)."""
-        draws = _draws(state)
+        draws = draws_of(state)
 
         def sample(logits: Array, k: int) -> tuple[Array, Any]:
             return self.verifier.draft(logits, k, noise, draws)
@@ -368,29 +346,10 @@ class DecodeLoop:
         )
 
 
-def borrowed_tables(target: TargetModel) -> SharedTables:
-    """The target's embedding and head, which drafters share instead of holding copies (docs/algorithm.md, rule 18)."""
-    return SharedTables.of(target.config, target.embed_weight_vd[...], target.head_weight())
-
-
 @partial(jax.jit, static_argnums=0)
 def init_state(loop: DecodeLoop, params: LoopParams) -> DecodeState:
     """All slots empty, on the devices of the loop's mesh."""
     return loop.init_state(params)
-
-
-def _anchors(state: DecodeState) -> tuple[Array, Array]:
-    """(positions, tokens) [R] of the last committed tokens."""
-    starts = state.length - 1
-    return starts, jnp.take_along_axis(state.tokens, starts[:, None], axis=1)[:, 0]
-
-
-def _draws(state: DecodeState, block: Int[Array, "r w"] | None = None) -> Draws:
-    """With a block: also the edits of its rows, of which row i counts the block's tokens before it."""
-    edits = None
-    if block is not None:
-        edits = LogitEdits(state.penalties, state.active, state.tokens, state.length, block)
-    return Draws(state.keys, state.length - 1, state.sampling, edits)
 
 
 def _record(starts: Array, verdict: Verdict, confidence: Array, count: Array, bucket: Array) -> RoundRecord:

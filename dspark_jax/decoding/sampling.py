@@ -244,6 +244,21 @@ def race(
     return _by_need(params, edits, greedy, partial(sampled, _scaled), partial(sampled, _cut), logits, waits)
 
 
+def race_values(
+    logits: Float[Array, "r *n v"], waits: Float[Array, "r *n v"], params: SamplingArrays
+) -> Float[Array, "r *n v"]:
+    """Numbers in the order of a race's places, in nats: the first is its winner; the logits where greedy."""
+
+    def greedy(logits: Array, waits: Array) -> Array:
+        return logits.astype(jnp.float32)
+
+    def sampled(cut: Callable, params: SamplingArrays, logits: Array, waits: Array) -> Array:
+        values = jnp.log(_odds(cut, params, logits, waits))
+        return jnp.where(_per_request(params.stochastic, values), values, logits.astype(jnp.float32))
+
+    return _by_need(params, None, greedy, partial(sampled, _scaled), partial(sampled, _cut), logits, waits)
+
+
 def race_odds(
     logits: Float[Array, "r *n v"], waits: Float[Array, "r *n v"], params: SamplingArrays
 ) -> Float[Array, "r *n v"]:

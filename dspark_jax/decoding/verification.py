@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from dspark_jax.targets.attention import CachedBlock, PackedRows
+from dspark_jax.targets.attention import CachedBlock, PackedRows, TreeRows
 from dspark_jax.targets.decoder import Cache, TargetModel
 
 
@@ -37,6 +37,7 @@ def verify(
     block: Int[Array, "r w"],
     starts: Int[Array, " r"],
     wanted: Bool[Array, "r w"],
+    tree: TreeRows | None = None,
 ) -> tuple[VerifyOutput, Int[Array, ""]]:
     """Run the target on the `wanted` rows, packed into the smallest of `buckets` that holds them.
 
@@ -50,6 +51,7 @@ def verify(
         block: [anchor, x_1..x_K] of each request.
         starts: positions of the anchors.
         wanted: the cells to run.
+        tree: places of the rows where they form a tree; None: a chain.
     Returns:
         (results on the grid, tokens of the bucket that ran).
     """
@@ -60,7 +62,7 @@ def verify(
     choice = jnp.sum(needed > jnp.asarray(sizes))  # the last bucket holds every row, so this is in range
 
     branches = [partial(_verify_bucket, target, size, tap_layers) for size in sizes]
-    operands = (cache, block, starts, wanted)
+    operands = (cache, block, starts, wanted, tree)
     if len(branches) == 1:
         # Still a branch: in straight-line code XLA may write a layer's new K/V before its attention has read the
         # cache, and so copies the whole cache first, every round.
@@ -79,20 +81,21 @@ def _verify_bucket(
     block: Array,
     starts: Array,
     wanted: Array,
+    tree: TreeRows | None,
 ) -> VerifyOutput:
     requests, width = block.shape
 
-    positions = starts[:, None] + jnp.arange(width)
+    positions = starts[:, None] + (jnp.arange(width) if tree is None else tree.offsets)
 
     if size == block.size:  # every cell has its row: no packing to undo
-        out = target(block, positions, CachedBlock(cache, starts), tap_layers)
+        out = target(block, positions, CachedBlock(cache, starts, tree=tree), tap_layers)
         return VerifyOutput(target.logits(out.hidden), out.taps, out.kv)
 
     # `fill_value` is one past the grid: rows that fill up the bucket are dropped by `to_grid`.
     index = jnp.nonzero(wanted.ravel(), size=size, fill_value=block.size)[0]
     packed = PackedRows(index, requests, width)
 
-    attend = CachedBlock(cache, starts, packed)
+    attend = CachedBlock(cache, starts, packed, tree)
     out = target(packed.from_grid(block), packed.from_grid(positions), attend, tap_layers)
 
     # [P, ...] -> [R, W, ...]; The target has put K/V on the grid already, layer by layer.

@@ -22,13 +22,15 @@ from dspark_jax.decoding.sampling import (
     draw,
     draw_token,
     race,
+    race_values,
     sampling_law,
     uniforms,
 )
 from dspark_jax.drafters.laws import Dense, DraftLaw
 from dspark_jax.drafters.protocol import DraftOutput
+from dspark_jax.drafters.trees import DraftTree, TreeShape
 from dspark_jax.errors import UserError
-from dspark_jax.scheduling.policies import VerifyPolicy
+from dspark_jax.scheduling.policies import Fixed, VerifyPolicy
 
 
 class Draws(NamedTuple):
@@ -161,9 +163,27 @@ class Coupled:
     def next_token(self, logits: Float[Array, "r v"], draws: Draws, block: int) -> Int[Array, " r"]:
         return race(logits, self.noise(draws, 0, logits.shape[-1])[:, 0], draws.sampling, draws.edits)
 
+    # Trees
 
-def check_pair(verifier: Verifier, policy: VerifyPolicy) -> None:
-    """Raise UserError if outputs under this policy would not follow the target's law."""
+    def children(self, logits: Float[Array, "r f v"], level: int, noise: Any, draws: Draws) -> Float[Array, "r f v"]:
+        """Values by which the children of F nodes are chosen: a node's first child is the drafter's own winner."""
+        return race_values(logits, noise[:, level, None], draws.sampling)
+
+    def choices(
+        self, tree: DraftTree, logits: Float[Array, "r w v"], noise: Float[Array, "r p v"], draws: Draws
+    ) -> Int[Array, "r w"]:
+        """The target's own token after each node of a tree, by the clocks of the node's depth."""
+        return race(logits, jnp.take_along_axis(noise, tree.depths[..., None], axis=1), draws.sampling, draws.edits)
+
+
+def check_pair(verifier: Verifier, policy: VerifyPolicy, tree: TreeShape | None = None) -> None:
+    """Raise UserError if outputs under this policy, or of this shape, would not follow the target's law."""
+    if tree is not None and not (isinstance(verifier, Coupled) and type(policy) is Fixed):
+        raise UserError(
+            "Draft trees are verified whole and in mode = 'coupled' alone, where every child that the target's own "
+            f"token equals may be accepted; found {type(verifier).__name__} and the policy {type(policy).__name__}. "
+            "Use policy = 'fixed' and mode = 'coupled', or no tree."
+        )
     if policy.anticipates and not verifier.any_schedule:
         raise UserError(
             f"The policy {type(policy).__name__} looks at the tokens whose verification it decides, which would "

@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int
 from dspark_jax.drafters.backbone import Backbone
 from dspark_jax.drafters.config import DFlashConfig, DSparkConfig
 from dspark_jax.drafters.heads import ConfidenceHead, make_markov_head
-from dspark_jax.drafters.protocol import BlockOutput, DraftOutput, DraftState, SampleFn, SharedTables
+from dspark_jax.drafters.protocol import BlockOutput, ChildFn, DraftOutput, DraftState, SampleFn, SharedTables
+from dspark_jax.drafters.trees import DraftTree, TreeShape, grow
 from dspark_jax.sharding import param
 from dspark_jax.targets.attention import segment_starts
 from dspark_jax.targets.kv_cache import append_rows, empty_cache, head_major
@@ -97,6 +98,25 @@ class DSpark(nnx.Module):
 
         seen = jnp.stack(embeddings, axis=1) if embeddings else None
         return DraftOutput.of(tokens, laws, self._confidence(hidden, seen))
+
+    def draft_tree(
+        self, shared: SharedTables, state: DraftState, anchors: Int[Array, " r"], positions: Int[Array, " r"],
+        values: ChildFn, shape: TreeShape,
+    ) -> DraftTree:  # fmt: skip
+        """One parallel pass for h and U, then a beam in which every child is conditioned on its parent."""
+        hidden = self.draft_hidden(shared, state, anchors, positions)
+        base, markov = self.base_logits(shared, hidden), self.markov_head
+        assert markov is not None, "without a Markov head all parents have the same children"
+
+        def expand(level: int, tokens: Array, carry: Any) -> tuple[Array, Any]:
+            embedding = markov.embed(tokens)
+            row = jnp.broadcast_to(hidden[:, level, None], (*tokens.shape, hidden.shape[-1]))
+            latent, carry = markov.step(carry, embedding, row)
+            logits = base[:, level, None] + markov.bias(latent)
+            logits = logits if self.vocabulary is None else self.vocabulary.spread(logits)
+            return values(logits, level), carry
+
+        return grow(anchors, self.block_size, shape, expand, markov.init((*anchors.shape, 1)))
 
     def draft_hidden(
         self, shared: SharedTables, state: Any, anchors: Int[Array, " r"], positions: Int[Array, " r"]

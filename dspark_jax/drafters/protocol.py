@@ -20,6 +20,8 @@ from dspark_jax.targets.layers import head_logits
 # (logits [R, V] float32, block offset k) -> (tokens [R] int32, the law they were drawn from: leaves [R, ...], or None
 # where verification needs none).
 SampleFn = Callable[[Array, int], tuple[Array, Any]]
+# (logits [R, F, V] float32 of F nodes, level k) -> values [R, F, V] by which their children are chosen.
+ChildFn = Callable[[Array, int], Array]
 DraftState = Any
 
 

@@ -30,17 +30,19 @@ class DrafterKind:
     module: called as `module(config, rngs=...)`, implements `protocol.DrafterModel`.
     objective: the name in `training.registry` that trains it.
     families: the prefixes it is published with.
+    trees: whether it drafts trees, by a method `draft_tree`.
     """
 
     architecture: str
     module: Any
     objective: str
     families: tuple[str, ...] = FAMILIES
+    trees: bool = False
 
 
 DRAFTERS: dict[str, DrafterKind] = {
     "dflash": DrafterKind("DSparkModel", DFlash, "blocks"),
-    "dspark": DrafterKind("DSparkModel", DSpark, "blocks"),
+    "dspark": DrafterKind("DSparkModel", DSpark, "blocks", trees=True),
     "eagle3": DrafterKind("Eagle3Model", Eagle3, "rollout"),
     "mtp": DrafterKind("MTPModel", MTP, "blocks"),
 }

@@ -8,7 +8,8 @@ import numpy as np
 from dspark_jax.checkpoints.serving_tables import SpsTable, read_sps
 from dspark_jax.decoding.round import DecodeLoop, LoopParams
 from dspark_jax.decoding.verifiers import Independent, Verifier
-from dspark_jax.drafters.registry import Drafter
+from dspark_jax.drafters.registry import Drafter, kind_of
+from dspark_jax.drafters.trees import TreeShape, pool_size
 from dspark_jax.errors import UserError
 from dspark_jax.readers import read_object
 from dspark_jax.scheduling.costs import CostTable, ScheduleTables, bucket_ladder
@@ -146,12 +147,12 @@ def make_loop(
         raise UserError("An engine needs to know how long requests may become: give longest, in positions.")
 
     block = 0 if drafter is None else drafter.config.block_size
+    tree = None if drafter is None else _tree(drafter, config)
 
-    buckets = config.buckets or bucket_ladder(config.slots, block + 1)
-    if buckets[-1] != config.slots * (block + 1) or list(buckets) != sorted(set(buckets)):
-        raise UserError(
-            f"Token buckets {buckets} must ascend and end at slots x (block + 1), {config.slots * (block + 1)}."
-        )
+    width = 1 + (block if tree is None else tree.nodes)
+    buckets = config.buckets or bucket_ladder(config.slots, width)
+    if buckets[-1] != config.slots * width or list(buckets) != sorted(set(buckets)):
+        raise UserError(f"Token buckets {buckets} must ascend and end at slots x (drafts + 1), {config.slots * width}.")
 
     # A write that does not fit would be moved left over live rows, hence the room for a whole block at the end.
     return DecodeLoop(
@@ -167,9 +168,24 @@ def make_loop(
         top_logprobs=config.max_logprobs,
         policy=policy,
         verifier=verifier,
+        tree=tree,
         mesh=parameter_mesh(target.params),
         words=target.known_tokens,
     )
+
+
+def _tree(drafter: Drafter, config: EngineConfig) -> TreeShape | None:
+    """The tree that the settings ask for; UserError for a drafter that has none of so many nodes."""
+    if not config.tree:
+        return None
+    if not kind_of(drafter.hf_config).trees or not drafter.config.markov_rank:
+        raise UserError(f"{drafter.name} drafts no trees: that takes DSpark's Markov head. Leave tree out.")
+
+    shape = TreeShape(config.tree)
+    most = pool_size(drafter.config.block_size, shape.branching)
+    if shape.nodes > most:
+        raise UserError(f"The engine has tree = {shape.nodes}; {drafter.name} drafts trees of at most {most} nodes.")
+    return shape
 
 
 def temperatures_of(target: Target, drafter: Drafter, sampling: SamplingParams, sts: Path | None) -> tuple[float, ...]:

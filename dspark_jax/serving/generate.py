@@ -108,7 +108,7 @@ def engine_for(
     if drafter is not None and buckets is None and config.policy == "fixed":
         # Every request always verifies one length: a bucket that no round can need would only cost compile time.
         whole = all(job.sampling.verify_length is None for job in jobs)
-        buckets = (slots * (drafter.config.block_size + 1),) if whole else None
+        buckets = (slots * (1 + (config.tree or drafter.config.block_size)),) if whole else None
 
     stops = max(1, *(len(job.sampling.stop_tokens or ()) for job in jobs))
     made = Engine(

@@ -33,6 +33,8 @@ class EngineConfig:
     """How many drafts are verified. auto: look-ahead where drafting can pay on this machine, else plain decoding.
     fixed: the whole block. threshold: up to the first draft below it. causal, look-ahead, asynchronous: what pays.
     retrospective: what pays by all of today's confidences, in mode "coupled" alone."""
+    tree: int = 0
+    """Nodes of a draft tree, such as 8, 16 or 32, in mode "coupled" with the fixed policy. 0: a chain."""
     threshold: float = 0.5
     """The least confidence of a draft that is verified, for the threshold policy."""
     sts: Path | None = None
@@ -110,6 +112,7 @@ def check_engine(config: EngineConfig) -> None:
         whole_number(who, name, getattr(config, name), 1)
 
     whole_number(who, "prefix_cache", config.prefix_cache, 0)
+    whole_number(who, "tree", config.tree, 0)
     for name in ("queue", "longest"):
         if getattr(config, name) is not None:
             whole_number(who, name, getattr(config, name), 1)

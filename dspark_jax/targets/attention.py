@@ -113,17 +113,27 @@ class PackedRows:
         return jnp.take(flat, self.index, axis=0, mode="clip")
 
 
+class TreeRows(NamedTuple):
+    """Places of a block's rows where they form a tree: offsets [R, W] from the block's start, and seen [R, W, W]:
+    which rows each row attends to, itself and its ancestors."""
+
+    offsets: Array
+    seen: Array
+
+
 @dataclass(frozen=True)
 class CachedBlock:
     """A block of new rows per request, attending the request's cached prefix and, causally, the block itself.
 
     The cache is only read. `lengths` [R] are the valid cached positions (the block starts there). With `packed`, the
-    layer's rows are [P, ...] and only this core sees the [R, W] grid; without, they are [R, W, ...] already.
+    layer's rows are [P, ...] and only this core sees the [R, W] grid; without, they are [R, W, ...] already. Without
+    `tree` the rows are a chain.
     """
 
     cache: Sequence[KeysValues]
     lengths: Int[Array, " r"]
     packed: PackedRows | None = None
+    tree: TreeRows | None = None
 
     def __call__(self, layer: int, q: Array, k: Array, v: Array, *, scale: float, window: int | None) -> Array:
         if self.packed is not None:
@@ -137,18 +147,15 @@ class CachedBlock:
             sound = jnp.all(jnp.isfinite(k) & jnp.isfinite(v), axis=(-2, -1), keepdims=True)  # [R, W, 1, 1]
             k, v = jnp.where(sound, k, 0), jnp.where(sound, v, 0)
 
-        prefix = self.cache[layer]
-        allowed = prefix_mask(self.lengths[:, None], prefix.keys.shape[2], q.shape[1], window)
-
         # The block is causal: zero cells that pad a shorter request come after its real rows, which do not see them.
-        out = prefix_block_attention(
-            q[:, None],
-            KeysValues(k[:, None], v[:, None]),
-            prefix,
-            allowed,
-            causal_block(q.shape[1], window),
-            scale=scale,
-        )[:, 0]
+        offsets, within = None, causal_block(q.shape[1], window)
+        if self.tree is not None:
+            offsets, within = self.tree.offsets[:, None], tree_block(self.tree, window)
+
+        prefix = self.cache[layer]
+        allowed = prefix_mask(self.lengths[:, None], prefix.keys.shape[2], q.shape[1], window, offsets=offsets)
+        block = KeysValues(k[:, None], v[:, None])
+        out = prefix_block_attention(q[:, None], block, prefix, allowed, within, scale=scale)[:, 0]
         out = out if sound is None else jnp.where(sound, out, jnp.nan)
         return out if self.packed is None else self.packed.from_grid(out)
 
@@ -159,9 +166,10 @@ def prefix_mask(
     width: int,
     window: int | None = None,
     starts: Int[Array, "b n"] | None = None,
+    offsets: Int[Array, "b n k"] | None = None,
 ) -> Bool[Array, "b n k t"]:
     """Cached position t is visible to row k of a block starting at `lengths` iff t < lengths (and in the window, and
-    not before the block's segment, which begins at `starts`)."""
+    not before the block's segment, which begins at `starts`). Rows stand at lengths + `offsets`; None: at 0, 1, .."""
     # Every later position of the cache is junk: rejected drafts, or an earlier request of the slot.
     columns = jnp.arange(size)
     allowed = columns < lengths[:, :, None, None]  # [B, N, 1, T]
@@ -173,8 +181,9 @@ def prefix_mask(
     if window is None:
         return jnp.broadcast_to(allowed, (*lengths.shape, 1, size))
 
-    # Row k stands at lengths + k, so the window's lower edge moves with it; without a window all rows see the same.
-    rows = lengths[:, :, None, None] + jnp.arange(width)[:, None]
+    # The window's lower edge moves with the row; without a window all rows see the same.
+    places = jnp.arange(width) if offsets is None else offsets
+    rows = lengths[:, :, None, None] + places[..., None]
     return allowed & (columns > rows - window)
 
 
@@ -186,12 +195,20 @@ def causal_block(width: int, window: int | None = None) -> Bool[Array, "k k"]:
     return allowed if window is None else allowed & (columns > rows - window)
 
 
+def tree_block(tree: TreeRows, window: int | None = None) -> Bool[Array, "r 1 1 1 w w"]:
+    """`causal_block` of rows that form a tree, with the axes of `prefix_block_attention`'s scores."""
+    seen = tree.seen
+    if window is not None:
+        seen &= tree.offsets[:, None, :] > tree.offsets[:, :, None] - window
+    return seen[:, None, None, None]
+
+
 def prefix_block_attention(
     q: Float[Array, "b n k q h"],
     block: KeysValues | None,
     prefix: KeysValues,
     prefix_allowed: Bool[Array, "b n #k t"],
-    block_allowed: Bool[Array, "k k"] | None,
+    block_allowed: Bool[Array, "#b #g #n #r k k"] | Bool[Array, "k k"] | None,
     *,
     scale: float,
 ) -> Float[Array, "b n k q h"]:

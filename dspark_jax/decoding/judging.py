@@ -1,0 +1,123 @@
+"""A round up to its commit: draft, schedule, verify, accept; of chains and trees (docs/algorithm.md, rules 2 and 117).
+
+Axes: R request slots, K drafts of a chain or levels of a tree, W rows that are verified, V vocab.
+"""
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from dspark_jax.decoding.penalties import LogitEdits
+from dspark_jax.decoding.soundness import finite_logits, sound_rows
+from dspark_jax.decoding.state import DecodeState
+from dspark_jax.decoding.trees import walk
+from dspark_jax.decoding.verification import VerifyOutput, verify
+from dspark_jax.decoding.verifiers import Coupled, Draws
+from dspark_jax.drafters.protocol import DrafterModel, SharedTables
+from dspark_jax.scheduling.policies import PolicyState, RoundView
+from dspark_jax.targets.attention import TreeRows
+from dspark_jax.targets.decoder import TargetModel
+
+if TYPE_CHECKING:
+    from dspark_jax.decoding.round import DecodeLoop
+
+
+class Verdict(NamedTuple):
+    """The outcome of verification for each request's block."""
+
+    block: Int[Array, "r w"]  # anchor and drafts
+    lengths: Int[Array, " r"]  # drafts verified
+    accepted: Int[Array, " r"]  # drafts accepted, a prefix of those verified
+    next_token: Int[Array, " r"]  # the token after the accepted prefix
+    failed: Bool[Array, " r"]  # the target gave no finite law for that token
+
+
+class Judged(NamedTuple):
+    """A round before its commit."""
+
+    verdict: Verdict
+    verified: VerifyOutput  # rows of the verdict's block
+    bucket: Array  # [] tokens that the verify pass ran on
+    view: RoundView
+    policy: PolicyState
+
+
+def judge_chain(
+    loop: "DecodeLoop",
+    target: TargetModel,
+    drafter: DrafterModel,
+    state: DecodeState,
+    view: RoundView,
+    policy: PolicyState,
+) -> Judged:
+    """K drafts after each anchor, of which the policy has a prefix verified."""
+    starts, anchors = anchors_of(state)
+
+    # Tokens [R, K], with the laws they were drawn from where the verifier compares laws, and confidence logits [R, K].
+    noise = loop.noise(target, state)
+    draft = loop.draft(target, drafter, state, anchors, noise)
+    block = jnp.concatenate([anchors[:, None], draft.tokens], axis=1)
+
+    view = view._replace(confidence=None if draft.confidence is None else finite_logits(draft.confidence))
+    lengths, policy = loop.policy(view, policy)
+    verified, bucket = loop.verify(target, state, block, starts, lengths)
+    logits = loop.decodable(verified.logits)
+
+    # A row without a finite law accepts nothing, nor do the rows after it; where the accepted prefix ends at such a
+    # row, its request fails.
+    sound = sound_rows(logits)
+    lasting = jnp.minimum(lengths, sound)
+    accepted, next_token = loop.verifier.decide(draft, logits, lasting, noise, draws_of(state, block))
+    return Judged(Verdict(block, lengths, accepted, next_token, accepted == sound), verified, bucket, view, policy)
+
+
+def judge_tree(
+    loop: "DecodeLoop", target: TargetModel, drafter: Any, state: DecodeState, view: RoundView, policy: PolicyState
+) -> Judged:
+    """A tree below each anchor, verified down to the depth that the policy chooses; the accepted path is the block."""
+    verifier, shape = loop.verifier, loop.tree
+    assert shape is not None and isinstance(verifier, Coupled), "refused when the loop was made"
+    starts, anchors = anchors_of(state)
+    noise, draws = loop.noise(target, state), draws_of(state)
+
+    def values(logits: Array, level: int) -> Array:
+        return verifier.children(logits, level, noise, draws)
+
+    tree = drafter.draft_tree(borrowed_tables(target), state.draft, anchors, starts, values, shape)
+    lengths, policy = loop.policy(view, policy)
+
+    # Nodes below the depth are not run; every ancestor of one that is run is run too.
+    wanted = state.active[:, None] & (tree.depths <= lengths[:, None])
+    rows = TreeRows(tree.depths, tree.ancestors(loop.block))
+    cache = state.target_cache
+    verified, bucket = verify(target, loop.buckets, loop.tap_layers, cache, tree.tokens, starts, wanted, rows)
+
+    logits = loop.decodable(verified.logits)
+    won = verifier.choices(tree, logits, noise, draws_of(state, tree.tokens, rows.seen))
+    path = walk(tree, won, wanted, jnp.isfinite(jnp.max(logits, axis=-1)), loop.block)
+
+    verdict = Verdict(path.along(tree.tokens), lengths, path.accepted, path.next_token, path.failed)
+    return Judged(verdict, path.rows(verified), bucket, view, policy)
+
+
+def borrowed_tables(target: TargetModel) -> SharedTables:
+    """The target's embedding and head, which drafters share instead of holding copies (docs/algorithm.md, rule 18)."""
+    return SharedTables.of(target.config, target.embed_weight_vd[...], target.head_weight())
+
+
+def anchors_of(state: DecodeState) -> tuple[Array, Array]:
+    """(positions, tokens) [R] of the last committed tokens."""
+    starts = state.length - 1
+    return starts, jnp.take_along_axis(state.tokens, starts[:, None], axis=1)[:, 0]
+
+
+def draws_of(
+    state: DecodeState, block: Int[Array, "r w"] | None = None, seen: Bool[Array, "r w w"] | None = None
+) -> Draws:
+    """What a round draws from. With a block: also the edits of its rows, of which row i counts the block's tokens up to
+    its own, or those of the rows that it has `seen`."""
+    edits = None
+    if block is not None:
+        edits = LogitEdits(state.penalties, state.active, state.tokens, state.length, block, seen)
+    return Draws(state.keys, state.length - 1, state.sampling, edits)
