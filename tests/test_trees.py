@@ -128,7 +128,8 @@ def test_the_text_is_that_of_plain_decoding(record_property: Any) -> None:
 def test_windows_packed_rows_and_penalties_see_paths() -> None:
     """Sliding layers, trees cut at a depth (so that rows are packed), and penalties, which count a path's tokens."""
     layers = {"layer_types": ["sliding_attention", "full_attention"], "use_sliding_window": True, "sliding_window": 5}
-    target, drafter = kind_pair("dspark", **layers)
+    target, drafter = kind_pair.__wrapped__("dspark", **layers)
+    assert [layer.window for layer in target.config.layers] == [5, None]
     given = prompts(16, 6, seed=3)
     for law in ({"verify_length": 2}, {"frequency_penalty": 0.6, "repetition_penalty": 1.3, "logit_bias": {2: 1.0}}):
         sampling = SamplingParams(20, 1.0, seed=5, mode="coupled", stop_tokens=(), **law)

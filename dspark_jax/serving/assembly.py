@@ -8,6 +8,7 @@ import numpy as np
 from dspark_jax.checkpoints.serving_tables import SpsTable, read_sps
 from dspark_jax.decoding.round import DecodeLoop, LoopParams
 from dspark_jax.decoding.verifiers import Independent, Verifier
+from dspark_jax.drafters.config import DSparkConfig
 from dspark_jax.drafters.registry import Drafter, kind_of
 from dspark_jax.drafters.trees import TreeShape, pool_size
 from dspark_jax.errors import UserError
@@ -178,7 +179,8 @@ def _tree(drafter: Drafter, config: EngineConfig) -> TreeShape | None:
     """The tree that the settings ask for; UserError for a drafter that has none of so many nodes."""
     if not config.tree:
         return None
-    if not kind_of(drafter.hf_config).trees or not drafter.config.markov_rank:
+    made = drafter.config
+    if not (kind_of(drafter.hf_config).trees and isinstance(made, DSparkConfig) and made.markov_rank):
         raise UserError(f"{drafter.name} drafts no trees: that takes DSpark's Markov head. Leave tree out.")
 
     shape = TreeShape(config.tree)
