@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from dspark_jax.data.chat import load_tokenizer
+from dspark_jax.data.tokenizers import load_tokenizer
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.serving.api.server import ApiServer, address, bind
 from dspark_jax.serving.api.service import Service

@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from dspark_jax.data.chat import Encoded, encode_prompt, load_tokenizer
+from dspark_jax.data.chat import Encoded, encode_prompt
 from dspark_jax.data.deepspec_cache import DeepSpecCache, DeepSpecCacheWriter
 from dspark_jax.data.deepspec_chat import DEEPSPEC_FORMATS
 from dspark_jax.data.pipeline import pad_batch
 from dspark_jax.data.records import Sample
 from dspark_jax.data.templates import render
+from dspark_jax.data.tokenizers import load_tokenizer
 
 Result = tuple[str, float, float, bool]
 

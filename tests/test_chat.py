@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dspark_jax.data.chat import encode_conversation, encode_prompt, load_tokenizer, tokenizer_hash
+from dspark_jax.data.chat import encode_conversation, encode_prompt
 from dspark_jax.data.conversations import parse_conversation, read_conversations
 from dspark_jax.data.deepspec_chat import DEEPSPEC_FORMATS
 from dspark_jax.data.jsonl import ResumableJsonl
+from dspark_jax.data.tokenizers import load_tokenizer, tokenizer_hash
 from dspark_jax.errors import UserError
 from tests.golden_data import check_chat
 

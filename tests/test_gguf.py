@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from dspark_jax.checkpoints.gguf import _LAYER, _OUTER, converted_folder, gguf_file
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.checkpoints.target_tables import describe_target
-from dspark_jax.data.chat import load_tokenizer
+from dspark_jax.data.tokenizers import load_tokenizer
 from dspark_jax.errors import UserError
 from dspark_jax.programs import asset
 from dspark_jax.targets.attention import CausalRows

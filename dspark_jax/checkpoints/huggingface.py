@@ -25,7 +25,7 @@ from dspark_jax.checkpoints.tensors import (
     write_json,
     write_tensors,
 )
-from dspark_jax.data import chat
+from dspark_jax.data import tokenizers
 from dspark_jax.errors import UserError
 from dspark_jax.files import file_hash
 from dspark_jax.programs import EMBEDDED, asset
@@ -291,7 +291,7 @@ def load_tokenizer(folder: Path) -> Any:
     # A target without a tokenizer is whole: token ids go in and out.
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None
-    return chat.load_tokenizer(folder)
+    return tokenizers.load_tokenizer(folder)
 
 
 def count_known_tokens(tokenizer: Any, config: TargetConfig, name: str) -> int | None:

@@ -49,7 +49,7 @@ class CacheSpec:
         target_sha256: hash of the target's config; None where a foreign cache does not record it.
         layer_ids: tapped layers, strictly increasing, in `layer_convention` (the order of the features' last axis).
         hidden_size: D.
-        tokenizer_hash: `chat.tokenizer_hash` of the tokenizer that made the ids; None where not recorded.
+        tokenizer_hash: `tokenizers.tokenizer_hash` of the tokenizer that made the ids; None where not recorded.
         chat_template: `chat.template_id` of the template that made the texts.
         max_length: tokens that samples were cut to, at their end.
         min_loss_tokens: samples with fewer supervised tokens after the cut were dropped.

@@ -20,12 +20,13 @@ from tqdm import tqdm
 from dspark_jax.checkpoints.huggingface import load_target, read_hf_config, resolve_folder
 from dspark_jax.config.schema import MeshSettings, TrainConfig, cache_spec_of
 from dspark_jax.data.cache_writer import CacheWriter
-from dspark_jax.data.chat import Encoded, load_tokenizer, template_id, tokenizer_hash
+from dspark_jax.data.chat import Encoded, template_id
 from dspark_jax.data.codecs import STATES, encode_states
 from dspark_jax.data.manifest import require_disk
 from dspark_jax.data.pipeline import length_buckets
 from dspark_jax.data.records import CacheSpec, Sample, estimate_bytes
 from dspark_jax.data.tokenised import encode_files
+from dspark_jax.data.tokenizers import load_tokenizer, tokenizer_hash
 from dspark_jax.devices import announce
 from dspark_jax.distributed import connect, from_first, is_first, require_same
 from dspark_jax.errors import UserError

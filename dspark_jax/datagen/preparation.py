@@ -12,8 +12,8 @@ from typing import Any
 from tqdm import tqdm
 
 from dspark_jax.checkpoints.huggingface import load_target, read_hf_config, resolve_folder
-from dspark_jax.data.chat import load_tokenizer, tokenizer_hash
 from dspark_jax.data.jsonl import ResumableJsonl, parse_line
+from dspark_jax.data.tokenizers import load_tokenizer, tokenizer_hash
 from dspark_jax.datagen.regeneration import Answerer, Finished, Regenerator, Rejected, Source
 from dspark_jax.datagen.self_prompts import DOMAINS, Writer, excluded_prompts, read_domains, write_prompts
 from dspark_jax.datagen.settings import PrepareSettings

@@ -60,8 +60,9 @@ class Window:
             self.flops += training_flops(self.spec.drafter, rows, length) or 0.0
 
     def start_clock(self) -> None:
-        """Starts timing steps, once the first has compiled."""
-        self.timed_from = time.perf_counter()
+        """Starts timing steps, where it has not begun: compilation of the first step counts as no training."""
+        if self.timed_from is None:
+            self.timed_from = time.perf_counter()
 
     def fetch(self) -> list[dict[str, float]]:
         """The pending metrics as floats, one dict a step; waits for the steps."""
@@ -206,9 +207,7 @@ def train(run: Run, shared: SharedTables, checkpoints: Checkpoints) -> tuple[Tra
             upcoming = next(feed.batches, {})
             records.window.add(done - 1, metrics)
             flight.started(done - 1, metrics)
-            # Compilation of the first step counts as no training.
-            if done == start + 1:
-                records.window.start_clock()
+            records.window.start_clock()  # the first step is over, and with it compilation
 
             due = run.cadence.at(done)
             score = records.write(done, state, due) if due.record else None
@@ -221,8 +220,7 @@ def train(run: Run, shared: SharedTables, checkpoints: Checkpoints) -> tuple[Tra
                 checkpoints.save(done, state, records.pending(), score)
 
             if stop:
-                checkpoints.wait()
-                # Only now: the exception says that the step is saved.
+                checkpoints.wait()  # the exception says that the step is saved
                 raise Preempted(done)
 
             bar.update()

@@ -11,13 +11,14 @@ import xxhash
 
 from dspark_jax.config.schema import DataSettings
 from dspark_jax.data.cache_writer import CacheWriter
-from dspark_jax.data.chat import template_id, tokenizer_hash
+from dspark_jax.data.chat import template_id
 from dspark_jax.data.codecs import STATES
 from dspark_jax.data.manifest import require_disk
 from dspark_jax.data.pipeline import Batches
 from dspark_jax.data.records import CacheSpec, Sample, TokenSource, estimate_bytes
 from dspark_jax.data.target_cache import TargetCache
 from dspark_jax.data.tokenised import Tokenised, encode_files
+from dspark_jax.data.tokenizers import tokenizer_hash
 from dspark_jax.data.views import Packed, Reordered
 from dspark_jax.distributed import barrier, fetch_rows, from_first, is_first
 from dspark_jax.errors import UserError

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from dspark_jax.checkpoints.manifest import Provenance
-from dspark_jax.data.chat import template_id, tokenizer_hash
+from dspark_jax.data.chat import template_id
 from dspark_jax.data.pipeline import open_cache
 from dspark_jax.data.records import CacheSpec
 from dspark_jax.data.tokenised import Tokenised
+from dspark_jax.data.tokenizers import tokenizer_hash
 from dspark_jax.data.views import Packed, Truncated
 from dspark_jax.errors import UserError
 from dspark_jax.readers import read_object

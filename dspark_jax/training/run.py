@@ -13,9 +13,9 @@ from jax.sharding import Mesh
 from dspark_jax.checkpoints.huggingface import resolve_folder
 from dspark_jax.checkpoints.target_tables import describe_target, load_tables
 from dspark_jax.config.schema import CheckpointSettings, DataSettings, EvaluationSettings, TrainConfig
-from dspark_jax.data.chat import tokenizer_hash
 from dspark_jax.data.pipeline import Batches, open_cache
 from dspark_jax.data.records import FeatureSource, TokenSource, require_match
+from dspark_jax.data.tokenizers import tokenizer_hash
 from dspark_jax.data.views import Packed, Tapped, Truncated
 from dspark_jax.distributed import barrier, is_first
 from dspark_jax.serving.prompts import EncodedPrompt, read_prompts

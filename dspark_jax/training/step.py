@@ -148,8 +148,7 @@ def make_train_step(
         accumulation_steps: micro-batches of a step.
         placement: the mesh; None on a single device.
         abstract: with a placement, of `abstract_train_state`: pins the new state where the old one lies.
-        states: source of the target's states; None: float32 ones in the batch. A target in the step takes its
-            parameters as the fourth argument, which is not donated.
+        states: source of the target's states, with `target` as its parameters; None: float32 ones in the batch.
         record: adds the states, as a cache stores them, to the results.
     Raises:
         UserError: at the first call, if the batch's rows do not divide over micro-batches and devices.
@@ -157,8 +156,7 @@ def make_train_step(
     source = states or StoredStates()
 
     def step(state: TrainState, shared: SharedTables, batch: Batch, target: Any = None) -> tuple:
-        if placement is not None:
-            batch = placement.rows(dict(batch))
+        batch = batch if placement is None else placement.rows(dict(batch))
 
         # Drawn for the global batch from (key, step): neither micro-batches nor a resumed run change the anchors.
         plan = objective.plan(batch, jax.random.fold_in(state.key, state.step))
@@ -182,7 +180,6 @@ def make_train_step(
         metrics = _metrics(objective, sums | plan.sums, verdict, batch)
         metrics["learning_rate"] = _applied_rate(schedule, state)
         new = _updated(state, grads, optimizer, verdict.good)
-
         return (new, metrics, stored) if record else (new, metrics)
 
     return _compiled(step, placement, abstract, record)

@@ -9,8 +9,8 @@ import numpy as np
 
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.data.cache_writer import CacheWriter
-from dspark_jax.data.chat import tokenizer_hash
 from dspark_jax.data.records import CacheSpec, Sample
+from dspark_jax.data.tokenizers import tokenizer_hash
 from dspark_jax.targets.attention import CausalRows
 from dspark_jax.targets.target import Target
 
