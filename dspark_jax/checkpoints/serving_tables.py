@@ -33,6 +33,7 @@ class StsTable:
     ece_after: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        # A divisor of logits: below 0 it would reverse the order of confidences, and 0 gives no number.
         if not self.temperatures or any(not math.isfinite(t) or t <= 0 for t in self.temperatures):
             raise UserError(
                 f"The STS temperatures are {list(self.temperatures)}; expected one finite number above 0 for every "
@@ -73,6 +74,7 @@ class SpsTable:
                 "above 0. Profile again."
             )
 
+        # The largest batch that a server will verify; a probe above it could not have been measured.
         if self.max_batch_tokens < self.sample_batch_tokens[-1]:
             raise UserError(
                 f"The SPS table's max_batch_tokens is {self.max_batch_tokens}, below its largest probe "
@@ -100,6 +102,7 @@ class SpsAdditiveTable:
     def __post_init__(self) -> None:
         _check_probes("bs_probes", self.bs_probes, self.alpha_seconds)
         _check_probes("m_probes", self.m_probes, self.theta_seconds)
+        # Above 0: even a step without requests takes time, by which rates are divided.
         if not math.isfinite(self.bias_seconds) or self.bias_seconds <= 0:
             raise UserError(f"The SPS table's bias_seconds is {self.bias_seconds}; expected a number above 0.")
 
@@ -183,6 +186,7 @@ def _check_probes(name: str, probes: Sequence[int], values: Sequence[float]) -> 
 
 def _interpolate(xs: Sequence[int], ys: Sequence[float], x: float) -> float:
     """Linear between the points (xs, ys), constant outside; xs increase strictly."""
+    # No extrapolation: outside the probes a line through the last two may well fall below 0.
     if x <= xs[0]:
         return ys[0]
     for (x0, y0), (x1, y1) in zip(zip(xs, ys, strict=True), list(zip(xs, ys, strict=True))[1:], strict=False):

@@ -63,6 +63,7 @@ class DrafterSettings:
         _require(self.block_size >= 1, "drafter.block_size", self.block_size, "at least 1")
 
         _require(self.num_anchors >= 1, "drafter.num_anchors", self.num_anchors, "at least 1")
+        # Above 1 is allowed: it weighs later steps more, which is unusual but has a meaning.
         _require(self.step_loss_decay > 0, "drafter.step_loss_decay", self.step_loss_decay, "a positive number")
         _require(self.markov_rank >= 0, "drafter.markov_rank", self.markov_rank, "0 (no Markov head) or more")
 
@@ -90,12 +91,14 @@ class DrafterSettings:
             "empty where drafter.init_target_layers are named, as a run starts from one of the two,",
         )
         _require(
+            # Draft layer i starts as a copy of the i-th named: fewer names would leave open which layers start random.
             len(self.init_target_layers) in (0, self.num_layers),
             "drafter.init_target_layers",
             self.init_target_layers,
             f"one target layer for each of the {self.num_layers} draft layers, or none,",
         )
 
+        # None is resolved against the target, which is not known here.
         for name in ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"drafter.{name}", value, "a positive number or None")
@@ -115,6 +118,7 @@ class LossSettings:
     """g of the weights exp(-(k-1)/g) of position k; 0 or less weighs all positions alike."""
 
     def __post_init__(self) -> None:
+        # Each term may be off, and all of them may; the sum is not normalised (rule 40).
         for name in ("ce_alpha", "l1_alpha", "confidence_alpha"):
             value = getattr(self, name)
             _require(value >= 0, f"loss.{name}", value, "0 or more")
@@ -191,12 +195,14 @@ class DataSettings:
         # Fields are checked alone first, so that the sentences below may rely on them.
         _require(self.accumulation_steps >= 0, "data.accumulation_steps", self.accumulation_steps, "0 or more")
         _require(
+            # 0 micro-batches are as many as the devices call for, which is checked when they are known.
             self.global_batch >= 1 and self.global_batch % (self.accumulation_steps or 1) == 0,
             "data.global_batch",
             self.global_batch,
             f"a positive multiple of data.accumulation_steps ({self.accumulation_steps})",
         )
         _require(
+            # Only a cache is complete without them; the target can make states of nothing else.
             self.source == "offline" or bool(self.conversations),
             "data.conversations",
             self.conversations,
@@ -234,6 +240,7 @@ class MeshSettings:
             size = getattr(self, name)
             _require(size == -1 or size >= 1, f"mesh.{name}", size, "a positive number or -1")
 
+        # Two would leave their product alone determined.
         _require(sizes.count(-1) <= 1, "mesh", sizes, "at most one axis of size -1")
 
 
@@ -278,6 +285,7 @@ class EvaluationSettings:
 
         _require(self.temperature >= 0, "evaluation.temperature", self.temperature, "0 (greedy) or more")
         _require(
+            # Never the training prompts: a drafter's accepted length on them says nothing of others.
             not self.every_steps or bool(self.prompts),
             "evaluation.prompts",
             self.prompts,

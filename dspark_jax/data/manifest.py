@@ -69,6 +69,7 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         value = {
+            # Named first: a person who opens the file sees what it is.
             "format": FORMAT,
             "version": VERSION,
             "spec": self.spec.to_json(),
@@ -91,6 +92,7 @@ class Manifest:
                 f"{FORMAT!r} version {VERSION}."
             )
 
+        # After the version: fields of another one may differ, and the sentence above says why.
         check_fields(value, _FIELDS, str(path), required=_FIELDS)
         for number, shard in enumerate(value["shards"]):
             where = f"{path}, shard {number},"
@@ -119,6 +121,7 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
     """UserError naming the first shard (or the index) that is missing or whose size is not the manifest's."""
     for shard in manifest.shards:
         path = folder / shard.file
+        # Sizes alone, at every start: hashing hundreds of gigabytes is `verify`'s work.
         size = path.stat().st_size if path.exists() else None
         if size != shard.bytes:
             found = "is missing" if size is None else f"has {size} bytes"
@@ -144,6 +147,7 @@ def require_disk(folder: str | os.PathLike[str], needed_bytes: int) -> None:
     while not existing.exists():
         existing = existing.parent
 
+    # Asked before the work, not during it: a full disk after hours would leave a cache that nothing completes.
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
         raise UserError(
@@ -154,6 +158,7 @@ def require_disk(folder: str | os.PathLike[str], needed_bytes: int) -> None:
 
 def read_manifest(path: Path) -> Mapping[str, Any]:
     """The JSON object of a manifest.json; UserError where the file is missing or holds something else."""
+    # `lexists`: a link into nowhere is a damaged cache, not a missing one, and reading it says so.
     if not os.path.lexists(path):
         raise UserError(f"{path.parent} is no target cache: it has no manifest.json.")
     return read_object(path, expected="the manifest of a target cache")

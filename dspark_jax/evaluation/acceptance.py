@@ -48,6 +48,7 @@ class Acceptance:
     @classmethod
     def of(cls, generations: Sequence[Generation]) -> "Acceptance":
         """Counts of all rounds of the generations."""
+        # The longest: generations of plain decoding have no positions, and MTP's have one.
         block = max((len(g.verified_at) for g in generations), default=0)
         return cls.counted(
             sum(g.rounds for g in generations),
@@ -60,6 +61,7 @@ class Acceptance:
     @classmethod
     def pooled(cls, parts: Sequence["Acceptance"]) -> "Acceptance":
         """Several sets of generations counted as one."""
+        # Counts are added and rates formed anew: a mean of rates would weigh a short part like a long one.
         block = max((len(part.verified) for part in parts), default=0)
         return cls.counted(
             sum(part.rounds for part in parts),
@@ -75,6 +77,7 @@ class Acceptance:
     ) -> "Acceptance":
         """Rates of summed counts; the arrays are [K]."""
         counts = tuple(verified.tolist()), tuple(accepted.tolist()), tuple(judged.tolist())
+        # Answers that end with the prefill's token have no rounds: their accepted length is 0, and no error.
         tau = committed / max(rounds, 1)
         return cls(rounds, committed, tau, *counts, _rates(accepted, verified), _rates(accepted, judged))
 
@@ -89,11 +92,13 @@ def _total(counts: Sequence[tuple[int, ...]], block: int) -> np.ndarray:
 
 
 def _rates(good: np.ndarray, tried: np.ndarray) -> tuple[float, ...]:
+    # nan and not 0: at a position that no round reached nothing was measured.
     return tuple(float(g / t) if t else float("nan") for g, t in zip(good, tried, strict=True))
 
 
 def seeded(prompts: Sequence[EncodedPrompt], sampling: SamplingParams) -> list[Request]:
     """Requests with consecutive seeds from that of `sampling` on, so that they do not depend on the engine."""
+    # A seed for each: with a common one, the answers to similar prompts would draw the same numbers.
     first = sampling.seed or 0
     return [Request(prompt.tokens, replace(sampling, seed=first + i)) for i, prompt in enumerate(prompts)]
 

@@ -88,7 +88,9 @@ class Calibrated:
         return StsTable(
             tuple(self.temperatures.tolist()),
             source,
+            # The samples that the temperatures rest on, which are those of the fitting half.
             len(self.rounds.halves[0].prompt),
+            # JSON has no nan; a position that was never observed has no error to report.
             tuple(np.nan_to_num(self.before.ece).tolist()),
             tuple(np.nan_to_num(self.after.ece).tolist()),
         )
@@ -205,6 +207,7 @@ def record(
     )
     engine = Engine(target, drafter, whole, sampling, recorder=keep)
 
+    # All are queued at once: the engine refills its slots, and the last answers alone leave some empty.
     for i, request in enumerate(requests):
         for sample in range(samples):
             engine.submit(i * samples + sample, request)
@@ -219,6 +222,7 @@ def record(
 
 def fitted(rounds: Rounds, drafter: Drafter, shift: float, valid_for: dict[str, Any]) -> Calibrated:
     """Fits temperatures on one half of the rounds, with `shift` added to the logits, and measures the other half."""
+    # `observed` masks positions that a stop token cut off: they are neither accepted nor rejected (rule 72).
     fit, test = rounds.halves
     temperatures = fit_temperatures(fit.logits + shift, fit.accepted, fit.observed)
     # Both on the measured half: the same rounds before and after.

@@ -82,10 +82,12 @@ async def ask(
         path: of the endpoint.
         leave_after: hang up once so many chunks have come; None: stay to the end.
     """
+    # Token counts in every chunk: one chunk may carry several tokens, as after an accepted block.
     options = {"include_usage": True, "continuous_usage_stats": True}
     data = json.dumps({**body, "stream": True, "stream_options": options}).encode()
     asked, began = Asked(), time.perf_counter()
     try:
+        # A connection for each request, as clients that do not know each other have; its time counts.
         reader, writer = await asyncio.open_connection(address.host, address.port, limit=LINE_LIMIT)
     except OSError as error:
         asked.error = str(error)
@@ -95,9 +97,11 @@ async def ask(
         writer.write(_head(address, path, len(data)) + data)
         await writer.drain()
         await _read(reader, asked, began, leave_after)
+    # A broken answer is a finding like any other: the load goes on.
     except (OSError, asyncio.IncompleteReadError, ValueError) as error:
         asked.error = f"{type(error).__name__}: {error}"
     finally:
+        # However it ended. Closing without reading on is how a client hangs up.
         asked.seconds = time.perf_counter() - began
         writer.close()
     return asked
@@ -114,11 +118,13 @@ def _head(address: Address, path: str, length: int) -> bytes:
 async def _read(reader: asyncio.StreamReader, asked: Asked, began: float, leave_after: int | None) -> None:
     status = (await reader.readline()).split()
     asked.status = int(status[1]) if len(status) > 1 else 0
+    # One header is of use: it says when a full queue may be asked again.
     while (line := await reader.readline()) not in (b"\r\n", b""):
         name, _, value = line.partition(b":")
         if name.lower() == b"retry-after":
             asked.retry_after = float(value)
     if asked.status != 200:
+        # No stream but one JSON object, of which the beginning says enough.
         asked.error = (await reader.read(4096)).decode(errors="replace")
         return
 
@@ -127,6 +133,7 @@ async def _read(reader: asyncio.StreamReader, asked: Asked, began: float, leave_
     while line := await reader.readline():
         if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
             continue
+        # Taken before the event is parsed, so that the client's own work is not in the gap.
         now = time.perf_counter()
         if _take(json.loads(line[6:]), asked, began, last, now):
             last, chunks = now, chunks + 1
@@ -136,6 +143,7 @@ async def _read(reader: asyncio.StreamReader, asked: Asked, began: float, leave_
 
 def _take(event: dict[str, Any], asked: Asked, began: float, last: float, now: float) -> bool:
     """Add an event; whether it brought tokens."""
+    # An error after the stream has begun arrives as an event: the status was sent long before.
     if "error" in event:
         asked.error = str(event["error"].get("message"))
         return False
@@ -156,6 +164,7 @@ def _take(event: dict[str, Any], asked: Asked, began: float, last: float, now: f
     if asked.first_token is None:
         asked.first_token = now - began
     else:
+        # The tokens of a chunk came together; each is charged an equal part of the wait.
         asked.chunk_gaps.append(now - last)
         asked.gaps += [(now - last) / new] * new
     return True
@@ -172,6 +181,7 @@ async def closed_loop(send: Ask, users: int, requests: int) -> tuple[list[Asked]
         (the answers in the order of their ends, seconds).
     """
     done: list[Asked] = []
+    # Shared by all users, so that a fast one takes over what a slow one leaves.
     numbers = iter(range(requests))
     began = time.perf_counter()
 
@@ -189,6 +199,7 @@ async def poisson(send: Ask, rate: float, requests: int, seed: int = 0) -> tuple
     Returns:
         (the answers in the order of arrival, seconds).
     """
+    # Drawn beforehand: the moments do not depend on how the server copes, which a closed loop's do.
     moments = np.cumsum(np.random.default_rng(seed).exponential(1 / rate, requests))
     began = time.perf_counter()
 
@@ -202,6 +213,7 @@ async def poisson(send: Ask, rate: float, requests: int, seed: int = 0) -> tuple
 
 def figures(done: Sequence[Asked], seconds: float) -> dict[str, Any]:
     """Throughput, and percentiles of times in milliseconds; None where nothing was measured."""
+    # Times of whole answers only. Refusals are counted apart: a full server that says so has not failed.
     good = [asked for asked in done if asked.status == 200 and not asked.error]
     tokens = sum(asked.tokens for asked in good)
     return {
@@ -222,5 +234,6 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float] | None:
     """p50, p95 and p99 in milliseconds."""
     if not seconds:
         return None
+    # Percentiles and no mean: one slow request in a hundred is what users notice.
     found = np.percentile(np.asarray(seconds) * 1e3, (50, 95, 99))
     return {f"p{p}": round(float(value), 3) for p, value in zip((50, 95, 99), found, strict=True)}
