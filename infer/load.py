@@ -63,6 +63,7 @@ def main(argv: list[str]) -> None:
         write_json(settings.output / "metrics.json", {"runs": found})
     print(report(found))
 
+    # After the report and the file: what was refused, and how often, is worth reading in this case most of all.
     if not any(run["tokens"] for run in found):
         raise UserError(f"{settings.server} answered nothing: {found[0]['example_error'] or 'no tokens'}.")
 
@@ -70,6 +71,7 @@ def main(argv: list[str]) -> None:
 def sender(settings: ServerLoadSettings, address: Address) -> Ask:
     """Sends request i: prompt i, cyclically, under a seed of its own."""
     files = settings.prompts or (asset("conformance_prompts.jsonl"),)
+    # First turns alone: later ones would need the server's own answers before them.
     asked = [list(record.segments()[0]) for file in files for record in islice(read_prompt_records(file), 512)]
     if not asked:
         raise UserError("The files hold no prompt; give JSONL with messages or turns.")
@@ -79,6 +81,7 @@ def sender(settings: ServerLoadSettings, address: Address) -> Ask:
             "messages": asked[number % len(asked)],
             "max_tokens": settings.max_tokens,
             "temperature": settings.temperature,
+            # A seed of its own, so that a repeated prompt does not get its first answer again.
             "seed": settings.seed + number,
             **({"model": settings.model} if settings.model else {}),
         }
@@ -89,13 +92,17 @@ def sender(settings: ServerLoadSettings, address: Address) -> Ask:
 
 async def measured(settings: ServerLoadSettings, send: Ask) -> list[dict[str, Any]]:
     """The figures of every run, after one request that is not counted."""
+    # It opens what the server makes at its first request, which no run should pay for.
     await send(0)
+
+    # One after the other: runs at once would measure each other.
     users = settings.users or (() if settings.rates else (1, 8))
     runs = []
     for count in users:
         done, seconds = await closed_loop(send, count, settings.requests or 8 * count)
         runs.append({"users": count, **figures(done, seconds), "example_error": first_error(done)})
     for rate in settings.rates:
+        # The same moments at each call: two servers can be compared under one stream of arrivals.
         done, seconds = await poisson(send, rate, settings.requests or 64, settings.seed)
         runs.append({"rate": rate, **figures(done, seconds), "example_error": first_error(done)})
     return runs

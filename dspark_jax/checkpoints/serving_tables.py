@@ -161,7 +161,6 @@ _FIELDS: Schema = {
 def _table(kind: type, content: Mapping[str, Any], path: Path) -> Any:
     """The table of this kind in `content`; UserError for unknown, missing or mistyped fields."""
     content = {name: value for name, value in content.items() if name not in OWN_FIELDS}
-
     names = {field.name for field in fields(kind)}
 
     # A misspelt optional field would silently mean its default.

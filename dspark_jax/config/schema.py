@@ -59,9 +59,7 @@ class DrafterSettings:
     def __post_init__(self) -> None:
         ids = self.target_layer_ids
         _require(self.num_layers >= 1, "drafter.num_layers", self.num_layers, "at least 1")
-
         _require(self.block_size >= 1, "drafter.block_size", self.block_size, "at least 1")
-
         _require(self.num_anchors >= 1, "drafter.num_anchors", self.num_anchors, "at least 1")
         # Above 1 is allowed: it weighs later steps more, which is unusual but has a meaning.
         _require(self.step_loss_decay > 0, "drafter.step_loss_decay", self.step_loss_decay, "a positive number")

@@ -283,10 +283,10 @@ def estimate_bytes(total_tokens: int, samples: int, spec: CacheSpec, max_shard_b
     """Upper bound of a cache's bytes on disk, within 1 % for real sizes."""
     # Above the real size in every case: the disk is asked for this much before hours of work begin.
     payload = samples * (record_bytes(0, spec) + _RECORD_OVERHEAD) + total_tokens * spec.token_bytes
+
+    # array_record ends a shard on a 64 KiB block, with its index in others.
     shards = math.ceil(payload / max_shard_bytes)
-    return payload + shards * (
-        192 * 1024 + 512
-    )  # array_record ends a shard on a 64 KiB block, with its index in others
+    return payload + shards * (192 * 1024 + 512)
 
 
 def require_match(spec: CacheSpec, where: str, expected: Mapping[str, Any]) -> None:

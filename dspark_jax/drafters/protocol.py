@@ -70,6 +70,7 @@ class DraftOutput(NamedTuple):
     @classmethod
     def of(cls, tokens: Sequence[Array], laws: Sequence[Any], confidence: Array | None = None) -> "DraftOutput":
         """From the K tokens [R] and laws that `sample` returned, in order."""
+        # Leaves [R, ...] become [R, K, ...]: verification looks at one position of all requests at a time.
         law = jax.tree.map(lambda *rows: jnp.stack(rows, axis=1), *laws)
         return cls(jnp.stack(tokens, axis=1), law, confidence)
 

@@ -138,6 +138,7 @@ _V4_PRO = _V4 | {
 def _with_stages(config: dict[str, Any], taps: list[int], rank: int) -> dict[str, Any]:
     """The configuration of a repository with a DSpark module: three blocks past the layers, and the module's fields."""
     return config | {
+        # One entry for each of the module's blocks, which slide and do not compress.
         "compress_ratios": [*config["compress_ratios"], 0, 0, 0],
         "dspark_target_layer_ids": taps,
         "dspark_block_size": 5,
@@ -147,6 +148,7 @@ def _with_stages(config: dict[str, Any], taps: list[int], rank: int) -> dict[str
 
 
 def _with_mtp(config: dict[str, Any]) -> dict[str, Any]:
+    # The published list counts the MTP block as well.
     return config | {"compress_ratios": [*config["compress_ratios"], 0]}
 
 
@@ -169,6 +171,7 @@ def planned_target(name: str) -> Target:
     Raises:
         UserError: the folder or repository can't be read.
     """
+    # A folder of the user's own is read; a published name needs neither download nor network.
     if name not in PUBLISHED:
         return describe_target(name)
 

@@ -122,8 +122,10 @@ def at_temperature(
     longest = -(-(max(len(prompt.tokens) for prompt in prompts) + settings.max_new_tokens) // 64) * 64
     engine = EngineConfig(settings.slots, longest, rounds_per_dispatch=64, smallest_prompt_bucket=64)
 
+    # The reference of coupled texts: it draws from the same noise, token by token.
     ways = {"plain, coupled": Decoder(target, None, settings.sampling(temperature, "coupled"), engine)}
     for policy in settings.policies:
+        # Retrospective scheduling looks at all of a round's confidences: lossless in coupled mode alone (rule 79).
         for mode in ("coupled",) if policy == "retrospective" else get_args(Mode):
             how = settings.sampling(temperature, mode), replace(engine, policy=policy)
             ways[f"{mode}, {policy}"] = Decoder(target, drafter, *how)
@@ -152,6 +154,7 @@ def _rejection(name: str) -> str:
 
 def figures(runs: Sequence[Timed], rejection: Sequence[Timed] | None) -> dict[str, Any]:
     """tau and speed of one way, beside rejection's where that was measured."""
+    # The seeds are those of the prompts, so each run gives the same tokens and the first speaks for all.
     acceptance = Acceptance.of(runs[0].generations)
     row: dict[str, Any] = {
         "tau": acceptance.tau,
@@ -174,6 +177,7 @@ def summary(settings: ModesSettings, made: dict[str, Any], prompts: int) -> dict
     names: dict[str, str] = {"rejection": "dspark", "block": "dspark_block", "coupled": "dspark_coupled"}
     at_one = made.get("t1", {})
     return {
+        # Under the names that result files of other drafters use, at the first policy.
         "tau_t1": {
             name: at_one[f"{mode}, {policy}"]["tau"] for mode, name in names.items() if f"{mode}, {policy}" in at_one
         },

@@ -65,8 +65,10 @@ def main(argv: list[str]) -> None:
     ways, prompts = all_ways(settings)
     runs = alternate({name: partial(way, prompts) for name, way in ways.items()}, settings.repeats)
 
+    # Every way is greedy in float32, so tokens that differ are near-ties, or 4-bit products in llama.cpp's case.
     expected = [generation.tokens for generation in runs["plain"][0].generations]
     rows = {name: row_of(made, runs["plain"], expected) for name, made in runs.items()}
+    # Of one run: the others repeat its tokens.
     rows["speculative"]["tau"] = Acceptance.of(runs["speculative"][0].generations).tau
 
     write_json(settings.result, {"ways": rows, "prompts": len(prompts), "machine": machine()})
@@ -85,8 +87,10 @@ def all_ways(
     drafter = load_drafter(settings.drafter, target, dtype="float32")
     prompts = read_prompts(target, settings.prompts, settings.per_domain)
 
+    # Rounded up, as the engine's bucket would be; llama.cpp gets the same context.
     longest = -(-(max(len(prompt.tokens) for prompt in prompts) + settings.max_new_tokens) // 64) * 64
     sampling = SamplingParams(settings.max_new_tokens, 0.0)
+    # One slot, since the other runtimes decode one request at a time; long dispatches, since nothing is streamed.
     engine = EngineConfig(1, longest, rounds_per_dispatch=64, smallest_prompt_bucket=64)
     ways: dict[str, Callable[[Sequence[EncodedPrompt]], Timed]] = {
         "plain": Decoder(target, None, sampling, engine),
@@ -94,6 +98,7 @@ def all_ways(
     }
 
     try:
+        # Optional packages: a way that is missing here is named and left out, the others are still compared.
         alone = TransformersDecoder.load(settings.target, "float32", settings.max_new_tokens)
         ways["transformers"] = alone
         ways["transformers, prompt lookup"] = alone.having(prompt_lookup_num_tokens=settings.lookup)
@@ -152,9 +157,11 @@ class LlamaCpp:
     def __call__(self, prompts: Sequence[EncodedPrompt]) -> Timed:
         start, made = time.perf_counter(), []
         for i, prompt in enumerate(prompts):
+            # Token ids and no text: its own tokenizer might split the prompt in another way.
             asked = {"prompt": list(prompt.tokens), "n_predict": self.max_new_tokens, "temperature": 0.0}
             # Without its prompt cache, so that each run prefills as the others do.
             answer = self.server.handle_completions({**asked, "return_tokens": True, "cache_prompt": False})
+            # Tokens are all that the comparison reads; llama.cpp has no rounds to count.
             made.append(Generation(i, prompt.tokens, tuple(answer["tokens"]), "", "", 0, 0, (), (), ()))
         return Timed(tuple(made), time.perf_counter() - start)
 

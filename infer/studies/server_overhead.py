@@ -76,7 +76,9 @@ def main(argv: list[str]) -> None:
     config = replace(
         ENGINE, slots=settings.users, policy=settings.policy, rounds_per_dispatch=settings.rounds_per_dispatch
     )
+    # Port 0: a free one, so that several studies can run on one machine.
     service = Service(target, drafter, config, ServerConfig(port=0, demo="off"))
+    # Of the server's length, so that both run the same programs; without a queue, as its loop never overfills it.
     engine = Engine(target, drafter, replace(config, longest=service.longest, queue=None))
     print(engine.why)
 
@@ -87,11 +89,14 @@ def main(argv: list[str]) -> None:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
         thread.start()
         ready.wait()
+        # The server has compiled by now; the bare engine must have too, before either is timed.
         engine.warm_up()
         runs = measured(settings, engine, prompts, address(bound))
+        # Joined: no request is running any more when the figures are written.
         server.should_exit = True
         thread.join()
 
+    # Medians of runs in alternation: a change in the machine's load reaches both.
     medians = {name: statistics.median(values) for name, values in runs.items()}
     overhead = 1 - medians["server"] / medians["engine"]
     metrics = {"tokens_per_second": runs, "medians": medians, "overhead": overhead, "machine": machine()}
@@ -109,6 +114,7 @@ def measured(
     for repeat in range(settings.repeats + 1):
         pair = {"engine": bare(settings, engine, prompts), "server": over_http(settings, url)}
         for name, speed in pair.items():
+            # The first pair fills caches, the operating system's and the allocator's included.
             if repeat:
                 runs[name].append(speed)
     return runs
@@ -128,6 +134,7 @@ def bare(settings: OverheadSettings, engine: Engine, prompts: list[EncodedPrompt
     began = time.perf_counter()
     for _ in range(settings.users):
         send()
+    # As a closed loop over HTTP: an answer's end sends the next request, so the slots stay full.
     while not engine.idle:
         for progress in engine.step():
             tokens += len(progress.tokens)
@@ -141,6 +148,7 @@ def over_http(settings: OverheadSettings, url: str) -> float:
     folder = settings.output / "load"
     words = ["--server", url, "--users", settings.users, "--requests", settings.requests]
     command = program_command("infer.load", *words, "--max-tokens", settings.max_tokens, "--output", folder)
+    # A process of its own: clients in this one would share its interpreter lock with the server.
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"The clients failed: {done.stderr.strip()[-300:]}")

@@ -88,6 +88,7 @@ def main(argv: list[str]) -> int:
         soak = Soak(settings, address, process.pid)
         asyncio.run(soak.run())
         process.send_signal(signal.SIGTERM)
+        # A server that does not end by itself within a minute fails the soak, by the exception.
         code = process.wait(60)
 
     metrics = {**soak.metrics(), "exit_code": code, "machine": machine(), "settings": asdict(settings)}
@@ -112,6 +113,7 @@ def served(settings: SoakSettings) -> Iterator[tuple[Address, subprocess.Popen[s
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         try:
             assert process.stdout is not None
+            # The line is printed when the server is ready, so no polling and no guessed pause.
             line = process.stdout.readline()
             if not line.startswith("Ready at "):
                 raise UserError(f"The server did not start; {settings.output / 'server.log'} says why.")
@@ -147,6 +149,7 @@ class Soak:
             raise UserError(f"The server refused a prompt: {next(a.error for a in alone if a.error)}.")
 
         began = time.perf_counter()
+        # Read once a second while the clients work: only the course tells a leak from a peak.
         watch = asyncio.create_task(self._watch())
         await asyncio.gather(*(self._client(number, began) for number in range(self.settings.clients)))
         self.elapsed = time.perf_counter() - began
@@ -169,6 +172,7 @@ class Soak:
             await asyncio.sleep(1.0)
 
     async def _client(self, number: int, began: float) -> None:
+        # A generator for each client: what one does must not depend on the order in which they are scheduled.
         chance = random.Random(self.settings.seed * 1000 + number)
         while time.perf_counter() - began < self.settings.seconds:
             prompt, kind = chance.randrange(len(self._rows)), chance.random()
@@ -180,6 +184,7 @@ class Soak:
 
     async def _act(self, chance: random.Random, prompt: int, kind: float) -> None:
         """One thing that a client does: mostly a greedy answer, read to its end."""
+        # Mostly comparable answers; the other kinds are there to disturb them.
         if kind < 0.70:
             asked = await ask(self.address, self._body(prompt))
             self._check(prompt, asked)
@@ -203,6 +208,7 @@ class Soak:
                 self.wrong.append(f"prompt {prompt} got another answer than alone")
 
     def _count(self, kind: str, asked: Asked) -> bool:
+        # Right under overload, and no fault: the queue is bounded on purpose.
         if asked.status == 429:
             self.did["refused, the queue being full"] += 1
             return False
@@ -214,6 +220,7 @@ class Soak:
 
     def metrics(self) -> dict[str, Any]:
         """All figures. Memory grows by the last quarter's median over that of the second."""
+        # The first quarter is left out: caches and the allocator's pools fill in it.
         quarter = max(len(self.memory) // 4, 1)
         early = statistics.median(self.memory[quarter : 2 * quarter] or self.memory)
         late = statistics.median(self.memory[-quarter:])

@@ -165,9 +165,8 @@ def base_config() -> TrainConfig:
 
 
 def run_point(settings: CodecSettings, points: Mapping[str, tuple[str, int]], name: str) -> None:
-    from .compare_point import (
-        train_and_decode,  # imported here, so that the program that starts the points stays small
-    )
+    # Imported here, so that the program that starts the points stays small.
+    from .compare_point import train_and_decode
 
     if name not in points:
         raise UserError(f"The study has no point {name!r}; its points are {', '.join(points)}.")
