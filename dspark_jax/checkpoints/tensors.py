@@ -112,6 +112,7 @@ def _weight_map(index: Path) -> Mapping[str, str]:
     expected = object_of(text(empty=False))
     check_fields(stored, {"weight_map": expected}, str(index), required=("weight_map",))
 
+    # An empty map is no index of a small model: such a folder would read as one without weights.
     if not stored["weight_map"]:
         raise UserError(f"{index} places no tensor in any file; copy it again.")
     return stored["weight_map"]

@@ -64,6 +64,7 @@ class Sparse(NamedTuple):
         return cls(tokens[..., None], jnp.ones((*tokens.shape, 1), jnp.float32))
 
     def of(self, tokens: Int[Array, "r k"]) -> Float[Array, "r k"]:
+        # At most one candidate matches, so the sum is a look-up; a token that is no candidate has mass 0.
         return jnp.sum(jnp.where(self.ids == tokens[..., None], self.probs, 0.0), axis=-1)
 
     def lawful(self) -> Bool[Array, "r k"]:
@@ -75,6 +76,7 @@ class Sparse(NamedTuple):
         return jnp.maximum(jnp.sum(rows, axis=-1) - jnp.sum(shared, axis=-1), 0.0)
 
     def residual(self, row: Float[Array, "r v"], at: Int[Array, " r"]) -> Float[Array, "r v"]:
+        # Scattered into the target's row, [R, C] into [R, V]: no row of p^d over the vocabulary is built.
         ids, probs = (jnp.take_along_axis(x, at[:, None, None], axis=1)[:, 0] for x in self)
         return jnp.maximum(row.at[jnp.arange(len(row))[:, None], ids].add(-probs), 0.0)
 

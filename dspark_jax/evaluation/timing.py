@@ -53,6 +53,7 @@ class Decoder:
 
 def alternate(decoders: Mapping[str, Callable[[], Timed]], times: int) -> dict[str, list[Timed]]:
     """Runs each decoder once to compile, then all in turn, `times` times, reversing the order each time."""
+    # Compilation takes longer than most passes, and would all fall on the first of the timed ones.
     for decode in decoders.values():
         decode()
 
@@ -111,6 +112,7 @@ def differences(
         shared = zip(a.tokens, b.tokens, strict=False)
         at = next((i for i, (x, y) in enumerate(shared) if x != y), min(len(a.tokens), len(b.tokens)))
         scores = _decision(target, prompt.tokens + a.tokens[:at], None if sampling is None else sampling[i])
+        # Measured where the texts part, which is the only decision that both made on the same prefix.
         second, first = np.sort(scores)[-2:]
         found.append(Difference(prompt.id, at, float(first - second)))
 
@@ -132,6 +134,8 @@ def _decision(target: Target, tokens: Sequence[int], sampling: SamplingParams | 
     if sampling is None or sampling.temperature == 0:
         return np.asarray(logits[0])
 
+    # Coupled draws are a race between exponential waits (docs/algorithm.md, rule 110): its odds decide, not the
+    # logits.
     settings = sampling_arrays([sampling])
     keys = jnp.asarray([seed_words(sampling, 0, own=True)], jnp.uint32)
     waits = coupled_waits(keys, jnp.asarray([[len(tokens)]]), logits.shape[-1], settings)
