@@ -160,7 +160,6 @@ def compare(
 
 
 def comparison_table(key: str, rows: dict[str, Any]) -> str:
-
     header = ["domain", "tau", "accepted given the prefix, k = 1..", "plain tok/s", "spec. tok/s", "ratio", "identical"]
     body = []
     for name, row in rows.items():

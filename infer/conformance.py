@@ -128,6 +128,7 @@ def load_doubtful(settings: ConformanceSettings, target: Target) -> Drafter:
     """
     native = native_config(*read_stored_config(resolve_folder(settings.drafter, "drafter")), target.config)
     ids = tuple(native.get("target_layer_ids") or ())
+    # An MTP drafter does read the last layer's output, so its ids are as they should be.
     shift = -1 if ids and ids[-1] == target.config.num_layers - 1 and "MTP" not in str(native["architectures"]) else 0
     # Loaded with ids that are allowed, then given those of its files, to be judged as declared.
     drafter = load_drafter(settings.drafter, target, dtype=settings.dtype, compare_manifest=False, layer_shift=shift)
@@ -145,6 +146,7 @@ def read_messages(settings: ConformanceSettings) -> list[Sequence[Message]]:
     found = [record.segments()[0] for file in settings.prompts for record in read_prompt_records(file)]
     if len(found) < FEWEST:
         raise UserError(f"There are {len(found)} prompts; a verdict needs {FEWEST} or more. Give more with --prompts.")
+    # Evenly: files are often sorted by domain, and the first `limit` would be of one.
     spread = np.linspace(0, len(found) - 1, min(settings.limit, len(found))).round().astype(int)
     return [found[i] for i in spread]
 
@@ -170,6 +172,7 @@ def answered(settings: ConformanceSettings, target: Target, prompts: Sequence[Se
         conversation = [*turns, {"role": "assistant", "content": text}]
         # The last row holds the answer, whatever the template did to the turns before.
         row = encode_conversation(target.tokenizer, conversation, None, settings.thinking)[-1]
+        # What the template closes an answer with shows only when another turn follows.
         following = encode(target, [*conversation, NEXT_TURN], settings.thinking)
         if (one := _followed(target.tokenizer, row, following)) is not None:
             found.append(one)
@@ -259,6 +262,7 @@ def middle_anchors(sequences: Sequences, block: int, count: int, seed: int) -> n
     rng = np.random.default_rng(seed)
     anchors = np.full((len(sequences.first), count), -1, np.int32)
     for row, (first, last) in enumerate(zip(sequences.first, sequences.last, strict=True)):
+        # A block that left the answer would be judged on tokens that no loss mask covers.
         if last - block - 1 > first:
             anchors[row] = np.sort(rng.integers(first, last - block - 1, count))
     return anchors

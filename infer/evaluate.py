@@ -86,6 +86,7 @@ def plots(folder: Path, temperatures: dict[str, Any]) -> None:
         for key, figures in temperatures.items()
     }
     acceptance_plot(folder / "conditional_acceptance.png", by_set)
+    # The others differ in the temperature alone; one plot of each kind is enough to read.
     first = next(iter(by_set.values()))
     if any(row["confidence"] for row in first.values()):
         reliability_plot(folder / "reliability.png", {n: r["confidence"] for n, r in first.items() if r["confidence"]})

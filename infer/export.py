@@ -55,6 +55,7 @@ def main(argv: list[str]) -> None:
 def export(settings: ExportSettings) -> None:
     """Loads the drafter and writes it anew."""
     out = settings.output
+    # The target as well: layouts with frozen copies need its tables, and all need its sizes.
     target = load_target(settings.target, tokenizer=False)
     drafter = load_drafter(settings.drafter, target)
 
@@ -67,6 +68,7 @@ def export(settings: ExportSettings) -> None:
             dtype=settings.dtype,
             frozen_copies=settings.frozen_copies,
             vocabulary_maps=settings.vocabulary_maps,
+            # What the drafter was trained on stays true of the copy.
             provenance=provenance_of(read_manifest(resolve_folder(settings.drafter, "drafter"))),
         )
     except OSError as error:

@@ -69,6 +69,7 @@ def main(argv: list[str]) -> None:
     target = load_target(settings.target, dtype=dtype)
     drafter = load_drafter(settings.drafter, target, dtype=dtype) if settings.drafter else None
     prompts = prompts_of(settings, target)
+
     requests = [Request(prompt.tokens) for prompt in prompts]
     engine = engine_for(target, drafter, requests, settings.sampling, settings.engine)
     if engine is None:
@@ -97,6 +98,7 @@ def prompts_of(settings: GenerateSettings, target: Target) -> list[EncodedPrompt
     if settings.prompts:
         return read_prompts(target, settings.prompts, thinking=settings.thinking)
     before = [{"role": "system", "content": settings.system}] if settings.system else []
+    # Each --prompt is a conversation of its own, not one turn after another.
     turns = [[*before, {"role": "user", "content": text}] for text in settings.prompt]
     return [EncodedPrompt(str(i), "prompt", encode(target, turn, settings.thinking)) for i, turn in enumerate(turns)]
 

@@ -114,6 +114,8 @@ def profile_slots(settings: ProfileSettings, target: Target, drafter: Drafter, s
     costs = profile.cost_table()
     # One ladder serves all contexts, so it is chosen on their mean.
     ladder = choose_ladder(counts, np.asarray(costs.verify).mean(axis=0).tolist(), settings.rungs)
+
+    # Twice: the engine reads its own form, with contexts and spreads, and SGLang the plain one.
     profile.save(settings.output / f"sps-{slots}.json")
     serving = settings.output / "serving"
     serving.mkdir(exist_ok=True)
@@ -139,6 +141,7 @@ def _table(slots: int, profile: Profile, costs: CostTable, ladder: Sequence[int]
     rows = []
     # The first count is one token a request: a plain round.
     for p, tokens in enumerate(profile.tokens):
+        # Milliseconds, since the fastest rounds take tenths of one.
         cells = [
             f"{1e3 * seconds[p]:.2f} ({1e3 * spread[p]:.2f})"
             for seconds, spread in zip(profile.rounds, profile.rounds_spread, strict=True)

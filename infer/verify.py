@@ -33,6 +33,7 @@ def main(argv: list[str]) -> int:
     code = 0
     for path in settings.paths:
         try:
+            # Each path is judged, whatever came of those before: a list of damage is worth more than its first entry.
             findings = examine(path)
         except UserError as error:
             print(error, file=sys.stderr)

@@ -133,7 +133,6 @@ def drafter_hf_config(
     """
     # Checks the target first: a fault in its file must not be reported as the drafter's.
     target = read_target_config(target_hf_config)
-
     settings = SETTING_DEFAULTS | settings
 
     if (own := OWN_DRAFTERS.get(f"{target.model_type}_{kind}")) is not None:

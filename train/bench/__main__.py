@@ -142,6 +142,7 @@ def floor_terms(run: AbstractRun) -> list[Term] | None:
     None where the target runs in the step, where the tensor axis divides the work on a sequence, and for kinds of
     drafters that are not counted.
     """
+    # A floor that leaves out part of the work would be called beaten.
     if run.target_params is not None or run.placement.mesh.shape["tensor"] > 1:
         return None
 
@@ -214,6 +215,7 @@ def timed_runs(step: Any, state: Any, borrowed: tuple, options: BenchOptions) ->
         if count:
             seconds.append(spent)
 
+        # Runs of about a second: shorter ones would measure the call, and longer ones cost time for nothing.
         count = count or min(100, max(1, round(1.0 / spent)))
 
     return seconds, {"steps a run": count, "skipped": int(metrics["skipped"])}

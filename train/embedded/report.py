@@ -30,6 +30,7 @@ def _score(graphdef: nnx.GraphDef, params: Any, rows: Rows) -> tuple[jax.Array, 
     """Cross-entropy in nats and argmax correctness of every label, [B, T] each."""
     model = nnx.merge(graphdef, params)
     logits = model.logits(model(rows.tokens, rows.positions, CausalRows(jnp.asarray(rows.segments))).hidden)
+    # log Z - the label's logit, without a second [B, T, V] array of log-probabilities.
     right = jnp.take_along_axis(logits, rows.labels[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - right, jnp.argmax(logits, axis=-1) == rows.labels
 
@@ -50,14 +51,17 @@ def evaluate(graphdef: nnx.GraphDef, params: Any, tokenizer: Tokenizer, length: 
     encoder, found = held_out_encoder(tokenizer), {}
     for domain in DOMAINS:
         encoded = (encoder(item["messages"]) for item in conversations(domain, "heldout", HELD_OUT))
+        # Left out and not cut: half an answer is neither right nor wrong as a whole.
         fitting = (item for item in encoded if len(item.tokens) <= length)
         loss, hits, tokens, exact, answers = 0.0, 0, 0, 0, 0
 
         for rows in batches(fitting, BATCH, length):
             entropy, hit = map(np.asarray, _score(graphdef, params, rows))
+            # Labels of answers alone; the context and padding have weight 0.
             counted = rows.weights > 0
             loss, hits, tokens = loss + entropy[counted].sum(), hits + hit[counted].sum(), tokens + counted.sum()
             for b in range(BATCH):
+                # Several conversations share a row; segment 0 is padding.
                 for segment in range(1, rows.segments[b].max() + 1):
                     answers += 1
                     # Every token right after the true prefix is the same as greedy decoding giving the whole answer.
@@ -90,6 +94,7 @@ def _next(graphdef: nnx.GraphDef, params: Any, tokens: jax.Array, last: jax.Arra
     model = nnx.merge(graphdef, params)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     hidden = model(tokens, positions, CausalRows(jnp.ones_like(tokens))).hidden
+    # The head runs on one position a row: over the whole row it would be the largest product of the model.
     chosen = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     return jnp.argmax(model.logits(chosen), axis=-1)
 
@@ -99,6 +104,7 @@ def samples(graphdef: nnx.GraphDef, params: Any, tokenizer: Tokenizer, length: i
     asked = [item for domain in DOMAINS for item in prompts(domain, "heldout", SAMPLES, seed=1)]
     ids = [prompt_ids(tokenizer, item["messages"]) for item in asked]
     rows = np.zeros((len(ids), length), np.int32)
+    # At least one place for the answer.
     starts = np.array([min(len(prompt), length - 1) for prompt in ids])
     for row, prompt, start in zip(rows, ids, starts, strict=True):
         row[:start] = prompt[:start]
@@ -112,6 +118,7 @@ def samples(graphdef: nnx.GraphDef, params: Any, tokenizer: Tokenizer, length: i
 
         # One compiled shape: rows keep their full length, and `ends` says where each is.
         chosen = np.asarray(_next(graphdef, params, jnp.asarray(rows), jnp.asarray(ends - 1)))
+        # The end marker itself is not written, so the decoded answer does not show it.
         running &= chosen != stop
         for i in np.flatnonzero(running):
             rows[i, ends[i]] = chosen[i]

@@ -317,12 +317,14 @@ def train(run: Run, history: "History") -> None:
     for rows in run.data():
         rate = learning_rate(recipe, run.progress.step, run.fraction())
         run.state, loss = step(run.state, rows, jnp.float32(rate))
+        # Waits for the step: the clock that the schedule follows must count its work.
         recent.append(float(loss))
         # The time since the last step, evaluations and exports between them included.
         now, clock = time.monotonic() - clock, time.monotonic()
         count, tokens, seconds = run.progress
         run.progress = Progress(count + 1, tokens + int((rows.segments > 0).sum()), seconds + now)
 
+        # Speed since the last line, so that evaluations show in the line after them.
         if run.progress.step % 20 == 0:
             pace = (run.progress.tokens - logged.tokens) / (run.progress.seconds - logged.seconds)
             print(
@@ -336,6 +338,8 @@ def train(run: Run, history: "History") -> None:
             break
 
         if run.progress.seconds - saved > 60 * recipe.save_minutes:
+            # Report and model before the checkpoint: a run killed between them does these steps again and writes both
+            # anew.
             saved = run.progress.seconds
             history.record(run)
             export(run, history.entries, final=False)

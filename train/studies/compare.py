@@ -187,6 +187,7 @@ def prepare(settings: CompareSettings) -> None:
         run("train.embedded.corpora", "--limit", settings.heldout, "--output", settings.prompts_file)
     if cache_fits(settings):
         return
+    # A cache that was named is another's: it is used or refused, never built over.
     if settings.cache:
         raise UserError(f"{settings.cache} is no finished cache; leave --cache out, and the study makes its own.")
 

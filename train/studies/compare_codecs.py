@@ -208,6 +208,7 @@ def reading(folder: Path, passes: int) -> dict[str, float]:
     """Median speed of reading a cache through the trainer's pipeline, with checksums and padding, files cached."""
     cache = TargetCache(folder)
     batches = Batches(Truncated(cache, MAX_LENGTH), READ_BATCH, seed=0, buckets=(MAX_LENGTH,))
+    # Real tokens, not padded ones: the speed is that of the data.
     tokens, seconds = int(cache.lengths.sum()), []
 
     for _ in range(passes + 1):  # the first only brings the files into memory

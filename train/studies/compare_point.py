@@ -42,10 +42,13 @@ def train_and_decode(config: TrainConfig, prompts: Path, *, max_new_tokens: int,
     Returns:
         Counts by domain under "t1" and "t0", the drafter's parameters, and figures of its training.
     """
+    # A finished run is left alone, so a point that was killed while decoding only decodes again.
     fitted = fit(config)
     trained = fitted.summary
     target = load_target(config.target, dtype=config.compute_dtype)
     drafter = load_drafter(fitted.drafter, target, dtype=config.compute_dtype)
+
+    # Whole blocks: the study compares drafters, and a schedule would hide what it cuts.
     heldout = read_prompts(target, [prompts])
     engine = EngineConfig(min(30, len(heldout)), policy="fixed", smallest_prompt_bucket=64)
     decoded = {}
@@ -102,6 +105,7 @@ def head_cost(target_folder: str, repeats: int = 7) -> dict[str, Any]:
             engines = {head: _dispatches(target, _drafter(target, block, head), slots, repeats) for head in HEADS}
             seconds: dict[str, list[float]] = {head: [] for head in HEADS}
             for i in range(repeats):
+                # Forwards and backwards by turns, so that no head always runs after the same one.
                 for head in list(HEADS) if i % 2 else list(HEADS)[::-1]:
                     seconds[head].append(next(engines[head]))
 
@@ -113,6 +117,7 @@ def head_cost(target_folder: str, repeats: int = 7) -> dict[str, Any]:
                     "block": block,
                     "round_seconds": {head: statistics.median(values) for head, values in seconds.items()},
                     "overhead": {h: statistics.median(ratios[h]) - 1 for h in HEADS if h != "none"},
+                    # With a handful of dispatches the range says more than an interval would.
                     "overhead_range": {h: [min(ratios[h]) - 1, max(ratios[h]) - 1] for h in HEADS if h != "none"},
                 }
             )
@@ -124,6 +129,7 @@ def _drafter(target: Target, block: int, head: str) -> Drafter:
     layers = target.config.num_layers
     hf_config = drafter_hf_config(
         target.hf_config,
+        # Without a sequential head DSpark's block is DFlash's.
         kind="dflash" if head == "none" else "dspark",
         num_layers=2,
         target_layer_ids=tuple(sorted({0, layers // 2, layers - 2})),
@@ -141,10 +147,12 @@ def _drafter(target: Target, block: int, head: str) -> Drafter:
 
 def _dispatches(target: Target, drafter: Drafter, slots: int, count: int) -> Iterator[float]:
     """Yields the seconds a round of successive dispatches, with all slots decoding throughout."""
+    # Long enough that no request ends while it is timed, even if every draft were accepted, as far as the context goes.
     new_tokens = min(ROUNDS * (count + 2) * (drafter.config.block_size + 1), target.config.max_positions - 64)
     config = EngineConfig(
         slots, 32 + new_tokens, "fixed", rounds_per_dispatch=ROUNDS, buckets=(slots * (drafter.config.block_size + 1),)
     )
+    # No stop tokens: random weights would draw one sooner or later, and an empty slot is cheaper.
     engine = Engine(target, drafter, config, SamplingParams(new_tokens, stop_tokens=()))
     rng = np.random.default_rng(0)
     for slot in range(slots):
@@ -156,5 +164,6 @@ def _dispatches(target: Target, drafter: Drafter, slots: int, count: int) -> Ite
     while True:
         start = time.perf_counter()
         engine.step()
+        # To the end of the dispatch, whatever `step` itself waits for.
         jax.block_until_ready(engine.state.length)
         yield (time.perf_counter() - start) / ROUNDS

@@ -27,6 +27,7 @@ def estimate(values: Sequence[float]) -> dict[str, Any]:
     n = len(values)
     half = None
     if n > 1:
+        # Student's t: with three seeds the normal interval would be less than half as wide.
         half = float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
     return {"mean": statistics.fmean(values), "ci95": half, "values": list(values)}
 
@@ -35,6 +36,7 @@ def acceptance(result: Mapping[str, Any], key: str) -> dict[str, Acceptance]:
     """Acceptance by domain of a point's result at one temperature (a key of `TEMPERATURES`)."""
 
     def of(row: Mapping[str, Any]) -> Acceptance:
+        # Rates are formed from the counts again: JSON has no nan for positions that no round reached.
         rounds, committed, *by_position = (row[name] for name in COUNTS)
         return Acceptance.counted(rounds, committed, *map(np.array, by_position))
 
@@ -97,6 +99,7 @@ def gains(found: Found, depth: int, key: str) -> dict[str, Any]:
     made = {}
 
     for name in MAIN[1:]:
+        # Only seeds that both have finished: a stopped study must not compare different sequences.
         seeds = sorted(macro["dspark"].keys() & macro[name].keys())
         if seeds:
             made[name] = estimate([macro["dspark"][s] / macro[name][s] - 1 for s in seeds])
@@ -111,6 +114,7 @@ def positions(found: Found, depth: int, key: str) -> dict[str, dict[str, Any]]:
     for name in MAIN:
         runs = [acceptance(found[p], key) for p in main_points(found, name, depth)]
         for domain in [*runs[0], "all"] if runs else []:
+            # Counts are pooled, not rates averaged: late positions are reached in few rounds of some seeds.
             parts = [Acceptance.pooled([a for d, a in run.items() if domain in (d, "all")]) for run in runs]
             seeds = [_rates(part) for part in parts]
             made.setdefault(name, {})[domain] = {"rates": _rates(Acceptance.pooled(parts)), "seeds": seeds}
@@ -132,6 +136,7 @@ def curve(found: Found, names: Iterable[str], field: str, key: str, depth: int |
             if fits:
                 by_domain = acceptance(found[point], key)
                 row = made.setdefault(name, {}).setdefault(str(getattr(point, field)), {"macro": []})
+
                 row["macro"].append(macro_tau(by_domain))
                 for domain, counted in by_domain.items():
                     row.setdefault(domain, []).append(counted.tau)
@@ -203,6 +208,7 @@ def publish(folder: Path, results: Path) -> None:
     """Copies metrics.json to RESULTS/compare.json and the plots beside it."""
     results.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(folder / "metrics.json", results / "compare.json")
+    # Under names of the study, since other results lie in the same folder.
     for plot in sorted(folder.glob("*.png")):
         shutil.copyfile(plot, results / f"compare_{plot.name}")
     print(f"copied to {results / 'compare.json'}")

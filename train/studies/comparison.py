@@ -90,6 +90,7 @@ class StudyPoint:
             "drafter.block_size": self.block,
             "drafter.init_target_layers": tuple(range(first, target_layers)),
         }
+        # An MTP module continues the target's own last state; the shared layers would handicap it.
         if contestant.last_layer:
             own["drafter.target_layer_ids"] = (target_layers - 1,)
 
@@ -102,6 +103,7 @@ def study_points(part: Part, depth: int, seeds: int) -> list[StudyPoint]:
         return [_point(name, depth, seed) for seed in range(seeds) for name in MAIN]
     if part == "depth":
         return [_point(name, layers, 0) for name in DEEP for layers in DEPTHS]
+    # One seed a point: the curves are read by their course, the main comparison by its intervals.
     return [dataclasses.replace(_point(name, depth, 0), block=block) for block in BLOCKS for name in LONG]
 
 
