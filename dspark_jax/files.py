@@ -80,6 +80,7 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
+    # JSON has no NaN: null stands for what was not measured.
     if isinstance(value, float) and math.isnan(value):
         return None
 

@@ -86,6 +86,7 @@ def examine(path: Path) -> list[Finding]:
         try:
             KINDS[kind][1](path, finding.facts)
         except UserError as error:
+            # A fault is a result here: the other kinds and paths are examined all the same.
             finding.fault = " ".join(str(error).split())
         except OSError as error:
             finding.fault = f"{error.filename or path} cannot be read ({error.strerror}); copy it again."
@@ -93,6 +94,7 @@ def examine(path: Path) -> list[Finding]:
         findings.append(finding)
 
     if "run" in kinds:
+        # Exports of the run, which a user would give to the engine next.
         for name in ("drafter", "drafter_best"):
             findings += examine(path / name) if (path / name).is_dir() else []
 

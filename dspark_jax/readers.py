@@ -100,6 +100,7 @@ def parse_json(data: bytes, where: str, *, expected: str = "one JSON value in UT
     except RecursionError:
         raise fail(f"nested deeper than {MAX_DEPTH} levels") from None
 
+    # Afterwards, over the whole tree: the parser's hooks see values one by one, and no depth.
     _check_tree(value, fail)
     return value
 

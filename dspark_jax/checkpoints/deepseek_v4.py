@@ -104,6 +104,7 @@ class V4Folder(TensorFolder):
         if self._entries[name].dtype not in _QUANTISED:
             return tensor
 
+        # Codes without their scales would read as weights of the wrong size, all of them finite.
         scale = scale_name(name)
         if scale not in self.names:
             raise UserError(
@@ -129,6 +130,7 @@ class V4Folder(TensorFolder):
         if not self.renamed:
             return name
 
+        # Of each layer's experts transformers keeps two stacked tensors: gate and up in one, down in the other.
         found = _EXPERT.fullmatch(name)
         if found is None:
             return transformers_name(name)

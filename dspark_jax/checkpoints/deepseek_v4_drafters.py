@@ -50,6 +50,7 @@ def holds_v4(folder: Path) -> bool:
 
 def drafter_kind_in(tensors: V4Folder) -> str:
     """'dspark' or 'mtp', by the folder's tensors; UserError for neither."""
+    # By tensors: config.json is the target's in both kinds of repository.
     for kind, mark in _MARKS.items():
         if mark in tensors.names:
             return kind

@@ -145,6 +145,7 @@ def _encoded(table: TensorMap, params: dict, dtype: str) -> dict[str, np.ndarray
     flat, tensors = flatten_dict(params), dict[str, np.ndarray]()
 
     for path, source in table.items():
+        # A stack of experts is written as one tensor an expert, with scales of its own.
         array = np.asarray(jax.device_get(flat[path]))
         for (name, _), part in zip(source.parts(array.shape), array if source.stacked else [array], strict=True):
             tensors |= _encode(name, np.ascontiguousarray(source.layout.write(part)), dtype)

@@ -40,6 +40,7 @@ class StsTable:
                 "block position. Calibrate again."
             )
 
+        # Optional, but by position where they are there: a shorter list would not say which positions it is of.
         for name in ("ece_before", "ece_after"):
             if getattr(self, name) and len(getattr(self, name)) != len(self.temperatures):
                 raise UserError(

@@ -161,6 +161,7 @@ def _refuse_other_blocks(architecture: str, nested: Config) -> None:
             "a DFlash or DSpark drafter."
         )
 
+    # Values under which the fields change nothing; any other one means blocks of another form.
     harmless = {
         "projector_type": ("dspark", "dflash", None),
         "attention_mode": ("gqa", "mha", None),

@@ -48,11 +48,13 @@ class Layout(Enum):
             return stored[lo[1] : hi[1], lo[0] : hi[0]].T
         if self is Layout.HEADS_OUT:
             h = shape[2]
+            # Head n is the stored rows n·H to (n + 1)·H.
             rows = stored[lo[1] * h : hi[1] * h, lo[0] : hi[0]]
             return rows.reshape(-1, h, rows.shape[-1]).transpose(2, 0, 1)[..., lo[2] : hi[2]]
 
         if self is Layout.HEADS_IN:
             h = shape[1]
+            # The same heads, as stretches of columns.
             columns = stored[lo[2] : hi[2], lo[0] * h : hi[0] * h]
             return columns.reshape(columns.shape[0], -1, h).transpose(1, 2, 0)[:, lo[1] : hi[1]]
 
@@ -62,6 +64,7 @@ class Layout(Enum):
 
         if self is Layout.GROUPS_OUT:
             o = shape[2]
+            # Each group's projection follows the one before in the stored rows.
             rows = stored[lo[0] * o : hi[0] * o, lo[1] : hi[1]]
             return rows.reshape(-1, o, rows.shape[-1]).transpose(0, 2, 1)[..., lo[2] : hi[2]]
 

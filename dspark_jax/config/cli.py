@@ -289,6 +289,7 @@ def take_option(argv: list[str], option: str) -> tuple[str | None, list[str]]:
 
     for word in words:
         if word == option:
+            # The next word, whatever it looks like: a path may begin with a dash.
             value = next(words, None)
             if value is None:
                 raise UserError(f"{option} needs a value.")

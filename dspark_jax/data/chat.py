@@ -234,6 +234,7 @@ class _Chat:
     def _shield(self, value: Any) -> Any:
         """A message, or a part of one, with stand-ins in all its text."""
         if isinstance(value, Mapping):
+            # Names as well: a tool's arguments are written with theirs.
             return {self._shield(name): self._shield(item) for name, item in value.items()}
         if isinstance(value, list | tuple):
             return [self._shield(item) for item in value]
@@ -318,6 +319,7 @@ def _check_conversation(messages: Sequence[Message]) -> None:
 def _texts(message: Message, index: int) -> list[str]:
     """Every text in a message, names of fields included; UserError where it is nested too deep for a template."""
     texts, level, depth = list[str](), list[Any]([message]), 0
+    # Level by level and not recursively: Python's stack is no measure of what a message may hold.
     while level:
         if (depth := depth + 1) > MAX_DEPTH:
             raise UserError(f"Turn {index} of the conversation is nested deeper than {MAX_DEPTH} levels; leave it out.")

@@ -80,6 +80,7 @@ def _weight(*values: Any) -> int:
         if isinstance(value, str | bytes):
             total += len(value)
         elif isinstance(value, int):
+            # About its decimal digits: a power can make a number too long to print.
             total += value.bit_length() // 3
         elif isinstance(value, Mapping):
             total += ITEM * len(value)
@@ -109,8 +110,10 @@ def _weight_of_call(name: str, values: list[Any]) -> int:
     if name in ("format", "strftime_now") and texts:
         return _weight_of_format(texts[0], values[1:])
     if name == "replace" and len(texts) > 2:
+        # Each occurrence is replaced, and one letter may become a page.
         return weight + texts[0].count(texts[1]) * len(texts[2])
     if name == "join":
+        # The separator stands between all items, so its length counts once for each.
         items = max((len(value) for value in values if isinstance(value, list | tuple | str)), default=0)
         return weight + items * max(map(len, texts), default=0)
     if name in PADDING:
@@ -140,6 +143,7 @@ def _listed(value: Any) -> Any:
 
     items = []
     for item in value:
+        # While it is filled: a generator may have no end, and its list would be weighed too late.
         _allow(_weight(item))
         items.append(item)
     return items

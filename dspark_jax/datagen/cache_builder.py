@@ -93,6 +93,7 @@ class CacheSettings:
 
     def check(self) -> None:
         """UserError for settings that are invalid with any target."""
+        # By hand and not at construction: an experiment's settings are incomplete until the command line has spoken.
         for name, least in (("max_length", 2), ("min_loss_tokens", 1), ("batch", 1), ("max_shard_mb", 1e-3)):
             if getattr(self, name) < least:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; at least {least} was expected.")
@@ -218,6 +219,7 @@ def estimate(settings: CacheSettings, spec: CacheSpec, items: Sequence[TrainingR
             f"{settings.max_length}; raise --max-length, or look at the answers."
         )
 
+    # Real tokens: records are stored without padding.
     tokens = sum(item.length for item in kept)
     needed = estimate_bytes(tokens, len(kept), spec, settings.max_shard_bytes)
     counts = {"rows": len(items), "records": len(kept), "dropped": len(items) - len(kept), "tokens": tokens}

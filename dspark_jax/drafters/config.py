@@ -226,6 +226,7 @@ class DSparkConfig(BlockConfig):
         if rank:
             fields["markov_head_type"] = settings["markov_head_type"]
         if settings["enable_confidence_head"]:
+            # At rank 0 there is no Markov embedding to read, whatever the setting says.
             fields["confidence_head_with_markov"] = settings["confidence_head_with_markov"] and rank > 0
         if vocabulary is not None:
             fields |= {"draft_vocabulary": vocabulary.bits, "draft_vocab_size": vocabulary.size}

@@ -109,6 +109,8 @@ class DSpark(nnx.Module):
         assert markov is not None, "without a Markov head all parents have the same children"
 
         def expand(level: int, tokens: Array, carry: Any) -> tuple[Array, Any]:
+            # `hidden` and `base` are of the level alone; what tells siblings' children apart is the Markov term of the
+            # parent.
             embedding = markov.embed(tokens)
             row = jnp.broadcast_to(hidden[:, level, None], (*tokens.shape, hidden.shape[-1]))
             latent, carry = markov.step(carry, embedding, row)

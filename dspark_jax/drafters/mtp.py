@@ -63,6 +63,7 @@ class MTP(PairedRows):
         dims = config.backbone
         d = dims.hidden_size
 
+        # A layer of the target's family, norms included: Gemma's, for one, are not Qwen's.
         layer = layer_class(dims)(dims, 0, rngs=rngs)
         self.enorm = layer.norm(d, dims.rms_norm_eps)
         self.hnorm = layer.norm(d, dims.rms_norm_eps)

@@ -114,6 +114,7 @@ class Calibrated:
             "brier_after_mean": self.after.mean("brier"),
             "temperatures": self.temperatures.tolist(),
             "rounds": len(self.rounds.prompt),
+            # The means above are over these alone.
             "rounds_measured": len(self.rounds.halves[1].prompt),
             "before": listed(self.before),
             "after": listed(self.after),

@@ -86,6 +86,7 @@ def _from_hub(source: str) -> Path:
     if source.count("/") != 1 or source.startswith((".", "/", "~")) or source.endswith(SUFFIXES):
         raise UserError(f"{source} is neither a file nor a folder here; give one, or a hub id (owner/name).")
 
+    # Imported here: local files need no hub.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

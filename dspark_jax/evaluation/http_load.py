@@ -65,6 +65,7 @@ def address_of(server: str, key: str = "") -> Address:
         parts = urlsplit(server)
         port = parts.port or 80
     except ValueError:
+        # A port that is no number: refused below, with the other addresses that are none.
         parts, port = urlsplit(""), 0
     if parts.scheme != "http" or not parts.hostname:
         raise UserError(f"--server is {server!r}; expected an address as in http://127.0.0.1:8000.")

@@ -101,6 +101,7 @@ class V4Costs:
             self.dense.term("verify: dense weights", rows),
             self._experts("verify: routed experts", rows, config.num_layers),
             self._cache(rows, requests, context),
+            # The head's product, and its logits written out, which at this vocabulary count.
             self.head.term("verify: head", rows) + Term("", 0.0, LOGIT * rows * vocab),
             Term("sampling laws", LAW_FLOPS * rows * vocab, 2 * LOGIT * rows * vocab),
         ]

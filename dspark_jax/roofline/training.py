@@ -149,6 +149,7 @@ def _frozen_heads(rows: int, target_rows: int, d: int, v: int, b: int) -> list[T
 def _layer(dims: TargetConfig, rows: int, seen: float, width: int, b: int) -> list[Term]:
     """A decoder layer over `rows` positions, whose attention reads inputs of `width` and sees `seen` positions."""
     d, (queries, keys) = dims.hidden_size, _heads(dims)
+    # Q, K and V as one product: they read the same input, of `width`, which is 2 D in Eagle3's layer.
     projections = _product("", rows, width, queries + 2 * keys, b) + _product("", rows, queries, d, b)
     mlp = _product("", rows, d, 2 * dims.intermediate_size, b) + _product("", rows, dims.intermediate_size, d, b)
 

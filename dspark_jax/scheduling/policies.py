@@ -201,6 +201,7 @@ class Adaptive:
         tokens = jnp.concatenate([costs.base[None].astype(jnp.float32), expected])
         seconds = costs.drafting + costs.of(costs.base + jnp.arange(tokens.shape[0]))
 
+        # Entry n is the rate with the n best drafts; entry 0, none, is always there.
         rate = jnp.where(jnp.arange(tokens.shape[0]) <= available, tokens / seconds, -jnp.inf)
         best = jnp.argmax(rate)
         return jnp.where(rate[best] > (1 + self.min_gain) * rate[0], best, 0)

@@ -113,6 +113,7 @@ class SparseMLP(nnx.Module):
         def weight(*shape: int) -> Array:
             return jax.random.normal(rngs.params(), shape, jnp.float32) * std
 
+        # Stacked [E, ...] with "experts" as an axis, so that a mesh can split them whole.
         self.router_weight_de = param(weight(d, e), "embed", "experts")
         self.gate_weight_edf = param(weight(e, d, f), "experts", "embed", "mlp")
         self.up_weight_edf = param(weight(e, d, f), "experts", "embed", "mlp")

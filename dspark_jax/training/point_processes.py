@@ -190,4 +190,5 @@ def report_failures(failed: dict[str, str], logs: Path) -> None:
         print(f"failed {TRIES} times: {name}: {reason}", file=sys.stderr)
 
     print(f"Their logs are in {logs}; the same command tries them again.", file=sys.stderr)
+    # Not an exception: what failed has been said, and a traceback would bury it.
     raise SystemExit(1)

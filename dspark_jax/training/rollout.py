@@ -72,6 +72,7 @@ class RolloutObjective:
             def window(x: Array, count: int) -> Array:
                 return jax.lax.dynamic_slice_in_dim(x, start, count, axis=1)
 
+            # Step s of position p reads position p + s, so a chunk looks this far.
             ahead = size + steps - 1
             same = None if numbers is None else window(numbers, ahead)
             model, targets = self.build(params), window(states, ahead)

@@ -169,6 +169,7 @@ def draft_vocabulary(path: str, target: Target) -> DraftVocabulary | None:
     if not path:
         return None
 
+    # The ids alone: the counts beside them say how they were chosen.
     ids = read_object(Path(path), expected="a draft vocabulary, as train.draft_vocabulary writes it").get("ids")
     if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
         raise UserError(f'{path} is no draft vocabulary; a JSON object with "ids", a list of token ids, was expected.')

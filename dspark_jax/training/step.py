@@ -236,6 +236,7 @@ def _metrics(objective: Objective, sums: Sums, verdict: _Verdict, batch: Batch) 
         "unsupervised": 1 - verdict.supervised.astype(jnp.int32),
     }
 
+    # Of all hosts' rows, which none of them knows alone.
     if "lengths" in batch:
         metrics["utilisation"] = jnp.mean(batch["lengths"]) / length
     return metrics

@@ -59,6 +59,7 @@ def summary_plot(path: Path, sweep: Sweep, rows: list[Row]) -> None:
     figure, panel = pyplot().subplots(figsize=(6.5, 4))
     field = _abscissa(sweep, rows)
     if field is None:
+        # Reversed: bars are drawn from the bottom up.
         panel.barh([row["name"] for row in rows][::-1], [row[sweep.metric] for row in rows][::-1])
         panel.set_xlabel(sweep.metric)
     else:

@@ -97,6 +97,7 @@ def _of_statements(
             yield Definition(module, kind, name, _header(node, lines), _doc(node), _body(node, lines))
         elif isinstance(node, ast.ClassDef):
             name = f"{prefix}.{node.name}"
+            # A class by its description alone: its methods, which follow, are definitions of their own.
             yield Definition(module, "class", name, f"class {node.name}:", _doc(node), "")
             yield from _of_statements(module, name, node.body, lines, "method")
 

@@ -114,6 +114,7 @@ class V4DSparkConfig(DSparkConfig):
                 "one 0 more for each of its stages."
             )
 
+        # An index out of range is no error in a compiled gather, and would spoil the drafts without a word.
         if not 0 <= self.mask_token_id < self.backbone.vocab_size:
             raise UserError(
                 f"config.json has dspark_noise_token_id {self.mask_token_id}; expected a token below "

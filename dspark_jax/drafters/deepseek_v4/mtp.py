@@ -40,6 +40,7 @@ class V4MTP(nnx.Module):
         dims, d = config.dims, config.dims.hidden_size
         std, eps = dims.initializer_range, dims.rms_norm_eps
 
+        # Two projections of [D, D] each, where other MTP modules have one of [2 D, D] as the repository stores them.
         self.enorm, self.hnorm = Norm(d, eps), Norm(d, eps)
         self.e_proj = Linear(d, d, std, rngs=rngs, bias=False, axes=("embed", None))
         self.h_proj = Linear(d, d, std, rngs=rngs, bias=False, axes=("embed", None))

@@ -158,6 +158,7 @@ def _refuse(config: Mapping[str, Any]) -> None:
     check_fields(config, V4_FIELDS, "config.json")
     check_activation(config, "hidden_act", "silu")
 
+    # An unknown variant must not load as the known one: its outputs would be wrong without a sign.
     for field, neutral in _NEUTRAL.items():
         if (found := config.get(field, neutral[0])) not in neutral:
             raise UserError(
