@@ -1,5 +1,7 @@
 """What a run survives: numbers that are not finite, a full disk, SIGTERM, another number of devices."""
 
+import asyncio
+import gc
 import json
 import os
 import resource
@@ -8,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -20,7 +23,7 @@ from dspark_jax.data.cache_writer import CacheWriter
 from dspark_jax.data.target_cache import TargetCache
 from dspark_jax.errors import UserError
 from dspark_jax.training import feeds
-from dspark_jax.training.checkpoint import Checkpoints
+from dspark_jax.training.checkpoint import Checkpoints, _quiet_failed_writes
 from dspark_jax.training.run_folder import read_records
 from dspark_jax.training.synthetic_cache import write_synthetic_cache
 from tests.tiny import write_tiny_target
@@ -151,6 +154,34 @@ class FileSizeLimit:
     def __exit__(self, *_: object) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
         signal.signal(signal.SIGXFSZ, self.handler)
+
+
+def test_writes_that_end_after_a_failed_save_print_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    """A thread of the storage library finds Orbax's event loop closed; what else goes wrong in a thread is shown."""
+    seen: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", seen.append)
+    _quiet_failed_writes.__wrapped__()
+    loop = asyncio.new_event_loop()
+    loop.close()
+    with pytest.raises(RuntimeError, match="closed") as caught:
+        loop.call_soon_threadsafe(print)
+    from_here = caught.value.__traceback__
+    assert from_here is not None
+    for trace in (from_here.tb_next, from_here, None):
+        sys.unraisablehook(SimpleNamespace(exc_value=caught.value, exc_traceback=trace))  # type: ignore[arg-type]
+    assert [raised.exc_traceback for raised in seen] == [from_here, None]
+
+    seen.clear()
+    state = {str(i): jnp.arange(512.0) + i for i in range(12)}
+    for limit in (40, 300, 1200, 2000):
+        saves = Checkpoints(tmp_path / str(limit), 2)
+        with pytest.raises(UserError, match="could not be written"), saves, FileSizeLimit(limit):
+            saves.save(1, state, {})
+            saves.wait()
+    gc.collect()
+    assert not seen and capfd.readouterr().err == ""
 
 
 def test_a_full_disk_during_a_save_leaves_the_save_before(tmp_path: Path):

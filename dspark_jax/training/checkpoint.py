@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import sys
+from asyncio import BaseEventLoop
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -257,9 +258,21 @@ class Checkpoints:
 
 @functools.cache
 def _quiet_failed_writes() -> None:
-    """Suppresses the tracebacks that Orbax's threads log before the error is raised; `_reported` turns it into one
-    sentence."""
+    """Suppresses the tracebacks that threads of the storage libraries print when a write fails; `_reported` turns the
+    error itself into one sentence."""
     logging.getLogger("absl").addFilter(lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname)
+
+    # The first failed write ends Orbax's event loop. TensorStore's threads report the other writes to that loop when
+    # they end, and print that it is closed.
+    shown = sys.unraisablehook
+
+    def hook(raised: Any) -> None:
+        # The outermost frame: where Python code makes the call, its own frame comes before this one.
+        frame = raised.exc_traceback and raised.exc_traceback.tb_frame
+        if frame is None or frame.f_code is not BaseEventLoop.call_soon_threadsafe.__code__:
+            shown(raised)
+
+    sys.unraisablehook = hook
 
 
 # -- The notes beside the arrays -------------------------------------------------------------------------------------
