@@ -221,9 +221,10 @@ def test_a_killed_run_continues_bit_for_bit_and_its_folder_loads(
 
 def _train_steps(run: Run, steps: int) -> None:
     """Trains as `train` does and saves after `steps`, as a run that is killed right after a checkpoint leaves it."""
-    from train.embedded.target import Progress, learning_rate, make_optimizer, make_step
+    from train.embedded.optimizer import make_optimizer, make_step
+    from train.embedded.target import Progress, learning_rate
 
-    step = make_step(run.graphdef, make_optimizer(run.recipe))
+    step = make_step(run.graphdef, make_optimizer(run.recipe.weight_decay))
     for rows in islice(run.data(), steps):
         run.state, _ = step(run.state, rows, np.float32(learning_rate(run.recipe, run.progress.step, run.fraction())))
         run.progress = Progress(run.progress.step + 1, 0, 0.0)

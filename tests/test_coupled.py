@@ -24,7 +24,8 @@ from dspark_jax.serving.requests import Generation, Request
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig, policy_named
 from tests.decoding_tiny import kind_pair, prompts
-from tests.test_schedule_law import POLICIES, QUICK, Enumeration, decide, joint, remember, stack, take, world
+from tests.enumeration import Enumeration, decide, remember, stack, take, world
+from tests.test_schedule_law import POLICIES, QUICK, joint
 from tests.test_scheduled_loop import BUCKETS, STAIRS, pair, tables
 
 pytestmark = pytest.mark.lossless

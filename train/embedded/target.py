@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,8 +20,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-import optax.contrib
 from flax import nnx
 from tokenizers import Tokenizer
 
@@ -43,15 +41,14 @@ from dspark_jax.readers import (
     require_object,
 )
 from dspark_jax.sharding import split
-from dspark_jax.targets.attention import CausalRows
 from dspark_jax.targets.registry import read_target_config, target_module
 
+from .optimizer import State, make_optimizer, make_step
 from .packing import Encoder, Rows, batches, mixture
 from .report import evaluate, samples, write_readme
 from .tokenizer import END, PAD, VOCABULARY, learn_tokenizer, save_tokenizer
 
 TOKENIZER_MATH = 3000  # generated problems in the tokenizer's training text, beside all of code and chat
-Params = Any
 
 
 @dataclass(frozen=True)
@@ -113,77 +110,12 @@ class Recipe:
         }
 
 
-class State(NamedTuple):
-    """Device state of a run; a step donates it and returns its successor."""
-
-    params: Params
-    optimizer: optax.OptState
-
-
 class Progress(NamedTuple):
     """Host-side counters: optimizer steps, supervised and unsupervised tokens seen, seconds spent."""
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
-
-
-def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
-    """Muon for the layers' matrices, AdamW for embedding and norms, both at rate 1: the step applies the clock's rate.
-
-    Muon's updates are scaled to the usual RMS of AdamW's (0.2), so that one rate suits both.
-    """
-    return optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.contrib.muon(
-            learning_rate=1.0,
-            weight_decay=recipe.weight_decay,
-            adam_b1=0.9,
-            adam_b2=0.95,
-            muon_weight_dimension_numbers=_matrices,
-            consistent_rms=0.2,
-        ),
-    )
-
-
-def _matrices(params: Params) -> Params:
-    """Input and output axes of each parameter, from the axis letters at the end of its name; None: AdamW."""
-    # A projection has several head axes: Muon orthogonalises it as one matrix, inputs by outputs.
-    axes = {"dqh": ((0,), (1, 2)), "dgh": ((0,), (1, 2)), "qhd": ((0, 1), (2,)), "df": ((0,), (1,)), "fd": ((0,), (1,))}
-
-    def of(path: Any, _: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
-        found = axes.get(str(path[-1].key).rsplit("_", 1)[-1])
-        return optax.contrib.MuonDimensionNumbers(*found) if found else None
-
-    return jax.tree_util.tree_map_with_path(of, params)
-
-
-def make_loss(graphdef: nnx.GraphDef) -> Callable[[Params, Rows], jax.Array]:
-    """Makes (params, rows) -> float32 scalar: cross-entropy averaged with the rows' weights."""
-
-    def loss(params: Params, rows: Rows) -> jax.Array:
-        model = nnx.merge(graphdef, params)
-        logits = model.logits(model(rows.tokens, rows.positions, CausalRows(jnp.asarray(rows.segments))).hidden)
-        right = jnp.take_along_axis(logits, rows.labels[..., None], axis=-1)[..., 0]
-        entropy = jax.nn.logsumexp(logits, axis=-1) - right
-        return jnp.sum(entropy * rows.weights) / jnp.maximum(jnp.sum(rows.weights), 1e-6)
-
-    return loss
-
-
-def make_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation) -> Callable:
-    """Makes the jitted (state, rows, learning rate) -> (state, loss); the old state is donated."""
-    loss = make_loss(graphdef)
-
-    def step(state: State, rows: Rows, learning_rate: jax.Array) -> tuple[State, jax.Array]:
-        value, gradients = jax.value_and_grad(loss)(state.params, rows)
-        # Updates come with their sign, at rate 1.
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-        # The rate is an argument, as it follows the clock: no schedule is compiled in.
-        params = jax.tree.map(lambda p, u: p + learning_rate * u, state.params, updates)
-        return State(params, optimizer_state), value
-
-    return jax.jit(step, donate_argnums=0)
 
 
 def learning_rate(recipe: Recipe, step: int, fraction: float) -> float:
@@ -208,7 +140,7 @@ class Run:
         tokenizer = _tokenizer(recipe)
         config = read_target_config(recipe.hf_config(tokenizer))
         graphdef, params = split(target_module(config, rngs=nnx.Rngs(recipe.seed)))
-        state = State(params, make_optimizer(recipe).init(params))
+        state = State(params, make_optimizer(recipe.weight_decay).init(params))
         run = cls(recipe, tokenizer, graphdef, state, Progress())
         if run.checkpoint.exists():
             run._restore()
@@ -310,7 +242,7 @@ def export(run: Run, losses: list[dict[str, Any]], final: bool) -> None:
 def train(run: Run, history: "History") -> None:
     """Trains to the end of the schedule, with a checkpoint, an evaluation and an export every `save_minutes`."""
     recipe = run.recipe
-    step = make_step(run.graphdef, make_optimizer(recipe))
+    step = make_step(run.graphdef, make_optimizer(recipe.weight_decay))
     clock = time.monotonic()
     saved, logged, recent = run.progress.seconds, run.progress, []
 

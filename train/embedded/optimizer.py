@@ -1,0 +1,81 @@
+"""The optimizer step of the embedded target: Muon and AdamW on the cross-entropy of weighted labels."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import optax.contrib
+from flax import nnx
+
+from dspark_jax.targets.attention import CausalRows
+
+from .packing import Rows
+
+Params = Any
+
+
+class State(NamedTuple):
+    """Device state of a run; a step donates it and returns its successor."""
+
+    params: Params
+    optimizer: optax.OptState
+
+
+def make_optimizer(weight_decay: float) -> optax.GradientTransformation:
+    """Muon for the layers' matrices, AdamW for embedding and norms, both at rate 1: the step applies the clock's rate.
+
+    Muon's updates are scaled to the usual RMS of AdamW's (0.2), so that one rate suits both.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.contrib.muon(
+            learning_rate=1.0,
+            weight_decay=weight_decay,
+            adam_b1=0.9,
+            adam_b2=0.95,
+            muon_weight_dimension_numbers=_matrices,
+            consistent_rms=0.2,
+        ),
+    )
+
+
+def _matrices(params: Params) -> Params:
+    """Input and output axes of each parameter, from the axis letters at the end of its name; None: AdamW."""
+    # A projection has several head axes: Muon orthogonalises it as one matrix, inputs by outputs.
+    axes = {"dqh": ((0,), (1, 2)), "dgh": ((0,), (1, 2)), "qhd": ((0, 1), (2,)), "df": ((0,), (1,)), "fd": ((0,), (1,))}
+
+    def of(path: Any, _: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+        found = axes.get(str(path[-1].key).rsplit("_", 1)[-1])
+        return optax.contrib.MuonDimensionNumbers(*found) if found else None
+
+    return jax.tree_util.tree_map_with_path(of, params)
+
+
+def make_loss(graphdef: nnx.GraphDef) -> Callable[[Params, Rows], jax.Array]:
+    """Makes (params, rows) -> float32 scalar: cross-entropy averaged with the rows' weights."""
+
+    def loss(params: Params, rows: Rows) -> jax.Array:
+        model = nnx.merge(graphdef, params)
+        logits = model.logits(model(rows.tokens, rows.positions, CausalRows(jnp.asarray(rows.segments))).hidden)
+        right = jnp.take_along_axis(logits, rows.labels[..., None], axis=-1)[..., 0]
+        entropy = jax.nn.logsumexp(logits, axis=-1) - right
+        return jnp.sum(entropy * rows.weights) / jnp.maximum(jnp.sum(rows.weights), 1e-6)
+
+    return loss
+
+
+def make_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation) -> Callable:
+    """Makes the jitted (state, rows, learning rate) -> (state, loss); the old state is donated."""
+    loss = make_loss(graphdef)
+
+    def step(state: State, rows: Rows, learning_rate: jax.Array) -> tuple[State, jax.Array]:
+        value, gradients = jax.value_and_grad(loss)(state.params, rows)
+        # Updates come with their sign, at rate 1.
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+        # The rate is an argument, as it follows the clock: no schedule is compiled in.
+        params = jax.tree.map(lambda p, u: p + learning_rate * u, state.params, updates)
+        return State(params, optimizer_state), value
+
+    return jax.jit(step, donate_argnums=0)
