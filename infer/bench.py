@@ -218,6 +218,7 @@ class TransformersDecoder:
         except ImportError:
             raise UserError("Comparing with transformers needs PyTorch; install it with `make parity-env`.") from None
 
+        # `eval`: a model in training mode would apply dropout, where its config has some.
         model = AutoModelForCausalLM.from_pretrained(resolve_folder(target), dtype=getattr(torch, dtype)).eval()
         return cls(model, max_new_tokens)
 

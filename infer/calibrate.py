@@ -120,6 +120,7 @@ def summary(metrics: dict[str, Any]) -> str:
     for k, t in enumerate(metrics["temperatures"]):
         shares = [f"{100 * m['ece'][k]:.2f} %" for m in (before, after)]
         brier = [f"{m['brier'][k]:.4f}" for m in (before, after)]
+        # Of late positions there are few observations: their figures are to be read with the count.
         counts = [f"{after['accepted_mean'][k]:.3f}", f"{after['observations'][k]:.0f}"]
         rows.append([str(k + 1), f"{t:.3f}", *shares, f"{after['auc'][k]:.3f}", *brier, *counts])
 

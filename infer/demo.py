@@ -84,6 +84,7 @@ def real_steps(settings: DemoSettings) -> dict[str, list[str]]:
         "decode with the real pair": [
             *("infer.studies.real_pair", "--questions", str(questions), "--target", str(settings.real_target)),
             *("--per-domain", str(settings.questions), "--repeats", "2", "--sampled-repeats", "1"),
+            # Short answers and few repeats: a minute of demonstration, and no measurement to be quoted.
             *("--max-new-tokens", "32", "--answers", "2", "--output", str(folder)),
             *("--result", str(folder / "real_pair.json")),
         ],

@@ -118,6 +118,7 @@ def report(runs: list[dict[str, Any]]) -> str:
     rows = []
     for run in runs:
         load = f"{run['users']} users" if "users" in run else f"{run['rate']:g}/s"
+        # A run that was wholly refused has no times.
         times = [
             "/".join(f"{v:.1f}" for v in (run[name] or {}).values()) for name in ("first_token_ms", "inter_token_ms")
         ]

@@ -123,6 +123,7 @@ def main(argv: list[str]) -> None:
     if settings.simulate is not None:
         metrics = simulated(settings, read_traces(settings.simulate))
     else:
+        # Runs are kept in the folder and continued, so only one process may write there.
         with lock_folder(settings.output, "the study"):
             metrics = measured(settings)
 
@@ -131,6 +132,7 @@ def main(argv: list[str]) -> None:
         if path is not None:
             write_json(path, metrics)
 
+    # After the figures are written: a machine without a plotting backend keeps its measurement.
     throughput_plot(settings.output / "throughput.png", metrics["closed"])
     budget_plot(settings.output / "budget.png", metrics["closed"])
     print(closed_table(metrics["closed"]))
@@ -168,6 +170,7 @@ def measured(settings: LoadSettings) -> dict[str, Any]:
     for rate in settings.rates:
         metrics["poisson"][f"{rate:g}"] = study.poisson(rate)
 
+    # Of closed loops alone: under arrivals at a fixed rate, throughput is that rate.
     metrics["verdict"] = verdict(metrics["closed"])
     if settings.validate:
         errors = [abs(row["error"]) for rows in compared.values() for row in rows.values()]
@@ -315,6 +318,7 @@ def verdict(closed: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for users, rows in closed.items():
         static = {name: row["tokens_per_second"] for name, row in rows.items() if name in STATIC}
+        # The best of this load: an adaptive strategy has to match each static one where that is at its best.
         best = max(static, key=lambda name: static[name]) if static else None
         found[users] = {"best_static": best}
         for name in ADAPTIVE:
@@ -349,6 +353,7 @@ def simulated(settings: LoadSettings, traces: Traces) -> dict[str, Any]:
     closed: dict[str, Any] = {}
     for users in settings.concurrency:
         buckets = ladder(users, block)
+        # Temperatures of 1: the traces' logits are taken as they are.
         tables = ScheduleTables.of(costs_of(settings.sps, users, buckets), (1.0,) * block)
         device = SimulatedDevice(tables, buckets, rounds_per_dispatch=settings.rounds_per_dispatch)
         closed[str(users)] = {

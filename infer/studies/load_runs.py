@@ -77,10 +77,12 @@ class RunLog:
 
 def summarise(figures: LoadFigures) -> dict[str, float]:
     """Figures of one run; `user_p95` is the speed reached by 95 % of the requests."""
+    # No request may have ended; the row is written all the same.
     speeds = figures.user_speeds or (float("nan"),)
     row = {
         "tokens_per_second": figures.tokens_per_second,
         "user_median": float(np.median(speeds)),
+        # Speeds from below, times from above: each is what all but one user in twenty get at least.
         "user_p95": float(np.percentile(speeds, 5)),
         "verify_budget": figures.verify_budget,
         "tau": figures.tau,

@@ -101,6 +101,7 @@ def prompts_of(settings: ModesSettings, target: Target) -> list[EncodedPrompt]:
         return read_prompts(target, list(settings.prompts), settings.per_domain)
 
     return [
+        # Held out: on prompts that it was trained on, the drafter would be better than it is.
         EncodedPrompt(item["id"], domain, encode(target, item["messages"]))
         for domain in DOMAINS
         for item in corpus(domain, "heldout", settings.per_domain)

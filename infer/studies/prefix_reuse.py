@@ -80,6 +80,7 @@ def main(argv: list[str]) -> None:
         slots=1, longest=settings.tokens + settings.answer, policy=settings.policy, prefill_chunk=settings.prefill_chunk
     )
     config = replace(config, longest=min(config.longest or 0, target.config.max_positions))
+    # Without stop tokens each answer has its full length, in both engines.
     sampling = SamplingParams(settings.answer, stop_tokens=())
     whole = Engine(target, drafter, config, sampling)
     kept = Engine(target, drafter, replace(config, prefix_cache=settings.prefix_cache), sampling)
@@ -90,6 +91,7 @@ def main(argv: list[str]) -> None:
     for number in range(settings.repeats + 1):
         first = rng.integers(0, target.config.vocab_size, settings.tokens - settings.answer - settings.question)
         question = rng.integers(0, target.config.vocab_size, settings.question)
+        # By turns: the second of a pair runs on a warmer machine.
         engines = (whole, kept) if number % 2 else (kept, whole)
         made = {id(engine): second_turn(engine, first.tolist(), question.tolist()) for engine in engines}
         pairs.append((made[id(whole)], made[id(kept)]))
@@ -112,6 +114,7 @@ def timed(engine: Engine, prompt: list[int], new: int | None = None) -> Turn:
     engine.submit(0, Request(prompt, sampling))
     while True:
         for progress in engine.step():
+            # The first progress brings the prefill's token, whose time is what reuse saves.
             first = first or time.perf_counter() - started
             if progress.generation is not None:
                 return Turn(progress.generation, first)

@@ -96,6 +96,7 @@ def main(argv: list[str]) -> None:
         engine=engine,
     )
 
+    # The program's own comparison, so that the study's figures are those that a user gets from infer.bench.
     metrics = against_plain(bench, target, drafter, prompts)
     acceptance_plot(settings.output / "conditional_acceptance.png", metrics["temperatures"])
     speed_plot(settings.output / "speed.png", metrics["temperatures"])
@@ -136,6 +137,7 @@ def questions(settings: RealPairSettings, target: Target) -> list[EncodedPrompt]
         return read_prompts(target, settings.questions, settings.per_domain)
 
     made: list[EncodedPrompt] = []
+    # Data sets name no domain in their rows; the file does.
     for path, domain in zip(settings.questions, settings.domains, strict=True):
         found = read_prompts(target, [path], settings.per_domain)[: settings.per_domain]
         made += [replace(prompt, domain=domain) for prompt in found]

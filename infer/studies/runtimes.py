@@ -141,6 +141,7 @@ class LlamaCpp:
         Raises:
             UserError: the target is not a GGUF file, or the package is not installed.
         """
+        # llama.cpp reads the file itself; the weights that were loaded here are of no use to it.
         file = gguf_file(target)
         if file is None:
             raise UserError(f"{target} is no GGUF file, which llama.cpp needs.")

@@ -177,6 +177,7 @@ class Soak:
         while time.perf_counter() - began < self.settings.seconds:
             prompt, kind = chance.randrange(len(self._rows)), chance.random()
             try:
+                # Counted and not raised: one hanging request must not end the other clients' load.
                 async with asyncio.timeout(HANG_SECONDS):
                     await self._act(chance, prompt, kind)
             except TimeoutError:

@@ -225,6 +225,7 @@ def memory_figures(run: AbstractRun) -> dict[str, Any]:
     """Compiled memory on one device, of the step and of the naive step."""
     platform_name = jax.default_backend()
     found: dict[str, Any] = {}
+    # Compiled and not run: the naive step may need more memory than there is.
     for name, one in (("step", run), ("naive step", naive_run(run))):
         start = time.perf_counter()
         memory = memory_of(compiled(one.lower(platform_name), f"The {name}"), tied_bytes(run))

@@ -61,6 +61,7 @@ def make_loss(graphdef: nnx.GraphDef) -> Callable[[Params, Rows], jax.Array]:
         logits = model.logits(model(rows.tokens, rows.positions, CausalRows(jnp.asarray(rows.segments))).hidden)
         right = jnp.take_along_axis(logits, rows.labels[..., None], axis=-1)[..., 0]
         entropy = jax.nn.logsumexp(logits, axis=-1) - right
+        # By the batch's own weights: rows are packed to different degrees.
         return jnp.sum(entropy * rows.weights) / jnp.maximum(jnp.sum(rows.weights), 1e-6)
 
     return loss

@@ -102,6 +102,7 @@ class Recipe:
             "attention_dropout": 0.0,
             "use_sliding_window": False,
             "sliding_window": None,
+            # A head of its own would add a tenth to a model of this size.
             "tie_word_embeddings": True,
             "initializer_range": 0.02,
             "bos_token_id": None,

@@ -191,6 +191,7 @@ def point_config(settings: CodecSettings, codec: str, seed: int) -> TrainConfig:
         "data.cache": str(settings.cache(codec)),
         "seed": seed,
         "data.seed": seed,
+        # Steps end the run, so that every codec's drafter sees the same sequences.
         "epochs": 1_000_000,
         "max_steps": settings.steps,
         "log_every": max(1, settings.steps // 20),
@@ -293,6 +294,7 @@ def codec_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
         line = [codec, f"{row['bytes_per_token']:,}", f"{row['share_of_bfloat16']:.1%}"]
         line += [f"{row['reading']['tokens_per_second']:,.0f}", f"{row['reading']['bytes_per_second'] / 1e6:,.0f}"]
         for key in TEMPERATURES:
+            # Three decimals: what a codec loses is smaller than what drafters differ by.
             line += [with_interval(row[f"tau_{key}"], "{:.3f}"), with_interval(row[f"tau_loss_{key}"], "{:.1%}")]
         lines.append(line)
 
