@@ -42,9 +42,9 @@ class ServerLoadSettings:
     max_tokens: int = 96
     """The most new tokens of an answer."""
     temperature: float = 0.0
-    """Of every request."""
+    """Sampling temperature of every request."""
     seed: int = 0
-    """Of arrivals and samples."""
+    """Seed of arrivals and samples."""
     output: Path | None = None
     """Folder for metrics.json."""
 

@@ -104,7 +104,7 @@ def kinds_of_files(folder: Path) -> list[Kind]:
 
 
 def _tables(folder: Path) -> list[Kind]:
-    """What a server or a loop reads beside a drafter."""
+    """The files that a server or a loop reads beside a drafter."""
     sts, sps, additive, profile = (folder / name for name in ("sts.json", "sps.json", "additive.json", "profile.json"))
     valid = {"target": "a", "target_name": "b", "temperature": 1.0}
     write_calibration(sts, StsTable((1.0, 2.0), "x", 3, (0.1, 0.2), (0.1, 0.2)), valid)

@@ -73,7 +73,7 @@ def run(scratch: Path, name: str, runs: Sequence[Sequence[object]], processes: i
 
 
 def exit_codes(scratch: Path, name: str, process: int = 0) -> list[int]:
-    """Of every run of a finished job."""
+    """The exit code of every run of a finished job."""
     return json.loads((scratch / f"{name}.json.{process}").read_text())
 
 

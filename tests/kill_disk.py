@@ -23,12 +23,12 @@ from tests.started import start
 from tests.tiny import write_tiny_target
 
 TRACES = ("Traceback", "Exception in", "Exception ignored", "never retrieved", "Fatal", "core dumped", "[C]", ".cc:")
-"""What stands in the trace of a thread or a library, and in no sentence."""
+"""Names that stand in the trace of a thread or a library, and in no sentence."""
 
 
 @dataclass
 class Outcome:
-    """What came of the runs: how many stopped for the disk, how many fitted, and what was wrong."""
+    """Outcome of the runs: how many stopped for the disk, how many fitted, and what was wrong."""
 
     stopped: int = 0
     fitted: int = 0

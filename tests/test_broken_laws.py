@@ -175,7 +175,7 @@ def test_a_prompt_that_the_target_fails_on_has_no_tokens() -> None:
 
 
 def test_speculation_on_a_failing_target_is_plain_decoding() -> None:
-    """What comes out before the error is what the sound target says. A draft on which the target fails, and which is
+    """Tokens before the error are the sound target's. A draft on which the target fails, and which is
     rejected, ends nothing: its numbers reach no row before it."""
     target, drafter = tiny_pair()
     asked = prompts(12, target.config.vocab_size)

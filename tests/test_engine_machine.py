@@ -46,7 +46,7 @@ def the_engine() -> Engine:
 
 
 class EngineMachine(RuleBasedStateMachine):
-    """What is known of every open request: its prompt, its limit, and the tokens that have been reported."""
+    """Facts about every open request: its prompt, its limit, and the tokens that have been reported."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -107,7 +107,7 @@ def _add_tensors(writer: gguf.GGUFWriter, folder: Path, config: dict[str, Any], 
 
 
 def _interleaved(weight: np.ndarray, head_dim: int) -> np.ndarray:
-    """What llama.cpp's converter does to Q and K of Llama models."""
+    """Q and K of Llama models as llama.cpp's converter permutes them."""
     out, into = weight.shape
     return weight.reshape(out // head_dim, 2, head_dim // 2, into).swapaxes(1, 2).reshape(out, into)
 

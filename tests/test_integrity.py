@@ -1,4 +1,4 @@
-"""What was written is what is read: hashes from the target's weights to drafter, calibration and profile."""
+"""Written and read contents agree: hashes from the target's weights to drafter, calibration and profile."""
 
 import json
 import random

@@ -16,5 +16,5 @@ FAST_PROGRAM: dict[str, str | bool] = {"xla_cpu_use_fusion_emitters": True} if H
 
 
 def xla_flags(devices: int = 1) -> str:
-    """Of a process with so many simulated devices; in its environment before it imports jax."""
+    """Flags of a process with so many simulated devices; in its environment before it imports jax."""
     return f"--xla_force_host_platform_device_count={devices} {FAST_COMPILER}"

@@ -12,9 +12,9 @@ SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12
 """Size by the format's number of a type; 8 is text, 9 an array."""
 TEXT, ARRAY = 8, 9
 MOST_ENTRIES = 100_000
-"""Of metadata, and of tensors."""
+"""Limit of the entries of metadata, and of those of tensors."""
 MOST_ITEMS = 8_000_000
-"""Of all arrays together; the largest tokenizers have half a million merges."""
+"""Limit of the items of all arrays together; the largest tokenizers have half a million merges."""
 MOST_DEPTH = 4
 MOST_AXES = 16
 

@@ -19,7 +19,7 @@ _made: "weakref.WeakKeyDictionary[Any, AliasedSpecials]" = weakref.WeakKeyDictio
 
 
 def aliased(tokenizer: Any) -> "AliasedSpecials":
-    """Of a Hugging Face tokenizer with a backend; made once, since copying a vocabulary takes a second."""
+    """A Hugging Face tokenizer's aliased copy; made once, since copying a vocabulary takes a second."""
     if tokenizer not in _made:
         _made[tokenizer] = AliasedSpecials(tokenizer.backend_tokenizer)
     return _made[tokenizer]

@@ -28,7 +28,7 @@ MOST_IN_ALL = 500_000_000
 
 ITEM = 50
 MOST_BITS = 1 << 16
-"""Of a whole number: products and quotients of longer ones take minutes in one call into C."""
+"""The longest whole number: products and quotients of longer ones take minutes in one call into C."""
 
 PADDING = {"center", "ljust", "rjust", "zfill", "batch", "slice"}
 MULTIPLYING = {"indent", "expandtabs", "tojson", "translate", "wordwrap"}

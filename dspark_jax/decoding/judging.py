@@ -115,8 +115,8 @@ def anchors_of(state: DecodeState) -> tuple[Array, Array]:
 def draws_of(
     state: DecodeState, block: Int[Array, "r w"] | None = None, seen: Bool[Array, "r w w"] | None = None
 ) -> Draws:
-    """What a round draws from. With a block: also the edits of its rows, of which row i counts the block's tokens up to
-    its own, or those of the rows that it has `seen`."""
+    """The source of a round's draws. With a block: also the edits of its rows, where row i counts the block's tokens up
+    to its own, or those of the rows that it has `seen`."""
     edits = None
     if block is not None:
         edits = LogitEdits(state.penalties, state.active, state.tokens, state.length, block, seen)

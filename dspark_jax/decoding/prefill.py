@@ -29,7 +29,7 @@ from dspark_jax.targets.kv_cache import insert_rows, take_slots
 
 
 class FirstTokens(NamedTuple):
-    """What the target says behind the last row of each chunk; of a prompt's last chunk, the request's first token.
+    """The target's decision after the last row of each chunk; after a prompt's last chunk, the request's first token.
 
     Attributes:
         logits: [A, V], raw.

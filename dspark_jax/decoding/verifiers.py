@@ -34,7 +34,7 @@ from dspark_jax.scheduling.policies import Fixed, VerifyPolicy
 
 
 class Draws(NamedTuple):
-    """What the random numbers of a round are made from, and what laws follow besides the logits."""
+    """The source of a round's random numbers, and the settings that its laws follow besides the logits."""
 
     keys: Array  # [R, 2] uint32, of the requests' seeds
     anchors: Array  # [R] absolute positions of the last committed tokens

@@ -23,7 +23,7 @@ from dspark_jax.scheduling.ranking import Ranked, rank, survival
 
 
 class PolicyState(NamedTuple):
-    """What a policy has learnt.
+    """A policy's memory from round to round.
 
     Attributes:
         slots: leaves [R, ...], reset when a request is admitted.

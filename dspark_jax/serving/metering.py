@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from dspark_jax.scheduling.costs import LoadMeter, Occupancy
 
 SELDOM_TIMED = 4
-"""Of the dispatches that follow a prefill, one in this many is timed."""
+"""One in this many of the dispatches that follow a prefill is timed."""
 
 
 @dataclass

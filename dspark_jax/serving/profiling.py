@@ -75,7 +75,7 @@ class Effort:
 
 
 FIRST_USE = Effort(seconds=4.0)
-"""Of an engine that profiles itself: whoever waits for its first answer waits for this too."""
+"""The effort of an engine that profiles itself, for which its first answer has to wait."""
 
 
 @dataclass
@@ -112,7 +112,7 @@ class _Stopwatch:
         return cls(loop, params, replace(state, limit=limit, sampling=sampling, tokens=tokens, keys=keys), lengths)
 
     def seconds(self, context: int, bucket: int, rounds: int) -> float:
-        """Of one dispatch of so many rounds, or of as many draft passes where `bucket` is -1."""
+        """Seconds of one dispatch of so many rounds, or of as many draft passes where `bucket` is -1."""
         # Made anew each time, as rounds move lengths on, and finished before the clock starts.
         ready = jax.block_until_ready(_forced(self.loop, self.state, self.lengths[context], max(bucket, 0)))
         limits = jax.device_put((np.int32(rounds), np.bool_(False)))

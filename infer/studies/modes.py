@@ -61,7 +61,7 @@ class ModesSettings:
     max_new_tokens: int = 96
     """Longest answer."""
     seed: int = 0
-    """Of the first prompt; the others follow."""
+    """Seed of the first prompt; the others follow."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of weights and activations."""
     result: Path = Path("docs/results/next_drafters.json")

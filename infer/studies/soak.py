@@ -70,7 +70,7 @@ class SoakSettings:
     max_tokens: int = 64
     """The most new tokens of an answer."""
     seed: int = 0
-    """Of what clients do."""
+    """Seed of the clients' actions."""
     output: Path = Path("runs/soak")
     """Folder for metrics.json and the server's log."""
     results: Path | None = None
@@ -238,7 +238,7 @@ class Soak:
         }
 
     def faults(self) -> list[str]:
-        """What must not be, in sentences."""
+        """The faults found, in sentences."""
         growth = self.metrics()["memory_growth"]
         return [
             *self.wrong[:10],

@@ -21,7 +21,7 @@ FINISH = {"stop": "stop", "length": "length", "deadline": "length"}
 
 @dataclass(frozen=True)
 class Delta:
-    """What an answer has gained: `text`, and what is told of its tokens where the client asked for it."""
+    """An answer's increment: new `text`, and details of its tokens where the client asked for them."""
 
     place: int
     text: str
@@ -79,7 +79,7 @@ class Session:
 
     Args:
         driver: runs them.
-        metrics: is told of times and ends.
+        metrics: counts times and ends.
         ask: the request.
         names: of the target's tokens.
     """
@@ -101,7 +101,7 @@ class Session:
         self._open[index] = answer
 
     async def deltas(self) -> AsyncIterator[list[Delta]]:
-        """What the answers gain, as it comes, until the last of them has ended.
+        """The answers' increments, as they come, until the last answer has ended.
 
         Raises:
             ApiError: the engine failed, or the target's law did.

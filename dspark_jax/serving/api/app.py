@@ -214,4 +214,4 @@ async def _unrouted(request: Request, error: Exception) -> Response:
 
 
 async def _gone(_: Request, __: Exception) -> Response:
-    return Response(status_code=499)  # no one reads it; the count shows it
+    return Response(status_code=499)  # the client has gone; only the count shows it

@@ -19,7 +19,7 @@ class Piece:
 
 
 Event = Piece | ApiError
-"""What a request gets: pieces until one carries its Generation, or a failure."""
+"""A request gets pieces until one carries its Generation, or a failure."""
 
 
 class Channel:
@@ -37,7 +37,7 @@ class Channel:
     def put(self, index: int, event: Event) -> None:
         """Add an event of the request `index`."""
         self._events.append((index, event))
-        # The loop may have been closed by then: so nobody waits for the event.
+        # The loop may have been closed by then, and with it the task that would take the event.
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._ready.set)
 

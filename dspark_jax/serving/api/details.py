@@ -1,4 +1,4 @@
-"""What is told of an answer's single tokens: where they came from, and their log-probabilities."""
+"""Details of an answer's single tokens: where they came from, and their log-probabilities."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from dspark_jax.serving.text import Decode
 
 @dataclass(frozen=True)
 class Told:
-    """Of some tokens in succession: their ids, texts, origins and log-probabilities, and the rounds they came from."""
+    """Consecutive tokens' ids, texts, origins and log-probabilities, and the rounds they came from."""
 
     tokens: tuple[int, ...] = ()
     texts: tuple[str, ...] = ()

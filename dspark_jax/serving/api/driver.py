@@ -36,7 +36,7 @@ class EngineDriver:
     Args:
         make: builds the engine; called again after one has failed.
         capacity: the most requests that may be open, in slots and waiting for one.
-        pulse: is told of everything that the engine makes.
+        pulse: counts everything that the engine makes.
         warm_up: whether to compile all programs before the first request.
     Raises:
         UserError: settings that no engine can run with.
@@ -100,7 +100,7 @@ class EngineDriver:
         return index
 
     def cancel(self, index: int) -> None:
-        """End a request whose client has gone; its sink hears nothing more, and its slot is free for the next step."""
+        """End a request whose client has gone; its sink is called no more, and its slot is free for the next step."""
         self._drop(index)
         engine = self._engine
         if engine is not None:

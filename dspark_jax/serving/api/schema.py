@@ -228,7 +228,7 @@ def _biases(given: Mapping[str, Any]) -> dict[int, float]:
 
 
 def _logprobs(body: Mapping[str, Any], chat: bool) -> int | None:
-    """How many alternatives to tell at each token; None: nothing is told."""
+    """How many alternatives to report at each token; None: log-probabilities are not reported."""
     given = body.get("logprobs", False)
     if not chat:
         return None if given is False else given

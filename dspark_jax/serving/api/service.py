@@ -1,4 +1,4 @@
-"""What the routes serve: a target, its engine on a thread, and the way of a request into it."""
+"""The service behind the routes: a target, its engine on a thread, and a request's way into it."""
 
 import json
 import time
@@ -136,8 +136,8 @@ class Service:
             raise bad_request(str(error), ask.prompt_field) from None
 
     def _check_variables(self, ask: Ask, messages: Sequence[Mapping[str, Any]]) -> None:
-        """What the template is given beside the contents of messages must not act as a special token: contents are kept
-        from it by the renderer."""
+        """Refuses special tokens in everything that the template gets beside the contents of messages, which the
+        renderer keeps harmless."""
         if "tools" in ask.variables and not self._takes_tools:
             raise bad_request(f"The chat template of {self.name} takes no tools; leave them out.", "tools")
 

@@ -16,7 +16,7 @@ from dspark_jax.serving.sampling import SamplingParams
 
 MAX_TOKENS = 128
 PAUSE_SECONDS = 1.0
-"""Of a user whose request was refused, since the queue was full."""
+"""How long a user waits after a request that was refused because the queue was full."""
 
 log = logging.getLogger(__name__)
 
