@@ -17,6 +17,7 @@ from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.config.cli import FLAT, parse, program
 from dspark_jax.devices import announce
 from dspark_jax.programs import EMBEDDED
+from dspark_jax.serving.api.driver import WarmUp
 from dspark_jax.serving.api.server import ApiServer, address, bind
 from dspark_jax.serving.api.service import Service
 from dspark_jax.serving.api.settings import ServerConfig
@@ -38,8 +39,9 @@ class ServeSettings:
     """Folder or hub id of the drafter; empty: plain decoding."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of weights and activations; None: float32 on a CPU, else the target's own."""
-    warm_up: bool = True
-    """Compile everything before the first request; otherwise each first use waits for the compiler."""
+    warm_up: WarmUp = "needed"
+    """Programs compiled before the first request. needed: those of every request, and the others whenever none comes.
+    all: every one, so that no request waits for the compiler. none: each when a request needs it."""
     mode: Mode = "rejection"
     """How drafts are verified above temperature 0; coupled: a seed's answer is plain decoding's own."""
     server: Annotated[ServerConfig, FLAT] = ServerConfig()

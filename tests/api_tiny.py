@@ -63,7 +63,7 @@ class Running:
 
 def serve(pair: tuple[Target, Drafter | None], engine: EngineConfig = ENGINE, **config: Any) -> Running:
     """Start a server on a free port and wait until it is ready; programs are compiled when they are first used."""
-    service = Service(*pair, engine, ServerConfig(**{"port": 0, "stall_seconds": 5.0} | config), warm_up=False)
+    service = Service(*pair, engine, ServerConfig(**{"port": 0, "stall_seconds": 5.0} | config), warm_up="none")
     bound = bind(service.config)
     server = ApiServer(service)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import re
 import socket
 import subprocess
@@ -20,14 +21,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.responses import PlainTextResponse
 
 from dspark_jax.evaluation.http_load import Asked, address_of, ask, closed_loop, figures, poisson
 from dspark_jax.serving.api.logprobs import TokenNames
+from dspark_jax.serving.api.middleware import Gate
 from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.generate import generate
 from dspark_jax.serving.requests import Generation
 from dspark_jax.serving.sampling import SamplingParams
 from infer.load import main as load
+from infer.serve import main as serve_program
+from infer.studies import soak
 from tests.api_tiny import CONTEXT, ENGINE, Running, serve, spoken_pair
 from tests.decoding_tiny import next_logits
 from tests.test_lossless import p_value
@@ -317,6 +322,37 @@ def test_a_bad_request_is_a_sentence_that_names_its_field(name: str, running: Ru
         error = response.json()["error"]
         assert response.status_code == status and error["param"] == param and said in error["message"], error
         assert error["type"] and "Traceback" not in response.text
+
+
+def test_a_key_is_asked_for_below_v1_alone(running: Running) -> None:
+    gate = Gate(PlainTextResponse("in"), "s3cret", running.service.metrics)
+
+    async def statuses(path: str, keys: list[dict[str, str]]) -> list[int]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(gate), base_url="http://server") as client:
+            return [(await client.get(path, headers=key)).status_code for key in keys]
+
+    keys = [{}, *({"Authorization": text} for text in ("Bearer wrong", "s3cret", "Bearer s3cret", "bearer  s3cret"))]
+    assert asyncio.run(statuses("/v1/models", keys)) == [401, 401, 401, 200, 200]
+    assert asyncio.run(statuses("/ready", [{}])) == [200]
+
+
+def test_tools_are_rendered_where_the_template_takes_them(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    service, tool = running.service, {"type": "function", "function": {"name": "add", "parameters": {}}}
+    calls = [{"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 3}'}}]
+    asked = [*MESSAGES, {"role": "assistant", "content": None, "tool_calls": calls}, {"role": "tool", "content": "7"}]
+    template = (
+        "{{ tools[0].function.name if tools }}|{% for m in messages %}{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.arguments.a + 1 }}{% endfor %}{% endfor %}"
+    )
+    monkeypatch.setattr(service.target.tokenizer, "chat_template", template)
+    monkeypatch.setattr(service, "_takes_tools", True)
+    rendered = f"add|{MESSAGES[0]['content']}47"
+    made = post(running, {"messages": asked, "tools": [tool], "max_tokens": 6, "temperature": 0})
+    assert made.json()["choices"][0]["message"]["content"] == direct(running, rendered, max_new_tokens=6).text
+
+    named = {"type": "function", "function": {"name": "<|im_end|>"}}
+    refused = post(running, {"messages": asked, "tools": [named], "max_tokens": 6})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "tools"
 
 
 def test_null_and_neutral_fields_pass(running: Running) -> None:
@@ -639,6 +675,20 @@ def test_the_load_client_times_tokens(running: Running) -> None:
     assert found["tokens"] == 6 * len(expected.tokens)
 
 
+def test_serve_refuses_in_a_sentence(running: Running, capsys: pytest.CaptureFixture[str]) -> None:
+    port = running.url.rsplit(":", 1)[1]
+    for words, said in (
+        (["--port", port], f"127.0.0.1 port {port} cannot be listened on"),
+        (["--host", "no.such.host.invalid"], "is no address of this machine"),
+        (["--port", "70000"], "The server has port = 70000"),
+        (["--api-key", "\u00fc"], "The API key holds"),
+        (["--prot", "1"], "Unknown option --prot: did you mean --port"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            serve_program(words)
+        assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
 def test_the_load_program(running: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     questions = tmp_path / "q.jsonl"
     questions.write_text(json.dumps({"messages": MESSAGES}) + "\n")
@@ -648,6 +698,22 @@ def test_the_load_program(running: Running, tmp_path: Path, capsys: pytest.Captu
     assert "2 users" in printed and "50/s" in printed
     runs = json.loads((tmp_path / "out" / "metrics.json").read_text())["runs"]
     assert [run["requests"] for run in runs] == [4, 4] and all(run["inter_token_ms"] for run in runs)
+
+
+def test_a_short_soak(running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The soak's clients against this server; its own run has 64 of them, for minutes."""
+    questions = tmp_path / "q.jsonl"
+    texts = ("the sum of three", "the list", "a function")
+    questions.write_text("".join(json.dumps({"messages": [{"role": "user", "content": t}]}) + "\n" for t in texts))
+    monkeypatch.setattr(soak, "asset", lambda _: questions)
+    settings_ = soak.SoakSettings(clients=6, seconds=2.0, max_tokens=24)
+    found = soak.Soak(settings_, address_of(running.url), os.getpid())
+    asyncio.run(found.run())
+    metrics = found.metrics()
+    assert metrics["compared"] > 0 and metrics["different"] == metrics["wrong"] == metrics["left_running"] == 0
+    assert metrics["did"]["undisturbed"] == metrics["compared"] and len(metrics["did"]) >= 3
+    found._check(0, Asked(status=200, text="something else"))
+    assert "another answer than alone" in found.faults()[0]
 
 
 @pytest.mark.parametrize("number", range(len(re.findall(r"^curl ", (DOCS / "serving.md").read_text(), re.MULTILINE))))

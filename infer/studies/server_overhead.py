@@ -69,15 +69,15 @@ def main(argv: list[str]) -> None:
     if min(settings.users, settings.requests, settings.max_tokens, settings.repeats) < 1:
         raise UserError("Users, requests, tokens and repeats must be 1 or more.")
     make_output(settings.output, settings.results)
-    announce(settings.dtype)
+    dtype = announce(settings.dtype)
 
-    target = load_target(settings.target, dtype=settings.dtype)
-    drafter = load_drafter(settings.drafter, target, dtype=settings.dtype)
+    target = load_target(settings.target, dtype=dtype)
+    drafter = load_drafter(settings.drafter, target, dtype=dtype)
     config = replace(
         ENGINE, slots=settings.users, policy=settings.policy, rounds_per_dispatch=settings.rounds_per_dispatch
     )
     # Port 0: a free one, so that several studies can run on one machine.
-    service = Service(target, drafter, config, ServerConfig(port=0, demo="off"))
+    service = Service(target, drafter, config, ServerConfig(port=0, demo="off"), "all")
     # Of the server's length, so that both run the same programs; without a queue, as its loop never overfills it.
     engine = Engine(target, drafter, replace(config, longest=service.longest, queue=None))
     print(engine.why)

@@ -43,7 +43,7 @@ BAD: tuple[dict[str, Any], ...] = (
     {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
     {"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "json_schema"}},
 )
-HANG_SECONDS = 120.0
+HANG_SECONDS = 300.0
 """A request without an end after so long counts as hanging."""
 
 
@@ -108,6 +108,7 @@ def served(settings: SoakSettings) -> Iterator[tuple[Address, subprocess.Popen[s
     command = program_command(
         "infer.serve", "--target", settings.target, "--drafter", settings.drafter, "--policy", settings.policy,
         "--dtype", settings.dtype, "--slots", settings.slots, "--queue", 2 * settings.clients, "--port", 0,
+        "--warm-up", "all",
     )  # fmt: skip
     with (settings.output / "server.log").open("w") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)

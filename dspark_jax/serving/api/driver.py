@@ -18,6 +18,9 @@ from dspark_jax.serving.warming import essential, programs_of
 Sink = Callable[[int, Event], None]
 """Takes (index of the request, event); called on the engine's thread, so it must not wait."""
 
+WarmUp = Literal["all", "needed", "none"]
+"""The programs that are compiled before the first request: all, or those that every request needs and the others while
+none comes, or none before one needs it."""
 Status = Literal["starting", "ready", "draining", "failed"]
 
 QUIET_SECONDS = 2.0
@@ -37,12 +40,12 @@ class EngineDriver:
         make: builds the engine; called again after one has failed.
         capacity: the most requests that may be open, in slots and waiting for one.
         pulse: counts everything that the engine makes.
-        warm_up: whether to compile all programs before the first request.
+        warm_up: the programs that are compiled before the first request.
     Raises:
         UserError: settings that no engine can run with.
     """
 
-    def __init__(self, make: Callable[[], Engine], capacity: int, pulse: Pulse, warm_up: bool = True):
+    def __init__(self, make: Callable[[], Engine], capacity: int, pulse: Pulse, warm_up: WarmUp = "needed"):
         self._make, self._capacity, self._pulse, self._warm = make, capacity, pulse, warm_up
         self._engine: Engine | None = make()
         self._sinks: dict[int, Sink] = {}
@@ -178,13 +181,13 @@ class EngineDriver:
                 self._compile(engine)
 
     def _warm_up(self) -> None:
-        """Compile what any request needs, then take requests; the other programs are compiled while none comes."""
+        """Compile the first programs, then take requests; the others are compiled while none comes."""
         engine = self._engine
-        if engine is not None and self._warm:
+        if engine is not None and self._warm != "none":
             # With a recorder the recording dispatches are among the programs.
             engine.recorder = self._rounds.record
             self._to_compile = programs_of(engine)
-            rest = len(self._to_compile) - essential(engine)
+            rest = 0 if self._warm == "all" else len(self._to_compile) - essential(engine)
             while len(self._to_compile) > rest and not self._closing.is_set():
                 self._compile(engine)
         self._ready.set()

@@ -59,6 +59,8 @@ class EngineFigures(Collector):
     def collect(self) -> Iterator[Metric]:
         """All metrics of the engine."""
         totals, pulse = self._pulse.totals, self._pulse
+        engine = self._driver.engine
+        reused = 0 if engine is None or engine.prefixes is None else engine.prefixes.reused
         for name, about, count in (
             ("dspark_prompt_tokens", "Prompt tokens of answers that have ended.", totals.prompt_tokens),
             ("dspark_generated_tokens", "New tokens.", totals.tokens),
@@ -67,12 +69,13 @@ class EngineFigures(Collector):
             ("dspark_verified_drafts", "Drafts verified.", totals.verified),
             ("dspark_accepted_drafts", "Drafts accepted.", totals.accepted),
             ("dspark_drafting_rounds", "Rounds with drafts, counted for each request.", totals.drafted),
+            ("dspark_prefix_tokens", "Prompt tokens that kept prefixes spared, by the present engine.", reused),
             ("dspark_engine_failures", "Dispatches that failed.", pulse.failures),
             ("dspark_engine_restarts", "Engines made anew after a failure.", pulse.restarts),
         ):
             yield CounterMetricFamily(name, about, value=count)
 
-        recent, engine = pulse.recent(), self._driver.engine
+        recent = pulse.recent()
         gauges = {
             "dspark_accepted_length": ("Tokens a round and request, recently.", recent["accepted_length"]),
             "dspark_verified_per_round": ("Tokens verified a round and request.", recent["verified_per_round"]),

@@ -10,7 +10,7 @@ from dspark_jax.data.chat import encode_prompt
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.errors import UserError
 from dspark_jax.serving.api.answers import Session
-from dspark_jax.serving.api.driver import EngineDriver
+from dspark_jax.serving.api.driver import EngineDriver, WarmUp
 from dspark_jax.serving.api.errors import ApiError, bad_request, busy, unavailable
 from dspark_jax.serving.api.logprobs import TokenNames
 from dspark_jax.serving.api.metrics import Metrics
@@ -36,7 +36,7 @@ class Service:
         drafter: proposes; None: plain decoding.
         engine: `longest` None: the target's context, at most `MOST_POSITIONS`; `queue` None: four times the slots.
         config: of the server.
-        warm_up: whether to compile all programs before the first request.
+        warm_up: the programs that are compiled before the first request.
         make: builds an engine of these settings; other than `Engine` in tests of failures.
     Raises:
         UserError: settings that no server or engine can run with.
@@ -48,7 +48,7 @@ class Service:
         drafter: Drafter | None,
         engine: EngineConfig,
         config: ServerConfig,
-        warm_up: bool = True,
+        warm_up: WarmUp = "needed",
         make: Callable[[Target, Drafter | None, EngineConfig], Engine] = Engine,
     ):
         if target.tokenizer is None:
