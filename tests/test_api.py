@@ -711,7 +711,7 @@ def test_a_short_soak(running: Running, tmp_path: Path, monkeypatch: pytest.Monk
     asyncio.run(found.run())
     metrics = found.metrics()
     assert metrics["compared"] > 0 and metrics["different"] == metrics["wrong"] == metrics["left_running"] == 0
-    assert metrics["did"]["undisturbed"] == metrics["compared"] and len(metrics["did"]) >= 3
+    assert metrics["did"]["undisturbed"] == metrics["compared"] and "sampled" in metrics["did"]
     found._check(0, Asked(status=200, text="something else"))
     assert "another answer than alone" in found.faults()[0]
 
