@@ -234,6 +234,19 @@ def test_the_text_is_that_of_plain_decoding(record_property: Any) -> None:
     assert parted <= 2, f"{parted} of 200 continuations differ"
 
 
+def test_penalised_texts_are_those_of_plain_decoding() -> None:
+    """Penalties and biases change the races of the target's rows, each by the tokens before it."""
+    edits = {"presence_penalty": 0.8, "frequency_penalty": 0.5, "repetition_penalty": 1.4, "logit_bias": ((3, 2.0),)}
+    free, requests = plain()[:40], asked()[:40]
+    edited = [Request(r.prompt, replace(r.sampling or SamplingParams(), **edits)) for r in requests]
+    target, drafter = pair()
+    alone = generate(target, None, edited, engine=EngineConfig(SLOTS))
+    found = generate(target, drafter, edited, engine=EngineConfig(SLOTS, policy="fixed"))
+    assert sum(a.tokens != b.tokens for a, b in zip(alone, free, strict=True)) > 20
+    assert sum(a.tokens != b.tokens for a, b in zip(alone, found, strict=True)) <= 1, "but for a near-tie"
+    assert sum(sum(g.accepted_at) for g in found) > 20
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", IN_LOOP)
 def test_the_text_is_that_of_plain_decoding_under_every_policy(name: str, record_property: Any) -> None:
