@@ -48,6 +48,8 @@ class PrefixReuseSettings:
     """MiB for kept chunks."""
     policy: PolicyName = "fixed"
     """Verify policy."""
+    rounds_per_dispatch: int = 4
+    """Rounds before the host reads tokens: the first token is seen with those of its first dispatch."""
     repeats: int = 11
     """Conversations, each answered by both engines."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -77,9 +79,12 @@ def main(argv: list[str]) -> None:
     drafter = load_drafter(settings.drafter, target, dtype=settings.dtype) if settings.drafter else None
 
     config = EngineConfig(
-        slots=1, longest=settings.tokens + settings.answer, policy=settings.policy, prefill_chunk=settings.prefill_chunk
+        slots=1,
+        longest=min(settings.tokens + settings.answer, target.config.max_positions),
+        policy=settings.policy,
+        rounds_per_dispatch=settings.rounds_per_dispatch,
+        prefill_chunk=settings.prefill_chunk,
     )
-    config = replace(config, longest=min(config.longest or 0, target.config.max_positions))
     # Without stop tokens each answer has its full length, in both engines.
     sampling = SamplingParams(settings.answer, stop_tokens=())
     whole = Engine(target, drafter, config, sampling)
@@ -148,3 +153,7 @@ def report(settings: PrefixReuseSettings, pairs: list[tuple[Turn, Turn]]) -> Non
         raise UserError(
             "Answers with a kept prefix differ from those of whole prefills; that is a fault of the engine."
         )
+
+
+if __name__ == "__main__":
+    main()
