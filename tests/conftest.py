@@ -54,6 +54,7 @@ LONG_FILES = (
     "test_evaluation",
     "test_evaluate",
     "test_overload",
+    "test_prefix_reuse",
     "test_page",
     "test_api",
     "test_auto_policy",
