@@ -106,6 +106,13 @@ def test_each_row_counts_the_tokens_before_it() -> None:
     np.testing.assert_array_equal(made[5], logits[5]), "a request without edits keeps its logits bit for bit"
     assert penalties.wanted.tolist() == [True] * 5 + [False]
 
+    edits = LogitEdits(penalties, jnp.ones(6, bool), *map(jnp.asarray, (tokens, lengths, block)))
+    huge = np.where(logits > 0, 3e38, -3e38).astype(np.float32)
+    huge[:, :, 11] = -np.inf  # an id that pads the vocabulary
+    assert (
+        np.isfinite(edits(jnp.asarray(huge))[:, :, :11]).all() and np.isneginf(edits(jnp.asarray(huge))[..., 11]).all()
+    )
+
 
 @pytest.mark.parametrize("speculative", [True, False])
 def test_greedy_answers_follow_the_edited_logits(speculative: bool) -> None:

@@ -99,9 +99,12 @@ class LogitEdits(NamedTuple):
             drafts = jnp.einsum("rij,rjv->riv", self.seen.astype(drafts.dtype), drafts)
         output, seen = output[:, None] + drafts, seen[:, None] + drafts
 
+        finite, most = jnp.isfinite(logits), jnp.finfo(jnp.float32).max
+
         # Adding 0, dividing by 1 and subtracting 0 change no bit of a finite logit, nor of -inf.
         logits = logits + blank.at[slots, penalties.bias_tokens].add(penalties.bias)[:, None]
         scaled = jnp.where(logits > 0, logits / repetition, logits * repetition)
         logits = jnp.where(seen > 0, scaled, logits)
         logits = logits - frequency * output - presence * (output > 0)
-        return logits.reshape(shape)
+        # Huge logits may overflow; a row that had a law keeps one (docs/algorithm.md, rule 105).
+        return jnp.where(finite, jnp.clip(logits, -most, most), logits).reshape(shape)
