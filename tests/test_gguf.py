@@ -16,6 +16,7 @@ from gguf.quants import dequantize, quantize
 from safetensors.numpy import load_file, save_file
 
 from dspark_jax.checkpoints.gguf import _LAYER, _OUTER, converted_folder, gguf_file
+from dspark_jax.checkpoints.gguf_tokenizer import write_tokenizer
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.checkpoints.target_tables import describe_target
 from dspark_jax.data.tokenizers import load_tokenizer
@@ -247,6 +248,29 @@ def test_headers_that_never_end_are_one_sentence(tmp_path: Path, case: str) -> N
     with pytest.raises(UserError, match=r"is no whole GGUF file \(.* announce.*\); copy it again"):
         load_target(file)
     assert time.monotonic() - began < 20
+
+
+def test_a_damaged_tokenizer_is_one_sentence(tmp_path: Path) -> None:
+    """Its own fields, each of another kind in turn, in a whole file."""
+    file = write_gguf(write_tiny_target(tmp_path / "folder"), tmp_path / "model.gguf")
+    fields = {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()}
+    tokens = fields["tokenizer.ggml.tokens"]
+    damages: list[dict[str, Any]] = [
+        {"merges": ["Ġ t", "no-space"]},
+        {"merges": ["Ġ nowhere"]},
+        {"merges": 7},
+        {"tokens": [*tokens[:-1], 3]},
+        {"token_type": [1] * (len(tokens) - 1)},
+        {"eos_token_id": len(tokens)},
+        {"eos_token_id": [1]},
+        {"eot_token_id": -1},
+        {"pre": 5},
+    ]
+    for damage in damages:
+        wrong = {f"tokenizer.ggml.{name}": value for name, value in damage.items()}
+        with pytest.raises(UserError, match="model.gguf") as refused:
+            write_tokenizer(tmp_path, file, fields | wrong)
+        assert "\n" not in str(refused.value)
 
 
 def test_foreign_files_are_one_sentence(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from dspark_jax.checkpoints.tensors import write_json
 from dspark_jax.errors import UserError
+from dspark_jax.readers import Check, Schema, check_fields, integer, list_of, text
 
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
 """`tokenizer.ggml.token_type`: special, always kept whole, an unused place in the table."""
@@ -25,6 +26,18 @@ _PATTERNS = {
     "llama3": _WORDS.replace(r"|\p{N}|", r"|\p{N}{1,3}|"),
 }
 _PLAIN = ("gpt-2", "default")
+# transformers' name of a special token -> GGUF's.
+_NAMED = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown", "mask": "mask"}
+_MERGE = Check("two words with a space between", lambda value: isinstance(value, str) and " " in value)
+_FIELDS: Schema = {
+    "tokenizer.ggml.tokens": list_of(text(), least=1),
+    "tokenizer.ggml.token_type": list_of(integer()),
+    "tokenizer.ggml.merges": list_of(
+        Check("two words with a space between", lambda v: isinstance(v, str) and " " in v)
+    ),
+    "tokenizer.ggml.pre": text(),
+    "tokenizer.chat_template": text(),
+}
 
 
 def write_tokenizer(folder: Path, file: Path, fields: Mapping[str, Any]) -> None:
@@ -36,7 +49,7 @@ def write_tokenizer(folder: Path, file: Path, fields: Mapping[str, Any]) -> None
         fields: its metadata.
 
     Raises:
-        UserError: the tokenizer is not byte-level BPE, or its pre-tokenisation is not supported.
+        UserError: the tokenizer is damaged, is not byte-level BPE, or its pre-tokenisation is not supported.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
@@ -47,6 +60,7 @@ def write_tokenizer(folder: Path, file: Path, fields: Mapping[str, Any]) -> None
             "model as a Hugging Face folder."
         )
 
+    _check(file, fields)
     tokens, types = fields["tokenizer.ggml.tokens"], fields.get("tokenizer.ggml.token_type")
     # Without types every token is an ordinary word.
     types = types or [1] * len(tokens)
@@ -58,7 +72,11 @@ def write_tokenizer(folder: Path, file: Path, fields: Mapping[str, Any]) -> None
     vocabulary = {token: i for i, (token, of) in enumerate(zip(tokens, types, strict=True)) if of != UNUSED}
 
     # Llama 3's table has words that no sequence of merges produces.
-    model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in ("llama-bpe", "llama3"))
+    try:
+        model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in ("llama-bpe", "llama3"))
+    except Exception as error:  # the tokenizers library raises no narrower type
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{file} holds tokens and merges that do not fit ({reason}); copy it again.") from None
     made = Tokenizer(model)
 
     # Qwen2's tokenizer normalises; the metadata does not say so.
@@ -74,6 +92,19 @@ def write_tokenizer(folder: Path, file: Path, fields: Mapping[str, Any]) -> None
 
     made.save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", _tokenizer_config(fields, tokens))
+
+
+def _check(file: Path, fields: Mapping[str, Any]) -> None:
+    """UserError for fields of another type or length, and for special tokens that the table does not have."""
+    check_fields(fields, _FIELDS, str(file), required=("tokenizer.ggml.tokens",))
+    count = len(fields["tokenizer.ggml.tokens"])
+    if (types := fields.get("tokenizer.ggml.token_type")) and len(types) != count:
+        raise UserError(
+            f"{file} gives {len(types):,} types for {count:,} tokens; expected one for each; copy it again."
+        )
+
+    named = {f"tokenizer.ggml.{key}_token_id": integer(0, count - 1) for key in (*_NAMED.values(), "eot")}
+    check_fields(fields, named, str(file))
 
 
 def _pre_tokenizer(file: Path, pre: str) -> Any:
@@ -108,9 +139,9 @@ def _tokenizer_config(fields: Mapping[str, Any], tokens: list[str]) -> dict[str,
     }
 
     # transformers wants the text of a special token where GGUF has its id.
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown"), ("mask", "mask")):
+    for name, key in _NAMED.items():
         if (token := fields.get(f"tokenizer.ggml.{key}_token_id")) is not None:
-            config[f"{name}_token"] = tokens[int(token)]
+            config[f"{name}_token"] = tokens[token]
 
     if template := fields.get("tokenizer.chat_template"):
         config["chat_template"] = template
