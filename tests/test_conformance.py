@@ -6,6 +6,7 @@ the shifted convention, as a trainer with that bug would have.
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from dspark_jax.evaluation.conformance import (
     edges,
     readings,
 )
+from dspark_jax.serving.generate import generate
 from infer.conformance import main
 from tests.broken_drafters import Material, material, retrain
 from tests.drafters_tiny import tiny_drafter, write_pair
@@ -37,6 +39,22 @@ SETTINGS = ["--target", TARGET, "--dtype", "float32", "--limit", "72", "--max-ne
 @pytest.fixture(scope="module")
 def given() -> Material:
     return material(TARGET, DRAFTER)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def answers_once() -> Iterator[None]:
+    """The target's own answers do not depend on the drafter that is read: made in the first run, they serve all."""
+    made: dict[Any, Any] = {}
+
+    def once(target: Any, drafter: None, requests: list[Any], *how: Any) -> Any:
+        key = target.folder, tuple(requests), how
+        if key not in made:
+            made[key] = generate(target, drafter, requests, *how)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("infer.conformance.generate", once)
+        yield
 
 
 def run(drafter: str | Path, output: Path) -> tuple[int, dict[str, Any]]:

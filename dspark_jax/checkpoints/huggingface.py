@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -319,8 +320,10 @@ def count_known_tokens(tokenizer: Any, config: TargetConfig, name: str) -> int |
     return known
 
 
+@lru_cache(maxsize=16)
 def target_skeleton(config: TargetConfig) -> nnx.Module:
-    """The target's module with shapes instead of arrays: nothing is allocated."""
+    """The target's module with shapes instead of arrays: nothing is allocated. Shared by equal configurations, so it is
+    only read."""
     return nnx.eval_shape(lambda: target_module(config, rngs=nnx.Rngs(0)))
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -202,9 +203,15 @@ class Drafter:
 
 
 def skeleton(hf_config: Mapping[str, Any]) -> nnx.Module:
-    """The module with shapes instead of arrays: for shardings, checkpoints and lowering."""
-    config, kind = read_config(hf_config), kind_of(hf_config)
-    return nnx.eval_shape(lambda: kind.module(config, rngs=nnx.Rngs(0)))
+    """The module with shapes instead of arrays: for shardings, checkpoints and lowering. Shared by equal
+    configurations, so it is only read."""
+    return _skeleton(kind_of(hf_config).module, read_config(hf_config))
+
+
+@lru_cache(maxsize=16)
+def _skeleton(module: Any, config: DrafterConfig) -> nnx.Module:
+    # A run asks for its drafter's five times and more, and each trace builds the whole module.
+    return nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0)))
 
 
 def new_params(hf_config: Mapping[str, Any], key: jax.Array) -> dict:

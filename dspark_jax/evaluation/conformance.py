@@ -146,13 +146,15 @@ class Probe:
         # The other anchor convention is another structure over the same weights; every other reading moves inputs
         # alone.
         declared = self.drafter.config.block_size
+        # Traced, so that readings which differ in it alone share a program.
+        position = jnp.int32(reading.position)
         if isinstance(self.drafter.config, DSparkConfig):
             graph = _graph(self.drafter, self.drafter.config, reading)
-            found = _block_overlap(graph, reading.position, self.drafter.params, self.shared, features, hidden, tokens,
+            found = _block_overlap(graph, position, self.drafter.params, self.shared, features, hidden, tokens,
                                    anchors)  # fmt: skip
             shift = 0
         else:
-            found = _step_overlap(self.drafter.graphdef, reading.slot, reading.position, self.drafter.params,
+            found = _step_overlap(self.drafter.graphdef, reading.slot, position, self.drafter.params,
                                   self.shared, features, hidden, tokens, anchors)  # fmt: skip
             shift = reading.slot
 
@@ -189,9 +191,9 @@ def _run_target(graph: nnx.GraphDef, layers: tuple[int, ...], params: dict, toke
     return out.hidden, jnp.moveaxis(out.taps.reshape(*tokens.shape, len(layers), -1), 2, 0)
 
 
-@partial(jax.jit, static_argnames=("graph", "position"))
+@partial(jax.jit, static_argnames="graph")
 def _block_overlap(
-    graph: nnx.GraphDef, position: int, params: dict, shared: SharedTables, features: Array, hidden: Array,
+    graph: nnx.GraphDef, position: Int[Array, ""], params: dict, shared: SharedTables, features: Array, hidden: Array,
     tokens: Array, anchors: Array,
 ) -> Float[Array, "s n k"]:  # fmt: skip
     """Overlap for block drafters. Context keys are rotated to positions lower by `position`: a block higher by as
@@ -207,10 +209,10 @@ def _block_overlap(
     return jnp.moveaxis(jax.lax.map(at, anchors.T), 0, 1)
 
 
-@partial(jax.jit, static_argnames=("graph", "slot", "position"))
+@partial(jax.jit, static_argnames=("graph", "slot"))
 def _step_overlap(
-    graph: nnx.GraphDef, slot: int, position: int, params: dict, shared: SharedTables, features: Array, hidden: Array,
-    tokens: Array, anchors: Array,
+    graph: nnx.GraphDef, slot: int, position: Int[Array, ""], params: dict, shared: SharedTables, features: Array,
+    hidden: Array, tokens: Array, anchors: Array,
 ) -> Float[Array, "s n k"]:  # fmt: skip
     """Overlap for any drafter, through the protocol alone: prefilled up to each anchor, then drafted."""
     model = nnx.merge(graph, params)
