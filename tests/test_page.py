@@ -110,6 +110,32 @@ def test_rejected_drafts_show_on_focus_and_by_the_arrow_keys(page: Browser, runn
 
 
 @pytest.mark.subprocesses
+def test_tokens_find_their_rounds_when_text_was_held_back(page: Browser) -> None:
+    """Rounds come ahead of tokens whose text may become a stop string; a stop cuts the last round short; a request that
+    was resumed has a token of a prompt's pass in the middle."""
+    found = page.driver.execute_async_script("""
+        const done = arguments[0];
+        const own = { position: null }, draft = (position) => ({ position });
+        const round = (accepted, length) => ({
+            accepted_length: length, drafted: [0, 1, 2].map((k) => ({ accepted: k < accepted, verified: true })),
+        });
+        import("/rounds.js").then(({ Transcript }) => {
+            const transcript = new Transcript();
+            const chunks = [
+                { tokens: [own], rounds: [round(2, 3)] },
+                { tokens: [draft(1), draft(2)], rounds: [] },
+                { tokens: [own, own], rounds: [round(1, 2), round(3, 4)] },
+                { tokens: [draft(1), own, draft(1)], rounds: [] },
+            ];
+            const complete = chunks.map((chunk) => transcript.add(chunk).map((g) => [g.round, g.tokens.length]));
+            done([...complete, transcript.finish().map((g) => [g.round, g.tokens.length])]);
+        });
+    """)
+    # By chunk, the groups that it completes: [round, tokens].
+    assert found == [[[None, 1]], [], [[1, 3], [None, 1]], [[2, 2]], [[3, 1]]]
+
+
+@pytest.mark.subprocesses
 def test_what_is_said_is_never_html(page: Browser) -> None:
     words = "<img src=x onerror=alert(1)><b>bold</b>"
     ask(page, words, "4")

@@ -100,7 +100,11 @@ async function answer(body, turn) {
     reason = error.name === "AbortError" ? "stopped" : "error";
     // What has been said stays part of the conversation, unless nothing has.
     if (text) turns = [...body.messages, { role: "assistant", content: text }];
-    if (reason === "error") complain(error);
+    if (reason === "error") {
+      complain(error);
+      // To be sent again, unless the next question is being written already.
+      if (!text && !byId("question").value) byId("question").value = body.messages.at(-1).content;
+    }
   }
   close(turn, reason);
 }
