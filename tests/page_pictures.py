@@ -17,13 +17,13 @@ QUESTION = (
     "Henry has 48 shirts and sells half of them. Then Henry loses 3 and buys 14 more. How many shirts does Henry have?"
 )
 WIDE, PHONE = (1240, 940), (400, 860)
-# Opens the card of the round with the most accepted drafts among those in which one was rejected.
+# Opens the card of the last round with the most accepted drafts among those in which one was rejected.
 TELLING = """
     const rounds = [...document.querySelectorAll(".answer .round")];
     const drafts = (round) => round.querySelectorAll("[data-position]").length;
     const tells = (round) => drafts(round) + 9 * Boolean(round.querySelector(".corrected"));
     window.scrollTo(0, 0); // typing has scrolled to the field
-    rounds.reduce((best, round) => (tells(round) > tells(best) ? round : best)).focus({ preventScroll: true });
+    rounds.reduce((best, round) => (tells(round) >= tells(best) ? round : best)).focus({ preventScroll: true });
 """
 
 
@@ -45,9 +45,9 @@ def main() -> None:
             browser.wait(lambda page: page.find("#engine-policy").is_displayed(), "the page has not met its engine")
             VIEWS[view](browser, settings)
             take_all(browser, settings.output, view)
-        browser.driver.get(f"{settings.server}/#/load")
-        browser.click("#users-stop")
-        time.sleep(1.0)
+            if view == "load":
+                browser.run("document.getElementById('users-stop').click()")
+                time.sleep(2.0)
 
 
 def chat(browser: Browser, settings: argparse.Namespace) -> None:
@@ -89,13 +89,20 @@ def take_all(browser: Browser, folder: Path, view: str) -> None:
 
 def small(png: bytes) -> bytes:
     """A picture with its 256 most frequent colours, half its size: areas keep their colours exactly."""
+    import numpy as np
     from PIL import Image
 
-    picture, out = Image.open(io.BytesIO(png)).convert("RGB"), io.BytesIO()
-    frequent = sorted(picture.getcolors(1 << 24) or [], reverse=True)[:256]
-    palette = Image.new("P", (1, 1))
-    palette.putpalette([part for _, colour in frequent for part in colour])  # type: ignore[misc]
-    picture.quantize(palette=palette, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+    colours, place, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_inverse=True, return_counts=True)
+    palette = colours[np.argsort(-counts)[:256]]
+
+    # Edges of letters, the rest, take the nearest of them. [colours, 256]
+    distance = ((colours[:, None].astype(np.int32) - palette[None]) ** 2).sum(-1)
+    picture = Image.fromarray(distance.argmin(1)[place].reshape(pixels.shape[:2]).astype(np.uint8), "P")
+    picture.putpalette(palette.tobytes())
+
+    out = io.BytesIO()
+    picture.save(out, "PNG", optimize=True)
     return out.getvalue()
 
 
