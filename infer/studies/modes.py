@@ -3,12 +3,13 @@
     python -m infer.studies.modes
     python -m infer.studies.modes --target .cache/real_target --drafter assets/smollm2_135m_drafter --prompts q.jsonl
 
-At each temperature, rejection, block and coupled verification decode the same prompts in alternating runs, whole blocks
-or what --policy names; figures are medians, prefill included. Coupled texts are compared with those of plain decoding
-in mode "coupled", and near-ties are counted apart. Without --prompts the held-out prompts of the embedded corpora are
-used. Writes docs/results/next_drafters.json.
+At each temperature, rejection, block and coupled verification (of chains, and of trees) decode the same prompts in
+alternating runs under each of --policies; figures are medians, prefill included, by the clock of --clock. Coupled texts
+are compared with those of plain decoding in mode "coupled", and near-ties are counted apart. Without --prompts the
+held-out prompts of the embedded corpora are used. Writes docs/results/next_drafters.json.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -54,6 +55,8 @@ class ModesSettings:
     """Above 0: at 0 the modes are one."""
     policies: tuple[PolicyName, ...] = ("fixed",)
     """Verify policies; retrospective is measured in coupled mode alone."""
+    trees: tuple[int, ...] = (16,)
+    """Nodes of draft trees, measured in coupled mode."""
     repeats: int = 3
     """Alternating runs at each temperature."""
     slots: int = 1
@@ -62,6 +65,8 @@ class ModesSettings:
     """Longest answer."""
     seed: int = 0
     """Seed of the first prompt; the others follow."""
+    clock: Literal["wall", "cpu"] = "wall"
+    """Seconds that count. cpu: those of this process on all cores, for a machine that is shared."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of weights and activations."""
     result: Path = Path("docs/results/next_drafters.json")
@@ -78,7 +83,7 @@ class ModesSettings:
 @program
 def main(argv: list[str]) -> None:
     settings = parse(ModesSettings, argv, description=__doc__)
-    make_output(settings.result)
+    make_output(settings.result.parent, settings.result)
     announce(settings.dtype)
     target = load_target(settings.target, dtype=settings.dtype)
     drafter = load_drafter(settings.drafter, target, dtype=settings.dtype)
@@ -130,8 +135,12 @@ def at_temperature(
         for mode in ("coupled",) if policy == "retrospective" else get_args(Mode):
             how = settings.sampling(temperature, mode), replace(engine, policy=policy)
             ways[f"{mode}, {policy}"] = Decoder(target, drafter, *how)
+    for nodes in settings.trees:
+        how = settings.sampling(temperature, "coupled"), replace(engine, policy="fixed", tree=nodes)
+        ways[f"coupled, tree {nodes}"] = Decoder(target, drafter, *how)
 
-    runs = alternate({name: partial(decode, prompts) for name, decode in ways.items()}, settings.repeats)
+    clocked = {name: partial(timed_by, settings.clock, decode, prompts) for name, decode in ways.items()}
+    runs = alternate(clocked, settings.repeats)
     rows = {name: figures(found, runs.get(_rejection(name))) for name, found in runs.items()}
 
     requests = seeded(prompts, settings.sampling(temperature, "coupled"))
@@ -146,11 +155,18 @@ def at_temperature(
     return rows
 
 
+def timed_by(clock: str, decode: Decoder, prompts: Sequence[EncodedPrompt]) -> Timed:
+    """One pass of a decoder, with the seconds of the clock that was asked for."""
+    started = time.process_time()
+    run = decode(prompts)
+    return run if clock == "wall" else replace(run, seconds=time.process_time() - started)
+
+
 def _rejection(name: str) -> str:
-    """The way that this one is compared with: rejection under the same policy, or under look-ahead, which is the best
-    that rejection has, where it has none of the name."""
+    """The way that this one is compared with: rejection under the same policy; for trees whole chains, and look-ahead
+    for the policy that rejection does not have."""
     policy = name.split(", ")[1]
-    return f"rejection, {'look-ahead' if policy == 'retrospective' else policy}"
+    return f"rejection, {'fixed' if policy.startswith('tree') else policy.replace('retrospective', 'look-ahead')}"
 
 
 def figures(runs: Sequence[Timed], rejection: Sequence[Timed] | None) -> dict[str, Any]:
@@ -175,13 +191,13 @@ def figures(runs: Sequence[Timed], rejection: Sequence[Timed] | None) -> dict[st
 def summary(settings: ModesSettings, made: dict[str, Any], prompts: int) -> dict[str, Any]:
     """The contents of the result file: `tau_t1` by name, and all figures by temperature."""
     policy = settings.policies[0]
-    names: dict[str, str] = {"rejection": "dspark", "block": "dspark_block", "coupled": "dspark_coupled"}
+    modes = {"rejection": "dspark", "block": "dspark_block", "coupled": "dspark_coupled"}
+    names = {f"{mode}, {policy}": name for mode, name in modes.items()}
+    names |= {f"coupled, tree {nodes}": f"tree_{nodes}_coupled" for nodes in settings.trees}
     at_one = made.get("t1", {})
     return {
         # Under the names that result files of other drafters use, at the first policy.
-        "tau_t1": {
-            name: at_one[f"{mode}, {policy}"]["tau"] for mode, name in names.items() if f"{mode}, {policy}" in at_one
-        },
+        "tau_t1": {name: at_one[way]["tau"] for way, name in names.items() if way in at_one},
         "modes": made,
         "prompts": prompts,
         "target": settings.target,
@@ -189,6 +205,7 @@ def summary(settings: ModesSettings, made: dict[str, Any], prompts: int) -> dict
         "slots": settings.slots,
         "max_new_tokens": settings.max_new_tokens,
         "repeats": settings.repeats,
+        "clock": settings.clock,
         "dtype": settings.dtype,
         "machine": machine(),
     }
