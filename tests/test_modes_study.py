@@ -24,7 +24,8 @@ MADE = {
 
 
 def generation(index: int, committed: int) -> Generation:
-    return Generation(index, (1, 2), tuple(range(20)), "", "length", 10, committed, (10, 10), (committed - 10, 0))
+    accepted = (committed - 10, 0)
+    return Generation(index, (1, 2), tuple(range(20)), "", "length", 10, committed, (10, 10), accepted, (10, 10))
 
 
 def made(decoders: Mapping[str, Any], times: int) -> dict[str, list[Timed]]:
