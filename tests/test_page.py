@@ -219,6 +219,14 @@ def test_it_fits_a_phone_and_follows_the_theme(page: Browser) -> None:
     page.run("localStorage.clear()")
 
 
+@pytest.mark.subprocesses
+def test_its_files_are_never_older_than_the_server(running: Running) -> None:
+    first = httpx.get(f"{running.url}/main.js")
+    assert first.headers["cache-control"] == "no-cache" and first.headers["content-type"].startswith("text/javascript")
+    again = httpx.get(f"{running.url}/main.js", headers={"If-None-Match": first.headers["etag"]})
+    assert again.status_code == 304 and again.headers["cache-control"] == "no-cache"
+
+
 def test_colours_can_be_read() -> None:
     """WCAG AA: 4.5 to 1 for text, on every ground that it stands on, light and dark; 3 to 1 for borders of controls."""
     colours = {

@@ -57,7 +57,7 @@ def make_app(service: Service, on_ready: Callable[[], None] = lambda: None) -> S
         Route("/metrics", api.metrics),
         # Mounted: another method on an address of the API is then refused, and not sought among the page's files.
         Mount("/v1", routes=v1),
-        Mount("/", StaticFiles(directory=PAGE, html=True)),
+        Mount("/", PageFiles(directory=PAGE, html=True)),
     ]
     return Starlette(
         routes=routes,
@@ -65,6 +65,16 @@ def make_app(service: Service, on_ready: Callable[[], None] = lambda: None) -> S
         exception_handlers={ApiError: _refused, HTTPException: _unrouted, ClientDisconnect: _gone},
         lifespan=api.lifespan,
     )
+
+
+class PageFiles(StaticFiles):
+    """The page's files. Browsers ask each time whether they have changed: versions must not mix."""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        """The file, or 304 where the browser has it already."""
+        response = super().file_response(*args, **kwargs)
+        response.headers["Cache-Control"] = "no-cache"
+        return response
 
 
 class Api:
