@@ -59,7 +59,8 @@ def check_load(folder: Path) -> None:
 
 def check_generate(folder: Path) -> None:
     requests = [
-        Request(p, SamplingParams(12, float(i % 2), seed=i)) for i, p in enumerate(prompts(5, SHAPES["vocab_size"]))
+        Request(p, SamplingParams(12, float(i % 2), seed=i, repetition_penalty=1.0 + i % 3 / 4, logprobs=i))
+        for i, p in enumerate(prompts(5, SHAPES["vocab_size"]))
     ]
     # Of one shape wherever it is used: compiling is what takes time here.
     config = EngineConfig(8, 40, "fixed", rounds_per_dispatch=2)
@@ -71,6 +72,8 @@ def check_generate(folder: Path) -> None:
         drafter = load_drafter(folder / "drafter", target, mesh=mesh, rules=rules)
         found = generate(target, drafter, requests, engine=config)
         assert [g.tokens for g in found] == [g.tokens for g in expected]
+        noted, alone = ([[n.logprob for n in g.logprobs] for g in made] for made in (found, expected))
+        np.testing.assert_allclose(noted, alone, atol=1e-4)
         engine = Engine(target, drafter, config)
         engine.submit(0, requests[0])
         engine.step()
