@@ -259,15 +259,16 @@ def tried(kind: str, policy: str, batches: int, mode: str = "rejection") -> dict
 
 
 def control(kind: str, batches: int) -> dict[str, float]:
-    """p by damage under the old comparison."""
+    """p by damage under the old comparison; without "late" for a drafter of one draft a round, which has none."""
     loop, params = loop_of(kind, Fixed())
     law = exact_law(pair(kind)[0])
     found = p_values(replace(loop, verifier=Independent(OldComparison())), params, law, ["fixed"], batches)["fixed"]
-    return {damage: p for damage, (p, _) in found.items()}
+    return {damage: p for damage, (p, _) in found.items() if damage != "late" or loop.block > 1}
 
 
 def control_is_rejected(values: Mapping[str, float]) -> bool:
-    return max(values[name] for name in NO_LAW) < 1e-9 and min(values[n] for n in values if n not in NO_LAW) > 1e-4
+    lawless = [p for name, p in values.items() if name in NO_LAW]
+    return max(lawless) < 1e-9 and min(p for name, p in values.items() if name not in NO_LAW) > 1e-4
 
 
 def main() -> int:
