@@ -22,7 +22,7 @@ import numpy as np
 
 from dspark_jax.decoding.acceptance import Acceptance, BlockVerification, RejectionSampling
 from dspark_jax.decoding.dispatch import run_rounds
-from dspark_jax.decoding.judging import borrowed_tables
+from dspark_jax.decoding.loop import borrowed_tables
 from dspark_jax.decoding.prefill import admit
 from dspark_jax.decoding.round import DecodeLoop, LoopParams
 from dspark_jax.decoding.state import Admission, DecodeState

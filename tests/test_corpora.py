@@ -18,7 +18,8 @@ from dspark_jax.datagen.corpora.stdlib import definitions, split_of
 from dspark_jax.errors import UserError
 from train.embedded import report as embedded_report
 from train.embedded.packing import Encoder, batches, mixture
-from train.embedded.target import History, Recipe, Run, export, train
+from train.embedded.recipe import Progress, Recipe, learning_rate
+from train.embedded.target import History, Run, export, train
 from train.embedded.tokenizer import MASK, SPECIAL, VOCABULARY, learn_tokenizer, save_tokenizer
 
 LIMIT = 400
@@ -222,7 +223,6 @@ def test_a_killed_run_continues_bit_for_bit_and_its_folder_loads(
 def _train_steps(run: Run, steps: int) -> None:
     """Trains as `train` does and saves after `steps`, as a run that is killed right after a checkpoint leaves it."""
     from train.embedded.optimizer import make_optimizer, make_step
-    from train.embedded.target import Progress, learning_rate
 
     step = make_step(run.graphdef, make_optimizer(run.recipe.weight_decay))
     for rows in islice(run.data(), steps):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from dspark_jax.decoding.judging import borrowed_tables
+from dspark_jax.decoding.loop import borrowed_tables
 from dspark_jax.decoding.round import DecodeLoop, LoopParams, RoundPlan
 from dspark_jax.decoding.state import DecodeState, RoundRecord
 from dspark_jax.decoding.verification import zeros_of

@@ -3,24 +3,21 @@
 Axes: R request slots, K drafts of a chain or levels of a tree, W rows that are verified, V vocab.
 """
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from dspark_jax.decoding.penalties import LogitEdits
+from dspark_jax.decoding.loop import LoopSettings, anchors_of, borrowed_tables, draws_of
 from dspark_jax.decoding.soundness import finite_logits, sound_rows
 from dspark_jax.decoding.state import DecodeState
 from dspark_jax.decoding.trees import walk
 from dspark_jax.decoding.verification import VerifyOutput, verify
-from dspark_jax.decoding.verifiers import Coupled, Draws
-from dspark_jax.drafters.protocol import DrafterModel, SharedTables
+from dspark_jax.decoding.verifiers import Coupled
+from dspark_jax.drafters.protocol import DrafterModel
 from dspark_jax.scheduling.policies import PolicyState, RoundView
 from dspark_jax.targets.attention import TreeRows
 from dspark_jax.targets.decoder import TargetModel
-
-if TYPE_CHECKING:
-    from dspark_jax.decoding.round import DecodeLoop
 
 
 class Verdict(NamedTuple):
@@ -44,7 +41,7 @@ class Judged(NamedTuple):
 
 
 def judge_chain(
-    loop: "DecodeLoop",
+    loop: LoopSettings,
     target: TargetModel,
     drafter: DrafterModel,
     state: DecodeState,
@@ -73,7 +70,7 @@ def judge_chain(
 
 
 def judge_tree(
-    loop: "DecodeLoop", target: TargetModel, drafter: Any, state: DecodeState, view: RoundView, policy: PolicyState
+    loop: LoopSettings, target: TargetModel, drafter: Any, state: DecodeState, view: RoundView, policy: PolicyState
 ) -> Judged:
     """A tree below each anchor, verified down to the depth that the policy chooses; the accepted path is the block."""
     verifier, shape = loop.verifier, loop.tree
@@ -99,25 +96,3 @@ def judge_tree(
 
     verdict = Verdict(path.along(tree.tokens), lengths, path.accepted, path.next_token, path.failed)
     return Judged(verdict, path.rows(verified), bucket, view, policy)
-
-
-def borrowed_tables(target: TargetModel) -> SharedTables:
-    """The target's embedding and head, which drafters share instead of holding copies (docs/algorithm.md, rule 18)."""
-    return SharedTables.of(target.config, target.embed_weight_vd[...], target.head_weight())
-
-
-def anchors_of(state: DecodeState) -> tuple[Array, Array]:
-    """(positions, tokens) [R] of the last committed tokens."""
-    starts = state.length - 1
-    return starts, jnp.take_along_axis(state.tokens, starts[:, None], axis=1)[:, 0]
-
-
-def draws_of(
-    state: DecodeState, block: Int[Array, "r w"] | None = None, seen: Bool[Array, "r w w"] | None = None
-) -> Draws:
-    """The source of a round's draws. With a block: also the edits of its rows, where row i counts the block's tokens up
-    to its own, or those of the rows that it has `seen`."""
-    edits = None
-    if block is not None:
-        edits = LogitEdits(state.penalties, state.active, state.tokens, state.length, block, seen)
-    return Draws(state.keys, state.length - 1, state.sampling, edits)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from dspark_jax.decoding.judging import borrowed_tables
+from dspark_jax.decoding.loop import borrowed_tables
 from dspark_jax.decoding.penalties import LogitEdits
 from dspark_jax.decoding.round import DecodeLoop, LoopParams
 from dspark_jax.decoding.soundness import finite_or_zero, sound_rows

@@ -7,29 +7,27 @@ Axes: R request slots, K drafts of a block, W = K + 1 rows of a block (anchor an
 m tapped layers, D hidden.
 """
 
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from typing import Any, NamedTuple
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from dspark_jax.decoding.acceptance import first_stop
-from dspark_jax.decoding.judging import Verdict, anchors_of, borrowed_tables, draws_of, judge_chain, judge_tree
+from dspark_jax.decoding.judging import Verdict, judge_chain, judge_tree
 from dspark_jax.decoding.logprobs import Logprobs
+from dspark_jax.decoding.loop import LoopSettings, anchors_of, borrowed_tables, draws_of
 from dspark_jax.decoding.penalties import Penalties
 from dspark_jax.decoding.sampling import SamplingArrays
 from dspark_jax.decoding.soundness import finite_or_zero, sound_rows
 from dspark_jax.decoding.state import DecodeState, RoundCounters, RoundRecord, empty_counters, spread
-from dspark_jax.decoding.verification import VerifyOutput, verify
-from dspark_jax.decoding.verifiers import Independent, Verifier, check_pair
-from dspark_jax.drafters.protocol import DrafterModel, DraftOutput
-from dspark_jax.drafters.trees import TreeShape
+from dspark_jax.decoding.verification import VerifyOutput
+from dspark_jax.drafters.protocol import DrafterModel
 from dspark_jax.scheduling.costs import Occupancy, ScheduleTables, idle_costs
-from dspark_jax.scheduling.policies import Fixed, PolicyState, RoundView, VerifyPolicy
+from dspark_jax.scheduling.policies import PolicyState, RoundView
 from dspark_jax.targets.decoder import TargetModel
 
 
@@ -55,58 +53,8 @@ class RoundPlan(NamedTuple):
     policy: PolicyState  # the policy's state after choosing
 
 
-@dataclass(frozen=True)
-class DecodeLoop:
-    """Static part of the loop; hashable, so it is a jit-static argument and equal loops share compiled programs.
-
-    Attributes:
-        target, drafter: graph definitions; the weights are arguments. No drafter: K = 0 and plain rounds.
-        requests, size, block: R, S and K.
-        tap_layers: target layers whose outputs the drafter reads.
-        buckets: token counts that the verify pass is compiled for, ascending, the last one with a row for every draft.
-        stop_slots: stop tokens that a request may have.
-        bias_slots: tokens that a request may bias.
-        top_logprobs: most probable tokens kept for requests that want log-probabilities.
-        policy: chooses which requests draft and how many drafts are verified.
-        verifier: draws the drafts and decides which of them are accepted; of all requests, because which policies are
-            exact depends on it. UserError if `policy` is not.
-        words: ids below this one can be decoded; the rest of V is padding of the target's tables (docs/algorithm.md,
-            rule 106). None: all of V.
-        tree: shape of the draft trees; None: chains.
-        mesh: devices that the parameters, and the slots, are spread over; None: one device.
-    """
-
-    target: nnx.GraphDef
-    drafter: nnx.GraphDef | None
-    requests: int
-    size: int
-    block: int
-    tap_layers: tuple[int, ...]
-    buckets: tuple[int, ...]
-    stop_slots: int
-    bias_slots: int
-    top_logprobs: int
-    policy: VerifyPolicy = Fixed()
-    verifier: Verifier = Independent()
-    tree: TreeShape | None = None
-    mesh: Mesh | None = None
-    words: int | None = None
-
-    def __post_init__(self) -> None:
-        check_pair(self.verifier, self.policy, self.tree)
-
-    @cached_property
-    def _hash(self) -> int:
-        shapes = self.requests, self.size, self.block, self.buckets
-        return hash((self.target, self.drafter, *shapes, self.policy, self.verifier, self.tree))
-
-    def __hash__(self) -> int:  # graphdefs are large: hash once, not at every dispatch
-        return self._hash
-
-    @property
-    def width(self) -> int:
-        """W, the rows of a block: the anchor and its drafts."""
-        return self.block + 1
+class DecodeLoop(LoopSettings):
+    """The rounds of a loop, as pure functions of weights and state; see `LoopSettings` for the attributes."""
 
     def place(self, state: DecodeState) -> DecodeState:
         """Constrain the state to the mesh, on which the next call expects it; nothing on a single device."""
@@ -225,39 +173,6 @@ class DecodeLoop:
 
         record = _record(starts, verdict, jnp.zeros((self.requests, 0)), count, bucket)
         return after, record, finite_or_zero(verified.taps)
-
-    def noise(self, target: TargetModel, state: DecodeState) -> Any:
-        """The random numbers that the verifier draws at once for a speculative round."""
-        return self.verifier.noise(draws_of(state), self.block, target.config.vocab_size)
-
-    def draft(
-        self, target: TargetModel, drafter: DrafterModel, state: DecodeState, anchors: Array, noise: Any
-    ) -> DraftOutput:
-        """Draft K tokens after each slot's anchor token [R] with the verifier's `noise`; the laws they are drawn from
-        have the request's sampling transforms applied (docs/algorithm.md, rule 7)."""
-        draws = draws_of(state)
-
-        def sample(logits: Array, k: int) -> tuple[Array, Any]:
-            return self.verifier.draft(logits, k, noise, draws)
-
-        return drafter.draft(borrowed_tables(target), state.draft, anchors, draws.anchors, sample)
-
-    def verify(
-        self, target: TargetModel, state: DecodeState, block: Array, starts: Array, lengths: Array
-    ) -> tuple[VerifyOutput, Array]:
-        """Run the target on the anchors and the first `lengths` drafts of active requests.
-
-        Returns:
-            (results on the [R, W] grid, tokens of the bucket that ran).
-        """
-        wanted = state.active[:, None] & (jnp.arange(block.shape[1]) <= lengths[:, None])
-        return verify(target, self.buckets, self.tap_layers, state.target_cache, block, starts, wanted)
-
-    def decodable(self, logits: Float[Array, "*n v"]) -> Float[Array, "*n v"]:
-        """Set the ids that pad the target's tables to -inf: no tokenizer can turn them into text."""
-        if self.words is None or self.words >= logits.shape[-1]:
-            return logits
-        return jnp.where(jnp.arange(logits.shape[-1]) < self.words, logits, -jnp.inf)
 
     def plain_seconds(self, params: LoopParams, state: DecodeState) -> Array:
         """Predicted seconds of a plain round on an otherwise idle device; 0 without a cost table."""

@@ -1,21 +1,47 @@
 """The compiled programs of an engine, one by one, so that they can be compiled before a request waits for them."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
 from dspark_jax.decoding.dispatch import record_rounds, run_rounds
 from dspark_jax.decoding.prefill import admit, retire
+from dspark_jax.decoding.round import DecodeLoop, LoopParams
+from dspark_jax.decoding.state import DecodeState
 from dspark_jax.serving.chunks import blank_chunk, chunk_widths
+from dspark_jax.serving.metering import Metering
+from dspark_jax.serving.prefixes import PrefixCache
+from dspark_jax.serving.settings import EngineConfig
 
-if TYPE_CHECKING:
-    from dspark_jax.serving.engine import Engine
+
+class Warmable(Protocol):
+    """The part of an engine that its compiled programs depend on."""
+
+    state: DecodeState  # donated to each program, and replaced by its result
+
+    @property
+    def config(self) -> EngineConfig: ...
+    @property
+    def loop(self) -> DecodeLoop: ...
+    @property
+    def params(self) -> LoopParams: ...
+    @property
+    def metering(self) -> Metering: ...
+    @property
+    def prefixes(self) -> PrefixCache | None: ...
+    @property
+    def recorder(self) -> Any: ...
+
+    def unused(self) -> AbstractContextManager[None]:
+        """Hold the engine, without requests; UserError if it has some."""
+        ...
 
 
-def programs_of(engine: "Engine") -> list[Callable[[], None]]:
+def programs_of(engine: Warmable) -> list[Callable[[], None]]:
     """The programs that requests can need, the commonest first: each call compiles one and changes nothing.
 
     Each call raises UserError while the engine has requests.
@@ -34,23 +60,23 @@ def programs_of(engine: "Engine") -> list[Callable[[], None]]:
     return found
 
 
-def essential(engine: "Engine") -> int:
+def essential(engine: Warmable) -> int:
     """How many of the first of `programs_of` decode a request that comes alone and is no longer than a chunk."""
     return 1 + len(_widths(engine)[0])
 
 
-def _widths(engine: "Engine") -> tuple[list[int], list[int]]:
+def _widths(engine: Warmable) -> tuple[list[int], list[int]]:
     first, later = chunk_widths(engine.config, engine.loop.size, (engine.config.longest or 1) - 1)
     return sorted(first), sorted(later)
 
 
-def _compile_chunk(engine: "Engine", width: int, rows: int, fresh: bool) -> None:
+def _compile_chunk(engine: Warmable, width: int, rows: int, fresh: bool) -> None:
     batch = jax.device_put(blank_chunk(engine.loop, rows, width))
     with engine.unused():
         engine.state = admit(engine.loop, engine.params, engine.state, batch, fresh)
 
 
-def _compile_rounds(engine: "Engine") -> None:
+def _compile_rounds(engine: Warmable) -> None:
     # No round and no slot.
     limits = jax.device_put((np.int32(0), np.bool_(False)))
     nobody = jax.device_put(np.zeros(engine.config.slots, bool))
@@ -60,13 +86,13 @@ def _compile_rounds(engine: "Engine") -> None:
         engine.state = retire(engine.loop, engine.state, nobody)
 
 
-def _compile_prefixes(engine: "Engine") -> None:
+def _compile_prefixes(engine: Warmable) -> None:
     with engine.unused():
         assert engine.prefixes is not None
         engine.state = engine.prefixes.compiled(engine.loop, engine.state)
 
 
-def _compile_recording(engine: "Engine") -> None:
+def _compile_recording(engine: Warmable) -> None:
     rounds = engine.config.rounds_per_dispatch
     with engine.unused():
         occupancy = engine.metering.current()

@@ -2,7 +2,7 @@
 
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,8 @@ from dspark_jax.datagen.corpora import DOMAINS, conversations, prompts
 from dspark_jax.targets.attention import CausalRows
 
 from .packing import Encoder, Rows, batches, render, with_default_system
+from .recipe import Progress, Recipe
 from .tokenizer import END, VOCABULARY
-
-if TYPE_CHECKING:
-    from .target import Progress, Recipe
 
 HELD_OUT = 160  # conversations a domain
 BATCH = 8
@@ -148,8 +146,8 @@ def _amounts() -> dict[str, str]:
 
 def write_readme(
     folder: Path,
-    recipe: "Recipe",
-    progress: "Progress",
+    recipe: Recipe,
+    progress: Progress,
     history: list[dict[str, Any]],
     shown: list[dict[str, str]] | None,
 ) -> None:
