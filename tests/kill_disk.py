@@ -72,7 +72,7 @@ def fill_and_compare(task: Task, scratch: Path, times: int, seed: int = 0, mount
     mounted = may_mount(scratch) if mounted is None else mounted
     for number in range(times):
         if mounted:
-            size = max(64 << 10, int(rng.uniform(0.05, 1.1) * sum(sizes)))
+            size = max(8 << 10, int(rng.uniform(0.05, 1.1) * sum(sizes)))
             with small_disk(scratch / f"disk-{number}", size) as make_room:
                 folder = scratch / f"disk-{number}" / "run"
                 first = run(task, folder, scratch)
