@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dspark_jax.errors import UserError
@@ -309,6 +310,7 @@ def test_stop_strings_end_requests_alike_at_every_dispatch_size() -> None:
             "Request 0 is a dict; expected text, token ids or a list of chat messages",
         ),
         ([1, 2, 3], "Request 0 is a int"),
+        ([np.array(3)], "Request 0 is a ndarray"),
     ],
 )
 def test_what_is_no_list_of_prompts_is_refused(bad: Any, message: str) -> None:
