@@ -69,6 +69,8 @@ class Answer:
         if self.details is None:
             return Delta(self.place, progress.text, generation=ended)
 
+        # Details lag behind the text: a token is told only once its own text is final, so offsets count what has been
+        # told.
         before, told = self.told, self.details.grown(piece, self.said, ended is not None)
         self.told += sum(map(len, told.texts))
         return Delta(self.place, progress.text, told, before, ended)
@@ -108,7 +110,10 @@ class Session:
         """
         while self._open:
             batch = []
+            # Everything that the engine's thread has put since the last take, in one batch: one chunk of the stream
+            # each dispatch.
             for index, event in await self.channel.take():
+                # One failed answer ends the whole session; `close` cancels the others.
                 if isinstance(event, ApiError):
                     del self._open[index]
                     self._metrics.ended.labels("failed").inc()
@@ -125,6 +130,7 @@ class Session:
 
     def usage(self) -> dict[str, Any]:
         """Tokens of prompts and answers so far; each prompt counts once."""
+        # Answers to one prompt are neighbours; the first of each group stands for its prompt.
         firsts = self.answers[:: self.ask.choices]
         prompt = sum(answer.prompt_tokens for answer in firsts)
         completion = sum(answer.tokens for answer in self.answers)
@@ -140,6 +146,7 @@ class Session:
         answer, now = self._open[index], time.perf_counter()
         delta = answer.grown(piece)
         self._time(answer, len(piece.progress.tokens), now)
+        # Ended for the engine too: `close` must not cancel it, nor count it as abandoned.
         if delta.generation is not None:
             del self._open[index]
             self._metrics.ended.labels(delta.generation.finish_reason).inc()
@@ -147,6 +154,7 @@ class Session:
         return delta
 
     def _time(self, answer: Answer, tokens: int, now: float) -> None:
+        # Pieces without tokens only bring an end, or text that was held back for a stop string.
         if not tokens:
             return
         if answer.told_at is None:
@@ -177,6 +185,7 @@ class Writer:
 
     def chunk(self, delta: Delta) -> dict[str, Any] | None:
         """The chunk of a delta; None where there is nothing to tell."""
+        # A dispatch whose tokens are all held back changes nothing that a client can see.
         if not (delta.text or delta.told or delta.generation):
             return None
         content = {"content": delta.text} if delta.text else {}
@@ -190,11 +199,14 @@ class Writer:
     def whole(self, told: Mapping[int, Told]) -> dict[str, Any]:
         """The answer that is not streamed; `told`: of each answer's tokens, by its place."""
         choices = []
+
         for answer in self._session.answers:
             text = "" if answer.generation is None else answer.generation.text
             said: dict[str, Any] = {"text": text}
+
             if self._ask.chat:
                 said = {"message": {"role": "assistant", "content": text, "refusal": None}}
+
             said |= self._told(told.get(answer.place, Told()), 0)
             choices.append(self._choice(answer.place, said, answer.generation))
         return {**self._head, "choices": choices, "usage": self._session.usage()}
@@ -205,6 +217,7 @@ class Writer:
         return found | ({"speculation": told_origins(told, names.decode)} if self._ask.speculation else {})
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        # With the option every chunk has the field, null before the last one unless each is to count.
         if not self._ask.include_usage:
             return {**self._chunk_head, "choices": choices}
         usage = self._session.usage() if self._ask.usage_in_chunks or not choices else None

@@ -87,13 +87,16 @@ class Api:
     @contextlib.asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
         """Starts the engine's thread and the clock of the figures, and stops them."""
+        # Here and not in the constructor, so that an application that is never served starts no thread.
         self._service.driver.start()
         clock = asyncio.create_task(self._tick())
         try:
             yield
         finally:
             clock.cancel()
+            # Before the driver ends: users would go on sending.
             self._users.stop()
+            # It joins the engine's thread, which may be in a dispatch; the loop must stay free for the last answers.
             await run_in_threadpool(self._service.driver.close)
 
     async def _tick(self) -> None:
@@ -102,6 +105,7 @@ class Api:
             await asyncio.sleep(TICK_SECONDS)
             self._service.pulse.tick(self._service.load())
             status = self._service.driver.status
+            # Polled: it is one line of text, for which the engine's thread need not call into the event loop.
             if status == "ready" and not told:
                 told = True
                 self._on_ready()
@@ -119,6 +123,7 @@ class Api:
         session = self._service.session(ask)
         try:
             await run_in_threadpool(self._service.submit, ask, session)
+        # Also when the client hangs up here: answers that are queued already hold slots.
         except BaseException:
             session.close()
             raise
@@ -151,12 +156,14 @@ class Api:
         """GET /v1/speculation."""
         self._watched = time.perf_counter()
         since = request.query_params.get("since")
+        # Bounded before it is parsed: int() takes time that grows with the square of the digits.
         if since is not None and not (since.isascii() and since.isdigit() and len(since) < 16):
             raise bad_request(f"since is {shown(since)}; expected the index of a point.", "since")
         return JSONResponse(self._service.speculation(None if since is None else int(since)))
 
     async def synthetic(self, request: Request) -> Response:
         """POST /v1/synthetic."""
+        # Before the body is read: a server on a public address does no work for strangers.
         if not self._service.config.synthetic_users:
             raise ApiError(403, "This server has no synthetic users; start it with --demo on for them.", code="no_demo")
         # Another site's page can have a browser post plain text here, but not JSON.
@@ -192,6 +199,7 @@ async def _body(request: Request, limit: int, seconds: float) -> bytes:
         async with asyncio.timeout(seconds):
             async for part in request.stream():
                 size += len(part)
+                # Past the limit the body is still read, and thrown away, up to a second limit.
                 if size <= limit:
                     parts.append(part)
                 elif size > MOST_DISCARDED:
@@ -200,6 +208,7 @@ async def _body(request: Request, limit: int, seconds: float) -> bytes:
         raise ApiError(408, f"The request's body did not come within {seconds:g} seconds.") from None
 
     if size > limit:
+        # What was not read is still on its way, and must not be taken for the next request.
         close = {"Connection": "close"} if size > MOST_DISCARDED else {}
         raise ApiError(
             413, f"The request's body has more than {limit:,} bytes, the most that this server reads; shorten it.",
@@ -209,6 +218,7 @@ async def _body(request: Request, limit: int, seconds: float) -> bytes:
 
 
 async def _refused(_: Request, error: Exception) -> Response:
+    # Starlette's signature takes any exception; the table of handlers routes only this one here.
     assert isinstance(error, ApiError)
     return error_response(error)
 

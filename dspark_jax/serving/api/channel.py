@@ -36,6 +36,7 @@ class Channel:
 
     def put(self, index: int, event: Event) -> None:
         """Add an event of the request `index`."""
+        # A deque's append is atomic: the engine's thread never waits for a lock that the event loop holds.
         self._events.append((index, event))
         # The loop may have been closed by then, and with it the task that would take the event.
         with suppress(RuntimeError):

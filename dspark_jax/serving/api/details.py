@@ -27,6 +27,7 @@ class Told:
         return bool(self.tokens or self.rounds)
 
     def __add__(self, other: "Told") -> "Told":
+        # Every field is a tuple of one kind of thing, so that two batches join field by field.
         return Told(*(mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
@@ -58,6 +59,8 @@ class Details:
         progress = piece.progress
         self._texts.add(progress.tokens)
         logprobs: Sequence[TokenLogprob | None] = progress.logprobs or (None,) * len(progress.tokens)
+        # Origins and log-probabilities wait in step with the texts: a token whose bytes end in the middle of a
+        # character, or in what may become a stop string, is released by a later piece.
         self._held.extend(zip(origins(piece.rounds, len(progress.tokens)), logprobs, strict=True))
 
         released = self._texts.release(said, ended)
@@ -66,6 +69,7 @@ class Details:
             tuple(token for token, _ in released),
             tuple(text for _, text in released),
             tuple(origin for origin, _ in held),
+            # Empty unless the request asked for them, in which case every token has one.
             tuple(logprob for _, logprob in held if logprob is not None),
             piece.rounds,
         )
@@ -89,8 +93,11 @@ def told_logprobs(told: Told, names: TokenNames, chat: bool, before: int) -> dic
     """The `logprobs` of a choice; None without any. `before`: characters of the answer ahead of these tokens."""
     if not told.logprobs:
         return None
+
     if chat:
         return chat_logprobs(names, told.logprobs)
+
+    # Characters rather than bytes, as OpenAI's older form counts them.
     offsets = [before + sum(map(len, told.texts[:place])) for place in range(len(told.texts))]
     return completion_logprobs(names, told.logprobs, offsets)
 
@@ -100,6 +107,7 @@ def _round(played: DraftRound, decode: Decode) -> dict[str, Any]:
         {
             "text": decode([token]),
             "confidence": round(played.confidence[place], 4) if played.confidence else None,
+            # Prefixes both: drafts past the verify length were drawn, and never shown to the target.
             "accepted": place < played.accepted,
             "verified": place < played.verified,
         }

@@ -47,11 +47,13 @@ class EngineDriver:
 
     def __init__(self, make: Callable[[], Engine], capacity: int, pulse: Pulse, warm_up: WarmUp = "needed"):
         self._make, self._capacity, self._pulse, self._warm = make, capacity, pulse, warm_up
+        # Made on the caller's thread, so that bad settings end the program with a sentence and not a server that is up.
         self._engine: Engine | None = make()
         self._sinks: dict[int, Sink] = {}
         self._rounds = RoundLog()
         self._lock = threading.Lock()  # of the engine's identity, the sinks and the next index
         self._next = 0
+        # `_wake`: there may be work; `_closing`: the thread ends after the dispatch under way.
         self._wake, self._closing = threading.Event(), threading.Event()
         self._draining, self._ready = False, threading.Event()
         self._failed_in_a_row = 0
@@ -85,6 +87,8 @@ class EngineDriver:
                 raise QueueFull(f"{len(self._sinks)} requests are open, as many as this server takes.")
             index, self._next = self._next, self._next + 1
             self._sinks[index] = sink
+        # Outside the lock: tokenised prompts are checked here, and the engine's thread needs the lock to hand out
+        # tokens.
         try:
             # Before the request can have a slot, so that its first round is recorded.
             if watched:
@@ -96,9 +100,12 @@ class EngineDriver:
         except EngineClosed:
             self._drop(index)
             raise unavailable(ENDING) from None
+        # No sink may outlive a refusal: it would count against the capacity for ever.
         except BaseException:
             self._drop(index)
             raise
+
+        # The thread sleeps without a limit while the engine is idle.
         self._wake.set()
         return index
 
@@ -113,6 +120,7 @@ class EngineDriver:
 
     def drain(self, seconds: float) -> None:
         """Take no more requests; those that are open go on, and are cut after `seconds`."""
+        # Refused from here on, also by an engine that is made anew; the thread goes on decoding what is open.
         self._draining = True
         engine = self._engine
         if engine is not None:
@@ -129,6 +137,7 @@ class EngineDriver:
     @property
     def status(self) -> Status:
         """Whether requests are taken ("ready"), or why not."""
+        # In this order, since an engine that drains may also be one that failed.
         if self._draining:
             return "draining"
         if self._engine is None:
@@ -175,6 +184,7 @@ class EngineDriver:
                 self._remake()
             elif not engine.idle:
                 self._step(engine)
+            # Idle. Sleep until a request comes; with programs left to compile, only until the machine seems quiet.
             elif self._wake.wait(QUIET_SECONDS if self._to_compile else None):
                 self._wake.clear()
             else:
@@ -188,6 +198,7 @@ class EngineDriver:
             engine.recorder = self._rounds.record
             self._to_compile = programs_of(engine)
             rest = 0 if self._warm == "all" else len(self._to_compile) - essential(engine)
+            # `close` is looked at between programs: a compilation cannot be broken off.
             while len(self._to_compile) > rest and not self._closing.is_set():
                 self._compile(engine)
         self._ready.set()
@@ -198,6 +209,8 @@ class EngineDriver:
         try:
             self._to_compile[0]()
             self._to_compile.pop(0)
+        # The engine has requests: the program stays on the list, and is compiled when none comes or by the request that
+        # needs it.
         except UserError:
             return
         except Exception as error:
@@ -229,6 +242,8 @@ class EngineDriver:
         piece = Piece(progress, self._rounds.take(index))
 
         with self._lock:
+            # The last piece closes the entry under the lock, so that a `cancel` in between finds either both or
+            # nothing.
             sink = self._sinks.get(index)
             if progress.generation is not None:
                 self._sinks.pop(index, None)
@@ -236,6 +251,7 @@ class EngineDriver:
             # Cancelled since the dispatch, or ended: nothing more comes of it.
             self._rounds.forget(index)
             self._pulse.forget(index)
+        # Called outside the lock: a sink may take a lock of its own.
         if sink is not None:
             sink(index, piece)
 
@@ -244,9 +260,12 @@ class EngineDriver:
         with self._lock:
             # Out of reach first, so that its memory is free before the next one is made.
             self._engine, failed, self._sinks = None, self._sinks, {}
+
+        # Programs hold the old engine; left on the list they would keep its memory and compile for it.
         self._to_compile = []
         self._rounds = RoundLog()
         self._failed_in_a_row = 0
+        # On this thread, before the new engine is made, which may take seconds.
         for index, sink in failed.items():
             self._pulse.forget(index)
             sink(index, engine_failed())
@@ -259,6 +278,7 @@ class EngineDriver:
             self._tell(f"The engine could not be made anew and is tried again in {RETRY_SECONDS:g} s", error)
             self._closing.wait(RETRY_SECONDS)
             return
+
         self._pulse.restarts += 1
         with self._lock:
             self._engine = engine

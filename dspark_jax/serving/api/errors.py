@@ -29,11 +29,13 @@ class ApiError(UserError):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ):
+        # The sentence is the exception's own text, so that logs and other callers read it as any UserError.
         super().__init__(message)
         self.status, self.param, self.code, self.headers = status, param, code, dict(headers or {})
 
     def body(self) -> dict[str, Any]:
         """The JSON body, in OpenAI's form."""
+        # Clients choose the class of their exception by status, and some by this.
         kind = KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 

@@ -26,8 +26,11 @@ class TokenNames:
 
     def of(self, token: int) -> tuple[str, list[int] | None]:
         """(text, bytes) of a token; the bytes of one that holds a part of a character are its own, None if unknown."""
+        # Kept without bound, as there are only so many tokens.
         if token not in self._known:
             text = self._tokenizer.decode([token])
+            # A replacement character stands for bytes that form no character by themselves; clients that join `bytes`
+            # need those.
             bytes_ = list(text.encode()) if BROKEN not in text else self._raw_bytes(token)
             self._known[token] = text, bytes_
         return self._known[token]
@@ -46,6 +49,7 @@ class TokenNames:
 @cache
 def byte_letters() -> dict[str, int]:
     """The byte of each letter that byte-level tokenizers write: printable ones as themselves, others from 256 on."""
+    # GPT-2's table: bytes whose Latin-1 character is visible keep it, the others follow from 256 on in order.
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + place): byte for place, byte in enumerate(others)}
@@ -58,6 +62,7 @@ def chat_logprobs(names: TokenNames, made: Sequence[TokenLogprob]) -> dict[str, 
             {**_entry(names, one.token, one.logprob), "top_logprobs": [_entry(names, *top) for top in one.top]}
             for one in made
         ],
+        # Part of OpenAI's form; a target does not refuse.
         "refusal": None,
     }
 

@@ -31,6 +31,8 @@ def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
             f"{where}.role is {shown(message.get('role'))}; expected one of {', '.join(ROLES)}.", "messages"
         )
 
+    # A field that is dropped in silence would change the conversation. Clients send the fields of earlier answers back
+    # whole, so that empty ones of OpenAI's pass.
     for name, value in message.items():
         if name not in ("role", "content", *KEPT) and not (name in IGNORED and not value):
             raise bad_request(f"{where} has a field {shown(name)} that is not supported; leave it out.", "messages")
@@ -79,10 +81,12 @@ def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise bad_request(f"{where}.tool_calls[{place}] calls no function by name.", "messages")
 
+        # A history may carry them in either form; some templates index into the object.
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
             try:
                 arguments = json.loads(arguments or "{}")
+            # Deep nesting overflows the parser's stack before it is found to be wrong.
             except (ValueError, RecursionError):
                 arguments = None
         if not isinstance(arguments, dict):

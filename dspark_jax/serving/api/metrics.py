@@ -27,6 +27,7 @@ class Metrics:
     """
 
     def __init__(self, driver: EngineDriver, pulse: Pulse):
+        # Not the library's global registry, in which a second server of the same process would find its names taken.
         self._registry = CollectorRegistry()
         registry = self._registry
         self.requests = Counter(
@@ -43,6 +44,8 @@ class Metrics:
         self.whole = Histogram(
             "dspark_request_seconds", "From a request's arrival to its end.", buckets=WHOLE_REQUEST, registry=registry
         )
+        # The metrics above are counted as requests pass; these are read when asked for, so that the engine's thread pays
+        # nothing.
         registry.register(EngineFigures(driver, pulse))
 
     def text(self) -> bytes:
@@ -59,6 +62,7 @@ class EngineFigures(Collector):
     def collect(self) -> Iterator[Metric]:
         """All metrics of the engine."""
         totals, pulse = self._pulse.totals, self._pulse
+        # Read once: a restart on the engine's thread may take it away between two lines.
         engine = self._driver.engine
         reused = 0 if engine is None or engine.prefixes is None else engine.prefixes.reused
         for name, about, count in (
@@ -69,6 +73,7 @@ class EngineFigures(Collector):
             ("dspark_verified_drafts", "Drafts verified.", totals.verified),
             ("dspark_accepted_drafts", "Drafts accepted.", totals.accepted),
             ("dspark_drafting_rounds", "Rounds with drafts, counted for each request.", totals.drafted),
+            # The one counter that a restart sets back, which scrapers read as a reset.
             ("dspark_prefix_tokens", "Prompt tokens that kept prefixes spared, by the present engine.", reused),
             ("dspark_engine_failures", "Dispatches that failed.", pulse.failures),
             ("dspark_engine_restarts", "Engines made anew after a failure.", pulse.restarts),
@@ -96,6 +101,7 @@ class EngineFigures(Collector):
                     load.signal * (1.0 if load.meter is None else load.meter.load),
                 ),
             }
+
         for name, (about, value) in gauges.items():
             # A figure of no rounds is no figure.
             if value is not None:

@@ -42,6 +42,7 @@ class Gate:
         self._app, self._key, self._metrics = app, api_key.encode(), metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # The lifespan's messages pass: they are the server's own.
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -56,6 +57,7 @@ class Gate:
             await send(message)
 
         try:
+            # Below /v1 alone: probes and the page's files carry no key.
             if self._key and path.startswith("/v1/") and not self._admits(scope):
                 await error_response(_wrong_key())(scope, receive, counted)
             else:
@@ -65,6 +67,7 @@ class Gate:
             log.info("%s %s given up: the client reads nothing", method, path)
         except Exception as error:
             _log(method, path, error)
+            # A response that has begun cannot be replaced; the server closes it unfinished.
             if not status:
                 unforeseen = ApiError(500, "The server failed in answering; its log has where.", code="internal_error")
                 await error_response(unforeseen)(scope, receive, counted)

@@ -38,8 +38,10 @@ class TokenTexts:
         found = []
         while self._held:
             token, text = self._held[0]
+            # In order: a later token is never told before an earlier one that is held back.
             if self._released + len(text) > said and not ended:
                 break
+            # At the end a stop string cuts through a token's text, or takes all of it.
             text = text[: max(said - self._released, 0)]
             self._released += len(text)
             found.append((token, text))

@@ -34,13 +34,17 @@ class Answered(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, unless the client hangs up first."""
+        # Two tasks, as an answer that waits for the engine sends nothing, and would not see the client hang up.
         hung_up = asyncio.create_task(_hung_up(receive))
         work = asyncio.create_task(self._stream(send) if self._session.ask.stream else self._whole(send))
         try:
             await asyncio.wait({hung_up, work}, return_when=asyncio.FIRST_COMPLETED)
+            # Raises what the work raised: before the status is sent, the application's handlers turn it into a
+            # response.
             if work.done():
                 work.result()
         finally:
+            # Cancelled tasks are awaited, so that neither sends after the session is closed.
             hung_up.cancel()
             work.cancel()
             await asyncio.gather(hung_up, work, return_exceptions=True)
@@ -48,6 +52,7 @@ class Answered(Response):
 
     async def _whole(self, send: Send) -> None:
         told: dict[int, Told] = {}
+        # Nothing is sent before the last answer has ended, and so a failure always has a status of its own.
         async for batch in self._session.deltas():
             for delta in batch:
                 told[delta.place] = told.get(delta.place, Told()) + delta.told
@@ -83,6 +88,7 @@ class Answered(Response):
         return [chunk for chunk in chunks if chunk is not None]
 
     async def _events(self, send: Send, objects: list[dict[str, Any]]) -> None:
+        # One send for a batch: each is a write to the socket.
         if objects:
             body = b"".join(map(_event, objects))
             await self._send(send, {"type": "http.response.body", "body": body, "more_body": True})
@@ -94,6 +100,7 @@ class Answered(Response):
 
 
 async def _hung_up(receive: Receive) -> None:
+    # The body has been read; the only other message is an empty part of it.
     while (await receive())["type"] != "http.disconnect":
         pass
 

@@ -44,6 +44,7 @@ def origins(rounds: Sequence[DraftRound], tokens: int) -> list[Origin]:
     """
     found = []
     for played in rounds:
+        # A stop token among the accepted drafts ends the round without the target's own (docs/algorithm.md, rule 10).
         drafts = min(played.accepted, played.committed)
         found += [Origin(place) for place in range(1, drafts + 1)] + [Origin()] * (played.committed - drafts)
 
@@ -80,6 +81,7 @@ class RoundLog:
 
     def discard(self) -> None:
         """Drop the rounds of a dispatch that failed: the engine runs them again."""
+        # Copied first, since requests begin to be watched on other threads.
         for rounds in list(self._rounds.values()):
             rounds.clear()
 

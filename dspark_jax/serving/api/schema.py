@@ -142,6 +142,7 @@ def read_ask(body: Mapping[str, Any], chat: bool) -> Ask:
         ApiError: a 400 that names the field at fault.
     """
     known = CHAT if chat else COMPLETION
+    # Names first: a misspelt field is better told than a missing one.
     _check_names(body, known)
     for name, check in known.items():
         if name in body and not check.holds(body[name]):
@@ -194,6 +195,7 @@ def _check_names(body: Mapping[str, Any], known: Mapping[str, Check]) -> None:
 def _prompts(prompt: Any) -> tuple[Prompt, ...]:
     if isinstance(prompt, str):
         return (prompt,)
+    # One prompt of ids; a list of lists, or of texts, is several prompts.
     if all(isinstance(item, int) for item in prompt):
         return (tuple(prompt),)
     return tuple(item if isinstance(item, str) else tuple(item) for item in prompt)
@@ -208,7 +210,9 @@ def _sampling(body: Mapping[str, Any], chat: bool) -> SamplingParams:
         top_k=max(body.get("top_k", 0), 0),  # other servers write "off" as -1
         min_p=float(body.get("min_p", 0.0)),
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        # An empty list is no request to go on past the end: `ignore_eos` is.
         stop_tokens=None if not stop_tokens else tuple(stop_tokens),
+        # Plain decoding within the same compiled loop: nothing is verified (docs/algorithm.md, rule 2).
         verify_length=0 if body.get("policy") == "plain" else None,
         ignore_eos=body.get("ignore_eos", False),
         presence_penalty=float(body.get("presence_penalty", 0.0)),
@@ -222,6 +226,7 @@ def _sampling(body: Mapping[str, Any], chat: bool) -> SamplingParams:
 def _biases(given: Mapping[str, Any]) -> dict[int, float]:
     """Biases by token id; JSON's names are texts."""
     for name in given:
+        # `isdigit` alone is true of digits of other scripts, and of superscripts, which int() refuses.
         if not (name.isascii() and name.isdigit() and len(name) < 10):
             raise bad_request(f"logit_bias names {shown(name)}; expected a token id.", "logit_bias")
     return {int(name): float(value) for name, value in given.items()}
@@ -230,6 +235,7 @@ def _biases(given: Mapping[str, Any]) -> dict[int, float]:
 def _logprobs(body: Mapping[str, Any], chat: bool) -> int | None:
     """How many alternatives to report at each token; None: log-probabilities are not reported."""
     given = body.get("logprobs", False)
+    # The older form has the number itself, the newer one a flag and a number.
     if not chat:
         return None if given is False else given
     if not given and body.get("top_logprobs"):
@@ -243,6 +249,7 @@ FIELDS = {"stop_tokens": "stop_token_ids", "stop_slots": "stop_token_ids"} | {na
 
 def field_of(sentence: str) -> str | None:
     """The field that a sentence of the engine is about, if it names one."""
+    # This sentence counts them in words, without the setting's name.
     if "stop tokens" in sentence:
         return "stop_token_ids"
     words = sentence.replace(",", " ").split()
@@ -263,6 +270,7 @@ def _template_variables(body: Mapping[str, Any]) -> dict[str, Any]:
     if taken:
         raise bad_request(f"chat_template_kwargs sets {min(taken)}, which is not its to set.", "chat_template_kwargs")
 
+    # "none" means that the model is not to call any: leaving them out of the prompt is the surest way.
     if body.get("tools") and body.get("tool_choice") != "none":
         for place, tool in enumerate(body["tools"]):
             if tool.get("type") != "function" or not isinstance(tool.get("function"), dict):

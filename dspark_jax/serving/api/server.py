@@ -21,6 +21,7 @@ def bind(config: ServerConfig) -> socket.socket:
         UserError: no such address here, or one that is in use.
     """
     try:
+        # Resolved here, before the engine is made, so that a wrong address costs no minute of compiling.
         family, kind, protocol, _, place = socket.getaddrinfo(
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
@@ -28,6 +29,7 @@ def bind(config: ServerConfig) -> socket.socket:
     except OSError as error:
         raise UserError(f"{config.host} is no address of this machine ({error.strerror}); give another host.") from None
 
+    # Without it the port of a server that has just ended stays taken for a minute.
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind(place)
@@ -41,6 +43,7 @@ def bind(config: ServerConfig) -> socket.socket:
 
 def address(bound: socket.socket) -> str:
     """http://HOST:PORT of a bound socket."""
+    # IPv6 names have two more fields, and brackets in an address.
     host, port = bound.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
@@ -60,18 +63,23 @@ class ApiServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 make_app(service, on_ready),
+                # Named rather than "auto", so that what is installed beside does not change the server.
                 http="httptools",
                 ws="none",
                 lifespan="on",
+                # Logging is the program's to set up, and the gate writes one line a request without query strings or
+                # keys.
                 log_config=None,
                 access_log=False,
                 server_header=False,
                 timeout_keep_alive=30,
+                # Past the engine's own deadline: answers that it has cut must still be sent.
                 timeout_graceful_shutdown=round(drain + CUT_SECONDS),
             )
         )
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drain, then stop."""
+        # Before uvicorn waits for open connections: the engine's deadline runs from here.
         self._service.driver.drain(self._service.config.drain_seconds)
         await super().shutdown(sockets)

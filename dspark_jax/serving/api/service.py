@@ -54,21 +54,25 @@ class Service:
         if target.tokenizer is None:
             raise UserError(f"{target.name} has no tokenizer files, so it can't answer texts; add tokenizer.json.")
         self.target, self.config = target, config.checked()
+        # Kept here: prompts are checked against it even while a failed engine is replaced.
         self.longest = engine.longest or min(target.config.max_positions, MOST_POSITIONS)
         self.queue = 4 * engine.slots if engine.queue is None else engine.queue
         # More could never be queued together.
         capacity = engine.slots + self.queue
         self.most_choices = min(config.most_choices, capacity)
+        # The engine's queue holds requests without a slot; the driver bounds all that are open.
         settings = replace(engine, longest=self.longest, queue=capacity)
 
         self.name = config.served_model_name or target.name
         self.drafter_name = None if drafter is None else drafter.name
         self.pulse = Pulse()
+        # A function and not an engine: the driver makes another one when this one has failed.
         self.driver = EngineDriver(lambda: make(target, drafter, settings), capacity, self.pulse, warm_up)
         self.metrics = Metrics(self.driver, self.pulse)
         self.started = int(time.time())
         self.synthetic = 0  # synthetic users, for the figures
         self._names = TokenNames(target.tokenizer)
+        # By the template's text: some tokenizers have a mapping of templates, which is searched whole.
         self._takes_tools = "tools" in json.dumps(target.tokenizer.chat_template or "")
 
     # Requests
@@ -79,6 +83,7 @@ class Service:
         Raises:
             ApiError: another model, or more answers than this server gives at once.
         """
+        # Cheap refusals here, on the event loop; those that need the tokenizer in `submit`, on another thread.
         require_model(ask, self.name)
         if ask.answers > self.most_choices:
             field = "prompt" if len(ask.prompts) > 1 else "n"
@@ -94,6 +99,7 @@ class Service:
             ApiError: a prompt that cannot be decoded, a full queue, no engine. Answers that were queued by then are
                 the session's, to be cancelled with it.
         """
+        # All are checked before the first is queued, so that a bad prompt leaves nothing running.
         prompts = [self._encoded(ask, prompt) for prompt in ask.prompts]
         limits = [self._limit(ask, tokens) for tokens in prompts]
         for number in range(ask.answers):
@@ -109,6 +115,7 @@ class Service:
             return self.driver.submit(request, session.channel.put, watched=ask.speculation)
         except ApiError:
             raise
+        # Before UserError, which it is: a full queue is the server's state and not the request's fault.
         except QueueFull:
             raise busy("The server's queue is full; try again later.", self.wait_seconds()) from None
         except UserError as error:
@@ -118,8 +125,10 @@ class Service:
     def wait_seconds(self) -> float:
         """An estimate of the seconds until a waiting request gets a slot."""
         totals, engine = self.pulse.totals, self.driver.engine
+        # Before the first request has ended there is nothing to estimate from.
         if engine is None or not totals.requests:
             return 1.0
+        # Mean seconds of a request, times the rounds of slots that must be freed before the last of the queue.
         return totals.request_seconds / totals.requests * max(engine.waiting, 1) / engine.config.slots
 
     def _encoded(self, ask: Ask, prompt: Prompt) -> tuple[int, ...]:
@@ -143,6 +152,7 @@ class Service:
 
         others = [{name: value for name, value in turn.items() if name not in ("role", "content")} for turn in messages]
         text = json.dumps([ask.variables, others], ensure_ascii=False)
+        # A special token in a name or a tool's description would be read as a turn's end, and the rest as another turn.
         for token in getattr(self.target.tokenizer, "added_tokens_decoder", {}).values():
             if token.special and token.content in text:
                 field = "messages" if token.content in json.dumps(others, ensure_ascii=False) else "tools"
@@ -160,6 +170,7 @@ class Service:
                 ask.prompt_field,
                 "context_length_exceeded",
             )
+        # Refused and not clamped: a client that asks for more would take the cut for the answer's own end.
         if ask.limit is not None and ask.limit > room:
             raise bad_request(
                 f"{ask.limit_field} is {ask.limit} after a prompt of {len(tokens)} tokens; this server holds "
@@ -177,6 +188,7 @@ class Service:
         if engine is None:
             return Load(synthetic=self.synthetic)
         metering = engine.metering
+        # The measured load and the external factor multiply, as they do in the scheduler's costs.
         factor = metering.signal * (1.0 if metering.meter is None else metering.meter.load)
         return Load(engine.running, engine.waiting, round(float(factor), 4), self.synthetic)
 

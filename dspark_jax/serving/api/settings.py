@@ -42,6 +42,7 @@ class ServerConfig:
         for name in ("request_seconds", "stall_seconds", "drain_seconds"):
             number_between(who, name, getattr(self, name), 0.0, 1e9)
 
+        # Servers strip header values, so that such a key could never be matched.
         if not self.api_key.isascii() or self.api_key != self.api_key.strip():
             raise UserError(
                 "The API key holds spaces at its ends or characters that no header can carry; give another."
@@ -53,6 +54,7 @@ class ServerConfig:
         """Whether only programs of this machine can reach the address."""
         try:
             return ipaddress.ip_address(self.host).is_loopback
+        # A name and no address. It is not resolved: what it means to the resolver may change while the server runs.
         except ValueError:
             return self.host == "localhost"
 

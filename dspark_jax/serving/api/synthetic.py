@@ -41,12 +41,15 @@ class SyntheticUsers:
             ApiError: more users than leave room in the queue for others, or no prompt that fits.
         """
         engine = self._service.driver.engine
+        # All slots full and half of the queue free: others' requests are taken, and have precedence.
         most = 0 if engine is None else engine.config.slots + self._service.queue // 2
         if not 0 <= users <= most:
             raise bad_request(f"users is {users}; expected a whole number from 0 to {most}.", "users")
+        # Read at the first use: most servers have no synthetic users.
         if users and not self._prompts:
             self._prompts = await run_in_threadpool(self._read)
 
+        # A cancelled user closes its session, which frees the slot.
         while len(self._tasks) > users:
             self._tasks.pop().cancel()
         while len(self._tasks) < users:
@@ -76,13 +79,16 @@ class SyntheticUsers:
             prompt = random.choice(self._prompts)
             limit = min(MAX_TOKENS, self._service.longest - len(prompt))
             sampling = SamplingParams(temperature=0.7)
+            # Token ids: conversations are rendered once, when the file is read.
             ask = Ask(False, None, (prompt,), sampling, limit, "max_tokens", 1, random.getrandbits(64), priority=1)
 
             session = self._service.session(ask)
             try:
                 await run_in_threadpool(self._service.submit, ask, session)
+                # The text is thrown away; its figures are the point.
                 async for _ in session.deltas():
                     pass
+            # A full queue, or a server that ends: `stop` cancels this task then.
             except ApiError:
                 await asyncio.sleep(PAUSE_SECONDS)
             finally:
