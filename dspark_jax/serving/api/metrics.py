@@ -44,8 +44,7 @@ class Metrics:
         self.whole = Histogram(
             "dspark_request_seconds", "From a request's arrival to its end.", buckets=WHOLE_REQUEST, registry=registry
         )
-        # The metrics above are counted as requests pass; these are read when asked for, so that the engine's thread pays
-        # nothing.
+        # The metrics above are counted as requests pass; these are read when asked for, at no cost to the engine.
         registry.register(EngineFigures(driver, pulse))
 
     def text(self) -> bytes:
