@@ -21,12 +21,13 @@ os.environ.setdefault("XLA_FLAGS", FAST_COMPILER)
 os.environ.setdefault("DSPARK_JAX_CACHE", str(Path(__file__).parents[1] / ".cache" / "dspark_jax"))
 
 # Files that take half a minute or more, the longest first: a worker that begins one last would keep the other waiting.
-# `make quick` leaves them out.
+# `make quick` leaves them out. The last lines of a run list the CPU seconds of each, to order them by.
 LONG_FILES = (
     "test_multiprocess",
     "test_golden",
     "test_lossless",
     "test_fit",
+    "test_conformance",
     "test_load",
     "test_drafter_kinds",
     "test_sweep",
@@ -35,8 +36,10 @@ LONG_FILES = (
     "test_engine_trust",
     "test_kill_resume",
     "test_compare",
-    "test_conformance",
     "test_corpora",
+    "test_trees",
+    "test_coupled",
+    "test_request_controls",
     "test_fuzz_readers",
     "test_guards",
     "test_sources",
