@@ -313,7 +313,7 @@ def test_a_drafters_context_covers_the_tokens_of_plain_rounds(kind: str) -> None
         anchors = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)[:, 0]
         model, drafting = loop.models(params)
         assert drafting is not None
-        return loop.draft(model, drafting, state, anchors, loop.noise(model, state)).law
+        return loop.draft(model, drafting, state, anchors, loop.noise(model, state)).law.probs
 
     warm = together.sampling._replace(temperature=jnp.ones(3))
     found, expected = (np.asarray(drafts(replace(state, sampling=warm)))[[0, 2]] for state in (together, singly))
