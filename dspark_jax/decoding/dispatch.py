@@ -104,6 +104,7 @@ class _Dispatch:
 
     def run(self, state: DecodeState) -> DecodeState:
         """The state after the dispatch's rounds."""
+        # Static: a loop without a drafter is compiled without any of a drafter's code.
         none = jnp.zeros((), jnp.int32)
         if self.loop.block == 0:
             return jax.lax.while_loop(self._plain_goes_on, self._plain_round, (none, state))[1]
@@ -114,6 +115,7 @@ class _Dispatch:
 
     def goes_on(self, done: Array, state: DecodeState) -> Array:
         """[] bool: whether another round is to run after `done` of them."""
+        # `until_free` compares with the start: slots that were empty then do not end the dispatch.
         remaining = jnp.sum(state.active)
         return (done < self.rounds) & (remaining > 0) & ~(self.until_free & (remaining < self.started))
 
@@ -137,6 +139,7 @@ class _Dispatch:
 
     def _alternate(self, turn: _Turn) -> _Turn:
         """Run speculative rounds while any request drafts, then plain rounds while none does."""
+        # Either condition or the other holds as long as the dispatch goes on, so that the outer loop cannot spin.
         turn = jax.lax.while_loop(self._drafts, self._speculate, turn)
         return jax.lax.while_loop(self._drafts_nothing, self._decode_plainly, turn)
 

@@ -26,6 +26,7 @@ class Logprobs(NamedTuple):
     @classmethod
     def empty(cls, requests: int, size: int, most: int) -> "Logprobs":
         """Zeros, each leaf a buffer of its own."""
+        # Separate zeros: two leaves of one buffer could not both be donated.
         shape = (requests, size, most)
         return cls(jnp.zeros((requests, size)), jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
 
@@ -50,10 +51,12 @@ class Logprobs(NamedTuple):
 
         def write(carry: tuple[Array, Logprobs]) -> tuple[Array, Logprobs]:
             stored = carry[1]
+            # float32, as a bfloat16 logit from 32 on has steps of a quarter.
             wide = logits.astype(jnp.float32)
             total = jax.nn.logsumexp(wide, axis=-1, keepdims=True)
             chosen = jnp.take_along_axis(wide, tokens[..., None], axis=-1) - total
 
+            # Of all rows, since which of them will be committed is not known here; the rest is overwritten later.
             top, ids = jax.lax.top_k(wide, stored.top.shape[-1])
             at = slots[:, None], positions[:, None] + jnp.arange(tokens.shape[1])
             done = jnp.zeros((), bool)

@@ -79,6 +79,7 @@ class LogitEdits(NamedTuple):
     def __call__(self, logits: Float[Array, "r *w v"]) -> Float[Array, "r *w v"]:
         """The edited logits: bias, then repetition, frequency and presence; requests without edits keep theirs bit for
         bit."""
+        # Plain rounds and first tokens come without the axis of rows: [R, V].
         shape, vocab = logits.shape, logits.shape[-1]
         logits = logits.reshape(*self.block.shape, vocab)
         penalties = self.penalties
@@ -92,10 +93,13 @@ class LogitEdits(NamedTuple):
         output = blank.at[slots, self.tokens].add(committed & (positions >= penalties.prompt[:, None]))
         seen = blank.at[slots, self.tokens].max(committed)
 
+        # Column 0 is the anchor, which is committed and counted already. Row i counts x_1..x_i (docs/algorithm.md, rule
+        # 114).
         drafts = jax.nn.one_hot(self.block, vocab).at[:, 0].set(0.0)
         if self.seen is None:
             drafts = jnp.cumsum(drafts, axis=1)
         else:
+            # In a tree the rows before a node are its ancestors, and not those to its left.
             drafts = jnp.einsum("rij,rjv->riv", self.seen.astype(drafts.dtype), drafts)
         output, seen = output[:, None] + drafts, seen[:, None] + drafts
 
@@ -103,6 +107,7 @@ class LogitEdits(NamedTuple):
 
         # Adding 0, dividing by 1 and subtracting 0 change no bit of a finite logit, nor of -inf.
         logits = logits + blank.at[slots, penalties.bias_tokens].add(penalties.bias)[:, None]
+        # Dividing a negative logit by a penalty above 1 would raise it.
         scaled = jnp.where(logits > 0, logits / repetition, logits * repetition)
         logits = jnp.where(seen > 0, scaled, logits)
         logits = logits - frequency * output - presence * (output > 0)

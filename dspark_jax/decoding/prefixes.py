@@ -57,6 +57,7 @@ def keep_chunk(
     """
 
     def copied(leaf: Array, positions: bool) -> Array:
+        # Leaves without an axis of positions are copied whole: of a ring, say, the chunk may have changed any row.
         at: list[Any] = [slot, *[0] * (leaf.ndim - 1)]
         shape = [1, *leaf.shape[1:]]
         if positions:
@@ -64,6 +65,7 @@ def keep_chunk(
         return jax.lax.dynamic_slice(leaf, at, shape)[0]
 
     tokens = jax.lax.dynamic_slice(state.tokens, (slot, start), (1, width))[0]
+    # Target and drafter alike: a prefix without the drafter's context would draft blindly.
     caches = _map_leaves(loop, copied, (state.target_cache, state.draft))
     return KeptChunk(tokens, state.failed[slot], *caches)
 
@@ -83,6 +85,7 @@ def restore_chunk(
     """
 
     def written(leaf: Array, positions: bool, part: Array) -> Array:
+        # The same places as in `keep_chunk`.
         at: list[Any] = [slot, *[0] * (leaf.ndim - 1)]
         if positions:
             at[2] = _first_row(start)
@@ -113,8 +116,10 @@ def _map_leaves(loop: DecodeLoop, function: Callable[..., Any], tree: Any, *othe
     """Apply `function(leaf, positions, *others)`, where `positions` says whether the leaf's third axis is that of S."""
 
     def one(node: Any, *rest: Any) -> Any:
+        # Everything else belongs to the slot as a whole.
         if not isinstance(node, KeysValues):
             return function(node, False, *rest)
+        # By shape: windows and compressed caches are also keys and values, of fewer positions than S.
         return jax.tree.map(lambda leaf, *r: function(leaf, leaf.shape[2] == loop.size, *r), node, *rest)
 
     return jax.tree.map(one, tree, *others, is_leaf=lambda node: isinstance(node, KeysValues))

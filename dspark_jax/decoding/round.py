@@ -104,6 +104,7 @@ class DecodeLoop(LoopSettings):
             # A round commits one token beyond its accepted drafts, so more drafts than this could not be committed.
             caps = jnp.clip(state.limit - state.length - 1, 0, caps)
 
+        # Everything that a policy may look at here: no draft and no confidence exists yet.
         view = RoundView(state.active, state.length, caps, occupancy, params.tables)
         drafted, policy = self.policy.drafting(view, state.policy)
         return RoundPlan(drafted, jnp.where(drafted, caps, 0), policy)
@@ -134,6 +135,7 @@ class DecodeLoop(LoopSettings):
         # context grows by the anchor's row and those of the accepted drafts (docs/algorithm.md, rule 5).
         after, verdict, count = self._commit(target, state, verdict, verified)
 
+        # The anchors' positions before this round; `after` has moved on.
         starts = state.length - 1
         rows, taps = jnp.where(state.active, verdict.accepted + 1, 0), finite_or_zero(verified.taps)
         context = drafter.commit(borrowed_tables(target), state.draft, taps, verdict.block, starts, rows)

@@ -73,6 +73,7 @@ def _by_need(
 
 
 def _greedy_law(logits: Array) -> Array:
+    # Rejection then accepts a draft with probability 0 or 1, which is greedy decoding (docs/algorithm.md, rule 6).
     return jax.nn.one_hot(first_argmax(logits), logits.shape[-1], dtype=jnp.float32)
 
 
@@ -85,6 +86,7 @@ def _truncated_law(params: SamplingArrays, logits: Array) -> Array:
 
 
 def _law(params: SamplingArrays, logits: Array, scaled: Array) -> Array:
+    # Normalised over V after min-p, so that laws of target and drafter have mass 1 whatever was cut.
     weights = _weights(params, scaled)
     law = weights / jnp.sum(weights, axis=-1, keepdims=True)
     return jnp.where(_per_request(params.stochastic, logits), law, _greedy_law(logits))
@@ -117,6 +119,7 @@ def _per_request(value: Float[Array, " r"], like: Float[Array, "r *n v"]) -> Arr
 
 def _truncate(scaled: Array, params: SamplingArrays) -> Array:
     """-inf outside the top-k, then outside the smallest subset of those whose renormalised mass reaches top_p."""
+    # One sort serves both cuts.
     vocab = scaled.shape[-1]
     # Falling logits [R, *n, V]; top-k cuts by rank.
     ordered = -jnp.sort(-scaled, axis=-1)
@@ -143,6 +146,7 @@ def round_keys(keys: UInt32[Array, "r 2"], positions: Int[Array, " r"], offsets:
     Folding in the anchor's position gives each round fresh noise. Neither slot nor neighbours enter, so a request's
     output does not depend on the batch it runs in.
     """
+    # Position, then purpose, then offset: draws of one round never share a key.
     request = Key.of(keys).fold_in(positions).fold_in(jnp.full_like(positions, purpose))
 
     return Key(request.high[:, None], request.low[:, None]).fold_in(offsets[None])
@@ -193,6 +197,7 @@ def draw(
         return token, jax.nn.one_hot(token, logits.shape[-1], dtype=jnp.float32)
 
     def sampled(law_of: Callable, params: SamplingArrays, logits: Array) -> tuple[Array, Array]:
+        # Law and token from one pass: a draft needs both.
         law = law_of(params, logits)
         return _race(law, round_keys(keys, positions, jnp.full((1,), offset), purpose)), law
 
@@ -219,6 +224,7 @@ def coupled_waits(
     token id alone (docs/algorithm.md, rule 110); zeros if no request samples."""
 
     def draw() -> Array:
+        # The purpose before the position: [R] keys are folded once, and positions [R, N] broadcast against them.
         request = Key.of(keys).fold_in(jnp.full_like(positions[:, 0], COUPLED))
         return _waits(Key(request.high[:, None], request.low[:, None]).fold_in(positions), vocab)
 
@@ -238,6 +244,7 @@ def race(
         return first_argmax(logits)
 
     def sampled(cut: Callable, params: SamplingArrays, logits: Array, waits: Array) -> Array:
+        # Greedy rows take the argmax itself: divided by their waits they would be sampled.
         winners = first_argmax(_odds(cut, params, logits, waits))
         return jnp.where(_per_request(params.stochastic, winners), winners, first_argmax(logits))
 
@@ -253,6 +260,7 @@ def race_values(
         return logits.astype(jnp.float32)
 
     def sampled(cut: Callable, params: SamplingArrays, logits: Array, waits: Array) -> Array:
+        # Logarithms, so that values of a path add up (docs/algorithm.md, rule 117).
         values = jnp.log(_odds(cut, params, logits, waits))
         return jnp.where(_per_request(params.stochastic, values), values, logits.astype(jnp.float32))
 

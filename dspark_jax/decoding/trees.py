@@ -45,6 +45,7 @@ def walk(
         sound: nodes whose row of the target is a law.
         depth: levels of the tree.
     """
+    # Node 0 is the anchor, its own parent: left in, it would be found as a child of itself.
     drafted = usable & (jnp.arange(won.shape[1]) > 0)
     node = jnp.zeros_like(won[:, 0])
     nodes, accepted = [node], jnp.zeros_like(node)

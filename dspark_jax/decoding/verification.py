@@ -83,6 +83,7 @@ def _verify_bucket(
     wanted: Array,
     tree: TreeRows | None,
 ) -> VerifyOutput:
+    # A tree's rows share positions: those of one level all stand at the same one.
     requests, width = block.shape
 
     positions = starts[:, None] + (jnp.arange(width) if tree is None else tree.offsets)
@@ -95,6 +96,7 @@ def _verify_bucket(
     index = jnp.nonzero(wanted.ravel(), size=size, fill_value=block.size)[0]
     packed = PackedRows(index, requests, width)
 
+    # Dense layers run on the P packed rows; only the attention core returns to the grid (docs/algorithm.md, rule 81).
     attend = CachedBlock(cache, starts, packed, tree)
     out = target(packed.from_grid(block), packed.from_grid(positions), attend, tap_layers)
 

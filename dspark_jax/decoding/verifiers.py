@@ -102,12 +102,16 @@ class Independent:
 
     rule: AcceptanceRule = RejectionSampling()
 
+    # A schedule that looked at x_k would choose among outcomes of the test that it schedules (docs/algorithm.md, rule
+    # 77).
     any_schedule = False
 
     def noise(self, draws: Draws, block: int, vocab: int) -> Any:
+        # Nothing at once: each draw folds its purpose and offset into the request's key when it is made.
         return ()
 
     def draft(self, logits: Float[Array, "r v"], k: int, noise: Any, draws: Draws) -> tuple[Array, DraftLaw | None]:
+        # The law is kept with the token, as acceptance needs the very row that it was drawn from.
         token, law = draw(logits, draws.keys, draws.anchors, k, DRAFT, draws.sampling)
         return token, Dense(law)
 
@@ -122,6 +126,8 @@ class Independent:
 
         keys, anchors, sampling, edits = draws
         block = draft.tokens.shape[1]
+        # [R, W, V], after the same transforms as the drafts' laws, and the target's own edits (docs/algorithm.md, rules
+        # 7 and 114).
         law = sampling_law(logits, sampling, edits)
         accepted, next_law = self.rule(draft.tokens, draft.law, law, uniforms(keys, anchors, block, sampling), lengths)
         return Decision(accepted, draw_token(next_law, keys, anchors, block, RESIDUAL, sampling))
@@ -140,6 +146,7 @@ class Coupled:
     (docs/algorithm.md, rules 110 and 111).
     """
 
+    # The text is fixed by the seed alone, so that no schedule can change it (docs/algorithm.md, rule 111).
     any_schedule = True
 
     def noise(self, draws: Draws, block: int, vocab: int) -> Float[Array, "r w v"]:
@@ -154,13 +161,16 @@ class Coupled:
         self, draft: DraftOutput, logits: Float[Array, "r w v"], lengths: Int[Array, " r"], noise: Any, draws: Draws
     ) -> Decision:
         block = draft.tokens.shape[1]
+        # [R, W]: the target's own token of every row, whether or not the draft before it was accepted.
         won = race(logits, noise, draws.sampling, draws.edits)
 
+        # The winner after the accepted prefix is the next token: nothing is drawn again.
         equal = (draft.tokens == won[:, :block]) & (jnp.arange(block) < lengths[:, None])
         accepted = jnp.sum(jnp.cumprod(equal.astype(jnp.int32), axis=1), axis=1)
         return Decision(accepted, jnp.take_along_axis(won, accepted[:, None], axis=1)[:, 0])
 
     def next_token(self, logits: Float[Array, "r v"], draws: Draws, block: int) -> Int[Array, " r"]:
+        # The clocks of the position after the anchor, which a round of any width would read there too.
         return race(logits, self.noise(draws, 0, logits.shape[-1])[:, 0], draws.sampling, draws.edits)
 
     # Trees
@@ -178,6 +188,7 @@ class Coupled:
 
 def check_pair(verifier: Verifier, policy: VerifyPolicy, tree: TreeShape | None = None) -> None:
     """Raise UserError if outputs under this policy, or of this shape, would not follow the target's law."""
+    # Under rejection, siblings would have to be judged in the order of drawing (docs/algorithm.md, rule 117).
     if tree is not None and not (isinstance(verifier, Coupled) and type(policy) is Fixed):
         raise UserError(
             "Draft trees are verified whole and in mode = 'coupled' alone, where every child that the target's own "

@@ -147,6 +147,7 @@ def make_loop(
     if config.longest is None:
         raise UserError("An engine needs to know how long requests may become: give longest, in positions.")
 
+    # A tree has more rows to verify than levels; `block` remains the levels, which is what a round can commit.
     block = 0 if drafter is None else drafter.config.block_size
     tree = None if drafter is None else _tree(drafter, config)
 
@@ -179,6 +180,8 @@ def _tree(drafter: Drafter, config: EngineConfig) -> TreeShape | None:
     """The tree that the settings ask for; UserError for a drafter that has none of so many nodes."""
     if not config.tree:
         return None
+    # A tree's children are drawn from their own parent's correction, which only the Markov head has (docs/algorithm.md,
+    # rule 117).
     made = drafter.config
     if not (kind_of(drafter.hf_config).trees and isinstance(made, DSparkConfig) and made.markov_rank):
         raise UserError(f"{drafter.name} drafts no trees: that takes DSpark's Markov head. Leave tree out.")

@@ -62,11 +62,14 @@ def plan_chunks(config: EngineConfig, size: int, seats: Mapping[int, Entry], bud
     later: list[tuple[int, int]] = []
     spent = 0
 
+    # By turn and not by slot: requests of priority 0 are prefilled first, then those that came first.
     for slot in sorted((s for s, entry in seats.items() if not entry.decoding), key=lambda s: seats[s].turn):
         entry = seats[slot]
         width = prompt_bucket(config, size, entry.prefilled, entry.left_to_prefill)
+        # Stop at the first that does not fit: a smaller chunk of a later request would overtake it.
         if budget is not None and spent and spent + width > budget:
             break
+
         spent += width
 
         if entry.prefilled:
@@ -91,6 +94,7 @@ def next_chunk(loop: DecodeLoop, width: int, entering: Sequence[tuple[int, Job, 
     stops = column(np.full((len(jobs), loop.stop_slots), -1))
     # [A, E]: unused places add a bias of 0 to token 0.
     biased, biases = (column(np.zeros((len(jobs), loop.bias_slots)), kind) for kind in (np.int32, np.float32))
+
     for row, (job, start) in enumerate(zip(jobs, starts, strict=True)):
         chunk = job.prompt[start : start + width]
         tokens[row, : len(chunk)], counts[row] = chunk, len(chunk)
@@ -108,8 +112,11 @@ def next_chunk(loop: DecodeLoop, width: int, entering: Sequence[tuple[int, Job, 
         limit=column([job.longest for job in jobs]),
         stop_tokens=stops,
         verify_cap=column([most if s.verify_length is None else min(s.verify_length, most) for s in settings]),
+        # uint32 words, since the seed has 64 bits and the device's integers 32.
         keys=column([job.seed_words for job in jobs], np.uint32),
         sampling=sampling_arrays(settings),
+        # `given` and not the prompt's length: a resumed request's earlier tokens are output (docs/algorithm.md, rule
+        # 113).
         penalties=Penalties(
             column([s.presence_penalty for s in settings], np.float32),
             column([s.frequency_penalty for s in settings], np.float32),

@@ -92,6 +92,7 @@ def engine_for(
     Raises:
         UserError: as for `generate`.
     """
+    # Tokenised here: the slots' length follows from the prompts.
     requests = listed_requests(target, prompts)
     if not requests:
         return None
@@ -99,6 +100,7 @@ def engine_for(
     # Checked before the engine is built, which may compile and profile for minutes.
     jobs = [make_job(target, sampling, index, request) for index, request in enumerate(requests)]
     sampling = _with_mode(sampling, jobs)
+    # No more slots than prompts: idle slots are computed too.
     slots, longest = min(config.slots, len(jobs)), config.longest or max(job.longest for job in jobs)
 
     buckets = config.buckets
@@ -110,6 +112,7 @@ def engine_for(
         whole = all(job.sampling.verify_length is None for job in jobs)
         buckets = (slots * (1 + (config.tree or drafter.config.block_size)),) if whole else None
 
+    # An array's axis, so at least one place; the engine compiles for the most that a request names.
     stops = max(1, *(len(job.sampling.stop_tokens or ()) for job in jobs))
     made = Engine(
         target,
@@ -125,6 +128,7 @@ def engine_for(
 
 def _with_mode(sampling: SamplingParams, jobs: Sequence[Job]) -> SamplingParams:
     """The call's settings with the mode that its requests ask for, which all of them share."""
+    # Greedy requests have no say: their tokens are the same in every mode.
     asked = [job.sampling.mode for job in jobs if job.sampling.temperature > 0 and job.sampling.mode is not None]
     made = replace(sampling, mode=next(iter(asked), sampling.mode))
     for job in jobs:

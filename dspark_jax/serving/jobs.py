@@ -57,10 +57,12 @@ def make_job(target: Target, sampling: SamplingParams, index: int, request: Requ
     if not isinstance(request, Request):
         raise UserError(f"{who} is a {type(request).__name__}; wrap its prompt in a Request.")
 
+    # Settings of a request's own keep their seed as it is; under shared ones each index gets its own.
     own = request.sampling is not None
     if own and not isinstance(request.sampling, SamplingParams):
         raise UserError(f"{who} has sampling = {request.sampling!r:.80}; expected SamplingParams.")
 
+    # After the checks that cost nothing.
     prompt = tokenize_prompt(target, request.prompt, who, request.thinking)
     settings = (request.sampling or sampling).checked(target.config.vocab_size, who)
     if settings.stop and target.tokenizer is None:
@@ -98,6 +100,7 @@ def require_room(job: Job, config: EngineConfig) -> None:
             f"{sampling.max_new_tokens} new ones); this engine holds {longest}. Shorten it or raise the limit."
         )
 
+    # Each is an axis of the compiled loop.
     asked = (
         (f"names {len(sampling.stop_tokens or ())} stop tokens", len(sampling.stop_tokens or ()), config.stop_slots),
         (f"biases {len(sampling.logit_bias)} tokens", len(sampling.logit_bias), config.bias_slots),

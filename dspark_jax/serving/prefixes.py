@@ -42,6 +42,7 @@ class PrefixCache:
         Raises:
             UserError: on several devices, over which slots are spread.
         """
+        # A slot's rows lie on one of the devices, and a copy would have to move with the slot.
         if config.prefix_cache and mesh is not None:
             raise UserError("Prompts are kept on a single device only; leave prefix_cache at 0 on a mesh.")
         return cls(config.prefix_cache * 2**20, config.prefill_chunk) if config.prefix_cache else None
@@ -49,6 +50,8 @@ class PrefixCache:
     def match(self, prompt: Sequence[int]) -> list[KeptChunk]:
         """The kept chunks that a prompt begins with, in order; they leave at least its last token to be prefilled."""
         keys: list[bytes] = []
+        # Whole chunks only, and from the first on: a chunk's bits depend on everything before it (docs/algorithm.md,
+        # rule 116).
         for end in range(self.chunk, len(prompt), self.chunk):
             key = _key(prompt[:end])
             if key not in self._kept:
@@ -68,7 +71,9 @@ class PrefixCache:
         Returns:
             (the state, the tokens that the slot holds).
         """
+
         held = 0
+        # In order: a later chunk overlaps the earlier one by a row, and its copy of that row is the complete one.
         for kept in self.match(prompt):
             state = restore_chunk(loop, state, kept, *jax.device_put((np.int32(slot), np.int32(held))))
             held += self.chunk
@@ -85,16 +90,19 @@ class PrefixCache:
             start: the chunk's position.
             tokens: the prompt's, from its beginning to the chunk's end.
         """
+        # A last, shorter chunk was computed at another width, whose bits differ.
         if len(tokens) - start == self.chunk and _key(tokens) not in self._kept:
             at = jax.device_put((np.int32(slot), np.int32(start)))
             self.add(tokens, keep_chunk(loop, state, *at, self.chunk))
 
     def add(self, tokens: Sequence[int], kept: KeptChunk) -> None:
         """Keep the chunk that ends with the last of these tokens; those used longest ago go, until it fits."""
+        # It could only be kept by emptying the cache and still not fit.
         if kept.bytes > self.limit:
             return
         # Counted anew each time, so that an interrupt between two lines leaves no wrong count behind.
         self._kept[_key(tokens)] = kept
+        # The chunks before it count as used, last the first, as in `match`.
         for end in range(len(tokens), 0, -self.chunk):
             key = _key(tokens[:end])
             if key in self._kept:
@@ -106,6 +114,7 @@ class PrefixCache:
 
     def compiled(self, loop: DecodeLoop, state: DecodeState) -> DecodeState:
         """Compile both programs on slot 0 of an idle engine, whose state is donated."""
+        # Slot 0 is copied onto itself: the state changes in nothing but its place in memory.
         start = jax.device_put((np.int32(0), np.int32(0)))
         return restore_chunk(loop, state, keep_chunk(loop, state, *start, self.chunk), *start)
 

@@ -25,6 +25,7 @@ class EngineBroken(UserError):
     @classmethod
     def by(cls, error: Exception) -> "EngineBroken":
         """The sentence about the second failure, with the first line of its message."""
+        # The first line alone: XLA's messages go on for pages.
         reason = "".join(str(error).strip().splitlines()[:1])
         return cls(
             f"The engine failed twice in a row ({type(error).__name__}: {reason}) and decodes no more; make a new one "
@@ -81,6 +82,7 @@ class Counts:
     drafted: int = 0  # rounds with drafts
 
     def __add__(self, other: "Counts") -> "Counts":
+        # Tuples would be joined by +, not added.
         def summed(name: str) -> tuple[int, ...]:
             mine, theirs = getattr(self, name), getattr(other, name)
             # Empty counts know no block size yet.
@@ -164,6 +166,7 @@ class Generation:
     @property
     def tokens_per_second(self) -> float:
         """New tokens per second in a slot, prefill included; 0 for a request that never had a slot."""
+        # A clock of coarse resolution may give 0 for a request that ended in its first dispatch.
         seconds = self.timing.ended - self.timing.admitted
         return len(self.tokens) / seconds if seconds > 0 else 0.0
 

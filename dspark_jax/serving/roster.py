@@ -74,6 +74,7 @@ class Entry:
 
     def unseat(self) -> None:
         """Return the request to the queue, to be continued after the tokens that have been seen."""
+        # Tokens that were reported join the prompt: they are prefilled again, not decoded again.
         self.slot, self.prefilled = None, 0
         self.before, self.running = self.seen, self.job.after(self.seen.tokens)
 

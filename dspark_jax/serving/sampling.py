@@ -11,6 +11,7 @@ import numpy as np
 from dspark_jax.errors import UserError
 
 Mode = Literal["rejection", "block", "coupled"]
+# Both words of a Threefry key (docs/algorithm.md, rule 107).
 SEEDS = 2**64
 
 
@@ -70,16 +71,19 @@ class SamplingParams:
         Raises:
             UserError: a value of the wrong type, not finite, or out of range.
         """
+        # Every field becomes a plain Python value, so that settings compare alike wherever their numbers came from.
         whole, number = partial(whole_number, who), partial(number_between, who)
         stops = self.stop_tokens
         if stops is not None:
             stops = tuple(whole("stop_tokens", t, 0, vocabulary - 1) for t in listed("stop_tokens", stops, who))
 
+        # An empty stop text would end every answer before its first character.
         texts = listed("stop", self.stop, who)
         for text in texts:
             if not isinstance(text, str) or not text or not is_unicode(text):
                 raise UserError(f"{who} has stop = {self.stop!r}; expected texts that are not empty.")
 
+        # Of the request alone; whether the engine verifies in that mode is `require_mode`'s question.
         if self.mode is not None and self.mode not in get_args(Mode):
             raise UserError(f"{who} has mode = {self.mode!r}; expected one of {', '.join(get_args(Mode))}.")
         if not isinstance(self.ignore_eos, bool | np.bool_):
@@ -111,6 +115,7 @@ DEFAULT_SAMPLING = SamplingParams()
 
 def require_mode(sampling: SamplingParams, mode: Mode | None, who: str) -> None:
     """Raise UserError for settings of another mode than the engine's; greedy decoding is the same in all."""
+    # At temperature 0 all verifiers give plain decoding's tokens (docs/algorithm.md, rule 108).
     mode = mode or "rejection"
     if sampling.temperature > 0 and sampling.mode not in (None, mode):
         raise UserError(
@@ -138,6 +143,7 @@ def seed_words(sampling: SamplingParams, index: int, own: bool) -> tuple[int, in
 
 def _biases(given: Any, vocabulary: int, who: str) -> tuple[tuple[int, float], ...]:
     """Pairs of (token id, bias), in order of ids and none of them twice."""
+    # JSON objects and Python mappings come as mappings; settings that must be hashable come as pairs.
     pairs = list(given.items()) if isinstance(given, Mapping) else given
     if isinstance(pairs, str | bytes) or not isinstance(pairs, Sequence):
         raise UserError(f"{who} has logit_bias = {given!r:.80}; expected token ids with a number each.")
@@ -147,10 +153,12 @@ def _biases(given: Any, vocabulary: int, who: str) -> tuple[tuple[int, float], .
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
             raise UserError(f"{who} has {pair!r:.80} in logit_bias; expected a token id and a number.")
         token = whole_number(who, "a token of logit_bias", pair[0], 0, vocabulary - 1)
+        # Two biases of one token would be added on the device, which neither of them says.
         if token in biases:
             raise UserError(f"{who} names token {token} twice in logit_bias; give it one bias.")
         biases[token] = number_between(who, f"a bias of {token}", pair[1], -100.0, 100.0)
 
+    # Sorted, so that equal settings compare and hash as equal.
     return tuple(sorted(biases.items()))
 
 

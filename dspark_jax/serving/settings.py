@@ -41,10 +41,12 @@ class EngineConfig:
     """sts.json: calibrated temperatures of the drafter's confidence, for the load-adaptive policies."""
     sps: Path | None = None
     """sps.json: what a round costs by tokens verified. None: measured once and kept for this machine and pair."""
+    # A dispatch costs a call and a read; new requests wait for its end. Sixteen rounds keep both small.
     rounds_per_dispatch: int = 16
     """Rounds of a dispatch, after which the host reads the state."""
     buckets: tuple[int, ...] | None = None
     """Token counts that the verify pass is compiled for. None: a ladder up to slots x (block + 1)."""
+    # Widths below it would each be a program to compile, for little less work.
     smallest_prompt_bucket: int = 32
     """Tokens that the shortest prompts are padded to."""
     prefill_chunk: int = 256
@@ -57,6 +59,7 @@ class EngineConfig:
     """Requests that may wait. None: any number."""
     stop_slots: int = 4
     """The most stop tokens that a request may name."""
+    # Every slot holds as many places, used or not.
     bias_slots: int = 300
     """The most tokens that a request may bias."""
     max_logprobs: int = 20
@@ -75,6 +78,7 @@ def policy_named(name: PolicyName, threshold: float = 0.0) -> VerifyPolicy:
         name: "auto" gives the policy that is tried first; serving/assembly.py decides whether drafting can pay at all.
         threshold: confidence threshold of the threshold policy.
     """
+    # Policies are frozen and equal by value, so that engines with the same name share compiled programs.
     policies: dict[str, VerifyPolicy] = {
         "auto": LookAhead(),
         "plain": Fixed(),
@@ -90,6 +94,7 @@ def policy_named(name: PolicyName, threshold: float = 0.0) -> VerifyPolicy:
 
 def verifier_of(mode: Mode | None) -> Verifier:
     """The strategy that verifies drafts in a mode; None: rejection. UserError for an unknown mode."""
+    # One verifier for each engine: which policies are exact depends on it (docs/algorithm.md, rule 108).
     verifiers: dict[Mode, Verifier] = {
         "rejection": Independent(RejectionSampling()),
         "block": Independent(BlockVerification()),
@@ -106,6 +111,7 @@ def check_engine(config: EngineConfig) -> None:
     Raises:
         UserError: settings that no engine can run with.
     """
+    # Sentences name the setting as it is written, so that it can be found in a command or a file.
     who = "The engine"
     counts = ("slots", "rounds_per_dispatch", "smallest_prompt_bucket", "prefill_chunk", "prefill_budget")
     for name in (*counts, "stop_slots", "bias_slots", "max_logprobs"):
@@ -113,6 +119,7 @@ def check_engine(config: EngineConfig) -> None:
 
     whole_number(who, "prefix_cache", config.prefix_cache, 0)
     whole_number(who, "tree", config.tree, 0)
+    # None has a meaning of its own for both; 0 has none.
     for name in ("queue", "longest"):
         if getattr(config, name) is not None:
             whole_number(who, name, getattr(config, name), 1)

@@ -46,6 +46,7 @@ def programs_of(engine: Warmable) -> list[Callable[[], None]]:
 
     Each call raises UserError while the engine has requests.
     """
+    # The commonest first, so that a server that compiles only what is essential has what a first request needs.
     first, later = _widths(engine)
     alone = [partial(_compile_chunk, engine, width, 1, True) for width in first]
     # The row counts that the engine uses: one prompt, or as many rows as slots.
@@ -53,8 +54,10 @@ def programs_of(engine: Warmable) -> list[Callable[[], None]]:
     following = [partial(_compile_chunk, engine, width, 1, False) for width in later]
 
     found: list[Callable[[], None]] = [partial(_compile_rounds, engine), *alone, *together, *following]
+    # Only prompts longer than a chunk have a whole chunk before their last token.
     if engine.prefixes is not None and later:
         found.append(partial(_compile_prefixes, engine))
+    # A program of its own, whose number of rounds is compiled in.
     if engine.recorder is not None:
         found.append(partial(_compile_recording, engine))
     return found
@@ -66,11 +69,13 @@ def essential(engine: Warmable) -> int:
 
 
 def _widths(engine: Warmable) -> tuple[list[int], list[int]]:
+    # Prompts leave room for one new token at least.
     first, later = chunk_widths(engine.config, engine.loop.size, (engine.config.longest or 1) - 1)
     return sorted(first), sorted(later)
 
 
 def _compile_chunk(engine: Warmable, width: int, rows: int, fresh: bool) -> None:
+    # The state is donated: it must be replaced before the engine is let go.
     batch = jax.device_put(blank_chunk(engine.loop, rows, width))
     with engine.unused():
         engine.state = admit(engine.loop, engine.params, engine.state, batch, fresh)
