@@ -128,6 +128,7 @@ def main(argv: list[str]) -> None:
             metrics = measured(settings)
 
     metrics |= {"machine": machine(), "settings": asdict(settings)}
+    # The second copy is the one that documents cite; `runs/` is not in the repository.
     for path in (settings.output / "metrics.json", settings.results):
         if path is not None:
             write_json(path, metrics)
@@ -198,6 +199,8 @@ class Study:
 
     def engine(self, strategy: str, slots: int, policy: VerifyPolicy | None = None) -> Engine:
         settings = self.settings
+        # Plain decoding without a drafter, and not a cap of 0: nothing is drafted, and the drafter's caches take no
+        # memory.
         drafter = None if strategy == "plain" else self.mtp if strategy == "mtp" else self.drafter
         sampling = SamplingParams(
             settings.max_new_tokens,
@@ -215,9 +218,11 @@ class Study:
             rounds_per_dispatch=settings.rounds_per_dispatch,
             buckets=ladder(slots, 0 if drafter is None else drafter.config.block_size),
             smallest_prompt_bucket=64,
+            # A closed loop sends its next request when one ends: a longer dispatch would leave that slot empty.
             return_at_once=True,
         )
         engine = Engine(self.target, drafter, config, sampling, policy)
+        # Before any clock runs; strategies differ in how many programs they have.
         engine.warm_up()
 
         return engine
@@ -228,10 +233,12 @@ class Study:
 
     def closed(self, users: int) -> dict[str, Any]:
         """Medians of every strategy with this many users."""
+        # The same traffic for every strategy: the same prompts, lengths and seeds in the same order.
         requests = requests_of(self.settings, users)
         return self._medians(Load("closed", users, users), lambda e: closed_loop(e, self.traffic(), users, requests))
 
     def poisson(self, rate: float) -> dict[str, Any]:
+        # As many as fit: the queue, not the slots, is to show whether the rate can be held.
         slots = max(self.settings.concurrency)
         requests = slots * self.settings.requests_per_user
         return self._medians(Load("poisson", rate, slots), lambda e: poisson(e, self.traffic(), rate, requests))
@@ -252,6 +259,7 @@ class Study:
         for repeat, strategy in tqdm(missing, desc=f"{load.mode} {load.amount:g}", unit="run", disable=None):
             self.log.add(load, strategy, repeat, run(engines[strategy]))
 
+        # The last references, so that memory of engines and programs is free before the next load.
         engines.clear()
         forget_programs()
         return {strategy: self.log.medians(load, strategy) for strategy in self.settings.strategies}
@@ -262,6 +270,7 @@ class Study:
         engine = self.engine("fixed", users, Causal())
         temperatures = temperatures_of(self.target, self.drafter, engine.sampling, self.settings.sts)
 
+        # Measured right here and not read: the simulator is to be judged by its arithmetic, not by a table's age.
         costs = measure_profile(engine.loop, engine.params, self.settings.temperature).cost_table()
         prefill, dispatch = overheads(engine, self.prompts)
         plain_prefill, _ = overheads(self.engine("plain", users), self.prompts)
@@ -300,11 +309,13 @@ def forget_programs() -> None:
 
 def requests_of(settings: LoadSettings, users: int) -> int:
     """Requests of a closed loop, including those open at its end."""
+    # Open ones included: a loop that stops sending would end on slots that empty one by one.
     return max(users * settings.requests_per_user, settings.least_requests) + users
 
 
 def ladder(slots: int, block: int) -> tuple[int, ...]:
     """Token buckets of the verify pass, ascending."""
+    # Multiples of the slots: fixed verification fills such a bucket exactly, and adaptive ones find steps between.
     return tuple(sorted({slots * width for width in (*WIDTHS, block + 1) if width <= block + 1}))
 
 

@@ -144,8 +144,10 @@ def at_temperature(
     rows = {name: figures(found, runs.get(_rejection(name))) for name, found in runs.items()}
 
     requests = seeded(prompts, settings.sampling(temperature, "coupled"))
+    # Seeds by prompt, as `Decoder` gives them: equal noise is what makes texts comparable.
     sampling = [request.sampling or SamplingParams() for request in requests]
     for name, row in rows.items():
+        # Texts in coupled mode equal plain decoding's but for near-ties (docs/algorithm.md, rule 111).
         if name.startswith("coupled"):
             plain, coupled = (runs[way][0].generations for way in ("plain, coupled", name))
             parted = differences(target, prompts, plain, coupled, sampling)
@@ -157,6 +159,7 @@ def at_temperature(
 
 def timed_by(clock: str, decode: Decoder, prompts: Sequence[EncodedPrompt]) -> Timed:
     """One pass of a decoder, with the seconds of the clock that was asked for."""
+    # Both clocks are read; on a shared machine the process's own tells more.
     started = time.process_time()
     run = decode(prompts)
     return run if clock == "wall" else replace(run, seconds=time.process_time() - started)
@@ -165,6 +168,7 @@ def timed_by(clock: str, decode: Decoder, prompts: Sequence[EncodedPrompt]) -> T
 def _rejection(name: str) -> str:
     """The way that this one is compared with: rejection under the same policy; for trees whole chains, and look-ahead
     for the policy that rejection does not have."""
+    # Trees are always whole, so that chains of whole blocks are what they are compared with.
     policy = name.split(", ")[1]
     return f"rejection, {'fixed' if policy.startswith('tree') else policy.replace('retrospective', 'look-ahead')}"
 

@@ -94,6 +94,7 @@ def main(argv: list[str]) -> None:
     rng = np.random.default_rng(0)
     pairs: list[tuple[Turn, Turn]] = []
     for number in range(settings.repeats + 1):
+        # New ids each time, so that nothing of an earlier conversation is reused.
         first = rng.integers(0, target.config.vocab_size, settings.tokens - settings.answer - settings.question)
         question = rng.integers(0, target.config.vocab_size, settings.question)
         # By turns: the second of a pair runs on a warmer machine.
@@ -106,6 +107,7 @@ def main(argv: list[str]) -> None:
 
 def second_turn(engine: Engine, first: list[int], question: list[int]) -> Turn:
     """Answer a conversation's first prompt, then the second, which begins with all of it."""
+    # The first turn leaves its chunks behind, where the engine keeps any.
     answer = timed(engine, first).generation
     # Few new tokens: the answer of the second turn is compared, not timed.
     room = (engine.config.longest or 0) - len(first) - len(answer.tokens) - len(question)
@@ -115,6 +117,7 @@ def second_turn(engine: Engine, first: list[int], question: list[int]) -> Turn:
 def timed(engine: Engine, prompt: list[int], new: int | None = None) -> Turn:
     """Run one request alone."""
     sampling = engine.sampling if new is None else replace(engine.sampling, max_new_tokens=new)
+    # The clock includes the submission, as a client's would.
     started, first = time.perf_counter(), None
     engine.submit(0, Request(prompt, sampling))
     while True:
@@ -134,6 +137,7 @@ def report(settings: PrefixReuseSettings, pairs: list[tuple[Turn, Turn]]) -> Non
     seconds = [statistics.median(pair[i].seconds for pair in pairs) for i in (0, 1)]
     # Ratios of pairs: what slows the machine for a while slows both.
     ratios = sorted(kept.seconds / whole.seconds for whole, kept in pairs)
+    # Equal token for token: a kept chunk has the very bits that prefilling would give (docs/algorithm.md, rule 116).
     same = sum(whole.generation == kept.generation for whole, kept in pairs)
     facts: dict[str, Any] = {
         "conversations": len(pairs),
@@ -146,6 +150,7 @@ def report(settings: PrefixReuseSettings, pairs: list[tuple[Turn, Turn]]) -> Non
         "identical answers": f"{same}/{len(pairs)}",
     }
     shown = {name: str(value) for name, value in asdict(settings).items()}
+    # Before the check, so that a fault leaves its figures.
     write_json(settings.output, {"settings": shown, "machine": machine(), **facts})
 
     print(table(("second turns", ""), [(name, str(value)) for name, value in facts.items()]))

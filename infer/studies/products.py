@@ -72,11 +72,13 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{target.name} has mixtures of experts; expected a dense target.")
 
     runs: dict[str, Callable[[], Any]] = {}
+    # All weights at once in memory: runs alternate among the kinds.
     for kind, (stored, result) in KINDS.items():
         weights = random_weights(target.config, stored)
         for rows in settings.rows:
             x = jnp.ones((rows, target.config.hidden_size), stored if stored == jnp.bfloat16 else jnp.float32)
             runs[f"{kind}/{rows}"] = partial(chain, weights, x, result)
+    # A process's CPU seconds leave out what others do to the machine, and count all of its threads.
     clock = time.process_time if settings.cpu_seconds else time.perf_counter
     seconds = timed(runs, settings.repeats, clock)
 
@@ -94,6 +96,7 @@ def main(argv: list[str]) -> None:
 
 def random_weights(config: TargetConfig, dtype: Any) -> list[Array]:
     """Weights [in, out] of every layer's seven products in order, then the head [V, D], as they lie in a target."""
+    # The order within a layer is that in which `chain` takes them: q, k, v, o, gate, up, down.
     heads, d, f = config.num_heads, config.hidden_size, config.intermediate_size
     shapes: list[tuple[int, int]] = []
     for layer in config.layers:
@@ -118,6 +121,7 @@ def chain(weights: list[Array], x: Float[Array, "m d"], result: Any) -> Array:
         out = jnp.matmul(x.astype(wide.dtype), wide, preferred_element_type=result)
         return out * 0.1 if weight.dtype == jnp.int8 else out
 
+    # Seven products a layer, as `random_weights` lays them out.
     *layers, head = weights
     for at in range(0, len(layers), 7):
         q, k, v, o, gate, up, down = layers[at : at + 7]
@@ -126,6 +130,7 @@ def chain(weights: list[Array], x: Float[Array, "m d"], result: Any) -> Array:
         mixed = queries + jnp.pad(keys + values, ((0, 0), (0, q.shape[1] - k.shape[1])))
         x = x + times(mixed, o).astype(x.dtype)
         x = x + times(times(x, gate) * times(x, up), down).astype(x.dtype)
+        # Kept within range, whatever the dtype: the chain has no norms.
         x = x / (1 + jnp.max(jnp.abs(x)))
 
     wide = head.astype(jnp.float32) if head.dtype == jnp.int8 else head
@@ -136,6 +141,7 @@ def timed(
     runs: dict[str, Callable[[], Any]], repeats: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, float]:
     """Median seconds of each, in alternating order after a first call that compiles."""
+    # A first call compiles and fills caches.
     for run in runs.values():
         jax.block_until_ready(run())
 
@@ -157,6 +163,7 @@ def plain_round(target: Target, tokens: int, repeats: int, clock: Callable[[], f
         generate(target, None, [[1]], SamplingParams(count, 0.0, stop_tokens=()), engine)
 
     found = timed({"long": partial(decode, tokens + 1), "short": partial(decode, 1)}, repeats, clock)
+    # Both have the prefill and the dispatch in common; the difference is rounds alone.
     return (found["long"] - found["short"]) / tokens
 
 

@@ -120,6 +120,7 @@ def show_answers(
     """Prints greedy answers with their drafted tokens marked."""
     # Whole blocks, so that drafts are seen also where `auto` would decode plainly.
     engine = replace(bench.engine, policy="fixed")
+    # Reversed, so that the first prompt of each domain is what stays.
     firsts = {prompt.domain: prompt for prompt in reversed(prompts)}
     chosen = sorted(firsts.values(), key=prompts.index)[: settings.answers]
 
@@ -134,6 +135,7 @@ def show_answers(
 def questions(settings: RealPairSettings, target: Target) -> list[EncodedPrompt]:
     """The first questions of every domain."""
     if not settings.domains:
+        # Rows that name their domain are limited by domain.
         return read_prompts(target, settings.questions, settings.per_domain)
 
     made: list[EncodedPrompt] = []
@@ -162,6 +164,7 @@ def summary(temperatures: dict[str, Any]) -> dict[str, Any]:
             },
         }
         for name in temperatures["t0"]
+        # The pooled row would count domains by their number of tokens.
         if name != "all"
     }
     # Greedy outputs may differ from plain decoding's only at a near-tie; both counts are given.

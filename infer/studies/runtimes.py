@@ -83,6 +83,7 @@ def all_ways(
     settings: RuntimeSettings,
 ) -> tuple[dict[str, Callable[[Sequence[EncodedPrompt]], Timed]], list[EncodedPrompt]]:
     """The ways of decoding by name, and the prompts."""
+    # float32 throughout: the comparison is of runtimes, and half precision differs among them.
     target = load_target(settings.target, dtype="float32")
     drafter = load_drafter(settings.drafter, target, dtype="float32")
     prompts = read_prompts(target, settings.prompts, settings.per_domain)
@@ -115,9 +116,11 @@ def all_ways(
 
 def row_of(made: Sequence[Timed], plain: Sequence[Timed], expected: Sequence[Sequence[int]]) -> dict[str, Any]:
     """Figures of one way; `expected` are the tokens of this engine's plain decoding."""
+    # Of one run: greedy decoding repeats its tokens.
     found = [generation.tokens for generation in made[0].generations]
     return {
         "tokens_per_second": median_speed(made),
+        # By pairs of alternating runs, so that a change in the machine's load reaches both.
         "over_plain": median_ratio(made, plain),
         "identical": sum(a == b for a, b in zip(found, expected, strict=True)),
     }
@@ -152,6 +155,7 @@ class LlamaCpp:
 
         params = xllamacpp.CommonParams()
         params.model.path = str(file)
+        # One sequence with the whole context, as the engine has one slot.
         params.n_ctx, params.n_parallel = longest, 1
         return cls(xllamacpp.Server(params), max_new_tokens)
 

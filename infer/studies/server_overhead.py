@@ -86,6 +86,7 @@ def main(argv: list[str]) -> None:
     ready = threading.Event()
     with bind(service.config) as bound:
         server = ApiServer(service, on_ready=ready.set)
+        # In this process: both engines share the weights and the compiled programs.
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
         thread.start()
         ready.wait()
@@ -128,10 +129,12 @@ def bare(settings: OverheadSettings, engine: Engine, prompts: list[EncodedPrompt
     def send() -> None:
         nonlocal asked
         if asked < settings.requests:
+            # In turn through the prompts, as infer.load takes them.
             engine.submit(asked, Request(prompts[asked % len(prompts)].tokens, sampling))
             asked += 1
 
     began = time.perf_counter()
+    # As many open as there are slots; each end sends the next.
     for _ in range(settings.users):
         send()
     # As a closed loop over HTTP: an answer's end sends the next request, so the slots stay full.
@@ -152,6 +155,7 @@ def over_http(settings: OverheadSettings, url: str) -> float:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"The clients failed: {done.stderr.strip()[-300:]}")
+    # One load was asked for, so that there is one run.
     (run,) = json.loads((folder / "metrics.json").read_text())["runs"]
     speed: Any = run["tokens_per_second"]
     return float(speed)

@@ -84,6 +84,7 @@ def main(argv: list[str]) -> int:
         raise UserError("Clients, prompts, tokens and seconds must be above 0.")
     make_output(settings.output, settings.results)
 
+    # The server's process is watched from outside: memory, hanging, and how it ends.
     with served(settings) as (address, process):
         soak = Soak(settings, address, process.pid)
         asyncio.run(soak.run())
@@ -120,6 +121,7 @@ def served(settings: SoakSettings) -> Iterator[tuple[Address, subprocess.Popen[s
                 raise UserError(f"The server did not start; {settings.output / 'server.log'} says why.")
             yield address_of(line.removeprefix("Ready at ").strip()), process
         finally:
+            # Harmless after an orderly end; without it a failed soak would leave a server behind.
             process.kill()
             process.wait()
 
@@ -158,6 +160,7 @@ class Soak:
 
         await asyncio.sleep(1.0)
         async with httpx.AsyncClient() as client:
+            # By the server's own figures: clients that hung up must have freed their slots by now.
             found = await client.get(f"http://{self.address.host}:{self.address.port}/v1/speculation")
         self.left = found.json()["recent"]["running"] + found.json()["recent"]["waiting"]
 
@@ -206,6 +209,7 @@ class Soak:
     def _check(self, prompt: int, asked: Asked) -> None:
         if self._count("undisturbed", asked):
             self.undisturbed.append(asked)
+            # Greedy in float32: neighbours, slots and batches must not change a token.
             if asked.text != self._alone[prompt]:
                 self.wrong.append(f"prompt {prompt} got another answer than alone")
 

@@ -85,9 +85,11 @@ def main(argv: list[str]) -> None:
     for users in settings.users:
         closed[str(users)] = {}
         for strategy in settings.strategies:
+            # Plain decoding runs on DSpark's costs with a cap of 0: no draft is made, so that the pair does not matter.
             kind = "mtp" if strategy == "mtp" else "dspark"
             simulated_device = node(settings, device, costs[kind], users)
             cap = 0 if strategy == "plain" else costs[kind].block
+            # Enough for a median with few users; as many again as are open at the end.
             requests = max(users * settings.requests_per_user, 48)
             found = simulate(POLICIES[strategy], cap, traces[kind], simulated_device, users, requests + users)
             closed[str(users)][strategy] = figures(found)
@@ -106,9 +108,11 @@ def main(argv: list[str]) -> None:
 
 def node(settings: V4LoadSettings, device: Device, costs: V4Costs, users: int) -> SimulatedDevice:
     """The devices as one, with the cost of each pass that R users can ask for."""
+    # In the mean over an answer, in which the context grows by a token at a time.
     context = settings.prompt + settings.answer / 2
 
     def seconds(terms: list[Term], layers: int) -> float:
+        # Shared evenly: every device holds a shard of each layer.
         products = floor_seconds(terms, device) / (settings.devices * settings.share)
         return products + SITES * layers * settings.collective_us * 1e-6
 
@@ -125,6 +129,7 @@ def node(settings: V4LoadSettings, device: Device, costs: V4Costs, users: int) -
 def made_up_traces(settings: V4LoadSettings, block: int) -> Traces:
     """Rounds in which each draft is accepted with the probability that its confidence states, if those before it are:
     requests of the domains in turn."""
+    # The same rounds for every number of users and every strategy of a drafter.
     rng = np.random.default_rng(settings.seed)
     requests, rounds = 24 * len(settings.acceptance), settings.answer
 
@@ -132,10 +137,13 @@ def made_up_traces(settings: V4LoadSettings, block: int) -> Traces:
     mean = np.repeat(domains, rounds)[:, None]
     confidence = rng.beta(settings.concentration * mean, settings.concentration * (1 - mean), (len(mean), block))
     confidence = np.clip(confidence, 1e-6, 1 - 1e-6)
+    # Accepted with the probability that the confidence states: calibrated by construction.
     taken = rng.random(confidence.shape) < confidence
 
     return Traces(
+        # The simulator reads logits, as a confidence head gives them.
         np.log(confidence / (1 - confidence)).astype(np.float32),
+        # The accepted prefix ends at the first draft that is not taken.
         np.cumprod(taken, axis=1).sum(axis=1).astype(np.int32),
         np.repeat(np.arange(requests, dtype=np.int32), rounds),
         np.full(requests, settings.prompt, np.int32),
@@ -156,11 +164,14 @@ def figures(found: LoadFigures) -> dict[str, float]:
 def over_mtp(closed: dict[str, Any], strategy: str) -> dict[str, float]:
     """By users: a user's speed over that of MTP-1 at the same throughput of all users, interpolated between MTP-1's
     points; left out where MTP-1 has no such throughput."""
+    # By throughput: MTP-1's points as a curve, which np.interp needs in ascending order.
     baseline = sorted((row["mtp"]["tokens_per_second"], row["mtp"]["user_median"]) for row in closed.values())
     totals, speeds = zip(*baseline, strict=True)
+
     gains = {}
     for users, row in closed.items():
         total, speed = row[strategy]["tokens_per_second"], row[strategy]["user_median"]
+        # Interpolated only: beyond its points MTP-1's speed would be made up.
         if totals[0] <= total <= totals[-1]:
             gains[users] = float(speed / np.interp(total, totals, speeds))
     return gains

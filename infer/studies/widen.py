@@ -52,11 +52,13 @@ def main(argv: list[str]) -> None:
     check_new_folder(out)
     target = load_target(settings.target, tokenizer=False)
     drafter = load_drafter(settings.drafter, target) if settings.drafter else None
+    # Made in memory first, so that a refusal leaves no folder behind.
     wide = widened(target, settings.intermediate_size)
 
     try:
         save_target(out / "target", wide.hf_config, wide.params, wide.config.dtype)
         for file in resolve_folder(settings.target).iterdir():
+            # Weights and configuration are written anew; the tokenizer's files do not depend on the width.
             if file.suffix in COPIED and file.name not in WRITTEN_ANEW:
                 shutil.copy(file, out / "target")
         if drafter is not None:
