@@ -70,7 +70,7 @@ def main(argv: list[str]) -> None:
         print(f"{service.name}: {'' if engine is None else engine.why}", file=sys.stderr)
         server = ApiServer(service, on_ready=lambda: print(f"Ready at {address(bound)}", flush=True))
 
-        # uvicorn drains on SIGTERM and then raises it again, for whoever handled it before: the end was an orderly one.
+        # uvicorn drains on SIGTERM and then raises it again, for an earlier handler; this one makes the exit code 0.
         signal.signal(signal.SIGTERM, lambda *_: None)
         server.run(sockets=[bound])
 

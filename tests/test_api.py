@@ -520,7 +520,7 @@ def test_an_answer_is_cut_at_the_deadline(running: Running, slow: Engine, monkey
 def test_a_failure_is_mended_and_two_are_answered_with_500(
     running: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One failure costs nobody anything; two in a row answer 500 to all, and a new engine takes over. Both count."""
+    """One failure changes no answer; two in a row answer 500 to all, and a new engine takes over. Both count."""
     body = {"messages": MESSAGES, "max_tokens": 30, "temperature": 0}
     expected = direct(running, max_new_tokens=30).text
     pulse, engine = running.service.pulse, running.engine

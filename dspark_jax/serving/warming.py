@@ -84,11 +84,11 @@ def _compile_chunk(engine: Warmable, width: int, rows: int, fresh: bool) -> None
 def _compile_rounds(engine: Warmable) -> None:
     # No round and no slot.
     limits = jax.device_put((np.int32(0), np.bool_(False)))
-    nobody = jax.device_put(np.zeros(engine.config.slots, bool))
+    none = jax.device_put(np.zeros(engine.config.slots, bool))
     with engine.unused():
         occupancy = engine.metering.current()
         engine.state = run_rounds(engine.loop, engine.params, engine.state, occupancy, *limits)
-        engine.state = retire(engine.loop, engine.state, nobody)
+        engine.state = retire(engine.loop, engine.state, none)
 
 
 def _compile_prefixes(engine: Warmable) -> None:

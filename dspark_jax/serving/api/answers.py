@@ -36,7 +36,7 @@ class Answer:
 
     Attributes:
         place: its index among the request's answers.
-        details: None: nothing is told of its tokens.
+        details: of its tokens; None where the client asked for none.
         prompt_tokens, tokens: of the prompt, and new ones.
         said: characters.
         told: characters of the tokens that were told.

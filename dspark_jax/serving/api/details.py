@@ -33,7 +33,7 @@ class Told:
 
 @dataclass
 class Details:
-    """The tokens of one answer. Each is told once its text is final, and cannot become part of a stop string.
+    """The tokens of one answer. Each is reported once its text is final and cannot become part of a stop string.
 
     Attributes:
         decode: the tokenizer's.

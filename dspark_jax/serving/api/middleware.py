@@ -1,4 +1,4 @@
-"""Around every request: the key, the count, one line of log, and the last catch of what no route foresaw."""
+"""Around every request: the key, the count, one line of log, and the last catch of unexpected failures."""
 
 import hmac
 import logging
@@ -18,7 +18,7 @@ NAMED = {
     "/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/speculation", "/v1/synthetic", "/health", "/ready",
     "/metrics",
 }  # fmt: skip
-"""Paths that are counted by name; a stranger's paths must not become labels without end."""
+"""Paths that are counted by name; arbitrary paths must not become labels without end."""
 
 SAFE = [
     (b"content-security-policy", b"default-src 'self'; base-uri 'none'; frame-ancestors 'none'"),

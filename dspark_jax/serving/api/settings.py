@@ -60,5 +60,5 @@ class ServerConfig:
 
     @property
     def synthetic_users(self) -> bool:
-        """Whether POST /v1/synthetic is served: it lets a stranger keep the engine busy."""
+        """Whether POST /v1/synthetic is served: whoever reaches it can keep the engine busy."""
         return self.loopback if self.demo == "auto" else self.demo == "on"
