@@ -1,5 +1,6 @@
-"""A server on loopback over a tiny pair with a tokenizer, in a thread of the test process."""
+"""A server on loopback over a tiny pair with a tokenizer, in a thread of the test process, and what its tests share."""
 
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from dspark_jax.data.tokenizers import load_tokenizer
 from dspark_jax.drafters.registry import Drafter
@@ -16,11 +18,15 @@ from dspark_jax.serving.api.server import ApiServer, address, bind
 from dspark_jax.serving.api.service import Service
 from dspark_jax.serving.api.settings import ServerConfig
 from dspark_jax.serving.engine import Engine
+from dspark_jax.serving.generate import generate
+from dspark_jax.serving.requests import Generation
+from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.targets.target import Target
 from tests.decoding_tiny import tiny_pair
 from tests.tiny import TOKENIZER_SIZE, write_tiny_target
 
+MESSAGES: Any = [{"role": "user", "content": "What is the sum of three and four?"}]
 CONTEXT = 256
 ENGINE = EngineConfig(4, CONTEXT, "fixed", rounds_per_dispatch=2, buckets=(20,), queue=4)
 
@@ -78,3 +84,35 @@ def serve(pair: tuple[Target, Drafter | None], engine: EngineConfig = ENGINE, **
 
     running.wait(ready)
     return running
+
+
+def slowed(running: Running, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.03) -> Engine:
+    """The engine with a pause before each step, so that requests overlap whatever the machine."""
+    engine = running.engine
+    step = engine.step
+
+    def later() -> Any:
+        time.sleep(seconds)
+        return step()
+
+    monkeypatch.setattr(engine, "step", later)
+    return engine
+
+
+def direct(running: Running, prompt: Any = MESSAGES, **sampling: Any) -> Generation:
+    """What `generate` answers."""
+    service = running.service
+    (made,) = generate(service.target, None, [prompt], SamplingParams(**sampling), ENGINE)
+    return made
+
+
+def post(running: Running, body: Any, path: str = "/v1/chat/completions", **options: Any) -> httpx.Response:
+    """The response to a POST of JSON."""
+    return httpx.post(running.url + path, json=body, timeout=60, **options)
+
+
+def events(text: str) -> list[dict[str, Any]]:
+    """The objects of a stream, which ends with [DONE]."""
+    lines = [line.removeprefix("data: ") for line in text.splitlines() if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]

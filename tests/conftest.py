@@ -45,6 +45,7 @@ LONG_FILES = (
     "test_sources",
     "test_infer_programs",
     "test_loop",
+    "test_dispatch",
     "test_v4_decoding",
     "test_v4_traps",
     "test_v4_training",
@@ -59,7 +60,9 @@ LONG_FILES = (
     "test_overload",
     "test_prefix_reuse",
     "test_page",
+    "test_api_load",
     "test_api",
+    "test_api_refusals",
     "test_auto_policy",
     "test_draft_vocabulary",
     "test_self_prompts",
@@ -106,6 +109,24 @@ def forget_compiled_programs() -> Iterator[None]:
 
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="session")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """One server in each worker for all files that ask it over HTTP; imported, it would be a fixture of each file."""
+    from tests.api_tiny import serve, spoken_pair
+
+    running = serve(spoken_pair(tmp_path_factory.mktemp("api")))
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def client(running: Any) -> Any:
+    """OpenAI's own client of the server."""
+    import openai
+
+    return openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=60)
 
 
 def maps_run_short() -> bool:

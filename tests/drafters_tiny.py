@@ -1,5 +1,6 @@
 """A tiny target's config, drafters over it and batches of made-up features: what drafter and training tests run on."""
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -76,3 +77,14 @@ def write_pair(folder: Path, seed: int = 0, **fields: Any) -> tuple[Target, Draf
     given = {"num_layers": 2, "target_layer_ids": TAPS, "mask_token_id": 5, "block_size": 4, "markov_rank": 6} | fields
     assert read_target_config(config) == target.config
     return target, new_drafter("fresh", drafter_hf_config(target.hf_config, **given), jax.random.key(7))
+
+
+def config(folder: Path) -> dict[str, Any]:
+    """The config.json of a folder."""
+    return json.loads((folder / "config.json").read_text())
+
+
+def edit(folder: Path, **fields: Any) -> None:
+    """Fields of config.json replaced; None takes one out."""
+    changed = {name: value for name, value in (config(folder) | fields).items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(changed))

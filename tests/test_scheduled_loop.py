@@ -25,7 +25,7 @@ from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.targets.target import Target
 from tests.decoding_tiny import admission, admitted, kind_pair, prompts, tiny_pair
-from tests.test_loop import bytes_of, cache_copies
+from tests.test_dispatch import bytes_of, cache_copies
 from tests.test_lossless import PROMPT, V, exact_law, p_value
 from tests.xla import FAST_PROGRAM
 
