@@ -92,4 +92,4 @@ def test_a_row_compares_with_plain_decoding() -> None:
 
 def test_llama_cpp_needs_a_gguf_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no GGUF file"):
-        LlamaCpp.load(str(tmp_path), 64, 8)
+        LlamaCpp.load(str(tmp_path), None, 64, 8)

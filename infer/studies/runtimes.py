@@ -108,7 +108,7 @@ def all_ways(
         print(f"Left out: {error}")
 
     try:
-        ways["llama.cpp"] = LlamaCpp.load(settings.target, longest, settings.max_new_tokens)
+        ways["llama.cpp"] = LlamaCpp.load(settings.target, target.tokenizer, longest, settings.max_new_tokens)
     except UserError as error:
         print(f"Left out: {error}")
     return ways, prompts
@@ -131,14 +131,16 @@ class LlamaCpp:
     """Greedy decoding by llama.cpp, one request at a time, through the package xllamacpp."""
 
     server: Any
+    tokenizer: Any
     max_new_tokens: int
 
     @classmethod
-    def load(cls, target: str, longest: int, max_new_tokens: int) -> "LlamaCpp":
+    def load(cls, target: str, tokenizer: Any, longest: int, max_new_tokens: int) -> "LlamaCpp":
         """A server in this process for the target's GGUF file.
 
         Args:
             target: file, or folder with one.
+            tokenizer: the target's.
             longest: positions of its context.
             max_new_tokens: longest answer.
         Raises:
@@ -157,18 +159,24 @@ class LlamaCpp:
         params.model.path = str(file)
         # One sequence with the whole context, as the engine has one slot.
         params.n_ctx, params.n_parallel = longest, 1
-        return cls(xllamacpp.Server(params), max_new_tokens)
+        return cls(xllamacpp.Server(params), tokenizer, max_new_tokens)
 
     def __call__(self, prompts: Sequence[EncodedPrompt]) -> Timed:
-        start, made = time.perf_counter(), []
-        for i, prompt in enumerate(prompts):
+        start, answers, made = time.perf_counter(), [], list[Generation]()
+        for prompt in prompts:
             # Token ids and no text: its own tokenizer might split the prompt in another way.
-            asked = {"prompt": list(prompt.tokens), "n_predict": self.max_new_tokens, "temperature": 0.0}
+            asked = {"prompt": list(prompt.tokens), "max_tokens": self.max_new_tokens, "temperature": 0.0}
             # Without its prompt cache, so that each run prefills as the others do.
-            answer = self.server.handle_completions({**asked, "return_tokens": True, "cache_prompt": False})
-            # Tokens are all that the comparison reads; llama.cpp has no rounds to count.
-            made.append(Generation(i, prompt.tokens, tuple(answer["tokens"]), "", "", 0, 0, (), (), ()))
-        return Timed(tuple(made), time.perf_counter() - start)
+            answers.append(self.server.handle_completions({**asked, "cache_prompt": False})["choices"][0])
+        seconds = time.perf_counter() - start
+
+        # Its answers are texts, so their tokens are made again, with the stop token that a text leaves out. Tokens are
+        # all that the comparison reads; llama.cpp has no rounds to count.
+        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            ids = self.tokenizer.encode(answer["text"], add_special_tokens=False)
+            ids += [self.tokenizer.eos_token_id] if answer["finish_reason"] == "stop" else []
+            made.append(Generation(i, prompt.tokens, tuple(ids), "", "", 0, 0, (), (), ()))
+        return Timed(tuple(made), seconds)
 
 
 if __name__ == "__main__":
