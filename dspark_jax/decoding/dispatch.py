@@ -174,6 +174,7 @@ class _Dispatch:
         first = _Stretch(jnp.zeros((), jnp.int32), turn.state, taps)
         rounds, state, taps = jax.lax.while_loop(more, plain_round, first)
 
+        # `turn.state` is from before the stretch: its lengths tell which tokens the drafter lacks.
         state = _caught_up(loop, params, turn.state, turn.plan, state, taps, rounds)
         return self._planned(turn.done + rounds, state)
 
@@ -223,6 +224,7 @@ def _recorded_round(
         state, record, _ = loop.plain_round(params, state)
         return state, record
 
+    # As a dispatch would have made it: recording must not change what is decoded.
     plan = loop.plan(params, state, occupancy)
     speculate = partial(loop.speculative_round, params)
     if loop.policy.always_drafts:

@@ -62,10 +62,12 @@ class LoopSettings:
     words: int | None = None
 
     def __post_init__(self) -> None:
+        # Here, so that a loop that would not be exact cannot be put together at all (docs/algorithm.md, rule 108).
         check_pair(self.verifier, self.policy, self.tree)
 
     @cached_property
     def _hash(self) -> int:
+        # A part of the fields is enough: equality, which jit checks too, compares all of them.
         shapes = self.requests, self.size, self.block, self.buckets
         return hash((self.target, self.drafter, *shapes, self.policy, self.verifier, self.tree))
 
@@ -101,6 +103,7 @@ class LoopSettings:
         Returns:
             (results on the [R, W] grid, tokens of the bucket that ran).
         """
+        # Row 0 is the anchor: a verify length of 0 still runs one row of each active request.
         wanted = state.active[:, None] & (jnp.arange(block.shape[1]) <= lengths[:, None])
         return verify(target, self.buckets, self.tap_layers, state.target_cache, block, starts, wanted)
 
@@ -118,6 +121,7 @@ def borrowed_tables(target: TargetModel) -> SharedTables:
 
 def anchors_of(state: DecodeState) -> tuple[Array, Array]:
     """(positions, tokens) [R] of the last committed tokens."""
+    # The last committed token, on which the target has not run yet (docs/algorithm.md, rule 1).
     starts = state.length - 1
     return starts, jnp.take_along_axis(state.tokens, starts[:, None], axis=1)[:, 0]
 

@@ -123,6 +123,7 @@ def _entered(loop: DecodeLoop, state: DecodeState, new: Admission, first: FirstT
 
     # All of them are overwritten: nothing of the slot's previous request survives.
     apart: Any = ()  # leaves that `admit` writes
+    # [A] leaves: one row for each chunk, scattered to its slot at the end.
     entering = replace(
         state,
         tokens=apart,
@@ -153,6 +154,7 @@ def _entered(loop: DecodeLoop, state: DecodeState, new: Admission, first: FirstT
 
 def _forward(target: TargetModel, layers: tuple[int, ...], cache: Cache, new: Admission, fresh: bool) -> Any:
     """Run the target on a chunk [A, T]; unless `fresh`, it also attends to the positions cached in its slot."""
+    # [A, T], absolute: a later chunk goes on where the earlier one ended.
     positions = new.starts[:, None] + jnp.arange(new.tokens.shape[1])
 
     def run(cache: Cache) -> Any:
@@ -165,6 +167,7 @@ def _forward(target: TargetModel, layers: tuple[int, ...], cache: Cache, new: Ad
 
 def _unusable(hidden: Array, new: Admission) -> Array:
     """[A] bool: whether the target gave a non-finite hidden state for a real token, whose stored K/V are then wrong."""
+    # Padding on the right may be anything, a NaN included.
     real = jnp.arange(hidden.shape[1]) < new.counts[:, None]
     return jnp.any(real & ~jnp.all(jnp.isfinite(hidden), axis=-1), axis=1)
 

@@ -48,6 +48,7 @@ def book(entry: Entry, made: Made | None, decode: Decode | None, now: float) -> 
     """
     before = entry.seen
     reason = None if made is None or not entry.decoding else _see(entry, made, decode, now)
+    # After the results: a request that ended in this very dispatch has its own reason.
     if reason is None and entry.expired(now):
         reason = "deadline"
     if reason is None and (made is None or not entry.decoding):

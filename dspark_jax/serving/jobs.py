@@ -36,6 +36,7 @@ class Job:
 
     def after(self, tokens: Sequence[int]) -> "Job":
         """The rest of the request after `tokens` have been decoded; they join the prompt, and `longest` stays."""
+        # `given` stays as well, so that penalties still count these tokens as output.
         return replace(self, prompt=(*self.prompt, *tokens))
 
 

@@ -52,6 +52,7 @@ class Profile:
         drafting, rounds = np.array(self.drafting), np.array(self.rounds)
         plain = rounds[:, 0]
 
+        # A ladder of one rung: there is no line to extrapolate on.
         if len(self.tokens) == 1:
             return CostTable.of(self.tokens, rounds, drafting, self.contexts, plain, self.dispatch)
 

@@ -55,4 +55,5 @@ def encode(target: Target, messages: Sequence[Message], thinking: bool = False) 
     """Token ids of a prompt, up to where the answer begins; UserError if the target has no tokenizer."""
     if target.tokenizer is None:
         raise UserError(f"{target.name} has no tokenizer files, so it can't read prompts; add tokenizer.json.")
+    # With the template's opening of the answer, so that the first new token is the answer's.
     return tuple(encode_prompt(target.tokenizer, messages, thinking).tolist())

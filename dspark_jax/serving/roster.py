@@ -49,6 +49,7 @@ class Entry:
     due: float = math.inf  # its deadline
 
     def __post_init__(self) -> None:
+        # They differ only once a dispatch was interrupted, and the request starts again behind its reported tokens.
         self.running = self.job
         if self.job.deadline is not None:
             self.due = self.submitted + self.job.deadline
@@ -172,6 +173,7 @@ class Roster:
             UserError: its index is in use.
         """
         with self._lock:
+            # Indices are how callers name requests; a second one would take over the first one's tokens.
             if job.index in self._open:
                 raise UserError(f"Request {job.index} is in the engine already; give every open request its own index.")
             # Checked under the lock: another thread may have taken the last place since the first check.
@@ -206,6 +208,7 @@ class Roster:
 
     def holds(self, entry: Entry) -> bool:
         """Whether this very entry is open; another may have taken its index since it was cancelled."""
+        # By identity, not equality: a new request under an old index is another entry.
         return self._open.get(entry.job.index) is entry
 
     def entries(self) -> list[Entry]:

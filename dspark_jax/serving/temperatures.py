@@ -71,6 +71,7 @@ def read_calibration(path: Path, valid_for: Mapping[str, Any]) -> np.ndarray:
     Raises:
         UserError: a file that is no calibration, or one made for other weights or sampling settings.
     """
+    # Compared fact by fact, so that the sentence can name the one that differs.
     table, made_for = read_sealed(path)
     # Files of the time before there was a choice do not name a mode.
     made_for.setdefault("mode", _DEFAULT_MODE)
@@ -100,6 +101,7 @@ def read_sealed(path: Path) -> tuple[StsTable, dict[str, Any]]:
     if not isinstance(made_for, dict):
         raise UserError(f"{path} does not say what it is valid for; calibrate with infer.calibrate.")
 
+    # The seal covers the servers' fields: a temperature edited by hand would be taken for a measured one.
     seal = {SEAL: made_for[SEAL]} if SEAL in made_for else {}
     check_seal({**content, **seal}, str(path), cure="calibrate again with infer.calibrate")
     return table, made_for

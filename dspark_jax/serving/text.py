@@ -38,6 +38,7 @@ class AnswerText:
             (the text; None, or the number of new tokens that are kept if they complete a stop string, before which the
             text then ends).
         """
+        # All tokens of a dispatch at once; one by one only where a stop string is among them.
         text = self._decoded(decode, tokens)
         # Searching the held text is enough: nothing that could begin a stop string has been released.
         if not any(stop in text.held for stop in stops):
@@ -54,6 +55,7 @@ class AnswerText:
             if any(stop in text.held for stop in stops):
                 break
 
+        # The earliest of them: an answer is cut before the first stop string, whichever was asked for first.
         at = min(text.held.find(stop) for stop in stops if stop in text.held)
         return replace(text, said=text.said + text.held[:at], held=""), count
 

@@ -194,6 +194,7 @@ def figures(runs: Sequence[Timed], rejection: Sequence[Timed] | None) -> dict[st
 
 def summary(settings: ModesSettings, made: dict[str, Any], prompts: int) -> dict[str, Any]:
     """The contents of the result file: `tau_t1` by name, and all figures by temperature."""
+    # The first policy stands for its mode in the summary; all of them are under `modes`.
     policy = settings.policies[0]
     modes = {"rejection": "dspark", "block": "dspark_block", "coupled": "dspark_coupled"}
     names = {f"{mode}, {policy}": name for mode, name in modes.items()}
@@ -219,6 +220,7 @@ def table_rows(temperature: str, rows: dict[str, Any]) -> list[list[str]]:
     """One line a way."""
     made = []
     for name, row in rows.items():
+        # With its standard error, by which a gain can be told from chance.
         gain = f"{row['tau_gain']:+.2f} ± {row['tau_gain_error']:.2f}" if "tau_gain" in row else "-"
         ratio = f"{row['speed_over_rejection']:.3f}" if "speed_over_rejection" in row else "-"
         same = f"{row['identical']}/{row['prompts']}, {row['near_ties']} near-ties" if "identical" in row else "-"

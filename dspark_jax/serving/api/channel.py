@@ -30,6 +30,7 @@ class Channel:
     """
 
     def __init__(self) -> None:
+        # Of the thread that makes the channel, which is the one that takes from it.
         self._loop = asyncio.get_running_loop()
         self._events: deque[tuple[int, Event]] = deque()
         self._ready = asyncio.Event()
@@ -49,4 +50,5 @@ class Channel:
             # Checked again after clearing: an event may have come in between.
             if not self._events:
                 await self._ready.wait()
+        # As many as there are now: others may be put meanwhile, and belong to the next batch.
         return [self._events.popleft() for _ in range(len(self._events))]

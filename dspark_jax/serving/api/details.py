@@ -44,6 +44,7 @@ class Details:
     _held: deque[tuple[Origin, TokenLogprob | None]] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
+        # A decoder of its own, without stop strings: the answer's text decides what they cut.
         self._texts = TokenTexts(self.decode)
 
     def grown(self, piece: Piece, said: int, ended: bool) -> Told:

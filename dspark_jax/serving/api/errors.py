@@ -42,6 +42,7 @@ class ApiError(UserError):
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """A 400 that names the field at fault."""
+    # 400 and not 422: OpenAI's clients raise BadRequestError for it.
     return ApiError(400, message, param=param, code=code)
 
 

@@ -26,6 +26,7 @@ def messages_of(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
+    # Templates raise on unknown roles, or worse, render them as another.
     if message.get("role") not in ROLES:
         raise bad_request(
             f"{where}.role is {shown(message.get('role'))}; expected one of {', '.join(ROLES)}.", "messages"
@@ -51,6 +52,7 @@ def _content(message: Mapping[str, Any], where: str) -> str:
     # An answer that only calls tools has no text.
     if content is None and message.get("tool_calls"):
         return ""
+    # A text is the common case; a list of parts is OpenAI's form for images too, which cannot be read here.
     if not isinstance(content, list):
         return _text(content, where, "content")
 

@@ -87,6 +87,7 @@ class EngineFigures(Collector):
             "dspark_ready": ("Whether requests are taken.", float(self._driver.status == "ready")),
         }
         if engine is not None:
+            # Only with an engine: a gauge that is absent says more than one that is 0.
             slots, load = engine.config.slots, engine.metering
             held = engine.positions
             gauges |= {

@@ -74,6 +74,7 @@ class Pulse:
 
     def saw(self, progress: Progress) -> None:
         """Add a request's progress."""
+        # Progress carries totals since submission; the difference is this dispatch's.
         before = self._counts.get(progress.index, Counts())
         counts, ended = progress.counts, progress.generation
         if ended is None:
@@ -109,6 +110,7 @@ class Pulse:
 
     def recent(self) -> dict[str, Any]:
         """Figures over the last seconds, with the fields of `since`'s points."""
+        # Copied in one step: the event loop adds points while other threads read.
         points = list(self._points)
         return self._figures(points[max(len(points) - 1 - RECENT, 0)], points[-1])
 
@@ -134,7 +136,9 @@ class Pulse:
         return {**asdict(self.totals), "failures": self.failures, "restarts": self.restarts}
 
     def _figures(self, before: Point, point: Point) -> dict[str, Any]:
+        # Two points of one instant, as at the start, must not divide by 0.
         seconds = max(point.at - before.at, 1e-9)
+        # Seconds of all requests in slots together: the divisor for the speed that one of them sees.
         user_seconds = point.running_seconds - before.running_seconds
         was, now = before.totals, point.totals
         tokens, rounds = now.tokens - was.tokens, now.rounds - was.rounds

@@ -48,6 +48,7 @@ def origins(rounds: Sequence[DraftRound], tokens: int) -> list[Origin]:
         drafts = min(played.accepted, played.committed)
         found += [Origin(place) for place in range(1, drafts + 1)] + [Origin()] * (played.committed - drafts)
 
+    # From the end: the rounds stand for the last tokens, and whatever came before them is the target's own.
     return ([Origin()] * (tokens - len(found)) + found)[:tokens]
 
 
@@ -88,6 +89,7 @@ class RoundLog:
     def record(self, holders: tuple[int | None, ...], records: RoundRecord) -> None:
         """Keep a dispatch's rounds of the watched requests; see `serving.engine.Recorder`."""
         # The dictionary may gain requests in other threads meanwhile; those have no slot yet.
+        # By the holders at the dispatch, since a slot may have another request by now.
         watched = [(slot, index) for slot, index in enumerate(holders) if index is not None and index in self._rounds]
         for slot, index in watched:
             rounds = self._rounds.get(index)
@@ -97,6 +99,7 @@ class RoundLog:
 
 def _rounds_of(records: RoundRecord, slot: int) -> list[DraftRound]:
     """The rounds of a dispatch in which a slot committed something; leaves of `records` are [rounds, R, ...]."""
+    # [rounds] each, of this slot alone.
     columns: list[Any] = [
         np.asarray(leaf)[:, slot]
         for leaf in (

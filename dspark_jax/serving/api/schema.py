@@ -127,8 +127,10 @@ def read_body(data: bytes) -> dict[str, Any]:
         value = parse_json(data, "The request's body", expected="one JSON object in UTF-8")
     except UserError as error:
         raise bad_request(str(error), code="invalid_json") from None
+    # parse_json takes any JSON value.
     if not isinstance(value, dict):
         raise bad_request("The request's body is no JSON object.", code="invalid_json")
+    # OpenAI's client sends null for what was not set.
     return {name: item for name, item in value.items() if item is not None}
 
 
@@ -144,6 +146,7 @@ def read_ask(body: Mapping[str, Any], chat: bool) -> Ask:
     known = CHAT if chat else COMPLETION
     # Names first: a misspelt field is better told than a missing one.
     _check_names(body, known)
+    # In the table's order and not the body's: the same faults give the same sentence.
     for name, check in known.items():
         if name in body and not check.holds(body[name]):
             raise bad_request(f"{name} is {shown(body[name])}; expected {check.expected}.", name)
@@ -152,6 +155,7 @@ def read_ask(body: Mapping[str, Any], chat: bool) -> Ask:
     if required not in body:
         raise bad_request(f"The request has no {required}; expected {known[required].expected}.", required)
 
+    # The newer name wins where both are given.
     limit_field = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
     # A completion without a limit has OpenAI's default, a chat takes what the context leaves.
     limit = body.get(limit_field, None if chat else 16)
@@ -188,6 +192,7 @@ def _check_names(body: Mapping[str, Any], known: Mapping[str, Check]) -> None:
             raise bad_request(
                 f"{name} = {shown(value)} is not supported by this server; leave the field out.", name, "unsupported"
             )
+        # The near-miss is sought among names that have a meaning here; harmless ones would only be ignored.
         hint = did_you_mean(name, [*known, *NEUTRAL]) or "; leave it out."
         raise bad_request(f"The request has an unknown field {shown(name)}{hint}", name, "unknown_field")
 
@@ -202,6 +207,7 @@ def _prompts(prompt: Any) -> tuple[Prompt, ...]:
 
 
 def _sampling(body: Mapping[str, Any], chat: bool) -> SamplingParams:
+    # Values are within their ranges by now; what follows only renames them.
     stop = body.get("stop", ())
     stop_tokens = body.get("stop_token_ids")
     return SamplingParams(
@@ -257,6 +263,7 @@ def field_of(sentence: str) -> str | None:
 
 
 def _template_variables(body: Mapping[str, Any]) -> dict[str, Any]:
+    # Copied, since `tools` joins them below.
     variables = dict(body.get("chat_template_kwargs", {}))
     # Names that the renderer itself sets: overwriting them would render another conversation than the messages'.
     taken = {

@@ -22,10 +22,12 @@ class ServerConfig:
     """Name of the model in requests and answers. Empty: the target's own."""
     body_limit: int = 2 << 20
     """Bytes of a request's body at most."""
+    # Each answer takes a place in slots or queue.
     most_choices: int = 16
     """Answers that one request may ask for: prompts times `n`."""
     request_seconds: float = 600.0
     """Seconds after which an answer is cut and returned as far as it has come."""
+    # A dropped connection frees slots that its requests hold.
     stall_seconds: float = 60.0
     """Seconds that a client may read nothing, or send nothing of its body, before it is dropped."""
     drain_seconds: float = 30.0
@@ -35,6 +37,7 @@ class ServerConfig:
 
     def checked(self) -> "ServerConfig":
         """These settings; UserError, in a sentence, for any that no server can run with."""
+        # In the words of the settings, as a command line has them.
         who = "The server"
         whole_number(who, "port", self.port, 0, 65535)
         whole_number(who, "body_limit", self.body_limit, 1024)
