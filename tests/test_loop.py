@@ -152,7 +152,7 @@ def test_ladders_reach_from_plain_to_full(requests: int, width: int) -> None:
 def test_buckets_that_cannot_hold_a_block_are_refused() -> None:
     target, drafter = tiny_pair()
     for buckets in ((4, 8), (20, 4), (4, 4, 20)):
-        with pytest.raises(UserError, match=r"must ascend and end at slots x \(block \+ 1\), 20"):
+        with pytest.raises(UserError, match=r"must ascend and end at slots x \(drafts \+ 1\), 20"):
             Engine(target, drafter, replace(BOUNDED, buckets=buckets))
 
 
