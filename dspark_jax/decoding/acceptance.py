@@ -79,7 +79,7 @@ class RejectionSampling:
         last = jnp.minimum(count, block - 1)
         rejected = (count < verify_lengths) & jnp.take_along_axis(lawful, last[:, None], axis=1)[:, 0]
 
-        # A rejection at a row without a law tells nothing about p^d, so no residual is taken there.
+        # A rejection at a row without a law says nothing about p^d, so no residual is taken there.
         residual = normalised(draft_law.residual(target_row, last), target_row)
         return Acceptance(count, jnp.where(rejected[:, None], residual, target_row))
 

@@ -152,7 +152,7 @@ def blank_chunk(loop: DecodeLoop, rows: int, width: int) -> Admission:
 
 def chunk_widths(config: EngineConfig, size: int, longest: int) -> tuple[set[int], set[int]]:
     """(widths of first chunks, widths of later chunks) that prompts of up to `longest` tokens can need."""
-    # Every length is tried instead of listing widths, as the clamp to the slot makes widths of its own.
+    # Every length is tried instead of listing widths, as the clamp to the slot adds widths.
     chunk = config.prefill_chunk
     first: set[int] = set()
     later: set[int] = set()

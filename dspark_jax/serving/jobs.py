@@ -192,11 +192,13 @@ def _require_fit(target: Target, prompt: tuple[int, ...], sampling: SamplingPara
     limit = target.config.max_positions
     if not prompt:
         raise UserError(f"{who} has an empty prompt; give at least one token.")
+
     if len(prompt) >= limit:
         raise UserError(
             f"{who} has a prompt of {len(prompt)} tokens; {target.name} has a context of {limit}, "
             "and at least one new token must fit. Shorten the prompt."
         )
+
     if len(prompt) + sampling.max_new_tokens > limit:
         raise UserError(
             f"{who} asks for {sampling.max_new_tokens} new tokens after a prompt of {len(prompt)}; "

@@ -28,7 +28,7 @@ class Metering:
 
     def current(self) -> Occupancy:
         """The occupancy for the next dispatch; the same device arrays as before while neither factor has changed."""
-        # Made anew only where a factor has changed: each is a transfer to the device.
+        # Replaced only when a factor has changed: each is a transfer to the device.
         known = (1.0 if self.meter is None else self.meter.load, self.signal)
         if known != self._known:
             self.occupancy, self._known = Occupancy.of(*known), known

@@ -96,7 +96,7 @@ class PrefixCache:
             self.add(tokens, keep_chunk(loop, state, *at, self.chunk))
 
     def add(self, tokens: Sequence[int], kept: KeptChunk) -> None:
-        """Keep the chunk that ends with the last of these tokens; those used longest ago go, until it fits."""
+        """Keep the chunk that ends with the last of these tokens; the least recently used are dropped until it fits."""
         # It could only be kept by emptying the cache and still not fit.
         if kept.bytes > self.limit:
             return
@@ -119,7 +119,7 @@ class PrefixCache:
         return restore_chunk(loop, state, keep_chunk(loop, state, *start, self.chunk), *start)
 
     def clear(self) -> None:
-        """Let go of all chunks."""
+        """Drop all chunks, and with them their device memory."""
         self._kept.clear()
         self.used = 0
 

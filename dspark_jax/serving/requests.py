@@ -161,8 +161,7 @@ class Generation:
         committed tokens are all but the first, which comes from prefill. Stop strings are found by the host after the
         dispatch: rounds that ran past one count in full.
         """
-        # The anchor's round commits the extra token too, so that plain decoding has a tau of 1 (docs/algorithm.md, rule
-        # 12).
+        # Every round commits its extra token, so that plain decoding has a tau of 1 (docs/algorithm.md, rule 12).
         return self.committed / self.rounds if self.rounds else 0.0
 
     @property

@@ -75,7 +75,7 @@ def _widths(engine: Warmable) -> tuple[list[int], list[int]]:
 
 
 def _compile_chunk(engine: Warmable, width: int, rows: int, fresh: bool) -> None:
-    # The state is donated: it must be replaced before the engine is let go.
+    # The state is donated: it must be replaced before the engine is released.
     batch = jax.device_put(blank_chunk(engine.loop, rows, width))
     with engine.unused():
         engine.state = admit(engine.loop, engine.params, engine.state, batch, fresh)

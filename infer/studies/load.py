@@ -266,7 +266,7 @@ class Study:
 
     def validation(self, users: int, closed: dict[str, Any]) -> dict[str, Any]:
         """The simulator against the real engine's medians with this many users, by strategy. Costs of rounds and
-        prompts are measured anew, since a machine's speed may have changed since a stored profile."""
+        prompts are measured again, since a machine's speed may have changed since a stored profile."""
         engine = self.engine("fixed", users, Causal())
         temperatures = temperatures_of(self.target, self.drafter, engine.sampling, self.settings.sts)
 

@@ -159,7 +159,7 @@ def at_temperature(
 
 def timed_by(clock: str, decode: Decoder, prompts: Sequence[EncodedPrompt]) -> Timed:
     """One pass of a decoder, with the seconds of the clock that was asked for."""
-    # Both clocks are read; on a shared machine the process's own tells more.
+    # Both clocks are read: which one counts is the caller's choice.
     started = time.process_time()
     run = decode(prompts)
     return run if clock == "wall" else replace(run, seconds=time.process_time() - started)
@@ -174,7 +174,7 @@ def _rejection(name: str) -> str:
 
 
 def figures(runs: Sequence[Timed], rejection: Sequence[Timed] | None) -> dict[str, Any]:
-    """tau and speed of one way, beside rejection's where that was measured."""
+    """tau and speed of one way, compared with rejection where that was measured."""
     # The seeds are those of the prompts, so each run gives the same tokens and the first speaks for all.
     acceptance = Acceptance.of(runs[0].generations)
     row: dict[str, Any] = {
@@ -182,6 +182,7 @@ def figures(runs: Sequence[Timed], rejection: Sequence[Timed] | None) -> dict[st
         "conditional": acceptance.conditional,
         "tokens_per_second": median_speed(runs),
     }
+
     if rejection is not None:
         # Prompt by prompt: prompts differ more among themselves than the modes do.
         pairs = zip(runs[0].generations, rejection[0].generations, strict=True)
@@ -199,6 +200,7 @@ def summary(settings: ModesSettings, made: dict[str, Any], prompts: int) -> dict
     modes = {"rejection": "dspark", "block": "dspark_block", "coupled": "dspark_coupled"}
     names = {f"{mode}, {policy}": name for mode, name in modes.items()}
     names |= {f"coupled, tree {nodes}": f"tree_{nodes}_coupled" for nodes in settings.trees}
+
     at_one = made.get("t1", {})
     return {
         # Under the names that result files of other drafters use, at the first policy.

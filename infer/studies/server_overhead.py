@@ -116,6 +116,7 @@ def measured(
 ) -> dict[str, dict[str, list[float]]]:
     """Tokens per second of alternating runs, by the wall's clock and the process's; the first pair is not counted."""
     runs: dict[str, dict[str, list[float]]] = {clock: {"engine": [], "server": []} for clock in ("wall", "cpu")}
+
     for repeat in range(settings.repeats + 1):
         for name in ("engine", "server"):
             began = time.process_time()

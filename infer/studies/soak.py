@@ -230,6 +230,7 @@ class Soak:
         quarter = max(len(self.memory) // 4, 1)
         early = statistics.median(self.memory[quarter : 2 * quarter] or self.memory)
         late = statistics.median(self.memory[-quarter:])
+
         return {
             **figures(self.undisturbed, self.elapsed),
             "did": dict(self.did),

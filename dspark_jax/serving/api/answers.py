@@ -26,21 +26,21 @@ class Delta:
     place: int
     text: str
     told: Told = Told()
-    before: int = 0  # characters of the answer ahead of the tokens that are told
+    before: int = 0  # characters of the answer ahead of the reported tokens
     generation: Generation | None = None  # at its end
 
 
 @dataclass
 class Answer:
-    """One of the answers of a request, as far as it has been told.
+    """One of the answers of a request, as far as it has been reported.
 
     Attributes:
         place: its index among the request's answers.
         details: of its tokens; None where the client asked for none.
         prompt_tokens, tokens: of the prompt, and new ones.
         said: characters.
-        told: characters of the tokens that were told.
-        told_at: when its last tokens came; None before the first.
+        told: characters of the tokens reported with details.
+        told_at: `perf_counter` when its last tokens came; None before the first.
         generation: at its end.
     """
 
@@ -54,7 +54,7 @@ class Answer:
     generation: Generation | None = None
 
     def grown(self, piece: Piece) -> Delta:
-        """Take a piece of the engine's.
+        """Add a piece from the engine.
 
         Raises:
             ApiError: the target gave no finite law, so that the answer ended.
@@ -69,8 +69,8 @@ class Answer:
         if self.details is None:
             return Delta(self.place, progress.text, generation=ended)
 
-        # Details lag behind the text: a token is told only once its own text is final, so offsets count what has been
-        # told.
+        # Details lag behind the text: a token is reported once its own text is final, so offsets count reported
+        # characters.
         before, told = self.told, self.details.grown(piece, self.said, ended is not None)
         self.told += sum(map(len, told.texts))
         return Delta(self.place, progress.text, told, before, ended)
@@ -122,7 +122,7 @@ class Session:
             yield batch
 
     def close(self) -> None:
-        """End what is still open: the client has gone, or all is said."""
+        """Cancel the answers that are still open, as when the client has gone."""
         for index in self._open:
             self._driver.cancel(index)
             self._metrics.ended.labels("abandoned").inc()
@@ -184,7 +184,7 @@ class Writer:
         return [self._chunk([self._choice(answer.place, said)]) for answer in self._session.answers]
 
     def chunk(self, delta: Delta) -> dict[str, Any] | None:
-        """The chunk of a delta; None where there is nothing to tell."""
+        """The chunk of a delta; None if nothing visible has changed."""
         # A dispatch whose tokens are all held back changes nothing that a client can see.
         if not (delta.text or delta.told or delta.generation):
             return None
@@ -197,7 +197,7 @@ class Writer:
         return [self._chunk([])] if self._ask.include_usage else []
 
     def whole(self, told: Mapping[int, Told]) -> dict[str, Any]:
-        """The answer that is not streamed; `told`: of each answer's tokens, by its place."""
+        """The body of an answer that is not streamed; `told`: details of its tokens, by the answer's place."""
         choices = []
 
         for answer in self._session.answers:

@@ -1,4 +1,4 @@
-"""The application: routes, their limits, and what runs beside them."""
+"""The application: routes, their limits, and the tasks in the background."""
 
 import asyncio
 import contextlib
@@ -51,14 +51,16 @@ def make_app(service: Service, on_ready: Callable[[], None] = lambda: None) -> S
         Route("/speculation", api.speculation),
         Route("/synthetic", api.synthetic, methods=["POST"]),
     ]
+
     routes: list[BaseRoute] = [
         Route("/health", api.health),
         Route("/ready", api.ready),
         Route("/metrics", api.metrics),
-        # Mounted: another method on an address of the API is then refused, and not sought among the page's files.
+        # Mounted: another method on an address of the API is then refused, and not looked up among the page's files.
         Mount("/v1", routes=v1),
         Mount("/", PageFiles(directory=PAGE, html=True)),
     ]
+
     return Starlette(
         routes=routes,
         middleware=[Middleware(Gate, api_key=service.config.api_key, metrics=service.metrics)],
@@ -120,6 +122,7 @@ class Api:
         data = await _body(request, config.body_limit, config.stall_seconds)
         # A large body takes milliseconds to parse, in which others would not be served.
         ask = await run_in_threadpool(lambda: read_ask(read_body(data), chat))
+
         session = self._service.session(ask)
         try:
             await run_in_threadpool(self._service.submit, ask, session)
@@ -178,12 +181,12 @@ class Api:
         return JSONResponse({"users": body["users"]})
 
     async def health(self, _: Request) -> Response:
-        """GET /health: whether the process is of use at all."""
+        """GET /health: 200 while the engine's thread runs and its engine works, else 503."""
         driver = self._service.driver
         return JSONResponse({"status": driver.status}, 200 if driver.alive and driver.status != "failed" else 503)
 
     async def ready(self, _: Request) -> Response:
-        """GET /ready: whether requests are taken."""
+        """GET /ready: 200 while requests are taken, else 503."""
         status = self._service.driver.status
         return JSONResponse({"status": status}, 200 if status == "ready" else 503)
 

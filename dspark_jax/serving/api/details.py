@@ -48,14 +48,14 @@ class Details:
         self._texts = TokenTexts(self.decode)
 
     def grown(self, piece: Piece, said: int, ended: bool) -> Told:
-        """Take a piece of the engine's.
+        """Add a piece from the engine.
 
         Args:
             piece: with its rounds if the request is watched.
             said: characters of the answer that are final.
             ended: whether no more follow.
         Returns:
-            What can be told now.
+            The details that are final now.
         """
         progress = piece.progress
         self._texts.add(progress.tokens)

@@ -51,10 +51,12 @@ class EngineDriver:
         self._engine: Engine | None = make()
         self._sinks: dict[int, Sink] = {}
         self._rounds = RoundLog()
+
         self._lock = threading.Lock()  # of the engine's identity, the sinks and the next index
         self._next = 0
         # `_wake`: there may be work; `_closing`: the thread ends after the dispatch under way.
         self._wake, self._closing = threading.Event(), threading.Event()
+
         self._draining, self._ready = False, threading.Event()
         self._failed_in_a_row = 0
         self._to_compile: list[Callable[[], None]] = []
@@ -256,7 +258,7 @@ class EngineDriver:
             sink(index, piece)
 
     def _restart(self) -> None:
-        """Fail every open request and make the engine anew."""
+        """Fail every open request and replace the engine."""
         with self._lock:
             # Out of reach first, so that its memory is free before the next one is made.
             self._engine, failed, self._sinks = None, self._sinks, {}

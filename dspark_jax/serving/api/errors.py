@@ -54,7 +54,7 @@ def busy(message: str, seconds: float) -> ApiError:
 
 
 def unavailable(message: str, seconds: int = 5) -> ApiError:
-    """A 503: the server starts, ends, or makes its engine anew."""
+    """A 503: the server starts, ends, or replaces its engine."""
     return ApiError(503, message, code="unavailable", headers={"Retry-After": str(seconds)})
 
 

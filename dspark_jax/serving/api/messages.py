@@ -26,7 +26,7 @@ def messages_of(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
-    # Templates raise on unknown roles, or worse, render them as another.
+    # A template may render a role that it does not know as another.
     if message.get("role") not in ROLES:
         raise bad_request(
             f"{where}.role is {shown(message.get('role'))}; expected one of {', '.join(ROLES)}.", "messages"

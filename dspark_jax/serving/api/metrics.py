@@ -30,10 +30,12 @@ class Metrics:
         # Not the library's global registry, in which a second server of the same process would find its names taken.
         self._registry = CollectorRegistry()
         registry = self._registry
+
         self.requests = Counter(
             "dspark_requests", "HTTP requests by endpoint and status.", ("endpoint", "status"), registry=registry
         )
         self.ended = Counter("dspark_answers", "Answers by finish reason.", ("finish_reason",), registry=registry)
+
         self.first_token = Histogram(
             "dspark_time_to_first_token_seconds", "From a request's arrival to its first token.",
             buckets=FIRST_TOKEN, registry=registry,

@@ -1,4 +1,4 @@
-"""The text of an answer, divided over its tokens, for clients that want to know of each."""
+"""The text of an answer, divided among its tokens, for clients that ask for details of each."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ class TokenTexts:
         found = []
         while self._held:
             token, text = self._held[0]
-            # In order: a later token is never told before an earlier one that is held back.
+            # In order: a later token is never released before an earlier one that is held back.
             if self._released + len(text) > said and not ended:
                 break
             # At the end a stop string cuts through a token's text, or takes all of it.

@@ -66,7 +66,7 @@ class Pulse:
     def __init__(self) -> None:
         self.totals = Totals()
         self.failures = 0  # dispatches that failed
-        self.restarts = 0  # engines made anew
+        self.restarts = 0  # engines replaced after a failure
         self._counts: dict[int, Counts] = {}  # of open requests
         self._started = time.perf_counter()
         self._points: deque[Point] = deque(maxlen=POINTS)

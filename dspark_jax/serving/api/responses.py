@@ -37,6 +37,7 @@ class Answered(Response):
         # Two tasks, as an answer that waits for the engine sends nothing, and would not see the client hang up.
         hung_up = asyncio.create_task(_hung_up(receive))
         work = asyncio.create_task(self._stream(send) if self._session.ask.stream else self._whole(send))
+
         try:
             await asyncio.wait({hung_up, work}, return_when=asyncio.FIRST_COMPLETED)
             # Raises what the work raised: before the status is sent, the application's handlers turn it into a

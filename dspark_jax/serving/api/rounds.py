@@ -1,4 +1,4 @@
-"""How tokens came: the drafted blocks of requests that asked for it, taken from the records of the compiled rounds."""
+"""Origins of tokens: the drafted blocks of requests that asked for them, from the records of the compiled rounds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,7 +68,7 @@ class RoundLog:
         self._rounds[index] = []
 
     def forget(self, index: int) -> None:
-        """Keep the rounds of a request no longer."""
+        """Stop keeping the rounds of a request."""
         self._rounds.pop(index, None)
 
     def take(self, index: int) -> tuple[DraftRound, ...]:

@@ -91,7 +91,7 @@ class Ask:
         seed: of the first answer.
         variables: of the chat template, `tools` among them.
         stream, include_usage, usage_in_chunks: how to answer.
-        speculation: whether the answer tells how its tokens came.
+        speculation: whether the answer reports where its tokens came from.
         priority: 0, or 1 for work that waits behind that of others.
     """
 
@@ -144,7 +144,7 @@ def read_ask(body: Mapping[str, Any], chat: bool) -> Ask:
         ApiError: a 400 that names the field at fault.
     """
     known = CHAT if chat else COMPLETION
-    # Names first: a misspelt field is better told than a missing one.
+    # Names first: a misspelt field explains a missing one.
     _check_names(body, known)
     # In the table's order and not the body's: the same faults give the same sentence.
     for name, check in known.items():
@@ -192,7 +192,7 @@ def _check_names(body: Mapping[str, Any], known: Mapping[str, Check]) -> None:
             raise bad_request(
                 f"{name} = {shown(value)} is not supported by this server; leave the field out.", name, "unsupported"
             )
-        # The near-miss is sought among names that have a meaning here; harmless ones would only be ignored.
+        # The near-miss is looked for among names that have a meaning here; harmless ones would only be ignored.
         hint = did_you_mean(name, [*known, *NEUTRAL]) or "; leave it out."
         raise bad_request(f"The request has an unknown field {shown(name)}{hint}", name, "unknown_field")
 
@@ -290,6 +290,7 @@ def _stream_options(body: Mapping[str, Any]) -> dict[str, bool]:
     options = body.get("stream_options", {})
     if options and not body.get("stream"):
         raise bad_request("stream_options is for streams only; set stream, or leave it out.", "stream_options")
+
     for name, value in options.items():
         known = ("include_usage", "continuous_usage_stats", "include_obfuscation")
         if name not in known or not isinstance(value, bool):

@@ -60,6 +60,7 @@ class ApiServer(uvicorn.Server):
     def __init__(self, service: Service, on_ready: Callable[[], None] = lambda: None):
         self._service = service
         drain = service.config.drain_seconds
+
         super().__init__(
             uvicorn.Config(
                 make_app(service, on_ready),

@@ -163,6 +163,7 @@ class Service:
         if not tokens:
             raise bad_request("The prompt is empty; give at least one token.", ask.prompt_field)
         room = self.longest - len(tokens)
+
         if room < 1:
             raise bad_request(
                 f"The prompt has {len(tokens)} tokens; this server holds {self.longest}, and at least one new token "

@@ -10,7 +10,7 @@ from dspark_jax.serving.sampling import number_between, whole_number
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """Where the server listens, whom it serves, and its bounds."""
+    """Address, access and limits of the server."""
 
     host: str = "127.0.0.1"
     """Address to listen on. The default is reachable from this machine alone."""

@@ -35,7 +35,7 @@ class SyntheticUsers:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def set(self, users: int) -> None:
-        """Let there be so many users; those that leave break off their requests.
+        """Change the number of users; those that leave cancel their requests.
 
         Raises:
             ApiError: more users than leave room in the queue for others, or no prompt that fits.
@@ -57,7 +57,7 @@ class SyntheticUsers:
         self._service.synthetic = users
 
     def stop(self) -> None:
-        """Let all users leave."""
+        """Remove all users."""
         for task in self._tasks:
             task.cancel()
         self._tasks, self._service.synthetic = [], 0
