@@ -67,9 +67,11 @@ def record_rounds(
         The state, and the records with leaves [rounds, ...]; `committed` is 0 in rounds after a slot's request ended.
     """
 
+    # Inactive slots run along: their rounds are recorded with nothing committed.
     def body(current: DecodeState, _: None) -> tuple[DecodeState, RoundRecord]:
         return _recorded_round(loop, params, current, occupancy)
 
+    # A scan and no while loop, as the records need a fixed number of rounds.
     state, records = jax.lax.scan(body, state, None, length=rounds)
     return loop.place(state), records
 

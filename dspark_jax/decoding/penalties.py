@@ -41,6 +41,7 @@ class Penalties(NamedTuple):
     @classmethod
     def off(cls, requests: int, biases: int) -> "Penalties":
         """Settings that edit nothing."""
+        # Copies, since the leaves of a donated state must not share a buffer.
         zeros, none = jnp.zeros((requests,), jnp.float32), jnp.zeros((requests,), jnp.int32)
         return cls(
             zeros,
@@ -103,6 +104,7 @@ class LogitEdits(NamedTuple):
             drafts = jnp.einsum("rij,rjv->riv", self.seen.astype(drafts.dtype), drafts)
         output, seen = output[:, None] + drafts, seen[:, None] + drafts
 
+        # Noted before the edits, which would hide that a row had no law.
         finite, most = jnp.isfinite(logits), jnp.finfo(jnp.float32).max
 
         # Adding 0, dividing by 1 and subtracting 0 change no bit of a finite logit, nor of -inf.

@@ -162,6 +162,7 @@ class DecodeLoop(LoopSettings):
         """
         target, _ = self.models(params)
         starts, anchors = anchors_of(state)
+        # Verify length 0 for all: one row of each request, the anchor's.
         none = jnp.zeros_like(starts)
 
         # 3. Verify the anchor alone. 4. There is nothing to accept: the next token follows the target's law.
@@ -174,6 +175,8 @@ class DecodeLoop(LoopSettings):
         after, verdict, count = self._commit(target, state, verdict, verified)
 
         record = _record(starts, verdict, jnp.zeros((self.requests, 0)), count, bucket)
+        # Cleaned here as for drafts: the drafter's context keeps them longer than this request (docs/algorithm.md, rule
+        # 105).
         return after, record, finite_or_zero(verified.taps)
 
     def plain_seconds(self, params: LoopParams, state: DecodeState) -> Array:
@@ -186,6 +189,7 @@ class DecodeLoop(LoopSettings):
         """Predicted seconds of a speculative round at this bucket on an otherwise idle device; 0 without a table."""
         if params.tables is None:
             return jnp.zeros((), jnp.float32)
+        # On an idle device: the meter compares with the clock, and so finds the load.
         costs = idle_costs(params.tables.costs, state.active, state.length)
         return costs.of(bucket) + costs.drafting
 

@@ -101,6 +101,7 @@ def _weights(params: SamplingArrays, scaled: Array) -> Array:
 
 def _scaled(params: SamplingArrays, logits: Array) -> Array:
     """(logits - max) / temperature in float32. Subtracting first keeps huge finite logits from overflowing."""
+    # Before subtraction and division, each of which would round in bfloat16 (docs/algorithm.md, rule 8).
     wide = logits.astype(jnp.float32)
     # Greedy rows are divided too, and replaced by one-hot rows afterwards: avoid dividing by 0.
     temperature = jnp.maximum(params.temperature, GREEDY_BELOW)

@@ -68,6 +68,7 @@ def stream(
 
 def drain(engine: Engine) -> Iterator[Progress]:
     """Step an engine until no request is open, and yield each Progress."""
+    # Requests may be submitted between two items: the loop ends once none is open.
     while not engine.idle:
         yield from engine.step()
 
@@ -138,4 +139,5 @@ def _with_mode(sampling: SamplingParams, jobs: Sequence[Job]) -> SamplingParams:
 
 def _rounded(longest: int) -> int:
     """The next power of two, from `SMALLEST` on."""
+    # Above it less than twice as long: the price of a profile that is shared.
     return max(SMALLEST, 1 << (longest - 1).bit_length())

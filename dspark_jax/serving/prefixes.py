@@ -110,6 +110,7 @@ class PrefixCache:
 
         while (used := sum(chunk.bytes for chunk in self._kept.values())) > self.limit:
             self._kept.popitem(last=False)
+        # Written last, in one step: figures are read on other threads.
         self.used = used
 
     def compiled(self, loop: DecodeLoop, state: DecodeState) -> DecodeState:
@@ -126,4 +127,5 @@ class PrefixCache:
 
 def _key(tokens: Sequence[int]) -> bytes:
     """All tokens up to the end of a chunk: equal keys are equal prompts, without the chance of a hash."""
+    # Four bytes a token: a prompt of thousands is still a small key.
     return np.asarray(tokens, np.int32).tobytes()

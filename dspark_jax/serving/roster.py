@@ -105,12 +105,14 @@ class Entry:
         Returns:
             Whether a stop string has ended the request.
         """
+
         text, kept = self.seen.text, None
         if decode is not None:
             # The stop token belongs to the tokens but not to the text.
             text, kept = text.grown(decode, self.job.sampling.stop, new[:-1] if stopped else new)
 
         tokens = (*self.seen.tokens, *new[:kept])
+        # The host's clock: tokens are seen with their dispatch, however early in it they were decoded.
         first = now if self.seen.first_token is None else self.seen.first_token
 
         # The counters of a slot start at 0 with each admission, so what earlier slots counted is added.
@@ -121,12 +123,14 @@ class Entry:
     def generation(self, reason: str, now: float) -> Generation:
         """The result of the request, ended at `now` with the finish reason `reason`."""
         seen, counts = self.seen, self.seen.counts
+        # An event that never happened counts as happening at the end.
         times = (now if at is None else at for at in (self.admitted, seen.first_token, now))
 
         return Generation(
             index=self.job.index,
             prompt_tokens=self.job.prompt,
             tokens=seen.tokens,
+            # Text that was held back for a stop string is released now.
             text=seen.text.ended().said,
             finish_reason=reason,
             rounds=counts.rounds,
@@ -150,8 +154,10 @@ class Roster:
     """The open requests of an engine, in order of arrival. Its methods may be called from any thread."""
 
     def __init__(self) -> None:
+        # Reentrant, as a booking holds it over calls that lock it themselves.
         self._lock = threading.RLock()
         self._open: dict[int, Entry] = {}
+        # None between a settled dispatch and the next mark.
         self._mark: Mark | None = None
         self.closed = False  # whether new requests are refused
 
@@ -214,6 +220,7 @@ class Roster:
     def entries(self) -> list[Entry]:
         """The open requests in order of arrival, as a copy."""
         with self._lock:
+            # A copy: `submit` and `cancel` change the dictionary on other threads.
             return list(self._open.values())
 
     @property

@@ -138,6 +138,7 @@ def seed_words(sampling: SamplingParams, index: int, own: bool) -> tuple[int, in
     if not own or sampling.seed is None:
         seed = (seed + index * 2**32) % SEEDS
 
+    # High word first, as raw keys of Threefry have it.
     return seed >> 32, seed % 2**32
 
 
@@ -145,6 +146,7 @@ def _biases(given: Any, vocabulary: int, who: str) -> tuple[tuple[int, float], .
     """Pairs of (token id, bias), in order of ids and none of them twice."""
     # JSON objects and Python mappings come as mappings; settings that must be hashable come as pairs.
     pairs = list(given.items()) if isinstance(given, Mapping) else given
+    # Texts are sequences, of letters that are never meant.
     if isinstance(pairs, str | bytes) or not isinstance(pairs, Sequence):
         raise UserError(f"{who} has logit_bias = {given!r:.80}; expected token ids with a number each.")
 
@@ -164,6 +166,7 @@ def _biases(given: Any, vocabulary: int, who: str) -> tuple[tuple[int, float], .
 
 def is_unicode(text: str) -> bool:
     """Whether a text can be encoded as UTF-8: lone surrogates, which broken JSON escapes leave behind, cannot."""
+    # Tokenizers raise deep inside on such texts, without a word on where they came from.
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

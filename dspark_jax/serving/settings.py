@@ -49,12 +49,14 @@ class EngineConfig:
     # Widths below it would each be a program to compile, for little less work.
     smallest_prompt_bucket: int = 32
     """Tokens that the shortest prompts are padded to."""
+    # The unit of kept prefixes too: a longer one keeps less of a prompt's end.
     prefill_chunk: int = 256
     """Longer prompts are prefilled in chunks of this many tokens."""
     prefill_budget: int = 512
     """Prompt tokens prefilled between two dispatches while other requests decode."""
     prefix_cache: int = 0
     """MiB of device memory for whole chunks of prompts, from which prompts that begin alike start. 0: none is kept."""
+    # A server bounds it; a list of prompts is finite by itself.
     queue: int | None = None
     """Requests that may wait. None: any number."""
     stop_slots: int = 4

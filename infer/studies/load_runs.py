@@ -61,6 +61,7 @@ class RunLog:
     def add(self, load: Load, strategy: str, repeat: int, figures: LoadFigures) -> None:
         """Appends a finished run."""
         figured = {name: None if np.isnan(value) else value for name, value in summarise(figures).items()}
+        # Figures alone, no settings: those stand in the header, once.
         row = {"key": [*load, strategy, repeat], "figures": figured}
         self.rows.append(row)
         with self.path.open("a") as file:
@@ -68,6 +69,7 @@ class RunLog:
 
     def medians(self, load: Load, strategy: str) -> dict[str, float]:
         """By figure; NaN where a run has none, such as the speed of users none of whom finished."""
+        # By load and strategy, over all repeats.
         rows = [row["figures"] for row in self.rows if row["key"][:-1] == [*load, strategy]]
         columns = {name: [row.get(name) for row in rows] for name in rows[0]}
         return {

@@ -89,6 +89,7 @@ def main(argv: list[str]) -> None:
     drafter = load_drafter(settings.drafter, target, dtype=settings.dtype)
     prompts = prompts_of(settings, target)
 
+    # One temperature after the other: engines of one are released before the next.
     made: dict[str, Any] = {
         f"t{t:g}": at_temperature(settings, target, drafter, prompts, t) for t in settings.temperatures
     }

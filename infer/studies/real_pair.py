@@ -102,6 +102,7 @@ def main(argv: list[str]) -> None:
     speed_plot(settings.output / "speed.png", metrics["temperatures"])
     write_json(settings.output / "metrics.json", metrics)
 
+    # The summary is what documents cite; the run's own files stay in --output.
     made = summary(metrics["temperatures"]) | {"policy": settings.policy, "machine": machine()}
     made |= {"max_new_tokens": settings.max_new_tokens, "repeats": settings.repeats}
     write_json(settings.result, made)

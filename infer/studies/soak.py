@@ -142,6 +142,7 @@ class Soak:
 
     async def run(self) -> None:
         """Ask every prompt alone, then let all clients loose."""
+        # First turns only: a second turn would contain an answer of another model.
         rows = [list(record.segments()[0]) for record in read_prompt_records(asset("conformance_prompts.jsonl"))]
         self._rows = rows[: self.settings.prompts]
         # The second time of each warms the process up: the first fills caches that stay.
@@ -228,6 +229,7 @@ class Soak:
         """All figures. Memory grows by the last quarter's median over that of the second."""
         # The first quarter is left out: caches and the allocator's pools fill in it.
         quarter = max(len(self.memory) // 4, 1)
+        # Medians, as a single reading may fall into a burst.
         early = statistics.median(self.memory[quarter : 2 * quarter] or self.memory)
         late = statistics.median(self.memory[-quarter:])
 

@@ -60,6 +60,7 @@ class Answer:
             ApiError: the target gave no finite law, so that the answer ended.
         """
         progress, ended = piece.progress, piece.progress.generation
+        # An error and not a shorter answer, which would look whole.
         if ended is not None and ended.finish_reason == "error":
             raise ApiError(500, ended.error, code="no_finite_law")
 
@@ -91,11 +92,13 @@ class Session:
         self.id = f"{'chatcmpl' if ask.chat else 'cmpl'}-{uuid.uuid4().hex}"
         self.created = int(time.time())
         self._driver, self._metrics = driver, metrics
+        # Emptied as answers end; whatever is left when the client goes is cancelled.
         self._open: dict[int, Answer] = {}  # by the engine's index
         self.answers: list[Answer] = []
 
     def submitted(self, index: int, prompt_tokens: int) -> None:
         """The next answer is the engine's request `index`."""
+        # Details cost a decode of every token, so that they are kept only where they are shown.
         wanted = self.ask.speculation or self.ask.sampling.logprobs is not None
         details = Details(self.names.decode) if wanted else None
         answer = Answer(len(self.answers), details, prompt_tokens)
@@ -174,6 +177,7 @@ class Writer:
         kind = "chat.completion" if session.ask.chat else "text_completion"
         self._head = {"id": session.id, "object": kind, "created": session.created, "model": model}
         chunk = "chat.completion.chunk" if session.ask.chat else "text_completion"
+        # Completions have one name for both forms, chats two.
         self._chunk_head = {**self._head, "object": chunk}
 
     def opening(self) -> list[dict[str, Any]]:
