@@ -88,6 +88,8 @@ class LoopSettings:
     ) -> DraftOutput:
         """Draft K tokens after each slot's anchor token [R] with the verifier's `noise`; the laws they are drawn from
         have the request's sampling transforms applied (docs/algorithm.md, rule 7)."""
+        # Without edits: they are the target's alone, and p^d is whatever a draft was drawn from (docs/algorithm.md,
+        # rule 114).
         draws = draws_of(state)
 
         def sample(logits: Array, k: int) -> tuple[Array, Any]:
@@ -111,11 +113,13 @@ class LoopSettings:
         """Set the ids that pad the target's tables to -inf: no tokenizer can turn them into text."""
         if self.words is None or self.words >= logits.shape[-1]:
             return logits
+        # Before every other reader of the logits: no cut, law or log-probability may count them.
         return jnp.where(jnp.arange(logits.shape[-1]) < self.words, logits, -jnp.inf)
 
 
 def borrowed_tables(target: TargetModel) -> SharedTables:
     """The target's embedding and head, which drafters share instead of holding copies (docs/algorithm.md, rule 18)."""
+    # Views while tracing: nothing is copied.
     return SharedTables.of(target.config, target.embed_weight_vd[...], target.head_weight())
 
 
@@ -133,5 +137,6 @@ def draws_of(
     to its own, or those of the rows that it has `seen`."""
     edits = None
     if block is not None:
+        # Put together here and computed where a law is taken, and only if a request has any.
         edits = LogitEdits(state.penalties, state.active, state.tokens, state.length, block, seen)
     return Draws(state.keys, state.length - 1, state.sampling, edits)

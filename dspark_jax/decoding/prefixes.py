@@ -64,6 +64,7 @@ def keep_chunk(
             at[2], shape[2] = _first_row(start), width + 1
         return jax.lax.dynamic_slice(leaf, at, shape)[0]
 
+    # Kept with the chunk: penalties of a request that starts from it count them (docs/algorithm.md, rule 113).
     tokens = jax.lax.dynamic_slice(state.tokens, (slot, start), (1, width))[0]
     # Target and drafter alike: a prefix without the drafter's context would draft blindly.
     caches = _map_leaves(loop, copied, (state.target_cache, state.draft))
@@ -109,6 +110,7 @@ def restore_chunk(
 
 def _first_row(start: Array) -> Array:
     """The first position of a chunk's keys and values: one before it, but none before the first."""
+    # The width stays the same: the first chunk's copy takes a row behind it instead, which is junk until it is written.
     return jnp.maximum(start - 1, 0)
 
 

@@ -202,6 +202,7 @@ def number_between(who: str, name: str, value: Any, least: float, most: float) -
 
 
 def _require_range(who: str, name: str, value: Any, least: float, most: float | None) -> None:
+    # Range and type are two sentences, since their cures differ.
     if value < least or (most is not None and value > most):
         expected = f"{least} or more" if most is None else f"{least:g} to {most:g}"
         raise UserError(f"{who} has {name} = {value}, which is out of range; expected {expected}.")

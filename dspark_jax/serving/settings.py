@@ -126,6 +126,7 @@ def check_engine(config: EngineConfig) -> None:
         if getattr(config, name) is not None:
             whole_number(who, name, getattr(config, name), 1)
 
+    # Checked whatever the policy: a value that would fail later is refused now.
     number_between(who, "threshold", config.threshold, 0.0, 1.0)
     if config.policy not in get_args(PolicyName):
         raise UserError(f"The engine has policy = {config.policy!r}; known are {', '.join(get_args(PolicyName))}.")

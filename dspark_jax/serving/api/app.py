@@ -173,6 +173,7 @@ class Api:
         if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
             raise ApiError(415, "The request's body is not declared to be JSON; send Content-Type: application/json.")
 
+        # One number: a kilobyte is plenty.
         body = read_body(await _body(request, 1024, self._service.config.stall_seconds))
         if set(body) != {"users"} or not integer(0, 10_000).holds(body["users"]):
             raise bad_request('The body is no {"users": N}, N a whole number.', "users")

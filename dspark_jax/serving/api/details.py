@@ -64,6 +64,7 @@ class Details:
         # character, or in what may become a stop string, is released by a later piece.
         self._held.extend(zip(origins(piece.rounds, len(progress.tokens)), logprobs, strict=True))
 
+        # One entry of `_held` leaves with each token: both queues are in the order of the tokens.
         released = self._texts.release(said, ended)
         held = [self._held.popleft() for _ in released]
         return Told(

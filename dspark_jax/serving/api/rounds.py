@@ -114,6 +114,7 @@ def _rounds_of(records: RoundRecord, slot: int) -> list[DraftRound]:
         # A plain round is recorded with zeros in the place of drafts.
         drafted = drafts.size > 0 and (verified > 0 or drafts.any() or logits.any())
         tokens = tuple(drafts.tolist()) if drafted else ()
+        # Clipped, since exp overflows where the head is certain.
         confidence = tuple((1 / (1 + np.exp(-np.clip(logits, -30, 30)))).tolist()) if drafted else ()
         found.append(DraftRound(tokens, confidence, int(verified), int(accepted), int(committed)))
     return found

@@ -54,6 +54,7 @@ class SyntheticUsers:
             self._tasks.pop().cancel()
         while len(self._tasks) < users:
             self._tasks.append(asyncio.create_task(self._user()))
+        # For the figures, which show how much of the load is synthetic.
         self._service.synthetic = users
 
     def stop(self) -> None:
@@ -92,4 +93,5 @@ class SyntheticUsers:
             except ApiError:
                 await asyncio.sleep(PAUSE_SECONDS)
             finally:
+                # Also where the task is cancelled in the middle of an answer: that frees its slot.
                 session.close()
