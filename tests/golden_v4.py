@@ -143,6 +143,12 @@ class Decoder:
         return np.asarray(logits[0, : len(ids)])
 
 
+def forget_traces() -> None:
+    """For tests that change what a decoder is made of: the next one is traced anew."""
+    _prefill.clear_cache()
+    _step.clear_cache()
+
+
 # Of the module and not of a decoder, so that decoders of one target share what is traced and compiled.
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _prefill(graphdef: nnx.GraphDef, width: int, size: int, params: dict, ids: jax.Array) -> Any:

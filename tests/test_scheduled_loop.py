@@ -12,7 +12,7 @@ import pytest
 from dspark_jax.decoding.dispatch import record_rounds, run_rounds
 from dspark_jax.decoding.prefill import admit
 from dspark_jax.decoding.round import DecodeLoop, LoopParams, init_state
-from dspark_jax.decoding.state import DecodeState
+from dspark_jax.decoding.state import Admission, DecodeState
 from dspark_jax.drafters.registry import DRAFTERS, Drafter
 from dspark_jax.scheduling.calibration import Online
 from dspark_jax.scheduling.costs import CostTable, Occupancy, ScheduleTables
@@ -80,14 +80,15 @@ def unlike_pair() -> tuple[Target, Drafter]:
 
 
 @partial(jax.jit, static_argnums=(0, 3), compiler_options=FAST_PROGRAM)
-def many_samples(loop: DecodeLoop, params: LoopParams, occupancy: Occupancy, batches: int, seed: Any) -> Any:
+def many_samples(
+    loop: DecodeLoop, params: LoopParams, occupancy: Occupancy, batches: int, seed: Any, new: Admission
+) -> Any:
     """[batches, R, 4] tokens, and [batches] sums of drafts verified, accepted and of rounds: what an engine does batch
     after batch, in one program. The policy's memory goes from one to the next."""
 
     def batch(state: DecodeState, number: jax.Array) -> tuple[DecodeState, Any]:
         ids = jnp.arange(loop.requests) + number * loop.requests
         keys = jnp.stack([ids, jnp.full_like(ids, seed)], axis=1).astype(jnp.uint32)
-        new = admission(loop, [PROMPT] * loop.requests, 5, np.zeros((loop.requests, 2)), bucket=4, temperature=1.0)
         state = admit(loop, params, state, new._replace(keys=keys), True)
         state = run_rounds(loop, params, state, occupancy, jnp.int32(8), jnp.asarray(False))
         made = state.tokens[:, len(PROMPT) : len(PROMPT) + 4]
@@ -104,7 +105,8 @@ def sampled(policy: VerifyPolicy, seed: int, batches: int = BATCHES) -> tuple[np
     stairs = np.arange(REQUESTS, 4 * REQUESTS + 1)
     costs = tables(tuple(stairs.tolist()), 1.0 + 0.01 * (stairs - REQUESTS), 0.05, BLOCK)
     params = LoopParams(target.params, drafter.params, costs)
-    made, counts = many_samples(loop, params, Occupancy.of(), batches, jnp.int32(seed))
+    new = admission(loop, [PROMPT] * REQUESTS, 5, np.zeros((REQUESTS, 2)), bucket=4, temperature=1.0)
+    made, counts = many_samples(loop, params, Occupancy.of(), batches, jnp.int32(seed), new)
     return np.asarray(made).reshape(-1, 4), np.asarray(counts).sum(axis=0)
 
 

@@ -29,7 +29,7 @@ from dspark_jax.targets.deepseek_v4.experts import Router
 from dspark_jax.targets.deepseek_v4.streams import Collapse, Norm, Site
 from dspark_jax.targets.target import Target
 from tests.decoding_tiny import next_logits
-from tests.golden_v4 import Decoder, Vectors
+from tests.golden_v4 import Decoder, Vectors, forget_traces
 from tests.v4_tiny import VOCAB, v4_target
 
 DATA = Path(__file__).parent / "data"
@@ -371,6 +371,14 @@ def test_traps_of_mtp_are_caught() -> None:
 
 
 # Rollback
+
+
+@pytest.fixture(autouse=True)
+def traced_anew() -> Iterator[None]:
+    """No decoder of a trap may be one that was traced without it, nor serve a later test."""
+    forget_traces()
+    yield
+    forget_traces()
 
 
 @contextmanager
