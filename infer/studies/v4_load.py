@@ -111,16 +111,16 @@ def node(settings: V4LoadSettings, device: Device, costs: V4Costs, users: int) -
     # In the mean over an answer, in which the context grows by a token at a time.
     context = settings.prompt + settings.answer / 2
 
-    def seconds(terms: list[Term], layers: int) -> float:
+    def seconds(terms: list[Term], collectives: int) -> float:
         # Shared evenly: every device holds a shard of each layer.
         products = floor_seconds(terms, device) / (settings.devices * settings.share)
-        return products + SITES * layers * settings.collective_us * 1e-6
+        return products + collectives * settings.collective_us * 1e-6
 
     # Every whole number of rows a user is a bucket.
     buckets = tuple(users * rows for rows in range(1, costs.block + 2))
-    verify = [seconds(costs.verify(rows, users, context), costs.config.num_layers) for rows in buckets]
-    # Each drafted token of the Markov head ends in a collective too, over the shards of the vocabulary.
-    drafting = seconds(costs.draft(users), costs.draft_layers + costs.block // SITES)
+    verify = [seconds(costs.verify(rows, users, context), SITES * costs.config.num_layers) for rows in buckets]
+    # Each drafted token is drawn over the shards of the vocabulary, which ends in a collective too.
+    drafting = seconds(costs.draft(users), SITES * costs.draft_layers + costs.block)
 
     table = CostTable.of(buckets, verify, drafting)
     return SimulatedDevice(ScheduleTables.of(table, (1.0,) * costs.block), buckets)
