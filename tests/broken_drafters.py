@@ -20,7 +20,8 @@ from dspark_jax.targets.attention import CausalRows
 from dspark_jax.targets.kv_cache import head_major
 from dspark_jax.targets.target import Target
 from dspark_jax.training.anchors import make_blocks, sample_anchors
-from dspark_jax.training.losses import target_logits, total_variation_l1
+from dspark_jax.training.losses import target_logits
+from dspark_jax.training.terms import total_variation_l1
 
 LENGTH, ROWS, ANCHORS = 160, 4, 10
 NEXT_TURN = {"role": "user", "content": "Go on."}

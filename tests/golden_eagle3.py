@@ -25,9 +25,9 @@ from dspark_jax.drafters.registry import Drafter
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.targets.attention import CausalRows, prefix_mask
 from dspark_jax.targets.target import Target
-from dspark_jax.training.losses import LossOptions
 from dspark_jax.training.objective import Batch
 from dspark_jax.training.rollout import RolloutObjective, supervised_positions
+from dspark_jax.training.terms import LossOptions
 from tests.golden_decode import NEW_TOKENS, check_transcripts, play
 from tests.golden_train import Result, check_target, close, exact, relative
 

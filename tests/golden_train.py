@@ -24,9 +24,10 @@ from dspark_jax.drafters.registry import Drafter
 from dspark_jax.targets.attention import CausalRows, prefix_mask
 from dspark_jax.targets.target import Target
 from dspark_jax.training.anchors import Blocks, eligible_anchors
-from dspark_jax.training.losses import LossOptions, accept_rate, target_logits, total_variation_l1
+from dspark_jax.training.losses import target_logits
 from dspark_jax.training.objective import Batch, BlockObjective
 from dspark_jax.training.schedule import learning_rate_schedule
+from dspark_jax.training.terms import LossOptions, accept_rate, total_variation_l1
 
 Result = tuple[str, float, float, bool]
 ATOL, RTOL, GRADIENT_TOLERANCE = 2e-4, 1e-4, 1e-3

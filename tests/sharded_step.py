@@ -1,4 +1,5 @@
-"""Program of test_training: two steps on 8 simulated devices and on one, compared. Exits non-zero where they differ."""
+"""Program of test_training: two steps on 8 simulated devices and on one, and losses with every term on 1, 2 and 4,
+compared. Exits non-zero where they differ."""
 
 import os
 
@@ -13,13 +14,16 @@ import jax
 import numpy as np
 
 from dspark_jax.sharding import ShardingRules, batch_shardings, make_mesh
+from dspark_jax.training.objective import BlockObjective
 from dspark_jax.training.step import (
     Placement,
     abstract_train_state,
     init_train_state,
+    make_eval_step,
     make_train_step,
 )
 from tests.drafters_tiny import tiny_batch, tiny_tables
+from tests.test_packing import ALL_TERMS
 from tests.test_training import objective, optimizer, tiny_drafter
 
 
@@ -46,6 +50,16 @@ def train(placement: Placement | None, accumulation: int) -> tuple[Any, Any]:
     return state, metrics
 
 
+def evaluate(devices: int) -> Any:
+    """The figures of a batch with all terms and weightings; its rows differ in what they supervise."""
+    task = BlockObjective(objective().graphdef, objective().config, ALL_TERMS)
+    placement = Placement(make_mesh(data=devices, devices=jax.devices()[:devices]), ShardingRules())
+    batch, place = tiny_batch(rows=8, seed=3), placement.whole
+    params, shared = jax.device_put((tiny_drafter().params, tiny_tables()), place)
+    batch = jax.device_put(batch, batch_shardings(batch, placement.mesh, placement.rules))
+    return make_eval_step(task, placement)(params, shared, batch, jax.device_put(jax.random.key(0), place))
+
+
 def _same_place(x: jax.Array, expected: jax.ShapeDtypeStruct) -> None:
     assert x.sharding.is_equivalent_to(expected.sharding, x.ndim), (x.sharding, expected.sharding)
 
@@ -60,6 +74,12 @@ def main() -> None:
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), jax.device_get(state.params), expected.params
     )
+
+    alone = evaluate(1)
+    assert {"lk_loss", "soft_ce_loss", "lk_mixed_loss"} <= alone.keys()
+    for devices in (2, 4):
+        for name, figure in evaluate(devices).items():
+            np.testing.assert_allclose(figure, alone[name], rtol=1e-5, atol=1e-6, err_msg=f"{name} on {devices}")
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ from dspark_jax.drafters.registry import DRAFTERS, DrafterKind, kind_name
 from dspark_jax.serving.generate import generate
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
-from dspark_jax.training.losses import LossOptions
 from dspark_jax.training.registry import make_objective
 from dspark_jax.training.schedule import learning_rate_schedule, make_optimizer
 from dspark_jax.training.step import init_train_state, make_train_step
+from dspark_jax.training.terms import LossOptions
 from tests.decoding_tiny import kind_pair, prompts
 from tests.test_drafter_kinds import batch_of
 

@@ -20,8 +20,8 @@ from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.requests import Request, SamplingParams
 from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.targets.target import Target
-from dspark_jax.training.losses import LossOptions, total_variation_l1
 from dspark_jax.training.registry import make_objective
+from dspark_jax.training.terms import LossOptions, total_variation_l1
 from tests.decoding_tiny import kind_pair
 from tests.drafters_tiny import VOCAB, target_hf_config, tiny_batch, tiny_drafter, tiny_tables, write_pair
 from tests.test_lossless import SLOTS, exact_law, p_value, samples

@@ -23,12 +23,12 @@ from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.targets.attention import CausalRows, KeysValues
 from dspark_jax.targets.target import Target
-from dspark_jax.training.losses import LossOptions
 from dspark_jax.training.objective import Objective
 from dspark_jax.training.registry import make_objective
 from dspark_jax.training.rollout import supervised_positions
 from dspark_jax.training.schedule import learning_rate_schedule, make_optimizer
 from dspark_jax.training.step import abstract_train_state, init_train_state, make_train_step
+from dspark_jax.training.terms import LossOptions
 from tests.decoding_tiny import kind_pair, prompts, taps_of
 from tests.drafters_tiny import write_pair
 from tests.test_training import _intermediates

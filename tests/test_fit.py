@@ -25,13 +25,13 @@ from dspark_jax.roofline.hardware import peak_flops
 from dspark_jax.roofline.training import training_flops
 from dspark_jax.sharding import split
 from dspark_jax.training.checkpoint import Checkpoints
-from dspark_jax.training.losses import LossOptions
 from dspark_jax.training.objective import BlockObjective
 from dspark_jax.training.run import Run
 from dspark_jax.training.run_folder import MetricsLog, read_records
 from dspark_jax.training.schedule import learning_rate_schedule, make_optimizer
 from dspark_jax.training.step import TrainState, abstract_train_state, make_train_step
 from dspark_jax.training.synthetic_cache import write_synthetic_cache
+from dspark_jax.training.terms import LossOptions
 from tests.tiny import write_tiny_target
 from tests.xla import xla_flags
 from train import export

@@ -16,16 +16,22 @@ from dspark_jax.data.tokenised import Tokenised
 from dspark_jax.data.views import Packed, join, pack
 from dspark_jax.targets.attention import segment_starts
 from dspark_jax.training.anchors import make_blocks, sample_anchors
-from dspark_jax.training.losses import LossOptions
 from dspark_jax.training.registry import make_objective
+from dspark_jax.training.terms import LossOptions
 from tests.drafters_tiny import HIDDEN, VOCAB, tiny_drafter, tiny_tables
 
 SIZES = (11, 6, 9, 2, 7)
 KINDS: dict[str, dict[str, Any]] = {
     "dspark": {"num_anchors": 24, "num_layers": 1},
     "mtp": {"num_anchors": 24, "num_layers": 1, "target_layer_ids": (3,)},
+    "terms": {"kind": "dspark", "num_anchors": 24, "num_layers": 1},
     "eagle3": {"block_size": 3, "num_layers": 1, "target_layer_ids": (1, 2)},
 }
+OPTIONS = LossOptions(ce_alpha=0.1, l1_alpha=0.9, confidence_alpha=1.0, decay_gamma=4.0, anchor_chunk=16)
+# Every term and every weighting that is computed from the laws.
+ALL_TERMS = dataclasses.replace(
+    OPTIONS, soft_ce_alpha=0.5, lk_alpha=1.0, lk_mixed_alpha=1.0, slot_weights="d_pace", confidence_weights="reach"
+)
 
 
 def samples(taps: int) -> list[Sample]:
@@ -45,8 +51,8 @@ def on_device(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
 @cache
 def figures(kind: str, packed: bool) -> tuple[Any, Any, Any]:
     """(sums, denominator, gradient of the loss times it; None but for dspark) of all samples, every anchor taken."""
-    drafter = tiny_drafter(kind=kind, **KINDS[kind])
-    options = LossOptions(ce_alpha=0.1, l1_alpha=0.9, confidence_alpha=1.0, decay_gamma=4.0, anchor_chunk=16)
+    drafter = tiny_drafter(**{"kind": kind} | KINDS[kind])
+    options = ALL_TERMS if kind == "terms" else OPTIONS
     objective = make_objective(drafter.hf_config, options, jnp.float32)
     alone = samples(len(KINDS[kind].get("target_layer_ids", (0, 0, 0))))
     rows = [join(0, alone[:3]), join(1, alone[3:])] if packed else alone

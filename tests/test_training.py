@@ -16,10 +16,10 @@ import pytest
 
 from dspark_jax.errors import UserError
 from dspark_jax.training.anchors import eligible_anchors, make_blocks, sample_anchors
-from dspark_jax.training.losses import LossOptions
 from dspark_jax.training.objective import BlockObjective
 from dspark_jax.training.schedule import learning_rate_schedule, make_optimizer
 from dspark_jax.training.step import TrainState, init_train_state, make_eval_step, make_train_step
+from dspark_jax.training.terms import LossOptions
 from tests.drafters_tiny import tiny_batch, tiny_tables
 from tests.drafters_tiny import tiny_drafter as drafter_of
 

@@ -11,11 +11,11 @@ import pytest
 from dspark_jax.checkpoints.drafters import shared_tables
 from dspark_jax.drafters.registry import drafter_hf_config, new_drafter
 from dspark_jax.errors import UserError
-from dspark_jax.training.losses import LossOptions
 from dspark_jax.training.objective import BlockObjective
 from dspark_jax.training.schedule import learning_rate_schedule, make_optimizer
 from dspark_jax.training.states import TargetStates
 from dspark_jax.training.step import init_train_state, make_eval_step, make_train_step
+from dspark_jax.training.terms import LossOptions
 from tests.v4_tiny import VOCAB, v4_hf_config, v4_pair, v4_target
 
 

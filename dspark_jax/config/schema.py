@@ -104,7 +104,7 @@ class DrafterSettings:
 
 @dataclasses.dataclass(frozen=True)
 class LossSettings:
-    """Weights of the three terms and their decay over block positions (docs/algorithm.md, rules 40 and 41)."""
+    """Weights of the terms, and of the block positions in them (docs/algorithm.md, rules 40, 41 and 118 to 120)."""
 
     ce_alpha: float = 0.1
     """Weight of the cross-entropy against the next tokens."""
@@ -114,10 +114,21 @@ class LossSettings:
     """Weight of the confidence head's binary cross-entropy."""
     decay_gamma: float = 4.0
     """g of the weights exp(-(k-1)/g) of position k; 0 or less weighs all positions alike."""
+    soft_ce_alpha: float = 0.0
+    """Weight of the cross-entropy against the target's law, whose gradient is that of KL(p^t ‖ p^d)."""
+    lk_alpha: float = 0.0
+    """Weight of the LK loss -log Σ min(p^d, p^t), the negative log of the acceptance probability."""
+    lk_mixed_alpha: float = 0.0
+    """Weight of λ KL + (1 - λ) ½ ‖p^d - p^t‖_1, λ = exp(-3 acceptance)."""
+    slot_weights: Literal["decay", "d_pace"] = "decay"
+    """Weights of block positions: exp(-(k-1)/decay_gamma), or D-PACE's, by what is expected to be accepted behind
+    them."""
+    confidence_weights: Literal["slots", "reach"] = "slots"
+    """Weights of the confidence term: the other terms', or the probability that the prefix before is accepted."""
 
     def __post_init__(self) -> None:
         # Each term may be off, and all of them may; the sum is not normalised (rule 40).
-        for name in ("ce_alpha", "l1_alpha", "confidence_alpha"):
+        for name in ("ce_alpha", "l1_alpha", "confidence_alpha", "soft_ce_alpha", "lk_alpha", "lk_mixed_alpha"):
             value = getattr(self, name)
             _require(value >= 0, f"loss.{name}", value, "0 or more")
 

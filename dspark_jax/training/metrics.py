@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from dspark_jax.training.anchors import Blocks, eligible_anchors
-from dspark_jax.training.losses import EPSILON, LossOptions, Sums
+from dspark_jax.training.terms import EPSILON, LossOptions, Sums
 
 
 def anchor_sums(blocks: Blocks, loss_mask: Array, segments: Array | None = None) -> Sums:
@@ -42,8 +42,10 @@ def loss_metrics(sums: Sums, options: LossOptions, length: int, num_anchors: int
 
     metrics = {"loss": options.total(sums, denominator), "ce_loss": sums["ce"] / denominator}
 
-    if options.l1_alpha > 0:
-        metrics["l1_loss"] = sums["l1"] / denominator
+    # Those that are a part of the loss: L1 is summed without being one too, for the acceptance.
+    for name in ("soft_ce", "l1", "lk", "lk_mixed"):
+        if options.alphas[name] > 0:
+            metrics[f"{name}_loss"] = sums[name] / denominator
 
     if "confidence" in sums:
         metrics["confidence_loss"] = sums["confidence"] / denominator

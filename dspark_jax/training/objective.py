@@ -12,8 +12,9 @@ from jaxtyping import Array
 from dspark_jax.drafters.config import BlockConfig, float32_parameter
 from dspark_jax.drafters.protocol import BlockDrafter, SharedTables
 from dspark_jax.training.anchors import Blocks, make_blocks, sample_anchors
-from dspark_jax.training.losses import EPSILON, Batch, LossOptions, Sums, block_sums
+from dspark_jax.training.losses import Batch, block_sums
 from dspark_jax.training.metrics import anchor_sums, loss_metrics
+from dspark_jax.training.terms import EPSILON, LossOptions, Sums
 
 
 class Plan(NamedTuple):
@@ -66,7 +67,7 @@ def cast_params(params: dict, dtype: Any) -> dict:
 
 @dataclass(frozen=True, eq=False)
 class BlockObjective:
-    """The losses of docs/algorithm.md, rules 37 to 46. Trains any `BlockDrafter`, with heads or without.
+    """The losses of docs/algorithm.md, rules 37 to 46 and 118 to 120. Trains any `BlockDrafter`, with heads or without.
 
     A batch has `input_ids`, `loss_mask` [B, T], `features` [B, T, m D], `last_hidden` [B, T, D], and `segments` [B, T]
     where rows are packed; other entries are ignored.
@@ -86,7 +87,7 @@ class BlockObjective:
     def plan_at(self, batch: Batch, anchors: Array, keep: Array) -> Plan:
         """The plan of given anchors [B, N]."""
         # Anchors need no gradient, and neither does anything made of masks: a plan is constants to the loss.
-        size, gamma = self.config.block_size, self.options.decay_gamma
+        size, gamma = self.config.block_size, self.options.decay
         mask, segments = batch["loss_mask"], batch.get("segments")
         blocks = make_blocks(batch["input_ids"], mask, anchors, keep, size, gamma, segments)
         # Taken over the global batch, before rows are split: denominators are never local (docs/algorithm.md, rule
@@ -103,10 +104,10 @@ class BlockObjective:
     def sums(self, params: dict, shared: SharedTables, batch: Batch, rows: Blocks) -> Sums:
         """The sums of `losses.block_sums` over the rows of a micro-batch."""
         # `build`, not a model: each chunk casts the parameters itself.
-        return block_sums(self.build, params, shared, batch, rows, self.options.anchor_chunk)
+        return block_sums(self.build, params, shared, batch, rows, self.options)
 
     def loss(self, sums: Sums, denominator: Array) -> Array:
-        """[] float32, the loss of rule 41."""
+        """[] float32, the sum of the terms of rules 41 and 118."""
         return self.options.total(sums, denominator)
 
     def metrics(self, sums: Sums, length: int) -> dict[str, Array]:

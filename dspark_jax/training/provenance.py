@@ -64,7 +64,7 @@ def _sampling(path: Path) -> dict[str, Any]:
 
 
 def cache_provenance(
-    cache: Path, name: str, spec: CacheSpec, loss: Mapping[str, float], inputs: Mapping[str, str]
+    cache: Path, name: str, spec: CacheSpec, loss: Mapping[str, Any], inputs: Mapping[str, str]
 ) -> Provenance:
     """The provenance of a run on a cache.
 

@@ -5,9 +5,9 @@ from typing import Any
 
 from dspark_jax.drafters.registry import kind_of, read_config, skeleton
 from dspark_jax.sharding import split
-from dspark_jax.training.losses import LossOptions
 from dspark_jax.training.objective import BlockObjective, Objective
 from dspark_jax.training.rollout import RolloutObjective
+from dspark_jax.training.terms import LossOptions
 
 # (graphdef, the drafter's config, LossOptions, compute dtype) -> Objective
 OBJECTIVES: dict[str, Callable[..., Objective]] = {"blocks": BlockObjective, "rollout": RolloutObjective}

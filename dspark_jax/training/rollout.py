@@ -15,8 +15,9 @@ from jaxtyping import Array, Float
 from dspark_jax.drafters.eagle3 import Eagle3, Eagle3Config
 from dspark_jax.drafters.paired import shift_left
 from dspark_jax.drafters.protocol import SharedTables
-from dspark_jax.training.losses import Batch, LossOptions, Sums, accept_rate, total_variation_l1
+from dspark_jax.training.losses import Batch
 from dspark_jax.training.objective import Plan, cast_params
+from dspark_jax.training.terms import LossOptions, Sums, accept_rate, total_variation_l1
 
 
 @dataclass(frozen=True, eq=False)

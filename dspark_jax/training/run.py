@@ -7,6 +7,7 @@ concerns them.
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -104,7 +105,7 @@ class Run:
     checkpoints: CheckpointSettings
     heldout: Heldout | None
     inputs: Mapping[str, str]
-    loss: Mapping[str, float]
+    loss: Mapping[str, Any]
 
     @classmethod
     def of(cls, config: TrainConfig) -> "Run":

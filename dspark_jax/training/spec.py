@@ -17,12 +17,12 @@ from dspark_jax.errors import UserError
 from dspark_jax.readers import read_object
 from dspark_jax.sharding import AnyMesh, ShardingRules, gathered
 from dspark_jax.targets.target import Target
-from dspark_jax.training.losses import LossOptions
 from dspark_jax.training.objective import Objective
 from dspark_jax.training.registry import make_objective
 from dspark_jax.training.schedule import learning_rate_schedule, make_optimizer
 from dspark_jax.training.states import States, StoredStates, TargetStates
 from dspark_jax.training.step import Placement, TrainState, TrainStep, abstract_train_state, make_train_step
+from dspark_jax.training.terms import LossOptions
 
 
 @dataclass(frozen=True)
@@ -185,6 +185,11 @@ def loss_options(settings: LossSettings, anchor_chunk: int) -> LossOptions:
         confidence_alpha=settings.confidence_alpha,
         decay_gamma=settings.decay_gamma,
         anchor_chunk=anchor_chunk,
+        soft_ce_alpha=settings.soft_ce_alpha,
+        lk_alpha=settings.lk_alpha,
+        lk_mixed_alpha=settings.lk_mixed_alpha,
+        slot_weights=settings.slot_weights,
+        confidence_weights=settings.confidence_weights,
     )
 
 

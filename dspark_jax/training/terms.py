@@ -1,0 +1,220 @@
+"""The terms of the loss of one chunk of blocks, from the laws of drafter and target (docs/algorithm.md, rules 41 and
+118 to 120).
+
+Axes: B batch row, C chunk of anchors, K block position, V vocab, P draft vocabulary, *n any leading axes.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from dspark_jax.drafters.protocol import BlockOutput
+from dspark_jax.drafters.vocabulary import DraftVocabulary
+from dspark_jax.training.anchors import Blocks
+
+# Added to the summed weights: the loss of a batch without supervision is 0, not NaN (docs/algorithm.md, rule 41).
+EPSILON = 1e-6
+
+# D-PACE's floor a: a slot that is never accepted still passes on half of the weight behind it.
+PACE_FLOOR = 0.5
+# The rate at which the mixed LK loss goes over from KL to total variation as acceptance rises.
+LK_RATE = 3.0
+
+Sums = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """L = Σ alpha · term over the terms whose alpha is not 0 (docs/algorithm.md, rules 41 and 118 to 120).
+
+    Attributes:
+        ce_alpha, l1_alpha, confidence_alpha: weights of the reference's terms.
+        decay_gamma: g of the slot weights exp(-k / g), rule 40; None or <= 0 weighs all slots alike.
+        anchor_chunk: anchors of a row whose logits [B, anchor_chunk, K, V] are in memory at once.
+        soft_ce_alpha: of the cross-entropy against the target's law.
+        lk_alpha: of -log Σ min(p^d, p^t).
+        lk_mixed_alpha: of λ KL + (1 - λ) TV, λ falling with acceptance.
+        slot_weights: "decay", or "d_pace", which needs no decay_gamma.
+        confidence_weights: "slots", the weights of the other terms, or "reach", the survival of the prefix before.
+    """
+
+    ce_alpha: float
+    l1_alpha: float
+    confidence_alpha: float
+    decay_gamma: float | None
+    anchor_chunk: int
+    soft_ce_alpha: float = 0.0
+    lk_alpha: float = 0.0
+    lk_mixed_alpha: float = 0.0
+    slot_weights: Literal["decay", "d_pace"] = "decay"
+    confidence_weights: Literal["slots", "reach"] = "slots"
+
+    @property
+    def alphas(self) -> dict[str, float]:
+        """Weight of each term, by its name in the sums."""
+        return {
+            "ce": self.ce_alpha,
+            "soft_ce": self.soft_ce_alpha,
+            "l1": self.l1_alpha,
+            "lk": self.lk_alpha,
+            "lk_mixed": self.lk_mixed_alpha,
+            "confidence": self.confidence_alpha,
+        }
+
+    @property
+    def decay(self) -> float | None:
+        """g of the slot weights that follow from masks alone; None for D-PACE, whose factor follows from the laws."""
+        return self.decay_gamma if self.slot_weights == "decay" else None
+
+    def total(self, sums: Sums, denominator: Array) -> Array:
+        """The loss, [] float32, from weighted sums and the global sum of weights (+ EPSILON) that all terms share."""
+        # Terms are combined before the division: they share one denominator, whichever of them there are.
+        return (
+            sum((alpha * sums[name] for name, alpha in self.alphas.items() if name in sums), jnp.zeros(()))
+            / denominator
+        )
+
+
+def total_variation_l1(draft_logits: Array, other_logits: Array) -> Array:
+    """‖softmax(draft) - softmax(other)‖_1 over the last axis: the full sum, twice the total variation distance."""
+    return jnp.sum(jnp.abs(jax.nn.softmax(draft_logits, axis=-1) - jax.nn.softmax(other_logits, axis=-1)), axis=-1)
+
+
+def accept_rate(l1: Array) -> Array:
+    """c*_k = 1 - ½ ‖p^d_k - p^t_k‖_1, the probability that a token drawn from p^d is accepted; no gradient flows
+    through it (docs/algorithm.md, rule 36)."""
+    return jax.lax.stop_gradient(jnp.clip(1.0 - 0.5 * l1, 0.0, 1.0))
+
+
+def pruned_variation_l1(
+    draft_logits: Float[Array, "*n p"], other_logits: Float[Array, "*n v"], vocabulary: DraftVocabulary
+) -> Float[Array, "*n"]:
+    """`total_variation_l1` of a drafter that drafts `vocabulary` alone: [*n] float32.
+
+    p^d is 0 outside the vocabulary, so the other law's mass there counts in full.
+    """
+    # The softmax is over the whole vocabulary first: the target's law is not renormalised to what can be drafted.
+    other = vocabulary.restrict(jax.nn.softmax(other_logits, axis=-1))
+    inside = jnp.sum(jnp.abs(jax.nn.softmax(draft_logits, axis=-1) - other), axis=-1)
+    # Rounding can put the mass inside slightly above 1.
+    return inside + jnp.maximum(1.0 - jnp.sum(other, axis=-1), 0.0)
+
+
+def soft_terms(
+    draft_logits: Float[Array, "*n p"],
+    target_logits: Float[Array, "*n v"],
+    l1: Float[Array, "*n"],
+    vocabulary: DraftVocabulary | None,
+    options: LossOptions,
+) -> Sums:
+    """The terms against the target's whole law that the options ask for, [*n] float32 each (docs/algorithm.md, rule
+    118). Mass of the target outside a pruned vocabulary is left out, as labels outside it are."""
+    wanted = {name for name in ("soft_ce", "lk", "lk_mixed") if options.alphas[name] > 0}
+    if not wanted:
+        return {}
+
+    # Normalised over the whole vocabulary, then restricted to what can be drafted.
+    log_p = jax.nn.log_softmax(target_logits, axis=-1)
+    log_p = log_p if vocabulary is None else vocabulary.restrict(log_p)
+    log_q = jax.nn.log_softmax(draft_logits, axis=-1)
+    terms: Sums = {}
+
+    if "lk" in wanted:
+        # In logs, so that the gradient does not vanish where acceptance does: 1 - ½ L1 would lose its digits there.
+        terms["lk"] = -jax.nn.logsumexp(jnp.minimum(log_p, log_q), axis=-1)
+
+    p = jnp.exp(log_p)
+    entropy = -jnp.sum(p * log_q, axis=-1)
+    if "soft_ce" in wanted:
+        terms["soft_ce"] = entropy
+    if "lk_mixed" in wanted:
+        divergence = entropy + jnp.sum(p * log_p, axis=-1)
+        share = jnp.exp(-LK_RATE * accept_rate(l1))
+        terms["lk_mixed"] = share * divergence + (1.0 - share) * 0.5 * l1
+
+    return terms
+
+
+def pace_weights(accept: Float[Array, "*n k"], supervised: Bool[Array, "*n k"]) -> Float[Array, "*n k"]:
+    """D-PACE's w_j = Σ_{m >= j} Π_{i <= m} s_i over supervised slots, s_i = a + (1 - a) accept_i (arXiv 2605.18810,
+    with acceptance in place of the label's probability; docs/algorithm.md, rule 119)."""
+    steps = PACE_FLOOR + (1.0 - PACE_FLOOR) * accept
+    reached = jnp.cumprod(jnp.where(supervised, steps, 1.0), axis=-1) * supervised
+    # What is behind slot j, itself included: never rising, since every term is positive.
+    behind = jnp.cumsum(reached[..., ::-1], axis=-1)[..., ::-1]
+    # Weights are no part of the model: through them, the loss would fall by lowering acceptance.
+    return jax.lax.stop_gradient(behind * supervised)
+
+
+def block_terms(
+    out: BlockOutput, targets: Array, blocks: Blocks, vocabulary: DraftVocabulary | None, options: LossOptions
+) -> Sums:
+    """The additive sums of a chunk, float32.
+
+    Returns:
+        `ce`, `l1`, `confidence`, and those of `soft_terms`: weighted sums of the terms.
+        `weight`: the sum of the weights that follow from masks, the denominator of all terms.
+        `accept`, `supervised`: [K], sums over supervised slots without weights, and their number.
+        `tau`, `blocks`: expected committed tokens of blocks with a supervised slot, and the number of these blocks.
+        `confidence_*`: weighted sums of the confidence head's errors, without a gradient.
+    """
+    supervised = blocks.supervised
+    if vocabulary is None:
+        labels, learnable = blocks.labels, supervised
+        # [B, C, K] float32, the whole sum and not half of it (docs/algorithm.md, rule 41).
+        l1 = total_variation_l1(out.logits, targets)
+    else:
+        # No drafter can learn a label that it cannot draft; the variation counts it as lost, as decoding will.
+        labels = vocabulary.local(blocks.labels)
+        learnable = supervised & (labels < vocabulary.size)
+        labels = jnp.minimum(labels, vocabulary.size - 1)
+        l1 = pruned_variation_l1(out.logits, targets, vocabulary)
+
+    # [B, C, K]
+    label_logits = jnp.take_along_axis(out.logits, labels[..., None], axis=-1)[..., 0]
+    accept = accept_rate(l1)
+    # The probability that the whole prefix survives; an unsupervised slot ends it (docs/algorithm.md, rule 45).
+    survival = jnp.cumprod(accept * supervised, axis=-1)
+    used = jnp.any(supervised, axis=-1)
+    weights = pace_weights(accept, supervised) if options.slot_weights == "d_pace" else blocks.weights
+
+    terms = {"ce": learnable * (jax.nn.logsumexp(out.logits, axis=-1) - label_logits), "l1": l1}
+    terms |= soft_terms(out.logits, targets, l1, vocabulary, options)
+    sums = {name: jnp.sum(weights * term) for name, term in terms.items()}
+    sums |= {
+        # From masks alone, whatever the terms are weighted by: the denominator is known before the pass and is the
+        # same for every shard (docs/algorithm.md, rule 44). The counts below are unweighted (rule 45).
+        "weight": jnp.sum(blocks.weights),
+        "accept": jnp.sum(accept * supervised, axis=(0, 1)),
+        "supervised": jnp.sum(supervised, axis=(0, 1), dtype=jnp.float32),
+        "tau": jnp.sum(used * (1.0 + jnp.sum(survival, axis=-1))),
+        "blocks": jnp.sum(used, dtype=jnp.float32),
+    }
+
+    if out.confidence is not None:
+        if options.confidence_weights == "reach":
+            # A scheduler reads c_k only where the prefix before it survived (docs/algorithm.md, rule 120).
+            before = jnp.pad(survival[..., :-1], ((0, 0), (0, 0), (1, 0)), constant_values=1.0)
+            weights = before * supervised
+        sums |= _confidence_sums(out.confidence, weights, accept, survival, blocks)
+
+    return sums
+
+
+def _confidence_sums(logits: Array, weights: Array, accept: Array, survival: Array, blocks: Blocks) -> Sums:
+    """Sums of the confidence head's cross-entropy by `weights`, and of its errors by the weights of the masks."""
+    # softplus(z) - z c* is the cross-entropy of sigmoid(z) against c*, without overflow.
+    bce = jax.nn.softplus(logits) - logits * accept
+    # For the record alone; the loss's own gradient goes through `bce`.
+    predicted = jax.lax.stop_gradient(jax.nn.sigmoid(logits))
+    cumulative = jnp.cumprod(predicted * blocks.supervised, axis=-1)
+
+    return {
+        "confidence": jnp.sum(weights * bce),
+        "confidence_bias": jnp.sum(blocks.weights * (predicted - accept)),
+        "confidence_abs_error": jnp.sum(blocks.weights * jnp.abs(predicted - accept)),
+        "confidence_cumprod_bias": jnp.sum(blocks.weights * (cumulative - survival)),
+    }
