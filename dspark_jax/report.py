@@ -129,6 +129,41 @@ def reliability_plot(path: Path, sets: Mapping[str, Mapping[str, Any]]) -> None:
     save(figure, path)
 
 
+def calibration_plot(path: Path, temperatures: Mapping[str, Mapping[str, Any]]) -> None:
+    """ECE by block position, and simulated tokens a second over those of raw confidences by users, with a line for each
+    calibration and a row of panels for each sampling temperature."""
+    plt = pyplot()
+    policies = list(next(iter(temperatures.values()))["load"])
+    shape = (len(temperatures), 1 + len(policies))
+    figure, panels = plt.subplots(*shape, figsize=(4.4 * shape[1], 3.4 * shape[0]), squeeze=False)
+
+    for (key, found), line in zip(temperatures.items(), panels, strict=True):
+        for method, domains in found["ece"].items():
+            errors = [100 * value for value in domains["all"]["by_position"]]
+            line[0].plot(range(1, len(errors) + 1), errors, marker="o", label=method)
+
+        line[0].set_title(f"temperature {key.removeprefix('t')}")
+        line[0].set_xlabel("block position k")
+        line[0].set_ylabel("ECE, %")
+        line[0].legend(fontsize=7)
+
+        for panel, policy in zip(line[1:], policies, strict=True):
+            users = found["load"][policy]
+            for method in found["ece"]:
+                speeds = [row[method]["tokens_per_second"] / row["none"]["tokens_per_second"] for row in users.values()]
+                panel.plot([int(count) for count in users], speeds, marker="o", label=method)
+
+            panel.set_xscale("log", base=2)
+            panel.set_title(policy)
+            panel.set_xlabel("users")
+            panel.set_ylabel("tokens a second over raw")
+
+        for panel in line:
+            panel.grid(alpha=0.3)
+
+    save(figure, path)
+
+
 def threshold_plot(path: Path, sets: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
     """Accepted length and committed share of verified tokens, by confidence threshold (the paper's Figure 5)."""
     plt = pyplot()
