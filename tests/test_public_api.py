@@ -10,7 +10,7 @@ import pytest
 import dspark_jax
 
 SIGNATURES = {
-    "load_target": "(path_or_id, dtype, mesh, rules, tokenizer)",
+    "load_target": "(path_or_id, dtype, mesh, rules, tokenizer, weights)",
     "load_drafter": "(path_or_id, target, dtype, mesh, rules, compare_manifest, layer_shift)",
     "generate": "(target, drafter, prompts, sampling, engine)",
     "stream": "(target, drafter, prompts, sampling, engine)",

@@ -60,11 +60,11 @@ def same(first: dict, second: dict) -> None:
 
 def test_a_published_folder_comes_back_in_the_same_form(tmp_path: Path) -> None:
     """Target and drafter, written and read again: equal values, and the tensors that shapes alone foretell."""
-    target = load_target(CASE, dtype="float32", tokenizer=False)
+    target = load_target(CASE, dtype="float32", tokenizer=False, weights="widened")
     drafter = load_drafter(CASE, target, dtype="float32")
     save_v4_target(tmp_path / "target", target.hf_config, target.params, "published")
     save_drafter(tmp_path / "drafter", drafter, target)
-    again = load_target(tmp_path / "target", dtype="float32", tokenizer=False)
+    again = load_target(tmp_path / "target", dtype="float32", tokenizer=False, weights="widened")
     same(again.params, target.params)
     reloaded = load_drafter(tmp_path / "drafter", again, dtype="float32")
     same(reloaded.params, drafter.params)
@@ -86,7 +86,7 @@ def test_a_drafter_in_float_comes_back(kind: str, tmp_path: Path) -> None:
 
 def test_transformers_names_hold_the_same_weights(tmp_path: Path) -> None:
     """A folder with stacked experts and transformers' names, made from the published one."""
-    target = load_target(CASE, dtype="float32", tokenizer=False)
+    target = load_target(CASE, dtype="float32", tokenizer=False, weights="widened")
     save_v4_target(tmp_path, target.hf_config, target.params, "float32")
     file = RawFile(tmp_path / "model.safetensors")
     tensors = {name: np.array(file.get_slice(name).array) for name in file.keys()}  # noqa: SIM118 - no dict
@@ -119,7 +119,7 @@ def test_parts_of_a_sharded_read_are_parts_of_the_whole() -> None:
     from dspark_jax.checkpoints.deepseek_v4 import V4Folder, v4_tensor_map
     from dspark_jax.checkpoints.tensors import _read_part
 
-    folder, target = V4Folder(CASE), load_target(CASE, dtype="float32", tokenizer=False)
+    folder, target = V4Folder(CASE), load_target(CASE, dtype="float32", tokenizer=False, weights="widened")
     flat = flatten_dict(target.params)
     for path, source in v4_tensor_map(flat).items():
         whole = np.asarray(flat[path])
@@ -130,7 +130,7 @@ def test_parts_of_a_sharded_read_are_parts_of_the_whole() -> None:
 
 
 def test_what_stays_float32_and_whole_numbers() -> None:
-    target = load_target(CASE, dtype="bfloat16", tokenizer=False)
+    target = load_target(CASE, dtype="bfloat16", tokenizer=False, weights="widened")
     kinds = {path[-1]: leaf.dtype.name for path, leaf in flatten_dict(target.params).items()}
     assert {kinds[name] for name in ("fn", "base", "scale", "ape", "sink", "bias")} == {"float32"}
     assert kinds["table_vk"] == "int32" and kinds["gate_weight_edf"] == "bfloat16"
@@ -170,13 +170,13 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
 
 def test_a_dspark_module_of_other_widths_is_refused(tmp_path: Path) -> None:
     folder = copied(tmp_path, dspark_markov_rank=8)
-    target = load_target(CASE, dtype="float32", tokenizer=False)
+    target = load_target(CASE, dtype="float32", tokenizer=False, weights="widened")
     with pytest.raises(UserError, match=r"confidence_head.* has shape \[1, 144\]; .* \[1, 136\]"):
         load_drafter(folder, target)
 
 
 def test_a_folder_without_a_drafter_is_told(tmp_path: Path) -> None:
-    target = load_target(CASE, dtype="float32", tokenizer=False)
+    target = load_target(CASE, dtype="float32", tokenizer=False, weights="widened")
     save_v4_target(tmp_path, target.hf_config, target.params, "published")
     with pytest.raises(UserError, match="holds no drafter"):
         load_drafter(tmp_path, target)

@@ -9,10 +9,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dspark_jax.checkpoints.low_bit import BLOCK, GROUP, RawFile, RawTensor, ScaledTensor
+from dspark_jax.checkpoints.low_bit import CodeTensor, RawFile, RawTensor, ScaledTensor
 from dspark_jax.checkpoints.tensor_map import Layout, ParamPath, Stored
 from dspark_jax.checkpoints.tensors import TensorFolder
 from dspark_jax.errors import UserError
+from dspark_jax.targets.low_bit import BLOCK, CODES, GROUP, SCALES
 
 _QUANTISED = ("F8_E4M3", "I8")
 _EXPERT = re.compile(r"layers\.(?P<layer>\d+)\.ffn\.experts\.(?P<expert>\d+)\.(?P<which>w[123])\.weight")
@@ -76,9 +77,14 @@ def v4_tensor_map(paths: Iterable[ParamPath]) -> dict[ParamPath, Stored]:
 
 
 def block_tensor(below: ParamPath, prefix: str) -> Stored:
-    """The tensor of the parameter at path `below` a block stored under `prefix`."""
-    stored = BLOCK_TENSORS[below]
-    return Stored(f"{prefix}.{stored.name}", stored.layout)
+    """The tensor of the parameter at path `below` a block stored under `prefix`; codes and scales are tensors of their
+    own, kept in the layout of the file."""
+    if below[-1] not in (CODES, SCALES):
+        stored = BLOCK_TENSORS[below]
+        return Stored(f"{prefix}.{stored.name}", stored.layout)
+
+    name = f"{prefix}.{BLOCK_TENSORS[below[:-1]].name}"
+    return Stored(name if below[-1] == CODES else scale_name(name), codes=True)
 
 
 class V4Folder(TensorFolder):
@@ -124,6 +130,19 @@ class V4Folder(TensorFolder):
             )
 
         return ScaledTensor(tensor.array, scales)
+
+    def codes(self, name: str) -> CodeTensor:
+        """The bytes of a quantised tensor or of its scales; UserError where the tensor is not quantised."""
+        where = f"{name} in {self.folder}"
+        dtype = self._entries[name].dtype if name in self.names else "missing"
+        if self.renamed or dtype not in (*_QUANTISED, "F8_E8M0"):
+            # Missing scales are named as `stored` names them, and so is a tensor that is missing altogether.
+            self.stored(name if name in self.names else name.removesuffix("scale") + "weight")
+            raise UserError(
+                f"Tensor {where} is not quantised, though config.json says so; load the target with "
+                "weights='widened', or take quantization_config out of config.json."
+            )
+        return CodeTensor(self.raw(name).array, where)
 
     def stored_name(self, name: str) -> str:
         """The folder's own name of the tensor that holds a published one."""

@@ -19,6 +19,7 @@ from dspark_jax.drafters.registry import Drafter, read_config, skeleton
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import ShardingRules, parameter_shardings, split
 from dspark_jax.targets.config import config_sha256
+from dspark_jax.targets.low_bit import CODES, SCALES
 from dspark_jax.targets.target import Target
 
 # A tensor that only one of the two has.
@@ -111,18 +112,23 @@ def load_v4_drafter(
     # Checked against the target before any weight is read.
     config = read_config(hf_config)
     config.check_target(target.config)
+    # The drafter's blocks are held as the target's are: as their codes, or widened.
+    if target.config.widened == target.config:
+        config = config.widened
 
     # A config's hash that matches settles it; without one the folder may still be the same model with another config.
     if config.target_sha256 != target.config_sha256 and config_sha256(stored) != target.config_sha256:
         _check_same_target(tensors, target)
 
     storage = DTYPES[dtype or config.backbone.dtype]
-    module = skeleton(hf_config)
+    module = skeleton(hf_config, config)
     graphdef, abstract = split(module)
     leaves = flatten_dict(abstract)
     shardings = None if mesh is None else flatten_dict(parameter_shardings(module, mesh, rules or ShardingRules()))
 
     def kept(path: ParamPath) -> Any:
+        if path[-1] in (CODES, SCALES):
+            return leaves[path].dtype
         return np.float32 if float32_parameter(path) else storage
 
     table = v4_drafter_map(config, leaves)

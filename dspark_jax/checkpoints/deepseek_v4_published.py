@@ -14,15 +14,17 @@ from flax.traverse_util import flatten_dict
 
 from dspark_jax.checkpoints.deepseek_v4 import v4_tensor_map
 from dspark_jax.checkpoints.deepseek_v4_drafters import v4_drafter_map
-from dspark_jax.checkpoints.low_bit import BLOCK, GROUP, encode_fp4, encode_fp8, write_raw
+from dspark_jax.checkpoints.low_bit import encode_fp4, encode_fp8, write_raw
 from dspark_jax.checkpoints.tensor_map import ParamPath, TensorMap
 from dspark_jax.checkpoints.tensors import write_json
 from dspark_jax.drafters.deepseek_v4.config import native_config, target_config_of
 from dspark_jax.drafters.registry import Drafter, read_config, skeleton
+from dspark_jax.errors import UserError
 from dspark_jax.sharding import split
 from dspark_jax.targets.deepseek_v4.block import V4Block
 from dspark_jax.targets.deepseek_v4.config import V4Config, v4_config
 from dspark_jax.targets.deepseek_v4.model import V4Model
+from dspark_jax.targets.low_bit import BLOCK, GROUP
 
 
 class StoredTensor(NamedTuple):
@@ -59,12 +61,12 @@ def published_tensors(hf_config: Mapping[str, Any], drafter: str | None = None) 
     drafter: 'dspark' or 'mtp' includes that drafter's tensors; None: the target's alone.
     """
     # From shapes: the published models are too large to build for a list of names.
-    target = _target_leaves(v4_config(hf_config))
+    target = _target_leaves(v4_config(hf_config).widened)
     found = dict(_forms(v4_tensor_map(target), target))
 
     if drafter is not None:
         native = native_config(hf_config, drafter)
-        leaves = flatten_dict(split(skeleton(native))[1])
+        leaves = flatten_dict(split(skeleton(native, read_config(native).widened))[1])
         found |= _forms(v4_drafter_map(read_config(native), leaves), leaves)
 
     return found
@@ -148,9 +150,17 @@ def _encoded(table: TensorMap, params: dict, dtype: str) -> dict[str, np.ndarray
         # A stack of experts is written as one tensor an expert, with scales of its own.
         array = np.asarray(jax.device_get(flat[path]))
         for (name, _), part in zip(source.parts(array.shape), array if source.stacked else [array], strict=True):
-            tensors |= _encode(name, np.ascontiguousarray(source.layout.write(part)), dtype)
+            part = np.ascontiguousarray(source.layout.write(part))
+            tensors |= _kept(name, part, dtype) if source.codes else _encode(name, part, dtype)
 
     return tensors
+
+
+def _kept(name: str, codes: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
+    """{stored name: codes} of a tensor that was never widened."""
+    if dtype != "published":
+        raise UserError(f"{name} is held as it is stored; load the model with weights='widened' to save it in {dtype}.")
+    return {name: codes.view(ml_dtypes.float8_e8m0fnu) if codes.dtype == np.uint8 else codes}
 
 
 def _encode(name: str, array: np.ndarray, dtype: str) -> dict[str, np.ndarray]:

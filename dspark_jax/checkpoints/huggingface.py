@@ -34,6 +34,7 @@ from dspark_jax.readers import check_fields, read_object, reason_of
 from dspark_jax.sharding import ShardingRules, parameter_shardings, split
 from dspark_jax.targets.config import TargetConfig, config_sha256, text_config
 from dspark_jax.targets.fields import TOKEN_IDS
+from dspark_jax.targets.low_bit import CODES, SCALES
 from dspark_jax.targets.registry import TARGETS, read_target_config, target_module
 from dspark_jax.targets.target import Target
 
@@ -109,6 +110,7 @@ def load_target(
     mesh: Mesh | None = None,
     rules: ShardingRules | None = None,
     tokenizer: bool = True,
+    weights: Literal["stored", "widened"] = "stored",
 ) -> Target:
     """Loads a target of any kind in `targets.registry`, the language model alone where the folder is multimodal.
 
@@ -118,6 +120,8 @@ def load_target(
         mesh: parameters are placed over it, each device reading its own part; None: one device.
         rules: how they are placed.
         tokenizer: whether to load the tokenizer too.
+        weights: 'stored' keeps the fp8 and fp4 codes of DeepSeek-V4's published files in memory; 'widened' turns them
+            into `dtype`. Other files have no codes.
 
     Returns:
         Config, parameters and tokenizer.
@@ -128,6 +132,9 @@ def load_target(
     folder = resolve_folder(path_or_id)
     hf_config = read_hf_config(folder)
     config = read_target_config(hf_config)
+    if weights not in ("stored", "widened"):
+        raise UserError(f"A target's weights are loaded 'stored' or 'widened', not {weights!r}.")
+    config = config if weights == "stored" else config.widened
     if (dtype or config.dtype) not in DTYPES:
         raise UserError(f"Target dtype {dtype or config.dtype!r} is not supported; choose float32 or bfloat16.")
 
@@ -259,8 +266,8 @@ def parameter_dtypes(config: TargetConfig, leaves: Mapping[ParamPath, Any], stor
     wide = TARGETS[config.model_type].float32
 
     def dtype(path: ParamPath, leaf: Any) -> Any:
-        # Routing tables hold expert ids, which a cast to bfloat16 would corrupt.
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        # Routing tables hold expert ids, which a cast to bfloat16 would corrupt; stored codes are bytes.
+        if path[-1] in (CODES, SCALES) or not jnp.issubdtype(leaf.dtype, jnp.floating):
             return leaf.dtype
         return jnp.float32 if path[-1] in wide else storage
 

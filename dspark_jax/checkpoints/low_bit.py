@@ -16,11 +16,8 @@ import numpy as np
 from dspark_jax import files
 from dspark_jax.checkpoints.safetensors_header import read_tensor_header
 from dspark_jax.errors import UserError
+from dspark_jax.targets.low_bit import BLOCK, GROUP
 
-BLOCK = 128
-"""Rows and columns that share an fp8 scale."""
-GROUP = 32
-"""Columns that share an fp4 scale."""
 E4M3_MAX, E2M1_MAX = 448.0, 6.0
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
@@ -128,6 +125,27 @@ class RawTensor:
 
     def __getitem__(self, index: Any) -> np.ndarray:
         return self.array[index]
+
+
+class CodeTensor(RawTensor):
+    """A quantised tensor, or its scales, that slices as bytes to keep; UserError for the codes of NaN."""
+
+    def __init__(self, array: np.ndarray, where: str):
+        # Exponents are kept as plain bytes: few devices compute with e8m0.
+        scales = array.dtype == _DTYPES["F8_E8M0"]
+        super().__init__(array.view(np.uint8) if scales else array)
+        self.where, self.scales = where, scales
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        part = self.array[index]
+        # e4m3 has NaN alone, in both signs, beyond its finite numbers; every fp4 code is finite.
+        if self.scales:
+            bad = part == 255
+        else:
+            bad = np.asarray(part.view(np.uint8) & 127 == 127) if part.dtype == _DTYPES["F8_E4M3"] else np.False_
+        if bad.any():
+            raise UserError(f"Tensor {self.where} holds values that are not finite; copy the folder again.")
+        return part
 
 
 class ScaledTensor:

@@ -87,10 +87,12 @@ class Layout(Enum):
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a parameter is stored. A name with {} stands for one tensor for each index of the first axis (experts)."""
+    """Where a parameter is stored. A name with {} stands for one tensor for each index of the first axis (experts).
+    `codes`: the parameter keeps a quantised tensor's bytes instead of its values."""
 
     name: str
     layout: Layout = Layout.SAME
+    codes: bool = False
 
     @property
     def stacked(self) -> bool:

@@ -84,6 +84,10 @@ class TensorFolder:
             )
         return found
 
+    def codes(self, name: str) -> Any:
+        """The slices of a quantised tensor's bytes; folders whose quantised forms are read override this."""
+        raise UserError(f"Tensor {name} in {self.folder} cannot be kept as it is stored; load it widened.")
+
     def raw(self, name: str) -> Any:
         """The slices of a tensor of any dtype; UserError where it is missing."""
         if name not in self._file_of:
@@ -194,7 +198,7 @@ def _checked_slices(folder: TensorFolder, source: Stored, shape: tuple[int, ...]
     slices = []
     for name, expected in source.parts(shape):
         # Opens no data: a slice is read when it is indexed.
-        slices.append(folder.stored(name))
+        slices.append(folder.codes(name) if source.codes else folder.stored(name))
         found = list(slices[-1].get_shape())
         if found != list(expected):
             raise UserError(

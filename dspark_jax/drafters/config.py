@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from dspark_jax.drafters.vocabulary import DraftVocabulary
@@ -65,6 +65,11 @@ class DrafterConfig:
     target_layer_ids: tuple[int, ...]
     num_target_layers: int
     target_sha256: str | None
+
+    @property
+    def widened(self) -> Self:
+        """The same drafter with all weights in a float dtype."""
+        return replace(self, backbone=self.backbone.widened)
 
     @classmethod
     def from_hf_dict(cls, config: Mapping[str, Any]) -> Self:

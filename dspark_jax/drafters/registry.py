@@ -202,10 +202,10 @@ class Drafter:
         return nnx.merge(self.graphdef, params)
 
 
-def skeleton(hf_config: Mapping[str, Any]) -> nnx.Module:
+def skeleton(hf_config: Mapping[str, Any], config: DrafterConfig | None = None) -> nnx.Module:
     """The module with shapes instead of arrays: for shardings, checkpoints and lowering. Shared by equal
-    configurations, so it is only read."""
-    return _skeleton(kind_of(hf_config).module, read_config(hf_config))
+    configurations, so it is only read. `config`: in place of the one that `hf_config` describes."""
+    return _skeleton(kind_of(hf_config).module, config or read_config(hf_config))
 
 
 @lru_cache(maxsize=16)

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from dspark_jax.errors import UserError
 from dspark_jax.readers import check_fields, require_object, shown
@@ -249,6 +249,11 @@ class TargetConfig:
     def kv_shapes(self) -> tuple[tuple[int, int], ...]:
         """(kv heads, head dim) of every layer: what `kv_cache.empty_cache` takes."""
         return tuple((layer.num_kv_heads, layer.head_dim) for layer in self.layers)
+
+    @property
+    def widened(self) -> Self:
+        """The same model with all weights in a float dtype; families that keep stored codes override this."""
+        return self
 
     def tap_width(self, tap_layers: Sequence[int]) -> int:
         """Channels m D of the features that m taps give."""

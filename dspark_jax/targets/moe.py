@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from dspark_jax.sharding import param
 from dspark_jax.targets.config import TargetConfig
+from dspark_jax.targets.expert_tiles import PackedExperts, experts_by_tile
 
 Activation = Callable[[Array, Array], Array]
 """(gate [N, F], up [N, F]) -> what `down` projects."""
@@ -32,10 +33,12 @@ def mix_experts(
     rows: Float[Array, "n d"],
     weights: Float[Array, "n k"],
     chosen: Int[Array, "n k"],
-    stack: ExpertStack,
+    stack: ExpertStack | PackedExperts,
     activation: Activation,
 ) -> Float[Array, "n d"]:
     """Σ_k weights_k expert_{chosen_k}(row). No expert has a capacity, so a row's result depends on that row alone."""
+    if isinstance(stack, PackedExperts):
+        return experts_by_tile(rows, weights, chosen, stack, activation)
 
     def grouped(rows: Array, weights: Array, chosen: Array) -> Array:
         return grouped_experts(rows, weights, chosen, stack, activation)

@@ -1,6 +1,7 @@
 """The initial parameters of a run: random, copies of target layers, or those of an earlier drafter."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +36,9 @@ def initial_state(run: Run) -> TrainState:
 def earlier_params(run: Run) -> dict:
     """The parameters of `drafter.init_drafter`; UserError when it is not of this run's shape and vocabulary."""
     spec, name = run.step, run.init_drafter
-    # In float32, as the optimizer keeps its masters, whatever the file's dtype.
-    loaded = load_drafter(name, run.tables(), dtype="float32", mesh=spec.mesh, rules=spec.placement.rules)
+    # In float32, as the optimizer keeps its masters, whatever the file's dtype; codes cannot be trained.
+    tables = replace(run.tables(), config=run.target.config.widened)
+    loaded = load_drafter(name, tables, dtype="float32", mesh=spec.mesh, rules=spec.placement.rules)
     expected = jax.tree.map(lambda x: x.shape, spec.abstract.params)
     block, vocabulary = spec.drafter.block_size, getattr(spec.drafter, "draft_vocabulary", None)
 

@@ -19,6 +19,7 @@ from dspark_jax.targets.deepseek_v4.rings import rows_at
 from dspark_jax.targets.deepseek_v4.rope import rope_at, rotate_heads, rotate_tail
 from dspark_jax.targets.deepseek_v4.state import CompressedRows, LayerRows, LayerState, Placement
 from dspark_jax.targets.deepseek_v4.streams import Norm, unit_rms
+from dspark_jax.targets.deepseek_v4.weights import GROUPS_IN, GROUPS_OUT, HEADS_OUT, dense
 from dspark_jax.targets.layers import Rope, normal
 
 QUERY_CHUNK = 128
@@ -77,7 +78,8 @@ class Indexer(nnx.Module):
 
     def __init__(self, config: V4Config, layer: V4LayerConfig, *, rngs: nnx.Rngs):
         heads, size, std = config.index_heads, config.index_dim, config.initializer_range
-        self.q_weight_rqh = param(normal(rngs, (config.query_rank, heads, size), std), None, "heads", None)
+        shape = (config.query_rank, heads, size)
+        self.q_weight_rqh = dense(config, shape, None, "heads", None, rngs=rngs, stored=HEADS_OUT)
         self.weights_proj_dq = param(normal(rngs, (config.hidden_size, heads), std), "embed", "heads")
         self.rounding = round_index_rows if config.quantised_caches else unrounded
         self.compressor = Compressor(config, layer, size, self.rounding, rngs=rngs)
@@ -117,18 +119,20 @@ class V4Attention(nnx.Module):
     """Attention of one layer; `layer` says what a query sees in addition to its window."""
 
     def __init__(self, config: V4Config, layer: V4LayerConfig, *, rngs: nnx.Rngs):
-        d, r, h, std = config.hidden_size, config.query_rank, config.head_dim, config.initializer_range
+        d, r, h = config.hidden_size, config.query_rank, config.head_dim
         q, groups, ro = config.num_heads, config.output_groups, config.output_rank
 
         # Queries and outputs are low-rank; the only full projection is the key's [D, H], shared by all heads.
-        self.qa_weight_dr = param(normal(rngs, (d, r), std), "embed", None)
+        self.qa_weight_dr = dense(config, (d, r), "embed", None, rngs=rngs)
         self.q_norm = Norm(r, config.rms_norm_eps, None)
-        self.qb_weight_rqh = param(normal(rngs, (r, q, h), std), None, "heads", "head_dim")
-        self.kv_weight_dh = param(normal(rngs, (d, h), std), "embed", None)
+        self.qb_weight_rqh = dense(config, (r, q, h), None, "heads", "head_dim", rngs=rngs, stored=HEADS_OUT)
+        self.kv_weight_dh = dense(config, (d, h), "embed", None, rngs=rngs)
         self.kv_norm = Norm(h, config.rms_norm_eps, None)
         self.sink = param(jnp.zeros((q,)), "heads")
-        self.oa_weight_gio = param(normal(rngs, (groups, q * h // groups, ro), std), "heads", None, None)
-        self.ob_weight_god = param(normal(rngs, (groups, ro, d), std), "heads", None, "embed")
+        self.oa_weight_gio = dense(
+            config, (groups, q * h // groups, ro), "heads", None, None, rngs=rngs, stored=GROUPS_OUT
+        )
+        self.ob_weight_god = dense(config, (groups, ro, d), "heads", None, "embed", rngs=rngs, stored=GROUPS_IN)
 
         self.rounding = KeyRounding(config.rope_dim) if config.quantised_caches else unrounded
         self.compressor = Compressor(config, layer, h, self.rounding, rngs=rngs) if layer.ratio else None

@@ -1,6 +1,6 @@
 """A V4 block: the attention site, then the MLP site, each reading the residual streams and writing to them."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -49,11 +49,16 @@ class V4Block(nnx.Module):
         streams, experts = self.after_attention(streams, y, mixing, tokens)
         return BlockOutput(streams, rows, experts, attended)
 
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the block's products: that of its norms, since other weights may be stored codes."""
+        return self.attention_norm.weight.dtype
+
     def attention_input(self, streams: Float[Array, "*n s d"]) -> tuple[Float[Array, "*n d"], tuple[Array, Array]]:
         """(normed rows in the weights' dtype, what the site's `write` needs)."""
         # The streams stay float32 whatever the weights are; the cast is at the entrance of each projection.
         x, mixing = self.attention_site.read(streams)
-        return self.attention_norm(x).astype(self.attention.qa_weight_dr.dtype), mixing
+        return self.attention_norm(x).astype(self.dtype), mixing
 
     def after_attention(
         self, streams: Float[Array, "*n s d"], y: Float[Array, "*n d"], mixing: tuple[Array, Array],
@@ -63,5 +68,5 @@ class V4Block(nnx.Module):
         streams = self.attention_site.write(streams, y, mixing)
         x, mixing = self.mlp_site.read(streams)
         # Token ids go along: the first layers choose experts by them.
-        y, experts = self.mlp(self.mlp_norm(x).astype(self.attention.qa_weight_dr.dtype), tokens)
+        y, experts = self.mlp(self.mlp_norm(x).astype(self.dtype), tokens)
         return self.mlp_site.write(streams, y, mixing), experts

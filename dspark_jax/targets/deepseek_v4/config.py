@@ -1,8 +1,8 @@
 """A V4 `config.json`, in the published form and in the one that transformers writes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 from dspark_jax.errors import UserError
 from dspark_jax.readers import Schema, check_fields, flag, integer, list_of, number, object_of, text
@@ -40,7 +40,7 @@ class V4Config(TargetConfig):
     """V4's fields in addition to a `TargetConfig`'s; `layers` are `V4LayerConfig`s, `drafter_blocks` counts `mtp.*`.
 
     `quantised_caches`: keys, entries and index rows are rounded as in the training of the served weights
-    (fake_quant.py).
+    (fake_quant.py). `low_bit`: weights that the files quantise are kept as their codes (weights.py).
     """
 
     layers: tuple[V4LayerConfig, ...]
@@ -61,10 +61,16 @@ class V4Config(TargetConfig):
     drafter_blocks: int
     rope_theta: float
     quantised_caches: bool = False
+    low_bit: bool = False
 
     def tap_width(self, tap_layers: Sequence[int]) -> int:
         """Channels of the taps: a layer's tap is a mean over streams; the id past the last layer taps all streams."""
         return sum(self.streams if i == self.num_layers else 1 for i in tap_layers) * self.hidden_size
+
+    @property
+    def widened(self) -> Self:
+        """The config of the same model with all weights in a float dtype."""
+        return replace(self, low_bit=False)
 
     @property
     def window_layer(self) -> V4LayerConfig:
@@ -117,6 +123,8 @@ def v4_config(config: Mapping[str, Any]) -> V4Config:
         drafter_blocks=len(ratios) - count,
         rope_theta=theta,
         quantised_caches=config.get("quantised_caches", False),
+        # Both fields, as in the published files: fp8 for dense weights alone is a form that is not kept.
+        low_bit=bool(config.get("quantization_config")) and config.get("expert_dtype") == "fp4",
     )
 
 

@@ -8,6 +8,8 @@ from jaxtyping import Array, Float, Int
 from dspark_jax.sharding import param
 from dspark_jax.targets.deepseek_v4.config import V4Config
 from dspark_jax.targets.deepseek_v4.streams import HIGHEST
+from dspark_jax.targets.deepseek_v4.weights import dense, experts
+from dspark_jax.targets.expert_tiles import PackedExperts
 from dspark_jax.targets.layers import normal
 from dspark_jax.targets.moe import ExpertStack, mix_experts
 
@@ -16,19 +18,18 @@ class Router(nnx.Module):
     """Scores sqrt(softplus(x W)) in float32. Choice: the K largest of score + bias, or a table of token ids."""
 
     def __init__(self, config: V4Config, hashed: bool, *, rngs: nnx.Rngs):
-        experts = config.experts
-        assert experts is not None
-        d, e = config.hidden_size, experts.count
+        assert config.experts is not None
+        d, e, per_token = config.hidden_size, config.experts.count, config.experts.per_token
         self.weight_de = param(normal(rngs, (d, e), config.initializer_range), "embed", None)
 
         self.hashed = hashed
         if hashed:
             # Ids, not weights: the table is int32 and no gradient reaches it.
-            self.table_vk = param(jnp.zeros((config.vocab_size, experts.per_token), jnp.int32), None, None)
+            self.table_vk = param(jnp.zeros((config.vocab_size, per_token), jnp.int32), None, None)
         else:
             self.bias = param(jnp.zeros((e,)), None)
 
-        self.per_token, self.scale = experts.per_token, config.routed_scale
+        self.per_token, self.scale = per_token, config.routed_scale
 
     def __call__(
         self, x: Float[Array, "*n d"], tokens: Int[Array, "*n"]
@@ -58,10 +59,10 @@ class SharedExpert(nnx.Module):
     """The expert that processes every row, clamped like the others."""
 
     def __init__(self, config: V4Config, *, rngs: nnx.Rngs):
-        d, f, std = config.hidden_size, config.intermediate_size, config.initializer_range
-        self.gate_weight_df = param(normal(rngs, (d, f), std), "embed", "mlp")
-        self.up_weight_df = param(normal(rngs, (d, f), std), "embed", "mlp")
-        self.down_weight_fd = param(normal(rngs, (f, d), std), "mlp", "embed")
+        d, f = config.hidden_size, config.intermediate_size
+        self.gate_weight_df = dense(config, (d, f), "embed", "mlp", rngs=rngs)
+        self.up_weight_df = dense(config, (d, f), "embed", "mlp", rngs=rngs)
+        self.down_weight_fd = dense(config, (f, d), "mlp", "embed", rngs=rngs)
         self.limit = config.swiglu_limit
 
     def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
@@ -74,14 +75,22 @@ class V4MoE(nnx.Module):
 
     def __init__(self, config: V4Config, hashed: bool, *, rngs: nnx.Rngs):
         assert config.experts is not None
-        d, e, f, std = config.hidden_size, config.experts.count, config.intermediate_size, config.initializer_range
+        d, e, f = config.hidden_size, config.experts.count, config.intermediate_size
 
         self.router = Router(config, hashed, rngs=rngs)
-        self.gate_weight_edf = param(normal(rngs, (e, d, f), std), "experts", "embed", "mlp")
-        self.up_weight_edf = param(normal(rngs, (e, d, f), std), "experts", "embed", "mlp")
-        self.down_weight_efd = param(normal(rngs, (e, f, d), std), "experts", "mlp", "embed")
+        self.gate_weight_edf = experts(config, (e, d, f), "experts", "embed", "mlp", rngs=rngs)
+        self.up_weight_edf = experts(config, (e, d, f), "experts", "embed", "mlp", rngs=rngs)
+        self.down_weight_efd = experts(config, (e, f, d), "experts", "mlp", "embed", rngs=rngs)
         self.shared = SharedExpert(config, rngs=rngs)
-        self.limit = config.swiglu_limit
+        self.limit, self.packed = config.swiglu_limit, config.low_bit
+
+    @property
+    def stack(self) -> ExpertStack | PackedExperts:
+        """The routed experts' weights as arrays, in the form that they are kept in."""
+        parts = self.gate_weight_edf, self.up_weight_edf, self.down_weight_efd
+        if self.packed:
+            return PackedExperts(*(part.matrices for part in parts))
+        return ExpertStack(*(part[...] for part in parts))
 
     def __call__(
         self, x: Float[Array, "*n d"], tokens: Int[Array, "*n"]
@@ -90,10 +99,9 @@ class V4MoE(nnx.Module):
         # [*n, D] -> [N, D]: experts group rows, whatever axes they came in.
         rows = x.reshape(-1, x.shape[-1])
         weights, chosen = self.router(rows, tokens.reshape(-1))
-        stack = ExpertStack(self.gate_weight_edf[...], self.up_weight_edf[...], self.down_weight_efd[...])
 
         # The chosen experts' share; the shared expert sees every row and has weight 1.
-        routed = mix_experts(rows, weights, chosen, stack, self._activate)
+        routed = mix_experts(rows, weights, chosen, self.stack, self._activate)
 
         out = routed + self.shared(rows).astype(routed.dtype)
         return out.astype(x.dtype).reshape(x.shape), chosen.reshape(*x.shape[:-1], -1)

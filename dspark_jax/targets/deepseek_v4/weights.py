@@ -1,0 +1,40 @@
+"""Parameters of a V4 block that published files quantise: float arrays, or codes where the config says so."""
+
+from typing import Any, NamedTuple
+
+from flax import nnx
+
+from dspark_jax.sharding import param
+from dspark_jax.targets.deepseek_v4.config import V4Config
+from dspark_jax.targets.layers import normal
+from dspark_jax.targets.low_bit import Fp4Experts, Fp8Weight
+
+
+class Unfolding(NamedTuple):
+    """How a stored matrix becomes a parameter: see `Fp8Weight`."""
+
+    order: tuple[int, ...]
+    rows: int
+
+
+LINEAR = Unfolding((1, 0), 1)  # [out, in] -> [in, out]
+HEADS_OUT = Unfolding((2, 0, 1), 2)  # [Q H, R] -> [R, Q, H]
+GROUPS_OUT = Unfolding((0, 2, 1), 2)  # [G O, I] -> [G, I, O]
+GROUPS_IN = Unfolding((1, 2, 0), 1)  # [D, G O] -> [G, O, D]
+
+
+def dense(
+    config: V4Config, shape: tuple[int, ...], *axes: str | None, rngs: nnx.Rngs, stored: Unfolding = LINEAR
+) -> Any:
+    """A parameter of this shape with these logical axes, fp8 in the files."""
+    if config.low_bit:
+        return Fp8Weight(shape, stored.order, stored.rows, axes)
+    return param(normal(rngs, shape, config.initializer_range), *axes)
+
+
+def experts(config: V4Config, shape: tuple[int, int, int], *axes: str | None, rngs: nnx.Rngs) -> Any:
+    """A parameter [E, in, out] with these logical axes, one fp4 matrix [out, in] for each expert in the files."""
+    if config.low_bit:
+        count, size_in, size_out = shape
+        return Fp4Experts((count, size_out, size_in), (axes[0], axes[2], axes[1]))
+    return param(normal(rngs, shape, config.initializer_range), *axes)
