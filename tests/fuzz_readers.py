@@ -111,7 +111,7 @@ def _tables(folder: Path) -> list[Kind]:
     write_sps(sps, SpsTable((1, 2), (10.0, 5.0), 4))
     write_sps(additive, SpsAdditiveTable(0.1, (1, 2), (0.1, 0.2), (1, 2), (0.1, 0.3)))
     grid, line = ((0.1, 0.2), (0.2, 0.3)), (0.1, 0.2)
-    Profile({"device": "cpu"}, (1, 2), (3.0, 4.0), grid, grid, line, line, 0.1).save(profile)
+    Profile({"device": "cpu"}, (1, 2), (3.0, 4.0), grid, grid, line, line, line, line, 0.1).save(profile)
     return [
         Kind("sts.json", sts, lambda: (read_sts(sts), read_calibration(sts, valid))),
         Kind("sps.json", sps, lambda: read_sps(sps)),

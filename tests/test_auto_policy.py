@@ -1,36 +1,55 @@
 """The policy that an engine chooses for itself, and the line that says why."""
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from dspark_jax.decoding.dispatch import run_rounds
+from dspark_jax.decoding.round import LoopParams
 from dspark_jax.errors import UserError
-from dspark_jax.scheduling.costs import CostTable
+from dspark_jax.readers import read_object, sealed
+from dspark_jax.scheduling.costs import CostTable, ScheduleTables
 from dspark_jax.scheduling.policies import Causal, Fixed, LookAhead
 from dspark_jax.serving import assembly
-from dspark_jax.serving.assembly import drafting_worth, make_loop
+from dspark_jax.serving.acceptance import Accepted, load_or_ask
+from dspark_jax.serving.assembly import make_loop
+from dspark_jax.serving.crowd import PATIENCE, Crowd
 from dspark_jax.serving.engine import Engine
-from dspark_jax.serving.generate import engine_for, generate
+from dspark_jax.serving.generate import drain, engine_for, generate
+from dspark_jax.serving.requests import Request
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
+from dspark_jax.serving.worth import Worth
 from tests.decoding_tiny import prompts, tiny_pair
 
 PROMPTS = prompts(4, tiny_pair()[0].config.vocab_size, seed=4)
 SAMPLING = SamplingParams(10)
+WHOLE = Accepted((10,) * 4, (10,) * 4)
+HALF = Accepted((10, 5, 2, 1), (5, 2, 1, 0))
 
 
-def measured(monkeypatch: pytest.MonkeyPatch, plain: float, drafting: float, step: float) -> list[float]:
-    """Profiles of made-up costs; the temperatures that they were asked for."""
+def measured(
+    monkeypatch: pytest.MonkeyPatch,
+    plain: float,
+    drafting: float,
+    step: float,
+    accepted: Accepted = WHOLE,
+    alone: float | None = None,
+) -> list[float]:
+    """Profiles of made-up costs, and a made-up acceptance; the temperatures that they were asked for."""
     asked: list[float] = []
 
     def profile(loop: Any, params: Any, temperature: float, *_: Any) -> Any:
         asked.append(temperature)
         rounds = [plain + step * i for i in range(len(loop.buckets))]
-        costs = CostTable.of(loop.buckets, rounds, drafting, plain=plain, dispatch=0.0)
+        costs = CostTable.of(loop.buckets, rounds, drafting, plain=plain, dispatch=0.0, alone=alone)
         return SimpleNamespace(cost_table=lambda: costs)
 
     monkeypatch.setattr(assembly, "load_or_measure", profile)
+    monkeypatch.setattr(assembly, "load_or_ask", lambda *_: accepted)
     return asked
 
 
@@ -39,7 +58,7 @@ def test_look_ahead_where_drafts_can_pay(monkeypatch: pytest.MonkeyPatch) -> Non
     engine = engine_for(*tiny_pair(), PROMPTS, SamplingParams(10, temperature=0.7))
     assert engine is not None and isinstance(engine.loop.policy, LookAhead) and engine.drafter is not None
     assert engine.why.startswith(
-        "look-ahead: drafts where that pays; a round of whole blocks takes as long as 1.4 plain"
+        "look-ahead: drafts where that pays; a round of whole blocks takes as long as 1.40 plain ones and gives 5.00"
     )
     assert asked == [0.7] and engine.config.longest == 128, "rounded up, so that many lists share one profile"
     plain = generate(tiny_pair()[0], None, PROMPTS, SAMPLING)
@@ -48,13 +67,31 @@ def test_look_ahead_where_drafts_can_pay(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_plain_decoding_where_they_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     measured(monkeypatch, plain=1.0, drafting=5.0, step=0.1)
+    monkeypatch.setattr(assembly, "load_or_ask", lambda *_: pytest.fail("asked, though not even whole blocks pay"))
     engine = engine_for(*tiny_pair(), PROMPTS, SAMPLING)
     assert engine is not None and engine.drafter is None and engine.loop.block == 0
     assert engine.why.startswith(
-        "plain decoding: drafting cannot pay here, since a round of whole blocks takes as long"
+        "plain decoding: drafting cannot pay here, since a round of whole blocks takes as long as 6.20 plain ones"
     )
     plain = generate(tiny_pair()[0], None, PROMPTS, SAMPLING)
     assert [g.tokens for g in generate(*tiny_pair(), PROMPTS, SAMPLING)] == [g.tokens for g in plain]
+
+
+def test_plain_decoding_where_too_little_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same costs, under which whole blocks would pay: the pair's own acceptance decides."""
+    for accepted, kind in ((WHOLE, LookAhead), (HALF, Fixed)):
+        measured(monkeypatch, plain=1.0, drafting=1.5, step=0.5, accepted=accepted)
+        engine = Engine(*tiny_pair(), EngineConfig(1, 40))
+        assert isinstance(engine.loop.policy, kind)
+    assert engine.drafter is None and "3.50 plain ones and gives 1.80 tokens" in engine.why
+    assert "at best 0.57 times as fast in the mean, with 1 request" in engine.why
+
+
+def test_a_drafter_at_hand_has_to_earn_its_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafting that just pays is tried where the drafter costs plain rounds nothing, not where it costs a fifth."""
+    for alone, kind in ((1.0, LookAhead), (1 / 1.2, Fixed)):
+        measured(monkeypatch, plain=1.0, drafting=0.2, step=0.4, accepted=HALF, alone=alone)
+        assert isinstance(Engine(*tiny_pair(), EngineConfig(1, 40)).loop.policy, kind)
 
 
 def test_the_others_are_taken_as_asked() -> None:
@@ -75,9 +112,82 @@ def test_what_drafting_is_worth() -> None:
     """Plain rounds of 1 second; drafting takes 0.5, and verifying 1, 2, 3 rows a request 1, 1.5, 2.5 seconds."""
     target, drafter = tiny_pair(block_size=2)
     loop = make_loop(target, drafter, EngineConfig(4, 40, buckets=(4, 8, 12)))
-    worth = drafting_worth(CostTable.of((4, 8, 12), [1.0, 1.5, 2.5], 0.5), loop)
-    assert worth.plain_rounds == pytest.approx(3.0)
-    assert worth.best_speedup == pytest.approx(3 / 1.5), "one request of three tokens fits in the first bucket"
+    costs = CostTable.of((4, 8, 12), [1.0, 1.5, 2.5], 0.5, alone=0.8)
+    bound = Worth.of(costs, loop, None)
+    assert bound.whole == pytest.approx(3.0 / 0.8) and bound.tokens == 3 and bound.carried == pytest.approx(1.25)
+    # One request of three tokens fits in the first bucket, two and three of them in the second, or four of two tokens.
+    assert bound.speedups == pytest.approx([0.8 * 3 / 1.5, 0.8 * 3 / 2.0, 0.8 * 2 / 2.0, 0.8 * 3 / 3.0])
+    assert bound.most == 1, "a drafter that costs a quarter has to bring as much"
+
+    worth = Worth.of(costs, loop, Accepted((8, 4), (4, 1)))
+    assert worth.tokens == pytest.approx(1.625)
+    assert worth.speedups == pytest.approx([0.8 * 1.625 / 1.5, 0.8 * 1.5 / 1.5, 0.6, 0.6])
+    assert Worth.of(costs._replace(alone=None), loop, Accepted((8, 4), (4, 1))).most == 2, "three reach 0.75 of plain in the mean"
+
+
+def test_a_crowd_is_decoded_without_the_drafter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafting pays for one request at a time: three of them are decoded by the program without a drafter, and
+    what comes alone afterwards drafts. In mode "coupled" every text is fixed by its seed, whatever was drafted."""
+    measured(monkeypatch, plain=1.0, drafting=0.2, step=4.0, alone=1.0)
+    sampling = SamplingParams(14, temperature=1.0, mode="coupled", stop_tokens=())
+    config = EngineConfig(3, 40, rounds_per_dispatch=2)
+    engine = Engine(*tiny_pair(), config, sampling)
+    assert engine.crowd.most == 1 and "with up to 1 requests at a time" in engine.why
+    engine.warm_up()
+    compiled = run_rounds._cache_size()
+
+    found: list[Any] = []
+    for indices in ((0, 1, 2), (3,)):
+        for index in indices:
+            engine.submit(index, Request(PROMPTS[index]))
+        found += [progress.generation for progress in drain(engine) if progress.generation is not None]
+    assert run_rounds._cache_size() == compiled, "warming up has compiled both programs"
+
+    made = sorted(found, key=lambda g: g.index)
+    alone = Engine(tiny_pair()[0], None, config, sampling)
+    for index in range(4):
+        alone.submit(index, Request(PROMPTS[index]))
+    plain = sorted((p.generation for p in drain(alone) if p.generation), key=lambda g: g.index)
+    assert [g.tokens for g in made] == [g.tokens for g in plain]
+    # Patience: so many dispatches of two rounds come first.
+    assert all(g.drafted <= 2 * PATIENCE < g.rounds for g in made[:3])
+    assert made[3].drafted > 2 and made[3].accepted_length > 1
+
+
+def test_contexts_that_lack_tokens_are_not_drafted_from() -> None:
+    entries = [SimpleNamespace(decoding=True, undrafted=False) for _ in range(3)]
+    crowd = Crowd(2)
+    assert not any(crowd.alone(entries) for _ in range(PATIENCE)), "a short burst"
+    assert not crowd.alone(entries[:2]) and not crowd.alone(entries), "the burst is over, and the next one new"
+    assert [crowd.alone(entries) for _ in range(PATIENCE)][-1] and all(e.undrafted for e in entries)
+
+    late = SimpleNamespace(decoding=True, undrafted=False)
+    assert crowd.alone(entries[:2]), "nothing can be drafted for either"
+    assert not crowd.alone([entries[0], late]) and not late.undrafted
+
+
+def test_a_pair_is_asked_once(tmp_path: Path) -> None:
+    target, drafter = tiny_pair()
+    config, sampling = EngineConfig(4, 60, buckets=(4, 20)), SamplingParams()
+    loop = make_loop(target, drafter, config, LookAhead())
+    costs = CostTable.of((4, 20), [[1.0, 9.0]] * 2, 5.0, (6.0, 40.0), plain=1.0, dispatch=0.0, alone=1.0)
+    params = LoopParams(target.params, drafter.params, ScheduleTables.of(costs, (1.0,) * 4))
+
+    found = load_or_ask(target, drafter, loop, params, config, sampling, tmp_path)
+    assert found.judged[0] > 50 and all(a <= j for a, j in zip(found.accepted, found.judged, strict=True))
+    # Whole blocks are verified, whatever drafting costs: all but those that the end of an answer cuts.
+    assert all(0.9 * a <= j <= a for a, j in zip(found.accepted, found.judged[1:], strict=False))
+    assert 1 < found.expected[-1] < 5 and found.expected[0] == 1
+
+    (path,) = tmp_path.iterdir()
+    fields = read_object(path)
+    path.write_text(
+        json.dumps({**sealed({k: v for k, v in fields.items() if k != "xxh3"} | {"accepted": [1, 0, 0, 0]})})
+    )
+    again = load_or_ask(target, drafter, loop, params, config, sampling, tmp_path)
+    assert again.accepted == (1, 0, 0, 0), "read, not measured"
+    path.write_text("{torn")
+    assert load_or_ask(target, drafter, loop, params, config, sampling, tmp_path) == found
 
 
 def test_bad_engine_settings_are_refused() -> None:

@@ -162,7 +162,18 @@ def test_ladders_spend_their_rungs_where_costs_rise() -> None:
 def made_profile() -> Profile:
     rounds = ((1.0, 2.0, 1.9, 3.0), (1.5, 2.5, 2.6, 4.0))
     spread = ((0.1,) * 4, (0.2,) * 4)
-    return Profile({"device": "x"}, (4, 8, 12, 20), (20.0, 50.0), rounds, spread, (0.5, 0.6), (0.01, 0.01), 0.25)
+    return Profile(
+        {"device": "x"},
+        (4, 8, 12, 20),
+        (20.0, 50.0),
+        rounds,
+        spread,
+        (0.5, 0.6),
+        (0.01, 0.01),
+        (0.9, 1.3),
+        (0.1, 0.1),
+        0.25,
+    )
 
 
 def test_profiles_become_tables_and_files(tmp_path: Path) -> None:
@@ -172,6 +183,7 @@ def test_profiles_become_tables_and_files(tmp_path: Path) -> None:
     np.testing.assert_allclose(table.verify, [[1.1, 1.45, 1.45, 2.5], [1.5, 1.9, 2.0, 3.4]], rtol=1e-6)
     np.testing.assert_allclose(table.plain, [1.0, 1.5], rtol=1e-6)
     np.testing.assert_allclose(table.drafting, [0.5, 0.6], rtol=1e-6)
+    np.testing.assert_allclose(table.alone, [0.9, 1.3], rtol=1e-6)
     assert float(np.asarray(table.dispatch)) == 0.25
     profile.save(tmp_path / "sps.json")
     assert Profile.read(tmp_path / "sps.json") == profile

@@ -109,7 +109,7 @@ def test_a_changed_calibration_or_profile_is_refused(tmp_path: Path) -> None:
         read_calibration(sts, valid)
 
     grid, line = ((0.125, 0.2), (0.2, 0.3)), (0.1, 0.2)
-    profile = Profile({"device": "cpu"}, (1, 2), (3.0, 4.0), grid, grid, line, line, 0.1)
+    profile = Profile({"device": "cpu"}, (1, 2), (3.0, 4.0), grid, grid, line, line, line, line, 0.1)
     profile.save(sps)
     assert Profile.read(sps) == profile
     sps.write_text(sps.read_text().replace("0.125", "0.225"))

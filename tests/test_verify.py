@@ -58,7 +58,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tables.mkdir()
     write_calibration(tables / "sts.json", StsTable((1.25, 2.0)), {"target": "a", "target_name": "b"})
     grid, line = ((0.125, 0.2), (0.2, 0.3)), (0.1, 0.2)
-    Profile({"device": "cpu"}, (1, 2), (3.0, 4.0), grid, grid, line, line, 0.1).save(tables / "sps.json")
+    Profile({"device": "cpu"}, (1, 2), (3.0, 4.0), grid, grid, line, line, line, line, 0.1).save(tables / "sps.json")
     write_sps(folder / "sps.json", SpsTable((1, 2), (10.0, 5.0), 4))
     return folder
 

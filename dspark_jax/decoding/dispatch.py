@@ -1,6 +1,7 @@
 """Dispatches: many rounds of a loop in one compiled call, after which the host reads the state.
 
-`run_rounds` is for serving; `record_rounds` also returns a record of every round. Both donate the state.
+`run_rounds` is for serving; `record_rounds` also returns a record of every round; `run_alone` runs plain rounds on the
+state of a loop with a drafter, without its code. All donate the state.
 
 A policy that can disable drafting is compiled to two loops instead of a branch: XLA copies everything that a branch
 updates, caches included, while a loop updates it in place.
@@ -21,6 +22,7 @@ from dspark_jax.decoding.round import DecodeLoop, LoopParams, RoundPlan
 from dspark_jax.decoding.state import DecodeState, RoundRecord
 from dspark_jax.decoding.verification import zeros_of
 from dspark_jax.scheduling.costs import Occupancy
+from dspark_jax.scheduling.policies import PolicyState
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -49,6 +51,34 @@ def run_rounds(
     # Zero, but computed from the old value: a donated buffer that nothing reads would not be reused.
     state = replace(state, predicted_seconds=jnp.minimum(state.predicted_seconds, 0.0))
     return loop.place(dispatch.run(state))
+
+
+def run_alone(
+    loop: DecodeLoop,
+    params: LoopParams,
+    state: DecodeState,
+    occupancy: Occupancy,
+    rounds: Int[Array, ""],
+    until_free: Bool[Array, ""],
+) -> DecodeState:
+    """Run plain rounds on the state of a loop with a drafter, at the cost of a target that has none.
+
+    The drafter's context and the policy stay as they are. The requests in the slots draft no more afterwards: their
+    contexts lack the tokens of these rounds. Verify caps of 0 see to that, and the next admission into a slot ends it.
+
+    Args:
+        loop: with a drafter; a chain.
+        params, state, occupancy, rounds, until_free: as for `run_rounds`.
+    Returns:
+        The state after the last round; its `predicted_seconds` is 0.
+    """
+    # Not handed over at all: a program that returned them would be another one for each kind of drafter.
+    draft, policy = state.draft, state.policy
+    apart = replace(state, draft=(), policy=PolicyState())
+
+    bare = LoopParams(params.target, {})
+    after = run_rounds(loop.alone, bare, apart, occupancy, rounds, until_free)
+    return replace(after, draft=draft, policy=policy)
 
 
 @partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
@@ -108,7 +138,9 @@ class _Dispatch:
         """The state after the dispatch's rounds."""
         # Static: a loop without a drafter is compiled without any of a drafter's code.
         none = jnp.zeros((), jnp.int32)
-        if self.loop.block == 0:
+        if self.loop.drafter is None:
+            # From here on a drafter's context, should the caller hold one, would lack tokens.
+            state = replace(state, verify_cap=jnp.minimum(state.verify_cap, 0))
             return jax.lax.while_loop(self._plain_goes_on, self._plain_round, (none, state))[1]
 
         round_of = self._speculate if self.loop.policy.always_drafts else self._alternate

@@ -8,7 +8,7 @@ m tapped layers, D hidden.
 """
 
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import jax
@@ -27,7 +27,7 @@ from dspark_jax.decoding.state import DecodeState, RoundCounters, RoundRecord, e
 from dspark_jax.decoding.verification import VerifyOutput
 from dspark_jax.drafters.protocol import DrafterModel
 from dspark_jax.scheduling.costs import Occupancy, ScheduleTables, idle_costs
-from dspark_jax.scheduling.policies import PolicyState, RoundView
+from dspark_jax.scheduling.policies import Fixed, PolicyState, RoundView
 from dspark_jax.targets.decoder import TargetModel
 
 
@@ -59,6 +59,11 @@ class DecodeLoop(LoopSettings):
     def place(self, state: DecodeState) -> DecodeState:
         """Constrain the state to the mesh, on which the next call expects it; nothing on a single device."""
         return state if self.mesh is None else spread(state, self.mesh)
+
+    @cached_property
+    def alone(self) -> "DecodeLoop":
+        """The loop of plain rounds on this loop's state, without any of the drafter's code; see `run_alone`."""
+        return replace(self, drafter=None, tap_layers=(), policy=Fixed(), tree=None)
 
     def models(self, params: LoopParams) -> tuple[TargetModel, DrafterModel | None]:
         """The target and the drafter as modules, for use while tracing."""

@@ -63,6 +63,7 @@ class CostTable(NamedTuple):
     drafting: Array  # [C] float32: what drafting adds
     plain: Array | None = None  # [C] float32: a round without drafts; None: what its tokens cost in `verify`
     dispatch: Array | None = None  # [] float32: overhead of a dispatch; None: none
+    alone: Array | None = None  # [C] float32: a plain round of a program without a drafter; None: as `plain`
 
     @classmethod
     def of(
@@ -73,6 +74,7 @@ class CostTable(NamedTuple):
         contexts: Sequence[float] = (0.0,),
         plain: Any = None,
         dispatch: float | None = None,
+        alone: Any = None,
     ) -> "CostTable":
         """A table on the device, from host numbers.
 
@@ -83,6 +85,7 @@ class CostTable(NamedTuple):
             contexts: C probes in mean committed positions, ascending.
             plain: seconds of a round without drafts, one or [C]. None: as its tokens cost in `verify`.
             dispatch: seconds of overhead per dispatch. None: none.
+            alone: seconds of a plain round of a program without a drafter, one or [C]. None: as `plain`.
         Raises:
             UserError: seconds that don't fit the rungs and probes, or rungs or probes that don't ascend.
         """
@@ -99,9 +102,12 @@ class CostTable(NamedTuple):
                 f"above 0; found an array of {seconds.shape}."
             )
 
-        rest = None if plain is None else np.broadcast_to(np.asarray(plain, np.float32), (len(contexts),))
+        rest, bare = (
+            None if given is None else np.broadcast_to(np.asarray(given, np.float32), (len(contexts),))
+            for given in (plain, alone)
+        )
         beside = None if dispatch is None else np.float32(dispatch)
-        return cls(*jax.device_put((rungs, probes, seconds, draft, rest, beside)))
+        return cls(*jax.device_put((rungs, probes, seconds, draft, rest, beside, bare)))
 
     def at(self, context: Array) -> tuple[Float[Array, " p"], Float[Array, ""], Float[Array, ""] | None]:
         """(verify [P], drafting [], plain [] or None) at a mean context length; clamped outside the probes."""

@@ -3,8 +3,6 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from dspark_jax.checkpoints.serving_tables import SpsTable, read_sps
 from dspark_jax.decoding.round import DecodeLoop, LoopParams
 from dspark_jax.decoding.verifiers import Independent, Verifier
@@ -15,11 +13,13 @@ from dspark_jax.errors import UserError
 from dspark_jax.readers import read_object
 from dspark_jax.scheduling.costs import CostTable, ScheduleTables, bucket_ladder
 from dspark_jax.scheduling.policies import Fixed, VerifyPolicy
+from dspark_jax.serving.acceptance import load_or_ask
 from dspark_jax.serving.profile import Profile
 from dspark_jax.serving.profiling import load_or_measure
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig, policy_named, verifier_of
 from dspark_jax.serving.temperatures import read_calibration, validity
+from dspark_jax.serving.worth import Worth
 from dspark_jax.sharding import parameter_mesh
 from dspark_jax.targets.target import Target
 
@@ -37,6 +37,7 @@ class Assembly:
     loop: DecodeLoop
     params: LoopParams
     why: str  # one line: the policy, and why it was chosen
+    most: int | None = None  # requests decoding at once above which they decode plainly; None: no such number
 
     @classmethod
     def of(
@@ -55,7 +56,7 @@ class Assembly:
             drafter: proposes; None: plain decoding.
             config: shapes, policy by name, files of tables.
             sampling: default settings of requests, under which rounds are measured and calibrations are valid; its mode
-                is that of every request.
+                is that of every request. Acceptance is measured under them, too.
             strategy: a policy instead of the one named.
             tables: costs and temperatures instead of measured and read ones.
         Raises:
@@ -87,43 +88,12 @@ class Assembly:
         if strategy is not None or config.policy != "auto":
             return cls(drafter, loop, params._replace(tables=tables), f"{name}: as asked")
 
-        worth = drafting_worth(tables.costs, loop)
-        if worth.best_speedup <= 1:
+        worth = _worth(target, drafter, loop, params._replace(tables=tables), config, sampling)
+        if worth.most == 0:
             return replace(plain, why=f"plain decoding: drafting cannot pay here, since {worth}")
-        return cls(drafter, loop, params._replace(tables=tables), f"look-ahead: drafts where that pays; {worth}")
-
-
-@dataclass(frozen=True)
-class DraftingWorth:
-    """Bounds that a cost table sets on drafting."""
-
-    plain_rounds: float  # duration of a round that verifies whole blocks in all slots, in plain rounds
-    best_speedup: float  # over plain decoding if every draft were accepted, for one request or for all
-
-    def __str__(self) -> str:
-        return (
-            f"a round of whole blocks takes as long as {self.plain_rounds:.1f} plain ones, and decoding is at best "
-            f"{self.best_speedup:.1f} times as fast"
-        )
-
-
-def drafting_worth(costs: CostTable, loop: DecodeLoop) -> DraftingWorth:
-    """Bounds by a measured table, as means over its contexts."""
-    rungs = np.asarray(costs.tokens)
-    verify = np.asarray(costs.verify).mean(axis=0)
-    # Tables of other servers have no plain rounds; their first rung stands for one.
-    plain = float(verify[0] if costs.plain is None else np.asarray(costs.plain).mean())
-    drafting = float(np.asarray(costs.drafting).mean())
-
-    # A round of j drafts commits at most j + 1 tokens a request; plain decoding takes j + 1 rounds for them.
-    speedups = []
-    for requests in {1, loop.requests}:
-        for drafts in range(1, loop.width):
-            # A round runs at the first bucket that holds its tokens.
-            rung = int(np.searchsorted(rungs, min(requests * (drafts + 1), rungs[-1])))
-            speedups.append((drafts + 1) * plain / (drafting + verify[rung]))
-
-    return DraftingWorth((drafting + verify[-1]) / plain, max(speedups))
+        few = "" if worth.most >= config.slots else f" with up to {worth.most} requests at a time"
+        why = f"look-ahead: drafts where that pays{few}; {worth}"
+        return cls(drafter, loop, params._replace(tables=tables), why, worth.most)
 
 
 def make_loop(
@@ -223,6 +193,24 @@ def _costs(loop: DecodeLoop, params: LoopParams, config: EngineConfig, sampling:
     if config.sps is not None:
         return costs_of(config.sps, config.slots, loop.buckets)
     return load_or_measure(loop, params, sampling.temperature).cost_table()
+
+
+def _worth(
+    target: Target,
+    drafter: Drafter,
+    loop: DecodeLoop,
+    params: LoopParams,
+    config: EngineConfig,
+    sampling: SamplingParams,
+) -> Worth:
+    """Drafting's worth at the pair's acceptance, which is measured at its first use."""
+    assert params.tables is not None
+    # Where even drafts that are all accepted would not pay, there is nothing to ask the pair.
+    bound = Worth.of(params.tables.costs, loop, None)
+    if bound.most == 0:
+        return bound
+
+    return Worth.of(params.tables.costs, loop, load_or_ask(target, drafter, loop, params, config, sampling))
 
 
 def _plain(config: EngineConfig) -> EngineConfig:

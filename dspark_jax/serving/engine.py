@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import jax
 import numpy as np
 
-from dspark_jax.decoding.dispatch import record_rounds, run_rounds
+from dspark_jax.decoding.dispatch import record_rounds, run_alone, run_rounds
 from dspark_jax.decoding.prefill import admit, retire
 from dspark_jax.decoding.round import DecodeLoop, LoopParams, init_state
 from dspark_jax.decoding.state import Admission, DecodeState, RoundRecord
@@ -27,6 +27,7 @@ from dspark_jax.scheduling.policies import VerifyPolicy
 from dspark_jax.serving.assembly import Assembly
 from dspark_jax.serving.booking import Made, book
 from dspark_jax.serving.chunks import next_chunk, plan_chunks
+from dspark_jax.serving.crowd import Crowd
 from dspark_jax.serving.jobs import make_job, require_room
 from dspark_jax.serving.metering import Metering
 from dspark_jax.serving.prefixes import PrefixCache
@@ -74,6 +75,7 @@ class Engine:
     why: str = field(init=False)  # one line: the policy that was chosen, and the reason
     loop: DecodeLoop = field(init=False)
     params: LoopParams = field(init=False)
+    crowd: Crowd = field(init=False, repr=False)  # when requests are decoded by a program without the drafter
     state: DecodeState = field(init=False, repr=False)
     prefixes: PrefixCache | None = field(init=False, repr=False)  # None: prompts are always prefilled whole
 
@@ -81,6 +83,7 @@ class Engine:
         check_engine(self.config)
         chosen = Assembly.of(self.target, self.drafter, self.config, self.sampling, self.strategy, self.tables)
         self.drafter, self.loop, self.params, self.why = chosen.drafter, chosen.loop, chosen.params, chosen.why
+        self.crowd = Crowd(self.config.slots if chosen.most is None else chosen.most)
 
         # The clock of a dispatch includes the call itself, which the predicted seconds of its rounds do not.
         self.tables = self.params.tables
@@ -219,10 +222,13 @@ class Engine:
         if not all(decoding) and self.recorder is None:
             rounds = max(1, rounds // 4)  # another prompt waits for its next chunk
 
+        # A recorder's records are of the loop with the drafter, so that is what runs.
+        alone = self.recorder is None and self.crowd.alone(self._seats.values())
         # A recorder copies records to the host between rounds and clock, so its dispatches are never timed.
-        timed = self.tables is not None and self.recorder is None and self.metering.due(self._prefilling)
+        predicted_at_all = self.tables is not None and self.recorder is None and not alone
+        timed = predicted_at_all and self.metering.due(self._prefilling)
         if not timed:
-            self._dispatch(rounds)
+            self._dispatch(rounds, run_alone if alone else run_rounds)
             return self._read()
 
         # Work queued earlier, such as a prefill, must not be counted as time of the rounds.
@@ -234,7 +240,7 @@ class Engine:
         self.metering.took(time.perf_counter() - started, predicted)
         return self._read()
 
-    def _dispatch(self, rounds: int) -> None:
+    def _dispatch(self, rounds: int, run: Callable[..., DecodeState] = run_rounds) -> None:
         """Start up to `rounds` rounds on the device; waits for them only with a recorder."""
         occupancy = self.metering.current()
         if self.recorder is not None:
@@ -246,7 +252,7 @@ class Engine:
         # An early return is worth its overhead only if a waiting request can take the free slot.
         soon = self.waiting > 0 or self.config.return_at_once
         limits = jax.device_put((np.int32(rounds), np.bool_(soon)))
-        self.state = run_rounds(self.loop, self.params, self.state, occupancy, *limits)
+        self.state = run(self.loop, self.params, self.state, occupancy, *limits)
 
     # Prompts
 

@@ -41,6 +41,8 @@ class Profile:
     rounds_spread: tuple[tuple[float, ...], ...]
     drafting: tuple[float, ...]  # [C] the draft pass alone
     drafting_spread: tuple[float, ...]
+    alone: tuple[float, ...]  # [C] a plain round of the program that carries no drafter
+    alone_spread: tuple[float, ...]
     dispatch: float  # overhead of a dispatch, which the figures above do not include
 
     def cost_table(self) -> CostTable:
@@ -54,7 +56,7 @@ class Profile:
 
         # A ladder of one rung: there is no line to extrapolate on.
         if len(self.tokens) == 1:
-            return CostTable.of(self.tokens, rounds, drafting, self.contexts, plain, self.dispatch)
+            return CostTable.of(self.tokens, rounds, drafting, self.contexts, plain, self.dispatch, self.alone)
 
         # [C, P - 1]: drafting is a cost of its own, and noise must not leave a verify pass of nothing.
         wide = np.stack([monotone(row) for row in np.maximum(rounds[:, 1:] - drafting[:, None], 1e-3 * plain[:, None])])
@@ -65,7 +67,7 @@ class Profile:
         first = np.clip(wide[:, 0] - slope * (tokens[1] - tokens[0]), np.minimum(plain, wide[:, 0]), wide[:, 0])
 
         verify = np.concatenate([first[:, None], wide], axis=1)
-        return CostTable.of(self.tokens, verify, drafting, self.contexts, plain, self.dispatch)
+        return CostTable.of(self.tokens, verify, drafting, self.contexts, plain, self.dispatch, self.alone)
 
     def serving(self) -> dict[str, Any]:
         """`sps.json` as servers read it (docs/algorithm.md, rule 95). A server looks up the largest listed count not
@@ -108,7 +110,8 @@ class Profile:
 
         # The schema knows no lengths: every grid and line must fit the probes and rungs.
         tokens, contexts = len(made.tokens), len(made.contexts)
-        grids, lines = (made.rounds, made.rounds_spread), (made.drafting, made.drafting_spread)
+        grids = (made.rounds, made.rounds_spread)
+        lines = (made.drafting, made.drafting_spread, made.alone, made.alone_spread)
         whole = all([len(row) for row in grid] == [tokens] * contexts for grid in grids)
         if not whole or any(len(line) != contexts for line in lines) or list(made.tokens) != sorted(set(made.tokens)):
             raise UserError(
@@ -128,6 +131,8 @@ _FIELDS: Schema = {
     "rounds_spread": list_of(_TIMES, least=1),
     "drafting": _TIMES,
     "drafting_spread": _TIMES,
+    "alone": list_of(number(above=0), least=1),
+    "alone_spread": _TIMES,
     "dispatch": number(0),
 }
 

@@ -21,8 +21,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
-from dspark_jax.decoding.dispatch import run_rounds
+from dspark_jax.decoding.dispatch import run_alone, run_rounds
 from dspark_jax.decoding.round import DecodeLoop, LoopParams, init_state
 from dspark_jax.decoding.state import DecodeState
 from dspark_jax.errors import UserError
@@ -76,6 +77,8 @@ class Effort:
 
 FIRST_USE = Effort(seconds=4.0)
 """The effort of an engine that profiles itself, for which its first answer has to wait."""
+DRAFT_PASS, ALONE = -1, -2
+"""Points beside the buckets: the draft pass, and a plain round of the program that carries no drafter."""
 
 
 @dataclass
@@ -91,9 +94,10 @@ class _Stopwatch:
     def of(
         cls, loop: DecodeLoop, params: LoopParams, temperature: float, contexts: Sequence[float], rounds: int
     ) -> "_Stopwatch":
-        # Costs of any value, of the shape that the measured ones will have; a random drafter's confidences are junk, so
-        # that no costs would make a policy fill every bucket.
-        flat = CostTable.of(loop.buckets, np.ones((len(contexts), len(loop.buckets))), 0.0, range(len(contexts)))
+        # Costs of any value, in the form that the measured ones will have, so that the engine's own program is timed; a
+        # random drafter's confidences are junk, so that no costs would make a policy fill every bucket.
+        ones = np.ones((len(contexts), len(loop.buckets)))
+        flat = CostTable.of(loop.buckets, ones, 0.0, range(len(contexts)), plain=1.0, dispatch=0.0, alone=1.0)
         params = params._replace(tables=ScheduleTables.of(flat, [1.0] * loop.block, forced=True))
 
         # The rounds of a dispatch must not end requests: their context has to fit even if every draft is accepted.
@@ -112,16 +116,18 @@ class _Stopwatch:
         return cls(loop, params, replace(state, limit=limit, sampling=sampling, tokens=tokens, keys=keys), lengths)
 
     def seconds(self, context: int, bucket: int, rounds: int) -> float:
-        """Seconds of one dispatch of so many rounds, or of as many draft passes where `bucket` is -1."""
+        """Seconds of one dispatch of so many rounds at a bucket, of as many draft passes (`DRAFT_PASS`), or of as many
+        plain rounds without a drafter (`ALONE`)."""
         # Made anew each time, as rounds move lengths on, and finished before the clock starts.
         ready = jax.block_until_ready(_forced(self.loop, self.state, self.lengths[context], max(bucket, 0)))
         limits = jax.device_put((np.int32(rounds), np.bool_(False)))
 
+        dispatch, occupancy = run_alone if bucket == ALONE else run_rounds, Occupancy.of()
         start = time.perf_counter()
-        if bucket < 0:
+        if bucket == DRAFT_PASS:
             jax.block_until_ready(_draft_passes(self.loop, self.params, ready, limits[0]))
         else:
-            self.state = jax.block_until_ready(run_rounds(self.loop, self.params, ready, Occupancy.of(), *limits))
+            self.state = jax.block_until_ready(dispatch(self.loop, self.params, ready, occupancy, *limits))
         return time.perf_counter() - start
 
 
@@ -133,7 +139,7 @@ def measure_profile(
     effort: Effort = Effort(),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Profile:
-    """Time rounds at every bucket, and the draft pass alone.
+    """Time rounds at every bucket, the draft pass alone, and plain rounds without a drafter.
 
     A round's time is that of a dispatch minus that of a dispatch without rounds, since a small model's rounds are not
     much longer than the call. Allocates a temporary decode state: where memory is short, profile before another exists.
@@ -154,8 +160,8 @@ def measure_profile(
     most_rounds = max(1, min(effort.rounds, (loop.size - 2) // (4 * loop.width)))
     stopwatch = _Stopwatch.of(loop, params, temperature, contexts, most_rounds)
 
-    # (context, bucket); bucket -1 stands for the draft pass.
-    points = [(c, p) for c in range(len(contexts)) for p in range(-1, len(loop.buckets))]
+    # (context, bucket), or one of the two that stand for something else than a bucket's rounds.
+    points = [(c, p) for c in range(len(contexts)) for p in (ALONE, DRAFT_PASS, *range(len(loop.buckets)))]
     times: dict[tuple[int, int], list[float]] = {point: [] for point in points}
     calls: list[float] = []
 
@@ -171,19 +177,20 @@ def measure_profile(
             call, whole = stopwatch.seconds(c, p, 0), stopwatch.seconds(c, p, effort.rounds)
             # Above 0 whatever the noise: a cost table refuses rounds without duration.
             times[c, p].append(max(whole - call, 0.01 * whole) / effort.rounds)
-            # The draft pass alone is another program: its call is not the overhead of a dispatch.
+            # The other two are other programs: their calls are not the overhead of a dispatch.
             calls += [call] if p >= 0 else []
             progress(repeat * len(points) + at + 1, effort.repeats * len(points))
 
     def grid(measure: Callable[[list[float]], float]) -> tuple[tuple[float, ...], ...]:
         return tuple(tuple(measure(times[c, p]) for p in range(len(loop.buckets))) for c in range(len(contexts)))
 
-    def line(measure: Callable[[list[float]], float]) -> tuple[float, ...]:
-        return tuple(measure(times[c, -1]) for c in range(len(contexts)))
+    def line(point: int, measure: Callable[[list[float]], float]) -> tuple[float, ...]:
+        return tuple(measure(times[c, point]) for c in range(len(contexts)))
 
     return Profile(
         profile_key(loop, params, temperature), loop.buckets, tuple(map(float, stopwatch.lengths)),
-        grid(_median), grid(_spread), line(_median), line(_spread), _median(calls),
+        grid(_median), grid(_spread), line(DRAFT_PASS, _median), line(DRAFT_PASS, _spread),
+        line(ALONE, _median), line(ALONE, _spread), _median(calls),
     )  # fmt: skip
 
 
@@ -249,7 +256,14 @@ def load_or_measure(
         except UserError:  # a torn or foreign file: measure again
             pass
 
-    profile = measure_profile(loop, params, temperature, effort=FIRST_USE)
+    # Shown in a terminal alone: it is what a first answer waits for.
+    with tqdm(desc="timing rounds, once for this machine", unit="point", leave=False, disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        profile = measure_profile(loop, params, temperature, effort=FIRST_USE, progress=progress)
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -43,6 +43,7 @@ class Entry:
     slot: int | None = None  # None: waiting
     prefilled: int = 0  # tokens of `running`'s prompt that the slot holds
     cached: int = 0  # of them, those that a kept prefix held
+    undrafted: bool = False  # its drafter's context lacks tokens: nothing is drafted for it in this slot any more
     running: Job = field(init=False)  # what the slot decodes: the job with the tokens of `before` added to its prompt
     before: Seen = Seen()  # what had been seen when it entered the slot: nothing, unless a dispatch was interrupted
     seen: Seen = Seen()
@@ -76,7 +77,7 @@ class Entry:
     def unseat(self) -> None:
         """Return the request to the queue, to be continued after the tokens that have been seen."""
         # Tokens that were reported join the prompt: they are prefilled again, not decoded again.
-        self.slot, self.prefilled = None, 0
+        self.slot, self.prefilled, self.undrafted = None, 0, False
         self.before, self.running = self.seen, self.job.after(self.seen.tokens)
 
     @property

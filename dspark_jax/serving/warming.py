@@ -8,11 +8,12 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from dspark_jax.decoding.dispatch import record_rounds, run_rounds
+from dspark_jax.decoding.dispatch import record_rounds, run_alone, run_rounds
 from dspark_jax.decoding.prefill import admit, retire
 from dspark_jax.decoding.round import DecodeLoop, LoopParams
 from dspark_jax.decoding.state import DecodeState
 from dspark_jax.serving.chunks import blank_chunk, chunk_widths
+from dspark_jax.serving.crowd import Crowd
 from dspark_jax.serving.metering import Metering
 from dspark_jax.serving.prefixes import PrefixCache
 from dspark_jax.serving.settings import EngineConfig
@@ -35,6 +36,8 @@ class Warmable(Protocol):
     def prefixes(self) -> PrefixCache | None: ...
     @property
     def recorder(self) -> Any: ...
+    @property
+    def crowd(self) -> Crowd: ...
 
     def unused(self) -> AbstractContextManager[None]:
         """Hold the engine, without requests; UserError if it has some."""
@@ -88,6 +91,9 @@ def _compile_rounds(engine: Warmable) -> None:
     with engine.unused():
         occupancy = engine.metering.current()
         engine.state = run_rounds(engine.loop, engine.params, engine.state, occupancy, *limits)
+        # A few more requests than drafting pays for would need it at once.
+        if engine.crowd.most < engine.config.slots:
+            engine.state = run_alone(engine.loop, engine.params, engine.state, occupancy, *limits)
         engine.state = retire(engine.loop, engine.state, none)
 
 

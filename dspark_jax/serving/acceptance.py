@@ -1,0 +1,200 @@
+"""The acceptance of a pair's drafts by position, measured in a few seconds on questions that are asked of the target.
+
+Whether drafting pays depends on it as much as on what rounds cost. It is of whole blocks and kept for the pair in the
+user's cache, so that only the first engine measures it.
+
+Axes: R request slots, K block position.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from dspark_jax.checkpoints.tensors import write_json
+from dspark_jax.decoding.dispatch import run_rounds
+from dspark_jax.decoding.prefill import admit
+from dspark_jax.decoding.round import DecodeLoop, LoopParams, init_state
+from dspark_jax.drafters.registry import Drafter
+from dspark_jax.errors import UserError
+from dspark_jax.files import user_cache
+from dspark_jax.readers import (
+    Schema,
+    check_fields,
+    check_seal,
+    integer,
+    list_of,
+    object_of,
+    read_object,
+    sealed,
+)
+from dspark_jax.scheduling.costs import Occupancy
+from dspark_jax.serving.chunks import next_chunk, prompt_bucket
+from dspark_jax.serving.jobs import Job, make_job, tokenize_prompt
+from dspark_jax.serving.requests import Request
+from dspark_jax.serving.sampling import SamplingParams
+from dspark_jax.serving.settings import EngineConfig
+from dspark_jax.serving.temperatures import validity
+from dspark_jax.targets.target import Target
+
+QUESTIONS = (
+    "A box holds 12 red and 30 blue pens. How many pens are in 4 such boxes? Think step by step.",
+    "Write a Python function that returns the largest even number of a list, or None.",
+    "Give me three tips for sleeping better.",
+    "A train covers 180 km in 2 hours and 15 minutes. What is its mean speed in km/h?",
+    "Write a Python class for a stack with push, pop and len.",
+    "Why does the moon always show us the same side?",
+    "Tom is 4 years older than Ann. Together they are 30. How old is each of them?",
+    "Show a SQL query that counts the orders of each customer in the last month.",
+    "Write a short letter to a friend who has moved to another town.",
+)
+"""Mathematics, code and conversation in turn, so that a measurement that time cuts short has some of each."""
+NEW_TOKENS = 48
+"""Tokens of an answer that are decoded: enough to leave the opening behind, which drafters know best."""
+BUDGET = 4.0
+"""Seconds after which no further question is asked, compilation aside."""
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """Drafts of whole blocks, by position."""
+
+    judged: tuple[int, ...]  # [K] drafts behind a prefix that was accepted whole
+    accepted: tuple[int, ...]  # [K] of them
+
+    @property
+    def expected(self) -> np.ndarray:
+        """[K + 1] tokens of a round that verifies 0, 1, .. K drafts; drafts that none of was judged count as
+        rejected."""
+        rates = np.asarray(self.accepted) / np.maximum(self.judged, 1)
+        return 1.0 + np.concatenate([[0.0], np.cumsum(np.cumprod(rates))])
+
+
+def questions_for(target: Target, loop: DecodeLoop, config: EngineConfig, sampling: SamplingParams) -> list[Job]:
+    """The questions as jobs that fit a slot of `loop` and one chunk of a prompt; random ids without a tokenizer."""
+    rng = np.random.default_rng(0)
+    # Half of a slot for the question, half for the answer, each within the target's context.
+    room = min(loop.size - loop.width, target.config.max_positions) // 2
+    settings = replace(
+        sampling,
+        max_new_tokens=max(1, min(NEW_TOKENS, room - 1)),
+        stop=(), stop_tokens=None, seed=None, logprobs=None, verify_length=None, logit_bias=(),
+    )  # fmt: skip
+
+    made: list[Job] = []
+    for index, question in enumerate(QUESTIONS):
+        if target.tokenizer is None:
+            prompt = tuple(rng.integers(0, target.known_tokens or target.config.vocab_size, 16).tolist())
+        else:
+            prompt = _asked(target, question)
+
+        # A question that is too long loses its beginning: its end is where an answer goes on.
+        job = make_job(target, settings, index, Request(prompt[-min(room, config.prefill_chunk) :]))
+        ends = tuple(job.sampling.stop_tokens or ())[: loop.stop_slots]
+        made.append(replace(job, sampling=replace(job.sampling, stop_tokens=ends)))
+    return made
+
+
+def _asked(target: Target, question: str) -> tuple[int, ...]:
+    try:
+        return tokenize_prompt(target, [{"role": "user", "content": question}], "A question", False)
+    except UserError:  # no chat template, or one that refuses: a target of bare text goes on from it as well
+        return tokenize_prompt(target, question, "A question", False)
+
+
+def measure_acceptance(
+    loop: DecodeLoop, params: LoopParams, jobs: Sequence[Job], config: EngineConfig, budget: float = BUDGET
+) -> Accepted:
+    """Decode answers with every draft verified, and count the accepted ones.
+
+    Runs the engine's own programs. Allocates a temporary decode state, as profiling does.
+
+    Args:
+        loop: with a drafter and a load-adaptive policy.
+        params: with tables whose `forced` is set.
+        jobs: answered as many at a time as there are slots.
+        config: widths of prompts.
+        budget: seconds after which no further ones are begun.
+    """
+    state, occupancy = init_state(loop, params), Occupancy.of()
+    limits = jax.device_put((np.int32(loop.size), np.bool_(False)))
+    counted = np.zeros((2, loop.block), int)
+    groups = [jobs[at : at + loop.requests] for at in range(0, len(jobs), loop.requests)]
+    started = time.perf_counter()
+
+    for number, group in enumerate(tqdm(groups, desc="asking the pair, once", leave=False, disable=None)):
+        for slot, job in enumerate(group):
+            width = prompt_bucket(config, loop.size, 0, len(job.prompt))
+            state = admit(loop, params, state, jax.device_put(next_chunk(loop, width, [(slot, job, 0)])), True)
+
+        # Until all of them have ended: `rounds` is more than any can last.
+        state = run_rounds(loop, params, state, occupancy, *limits)
+        seen = jax.device_get((state.counters.judged_at, state.counters.accepted_at))
+        counted += np.stack([part[: len(group)].sum(axis=0) for part in seen])
+
+        # The first group has compiled the programs, which is no measure of the next ones' time.
+        started = time.perf_counter() if number == 0 else started
+        if time.perf_counter() - started > budget:
+            break
+
+    return Accepted(*(tuple(map(int, row)) for row in counted))
+
+
+def load_or_ask(
+    target: Target,
+    drafter: Drafter,
+    loop: DecodeLoop,
+    params: LoopParams,
+    config: EngineConfig,
+    sampling: SamplingParams,
+    folder: Path | None = None,
+) -> Accepted:
+    """The pair's acceptance under `sampling`, read from a folder or measured in a few seconds and stored there.
+
+    Args:
+        target, drafter: the pair, whose weights the stored measurement is valid for.
+        loop, params, config: of the engine, with tables.
+        sampling: under which the questions are answered.
+        folder: None: `user_cache()`. If it cannot be written, every start measures again.
+    """
+    # Of weights and settings and not of the machine.
+    key = {**validity(target, drafter, sampling), "block": loop.block, "questions": list(QUESTIONS)}
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    path = (folder or user_cache()) / f"acceptance-{name}.json"
+    if path.exists():
+        try:
+            return _read(path, key, loop.block)
+        except UserError:  # a torn or foreign file: measure again
+            pass
+
+    assert params.tables is not None, "a load-adaptive policy has tables"
+    forced = params._replace(tables=params.tables._replace(forced=jax.device_put(np.bool_(True))))
+    found = measure_acceptance(loop, forced, questions_for(target, loop, config, sampling), config)
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, sealed({"key": key, "judged": list(found.judged), "accepted": list(found.accepted)}))
+    except (UserError, OSError):
+        pass
+    return found
+
+
+def _read(path: Path, key: dict[str, Any], block: int) -> Accepted:
+    where, cure = str(path), "delete it"
+    content = read_object(path, expected="an acceptance that an engine measured")
+    counts = list_of(integer(0), least=block, most=block)
+    schema: Schema = {"key": object_of(), "judged": counts, "accepted": counts}
+    check_fields(content, schema, where, required=schema, cure=cure)
+    check_seal(content, where, cure=cure)
+
+    # The name is only a hash of the key, so the key itself is compared.
+    if content["key"] != key:
+        raise UserError(f"{where} is of another pair; {cure}.")
+    return Accepted(tuple(content["judged"]), tuple(content["accepted"]))
