@@ -1,7 +1,7 @@
 """Load on a real engine: closed loops, Poisson arrivals, and traces recorded for the simulator."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -58,11 +58,17 @@ class OpenFigures(LoadFigures):
     queued_seconds: tuple[float, ...]
 
 
-def closed_loop(engine: Engine, traffic: Traffic, users: int, requests: int) -> LoadFigures:
+def closed_loop(
+    engine: Engine,
+    traffic: Traffic,
+    users: int,
+    requests: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> LoadFigures:
     """A closed loop: `users` users, each of whom sends a request when the last one is answered.
 
     It ends when `requests` have been sent; open ones are cancelled. Only the time in which every user has a request in
-    a slot is measured, without the first prefills.
+    a slot is measured, without the first prefills, by a clock in seconds.
     """
     asked, tokens = 0, 0
     done: list[Generation] = []
@@ -78,7 +84,7 @@ def closed_loop(engine: Engine, traffic: Traffic, users: int, requests: int) -> 
     engine.admit()
     # Dispatch is asynchronous: the clock starts once the prefills have run.
     jax.block_until_ready(engine.state.length)
-    begin = time.perf_counter()
+    begin = clock()
 
     # Ends with the last request sent, not answered: from there on slots would run empty.
     while asked < requests:
@@ -88,7 +94,7 @@ def closed_loop(engine: Engine, traffic: Traffic, users: int, requests: int) -> 
                 done.append(progress.generation)
                 ask()
 
-    seconds = time.perf_counter() - begin
+    seconds = clock() - begin
     for index in range(asked):
         engine.cancel(index)
 

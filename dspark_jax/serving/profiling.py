@@ -89,10 +89,17 @@ class _Stopwatch:
     params: LoopParams
     state: DecodeState
     lengths: list[int]  # of each context
+    clock: Callable[[], float]
 
     @classmethod
     def of(
-        cls, loop: DecodeLoop, params: LoopParams, temperature: float, contexts: Sequence[float], rounds: int
+        cls,
+        loop: DecodeLoop,
+        params: LoopParams,
+        temperature: float,
+        contexts: Sequence[float],
+        rounds: int,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> "_Stopwatch":
         # Costs of any value, in the form that the measured ones will have, so that the engine's own program is timed; a
         # random drafter's confidences are junk, so that no costs would make a policy fill every bucket.
@@ -113,7 +120,9 @@ class _Stopwatch:
         rng, words = np.random.default_rng(0), loop.words or params.target["embed_weight_vd"].shape[0]
         tokens = jnp.asarray(rng.integers(0, words, state.tokens.shape), state.tokens.dtype)
         keys = jnp.asarray(rng.integers(0, 1 << 32, state.keys.shape), state.keys.dtype)
-        return cls(loop, params, replace(state, limit=limit, sampling=sampling, tokens=tokens, keys=keys), lengths)
+        return cls(
+            loop, params, replace(state, limit=limit, sampling=sampling, tokens=tokens, keys=keys), lengths, clock
+        )
 
     def seconds(self, context: int, bucket: int, rounds: int) -> float:
         """Seconds of one dispatch of so many rounds at a bucket, of as many draft passes (`DRAFT_PASS`), or of as many
@@ -123,12 +132,12 @@ class _Stopwatch:
         limits = jax.device_put((np.int32(rounds), np.bool_(False)))
 
         dispatch, occupancy = run_alone if bucket == ALONE else run_rounds, Occupancy.of()
-        start = time.perf_counter()
+        start = self.clock()
         if bucket == DRAFT_PASS:
             jax.block_until_ready(_draft_passes(self.loop, self.params, ready, limits[0]))
         else:
             self.state = jax.block_until_ready(dispatch(self.loop, self.params, ready, occupancy, *limits))
-        return time.perf_counter() - start
+        return self.clock() - start
 
 
 def measure_profile(
@@ -138,6 +147,7 @@ def measure_profile(
     contexts: Sequence[float] = (0.1, 0.8),
     effort: Effort = Effort(),
     progress: Callable[[int, int], None] = lambda done, total: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Profile:
     """Time rounds at every bucket, the draft pass alone, and plain rounds without a drafter.
 
@@ -151,6 +161,7 @@ def measure_profile(
         contexts: probes, as shares of a slot's positions.
         effort: how long to measure.
         progress: called with (points done, points in all).
+        clock: in seconds; that of the process alone where others share the machine.
     Raises:
         UserError: a loop whose policy reads no table, so that its verify lengths could not be forced.
     """
@@ -158,7 +169,7 @@ def measure_profile(
         raise UserError("Only a loop with a drafter and a load-adaptive policy can be profiled.")
 
     most_rounds = max(1, min(effort.rounds, (loop.size - 2) // (4 * loop.width)))
-    stopwatch = _Stopwatch.of(loop, params, temperature, contexts, most_rounds)
+    stopwatch = _Stopwatch.of(loop, params, temperature, contexts, most_rounds, clock)
 
     # (context, bucket), or one of the two that stand for something else than a bucket's rounds.
     points = [(c, p) for c in range(len(contexts)) for p in (ALONE, DRAFT_PASS, *range(len(loop.buckets)))]
