@@ -122,7 +122,9 @@ def test_what_drafting_is_worth() -> None:
     worth = Worth.of(costs, loop, Accepted((8, 4), (4, 1)))
     assert worth.tokens == pytest.approx(1.625)
     assert worth.speedups == pytest.approx([0.8 * 1.625 / 1.5, 0.8 * 1.5 / 1.5, 0.6, 0.6])
-    assert Worth.of(costs._replace(alone=None), loop, Accepted((8, 4), (4, 1))).most == 2, "three reach 0.75 of plain in the mean"
+    assert Worth.of(costs._replace(alone=None), loop, Accepted((8, 4), (4, 1))).most == 2, (
+        "three reach 0.75 of plain in the mean"
+    )
 
 
 def test_a_crowd_is_decoded_without_the_drafter(monkeypatch: pytest.MonkeyPatch) -> None:
