@@ -8,6 +8,7 @@ The options are those that the run was started with. infer.export writes a draft
 from dspark_jax.config.cli import parse_training, program, to_json
 from dspark_jax.devices import announce
 from dspark_jax.distributed import barrier, bounded_by_peers, initialize_from_environment, is_first, require_same
+from dspark_jax.storage.places import shown
 from dspark_jax.training.fitting import export_run
 
 
@@ -24,7 +25,7 @@ def main(argv: list[str]) -> None:
         barrier("the end of the export")
 
     if is_first():
-        print(f"Step {step} is exported to {drafter}.")
+        print(f"Step {step} is exported to {shown(drafter)}.")
 
 
 if __name__ == "__main__":

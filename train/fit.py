@@ -14,6 +14,7 @@ import sys
 from dspark_jax.config.cli import parse_training, program, to_json
 from dspark_jax.devices import announce
 from dspark_jax.distributed import barrier, bounded_by_peers, initialize_from_environment, is_first, require_same
+from dspark_jax.storage.places import shown
 from dspark_jax.training.fitting import fit
 from dspark_jax.training.guards import Preempted
 from dspark_jax.training.summary import table
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> None:
 
     # The same command on a finished run trains nothing.
     if fitted.found:
-        print(f"The run in {fitted.folder} is finished; its drafter is in {fitted.drafter}.")
+        print(f"The run in {shown(fitted.folder)} is finished; its drafter is in {shown(fitted.drafter)}.")
     else:
         print(table(fitted.summary))
 

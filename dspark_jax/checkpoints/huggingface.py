@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from dspark_jax.checkpoints.deepseek_v4 import V4Folder, v4_needed, v4_tensor_map
-from dspark_jax.checkpoints.gguf import converted_folder, gguf_file
+from dspark_jax.checkpoints.gguf import SUFFIX, converted_folder, gguf_file
 from dspark_jax.checkpoints.leftovers import refuse_leftovers
 from dspark_jax.checkpoints.tensor_map import ParamPath, Stored, layer_tensor, stored_names
 from dspark_jax.checkpoints.tensors import (
@@ -32,6 +33,8 @@ from dspark_jax.files import file_hash
 from dspark_jax.programs import EMBEDDED, asset
 from dspark_jax.readers import check_fields, read_object, reason_of
 from dspark_jax.sharding import ShardingRules, parameter_shardings, split
+from dspark_jax.storage.places import Place, place_of
+from dspark_jax.storage.replica import fetched_file, fetched_folder
 from dspark_jax.targets.config import TargetConfig, config_sha256, text_config
 from dspark_jax.targets.fields import TOKEN_IDS
 from dspark_jax.targets.low_bit import CODES, SCALES
@@ -43,6 +46,8 @@ ADAPTER_FILE = "adapter_config.json"
 HASHES_FILE = "hashes.json"
 """Hashes of the files by name, written by `save_target` and checked by infer.verify."""
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+# Weights in other formats, which may be as large again, are left where they are.
+_MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.txt")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
@@ -58,6 +63,9 @@ def resolve_folder(path_or_id: str | Path, kind: Literal["target", "drafter"] = 
     Raises:
         UserError: neither a folder nor a model that the hub gives.
     """
+    # A model in a store is copied here first, the files that the hub would give alone.
+    if (place := place_of(path_or_id)) is not None:
+        path_or_id = _fetched(place)
     folder, name = Path(path_or_id), str(path_or_id)
 
     # Probed first: too long a name or a folder without permission raises here, and not later without a sentence.
@@ -85,17 +93,26 @@ def resolve_folder(path_or_id: str | Path, kind: Literal["target", "drafter"] = 
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    # Weights in other formats, which may be as large again, are left on the hub.
-    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.txt"]
     try:
         # Offline, this takes a complete copy from the local cache.
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=list(_MODEL_FILES)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{name} is neither a folder here nor a model that the hub gives ({reason}); "
             "check the name, the network or HF_HOME."
         ) from None
+
+
+def _fetched(place: Place) -> Path:
+    """The copy of a model's folder, or of its GGUF file, on this machine."""
+    if place.name.endswith(SUFFIX):
+        return fetched_file(str(place))
+
+    # Files of the folder itself: beside a GGUF file, its conversion lies in a folder of its own.
+    patterns = (*_MODEL_FILES, f"*{SUFFIX}")
+    wanted = lambda name: "/" not in name and any(fnmatch(name, pattern) for pattern in patterns)  # noqa: E731
+    return fetched_folder(str(place), "model", wanted)
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:

@@ -3,23 +3,29 @@
 Where a shard ends is a function of the sources alone (it is closed by the record that reaches `max_shard_bytes`), and a
 shard counts only once the manifest names it. A run killed at any byte therefore continues from the first source that no
 finished shard covers, and ends with the same bytes as an undisturbed run.
+
+A cache in a store is written here first: a finished shard is sent there, then the manifest that names it, and its file
+is removed, so that this machine holds one shard at a time.
 """
 
 import dataclasses
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import xxhash
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from dspark_jax.data.manifest import INDEX_DTYPE, Manifest, ShardEntry, check_sizes
+from dspark_jax.data.manifest import INDEX_DTYPE, MANIFEST, Manifest, ShardEntry, beside_shards, check_sizes
 from dspark_jax.data.records import CacheSpec, Sample, encode_record
 from dspark_jax.errors import UserError
-from dspark_jax.files import file_hash, fsync, lock_folder
+from dspark_jax.files import file_hash, fsync
+from dspark_jax.storage import objects
+from dspark_jax.storage.places import local_path, place_of, shown
+from dspark_jax.storage.replica import written
 
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _SHARD_PATTERN = re.compile(r"shard-\d{5,}\.array_record(\.tmp)?")
@@ -37,10 +43,13 @@ class CacheWriter:
     """
 
     def __init__(self, folder: str | os.PathLike[str], spec: CacheSpec, max_shard_bytes: int = 512 * 2**20):
-        self.folder = Path(folder)
+        self.folder, self._place = local_path(folder), place_of(folder)
         self._shard: _OpenShard | None = None
+        self._stack = ExitStack()
         # Locked before the folder is looked at: another writer could change it in between.
-        self._lock = lock_folder(self.folder, "the cache")
+        self._output = self._stack.enter_context(
+            written(folder, "the cache", wanted=beside_shards, last=("samples.idx", MANIFEST))
+        )
 
         try:
             # An existing cache is continued only if it is this one and its shards are whole.
@@ -49,7 +58,9 @@ class CacheWriter:
             # Last: files are removed only from a folder that has proved to be this cache.
             self._remove_orphans()
         except BaseException:
-            self._lock.release()
+            # Nothing has changed here that the store should get.
+            with suppress(UserError):
+                self._stack.close()
             raise
 
         self._next = self._manifest.next_source
@@ -123,7 +134,7 @@ class CacheWriter:
         if self._shard is not None:
             self._shard.discard()
             self._shard = None
-        self._lock.release()
+        self._stack.close()
 
     def __enter__(self) -> "CacheWriter":
         return self
@@ -160,6 +171,10 @@ class CacheWriter:
     def _remove_orphans(self) -> None:
         """Removes the shards and index entries of a killed run that its manifest does not name."""
         named = {shard.file for shard in self._manifest.shards}
+        if self._place is not None:
+            torn_there = [name for name in objects.listing(self._place) if _SHARD_PATTERN.fullmatch(name)]
+            objects.remove([self._place / name for name in torn_there if name not in named])
+
         for path in self.folder.iterdir():
             torn = path.name == "manifest.json.tmp" or (_SHARD_PATTERN.fullmatch(path.name) and path.name not in named)
             if torn:
@@ -174,14 +189,19 @@ class CacheWriter:
             yield
         except (OSError, RuntimeError) as error:
             raise UserError(
-                f"The cache in {self.folder} could not be written ({error}); its {len(self._manifest.shards)} finished "
-                "shards are whole. Make room on the disk and give the same command again."
+                f"The cache in {shown(self.folder)} could not be written ({error}); its "
+                f"{len(self._manifest.shards)} finished shards are whole. Make room on the disk and give the same "
+                "command again."
             ) from error
 
     def _close_shard(self, shard: "_OpenShard") -> None:
         self._shard = None
         if shard.index:
             entry = shard.publish(self._next - 1)
+            if self._place is not None:
+                # There before the manifest that names it, and here only until then.
+                objects.upload(shard.final, self._place / entry.file)
+                shard.final.unlink()
             manifest = self._manifest
             self._publish(Manifest(manifest.spec, manifest.max_shard_bytes, (*manifest.shards, entry)))
         else:
@@ -190,6 +210,7 @@ class CacheWriter:
 
     def _publish(self, manifest: Manifest) -> None:
         manifest.save(self.folder)
+        self._output.push()
         self._manifest = manifest
 
 

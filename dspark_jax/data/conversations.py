@@ -17,6 +17,7 @@ from dspark_jax.data.jsonl import parse_line, read_lines
 from dspark_jax.errors import UserError
 from dspark_jax.readers import kind_of_value as kind
 from dspark_jax.readers import reason_of
+from dspark_jax.storage.replica import fetched_file
 
 Row = tuple[str, Any]
 """(its place, for messages; its value). The value is a UserError where the row could not be decoded."""
@@ -177,10 +178,11 @@ def file_rows(path: str | os.PathLike[str]) -> Iterator[Row]:
     Raises:
         UserError: the file cannot be opened, or is not what its name says.
     """
-    suffix = Path(path).suffix.lower()
+    file = fetched_file(path)
+    suffix = file.suffix.lower()
     if suffix == ".parquet":
-        return _parquet_rows(Path(path))
-    return _json_rows(Path(path)) if suffix == ".json" else _jsonl_rows(Path(path))
+        return _parquet_rows(file)
+    return _json_rows(file) if suffix == ".json" else _jsonl_rows(file)
 
 
 def hub_rows(name: str, split: str, config: str | None = None) -> Iterator[Row]:

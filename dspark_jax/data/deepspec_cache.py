@@ -25,6 +25,7 @@ from dspark_jax.data.records import CacheSpec, Sample, convert, require_match
 from dspark_jax.errors import UserError
 from dspark_jax.files import fsync, write_atomically
 from dspark_jax.readers import Schema, check_fields, integer, list_of, object_of, text
+from dspark_jax.storage.replica import fetched_folder
 
 _INDEX = struct.Struct("<QIIQQQQQ")
 _INDEX_DTYPE = np.dtype([("sample_id", "<u8"), ("shard", "<u4"), ("length", "<u4"), ("offsets", "<u8", (5,))])
@@ -58,7 +59,8 @@ class DeepSpecCache:
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
-        self.folder = Path(folder)
+        # Its records are read in place, without hashes: of a store the whole cache is copied here.
+        self.folder = fetched_folder(folder, "target cache")
         self.manifest = read_manifest(self.folder / "manifest.json")
         self.spec = _spec_of(self.manifest, self.folder / "manifest.json")
         self._shards = _shard_paths(self.manifest, self.folder)

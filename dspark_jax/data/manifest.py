@@ -14,9 +14,13 @@ from dspark_jax.data.records import CacheSpec
 from dspark_jax.errors import UserError
 from dspark_jax.files import write_atomically
 from dspark_jax.readers import Schema, check_fields, flag, integer, list_of, object_of, read_object, text
+from dspark_jax.storage.places import copy_path, local_path, place_of
+from dspark_jax.storage.replica import Replica, fetched_folder
+from dspark_jax.storage.shards import Shard, require_shards
 
 FORMAT = "dspark_jax target cache"
 VERSION = 1
+MANIFEST = "manifest.json"
 INDEX_DTYPE = np.dtype([("sample_id", "<u8"), ("length", "<u4")])
 """One entry of samples.idx."""
 
@@ -117,9 +121,52 @@ class Manifest:
         return manifest
 
 
+def beside_shards(name: str) -> bool:
+    """Whether a file of a cache is one of the small ones, which are copied with their folder."""
+    return "/" not in name and not name.startswith("shard-")
+
+
+def pulled(folder: str | os.PathLike[str]) -> Path:
+    """A cache's folder to read: of a place, a copy of the small files."""
+    if place_of(folder) is None:
+        return Path(folder)
+    return fetched_folder(folder, "target cache", beside_shards)
+
+
+def begun(folder: Path) -> Path:
+    """Where the settings of a cache lie that may have been begun: its folder, of a place a copy of the small files."""
+    place = place_of(folder)
+    if place is None:
+        return folder
+
+    replica = Replica(place, copy_path(folder), beside_shards)
+    replica.pull()
+    return replica.folder
+
+
+def require_room(folder: Path, needed_bytes: int, shard_bytes: int) -> None:
+    """UserError where a cache of so many bytes, less those that stand there, does not fit the disk.
+
+    Args:
+        folder: of the cache; of a place this machine holds one shard at a time, and nothing is known of the store.
+        needed_bytes: of the whole cache.
+        shard_bytes: of one shard.
+    """
+    if place_of(folder) is not None:
+        require_disk(local_path(folder), min(needed_bytes, 2 * shard_bytes))
+        return
+
+    # A continued build needs room only for what is missing.
+    require_disk(folder, needed_bytes - sum(path.stat().st_size for path in folder.glob("shard-*")))
+
+
 def check_sizes(folder: Path, manifest: Manifest) -> None:
     """UserError naming the first shard (or the index) that is missing or whose size is not the manifest's."""
-    for shard in manifest.shards:
+    place = place_of(folder)
+    if place is not None:
+        require_shards(place, [Shard(shard.file, shard.bytes, shard.xxh3) for shard in manifest.shards])
+
+    for shard in manifest.shards if place is None else ():
         path = folder / shard.file
         # Sizes alone, at every start: hashing hundreds of gigabytes is `verify`'s work.
         size = path.stat().st_size if path.exists() else None

@@ -9,13 +9,12 @@ import bisect
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import grain
 import numpy as np
 
 from dspark_jax.data.deepspec_cache import DeepSpecCache
-from dspark_jax.data.manifest import FORMAT, read_manifest
+from dspark_jax.data.manifest import FORMAT, MANIFEST, pulled, read_manifest
 from dspark_jax.data.records import TokenSample, TokenSource
 from dspark_jax.data.target_cache import TargetCache
 from dspark_jax.errors import UserError
@@ -26,7 +25,7 @@ _ENDLESS = 2**40
 
 def open_cache(folder: str | os.PathLike[str]) -> TargetCache | DeepSpecCache:
     """Opens a cache of either format, detected from its manifest; UserError as the two readers raise it."""
-    cache = TargetCache if read_manifest(Path(folder) / "manifest.json").get("format") == FORMAT else DeepSpecCache
+    cache = TargetCache if read_manifest(pulled(folder) / MANIFEST).get("format") == FORMAT else DeepSpecCache
     return cache(folder)
 
 

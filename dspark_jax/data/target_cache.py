@@ -5,10 +5,13 @@ A cache is a folder:
     manifest.json              the spec, one entry a finished shard, `complete` at the end
     samples.idx                for each record `<QI`: sample id (source index), tokens
     shard-00000.array_record   records of `records.py`, `group_size:1,uncompressed`
+
+Of a cache in a store the small files are copied here at opening, and shards as `storage/shards.py` has it.
 """
 
 import os
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,12 @@ import numpy as np
 import xxhash
 from array_record.python.array_record_module import ArrayRecordReader
 
-from dspark_jax.data.manifest import INDEX_DTYPE, Manifest, check_sizes
+from dspark_jax.data.manifest import INDEX_DTYPE, Manifest, check_sizes, pulled
 from dspark_jax.data.records import CacheSpec, Sample, decode_record, require_match
 from dspark_jax.errors import UserError
 from dspark_jax.files import file_hash
+from dspark_jax.storage.places import place_of
+from dspark_jax.storage.shards import Shard, ShardFolder
 
 _READER_OPTIONS = "readahead_buffer_size:0"  # reads are random: reading ahead is wasted
 _READER_BUFFER = 32768
@@ -38,7 +43,7 @@ class TargetCache:
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
-        self.folder = Path(folder)
+        self.folder, place = pulled(folder), place_of(folder)
         self._manifest = Manifest.load(self.folder)
         # Shards of an unfinished cache are sound, but training on a part of the data must be a decision.
         if not self._manifest.complete:
@@ -55,6 +60,12 @@ class TargetCache:
         self._readers: dict[int, ArrayRecordReader] = {}
         # Guards the table of readers only; the readers themselves are used by several threads.
         self._lock = threading.Lock()
+
+        named = [Shard(shard.file, shard.bytes, shard.xxh3) for shard in self._manifest.shards]
+        self._fetched = None if place is None else ShardFolder(place, named)
+        # A shuffle over all records wants every shard within the first steps.
+        if self._fetched is not None and self._fetched.holds_all:
+            self._fetched.ahead(range(len(named)))
 
     @property
     def spec(self) -> CacheSpec:
@@ -108,17 +119,32 @@ class TargetCache:
 
     def verify(self) -> None:
         """Hashes every shard; UserError naming the first whose bytes changed since it was written."""
-        for shard in self._manifest.shards:
-            if file_hash(self.folder / shard.file) != shard.xxh3:
+        for number, shard in enumerate(self._manifest.shards):
+            if file_hash(self._path(number)) != shard.xxh3:
                 raise UserError(
                     f"{self.folder / shard.file} is damaged: its hash is not the manifest's; restore it or build again."
                 )
 
+    def ahead(self, indices: Iterable[int]) -> None:
+        """Starts fetching the shards of samples that will be read; nothing where the shards lie on a disk."""
+        if self._fetched is not None:
+            numbers = np.searchsorted(self._starts, np.fromiter(indices, np.int64), side="right") - 1
+            self._fetched.ahead(dict.fromkeys(int(number) for number in numbers))
+
     def close(self) -> None:
         with self._lock:
             self._readers.clear()
+        if self._fetched is not None:
+            self._fetched.close()
+
+    def _path(self, number: int) -> Path:
+        """The file of a shard, fetched where it lies in a store."""
+        name = self._manifest.shards[number].file
+        return self.folder / name if self._fetched is None else self._fetched.path(number)
 
     def _reader(self, number: int) -> ArrayRecordReader:
+        # Outside the lock: fetching a shard takes long, and others are read meanwhile.
+        path = self._path(number)
         with self._lock:
             reader = self._readers.get(number)
             if reader is None:
@@ -127,9 +153,7 @@ class TargetCache:
                     self._readers.pop(next(iter(self._readers)))
 
                 shard = self._manifest.shards[number]
-                reader = ArrayRecordReader(
-                    str(self.folder / shard.file), options=_READER_OPTIONS, file_reader_buffer_size=_READER_BUFFER
-                )
+                reader = ArrayRecordReader(str(path), options=_READER_OPTIONS, file_reader_buffer_size=_READER_BUFFER)
                 # array_record opens a damaged file as one with fewer records, without an error.
                 if reader.num_records() != shard.records:
                     raise ValueError(f"its shard opens with {reader.num_records()} records, expected {shard.records}")

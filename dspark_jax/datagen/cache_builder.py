@@ -22,7 +22,7 @@ from dspark_jax.config.schema import MeshSettings, TrainConfig, cache_spec_of
 from dspark_jax.data.cache_writer import CacheWriter
 from dspark_jax.data.chat import Encoded, template_id
 from dspark_jax.data.codecs import STATES, encode_states
-from dspark_jax.data.manifest import require_disk
+from dspark_jax.data.manifest import begun, require_room
 from dspark_jax.data.pipeline import length_buckets
 from dspark_jax.data.records import CacheSpec, Sample, estimate_bytes
 from dspark_jax.data.tokenised import encode_files
@@ -162,15 +162,13 @@ def make(settings: CacheSettings) -> dict[str, Any]:
     if mesh is not None:
         connect(mesh)
 
-    begun = require_same_settings(settings.output / "build.json", made_with, settings.output)
-    # A continued build needs room only for what is missing.
-    written = sum(path.stat().st_size for path in settings.output.glob("shard-*"))
-    require_disk(settings.output, figures["bytes"] - written)
+    continued = require_same_settings(begun(settings.output) / "build.json", made_with, settings.output)
+    require_room(settings.output, figures["bytes"], settings.max_shard_bytes)
 
     announce(settings.compute_dtype)
     target = load_target(folder, dtype=settings.compute_dtype, mesh=mesh, tokenizer=False)
 
-    return build(settings, target, spec, items, None if begun else made_with)
+    return build(settings, target, spec, items, None if continued else made_with)
 
 
 def cache_spec(
@@ -263,20 +261,19 @@ def build(
             made += items[index].length
 
         writer.finish()
-        records, written = writer.records, writer.bytes_written
-
-    seconds = time.perf_counter() - began
-    metrics = {
-        "rows": len(items),
-        "records": records,
-        "dropped": len(items) - records,
-        "tokens": sum(item.length for item in items if item.kept),
-        "bytes_per_token": spec.token_bytes,
-        "bytes": written,
-        "seconds_this_run": round(seconds, 3),
-        "tokens_per_second": made / seconds,
-    }
-    write_json(settings.output / "metrics.json", metrics)
+        records, seconds = writer.records, time.perf_counter() - began
+        metrics = {
+            "rows": len(items),
+            "records": records,
+            "dropped": len(items) - records,
+            "tokens": sum(item.length for item in items if item.kept),
+            "bytes_per_token": spec.token_bytes,
+            "bytes": writer.bytes_written,
+            "seconds_this_run": round(seconds, 3),
+            "tokens_per_second": made / seconds,
+        }
+        # Before the writer gives the folder up, which brings it to a store.
+        write_json(writer.folder / "metrics.json", metrics)
 
     return metrics
 
@@ -285,7 +282,7 @@ def begin(settings: CacheSettings, writer: CacheWriter, new_settings: dict) -> N
     """Records the settings of a new cache; UserError where the cache has shards already."""
     if writer.next_source > 0:
         raise UserError(f"{settings.output} is a cache without build.json, made elsewhere; give a new folder.")
-    write_settings(settings.output / "build.json", new_settings, answers=answers_of(settings.conversations))
+    write_settings(writer.folder / "build.json", new_settings, answers=answers_of(settings.conversations))
 
 
 def encode_sources(settings: CacheSettings, tokenizer: Any, vocabulary: int) -> tuple[list[TrainingRow], str]:

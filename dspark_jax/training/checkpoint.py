@@ -26,16 +26,13 @@ from dspark_jax.distributed import barrier, from_first, is_first
 from dspark_jax.errors import UserError
 from dspark_jax.files import hash_tree, write_json
 from dspark_jax.readers import read_object
+from dspark_jax.training.array_blocks import Damaged
 from dspark_jax.training.checksum import checksums
 
 State = TypeVar("State")
 HASHES = "hashes.json"
 NOTES, SCORE = "_CHECKPOINT_METADATA", "metrics/metrics"
 """Files of a step that Orbax reads when it opens the folder."""
-
-
-class Damaged(Exception):
-    """A checkpoint that is not what was saved; the text is the reason."""
 
 
 def abstract(state: State) -> State:

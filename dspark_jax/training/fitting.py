@@ -1,7 +1,7 @@
 """A whole run: its remaining steps, the export of its drafter, its summary."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,15 @@ from dspark_jax.config.schema import TrainConfig
 from dspark_jax.distributed import barrier, bounded_by_peers, connect, fetch, from_first, is_first, require_same
 from dspark_jax.drafters.registry import Drafter, skeleton
 from dspark_jax.errors import UserError
-from dspark_jax.files import lock_folder, write_json
+from dspark_jax.files import write_json
 from dspark_jax.readers import read_object
 from dspark_jax.sharding import split
+from dspark_jax.storage.places import local_path, place_of, shown
+from dspark_jax.storage.replica import Output, Replica, written
 from dspark_jax.targets.target import Target
 from dspark_jax.training.checkpoint import Checkpoints
 from dspark_jax.training.loop import train
+from dspark_jax.training.object_checkpoints import ObjectCheckpoints
 from dspark_jax.training.provenance import provenance_of
 from dspark_jax.training.run import Run
 from dspark_jax.training.run_folder import require_same_inputs, require_same_run, write_config, write_inputs
@@ -60,17 +63,17 @@ def fit(config: TrainConfig) -> Fitted:
         UserError: a mistake in the configuration or its data, a run of another configuration in the folder, another
             process that writes there, a full disk, too many skipped updates in a row.
     """
-    folder = Path(config.folder)
+    folder = local_path(config.folder)
     # The lock comes first: everything below reads the folder and acts on it.
-    with only_writer(folder):
+    with only_writer(folder) as out:
         require_same_run(folder, config)
         # If one process returned while the others trained, they would wait for it in their first collective.
         finished = (folder / "metrics.json").exists()
         require_same({f"one finds the run in {folder} finished; the folder must be shared by all": finished})
-        return _left_alone(config) if finished else _fit(config)
+        return _left_alone(config, out) if finished else _fit(config, out)
 
 
-def _fit(config: TrainConfig) -> Fitted:
+def _fit(config: TrainConfig, out: Output) -> Fitted:
     # Everything that can be refused is refused here, before the folder changes.
     run = Run.of(config)
     # Different data would not fail: processes would train on rows of different batches.
@@ -90,7 +93,7 @@ def _fit(config: TrainConfig) -> Fitted:
         write_config(run.folder, config)
         write_inputs(run.folder, run.inputs)
 
-    with open_checkpoints(run) as checkpoints, bounded_by_peers():
+    with open_checkpoints(run, out) as checkpoints, bounded_by_peers():
         # Processes that continued from different steps would wait in different collectives.
         latest = checkpoints.latest
         require_same({f"they find different checkpoints in {run.folder}, which must be shared by all": latest})
@@ -121,12 +124,11 @@ def export_run(config: TrainConfig) -> tuple[int, Path]:
     Raises:
         UserError: the folder holds no run of this configuration, or no checkpoint; another process writes there.
     """
-    folder = Path(config.folder)
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder} holds no run to export; train it first, with train.fit.")
-
-    with only_writer(folder):
-        return _export_run(config)
+    folder = local_path(config.folder)
+    with only_writer(folder) as out:
+        if not (folder / "config.json").exists():
+            raise UserError(f"{shown(folder)} holds no run to export; train it first, with train.fit.")
+        return _export_run(config, out)
 
 
 def export(run: Run, target: Target, params: dict, name: str) -> Path:
@@ -144,57 +146,65 @@ def export(run: Run, target: Target, params: dict, name: str) -> Path:
     return folder
 
 
-def open_checkpoints(run: Run) -> Checkpoints:
-    """The checkpoints in the run's folder, kept as its configuration says; close them."""
-    return Checkpoints(run.folder / "checkpoints", run.checkpoints.keep, run.checkpoints.keep_best)
+def open_checkpoints(run: Run, out: Output) -> Checkpoints | ObjectCheckpoints:
+    """The run's checkpoints, kept as its configuration says; close them. In a store, its records come before them."""
+    place, kept = place_of(run.folder), run.checkpoints
+    if place is not None:
+        return ObjectCheckpoints(place / "checkpoints", kept.keep, kept.keep_best, out.push)
+    return Checkpoints(run.folder / "checkpoints", kept.keep, kept.keep_best)
+
+
+def _small(name: str) -> bool:
+    """Whether a file of a run is copied with its folder: checkpoints and caches have ways of their own."""
+    return not name.startswith(("checkpoints/", "cache/"))
 
 
 @contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
+def only_writer(folder: Path) -> Iterator[Output]:
     """Holds the run's folder for this job; UserError on every process where another job writes there."""
     # Process 0 holds the lock for the job. A refusal is shared before it is raised, so that no process waits for one
     # that has left.
-    lock = refusal = None
-    if is_first():
-        try:
-            lock = lock_folder(folder, "the run")
-        except UserError as error:
-            refusal = error
+    with ExitStack() as stack:
+        out, refusal = Output.here(folder), None
+        if is_first():
+            try:
+                out = stack.enter_context(written(folder, "the run", wanted=_small, last=("metrics.json",)))
+            except UserError as error:
+                refusal = error
 
-    if from_first(refusal is not None):
-        raise refusal or UserError(f"Process 0 cannot write the run in {folder}; its own sentence says why.")
+        if from_first(refusal is not None):
+            raise refusal or UserError(f"Process 0 cannot write the run in {shown(folder)}; its own sentence says why.")
 
-    try:
-        yield
-    finally:
-        if lock is not None:
-            lock.release()
+        # On other machines the folder is what the first process found, too.
+        if not is_first() and (place := place_of(folder)) is not None:
+            Replica(place, folder, _small).pull()
+        yield out
 
 
-def _left_alone(config: TrainConfig) -> Fitted:
+def _left_alone(config: TrainConfig, out: Output) -> Fitted:
     """The result of a finished run; a drafter that is missing or not whole is exported again."""
-    folder = Path(config.folder)
+    folder = local_path(config.folder)
     summary = read_object(folder / "metrics.json", expected="a run's summary (a run without one goes on)")
     best = summary.get("best_step")
     # The summary is written after the exports: what is missing was removed since, or its export anew was interrupted.
     lost = [name for name in (LAST, BEST) if not saved_whole(folder / name)]
 
     if LAST in lost or (BEST in lost and best is not None):
-        step, _ = _export_run(config)
+        step, _ = _export_run(config, out)
         # The last checkpoint was damaged, so what was exported is not the finished run's drafter yet.
         if step != summary.get("steps"):
-            return _fit(config)
+            return _fit(config, out)
 
     return Fitted(folder, folder / LAST, summary, found=True)
 
 
-def _export_run(config: TrainConfig) -> tuple[int, Path]:
-    require_same_run(Path(config.folder), config)
+def _export_run(config: TrainConfig, out: Output) -> tuple[int, Path]:
+    require_same_run(local_path(config.folder), config)
     run = Run.of(config)
     require_same_inputs(run.folder, run.inputs)
     target = run.tables()
 
-    with open_checkpoints(run) as checkpoints:
+    with open_checkpoints(run, out) as checkpoints:
         # The same way back as a continued run's, so that a damaged checkpoint is passed over here too.
         restored = checkpoints.restore_latest(run.step.abstract)
         if restored is None:

@@ -18,6 +18,7 @@ from dspark_jax.training.checkpoint import Checkpoints
 from dspark_jax.training.evaluation import TAU, Evaluator
 from dspark_jax.training.feeds import open_feed
 from dspark_jax.training.guards import Preempted, Preemption, SkipGuard, updated
+from dspark_jax.training.object_checkpoints import ObjectCheckpoints
 from dspark_jax.training.run import Due, Run
 from dspark_jax.training.run_folder import MetricsLog, NoLog
 from dspark_jax.training.spec import StepSpec
@@ -171,7 +172,9 @@ def tokens_at(batches: Batches, step: int) -> int:
     return int(batches.source.lengths[batches.indices_at(step)].sum())
 
 
-def train(run: Run, shared: SharedTables, checkpoints: Checkpoints) -> tuple[TrainState, list[dict[str, Any]]]:
+def train(
+    run: Run, shared: SharedTables, checkpoints: Checkpoints | ObjectCheckpoints
+) -> tuple[TrainState, list[dict[str, Any]]]:
     """Runs the steps that are left, from the latest whole checkpoint if there is one.
 
     Args:

@@ -13,7 +13,7 @@ from dspark_jax.config.schema import DataSettings
 from dspark_jax.data.cache_writer import CacheWriter
 from dspark_jax.data.chat import template_id
 from dspark_jax.data.codecs import STATES
-from dspark_jax.data.manifest import require_disk
+from dspark_jax.data.manifest import begun, require_room
 from dspark_jax.data.pipeline import Batches
 from dspark_jax.data.records import CacheSpec, Sample, TokenSource, estimate_bytes
 from dspark_jax.data.target_cache import TargetCache
@@ -143,10 +143,8 @@ class Recorder:
 
         # The disk is checked before the first step, not when it is full after hours.
         tokens = int(epoch.sequences.lengths.sum())
-        begun = require_same_settings(folder / "build.json", made, folder)
-        # A resumed run needs room for the rest alone.
-        here = sum(path.stat().st_size for path in folder.glob("shard-*"))
-        require_disk(folder, estimate_bytes(tokens, len(epoch.order), spec, SHARD_BYTES) - here)
+        continued = require_same_settings(begun(folder) / "build.json", made, folder)
+        require_room(folder, estimate_bytes(tokens, len(epoch.order), spec, SHARD_BYTES), SHARD_BYTES)
         barrier("the cache's folder has been looked at")
 
         # Every process has read build.json before the first may write there.
@@ -165,13 +163,13 @@ class Recorder:
                 "it; restore it, or begin the run anew in another folder."
             )
 
-        if not begun and self._next > 0:
+        if not continued and self._next > 0:
             self.close()
             raise UserError(
                 f"{folder} is a cache without build.json, which another program wrote; give a new data.cache."
             )
 
-        if not begun and is_first():
+        if not continued and is_first():
             write_settings(folder / "build.json", made)
 
         self._pending: tuple[int, dict[str, jax.Array]] | None = None

@@ -6,6 +6,7 @@ from typing import Any
 
 from dspark_jax.checkpoints.manifest import Provenance
 from dspark_jax.data.chat import template_id
+from dspark_jax.data.manifest import pulled
 from dspark_jax.data.pipeline import open_cache
 from dspark_jax.data.records import CacheSpec
 from dspark_jax.data.tokenised import Tokenised
@@ -13,6 +14,8 @@ from dspark_jax.data.tokenizers import tokenizer_hash
 from dspark_jax.data.views import Packed, Truncated
 from dspark_jax.errors import UserError
 from dspark_jax.readers import read_object
+from dspark_jax.storage.places import shown
+from dspark_jax.storage.replica import fetched_file
 from dspark_jax.training.run import Run
 
 SPEC_FIELDS = ("target_name", "tokenizer_hash", "chat_template", "max_length", "min_loss_tokens", "num_sources",
@@ -55,7 +58,7 @@ def provenance_of(run: Run) -> Provenance:
 
 def answers_of(conversations: Sequence[Path]) -> list[dict[str, Any]]:
     """The name of each file of conversations, and how its answers were sampled if `train.prepare_data` recorded it."""
-    return [{"file": str(path), "sampling": _sampling(path.with_suffix(".settings.json"))} for path in conversations]
+    return [{"file": shown(path), "sampling": _sampling(path.with_suffix(".settings.json"))} for path in conversations]
 
 
 def _sampling(path: Path) -> dict[str, Any]:
@@ -76,7 +79,7 @@ def cache_provenance(
     Returns:
         `sampling` is that of the answers, if the cache's files agree on it.
     """
-    answers = _read(cache / "build.json").get("answers", [])
+    answers = _read(pulled(cache) / "build.json").get("answers", [])
     drawn = [answer.get("sampling", {}) for answer in answers]
     # Answers drawn in different ways have no single sampling to record.
     sampling = drawn[0] if drawn and all(one == drawn[0] for one in drawn) else {}
@@ -88,6 +91,6 @@ def cache_provenance(
 def _read(path: Path) -> dict[str, Any]:
     """A note beside the data, {} if it is missing or unreadable: training doesn't depend on it."""
     try:
-        return read_object(path)
+        return read_object(fetched_file(path))
     except UserError:
         return {}

@@ -21,6 +21,7 @@ from dspark_jax.data.views import Packed, Tapped, Truncated
 from dspark_jax.distributed import barrier, is_first
 from dspark_jax.serving.prompts import EncodedPrompt, read_prompts
 from dspark_jax.sharding import ShardingRules, make_mesh
+from dspark_jax.storage.places import local_path
 from dspark_jax.targets.target import Target
 from dspark_jax.training.online import open_conversations
 from dspark_jax.training.run_folder import input_hashes, require_built_with, require_same_run, write_config
@@ -116,7 +117,7 @@ class Run:
         Raises:
             UserError: parts of the configuration do not fit together, or the folder's run was begun with others.
         """
-        folder = Path(config.folder)
+        folder = local_path(config.folder)
         # First, since it is cheap: a run of another configuration needs no data opened.
         require_same_run(folder, config)
         target = describe_target(config.target)
@@ -190,7 +191,7 @@ class Run:
 
 def cache_folder(data: DataSettings, folder: Path) -> Path:
     """The cache's folder; RUN/cache where the settings name none."""
-    return Path(data.cache) if data.cache else folder / "cache"
+    return local_path(data.cache) if data.cache else folder / "cache"
 
 
 def make_records(config: TrainConfig, folder: Path, target: Target) -> None:

@@ -4,7 +4,7 @@ config.json      the resolved configuration, written once
 inputs.json      hashes of the target's weights and of the data that the run was begun with
 metrics.jsonl    one JSON object a record: step, losses, acceptance per position, speed
 tensorboard/     the same for TensorBoard
-checkpoints/     Orbax, by step
+checkpoints/     Orbax, by step; in a store as `object_checkpoints` has them
 drafter/         the exported drafter (DeepSpec-native layout)
 drafter_best/    with evaluations: the drafter of the checkpoint that accepted most
 metrics.json     the last record and the run's totals; it is there exactly when the run is finished
@@ -27,9 +27,11 @@ from xxhash import xxh3_64_hexdigest
 
 from dspark_jax.config.cli import from_json, to_json
 from dspark_jax.config.schema import DataSettings, TrainConfig
+from dspark_jax.data.manifest import MANIFEST, pulled
 from dspark_jax.errors import UserError
 from dspark_jax.files import file_hash, weights_hash, write_atomically, write_json
 from dspark_jax.readers import check_fields, object_of, parse_json, read_object
+from dspark_jax.storage.replica import fetched_file
 
 # None of these changes (but for rounding) the parameters that a run arrives at, so a resumed run may differ in them.
 FREE_TO_CHANGE = ("run_dir", "mesh", "checkpoint", "evaluation")
@@ -86,8 +88,8 @@ def input_hashes(target: Path, data: DataSettings, cache: Path) -> dict[str, str
 
     hashes = {"target weights": weights_hash(target)}
     if data.source == "offline":
-        return hashes | {"target cache": file_hash(cache / "manifest.json")}
-    return hashes | {"conversations": file_hash(Path(data.conversations))}
+        return hashes | {"target cache": file_hash(pulled(cache) / MANIFEST)}
+    return hashes | {"conversations": file_hash(fetched_file(data.conversations))}
 
 
 def require_same_inputs(folder: Path, inputs: Mapping[str, str]) -> None:
@@ -114,7 +116,7 @@ def write_inputs(folder: Path, inputs: Mapping[str, str]) -> None:
 
 def require_built_with(cache: Path, target: Path) -> None:
     """UserError when a cache was built with other weights than the target has now; a cache without a note passes."""
-    path = cache / "build.json"
+    path = pulled(cache) / "build.json"
     if not path.exists():  # a cache of another program
         return
 

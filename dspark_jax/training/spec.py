@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ from dspark_jax.drafters.vocabulary import DraftVocabulary
 from dspark_jax.errors import UserError
 from dspark_jax.readers import read_object
 from dspark_jax.sharding import AnyMesh, ShardingRules, gathered
+from dspark_jax.storage.replica import fetched_file
 from dspark_jax.targets.target import Target
 from dspark_jax.training.objective import Objective
 from dspark_jax.training.registry import make_objective
@@ -170,7 +170,7 @@ def draft_vocabulary(path: str, target: Target) -> DraftVocabulary | None:
         return None
 
     # The ids alone: the counts beside them say how they were chosen.
-    ids = read_object(Path(path), expected="a draft vocabulary, as train.draft_vocabulary writes it").get("ids")
+    ids = read_object(fetched_file(path), expected="a draft vocabulary, as train.draft_vocabulary writes it").get("ids")
     if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
         raise UserError(f'{path} is no draft vocabulary; a JSON object with "ids", a list of token ids, was expected.')
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dspark_jax.errors import UserError
+from dspark_jax.storage.places import shown
 
 Records = list[dict[str, Any]]
 
@@ -26,7 +27,7 @@ def summarise(name: str, total_steps: int, records: Records, drafter: Path) -> d
         "skipped": sum(record["skipped"] for record in records),
         "unsupervised": sum(record["unsupervised"] for record in records),
         "accept_rate": [v for k, v in last.items() if k.startswith("accept_rate@")],
-        "drafter": str(drafter),
+        "drafter": shown(drafter),
     }
 
 
