@@ -22,6 +22,7 @@ from dspark_jax.readers import Check, check_fields, object_of, read_object, reas
 
 WEIGHTS = ("*.safetensors", "*.gguf")
 _CHUNK = 1 << 22
+_STORES = re.compile("(s3|gs):/+")
 _HASH = Check("32 hexadecimal digits", lambda v: isinstance(v, str) and re.fullmatch("[0-9a-f]{32}", v) is not None)
 
 
@@ -261,6 +262,7 @@ def lock_folder(folder: Path, what: str = "the folder", *, wait: bool = False) -
     Raises:
         UserError: another process writes there, or the folder can't be made.
     """
+    require_disk_path(folder)
     while True:
         try:
             created = not folder.exists()
@@ -296,6 +298,15 @@ def lock_descriptor(descriptor: int, path: Path, what: str, *, wait: bool = Fals
         raise UserError(f"Another process is writing {what} {path}; wait for it or give another output.") from error
 
 
+def require_disk_path(path: Path) -> None:
+    """UserError for the address of an object store, which would become a folder of that name here."""
+    if _STORES.match(str(path)):
+        raise UserError(
+            f"{path} is in an object store, where this program does not write; give a folder of this machine, and copy "
+            "it there."
+        )
+
+
 def make_output(folder: Path, file: Path | None = None) -> None:
     """Creates a program's output folder and tests that it can be written, before anything is computed.
 
@@ -306,6 +317,7 @@ def make_output(folder: Path, file: Path | None = None) -> None:
     Raises:
         UserError: a folder can't be made or written to.
     """
+    require_disk_path(folder)
     if file is not None:
         make_output(file.parent)
 

@@ -7,17 +7,19 @@ The layout of --drafter is detected from its config.json; docs/interop.md lists 
 that a layout cannot express is refused in a sentence, and nothing is written.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from dspark_jax.checkpoints.drafters import drafter_layout, load_drafter, save_drafter
+from dspark_jax.checkpoints.folder_layout import CONFIG_FILE
 from dspark_jax.checkpoints.huggingface import load_target, resolve_folder
-from dspark_jax.checkpoints.manifest import provenance_of, read_manifest
+from dspark_jax.checkpoints.manifest import MANIFEST_FILE, provenance_of, read_manifest
 from dspark_jax.config.cli import parse, program
 from dspark_jax.errors import UserError
-from dspark_jax.files import check_new_folder, lock_folder
+from dspark_jax.files import check_new_folder
 from dspark_jax.report import table
+from dspark_jax.storage.replica import written
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,11 @@ def main(argv: list[str]) -> None:
     settings = parse(ExportSettings, argv, description=__doc__)
     found = drafter_layout(settings.drafter)
     # From before the weights are loaded: files of another drafter must not mix with this one's.
-    with lock_folder(settings.output, "the export"):
-        check_new_folder(settings.output)
-        export(settings)
+    with written(settings.output, "the export", last=(CONFIG_FILE, MANIFEST_FILE)) as out:
+        check_new_folder(out.folder)
+        export(replace(settings, output=out.folder))
+        rows = [(file.name, f"{file.stat().st_size:,} bytes") for file in sorted(out.folder.iterdir())]
 
-    rows = [(file.name, f"{file.stat().st_size:,} bytes") for file in sorted(settings.output.iterdir())]
     print(table(("file", f"{found.name} -> {settings.layout}"), rows))
 
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Protocol
@@ -71,7 +71,14 @@ class Started:
         os.close(stderr)
 
 
-def start(command: Sequence[str], compiled: Path, *, fresh: bool = False, file_bytes: int | None = None) -> Started:
+def start(
+    command: Sequence[str],
+    compiled: Path,
+    *,
+    fresh: bool = False,
+    file_bytes: int | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> Started:
     """Starts a program.
 
     Args:
@@ -79,17 +86,20 @@ def start(command: Sequence[str], compiled: Path, *, fresh: bool = False, file_b
         compiled: folder of compiled programs, where the environment names none.
         fresh: a new interpreter instead of a fork.
         file_bytes: the most bytes that a file may have.
+        variables: of its environment, beside those of this process.
     """
+    variables = dict(variables or {})
     reads, writes = _FORKS.Pipe(duplex=False)
     module, *arguments = map(str, command)
     if fresh:
         confine = None if file_bytes is None else lambda: _confine(file_bytes)
         process: _Process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments], cwd=ROOT, env=_cache_variables(compiled) | os.environ,
-            stdout=subprocess.DEVNULL, stderr=writes.fileno(), preexec_fn=confine,
+            [sys.executable, "-m", module, *arguments],
+            cwd=ROOT, env=_cache_variables(compiled) | os.environ | variables, stdout=subprocess.DEVNULL,
+            stderr=writes.fileno(), preexec_fn=confine,
         )  # fmt: skip
     else:
-        forked = _FORKS.Process(target=_execute, args=(module, arguments, str(compiled), file_bytes, writes))
+        forked = _FORKS.Process(target=_execute, args=(module, arguments, str(compiled), file_bytes, variables, writes))
         forked.start()
         process = forked
     writes.close()
@@ -112,10 +122,18 @@ def _confine(file_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.RLIM_INFINITY))
 
 
-def _execute(module: str, arguments: list[str], compiled: str, file_bytes: int | None, stderr: Connection) -> None:
+def _execute(
+    module: str,
+    arguments: list[str],
+    compiled: str,
+    file_bytes: int | None,
+    variables: dict[str, str],
+    stderr: Connection,
+) -> None:
     """The program in the forked process."""
     import jax  # the fork server has it; whoever starts programs need not
 
+    os.environ.update(variables)
     os.dup2(stderr.fileno(), 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     stderr.close()

@@ -89,6 +89,10 @@ class S3Server:
         self._process.kill()
         self._process.wait()
 
+    def become(self, stores: Path) -> None:
+        """Lets this process use the server, for as long as it lives."""
+        os.environ.update(on_this_machine(self, stores))
+
     def faults(self, every: int = 0, status: int = 0, seconds: float = 0.0) -> None:
         """Every n-th request from now on waits, and fails where a status is given; 0: none."""
         self._ask("/-/faults", "POST", json.dumps({"every": every, "status": status, "seconds": seconds}).encode())
@@ -104,7 +108,8 @@ class S3Server:
 
 def on_this_machine(server: S3Server, stores: Path) -> dict[str, str]:
     """The environment of a program that uses the server and keeps its copies in `stores`."""
-    return {**server.variables, "DSPARK_STORES": str(stores), "DSPARK_STORE_SECONDS": "30"}
+    patience = {"DSPARK_STORE_SECONDS": "30", "DSPARK_LEASE_SECONDS": "2"}
+    return {**server.variables, **patience, "DSPARK_STORES": str(stores)}
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dspark_jax.data import cache_writer as cache_writer_module
 from dspark_jax.data.cache_writer import CacheWriter
 from dspark_jax.data.deepspec_cache import DeepSpecCache, DeepSpecCacheWriter
 from dspark_jax.data.manifest import require_disk
@@ -19,6 +18,7 @@ from dspark_jax.data.pipeline import open_cache
 from dspark_jax.data.records import Sample, estimate_bytes
 from dspark_jax.data.target_cache import TargetCache
 from dspark_jax.errors import UserError
+from dspark_jax.storage import replica as replica_module
 from tests.golden_data import check_target_cache
 from tests.kill_cache import SHARD_BYTES, SOURCES, SPEC, digest, kill_and_compare, make_sample, write_cache
 
@@ -102,7 +102,7 @@ def test_crash_at_every_file_operation_ends_with_the_same_bytes(written, tmp_pat
 
         return call
 
-    def remembered(folder, what, lock=cache_writer_module.lock_folder):
+    def remembered(folder, what, lock=replica_module.lock_folder):
         locks.append(lock(folder, what))
         return locks[-1]
 
@@ -114,7 +114,7 @@ def test_crash_at_every_file_operation_ends_with_the_same_bytes(written, tmp_pat
     monkeypatch.setattr(os, "fsync", counted(os.fsync))
     monkeypatch.setattr(os, "replace", counted(os.replace))
     monkeypatch.setattr(Path, "unlink", unlink)
-    monkeypatch.setattr(cache_writer_module, "lock_folder", remembered)
+    monkeypatch.setattr(replica_module, "lock_folder", remembered)
     expected, operations = digest(written), 0
     while True:
         folder, operations = tmp_path / str(operations), operations + 1

@@ -13,6 +13,11 @@ which ends with the same file where the target runs locally on as many devices. 
 OUTPUT.rejected.jsonl (conversations set aside, each with the reason), OUTPUT.settings.json and OUTPUT.metrics.json.
 """
 
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 from dspark_jax.config.cli import parse, program
 from dspark_jax.datagen.preparation import begin, load_regenerator, regenerate, with_self_prompts
 from dspark_jax.datagen.regeneration import Answerer
@@ -20,11 +25,24 @@ from dspark_jax.datagen.server import ServedAnswers
 from dspark_jax.datagen.settings import PrepareSettings
 from dspark_jax.datagen.sources import prompts_sha256, read_sources
 from dspark_jax.report import listing
+from dspark_jax.storage.places import local_path
+from dspark_jax.storage.replica import written_file
 
 
 @program
 def main(argv: list[str]) -> None:
     settings = parse(PrepareSettings, argv, description=__doc__)
+    # Of a place, its files beside OUTPUT come too, and are sent as they grow.
+    with written_file(settings.output, "the conversations") as out:
+        metrics, reasons = prepare(replace(settings, output=local_path(settings.output)), out.push)
+
+    print(listing(metrics))
+    for reason, count in reasons.most_common(10):
+        print(f"set aside ({count:,}): {reason}")
+
+
+def prepare(settings: PrepareSettings, push: Callable[[], None]) -> tuple[dict[str, Any], Counter[str]]:
+    """The whole run, as `regenerate`; `push` brings what was written to where it belongs."""
     if settings.self_prompts:
         settings, dropped = with_self_prompts(settings)
         for reason, count in dropped.most_common():
@@ -39,10 +57,7 @@ def main(argv: list[str]) -> None:
     else:
         answerer = load_regenerator(settings, prompts)
 
-    metrics, reasons = regenerate(settings, answerer, sources, refused)
-    print(listing(metrics))
-    for reason, count in reasons.most_common(10):
-        print(f"set aside ({count:,}): {reason}")
+    return regenerate(settings, answerer, sources, refused, push)
 
 
 if __name__ == "__main__":

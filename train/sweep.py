@@ -18,6 +18,7 @@ from dspark_jax.config.schema import TrainConfig
 from dspark_jax.config.sweep import Sweep, load_sweep, part
 from dspark_jax.errors import UserError
 from dspark_jax.files import write_json
+from dspark_jax.storage.places import place_of
 from dspark_jax.training.point_processes import Point, Runner, report_failures
 from dspark_jax.training.run_folder import require_same_run
 from dspark_jax.training.sweep_report import summary_plot, summary_rows, summary_table
@@ -71,6 +72,9 @@ def resolve(sweep: Sweep, settings: SweepSettings, options: list[str]) -> dict[s
 
 
 def sweep_folder(sweep: Sweep, settings: SweepSettings) -> Path:
+    # The summary is drawn from the files of all points, which a job of another machine may have written.
+    if place_of(settings.output) is not None:
+        raise UserError(f"--output is {settings.output}; a sweep needs a folder that all of its machines mount.")
     return Path(settings.output or f"runs/sweeps/{sweep.name}")
 
 

@@ -4,7 +4,7 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ from dspark_jax.targets.registry import read_target_config
 ANSWERED: Schema = {"tokens": integer(), "finish_reason": text()}
 SET_ASIDE: Schema = {"reason": text()}
 JUDGED: Schema = {"reason": optional(text())}
+PUSH_SECONDS = 60.0
+"""Work that a kill may cost where the output lies in a store."""
 MOVE_AWAY = "move the file away and run again"
 
 
@@ -135,7 +137,11 @@ def begin(settings: PrepareSettings, identity: Mapping[str, Any]) -> None:
 
 
 def regenerate(
-    settings: PrepareSettings, answerer: Answerer, sources: list[Source], refused: list[Rejected]
+    settings: PrepareSettings,
+    answerer: Answerer,
+    sources: list[Source],
+    refused: list[Rejected],
+    push: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Any], Counter[str]]:
     """Answers the conversations that are not finished, then sorts the files by the order of the sources.
 
@@ -144,6 +150,7 @@ def regenerate(
         answerer: the target here, or a server of it.
         sources: conversations to answer.
         refused: conversations set aside when they were read.
+        push: called every minute, to bring what was written to a store.
 
     Returns:
         As `summarise`.
@@ -155,6 +162,7 @@ def regenerate(
     order = {source.id: source.index for source in [*sources, *(r.source for r in refused)]}
     fitting, too_long = answerer.sort_out(sources)
     began, made = time.perf_counter(), 0
+    pushed = began
 
     with ResumableJsonl(settings.output) as done, ResumableJsonl(settings.beside("rejected.jsonl")) as aside:
         # Another input would leave its answers in the file, beside those of this one.
@@ -173,8 +181,13 @@ def regenerate(
                 done.append(_row(e) for e in ended if isinstance(e, Finished))
                 aside.append(_rejected_row(e) for e in ended if isinstance(e, Rejected))
                 made += sum(e.tokens for e in ended if isinstance(e, Finished))
+                now = time.perf_counter()
                 bar.update(len(ended))
-                bar.set_postfix_str(f"{made / (time.perf_counter() - began):,.0f} tokens/s", refresh=False)
+                bar.set_postfix_str(f"{made / (now - began):,.0f} tokens/s", refresh=False)
+                # An object has no append: the whole file is sent each time, so not with every answer.
+                if now - pushed > PUSH_SECONDS:
+                    push()
+                    pushed = now
 
         # Written as they ended, whose order depends on timing; sorted, equal runs give equal bytes.
         for path in (done.path, aside.path):

@@ -2,7 +2,7 @@
 
 A disk's lock ends with its process; an object has to be renewed instead. Its holder writes it anew every few seconds,
 on the condition that it is still the one that it wrote last. A process that finds it watches: while it changes, the
-place has a writer; when it has stood still for `SECONDS`, its writer is gone. Taking it over is a write on the
+place has a writer; when it has stood still for `lease_seconds()`, its writer is gone. Taking it over is a write on the
 condition that it still stands as it was watched, so of several processes one gets it. No clocks are compared.
 """
 
@@ -22,7 +22,7 @@ from dspark_jax.storage import objects
 from dspark_jax.storage.objects import Found, Unconditional
 from dspark_jax.storage.places import Place
 
-SECONDS = 60.0
+SECONDS = "DSPARK_LEASE_SECONDS"
 FILE = ".writer.json"
 _POLLS = 12
 
@@ -35,13 +35,14 @@ class Lease:
         folder: of this process for this place, which it has locked: the same folder of the same machine in the object
             means that its holder is gone, without waiting.
         what: the place's role in a sentence, as in "the run".
-        seconds: for which an object must stand still before it is taken over.
+        seconds: for which an object must stand still before it is taken over; None: `lease_seconds()`.
     Raises:
         UserError: another process writes there.
     """
 
-    def __init__(self, place: Place, folder: Path, what: str, seconds: float = SECONDS):
-        self.place, self.what, self._seconds = place, what, seconds
+    def __init__(self, place: Place, folder: Path, what: str, seconds: float | None = None):
+        self.place, self.what = place, what
+        self._seconds = lease_seconds() if seconds is None else seconds
         self._held: Found | None = None
         self._lost = False
         self._count, self._host = 0, socket.gethostname()
@@ -143,6 +144,14 @@ class Lease:
         # The count makes every renewal another content, and so another tag.
         content = {"token": self._token, "host": self._host, "here": self._here, "count": self._count}
         return json.dumps(content).encode()
+
+
+def lease_seconds() -> float:
+    """Seconds after which a writer that gives no sign of life is taken for dead: $DSPARK_LEASE_SECONDS, else 60."""
+    text = os.environ.get(SECONDS) or "60"
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"{SECONDS} is {text!r}; a whole number of seconds was expected.")
+    return float(text)
 
 
 def _identity(folder: Path) -> str:

@@ -5,7 +5,7 @@ run goes on in the same way on this machine and on another.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +183,7 @@ class Output:
 
 @contextmanager
 def written(
-    location: Location, what: str, *, wanted: Wanted = lambda name: True, last: Sequence[str] = (), lock: bool = True
+    location: Location, what: str, *, wanted: Wanted = lambda name: True, last: Sequence[str] = ()
 ) -> Iterator[Output]:
     """Holds a folder for writing: a place's files are pulled, and pushed at the end of the block, even by an error.
 
@@ -192,25 +192,45 @@ def written(
         what: its role in a sentence, as in "the run".
         wanted: which relative names belong to it.
         last: names that are pushed after all others, because their presence says that the rest is whole.
-        lock: take this machine's lock of the folder; False where the caller has it.
     Raises:
         UserError: another process writes there, or the store refuses.
     """
     folder, place = local_path(location), place_of(location)
-    with lock_folder(folder, what) if lock else nullcontext():
+    with lock_folder(folder, what):
         if place is None:
             yield Output.here(folder)
             return
 
-        with Lease(place / FILE, folder, what) as lease:
-            replica = Replica(place, folder, wanted)
-            replica.pull()
-            output = Output(folder, replica, lease, last)
-            try:
-                yield output
-            except BaseException:
-                # The error that ends the block is the one to report.
-                with suppress(UserError):
-                    output.push()
-                raise
+        with Lease(place / FILE, folder, what) as lease, _pushed(Replica(place, folder, wanted), lease, last) as out:
+            yield out
+
+
+@contextmanager
+def written_file(location: Location, what: str) -> Iterator[Output]:
+    """`written` for a file NAME.SUFFIX and those named NAME.* beside it; nothing is done for a file of this machine."""
+    path, place = local_path(location), place_of(location)
+    if place is None:
+        yield Output.here(path.parent)
+        return
+
+    stem = path.stem
+    # The folder holds other files with writers of their own, so a folder of this name alone is locked.
+    locked = path.with_name(f".{stem}")
+    with lock_folder(locked, what), Lease(place.parent / f".{stem}{FILE}", locked, what) as lease:
+        replica = Replica(place.parent, path.parent, lambda name: name.startswith(f"{stem}."))
+        with _pushed(replica, lease, ()) as out:
+            yield out
+
+
+@contextmanager
+def _pushed(replica: Replica, lease: Lease, last: Sequence[str]) -> Iterator[Output]:
+    replica.pull()
+    output = Output(replica.folder, replica, lease, last)
+    try:
+        yield output
+    except BaseException:
+        # The error that ends the block is the one to report.
+        with suppress(UserError):
             output.push()
+        raise
+    output.push()
