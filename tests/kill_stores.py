@@ -3,8 +3,8 @@
     python -m tests.kill_stores {regenerate|cache|train} --times 10 [--seed N] [--every 4] [--scratch DIR]
 
 The store is moto's S3 server on this machine; every `--every`-th request is slow and fails with 503, before its work or
-after it. After each kill the run continues, in turn on the same machine and on one that has nothing of it. Prints a line
-a kill and a verdict; exits 1 when any compared file differs.
+after it. After each kill the run continues, in turn on the same machine and on one that has nothing of it. Prints a
+line a kill and a verdict; exits 1 when any compared file differs.
 """
 
 import argparse
