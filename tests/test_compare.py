@@ -13,7 +13,7 @@ from dspark_jax.checkpoints.target_tables import describe_target
 from dspark_jax.files import weights_hash, write_settings
 from dspark_jax.training.synthetic_cache import write_synthetic_cache
 from tests.tiny import write_tiny_target
-from train.studies.compare import CompareSettings, all_points, finished, main, point_config
+from train.studies.compare import CompareSettings, all_points, finished, main, point_config, take_conversations
 from train.studies.compare_report import estimate, publish, report
 from train.studies.comparison import BLOCKS, CONTESTANTS, MAIN, StudyPoint, study_points
 
@@ -57,6 +57,22 @@ def test_layers_may_start_as_the_target_s_last():
     settings = CompareSettings(start="target")
     assert point_config(settings, StudyPoint("dspark", 2, 7, 0), 20).drafter.init_target_layers == (8, 9)
     assert point_config(settings, StudyPoint("dflash", 1, 7, 0), 20).drafter.init_target_layers == (9,)
+    assert point_config(settings, StudyPoint("eagle3", 1, 7, 0), 20).drafter.init_target_layers == (9,)
+
+
+def test_another_target_s_recipe_shortens_the_vocabulary_of_those_that_can():
+    settings = CompareSettings(recipe="smollm2_135m_dspark", max_length=96, batch=2)
+    made = {name: point_config(settings, StudyPoint(name, 1, 7, 0), 20) for name in MAIN}
+    assert all((config.data.length_buckets, config.data.global_batch) == ((48, 72, 96), 2) for config in made.values())
+    assert [bool(made[name].drafter.draft_vocabulary) for name in MAIN] == [True, True, False, False]
+    assert {config.drafter.mask_token_id for config in made.values()} == {3}
+
+
+def test_the_first_conversations_of_each_domain_are_taken(tmp_path: Path):
+    rows = [{"id": str(i), "domain": "ab"[i % 2], "messages": []} for i in range(6)]
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    take_conversations(tmp_path / "all.jsonl", tmp_path / "some.jsonl", 2)
+    assert [json.loads(line) for line in (tmp_path / "some.jsonl").open()] == rows[:4]
 
 
 def test_estimates_have_student_s_intervals():
@@ -114,7 +130,7 @@ def test_the_report_of_a_whole_study(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "DSpark over DFlash: +" in printed and "MTP-1" in printed and "+2.0%" in printed
     for plot in ("figure2", "figure3", "figure4"):
         assert (tmp_path / f"{plot}.png").stat().st_size > 5000
-    publish(tmp_path, tmp_path / "results")
+    publish(tmp_path, tmp_path / "results", "compare")
     assert json.loads((tmp_path / "results" / "compare.json").read_text()) == metrics
     assert (tmp_path / "results" / "compare_figure2.png").exists()
 

@@ -17,6 +17,7 @@ from dspark_jax import load_target
 from dspark_jax.checkpoints.huggingface import save_target, stop_tokens
 from dspark_jax.errors import UserError
 from dspark_jax.targets.config import RopeConfig, config_sha256
+from dspark_jax.targets.layers import head_logits
 from dspark_jax.targets.registry import read_target_config
 from tests.decoding_tiny import next_logits, run_python
 from tests.drafters_tiny import target_hf_config
@@ -251,3 +252,12 @@ def test_a_window_hides_what_is_older(tmp_path: Path) -> None:
     assert np.allclose(logits[0, 5:], logits[1, 5:], atol=1e-6) and not np.allclose(
         logits[0, 4], logits[1, 4], atol=1e-4
     )
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 8, 13, 16, 17])
+def test_the_head_gives_the_same_logits_for_any_number_of_rows(rows: int) -> None:
+    # Counts that are filled up on a CPU, their neighbours, and those that are not.
+    rng = np.random.default_rng(rows)
+    hidden, head = rng.standard_normal((rows, 8), np.float32), rng.standard_normal((24, 8), np.float32)
+    found = jax.jit(head_logits, static_argnums=2)(hidden[None], head, None)
+    np.testing.assert_allclose(found, hidden[None] @ head.T, atol=1e-5)

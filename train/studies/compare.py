@@ -5,12 +5,19 @@
     python -m train.studies.compare --only depth block       the curves over depth and block length (Figures 3 and 4)
     python -m train.studies.compare --results docs/results   also copies metrics, plots and the command there
 
+Of another target, here the real one from copies of its layers, on conversations that it has answered before:
+
+    python -m train.studies.compare --target .cache/real_target --recipe smollm2_135m_dspark --start target \\
+        --only main --layers 1 8 15 22 28 --conversations assets/smollm2_135m_drafter/conversations.parquet
+
 The target answers the embedded prompts once, and all points share one cache of its hidden states. Each point is a
 process: it trains for the same steps on the same sequences, then decodes held-out prompts. The same command continues
 a stopped study. OUTPUT/points/NAME is a run, NAME.json its figures; metrics.json and the plots are the results.
 """
 
+import json
 import subprocess
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,10 +26,11 @@ from dspark_jax.checkpoints.huggingface import read_hf_config, resolve_folder
 from dspark_jax.config.cli import parse, program
 from dspark_jax.config.schema import TrainConfig
 from dspark_jax.config.sweep import Diff, part
+from dspark_jax.data.conversations import file_rows
 from dspark_jax.data.manifest import Manifest
 from dspark_jax.errors import UserError
 from dspark_jax.evaluation.acceptance import COUNTS
-from dspark_jax.files import require_same_settings, weights_hash, write_json, write_settings
+from dspark_jax.files import replacing, require_same_settings, weights_hash, write_json, write_settings
 from dspark_jax.programs import program_command
 from dspark_jax.readers import read_object
 from dspark_jax.targets.config import config_sha256
@@ -32,8 +40,13 @@ from dspark_jax.training.point_processes import Point, Runner, report_failures
 from .compare_report import publish, report
 from .comparison import PARTS, Part, StudyPoint, study_points
 
-MAX_LENGTH = 256
 HEAD_COST = "head_cost"
+
+
+POSITIVE = (
+    "seeds", "steps", "depth", "anchors", "batch", "max_length", "prompts", "heldout", "samples", "max_new_tokens",
+)  # fmt: skip
+"""Settings that are at least 1."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,8 @@ class CompareSettings:
 
     target: str = "embedded"
     """Folder or hub id of the target."""
+    recipe: str = "embedded_dspark"
+    """Configuration of DSpark for this target, which all points start from."""
     output: Path = Path("runs/compare")
     """Folder of the study."""
     only: tuple[Literal["data", "main", "depth", "block"], ...] = ()
@@ -59,9 +74,15 @@ class CompareSettings:
     anchors: int = 24
     """Blocks of a sequence that DSpark, DFlash and MTP-1 are trained on; Eagle3 is trained on every position."""
     start: Literal["random", "target"] = "random"
-    """Initial layers of DSpark and DFlash: random, or copies of the target's. Other kinds cannot have copies."""
+    """Initial layers of the drafters: random, or copies of the target's last."""
+    batch: int = 4
+    """Sequences of a step."""
+    max_length: int = 256
+    """Positions of a training sequence; what is longer is cut."""
+    conversations: str = ""
+    """Conversations with the target's answers to train on; empty: the target answers the embedded prompts."""
     prompts: int = 500
-    """Training prompts of each domain."""
+    """Training prompts of each domain, or conversations of that file."""
     cache: str = ""
     """A target cache to use if its manifest fits; empty: OUTPUT/cache, which is built where it is missing."""
     heldout: int = 20
@@ -78,11 +99,13 @@ class CompareSettings:
     """Parts that the points are dealt into."""
     results: str = ""
     """Folder to copy metrics and plots to."""
+    results_name: str = "compare"
+    """Name of the copies: NAME.json, and the beginning of the plots' names."""
     point: str = ""
     """Run this one point in this process."""
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "steps", "depth", "anchors", "prompts", "heldout", "samples", "max_new_tokens"):
+        for name in POSITIVE:
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; at least 1 was expected.")
 
@@ -100,7 +123,8 @@ class CompareSettings:
 
 
 IDENTITY = (
-    "minutes", "depth", "layers", "anchors", "start", "prompts", "cache", "heldout", "samples", "max_new_tokens",
+    "recipe", "minutes", "depth", "layers", "anchors", "start", "batch", "max_length", "conversations", "prompts",
+    "cache", "heldout", "samples", "max_new_tokens",
 )  # fmt: skip
 """Settings shared by all points of a study, beside the target and the steps."""
 
@@ -128,7 +152,7 @@ def main(argv: list[str]) -> None:
     about = {"command": " ".join(["python -m train.studies.compare", *argv]), "steps": steps, **asdict(settings)}
     made = report(settings.output, finished(settings), read_if_there(result_file(settings, HEAD_COST)), about)
     if made and settings.results:
-        publish(settings.output, Path(settings.results))
+        publish(settings.output, Path(settings.results), settings.results_name)
 
     report_failures(failed, runner.logs)
 
@@ -191,18 +215,34 @@ def prepare(settings: CompareSettings) -> None:
     if settings.cache:
         raise UserError(f"{settings.cache} is no finished cache; leave --cache out, and the study makes its own.")
 
-    # Temperature 1 and the whole law: drafters learn the distribution that they are measured on.
     conversations = settings.output / "conversations.jsonl"
-    run(
-        *("train.prepare_data", "--target", settings.target, "--embedded-prompts", "code,chat,math"),
-        *("--limit", settings.prompts, "--output", conversations, "--max-new-tokens", settings.max_new_tokens),
-        *("--temperature", 1.0, "--top-p", 1.0, "--slots", 64, "--dtype", "float32"),
-    )
+    if settings.conversations:
+        take_conversations(Path(settings.conversations), conversations, settings.prompts)
+    else:
+        # Temperature 1 and the whole law: drafters learn the distribution that they are measured on.
+        run(
+            *("train.prepare_data", "--target", settings.target, "--embedded-prompts", "code,chat,math"),
+            *("--limit", settings.prompts, "--output", conversations, "--max-new-tokens", settings.max_new_tokens),
+            *("--temperature", 1.0, "--top-p", 1.0, "--slots", 64, "--dtype", "float32"),
+        )
     run(
         *("train.build_cache", "--target", settings.target, "--conversations", conversations),
         *("--output", settings.cache_folder, "--layers", *cached_layers(settings)),
-        *("--max-length", MAX_LENGTH, "--compute-dtype", "float32"),
+        *("--max-length", settings.max_length, "--compute-dtype", "float32"),
     )
+
+
+def take_conversations(file: Path, to: Path, each: int) -> None:
+    """Writes the first `each` conversations of every domain in `file` to a JSONL file, in the file's order."""
+    taken = Counter[str]()
+    with replacing(to) as temporary, temporary.open("w", encoding="utf-8") as out:
+        for _, row in file_rows(file):
+            if isinstance(row, UserError):
+                raise row
+            domain = str(row.get("domain", "")) if isinstance(row, dict) else ""
+            taken[domain] += 1
+            if taken[domain] <= each:
+                out.write(json.dumps(row) + "\n")
 
 
 def target_layers(settings: CompareSettings) -> int:
@@ -270,15 +310,16 @@ def run_point(settings: CompareSettings, points: list[StudyPoint], name: str) ->
 def point_config(settings: CompareSettings, point: StudyPoint, steps: int) -> TrainConfig:
     """The point's training run: its drafter's recipe, with data and steps shared by all points."""
     # Steps end the run, not epochs: all points see the same sequences in the same order.
+    longest = settings.max_length
     common: Diff = {
         "target": settings.target,
         "run_dir": str(settings.output / "points" / point.name),
         "drafter.target_layer_ids": settings.layers,
         "drafter.num_anchors": settings.anchors,
         "data.cache": str(settings.cache_folder),
-        "data.max_length": MAX_LENGTH,
-        "data.length_buckets": (128, 192, 256),
-        "data.global_batch": 4,
+        "data.max_length": longest,
+        "data.length_buckets": (longest // 2, 3 * longest // 4, longest),
+        "data.global_batch": settings.batch,
         "epochs": 1_000_000,
         "max_steps": steps,
         "log_every": max(1, steps // 20),
@@ -286,7 +327,7 @@ def point_config(settings: CompareSettings, point: StudyPoint, steps: int) -> Tr
         "checkpoint.keep": 1,
     }
 
-    return point.config(common, target_layers(settings), copies=settings.start == "target")
+    return point.config(settings.recipe, common, target_layers(settings), copies=settings.start == "target")
 
 
 def step_count(settings: CompareSettings) -> int:

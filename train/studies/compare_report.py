@@ -204,14 +204,14 @@ def _shown(value: Mapping[str, Any], percent: bool = False) -> str:
     return form.format(value["mean"]) + spread
 
 
-def publish(folder: Path, results: Path) -> None:
-    """Copies metrics.json to RESULTS/compare.json and the plots beside it."""
+def publish(folder: Path, results: Path, name: str) -> None:
+    """Copies metrics.json to RESULTS/NAME.json and the plots beside it."""
     results.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(folder / "metrics.json", results / "compare.json")
+    shutil.copyfile(folder / "metrics.json", results / f"{name}.json")
     # Under names of the study, since other results lie in the same folder.
     for plot in sorted(folder.glob("*.png")):
-        shutil.copyfile(plot, results / f"compare_{plot.name}")
-    print(f"copied to {results / 'compare.json'}")
+        shutil.copyfile(plot, results / f"{name}_{plot.name}")
+    print(f"copied to {results / name}.json")
 
 
 def _plain(value: Any) -> Any:

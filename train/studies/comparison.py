@@ -1,4 +1,4 @@
-"""The points of the study of drafters, and how each differs from `embedded_dspark`.
+"""The points of the study of drafters, and how each differs from the target's DSpark recipe.
 
 All points share recipe, data, feature layers, sequences a step, steps and seeds; they differ in kind, depth and block.
 """
@@ -21,6 +21,8 @@ HEADLESS: Diff = {
     "drafter.enable_confidence_head": False,
     "drafter.confidence_head_with_markov": False,
 }
+# Only DSpark and DFlash can leave words out, where the recipe does.
+WHOLE_VOCABULARY: Diff = {"drafter.draft_vocabulary": ""}
 CROSS_ENTROPY: Diff = {"loss.ce_alpha": 1.0, "loss.l1_alpha": 0.0, "loss.confidence_alpha": 0.0}
 
 
@@ -30,7 +32,7 @@ class Contestant:
 
     Attributes:
         label: for tables and plots.
-        diff: changes to `embedded_dspark`.
+        diff: changes to the recipe.
         single: has one layer, whatever the depth of the others.
         block: γ in the main comparison.
         last_layer: is fed by the target's last layer, as it was devised, and not by the layers that the others share.
@@ -47,9 +49,13 @@ CONTESTANTS: dict[str, Contestant] = {
     "dspark": Contestant("DSpark", {}),
     "dflash": Contestant("DFlash", {"drafter.kind": "dflash", **HEADLESS, **CROSS_ENTROPY}),
     # Its loss is its own, a soft cross-entropy over the steps of its rollout (docs/algorithm.md, rule 56).
-    "eagle3": Contestant("Eagle3", {"drafter.kind": "eagle3", **HEADLESS}, single=True),
+    "eagle3": Contestant("Eagle3", {"drafter.kind": "eagle3", **HEADLESS, **WHOLE_VOCABULARY}, single=True),
     "mtp1": Contestant(
-        "MTP-1", {"drafter.kind": "mtp", **HEADLESS, **CROSS_ENTROPY}, single=True, block=1, last_layer=True
+        "MTP-1",
+        {"drafter.kind": "mtp", **HEADLESS, **CROSS_ENTROPY, **WHOLE_VOCABULARY},
+        single=True,
+        block=1,
+        last_layer=True,
     ),
     "dspark_rnn": Contestant("DSpark RNN", {"drafter.markov_head_type": "rnn"}),
 }
@@ -71,16 +77,17 @@ class StudyPoint:
     def name(self) -> str:
         return f"{self.drafter},depth={self.depth},block={self.block},seed={self.seed}"
 
-    def config(self, common: Diff, target_layers: int, copies: bool) -> TrainConfig:
+    def config(self, recipe: str, common: Diff, target_layers: int, copies: bool) -> TrainConfig:
         """The point's training configuration.
 
         Args:
+            recipe: name of the target's DSpark configuration.
             common: fields shared by all points.
             target_layers: number of the target's layers.
-            copies: start the draft layers as copies of the last target layers, for kinds whose layers fit.
+            copies: start the draft layers as copies of the last target layers.
         """
         contestant = CONTESTANTS[self.drafter]
-        first = target_layers - self.depth if copies and not contestant.single else target_layers
+        first = target_layers - self.depth if copies else target_layers
         # An empty range starts the layers at random.
         own: Diff = {
             "name": self.name,
@@ -94,7 +101,7 @@ class StudyPoint:
         if contestant.last_layer:
             own["drafter.target_layer_ids"] = (target_layers - 1,)
 
-        return apply_diff(load_config("embedded_dspark"), {**contestant.diff, **common, **own})
+        return apply_diff(load_config(recipe), {**contestant.diff, **common, **own})
 
 
 def study_points(part: Part, depth: int, seeds: int) -> list[StudyPoint]:
