@@ -77,16 +77,22 @@ def taps_of(kind: str, layers: int) -> tuple[int, ...]:
 
 @cache
 def kind_pair(
-    kind: str, block_size: int = 3, spread: float = 0.4, head: str = "vanilla", **config: Any
+    kind: str,
+    block_size: int = 3,
+    spread: float = 0.4,
+    head: str = "vanilla",
+    options: tuple[tuple[str, Any], ...] = (),
+    **config: Any,
 ) -> tuple[Target, Drafter]:
     """A target of six tokens, and a random drafter of any kind of the registry: over so few tokens chance alone is
-    right at times, and at temperature 1 often."""
+    right at times, and at temperature 1 often. `options` are further settings of the drafter."""
     small = {"vocab_size": 6, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "head_dim": 4}
     small |= {"num_key_value_heads": 1, "initializer_range": 0.4, "max_position_embeddings": 64}
     target = tiny_target(5, 1.0, **small | config)
     hf_config = drafter_hf_config(
         target.hf_config, kind=kind, num_layers=1, target_layer_ids=taps_of(kind, target.config.num_layers),
         mask_token_id=0, block_size=block_size, markov_rank=4, markov_head_type=head, dtype="float32",
+        **dict(options),
     )  # fmt: skip
     graphdef, abstract = split(skeleton(hf_config))
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), random_leaves(abstract, spread, 1))

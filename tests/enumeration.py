@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dspark_jax.decoding.acceptance import BlockVerification, RejectionSampling
-from dspark_jax.drafters.laws import Dense
+from dspark_jax.drafters.laws import Dense, DraftLaw
 from dspark_jax.scheduling.costs import CostTable, Occupancy, ScheduleTables
 from dspark_jax.scheduling.policies import PolicyState, RoundView
 
@@ -82,7 +82,7 @@ class World:
         def rows(x: np.ndarray) -> jax.Array:
             return jnp.asarray(np.repeat(x, len(sides), axis=0), jnp.int32 if x.dtype == np.int64 else jnp.float32)
 
-        law = Dense(rows(q))
+        law = jax.tree.map(jnp.asarray, self.handed_over(np.repeat(q, len(sides), axis=0)))
         found = jax.jit(self.rule)(rows(before[:, 1:]), law, rows(p), near.reshape(-1, self.block), rows(lengths))
         accepted = np.asarray(found.accepted).reshape(measure.shape)
         chances = measure[..., None] * np.asarray(found.next_law).reshape(*measure.shape, -1)
@@ -93,10 +93,16 @@ class World:
             made[cases[n]][key] = made[cases[n]].get(key, 0.0) + float(chances[n, side, token])
         return made
 
+    def handed_over(self, q: np.ndarray) -> DraftLaw:
+        """The law of drafts as a drafter hands it over, from rows [n, K, V]."""
+        return Dense(q.astype(np.float32))
+
     def thresholds(self, p: np.ndarray, q: np.ndarray, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """[n, K] acceptance probabilities of the rule's tests, in float64, as docs/algorithm.md has them (rules 3 and
         112); 1 past the verify lengths."""
-        ratios = np.take_along_axis(p[:, :-1] / q, tokens[..., None], axis=-1)[..., 0]
+        # Drafts of probability 0 are enumerated too, with weight 0.
+        ratios = np.divide(p[:, :-1], q, out=np.full(q.shape, np.inf), where=q > 0)
+        ratios = np.take_along_axis(ratios, tokens[..., None], axis=-1)[..., 0]
         chances = np.minimum(ratios, 1.0)
         if isinstance(self.rule, BlockVerification):
             reach = np.ones(len(p))

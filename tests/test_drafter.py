@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from dspark_jax.drafters.heads import MARKOV_HEADS, MarkovHead
+from dspark_jax.drafters.protocol import BlockOutput
 from dspark_jax.drafters.registry import Drafter, drafter_hf_config
 from dspark_jax.errors import UserError
 from dspark_jax.targets.attention import KeysValues
@@ -24,8 +25,21 @@ POSITIONS = jnp.array([3, 9, 0])
 ANCHORS = jnp.array([11, 7, 30])
 
 
-def greedy(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32), jax.nn.softmax(logits, axis=-1)
+def greedy(logits: jax.Array, k: int, ids: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """The best token, and its law over all tokens; over the candidates in the places of their ids, 0 elsewhere."""
+    best, law = jnp.argmax(logits, axis=-1).astype(jnp.int32), jax.nn.softmax(logits, axis=-1)
+    if ids is None:
+        return best, law
+    whole = jnp.put_along_axis(jnp.zeros((len(ids), VOCAB)), ids, law, axis=-1, inplace=False)
+    return jnp.take_along_axis(ids, best[:, None], axis=-1)[:, 0], whole
+
+
+def drafted_law(out: BlockOutput) -> jax.Array:
+    """The law [R, K, V] that blocks [R, 1, K] are drafted from."""
+    if out.selector is None:
+        return jax.nn.softmax(out.logits[:, 0])
+    ids, law = out.selector.candidates[:, 0], jax.nn.softmax(out.selector.scores[:, 0])
+    return jnp.put_along_axis(jnp.zeros((*ids.shape[:2], VOCAB)), ids, law, axis=-1, inplace=False)
 
 
 def features(seed: int = 0, length: int = 12) -> jax.Array:
@@ -56,8 +70,8 @@ def test_greedy_draft_is_the_teacher_forced_pass(head: str | None) -> None:
         return model.train_outputs(tiny_tables(), model.context(taps), previous, POSITIONS[:, None])
 
     out = jax.jit(forced)(drafter.params)
-    np.testing.assert_array_equal(jnp.argmax(out.logits[:, 0], axis=-1), drafted.tokens)
-    np.testing.assert_allclose(jax.nn.softmax(out.logits[:, 0]), drafted.law, atol=1e-6)
+    np.testing.assert_array_equal(jnp.argmax(drafted_law(out), axis=-1), drafted.tokens)
+    np.testing.assert_allclose(drafted_law(out), drafted.law, atol=1e-6)
     if head is None:
         assert drafted.confidence is None and out.confidence is None
     else:
@@ -138,7 +152,7 @@ def test_a_new_head_is_a_class_and_a_line(monkeypatch: pytest.MonkeyPatch) -> No
         def step(self, state: Any, embedding: jax.Array, hidden: jax.Array) -> tuple[jax.Array, Any]:
             return 2.0 * embedding, state
 
-    with pytest.raises(UserError, match="markov_head_type is 'doubled'; expected one of gated, rnn, vanilla"):
+    with pytest.raises(UserError, match="markov_head_type is 'doubled'; expected one of gated, rnn, selector, vanilla"):
         tiny_drafter(markov_head_type="doubled")
     monkeypatch.setitem(MARKOV_HEADS, "doubled", Doubled)
     doubled, vanilla = tiny_drafter(markov_head_type="doubled"), tiny_drafter()

@@ -10,8 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dspark_jax.checkpoints.drafters import shared_tables
 from dspark_jax.decoding.acceptance import Acceptance, BlockVerification, RejectionSampling
-from dspark_jax.drafters.laws import Dense, Sparse
+from dspark_jax.decoding.sampling import SamplingArrays
+from dspark_jax.decoding.verifiers import Draws, Independent
+from dspark_jax.drafters.laws import Dense, DraftLaw, Sparse
 from dspark_jax.scheduling.calibration import Online, Static
 from dspark_jax.scheduling.costs import CostTable, Occupancy, ScheduleTables
 from dspark_jax.scheduling.history import DraftGuard, History
@@ -26,6 +29,7 @@ from dspark_jax.scheduling.policies import (
     RoundView,
     Threshold,
 )
+from tests.decoding_tiny import kind_pair
 from tests.enumeration import Enumeration, World, decide, pasts, stack, world
 
 pytestmark = pytest.mark.lossless
@@ -198,6 +202,81 @@ def test_a_sparse_law_is_verified_like_the_dense_one(rule: str) -> None:
         assert len(set(np.asarray(found.accepted).tolist())) > 2
         np.testing.assert_array_equal(found.accepted, expected.accepted)
         np.testing.assert_allclose(found.next_law, expected.next_law, atol=1e-5)
+
+
+class Candidates(World):
+    """A world whose drafter hands over candidates: two of three tokens, best first."""
+
+    def handed_over(self, q: np.ndarray) -> DraftLaw:
+        ids = np.argsort(-q, axis=-1)[..., :2].astype(np.int32)
+        return Sparse(ids, np.take_along_axis(q, ids, axis=-1).astype(np.float32))
+
+
+def selector_worlds(temperature: float, rule: Any) -> list[World]:
+    """A world for each anchor, of the very laws that a random DFlash 2 drafter draws from at this temperature."""
+    options = (("selector_top_k", 2), ("conv_kernel_size", 2), ("conv_group_size", 4), ("sample_from_anchor", False))
+    target, drafter = kind_pair("dspark", head="selector", spread=1.0, options=options, vocab_size=3)
+    forced = jnp.asarray(list(product(range(3), repeat=3)), jnp.int32)
+    count, worlds = len(forced), []
+    keys, per_request = jnp.zeros((count, 2), jnp.uint32), np.ones(count, np.float32)
+    sampling = SamplingArrays(temperature * per_request, np.zeros(count, np.int32), per_request, 0 * per_request)
+    taps = jnp.broadcast_to(jax.random.normal(jax.random.key(0), (1, 4, 8)), (count, 4, 8))
+
+    @jax.jit
+    def laws(anchor: jax.Array) -> tuple[Sparse, jax.Array]:
+        model, shared = drafter.model(drafter.params), shared_tables(target)
+        positions = jnp.full((count,), 4)
+        state = model.prefill(shared, taps, jnp.zeros((count, 4), jnp.int32), positions)
+        draws = Draws(keys, positions, jax.tree.map(jnp.asarray, sampling))
+
+        def sample(logits: jax.Array, k: int, ids: jax.Array | None = None) -> Any:
+            return forced[:, k], Independent().draft(logits, k, (), draws, ids)[1]
+
+        out = model.draft(shared, state, jnp.broadcast_to(anchor, (count,)), positions, sample)
+        return out.law, out.confidence
+
+    for anchor in range(3):
+        law, confidence = jax.device_get(laws(jnp.int32(anchor)))
+        assert isinstance(law, Sparse) and law.ids.shape == (count, 3, 2)
+        np.testing.assert_allclose(law.probs.sum(-1), 1, atol=1e-6)
+        rows = np.zeros((count, 3, 3))
+        np.put_along_axis(rows, law.ids, law.probs.astype(np.float64), axis=-1)
+        # By the token before: what x_k is drawn from depends on x_{k-1} alone, and that on nothing forced later.
+        draft, logits = np.full((3, 3, 3), 1 / 3), np.zeros((3, 3))
+        draft[0, anchor], logits[0, anchor] = rows[0, 0], confidence[0, 0]
+        for k, before in product((1, 2), range(3)):
+            mine = np.asarray(forced)[:, k - 1] == before
+            draft[k, before], logits[k, before] = rows[mine][0, k], confidence[mine][0, k]
+            np.testing.assert_allclose(rows[mine][:, k], rows[mine][:1, k].repeat(mine.sum(), 0), atol=1e-6)
+        costs = world().costs
+        worlds.append(Candidates(world().target, draft / draft.sum(-1, keepdims=True), logits, costs, rule=rule))
+    return worlds
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.3])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_selectors_drafts_follow_the_targets_law(rule: str, temperature: float) -> None:
+    """What DFlash 2 hands over is what it draws from, and the law of the output is the target's, whole blocks or by
+    confidence; with the law before the selector's choice it would not be."""
+    for anchor, made in enumerate(selector_worlds(temperature, RULES[rule])):
+        for policy in (Fixed(), Causal(guard=None, min_gain=0.0)):
+            enumeration = Enumeration(made, policy, 1)
+            enumeration.round([((anchor,), jax.device_get(policy.init(1, 3)))], False)
+            assert enumeration.worst < 1e-6, (anchor, policy)
+
+        if temperature:
+            wrong = Flattened(*(getattr(made, name) for name in ("target", "draft", "logits", "costs")), rule=made.rule)
+            enumeration = Enumeration(wrong, Fixed(), 1)
+            enumeration.round([((anchor,), jax.device_get(Fixed().init(1, 3)))], False)
+            assert enumeration.worst > 1e-3
+
+
+class Flattened(Candidates):
+    """The control: it hands over another law on the candidates than the one it draws from."""
+
+    def handed_over(self, q: np.ndarray) -> DraftLaw:
+        ids, probs = super().handed_over(q)
+        return Sparse(ids, np.full_like(probs, 0.5))
 
 
 # The paper's counterexample (docs/algorithm.md, rule 77)

@@ -10,7 +10,6 @@ from typing import Any
 from dspark_jax.checkpoints.folder_layout import DRAFT_HEAD, EMBEDDING, HEAD, Config
 from dspark_jax.checkpoints.tensor_map import LAYER_TENSORS, Layout, ParamPath, Stored, layer_tensor
 from dspark_jax.drafters.config import FAMILIES, DrafterConfig
-from dspark_jax.errors import UserError
 from dspark_jax.targets.config import TargetConfig
 from dspark_jax.targets.target import Target
 
@@ -43,12 +42,8 @@ class DeepSpecLayout:
         return dict(stored)
 
     def from_native(self, native: Config, target: Target) -> dict[str, Any]:
-        """A copy; UserError for a block whose anchor row predicts nothing (docs/algorithm.md, rule 91)."""
-        if not native.get("sample_from_anchor", True):
-            raise UserError(
-                "This drafter's anchor row predicts nothing, and the deepspec layout has no field that says so: its "
-                "readers would take every draft one position early. Write it in the specforge or speculators layout."
-            )
+        """A copy. A drafter with parts that DeepSpec's readers don't know has another architecture's name, by which
+        they refuse it (docs/algorithm.md, rule 124)."""
         return dict(native)
 
     def tensor(self, name: str, native: Config) -> str:

@@ -6,8 +6,8 @@ DeepSpec's own layout is the common form: `DrafterConfig` reads its config, and 
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from dspark_jax.drafters.config import drafter_family
-from dspark_jax.drafters.registry import kind_name
+from dspark_jax.drafters.config import drafter_family, extended
+from dspark_jax.drafters.registry import DRAFTERS, kind_name
 from dspark_jax.errors import UserError
 from dspark_jax.targets.config import TargetConfig
 from dspark_jax.targets.target import Target
@@ -80,7 +80,8 @@ def native_architecture(fields: Config, kind: str) -> str:
             "layers. Give a drafter that was trained with those."
         )
 
-    return drafter_family(fields) + ("Eagle3Model" if kind == "eagle3" else "DSparkModel")
+    described = DRAFTERS[kind]
+    return drafter_family(fields) + (described.extension if extended(fields) else described.architecture)
 
 
 def refuse_fields(fields: Config, refused: Mapping[str, tuple[Any, ...]], where: str) -> None:

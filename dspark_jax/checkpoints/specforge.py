@@ -7,6 +7,7 @@ the anchor's too; a plain `DFlashDraftModel` is z-lab's, whose anchor row predic
 from dataclasses import dataclass
 from typing import Any
 
+from dspark_jax.checkpoints.dflash2 import FIELDS, TENSORS, from_dflash2, is_dflash2, to_dflash2
 from dspark_jax.checkpoints.folder_layout import (
     ANCHORS,
     HEAD,
@@ -15,7 +16,7 @@ from dspark_jax.checkpoints.folder_layout import (
     refuse_fields,
     require_kind,
 )
-from dspark_jax.drafters.config import drafter_family
+from dspark_jax.drafters.config import SELECTOR, drafter_family
 from dspark_jax.errors import UserError
 from dspark_jax.targets.config import TargetConfig
 from dspark_jax.targets.target import Target
@@ -48,6 +49,9 @@ class SpecForgeLayout:
         architecture = str((stored.get("architectures") or ["?"])[0])
         if architecture.endswith(_EAGLE3) or "eagle_config" in stored:
             return self._eagle3_to_native(stored, architecture, target)
+
+        if architecture == "DFlash2DraftModel":
+            return self._dflash2_to_native(stored, target)
 
         # Heads may be named inside and outside; where both are, they must agree.
         nested = dict(stored.get("dflash_config") or {})
@@ -102,6 +106,9 @@ class SpecForgeLayout:
             named = {"architectures": [drafter_family(native) + _EAGLE3], "draft_vocab_size": native["vocab_size"]}
             return kept | named | {"eagle_config": ids}
 
+        if is_dflash2(native, self.name):
+            return self._dflash2_from_native(native)
+
         moved = ("target_layer_ids", "mask_token_id", "sample_from_anchor")
         stored = {name: value for name, value in native.items() if name not in moved}
         nested = {name: native[name] for name in (*moved[:2], *_HEADS) if name in native}
@@ -120,7 +127,10 @@ class SpecForgeLayout:
         return stored | {"dflash_config": nested}
 
     def tensor(self, name: str, native: Config) -> str:
-        """Eagle3's only layer is called `midlayer` here; every other name is DeepSpec's."""
+        """Eagle3's only layer is called `midlayer` here, a selector's tensors are DFlash 2's; other names are
+        DeepSpec's."""
+        if native.get("markov_head_type") == SELECTOR:
+            return TENSORS.get(name, name)
         if require_kind(native, self.name) == "eagle3" and name.startswith("layers.0."):
             return "midlayer." + name.removeprefix("layers.0.")
         return name
@@ -128,6 +138,30 @@ class SpecForgeLayout:
     def frozen(self, native: Config) -> tuple[str, ...]:
         """The head for Eagle3; DFlash and DSpark drafters take both tables from the target."""
         return (HEAD,) if require_kind(native, self.name) == "eagle3" else ()
+
+    def _dflash2_to_native(self, stored: Config, target: TargetConfig) -> dict[str, Any]:
+        """DeepSpec's config.json of a DFlash 2 drafter."""
+        nested = dict(stored.get("dflash_config") or {})
+        # A cap or a factor of the base logits would change which candidates there are.
+        off = {"causal": (False, None), "is_causal": (False, None), "output_multiplier": (1, 1.0, None),
+               "final_logit_softcapping": (None,)}  # fmt: skip
+        refuse_fields(nested, off, "dflash_config")
+        refuse_fields(stored, off, "config.json")
+
+        # Files have the block's size at top level, in the nested object, or in both.
+        flat = {name: value for name, value in stored.items() if name not in ("dflash_config", "auto_map")} | nested
+        native = from_dflash2(flat)
+        native["architectures"] = [native_architecture(native, "dspark")]
+        return {"num_target_layers": target.num_layers, "num_anchors": ANCHORS} | native
+
+    def _dflash2_from_native(self, native: Config) -> dict[str, Any]:
+        """This layout's config.json of a DFlash 2 drafter."""
+        fields = to_dflash2(native)
+        inner = ("block_size", "mask_token_id", "target_layer_ids", "selector_rank", *FIELDS)
+        nested = {name: fields[name] for name in inner}
+        # The block's size in both places, as readers look in either.
+        stored = {name: value for name, value in fields.items() if name not in inner[1:]}
+        return stored | {"architectures": ["DFlash2DraftModel"], "is_causal": False, "dflash_config": nested}
 
     def _eagle3_to_native(self, stored: Config, architecture: str, target: TargetConfig) -> dict[str, Any]:
         """DeepSpec's config.json of an Eagle3 drafter."""
@@ -154,19 +188,14 @@ class SpecForgeLayout:
 
 
 def _refuse_other_blocks(architecture: str, nested: Config) -> None:
-    """UserError for projectors, windows and masks that the blocks here do not have."""
-    if architecture == "DFlash2DraftModel":
-        raise UserError(
-            "The drafter is a DFlash2DraftModel, with convolutions and a selector that drafters here do not have; give "
-            "a DFlash or DSpark drafter."
-        )
-
+    """UserError for projectors, windows and masks that the blocks of this architecture do not have here."""
     # Values under which the fields change nothing; any other one means blocks of another form.
     harmless = {
         "projector_type": ("dspark", "dflash", None),
         "attention_mode": ("gqa", "mha", None),
         "use_swa": (False, None),
         "causal": (False, None),
+        # A convolution without the architecture that has a selector too.
         "conv_kernel_size": (None,),
     }
 

@@ -8,6 +8,7 @@ rule 92). `sample_from_anchor` states the block's convention; without it the fir
 from dataclasses import dataclass
 from typing import Any
 
+from dspark_jax.checkpoints.dflash2 import FIELDS, TENSORS, from_dflash2, is_dflash2, to_dflash2
 from dspark_jax.checkpoints.folder_layout import (
     ANCHORS,
     DRAFT_HEAD,
@@ -18,19 +19,20 @@ from dspark_jax.checkpoints.folder_layout import (
     refuse_fields,
     require_kind,
 )
+from dspark_jax.drafters.config import SELECTOR
 from dspark_jax.errors import UserError
 from dspark_jax.targets.config import TargetConfig
 from dspark_jax.targets.target import Target
 
-_NAMES = {"dspark": "DSparkSpeculator", "dflash": "DFlashSpeculator", "eagle3": "Eagle3Speculator"}
-_IDS = {"dspark": "aux_hidden_state_layer_ids", "dflash": "aux_hidden_state_layer_ids",
-        "eagle3": "eagle_aux_hidden_state_layer_ids"}  # fmt: skip
+_NAMES = {"dspark": "DSparkSpeculator", "dflash": "DFlashSpeculator", "dflash2": "DFlash2DraftModel",
+          "eagle3": "Eagle3Speculator"}  # fmt: skip
+_IDS = dict.fromkeys(_NAMES, "aux_hidden_state_layer_ids") | {"eagle3": "eagle_aux_hidden_state_layer_ids"}
 # The drafter's own fields; all others describe the decoder.
 _DRAFTER = (
     "block_size", "mask_token_id", "num_target_layers", "num_anchors", "markov_rank", "markov_head_type",
     "enable_confidence_head", "confidence_head_with_markov", "sample_from_anchor", "target_config_sha256",
     "ttt_length", "step_loss_decay", "draft_num_hidden_layers", "target_model_name_or_path", "target_model_type",
-    "target_text_model_type",
+    "target_text_model_type", "selector_rank", *FIELDS,
 )  # fmt: skip
 
 
@@ -71,15 +73,21 @@ class SpeculatorsLayout:
 
         # Off by one here loads without an error and drafts badly (docs/algorithm.md, rule 96).
         native["target_layer_ids"] = [i - self.layer_id_base for i in stored[_IDS[kind]]]
-        if kind != "eagle3":
+        if kind == "dflash2":
+            native = {"num_anchors": ANCHORS} | self._dflash2_to_native(native, stored)
+        elif kind != "eagle3":
             self._block_to_native(native, kind)
-        native["architectures"] = [native_architecture(native, kind)]
+        native["architectures"] = [native_architecture(native, "dspark" if kind == "dflash2" else kind)]
 
         return {"num_target_layers": target.num_layers} | native
 
     def from_native(self, native: Config, target: Target) -> dict[str, Any]:
         """This layout's config.json; UserError for a kind that it cannot hold."""
         kind = require_kind(native, self.name)
+        if kind != "eagle3" and is_dflash2(native, self.name):
+            kind, native = "dflash2", to_dflash2(native)
+            # Qwen3's config forgets a window that this field does not allow.
+            native |= {"use_sliding_window": True} if "sliding_attention" in native["layer_types"] else {}
 
         # The tensors d2t and t2d say which tokens a pruned vocabulary has.
         own = (*_DRAFTER, "architectures", "target_layer_ids", "draft_vocabulary", "draft_vocab_size")
@@ -100,6 +108,9 @@ class SpeculatorsLayout:
             # Written out: speculators and vLLM have different defaults.
             stored |= {"norm_before_residual": False, "norm_before_fc": False, "embed_requires_grad": False}
             drafts = native.get("ttt_length")
+        elif kind == "dflash2":
+            stored |= {"sample_from_anchor": False, "sliding_window_non_causal": True}
+            drafts = native["block_size"] - 1
         else:
             stored["sample_from_anchor"] = native.get("sample_from_anchor", True)
             # Rows and not predictions: the anchor's row counts here.
@@ -110,12 +121,21 @@ class SpeculatorsLayout:
         return stored
 
     def tensor(self, name: str, native: Config) -> str:
-        """The draft head is `lm_head` here, whether the vocabulary is pruned or not."""
+        """The draft head is `lm_head` here, whether the vocabulary is pruned or not; a selector's tensors are DFlash
+        2's."""
+        if native.get("markov_head_type") == SELECTOR:
+            return TENSORS.get(name, name)
         return HEAD if name == DRAFT_HEAD else name
 
     def frozen(self, native: Config) -> tuple[str, ...]:
         """Both tables; with a pruned vocabulary the head is the drafter's own tensor, not a frozen copy."""
         return (EMBEDDING,) if "draft_vocabulary" in native else (EMBEDDING, HEAD)
+
+    def _dflash2_to_native(self, native: Config, stored: Config) -> dict[str, Any]:
+        """DeepSpec's form; UserError for a block whose anchor predicts, or a window that is causal within the block."""
+        off = {"sample_from_anchor": (False, None), "sliding_window_non_causal": (True, None)}
+        refuse_fields(stored, off, "config.json")
+        return from_dflash2(native)
 
     def _block_to_native(self, native: dict[str, Any], kind: str) -> None:
         """Fills in speculators' defaults: a dspark block predicts from its anchor, a dflash one does not."""

@@ -30,7 +30,15 @@ class DrafterSettings:
     markov_rank: int = 256
     """Rank r of the sequential head; 0 leaves it out (DFlash)."""
     markov_head_type: str = "vanilla"
-    """Name in the registry of sequential heads."""
+    """Name in the registry of sequential heads; "selector" is DFlash 2's, over the best candidates of each position."""
+    selector_top_k: int = 16
+    """Candidates of the head "selector"."""
+    conv_kernel_size: int = 0
+    """Taps of DFlash 2's local convolutions around attention and MLP; 0 leaves them out."""
+    conv_group_size: int = 16
+    """Channels that share a dynamic kernel of the convolutions."""
+    sample_from_anchor: bool = True
+    """Draft from the anchor's row too; without, it waits, as in z-lab's DFlash and DFlash 2."""
     enable_confidence_head: bool = True
     """Predict per position whether the draft token will be accepted."""
     confidence_head_with_markov: bool = True
@@ -64,6 +72,8 @@ class DrafterSettings:
         # Above 1 is allowed: it weighs later steps more, which is unusual but has a meaning.
         _require(self.step_loss_decay > 0, "drafter.step_loss_decay", self.step_loss_decay, "a positive number")
         _require(self.markov_rank >= 0, "drafter.markov_rank", self.markov_rank, "0 (no Markov head) or more")
+        for name, least in (("selector_top_k", 1), ("conv_kernel_size", 0), ("conv_group_size", 1)):
+            _require(getattr(self, name) >= least, f"drafter.{name}", getattr(self, name), f"{least} or more")
 
         # Features are concatenated in ascending order of their layers (docs/algorithm.md, rule 16).
         _require(
@@ -125,10 +135,22 @@ class LossSettings:
     them."""
     confidence_weights: Literal["slots", "reach"] = "slots"
     """Weights of the confidence term: the other terms', or the probability that the prefix before is accepted."""
+    selector_alpha: float = 1.0
+    """Weight of a selector's cross-entropy over its candidates; the other terms are then of the base logits."""
+    selector_target: Literal["argmax", "law"] = "argmax"
+    """Its label: the target's likeliest token, or the target's law over the candidates."""
 
     def __post_init__(self) -> None:
         # Each term may be off, and all of them may; the sum is not normalised (rule 40).
-        for name in ("ce_alpha", "l1_alpha", "confidence_alpha", "soft_ce_alpha", "lk_alpha", "lk_mixed_alpha"):
+        for name in (
+            "ce_alpha",
+            "l1_alpha",
+            "confidence_alpha",
+            "soft_ce_alpha",
+            "lk_alpha",
+            "lk_mixed_alpha",
+            "selector_alpha",
+        ):
             value = getattr(self, name)
             _require(value >= 0, f"loss.{name}", value, "0 or more")
 

@@ -92,8 +92,8 @@ class LoopSettings:
         # rule 114).
         draws = draws_of(state)
 
-        def sample(logits: Array, k: int) -> tuple[Array, Any]:
-            return self.verifier.draft(logits, k, noise, draws)
+        def sample(logits: Array, k: int, ids: Array | None = None) -> tuple[Array, Any]:
+            return self.verifier.draft(logits, k, noise, draws, ids)
 
         return drafter.draft(borrowed_tables(target), state.draft, anchors, draws.anchors, sample)
 

@@ -26,7 +26,7 @@ from dspark_jax.decoding.sampling import (
     sampling_law,
     uniforms,
 )
-from dspark_jax.drafters.laws import Dense, DraftLaw
+from dspark_jax.drafters.laws import Dense, DraftLaw, Sparse
 from dspark_jax.drafters.protocol import DraftOutput
 from dspark_jax.drafters.trees import DraftTree, TreeShape
 from dspark_jax.errors import UserError
@@ -66,10 +66,10 @@ class Verifier(Protocol):
         ...
 
     def draft(
-        self, logits: Float[Array, "r v"], k: int, noise: Any, draws: Draws
+        self, logits: Float[Array, "r c"], k: int, noise: Any, draws: Draws, ids: Int[Array, "r c"] | None = None
     ) -> tuple[Int[Array, " r"], DraftLaw | None]:
         """(x_k [R] drawn from the drafter's logits under the request's sampling settings, the law it was drawn from
-        with leaves [R, ...]; None: it is not needed)."""
+        with leaves [R, ...]; None: it is not needed). The logits are over the candidates `ids`; None: over all of V."""
         ...
 
     def decide(
@@ -110,10 +110,12 @@ class Independent:
         # Nothing at once: each draw folds its purpose and offset into the request's key when it is made.
         return ()
 
-    def draft(self, logits: Float[Array, "r v"], k: int, noise: Any, draws: Draws) -> tuple[Array, DraftLaw | None]:
+    def draft(
+        self, logits: Float[Array, "r c"], k: int, noise: Any, draws: Draws, ids: Int[Array, "r c"] | None = None
+    ) -> tuple[Int[Array, " r"], DraftLaw | None]:
         # The law is kept with the token, as acceptance needs the very row that it was drawn from.
         token, law = draw(logits, draws.keys, draws.anchors, k, DRAFT, draws.sampling)
-        return token, Dense(law)
+        return (token, Dense(law)) if ids is None else (_at(ids, token), Sparse(ids, law))
 
     def decide(
         self, draft: DraftOutput, logits: Float[Array, "r w v"], lengths: Int[Array, " r"], noise: Any, draws: Draws
@@ -154,8 +156,13 @@ class Coupled:
         positions = draws.anchors[:, None] + 1 + jnp.arange(block + 1)
         return coupled_waits(draws.keys, positions, vocab, draws.sampling)
 
-    def draft(self, logits: Float[Array, "r v"], k: int, noise: Any, draws: Draws) -> tuple[Array, DraftLaw | None]:
-        return race(logits, noise[:, k], draws.sampling), None
+    def draft(
+        self, logits: Float[Array, "r c"], k: int, noise: Any, draws: Draws, ids: Int[Array, "r c"] | None = None
+    ) -> tuple[Int[Array, " r"], DraftLaw | None]:
+        if ids is None:
+            return race(logits, noise[:, k], draws.sampling), None
+        # A candidate's clock is that of its token, which the target's race reads too.
+        return _at(ids, race(logits, jnp.take_along_axis(noise[:, k], ids, axis=1), draws.sampling)), None
 
     def decide(
         self, draft: DraftOutput, logits: Float[Array, "r w v"], lengths: Int[Array, " r"], noise: Any, draws: Draws
@@ -184,6 +191,10 @@ class Coupled:
     ) -> Int[Array, "r w"]:
         """The target's own token after each node of a tree, by the clocks of the node's depth."""
         return race(logits, jnp.take_along_axis(noise, tree.depths[..., None], axis=1), draws.sampling, draws.edits)
+
+
+def _at(ids: Int[Array, "r c"], index: Int[Array, " r"]) -> Int[Array, " r"]:
+    return jnp.take_along_axis(ids, index[:, None], axis=1)[:, 0]
 
 
 def check_pair(verifier: Verifier, policy: VerifyPolicy, tree: TreeShape | None = None) -> None:

@@ -7,12 +7,14 @@ G kv heads, H head dim.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dspark_jax.drafters.config import DrafterConfig
+from dspark_jax.drafters.convolution import ConvolvedLayer
 from dspark_jax.drafters.heads import Linear
 from dspark_jax.targets.attention import Attend, KeysValues, prefix_block_attention, prefix_mask
 from dspark_jax.targets.layers import layer_ropes
@@ -24,14 +26,15 @@ class BlocksOverContext:
     """Every row of a block sees its `allowed` context and the whole block, in both directions
     (docs/algorithm.md, rule 23).
 
-    `context` holds a KeysValues [B, G, T, H] for each layer; `allowed` is [B, N, 1, T].
+    `context` holds a KeysValues [B, G, T, H] for each layer; `allowed` is [B, N, K or 1, T].
     """
 
     context: Sequence[KeysValues]
-    allowed: Bool[Array, "b n 1 t"]
+    allowed: Bool[Array, "b n rows t"]
 
     def __call__(self, layer: int, q: Array, k: Array, v: Array, *, scale: float, window: int | None) -> Array:
-        # `window` is ignored: draft layers never slide, whatever the file says (docs/algorithm.md, rule 25).
+        # `window` is ignored: DeepSpec's draft layers never slide, whatever the file says (docs/algorithm.md, rule 25);
+        # a window of the context is in `allowed`.
         return prefix_block_attention(q, KeysValues(k, v), self.context[layer], self.allowed, None, scale=scale)
 
 
@@ -48,10 +51,17 @@ class Backbone(nnx.Module):
         # [m D] -> [D]: the features of all tapped layers are fused once, not once for each draft layer.
         self.fc = Linear(features, d, std, rngs=rngs, bias=False, axes=("features", "embed"))
         self.hidden_norm = layer.norm(d, dims.rms_norm_eps)
-        self.layers = nnx.List(layer(dims, i, rngs=rngs) for i in range(dims.num_layers))
+        self.layers = nnx.List(self._layer(config, i, rngs) for i in range(dims.num_layers))
         self.norm = layer.norm(d, dims.rms_norm_eps)
 
-        self.config = dims
+        self.config, self.window = dims, getattr(config, "context_window", None)
+
+    @staticmethod
+    def _layer(config: DrafterConfig, index: int, rngs: nnx.Rngs) -> Any:
+        convolution = getattr(config, "convolution", None)
+        if convolution is None:
+            return layer_class(config.backbone)(config.backbone, index, rngs=rngs)
+        return ConvolvedLayer(config.backbone, index, convolution, rngs=rngs)
 
     def context(self, taps: Float[Array, "b t md"], positions: Int[Array, "b t"]) -> tuple[KeysValues, ...]:
         """Each layer's context K/V [B, T, G, H]; they depend on the taps alone, so each position is computed once."""
@@ -90,4 +100,5 @@ class Backbone(nnx.Module):
         self, context: Sequence[KeysValues], anchors: Int[Array, "b n"], width: int, starts: Int[Array, "b n"] | None
     ) -> Attend:
         """The `Attend` of blocks of `width` rows, each seeing the context strictly before its anchor (rule 23)."""
-        return BlocksOverContext(context, prefix_mask(anchors, context[0].keys.shape[2], width, starts=starts))
+        size = context[0].keys.shape[2]
+        return BlocksOverContext(context, prefix_mask(anchors, size, width, self.window, starts))

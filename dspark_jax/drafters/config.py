@@ -30,6 +30,11 @@ DRAFTER_FIELDS: Schema = {
     "enable_confidence_head": optional(flag()),
     "confidence_head_with_markov": optional(flag()),
     "sample_from_anchor": optional(flag()),
+    "conv_kernel_size": optional(integer(0, 64)),
+    "conv_group_size": optional(integer(1)),
+    "selector_rank": optional(integer(1, 1 << 20)),
+    "selector_top_k": optional(integer(1)),
+    "context_window": optional(integer(1)),
     "ttt_length": optional(integer(1, 1 << 16)),
     "step_loss_decay": optional(number(above=0, high=1)),
     "draft_vocab_size": optional(integer(1)),
@@ -173,12 +178,31 @@ class BlockConfig(DrafterConfig):
 
 
 @dataclass(frozen=True)
+class ConvolutionConfig:
+    """Local convolutions of `taps` rows, whose dynamic kernels are shared by `group` neighbouring channels."""
+
+    taps: int
+    group: int
+
+
+SELECTOR = "selector"
+
+
+def extended(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json has a part that DeepSpec's readers would pass over without a word: an anchor that waits,
+    local convolutions, a selector or a window of the context. Such a drafter's architecture bears another name."""
+    own = config.get("conv_kernel_size") or config.get("context_window") or config.get("markov_head_type") == SELECTOR
+    return bool(own) or not config.get("sample_from_anchor", True)
+
+
+@dataclass(frozen=True)
 class DSparkConfig(BlockConfig):
     """`markov_rank` 0 means no Markov head.
 
     Without `sample_from_anchor` (z-lab's DFlash) the anchor's row predicts nothing, and row k >= 1 predicts token
     anchor + k; `block_size` always counts predictions, so such a block has one row more. `draft_vocabulary` None: the
-    target's.
+    target's. `selector_top_k`: candidates of the head "selector", 0 with another. `context_window`: positions that a
+    row sees back from its own; None: all before the anchor.
     """
 
     mask_token_id: int
@@ -188,6 +212,9 @@ class DSparkConfig(BlockConfig):
     confidence_head_with_markov: bool
     sample_from_anchor: bool
     draft_vocabulary: DraftVocabulary | None
+    convolution: ConvolutionConfig | None = None
+    selector_top_k: int = 0
+    context_window: int | None = None
 
     @property
     def draft_vocab_size(self) -> int:
@@ -200,12 +227,16 @@ class DSparkConfig(BlockConfig):
         bits = config.get("draft_vocabulary")
         rank = config.get("markov_rank") or 0
         confidence = bool(config.get("enable_confidence_head", False))
+        taps = config.get("conv_kernel_size")
 
         return super().read_fields(config) | {
             "mask_token_id": config["mask_token_id"],
             "markov_rank": rank,
             # A head's fields are left out with the head (docs/algorithm.md, rule 90) and read only with it.
             "markov_head_type": config["markov_head_type"] if rank else "none",
+            "selector_top_k": config["selector_top_k"] if rank and config["markov_head_type"] == SELECTOR else 0,
+            "convolution": ConvolutionConfig(taps, config["conv_group_size"]) if taps else None,
+            "context_window": config.get("context_window"),
             "enable_confidence_head": confidence,
             "confidence_head_with_markov": confidence and bool(config["confidence_head_with_markov"]),
             "sample_from_anchor": bool(config.get("sample_from_anchor", True)),
@@ -236,7 +267,7 @@ class DSparkConfig(BlockConfig):
         if vocabulary is not None:
             fields |= {"draft_vocabulary": vocabulary.bits, "draft_vocab_size": vocabulary.size}
 
-        return fields
+        return fields | _extensions(settings)
 
     def check(self) -> None:
         super().check()
@@ -253,6 +284,40 @@ class DSparkConfig(BlockConfig):
                 "The drafter's config asks for confidence_head_with_markov at markov_rank 0; expected a Markov head or "
                 "confidence_head_with_markov false."
             )
+        self._check_extensions()
+
+    def _check_extensions(self) -> None:
+        """UserError for a selector of more candidates than ids, or convolutions that do not divide the channels."""
+        if self.selector_top_k > self.draft_vocab_size:
+            raise UserError(
+                f"The drafter's selector_top_k is {self.selector_top_k}; it drafts {self.draft_vocab_size} tokens, and "
+                "expected at most as many candidates."
+            )
+
+        if (convolution := self.convolution) is None:
+            return
+        if self.backbone.hidden_size % convolution.group:
+            raise UserError(
+                f"The drafter's conv_group_size is {convolution.group}; expected a divisor of its hidden_size, "
+                f"{self.backbone.hidden_size}."
+            )
+        if self.backbone.model_type != "qwen3":
+            raise UserError(
+                f"The drafter has local convolutions in layers of model_type {self.backbone.model_type!r}; they are "
+                "defined for Qwen3's layers alone. Leave drafter.conv_kernel_size at 0."
+            )
+
+
+def _extensions(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that are written only where a drafter has the part that they describe."""
+    fields: dict[str, Any] = {}
+    if not settings["sample_from_anchor"]:
+        fields["sample_from_anchor"] = False
+    if settings["conv_kernel_size"]:
+        fields |= {name: settings[name] for name in ("conv_kernel_size", "conv_group_size")}
+    if settings["markov_rank"] and settings["markov_head_type"] == SELECTOR:
+        fields["selector_top_k"] = settings["selector_top_k"]
+    return fields
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,15 @@ from jaxtyping import Array, Float, Int
 from dspark_jax.drafters.backbone import Backbone
 from dspark_jax.drafters.config import DFlashConfig, DSparkConfig
 from dspark_jax.drafters.heads import ConfidenceHead, make_markov_head
-from dspark_jax.drafters.protocol import BlockOutput, ChildFn, DraftOutput, DraftState, SampleFn, SharedTables
+from dspark_jax.drafters.protocol import (
+    BlockOutput,
+    ChildFn,
+    DraftOutput,
+    DraftState,
+    SampleFn,
+    SelectorOutput,
+    SharedTables,
+)
 from dspark_jax.drafters.trees import DraftTree, TreeShape, grow
 from dspark_jax.sharding import param
 from dspark_jax.targets.attention import segment_starts
@@ -74,30 +82,36 @@ class DSpark(nnx.Module):
 
         markov = self.markov_head
         carry = None if markov is None else markov.init(anchors.shape)
+        # [R, K, C]: of the base logits, so for all positions at once; only the walk over them is serial.
+        chosen = None if markov is None else markov.candidates(base)
 
         # A Python loop: K is small and static, and only the head runs in it.
         previous, tokens, laws, embeddings = anchors, [], [], []
 
         for k in range(self.block_size):
-            logits = base[:, k]
+            logits, ids = base[:, k], None if chosen is None else chosen[:, k]
             if markov is not None:
                 # x_{k-1} is the anchor for k = 0, then the token just drawn: p^d_k is the law that x_k is drawn from
                 # (docs/algorithm.md, rules 7 and 34).
                 embedding = markov.embed(previous)
                 latent, carry = markov.step(carry, embedding, hidden[:, k])
-                logits = logits + markov.bias(latent)
+                logits = markov.scores(logits, latent, ids)
                 embeddings.append(embedding)
 
-            if self.vocabulary is not None:
-                # [R, P] -> [R, V], before sampling, so that p^d and p^t are laws over the same ids.
-                logits = self.vocabulary.spread(logits)
-
-            previous, law = sample(logits, k)
+            previous, law = self._drawn(sample, logits, k, ids)
             tokens.append(previous)
             laws.append(law)
 
         seen = jnp.stack(embeddings, axis=1) if embeddings else None
         return DraftOutput.of(tokens, laws, self._confidence(hidden, seen))
+
+    def _drawn(self, sample: SampleFn, logits: Array, k: int, ids: Array | None) -> tuple[Array, Any]:
+        """x_k [R] and its law, from logits over the draft vocabulary, or over the draft ids `ids` [R, C]."""
+        vocabulary = self.vocabulary
+        # p^d and p^t are laws over the same ids: those of the target.
+        if ids is not None:
+            return sample(logits, k, ids if vocabulary is None else jnp.take(jnp.asarray(vocabulary.ids), ids))
+        return sample(logits if vocabulary is None else vocabulary.spread(logits), k)
 
     def draft_tree(
         self, shared: SharedTables, state: DraftState, anchors: Int[Array, " r"], positions: Int[Array, " r"],
@@ -107,6 +121,7 @@ class DSpark(nnx.Module):
         hidden = self.draft_hidden(shared, state, anchors, positions)
         base, markov = self.base_logits(shared, hidden), self.markov_head
         assert markov is not None, "without a Markov head all parents have the same children"
+        chosen = markov.candidates(base)
 
         def expand(level: int, tokens: Array, carry: Any) -> tuple[Array, Any]:
             # `hidden` and `base` are of the level alone; what tells siblings' children apart is the Markov term of the
@@ -114,7 +129,14 @@ class DSpark(nnx.Module):
             embedding = markov.embed(tokens)
             row = jnp.broadcast_to(hidden[:, level, None], (*tokens.shape, hidden.shape[-1]))
             latent, carry = markov.step(carry, embedding, row)
-            logits = base[:, level, None] + markov.bias(latent)
+            row = jnp.broadcast_to(base[:, level, None], (*tokens.shape, base.shape[-1]))
+            ids = (
+                None if chosen is None else jnp.broadcast_to(chosen[:, level, None], (*tokens.shape, chosen.shape[-1]))
+            )
+            logits = markov.scores(row, latent, ids)
+            if ids is not None:
+                # Children are looked for among all ids, of which those that are no candidates come last.
+                logits = jnp.put_along_axis(jnp.full_like(row, -jnp.inf), ids, logits, axis=-1, inplace=False)
             logits = logits if self.vocabulary is None else self.vocabulary.spread(logits)
             return values(logits, level), carry
 
@@ -158,13 +180,20 @@ class DSpark(nnx.Module):
         """
         hidden = self._block_hidden(shared, context, previous[..., 0], anchors, starts)
 
-        logits, embeddings = self.base_logits(shared, hidden), None
-        if self.markov_head is not None:
-            # Labels, not draws, are the previous tokens in training (rule 34), so all positions are embedded at once.
-            embeddings = self.markov_head.embed(previous)
-            logits = logits + self.markov_head.bias(self.markov_head.teacher_forced(embeddings, hidden))
+        logits, markov = self.base_logits(shared, hidden), self.markov_head
+        if markov is None:
+            return BlockOutput(hidden, logits, self._confidence(hidden, None))
 
-        return BlockOutput(hidden, logits, self._confidence(hidden, embeddings))
+        # Labels, not draws, are the previous tokens in training (rule 34), so all positions are embedded at once.
+        embeddings = markov.embed(previous)
+        latent, confidence = markov.teacher_forced(embeddings, hidden), self._confidence(hidden, embeddings)
+        candidates = markov.candidates(logits)
+        scores = markov.scores(logits, latent, candidates)
+        if candidates is None:
+            return BlockOutput(hidden, scores, confidence)
+
+        selector = SelectorOutput(candidates, scores, latent, markov.w2_vr[...])
+        return BlockOutput(hidden, logits, confidence, selector)
 
     def _block_hidden(
         self, shared: SharedTables, context: DraftState, tokens: Array, anchors: Array, starts: Array | None = None
@@ -194,7 +223,10 @@ class DSpark(nnx.Module):
         weight = backbone["fc"]["weight_io"]
         size = weight.shape[1]
 
-        backbone["layers"] = dict(enumerate(layers))
+        # Local convolutions, which no target has, stay the identity that they start as.
+        own = [{name: part for name, part in layer.items() if name.endswith("_conv")}
+               for _, layer in sorted(backbone["layers"].items())]  # fmt: skip
+        backbone["layers"] = {i: extra | dict(layer) for i, (extra, layer) in enumerate(zip(own, layers, strict=True))}
         backbone["norm"] = final_norm
 
         # H_ctx feeds K/V without an input norm (rule 19), so `hidden_norm` takes the place of the target's.

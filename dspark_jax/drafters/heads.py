@@ -17,13 +17,17 @@ from dspark_jax.targets.layers import normal
 
 
 class Linear(nnx.Module):
-    """x W + b, with W stored [in, out]. A head's linear is stored under the name of the attribute that holds it."""
+    """x W + b, with W stored [in, out]. A head's linear is stored under the name of the attribute that holds it.
+
+    With `std` 0 it starts at 0 and draws no random numbers.
+    """
 
     def __init__(
         self, size_in: int, size_out: int, std: float, *, rngs: nnx.Rngs, bias: bool = True,
         axes: tuple[str | None, str | None] = (None, None),
     ):  # fmt: skip
-        self.weight_io = param(normal(rngs, (size_in, size_out), std), *axes)
+        shape = (size_in, size_out)
+        self.weight_io = param(normal(rngs, shape, std) if std else jnp.zeros(shape, jnp.float32), *axes)
         self.has_bias = bias
         if bias:
             self.bias_o = param(jnp.zeros((size_out,)), axes[1])
@@ -66,6 +70,16 @@ class MarkovHead(nnx.Module):
         """W_2 latent, float32."""
         # float32, because it is added to float32 logits before the law is taken (rule 8).
         return jnp.einsum("...r,vr->...v", latent, self.w2_vr[...], preferred_element_type=jnp.float32)
+
+    def candidates(self, base: Float[Array, "*n v"]) -> Int[Array, "*n c"] | None:
+        """The tokens that may be drafted at each position, from its base logits; None: all of V."""
+        return None
+
+    def scores(
+        self, base: Float[Array, "*n v"], latent: Float[Array, "*n r"], candidates: Int[Array, "*n c"] | None
+    ) -> Float[Array, "*n c"]:
+        """U_k + B_k, float32, of the `candidates`; of all of V where they are None."""
+        return base + self.bias(latent)
 
     def teacher_forced(
         self, embeddings: Float[Array, "*n k r"], hidden: Float[Array, "*n k d"]
@@ -126,10 +140,37 @@ class RNNMarkov(MarkovHead):
         return jnp.tanh(output), gate * state + (1 - gate) * jnp.tanh(candidate)
 
 
+class Selector(MarkovHead):
+    """latent = e * (W_h h), and drafts are among the C best of the base logits (DFlash 2; docs/algorithm.md, rule 122).
+
+    W_1 is its predecessor codebook and W_2 its successor codebook, of which a step reads C rows and not all.
+    """
+
+    def __init__(self, config: DSparkConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)
+        d, r = config.backbone.hidden_size, config.markov_rank
+        self.hidden_projection = Linear(d, r, config.backbone.initializer_range, rngs=rngs, bias=False)
+        self.count = config.selector_top_k
+
+    def step(self, state: Any, embedding: Array, hidden: Array) -> tuple[Array, Any]:
+        return embedding * self.hidden_projection(hidden), state
+
+    def candidates(self, base: Float[Array, "*n v"]) -> Int[Array, "*n c"]:
+        """The C largest base logits, best first, the lower id on ties."""
+        return jax.lax.top_k(base, self.count)[1]
+
+    def scores(self, base: Array, latent: Array, candidates: Int[Array, "*n c"] | None) -> Float[Array, "*n c"]:
+        assert candidates is not None, "a selector has candidates"
+        successors = jnp.take(self.w2_vr[...], candidates, axis=0)
+        pairs = jnp.einsum("...r,...cr->...c", latent, successors, preferred_element_type=jnp.float32)
+        return jnp.take_along_axis(base, candidates, axis=-1) + pairs
+
+
 MARKOV_HEADS: dict[str, type[MarkovHead]] = {
     "vanilla": VanillaMarkov,
     "gated": GatedMarkov,
     "rnn": RNNMarkov,
+    "selector": Selector,
 }
 
 

@@ -18,8 +18,8 @@ from dspark_jax.targets.config import TargetConfig
 from dspark_jax.targets.layers import head_logits
 
 # (logits [R, V] float32, block offset k) -> (tokens [R] int32, the law they were drawn from: leaves [R, ...], or None
-# where verification needs none).
-SampleFn = Callable[[Array, int], tuple[Array, Any]]
+# where verification needs none). A drafter with candidates gives their logits [R, C] and, third, their ids [R, C].
+SampleFn = Callable[..., tuple[Array, Any]]
 # (logits [R, F, V] float32 of F nodes, level k) -> values [R, F, V] by which their children are chosen.
 ChildFn = Callable[[Array, int], Array]
 DraftState = Any
@@ -114,13 +114,31 @@ class DrafterModel(Protocol):
     ) -> DraftState: ...
 
 
+class SelectorOutput(NamedTuple):
+    """A selector's law of teacher-forced blocks: softmax of `scores` [B, N, K, C] float32 over the draft ids
+    `candidates` [B, N, K, C] int32, 0 elsewhere.
+
+    The score of any other id v would be its base logit + latent · successors[v]; latent [B, N, K, R], successors
+    [V, R].
+    """
+
+    candidates: Array
+    scores: Array
+    latent: Array
+    successors: Array
+
+
 class BlockOutput(NamedTuple):
     """Teacher-forced blocks: hidden [B, N, K, D] after the final norm, logits [B, N, K, V] float32, confidence
-    [B, N, K] float32 logits or None without such a head. With a pruned draft vocabulary V is its size."""
+    [B, N, K] float32 logits or None without such a head. With a pruned draft vocabulary V is its size.
+
+    Where there is a `selector`, drafts follow its law, and `logits` are the base ones that it chooses candidates by.
+    """
 
     hidden: Array
     logits: Array
     confidence: Array | None
+    selector: SelectorOutput | None = None
 
 
 class BlockDrafter(DrafterModel, Protocol):

@@ -11,7 +11,14 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dspark_jax.config.schema import DrafterSettings
-from dspark_jax.drafters.config import FAMILIES, TARGET_SHA_FIELD, DrafterConfig, drafter_family, family_fields
+from dspark_jax.drafters.config import (
+    FAMILIES,
+    TARGET_SHA_FIELD,
+    DrafterConfig,
+    drafter_family,
+    extended,
+    family_fields,
+)
 from dspark_jax.drafters.deepseek_v4.dspark import V4DSpark
 from dspark_jax.drafters.deepseek_v4.mtp import V4MTP
 from dspark_jax.drafters.dspark import DFlash, DSpark
@@ -28,6 +35,7 @@ class DrafterKind:
     """One kind of drafter.
 
     architecture: the name in config.json without the family's prefix (`Qwen3DSparkModel`).
+    extension: the same for drafters with parts that readers of `architecture` do not know, so that they refuse it.
     module: called as `module(config, rngs=...)`, implements `protocol.DrafterModel`.
     objective: the name in `training.registry` that trains it.
     families: the prefixes it is published with.
@@ -39,11 +47,16 @@ class DrafterKind:
     objective: str
     families: tuple[str, ...] = FAMILIES
     trees: bool = False
+    extension: str = ""
+
+    def names(self) -> set[str]:
+        """The architectures that config.json may name."""
+        return {family + name for family in self.families for name in (self.architecture, self.extension) if name}
 
 
 DRAFTERS: dict[str, DrafterKind] = {
-    "dflash": DrafterKind("DSparkModel", DFlash, "blocks"),
-    "dspark": DrafterKind("DSparkModel", DSpark, "blocks", trees=True),
+    "dflash": DrafterKind("DSparkModel", DFlash, "blocks", extension="DSparkExtendedModel"),
+    "dspark": DrafterKind("DSparkModel", DSpark, "blocks", trees=True, extension="DSparkExtendedModel"),
     "eagle3": DrafterKind("Eagle3Model", Eagle3, "rollout"),
     "mtp": DrafterKind("MTPModel", MTP, "blocks"),
 }
@@ -72,9 +85,7 @@ def kind_name(hf_config: Mapping[str, Any]) -> str:
     named = hf_config.get("architectures") or []
     for name, kind in _kinds().items():
         # The architecture alone does not decide: DSpark and DFlash share one (docs/algorithm.md, rule 27).
-
-        mine = {family + kind.architecture for family in kind.families}
-        if mine & set(named) and kind.module.config_type.describes(hf_config):
+        if kind.names() & set(named) and kind.module.config_type.describes(hf_config):
             return name
 
     kinds = ", ".join(
@@ -157,6 +168,8 @@ def drafter_hf_config(
         config[TARGET_SHA_FIELD] = config_sha256(target_hf_config)
         # Sizes last, so that given ones win over both the target's and the kind's.
         config |= config_type.hf_fields(num_layers=num_layers, **settings) | sizes
+        if extended(config):
+            config["architectures"] = [drafter_family(copied) + described.extension]
 
     # The file is read back at once: a contradiction is found before anything is trained.
     config_type.from_hf_dict(config).check_target(target)

@@ -238,9 +238,12 @@ def _overlap(
     # [S] the anchors' own tokens.
     first = jnp.take_along_axis(tokens, anchors[:, None], axis=1)[:, 0]
 
-    def teacher(logits: Array, k: int) -> tuple[Array, Array]:
+    def teacher(logits: Array, k: int, ids: Array | None = None) -> tuple[Array, Array]:
         # In the place of a draw: the true token goes on, so that later rows are judged on the text itself.
-        return forced[:, k], jax.nn.softmax(logits, axis=-1)
+        law = jax.nn.softmax(logits, axis=-1)
+        if ids is not None:
+            law = jnp.put_along_axis(jnp.zeros_like(theirs[:, k]), ids, law, axis=-1, inplace=False)
+        return forced[:, k], law
 
     return jnp.sum(jnp.minimum(model.draft(shared, state, first, positions, teacher).law, theirs), axis=-1)
 

@@ -130,7 +130,12 @@ def _context(drafter: DSparkConfig, requests: int, b: int) -> Term:
 
 def _markov(drafter: DSparkConfig, requests: int, b: int) -> Term:
     """The Markov head: γ sequential steps, each of which reads all of W_2 and adds a bias to a row of logits."""
+    rows = requests * drafter.block_size
+    if drafter.selector_top_k:
+        # A selector gathers its candidates' rows of W_2, and no others.
+        gathered = rows * drafter.selector_top_k * drafter.markov_rank
+        return Term("draft: selector", 2.0 * gathered, gathered * b)
+
     # Step by step, since x_k is needed before x_{k+1} is drawn: W_2 is read γ times and not once.
     size = drafter.draft_vocab_size * drafter.markov_rank
-    rows = requests * drafter.block_size
     return Term("draft: Markov head", 2.0 * rows * size, drafter.block_size * size * b)

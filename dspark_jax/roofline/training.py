@@ -12,7 +12,7 @@ heads, G kv heads, H head dim, V vocab, L draft layers, R Markov rank, b bytes o
 
 from functools import singledispatch
 
-from dspark_jax.drafters.config import DrafterConfig, DSparkConfig
+from dspark_jax.drafters.config import SELECTOR, DrafterConfig, DSparkConfig
 from dspark_jax.drafters.eagle3 import Eagle3Config
 from dspark_jax.drafters.mtp import MTPConfig
 from dspark_jax.roofline.hardware import Term, total
@@ -101,6 +101,11 @@ def _(config: DSparkConfig, sequences: int, length: int, itemsize: int) -> list[
 
     if config.markov_rank:
         terms.append(_again(_markov(config, rows, b)))
+
+    if config.convolution is not None:
+        kernels = 2 * config.convolution.taps * (d // config.convolution.group)
+        # Around attention and around the MLP; the taps themselves are elementwise.
+        terms.append(_again(_named("local convolutions", _product("", inputs, d, kernels, b).times(2 * layers))))
 
     if config.enable_confidence_head:
         size = d + (config.markov_rank if config.confidence_head_with_markov else 0)
@@ -213,10 +218,13 @@ def _attention(rows: float, context: float, seen: float, queries: int, keys: int
 def _markov(config: DSparkConfig, rows: int, b: int) -> Term:
     """The Markov head: rows of W_1, its type's layer, and the bias over the vocabulary; W_1's gradient is dense."""
     d, r, v = config.backbone.hidden_size, config.markov_rank, config.backbone.vocab_size
-    head = _product("Markov head", rows, r, v, b, kept=True) + Term("", 0.0, 2 * rows * r * b + v * r * 4)
+    # A selector scores its candidates alone, each row with rows of W_2 of its own.
+    head = _product("Markov head", rows, r, config.selector_top_k or v, b, kept=True)
+    head = head + Term("", 0.0, 2 * rows * r * b + v * r * 4)
 
-    # Gate of [h ; e]; the RNN's gate, candidate and output of [s ; e ; h] (docs/algorithm.md, rules 32 and 33).
-    shapes = {"gated": (d + r, r), "rnn": (d + 2 * r, 3 * r)}
+    # Gate of [h ; e]; the RNN's gate, candidate and output of [s ; e ; h]; the selector's projection of h
+    # (docs/algorithm.md, rules 32, 33 and 122).
+    shapes = {"gated": (d + r, r), "rnn": (d + 2 * r, 3 * r), SELECTOR: (d, r)}
     if config.markov_head_type in shapes:
         head = head + _product("", rows, *shapes[config.markov_head_type], b)
 

@@ -43,8 +43,8 @@ def loss_metrics(sums: Sums, options: LossOptions, length: int, num_anchors: int
     metrics = {"loss": options.total(sums, denominator), "ce_loss": sums["ce"] / denominator}
 
     # Those that are a part of the loss: L1 is summed without being one too, for the acceptance.
-    for name in ("soft_ce", "l1", "lk", "lk_mixed"):
-        if options.alphas[name] > 0:
+    for name in ("soft_ce", "l1", "lk", "lk_mixed", "selector"):
+        if options.alphas[name] > 0 and name in sums:
             metrics[f"{name}_loss"] = sums[name] / denominator
 
     if "confidence" in sums:
@@ -54,6 +54,10 @@ def loss_metrics(sums: Sums, options: LossOptions, length: int, num_anchors: int
 
     metrics |= {f"accept_rate@{k}": accept[k] for k in range(positions)}
     metrics["tau_probabilistic"] = sums["tau"] / jnp.maximum(sums["blocks"], 1.0)
+
+    if "recall" in sums:
+        metrics["candidate_recall"] = sums["recall"] / jnp.maximum(jnp.sum(sums["supervised"]), 1.0)
+        metrics |= {name: sums[name] / jnp.maximum(sums["blocks"], 1.0) for name in ("tau_greedy", "tau_oracle")}
 
     # Means over rows, and the same as a part of the most that a row can have.
     for name, total, full in (

@@ -155,6 +155,10 @@ def drafter_config(settings: DrafterSettings, target: Target, dtype: str) -> dic
         confidence_head_with_markov=settings.confidence_head_with_markov,
         num_anchors=settings.num_anchors,
         step_loss_decay=settings.step_loss_decay,
+        selector_top_k=settings.selector_top_k,
+        conv_kernel_size=settings.conv_kernel_size,
+        conv_group_size=settings.conv_group_size,
+        sample_from_anchor=settings.sample_from_anchor,
         dtype=dtype,
         intermediate_size=settings.intermediate_size,
         num_attention_heads=settings.num_attention_heads,
@@ -190,6 +194,8 @@ def loss_options(settings: LossSettings, anchor_chunk: int) -> LossOptions:
         lk_mixed_alpha=settings.lk_mixed_alpha,
         slot_weights=settings.slot_weights,
         confidence_weights=settings.confidence_weights,
+        selector_alpha=settings.selector_alpha,
+        selector_target=settings.selector_target,
     )
 
 

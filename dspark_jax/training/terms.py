@@ -1,7 +1,8 @@
 """The terms of the loss of one chunk of blocks, from the laws of drafter and target (docs/algorithm.md, rules 41 and
-118 to 120).
+118 to 120 and 123).
 
-Axes: B batch row, C chunk of anchors, K block position, V vocab, P draft vocabulary, *n any leading axes.
+Axes: B batch row, C chunk of anchors, K block position, V vocab, P draft vocabulary, E candidates of a selector, *n any
+leading axes.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from dspark_jax.drafters.protocol import BlockOutput
+from dspark_jax.drafters.protocol import BlockOutput, SelectorOutput
 from dspark_jax.drafters.vocabulary import DraftVocabulary
 from dspark_jax.training.anchors import Blocks
 
@@ -22,6 +23,9 @@ EPSILON = 1e-6
 PACE_FLOOR = 0.5
 # The rate at which the mixed LK loss goes over from KL to total variation as acceptance rises.
 LK_RATE = 3.0
+
+# Accepted lengths of a selector, and what a slot must have for its prefix to go on.
+_LENGTHS = {"tau_oracle": "recall", "tau_greedy": "right"}
 
 Sums = dict[str, Array]
 
@@ -39,6 +43,8 @@ class LossOptions:
         lk_mixed_alpha: of λ KL + (1 - λ) TV, λ falling with acceptance.
         slot_weights: "decay", or "d_pace", which needs no decay_gamma.
         confidence_weights: "slots", the weights of the other terms, or "reach", the survival of the prefix before.
+        selector_alpha: of a selector's cross-entropy; the other terms are then of its base logits.
+        selector_target: its label, the target's likeliest token ("argmax") or its law over the candidates ("law").
     """
 
     ce_alpha: float
@@ -51,6 +57,8 @@ class LossOptions:
     lk_mixed_alpha: float = 0.0
     slot_weights: Literal["decay", "d_pace"] = "decay"
     confidence_weights: Literal["slots", "reach"] = "slots"
+    selector_alpha: float = 0.0
+    selector_target: Literal["argmax", "law"] = "argmax"
 
     @property
     def alphas(self) -> dict[str, float]:
@@ -62,6 +70,7 @@ class LossOptions:
             "lk": self.lk_alpha,
             "lk_mixed": self.lk_mixed_alpha,
             "confidence": self.confidence_alpha,
+            "selector": self.selector_alpha,
         }
 
     @property
@@ -138,6 +147,33 @@ def soft_terms(
     return terms
 
 
+def selector_terms(
+    made: SelectorOutput, base: Float[Array, "*n p"], p: Float[Array, "*n p"], options: LossOptions
+) -> tuple[Float[Array, "*n"], Sums]:
+    """(Σ_v min(p^d, p^t) of a selector's law, its cross-entropy and figures, [*n] float32 each; docs/algorithm.md, rule
+    123). `p` is the target's law over the draft vocabulary."""
+    kept = jnp.take_along_axis(p, made.candidates, axis=-1)
+    accept = jnp.sum(jnp.minimum(jax.nn.softmax(made.scores, axis=-1), kept), axis=-1)
+    label = jnp.argmax(p, axis=-1)
+    hits = made.candidates == label[..., None]
+    found = jnp.any(hits, axis=-1)
+
+    if options.selector_target == "law":
+        # Over what can be drafted: no candidate is put in, and mass outside changes no score.
+        share = kept / jnp.maximum(jnp.sum(kept, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+        entropy = -jnp.sum(share * jax.nn.log_softmax(made.scores, axis=-1), axis=-1)
+    else:
+        # Where the label is no candidate it takes the place of the last one, in the loss alone.
+        successor = jnp.take(made.successors, label, axis=0)
+        pair = jnp.einsum("...r,...r->...", made.latent, successor, preferred_element_type=jnp.float32)
+        own = jnp.take_along_axis(base, label[..., None], axis=-1)[..., 0] + pair
+        last = jnp.where(found, made.scores[..., -1], own)
+        entropy = jax.nn.logsumexp(made.scores.at[..., -1].set(last), axis=-1) - own
+
+    right = found & jnp.take_along_axis(hits, jnp.argmax(made.scores, axis=-1)[..., None], axis=-1)[..., 0]
+    return accept, {"selector": entropy, "recall": found, "right": right}
+
+
 def pace_weights(accept: Float[Array, "*n k"], supervised: Bool[Array, "*n k"]) -> Float[Array, "*n k"]:
     """D-PACE's w_j = Σ_{m >= j} Π_{i <= m} s_i over supervised slots, s_i = a + (1 - a) accept_i (arXiv 2605.18810,
     with acceptance in place of the label's probability; docs/algorithm.md, rule 119)."""
@@ -160,6 +196,8 @@ def block_terms(
         `accept`, `supervised`: [K], sums over supervised slots without weights, and their number.
         `tau`, `blocks`: expected committed tokens of blocks with a supervised slot, and the number of these blocks.
         `confidence_*`: weighted sums of the confidence head's errors, without a gradient.
+        `selector`, and `recall`, `tau_oracle`, `tau_greedy` of a selector: its cross-entropy; how many labels are among
+        the candidates; expected committed tokens if every such label were chosen, and if the likeliest candidate is.
     """
     supervised = blocks.supervised
     if vocabulary is None:
@@ -175,7 +213,14 @@ def block_terms(
 
     # [B, C, K]
     label_logits = jnp.take_along_axis(out.logits, labels[..., None], axis=-1)[..., 0]
-    accept = accept_rate(l1)
+    accept, choice = accept_rate(l1), None
+    if out.selector is not None:
+        p = jax.nn.softmax(targets, axis=-1)
+        overlap, choice = selector_terms(
+            out.selector, out.logits, p if vocabulary is None else vocabulary.restrict(p), options
+        )
+        # What is accepted follows from the law that is drafted from; L1 above is of the base logits, a term alone.
+        accept = accept_rate(2.0 * (1.0 - overlap))
     # The probability that the whole prefix survives; an unsupervised slot ends it (docs/algorithm.md, rule 45).
     survival = jnp.cumprod(accept * supervised, axis=-1)
     used = jnp.any(supervised, axis=-1)
@@ -183,6 +228,8 @@ def block_terms(
 
     terms = {"ce": learnable * (jax.nn.logsumexp(out.logits, axis=-1) - label_logits), "l1": l1}
     terms |= soft_terms(out.logits, targets, l1, vocabulary, options)
+    if choice is not None:
+        terms["selector"] = choice["selector"]
     sums = {name: jnp.sum(weights * term) for name, term in terms.items()}
     sums |= {
         # From masks alone, whatever the terms are weighted by: the denominator is known before the pass and is the
@@ -193,6 +240,11 @@ def block_terms(
         "tau": jnp.sum(used * (1.0 + jnp.sum(survival, axis=-1))),
         "blocks": jnp.sum(used, dtype=jnp.float32),
     }
+
+    if choice is not None:
+        lengths = {name: jnp.cumprod(choice[hit] * supervised, axis=-1) for name, hit in _LENGTHS.items()}
+        sums |= {name: jnp.sum(used * (1.0 + jnp.sum(length, axis=-1))) for name, length in lengths.items()}
+        sums["recall"] = jnp.sum(choice["recall"] * supervised, dtype=jnp.float32)
 
     if out.confidence is not None:
         if options.confidence_weights == "reach":
