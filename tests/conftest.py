@@ -17,6 +17,10 @@ from tests.xla import FAST_COMPILER
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("XLA_FLAGS", FAST_COMPILER)
+# As the Makefile has it; without, the first program that a test runs would choose a folder for all that follow.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 # Profiles that engines measure are made once for all tests, and not kept among the user's.
 os.environ.setdefault("DSPARK_JAX_CACHE", str(Path(__file__).parents[1] / ".cache" / "dspark_jax"))
 

@@ -258,7 +258,7 @@ def test_what_a_call_takes_is_no_part_of_its_rounds(monkeypatch: pytest.MonkeyPa
         now += 3.0 + 0.5 * int(count)
 
     monkeypatch.setattr(profiling, "run_rounds", dispatch)
-    monkeypatch.setattr(profiling, "_draft_passes", drafts)
+    monkeypatch.setattr(profiling, "draft_passes", drafts)
     monkeypatch.setattr(profiling, "time", SimpleNamespace(perf_counter=lambda: now))
     found = measure_profile(loop, LoopParams(target.params, drafter.params), effort=Effort(rounds=3, repeats=2))
     assert found.dispatch == 5.0 and found.drafting == (0.5, 0.5) and found.rounds == ((2.0, 2.0), (2.0, 2.0))

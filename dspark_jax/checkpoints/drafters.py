@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dspark_jax.checkpoints.deepseek_v4_drafters import holds_v4, load_v4_drafter
 from dspark_jax.checkpoints.deepseek_v4_published import save_v4_drafter
@@ -233,7 +233,19 @@ def shared_tables(target: Target) -> SharedTables:
 
 def draft_head(shared: SharedTables, vocabulary: DraftVocabulary) -> Float[Array, "p d"]:
     """The target's head rows [P, D] for a pruned draft vocabulary."""
-    return jnp.take(shared.head, vocabulary.ids, axis=0)
+    return rows_of(shared.head, vocabulary.ids)
+
+
+@jax.jit
+def rows_of(table: Array, rows: Int[Array, " n"]) -> Array:
+    """Rows [n, D] of a table [V, D]."""
+    # A program of its own, so that it can be compiled ahead.
+    return jnp.take(table, rows, axis=0)
+
+
+def sampled_rows(count: int) -> np.ndarray:
+    """int32: which rows of a frozen table of so many are compared with the target's."""
+    return np.unique(np.linspace(0, count - 1, _SAMPLED_ROWS).astype(np.int32))
 
 
 def stored_vocabulary(tensors: TensorFolder, size: int, whole: int) -> DraftVocabulary:
@@ -372,11 +384,11 @@ def _check_frozen_copies(tensors: _NamedTensors, target: Target, vocabulary: Dra
                 f"{list(table.shape)}; give the target that the drafter was trained for."
             )
 
-        rows = np.unique(np.linspace(0, shape[0] - 1, _SAMPLED_ROWS).astype(int))
+        rows = sampled_rows(shape[0])
         # Rows are read one by one: a table of a hundred thousand rows is not loaded for a sample of it.
         mine = np.stack([np.asarray(stored[int(r) : int(r) + 1])[0] for r in rows]).astype(np.float32)
         # Gathered on the device, so that the whole table does not travel to the host.
-        theirs = np.asarray(jnp.take(table, rows, axis=0)).astype(np.float32)
+        theirs = np.asarray(rows_of(table, jax.device_put(rows))).astype(np.float32)
         if _differ(mine, theirs):
             raise UserError(
                 f"Target/drafter mismatch: the drafter's frozen {name} is not {target.name}'s; it was trained for "

@@ -32,6 +32,7 @@ from typing import Any, TypeVar, get_type_hints, overload
 
 import tyro
 
+from dspark_jax.compilation import HELP, OPTION, keep_compiled
 from dspark_jax.config.schema import MeshSettings, TrainConfig
 from dspark_jax.config.serialise import from_json, to_json
 from dspark_jax.errors import UserError
@@ -64,6 +65,8 @@ NOT_EXPERIMENTS = {"recipe", "sweeps"}
 def program(main: Callable[[list[str]], Any]) -> Callable[..., Any]:
     """Wraps a program's `main(argv)`, so that errors of the user end in one sentence on stderr and no traceback.
 
+    Every program also takes `--compilation-cache DIR|off`, and keeps what it compiles (dspark_jax/compilation.py).
+
     Exit codes: 2 for a `UserError`, a full disk or an impossible path, 130 for an interrupt, 141 where the reader of
     stdout has left.
 
@@ -78,11 +81,19 @@ def program(main: Callable[[list[str]], Any]) -> Callable[..., Any]:
         # A terminal of another encoding than UTF-8 shows escapes for what it lacks.
         if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
             sys.stdout.reconfigure(errors="backslashreplace")
+        words = list(sys.argv[1:] if argv is None else argv)
         try:
-            returned = main(list(sys.argv[1:] if argv is None else argv))
+            # Before the program's own options are read, which do not have it.
+            choice, words = take_option(words, OPTION)
+            keep_compiled(choice)
+            returned = main(words)
             # A full disk behind stdout shows here, not when the interpreter ends.
             sys.stdout.flush()
             return returned
+        except SystemExit as stop:
+            if not stop.code and {"-h", "--help"} & set(words):
+                print(f"\n{HELP}")
+            raise
         except BrokenPipeError:
             _drop_output()
             raise SystemExit(128 + signal.SIGPIPE) from None

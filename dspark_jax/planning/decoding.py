@@ -6,6 +6,7 @@ engine dispatches: all rounds, every verify bucket, the state donated. `infer.pl
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,8 +16,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
-from dspark_jax.checkpoints.huggingface import DTYPES, resolve_folder, target_skeleton
+from dspark_jax.checkpoints.huggingface import DTYPES, parameter_dtypes, resolve_folder, target_skeleton
 from dspark_jax.checkpoints.layouts import native_config, read_stored_config
+from dspark_jax.checkpoints.tensor_map import ParamPath
 from dspark_jax.config.cli import load_config, mesh_settings
 from dspark_jax.config.schema import MeshSettings, TrainConfig
 from dspark_jax.decoding.dispatch import run_rounds
@@ -188,9 +190,15 @@ def plan_mesh(options: PlanOptions) -> Mesh | None:
     return topology_mesh(options.topology, settings.data, settings.fsdp, settings.tensor, part=True)
 
 
-def planned_pair(options: PlanOptions, mesh: Mesh | None) -> tuple[Target, Drafter | None]:
+def planned_pair(
+    options: PlanOptions, mesh: Mesh | None, describe: Callable[[str], Target] = planned_target
+) -> tuple[Target, Drafter | None]:
     """Target and drafter with shapes in place of parameters, laid over the mesh as loading would lay them.
 
+    Args:
+        options: which they are, and their dtype.
+        mesh: None: one device.
+        describe: gives a target of that name without parameters.
     Raises:
         UserError: no target is named, the configuration is not one of training, or the two don't fit together.
     """
@@ -203,9 +211,10 @@ def planned_pair(options: PlanOptions, mesh: Mesh | None) -> tuple[Target, Draft
         raise UserError("There is nothing to plan: give --config NAME, or --target and --drafter.")
 
     # Published shapes are in the package, so that a plan needs no download.
-    target = planned_target(name)
+    target = describe(name)
     module = target_skeleton(target.config)
-    target = dataclasses.replace(target, params=abstract_params(module, mesh, options.dtype))
+    dtypes = parameter_dtypes(target.config, flatten_dict(split(module)[1]), DTYPES[options.dtype])
+    target = dataclasses.replace(target, params=abstract_params(module, mesh, dtypes.__getitem__))
 
     # A drafter's own config.json wins over the configuration's description.
     hf_config = None
@@ -222,20 +231,20 @@ def planned_pair(options: PlanOptions, mesh: Mesh | None) -> tuple[Target, Draft
     described = read_config(hf_config)
     described.check_target(target.config)
     module = skeleton(hf_config)
-    params = abstract_params(module, mesh, options.dtype)
+    # The confidence head stays in float32 when the rest is decoded in bfloat16.
+    kind = DTYPES[options.dtype]
+    params = abstract_params(module, mesh, lambda path: jnp.float32 if path[0] == "confidence_head" else kind)
 
     return target, Drafter(options.drafter or options.config, described, split(module)[0], params, hf_config)
 
 
-def abstract_params(module: Any, mesh: Mesh | None, dtype: str) -> dict:
+def abstract_params(module: Any, mesh: Mesh | None, dtype_of: Callable[[ParamPath], Any]) -> dict:
     """ShapeDtypeStructs of a module's parameters as decoding holds them, with shardings where there is a mesh."""
     leaves = flatten_dict(split(module)[1])
     over = {} if mesh is None else flatten_dict(parameter_shardings(module, mesh, ShardingRules()))
 
-    def one(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
-        # The confidence head stays in float32 when the rest is decoded in bfloat16.
-        kind = jnp.float32 if path[0] == "confidence_head" else DTYPES[dtype]
-        return jax.ShapeDtypeStruct(leaf.shape, kind, sharding=over.get(path))
+    def one(path: ParamPath, leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, dtype_of(path), sharding=over.get(path))
 
     return unflatten_dict({path: one(path, leaf) for path, leaf in leaves.items()})
 

@@ -59,6 +59,10 @@ def profile_key(loop: DecodeLoop, params: LoopParams, temperature: float) -> dic
     }
 
 
+CONTEXTS = (0.1, 0.8)
+"""The context probes of an engine that profiles itself, as shares of a slot's positions."""
+
+
 @dataclass(frozen=True)
 class Effort:
     """How long to measure: dispatches of at most `rounds` rounds, each point `repeats` times, all in turn; fewer of
@@ -101,25 +105,24 @@ class _Stopwatch:
         rounds: int,
         clock: Callable[[], float] = time.perf_counter,
     ) -> "_Stopwatch":
-        # Costs of any value, in the form that the measured ones will have, so that the engine's own program is timed; a
-        # random drafter's confidences are junk, so that no costs would make a policy fill every bucket.
-        ones = np.ones((len(contexts), len(loop.buckets)))
-        flat = CostTable.of(loop.buckets, ones, 0.0, range(len(contexts)), plain=1.0, dispatch=0.0, alone=1.0)
-        params = params._replace(tables=ScheduleTables.of(flat, [1.0] * loop.block, forced=True))
+        params = params._replace(tables=flat_tables(loop, len(contexts)))
 
         # The rounds of a dispatch must not end requests: their context has to fit even if every draft is accepted.
         most = loop.size - (rounds + 1) * loop.width - 1
         lengths = [int(max(2, min(share * loop.size, most))) for share in contexts]
 
         state = init_state(loop, params)
-        sampling = state.sampling._replace(temperature=jnp.full((loop.requests,), temperature, jnp.float32))
-        limit = jnp.full((loop.requests,), loop.size, jnp.int32)
+        # On the host and then moved: each array made on the device would be one more program to compile.
+        drawn = np.full((loop.requests,), temperature, np.float32)
+        sampling = state.sampling._replace(temperature=jax.device_put(drawn))
 
         # Tokens and random numbers that differ: rows of one token choose the same experts, and a mixture's pass over
         # them reads a fraction of the weights that real rows make it read.
         rng, words = np.random.default_rng(0), loop.words or params.target["embed_weight_vd"].shape[0]
-        tokens = jnp.asarray(rng.integers(0, words, state.tokens.shape), state.tokens.dtype)
-        keys = jnp.asarray(rng.integers(0, 1 << 32, state.keys.shape), state.keys.dtype)
+        tokens = rng.integers(0, words, state.tokens.shape).astype(state.tokens.dtype)
+        keys = rng.integers(0, 1 << 32, state.keys.shape).astype(state.keys.dtype)
+        limit = np.full((loop.requests,), loop.size, np.int32)
+        tokens, keys, limit = jax.device_put((tokens, keys, limit))
         return cls(
             loop, params, replace(state, limit=limit, sampling=sampling, tokens=tokens, keys=keys), lengths, clock
         )
@@ -134,7 +137,7 @@ class _Stopwatch:
         dispatch, occupancy = run_alone if bucket == ALONE else run_rounds, Occupancy.of()
         start = self.clock()
         if bucket == DRAFT_PASS:
-            jax.block_until_ready(_draft_passes(self.loop, self.params, ready, limits[0]))
+            jax.block_until_ready(draft_passes(self.loop, self.params, ready, limits[0]))
         else:
             self.state = jax.block_until_ready(dispatch(self.loop, self.params, ready, occupancy, *limits))
         return self.clock() - start
@@ -144,7 +147,7 @@ def measure_profile(
     loop: DecodeLoop,
     params: LoopParams,
     temperature: float = 1.0,
-    contexts: Sequence[float] = (0.1, 0.8),
+    contexts: Sequence[float] = CONTEXTS,
     effort: Effort = Effort(),
     progress: Callable[[int, int], None] = lambda done, total: None,
     clock: Callable[[], float] = time.perf_counter,
@@ -205,6 +208,15 @@ def measure_profile(
     )  # fmt: skip
 
 
+def flat_tables(loop: DecodeLoop, contexts: int) -> ScheduleTables:
+    """Costs of any value, that force verify lengths, in the shape that measured ones have at so many contexts: the loop
+    is compiled once for both."""
+    # A random drafter's confidences are junk, so that no costs would make a policy fill every bucket.
+    seconds = np.ones((contexts, len(loop.buckets)))
+    flat = CostTable.of(loop.buckets, seconds, 0.0, range(contexts), plain=1.0, dispatch=0.0, alone=1.0)
+    return ScheduleTables.of(flat, [1.0] * loop.block, forced=True)
+
+
 def _median(times: list[float]) -> float:
     return float(np.median(times))
 
@@ -221,16 +233,13 @@ def _forced(loop: DecodeLoop, state: DecodeState, length: int, bucket: int) -> D
     extra = max(tokens - requests, 0)
     slots = np.arange(requests)
     caps = extra // requests + (slots < extra % requests)
-    return replace(
-        state,
-        length=jnp.full((requests,), length, jnp.int32),
-        active=jnp.asarray(slots < tokens),
-        verify_cap=jnp.asarray(caps, jnp.int32),
-    )
+    made = np.full((requests,), length, np.int32), slots < tokens, caps.astype(np.int32)
+    lengths, active, verify_cap = jax.device_put(made)
+    return replace(state, length=lengths, active=active, verify_cap=verify_cap)
 
 
 @partial(jax.jit, static_argnums=0)
-def _draft_passes(loop: DecodeLoop, params: LoopParams, state: DecodeState, count: jax.Array) -> Any:
+def draft_passes(loop: DecodeLoop, params: LoopParams, state: DecodeState, count: jax.Array) -> Any:
     """Run the draft pass `count` times, each from the last token of the one before, so that XLA can omit none."""
     target, drafter = loop.models(params)
     assert drafter is not None, "a loop without a drafter has no draft pass"
