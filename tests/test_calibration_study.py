@@ -76,7 +76,7 @@ def test_the_study_from_beginning_to_end(
     grid = ((1.0, 1.2, 1.5),)
     profile = replace(
         made_profile(), tokens=(2, 4, 8), contexts=(20.0,), rounds=grid, rounds_spread=grid,
-        drafting=(0.1,), drafting_spread=(0.0,),
+        drafting=(0.1,), drafting_spread=(0.0,), alone=(0.9,), alone_spread=(0.0,),
     )  # fmt: skip
     profile.save(tmp_path / "sps-2.json")
     files = [str(folder / name) for name in ("code.jsonl", "chat.jsonl")]
@@ -86,20 +86,22 @@ def test_the_study_from_beginning_to_end(
     main([*pair, *short, *out])
     assert "ECE, mean over positions" in capsys.readouterr().out
 
-    found = json.loads((tmp_path / "out" / "metrics.json").read_text())["temperatures"]
+    cases = json.loads((tmp_path / "out" / "metrics.json").read_text())["cases"]
+    found, bold_found = cases["as trained"], cases["bolder by 1.5"]
+    assert bold_found["t1"]["ece"]["none"]["all"]["ece"] > found["t1"]["ece"]["none"]["all"]["ece"]
     assert set(found) == {"t0", "t1"} and set(found["t1"]["ece"]) == set(METHODS)
     assert set(found["t1"]["ece"]["sts"]) == {"all", "chat", "code"}
     assert found["t1"]["ece"]["known"]["all"]["ece"] < 1e-6 < found["t1"]["ece"]["none"]["all"]["ece"]
     speeds = found["t1"]["load"]["causal"]["2"]
     # Known outcomes verify what will be accepted and nothing else, so nothing is faster.
     assert speeds["known"]["tokens_per_second"] >= max(row["tokens_per_second"] for row in speeds.values())
-    assert (tmp_path / "out" / "calibration.png").stat().st_size > 1000
+    assert (tmp_path / "out" / "bolder-by-1.5.png").stat().st_size > 1000
 
     assert "was begun with samples" in refused(main, [*pair, *short, *out, "--samples", "3"], capsys)
     # Continued from its recordings alone: nothing is decoded again.
     monkeypatch.setattr("infer.studies.calibration.record", None)
     main([*pair, *short, *out])
-    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["temperatures"] == found
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["cases"] == cases
     capsys.readouterr()
 
     replace(profile, tokens=(2, 4, 6)).save(tmp_path / "sps-2.json")

@@ -7,7 +7,8 @@
 Whole blocks are recorded at every temperature. Calibrations are fitted on the even prompts, all domains of a sampling
 temperature together, and measured on the odd ones: their ECE by domain, temperature and block position, and the tokens
 a second that the real policies make of them, simulated with the measured costs. `known` is what no confidence can
-reach: the outcomes themselves. Recordings are kept in --output, and a stopped study continues from them.
+reach: the outcomes themselves. The same is done with confidences made too sharp or too bold. Recordings are kept in
+--output, and a stopped study continues from them.
 """
 
 from collections.abc import Sequence
@@ -53,6 +54,9 @@ METHODS = ("none", "sts", "online", "sts + online", "isotonic", "known")
 POLICIES: dict[str, type[Adaptive]] = {"causal": Causal, "look-ahead": LookAhead}
 LAYOUT = {"prompt": ("int32", 1), "logits": ("float32", 2), "accepted": ("bool", 2), "observed": ("bool", 2)}
 """Dtypes and ranks of recorded rounds."""
+CASES = {"as trained": (1.0, 0.0), "twice as sharp": (2.0, 0.0), "bolder by 1.5": (1.0, 1.5)}
+"""Factor and constant on all confidence logits: how a drafter may be miscalibrated. Trained for many epochs it is
+bolder by a constant, which no temperature can correct."""
 ALL = "all"
 """The domain of all prompts together."""
 
@@ -70,7 +74,7 @@ class CalibrationStudySettings:
     profiles: tuple[Path, ...]
     """Profiles that infer.profile wrote (sps-SLOTS.json): the costs under as many users as their slots."""
     output: Path = Path("runs/calibration")
-    """Folder of the recordings, metrics.json and calibration.png."""
+    """Folder of the recordings, metrics.json and a plot of each case."""
     results: Path | None = None
     """JSON file for a further copy of metrics.json."""
     temperatures: tuple[float, ...] = (0.0, 0.7, 1.0)
@@ -113,19 +117,22 @@ def main(argv: list[str]) -> None:
     prompts = read_prompts(target, settings.prompts, settings.limit or None)
     with lock_folder(settings.output, "the study"):
         begin(settings)
-        found: dict[str, Any] = {}
+        found: dict[str, dict[str, Any]] = {case: {} for case in CASES}
         for temperature in settings.temperatures:
             rounds = recorded(settings, target, drafter, prompts, temperature)
-            found[f"t{temperature:g}"] = study(settings, rounds, prompts, profiles)
+            for case, (factor, constant) in CASES.items():
+                distorted = rounds._replace(logits=rounds.logits * np.float32(factor) + np.float32(constant))
+                found[case][f"t{temperature:g}"] = study(settings, distorted, prompts, profiles)
 
-    metrics = {"temperatures": found, "machine": machine(), "settings": asdict(settings)}
+    metrics = {"cases": found, "machine": machine(), "settings": asdict(settings)}
     for path in (settings.output / "metrics.json", settings.results):
         if path is not None:
             write_json(path, metrics)
 
-    calibration_plot(settings.output / "calibration.png", found)
-    print(shown(found))
-    print(f"metrics and plot in {settings.output}")
+    for case, temperatures in found.items():
+        calibration_plot(settings.output / f"{case.replace(' ', '-')}.png", temperatures)
+        print(f"\n== {case} ==\n{shown(temperatures)}")
+    print(f"metrics and plots in {settings.output}")
 
 
 def check_profiles(profiles: Sequence[Profile], block: int) -> None:
