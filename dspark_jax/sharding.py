@@ -5,7 +5,8 @@ Layers name the logical axes of their parameters (`param(..., axes=("embed", "ml
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from dspark_jax.config.schema import MeshSettings
 from dspark_jax.errors import UserError
 
 AnyMesh = Mesh | AbstractMesh
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class ShardingRules:
     """Logical axis -> mesh axis (None: replicated). `batch` may name several mesh axes.
 
     `fsdp` splits storage between uses, `tensor` the computation: heads, MLPs and the vocabulary rows of embedding and
-    head. The Markov tables [V, R] are whole by default, so that no drafted token waits for a collective;
-    `sharded_markov` splits them like the rest.
+    head; `expert` gives each device experts of its own (targets/expert_mesh.py). The Markov tables [V, R] are whole by
+    default, so that no drafted token waits for a collective; `sharded_markov` splits them like the rest.
     """
 
     batch: tuple[str, ...] | None = ("data", "fsdp")
@@ -35,7 +36,7 @@ class ShardingRules:
     kv_heads: str | None = "tensor"
     head_dim: str | None = None
     mlp: str | None = "tensor"
-    experts: str | None = None
+    experts: str | None = "expert"
     vocab: str | None = "tensor"
     features: str | None = None
     markov_vocab: str | None = None
@@ -93,13 +94,15 @@ class ShardingRules:
         return replace(self, markov_vocab=self.vocab, rank=self.embed)
 
 
-def mesh_shape(devices: int, data: int = -1, fsdp: int = 1, tensor: int = 1) -> tuple[int, int, int]:
+def mesh_shape(
+    devices: int, data: int = -1, fsdp: int = 1, tensor: int = 1, expert: int = 1
+) -> tuple[int, int, int, int]:
     """The sizes of `MESH_AXES` on `devices` devices; a size of -1 takes those left.
 
     Raises:
         UserError: the sizes don't multiply to the number of devices, or more than one is -1.
     """
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    sizes = {"data": data, "fsdp": fsdp, "expert": expert, "tensor": tensor}
     open_axes = [name for name, size in sizes.items() if size == -1]
     if len(open_axes) > 1:
         raise UserError(
@@ -114,23 +117,25 @@ def mesh_shape(devices: int, data: int = -1, fsdp: int = 1, tensor: int = 1) -> 
 
     if math.prod(sizes.values()) != devices or min(sizes.values()) < 1:
         raise UserError(
-            f"A mesh of data={data} x fsdp={fsdp} x tensor={tensor} does not fit {devices} devices; their product must "
-            "be the number of devices (one of them may be -1)."
+            f"A mesh of data={data} x fsdp={fsdp} x expert={expert} x tensor={tensor} does not fit {devices} devices; "
+            "their product must be the number of devices (one of them may be -1)."
         )
 
-    return sizes["data"], sizes["fsdp"], sizes["tensor"]
+    return sizes["data"], sizes["fsdp"], sizes["expert"], sizes["tensor"]
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, expert: int = 1, *, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """A mesh with the axes `MESH_AXES` over `devices` (None: all), its sizes as `mesh_shape` resolves them."""
     devices = list(devices if devices is not None else jax.devices())
-    shape = mesh_shape(len(devices), data, fsdp, tensor)
+    shape = mesh_shape(len(devices), data, fsdp, tensor, expert)
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
 
 
-def abstract_mesh(devices: int, data: int = -1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
+def abstract_mesh(devices: int, data: int = -1, fsdp: int = 1, tensor: int = 1, expert: int = 1) -> AbstractMesh:
     """The mesh of devices that are not here: for shapes, estimates and lowering."""
-    shape = mesh_shape(devices, data, fsdp, tensor)
+    shape = mesh_shape(devices, data, fsdp, tensor, expert)
     return AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
@@ -138,7 +143,28 @@ def mesh_of_several(settings: MeshSettings) -> Mesh | None:
     """The mesh of the settings, None on a single device; UserError if the sizes don't fit."""
     if jax.device_count() == 1:
         return None
-    return make_mesh(settings.data, settings.fsdp, settings.tensor)
+    return make_mesh(*settings.sizes)
+
+
+@contextmanager
+def traced_over(mesh: AnyMesh | None) -> Iterator[None]:
+    """While tracing: what asks for `traced_mesh` may split its work over this mesh by a plan of its own.
+
+    Only meshes with an expert axis are made known; the partitioner alone plans for all others.
+    """
+    if mesh is None or mesh.shape.get("expert", 1) == 1:
+        yield
+        return
+
+    # jax's own context, because its caches of traced functions know of it.
+    with jax.sharding.use_abstract_mesh(mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh):
+        yield
+
+
+def traced_mesh() -> AbstractMesh | None:
+    """The mesh of the innermost `traced_over`, None outside of one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or "expert" not in mesh.shape else mesh
 
 
 def parameter_mesh(params: dict) -> Mesh | None:

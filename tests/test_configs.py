@@ -146,7 +146,7 @@ def test_a_plain_dataclass_of_options() -> None:
         ("--drafter.markov-rank 0", "confidence_head_with_markov is True; False"),
         ("--data.global-batch 7", r"data.global_batch is 7; a positive multiple of data.accumulation_steps \(3\)"),
         ("--data.length-buckets 64 128", r"data.length_buckets is \(64, 128\)"),
-        ("--mesh.data -1", r"mesh is \(-1, -1, 1\); at most one axis"),
+        ("--mesh.data -1", r"mesh is \(-1, -1, 1, 1\); at most one axis"),
         ("--optimizer.warmup-ratio 1.5", "optimizer.warmup_ratio is 1.5"),
         ("stray", "Unrecognized options: stray"),
     ],

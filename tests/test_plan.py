@@ -50,7 +50,7 @@ FETCHED = [name for name in config_names() if load_config(name).target == ".cach
 def test_every_configuration_lowers_for_tpus(name: str, devices: int) -> None:
     data, fsdp, tensor = MESHES[devices]
     lowered = planned(name, devices).lower("tpu")
-    assert f'"data"={data}, "fsdp"={fsdp}, "tensor"={tensor}]>' in lowered.as_text()
+    assert f'"data"={data}, "fsdp"={fsdp}, "expert"=1, "tensor"={tensor}]>' in lowered.as_text()
 
 
 @pytest.mark.lowering
@@ -147,7 +147,7 @@ def test_rules_split_what_divides_and_gather_what_is_stored_split() -> None:
 @pytest.mark.parametrize(
     ("sizes", "said"),
     [
-        ((3, 1, 1), "A mesh of data=3 x fsdp=1 x tensor=1 does not fit 8 devices"),
+        ((3, 1, 1), "A mesh of data=3 x fsdp=1 x expert=1 x tensor=1 does not fit 8 devices"),
         ((-1, 3, 1), "does not fit 8 devices"),
         ((-1, 1, -1), "Only one mesh axis can be -1 .* data and tensor are"),
     ],
@@ -173,7 +173,9 @@ def test_the_mesh_option() -> None:
     assert mesh_settings("data=16,fsdp=4", MeshSettings()) == MeshSettings(data=16, fsdp=4, tensor=1)
     assert mesh_settings("fsdp=-1", MeshSettings()) == MeshSettings(data=1, fsdp=-1)
     for text in ("data:16", "rows=2", "data=", "data=x"):
-        with pytest.raises(UserError, match=f"--mesh is '{text}'; sizes of data, fsdp and tensor were expected"):
+        with pytest.raises(
+            UserError, match=f"--mesh is '{text}'; sizes of data, fsdp, tensor and expert were expected"
+        ):
             mesh_settings(text, MeshSettings())
 
 

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     if options.mesh:
         config = dataclasses.replace(config, mesh=mesh_settings(options.mesh, config.mesh))
 
-    sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    sizes = config.mesh.sizes
 
     # A topology is described to the TPU compiler, which runs here: the figures are of the real program.
     if options.topology:

@@ -282,11 +282,13 @@ def mesh_settings(text: str, base: MeshSettings) -> MeshSettings:
     # The short form of a plan's mesh; a run has the options --mesh.data and so on.
     words = [word.partition("=") for word in text.split(",")]
     names = {name for name, _, _ in words}
-    if names - {"data", "fsdp", "tensor"} or not all(size.lstrip("-").isdigit() for _, _, size in words):
-        raise UserError(f"--mesh is {text!r}; sizes of data, fsdp and tensor were expected, as in data=16,fsdp=4.")
+    if names - {"data", "fsdp", "tensor", "expert"} or not all(size.lstrip("-").isdigit() for _, _, size in words):
+        raise UserError(
+            f"--mesh is {text!r}; sizes of data, fsdp, tensor and expert were expected, as in data=16,fsdp=4."
+        )
 
-    sizes = {name: int(size) for name, _, size in words}
-    return MeshSettings(sizes.get("data", 1), sizes.get("fsdp", 1), sizes.get("tensor", 1), base.markov_tables)
+    sizes = {"data": 1} | {name: int(size) for name, _, size in words}
+    return MeshSettings(**sizes, markov_tables=base.markov_tables)
 
 
 def take_option(argv: list[str], option: str) -> tuple[str | None, list[str]]:

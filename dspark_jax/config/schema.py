@@ -264,10 +264,17 @@ class MeshSettings:
     """Devices that share the work on each sequence: heads, MLPs, the vocabulary of the target's embedding and head."""
     markov_tables: Literal["sharded", "replicated"] = "sharded"
     """Whether fsdp and tensor split the Markov tables as well."""
+    expert: int = 1
+    """Devices that share the experts of a mixture, each with experts of its own."""
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """data, fsdp, tensor and expert, in the order in which meshes are made of them."""
+        return self.data, self.fsdp, self.tensor, self.expert
 
     def __post_init__(self) -> None:
-        sizes = (self.data, self.fsdp, self.tensor)
-        for name in ("data", "fsdp", "tensor"):
+        sizes = self.sizes
+        for name in ("data", "fsdp", "tensor", "expert"):
             size = getattr(self, name)
             _require(size == -1 or size >= 1, f"mesh.{name}", size, "a positive number or -1")
 

@@ -31,7 +31,14 @@ from dspark_jax.devices import announce
 from dspark_jax.distributed import connect, from_first, is_first, require_same
 from dspark_jax.errors import UserError
 from dspark_jax.files import require_same_settings, weights_hash, write_json, write_settings
-from dspark_jax.sharding import ShardingRules, mesh_of_several, parameter_mesh, replicated, require_rows
+from dspark_jax.sharding import (
+    ShardingRules,
+    mesh_of_several,
+    parameter_mesh,
+    replicated,
+    require_rows,
+    traced_over,
+)
 from dspark_jax.targets.attention import CausalRows
 from dspark_jax.targets.config import TargetConfig, config_sha256
 from dspark_jax.targets.registry import read_target_config
@@ -344,7 +351,8 @@ def make_forward(target: Target, spec: CacheSpec) -> Callable[[dict, Any], dict[
         if mesh is not None:
             tokens = jax.lax.with_sharding_constraint(tokens, ShardingRules().rows(mesh, tokens.ndim))
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        out = target.model(params)(tokens, positions, CausalRows(), spec.layer_ids)
+        with traced_over(mesh):
+            out = target.model(params)(tokens, positions, CausalRows(), spec.layer_ids)
         # Padding stands at the right, so causal rows never see it; encoding here shrinks what leaves the device.
         return encode_states(out.taps, out.hidden, spec.codec, jnp)
 

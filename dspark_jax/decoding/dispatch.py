@@ -23,6 +23,7 @@ from dspark_jax.decoding.state import DecodeState, RoundRecord
 from dspark_jax.decoding.verification import zeros_of
 from dspark_jax.scheduling.costs import Occupancy
 from dspark_jax.scheduling.policies import PolicyState
+from dspark_jax.sharding import traced_over
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -50,7 +51,8 @@ def run_rounds(
 
     # Zero, but computed from the old value: a donated buffer that nothing reads would not be reused.
     state = replace(state, predicted_seconds=jnp.minimum(state.predicted_seconds, 0.0))
-    return loop.place(dispatch.run(state))
+    with traced_over(loop.mesh):
+        return loop.place(dispatch.run(state))
 
 
 def run_alone(
@@ -102,7 +104,8 @@ def record_rounds(
         return _recorded_round(loop, params, current, occupancy)
 
     # A scan and no while loop, as the records need a fixed number of rounds.
-    state, records = jax.lax.scan(body, state, None, length=rounds)
+    with traced_over(loop.mesh):
+        state, records = jax.lax.scan(body, state, None, length=rounds)
     return loop.place(state), records
 
 

@@ -23,6 +23,7 @@ from dspark_jax.decoding.state import Admission, DecodeState, empty_counters
 from dspark_jax.decoding.verification import zeros_of
 from dspark_jax.decoding.verifiers import Draws
 from dspark_jax.drafters.protocol import DrafterModel, SharedTables
+from dspark_jax.sharding import traced_over
 from dspark_jax.targets.attention import Attend, CachedBlock, CausalRows
 from dspark_jax.targets.decoder import Cache, TargetModel
 from dspark_jax.targets.kv_cache import insert_rows, take_slots
@@ -61,7 +62,8 @@ def admit(loop: DecodeLoop, params: LoopParams, state: DecodeState, new: Admissi
     target, drafter = loop.models(params)
     rows, ends = jnp.arange(new.tokens.shape[0]), new.starts + new.counts
 
-    out = _forward(target, loop.tap_layers, state.target_cache, new, fresh)
+    with traced_over(loop.mesh):
+        out = _forward(target, loop.tap_layers, state.target_cache, new, fresh)
     first = _first_tokens(loop, target, state, new, out.hidden, fresh)
     settled = _entered(loop, state, new, first)
 

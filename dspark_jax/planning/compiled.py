@@ -51,17 +51,17 @@ def topology_devices(topology: str) -> list[Any]:
         ) from error
 
 
-def topology_mesh(topology: str, data: int, fsdp: int, tensor: int, part: bool = False) -> Mesh:
+def topology_mesh(topology: str, data: int, fsdp: int, tensor: int, expert: int = 1, part: bool = False) -> Mesh:
     """The mesh over the chips of a topology.
 
     Args:
         topology: as in v5e:4x4.
-        data, fsdp, tensor: sizes of the axes; one of them may be -1, which takes the chips that remain.
+        data, fsdp, tensor, expert: sizes of the axes; one of them may be -1, which takes the chips that remain.
         part: use only as many chips, the first ones, as the sizes name.
     Raises:
         UserError: as `topology_devices`, and where the sizes do not fit the topology.
     """
-    found, sizes = topology_devices(topology), (data, fsdp, tensor)
+    found, sizes = topology_devices(topology), (data, fsdp, tensor, expert)
 
     if part and -1 not in sizes:
         found = found[: math.prod(sizes)]

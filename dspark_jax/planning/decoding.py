@@ -182,12 +182,12 @@ def plan_mesh(options: PlanOptions) -> Mesh | None:
         if not options.mesh:
             return None
         settings = mesh_settings(options.mesh, MeshSettings())
-        mesh = make_mesh(settings.data, settings.fsdp, settings.tensor)
+        mesh = make_mesh(*settings.sizes)
         return None if mesh.size == 1 else mesh
 
     # Decoding splits the work on each token, so all chips go to the tensor axis.
     settings = mesh_settings(options.mesh, MeshSettings()) if options.mesh else MeshSettings(data=1, tensor=-1)
-    return topology_mesh(options.topology, settings.data, settings.fsdp, settings.tensor, part=True)
+    return topology_mesh(options.topology, *settings.sizes, part=True)
 
 
 def planned_pair(

@@ -30,6 +30,7 @@ from dspark_jax.errors import UserError
 from dspark_jax.files import user_cache
 from dspark_jax.scheduling.costs import CostTable, Occupancy, ScheduleTables
 from dspark_jax.serving.profile import Profile
+from dspark_jax.sharding import traced_over
 
 
 def profile_key(loop: DecodeLoop, params: LoopParams, temperature: float) -> dict[str, Any]:
@@ -251,7 +252,8 @@ def draft_passes(loop: DecodeLoop, params: LoopParams, state: DecodeState, count
         return loop.draft(target, drafter, state, anchors, noise).tokens[:, -1]
 
     anchors = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)[:, 0]
-    return jax.lax.fori_loop(0, count, body, anchors)
+    with traced_over(loop.mesh):
+        return jax.lax.fori_loop(0, count, body, anchors)
 
 
 def load_or_measure(

@@ -54,8 +54,8 @@ class PackedMatrix(NamedTuple):
     """fp4 matrices: `codes` int8 [..., o, i / 2] with column 2 c in the low half of byte c, `scales` uint8
     [..., o, i / 32]."""
 
-    codes: Array
-    scales: Array
+    codes: Any
+    scales: Any
 
     def at(self, index: Any) -> "PackedMatrix":
         """The matrix `index` of a stack."""

@@ -6,7 +6,7 @@ Axes: *n any leading axes of token rows, N of them flattened, K experts of a tok
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,9 @@ from jaxtyping import Array, Float, Int
 
 from dspark_jax.sharding import param
 from dspark_jax.targets.config import TargetConfig
+from dspark_jax.targets.expert_mesh import over_experts
 from dspark_jax.targets.expert_tiles import PackedExperts, experts_by_tile
+from dspark_jax.targets.low_bit import PackedMatrix
 
 Activation = Callable[[Array, Array], Array]
 """(gate [N, F], up [N, F]) -> what `down` projects."""
@@ -24,9 +26,9 @@ Activation = Callable[[Array, Array], Array]
 class ExpertStack(NamedTuple):
     """Stacked weights of E experts: gate and up [E, D, F], down [E, F, D]."""
 
-    gate: Array
-    up: Array
-    down: Array
+    gate: Any
+    up: Any
+    down: Any
 
 
 def mix_experts(
@@ -37,28 +39,40 @@ def mix_experts(
     activation: Activation,
 ) -> Float[Array, "n d"]:
     """Σ_k weights_k expert_{chosen_k}(row). No expert has a capacity, so a row's result depends on that row alone."""
-    if isinstance(stack, PackedExperts):
+
+    def by_tile(rows: Array, weights: Array, chosen: Array, stack: PackedExperts) -> Array:
         return experts_by_tile(rows, weights, chosen, stack, activation)
 
-    def grouped(rows: Array, weights: Array, chosen: Array) -> Array:
-        return grouped_experts(rows, weights, chosen, stack, activation)
+    def by_platform(rows: Array, weights: Array, chosen: Array, stack: ExpertStack) -> Array:
+        def grouped(rows: Array, weights: Array, chosen: Array) -> Array:
+            return grouped_experts(rows, weights, chosen, stack, activation)
 
-    def apart(rows: Array, weights: Array, chosen: Array) -> Array:
-        return experts_one_by_one(rows, weights, chosen, stack, activation)
+        def apart(rows: Array, weights: Array, chosen: Array) -> Array:
+            return experts_one_by_one(rows, weights, chosen, stack, activation)
 
-    # Grouped products are one instruction on TPUs; elsewhere XLA expands them to [E, N per_token, D].
-    return jax.lax.platform_dependent(rows, weights, chosen, tpu=grouped, default=apart)
+        # Grouped products are one instruction on TPUs; elsewhere XLA expands them to [E, N per_token, D].
+        return jax.lax.platform_dependent(rows, weights, chosen, tpu=grouped, default=apart)
+
+    # The axes of F. Packed matrices lie output-first: F is what their gate and up give and what their down takes.
+    if isinstance(stack, PackedExperts):
+        gate, down = PackedMatrix(1, 1), PackedMatrix(2, 2)
+        return over_experts(by_tile, rows, weights, chosen, stack, PackedExperts(gate, gate, down))
+    return over_experts(by_platform, rows, weights, chosen, stack, ExpertStack(2, 2, 1))
 
 
 def grouped_experts(
     rows: Array, weights: Array, chosen: Array, stack: ExpertStack, activation: Activation
 ) -> Float[Array, "n d"]:
-    """The (row, expert) pairs sorted by expert, through ragged products: the work of the chosen experts only."""
+    """The (row, expert) pairs sorted by expert, through ragged products: the work of the chosen experts only. Ids
+    outside 0 .. E - 1 add nothing."""
     count, k = chosen.shape
+    here = (chosen >= 0) & (chosen < len(stack.gate))
 
-    # Pairs are numbered row-major, n * K + k; `order` lists them by expert, each expert's in row order.
-    order = jnp.argsort(chosen.ravel(), stable=True)  # [N K]
-    sizes = jnp.zeros((len(stack.gate),), jnp.int32).at[chosen.ravel()].add(1)  # [E], rows of each expert
+    # Pairs are numbered row-major, n * K + k; `order` lists them by expert, each expert's in row order. Those of no
+    # expert here come last, behind all groups.
+    group = jnp.where(here, chosen, len(stack.gate)).ravel()
+    order = jnp.argsort(group, stable=True)  # [N K]
+    sizes = jnp.zeros((len(stack.gate) + 1,), jnp.int32).at[group].add(1)[:-1]  # [E], rows of each expert
     gathered = jnp.take(rows, order // k, axis=0)  # [N K, D]
 
     # [N K, F]; each run of `sizes[e]` rows meets expert e's weights alone.
@@ -67,13 +81,16 @@ def grouped_experts(
 
     # Undoing the sort, not adding pairs to rows by scatter, fixes the order of each row's sum on every backend.
     pairs = jnp.zeros_like(out).at[order].set(out, unique_indices=True).reshape(count, k, -1)
+    # Selected and not multiplied by 0: rows behind the groups may hold anything.
+    pairs = jnp.where(here[..., None], pairs, 0)
     return jnp.einsum("nk,nkd->nd", weights.astype(pairs.dtype), pairs)
 
 
 def experts_one_by_one(
     rows: Array, weights: Array, chosen: Array, stack: ExpertStack, activation: Activation
 ) -> Float[Array, "n d"]:
-    """One expert after the other on all rows, in the memory of one dense MLP; experts that no row chose are skipped."""
+    """One expert after the other on all rows, in the memory of one dense MLP; experts that no row chose are skipped,
+    and ids outside 0 .. E - 1 add nothing."""
 
     def add(total: Array, expert: tuple[Array, ...]) -> tuple[Array, None]:
         index, gate, up, down = expert

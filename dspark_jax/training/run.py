@@ -121,7 +121,7 @@ class Run:
         # First, since it is cheap: a run of another configuration needs no data opened.
         require_same_run(folder, config)
         target = describe_target(config.target)
-        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        mesh = make_mesh(*config.mesh.sizes)
         # Opening the data can take minutes, so what can be refused without them is checked first.
         drafter_config(config.drafter, target, config.compute_dtype)
         micro_batches(config.data, mesh)

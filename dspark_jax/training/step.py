@@ -16,7 +16,15 @@ from jaxtyping import Array
 from dspark_jax.drafters.protocol import SharedTables
 from dspark_jax.drafters.registry import new_params, skeleton
 from dspark_jax.errors import UserError
-from dspark_jax.sharding import AnyMesh, ShardingRules, array_sharding, gathered, parameter_shardings, replicated
+from dspark_jax.sharding import (
+    AnyMesh,
+    ShardingRules,
+    array_sharding,
+    gathered,
+    parameter_shardings,
+    replicated,
+    traced_over,
+)
 from dspark_jax.training.losses import Sums
 from dspark_jax.training.objective import Batch, Objective, replicate
 from dspark_jax.training.schedule import updates_taken
@@ -182,7 +190,7 @@ def make_train_step(
         new = _updated(state, grads, optimizer, verdict.good)
         return (new, metrics, stored) if record else (new, metrics)
 
-    return _compiled(step, placement, abstract, record)
+    return _compiled(traced_over(_mesh(placement))(step), placement, abstract, record)
 
 
 def make_eval_step(
@@ -205,7 +213,11 @@ def make_eval_step(
 
         return objective.metrics(sums | plan.sums, batch["input_ids"].shape[1])
 
-    return jax.jit(evaluate)
+    return jax.jit(traced_over(_mesh(placement))(evaluate))
+
+
+def _mesh(placement: Placement | None) -> AnyMesh | None:
+    return None if placement is None else placement.mesh
 
 
 class _Verdict(NamedTuple):

@@ -76,7 +76,7 @@ def main(argv: list[str]) -> None:
         make_output(options.results.parent)
 
     announce(config.compute_dtype)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = make_mesh(*config.mesh.sizes)
     # Shapes are enough for the floor and for memory; arrays are made only where the step is timed.
     run = AbstractRun.of(config, mesh)
     kind = options.device or jax.devices()[0].device_kind
