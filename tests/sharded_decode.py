@@ -21,6 +21,9 @@ from flax.traverse_util import flatten_dict
 
 from dspark_jax.checkpoints.drafters import load_drafter, save_drafter
 from dspark_jax.checkpoints.huggingface import load_target, save_target
+from dspark_jax.decoding.dispatch import run_rounds
+from dspark_jax.planning.compiled import collective_parts, copies
+from dspark_jax.planning.rounds import LoopText
 from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.generate import generate
 from dspark_jax.serving.requests import Request
@@ -33,7 +36,7 @@ RULES = {
     "fsdp": ShardingRules(),
     "heads": ShardingRules(embed=None, heads="fsdp", kv_heads="data", mlp="fsdp", vocab="fsdp"),
 }
-SHAPES: dict[str, Any] = {"hidden_size": 32, "vocab_size": 64, "intermediate_size": 40, "head_dim": 10}
+SHAPES: dict[str, Any] = {"hidden_size": 32, "vocab_size": 2048, "intermediate_size": 40, "head_dim": 10}
 
 
 def write(folder: Path) -> None:
@@ -58,8 +61,9 @@ def check_load(folder: Path) -> None:
 
 
 def check_generate(folder: Path) -> None:
+    cuts: list[dict[str, Any]] = [{}, {"top_p": 0.8}, {}, {"top_k": 40, "top_p": 0.9}, {}]
     requests = [
-        Request(p, SamplingParams(12, float(i % 2), seed=i, repetition_penalty=1.0 + i % 3 / 4, logprobs=i))
+        Request(p, SamplingParams(12, float(i % 2), seed=i, repetition_penalty=1.0 + i % 3 / 4, logprobs=i, **cuts[i]))
         for i, p in enumerate(prompts(5, SHAPES["vocab_size"]))
     ]
     # Of one shape wherever it is used: compiling is what takes time here.
@@ -79,8 +83,8 @@ def check_generate(folder: Path) -> None:
         engine.step()
         for leaf in jax.tree.leaves((engine.state.target_cache, engine.state.draft)):
             assert {shard.data.nbytes for shard in leaf.addressable_shards} == {leaf.nbytes // 8}
-    # With a tensor axis fewer groups share the slots, and the target's cache is split by head as its layers are.
-    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    # With a tensor axis fewer groups share the slots, and the caches are split by head as the layers are.
+    mesh = make_mesh(data=4, tensor=2)
     target = load_target(folder / "target", mesh=mesh)
     engine = Engine(target, load_drafter(folder / "drafter", target, mesh=mesh), config)
     for i, request in enumerate(requests[:4]):
@@ -88,10 +92,28 @@ def check_generate(folder: Path) -> None:
     done: dict[int, Any] = {}
     while not engine.idle:
         done |= {p.index: p.generation for p in engine.step() if p.generation is not None}
-        for tree, parts in ((engine.state.target_cache, 8), (engine.state.draft, 4)):
-            for leaf in jax.tree.leaves(tree):
-                assert {shard.data.nbytes for shard in leaf.addressable_shards} == {leaf.nbytes // parts}
+        for leaf in jax.tree.leaves((engine.state.target_cache, engine.state.draft)):
+            assert {shard.data.nbytes for shard in leaf.addressable_shards} == {leaf.nbytes // 8}
     assert [done[i].tokens for i in range(4)] == [g.tokens for g in expected[:4]]
+    check_text(engine)
+
+
+def check_text(engine: Engine) -> None:
+    """A round on a tensor axis sorts nothing, and exchanges no row of logits and no cache, in any of its branches."""
+    limits = jax.numpy.int32(8), jax.numpy.asarray(False)
+    program = run_rounds.lower(engine.loop, engine.params, engine.state, engine.occupancy, *limits).compile()
+    text = program.as_text() or ""
+    exchanged = {shape for line in text.splitlines() for shape, _ in collective_parts(line)}
+    # Packed rows move between groups of slots, each with the part of its logits that the device has.
+    whole = {SHAPES["vocab_size"], engine.loop.size}
+    assert exchanged and not [shape for shape in exchanged if len(shape) > 2 and whole & set(shape)]
+    assert (2, SHAPES["vocab_size"]) not in exchanged
+    assert " sort(" not in text
+    caches = jax.tree.leaves((engine.state.target_cache, engine.state.draft))
+    assert not copies(text, {leaf.sharding.shard_shape(leaf.shape) for leaf in caches})
+    found = LoopText.of(text, SHAPES["hidden_size"])
+    greedy, sampled = found.round(greedy=True), found.round(greedy=False)
+    assert 0 < greedy.rows == sampled.rows and 0 < greedy.others < sampled.others
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from dspark_jax.checkpoints.drafters import load_drafter, save_drafter
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.drafters.registry import drafter_hf_config, new_drafter
 from dspark_jax.planning.decoding import DecodePlan, PlanOptions
+from dspark_jax.planning.rounds import LoopText
 from dspark_jax.roofline.hardware import known_device
 from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.settings import EngineConfig, policy_named
@@ -98,6 +99,37 @@ def test_a_plan_reads_no_weights(folders: tuple[str, str], tmp_path, capsys) -> 
     copy.mkdir()
     (copy / "config.json").write_text(json.dumps(json.loads(config.read_text())))
     assert DecodePlan.of(PlanOptions(target=str(copy))).drafter is None
+
+
+def test_a_round_is_read_branch_by_branch() -> None:
+    """Greedy rounds take a sampling branch's first, buckets the largest; log-probabilities are not counted."""
+    text = """
+%greedy (p: f32[8]) -> f32[8] {
+  ROOT %a = f32[8]{0} all-reduce(%p)
+}
+%sampled (p: f32[8]) -> f32[8] {
+  %b = (f32[8]{0}, f32[64]{0}) all-gather-start(%p)
+  ROOT %w = f32[8]{0} while(%b), condition=%c, body=%greedy, metadata={op_name="jit/while/body/sampling/cond/while"}
+}
+%body (p: f32[8]) -> f32[8] {
+  %x = bf16[8,2560]{1,0} all-reduce(%p), to_apply=%add
+  %y = f32[8]{0} conditional(%i), branch_computations={%greedy, %sampled}, metadata={op_name="jit/sampling/cond"}
+  %z = f32[8]{0} conditional(%i), true_computation=%greedy, false_computation=%none
+  ROOT %n = f32[8]{0} while(%y), condition=%c, body=%sampled, metadata={op_name="jit/while/body/logprobs/while"}
+}
+%none (p: f32[8]) -> f32[8] {
+  ROOT %k = f32[8]{0} copy(%p)
+}
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %c = f32[16]{0} copy(%p)
+  %f = f32[8]{0} fusion(%p), kind=kLoop, calls=%none
+  ROOT %l = f32[8]{0} while(%c), condition=%c, body=%body
+}"""
+    found = LoopText.of(text, 2560)
+    rows = 8 * 2560 * 2
+    assert found.round(greedy=True) == (rows, 2 * 32)
+    assert found.round(greedy=False) == (rows, 32 + 256 + 8 * 32)
+    assert found.entry_copies() == 64 + 32
 
 
 @pytest.mark.lowering

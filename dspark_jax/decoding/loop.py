@@ -11,7 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from dspark_jax.decoding.penalties import LogitEdits
@@ -21,6 +21,7 @@ from dspark_jax.decoding.verifiers import Draws, Independent, Verifier, check_pa
 from dspark_jax.drafters.protocol import DrafterModel, DraftOutput, SharedTables
 from dspark_jax.drafters.trees import TreeShape
 from dspark_jax.scheduling.policies import Fixed, VerifyPolicy
+from dspark_jax.sharding import ShardingRules, array_sharding
 from dspark_jax.targets.decoder import TargetModel
 
 
@@ -78,6 +79,13 @@ class LoopSettings:
     def width(self) -> int:
         """W, the rows of a block: the anchor and its drafts."""
         return self.block + 1
+
+    def vocab_sharding(self, target: TargetModel) -> NamedSharding | None:
+        """How the mesh spreads the vocabulary [V], and so logits; None where every device holds all of it."""
+        if self.mesh is None:
+            return None
+        vocab = array_sharding((target.config.vocab_size,), ("vocab",), self.mesh, ShardingRules())
+        return None if vocab.is_fully_replicated else vocab
 
     def noise(self, target: TargetModel, state: DecodeState) -> Any:
         """The random numbers that the verifier draws at once for a speculative round."""

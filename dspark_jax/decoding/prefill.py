@@ -78,12 +78,13 @@ def admit(loop: DecodeLoop, params: LoopParams, state: DecodeState, new: Admissi
     if drafter is not None:
         draft = _context(drafter, borrowed_tables(target), draft, finite_or_zero(out.taps), new, fresh)
 
-    wanted = new.final & new.wants_logprobs
+    wanted, vocab = new.final & new.wants_logprobs, loop.vocab_sharding(target)
+    logits, drawn = first.logits[:, None], first.tokens[:, None]
     return loop.place(
         replace(
             settled,
             tokens=insert_rows(state.tokens, padded, new.slots, new.starts, axis=1),
-            logprobs=state.logprobs.noted(wanted, first.logits[:, None], first.tokens[:, None], new.slots, ends),
+            logprobs=state.logprobs.noted(wanted, logits, drawn, new.slots, ends, vocab),
             target_cache=target.insert(state.target_cache, kv, new.slots, new.starts, new.counts),
             draft=draft,
             policy=state.policy._replace(slots=settled.policy),

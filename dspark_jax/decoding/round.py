@@ -252,6 +252,7 @@ class DecodeLoop(LoopSettings):
                 fresh,
                 jnp.arange(len(count)),
                 state.length,
+                self.vocab_sharding(target),
             ),
         )
         return after, verdict, count

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from dspark_jax.decoding.cuts import truncated
 from dspark_jax.decoding.noise import Key
 from dspark_jax.decoding.penalties import LogitEdits
 
@@ -20,6 +21,9 @@ GREEDY_BELOW = 1e-5
 # The purpose of a random number is folded into its key with position and offset: a draft, its acceptance test and the
 # residual draw at one position must be independent. Coupled decoding has one number a token for all purposes.
 DRAFT, ACCEPT, RESIDUAL, COUPLED = 0, 1, 2, 3
+
+SCOPE = "sampling"
+"""The name in a program's text of branches whose first one is taken in greedy rounds."""
 
 
 class SamplingArrays(NamedTuple):
@@ -42,12 +46,13 @@ def sampling_law(
     where greedy.
 
     Tokens tied with the last one kept by top-k or top-p are kept too, so the law does not depend on a sort's order.
-    Greedy-only batches skip the softmax, and batches without top-k and top-p skip the sort (docs/algorithm.md, rules 6
-    to 8).
+    Greedy-only batches skip the softmax, and batches without top-k and top-p skip the search for their thresholds
+    (docs/algorithm.md, rules 6 to 8).
     """
     return _by_need(params, edits, _greedy_law, _plain_law, _truncated_law, logits)
 
 
+@jax.named_scope(SCOPE)
 def _by_need(
     params: SamplingArrays,
     edits: LogitEdits | None,
@@ -61,9 +66,9 @@ def _by_need(
     top-k or top-p; each on edited logits if a request has edits. One flat branch: on XLA:CPU, entering a nested one
     takes as long as computing a small law."""
     stochastic = jnp.any(params.stochastic)
-    sorts = stochastic & jnp.any((params.top_k > 0) | (params.top_p < 1.0))
+    cuts = stochastic & jnp.any((params.top_k > 0) | (params.top_p < 1.0))
 
-    need = stochastic.astype(jnp.int32) + sorts
+    need = stochastic.astype(jnp.int32) + cuts
     branches: list[Callable] = [greedy, partial(plain, params), partial(truncated, params)]
 
     if edits is not None:
@@ -110,35 +115,12 @@ def _scaled(params: SamplingArrays, logits: Array) -> Array:
 
 
 def _cut(params: SamplingArrays, logits: Array) -> Array:
-    return _truncate(_scaled(params, logits), params)
+    return truncated(_scaled(params, logits), params.top_k, params.top_p)
 
 
 def _per_request(value: Float[Array, " r"], like: Float[Array, "r *n v"]) -> Array:
     """[R] -> [R, 1, .., 1], to broadcast against `like`."""
     return value.reshape(-1, *(1,) * (like.ndim - 1))
-
-
-def _truncate(scaled: Array, params: SamplingArrays) -> Array:
-    """-inf outside the top-k, then outside the smallest subset of those whose renormalised mass reaches top_p."""
-    # One sort serves both cuts.
-    vocab = scaled.shape[-1]
-    # Falling logits [R, *n, V]; top-k cuts by rank.
-    ordered = -jnp.sort(-scaled, axis=-1)
-    k = jnp.where(params.top_k > 0, jnp.minimum(params.top_k, vocab), vocab)
-    ordered = jnp.where(jnp.arange(vocab) < _per_request(k, scaled), ordered, -jnp.inf)
-
-    # top-p cuts by the mass of what top-k left, renormalised.
-    mass = jax.nn.softmax(ordered, axis=-1)
-    before = jnp.cumsum(mass, axis=-1) - mass
-
-    # The first token always stays, even at top_p = 0; a token enters while the mass before it is short of top_p. Off
-    # (top_p = 1) keeps every token, also those before which the mass has already been rounded up to 1.
-    top_p = _per_request(params.top_p, scaled)
-    kept = (before < top_p) | (top_p >= 1.0) | (jnp.arange(vocab) == 0)
-
-    # Back to vocabulary order by value rather than by index, which is what keeps ties.
-    last = jnp.min(jnp.where(kept & (ordered > -jnp.inf), ordered, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(scaled >= last, scaled, -jnp.inf)
 
 
 def round_keys(keys: UInt32[Array, "r 2"], positions: Int[Array, " r"], offsets: Int[Array, " k"], purpose: int) -> Key:
@@ -153,6 +135,7 @@ def round_keys(keys: UInt32[Array, "r 2"], positions: Int[Array, " r"], offsets:
     return Key(request.high[:, None], request.low[:, None]).fold_in(offsets[None])
 
 
+@jax.named_scope(SCOPE)
 def uniforms(
     keys: UInt32[Array, "r 2"], positions: Int[Array, " r"], count: int, params: SamplingArrays
 ) -> Float[Array, "r k"]:
@@ -166,6 +149,7 @@ def uniforms(
     return jax.lax.cond(jnp.any(params.stochastic), draw, lambda: jnp.zeros(shape, jnp.float32))
 
 
+@jax.named_scope(SCOPE)
 def draw_token(
     law: Float[Array, "r v"],
     keys: UInt32[Array, "r 2"],
@@ -218,6 +202,7 @@ def _waits(key: Key, vocab: int) -> Float[Array, "*n v"]:
     return -jnp.log(jnp.maximum(key.uniform(vocab), tiny))
 
 
+@jax.named_scope(SCOPE)
 def coupled_waits(
     keys: UInt32[Array, "r 2"], positions: Int[Array, "r n"], vocab: int, params: SamplingArrays
 ) -> Float[Array, "r n v"]:

@@ -107,7 +107,7 @@ def empty_counters(requests: int, block: int) -> RoundCounters:
 
 def spread(state: DecodeState, mesh: Mesh) -> DecodeState:
     """Constrain the state's shardings: slots over the mesh's batch axes if their number is divisible, else replicated;
-    the target's K/V also over the tensor axis, by kv head."""
+    K/V of target and drafter also over the tensor axis, by kv head."""
     rules = ShardingRules()
     if state.length.shape[0] % rules.row_groups(mesh):
         rules = replace(rules, batch=None)
@@ -119,15 +119,17 @@ def spread(state: DecodeState, mesh: Mesh) -> DecodeState:
     # The exceptions: K/V [R, G, S, H], what the policy shares between requests, and the one scalar.
     axes = ["batch", "kv_heads", None, None]
 
-    def cache_sharding(part: Any) -> Any:
+    def part_sharding(part: Any) -> Any:
         if not isinstance(part, KeysValues):
             return spec
         return jax.tree.map(lambda x: array_sharding(x.shape, axes, mesh, rules), part)
 
-    cache = jax.tree.map(cache_sharding, state.target_cache, is_leaf=lambda part: isinstance(part, KeysValues))
+    # Where a layer's heads are computed is where its K/V lie: a cache laid out otherwise is gathered in every dispatch.
+    held = {"target_cache": state.target_cache, "draft": state.draft}
+    caches = jax.tree.map(part_sharding, held, is_leaf=lambda part: isinstance(part, KeysValues))
 
     shared = jax.tree.map(lambda _: whole, state.policy.shared)
     policy = shardings.policy._replace(shared=shared)
-    shardings = replace(shardings, target_cache=cache, policy=policy, predicted_seconds=whole)
+    shardings = replace(shardings, **caches, policy=policy, predicted_seconds=whole)
 
     return jax.lax.with_sharding_constraint(state, shardings)

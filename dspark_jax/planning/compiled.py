@@ -19,6 +19,8 @@ from dspark_jax.roofline.hardware import known_device
 from dspark_jax.sharding import MESH_AXES, mesh_shape
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# `-start` of an asynchronous pair is counted and its `-done` is not, as it has another name.
+_COLLECTIVE = re.compile(rf"= (.+?) ({'|'.join(COLLECTIVES)})(-start)?\(")
 ACCELERATORS = {"v4": "v4", "v5e": "v5litepod", "v5p": "v5p", "v6e": "v6e"}
 
 
@@ -127,15 +129,28 @@ def collectives(program: str) -> dict[str, str]:
     A collective inside a loop is counted once, although it runs in each iteration.
     """
     counts, sizes = Counter[str](), Counter[str]()
-    # `-start` of an asynchronous pair is counted and its `-done` is not, as it has another name.
-    for shapes, name, start in re.findall(rf"= (.+?) ({'|'.join(COLLECTIVES)})(-start)?\(", program):
-        # The start of these two gives (operands, results, counters): its operands are not communicated twice.
-        if start and name in ("all-gather", "collective-permute"):
-            shapes = _tuple_parts(shapes)[1]
-        counts[name] += 1
-        sizes[name] += sum(_shape_bytes(*part) for part in re.findall(r"([a-z]\w*)\[([\d,]*)\]", shapes))
+    for line in program.splitlines():
+        if found := _COLLECTIVE.search(line):
+            counts[found[2]] += 1
+            sizes[found[2]] += sum(size for _, size in collective_parts(line))
 
     return {name: f"{counts[name]} of {mebibytes(sizes[name])}" for name in COLLECTIVES if counts[name]}
+
+
+def collective_parts(line: str) -> list[tuple[tuple[int, ...], int]]:
+    """(dimensions, bytes) of each result of the collective on a line of a program; none for other instructions."""
+    found = _COLLECTIVE.search(line)
+    if not found:
+        return []
+    # The start of these two gives (operands, results, counters): its operands are not communicated twice.
+    asynchronous = found[3] and found[2] in ("all-gather", "collective-permute")
+    return shape_parts(_tuple_parts(found[1])[1] if asynchronous else found[1])
+
+
+def shape_parts(shapes: str) -> list[tuple[tuple[int, ...], int]]:
+    """(dimensions, bytes) of each array in XLA's text of a shape, a tuple's or one array's."""
+    parts = re.findall(r"([a-z]\w*)\[([\d,]*)\]", shapes)
+    return [(tuple(int(n) for n in sizes.split(",") if n), _shape_bytes(kind, sizes)) for kind, sizes in parts]
 
 
 def copies(program: str, shapes: Iterable[tuple[int, ...]]) -> list[str]:

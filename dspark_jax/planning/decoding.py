@@ -20,7 +20,7 @@ from dspark_jax.checkpoints.huggingface import DTYPES, parameter_dtypes, resolve
 from dspark_jax.checkpoints.layouts import native_config, read_stored_config
 from dspark_jax.checkpoints.tensor_map import ParamPath
 from dspark_jax.config.cli import load_config, mesh_settings
-from dspark_jax.config.schema import MeshSettings, TrainConfig
+from dspark_jax.config.schema import DrafterSettings, MeshSettings, TrainConfig
 from dspark_jax.decoding.dispatch import run_rounds
 from dspark_jax.decoding.round import DecodeLoop, LoopParams
 from dspark_jax.decoding.state import DecodeState
@@ -28,7 +28,8 @@ from dspark_jax.drafters.config import DSparkConfig
 from dspark_jax.drafters.registry import Drafter, read_config, skeleton
 from dspark_jax.errors import UserError
 from dspark_jax.planning.compiled import compiled, copies, figures, mebibytes, topology_mesh
-from dspark_jax.planning.published_targets import planned_target
+from dspark_jax.planning.published_targets import planned_target, with_layers
+from dspark_jax.planning.rounds import LoopText
 from dspark_jax.planning.v4_costs import V4Costs
 from dspark_jax.roofline.decoding import round_terms
 from dspark_jax.roofline.hardware import Term
@@ -68,10 +69,17 @@ class PlanOptions:
     """Whose peaks the floor is for, a device kind; empty: the device that the loop is compiled for."""
     compile: bool = True
     """Compile the loop; without, only the floor is printed."""
+    layers: int = 0
+    """Decoder layers to plan the configuration's pair with, which compile much sooner; 0: all of them."""
 
     def __post_init__(self) -> None:
         if self.slots < 1 or self.longest < 2:
             raise UserError("A plan needs --slots of 1 or more and --longest of 2 or more.")
+        if self.layers < 0 or (self.layers and self.drafter):
+            raise UserError(
+                f"--layers is {self.layers}; expected 1 or more layers of a --config or a --target alone, or 0 for all "
+                "of them. A drafter in a folder has the layers that it has."
+            )
 
 
 @dataclass(frozen=True)
@@ -150,9 +158,21 @@ class DecodePlan:
     def compile(self) -> dict[str, Any]:
         """Figures of the compiled dispatch; UserError where it does not fit the device."""
         program = compiled(self.lower(self.platform), "The decode loop")
+        text = program.as_text() or ""
         # The cache must be updated in place: a copy would move all of it in every round.
-        copied = copies(program.as_text() or "", self.cache_shapes())
-        return figures(program, self.device_kind) | {"whole-cache copies": len(copied)}
+        found = figures(program, self.device_kind) | {"whole-cache copies": len(copies(text, self.cache_shapes()))}
+
+        rounds = LoopText.of(text, self.target.config.hidden_size)
+        found["copied at the entry, once a dispatch"] = mebibytes(rounds.entry_copies())
+        if self.mesh is None or self.mesh.size == 1:
+            return found
+
+        greedy, sampled = rounds.round(greedy=True), rounds.round(greedy=False)
+        return found | {
+            "exchanged a round, layers' rows": mebibytes(greedy.rows),
+            "exchanged a round beside them, greedy": mebibytes(greedy.others),
+            "exchanged a round beside them, sampled": mebibytes(sampled.others),
+        }
 
     def floor(self, context: int) -> list[Term] | None:
         """The terms of a round that verifies whole blocks, with `context` positions cached of each request; None for
@@ -212,6 +232,8 @@ def planned_pair(
 
     # Published shapes are in the package, so that a plan needs no download.
     target = describe(name)
+    if options.layers:
+        target = with_layers(target, options.layers)
     module = target_skeleton(target.config)
     dtypes = parameter_dtypes(target.config, flatten_dict(split(module)[1]), DTYPES[options.dtype])
     target = dataclasses.replace(target, params=abstract_params(module, mesh, dtypes.__getitem__))
@@ -222,7 +244,10 @@ def planned_pair(
     if options.drafter:
         hf_config = native_config(*read_stored_config(resolve_folder(options.drafter, "drafter")), target.config)
     elif config is not None:
-        hf_config = drafter_config(config.drafter, target, config.compute_dtype)
+        settings = config.drafter
+        if options.layers:
+            settings = _with_layers(settings, target.config.num_layers)
+        hf_config = drafter_config(settings, target, config.compute_dtype)
 
     if hf_config is None:
         return target, None
@@ -236,6 +261,14 @@ def planned_pair(
     params = abstract_params(module, mesh, lambda path: jnp.float32 if path[0] == "confidence_head" else kind)
 
     return target, Drafter(options.drafter or options.config, described, split(module)[0], params, hf_config)
+
+
+def _with_layers(settings: DrafterSettings, count: int) -> DrafterSettings:
+    """The settings of a drafter for a target of `count` layers: at most as many layers, and as many taps as fit."""
+    # The last layer is no tap of the block drafters, and the only one of MTP.
+    free = (count - 1,) if settings.kind == "mtp" else tuple(range(count - 1)) or (-1,)
+    taps = free[-len(settings.target_layer_ids) :]
+    return dataclasses.replace(settings, num_layers=min(settings.num_layers, count), target_layer_ids=taps)
 
 
 def abstract_params(module: Any, mesh: Mesh | None, dtype_of: Callable[[ParamPath], Any]) -> dict:

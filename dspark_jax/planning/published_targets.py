@@ -181,3 +181,19 @@ def planned_target(name: str) -> Target:
     graphdef, _ = split(target_skeleton(config))
 
     return Target(name, config, graphdef, {}, hf_config, config_sha256(hf_config))
+
+
+def with_layers(target: Target, count: int) -> Target:
+    """The same target with its first `count` decoder layers alone, at most as many as it has; no parameters."""
+    whole = target.hf_config["num_hidden_layers"]
+    count = min(count, whole)
+
+    # Lists with one entry a layer, such as layer_types, are cut as well.
+    cut = {
+        name: value[:count] if isinstance(value, list) and len(value) == whole else value
+        for name, value in target.hf_config.items()
+    }
+    hf_config = cut | {"num_hidden_layers": count}
+    config = read_target_config(hf_config)
+    graphdef, _ = split(target_skeleton(config))
+    return Target(target.name, config, graphdef, {}, hf_config, config_sha256(hf_config))

@@ -1,0 +1,137 @@
+"""The cost of one round in the text of a compiled decode loop: what devices exchange, and what a dispatch copies first.
+
+A program's text holds every branch of a round. A greedy round takes the first branch wherever sampling has one, and a
+sampled round may take any; of verify buckets either may take the largest.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from dspark_jax.decoding.cuts import PASSES
+from dspark_jax.decoding.sampling import SCOPE
+from dspark_jax.planning.compiled import collective_parts, shape_parts
+
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([\w\-]+)\(")
+_CALLED = re.compile(r"(?:body|calls|to_apply)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_PAIR = re.compile(r"true_computation=%?([\w.\-]+), false_computation=%?([\w.\-]+)")
+_TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+# What moves data and computes nothing.
+_MOVES = {"copy", "transpose", "bitcast", "parameter", "reshape", "copy-start", "copy-done"}
+
+
+class Exchanged(NamedTuple):
+    """Bytes that collectives give each device in one round: rows [.., D] of the layers, and all others."""
+
+    rows: int
+    others: int
+
+    def __add__(self, more: tuple[int, ...]) -> "Exchanged":
+        return Exchanged(*(a + b for a, b in zip(self, more, strict=True)))
+
+    def times(self, count: int) -> "Exchanged":
+        """The sum of so many rounds of it."""
+        return Exchanged(self.rows * count, self.others * count)
+
+
+@dataclass(frozen=True)
+class LoopText:
+    """The optimised text of a decode loop, its instructions by computation.
+
+    Attributes:
+        computations: lines of each.
+        entry: the name of the one that the program begins with.
+        hidden: D, by which the layers' rows are told from other arrays.
+    """
+
+    computations: dict[str, list[str]]
+    entry: str
+    hidden: int
+
+    @classmethod
+    def of(cls, text: str, hidden: int) -> "LoopText":
+        """The parts of a program's text."""
+        computations: dict[str, list[str]] = {}
+        entry, lines = "", []
+
+        for line in text.splitlines():
+            if header := _HEADER.match(line):
+                lines = computations.setdefault(header[2], [])
+                entry = header[2] if header[1] else entry
+            elif _INSTRUCTION.match(line):
+                lines.append(line)
+        return cls(computations, entry, hidden)
+
+    def round(self, greedy: bool) -> Exchanged:
+        """What one speculative round exchanges: the costliest pass of a loop that the entry runs.
+
+        Log-probabilities, which few requests ask for, are left out.
+        """
+        whiles = [line for line in self._reached(self.entry) if _opcode(line) == "while"]
+        bodies = [self._cost(_called(line)[0], greedy) for line in whiles]
+        return max(bodies, key=sum, default=Exchanged(0, 0))
+
+    def entry_copies(self) -> int:
+        """Bytes that the program copies or lays out anew before, between and after its loops, once a dispatch."""
+        return sum(_result_bytes(line) for line in self.computations[self.entry] if self._moves(line))
+
+    def _moves(self, line: str) -> bool:
+        if _opcode(line) == "fusion":
+            inside = {_opcode(inner) for inner in self.computations.get(_called(line)[0], [])}
+            return inside <= _MOVES and bool(inside & {"copy", "transpose"})
+        # The end of an asynchronous pair; its start names operand and result.
+        return _opcode(line) in ("copy", "copy-done", "transpose")
+
+    def _reached(self, name: str) -> Iterator[str]:
+        for line in self.computations[name]:
+            yield line
+            if _opcode(line) == "call":
+                yield from self._reached(_called(line)[0])
+
+    def _cost(self, name: str, greedy: bool) -> Exchanged:
+        total = Exchanged(0, 0)
+
+        for line in self.computations.get(name, []):
+            opcode = _opcode(line)
+            if parts := collective_parts(line):
+                rows = sum(size for shape, size in parts if self.hidden in shape)
+                total += Exchanged(rows, sum(size for _, size in parts) - rows)
+            elif opcode == "conditional":
+                total += self._branch(line, greedy)
+            elif opcode == "while":
+                total += self._cost(_called(line)[0], greedy).times(_trips(line))
+            elif opcode in ("call", "fusion", "async-start"):
+                total += self._cost(_called(line)[0], greedy)
+        return total
+
+    def _branch(self, line: str, greedy: bool) -> Exchanged:
+        # XLA writes a condition of two branches either way round.
+        pair, listed = _PAIR.search(line), _BRANCHES.search(line)
+        names = [pair[2], pair[1]] if pair else re.findall(r"[\w.\-]+", listed[1] if listed else "")
+        costs = [self._cost(name, greedy) for name in names]
+        return costs[0] if greedy and f"/{SCOPE}/" in line else max(costs, key=sum)
+
+
+def _opcode(line: str) -> str:
+    found = _INSTRUCTION.match(line)
+    return found[3] if found else ""
+
+
+def _called(line: str) -> list[str]:
+    return _CALLED.findall(line)
+
+
+def _trips(line: str) -> int:
+    if "/logprobs/" in line:
+        return 0
+    known = _TRIPS.search(line)
+    # A search for thresholds runs until it has found them, which takes as many passes as a number has digits.
+    return int(known[1]) if known else PASSES if f"/{SCOPE}/" in line else 1
+
+
+def _result_bytes(line: str) -> int:
+    found = _INSTRUCTION.match(line)
+    return sum(size for _, size in shape_parts(found[2])) if found else 0
