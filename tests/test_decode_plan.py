@@ -10,7 +10,7 @@ from dspark_jax.checkpoints.drafters import load_drafter, save_drafter
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.drafters.registry import drafter_hf_config, new_drafter
 from dspark_jax.planning.decoding import DecodePlan, PlanOptions
-from dspark_jax.planning.rounds import LoopText
+from dspark_jax.planning.rounds import Exchanged, LoopText
 from dspark_jax.roofline.hardware import known_device
 from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.settings import EngineConfig, policy_named
@@ -127,8 +127,8 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 }"""
     found = LoopText.of(text, 2560)
     rows = 8 * 2560 * 2
-    assert found.round(greedy=True) == (rows, 2 * 32)
-    assert found.round(greedy=False) == (rows, 32 + 256 + 8 * 32)
+    assert found.round(greedy=True) == Exchanged(rows, 2 * 32)
+    assert found.round(greedy=False) == Exchanged(rows, 32 + 256 + 8 * 32)
     assert found.entry_copies() == 64 + 32
 
 

@@ -7,7 +7,6 @@ sampled round may take any; of verify buckets either may take the largest.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from dspark_jax.decoding.cuts import PASSES
 from dspark_jax.decoding.sampling import SCOPE
@@ -23,18 +22,24 @@ _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _MOVES = {"copy", "transpose", "bitcast", "parameter", "reshape", "copy-start", "copy-done"}
 
 
-class Exchanged(NamedTuple):
+@dataclass(frozen=True)
+class Exchanged:
     """Bytes that collectives give each device in one round: rows [.., D] of the layers, and all others."""
 
-    rows: int
-    others: int
+    rows: int = 0
+    others: int = 0
 
-    def __add__(self, more: tuple[int, ...]) -> "Exchanged":
-        return Exchanged(*(a + b for a, b in zip(self, more, strict=True)))
+    def __add__(self, more: "Exchanged") -> "Exchanged":
+        return Exchanged(self.rows + more.rows, self.others + more.others)
 
     def times(self, count: int) -> "Exchanged":
         """The sum of so many rounds of it."""
         return Exchanged(self.rows * count, self.others * count)
+
+    @property
+    def together(self) -> int:
+        """Both."""
+        return self.rows + self.others
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ class LoopText:
         """
         whiles = [line for line in self._reached(self.entry) if _opcode(line) == "while"]
         bodies = [self._cost(_called(line)[0], greedy) for line in whiles]
-        return max(bodies, key=sum, default=Exchanged(0, 0))
+        return max(bodies, key=_together, default=Exchanged())
 
     def entry_copies(self) -> int:
         """Bytes that the program copies or lays out anew before, between and after its loops, once a dispatch."""
@@ -92,7 +97,7 @@ class LoopText:
                 yield from self._reached(_called(line)[0])
 
     def _cost(self, name: str, greedy: bool) -> Exchanged:
-        total = Exchanged(0, 0)
+        total = Exchanged()
 
         for line in self.computations.get(name, []):
             opcode = _opcode(line)
@@ -112,7 +117,7 @@ class LoopText:
         pair, listed = _PAIR.search(line), _BRANCHES.search(line)
         names = [pair[2], pair[1]] if pair else re.findall(r"[\w.\-]+", listed[1] if listed else "")
         costs = [self._cost(name, greedy) for name in names]
-        return costs[0] if greedy and f"/{SCOPE}/" in line else max(costs, key=sum)
+        return costs[0] if greedy and f"/{SCOPE}/" in line else max(costs, key=_together)
 
 
 def _opcode(line: str) -> str:
@@ -135,3 +140,7 @@ def _trips(line: str) -> int:
 def _result_bytes(line: str) -> int:
     found = _INSTRUCTION.match(line)
     return sum(size for _, size in shape_parts(found[2])) if found else 0
+
+
+def _together(cost: Exchanged) -> int:
+    return cost.together
