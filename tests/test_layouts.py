@@ -254,69 +254,6 @@ def test_zlab_dflash_reads_as_a_block_whose_anchor_waits(pairs: dict, tmp_path: 
     assert config(tmp_path / "deepspec")["architectures"] == ["Qwen3DSparkExtendedModel"]
 
 
-SELECTOR = {
-    "candidate_selector.predecessor_codebook": (VOCAB, 6),
-    "candidate_selector.successor_codebook": (VOCAB, 6),
-    "candidate_selector.hidden_projection.weight": (6, HIDDEN),
-} | {
-    f"layers.{i}.{part}_conv.{name}": shape
-    for i in (0, 1)
-    for part in ("attention", "mlp")
-    for name, shape in {"base_kernel": (2, 2, HIDDEN), "kernel_projection.weight": (12, HIDDEN)}.items()
-}
-
-
-def test_dflash2_is_zlabs_and_speculators(pairs: dict, tmp_path: Path) -> None:
-    """Literal names and fields, and a folder as z-lab writes it: the block's size inside alone, layers that slide."""
-    target, drafter = pairs["dflash2"]
-    save_drafter(tmp_path / "zlab", drafter, target, layout="specforge")
-    assert shapes(tmp_path / "zlab") == BODY | SELECTOR
-    written = config(tmp_path / "zlab")
-    nested = {
-        "block_size": 5, "mask_token_id": 5, "target_layer_ids": [-1, 1, 2], "conv_kernel_size": 2,
-        "conv_group_size": 8, "selector_rank": 6, "selector_top_k": 16,
-    }  # fmt: skip
-    assert written["architectures"] == ["DFlash2DraftModel"] and written["dflash_config"] == nested
-    assert written["block_size"] == 5 and written["is_causal"] is False and "markov_rank" not in written
-    edit(tmp_path / "zlab", block_size=None, num_anchors=None, sliding_window=7, num_target_layers=None,
-         layer_types=["sliding_attention"] * 2)  # fmt: skip
-    (tmp_path / "zlab" / MANIFEST_FILE).unlink()
-    slid = load_drafter(tmp_path / "zlab", target)
-    assert (slid.config.block_size, slid.config.context_window, slid.config.selector_top_k) == (4, 7, 16)
-    for layout in LAYOUTS:
-        save_drafter(tmp_path / f"slid-{layout}", slid, target, layout=layout)
-        assert load_drafter(tmp_path / f"slid-{layout}", target).config == slid.config
-
-    save_drafter(tmp_path / "spec", drafter, target, layout="speculators")
-    assert shapes(tmp_path / "spec") == BODY | SELECTOR | FROZEN
-    written = config(tmp_path / "spec")
-    expected = {
-        "architectures": ["DFlash2DraftModel"], "speculators_model_type": "dflash2", "block_size": 5,
-        "aux_hidden_state_layer_ids": [0, 2, 3], "conv_kernel_size": 2, "conv_group_size": 8, "selector_rank": 6,
-        "selector_top_k": 16, "sample_from_anchor": False, "sliding_window_non_causal": True, "draft_vocab_size": VOCAB,
-    }  # fmt: skip
-    assert expected.items() <= written.items() and "markov_rank" not in written
-    assert written["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 4
-
-
-@pytest.mark.parametrize("layout", ["specforge", "speculators"])
-@pytest.mark.parametrize("change", [{"enable_confidence_head": True}, {"sample_from_anchor": True}, DFLASH])
-def test_parts_of_dflash2_are_kept_for_this_library(
-    pairs: dict, tmp_path: Path, layout: str, change: dict[str, Any]
-) -> None:
-    """Their readers know all of DFlash 2 or none of it."""
-    target, _ = pairs["dflash2"]
-    fields = {"num_layers": 2, "target_layer_ids": TAPS, "mask_token_id": 5, "block_size": 4, "markov_rank": 6}
-    hf_config = drafter_hf_config(target.hf_config, **fields | DFLASH2 | change)
-    drafter = new_drafter("part", hf_config, jax.random.key(1))
-    with pytest.raises(UserError, match=f"The {layout} layout has a place for convolutions and a selector as DFlash 2"):
-        save_drafter(tmp_path / "x", drafter, target, layout=layout)
-    assert not (tmp_path / "x").exists()
-    save_drafter(tmp_path / "own", drafter, target)
-    assert config(tmp_path / "own")["architectures"] == ["Qwen3DSparkExtendedModel"]
-    assert load_drafter(tmp_path / "own", target).config == drafter.config
-
-
 def test_the_waiting_anchor_shifts_rows_by_one(pairs: dict) -> None:
     """Its predictions are the rows after the anchor's of a block that is one row longer, at the same positions."""
     import jax
