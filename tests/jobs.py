@@ -43,7 +43,10 @@ def start(
     devices: int = 1,
     peer_seconds: int = PEER_SECONDS,
 ) -> list[Process]:
-    """Starts the job; `processes` = 1 starts a process that knows of no job. Its files are scratch/name.*"""
+    """Starts the job; `processes` = 1 starts a process that knows of no job. Its files are scratch/name.*
+
+    Each process keeps copies from object stores in a folder of its own, as machines do.
+    """
     file = scratch / f"{name}.json"
     file.write_text(json.dumps([[str(word) for word in run] for run in runs]), encoding="utf-8")
     address, job = f"localhost:{free_port()}", []
@@ -53,6 +56,7 @@ def start(
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": xla_flags(devices),
             "DSPARK_PEER_SECONDS": str(peer_seconds),
+            "DSPARK_STORES": str(scratch / f"stores-{index}"),
             **(joined if processes > 1 else {}),
         }
         errors = scratch / f"{name}.{index}.txt"

@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,13 @@ from dspark_jax.data.target_cache import TargetCache
 from dspark_jax.distributed import Job
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import ShardingRules, make_mesh
+from dspark_jax.storage import objects
+from dspark_jax.storage.places import Place
 from dspark_jax.training.checkpoint import Checkpoints
+from dspark_jax.training.object_checkpoints import ObjectCheckpoints
 from dspark_jax.training.run_folder import read_records
 from tests import fetched_rows, jobs
+from tests.stores import S3Server, on_this_machine
 from tests.tiny import write_tiny_target
 from train import build_cache
 from train.fit import main
@@ -28,8 +33,16 @@ STEPS = 20
 ADDRESS = {"JAX_COORDINATOR_ADDRESS": "host:1234"}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with pytest.MonkeyPatch.context() as patch, S3Server() as server:
+        for name, value in on_this_machine(server, tmp_path_factory.mktemp("stores")).items():
+            patch.setenv(name, value)
+        yield server
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, server: S3Server) -> Path:
     """A target, conversations, their cache, and a held-out prompt."""
     folder = tmp_path_factory.mktemp("jobs")
     write_tiny_target(folder / "target", num_hidden_layers=3, tie_word_embeddings=False)
@@ -42,6 +55,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     heldout = {"messages": [{"role": "user", "content": "What is the sum?"}], "domain": "math"}
     (folder / "heldout.jsonl").write_text(json.dumps(heldout) + "\n", encoding="utf-8")
     build_cache.main(caching(folder, "cache"))
+    for path in (folder / "cache").iterdir():
+        objects.upload(path, Place("s3", "pod", "cache") / path.name)
     return folder
 
 
@@ -78,6 +93,12 @@ def hybrid(folder: Path, run: str, *more: object) -> list[str]:
     return online(folder, run, *stored, *more)
 
 
+def stored(folder: Path, *more: object) -> list[str]:
+    """`offline` with its run and its cache in an object store."""
+    places = {str(folder / "stored"): "s3://pod/stored", str(folder / "cache"): "s3://pod/cache"}
+    return [places.get(word, word) for word in offline(folder, "stored", *more)]
+
+
 def evaluated(folder: Path) -> list[object]:
     options = "--evaluation.every-steps 20 --evaluation.max-new-tokens 6 --evaluation.temperature 0"
     return ["--evaluation.prompts", folder / "heldout.jsonl", *options.split()]
@@ -94,15 +115,15 @@ def alone(folder: Path) -> Path:
     """On one device of this process: both sources, and a run that is stopped after step 10."""
     main(offline(folder, "offline-1"))
     main(online(folder, "online-1", *evaluated(folder)))
-    save = Checkpoints.save
+    for kind, arguments in ((Checkpoints, offline(folder, "grown")), (ObjectCheckpoints, stored(folder))):
 
-    def save_and_stop(self: Checkpoints, done: int, *rest: Any) -> None:
-        save(self, done, *rest)
-        raise KeyboardInterrupt
+        def save_and_stop(self: Any, done: int, *rest: Any, save: Any = kind.save) -> None:
+            save(self, done, *rest)
+            raise KeyboardInterrupt
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(Checkpoints, "save", save_and_stop)
-        main(offline(folder, "grown"))
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(kind, "save", save_and_stop)
+            main(arguments)
     return folder
 
 
@@ -115,6 +136,7 @@ def two(folder: Path, alone: Path) -> list[str]:
         ["fit", *offline(folder, "offline-2x4")],
         ["fit", *online(folder, "online-2x4", "--mesh.data", 1, "--mesh.fsdp", 8, *evaluated(folder))],
         ["fit", *offline(folder, "grown", "--mesh.data", 1, "--mesh.fsdp", 1, "--mesh.tensor", 8)],
+        ["fit", *stored(folder, "--mesh.data", 2, "--mesh.fsdp", 4)],
         ["fit", *hybrid(folder, "hybrid-2x4")],
         ["tests.fetched_rows", str(folder)],
     ]
@@ -157,6 +179,19 @@ def test_a_run_of_one_continues_on_two(folder: Path, two: list[str]):
 
 
 @pytest.mark.multiprocess
+def test_a_run_in_a_store_continues_on_two_machines(folder: Path, two: list[str]):
+    """Neither has the other's files, nor those of the machine that began the run."""
+    place = Place("s3", "pod", "stored")
+    (folder / "stored").mkdir(exist_ok=True)
+    (folder / "stored" / "metrics.jsonl").write_bytes(objects.read(place / "metrics.jsonl"))
+    np.testing.assert_allclose(losses(folder, "stored"), losses(folder, "offline-1"), rtol=1e-5)
+    # Step 10 is of one process, the last one of two.
+    parts = {name for name in objects.listing(place) if name.endswith(".bin")}
+    assert sorted(name.split("/")[1] for name in parts) == ["10", "20", "20"]
+    assert json.loads(objects.read(place / "metrics.json"))["steps"] == STEPS
+
+
+@pytest.mark.multiprocess
 def test_two_processes_fill_one_cache(folder: Path, two: list[str]):
     one, both = TargetCache(folder / "cache"), TargetCache(folder / "cache-2x4")
     both.verify()
@@ -194,7 +229,7 @@ def test_rows_of_all_come_to_the_first(folder: Path, two: list[str], layout: str
 @pytest.mark.multiprocess
 def test_processes_that_were_started_differently_are_told(folder: Path, two: list[str]):
     for process, errors in enumerate(two):
-        assert jobs.exit_codes(folder, "two", process) == [2, 0, 0, 0, 0, 0, 0]
+        assert jobs.exit_codes(folder, "two", process) == [2, 0, 0, 0, 0, 0, 0, 0]
         assert "Process 1 of 2 and process 0 disagree: they were given different configurations." in errors
     assert not (folder / "disagreeing").exists()
 

@@ -143,6 +143,10 @@ class CacheWriter:
         self.close()
 
     def _open_manifest(self, spec: CacheSpec, max_shard_bytes: int) -> Manifest:
+        # Of a place, a shard lies here only until it is sent: one that does was left by a kill.
+        for left in self.folder.glob("shard-*") if self._place is not None else ():
+            left.unlink()
+
         if not (self.folder / "manifest.json").exists():
             others = sorted(p.name for p in self.folder.iterdir() if p.name != "manifest.json.tmp")
             if others:
@@ -154,6 +158,7 @@ class CacheWriter:
             # Saved before the first shard: a killed run is recognised as this cache, and continued.
             fresh = Manifest(spec, max_shard_bytes)
             fresh.save(self.folder)
+            self._output.push()
             return fresh
 
         found = Manifest.load(self.folder)

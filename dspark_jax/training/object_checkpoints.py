@@ -201,7 +201,7 @@ class ObjectCheckpoints:
                 self._finish(step, notes)
         except UserError as error:
             self._error = error
-        except Exception as error:  # a thread has no caller to raise to
+        except BaseException as error:  # a thread has no caller to raise to
             self._error = UserError(f"{type(error).__name__}: {error}")
 
     def _write(self, step: int, held: list[Held]) -> None:
