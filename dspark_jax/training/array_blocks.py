@@ -1,6 +1,7 @@
 """Blocks of a training state's arrays, as bytes of objects: those that a process holds, those that its devices need."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ import xxhash
 from dspark_jax.storage import objects
 from dspark_jax.storage.objects import Missing
 from dspark_jax.storage.places import Place
+
+_COPIERS = 4
 
 
 class Damaged(Exception):
@@ -43,8 +46,14 @@ def held_here(state: Any) -> list[Held]:
     for _, shard in mine:
         shard.data.copy_to_host_async()
 
-    # A copy, since on a CPU the device's own memory would be returned, and the state is donated.
-    return [(name, [part.start or 0 for part in shard.index], np.array(shard.data, copy=True)) for name, shard in mine]
+    def copied(held: tuple[str, Any]) -> Held:
+        name, shard = held
+        # A copy, since on a CPU the device's own memory would be returned, and the state is donated.
+        return name, [part.start or 0 for part in shard.index], np.array(shard.data, copy=True)
+
+    # The loop stands still meanwhile, and one thread does not fill the memory's bandwidth.
+    with ThreadPoolExecutor(_COPIERS) as pool:
+        return list(pool.map(copied, mine))
 
 
 def _data(x: Any) -> jax.Array:

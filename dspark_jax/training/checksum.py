@@ -14,12 +14,18 @@ from jaxtyping import Array
 
 def checksums(tree: Any) -> list[int]:
     """One 32-bit checksum a leaf, in the order of `jax.tree.leaves`; waits for the arrays."""
+    return fetch_checksums(begin_checksums(tree))
+
+
+def fetch_checksums(begun: list[Array]) -> list[int]:
+    """The numbers of `begin_checksums`, once the devices have them."""
     with jax.transfer_guard("allow"):
-        return [int(value) for value in jax.device_get(_checksums(tree))]
+        return [int(value) for value in jax.device_get(begun)]
 
 
 @jax.jit
-def _checksums(tree: Any) -> list[Array]:
+def begin_checksums(tree: Any) -> list[Array]:
+    """`checksums` on the devices, without waiting for them; the tree may be donated afterwards."""
     return [_checksum(leaf) for leaf in jax.tree.leaves(tree)]
 
 

@@ -1,6 +1,7 @@
 """The loop over optimizer steps: batches in, checkpoints and records out; the device does not wait for the host."""
 
 import time
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +16,9 @@ from dspark_jax.drafters.protocol import SharedTables
 from dspark_jax.roofline.hardware import peak_flops
 from dspark_jax.roofline.training import training_flops
 from dspark_jax.training.checkpoint import Checkpoints
+from dspark_jax.training.clock import Clock
 from dspark_jax.training.evaluation import TAU, Evaluator
-from dspark_jax.training.feeds import open_feed
+from dspark_jax.training.feeds import Offline, open_feed
 from dspark_jax.training.guards import Preempted, Preemption, SkipGuard, updated
 from dspark_jax.training.object_checkpoints import ObjectCheckpoints
 from dspark_jax.training.run import Due, Run
@@ -35,16 +37,16 @@ class Window:
 
     Attributes:
         pending: metrics of a step each; scalars on the device, floats once fetched.
+        clock: of the run.
         opened: time of the last record, in seconds of `perf_counter`.
-        timed_from: where the timed steps begin; None while the first step still compiles.
         timed_steps, tokens, flops: of the timed steps; real tokens, and operations of the products.
     """
 
     spec: StepSpec
     batches: Batches
     pending: list[dict[str, Any]]
+    clock: Clock
     opened: float = field(default_factory=time.perf_counter)
-    timed_from: float | None = None
     timed_steps: int = 0
     tokens: int = 0
     flops: float = 0.0
@@ -53,17 +55,12 @@ class Window:
         """Adds the metrics of the step with index `step`, without waiting for them."""
         self.pending.append(metrics)
         # Metrics count from the first step, speed only after compilation.
-        if self.timed_from is not None:
+        if self.clock.timed_from is not None:
             # Operations are counted at the padded length, which the device computes; tokens are the real ones.
             rows, length = self.batches.global_batch, self.batches.length_at(step)
             self.timed_steps += 1
             self.tokens += tokens_at(self.batches, step)
             self.flops += training_flops(self.spec.drafter, rows, length) or 0.0
-
-    def start_clock(self) -> None:
-        """Starts timing steps, where it has not begun: compilation of the first step counts as no training."""
-        if self.timed_from is None:
-            self.timed_from = time.perf_counter()
 
     def fetch(self) -> list[dict[str, float]]:
         """The pending metrics as floats, one dict a step; waits for the steps."""
@@ -71,7 +68,7 @@ class Window:
         self.pending = [{k: float(v) for k, v in m.items()} for m in jax.device_get(self.pending)]
         return self.pending
 
-    def close(self, steps_done: int) -> dict[str, Any]:
+    def close(self, steps_done: int, total: int) -> dict[str, Any]:
         """The record of the window, its metrics averaged over the steps that updated; opens the next window."""
         rows = self.fetch()
         record: dict[str, Any] = {"step": steps_done, "epoch": steps_done / self.batches.steps_per_epoch}
@@ -81,7 +78,7 @@ class Window:
         # Not means: the rate of the last step, and counts over all steps.
         record |= {"learning_rate": rows[-1]["learning_rate"], "skipped": len(rows) - len(good)}
         record["unsupervised"] = int(sum(row["unsupervised"] for row in rows))
-        record |= self._speed()
+        record |= self._speed(total - steps_done)
         self.pending, self.timed_steps, self.tokens, self.flops = [], 0, 0, 0.0
 
         return record
@@ -90,10 +87,9 @@ class Window:
         """Starts the next window's clock here, which excludes the evaluation since the last step."""
         # The timed steps begin here too, or an evaluation would lower the next record's speed.
         self.opened = time.perf_counter()
-        if self.timed_from is not None:
-            self.timed_from = self.opened
+        self.clock.restart(self.opened)
 
-    def _speed(self) -> dict[str, float | None]:
+    def _speed(self, steps_left: int) -> dict[str, float | None]:
         # Speeds stay None where no step was timed: a record of the first step alone has compiled and not run.
         now = time.perf_counter()
         speed: dict[str, float | None] = {
@@ -101,11 +97,13 @@ class Window:
             "step_seconds": None,
             "tokens_per_s": None,
             "mfu": None,
+            "seconds_left": None,
         }
-        if self.timed_from is not None and self.timed_steps:
+        if self.clock.timed_from is not None and self.timed_steps:
             # Only the span of the timed steps: `seconds` above also has compilation, and with it no throughput.
-            elapsed = now - self.timed_from
-            speed |= {"step_seconds": elapsed / self.timed_steps, "tokens_per_s": self.tokens / elapsed}
+            elapsed = now - self.clock.timed_from
+            step = elapsed / self.timed_steps
+            speed |= {"step_seconds": step, "tokens_per_s": self.tokens / elapsed, "seconds_left": step * steps_left}
 
             # Utilisation counts the products that the algorithm needs, not what rematerialisation repeats.
             devices = self.spec.mesh.devices
@@ -114,7 +112,7 @@ class Window:
             if peak is not None and self.flops:
                 speed["mfu"] = self.flops / (elapsed * peak * devices.size)
 
-        return speed
+        return speed | self.clock.close(now)
 
 
 @dataclass(frozen=True)
@@ -128,18 +126,32 @@ class Records:
 
     def write(self, done: int, state: TrainState, due: Due) -> float | None:
         """Closes the window after `done` steps and logs its record; the score of its evaluation, if it has one."""
-        record = self.window.close(done)
+        record = self.window.close(done, self.bar.total)
         # The record's time is taken first, so that an evaluation does not count as training.
         scores = self.evaluator(state.params) if self.evaluator and due.evaluation else {}
         self.window.restart_clock()
 
         self.log.write(record | scores)
-        self.bar.set_postfix(loss=record["loss"], tau=record["tau_probabilistic"], refresh=False)
+        self.bar.set_postfix(postfix(record), refresh=False)
         return scores.get(TAU)
 
-    def pending(self) -> dict[str, Any]:
-        """The part of the records that a checkpoint keeps, beside the hash of those written."""
-        return {"pending": self.window.fetch(), "records": self.log.digest()}
+    def save(
+        self,
+        checkpoints: Checkpoints | ObjectCheckpoints,
+        feed: Offline,
+        done: int,
+        state: TrainState,
+        score: float | None,
+    ) -> None:
+        """Starts a checkpoint after `done` steps, with what the run had counted by then."""
+        # Waits for the step, which is no part of the save.
+        pending = self.window.fetch()
+        notes = {"pending": pending, "records": self.log.digest(), "clock": self.window.clock.notes()}
+
+        with self.window.clock.saving():
+            # The cache of a hybrid run first: a checkpoint must not be ahead of its records.
+            feed.flush()
+            checkpoints.save(done, state, notes, score)
 
 
 @dataclass
@@ -165,6 +177,19 @@ def progress_bar(run: Run, start: int) -> tqdm:
     """The bar over a run's steps, shown by the first process and on a terminal only."""
     quiet = None if is_first() else True  # None: tqdm looks for a terminal itself
     return tqdm(total=run.total_steps, initial=start, desc=run.name, unit="step", disable=quiet)
+
+
+def postfix(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record's figures beside the bar, which shows the time to the end itself; unknown ones are left out."""
+    shown = {
+        "loss": ("loss", "{:.4f}"),
+        "tau": ("tau_probabilistic", "{:.3f}"),
+        "tokens/s": ("tokens_per_s", "{:,.0f}"),
+        "mfu": ("mfu", "{:.1%}"),
+        "waits for data": ("data_wait", "{:.0%}"),
+        "goodput": ("goodput", "{:.0%}"),
+    }
+    return {name: form.format(record[key]) for name, (key, form) in shown.items() if record[key] is not None}
 
 
 def tokens_at(batches: Batches, step: int) -> int:
@@ -199,7 +224,8 @@ def train(
         # An implicit transfer would stall the device at every step, so it is an error.
         jax.transfer_guard("disallow"),
     ):
-        records = Records(Window(run.step, run.batches, extra.get("pending", [])), evaluator, log, bar)
+        clock = Clock.of(extra)
+        records = Records(Window(run.step, run.batches, extra.get("pending", []), clock), evaluator, log, bar)
         flight = InFlight(SkipGuard(run.folder, run.max_skipped, run.batches, run.data.cache))
         upcoming = next(feed.batches, {})
 
@@ -207,10 +233,10 @@ def train(
             # `state` is donated: from here on only the new one may be read.
             state, metrics = feed.step(state, upcoming)
             # Dispatch is asynchronous: the next batch is prepared while the step runs.
-            upcoming = next(feed.batches, {})
+            upcoming = clock.waiting(lambda: next(feed.batches, {}), metrics)
             records.window.add(done - 1, metrics)
             flight.started(done - 1, metrics)
-            records.window.start_clock()  # the first step is over, and with it compilation
+            clock.start()  # the first step is over, and with it compilation
 
             due = run.cadence.at(done)
             score = records.write(done, state, due) if due.record else None
@@ -218,9 +244,7 @@ def train(
             # A step that changed nothing is no place to continue from, unless the run ends with it.
             stop = preemption.requested(done)
             if stop or due.end or (due.save and updated(metrics)):
-                # The cache of a hybrid run first: a checkpoint must not be ahead of its records.
-                feed.flush()
-                checkpoints.save(done, state, records.pending(), score)
+                records.save(checkpoints, feed, done, state, score)
 
             if stop:
                 checkpoints.wait()  # the exception says that the step is saved

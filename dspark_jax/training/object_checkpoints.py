@@ -31,7 +31,7 @@ from dspark_jax.storage.objects import Missing
 from dspark_jax.storage.places import Place
 from dspark_jax.training.array_blocks import Damaged, Held, Part, held_here, placed, read_blocks
 from dspark_jax.training.checkpoint import State, opened, sealed
-from dspark_jax.training.checksum import checksums
+from dspark_jax.training.checksum import begin_checksums, checksums, fetch_checksums
 
 MARKER, ASIDE = "checkpoint.json", "checkpoint.damaged.json"
 _STRAGGLER_SECONDS = 600
@@ -54,13 +54,14 @@ class ObjectCheckpoints:
         self._error: UserError | None = None
         # Parts of a killed attempt at the same step have other names, and can't be taken for this one's.
         self._attempt = f"{int(from_first(random.SystemRandom().getrandbits(32))):08x}"
-        self._steps: dict[int, dict[str, Any]] = {}
+        # The checkpoints there are, with their scores.
+        self._scores: dict[int, float | None] = {}
         self._open()
 
     @property
     def latest(self) -> int | None:
         """Step of the newest checkpoint; None without one."""
-        return max(self._steps, default=None)
+        return max(self._scores, default=None)
 
     @property
     def best(self) -> int | None:
@@ -71,13 +72,15 @@ class ObjectCheckpoints:
     def save(self, step: int, state: Any, extra: Any, score: float | None = None) -> None:
         """Starts saving, as `Checkpoints.save`: it returns once the arrays are on the host."""
         self.wait()
-        notes = sealed({"extra": extra, "score": score, "checksums": checksums(state)})
         with jax.transfer_guard("allow"):
+            # Computed on the devices before the state is donated, and fetched by the thread.
+            sums = begin_checksums(state)
             held = held_here(state)
 
-        self._thread = threading.Thread(target=self._guarded_write, args=(step, held, notes), daemon=True)
+        notes = {"extra": extra, "score": score}
+        self._thread = threading.Thread(target=self._guarded_write, args=(step, held, notes, sums), daemon=True)
         self._thread.start()
-        self._saving = step, notes
+        self._saving = step, score
 
     def restore(self, step: int, like: State) -> tuple[State, Any]:
         """(state, extra) of one checkpoint, as `Checkpoints.restore`."""
@@ -123,9 +126,9 @@ class ObjectCheckpoints:
             reason = self._error or "process 0 could not write its marker"
             raise UserError(f"A checkpoint in {self.place} could not be written; {kept}. {reason}")
 
-        step, notes = self._saving
-        self._steps[step] = notes
-        self._steps = {kept: self._steps[kept] for kept in self._kept()}
+        step, score = self._saving
+        self._scores[step] = score
+        self._scores = {kept: self._scores[kept] for kept in self._kept()}
 
     def close(self) -> None:
         """Waits for the save under way."""
@@ -152,13 +155,13 @@ class ObjectCheckpoints:
             if file != MARKER or not step.isdigit():
                 continue
             try:
-                self._steps[int(step)] = self._marker(int(step))
+                self._scores[int(step)] = self._marker(int(step))["score"]
             except Damaged as error:
                 self._set_aside(int(step), str(error))
 
         if is_first():
             # What was set aside stays, for whoever wants to look at it.
-            kept = {*map(str, self._steps), *(name.partition("/")[0] for name in names if name.endswith(ASIDE))}
+            kept = {*map(str, self._scores), *(name.partition("/")[0] for name in names if name.endswith(ASIDE))}
             objects.remove([self.place / name for name in names if name.partition("/")[0] not in kept])
         barrier("the checkpoints have been looked at")
 
@@ -170,7 +173,7 @@ class ObjectCheckpoints:
 
     def _set_aside(self, step: int, reason: str) -> None:
         """Takes a step's marker away, so that it is no checkpoint; its objects stay."""
-        self._steps.pop(step, None)
+        self._scores.pop(step, None)
         if not is_first():
             return
         folder = self.place / str(step)
@@ -185,20 +188,20 @@ class ObjectCheckpoints:
 
     def _scored(self) -> list[int]:
         """Steps with a score, the best last."""
-        scored = [step for step, notes in self._steps.items() if notes["score"] is not None]
-        return sorted(scored, key=lambda step: (self._steps[step]["score"], step))
+        scored = [(score, step) for step, score in self._scores.items() if score is not None]
+        return [step for _, step in sorted(scored)]
 
     def _kept(self) -> set[int]:
         best = self._scored()[-self._keep_best :] if self._keep_best else []
-        return {*sorted(self._steps)[-self._keep :], *best}
+        return {*sorted(self._scores)[-self._keep :], *best}
 
     # -- Writing -----------------------------------------------------------------------------------------------------
 
-    def _guarded_write(self, step: int, held: list[Held], notes: dict[str, Any]) -> None:
+    def _guarded_write(self, step: int, held: list[Held], notes: dict[str, Any], sums: list[jax.Array]) -> None:
         try:
             self._write(step, held)
             if is_first():
-                self._finish(step, notes)
+                self._finish(step, notes | {"checksums": fetch_checksums(sums)})
         except UserError as error:
             self._error = error
         except BaseException as error:  # a thread has no caller to raise to
@@ -233,18 +236,16 @@ class ObjectCheckpoints:
             time.sleep(0.2)
 
         self._before()
-        plain = {name: value for name, value in notes.items() if name != "seal"}
-        marker = sealed(plain | {"attempt": self._attempt, "processes": count})
+        marker = sealed(notes | {"attempt": self._attempt, "processes": count})
         objects.write(folder / MARKER, json.dumps(marker).encode())
 
         # Removed only now, and the marker of each first: half of a checkpoint is none.
-        known = self._steps
-        self._steps = known | {step: notes}
-        gone = set(self._steps) - self._kept()
+        self._scores = self._scores | {step: notes["score"]}
+        gone = set(self._scores) - self._kept()
         for old in gone:
             names = objects.listing(self.place / str(old))
             objects.remove([self.place / str(old) / name for name in sorted(names, key=lambda name: name != MARKER)])
-        self._steps = {kept: self._steps[kept] for kept in set(self._steps) - gone}
+        self._scores = {kept: self._scores[kept] for kept in set(self._scores) - gone}
 
     # -- Reading -----------------------------------------------------------------------------------------------------
 

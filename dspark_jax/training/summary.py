@@ -16,7 +16,7 @@ def summarise(name: str, total_steps: int, records: Records, drafter: Path) -> d
     last = next((record for record in reversed(records) if record["loss"] is not None), {})
 
     # Acceptance by position becomes one list; fields of the whole run replace those of a record.
-    measured = {k: v for k, v in last.items() if k not in ("step", "epoch", "seconds", *SPEED) and "@" not in k}
+    measured = {k: v for k, v in last.items() if k not in ("step", "epoch", *OF_A_WINDOW, *SPEED) and "@" not in k}
 
     return {
         "name": name,
@@ -51,7 +51,8 @@ def best_record(records: Records, step: int | None) -> dict[str, Any]:
     return {} if found is None else {"best_step": step, "best_eval_tau": found["eval_tau"]}
 
 
-SPEED = ("step_seconds", "tokens_per_s", "mfu")
+SPEED = ("step_seconds", "tokens_per_s", "mfu", "data_wait")
+OF_A_WINDOW = ("seconds", "seconds_left", "save_seconds")
 
 
 def _median(records: Records, key: str) -> float | None:
@@ -78,6 +79,10 @@ def table(summary: dict[str, Any]) -> str:
 
     if summary["mfu"] is not None:
         rows.append(("model FLOPs utilisation", f"{summary['mfu']:.1%}"))
+
+    # Of a run that was continued, or whose batches came late, the two say where the time went.
+    if summary["data_wait"] is not None:
+        rows.append(("goodput", f"{summary['goodput']:.0%}, waiting for data {summary['data_wait']:.0%}"))
 
     rows.append(("drafter", summary["drafter"]))
     # Aligned by the longest name, since the rows present differ from run to run.
