@@ -39,6 +39,7 @@ LONG_FILES = (
     "test_engine_machine",
     "test_engine_trust",
     "test_kill_resume",
+    "test_stored_runs",
     "test_compare",
     "test_corpora",
     "test_trees",

@@ -75,7 +75,7 @@ def test_records_and_the_bar_say_where_the_time_goes(folder: Path, monkeypatch: 
 
     records = read_records(folder / "clocked" / "metrics.jsonl")
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
-    assert records[0]["step_seconds"] is None and records[0]["goodput"] == 0
+    assert records[0]["step_seconds"] is None and records[0]["goodput"] < 0.01
     # The save after step 3 held up the window of step 4.
     assert records[3]["save_seconds"] >= 0.2 > records[4]["save_seconds"]
     assert all(0 <= record["data_wait"] <= 1 and 0 < record["goodput"] < 1 for record in records[1:])

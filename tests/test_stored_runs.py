@@ -270,6 +270,7 @@ def test_a_store_that_fails_ends_a_save_with_a_sentence(server: S3Server, monkey
             checkpoints.wait()
 
 
+@pytest.mark.subprocesses
 def test_a_killed_run_in_a_failing_store_is_undisturbed(server: S3Server, tmp_path: Path):
     task = TASKS["train"](write_tiny_target(tmp_path / "target", num_hidden_layers=3), tmp_path)
     shorter = replace(task, command=lambda folder: [*task.command(folder), "--max-steps", "6"])

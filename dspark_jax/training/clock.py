@@ -24,7 +24,7 @@ class Clock:
             loop up.
     """
 
-    began: float = field(default_factory=time.time)
+    began: float = field(default_factory=lambda: time.time())
     useful: float = 0.0
     timed_from: float | None = None
     waited: float = 0.0

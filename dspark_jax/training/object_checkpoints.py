@@ -77,7 +77,8 @@ class ObjectCheckpoints:
             sums = begin_checksums(state)
             held = held_here(state)
 
-        notes = {"extra": extra, "score": score}
+        # Copied now: the thread reads it while the loop goes on counting.
+        notes = json.loads(json.dumps({"extra": extra, "score": score}))
         self._thread = threading.Thread(target=self._guarded_write, args=(step, held, notes, sums), daemon=True)
         self._thread.start()
         self._saving = step, score
