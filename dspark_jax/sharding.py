@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -21,13 +21,24 @@ AnyMesh = Mesh | AbstractMesh
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
 
+class Units(NamedTuple):
+    """A logical axis of `count` units of several entries each, heads of H channels, which sharding keeps whole."""
+
+    axis: str
+    count: int
+
+
+Axis = str | Units | None
+
+
 @dataclass(frozen=True)
 class ShardingRules:
     """Logical axis -> mesh axis (None: replicated). `batch` may name several mesh axes.
 
     `fsdp` splits storage between uses, `tensor` the computation: heads, MLPs and the vocabulary rows of embedding and
-    head; `expert` gives each device experts of its own (targets/expert_mesh.py). The Markov tables [V, R] are whole by
-    default, so that no drafted token waits for a collective; `sharded_markov` splits them like the rest.
+    head; `expert` gives each device experts of its own (targets/expert_mesh.py). The Markov
+    head's tables that rows are looked up in, [V, R], are whole by default, so that no drafted token waits for a
+    collective; `sharded_markov` splits them like the rest.
     """
 
     batch: tuple[str, ...] | None = ("data", "fsdp")
@@ -183,8 +194,8 @@ def require_rows(option: str, rows: int, mesh: Mesh | None) -> None:
         raise UserError(f"{option} is {rows}, which {groups} devices cannot share evenly; expected a multiple of them.")
 
 
-def param(array: jax.Array, *axes: str | None) -> nnx.Param:
-    """A parameter with a logical axis name for each of its dimensions; ValueError if their numbers differ."""
+def param(array: jax.Array, *axes: Axis) -> nnx.Param:
+    """A parameter with a logical axis for each of its dimensions; ValueError if their numbers differ."""
     if len(axes) != array.ndim:
         raise ValueError(f"{len(axes)} axis names for an array of shape {array.shape}")
     return nnx.Param(array, logical_axes=axes)
@@ -209,20 +220,19 @@ def parameter_shardings(module: nnx.Module, mesh: AnyMesh, rules: ShardingRules)
     return nnx.to_pure_dict(nnx.from_flat_state(flat.items()))
 
 
-def array_sharding(
-    shape: Sequence[int], axes: Sequence[str | None], mesh: AnyMesh, rules: ShardingRules
-) -> NamedSharding:
+def array_sharding(shape: Sequence[int], axes: Sequence[Axis], mesh: AnyMesh, rules: ShardingRules) -> NamedSharding:
     """The sharding of an array with these logical axes.
 
-    A dimension that its mesh axis does not divide evenly is replicated, so small norms and odd vocabularies need no
-    rule of their own.
+    A dimension whose entries, or units, its mesh axis does not divide evenly is replicated, so small norms and odd
+    vocabularies need no rule of their own.
     """
 
     def size(entry: Any) -> int:
         return math.prod(mesh.shape[name] for name in _names(entry))
 
-    entries = rules.spec(axes)
-    return NamedSharding(mesh, PartitionSpec(*(e if n % size(e) == 0 else None for e, n in zip(entries, shape))))
+    counts = [axis.count if isinstance(axis, Units) else n for axis, n in zip(axes, shape, strict=True)]
+    entries = rules.spec([axis.axis if isinstance(axis, Units) else axis for axis in axes])
+    return NamedSharding(mesh, PartitionSpec(*(e if n % size(e) == 0 else None for e, n in zip(entries, counts))))
 
 
 def gathered(sharding: NamedSharding, rules: ShardingRules) -> NamedSharding:

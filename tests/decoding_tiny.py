@@ -37,7 +37,7 @@ def tiny_target(seed: int = 0, context: float = 1.0, **config: Any) -> Target:
     parsed = read_target_config(hf_config)
     flat = flatten_dict(random_params(hf_config, seed))
     for path in flat:
-        if path[-1] in ("o_weight_qhd", "down_weight_fd"):
+        if path[-1] in ("o_weight_pd", "down_weight_fd"):
             flat[path] = (flat[path] * context).astype(flat[path].dtype)
     params = jax.tree.map(jnp.asarray, unflatten_dict(flat))
     graphdef, _ = abstract_target(parsed, hf_config["dtype"])

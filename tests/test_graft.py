@@ -74,9 +74,10 @@ def test_layers_without_head_norms_keep_the_scale_of_queries_and_keys(tmp_path: 
     made, rows = grafted_params(run)["backbone"]["layers"], np.asarray(last_tap_rows(run))
     for number, layer in enumerate((layers[2], layers[3])):
         unit = rows / np.sqrt(np.mean(rows**2, axis=-1, keepdims=True) + run.step.drafter.backbone.rms_norm_eps)
-        for name, weight in (("q_norm", "q_weight_dqh"), ("k_norm", "k_weight_dgh")):
+        for name, weight in (("q_norm", "q_weight_dp"), ("k_norm", "k_weight_dc")):
             np.testing.assert_array_equal(made[number]["attention"][weight], layer["attention"][weight])
-            heads = np.einsum("nd,dih->nih", unit * layer["input_norm"]["weight"], layer["attention"][weight])
+            heads = (unit * layer["input_norm"]["weight"]) @ np.asarray(layer["attention"][weight])
+            heads = heads.reshape(len(unit), -1, run.step.drafter.backbone.layers[0].head_dim)
             expected = np.mean(np.sqrt(np.mean(heads**2, axis=-1)))
             np.testing.assert_allclose(made[number]["attention"][name]["weight"], expected, rtol=1e-4)
 

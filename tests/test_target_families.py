@@ -209,7 +209,7 @@ def test_drafters_of_a_multimodal_gemma_target() -> None:
     assert read_config(config | {"layer_types": ["sliding_attention"] * 2}) == read
     paths = flatten_dict(split(skeleton(config))[1])
     assert ("backbone", "layers", 0, "layer_scalar") in paths
-    assert ("backbone", "layers", 0, "attention", "v_weight_dgh") not in paths
+    assert ("backbone", "layers", 0, "attention", "v_weight_dc") not in paths
 
 
 @pytest.mark.parametrize("target", [LLAMA, MOE], ids=["llama", "moe"])

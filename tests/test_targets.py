@@ -79,13 +79,12 @@ def test_round_trip_is_bit_for_bit(tmp_path: Path, dtype: str, tied: bool) -> No
 
 
 def test_layouts_are_transposed_once(folder: Path) -> None:
-    """Stored output-first with heads flattened; kept input-first with heads apart."""
+    """Stored output-first, kept input-first."""
     stored, params = load_file(folder / "model.safetensors"), load_target(folder).params["layers"][0]
     attention, prefix = params["attention"], "model.layers.0.self_attn"
-    d, q, h = attention["q_weight_dqh"].shape
-    np.testing.assert_array_equal(attention["q_weight_dqh"], stored[f"{prefix}.q_proj.weight"].T.reshape(d, q, h))
-    np.testing.assert_array_equal(attention["o_weight_qhd"], stored[f"{prefix}.o_proj.weight"].T.reshape(q, h, d))
-    np.testing.assert_array_equal(attention["k_bias_gh"].ravel(), stored[f"{prefix}.k_proj.bias"])
+    np.testing.assert_array_equal(attention["q_weight_dp"], stored[f"{prefix}.q_proj.weight"].T)
+    np.testing.assert_array_equal(attention["o_weight_pd"], stored[f"{prefix}.o_proj.weight"].T)
+    np.testing.assert_array_equal(attention["k_bias_c"], stored[f"{prefix}.k_proj.bias"])
     np.testing.assert_array_equal(params["mlp"]["down_weight_fd"], stored["model.layers.0.mlp.down_proj.weight"].T)
 
 

@@ -11,13 +11,12 @@ ParamPath = tuple[Any, ...]
 
 
 class Layout(Enum):
-    """How a stored tensor (output-first, heads flattened) becomes a parameter here (input-first, heads separate)."""
+    """How a stored tensor (output-first, heads flattened) becomes a parameter here (input-first)."""
 
     SAME = "same"
     LINEAR = "[out, in] -> [in, out]"
     HEADS_OUT = "[N*H, D] -> [D, N, H]"
     HEADS_IN = "[D, N*H] -> [N, H, D]"
-    HEADS_BIAS = "[N*H] -> [N, H]"
     GROUPS_OUT = "[G*O, I] -> [G, I, O]"
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -28,8 +27,6 @@ class Layout(Enum):
             return (shape[1] * shape[2], shape[0])
         if self is Layout.HEADS_IN:
             return (shape[2], shape[0] * shape[1])
-        if self is Layout.HEADS_BIAS:
-            return (shape[0] * shape[1],)
         if self is Layout.GROUPS_OUT:
             return (shape[0] * shape[2], shape[1])
         return shape
@@ -57,10 +54,6 @@ class Layout(Enum):
             # The same heads, as stretches of columns.
             columns = stored[lo[2] : hi[2], lo[0] * h : hi[0] * h]
             return columns.reshape(columns.shape[0], -1, h).transpose(1, 2, 0)[:, lo[1] : hi[1]]
-
-        if self is Layout.HEADS_BIAS:
-            h = shape[1]
-            return stored[lo[0] * h : hi[0] * h].reshape(-1, h)[:, lo[1] : hi[1]]
 
         if self is Layout.GROUPS_OUT:
             o = shape[2]
@@ -116,13 +109,13 @@ LAYER_TENSORS: dict[ParamPath, Stored] = {
     ("pre_feedforward_norm", "weight"): Stored("pre_feedforward_layernorm.weight"),
     ("post_feedforward_norm", "weight"): Stored("post_feedforward_layernorm.weight"),
     ("layer_scalar",): Stored("layer_scalar"),
-    ("attention", "q_weight_dqh"): Stored("self_attn.q_proj.weight", Layout.HEADS_OUT),
-    ("attention", "k_weight_dgh"): Stored("self_attn.k_proj.weight", Layout.HEADS_OUT),
-    ("attention", "v_weight_dgh"): Stored("self_attn.v_proj.weight", Layout.HEADS_OUT),
-    ("attention", "o_weight_qhd"): Stored("self_attn.o_proj.weight", Layout.HEADS_IN),
-    ("attention", "q_bias_qh"): Stored("self_attn.q_proj.bias", Layout.HEADS_BIAS),
-    ("attention", "k_bias_gh"): Stored("self_attn.k_proj.bias", Layout.HEADS_BIAS),
-    ("attention", "v_bias_gh"): Stored("self_attn.v_proj.bias", Layout.HEADS_BIAS),
+    ("attention", "q_weight_dp"): Stored("self_attn.q_proj.weight", Layout.LINEAR),
+    ("attention", "k_weight_dc"): Stored("self_attn.k_proj.weight", Layout.LINEAR),
+    ("attention", "v_weight_dc"): Stored("self_attn.v_proj.weight", Layout.LINEAR),
+    ("attention", "o_weight_pd"): Stored("self_attn.o_proj.weight", Layout.LINEAR),
+    ("attention", "q_bias_p"): Stored("self_attn.q_proj.bias"),
+    ("attention", "k_bias_c"): Stored("self_attn.k_proj.bias"),
+    ("attention", "v_bias_c"): Stored("self_attn.v_proj.bias"),
     ("attention", "o_bias_d"): Stored("self_attn.o_proj.bias"),
     ("attention", "q_norm", "weight"): Stored("self_attn.q_norm.weight"),
     ("attention", "k_norm", "weight"): Stored("self_attn.k_norm.weight"),

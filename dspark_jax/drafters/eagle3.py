@@ -186,7 +186,7 @@ class Eagle3(PairedRows):
         size = params["fc"]["weight_io"].shape[1]
 
         # Rows of q, k and v: the first D belong to the embedding half, the last D to the hidden half.
-        for name in ("q_weight_dqh", "k_weight_dgh", "v_weight_dgh"):
+        for name in ("q_weight_dp", "k_weight_dc", "v_weight_dc"):
             if name in attention:
                 attention[name] = jnp.concatenate([mine["attention"][name][:size], attention[name]])
 

@@ -45,12 +45,15 @@ class MarkovHead(nnx.Module):
     A subclass overrides `step`, and `init` if it carries a state from one block position to the next.
     """
 
+    output_axis = "vocab"
+
     def __init__(self, config: DSparkConfig, *, rngs: nnx.Rngs):
 
         rank, std = config.markov_rank, config.backbone.initializer_range
-        # W_1 has a row for every target id, since any committed token may precede a draft; W_2 only for draft ids.
+        # W_1 has a row for every target id, since any committed token may precede a draft; W_2 only for draft ids. On a
+        # mesh W_2 lies with the head, whose logits its products are added to: each device reads its own rows alone.
         self.w1_vr = param(normal(rngs, (config.backbone.vocab_size, rank), std), "markov_vocab", "rank")
-        self.w2_vr = param(normal(rngs, (config.draft_vocab_size, rank), std), "markov_vocab", "rank")
+        self.w2_vr = param(normal(rngs, (config.draft_vocab_size, rank), std), self.output_axis, "rank")
 
     def embed(self, tokens: Int[Array, "*n"]) -> Float[Array, "*n r"]:
         """e = W_1[x_{k-1}] of the previous tokens."""
@@ -145,6 +148,8 @@ class Selector(MarkovHead):
 
     W_1 is its predecessor codebook and W_2 its successor codebook, of which a step reads C rows and not all.
     """
+
+    output_axis = "markov_vocab"  # rows are looked up, as in W_1
 
     def __init__(self, config: DSparkConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)

@@ -249,7 +249,7 @@ def with_draft_head(hf_config: Mapping[str, Any], params: dict, head: Float[Arra
     return {**params, "draft_head_pd": jnp.take(head, vocabulary.ids, axis=0).astype(jnp.float32)}
 
 
-def with_head_norms(layer: dict, rows: Float[Array, "n d"], eps: float) -> dict:
+def with_head_norms(layer: dict, rows: Float[Array, "n d"], head_dim: int, eps: float) -> dict:
     """A target layer without norms of q and k, turned into a draft layer that has them.
 
     A head norm divides by each row's own root mean square; its weight is set to the root mean square that the layer's
@@ -264,9 +264,9 @@ def with_head_norms(layer: dict, rows: Float[Array, "n d"], eps: float) -> dict:
 
     attention = dict(layer["attention"])
     # Values have no norm in a draft layer either, so they need none here.
-    for name, weight in (("q_norm", "q_weight_dqh"), ("k_norm", "k_weight_dgh")):
+    for name, weight in (("q_norm", "q_weight_dp"), ("k_norm", "k_weight_dc")):
         # [N, D] -> [N, heads, H]; one scale for all heads, because a head norm's weight [H] is shared by them.
-        heads = jnp.einsum("nd,dih->nih", normed, attention[weight])
+        heads = (normed @ attention[weight]).reshape(len(normed), -1, head_dim)
         scale = jnp.mean(jnp.sqrt(jnp.mean(heads * heads, axis=-1)))
         attention[name] = {"weight": jnp.full(heads.shape[-1:], scale, jnp.float32)}
 

@@ -80,15 +80,17 @@ class LoopText:
         return max(bodies, key=_together, default=Exchanged())
 
     def entry_copies(self) -> int:
-        """Bytes that the program copies or lays out anew before, between and after its loops, once a dispatch."""
+        """Bytes that the program copies or lays out anew before, between and after its loops, once a dispatch.
+
+        Asynchronous copies are left out: they prefetch into on-chip memory.
+        """
         return sum(_result_bytes(line) for line in self.computations[self.entry] if self._moves(line))
 
     def _moves(self, line: str) -> bool:
         if _opcode(line) == "fusion":
             inside = {_opcode(inner) for inner in self.computations.get(_called(line)[0], [])}
             return inside <= _MOVES and bool(inside & {"copy", "transpose"})
-        # The end of an asynchronous pair; its start names operand and result.
-        return _opcode(line) in ("copy", "copy-done", "transpose")
+        return _opcode(line) in ("copy", "transpose")
 
     def _reached(self, name: str) -> Iterator[str]:
         for line in self.computations[name]:

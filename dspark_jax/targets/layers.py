@@ -1,7 +1,9 @@
 """Parts of a decoder block, over any leading axes `*n`; the `Attend` passed in decides what each row attends to.
 
-Axes: D hidden, F mlp, Q query heads, G kv heads, H head dim, V vocab. Weights are stored input-first (transposed once
-at load from Hugging Face's output-first), except the [V, D] embedding and head.
+Axes: D hidden, F mlp, Q query heads, G kv heads, H head dim, P = Q H query channels, C = G H kv channels, V vocab.
+Weights are stored input-first (transposed once at load from Hugging Face's output-first), except the [V, D] embedding
+and head, and with the heads side by side in one axis, as products read them: a weight of another shape would be laid
+out anew, and held twice, in every dispatch on a TPU.
 """
 
 import math
@@ -13,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dspark_jax.sharding import param
+from dspark_jax.sharding import Units, param
 from dspark_jax.targets.attention import Attend, KeysValues
 from dspark_jax.targets.config import RopeConfig, TargetConfig
 from dspark_jax.targets.moe import SparseMLP
@@ -121,20 +123,21 @@ class Attention(nnx.Module):
         # A drafter's first layer may read wider rows than D (Eagle3 reads 2 D), but always writes D.
         q, g, h, i = config.num_heads, layer.num_kv_heads, layer.head_dim, input_size or d
 
-        # Heads have an axis of their own, so that sharding splits whole heads.
-        self.q_weight_dqh = param(normal(rngs, (i, q, h), std), "embed", "heads", "head_dim")
-        self.k_weight_dgh = param(normal(rngs, (i, g, h), std), "embed", "kv_heads", "head_dim")
+        # Sharding splits them between heads, never within one.
+        queries, shared = Units("heads", q), Units("kv_heads", g)
+        self.q_weight_dp = param(normal(rngs, (i, q * h), std), "embed", queries)
+        self.k_weight_dc = param(normal(rngs, (i, g * h), std), "embed", shared)
         self.values_are_keys = layer.values_are_keys
         if not self.values_are_keys:
-            self.v_weight_dgh = param(normal(rngs, (i, g, h), std), "embed", "kv_heads", "head_dim")
-        self.o_weight_qhd = param(normal(rngs, (q, h, d), std), "heads", "head_dim", "embed")
+            self.v_weight_dc = param(normal(rngs, (i, g * h), std), "embed", shared)
+        self.o_weight_pd = param(normal(rngs, (q * h, d), std), queries, "embed")
 
         self.has_bias = config.attention_bias
         if self.has_bias:
-            self.q_bias_qh = param(jnp.zeros((q, h)), "heads", "head_dim")
-            self.k_bias_gh = param(jnp.zeros((g, h)), "kv_heads", "head_dim")
+            self.q_bias_p = param(jnp.zeros((q * h,)), queries)
+            self.k_bias_c = param(jnp.zeros((g * h,)), shared)
             if not self.values_are_keys:
-                self.v_bias_gh = param(jnp.zeros((g, h)), "kv_heads", "head_dim")
+                self.v_bias_c = param(jnp.zeros((g * h,)), shared)
             self.o_bias_d = param(jnp.zeros((d,)), "embed")
 
         self.has_norm = config.query_key_norm
@@ -142,6 +145,7 @@ class Attention(nnx.Module):
             self.q_norm = self.norm(h, config.rms_norm_eps, "head_dim")
             self.k_norm = self.norm(h, config.rms_norm_eps, "head_dim")
 
+        self.head_dim = h
         self.scale = h**-0.5
         self.window = layer.window
         self.index = index
@@ -157,20 +161,19 @@ class Attention(nnx.Module):
 
     def queries(self, x: Float[Array, "*n i"], rope: Rope) -> Float[Array, "*n q h"]:
         """Queries [*n, Q, H] after bias, norm and RoPE, not yet scaled."""
-        q = jnp.einsum("...d,dqh->...qh", x, self.q_weight_dqh[...])
-        if self.has_bias:
-            q = q + self.q_bias_qh[...]
+        q = x @ self.q_weight_dp[...]
+        q = self._heads(q + self.q_bias_p[...] if self.has_bias else q)
         return rope.rotate(self.q_norm(q) if self.has_norm else q)
 
     def keys_values(self, x: Float[Array, "*n i"], rope: Rope) -> KeysValues:
         """([*n, G, H] keys after norm and RoPE, [*n, G, H] values): what a cache keeps."""
-        k = jnp.einsum("...d,dgh->...gh", x, self.k_weight_dgh[...])
+        k = x @ self.k_weight_dc[...]
 
         # With K = V, v is the raw projection: before the norm and without RoPE (docs/algorithm.md, rule 63).
-        v = k = k + self.k_bias_gh[...] if self.has_bias else k
+        v = k = self._heads(k + self.k_bias_c[...] if self.has_bias else k)
         if not self.values_are_keys:
-            v = jnp.einsum("...d,dgh->...gh", x, self.v_weight_dgh[...])
-            v = v + self.v_bias_gh[...] if self.has_bias else v
+            v = x @ self.v_weight_dc[...]
+            v = self._heads(v + self.v_bias_c[...] if self.has_bias else v)
 
         return KeysValues(rope.rotate(self.k_norm(k) if self.has_norm else k), self.values(v))
 
@@ -180,10 +183,12 @@ class Attention(nnx.Module):
 
     def output(self, mixed: Float[Array, "*n q h"]) -> Float[Array, "*n d"]:
         """Projects mixed values back to rows [*n, D]."""
-        weight = self.o_weight_qhd[...]
         # One flat axis is contracted, not two: with two, XLA:CPU transposes the weight anew in every call.
-        out = mixed.reshape(*mixed.shape[:-2], -1) @ weight.reshape(-1, weight.shape[-1])
+        out = mixed.reshape(*mixed.shape[:-2], -1) @ self.o_weight_pd[...]
         return out + self.o_bias_d[...] if self.has_bias else out
+
+    def _heads(self, x: Float[Array, "*n p"]) -> Float[Array, "*n heads h"]:
+        return x.reshape(*x.shape[:-1], -1, self.head_dim)
 
 
 class MLP(nnx.Module):

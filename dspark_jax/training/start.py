@@ -67,7 +67,8 @@ def grafted_params(run: Run) -> dict:
     # The target's layers have no norms of q and k to copy: theirs are fitted to the magnitudes of real states.
     if dims.query_key_norm and not run.target.config.query_key_norm:
         rows = last_tap_rows(run)
-        chosen = [with_head_norms(layer, rows, dims.rms_norm_eps) for layer in chosen]
+        heads = [layer.head_dim for layer in dims.layers]
+        chosen = [with_head_norms(c, rows, h, dims.rms_norm_eps) for c, h in zip(chosen, heads, strict=True)]
 
     return graft_target_layers(spec.drafter_hf, params, chosen, final_norm)
 
