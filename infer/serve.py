@@ -18,7 +18,7 @@ from dspark_jax.config.cli import FLAT, parse, program
 from dspark_jax.devices import announce
 from dspark_jax.programs import EMBEDDED
 from dspark_jax.serving.api.driver import WarmUp
-from dspark_jax.serving.api.server import ApiServer, address, bind
+from dspark_jax.serving.api.server import ApiServer, address, bind, settle
 from dspark_jax.serving.api.service import Service
 from dspark_jax.serving.api.settings import ServerConfig
 from dspark_jax.serving.engine import Engine
@@ -68,7 +68,12 @@ def main(argv: list[str]) -> None:
 
         engine = service.driver.engine
         print(f"{service.name}: {'' if engine is None else engine.why}", file=sys.stderr)
-        server = ApiServer(service, on_ready=lambda: print(f"Ready at {address(bound)}", flush=True))
+
+        def ready() -> None:
+            settle()
+            print(f"Ready at {address(bound)}", flush=True)
+
+        server = ApiServer(service, on_ready=ready)
 
         # uvicorn drains on SIGTERM and then raises it again, for an earlier handler; this one makes the exit code 0.
         signal.signal(signal.SIGTERM, lambda *_: None)

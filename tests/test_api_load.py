@@ -16,11 +16,16 @@ from typing import Any
 import httpx
 import pytest
 
+from dspark_jax.errors import UserError
 from dspark_jax.evaluation.http_load import Asked, address_of, ask, closed_loop, figures, poisson
+from dspark_jax.serving.api.channel import Channel, Wakeups
+from dspark_jax.serving.api.errors import ApiError
 from dspark_jax.serving.engine import Engine
 from infer.load import main as load
 from infer.serve import main as serve_program
 from infer.studies import soak
+from infer.studies.overhead_clients import Round, client_process
+from infer.studies.server_overhead import timed
 from tests.api_tiny import CONTEXT, MESSAGES, Running, direct, events, post, serve, slowed
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -208,6 +213,55 @@ def test_the_load_client_times_tokens(running: Running) -> None:
     found = figures([*done, lost], seconds)
     assert (found["requests"], found["refused"], found["failed"]) == (7, 1, 0)
     assert found["tokens"] == 6 * len(expected.tokens)
+
+
+def test_the_overhead_clients_count_what_others_read(running: Running) -> None:
+    """The study's clients, in a process of their own: as many tokens as the answers have, on connections kept open."""
+    rows = [MESSAGES, [{"role": "user", "content": "the list"}]]
+    with client_process(address_of(running.url), rows, 12) as clients:
+        found = clients.run(2, 5)
+    first, second = (len(direct(running, messages, max_new_tokens=12).tokens) for messages in rows)
+    assert found.tokens == 3 * first + 2 * second
+    assert found.events >= 5 * 4 and found.cpu_seconds > 0 and found.seconds > 0
+    asked = client_process(address_of(running.url), rows, 10**6)
+    with asked as clients, pytest.raises(UserError, match="The clients failed: .*this server holds 256"):
+        clients.run(2, 5)
+
+
+def test_a_dispatch_wakes_the_event_loop_once() -> None:
+    async def woken() -> tuple[int, list[Any]]:
+        loop, calls = asyncio.get_running_loop(), list[Any]()
+        wakeups = Wakeups()
+        channels = [Channel(wakeups) for _ in range(5)]
+        call = loop.call_soon_threadsafe
+
+        def counted(*given: Any) -> Any:
+            calls.append(given)
+            return call(*given)
+
+        def put() -> None:
+            for channel in channels:
+                channel.put(1, ApiError(500, "x"))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "call_soon_threadsafe", counted)
+            thread = threading.Thread(target=put)
+            thread.start()
+            thread.join()
+        # A second batch calls again.
+        found = [await channel.take() for channel in channels]
+        channels[0].put(2, ApiError(500, "y"))
+        return len(calls), [*found, await channels[0].take()]
+
+    calls, found = asyncio.run(woken())
+    assert calls == 1 and [[index for index, _ in batch] for batch in found] == [[1]] * 5 + [[2]]
+
+
+def test_what_a_run_used_is_divided_among_threads() -> None:
+    made = timed(lambda: Round(100, 20, 0.5, 0.01))
+    assert (made.tokens_per_second, made.tokens_per_event) == (200, 5) and made.cpu_ms["clients"] == 0.1
+    parts = ("engine", "event loop", "workers", "runtime")
+    assert made.cpu_ms["process"] == pytest.approx(sum(made.cpu_ms[name] for name in parts))
 
 
 def test_serve_refuses_in_a_sentence(running: Running, capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,6 +48,49 @@ def drain(engine: Engine) -> dict[int, Generation]:
     return done
 
 
+def test_plain_requests_pay_for_no_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A policy that drafts in every round does not while no request wants drafts; beside one that does, all decode on."""
+    ways: list[str] = []
+    for name in ("run_rounds", "run_alone", "record_alone"):
+        real = getattr(engine_module, name)
+        call = lambda *given, name=name, real=real: (ways.append(name), real(*given))[1]  # noqa: E731
+        monkeypatch.setattr(engine_module, name, call)
+
+    requests = [Request(p, replace(SAMPLING, verify_length=0 if i % 2 else None)) for i, p in enumerate(LONG[:2])]
+    expected = made_with(CONFIG, requests, speculative=False)
+    engine = Engine(*tiny_pair(), CONFIG, SAMPLING)
+    for together in ((1,), (0, 1), (1, 0)):
+        ways.clear()
+        for index in together:
+            engine.submit(index, requests[index])
+        made = drain(engine)
+        assert all(made[index].tokens == expected[index].tokens for index in together)
+        # A request that was decoded beside others is left over when they have ended.
+        assert ways[0] == ("run_alone" if together == (1,) else "run_rounds")
+        assert ways[-1] == "run_alone" and (made[1].drafted == 0) == (together == (1,))
+
+    records: list[Any] = []
+    engine.recorder = lambda holders, record: records.append(record)
+    engine.submit(1, requests[1])
+    assert drain(engine)[1].tokens == expected[1].tokens
+    assert {record.draft_tokens.shape for record in records} == {(CONFIG.rounds_per_dispatch, CONFIG.slots, 0)}
+    assert set(ways[-len(records) :]) == {"record_alone"}
+
+
+def test_results_are_handed_out_while_the_device_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`meanwhile` is called between a dispatch's start and the reading of its results."""
+    order: list[str] = []
+    engine = Engine(*tiny_pair(), CONFIG, SAMPLING)
+    for name in ("_dispatch", "_read"):
+        real = getattr(engine, name)
+        monkeypatch.setattr(engine, name, lambda *given, name=name, real=real: (real(*given), order.append(name))[0])
+    engine.meanwhile = lambda: order.append("meanwhile")
+    engine.submit(0, Request(LONG[0]))
+    drain(engine)
+    # Appended at the end of each call: `meanwhile` is the last thing that starting a dispatch does.
+    assert order == ["meanwhile", "_dispatch", "_read"] * (len(order) // 3) and len(order) >= 6
+
+
 # Chunks
 
 

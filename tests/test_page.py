@@ -157,9 +157,9 @@ def test_a_race_marks_what_is_identical(page: Browser, running: Running) -> None
         assert len(page.all(f"{lane} .token.same")) == tokens and page.all(f"{lane} .token.other") == []
         assert re.fullmatch(r"\d+ ms|\d+\.\d\d s", page.text(f"{lane} .clock"))
 
-    # Plain decoding passes once a token; `fixed` drafts for plain requests as well, and the page says so.
+    # Plain decoding passes once a token, and drafts nothing, though the policy is `fixed`.
     assert page.all("#lane-plain .token[data-position]") == [] and page.all("#lane-drafts .token[data-position]")
-    assert "the plain run paid for drafts" in page.text("#race-note")
+    assert page.text("#race-note") == "1 run of each; times from sending to the last token."
 
 
 @pytest.mark.subprocesses

@@ -1,7 +1,7 @@
 """Dispatches: many rounds of a loop in one compiled call, after which the host reads the state.
 
-`run_rounds` is for serving; `record_rounds` also returns a record of every round; `run_alone` runs plain rounds on the
-state of a loop with a drafter, without its code. All donate the state.
+`run_rounds` is for serving; `record_rounds` also returns a record of every round; `run_alone` and `record_alone` run
+plain rounds on the state of a loop with a drafter, without its code. All donate the state.
 
 A policy that can disable drafting is compiled to two loops instead of a branch: XLA copies everything that a branch
 updates, caches included, while a loop updates it in place.
@@ -74,13 +74,14 @@ def run_alone(
     Returns:
         The state after the last round; its `predicted_seconds` is 0.
     """
-    # Not handed over at all: a program that returned them would be another one for each kind of drafter.
-    draft, policy = state.draft, state.policy
-    apart = replace(state, draft=(), policy=PolicyState())
+    after = run_rounds(loop.alone, *_apart(params, state), occupancy, rounds, until_free)
+    return replace(after, draft=state.draft, policy=state.policy)
 
-    bare = LoopParams(params.target, {})
-    after = run_rounds(loop.alone, bare, apart, occupancy, rounds, until_free)
-    return replace(after, draft=draft, policy=policy)
+
+def _apart(params: LoopParams, state: DecodeState) -> tuple[LoopParams, DecodeState]:
+    """The arguments of a loop without the drafter."""
+    # Not handed over at all: a program that returned them would be another one for each kind of drafter.
+    return LoopParams(params.target, {}), replace(state, draft=(), policy=PolicyState())
 
 
 @partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
@@ -107,6 +108,14 @@ def record_rounds(
     with traced_over(loop.mesh):
         state, records = jax.lax.scan(body, state, None, length=rounds)
     return loop.place(state), records
+
+
+def record_alone(
+    loop: DecodeLoop, params: LoopParams, state: DecodeState, occupancy: Occupancy, rounds: int
+) -> tuple[DecodeState, RoundRecord]:
+    """As `run_alone`, with the arguments and records of `record_rounds`; the records hold no drafts."""
+    after, records = record_rounds(loop.alone, *_apart(params, state), occupancy, rounds)
+    return replace(after, draft=state.draft, policy=state.policy), records
 
 
 class _Turn(NamedTuple):
@@ -257,7 +266,7 @@ def _recorded_round(
     loop: DecodeLoop, params: LoopParams, state: DecodeState, occupancy: Occupancy
 ) -> tuple[DecodeState, RoundRecord]:
     """Run one round, speculative or plain, and record it: two loops, exactly one of which runs, once."""
-    if loop.block == 0:
+    if loop.drafter is None:
         state, record, _ = loop.plain_round(params, state)
         return state, record
 

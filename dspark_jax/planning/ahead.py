@@ -122,9 +122,9 @@ class EnginePrograms:
         if params.tables is not None and config.sps is None:
             yield "draft passes alone, for the profile", partial(draft_passes.trace, loop, params, state, limits[0])
         yield "rounds", partial(run_rounds.trace, loop, params, state, occupancy, *limits)
-        # Timed for the profile, and run while more requests decode than drafting pays for.
-        if params.tables is not None:
-            bare, apart = LoopParams(params.target, {}), replace(state, draft=(), policy=PolicyState())
+        # Timed for the profile, and run while more requests decode than drafting pays for, or none wants drafts.
+        bare, apart = LoopParams(params.target, {}), replace(state, draft=(), policy=PolicyState())
+        if loop.drafter is not None:
             yield "rounds without the drafter", partial(run_rounds.trace, loop.alone, bare, apart, occupancy, *limits)
         slots = jax.ShapeDtypeStruct((config.slots,), bool)
         yield "slots emptied", partial(retire.trace, loop, state, slots)
@@ -144,6 +144,9 @@ class EnginePrograms:
             yield from self._prefixes(loop, state)
         rounds = config.rounds_per_dispatch
         yield "recorded rounds", partial(record_rounds.trace, loop, params, state, occupancy, rounds)
+        if loop.drafter is not None and loop.policy.always_drafts:
+            name = "recorded rounds without the drafter"
+            yield name, partial(record_rounds.trace, loop.alone, bare, apart, occupancy, rounds)
 
     def _prefixes(self, loop: DecodeLoop, state: DecodeState) -> Iterator[tuple[str, Traced]]:
         width, at = self.config.prefill_chunk, (_scalar(jnp.int32), _scalar(jnp.int32))

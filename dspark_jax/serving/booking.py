@@ -3,16 +3,20 @@
 Axes: R request slots, S positions of a slot, N log-probabilities kept a token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
 from dspark_jax.decoding.logprobs import Logprobs
-from dspark_jax.decoding.state import DecodeState, RoundCounters
+from dspark_jax.decoding.state import DecodeState, RoundCounters, RoundRecord
 from dspark_jax.serving.requests import Counts, Progress, TokenLogprob
 from dspark_jax.serving.roster import Entry
 from dspark_jax.serving.text import Decode
+
+Recorder = Callable[[tuple[int | None, ...], RoundRecord], None]
+"""Called after each dispatch with the index of the request in each slot (None for a free one) and the dispatch's numpy
+records, leaves [rounds, R, ...]."""
 
 
 class Made(NamedTuple):

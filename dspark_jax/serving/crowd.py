@@ -18,19 +18,28 @@ class Crowd:
     """Counts the requests that decode, dispatch by dispatch.
 
     Attributes:
-        most: requests for which drafting may pay; from the number of slots on, the drafter is never left out.
+        most: requests for which drafting may pay; from the number of slots on, the drafter is never left out for it.
+        always_drafts: whether the policy would draft for plain requests too, which then are better off without it.
     """
 
     most: int
+    always_drafts: bool = False
     _crowded: int = field(default=0, init=False)  # dispatches in a row
 
-    def alone(self, seated: Collection[Entry]) -> bool:
-        """Whether the next dispatch runs without the drafter. If so, the requests in it draft no more (`run_alone`)."""
-        decoding = [entry for entry in seated if entry.decoding]
-        self._crowded = self._crowded + 1 if len(decoding) > self.most else 0
+    def alone(self, seated: Collection[Entry], recorded: bool = False) -> bool:
+        """Whether the next dispatch runs without the drafter. If so, the requests in it draft no more (`run_alone`).
 
+        Args:
+            seated: the requests in slots.
+            recorded: whether the dispatch's rounds are recorded, which a crowd must not change.
+        """
+        decoding = [entry for entry in seated if entry.decoding]
         # Requests for which nothing can be drafted any more would only pay for the drafter's being at hand.
-        alone = self._crowded > PATIENCE or all(entry.undrafted for entry in decoding)
+        alone = all(entry.undrafted or (self.always_drafts and entry.plain) for entry in decoding)
+        if not recorded:
+            self._crowded = self._crowded + 1 if len(decoding) > self.most else 0
+            alone |= self._crowded > PATIENCE
+
         for entry in decoding:
             entry.undrafted |= alone
         return alone

@@ -16,16 +16,16 @@ from dataclasses import dataclass, field
 import jax
 import numpy as np
 
-from dspark_jax.decoding.dispatch import record_rounds, run_alone, run_rounds
+from dspark_jax.decoding.dispatch import record_alone, record_rounds, run_alone, run_rounds
 from dspark_jax.decoding.prefill import admit, retire
 from dspark_jax.decoding.round import DecodeLoop, LoopParams, init_state
-from dspark_jax.decoding.state import Admission, DecodeState, RoundRecord
+from dspark_jax.decoding.state import Admission, DecodeState
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.errors import UserError
 from dspark_jax.scheduling.costs import Occupancy, ScheduleTables
 from dspark_jax.scheduling.policies import VerifyPolicy
 from dspark_jax.serving.assembly import Assembly
-from dspark_jax.serving.booking import Made, book
+from dspark_jax.serving.booking import Made, Recorder, book
 from dspark_jax.serving.chunks import next_chunk, plan_chunks
 from dspark_jax.serving.crowd import Crowd
 from dspark_jax.serving.jobs import make_job, require_room
@@ -37,10 +37,6 @@ from dspark_jax.serving.sampling import SamplingParams, require_mode
 from dspark_jax.serving.settings import EngineConfig, check_engine
 from dspark_jax.serving.warming import programs_of
 from dspark_jax.targets.target import Target
-
-Recorder = Callable[[tuple[int | None, ...], RoundRecord], None]
-"""Called after each dispatch with the index of the request in each slot (None for a free one) and the dispatch's numpy
-records, leaves [rounds, R, ...]."""
 
 
 @dataclass
@@ -72,6 +68,8 @@ class Engine:
     tables: ScheduleTables | None = None
     metering: Metering = field(default_factory=Metering)
     recorder: Recorder | None = None
+    # Called in every step that decodes once its dispatch has started: takes no time from the device. Set at any time.
+    meanwhile: Callable[[], None] | None = field(default=None, init=False, repr=False)
     why: str = field(init=False)  # one line: the policy that was chosen, and the reason
     loop: DecodeLoop = field(init=False)
     params: LoopParams = field(init=False)
@@ -83,7 +81,8 @@ class Engine:
         check_engine(self.config)
         chosen = Assembly.of(self.target, self.drafter, self.config, self.sampling, self.strategy, self.tables)
         self.drafter, self.loop, self.params, self.why = chosen.drafter, chosen.loop, chosen.params, chosen.why
-        self.crowd = Crowd(self.config.slots if chosen.most is None else chosen.most)
+        most = self.config.slots if chosen.most is None else chosen.most
+        self.crowd = Crowd(most, self.loop.drafter is not None and self.loop.policy.always_drafts)
 
         # The clock of a dispatch includes the call itself, which the predicted seconds of its rounds do not.
         self.tables = self.params.tables
@@ -222,13 +221,11 @@ class Engine:
         if not all(decoding) and self.recorder is None:
             rounds = max(1, rounds // 4)  # another prompt waits for its next chunk
 
-        # A recorder's records are of the loop with the drafter, so that is what runs.
-        alone = self.recorder is None and self.crowd.alone(self._seats.values())
+        alone = self.crowd.alone(self._seats.values(), recorded=self.recorder is not None)
         # A recorder copies records to the host between rounds and clock, so its dispatches are never timed.
-        predicted_at_all = self.tables is not None and self.recorder is None and not alone
-        timed = predicted_at_all and self.metering.due(self._prefilling)
+        timed = self.tables is not None and self.recorder is None and not alone and self.metering.due(self._prefilling)
         if not timed:
-            self._dispatch(rounds, run_alone if alone else run_rounds)
+            self._dispatch(rounds, alone)
             return self._read()
 
         # Work queued earlier, such as a prefill, must not be counted as time of the rounds.
@@ -240,19 +237,25 @@ class Engine:
         self.metering.took(time.perf_counter() - started, predicted)
         return self._read()
 
-    def _dispatch(self, rounds: int, run: Callable[..., DecodeState] = run_rounds) -> None:
+    def _dispatch(self, rounds: int, alone: bool = False) -> None:
         """Start up to `rounds` rounds on the device; waits for them only with a recorder."""
-        occupancy = self.metering.current()
-        if self.recorder is not None:
-            self.state, records = record_rounds(self.loop, self.params, self.state, occupancy, rounds)
-            holders = {slot: entry.job.index for slot, entry in self._seats.items() if entry.decoding}
-            self.recorder(tuple(holders.get(slot) for slot in range(self.config.slots)), jax.device_get(records))
-            return
+        # Read once: it may be set by another thread in between.
+        occupancy, recorder, records = self.metering.current(), self.recorder, None
+        if recorder is not None:
+            record = record_alone if alone else record_rounds
+            self.state, records = record(self.loop, self.params, self.state, occupancy, rounds)
+        else:
+            # An early return is worth its overhead only if a waiting request can take the free slot.
+            soon = self.waiting > 0 or self.config.return_at_once
+            limits = jax.device_put((np.int32(rounds), np.bool_(soon)))
+            run = run_alone if alone else run_rounds
+            self.state = run(self.loop, self.params, self.state, occupancy, *limits)
 
-        # An early return is worth its overhead only if a waiting request can take the free slot.
-        soon = self.waiting > 0 or self.config.return_at_once
-        limits = jax.device_put((np.int32(rounds), np.bool_(soon)))
-        self.state = run(self.loop, self.params, self.state, occupancy, *limits)
+        if self.meanwhile is not None:
+            self.meanwhile()
+        if recorder is not None:
+            holders = {slot: entry.job.index for slot, entry in self._seats.items() if entry.decoding}
+            recorder(tuple(holders.get(slot) for slot in range(self.config.slots)), jax.device_get(records))
 
     # Prompts
 

@@ -70,6 +70,11 @@ class Entry:
         return self.slot is not None and self.prefilled == len(self.running.prompt)
 
     @property
+    def plain(self) -> bool:
+        """Whether it asks for no drafts."""
+        return self.job.sampling.verify_length == 0
+
+    @property
     def left_to_prefill(self) -> int:
         """Prompt tokens that its slot lacks."""
         return len(self.running.prompt) - self.prefilled

@@ -8,10 +8,10 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from dspark_jax.decoding.dispatch import record_rounds, run_alone, run_rounds
+from dspark_jax.decoding.dispatch import record_alone, record_rounds, run_alone, run_rounds
 from dspark_jax.decoding.prefill import admit, retire
 from dspark_jax.decoding.round import DecodeLoop, LoopParams
-from dspark_jax.decoding.state import DecodeState
+from dspark_jax.decoding.state import DecodeState, RoundRecord
 from dspark_jax.serving.chunks import blank_chunk, chunk_widths
 from dspark_jax.serving.crowd import Crowd
 from dspark_jax.serving.metering import Metering
@@ -60,9 +60,14 @@ def programs_of(engine: Warmable) -> list[Callable[[], None]]:
     # Only prompts longer than a chunk have a whole chunk before their last token.
     if engine.prefixes is not None and later:
         found.append(partial(_compile_prefixes, engine))
-    # A program of its own, whose number of rounds is compiled in.
+    # Programs of their own, whose number of rounds is compiled in.
     if engine.recorder is not None:
-        found.append(partial(_compile_recording, engine))
+        found.append(partial(_compile_recording, engine, record_rounds))
+    # Of a policy that would draft for plain requests too.
+    if engine.crowd.always_drafts:
+        found.append(partial(_compile_alone, engine))
+        if engine.recorder is not None:
+            found.append(partial(_compile_recording, engine, record_alone))
     return found
 
 
@@ -103,8 +108,14 @@ def _compile_prefixes(engine: Warmable) -> None:
         engine.state = engine.prefixes.compiled(engine.loop, engine.state)
 
 
-def _compile_recording(engine: Warmable) -> None:
+def _compile_alone(engine: Warmable) -> None:
+    limits = jax.device_put((np.int32(0), np.bool_(False)))
+    with engine.unused():
+        engine.state = run_alone(engine.loop, engine.params, engine.state, engine.metering.current(), *limits)
+
+
+def _compile_recording(engine: Warmable, record: Callable[..., tuple[DecodeState, RoundRecord]]) -> None:
     rounds = engine.config.rounds_per_dispatch
     with engine.unused():
         occupancy = engine.metering.current()
-        engine.state, _ = record_rounds(engine.loop, engine.params, engine.state, occupancy, rounds)
+        engine.state, _ = record(engine.loop, engine.params, engine.state, occupancy, rounds)

@@ -13,12 +13,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from typing import Any
 
-from dspark_jax.data.conversations import read_prompt_records
 from dspark_jax.errors import UserError
 from dspark_jax.evaluation.http_load import Address
-from dspark_jax.programs import asset
 
+Messages = list[dict[str, Any]]
+
+OK = b"HTTP/1.1 200 "
 END = b"data: [DONE]\n\n\r\n0\r\n\r\n"
 """The last event, in the last of HTTP's chunks, and the empty chunk behind it."""
 COUNT = re.compile(rb'"completion_tokens": ?(\d+)')
@@ -49,16 +51,19 @@ class _Client(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._answer += data
-        if self._answer.endswith(END):
+        if not self._answer.startswith(OK[: len(self._answer)]):
+            self._transport.close()
+        elif self._answer.endswith(END):
             # The usage comes last, and only there.
             self.tokens += int(COUNT.findall(self._answer)[-1])
             self.events += self._answer.count(b"data: ")
             self._send()
 
     def connection_lost(self, error: Exception | None) -> None:
-        # A refusal has no such end: the server closes the idle connection at last, or the study is broken off.
         if not self.done.done():
-            self.done.set_exception(UserError(f"The server broke off: {bytes(self._answer[:300])!r}"))
+            # A refusal's sentence stands behind the headers.
+            said = bytes(self._answer).rpartition(b"\r\n\r\n")[2][:400].decode(errors="replace")
+            self.done.set_exception(UserError(f"the server refused a request or broke off: {said}"))
 
     def _send(self) -> None:
         self._answer.clear()
@@ -93,10 +98,8 @@ async def _closed_loop(address: Address, clients: int, bodies: Sequence[bytes], 
     )
 
 
-def _work(pipe: Connection, address: Address, max_tokens: int) -> None:
+def _work(pipe: Connection, address: Address, rows: Sequence[Messages], max_tokens: int) -> None:
     """The clients' process: runs closed loops until it is told to end."""
-    # First turns, as `read_prompts` reads them for the bare engine; greedy, so that both decode the same.
-    rows = [list(record.segments()[0]) for record in read_prompt_records(asset("conformance_prompts.jsonl"))]
     options = {"max_tokens": max_tokens, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
     bodies = [json.dumps({"messages": messages, **options}).encode() for messages in rows]
     while (asked := pipe.recv()) is not None:
@@ -130,12 +133,18 @@ class Clients:
 
 
 @contextmanager
-def client_process(address: Address, max_tokens: int) -> Iterator[Clients]:
-    """Start the clients of a server; they end with the context."""
+def client_process(address: Address, rows: Sequence[Messages], max_tokens: int) -> Iterator[Clients]:
+    """Start the clients of a server; they end with the context.
+
+    Args:
+        address: of the server.
+        rows: the conversations that are asked in turn, greedily.
+        max_tokens: of each answer.
+    """
     # Spawned and not forked: a fork would copy a process with running threads.
     context = get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs, address, max_tokens), daemon=True)
+    process = context.Process(target=_work, args=(theirs, address, rows, max_tokens), daemon=True)
     process.start()
     # The child holds the other end alone, so that its death ends a wait for it.
     theirs.close()

@@ -21,13 +21,14 @@ from typing import Any, Literal
 from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.config.cli import parse, program
+from dspark_jax.data.conversations import read_prompt_records
 from dspark_jax.devices import announce, machine
 from dspark_jax.errors import UserError
 from dspark_jax.evaluation.http_load import address_of
 from dspark_jax.files import make_output, write_json
 from dspark_jax.programs import EMBEDDED, asset
 from dspark_jax.report import table
-from dspark_jax.serving.api.server import ApiServer, address, bind
+from dspark_jax.serving.api.server import ApiServer, address, bind, settle
 from dspark_jax.serving.api.service import Service
 from dspark_jax.serving.api.settings import ServerConfig
 from dspark_jax.serving.engine import Engine
@@ -106,7 +107,10 @@ def main(argv: list[str]) -> None:
     engine = Engine(target, drafter, replace(config, longest=service.longest, queue=None))
     print(engine.why)
 
-    prompts = read_prompts(target, [asset("conformance_prompts.jsonl")])
+    asked = asset("conformance_prompts.jsonl")
+    # The same first turns, for the engine and for the clients.
+    prompts = read_prompts(target, [asked])
+    rows = [list(map(dict, record.segments()[0])) for record in read_prompt_records(asked)]
     ready = threading.Event()
     with bind(service.config) as bound:
         server = ApiServer(service, on_ready=ready.set)
@@ -116,7 +120,8 @@ def main(argv: list[str]) -> None:
         ready.wait()
         # The server has compiled by now; the bare engine must have too, before either is timed.
         engine.warm_up()
-        with client_process(address_of(address(bound)), settings.max_tokens) as clients:
+        settle()
+        with client_process(address_of(address(bound)), rows, settings.max_tokens) as clients:
             runs = measured(settings, engine, prompts, clients)
         # Joined: no request is running any more when the figures are written.
         server.should_exit = True

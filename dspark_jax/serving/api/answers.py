@@ -1,22 +1,19 @@
-"""The answers of one HTTP request: from the engine's pieces to the objects that OpenAI's clients read."""
+"""The answers of one HTTP request: from the engine's pieces to increments of text, with the times that are counted."""
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
-from dspark_jax.serving.api.channel import Channel, Piece
-from dspark_jax.serving.api.details import Details, Told, told_logprobs, told_origins
+from dspark_jax.serving.api.channel import Channel, Piece, Wakeups
+from dspark_jax.serving.api.details import Details, Told
 from dspark_jax.serving.api.driver import EngineDriver
 from dspark_jax.serving.api.errors import ApiError
 from dspark_jax.serving.api.logprobs import TokenNames
 from dspark_jax.serving.api.metrics import Metrics
 from dspark_jax.serving.api.schema import Ask
 from dspark_jax.serving.requests import Generation
-
-FINISH = {"stop": "stop", "length": "length", "deadline": "length"}
-"""OpenAI's finish reasons by the engine's: an answer that is cut at its deadline has reached a limit, of time."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +82,11 @@ class Session:
         metrics: counts times and ends.
         ask: the request.
         names: of the target's tokens.
+        wakeups: of the event loop.
     """
 
-    def __init__(self, driver: EngineDriver, metrics: Metrics, ask: Ask, names: TokenNames):
-        self.ask, self.names, self.channel, self.arrived = ask, names, Channel(), time.perf_counter()
+    def __init__(self, driver: EngineDriver, metrics: Metrics, ask: Ask, names: TokenNames, wakeups: Wakeups):
+        self.ask, self.names, self.channel, self.arrived = ask, names, Channel(wakeups), time.perf_counter()
         self.id = f"{'chatcmpl' if ask.chat else 'cmpl'}-{uuid.uuid4().hex}"
         self.created = int(time.time())
         self._driver, self._metrics = driver, metrics
@@ -164,71 +162,5 @@ class Session:
             self._metrics.first_token.observe(now - self.arrived)
         else:
             # The tokens of a dispatch come together: each of them took its share of the time since the last ones.
-            for _ in range(tokens):
-                self._metrics.between_tokens.observe((now - answer.told_at) / tokens)
+            self._metrics.between_tokens.observe((now - answer.told_at) / tokens, tokens)
         answer.told_at = now
-
-
-class Writer:
-    """The JSON objects of a session's answers, whole or in chunks."""
-
-    def __init__(self, session: Session, model: str):
-        self._session, self._ask = session, session.ask
-        kind = "chat.completion" if session.ask.chat else "text_completion"
-        self._head = {"id": session.id, "object": kind, "created": session.created, "model": model}
-        chunk = "chat.completion.chunk" if session.ask.chat else "text_completion"
-        # Completions have one name for both forms, chats two.
-        self._chunk_head = {**self._head, "object": chunk}
-
-    def opening(self) -> list[dict[str, Any]]:
-        """Chunks before any text: the role of each chat answer."""
-        if not self._ask.chat:
-            return []
-        said = {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
-        return [self._chunk([self._choice(answer.place, said)]) for answer in self._session.answers]
-
-    def chunk(self, delta: Delta) -> dict[str, Any] | None:
-        """The chunk of a delta; None if nothing visible has changed."""
-        # A dispatch whose tokens are all held back changes nothing that a client can see.
-        if not (delta.text or delta.told or delta.generation):
-            return None
-        content = {"content": delta.text} if delta.text else {}
-        said: dict[str, Any] = {"delta": content} if self._ask.chat else {"text": delta.text}
-        return self._chunk([self._choice(delta.place, said | self._told(delta.told, delta.before), delta.generation)])
-
-    def closing(self) -> list[dict[str, Any]]:
-        """The chunk of the usage, if it was asked for."""
-        return [self._chunk([])] if self._ask.include_usage else []
-
-    def whole(self, told: Mapping[int, Told]) -> dict[str, Any]:
-        """The body of an answer that is not streamed; `told`: details of its tokens, by the answer's place."""
-        choices = []
-
-        for answer in self._session.answers:
-            text = "" if answer.generation is None else answer.generation.text
-            said: dict[str, Any] = {"text": text}
-
-            if self._ask.chat:
-                said = {"message": {"role": "assistant", "content": text, "refusal": None}}
-
-            said |= self._told(told.get(answer.place, Told()), 0)
-            choices.append(self._choice(answer.place, said, answer.generation))
-        return {**self._head, "choices": choices, "usage": self._session.usage()}
-
-    def _told(self, told: Told, before: int) -> dict[str, Any]:
-        names = self._session.names
-        found: dict[str, Any] = {"logprobs": told_logprobs(told, names, self._ask.chat, before)}
-        return found | ({"speculation": told_origins(told, names.decode)} if self._ask.speculation else {})
-
-    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        # With the option every chunk has the field, null before the last one unless each is to count.
-        if not self._ask.include_usage:
-            return {**self._chunk_head, "choices": choices}
-        usage = self._session.usage() if self._ask.usage_in_chunks or not choices else None
-        return {**self._chunk_head, "choices": choices, "usage": usage}
-
-    def _choice(self, place: int, said: Mapping[str, Any], ended: Generation | None = None) -> dict[str, Any]:
-        reason = None if ended is None else ended.finish_reason
-        choice = {"index": place, **said, "finish_reason": FINISH.get(reason or "")}
-        # Other servers' name for what OpenAI's reasons cannot say.
-        return choice | ({"stop_reason": "deadline"} if reason == "deadline" else {})

@@ -19,7 +19,6 @@ from starlette.staticfiles import StaticFiles
 
 from dspark_jax.programs import asset
 from dspark_jax.readers import integer, shown
-from dspark_jax.serving.api.answers import Writer
 from dspark_jax.serving.api.errors import ApiError, bad_request
 from dspark_jax.serving.api.middleware import Gate, error_response
 from dspark_jax.serving.api.pulse import TICK_SECONDS
@@ -27,10 +26,13 @@ from dspark_jax.serving.api.responses import Answered
 from dspark_jax.serving.api.schema import read_ask, read_body
 from dspark_jax.serving.api.service import Service
 from dspark_jax.serving.api.synthetic import SyntheticUsers
+from dspark_jax.serving.api.writers import Writer
 
 PAGE = Path(__file__).parent / "page"
 MOST_DISCARDED = 64 << 20
 """Bytes of a body that is too large which are read before the refusal: many clients read no answer while they send."""
+SMALL_BODY = 4096
+"""Bytes of a body that is read on the event loop."""
 WATCHED_SECONDS = 60.0
 """Synthetic users leave when the figures have not been asked for so long: the page was closed."""
 
@@ -120,12 +122,14 @@ class Api:
         """POST /v1/chat/completions and /v1/completions."""
         config = self._service.config
         data = await _body(request, config.body_limit, config.stall_seconds)
-        # A large body takes milliseconds to parse, in which others would not be served.
-        ask = await run_in_threadpool(lambda: read_ask(read_body(data), chat))
+        # A large body takes milliseconds to parse and to tokenise, in which others would not be served. A small one
+        # takes less than the way to another thread and back.
+        aside = run_in_threadpool if len(data) > SMALL_BODY else _at_once
+        ask = await aside(lambda: read_ask(read_body(data), chat))
 
         session = self._service.session(ask)
         try:
-            await run_in_threadpool(self._service.submit, ask, session)
+            await aside(self._service.submit, ask, session)
         # Also when the client hangs up here: answers that are queued already hold slots.
         except BaseException:
             session.close()
@@ -194,6 +198,11 @@ class Api:
     async def metrics(self, _: Request) -> Response:
         """GET /metrics."""
         return Response(self._service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def _at_once(call: Callable[..., Any], *given: Any) -> Any:
+    """As `run_in_threadpool`, on the event loop's own thread."""
+    return call(*given)
 
 
 async def _body(request: Request, limit: int, seconds: float) -> bytes:

@@ -12,7 +12,7 @@ from dspark_jax.serving.api.errors import engine_failed, unavailable
 from dspark_jax.serving.api.pulse import Pulse
 from dspark_jax.serving.api.rounds import RoundLog
 from dspark_jax.serving.engine import Engine
-from dspark_jax.serving.requests import EngineBroken, EngineClosed, Progress, QueueFull, Request
+from dspark_jax.serving.requests import EngineBroken, EngineClosed, QueueFull, Request
 from dspark_jax.serving.warming import essential, programs_of
 
 Sink = Callable[[int, Event], None]
@@ -51,6 +51,7 @@ class EngineDriver:
         self._engine: Engine | None = make()
         self._sinks: dict[int, Sink] = {}
         self._rounds = RoundLog()
+        self._made: list[tuple[int, Piece]] = []  # by the last step, and not handed out yet; of the engine's thread
 
         self._lock = threading.Lock()  # of the engine's identity, the sinks and the next index
         self._next = 0
@@ -186,11 +187,17 @@ class EngineDriver:
                 self._remake()
             elif not engine.idle:
                 self._step(engine)
-            # Idle. Sleep until a request comes; with programs left to compile, only until the machine seems quiet.
-            elif self._wake.wait(QUIET_SECONDS if self._to_compile else None):
-                self._wake.clear()
             else:
-                self._compile(engine)
+                self._idle(engine)
+        self._hand_out()
+
+    def _idle(self, engine: Engine) -> None:
+        """Sleep until a request comes; with programs left to compile, only until the machine seems quiet."""
+        self._hand_out()
+        if self._wake.wait(QUIET_SECONDS if self._to_compile else None):
+            self._wake.clear()
+        else:
+            self._compile(engine)
 
     def _warm_up(self) -> None:
         """Compile the first programs, then take requests; the others are compiled while none comes."""
@@ -222,9 +229,13 @@ class EngineDriver:
     def _step(self, engine: Engine) -> None:
         # Recording is slower, and its dispatches are not timed by the load meter: only while a request asks for it.
         engine.recorder = self._rounds.record if self._rounds.watching else None
+        # What the last step has made is handed out while the device works on this one: the event loop would otherwise
+        # take the interpreter from this thread just when the device waits for it.
+        engine.meanwhile = self._hand_out
         try:
             made = engine.step()
         except Exception as error:
+            self._hand_out()
             self._rounds.discard()
             self._pulse.failures += 1
             self._tell("The engine failed", error)
@@ -235,27 +246,32 @@ class EngineDriver:
             return
 
         self._failed_in_a_row = 0
+        # A step that only prefilled has dispatched nothing, and has not handed out.
+        self._hand_out()
         for progress in made:
-            self._hand_out(progress)
+            self._pulse.saw(progress)
+            # The rounds are taken now, before the next dispatch adds to them.
+            self._made.append((progress.index, Piece(progress, self._rounds.take(progress.index))))
 
-    def _hand_out(self, progress: Progress) -> None:
-        index = progress.index
-        self._pulse.saw(progress)
-        piece = Piece(progress, self._rounds.take(index))
-
+    def _hand_out(self) -> None:
+        """Give the pieces of the last step to the sinks of their requests."""
+        made, self._made = self._made, []
         with self._lock:
             # The last piece closes the entry under the lock, so that a `cancel` in between finds either both or
             # nothing.
-            sink = self._sinks.get(index)
-            if progress.generation is not None:
-                self._sinks.pop(index, None)
-        if sink is None or progress.generation is not None:
-            # Cancelled since the dispatch, or ended: nothing more comes of it.
-            self._rounds.forget(index)
-            self._pulse.forget(index)
-        # Called outside the lock: a sink may take a lock of its own.
-        if sink is not None:
-            sink(index, piece)
+            sinks = [
+                self._sinks.get(index) if piece.progress.generation is None else self._sinks.pop(index, None)
+                for index, piece in made
+            ]
+
+        # Outside the lock: a sink may take a lock of its own.
+        for (index, piece), sink in zip(made, sinks, strict=True):
+            if sink is None or piece.progress.generation is not None:
+                # Cancelled since the dispatch, or ended: nothing more comes of it.
+                self._rounds.forget(index)
+                self._pulse.forget(index)
+            if sink is not None:
+                sink(index, piece)
 
     def _restart(self) -> None:
         """Fail every open request and replace the engine."""

@@ -1,16 +1,17 @@
 """Sends answers: as one JSON object, or as server-sent events; ends what is open when the client goes."""
 
 import asyncio
-import json
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from dspark_jax.serving.api.answers import Delta, Session, Writer
+from dspark_jax.serving.api.answers import Delta, Session
 from dspark_jax.serving.api.details import Told
 from dspark_jax.serving.api.errors import ApiError
+from dspark_jax.serving.api.writers import Writer, encoded, event
 
 EVENTS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -31,6 +32,7 @@ class Answered(Response):
     def __init__(self, session: Session, writer: Writer, stall_seconds: float):
         super().__init__()
         self._session, self._writer, self._stall = session, writer, stall_seconds
+        self._sending: float | None = None  # `perf_counter` at the beginning of a send that has not ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, unless the client hangs up first."""
@@ -39,7 +41,10 @@ class Answered(Response):
         work = asyncio.create_task(self._stream(send) if self._session.ask.stream else self._whole(send))
 
         try:
-            await asyncio.wait({hung_up, work}, return_when=asyncio.FIRST_COMPLETED)
+            while not (hung_up.done() or work.done()):
+                # Looked at now and then: a timeout around each send would cost more than the send.
+                await asyncio.wait({hung_up, work}, timeout=self._stall / 4, return_when=asyncio.FIRST_COMPLETED)
+                self._require_reader()
             # Raises what the work raised: before the status is sent, the application's handlers turn it into a
             # response.
             if work.done():
@@ -68,48 +73,39 @@ class Answered(Response):
         # Nothing is sent before this: a request that fails in the queue or in its prompt gets a status of its own.
         first: list[Delta] = await anext(batches, [])
         await self._send(send, {"type": "http.response.start", "status": 200, "headers": EVENTS})
-        await self._events(send, [*self._writer.opening(), *self._chunks(first)])
+        await self._write(send, [*map(event, self._writer.opening()), *map(self._writer.event, first)])
         try:
             await self._follow(send, batches)
         except ApiError as error:
             # The status is gone; clients look for an error among the events.
-            await self._events(send, [error.body()])
+            await self._write(send, [event(error.body())])
             await self._send(send, {"type": "http.response.body", "body": b""})
             return
 
-        end = b"".join(map(_event, self._writer.closing())) + b"data: [DONE]\n\n"
+        end = b"".join(map(event, self._writer.closing())) + b"data: [DONE]\n\n"
         await self._send(send, {"type": "http.response.body", "body": end})
 
     async def _follow(self, send: Send, batches: AsyncIterator[list[Delta]]) -> None:
         async for batch in batches:
-            await self._events(send, self._chunks(batch))
+            await self._write(send, list(map(self._writer.event, batch)))
 
-    def _chunks(self, batch: list[Delta]) -> list[dict[str, Any]]:
-        chunks = (self._writer.chunk(delta) for delta in batch)
-        return [chunk for chunk in chunks if chunk is not None]
-
-    async def _events(self, send: Send, objects: list[dict[str, Any]]) -> None:
-        # One send for a batch: each is a write to the socket.
-        if objects:
-            body = b"".join(map(_event, objects))
+    async def _write(self, send: Send, events: list[bytes]) -> None:
+        # One send for a batch: each is a write to the socket. None for a batch that changes nothing that can be seen.
+        if body := b"".join(events):
             await self._send(send, {"type": "http.response.body", "body": body, "more_body": True})
 
     async def _send(self, send: Send, message: Any) -> None:
-        # A client that reads nothing holds this coroutine up, and no other; after a while it is given up.
-        async with asyncio.timeout(self._stall):
-            await send(message)
+        self._sending = time.perf_counter()
+        await send(message)
+        self._sending = None
+
+    def _require_reader(self) -> None:
+        """Raise TimeoutError if a send has waited too long. It holds up this answer, and no other."""
+        if self._sending is not None and time.perf_counter() - self._sending > self._stall:
+            raise TimeoutError
 
 
 async def _hung_up(receive: Receive) -> None:
     # The body has been read; the only other message is an empty part of it.
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-def encoded(value: Any) -> bytes:
-    """Compact JSON in UTF-8."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
-
-
-def _event(value: Any) -> bytes:
-    return b"data: " + encoded(value) + b"\n\n"

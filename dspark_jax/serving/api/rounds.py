@@ -87,7 +87,7 @@ class RoundLog:
             rounds.clear()
 
     def record(self, holders: tuple[int | None, ...], records: RoundRecord) -> None:
-        """Keep a dispatch's rounds of the watched requests; see `serving.engine.Recorder`."""
+        """Keep a dispatch's rounds of the watched requests; see `serving.booking.Recorder`."""
         # The dictionary may gain requests in other threads meanwhile; those have no slot yet.
         # By the holders at the dispatch, since a slot may have another request by now.
         watched = [(slot, index) for slot, index in enumerate(holders) if index is not None and index in self._rounds]

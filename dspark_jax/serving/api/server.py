@@ -1,5 +1,6 @@
 """The process's side of the server: a socket, signals, and an end that lets running answers finish."""
 
+import gc
 import socket
 from collections.abc import Callable
 
@@ -46,6 +47,13 @@ def address(bound: socket.socket) -> str:
     # IPv6 names have two more fields, and brackets in an address.
     host, port = bound.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def settle() -> None:
+    """Take everything that lives by now from the garbage collector, which is to be called once a process is ready:
+    weights, programs and modules are so many objects that looking through them stops all answers for a second."""
+    gc.collect()
+    gc.freeze()
 
 
 class ApiServer(uvicorn.Server):

@@ -10,6 +10,7 @@ from dspark_jax.data.chat import encode_prompt
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.errors import UserError
 from dspark_jax.serving.api.answers import Session
+from dspark_jax.serving.api.channel import Wakeups
 from dspark_jax.serving.api.driver import EngineDriver, WarmUp
 from dspark_jax.serving.api.errors import ApiError, bad_request, busy, unavailable
 from dspark_jax.serving.api.logprobs import TokenNames
@@ -71,7 +72,7 @@ class Service:
         self.metrics = Metrics(self.driver, self.pulse)
         self.started = int(time.time())
         self.synthetic = 0  # synthetic users, for the figures
-        self._names = TokenNames(target.tokenizer)
+        self._names, self._wakeups = TokenNames(target.tokenizer), Wakeups()
         # By the template's text: some tokenizers have a mapping of templates, which is searched whole.
         self._takes_tools = "tools" in json.dumps(target.tokenizer.chat_template or "")
 
@@ -90,7 +91,7 @@ class Service:
             raise bad_request(
                 f"The request asks for {ask.answers} answers; this server gives at most {self.most_choices}.", field
             )
-        return Session(self.driver, self.metrics, ask, self._names)
+        return Session(self.driver, self.metrics, ask, self._names, self._wakeups)
 
     def submit(self, ask: Ask, session: Session) -> None:
         """Tokenise the prompts and queue all answers; for a thread that may wait.

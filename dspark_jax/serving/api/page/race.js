@@ -136,10 +136,6 @@ function judge([plain, drafts], body, others) {
   const notes = [`${counted(runs, "run")} of each${runs > 1 ? ", medians" : ""}; times from sending to the last token.`];
   if (others > 0) {
     notes.push(`${counted(others, "other request")} ran meanwhile, so these are not the times of an idle server.`);
-  } else if (plain.answer.transcript.groups.some((group) => group.drafted.length)) {
-    // Policies that always draft do so for plain requests too, and only leave their drafts unverified. Beside others,
-    // whose rounds a plain request shares, its drafts would say nothing of the policy.
-    notes.push("This server's policy drafts in every round, so the plain run paid for drafts as well: for a fair race, serve with the policy look-ahead or auto.");
   }
   byId("race-note").textContent = notes.join(" ");
   byId("verdict").hidden = false;
