@@ -144,11 +144,11 @@ def fail(engine: Engine, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
             time.sleep(0.01)
         begin(engine)
 
-    def failing(rounds: int) -> None:
+    def failing(*given: Any) -> None:
         if left[0]:
             left[0] -= 1
             raise RuntimeError(f"out of memory, in {MESSAGES[0]['content']}")
-        dispatch(engine, rounds)
+        dispatch(engine, *given)
 
     monkeypatch.setattr(engine, "_begin", beginning)
     monkeypatch.setattr(engine, "_dispatch", failing)

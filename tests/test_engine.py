@@ -49,7 +49,7 @@ def drain(engine: Engine) -> dict[int, Generation]:
 
 
 def test_plain_requests_pay_for_no_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A policy that drafts in every round does not while no request wants drafts; beside one that does, all decode on."""
+    """A policy that drafts in every round does not while no request wants drafts."""
     ways: list[str] = []
     for name in ("run_rounds", "run_alone", "record_alone"):
         real = getattr(engine_module, name)
@@ -85,7 +85,7 @@ def test_results_are_handed_out_while_the_device_works(monkeypatch: pytest.Monke
         real = getattr(engine, name)
         monkeypatch.setattr(engine, name, lambda *given, name=name, real=real: (real(*given), order.append(name))[0])
     engine.meanwhile = lambda: order.append("meanwhile")
-    engine.submit(0, Request(LONG[0]))
+    engine.submit(0, Request(LONG[0], SamplingParams(40)))
     drain(engine)
     # Appended at the end of each call: `meanwhile` is the last thing that starting a dispatch does.
     assert order == ["meanwhile", "_dispatch", "_read"] * (len(order) // 3) and len(order) >= 6

@@ -52,7 +52,9 @@ class _Client(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._answer += data
         if not self._answer.startswith(OK[: len(self._answer)]):
-            self._transport.close()
+            # A refusal is whole once it ends as JSON does; its sentence is reported.
+            if self._answer.endswith(b"}"):
+                self._transport.close()
         elif self._answer.endswith(END):
             # The usage comes last, and only there.
             self.tokens += int(COUNT.findall(self._answer)[-1])
