@@ -174,23 +174,13 @@ def scheduler_cost(settings: ProfileSettings, target: Target, drafter: Drafter) 
     block = drafter.config.block_size
     buckets = tuple(sorted({slots * (1 + round(block * i / 3)) for i in range(4)}))
     loop, params = _loop(settings, target, drafter, slots, buckets, policy)
-    # A made-up rising cost: the policy's time does not depend on the values.
-    tables = ScheduleTables.of(CostTable.of(buckets, 1.0 + np.arange(len(buckets)) / 4), [1.0] * block)
-    times: list[float] = []
-    rounds = max(settings.rounds, 32)
-
-    # The first run compiles and is dropped below.
-    for _ in range(settings.repeats + 1):
-        start = time.perf_counter()
-        jax.block_until_ready(_policy_rounds(policy, slots, block, tables, rounds))
-        times.append((time.perf_counter() - start) / rounds)
-
+    times = policy_seconds(policy, slots, block, buckets, max(settings.rounds, 32), settings.repeats)
     profile = measure_profile(
         loop, params, settings.temperature, settings.contexts[:1], Effort(settings.rounds, settings.repeats)
     )
     # The largest count at the one context: whole blocks of all slots.
-    mine, whole = float(np.median(times[1:])), profile.rounds[0][-1]
-    low, high = np.percentile(times[1:], [25, 75])
+    mine, whole = float(np.median(times)), profile.rounds[0][-1]
+    low, high = np.percentile(times, [25, 75])
     what = f"{settings.policy}, {slots} requests, blocks of {block}"
     took = f"{1e6 * mine:.0f} us (spread {1e6 * (high - low):.0f})"
     print(f"{what}: {took} of a round of {1e3 * whole:.2f} ms, {100 * mine / whole:.2f} %")
@@ -205,6 +195,23 @@ def scheduler_cost(settings: ProfileSettings, target: Target, drafter: Drafter) 
         "share": mine / whole,
         "device": jax.devices()[0].device_kind,
     }
+
+
+def policy_seconds(
+    policy: Any, slots: int, block: int, buckets: tuple[int, ...], rounds: int, repeats: int
+) -> list[float]:
+    """Seconds of a policy's own work in a round, `repeats` times, each over so many rounds."""
+    # A made-up rising cost: the policy's time does not depend on the values.
+    tables = ScheduleTables.of(CostTable.of(buckets, 1.0 + np.arange(len(buckets)) / 4), [1.0] * block)
+    times: list[float] = []
+
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        jax.block_until_ready(_policy_rounds(policy, slots, block, tables, rounds))
+        times.append((time.perf_counter() - start) / rounds)
+
+    # The first run has compiled.
+    return times[1:]
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 4))

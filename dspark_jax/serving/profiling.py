@@ -169,6 +169,55 @@ def measure_profile(
     Raises:
         UserError: a loop whose policy reads no table, so that its verify lengths could not be forced.
     """
+    kinds = (ALONE, DRAFT_PASS, *range(len(loop.buckets)))
+    timed = time_points(loop, params, kinds, temperature, contexts, effort, progress, clock)
+
+    def grid(measure: Callable[[list[float]], float]) -> tuple[tuple[float, ...], ...]:
+        return tuple(tuple(measure(timed.rounds[c, p]) for p in range(len(loop.buckets))) for c in range(len(contexts)))
+
+    def line(point: int, measure: Callable[[list[float]], float]) -> tuple[float, ...]:
+        return tuple(measure(timed.rounds[c, point]) for c in range(len(contexts)))
+
+    return Profile(
+        profile_key(loop, params, temperature), loop.buckets, tuple(map(float, timed.lengths)),
+        grid(_median), grid(_spread), line(DRAFT_PASS, _median), line(DRAFT_PASS, _spread),
+        line(ALONE, _median), line(ALONE, _spread), _median(timed.calls),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TimedPoints:
+    """Seconds of a round at each (context, point), each as often as it was measured.
+
+    Attributes:
+        lengths: committed positions of each context.
+        rounds: by (context, point), a point being a bucket's index, `DRAFT_PASS` or `ALONE`.
+        calls: of dispatches without a round.
+    """
+
+    lengths: tuple[int, ...]
+    rounds: dict[tuple[int, int], list[float]]
+    calls: list[float]
+
+
+def time_points(
+    loop: DecodeLoop,
+    params: LoopParams,
+    kinds: Sequence[int],
+    temperature: float,
+    contexts: Sequence[float],
+    effort: Effort = Effort(),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> TimedPoints:
+    """Time some of the points that a profile is made of; only their programs are compiled.
+
+    Args:
+        kinds: the points to time at each context.
+        loop, params, temperature, contexts, effort, progress, clock: as for `measure_profile`.
+    Raises:
+        UserError: as for `measure_profile`.
+    """
     if not loop.policy.needs_tables or loop.block == 0:
         raise UserError("Only a loop with a drafter and a load-adaptive policy can be profiled.")
 
@@ -176,7 +225,7 @@ def measure_profile(
     stopwatch = _Stopwatch.of(loop, params, temperature, contexts, most_rounds, clock)
 
     # (context, bucket), or one of the two that stand for something else than a bucket's rounds.
-    points = [(c, p) for c in range(len(contexts)) for p in (ALONE, DRAFT_PASS, *range(len(loop.buckets)))]
+    points = [(c, p) for c in range(len(contexts)) for p in kinds]
     times: dict[tuple[int, int], list[float]] = {point: [] for point in points}
     calls: list[float] = []
 
@@ -196,17 +245,7 @@ def measure_profile(
             calls += [call] if p >= 0 else []
             progress(repeat * len(points) + at + 1, effort.repeats * len(points))
 
-    def grid(measure: Callable[[list[float]], float]) -> tuple[tuple[float, ...], ...]:
-        return tuple(tuple(measure(times[c, p]) for p in range(len(loop.buckets))) for c in range(len(contexts)))
-
-    def line(point: int, measure: Callable[[list[float]], float]) -> tuple[float, ...]:
-        return tuple(measure(times[c, point]) for c in range(len(contexts)))
-
-    return Profile(
-        profile_key(loop, params, temperature), loop.buckets, tuple(map(float, stopwatch.lengths)),
-        grid(_median), grid(_spread), line(DRAFT_PASS, _median), line(DRAFT_PASS, _spread),
-        line(ALONE, _median), line(ALONE, _spread), _median(calls),
-    )  # fmt: skip
+    return TimedPoints(tuple(stopwatch.lengths), times, calls)
 
 
 def flat_tables(loop: DecodeLoop, contexts: int) -> ScheduleTables:
