@@ -135,9 +135,6 @@ def test_attention_in_chunks_of_queries_is_the_whole() -> None:
     np.testing.assert_allclose(*found, atol=1e-6)
 
 
-# Files
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", DRAFTERS)
 def test_files_come_back_bit_for_bit(tmp_path: Path, kind: str, dtype: str) -> None:
@@ -363,9 +360,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fit_command(target: Path, run: Path, kind: str) -> list[str]:
     taps = " ".join(map(str, taps_of(kind, 4)))
     small = f"--drafter.kind {kind} --drafter.target-layer-ids {taps} --drafter.block-size 3 --drafter.num-anchors 4"
-    if kind == "dflash":  # with the parts that a DFlash may have
-        small += " --drafter.no-sample-from-anchor --drafter.conv-kernel-size 2 --drafter.conv-group-size 4"
     recipe = "--data.global-batch 4 --data.accumulation-steps 2 --data.max-length 24 --max-steps 4"
+    if kind == "dflash":  # with the parts that a DFlash may have
+        recipe += " --drafter.no-sample-from-anchor --drafter.conv-kernel-size 2 --drafter.conv-group-size 4"
     return ["--config", "debug", "--target", str(target), "--run-dir", str(run), *small.split(), *recipe.split()]
 
 

@@ -18,7 +18,8 @@ import numpy as np
 from tqdm import tqdm
 
 from dspark_jax.checkpoints.huggingface import load_target, read_hf_config, resolve_folder
-from dspark_jax.config.schema import MeshSettings, TrainConfig, cache_spec_of
+from dspark_jax.config.experiment_cache import cache_spec_of
+from dspark_jax.config.schema import MeshSettings, TrainConfig
 from dspark_jax.data.cache_writer import CacheWriter
 from dspark_jax.data.chat import Encoded, template_id
 from dspark_jax.data.codecs import STATES, encode_states

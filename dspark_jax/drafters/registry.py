@@ -154,12 +154,8 @@ def drafter_hf_config(
     else:
         described = drafter_kind(kind)
         config_type = described.module.config_type
-        given = {
-            "intermediate_size": intermediate_size,
-            "num_attention_heads": num_attention_heads,
-            "num_key_value_heads": num_key_value_heads,
-            "head_dim": head_dim,
-        }
+        given = {"intermediate_size": intermediate_size, "num_attention_heads": num_attention_heads}
+        given |= {"num_key_value_heads": num_key_value_heads, "head_dim": head_dim}
         # Given sizes have the generic names; Gemma's global layers use names of their own.
         copied, sizes = family_fields(target_hf_config, {name: n for name, n in given.items() if n is not None})
 

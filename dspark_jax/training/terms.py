@@ -200,51 +200,25 @@ def block_terms(
         the candidates; expected committed tokens if every such label were chosen, and if the likeliest candidate is.
     """
     supervised = blocks.supervised
-    if vocabulary is None:
-        labels, learnable = blocks.labels, supervised
-        # [B, C, K] float32, the whole sum and not half of it (docs/algorithm.md, rule 41).
-        l1 = total_variation_l1(out.logits, targets)
-    else:
-        # No drafter can learn a label that it cannot draft; the variation counts it as lost, as decoding will.
-        labels = vocabulary.local(blocks.labels)
-        learnable = supervised & (labels < vocabulary.size)
-        labels = jnp.minimum(labels, vocabulary.size - 1)
-        l1 = pruned_variation_l1(out.logits, targets, vocabulary)
-
-    # [B, C, K]
-    label_logits = jnp.take_along_axis(out.logits, labels[..., None], axis=-1)[..., 0]
-    accept, choice = accept_rate(l1), None
+    accept, terms = _base_terms(out.logits, targets, blocks, vocabulary, options)
+    choice: Sums = {}
     if out.selector is not None:
         p = jax.nn.softmax(targets, axis=-1)
-        overlap, choice = selector_terms(
-            out.selector, out.logits, p if vocabulary is None else vocabulary.restrict(p), options
-        )
-        # What is accepted follows from the law that is drafted from; L1 above is of the base logits, a term alone.
+        p = p if vocabulary is None else vocabulary.restrict(p)
+        # What is accepted follows from the law that is drafted from; the terms so far are of the base logits.
+        overlap, choice = selector_terms(out.selector, out.logits, p, options)
         accept = accept_rate(2.0 * (1.0 - overlap))
+        terms["selector"] = choice["selector"]
+
     # The probability that the whole prefix survives; an unsupervised slot ends it (docs/algorithm.md, rule 45).
     survival = jnp.cumprod(accept * supervised, axis=-1)
-    used = jnp.any(supervised, axis=-1)
     weights = pace_weights(accept, supervised) if options.slot_weights == "d_pace" else blocks.weights
-
-    terms = {"ce": learnable * (jax.nn.logsumexp(out.logits, axis=-1) - label_logits), "l1": l1}
-    terms |= soft_terms(out.logits, targets, l1, vocabulary, options)
-    if choice is not None:
-        terms["selector"] = choice["selector"]
     sums = {name: jnp.sum(weights * term) for name, term in terms.items()}
-    sums |= {
-        # From masks alone, whatever the terms are weighted by: the denominator is known before the pass and is the
-        # same for every shard (docs/algorithm.md, rule 44). The counts below are unweighted (rule 45).
-        "weight": jnp.sum(blocks.weights),
-        "accept": jnp.sum(accept * supervised, axis=(0, 1)),
-        "supervised": jnp.sum(supervised, axis=(0, 1), dtype=jnp.float32),
-        "tau": jnp.sum(used * (1.0 + jnp.sum(survival, axis=-1))),
-        "blocks": jnp.sum(used, dtype=jnp.float32),
-    }
 
-    if choice is not None:
-        lengths = {name: jnp.cumprod(choice[hit] * supervised, axis=-1) for name, hit in _LENGTHS.items()}
-        sums |= {name: jnp.sum(used * (1.0 + jnp.sum(length, axis=-1))) for name, length in lengths.items()}
-        sums["recall"] = jnp.sum(choice["recall"] * supervised, dtype=jnp.float32)
+    # From masks alone, whatever the terms are weighted by: the denominator is known before the pass and is the same for
+    # every shard (docs/algorithm.md, rule 44).
+    sums["weight"] = jnp.sum(blocks.weights)
+    sums |= _figures(accept, survival, choice, supervised)
 
     if out.confidence is not None:
         if options.confidence_weights == "reach":
@@ -252,6 +226,47 @@ def block_terms(
             before = jnp.pad(survival[..., :-1], ((0, 0), (0, 0), (1, 0)), constant_values=1.0)
             weights = before * supervised
         sums |= _confidence_sums(out.confidence, weights, accept, survival, blocks)
+
+    return sums
+
+
+def _base_terms(
+    logits: Array, targets: Array, blocks: Blocks, vocabulary: DraftVocabulary | None, options: LossOptions
+) -> tuple[Float[Array, "b c k"], Sums]:
+    """(acceptance by the law of `logits`, the terms of that law), [B, C, K] float32 each."""
+    if vocabulary is None:
+        labels, learnable = blocks.labels, blocks.supervised
+        # The whole sum and not half of it (docs/algorithm.md, rule 41).
+        l1 = total_variation_l1(logits, targets)
+    else:
+        # No drafter can learn a label that it cannot draft; the variation counts it as lost, as decoding will.
+        labels = vocabulary.local(blocks.labels)
+        learnable = blocks.supervised & (labels < vocabulary.size)
+        labels = jnp.minimum(labels, vocabulary.size - 1)
+        l1 = pruned_variation_l1(logits, targets, vocabulary)
+
+    label_logits = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    terms = {"ce": learnable * (jax.nn.logsumexp(logits, axis=-1) - label_logits), "l1": l1}
+    return accept_rate(l1), terms | soft_terms(logits, targets, l1, vocabulary, options)
+
+
+def _figures(accept: Array, survival: Array, choice: Sums, supervised: Array) -> Sums:
+    """Unweighted sums over supervised slots and blocks (docs/algorithm.md, rule 45); `choice` is a selector's, or
+    empty."""
+    used = jnp.any(supervised, axis=-1)
+
+    def committed(prefix: Array) -> Array:
+        return jnp.sum(used * (1.0 + jnp.sum(prefix, axis=-1)))
+
+    sums = {
+        "accept": jnp.sum(accept * supervised, axis=(0, 1)),
+        "supervised": jnp.sum(supervised, axis=(0, 1), dtype=jnp.float32),
+        "tau": committed(survival),
+        "blocks": jnp.sum(used, dtype=jnp.float32),
+    }
+    if choice:
+        sums |= {name: committed(jnp.cumprod(choice[hit] * supervised, axis=-1)) for name, hit in _LENGTHS.items()}
+        sums["recall"] = jnp.sum(choice["recall"] * supervised, dtype=jnp.float32)
 
     return sums
 
