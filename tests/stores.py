@@ -108,7 +108,7 @@ class S3Server:
 
 def on_this_machine(server: S3Server, stores: Path) -> dict[str, str]:
     """The environment of a program that uses the server and keeps its copies in `stores`."""
-    patience = {"DSPARK_STORE_SECONDS": "30", "DSPARK_LEASE_SECONDS": "2"}
+    patience = {"DSPARK_STORE_SECONDS": "30", "DSPARK_LEASE_SECONDS": "2", "DSPARK_PUSH_SECONDS": "0"}
     return {**server.variables, **patience, "DSPARK_STORES": str(stores)}
 
 

@@ -13,14 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dspark_jax.checkpoints.drafters import save_drafter
+from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.data.cache_writer import CacheWriter
+from dspark_jax.data.pipeline import Batches
 from dspark_jax.data.target_cache import TargetCache
+from dspark_jax.data.views import Packed, Tapped, Truncated
 from dspark_jax.errors import UserError
+from dspark_jax.files import lock_folder
 from dspark_jax.storage import lease, objects, replica, shards
 from dspark_jax.storage.places import Place
 from dspark_jax.storage.shards import Shard, ShardFolder
 from dspark_jax.training.checkpoint import abstract
 from dspark_jax.training.object_checkpoints import ASIDE, MARKER, ObjectCheckpoints
+from infer.export import main as export
+from tests.drafters_tiny import write_pair
 from tests.kill_cache import SHARD_BYTES, SOURCES, SPEC, make_sample, write_cache
 from tests.kill_resume import TASKS
 from tests.kill_stores import kill_and_compare
@@ -275,3 +282,45 @@ def test_a_killed_run_in_a_failing_store_is_undisturbed(server: S3Server, tmp_pa
     task = TASKS["train"](write_tiny_target(tmp_path / "target", num_hidden_layers=3), tmp_path)
     shorter = replace(task, command=lambda folder: [*task.command(folder), "--max-steps", "6"])
     assert kill_and_compare(shorter, tmp_path, server, times=1) == []
+
+
+def test_batches_have_the_shards_of_their_samples_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_cache(Path("s3://pod/batched"))
+    monkeypatch.setenv(shards.GIGABYTES, "0.00003")  # no room for all of them
+    announced: list[list[int]] = []
+    monkeypatch.setattr(ShardFolder, "ahead", lambda self, numbers: announced.append(list(numbers)))
+    cache = TargetCache("s3://pod/batched")
+    assert announced == []
+
+    source = Packed(Truncated(Tapped(cache, (2,)), 32), 64)
+    batch = Batches(source, global_batch=2, seed=0, buckets=(64,)).batch_at(0)
+    wanted = {int(np.searchsorted(cache.sample_ids, name)) for name in Batches(source, 2, 0, (64,)).sample_ids_at(0)}
+    shard_of = np.searchsorted(cache._starts, sorted(wanted), side="right") - 1
+    assert batch["input_ids"].shape == (2, 64) and set(announced[0]) == set(shard_of.tolist())
+    cache.close()
+
+
+def test_models_are_read_from_a_store_and_exports_written_to_it(
+    server: S3Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    target, drafter = write_pair(tmp_path / "pair", dtype="bfloat16")
+    save_drafter(tmp_path / "drafter", drafter, target)
+    for kind, folder in (("target", Path(target.name)), ("drafter", tmp_path / "drafter")):
+        for path in folder.iterdir():
+            objects.upload(path, place("models") / kind / path.name)
+
+    server.faults(every=3, status=503)
+    options = ["--target", "s3://pod/models/target", "--layout", "speculators", "--verifier", "tiny/target"]
+    export([*options, "--drafter", "s3://pod/models/drafter", "--output", "s3://pod/models/out"])
+    export([*options, "--drafter", str(tmp_path / "drafter"), "--output", str(tmp_path / "out")])
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert list(objects.listing(place("models/out"))) == names
+    assert all(objects.read(place("models/out") / name) == (tmp_path / "out" / name).read_bytes() for name in names)
+
+    with pytest.raises(SystemExit):
+        export([*options, "--drafter", "s3://pod/models/drafter", "--output", "s3://pod/models/out"])
+    assert "holds something already" in capsys.readouterr().err
+    with pytest.raises(UserError, match="s3://pod/models/none.gguf does not exist"):
+        load_target("s3://pod/models/none.gguf")
+    with pytest.raises(UserError, match="is in an object store, where this program does not write"):
+        lock_folder(Path("s3://pod/models/out"))

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     settings = parse(PrepareSettings, argv, description=__doc__)
     # Of a place, its files beside OUTPUT come too, and are sent as they grow.
     with written_file(settings.output, "the conversations") as out:
-        metrics, reasons = prepare(replace(settings, output=local_path(settings.output)), out.push)
+        metrics, reasons = prepare(replace(settings, output=local_path(settings.output)), out.push_when_due)
 
     print(listing(metrics))
     for reason, count in reasons.most_common(10):

@@ -17,6 +17,7 @@ from dspark_jax.data.deepspec_cache import DeepSpecCache
 from dspark_jax.data.manifest import FORMAT, MANIFEST, pulled, read_manifest
 from dspark_jax.data.records import TokenSample, TokenSource
 from dspark_jax.data.target_cache import TargetCache
+from dspark_jax.data.views import announce
 from dspark_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -139,6 +140,7 @@ class Batches:
         indices = self.indices_at(step)
         # All hosts agree on the step's samples and its length; each reads its own rows.
         mine = indices if self.rows is None else indices[list(self.rows)]
+        announce(self.source, [int(index) for index in mine])
         return pad_batch([self.source[int(index)] for index in mine], self.length_at(step))
 
     def sample_ids_at(self, step: int) -> list[int]:

@@ -139,8 +139,16 @@ class TargetCache:
 
     def _path(self, number: int) -> Path:
         """The file of a shard, fetched where it lies in a store."""
-        name = self._manifest.shards[number].file
-        return self.folder / name if self._fetched is None else self._fetched.path(number)
+        if self._fetched is None:
+            return self.folder / self._manifest.shards[number].file
+
+        path = self._fetched.path(number)
+        # Another process of this machine, with the same folder, may have made room since.
+        if not path.exists():
+            self._fetched.forget(number)
+            path = self._fetched.path(number)
+
+        return path
 
     def _reader(self, number: int) -> ArrayRecordReader:
         # Outside the lock: fetching a shard takes long, and others are read meanwhile.

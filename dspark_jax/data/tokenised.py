@@ -14,6 +14,7 @@ from dspark_jax.data.conversations import read_conversations
 from dspark_jax.data.records import TokenSample
 from dspark_jax.errors import UserError
 from dspark_jax.readers import read_object
+from dspark_jax.storage.replica import fetched_if_there
 
 
 def encode_files(
@@ -44,9 +45,9 @@ def encode_files(
 
 def _require_same_thinking(path: Path, thinking: bool) -> None:
     """UserError for answers generated after another prompt than the one their training rows would begin with."""
-    note = path.with_suffix(".settings.json")
+    note = fetched_if_there(path.with_suffix(".settings.json"))
     # Left by train.prepare_data beside the file; data from elsewhere has none, and is taken as it is.
-    recorded = read_object(note).get("settings") if note.is_file() else None
+    recorded = None if note is None else read_object(note).get("settings")
     if not isinstance(recorded, dict) or "weights_xxh3" not in recorded:
         return  # not answered by train.prepare_data with a target of its own
 

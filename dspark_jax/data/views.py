@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from dspark_jax.data.records import CacheSpec, FeatureSource, Sample, TokenSample, TokenSource
+from dspark_jax.data.target_cache import TargetCache
 from dspark_jax.errors import UserError
 
 Row = TypeVar("Row", bound=TokenSample)
@@ -120,6 +121,20 @@ class Packed:
 
     def __getitem__(self, index: int) -> TokenSample:
         return join(index, [self.source[member] for member in self.rows[index]])
+
+
+def announce(source: TokenSource, indices: Sequence[int]) -> None:
+    """Has what lies beneath views fetch what these samples need, side by side; nothing where that is on a disk."""
+    while not isinstance(source, TargetCache):
+        if isinstance(source, Packed):
+            indices = [member for index in indices for member in source.rows[index]]
+        elif isinstance(source, Reordered):
+            indices = [int(source.order[index]) for index in indices]
+        elif not isinstance(source, Truncated | Tapped):
+            return
+        source = source.source
+
+    source.ahead(indices)
 
 
 def join(name: int, samples: Sequence[Row]) -> Row:

@@ -35,8 +35,6 @@ from dspark_jax.targets.registry import read_target_config
 ANSWERED: Schema = {"tokens": integer(), "finish_reason": text()}
 SET_ASIDE: Schema = {"reason": text()}
 JUDGED: Schema = {"reason": optional(text())}
-PUSH_SECONDS = 60.0
-"""Work that a kill may cost where the output lies in a store."""
 MOVE_AWAY = "move the file away and run again"
 
 
@@ -150,7 +148,7 @@ def regenerate(
         answerer: the target here, or a server of it.
         sources: conversations to answer.
         refused: conversations set aside when they were read.
-        push: called every minute, to bring what was written to a store.
+        push: called when answers have been written, to bring them to a store when it is time.
 
     Returns:
         As `summarise`.
@@ -162,7 +160,6 @@ def regenerate(
     order = {source.id: source.index for source in [*sources, *(r.source for r in refused)]}
     fitting, too_long = answerer.sort_out(sources)
     began, made = time.perf_counter(), 0
-    pushed = began
 
     with ResumableJsonl(settings.output) as done, ResumableJsonl(settings.beside("rejected.jsonl")) as aside:
         # Another input would leave its answers in the file, beside those of this one.
@@ -181,13 +178,9 @@ def regenerate(
                 done.append(_row(e) for e in ended if isinstance(e, Finished))
                 aside.append(_rejected_row(e) for e in ended if isinstance(e, Rejected))
                 made += sum(e.tokens for e in ended if isinstance(e, Finished))
-                now = time.perf_counter()
                 bar.update(len(ended))
-                bar.set_postfix_str(f"{made / (now - began):,.0f} tokens/s", refresh=False)
-                # An object has no append: the whole file is sent each time, so not with every answer.
-                if now - pushed > PUSH_SECONDS:
-                    push()
-                    pushed = now
+                bar.set_postfix_str(f"{made / (time.perf_counter() - began):,.0f} tokens/s", refresh=False)
+                push()
 
         # Written as they ended, whose order depends on timing; sorted, equal runs give equal bytes.
         for path in (done.path, aside.path):

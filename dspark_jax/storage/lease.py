@@ -20,7 +20,7 @@ from dspark_jax.errors import UserError
 from dspark_jax.readers import parse_json
 from dspark_jax.storage import objects
 from dspark_jax.storage.objects import Found, Unconditional
-from dspark_jax.storage.places import Place
+from dspark_jax.storage.places import Place, seconds_of
 
 SECONDS = "DSPARK_LEASE_SECONDS"
 FILE = ".writer.json"
@@ -148,10 +148,7 @@ class Lease:
 
 def lease_seconds() -> float:
     """Seconds after which a writer that gives no sign of life is taken for dead: $DSPARK_LEASE_SECONDS, else 60."""
-    text = os.environ.get(SECONDS) or "60"
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"{SECONDS} is {text!r}; a whole number of seconds was expected.")
-    return float(text)
+    return seconds_of(SECONDS, 60)
 
 
 def _identity(folder: Path) -> str:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from dspark_jax.errors import UserError
 from dspark_jax.files import file_hash
-from dspark_jax.storage.places import Place
+from dspark_jax.storage.places import Place, seconds_of
 
 T = TypeVar("T")
 PATIENCE = "DSPARK_STORE_SECONDS"
@@ -54,10 +54,7 @@ class Found:
 
 def patience() -> float:
     """Seconds for which a request is repeated: $DSPARK_STORE_SECONDS, else 120."""
-    text = os.environ.get(PATIENCE) or "120"
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"{PATIENCE} is {text!r}; a whole number of seconds was expected.")
-    return float(text)
+    return seconds_of(PATIENCE, 120)
 
 
 # -- Reading ---------------------------------------------------------------------------------------------------------

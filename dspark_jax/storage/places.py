@@ -93,6 +93,14 @@ def _below(use: str, location: Location) -> Path:
     return stores_folder().joinpath(use, place.scheme, place.bucket, *filter(None, place.key.split("/")))
 
 
+def seconds_of(variable: str, default: int, least: int = 1) -> float:
+    """The whole seconds that an environment variable holds; UserError for another text."""
+    text = os.environ.get(variable) or str(default)
+    if not text.isdecimal() or int(text) < least:
+        raise UserError(f"{variable} is {text!r}; a whole number of seconds was expected.")
+    return float(text)
+
+
 def shown(location: Location) -> str:
     """A location as sentences name it: the URL, where it stands for one."""
     return str(place_of(location) or location)

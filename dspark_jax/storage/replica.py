@@ -4,6 +4,7 @@ The store is the truth: what a killed process left here and had not pushed is re
 run goes on in the same way on this machine and on another.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,9 +18,10 @@ from dspark_jax.readers import read_object
 from dspark_jax.storage import objects
 from dspark_jax.storage.lease import FILE, Lease
 from dspark_jax.storage.objects import Found
-from dspark_jax.storage.places import Location, Place, copy_path, local_path, place_of, stores_folder
+from dspark_jax.storage.places import Location, Place, copy_path, local_path, place_of, seconds_of, stores_folder
 
 Wanted = Callable[[str], bool]
+PUSH = "DSPARK_PUSH_SECONDS"
 
 
 class Replica:
@@ -150,6 +152,14 @@ def fetched_file(location: Location) -> Path:
     return replica.folder / place.name
 
 
+def fetched_if_there(location: Location) -> Path | None:
+    """`fetched_file`, or None where there is no such file."""
+    with suppress(objects.Missing):
+        path = fetched_file(location)
+        return path if path.is_file() else None
+    return None
+
+
 # -- Writing ---------------------------------------------------------------------------------------------------------
 
 
@@ -158,27 +168,24 @@ class Output:
 
     def __init__(self, folder: Path, replica: Replica | None, lease: Lease | None, last: Sequence[str]):
         self.folder, self._replica, self._lease, self._last = folder, replica, lease, last
+        self._pushed = time.monotonic()
 
     @classmethod
     def here(cls, folder: Path) -> "Output":
         """A folder that another process of the job brings to the store, or that lies on this machine."""
         return cls(folder, None, None, ())
 
-    @property
-    def remote(self) -> bool:
-        """Whether the folder stands for a place in a store."""
-        return self._replica is not None
-
     def push(self) -> None:
         """Brings what was written to the store; nothing for a folder of this machine."""
         if self._replica is not None and self._lease is not None:
             self._lease.check()
             self._replica.push(self._last)
+            self._pushed = time.monotonic()
 
-    def check(self) -> None:
-        """UserError where another process has taken the place over."""
-        if self._lease is not None:
-            self._lease.check()
+    def push_when_due(self) -> None:
+        """`push` where the last one is $DSPARK_PUSH_SECONDS past: an object has no append, so all of a file is sent."""
+        if self._replica is not None and time.monotonic() - self._pushed >= seconds_of(PUSH, 60, least=0):
+            self.push()
 
 
 @contextmanager
