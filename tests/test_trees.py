@@ -145,7 +145,9 @@ def test_trees_that_are_not_exact_are_refused() -> None:
     target, drafter = kind_pair("dspark")
     hot = SamplingParams(temperature=1.0, mode="coupled")
     config = EngineConfig(2, 32, "fixed", tree=8)
-    with pytest.raises(UserError, match="verified whole and in mode = 'coupled' alone.*found Independent"):
+    with pytest.raises(UserError, match="in mode = 'coupled' or 'rejection'; found Independent"):
+        Engine(target, drafter, config, SamplingParams(mode="block"))
+    with pytest.raises(UserError, match="a multiple of 3, from 6 on"):
         Engine(target, drafter, config, SamplingParams())
     with pytest.raises(UserError, match="found Coupled and the policy LookAhead"):
         Engine(target, drafter, config, hot, strategy=LookAhead())

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from dspark_jax.decoding.loop import LoopSettings, anchors_of, borrowed_tables, draws_of
+from dspark_jax.decoding.siblings import Siblings
 from dspark_jax.decoding.soundness import finite_logits, sound_rows
 from dspark_jax.decoding.state import DecodeState
 from dspark_jax.decoding.trees import walk
@@ -73,6 +74,9 @@ def judge_tree(
     loop: LoopSettings, target: TargetModel, drafter: Any, state: DecodeState, view: RoundView, policy: PolicyState
 ) -> Judged:
     """A tree below each anchor, verified down to the depth that the policy chooses; the accepted path is the block."""
+    if isinstance(loop.verifier, Siblings):
+        return _judge_siblings(loop, loop.verifier, target, drafter, state, view, policy)
+
     verifier, shape = loop.verifier, loop.tree
     assert shape is not None and isinstance(verifier, Coupled), "refused when the loop was made"
     starts, anchors = anchors_of(state)
@@ -94,5 +98,31 @@ def judge_tree(
     won = verifier.choices(tree, logits, noise, draws_of(state, tree.tokens, rows.seen))
     path = walk(tree, won, wanted, jnp.isfinite(jnp.max(logits, axis=-1)), loop.block)
 
+    verdict = Verdict(path.along(tree.tokens), lengths, path.accepted, path.next_token, path.failed)
+    return Judged(verdict, path.rows(verified), bucket, view, policy)
+
+
+def _judge_siblings(
+    loop: LoopSettings,
+    verifier: Siblings,
+    target: TargetModel,
+    drafter: DrafterModel,
+    state: DecodeState,
+    view: RoundView,
+    policy: PolicyState,
+) -> Judged:
+    """A chain with siblings at each level, by recursive rejection; any drafter of chains drafts it."""
+    starts, anchors = anchors_of(state)
+    draft = loop.draft(target, drafter, state, anchors, loop.noise(target, state))
+    tree = verifier.tree(anchors, draft)
+    lengths, policy = loop.policy(view, policy)
+
+    # Whole levels: siblings of one level are judged together.
+    wanted = state.active[:, None] & (tree.depths <= lengths[:, None])
+    rows = TreeRows(tree.depths, tree.ancestors(loop.block))
+    cache = state.target_cache
+    verified, bucket = verify(target, loop.buckets, loop.tap_layers, cache, tree.tokens, starts, wanted, rows)
+
+    path = verifier.walk(draft, loop.decodable(verified.logits), lengths, draws_of(state, tree.tokens, rows.seen))
     verdict = Verdict(path.along(tree.tokens), lengths, path.accepted, path.next_token, path.failed)
     return Judged(verdict, path.rows(verified), bucket, view, policy)

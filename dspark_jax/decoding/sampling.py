@@ -166,6 +166,22 @@ def draw_token(
     return jax.lax.cond(jnp.any(params.stochastic), drawn, lambda: first_argmax(law))
 
 
+def draw_order(
+    logits: Float[Array, "r v"],
+    law: Float[Array, "r v"],
+    keys: UInt32[Array, "r 2"],
+    positions: Int[Array, " r"],
+    offset: int,
+    params: SamplingArrays,
+    count: int,
+) -> Int[Array, "r c"]:
+    """Tokens drawn one after the other without replacement, the first of them the token that `draw` drafts, by the same
+    clocks; the largest logits where greedy."""
+    waits = _waits(round_keys(keys, positions, jnp.full((1,), offset), DRAFT), law.shape[-1])[:, 0]
+    order = jnp.where(_per_request(params.stochastic, law), law / waits, logits)
+    return jax.lax.top_k(order, count)[1].astype(jnp.int32)
+
+
 def draw(
     logits: Float[Array, "r v"],
     keys: UInt32[Array, "r 2"],

@@ -61,6 +61,11 @@ class Verifier(Protocol):
         """Whether it is exact under every policy, also under one that looks at the tokens it decides on."""
         ...
 
+    @property
+    def takes_trees(self) -> bool:
+        """Whether a round may be a tree."""
+        ...
+
     def noise(self, draws: Draws, block: int, vocab: int) -> Any:
         """The random numbers of a round of K = `block` drafts that are drawn at once; any pytree."""
         ...
@@ -105,6 +110,7 @@ class Independent:
     # A schedule that looked at x_k would choose among outcomes of the test that it schedules (docs/algorithm.md, rule
     # 77).
     any_schedule = False
+    takes_trees = False
 
     def noise(self, draws: Draws, block: int, vocab: int) -> Any:
         # Nothing at once: each draw folds its purpose and offset into the request's key when it is made.
@@ -150,6 +156,7 @@ class Coupled:
 
     # The text is fixed by the seed alone, so that no schedule can change it (docs/algorithm.md, rule 111).
     any_schedule = True
+    takes_trees = True
 
     def noise(self, draws: Draws, block: int, vocab: int) -> Float[Array, "r w v"]:
         # Row i decides the token at anchor + 1 + i. Drafts and target read the same clocks, so they are made once.
@@ -199,12 +206,12 @@ def _at(ids: Int[Array, "r c"], index: Int[Array, " r"]) -> Int[Array, " r"]:
 
 def check_pair(verifier: Verifier, policy: VerifyPolicy, tree: TreeShape | None = None) -> None:
     """Raise UserError if outputs under this policy, or of this shape, would not follow the target's law."""
-    # Under rejection, siblings would have to be judged in the order of drawing (docs/algorithm.md, rule 117).
-    if tree is not None and not (isinstance(verifier, Coupled) and type(policy) is Fixed):
+    # Under rejection, siblings are judged in the order of drawing (docs/algorithm.md, rules 117 and 125).
+    if tree is not None and not (verifier.takes_trees and type(policy) is Fixed):
         raise UserError(
-            "Draft trees are verified whole and in mode = 'coupled' alone, where every child that the target's own "
-            f"token equals may be accepted; found {type(verifier).__name__} and the policy {type(policy).__name__}. "
-            "Use policy = 'fixed' and mode = 'coupled', or no tree."
+            "Draft trees are verified whole, in mode = 'coupled' or 'rejection'; found "
+            f"{type(verifier).__name__} and the policy {type(policy).__name__}. Use policy = 'fixed' and one of these "
+            "modes, or no tree."
         )
     if policy.anticipates and not verifier.any_schedule:
         raise UserError(

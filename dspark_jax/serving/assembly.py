@@ -4,7 +4,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dspark_jax.checkpoints.serving_tables import SpsTable, read_sps
+from dspark_jax.decoding.acceptance import RejectionSampling
 from dspark_jax.decoding.round import DecodeLoop, LoopParams
+from dspark_jax.decoding.siblings import Siblings
 from dspark_jax.decoding.verifiers import Independent, Verifier
 from dspark_jax.drafters.config import DSparkConfig
 from dspark_jax.drafters.registry import Drafter, kind_of
@@ -119,7 +121,9 @@ def make_loop(
 
     # A tree has more rows to verify than levels; `block` remains the levels, which is what a round can commit.
     block = 0 if drafter is None else drafter.config.block_size
-    tree = None if drafter is None else _tree(drafter, config)
+    tree = None
+    if drafter is not None and config.tree:
+        verifier, tree = _tree(drafter, config, verifier)
 
     width = 1 + (block if tree is None else tree.nodes)
     buckets = config.buckets or bucket_ladder(config.slots, width)
@@ -146,10 +150,19 @@ def make_loop(
     )
 
 
-def _tree(drafter: Drafter, config: EngineConfig) -> TreeShape | None:
-    """The tree that the settings ask for; UserError for a drafter that has none of so many nodes."""
-    if not config.tree:
-        return None
+def _tree(drafter: Drafter, config: EngineConfig, verifier: Verifier) -> tuple[Verifier, TreeShape]:
+    """The tree that the settings ask for, and who verifies it; UserError for a drafter that has none of so many
+    nodes."""
+    if isinstance(verifier, Independent) and isinstance(verifier.rule, RejectionSampling):
+        levels = drafter.config.block_size
+        # Fixed before anything is drawn: the same number of children at each level (docs/algorithm.md, rule 125).
+        if config.tree % levels or config.tree < 2 * levels:
+            raise UserError(
+                f"The engine has tree = {config.tree}; in mode 'rejection' every level of {drafter.name}'s block has "
+                f"as many children, so a multiple of {levels}, from {2 * levels} on, was expected."
+            )
+        return Siblings(verifier.rule, config.tree // levels), TreeShape(config.tree, config.tree // levels)
+
     # A tree's children are drawn from their own parent's correction, which only the Markov head has (docs/algorithm.md,
     # rule 117).
     made = drafter.config
@@ -160,7 +173,7 @@ def _tree(drafter: Drafter, config: EngineConfig) -> TreeShape | None:
     most = pool_size(drafter.config.block_size, shape.branching)
     if shape.nodes > most:
         raise UserError(f"The engine has tree = {shape.nodes}; {drafter.name} drafts trees of at most {most} nodes.")
-    return shape
+    return verifier, shape
 
 
 def temperatures_of(target: Target, drafter: Drafter, sampling: SamplingParams, sts: Path | None) -> tuple[float, ...]:

@@ -34,7 +34,8 @@ class EngineConfig:
     fixed: the whole block. threshold: up to the first draft below it. causal, look-ahead, asynchronous: what pays.
     retrospective: what pays by all of today's confidences, in mode "coupled" alone."""
     tree: int = 0
-    """Nodes of a draft tree, such as 8, 16 or 32, in mode "coupled" with the fixed policy. 0: a chain."""
+    """Nodes of a draft tree with the fixed policy: such as 8, 16 or 32 in mode "coupled"; in mode "rejection" a
+    multiple of the drafter's block, for as many children at each of its levels. 0: a chain."""
     threshold: float = 0.5
     """The least confidence of a draft that is verified, for the threshold policy."""
     sts: Path | None = None
