@@ -2,6 +2,7 @@
 
 python -m infer.plan --config qwen3_4b_dspark --slots 8 --longest 4096         compiled for this machine's device
 python -m infer.plan --target DIR --drafter DIR --topology v5e:2x2 --mesh tensor=4    by the TPU compiler (`aot`)
+python -m infer.plan --config qwen3_4b_dspark --topology H200      by the CUDA compiler (`aot-cuda`, Python 3.12)
 python -m infer.plan --config qwen3_4b_dspark --no-compile --device "NVIDIA H200"     the floor of a round alone
 """
 

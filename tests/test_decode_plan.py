@@ -1,5 +1,6 @@
 """infer.plan: the decode loop compiled from shapes alone, and that it is the loop which an engine runs."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from dspark_jax.checkpoints.drafters import load_drafter, save_drafter
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.drafters.registry import drafter_hf_config, new_drafter
 from dspark_jax.planning.decoding import DecodePlan, PlanOptions
+from dspark_jax.planning.gpus import GPUS
+from dspark_jax.planning.kernels import RoundKernels, round_kernels
 from dspark_jax.planning.rounds import Exchanged, LoopText
 from dspark_jax.roofline.hardware import known_device
 from dspark_jax.serving.engine import Engine
@@ -77,6 +80,7 @@ def test_what_a_plan_refuses(folders: tuple[str, str], capsys) -> None:
         ("", "There is nothing to plan: give --config NAME"),
         (f"--target {folders[0]} --slots 0", "A plan needs --slots of 1 or more"),
         (f"--target {folders[0]} --topology v9:2x2", "--topology is 'v9:2x2'; a kind of TPU"),
+        (f"--target {folders[0]} --topology H300", "--topology is 'H300'; a kind of TPU"),
         (f"--target {folders[0]} --mesh rows=2", "--mesh is 'rows=2'"),
         (f"--target {folders[0]} --slot 3", "Unknown option --slot"),
     ):
@@ -136,3 +140,62 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_the_loop_lowers_for_hardware_that_is_not_here(folders: tuple[str, str], platform: str) -> None:
     assert "stablehlo.while" in DecodePlan.of(options(folders)).lower(platform).as_text()
+
+
+def test_the_kernels_of_a_round_and_the_weights_that_they_write_again() -> None:
+    """What starts nothing counts nothing; a product that takes a join into itself writes no weight."""
+    text = """
+%moves (a: bf16[1024,512], b: bf16[1024,512]) -> bf16[1024,1024] {
+  %a = bf16[1024,512]{1,0} parameter(0)
+  %b = bf16[1024,512]{1,0} parameter(1)
+  ROOT %c = bf16[1024,1024]{1,0} concatenate(%a, %b), dimensions={1}
+}
+%product (a: bf16[1024,512], b: bf16[1024,512], x: bf16[8,1024]) -> f32[8,1024] {
+  %c = bf16[1024,1024]{1,0} concatenate(%a, %b), dimensions={1}
+  ROOT %d = f32[8,1024]{1,0} dot(%x, %c)
+}
+%few (s: f32[8]) -> f32[8] {
+  ROOT %e = f32[8]{0} exponential(%s)
+}
+%many (s: f32[8]) -> f32[8] {
+  %e = f32[8]{0} exponential(%s)
+  ROOT %f = f32[8]{0} negate(%e)
+}
+%step (p: (bf16[1024,512], bf16[1024,512], f32[8])) -> (bf16[1024,512], bf16[1024,512], f32[8]) {
+  %p = (bf16[1024,512]{1,0}, bf16[1024,512]{1,0}, f32[8]{0}) parameter(0)
+  %u = bf16[1024,512]{1,0} get-tuple-element(%p), index=0
+  %v = bf16[1024,512]{1,0} get-tuple-element(%p), index=1
+  %s = f32[8]{0} get-tuple-element(%p), index=2
+  %joined = bf16[1024,1024]{1,0} fusion(%u, %v), kind=kLoop, calls=%moves
+  %wide = f32[1024,512]{1,0} convert(%u)
+  %small = f32[8]{0} copy(%s)
+  %out = f32[8,1024]{1,0} fusion(%u, %v, %s), kind=kCustom, calls=%product
+  %choice = f32[8]{0} conditional(%k, %s, %s), branch_computations={%few, %many}
+  ROOT %r = (bf16[1024,512]{1,0}, bf16[1024,512]{1,0}, f32[8]{0}) tuple(%u, %v, %choice)
+}
+%goes_on (p: f32[8]) -> pred[] {
+  ROOT %t = pred[] constant(true)
+}
+ENTRY %main (p: f32[8]) -> f32[8] {
+  ROOT %loop = f32[8]{0} while(%p), condition=%goes_on, body=%step
+}
+"""
+    read = round_kernels(LoopText.of(text, 512), [(1024, 512), (8,)])
+    assert read == RoundKernels(kernels=6, joined=2 * 1024 * 1024, widened=4 * 1024 * 512)
+
+
+@pytest.mark.lowering
+@pytest.mark.parametrize("kind", GPUS)
+def test_a_gpu_that_is_not_here(kind: str, folders: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Compiled where the CUDA compiler is installed; elsewhere a sentence names its packages and the counted floor."""
+    words = ["--target", folders[0], "--drafter", folders[1], "--slots", "1", "--longest", "100", "--topology", kind]
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        with pytest.raises(SystemExit):
+            program.main(words)
+        assert "dspark-jax[aot-cuda]" in capsys.readouterr().err
+        return
+    program.main(words)
+    printed = capsys.readouterr().out
+    rows = dict(line.split("  ", 1) for line in printed.splitlines() if "  " in line)
+    assert rows["devices"].strip() == f"1 x NVIDIA {kind}" and int(rows["fused: kernels a round"]) > 20
+    assert rows["library: whole-cache copies"].strip() == "0"

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from dspark_jax.errors import UserError
+from dspark_jax.planning.gpus import GPUS, gpu_device
 from dspark_jax.roofline.hardware import known_device
 from dspark_jax.sharding import MESH_AXES, mesh_shape
 
@@ -25,16 +26,18 @@ ACCELERATORS = {"v4": "v4", "v5e": "v5litepod", "v5p": "v5p", "v6e": "v6e"}
 
 
 def topology_devices(topology: str) -> list[Any]:
-    """The chips of a TPU topology such as v5e:4x4, in the compiler's order.
+    """The chips of a TPU topology such as v5e:4x4, in the compiler's order; or a GPU such as H200.
 
     Raises:
         UserError: no such topology, or the compiler is not installed (extra `aot`).
     """
+    if topology in GPUS:
+        return [gpu_device(topology)]
     kind, _, shape = topology.partition(":")
     if kind not in ACCELERATORS or not re.fullmatch(r"\d+(x\d+)+", shape):
         raise UserError(
             f"--topology is {topology!r}; a kind of TPU ({', '.join(ACCELERATORS)}) and its shape were expected, as in "
-            "v5e:4x4 or v5p:2x2x2."
+            f"v5e:4x4 or v5p:2x2x2, or one of {', '.join(GPUS)}."
         )
 
     # Without these the compiler queries the metadata server of the machine that it runs on.
@@ -73,10 +76,11 @@ def topology_mesh(topology: str, data: int, fsdp: int, tensor: int, expert: int 
     return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * devices.ndim)
 
 
-def compiled(lowered: jax.stages.Lowered, what: str) -> jax.stages.Compiled:
-    """Compiles a lowered program, named by `what` in errors; UserError when it does not fit the device."""
+def compiled(lowered: jax.stages.Lowered, what: str, options: dict[str, Any] | None = None) -> jax.stages.Compiled:
+    """Compiles a lowered program, named by `what` in errors, with options of the compiler; UserError when it does not
+    fit the device."""
     try:
-        return lowered.compile()
+        return lowered.compile(options)
     except jax.errors.JaxRuntimeError as error:
         lines = str(error).splitlines()
         # XLA's message is a screen long; the line that matters gives the bytes used and available.

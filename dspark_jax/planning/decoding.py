@@ -6,6 +6,7 @@ engine dispatches: all rounds, every verify bucket, the state donated. `infer.pl
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,7 +28,9 @@ from dspark_jax.decoding.state import DecodeState
 from dspark_jax.drafters.config import DSparkConfig
 from dspark_jax.drafters.registry import Drafter, read_config, skeleton
 from dspark_jax.errors import UserError
-from dspark_jax.planning.compiled import compiled, copies, figures, mebibytes, topology_mesh
+from dspark_jax.planning.compiled import compiled, copies, figures, mebibytes, memory_of, topology_mesh
+from dspark_jax.planning.gpus import READINGS
+from dspark_jax.planning.kernels import round_kernels
 from dspark_jax.planning.published_targets import planned_target, with_layers
 from dspark_jax.planning.rounds import LoopText
 from dspark_jax.planning.v4_costs import V4Costs
@@ -64,7 +67,8 @@ class PlanOptions:
     mesh: str = ""
     """Devices along the mesh axes, as in tensor=4; empty: one device, or with a topology all along tensor."""
     topology: str = ""
-    """TPUs to compile for, as in v5e:2x2; a mesh smaller than that takes its first chips. Empty: the devices here."""
+    """What to compile for: TPUs, as in v5e:2x2, of which a smaller mesh takes the first chips, or a GPU, H100 or H200.
+    Empty: the devices here."""
     device: str = ""
     """Whose peaks the floor is for, a device kind; empty: the device that the loop is compiled for."""
     compile: bool = True
@@ -130,7 +134,9 @@ class DecodePlan:
     @property
     def platform(self) -> str:
         """jax's name of the platform that the loop is compiled for."""
-        return jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
+        found = jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
+        # Devices say "gpu", lowering says which.
+        return "cuda" if found == "gpu" else found
 
     def describe(self) -> dict[str, Any]:
         """The facts of the plan by the names that `infer.plan` prints; sizes are those on one device."""
@@ -157,6 +163,8 @@ class DecodePlan:
 
     def compile(self) -> dict[str, Any]:
         """Figures of the compiled dispatch; UserError where it does not fit the device."""
+        if self.platform == "cuda" and self.mesh is not None:
+            return self._compile_readings()
         program = compiled(self.lower(self.platform), "The decode loop")
         text = program.as_text() or ""
         # The cache must be updated in place: a copy would move all of it in every round.
@@ -173,6 +181,31 @@ class DecodePlan:
             "exchanged a round beside them, greedy": mebibytes(greedy.others),
             "exchanged a round beside them, sampled": mebibytes(sampled.others),
         }
+
+    def _compile_readings(self) -> dict[str, Any]:
+        """Figures of the CUDA compiler's readings, each under its name (`planning/gpus`)."""
+        lowered, found = self.lower(self.platform), dict[str, Any]()
+        weights = [local_shape(x) for x in jax.tree.leaves((self.params.target, self.params.drafter))]
+
+        for name, options in READINGS.items():
+            started = time.perf_counter()
+            program = compiled(lowered, "The decode loop", options)
+            took, text = time.perf_counter() - started, program.as_text() or ""
+            loop = LoopText.of(text, self.target.config.hidden_size)
+            read = round_kernels(loop, weights)
+            rows = {
+                "seconds to compile": took,
+                "temporary": mebibytes(memory_of(program)["temporary"]),
+                "kernels a round": read.kernels,
+                "weights joined a round": mebibytes(read.joined),
+                "weights widened a round": mebibytes(read.widened),
+                "weights laid out anew a round": mebibytes(read.laid_out),
+                "copied at the entry, once a dispatch": mebibytes(loop.entry_copies()),
+                "whole-cache copies": len(copies(text, self.cache_shapes())),
+            }
+            found |= {"arguments": mebibytes(memory_of(program)["arguments"])}
+            found |= {f"{name}: {row}": value for row, value in rows.items()}
+        return found
 
     def floor(self, context: int) -> list[Term] | None:
         """The terms of a round that verifies whole blocks, with `context` positions cached of each request; None for

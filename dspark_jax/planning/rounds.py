@@ -75,8 +75,8 @@ class LoopText:
 
         Log-probabilities, which few requests ask for, are left out.
         """
-        whiles = [line for line in self._reached(self.entry) if _opcode(line) == "while"]
-        bodies = [self._cost(_called(line)[0], greedy) for line in whiles]
+        whiles = [line for line in self.reached(self.entry) if opcode(line) == "while"]
+        bodies = [self._cost(called(line)[0], greedy) for line in whiles]
         return max(bodies, key=_together, default=Exchanged())
 
     def entry_copies(self) -> int:
@@ -87,51 +87,58 @@ class LoopText:
         return sum(_result_bytes(line) for line in self.computations[self.entry] if self._moves(line))
 
     def _moves(self, line: str) -> bool:
-        if _opcode(line) == "fusion":
-            inside = {_opcode(inner) for inner in self.computations.get(_called(line)[0], [])}
+        if opcode(line) == "fusion":
+            inside = {opcode(inner) for inner in self.computations.get(called(line)[0], [])}
             return inside <= _MOVES and bool(inside & {"copy", "transpose"})
-        return _opcode(line) in ("copy", "transpose")
+        return opcode(line) in ("copy", "transpose")
 
-    def _reached(self, name: str) -> Iterator[str]:
+    def reached(self, name: str) -> Iterator[str]:
+        """The instructions of a computation, and of those that it calls."""
         for line in self.computations[name]:
             yield line
-            if _opcode(line) == "call":
-                yield from self._reached(_called(line)[0])
+            if opcode(line) == "call":
+                yield from self.reached(called(line)[0])
 
     def _cost(self, name: str, greedy: bool) -> Exchanged:
         total = Exchanged()
 
         for line in self.computations.get(name, []):
-            opcode = _opcode(line)
+            kind = opcode(line)
             if parts := collective_parts(line):
                 rows = sum(size for shape, size in parts if self.hidden in shape)
                 total += Exchanged(rows, sum(size for _, size in parts) - rows)
-            elif opcode == "conditional":
+            elif kind == "conditional":
                 total += self._branch(line, greedy)
-            elif opcode == "while":
-                total += self._cost(_called(line)[0], greedy).times(_trips(line))
-            elif opcode in ("call", "fusion", "async-start"):
-                total += self._cost(_called(line)[0], greedy)
+            elif kind == "while":
+                total += self._cost(called(line)[0], greedy).times(trips(line))
+            elif kind in ("call", "fusion", "async-start"):
+                total += self._cost(called(line)[0], greedy)
         return total
 
-    def _branch(self, line: str, greedy: bool) -> Exchanged:
+    def branches(self, line: str) -> list[str]:
+        """The computations of a conditional, the first condition's first."""
         # XLA writes a condition of two branches either way round.
         pair, listed = _PAIR.search(line), _BRANCHES.search(line)
-        names = [pair[2], pair[1]] if pair else re.findall(r"[\w.\-]+", listed[1] if listed else "")
-        costs = [self._cost(name, greedy) for name in names]
+        return [pair[2], pair[1]] if pair else re.findall(r"[\w.\-]+", listed[1] if listed else "")
+
+    def _branch(self, line: str, greedy: bool) -> Exchanged:
+        costs = [self._cost(name, greedy) for name in self.branches(line)]
         return costs[0] if greedy and f"/{SCOPE}/" in line else max(costs, key=_together)
 
 
-def _opcode(line: str) -> str:
+def opcode(line: str) -> str:
+    """An instruction's operation; empty for other lines."""
     found = _INSTRUCTION.match(line)
     return found[3] if found else ""
 
 
-def _called(line: str) -> list[str]:
+def called(line: str) -> list[str]:
+    """The computations that an instruction runs, branches aside."""
     return _CALLED.findall(line)
 
 
-def _trips(line: str) -> int:
+def trips(line: str) -> int:
+    """How often a loop's body runs."""
     if "/logprobs/" in line:
         return 0
     known = _TRIPS.search(line)
@@ -139,9 +146,20 @@ def _trips(line: str) -> int:
     return int(known[1]) if known else PASSES if f"/{SCOPE}/" in line else 1
 
 
-def _result_bytes(line: str) -> int:
+def name_of(line: str) -> str:
+    """An instruction's name; empty for other lines."""
     found = _INSTRUCTION.match(line)
-    return sum(size for _, size in shape_parts(found[2])) if found else 0
+    return found[1] if found else ""
+
+
+def result_of(line: str) -> list[tuple[tuple[int, ...], int]]:
+    """(dimensions, bytes) of each array that an instruction makes."""
+    found = _INSTRUCTION.match(line)
+    return shape_parts(found[2]) if found else []
+
+
+def _result_bytes(line: str) -> int:
+    return sum(size for _, size in result_of(line))
 
 
 def _together(cost: Exchanged) -> int:

@@ -1,0 +1,103 @@
+"""The kernels of a round in the text of the CUDA compiler: how many there are, and which weights they write out again.
+
+Kernels of a few microseconds each bound a round of a small batch as much as its bytes do; a weight that is joined,
+widened or laid out anew inside the loop is read, written and read again in every round.
+"""
+
+import math
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+from dspark_jax.planning.rounds import LoopText, called, name_of, opcode, result_of, trips
+
+# What starts nothing on the device.
+_FREE = {
+    "parameter", "tuple", "get-tuple-element", "constant", "bitcast", "after-all", "partition-id", "replica-id",
+    "copy-done", "async-done", "add-dependency", "opt-barrier",
+}  # fmt: skip
+_MOVES = {
+    "copy",
+    "transpose",
+    "bitcast",
+    "parameter",
+    "reshape",
+    "convert",
+    "concatenate",
+    "get-tuple-element",
+    "tuple",
+}
+LEAST = 2**18
+"""Elements of a weight from which writing it out again is counted."""
+
+
+@dataclass(frozen=True)
+class RoundKernels:
+    """One round: kernels that it starts, and bytes of weights that they write joined, widened, or laid out anew."""
+
+    kernels: int = 0
+    joined: int = 0
+    widened: int = 0
+    laid_out: int = 0
+
+    def __add__(self, more: "RoundKernels") -> "RoundKernels":
+        return RoundKernels(
+            self.kernels + more.kernels, self.joined + more.joined, self.widened + more.widened,
+            self.laid_out + more.laid_out,
+        )  # fmt: skip
+
+    def times(self, count: int) -> "RoundKernels":
+        return RoundKernels(*(count * n for n in (self.kernels, self.joined, self.widened, self.laid_out)))
+
+
+def round_kernels(text: LoopText, weights: Collection[tuple[int, ...]]) -> RoundKernels:
+    """The costliest pass of a loop that the entry runs; of branches the one with most kernels.
+
+    Args:
+        text: the optimised program.
+        weights: shapes of the parameters; only arrays of as many elements are taken for weights.
+    """
+    sizes = {math.prod(shape) for shape in weights} - set(range(LEAST))
+    whiles = [line for line in text.reached(text.entry) if opcode(line) == "while"]
+    return max(
+        (_cost(text, called(line)[0], sizes) for line in whiles), key=lambda c: c.kernels, default=RoundKernels()
+    )
+
+
+def _cost(text: LoopText, name: str, sizes: set[int]) -> RoundKernels:
+    total = RoundKernels()
+    for line in text.computations.get(name, []):
+        kind = opcode(line)
+        if kind == "conditional":
+            total += max((_cost(text, branch, sizes) for branch in text.branches(line)), key=lambda c: c.kernels)
+        elif kind == "while":
+            total += _cost(text, called(line)[0], sizes).times(trips(line))
+        elif kind == "call":
+            total += _cost(text, called(line)[0], sizes)
+        elif kind not in _FREE:
+            total += replace(_rewritten(text, name, line, sizes), kernels=1)
+    return total
+
+
+def _rewritten(text: LoopText, name: str, line: str, sizes: set[int]) -> RoundKernels:
+    """The bytes of weights that one kernel writes out again, if moving them is all that it does."""
+    # A fusion is looked into; any other instruction is looked at by itself.
+    inside = text.computations.get(called(line)[0], []) if opcode(line) == "fusion" else [line]
+    kinds = {opcode(inner) for inner in inside}
+    if not kinds <= _MOVES or not kinds & {"copy", "transpose", "convert", "concatenate"}:
+        return RoundKernels()
+
+    written = sum(size for _, size in result_of(line))
+    read = [math.prod(shape) for shape in _operand_shapes(text.computations[name], line)]
+    if not read or not all(count in sizes for count in read):
+        return RoundKernels()
+    if "concatenate" in kinds:
+        return RoundKernels(joined=written)
+    return RoundKernels(widened=written) if "convert" in kinds else RoundKernels(laid_out=written)
+
+
+def _operand_shapes(lines: list[str], line: str) -> list[tuple[int, ...]]:
+    """Shapes of an instruction's operands, by the instructions of its computation that make them."""
+    operands = line.split(f" {opcode(line)}(", 1)[1].split(")", 1)[0]
+    names = set(re.findall(r"%([\w.\-]+)", operands))
+    return [shape for other in lines if name_of(other) in names for shape, _ in result_of(other)]
