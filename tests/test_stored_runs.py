@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from dspark_jax.files import lock_folder
 from dspark_jax.storage import lease, objects, replica, shards
 from dspark_jax.storage.places import Place
 from dspark_jax.storage.shards import Shard, ShardFolder
+from dspark_jax.training import array_blocks
 from dspark_jax.training.checkpoint import abstract
 from dspark_jax.training.object_checkpoints import ASIDE, MARKER, ObjectCheckpoints
 from infer.export import main as export
@@ -213,6 +215,30 @@ def test_checkpoints_are_kept_and_restored():
         restored = checkpoints.restore_latest(LIKE)
         assert restored is not None
         assert restored[0] == 4 and same(restored[1], state_of(4)) and restored[2] == {"pending": [4]}
+        assert same(checkpoints.restore(1, LIKE)[0], state_of(1))
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_what_is_saved_is_the_state_of_its_step(room: bool, monkeypatch: pytest.MonkeyPatch):
+    """Though the next step takes its memory, and whether or not the devices have room for a copy."""
+    if not room:
+
+        def full(state: Any) -> Any:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+        monkeypatch.setattr(array_blocks, "_copied", full)
+    move = jax.jit(lambda state: state | {"weight": state["weight"] * 0 - 1}, donate_argnums=0)
+    held = threading.Event()
+    plain = objects.write
+    monkeypatch.setattr(objects, "write", lambda *args: held.wait(10) and plain(*args))
+
+    with ObjectCheckpoints(place(f"donated-{room}"), keep=1) as checkpoints:
+        state = state_of(1)
+        checkpoints.save(1, state, {})
+        # The write begins when the memory has been written over.
+        jax.block_until_ready(move(state))
+        held.set()
+        checkpoints.wait()
         assert same(checkpoints.restore(1, LIKE)[0], state_of(1))
 
 

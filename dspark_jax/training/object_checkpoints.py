@@ -29,7 +29,7 @@ from dspark_jax.readers import parse_json
 from dspark_jax.storage import objects
 from dspark_jax.storage.objects import Missing
 from dspark_jax.storage.places import Place
-from dspark_jax.training.array_blocks import Damaged, Held, Part, held_here, placed, read_blocks
+from dspark_jax.training.array_blocks import Damaged, Held, Part, held_later, placed, read_blocks
 from dspark_jax.training.checkpoint import State, opened, sealed
 from dspark_jax.training.checksum import begin_checksums, checksums, fetch_checksums
 
@@ -70,12 +70,12 @@ class ObjectCheckpoints:
         return scored[-1] if scored else None
 
     def save(self, step: int, state: Any, extra: Any, score: float | None = None) -> None:
-        """Starts saving, as `Checkpoints.save`: it returns once the arrays are on the host."""
+        """Starts saving, as `Checkpoints.save`: it returns once the devices have copied the state, or the host has."""
         self.wait()
         with jax.transfer_guard("allow"):
             # Computed on the devices before the state is donated, and fetched by the thread.
             sums = begin_checksums(state)
-            held = held_here(state)
+            held = held_later(state)
 
         # Copied now: the thread reads it while the loop goes on counting.
         notes = json.loads(json.dumps({"extra": extra, "score": score}))
@@ -198,9 +198,11 @@ class ObjectCheckpoints:
 
     # -- Writing -----------------------------------------------------------------------------------------------------
 
-    def _guarded_write(self, step: int, held: list[Held], notes: dict[str, Any], sums: list[jax.Array]) -> None:
+    def _guarded_write(
+        self, step: int, held: Callable[[], list[Held]], notes: dict[str, Any], sums: list[jax.Array]
+    ) -> None:
         try:
-            self._write(step, held)
+            self._write(step, held())
             if is_first():
                 self._finish(step, notes | {"checksums": fetch_checksums(sums)})
         except UserError as error:
