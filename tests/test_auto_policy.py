@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from dspark_jax.checkpoints.serving_tables import StsTable
 from dspark_jax.decoding.dispatch import run_rounds
 from dspark_jax.decoding.round import LoopParams
 from dspark_jax.errors import UserError
@@ -22,6 +23,7 @@ from dspark_jax.serving.generate import drain, engine_for, generate
 from dspark_jax.serving.requests import Request
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
+from dspark_jax.serving.temperatures import validity, write_calibration
 from dspark_jax.serving.worth import Worth
 from tests.decoding_tiny import prompts, tiny_pair
 
@@ -166,6 +168,23 @@ def test_contexts_that_lack_tokens_are_not_drafted_from() -> None:
     late = SimpleNamespace(decoding=True, undrafted=False)
     assert crowd.alone(entries[:2]), "nothing can be drafted for either"
     assert not crowd.alone([entries[0], late]) and not late.undrafted
+
+
+def test_a_calibration_holds_the_acceptance(tmp_path: Path) -> None:
+    target, drafter = tiny_pair()
+    counts = {"judged": [100, 60, 30, 10], "accepted": [60, 30, 10, 5]}
+    sts = tmp_path / "sts.json"
+    write_calibration(sts, StsTable((1.0,) * 4), {**validity(target, drafter, SamplingParams()), **counts})
+    config = EngineConfig(4, 60, buckets=(4, 20), sts=sts)
+    loop = make_loop(target, drafter, config, LookAhead())
+    params = LoopParams(target.params, drafter.params)
+    found = load_or_ask(target, drafter, loop, params, config, SamplingParams(), tmp_path)
+    assert found == Accepted((100, 60, 30, 10), (60, 30, 10, 5)) and list(tmp_path.iterdir()) == [sts]
+    assert found.expected == pytest.approx([1, 1.6, 1.9, 2.0, 2.05])
+
+    write_calibration(sts, StsTable((1.0,) * 4), {**validity(target, drafter, SamplingParams()), "judged": [1, 2]})
+    with pytest.raises(UserError, match="sts.json, under valid_for,"):
+        load_or_ask(target, drafter, loop, params, config, SamplingParams(), tmp_path)
 
 
 def test_a_pair_is_asked_once(tmp_path: Path) -> None:

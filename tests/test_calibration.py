@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -253,20 +252,28 @@ def test_what_a_call_takes_is_no_part_of_its_rounds(monkeypatch: pytest.MonkeyPa
         now += 5.0 + 2.0 * int(rounds)
         return state
 
+    def alone(loop: Any, params: Any, state: Any, occupancy: Any, rounds: Any, until_free: Any) -> Any:
+        nonlocal now
+        now += 7.0 + 1.5 * int(rounds)
+        return state
+
     def drafts(loop: Any, params: Any, state: Any, count: Any) -> Any:
         nonlocal now
         now += 3.0 + 0.5 * int(count)
 
     monkeypatch.setattr(profiling, "run_rounds", dispatch)
+    monkeypatch.setattr(profiling, "run_alone", alone)
     monkeypatch.setattr(profiling, "draft_passes", drafts)
-    monkeypatch.setattr(profiling, "time", SimpleNamespace(perf_counter=lambda: now))
-    found = measure_profile(loop, LoopParams(target.params, drafter.params), effort=Effort(rounds=3, repeats=2))
+    params = LoopParams(target.params, drafter.params)
+    found = measure_profile(loop, params, effort=Effort(rounds=3, repeats=2), clock=lambda: now)
     assert found.dispatch == 5.0 and found.drafting == (0.5, 0.5) and found.rounds == ((2.0, 2.0), (2.0, 2.0))
+    assert found.alone == (1.5, 1.5)
 
-    # A sweep, a round at each of two contexts in two buckets and the draft pass of each, takes 35 of these seconds.
+    # A sweep, a round at each of two contexts in two buckets, the draft pass and the plain round without a drafter of
+    # each, takes 52 of these seconds.
     began = now
-    measure_profile(loop, LoopParams(target.params, drafter.params), effort=Effort(8, 5, seconds=100))
-    assert now - began == pytest.approx(2 * 35 + 2 * (26 + 35)), "two sweeps: calls alone, then with a round"
+    measure_profile(loop, params, effort=Effort(8, 5, seconds=120), clock=lambda: now)
+    assert now - began == pytest.approx(2 * 52 + 2 * (40 + 52)), "two sweeps: calls alone, then with a round"
 
 
 # Programs
@@ -286,7 +293,10 @@ def test_calibrate_from_beginning_to_end(folder: Path, tmp_path: Path, capsys: p
     assert metrics["after"]["observations"][0] == metrics["rounds_measured"]
     target, drafter = metrics["valid_for"]["target"], metrics["valid_for"]["drafter"]
     sts = json.loads((tmp_path / "out" / "sts.json").read_text())
+    judged, accepted = (sts["valid_for"].pop(name) for name in ("judged", "accepted"))
     assert sts["valid_for"].pop("xxh3") and sts["valid_for"] == metrics["valid_for"] and target != drafter
+    # `auto` goes by them: every round judges its first draft, and a further one behind accepted ones alone.
+    assert judged[0] == metrics["rounds"] and all(j <= a for j, a in zip(judged[1:], accepted, strict=False))
     assert "valid_for" not in json.loads((tmp_path / "out" / "serving" / "sts.json").read_text())
     assert (tmp_path / "out" / "reliability.png").stat().st_size > 1000
     assert "temperature" in capsys.readouterr().out

@@ -96,8 +96,15 @@ class Calibrated:
         )
 
     def save(self, path: Path, source: str = "") -> None:
-        """Writes sts.json, for `EngineConfig.sts`, with the weights and settings that it is valid for."""
-        write_calibration(path, self.table(source), self.valid_for)
+        """Writes sts.json, for `EngineConfig.sts`, with the weights and settings that it is valid for, and the drafts
+        accepted under them."""
+        # A draft is judged behind a prefix that was accepted whole.
+        reached = np.roll(self.rounds.accepted, 1, axis=1)
+        reached[:, 0] = True
+        judged, accepted = (
+            np.sum(self.rounds.observed & part, axis=0).tolist() for part in (reached, self.rounds.accepted)
+        )
+        write_calibration(path, self.table(source), {**self.valid_for, "judged": judged, "accepted": accepted})
 
     def figures(self) -> dict[str, Any]:
         """Plain numbers for a metrics file."""

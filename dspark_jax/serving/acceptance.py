@@ -156,7 +156,8 @@ def load_or_ask(
     sampling: SamplingParams,
     folder: Path | None = None,
 ) -> Accepted:
-    """The pair's acceptance under `sampling`, read from a folder or measured in a few seconds and stored there.
+    """The pair's acceptance under `sampling`: that of the engine's calibration where it has one that holds it; else
+    read from a folder, or measured in a few seconds and stored there.
 
     Args:
         target, drafter: the pair, whose weights the stored measurement is valid for.
@@ -164,6 +165,10 @@ def load_or_ask(
         sampling: under which the questions are answered.
         folder: None: `user_cache()`. If it cannot be written, every start measures again.
     """
+    # A calibration has far more rounds than are measured here, on prompts that were chosen for the pair.
+    if config.sts is not None and (recorded := _recorded(config.sts, loop.block)) is not None:
+        return recorded
+
     # Of weights and settings and not of the machine.
     key = {**validity(target, drafter, sampling), "block": loop.block, "questions": list(QUESTIONS)}
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
@@ -184,6 +189,20 @@ def load_or_ask(
     except (UserError, OSError):
         pass
     return found
+
+
+def _recorded(sts: Path, block: int) -> Accepted | None:
+    """Of the rounds of a calibration; None where its file has no such fields. UserError where they hold no counts."""
+    # The file was read for its temperatures before, which checks what it is valid for.
+    facts = read_object(sts).get("valid_for", {})
+    if "judged" not in facts:
+        return None
+    counts = list_of(integer(0), least=block, most=block)
+    schema: Schema = {"judged": counts, "accepted": counts}
+    check_fields(
+        facts, schema, f"{sts}, under valid_for,", required=schema, cure="calibrate again with infer.calibrate"
+    )
+    return Accepted(tuple(facts["judged"]), tuple(facts["accepted"]))
 
 
 def _read(path: Path, key: dict[str, Any], block: int) -> Accepted:
