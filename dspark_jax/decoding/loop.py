@@ -99,11 +99,13 @@ class LoopSettings:
         # Without edits: they are the target's alone, and p^d is whatever a draft was drawn from (docs/algorithm.md,
         # rule 114).
         draws = draws_of(state)
+        # Slots without a request draft junk; from their old positions they would have the others read more context.
+        positions = jnp.where(state.active, draws.anchors, 0)
 
         def sample(logits: Array, k: int, ids: Array | None = None) -> tuple[Array, Any]:
             return self.verifier.draft(logits, k, noise, draws, ids)
 
-        return drafter.draft(borrowed_tables(target), state.draft, anchors, draws.anchors, sample)
+        return drafter.draft(borrowed_tables(target), state.draft, anchors, positions, sample)
 
     def verify(
         self, target: TargetModel, state: DecodeState, block: Array, starts: Array, lengths: Array

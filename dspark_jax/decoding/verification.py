@@ -87,9 +87,11 @@ def _verify_bucket(
     requests, width = block.shape
 
     positions = starts[:, None] + (jnp.arange(width) if tree is None else tree.offsets)
+    # What slots without rows hold need not be read.
+    held = jnp.max(jnp.where(wanted[:, 0], starts, 0))
 
     if size == block.size:  # every cell has its row: no packing to undo
-        out = target(block, positions, CachedBlock(cache, starts, tree=tree), tap_layers)
+        out = target(block, positions, CachedBlock(cache, starts, tree=tree, held=held), tap_layers)
         return VerifyOutput(target.logits(out.hidden), out.taps, out.kv)
 
     # `fill_value` is one past the grid: rows that fill up the bucket are dropped by `to_grid`.
@@ -97,7 +99,7 @@ def _verify_bucket(
     packed = PackedRows(index, requests, width)
 
     # Dense layers run on the P packed rows; only the attention core returns to the grid (docs/algorithm.md, rule 81).
-    attend = CachedBlock(cache, starts, packed, tree)
+    attend = CachedBlock(cache, starts, packed, tree, held)
     out = target(packed.from_grid(block), packed.from_grid(positions), attend, tap_layers)
 
     # [P, ...] -> [R, W, ...]; The target has put K/V on the grid already, layer by layer.

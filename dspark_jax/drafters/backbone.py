@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dspark_jax.drafters.config import DrafterConfig
 from dspark_jax.drafters.convolution import ConvolvedLayer
 from dspark_jax.drafters.heads import Linear
-from dspark_jax.targets.attention import Attend, KeysValues, prefix_block_attention, prefix_mask
+from dspark_jax.targets.attention import KeysValues, prefix_block_attention, prefix_mask
 from dspark_jax.targets.layers import layer_ropes
 from dspark_jax.targets.registry import layer_class
 
@@ -26,16 +26,18 @@ class BlocksOverContext:
     """Every row of a block sees its `allowed` context and the whole block, in both directions
     (docs/algorithm.md, rule 23).
 
-    `context` holds a KeysValues [B, G, T, H] for each layer; `allowed` is [B, N, K or 1, T].
+    `context` holds a KeysValues [B, G, T, H] for each layer; `allowed` is [B, N, K or 1, T], and False from `held` on.
     """
 
     context: Sequence[KeysValues]
     allowed: Bool[Array, "b n rows t"]
+    held: Int[Array, ""] | None = None
 
     def __call__(self, layer: int, q: Array, k: Array, v: Array, *, scale: float, window: int | None) -> Array:
         # `window` is ignored: DeepSpec's draft layers never slide, whatever the file says (docs/algorithm.md, rule 25);
         # a window of the context is in `allowed`.
-        return prefix_block_attention(q, KeysValues(k, v), self.context[layer], self.allowed, None, scale=scale)
+        block, context = KeysValues(k, v), self.context[layer]
+        return prefix_block_attention(q, block, context, self.allowed, None, scale=scale, held=self.held)
 
 
 class Backbone(nnx.Module):
@@ -76,10 +78,12 @@ class Backbone(nnx.Module):
         anchors: Int[Array, "b n"],
         context: Sequence[KeysValues],
         starts: Int[Array, "b n"] | None = None,
+        held: Int[Array, ""] | None = None,
     ) -> Float[Array, "b n k d"]:
         """h_k: block rows, at positions anchor + k, through layers and final norm; context [B, G, T, H] for each layer.
 
-        `starts`: the index in its row at which each anchor's sequence begins; None: each row is one sequence.
+        `starts`: the index in its row at which each anchor's sequence begins; None: each row is one sequence. `held`:
+        the largest anchor, where nothing is differentiated, so that no context behind it need be read.
         """
         # Embedded rows come in the target's dtype, like the taps.
         x = x.astype(self.fc.weight_io.dtype)
@@ -88,17 +92,12 @@ class Backbone(nnx.Module):
         positions = anchors if starts is None else anchors - starts
         ropes = layer_ropes(self.config, positions[..., None] + jnp.arange(x.shape[2]))
 
-        attend = self.attending(context, anchors, x.shape[2], starts)
+        # The context strictly before each anchor (docs/algorithm.md, rule 23).
+        allowed = prefix_mask(anchors, context[0].keys.shape[2], x.shape[2], self.window, starts)
+        attend = BlocksOverContext(context, allowed, held)
 
         # The block's own K/V are dropped: they come from mask tokens, and commit caches the context's only.
         for layer, rope in zip(self.layers, ropes, strict=True):
             x, _ = layer(x, rope, attend)
 
         return self.norm(x)
-
-    def attending(
-        self, context: Sequence[KeysValues], anchors: Int[Array, "b n"], width: int, starts: Int[Array, "b n"] | None
-    ) -> Attend:
-        """The `Attend` of blocks of `width` rows, each seeing the context strictly before its anchor (rule 23)."""
-        size = context[0].keys.shape[2]
-        return BlocksOverContext(context, prefix_mask(anchors, size, width, self.window, starts))

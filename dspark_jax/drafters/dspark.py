@@ -147,7 +147,9 @@ class DSpark(nnx.Module):
     ) -> Float[Array, "r k d"]:
         """h_k [R, K, D] of one block for each request, from its draft state."""
         # Decoding is training with N = 1 block for each request.
-        return self._block_hidden(shared, state, anchors[:, None], positions[:, None])[:, 0]
+        held = jnp.max(positions)
+        hidden = self.backbone(self._opened(shared, anchors[:, None]), positions[:, None], state, held=held)
+        return hidden[:, 0, -self.block_size :]
 
     def base_logits(self, shared: SharedTables, hidden: Float[Array, "*n d"]) -> Float[Array, "*n p"]:
         """U_k, float32, from h_k: the parallel pass's logits over the draft vocabulary."""
@@ -199,15 +201,17 @@ class DSpark(nnx.Module):
         self, shared: SharedTables, context: DraftState, tokens: Array, anchors: Array, starts: Array | None = None
     ) -> Array:
         """h_k [B, N, K, D] of blocks whose first tokens are `tokens` [B, N]."""
+        # [B, N, count, D] -> [B, N, K, D]: the rows that predict are the last K.
+        return self.backbone(self._opened(shared, tokens), anchors, context, starts)[..., -self.block_size :, :]
+
+    def _opened(self, shared: SharedTables, tokens: Array) -> Array:
+        """Input rows [B, N, count, D] of blocks whose first tokens are `tokens` [B, N]."""
         # A block whose anchor row predicts nothing needs one row more for the same K predictions.
         count = self.block_size if self.config.sample_from_anchor else self.block_size + 1
 
         # The anchor's embedding in slot 0, the mask token's in all others (docs/algorithm.md, rule 22).
         masks = jnp.full((*tokens.shape, count - 1), self.config.mask_token_id, tokens.dtype)
-        inputs = jnp.concatenate([tokens[..., None], masks], axis=-1)
-
-        # [B, N, count, D] -> [B, N, K, D]: the rows that predict are the last K.
-        return self.backbone(shared.rows(inputs), anchors, context, starts)[..., count - self.block_size :, :]
+        return shared.rows(jnp.concatenate([tokens[..., None], masks], axis=-1))
 
     def _confidence(self, hidden: Array, embeddings: Array | None) -> Array | None:
         if self.confidence_head is None:

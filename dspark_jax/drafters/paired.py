@@ -56,7 +56,10 @@ class OwnRows:
             queries, own, limits, starts = part
             # No window: drafters never slide (docs/algorithm.md, rule 25).
             allowed = prefix_mask(limits, self.prefix.keys.shape[2], 1, starts=starts)
-            return prefix_block_attention(queries[:, :, None], own, self.prefix, allowed, None, scale=scale)[:, :, 0]
+            # Decoding has one query; training, which is differentiated, has as many as the prefix has rows.
+            held = jnp.max(limits) if queries.shape[1] == 1 else None
+            blocks = queries[:, :, None]
+            return prefix_block_attention(blocks, own, self.prefix, allowed, None, scale=scale, held=held)[:, :, 0]
 
         count, chunk = q.shape[1], self.query_chunk
         operands = (q, block, self.limits, self.starts)

@@ -12,6 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+# A CPU reads caches from this size on chunk by chunk, no further than they are held. Taking a chunk out of the cache is
+# a copy, which costs more than reading a smaller cache whole.
+LARGE, HELD_CHUNK = 2048, 512
 # Large and finite: a row without keys gives zeros instead of NaN, and -inf - -inf never happens in the merge.
 MASKED = -1e30
 
@@ -127,13 +130,14 @@ class CachedBlock:
 
     The cache is only read. `lengths` [R] are the valid cached positions (the block starts there). With `packed`, the
     layer's rows are [P, ...] and only this core sees the [R, W] grid; without, they are [R, W, ...] already. Without
-    `tree` the rows are a chain.
+    `tree` the rows are a chain. `held`: the largest of the lengths that matter; None: of all.
     """
 
     cache: Sequence[KeysValues]
     lengths: Int[Array, " r"]
     packed: PackedRows | None = None
     tree: TreeRows | None = None
+    held: Int[Array, ""] | None = None
 
     def __call__(self, layer: int, q: Array, k: Array, v: Array, *, scale: float, window: int | None) -> Array:
         if self.packed is not None:
@@ -154,8 +158,8 @@ class CachedBlock:
 
         prefix = self.cache[layer]
         allowed = prefix_mask(self.lengths[:, None], prefix.keys.shape[2], q.shape[1], window, offsets=offsets)
-        block = KeysValues(k[:, None], v[:, None])
-        out = prefix_block_attention(q[:, None], block, prefix, allowed, within, scale=scale)[:, 0]
+        block, held = KeysValues(k[:, None], v[:, None]), jnp.max(self.lengths) if self.held is None else self.held
+        out = prefix_block_attention(q[:, None], block, prefix, allowed, within, scale=scale, held=held)[:, 0]
         out = out if sound is None else jnp.where(sound, out, jnp.nan)
         return out if self.packed is None else self.packed.from_grid(out)
 
@@ -211,32 +215,72 @@ def prefix_block_attention(
     block_allowed: Bool[Array, "#b #g #n #r k k"] | Bool[Array, "k k"] | None,
     *,
     scale: float,
+    held: Int[Array, ""] | None = None,
 ) -> Float[Array, "b n k q h"]:
     """N blocks of K rows, each attending a shared prefix [B, G, T, H] and its own block [B, N, K, G, H].
 
     The two score matrices are computed apart and merged by log-sum-exp, so nothing of size [T + N K]^2 exists and the
     prefix is never copied next to the block. `block` None: the prefix only. `block_allowed` None: all of the block.
+    `held`: the allowed positions are all below it, so that a CPU need not read those behind; None: all of the prefix is
+    read, which alone can be differentiated.
     """
     b, n, k, q_heads, h = q.shape
     groups = prefix.keys.shape[1]
-
-    # One matrix product per (batch, kv head): all rows that share the head are stacked as M = N * (Q/G) * K rows.
     rows = q.reshape(b, n, k, groups, q_heads // groups, h).transpose(0, 3, 1, 4, 2, 5)  # [B, G, N, Q/G, K, H]
-    stacked = rows.reshape(b, groups, -1, h)  # [B, G, M, H]
 
-    scores = jnp.einsum("bgmh,bgth->bgmt", stacked, prefix.keys, preferred_element_type=jnp.float32) * scale
-    # The mask differs by block and row, so the stacked rows are told apart again.
-    scores = scores.reshape(*rows.shape[:-1], -1)  # [B, G, N, Q/G, K, T]
-    scores = jnp.where(prefix_allowed[:, None, :, None], scores, MASKED)
-    top = jnp.max(scores, axis=-1, keepdims=True)
-
-    # All keys compete in one softmax, so the block's scores are taken against the same maximum as the prefix's.
+    inner = None
     if block is not None:
         inner = (
             jnp.einsum("bgnrkh,bnjgh->bgnrkj", rows, block.keys, preferred_element_type=jnp.float32) * scale
         )  # [B, G, N, Q/G, K, K]
         if block_allowed is not None:
             inner = jnp.where(block_allowed, inner, MASKED)
+
+    if held is None or prefix.keys.shape[2] < LARGE:
+        out = _at_once(rows, inner, block, prefix, prefix_allowed, scale)
+    else:
+        # An accelerator reads a whole cache faster than its parts in turn.
+        out = jax.lax.platform_dependent(
+            cpu=lambda: _in_chunks(rows, inner, block, prefix, prefix_allowed, scale, held),
+            default=lambda: _at_once(rows, inner, block, prefix, prefix_allowed, scale),
+        )
+    return out.transpose(0, 2, 4, 1, 3, 5).reshape(q.shape).astype(q.dtype)
+
+
+def _scores(rows: Array, keys: Array, allowed: Array, scale: float) -> Array:
+    """[B, G, N, Q/G, K, T] float32 scores of the rows [B, G, N, Q/G, K, H] against keys [B, G, T, H]."""
+    # One matrix product per (batch, kv head): all rows that share the head are stacked as M = N * (Q/G) * K rows.
+    stacked = rows.reshape(*rows.shape[:2], -1, rows.shape[-1])  # [B, G, M, H]
+    scores = jnp.einsum("bgmh,bgth->bgmt", stacked, keys, preferred_element_type=jnp.float32) * scale
+
+    # The mask differs by block and row, so the stacked rows are told apart again.
+    scores = scores.reshape(*rows.shape[:-1], -1)
+    return jnp.where(allowed[:, None, :, None], scores, MASKED)
+
+
+def _weighted(weights: Array, values: Array) -> Array:
+    """[B, G, N, Q/G, K, H] float32: the values [B, G, T, H] summed by weights [B, G, N, Q/G, K, T]."""
+    # Weights are cast to the values' dtype, as kernels do; their sum stays float32.
+    flat = weights.reshape(*weights.shape[:2], -1, weights.shape[-1]).astype(values.dtype)
+    out = jnp.einsum("bgmt,bgth->bgmh", flat, values, preferred_element_type=jnp.float32)
+    return out.reshape(*weights.shape[:-1], -1)
+
+
+def _of_block(weights: Array, block: KeysValues) -> Array:
+    """The block's own values summed by weights [B, G, N, Q/G, K, K]."""
+    weights = weights.astype(block.values.dtype)
+    return jnp.einsum("bgnrkj,bnjgh->bgnrkh", weights, block.values, preferred_element_type=jnp.float32)
+
+
+def _at_once(
+    rows: Array, inner: Array | None, block: KeysValues | None, prefix: KeysValues, allowed: Array, scale: float
+) -> Array:
+    """Attention of the rows [B, G, N, Q/G, K, H], float32, over the whole prefix."""
+    scores = _scores(rows, prefix.keys, allowed, scale)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+
+    # All keys compete in one softmax, so the block's scores are taken against the same maximum as the prefix's.
+    if inner is not None:
         top = jnp.maximum(top, jnp.max(inner, axis=-1, keepdims=True))
 
     # A row without keys has maximum MASKED; the floor lies far above it, so its weights are exp(-5e29) = 0 and not
@@ -245,17 +289,54 @@ def prefix_block_attention(
 
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
+    out = _weighted(weights, prefix.values)
 
-    # Weights are cast to the values' dtype, as kernels do; their sum stays float32.
-    flat = weights.reshape(b, groups, -1, weights.shape[-1]).astype(prefix.values.dtype)
-    out = jnp.einsum("bgmt,bgth->bgmh", flat, prefix.values, preferred_element_type=jnp.float32).reshape(rows.shape)
-
-    if block is not None:
+    if inner is not None and block is not None:
         inner = jnp.exp(inner - top)
         total = total + jnp.sum(inner, axis=-1, keepdims=True)
-        inner = inner.astype(block.values.dtype)
-        out = out + jnp.einsum("bgnrkj,bnjgh->bgnrkh", inner, block.values, preferred_element_type=jnp.float32)
+        out = out + _of_block(inner, block)
 
     # Only a row without any key has a total of 0, and its sum of values is 0 as well.
-    out = out / jnp.where(total > 0, total, 1.0)
-    return out.transpose(0, 2, 4, 1, 3, 5).reshape(q.shape).astype(q.dtype)
+    return out / jnp.where(total > 0, total, 1.0)
+
+
+def _in_chunks(
+    rows: Array,
+    inner: Array | None,
+    block: KeysValues | None,
+    prefix: KeysValues,
+    allowed: Array,
+    scale: float,
+    held: Array,
+) -> Array:
+    """As `_at_once`, reading the prefix chunk by chunk up to `held`: the block first, then a running softmax.
+
+    A chunk in which a row sees no key leaves the row's sums as they are, bit for bit, so that a request's result does
+    not depend on how much the others hold.
+    """
+    size = prefix.keys.shape[2]
+    floor = jnp.full((*rows.shape[:-1], 1), MASKED / 2, jnp.float32)
+    start = floor, jnp.zeros_like(floor), jnp.zeros(rows.shape, jnp.float32)
+    if inner is not None and block is not None:
+        top = jnp.maximum(floor, jnp.max(inner, axis=-1, keepdims=True))
+        weights = jnp.exp(inner - top)
+        start = top, jnp.sum(weights, axis=-1, keepdims=True), _of_block(weights, block)
+
+    def step(number: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        top, total, out = sums
+        # The last chunk lies further left where the size is no multiple: what was read before counts once.
+        first = number * HELD_CHUNK
+        at = jnp.minimum(first, size - HELD_CHUNK)
+        parts = (prefix.keys, 2), (prefix.values, 2), (allowed, 3)
+        keys, values, mask = (jax.lax.dynamic_slice_in_dim(x, at, HELD_CHUNK, axis) for x, axis in parts)
+        mask &= at + jnp.arange(HELD_CHUNK) >= first
+
+        scores = _scores(rows, keys, mask, scale)
+        higher = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
+        # 1 exactly where the maximum stays.
+        less, weights = jnp.exp(top - higher), jnp.exp(scores - higher)
+        total = less * total + jnp.sum(weights, axis=-1, keepdims=True)
+        return higher, total, less * out + _weighted(weights, values)
+
+    _, total, out = jax.lax.fori_loop(0, (held + HELD_CHUNK - 1) // HELD_CHUNK, step, start)
+    return out / jnp.where(total > 0, total, 1.0)
