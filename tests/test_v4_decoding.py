@@ -32,7 +32,7 @@ def plain(kind: str, slots: int) -> tuple[Generation, ...]:
 
 
 @pytest.mark.lossless
-@pytest.mark.parametrize(("kind", "slots"), [("dspark", 1), ("dspark", 8), ("mtp", 8)])
+@pytest.mark.parametrize(("kind", "slots"), [("dspark", 1), ("dspark", 8), ("mtp", 1), ("mtp", 8)])
 def test_greedy_outputs_are_the_targets(kind: str, slots: int) -> None:
     """Prompts go in by chunks of 8, and eight slots verify in packed buckets."""
     target, drafter = v4_pair(kind)

@@ -14,8 +14,8 @@ def test_eight_devices_give_what_one_gives(check: str) -> None:
     run_python("-m", "tests.sharded_experts", check)
 
 
-def test_only_meshes_with_an_expert_axis_are_made_known() -> None:
-    for mesh in (None, abstract_mesh(8, tensor=4)):
+def test_only_meshes_that_split_experts_are_made_known() -> None:
+    for mesh in (None, abstract_mesh(8, fsdp=4)):
         with traced_over(mesh):
             assert traced_mesh() is None
     with traced_over(abstract_mesh(8, expert=4)):

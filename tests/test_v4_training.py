@@ -1,6 +1,8 @@
 """DeepSeek-V4's drafters in training: blocks are what decoding drafts from, and a step lowers the loss."""
 
+import json
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,15 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dspark_jax.checkpoints.drafters import shared_tables
+from dspark_jax.checkpoints.deepseek_v4_published import save_v4_target
+from dspark_jax.checkpoints.drafters import load_drafter, shared_tables
+from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.drafters.registry import drafter_hf_config, new_drafter
 from dspark_jax.errors import UserError
 from dspark_jax.training.objective import BlockObjective
+from dspark_jax.training.run_folder import read_records
 from dspark_jax.training.schedule import learning_rate_schedule, make_optimizer
 from dspark_jax.training.states import TargetStates
 from dspark_jax.training.step import init_train_state, make_eval_step, make_train_step
 from dspark_jax.training.terms import LossOptions
+from tests.tiny import TOKENIZER_SIZE, write_tokenizer
 from tests.v4_tiny import VOCAB, v4_hf_config, v4_pair, v4_target
+from train import build_cache, fit
 
 
 def greedy(logits: jax.Array, offset: int) -> tuple[jax.Array, jax.Array]:
@@ -84,6 +91,41 @@ def test_a_drafter_learns_from_a_frozen_target(kind: str) -> None:
     after = evaluate(state.params, shared, seen)
     assert after["loss"] < 0.8 * before["loss"]
     assert after["tau_probabilistic"] > before["tau_probabilistic"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A V4 target with a tokenizer, and conversations of one length, so that every step has one shape."""
+    folder = tmp_path_factory.mktemp("v4")
+    target = v4_target(3, 0.3, compress_ratios=(0, 4, 128), vocab_size=TOKENIZER_SIZE)
+    save_v4_target(folder / "target", target.hf_config, target.params, "float32")
+    write_tokenizer(folder / "target", 256)
+    turns = [[{"role": r, "content": f"{i % 10}?"} for r in ("user", "assistant")] for i in range(8)]
+    lines = [json.dumps({"messages": messages}) for messages in turns]
+    (folder / "conversations.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "layers"), [("dspark", "1 2"), ("mtp", "3 4 5 6")])
+def test_cache_and_hybrid_runs_learn_what_an_online_one_does(kind: str, layers: str, folder: Path) -> None:
+    """Two epochs of two steps: a hybrid run computes the states of the first, and the others are read from caches."""
+    given = ["--target", folder / "target", "--conversations", folder / "conversations.jsonl", "--max-length", 32]
+    given += ["--output", folder / f"cache-{kind}", "--codec", "float32", "--layers", *layers.split()]
+    build_cache.main([str(word) for word in given])
+    found = []
+    for source in ("hybrid", "offline"):
+        run = folder / f"{kind}-{source}"
+        cache = ["--data.cache", folder / f"cache-{kind}"] if source == "offline" else ["--data.codec", "float32"]
+        words = ["--config", "debug", "--target", folder / "target", "--run-dir", run, "--data.source", source, *cache]
+        words += ["--drafter.kind", kind, "--drafter.target-layer-ids", *layers.split(), "--drafter.num-layers", 1]
+        words += ["--data.conversations", folder / "conversations.jsonl", "--data.accumulation-steps", 1]
+        words += ["--drafter.num-anchors", 4, "--data.max-length", 32, "--epochs", 2, "--max-steps", 4]
+        fit.main([str(word) for word in words])
+        found.append([record["loss"] for record in read_records(run / "metrics.jsonl")])
+        target = load_target(folder / "target")
+        assert len(load_drafter(run / "drafter", target).config.target_layer_ids) == len(layers.split())
+    assert len(found[0]) == 4 and found[0][0] != found[0][2]
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
 
 
 def test_packed_rows_are_refused_in_a_sentence() -> None:

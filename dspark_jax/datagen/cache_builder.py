@@ -208,8 +208,8 @@ def cache_spec(
 
 def check_settings(settings: CacheSettings, config: TargetConfig) -> None:
     """UserError for settings that exceed this target's layers or context."""
-    if (top := max(settings.layers)) >= config.num_layers:
-        raise UserError(f"--layers names layer {top}; the target has the layers 0 to {config.num_layers - 1}.")
+    if (top := max(settings.layers)) >= config.tap_limit:
+        raise UserError(f"--layers names layer {top}; the target has the layers 0 to {config.tap_limit - 1}.")
     if settings.max_length > config.max_positions:
         raise UserError(
             f"--max-length is {settings.max_length}, the target's context {config.max_positions}; lower it."

@@ -25,7 +25,7 @@ from dspark_jax.config.schema import DrafterSettings, MeshSettings, TrainConfig
 from dspark_jax.decoding.dispatch import run_rounds
 from dspark_jax.decoding.round import DecodeLoop, LoopParams
 from dspark_jax.decoding.state import DecodeState
-from dspark_jax.drafters.config import DSparkConfig
+from dspark_jax.drafters.config import DSparkConfig, float32_parameter
 from dspark_jax.drafters.registry import Drafter, read_config, skeleton
 from dspark_jax.errors import UserError
 from dspark_jax.planning.compiled import compiled, copies, figures, mebibytes, memory_of, topology_mesh
@@ -289,9 +289,9 @@ def planned_pair(
     described = read_config(hf_config)
     described.check_target(target.config)
     module = skeleton(hf_config)
-    # The confidence head stays in float32 when the rest is decoded in bfloat16.
+    # The confidence head stays in float32 when the rest is decoded in bfloat16, and so do V4's streams and sinks.
     kind = DTYPES[options.dtype]
-    params = abstract_params(module, mesh, lambda path: jnp.float32 if path[0] == "confidence_head" else kind)
+    params = abstract_params(module, mesh, lambda path: jnp.float32 if float32_parameter(path) else kind)
 
     return target, Drafter(options.drafter or options.config, described, split(module)[0], params, hf_config)
 

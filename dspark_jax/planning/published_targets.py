@@ -107,6 +107,14 @@ _V4: dict[str, Any] = {
     "eos_token_id": 1,
     "num_nextn_predict_layers": 1,
     "torch_dtype": "bfloat16",
+    "expert_dtype": "fp4",
+    "quantization_config": {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "scale_fmt": "ue8m0",
+        "weight_block_size": [128, 128],
+    },
 }
 _V4_FLASH = _V4 | {
     "hidden_size": 4096,

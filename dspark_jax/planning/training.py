@@ -5,8 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from dspark_jax.checkpoints.huggingface import DTYPES, target_skeleton
+from dspark_jax.checkpoints.huggingface import DTYPES, parameter_dtypes, target_skeleton
 from dspark_jax.config.schema import DataSettings, TrainConfig
 from dspark_jax.drafters.protocol import SharedTables
 from dspark_jax.planning.published_targets import planned_target
@@ -127,10 +128,13 @@ def abstract_tables(config: TargetConfig, dtype: str, placement: Placement) -> S
 def abstract_target_params(config: TargetConfig, dtype: str, placement: Placement) -> dict:
     """The target's parameters as shapes with shardings, in the dtype of the step."""
     skeleton = target_skeleton(config)
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, DTYPES[dtype], sharding=s),
-        split(skeleton)[1],
-        parameter_shardings(skeleton, placement.mesh, placement.rules),
+    leaves = flatten_dict(split(skeleton)[1])
+    shardings = flatten_dict(parameter_shardings(skeleton, placement.mesh, placement.rules))
+    # Stored codes, tables of ids and the parameters that stay float32 keep their dtypes.
+    kinds = parameter_dtypes(config, leaves, DTYPES[dtype])
+
+    return unflatten_dict(
+        {path: jax.ShapeDtypeStruct(x.shape, kinds[path], sharding=shardings[path]) for path, x in leaves.items()}
     )
 
 

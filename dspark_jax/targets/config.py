@@ -255,6 +255,11 @@ class TargetConfig:
         """The same model with all weights in a float dtype; families that keep stored codes override this."""
         return self
 
+    @property
+    def tap_limit(self) -> int:
+        """The ids that may be tapped are below this one: a layer each, and in some families more of the same width."""
+        return self.num_layers
+
     def tap_width(self, tap_layers: Sequence[int]) -> int:
         """Channels m D of the features that m taps give."""
         return len(tap_layers) * self.hidden_size

@@ -19,6 +19,7 @@ from dspark_jax.data.records import FeatureSource, TokenSource, require_match
 from dspark_jax.data.tokenizers import tokenizer_hash
 from dspark_jax.data.views import Packed, Tapped, Truncated
 from dspark_jax.distributed import barrier, is_first
+from dspark_jax.drafters.registry import read_config
 from dspark_jax.serving.prompts import EncodedPrompt, read_prompts
 from dspark_jax.sharding import ShardingRules, make_mesh
 from dspark_jax.storage.places import local_path
@@ -123,7 +124,7 @@ class Run:
         target = describe_target(config.target)
         mesh = make_mesh(*config.mesh.sizes)
         # Opening the data can take minutes, so what can be refused without them is checked first.
-        drafter_config(config.drafter, target, config.compute_dtype)
+        drafter_hf = drafter_config(config.drafter, target, config.compute_dtype)
         micro_batches(config.data, mesh)
         heldout = heldout_prompts(config.evaluation, target)
 
@@ -133,7 +134,7 @@ class Run:
             # The cache must have the drafter's taps and be of this target: nothing else would notice features of
             # other layers.
             source: TokenSource = open_records(
-                cache_folder(config.data, folder), config.drafter.target_layer_ids, target
+                cache_folder(config.data, folder), read_config(drafter_hf).target_layer_ids, target
             )
         else:
             # The target runs in the step, so only tokens are read.

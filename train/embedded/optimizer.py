@@ -53,12 +53,15 @@ def _matrices(params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(of, params)
 
 
-def make_loss(graphdef: nnx.GraphDef) -> Callable[[Params, Rows], jax.Array]:
-    """Makes (params, rows) -> float32 scalar: cross-entropy averaged with the rows' weights."""
+def make_loss(graphdef: nnx.GraphDef, packed: bool = True) -> Callable[[Params, Rows], jax.Array]:
+    """Makes (params, rows) -> float32 scalar: cross-entropy averaged with the rows' weights.
+
+    `packed` False: each row is one conversation, for models that refuse segments."""
 
     def loss(params: Params, rows: Rows) -> jax.Array:
         model = nnx.merge(graphdef, params)
-        logits = model.logits(model(rows.tokens, rows.positions, CausalRows(jnp.asarray(rows.segments))).hidden)
+        attend = CausalRows(jnp.asarray(rows.segments) if packed else None)
+        logits = model.logits(model(rows.tokens, rows.positions, attend).hidden)
         right = jnp.take_along_axis(logits, rows.labels[..., None], axis=-1)[..., 0]
         entropy = jax.nn.logsumexp(logits, axis=-1) - right
         # By the batch's own weights: rows are packed to different degrees.

@@ -134,6 +134,12 @@ def batches(stream: Iterator[Encoded], rows: int, length: int) -> Iterator[Rows]
         yield _to_arrays(chosen, rows, length)
 
 
+def single_rows(stream: Iterator[Encoded], rows: int, length: int) -> Iterator[Rows]:
+    """Batches of rows that hold one conversation each, for models that cannot run packed rows."""
+    while chosen := [[item] for _, item in zip(range(rows), stream, strict=False)]:
+        yield _to_arrays(chosen, rows, length)
+
+
 def _to_arrays(chosen: list[list[Encoded]], rows: int, length: int) -> Rows:
     tokens, positions, segments = (np.zeros((rows, length), np.int32) for _ in range(3))
     own = np.zeros((rows, length), np.float32)

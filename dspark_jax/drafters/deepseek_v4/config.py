@@ -124,7 +124,7 @@ class V4DSparkConfig(DSparkConfig):
 
 @dataclass(frozen=True)
 class V4MTPConfig(BlockConfig):
-    """One draft token from the target's streams, tapped under the id one past its last layer."""
+    """One draft token from the target's streams, tapped under the ids past its last layer."""
 
     @property
     def dims(self) -> V4Config:
@@ -134,7 +134,8 @@ class V4MTPConfig(BlockConfig):
     @classmethod
     def read_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         common = _common(config)
-        return common | {"block_size": 1, "target_layer_ids": (common["num_target_layers"],)}
+        backbone = common["backbone"]
+        return common | {"block_size": 1, "target_layer_ids": tuple(range(backbone.num_layers, backbone.tap_limit))}
 
     @classmethod
     def native(
@@ -146,5 +147,5 @@ class V4MTPConfig(BlockConfig):
 
     @property
     def last_tap(self) -> int:
-        """The id one past the last layer, which taps the streams themselves."""
-        return self.num_target_layers
+        """The last stream's id."""
+        return self.dims.tap_limit - 1

@@ -1,6 +1,6 @@
 """A V4 `config.json`, in the published form and in the one that transformers writes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -63,9 +63,10 @@ class V4Config(TargetConfig):
     quantised_caches: bool = False
     low_bit: bool = False
 
-    def tap_width(self, tap_layers: Sequence[int]) -> int:
-        """Channels of the taps: a layer's tap is a mean over streams; the id past the last layer taps all streams."""
-        return sum(self.streams if i == self.num_layers else 1 for i in tap_layers) * self.hidden_size
+    @property
+    def tap_limit(self) -> int:
+        """A layer's tap is a mean over streams; the ids past the last layer tap one stream each, behind it."""
+        return self.num_layers + self.streams
 
     @property
     def widened(self) -> Self:

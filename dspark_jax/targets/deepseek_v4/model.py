@@ -21,7 +21,7 @@ FLOAT32 = frozenset({"fn", "base", "scale", "ape", "sink", "bias"})
 
 
 class V4Model(nnx.Module):
-    """Taps are means over streams; the id `num_layers`, one past the last layer, taps the streams themselves."""
+    """Taps are means over streams; the ids from `num_layers` on tap the last layer's streams, one each."""
 
     def __init__(self, config: V4Config, *, rngs: nnx.Rngs):
         shape = (config.vocab_size, config.hidden_size)
@@ -60,9 +60,9 @@ class V4Model(nnx.Module):
                 tapped[i] = jnp.mean(streams, axis=-2)  # [*n, S, D] -> [*n, D]
 
         assert streams is not None
-        if self.config.num_layers in tap_layers:
-            # [*n, S, D] -> [*n, S D], for the MTP block, which reads every stream.
-            tapped[self.config.num_layers] = streams.reshape(*streams.shape[:-2], -1)
+        # Each stream as a tap of its own width D, for the MTP block, which reads all of them.
+        past = self.config.num_layers
+        tapped |= {i: streams[..., i - past, :] for i in tap_layers if i >= past}
 
         # Streams are float32; taps and hidden states leave in the dtype of the weights, as caches store them.
         dtype = self.embed_weight_vd.dtype
