@@ -39,7 +39,7 @@ from dspark_jax.roofline.hardware import Term
 from dspark_jax.scheduling.costs import CostTable, Occupancy, ScheduleTables
 from dspark_jax.serving.assembly import make_loop
 from dspark_jax.serving.settings import EngineConfig, PolicyName, policy_named
-from dspark_jax.sharding import ShardingRules, make_mesh, parameter_shardings, split
+from dspark_jax.sharding import AnyMesh, ShardingRules, make_mesh, parameter_shardings, split
 from dspark_jax.targets.deepseek_v4.config import V4Config
 from dspark_jax.targets.target import Target
 from dspark_jax.training.spec import drafter_config
@@ -304,7 +304,7 @@ def _with_layers(settings: DrafterSettings, count: int) -> DrafterSettings:
     return dataclasses.replace(settings, num_layers=min(settings.num_layers, count), target_layer_ids=taps)
 
 
-def abstract_params(module: Any, mesh: Mesh | None, dtype_of: Callable[[ParamPath], Any]) -> dict:
+def abstract_params(module: Any, mesh: AnyMesh | None, dtype_of: Callable[[ParamPath], Any]) -> dict:
     """ShapeDtypeStructs of a module's parameters as decoding holds them, with shardings where there is a mesh."""
     leaves = flatten_dict(split(module)[1])
     over = {} if mesh is None else flatten_dict(parameter_shardings(module, mesh, ShardingRules()))

@@ -35,7 +35,6 @@ from dspark_jax.targets.deepseek_v4.config import V4Config, v4_config
 from dspark_jax.targets.deepseek_v4.model import V4Model
 from dspark_jax.targets.deepseek_v4.state import empty_state
 from dspark_jax.targets.low_bit import CODES, SCALES
-from dspark_jax.targets.registry import TARGETS
 from dspark_jax.targets.target import Target
 
 GIB = 2**30
@@ -93,7 +92,8 @@ def counted(repository: str, machine: Machine, slots: int, longest: int) -> dict
         block = nnx.eval_shape(lambda layer=layer: V4Block(config, layer, rngs=nnx.Rngs(0)))
         weights += config.layers.count(layer) * _bytes(block, config, mesh)
 
-    drafter = _bytes(skeleton(native), config, mesh)
+    stages = skeleton(native)
+    drafter = bytes_of(abstract_params(stages, mesh, drafter_dtypes(stages).__getitem__))
     # Slots lie over data and fsdp alone; state has no head axis to split.
     width, size = hf_config["dspark_block_size"] + 1, longest + 64
     state = jax.eval_shape(lambda: empty_state(config, slots, size, width, jnp.bfloat16))
@@ -123,7 +123,8 @@ def shallow(hf_config: Mapping[str, Any], layers: int) -> dict[str, Any]:
 
 def plan_of(hf_config: Mapping[str, Any], machine: Machine, slots: int, longest: int) -> DecodePlan:
     """The decode loop of this pair on the machine, verifying whole blocks, from shapes alone."""
-    mesh, config = machine.planned_mesh(), v4_config(hf_config)
+    settings, config = mesh_settings(machine.mesh, MeshSettings()), v4_config(hf_config)
+    mesh = topology_mesh(machine.topology, *settings.sizes)
     module = target_skeleton(config)
     graphdef, abstract = split(module)
     dtypes = parameter_dtypes(config, flatten_dict(abstract), jnp.bfloat16)
@@ -132,22 +133,26 @@ def plan_of(hf_config: Mapping[str, Any], machine: Machine, slots: int, longest:
 
     native = native_config(hf_config, "dspark")
     stages = skeleton(native)
-    graphdef, abstract = split(stages)
-    leaves = flatten_dict(abstract)
-
-    def kind(path: tuple[Any, ...]) -> Any:
-        if path[-1] in (CODES, SCALES):
-            return leaves[path].dtype
-        return jnp.float32 if float32_parameter(path) else jnp.bfloat16
-
-    drafter = Drafter("planned", read_config(native), graphdef, abstract_params(stages, mesh, kind), native)
+    drafted = abstract_params(stages, mesh, drafter_dtypes(stages).__getitem__)
+    drafter = Drafter("planned", read_config(native), split(stages)[0], drafted, native)
     # One verify bucket: each would be another copy of all layers in the program.
     buckets = (slots * (drafter.config.block_size + 1),)
     loop = make_loop(target, drafter, EngineConfig(slots, longest, buckets=buckets))
     held = LoopParams(target.params, drafter.params)
 
-    assert TARGETS[config.model_type].quantised
     return DecodePlan(target, drafter, loop, held, abstract_state(loop, held), mesh)
+
+
+def drafter_dtypes(module: nnx.Module) -> dict[tuple[Any, ...], Any]:
+    """The dtype of each of a published drafter's parameters, as decoding in bfloat16 holds them."""
+    leaves = flatten_dict(split(module)[1])
+
+    def dtype(path: tuple[Any, ...]) -> Any:
+        if path[-1] in (CODES, SCALES):
+            return leaves[path].dtype
+        return jnp.float32 if float32_parameter(path) else jnp.bfloat16
+
+    return {path: dtype(path) for path in leaves}
 
 
 def program_figures(plan: DecodePlan) -> dict[str, float]:

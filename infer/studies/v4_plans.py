@@ -79,7 +79,7 @@ def shown(plans: dict[str, Any]) -> str:
         else:
             copied = sum(figures["copies"] for figures in plan["by_layers"].values())
             row += [f"{whole['temporary']:.1f}", f"{together:.1f} of {plan['memory_gib']}"]
-            row += [f"{whole['collectives']} of {whole['collective_mib']:.0f} MiB", copied]
+            row += [f"{whole['collectives']} of {whole['collective_mib']:.0f} MiB", str(copied)]
             row += [f"{whole['compile_cpu_seconds']:.0f}"]
         body.append(row)
 

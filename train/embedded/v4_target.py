@@ -136,7 +136,7 @@ def train(graphdef: nnx.GraphDef, params: dict, batches: Iterator[Rows], setting
 
     run, state, began = jax.jit(step, donate_argnums=(0, 1)), optimizer.init(weights), time.process_time()
     for number, rows in enumerate(islice(batches, steps), start=1):
-        weights, state, value = run(weights, state, Rows(*map(jnp.asarray, rows)))
+        weights, state, value = run(weights, state, jax.tree.map(jnp.asarray, rows))
         if number % 50 == 0 or number == steps:
             print(f"step {number}  loss {float(value):.3f}  {time.process_time() - began:.0f} CPU seconds", flush=True)
 
