@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from flax import nnx
@@ -21,7 +21,8 @@ AnyMesh = Mesh | AbstractMesh
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
 
-class Units(NamedTuple):
+@dataclass(frozen=True)
+class Units:
     """A logical axis of `count` units of several entries each, heads of H channels, which sharding keeps whole."""
 
     axis: str

@@ -103,7 +103,7 @@ def test_the_decode_floor_reads_every_weight_once() -> None:
     assert terms["draft: projections and MLP"].bytes == 2 * matrices(backbone["layers"])
     cached = 3 * (100 + 5) * sum(2 * heads * size for heads, size in target.kv_shapes)
     assert terms["verify: attention over the cache"].bytes == 2 * cached
-    plain = round_terms(target, None, 3, 100, 2, sort=False) or []
+    plain = round_terms(target, None, 3, 100, 2, cut=False) or []
     assert [term.name.split(":")[0] for term in plain] == ["verify"] * 3 + ["sampling laws", "acceptance"]
     assert round_terms(target, read_config(run_of("embedded_eagle3").drafter_hf), 3, 100, 2) is None
 

@@ -9,8 +9,6 @@ heads, G kv heads, H head dim, V vocab, U ids that may be drafted, m taps, L lay
 r Markov rank, b bytes.
 """
 
-import math
-
 from dspark_jax.drafters.config import DrafterConfig, DSparkConfig
 from dspark_jax.roofline.hardware import Term
 from dspark_jax.targets.config import TargetConfig
@@ -26,7 +24,7 @@ def distinct_experts(experts: int, chosen: int, rows: float) -> float:
 
 
 def round_terms(
-    target: TargetConfig, drafter: DrafterConfig | None, requests: int, context: float, itemsize: int, sort: bool = True
+    target: TargetConfig, drafter: DrafterConfig | None, requests: int, context: float, itemsize: int, cut: bool = True
 ) -> list[Term] | None:
     """The terms of one round on one device, in which every request verifies its whole block.
 
@@ -36,7 +34,7 @@ def round_terms(
         requests: R.
         context: positions cached a request, c.
         itemsize: bytes of a weight and of a cached number.
-        sort: some request uses top-k or top-p, which sort the laws.
+        cut: some request uses top-k or top-p, whose thresholds are searched for.
     Returns:
         None for drafters of another kind than DSpark: they are not counted.
     """
@@ -69,9 +67,9 @@ def round_terms(
 
     # Each law is read as logits and written as probabilities.
     terms.append(Term("sampling laws", LAW_FLOPS * laws, 2 * LOGIT * laws))
-    if sort:
-        # n log2 n comparisons.
-        terms.append(Term("sort of laws (top-k, top-p)", laws * math.log2(vocab), 2 * LOGIT * laws))
+    if cut:
+        # Two searches bisect 31 bits, each step a comparison and a sum; rows may stay on the chip between the steps.
+        terms.append(Term("cuts of laws (top-k, top-p)", 2 * 31 * 2 * laws, 2 * LOGIT * laws))
 
     # Rejection sampling reads the rejecting row of both laws and writes their residual (docs/algorithm.md, rule 4).
     return [*terms, Term("acceptance", 3 * requests * vocab, 3 * LOGIT * requests * vocab)]
