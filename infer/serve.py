@@ -16,6 +16,7 @@ from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.config.cli import FLAT, parse, program
 from dspark_jax.devices import announce
+from dspark_jax.drafters.registry import Drafter
 from dspark_jax.programs import EMBEDDED
 from dspark_jax.serving.api.driver import WarmUp
 from dspark_jax.serving.api.server import ApiServer, address, bind, settle
@@ -24,9 +25,11 @@ from dspark_jax.serving.api.settings import ServerConfig
 from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.sampling import Mode, SamplingParams
 from dspark_jax.serving.settings import EngineConfig
+from dspark_jax.targets.target import Target
 
 # Fewer rounds a dispatch than in programs that only want throughput: clients get their tokens a dispatch at a time.
-ENGINE = EngineConfig(slots=16, rounds_per_dispatch=4, queue=64)
+# Prompts are kept, as conversations come back; in chunks half as long, so that less of their ends is prefilled again.
+ENGINE = EngineConfig(slots=16, rounds_per_dispatch=4, queue=64, prefill_chunk=128, prefix_cache=256)
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,7 @@ def main(argv: list[str]) -> None:
         dtype = announce(settings.dtype)
         target = load_target(settings.target, dtype=dtype)
         drafter = load_drafter(settings.drafter, target, dtype=dtype) if settings.drafter else None
-        make = partial(Engine, sampling=SamplingParams(mode=settings.mode))
-        service = Service(target, drafter, settings.engine, config, settings.warm_up, make)
+        service = service_of(settings, target, drafter, config)
 
         engine = service.driver.engine
         print(f"{service.name}: {'' if engine is None else engine.why}", file=sys.stderr)
@@ -78,6 +80,13 @@ def main(argv: list[str]) -> None:
         # uvicorn drains on SIGTERM and then raises it again, for an earlier handler; this one makes the exit code 0.
         signal.signal(signal.SIGTERM, lambda *_: None)
         server.run(sockets=[bound])
+
+
+def service_of(settings: ServeSettings, target: Target, drafter: Drafter | None, config: ServerConfig) -> Service:
+    """The service of a pair; `config`: the server's settings, with its key."""
+    # An engine verifies in one mode: its own settings say which.
+    make = partial(Engine, sampling=SamplingParams(mode=settings.mode))
+    return Service(target, drafter, settings.engine, config, settings.warm_up, make)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,11 @@ class Running:
 
 def serve(pair: tuple[Target, Drafter | None], engine: EngineConfig = ENGINE, **config: Any) -> Running:
     """Start a server on a free port and wait until it is ready; programs are compiled when they are first used."""
-    service = Service(*pair, engine, ServerConfig(**{"port": 0, "stall_seconds": 5.0} | config), warm_up="none")
+    return started(Service(*pair, engine, ServerConfig(**{"port": 0, "stall_seconds": 5.0} | config), warm_up="none"))
+
+
+def started(service: Service) -> Running:
+    """A server of this service, ready."""
     bound = bind(service.config)
     server = ApiServer(service)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)

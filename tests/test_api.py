@@ -10,7 +10,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from dspark_jax.serving.api.logprobs import TokenNames
-from tests.api_tiny import MESSAGES, Running, direct, events, post
+from dspark_jax.serving.api.settings import ServerConfig
+from dspark_jax.serving.sampling import Mode
+from infer.serve import ServeSettings, service_of
+from tests.api_tiny import ENGINE, MESSAGES, Running, direct, events, post, started
 from tests.decoding_tiny import next_logits
 from tests.test_lossless import p_value
 
@@ -181,6 +184,26 @@ def test_tokens_that_are_parts_of_characters_have_their_bytes(running: Running) 
     tokens = running.service.target.tokenizer("\u00e4\u6f22 x", add_special_tokens=False)["input_ids"]
     assert any("\ufffd" in names.of(token)[0] for token in tokens)
     assert bytes(b for token in tokens for b in names.of(token)[1] or []).decode() == "\u00e4\u6f22 x"
+
+
+@pytest.mark.parametrize("mode", ["coupled", "block"])
+def test_modes(mode: Mode, running: Running) -> None:
+    """`dspark serve --mode`: coupled, a seed's answer is plain decoding's own; greedy ones are always."""
+    target, drafter = running.service.target, running.engine.drafter
+    settings = ServeSettings(mode=mode, engine=ENGINE, warm_up="none")
+    served = started(service_of(settings, target, drafter, ServerConfig(port=0)))
+    try:
+
+        def texts(server: Running, **more: Any) -> list[str]:
+            body = {"messages": MESSAGES, "max_tokens": 16, "temperature": 1, "seed": 3, "n": 4} | more
+            return [choice["message"]["content"] for choice in post(server, body).json()["choices"]]
+
+        made = texts(served)
+        assert made == texts(served) and len(set(made)) == 4
+        assert (made == texts(served, policy="plain")) == (mode == "coupled")
+        assert texts(served, temperature=0, n=1) == [direct(running, max_new_tokens=16).text]
+    finally:
+        served.stop()
 
 
 # Figures

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from dspark_jax.drafters.registry import Drafter
 from dspark_jax.errors import UserError
 from dspark_jax.serving import engine as engine_module
 from dspark_jax.serving import prefixes as prefixes_module
+from dspark_jax.serving.chunks import plan_chunks, prompt_bucket
 from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.prefixes import PrefixCache
 from dspark_jax.serving.requests import Generation, Request
@@ -21,6 +23,7 @@ from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.targets.attention import KeysValues
 from dspark_jax.targets.target import Target
+from infer.serve import ENGINE
 from tests.decoding_tiny import kind_pair, tiny_pair
 from tests.test_broken_laws import poisoned
 from tests.test_engine_trust import CONFIG, SAMPLING, failing
@@ -134,6 +137,34 @@ def test_only_what_is_not_kept_is_prefilled(monkeypatch: pytest.MonkeyPatch) -> 
         seen.append(tuple(spent))
     assert seen == [(8, 8, 8, 1), (8, 3), (8, 1), (8,)]
     assert engine.prefixes is not None and engine.prefixes.reused == (3 + 2 + 1) * 8
+
+
+def test_a_second_turn_prefills_a_third_at_most_with_the_servers_defaults() -> None:
+    """Of a conversation of 1,000 tokens or more, whose last 70 are the first answer and the second question."""
+
+    def prefilled(start: int, tokens: int) -> int:
+        """Padding included."""
+        spent = 0
+        while start < tokens:
+            width = prompt_bucket(ENGINE, 4096, start, tokens - start)
+            start, spent = start + width, spent + width
+        return spent
+
+    assert ENGINE.prefix_cache > 0
+    for tokens in range(1000, 3000):
+        kept = (tokens - 70) // ENGINE.prefill_chunk * ENGINE.prefill_chunk
+        assert 3 * prefilled(kept, tokens) <= prefilled(0, tokens)
+
+
+def test_only_chunks_that_are_kept_are_prefilled_apart() -> None:
+    """Others of their width run together, as without kept prefixes."""
+    config = EngineConfig(4, prefill_chunk=8, smallest_prompt_bucket=8)
+    seats: Any = {
+        slot: SimpleNamespace(decoding=False, turn=slot, prefilled=0, left_to_prefill=left)
+        for slot, left in enumerate((7, 8, 6, 5))
+    }
+    assert plan_chunks(config, 64, seats, None, keeps=True).fresh == [(8, [1], 1), (8, [0, 2, 3], 4)]
+    assert plan_chunks(config, 64, seats, None).fresh == [(8, [0, 1, 2, 3], 4)]
 
 
 def test_penalties_count_the_tokens_of_a_kept_prefix() -> None:

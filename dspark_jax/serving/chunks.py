@@ -38,17 +38,19 @@ class ChunkPlan(NamedTuple):
     """The chunks to prefill before the next dispatch.
 
     Attributes:
-        fresh: by width, the slots whose prompts begin.
+        fresh: (width, slots, rows) of prompts that begin, those in `slots` together in a program of so many rows.
         later: (slot, width) of prompts that go on.
         spent: tokens, padding included.
     """
 
-    fresh: dict[int, list[int]]
+    fresh: list[tuple[int, list[int], int]]
     later: list[tuple[int, int]]
     spent: int
 
 
-def plan_chunks(config: EngineConfig, size: int, seats: Mapping[int, Entry], budget: int | None) -> ChunkPlan:
+def plan_chunks(
+    config: EngineConfig, size: int, seats: Mapping[int, Entry], budget: int | None, keeps: bool = False
+) -> ChunkPlan:
     """The next chunk of each prompt that is not whole yet, in the order of the requests' turns.
 
     Args:
@@ -57,9 +59,11 @@ def plan_chunks(config: EngineConfig, size: int, seats: Mapping[int, Entry], bud
         seats: the requests by slot.
         budget: the most tokens in all; None: no bound. A first chunk that is wider still runs, or its prompt never
             would.
+        keeps: whether whole chunks are kept for other prompts.
     """
     fresh: dict[int, list[int]] = {}
     later: list[tuple[int, int]] = []
+    apart: list[tuple[int, list[int], int]] = []
     spent = 0
 
     # By turn and not by slot: requests of priority 0 are prefilled first, then those that came first.
@@ -74,10 +78,18 @@ def plan_chunks(config: EngineConfig, size: int, seats: Mapping[int, Entry], bud
 
         if entry.prefilled:
             later.append((slot, width))
+        # A chunk that is kept is always computed alone, so that it holds the very bits that its next prompt would
+        # compute.
+        elif keeps and entry.left_to_prefill >= config.prefill_chunk:
+            apart.append((width, [slot], 1))
         else:
             fresh.setdefault(width, []).append(slot)
 
-    return ChunkPlan(fresh, later, spent)
+    for width, slots in fresh.items():
+        # Two compiled shapes a bucket, one prompt or a full house: more would only cost compile time.
+        together = len(slots) * 2 > config.slots
+        apart += [(width, slots, config.slots)] if together else [(width, [slot], 1) for slot in slots]
+    return ChunkPlan(apart, later, spent)
 
 
 def next_chunk(loop: DecodeLoop, width: int, entering: Sequence[tuple[int, Job, int]]) -> Admission:

@@ -282,16 +282,12 @@ class Engine:
         self._reuse()
 
         budget = self.config.prefill_budget if decoding else None
-        plan = plan_chunks(self.config, self.loop.size, self._seats, budget)
+        keeps = self.prefixes is not None
+        plan = plan_chunks(self.config, self.loop.size, self._seats, budget, keeps)
         # First chunks of one width run together, since all attend to themselves alone; later ones have each its own
         # start.
-        for width, slots in plan.fresh.items():
-            # Two compiled shapes a bucket, one prompt or a full house: more would only cost compile time. A chunk that
-            # may be kept always has the first, so that it holds the very bits that its next prompt would compute.
-            kept = self.prefixes is not None and width == self.config.prefill_chunk
-            together = len(slots) * 2 > self.config.slots and not kept
-            for part in [slots] if together else [[slot] for slot in slots]:
-                self._prefill(width, part, self.config.slots if together else 1)
+        for width, slots, rows in plan.fresh:
+            self._prefill(width, slots, rows)
 
         for slot, width in plan.later:
             self._prefill(width, [slot], 1)

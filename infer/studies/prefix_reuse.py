@@ -27,6 +27,8 @@ from dspark_jax.serving.requests import Generation, Request
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig, PolicyName
 
+from ..serve import ENGINE
+
 
 @dataclass(frozen=True)
 class PrefixReuseSettings:
@@ -42,13 +44,13 @@ class PrefixReuseSettings:
     """New tokens of the first answer."""
     question: int = 30
     """Tokens of the second question."""
-    prefill_chunk: int = 256
+    prefill_chunk: int = ENGINE.prefill_chunk
     """Tokens of a prompt chunk, the unit that is kept."""
-    prefix_cache: int = 256
+    prefix_cache: int = ENGINE.prefix_cache
     """MiB for kept chunks."""
     policy: PolicyName = "fixed"
     """Verify policy."""
-    rounds_per_dispatch: int = 4
+    rounds_per_dispatch: int = ENGINE.rounds_per_dispatch
     """Rounds before the host reads tokens: the first token is seen with those of its first dispatch."""
     repeats: int = 11
     """Conversations, each answered by both engines."""
@@ -64,10 +66,12 @@ class PrefixReuseSettings:
 
 @dataclass(frozen=True)
 class Turn:
-    """A turn's answer, and the seconds from `submit` to the first tokens that the caller sees."""
+    """A turn's answer, and the seconds from `submit` to the first tokens that the caller sees, by the wall's clock and
+    of the CPU."""
 
     generation: Generation
     seconds: float
+    cpu_seconds: float
 
 
 @program
@@ -118,14 +122,14 @@ def timed(engine: Engine, prompt: list[int], new: int | None = None) -> Turn:
     """Run one request alone."""
     sampling = engine.sampling if new is None else replace(engine.sampling, max_new_tokens=new)
     # The clock includes the submission, as a client's would.
-    started, first = time.perf_counter(), None
+    started, spent, first = time.perf_counter(), time.process_time(), None
     engine.submit(0, Request(prompt, sampling))
     while True:
         for progress in engine.step():
             # The first progress brings the prefill's token, whose time is what reuse saves.
-            first = first or time.perf_counter() - started
+            first = first or (time.perf_counter() - started, time.process_time() - spent)
             if progress.generation is not None:
-                return Turn(progress.generation, first)
+                return Turn(progress.generation, *first)
 
 
 def report(settings: PrefixReuseSettings, pairs: list[tuple[Turn, Turn]]) -> None:
@@ -137,6 +141,7 @@ def report(settings: PrefixReuseSettings, pairs: list[tuple[Turn, Turn]]) -> Non
     seconds = [statistics.median(pair[i].seconds for pair in pairs) for i in (0, 1)]
     # Ratios of pairs: what slows the machine for a while slows both.
     ratios = sorted(kept.seconds / whole.seconds for whole, kept in pairs)
+    by_cpu = sorted(kept.cpu_seconds / whole.cpu_seconds for whole, kept in pairs)
     # Equal token for token: a kept chunk has the very bits that prefilling would give (docs/algorithm.md, rule 116).
     same = sum(whole.generation == kept.generation for whole, kept in pairs)
     facts: dict[str, Any] = {
@@ -147,6 +152,8 @@ def report(settings: PrefixReuseSettings, pairs: list[tuple[Turn, Turn]]) -> Non
         "milliseconds to the first token, kept prefix": round(1000 * seconds[1], 1),
         "median ratio": round(statistics.median(ratios), 3),
         "ratios from and to": [round(ratios[0], 3), round(ratios[-1], 3)],
+        "median ratio of CPU seconds": round(statistics.median(by_cpu), 3),
+        "ratios of CPU seconds from and to": [round(by_cpu[0], 3), round(by_cpu[-1], 3)],
         "identical answers": f"{same}/{len(pairs)}",
     }
     shown = {name: str(value) for name, value in asdict(settings).items()}
