@@ -39,6 +39,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Yields:
         `path` with `.tmp` appended, in the same folder, which must exist.
     """
+    require_disk_path(path)
     if path.is_symlink():
         path = Path(os.path.realpath(path))
     temporary = path.with_name(path.name + ".tmp")
@@ -69,6 +70,7 @@ def write_json(path: Path, value: Mapping[str, Any], *, indent: int = 1, sort_ke
         UserError: the file can't be written.
     """
     text = json.dumps(_plain(value), indent=indent, sort_keys=sort_keys, allow_nan=False) + "\n"
+    require_disk_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text)

@@ -135,6 +135,20 @@ def test_threads_end_with_the_iterator(cache):
     assert ended()
 
 
+def test_what_is_read_ahead_is_bounded(cache, monkeypatch):
+    loaded: list[int] = []
+    batch_at = Batches.batch_at
+    monkeypatch.setattr(Batches, "batch_at", lambda self, step: loaded.append(step) or batch_at(self, step))
+    with Batches(cache, 2, seed=0, buckets=BUCKETS).iterate(threads=2, prefetch=3) as iterator:
+        for taken in range(1, 4):
+            next(iterator)
+            # A loop that does nothing with its batches: the threads have all the time they want.
+            until = time.monotonic() + 0.3
+            while time.monotonic() < until:
+                time.sleep(0.01)
+            assert len(loaded) <= taken + 3 + 2
+
+
 def test_damage_surfaces_as_the_users_error(cache, monkeypatch):
     batches = Batches(cache, 2, seed=0, buckets=BUCKETS)
 

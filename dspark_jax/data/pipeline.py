@@ -149,7 +149,10 @@ class Batches:
         return [int(name) for sample in samples for name in sample.members or (sample.sample_id,)]
 
     def iterate(self, start: int = 0, stop: int | None = None, threads: int = 4, prefetch: int = 4) -> "BatchIterator":
-        """Batches from step `start` up to `stop` (None: endless), `prefetch` of them read ahead by `threads`."""
+        """Batches from step `start` up to `stop` (None: endless), `prefetch` of them read ahead by `threads`.
+
+        However slow the loop is, at most `prefetch` + `threads` batches are in memory beside the one that it has.
+        """
         return BatchIterator(self, start, _ENDLESS if stop is None else stop, threads, prefetch)
 
 
