@@ -76,6 +76,11 @@ PAIRS = (
         "load_real.json",
     ),
 )
+# The study's defaults are the embedded target's.
+REAL_STUDY = (
+    "--recipe", "smollm2_135m_dspark", "--start", "target", "--layers", "1", "8", "15", "22", "28",
+    "--conversations", "assets/smollm2_135m_drafter/conversations.parquet",
+)  # fmt: skip
 THRESHOLDS = ("0.2", "0.4", "0.6", "0.8", "0.9")
 
 
@@ -106,7 +111,7 @@ def steps(settings: FiguresSettings) -> dict[str, list[str]]:
         model = ("--target", pair.target, "--drafter", pair.drafter)
         real = pair is PAIRS[1]
         sets = [str(path) for path in settings.prompts] if real and settings.prompts else [heldout]
-        study = ("train.studies.compare", "--target", pair.target)
+        study = ("train.studies.compare", "--target", pair.target, *(REAL_STUDY if real else ()))
 
         found[pair.compare] = program_command(*study, "--only", "main", "--output", work / Path(pair.compare).stem)
         found[pair.curves] = program_command(

@@ -159,6 +159,8 @@ class LlamaCpp:
         params.model.path = str(file)
         # One sequence with the whole context, as the engine has one slot.
         params.n_ctx, params.n_parallel = longest, 1
+        # Its log, a dozen lines for each request, would bury the table.
+        params.verbosity = 0
         return cls(xllamacpp.Server(params), tokenizer, max_new_tokens)
 
     def __call__(self, prompts: Sequence[EncodedPrompt]) -> Timed:
