@@ -77,9 +77,9 @@ def _vllm(layout: str) -> Callable[[Form], str]:
 
 
 def _sglang(form: Form) -> str:
-    if form.kind in ("mtp", "part", "eagle3"):
+    if form.kind in ("mtp", "part"):
         return _refuses("it does not know the architecture")
-    if form.kind == "dflash2" or form.pruned or form.waits:
+    if form.kind in ("dflash2", "eagle3") or form.pruned or form.waits:
         return UNTRIED
     return READS if form.head else _refuses("its DSpark has a Markov head")
 
@@ -103,7 +103,11 @@ READERS: dict[str, dict[str, Callable[[Form], str]]] = {
         "SGLang 0.5.23": _sglang,
         "sglang-jax 8941115": _sglang_jax,
     },
-    "specforge": {"SpecForge 0.2.0": _specforge, "vLLM 0.32.0": _vllm("specforge"), "SGLang 0.5.23": _sglang},
+    "specforge": {
+        "SpecForge 0.2.0": _specforge,
+        "vLLM 0.32.0": _vllm("specforge"),
+        "SGLang 0.5.23": lambda form: _refuses("it has no such Eagle3") if form.kind == "eagle3" else _sglang(form),
+    },
     "speculators": {
         "speculators 0.9.0": lambda form: READS,
         "vLLM 0.32.0": _vllm("speculators"),
@@ -120,5 +124,10 @@ def verdicts(native: Config, layout: str) -> list[tuple[str, str]]:
     """
     if str(native.get("model_type")) == "deepseek_v4":
         return []
-    form = Form.of(native)
-    return [(program, judge(form)) for program, judge in READERS[layout].items()]
+    form, found = Form.of(native), []
+    for program, judge in READERS[layout].items():
+        # What was run had Qwen3's layers; only DeepSpec is known to build Gemma's.
+        known = form.family == "qwen3" or program.startswith("DeepSpec")
+        found.append((program, judge(form) if known else UNTRIED))
+
+    return found
