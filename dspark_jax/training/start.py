@@ -40,11 +40,11 @@ def earlier_params(run: Run) -> dict:
     tables = replace(run.tables(), config=run.target.config.widened)
     loaded = load_drafter(name, tables, dtype="float32", mesh=spec.mesh, rules=spec.placement.rules)
     expected = jax.tree.map(lambda x: x.shape, spec.abstract.params)
-    block, vocabulary = spec.drafter.block_size, getattr(spec.drafter, "draft_vocabulary", None)
 
-    # Equal shapes do not prove an equal vocabulary: it is compared by its ids.
-    alike = jax.tree.map(jnp.shape, loaded.params) == expected and loaded.config.block_size == block
-    if not alike or getattr(loaded.config, "draft_vocabulary", None) != vocabulary:
+    # Equal shapes prove neither an equal vocabulary, compared by its ids, nor anchors that both predict or both wait.
+    names = ("block_size", "draft_vocabulary", "sample_from_anchor")
+    same = all(getattr(loaded.config, name, None) == getattr(spec.drafter, name, None) for name in names)
+    if not same or jax.tree.map(jnp.shape, loaded.params) != expected:
         raise UserError(
             f"The drafter in {name} has not the layers, heads, block or draft vocabulary of this run; give one "
             "that was trained with its settings, or leave out drafter.init_drafter."
