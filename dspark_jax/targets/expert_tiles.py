@@ -45,7 +45,7 @@ def experts_by_tile(
 ) -> Float[Array, "n d"]:
     """Σ_k weights_k expert_{chosen_k}(row); ids outside 0 .. E - 1 add nothing. Not differentiable in reverse."""
     count, k = chosen.shape
-    pairs, tile = count * k, tile_rows(count * k, stack.experts)
+    tile = tile_rows(count * k, stack.experts)
 
     # Pairs are numbered n K + k; `order` lists them by expert, those of no expert here last.
     group = jnp.where((chosen >= 0) & (chosen < stack.experts), chosen, stack.experts).ravel()
@@ -58,6 +58,7 @@ def experts_by_tile(
     shares = weights.ravel()
 
     def run(step: Array, total: Array) -> Array:
+        # All ends are compared at once: a binary search would be a loop within the loop.
         expert = jnp.searchsorted(ends, step, side="right", method="compare_all")
         at = first[expert] + (step - ends[expert] + tiles[expert]) * tile
         real = at + jnp.arange(tile) < first[expert] + sizes[expert]
@@ -69,12 +70,13 @@ def experts_by_tile(
         # A row chooses an expert once, so no row is in a tile twice; rows past the run's end are dropped.
         return total.at[jnp.where(real, pair // k, count)].add(share, mode="drop")
 
-    assert pairs == len(shares)
+    # The bound is traced, so that only tiles with rows are run; a fixed one would visit every expert.
     total = jax.lax.fori_loop(0, ends[-1], run, jnp.zeros(rows.shape, jnp.float32))
     return total.astype(rows.dtype)
 
 
 def tile_rows(pairs: int, experts: int) -> int:
     """T: the power of two at or above the mean number of rows of an expert, within bounds."""
+    # Smaller tiles would widen an expert more often than needed, larger ones multiply rows of padding.
     mean = max(1, -(-pairs // experts))
     return min(max(1 << (mean - 1).bit_length(), SMALLEST_TILE), LARGEST_TILE)

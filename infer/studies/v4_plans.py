@@ -42,12 +42,14 @@ class V4PlansSettings:
 def main(argv: list[str]) -> None:
     settings = parse(V4PlansSettings, argv, description=__doc__)
     make_output(settings.results.parent)
+    # Earlier plans stay, the same ones made anew are replaced.
     plans: dict[str, Any] = read_object(settings.results) if settings.results.exists() else {}
 
     checked(settings.machines)
     for repository, machines in MACHINES.items():
         for machine in machines:
             wanted = settings.repository in ("", repository) and machine.name in (settings.machines or (machine.name,))
+            # One program for each number of requests: the verify bucket follows it.
             for slots in settings.slots if wanted else ():
                 key = f"{repository} on {machine.name}, R = {slots}"
                 sizes = repository, machine, slots, settings.longest
@@ -72,6 +74,7 @@ def shown(plans: dict[str, Any]) -> str:
     body = []
     for key, plan in plans.items():
         held, whole = plan["counted_gib"], plan.get("whole_depth")
+        # Held for good, and the most that a dispatch takes beside it.
         together = sum(held.values()) + (whole["temporary"] if whole else 0)
         row = [key, plan["mesh"], *(f"{held[name]:.1f}" for name in ("target", "drafter", "state"))]
         if whole is None:

@@ -124,6 +124,7 @@ def train(graphdef: nnx.GraphDef, params: dict, batches: Iterator[Rows], setting
     tables = {path: leaf for path, leaf in flat.items() if not jnp.issubdtype(leaf.dtype, jnp.floating)}
     weights = {path: leaf for path, leaf in flat.items() if path not in tables}
 
+    # AdamW for all of it: Muon's list of matrices knows none of V4's.
     steps = settings.steps
     rate = optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate, max(1, steps // 20), steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.95, weight_decay=0.01))
@@ -155,6 +156,7 @@ def main(argv: list[str]) -> None:
     graphdef, params = fresh_params(hf_config, settings.seed)
     params = train(graphdef, params, single_rows(stream, settings.rows, settings.length), settings)
 
+    # In float32 and without codes: quantised to fp4, a model of this size would be another one.
     save_v4_target(folder, hf_config, params, "float32")
     for name in (*TOKENIZER_FILES, "chat_template.jinja", "generation_config.json"):
         if (source / name).exists():

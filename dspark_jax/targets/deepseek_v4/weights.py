@@ -27,6 +27,7 @@ def dense(
     config: V4Config, shape: tuple[int, ...], *axes: str | None, rngs: nnx.Rngs, stored: Unfolding = LINEAR
 ) -> Any:
     """A parameter of this shape with these logical axes, fp8 in the files."""
+    # Codes are no start for training: a fresh model of them has zeros, and loading fills it.
     if config.low_bit:
         return Fp8Weight(shape, stored.order, stored.rows, axes)
     return param(normal(rngs, shape, config.initializer_range), *axes)
@@ -34,6 +35,7 @@ def dense(
 
 def experts(config: V4Config, shape: tuple[int, int, int], *axes: str | None, rngs: nnx.Rngs) -> Any:
     """A parameter [E, in, out] with these logical axes, one fp4 matrix [out, in] for each expert in the files."""
+    # Output-first, as a file's matrices lie, so that loading moves bytes and computes nothing.
     if config.low_bit:
         count, size_in, size_out = shape
         return Fp4Experts((count, size_out, size_in), (axes[0], axes[2], axes[1]))
