@@ -16,6 +16,7 @@ import pytest
 
 from dspark_jax.checkpoints.drafters import save_drafter
 from dspark_jax.checkpoints.huggingface import load_target
+from dspark_jax.config.cli import load_config
 from dspark_jax.data.cache_writer import CacheWriter
 from dspark_jax.data.pipeline import Batches
 from dspark_jax.data.target_cache import TargetCache
@@ -23,11 +24,13 @@ from dspark_jax.data.views import Packed, Tapped, Truncated
 from dspark_jax.errors import UserError
 from dspark_jax.files import lock_folder
 from dspark_jax.storage import lease, objects, replica, shards
-from dspark_jax.storage.places import Place
+from dspark_jax.storage.places import Place, local_path
 from dspark_jax.storage.shards import Shard, ShardFolder
 from dspark_jax.training import array_blocks
 from dspark_jax.training.checkpoint import abstract
+from dspark_jax.training.fitting import only_writer
 from dspark_jax.training.object_checkpoints import ASIDE, MARKER, ObjectCheckpoints
+from dspark_jax.training.run_folder import require_same_run, write_config
 from infer.export import main as export
 from tests.drafters_tiny import write_pair
 from tests.kill_cache import SHARD_BYTES, SOURCES, SPEC, make_sample, write_cache
@@ -350,3 +353,14 @@ def test_models_are_read_from_a_store_and_exports_written_to_it(
         load_target("s3://pod/models/none.gguf")
     with pytest.raises(UserError, match="is in an object store, where this program does not write"):
         lock_folder(Path("s3://pod/models/out"))
+
+
+def test_a_run_is_known_in_the_store_before_it_has_anything_else():
+    """A kill while it writes its own records must not leave a folder that is no run's."""
+    config, folder = load_config("debug"), local_path("s3://pod/early")
+    write_config(folder, config)
+    assert list(objects.listing(place("early"))) == ["config.json"]
+    objects.write(place("early/cache/manifest.json"), b"{}")
+    shutil.rmtree(folder)
+    with only_writer(folder):
+        require_same_run(folder, config)

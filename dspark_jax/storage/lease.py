@@ -48,6 +48,7 @@ class Lease:
         self._count, self._host = 0, socket.gethostname()
         self._token, self._here = uuid.uuid4().hex, _identity(folder)
         self._ended = threading.Event()
+        # Taken before the thread is begun, so that a refusal leaves none behind.
         try:
             self._held = self._take()
         except Unconditional:
@@ -98,6 +99,7 @@ class Lease:
             self._watch(before, str(theirs.get("host")))
 
         # None before: it was released between the two looks.
+        # On the condition of what was seen: of several that take it over, one succeeds.
         mine = (
             objects.create(self.place, self._bytes())
             if before is None
@@ -109,6 +111,7 @@ class Lease:
 
     def _watch(self, before: Found, host: str) -> None:
         """Returns when the object has stood still for long enough; UserError when it changes."""
+        # Said, since the program seems to hang meanwhile.
         print(f"Waiting {self._seconds:g} s to see whether {host} still writes {self.place.parent}.", file=sys.stderr)
         for _ in range(_POLLS):
             time.sleep(self._seconds / _POLLS)

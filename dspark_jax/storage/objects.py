@@ -62,6 +62,7 @@ def patience() -> float:
 
 def find(place: Place) -> Found | None:
     """The object at a place; None where there is none."""
+    # Asked for, not listed: one request, and a missing object is an answer.
     with suppress(Missing), _reported(place, "found"):
         return _found(_library(place).head(_store(place), place.key))
     return None
@@ -87,6 +88,7 @@ def read(place: Place, span: tuple[int, int] | None = None, seen: Found | None =
 def listing(place: Place) -> dict[str, Found]:
     """All objects below a place, by their names relative to it, in order."""
     names: dict[str, Found] = {}
+    # Page by page, as the store gives them: a cache may have a hundred thousand shards.
     with _reported(place, "listed"):
         for chunk in _library(place).list(_store(place), prefix=place.key or None):
             for entry in chunk:
@@ -132,6 +134,7 @@ def write(place: Place, data: bytes | Iterable[Any]) -> Found:
 
 def upload(path: Path, place: Place) -> Found:
     """Replaces an object by the bytes that a file has now."""
+    # Read at once where it is small: a log that grows meanwhile is sent as it was.
     if path.stat().st_size <= PART_BYTES:
         return write(place, path.read_bytes())
     with open(path, "rb") as file:
@@ -150,6 +153,7 @@ def replace(place: Place, data: bytes, seen: Found) -> Found | None:
 
 def remove(places: Sequence[Place]) -> None:
     """Removes objects; those that are not there count as removed."""
+    # One by one and in order: callers remove what makes others whole first.
     for place in places:
         with suppress(Missing), _reported(place, "removed"):
             _library(place).delete(_store(place), place.key)
@@ -186,6 +190,7 @@ def _put(place: Place, data: Any, **options: Any) -> Found:
 
 
 def _library(place: Place) -> Any:
+    # Imported late, and so at all only by those who have files in a store.
     try:
         import obstore
     except ImportError:
@@ -242,6 +247,7 @@ def _repeated(call: Callable[[], T]) -> T:
         try:
             return call()
         except GenericError as error:
+            # An answer of the store has been repeated by the library already; a body that broke off has not.
             if "Server returned non-2xx" in str(error) or time.monotonic() - began + pause > patience():
                 raise
             time.sleep(pause)

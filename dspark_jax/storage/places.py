@@ -63,6 +63,7 @@ def place_of(location: Location) -> Place | None:
     text = os.fspath(location)
     found = _URL.fullmatch(text)
     if found is not None and found["scheme"] in SCHEMES:
+        # A store takes such keys, and a path of this machine would be another one.
         key = found["key"].rstrip("/")
         if any(part in ("", ".", "..") for part in key.split("/")) and key:
             raise UserError(f"{text} has an empty or dotted part; expected {found['scheme']}://BUCKET/A/B.")
@@ -86,6 +87,7 @@ def copy_path(location: Location) -> Path:
 
 
 def _below(use: str, location: Location) -> Path:
+    # A path stays the path that it is, relative ones too.
     place = place_of(location)
     if place is None:
         return Path(location)

@@ -55,12 +55,14 @@ class Replica:
         # Several processes of a machine may fetch the same model.
         with lock_folder(self._notes, "the notes on copies", wait=True):
             self._read_notes()
+            # Removals first, so that a disk that is nearly full has room for what comes.
             for name in [] if not remove else [name for name in self._here() if name not in there]:
                 (self.folder / name).unlink()
                 self._copies.pop(name, None)
 
             for name, seen in there.items():
                 path = self.folder / name
+                # The same content in the store, and a file here that was not touched since it came.
                 if self._copies.get(name) == [seen.tag, *_state(path)]:
                     continue
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,6 +84,7 @@ class Replica:
                     seen = objects.upload(path, self.place / name)
                     self._note(name, seen, state)
 
+            # Only what was known here: others may keep objects below the same place.
             gone = [name for name in self._copies if name not in here]
             objects.remove([self.place / name for name in gone])
             self._copies = {name: note for name, note in self._copies.items() if name not in gone}
@@ -146,6 +149,7 @@ def fetched_file(location: Location) -> Path:
     if place is None:
         return Path(location)
 
+    # By its name alone: the folder around it may hold anything.
     replica = Replica(place.parent, copy_path(location).parent, names=[place.name])
     if not replica.pull(remove=False):
         raise objects.Missing(f"{place} does not exist; correct the path.")
@@ -231,6 +235,7 @@ def written_file(location: Location, what: str) -> Iterator[Output]:
 
 @contextmanager
 def _pushed(replica: Replica, lease: Lease, last: Sequence[str]) -> Iterator[Output]:
+    # Before the caller looks at the folder: it shall find what the store has, not what a kill has left here.
     replica.pull()
     output = Output(replica.folder, replica, lease, last)
     try:

@@ -59,6 +59,7 @@ class ShardFolder:
 
     def ahead(self, numbers: Iterable[int]) -> None:
         """Starts fetching shards, in this order, without waiting for them."""
+        # The pool's own queue keeps the order, and its size bounds the requests under way.
         for number in numbers:
             self._wanted(number)
 
@@ -72,6 +73,7 @@ class ShardFolder:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _wanted(self, number: int) -> "Future[Path]":
+        # Under the lock nothing waits: fetching is the pool's work.
         with self._lock:
             future = self._here.get(number)
             # A shard whose fetching failed is tried again by whoever wants it next.
@@ -99,6 +101,7 @@ class ShardFolder:
             if path.stat().st_size == shard.bytes and (shard.xxh3 is None or file_hash(path) == shard.xxh3):
                 return path
 
+        # Seen first, so that the parts of the file are of one content.
         place = self.place / shard.name
         seen = objects.find(place)
         if seen is None:
@@ -110,6 +113,7 @@ class ShardFolder:
 
 def require_shards(place: Place, shards: Sequence[Shard]) -> None:
     """UserError naming the first shard that is missing at a place or whose size is not its manifest's; one listing."""
+    # One listing instead of a request for each of thousands.
     there = objects.listing(place)
     for shard in shards:
         seen = there.get(shard.name)
@@ -135,5 +139,6 @@ def bound_of(folder: Path) -> int:
         except ValueError:
             raise UserError(f"{GIGABYTES} is {text!r}; a number of gigabytes was expected.") from None
 
+    # What lies here already may be replaced, so it counts as free.
     here = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
     return int(_SHARE_OF_DISK * (shutil.disk_usage(folder).free + here))

@@ -91,6 +91,7 @@ def _data(x: Any) -> jax.Array:
 def read_blocks(folder: Place, attempt: str, parts: list[Part], like: Any) -> dict[Block, np.ndarray]:
     """The blocks of an array that this process's devices hold, read from the parts that overlap them."""
     plain = jax.eval_shape(_data, jax.ShapeDtypeStruct(like.shape, like.dtype))
+    # Replicas are one block: devices that hold the same part of an array share what is read.
     wanted = {
         _block(index, plain.shape) for index in like.sharding.addressable_devices_indices_map(plain.shape).values()
     }
@@ -108,6 +109,7 @@ def read_blocks(folder: Place, attempt: str, parts: list[Part], like: Any) -> di
             blocks[block][_slices(common, block)] = values[_slices(common, lies)]
             filled[block] += math.prod(stop - start for start, stop in common)
 
+    # Every element exactly once, or the parts are not those of this array.
     if any(filled[block] != blocks[block].size for block in blocks):
         raise Damaged("a part of an array is missing, or it is of another shape")
     return blocks
@@ -127,6 +129,7 @@ def _read(folder: Place, attempt: str, part: Part, dtype: Any) -> np.ndarray:
 
 def placed(like: Any, blocks: dict[Block, np.ndarray]) -> jax.Array:
     plain = jax.eval_shape(_data, jax.ShapeDtypeStruct(like.shape, like.dtype))
+    # Each device takes its own block; no process has the whole array.
     array = jax.make_array_from_callback(plain.shape, like.sharding, lambda index: blocks[_block(index, plain.shape)])
     is_key = jax.dtypes.issubdtype(like.dtype, jax.dtypes.prng_key)
     return jax.random.wrap_key_data(array) if is_key else array

@@ -33,6 +33,7 @@ class Clock:
     @classmethod
     def of(cls, extra: Mapping[str, Any]) -> "Clock":
         """Continues the clock of a checkpoint's notes; a new one without."""
+        # A run that was begun without a checkpoint has no earlier time that is known.
         return cls(*extra["clock"]) if "clock" in extra else cls()
 
     def notes(self) -> list[float]:
@@ -50,6 +51,7 @@ class Clock:
 
     def close(self, now: float) -> dict[str, float | None]:
         """The window's shares for its record; the next window is open, but not timed before `restart`."""
+        # Steps that a checkpoint does not hold yet count here, and are lost with the process if it dies.
         self.useful += self.stepped(now)
         span = None if self.timed_from is None else now - self.timed_from
         shares = {
@@ -63,6 +65,7 @@ class Clock:
 
     def restart(self, now: float) -> None:
         """Begins the window's span here, which leaves out the evaluation since the last step."""
+        # A run that has not finished its first step has no span to begin.
         if self.timed_from is not None:
             self.timed_from = now
 
@@ -73,6 +76,7 @@ class Clock:
         """
         began = time.perf_counter()
         taken = take()
+        # A batch that comes while the device works costs nothing, however long it took.
         ready = [value.is_ready() for value in running.values()]  # type: ignore[attr-defined]
         if self.timed_from is not None and all(ready):
             self.waited += time.perf_counter() - began
@@ -83,5 +87,6 @@ class Clock:
         """Counts the time of the block as a save's."""
         began = time.perf_counter()
         yield
+        # Before the first step has ended nothing is timed, so nothing is to be taken off.
         if self.timed_from is not None:
             self.saved += time.perf_counter() - began

@@ -21,7 +21,7 @@ from dspark_jax.storage.replica import Output, Replica, written
 from dspark_jax.targets.target import Target
 from dspark_jax.training.checkpoint import Checkpoints
 from dspark_jax.training.loop import train
-from dspark_jax.training.object_checkpoints import ObjectCheckpoints
+from dspark_jax.training.object_checkpoints import AnyCheckpoints, ObjectCheckpoints
 from dspark_jax.training.provenance import provenance_of
 from dspark_jax.training.run import Run
 from dspark_jax.training.run_folder import require_same_inputs, require_same_run, write_config, write_inputs
@@ -146,7 +146,7 @@ def export(run: Run, target: Target, params: dict, name: str) -> Path:
     return folder
 
 
-def open_checkpoints(run: Run, out: Output) -> Checkpoints | ObjectCheckpoints:
+def open_checkpoints(run: Run, out: Output) -> AnyCheckpoints:
     """The run's checkpoints, kept as its configuration says; close them. In a store, its records come before them."""
     place, kept = place_of(run.folder), run.checkpoints
     if place is not None:

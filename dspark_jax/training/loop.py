@@ -15,12 +15,11 @@ from dspark_jax.distributed import is_first
 from dspark_jax.drafters.protocol import SharedTables
 from dspark_jax.roofline.hardware import peak_flops
 from dspark_jax.roofline.training import training_flops
-from dspark_jax.training.checkpoint import Checkpoints
 from dspark_jax.training.clock import Clock
 from dspark_jax.training.evaluation import TAU, Evaluator
 from dspark_jax.training.feeds import Offline, open_feed
 from dspark_jax.training.guards import Preempted, Preemption, SkipGuard, updated
-from dspark_jax.training.object_checkpoints import ObjectCheckpoints
+from dspark_jax.training.object_checkpoints import AnyCheckpoints
 from dspark_jax.training.run import Due, Run
 from dspark_jax.training.run_folder import MetricsLog, NoLog
 from dspark_jax.training.spec import StepSpec
@@ -136,12 +135,7 @@ class Records:
         return scores.get(TAU)
 
     def save(
-        self,
-        checkpoints: Checkpoints | ObjectCheckpoints,
-        feed: Offline,
-        done: int,
-        state: TrainState,
-        score: float | None,
+        self, checkpoints: AnyCheckpoints, feed: Offline, done: int, state: TrainState, score: float | None
     ) -> None:
         """Starts a checkpoint after `done` steps, with what the run had counted by then."""
         # Waits for the step, which is no part of the save.
@@ -197,9 +191,7 @@ def tokens_at(batches: Batches, step: int) -> int:
     return int(batches.source.lengths[batches.indices_at(step)].sum())
 
 
-def train(
-    run: Run, shared: SharedTables, checkpoints: Checkpoints | ObjectCheckpoints
-) -> tuple[TrainState, list[dict[str, Any]]]:
+def train(run: Run, shared: SharedTables, checkpoints: AnyCheckpoints) -> tuple[TrainState, list[dict[str, Any]]]:
     """Runs the steps that are left, from the latest whole checkpoint if there is one.
 
     Args:

@@ -30,7 +30,7 @@ from dspark_jax.storage import objects
 from dspark_jax.storage.objects import Missing
 from dspark_jax.storage.places import Place
 from dspark_jax.training.array_blocks import Damaged, Held, Part, held_later, placed, read_blocks
-from dspark_jax.training.checkpoint import State, opened, sealed
+from dspark_jax.training.checkpoint import Checkpoints, State, opened, sealed
 from dspark_jax.training.checksum import begin_checksums, checksums, fetch_checksums
 
 MARKER, ASIDE = "checkpoint.json", "checkpoint.damaged.json"
@@ -95,6 +95,7 @@ class ObjectCheckpoints:
 
     def restore_latest(self, like: State) -> tuple[int, State, Any] | None:
         """(step, state, extra) of the newest checkpoint that is what was saved, as `Checkpoints.restore_latest`."""
+        # Newest first; each damaged one loses its marker until a whole one is found.
         while (step := self.latest) is not None:
             # In a job one process may fail to read what the others can; falling back alone would split the job.
             if jax.process_count() > 1:
@@ -152,6 +153,7 @@ class ObjectCheckpoints:
         """Lists what is there; the first process removes what a killed one has left, and sets torn markers aside."""
         names = objects.listing(self.place)
         for name in names:
+            # A step is what has a marker; all else under its number was interrupted.
             step, _, file = name.partition("/")
             if file != MARKER or not step.isdigit():
                 continue
@@ -221,6 +223,7 @@ class ObjectCheckpoints:
                 part = Part(leaf, start, list(array.shape), process, offset, len(data), xxhash.xxh3_128_hexdigest(data))
                 table.append(asdict(part))
                 offset += len(data)
+                # In slices of one request, so that no array is held a second time.
                 for at in range(0, len(data), objects.PART_BYTES):
                     yield data[at : at + objects.PART_BYTES]
 
@@ -233,11 +236,13 @@ class ObjectCheckpoints:
         folder, count = self.place / str(step), jax.process_count()
         tables = {f"{self._attempt}-{process:05d}.json" for process in range(count)}
         deadline = time.monotonic() + _STRAGGLER_SECONDS
+        # By listing, not by a barrier: this is a thread, and collectives belong to the loop.
         while missing := tables - objects.listing(folder).keys():
             if time.monotonic() > deadline:
                 raise UserError(f"{min(missing)} of step {step} was not written within {_STRAGGLER_SECONDS} s.")
             time.sleep(0.2)
 
+        # What the checkpoint refers to is in the store before the checkpoint is.
         self._before()
         marker = sealed(notes | {"attempt": self._attempt, "processes": count})
         objects.write(folder / MARKER, json.dumps(marker).encode())
@@ -278,3 +283,7 @@ class ObjectCheckpoints:
         if checksums(state) != notes["checksums"]:
             raise Damaged("its arrays are not those that were saved")
         return state, notes["extra"]
+
+
+AnyCheckpoints = Checkpoints | ObjectCheckpoints
+"""Of a run on a disk, or in a store."""

@@ -31,6 +31,8 @@ from dspark_jax.data.manifest import MANIFEST, pulled
 from dspark_jax.errors import UserError
 from dspark_jax.files import file_hash, weights_hash, write_atomically, write_json
 from dspark_jax.readers import check_fields, object_of, parse_json, read_object
+from dspark_jax.storage import objects
+from dspark_jax.storage.places import place_of
 from dspark_jax.storage.replica import fetched_file
 
 # None of these changes (but for rounding) the parameters that a run arrives at, so a resumed run may differ in them.
@@ -73,6 +75,9 @@ def write_config(folder: Path, config: TrainConfig) -> None:
     """Creates the run's folder and writes config.json, atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", to_json(config))
+    # In a store before anything else: the folder is recognised as this run's, whatever a kill leaves there.
+    if (place := place_of(folder)) is not None:
+        objects.upload(folder / "config.json", place / "config.json")
 
 
 # -- Inputs of the run -----------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from dspark_jax.report import listing
 from dspark_jax.sharding import make_mesh
 from dspark_jax.storage.places import local_path, place_of, shown
 from dspark_jax.training.checkpoint import Checkpoints
-from dspark_jax.training.object_checkpoints import ObjectCheckpoints
+from dspark_jax.training.object_checkpoints import AnyCheckpoints, ObjectCheckpoints
 from dspark_jax.training.step import TrainState
 
 
@@ -46,6 +46,7 @@ class StallOptions:
 def main(argv: list[str]) -> None:
     mine, rest = divide_options(argv, StallOptions)
     options = parse(StallOptions, mine)
+    # The configuration's own options too: a mesh, another block, another optimizer.
     config = parse_training(rest, "train.studies.save_stall", __doc__)
     if not options.output or options.saves < 1:
         raise UserError("Give --output, an empty folder for the checkpoints, and at least 1 of --saves.")
@@ -54,6 +55,7 @@ def main(argv: list[str]) -> None:
         config = dataclasses.replace(config, drafter=drafter)
 
     announce(config.compute_dtype)
+    # From shapes alone: no target, no data and no first step are needed for what a save costs.
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     state = state_like(AbstractRun.of(config, mesh).spec.abstract)
     size = sum(x.nbytes for x in jax.tree.leaves(state.opt_state)) + sum(
@@ -65,8 +67,9 @@ def main(argv: list[str]) -> None:
     print(listing({"output": shown(options.output), "state": f"{size / 2**30:.3f} GiB", **figures}))
 
 
-def opened(output: str) -> Checkpoints | ObjectCheckpoints:
+def opened(output: str) -> AnyCheckpoints:
     """Checkpoints in a folder or at a place, of which one is kept."""
+    # Steps that are there already would be counted as the run's, and removed.
     place = place_of(output)
     folder = local_path(output)
     if place is None and folder.exists() and any(folder.iterdir()):
@@ -82,6 +85,7 @@ def state_like(abstract: TrainState) -> TrainState:
             return jax.random.key(0)
         # Cheap noise: real random numbers of gigabytes would take minutes on a CPU.
         words = jax.lax.iota(jnp.uint32, max(like.size, 1)) * jnp.uint32(0x9E3779B1)
+        # One round of mixing, so that neighbours do not compress.
         words = (words ^ (words >> 15)) * jnp.uint32(0x85EBCA6B)
         return (words.astype(jnp.float32) / 2.0**32).reshape(like.shape or ()).astype(like.dtype)
 
@@ -102,9 +106,10 @@ def step(state: TrainState) -> TrainState:
     return jax.tree.map(changed, state)
 
 
-def measure(checkpoints: Checkpoints | ObjectCheckpoints, state: TrainState, saves: int) -> dict[str, str]:
+def measure(checkpoints: AnyCheckpoints, state: TrainState, saves: int) -> dict[str, str]:
     """Takes `saves` checkpoints among steps; figures by name, medians with their spread where there are several."""
     alone, calls, beside, durable = list[float](), list[float](), list[float](), list[float]()
+    # Compiled before anything is timed.
     state = jax.block_until_ready(step(state))
 
     for number in range(saves):
@@ -112,6 +117,7 @@ def measure(checkpoints: Checkpoints | ObjectCheckpoints, state: TrainState, sav
             state, seconds = timed(state)
             alone.append(seconds)
 
+        # What the loop waits for, and then what it does not.
         began = time.perf_counter()
         checkpoints.save(number + 1, state, {})
         calls.append(time.perf_counter() - began)
