@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dspark_jax.decoding.sampling import RESIDUAL, SamplingArrays, draw, draw_token, round_keys, sampling_law, uniforms
+from infer.studies import cuts
 
 
 def settings(rows: list[tuple[float, ...]]) -> SamplingArrays:
@@ -56,6 +58,12 @@ def test_a_truncated_neighbour_leaves_the_law_alone() -> None:
     law = jax.jit(sampling_law)
     np.testing.assert_array_equal(law(logits, beside)[0], law(logits, plain)[0])
     assert int(jnp.sum(law(logits, beside)[1] > 0)) == 3
+
+
+def test_cuts_keep_what_a_sort_keeps(capsys: pytest.CaptureFixture[str]) -> None:
+    """The study refuses to time forms that differ; its rows have ties."""
+    cuts.main(["--vocab", "700", "--rows", "3", "--repeats", "1"])
+    assert capsys.readouterr().out.count("top-") == 2
 
 
 def test_ties_are_kept_whole_and_greedy_takes_the_first() -> None:
