@@ -72,9 +72,9 @@ def _begin(
 
 
 def _things(place: Place) -> int:
-    """Objects of the run, but for the one that its writer renews."""
+    """Objects of the run, but for those that its writers renew."""
     try:
-        return sum(1 for name in objects.listing(place) if not name.startswith("."))
+        return sum(1 for name in objects.listing(place) if "/." not in f"/{name}")
     except UserError:
         return 0
 
