@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from dspark_jax.checkpoints.drafters import load_drafter
-from dspark_jax.checkpoints.huggingface import load_target, resolve_folder
+from dspark_jax.checkpoints.huggingface import Weights, load_target, resolve_folder
 from dspark_jax.config.cli import FLAT, parse, program
 from dspark_jax.devices import announce, machine
 from dspark_jax.drafters.registry import Drafter
@@ -55,6 +55,8 @@ class BenchSettings:
     thinking: bool = False
     """Let the chat template open with thinking, where it has such a switch."""
     dtype: Literal["float32", "bfloat16"] | None = None
+    weights: Weights = "stored"
+    """int8: the layers' matrices of both models with a scale for each output, which may change what is said."""
     engine: Annotated[EngineConfig, FLAT] = EngineConfig(slots=1, rounds_per_dispatch=64, smallest_prompt_bucket=64)
 
     def sampling(self, temperature: float) -> SamplingParams:
@@ -74,12 +76,12 @@ def main(argv: list[str]) -> None:
 
     make_output(settings.output)
     dtype = announce(settings.dtype)
-    target = load_target(settings.target, dtype=dtype)
+    target = load_target(settings.target, dtype=dtype, weights=settings.weights)
     prompts = read_prompts(target, settings.prompts, settings.limit or None, settings.thinking)
     if settings.against == "transformers":
         metrics = against_transformers(settings, target, prompts)
     else:
-        drafter = load_drafter(settings.drafter, target, dtype=dtype)
+        drafter = load_drafter(settings.drafter, target, dtype=dtype, weights=settings.weights)
         metrics = against_plain(settings, target, drafter, prompts)
         acceptance_plot(settings.output / "conditional_acceptance.png", metrics["temperatures"])
 

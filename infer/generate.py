@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO
 
 from dspark_jax.checkpoints.drafters import load_drafter
-from dspark_jax.checkpoints.huggingface import load_target
+from dspark_jax.checkpoints.huggingface import Weights, load_target
 from dspark_jax.config.cli import FLAT, parse, program
 from dspark_jax.devices import announce
 from dspark_jax.errors import UserError
@@ -49,6 +49,8 @@ class GenerateSettings:
     dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of weights and activations; None: float32 on a CPU, else the target's own. In bfloat16 a greedy answer may
     differ from plain decoding at a near-tie."""
+    weights: Weights = "stored"
+    """int8: the layers' matrices of both models with a scale for each output, which may change what is said."""
     sampling: Annotated[SamplingParams, FLAT] = SamplingParams()
     engine: Annotated[EngineConfig, FLAT] = EngineConfig()
 
@@ -66,8 +68,10 @@ def main(argv: list[str]) -> None:
         settings = replace(settings, target=EMBEDDED, drafter=settings.drafter or EMBEDDED)
 
     dtype = announce(settings.dtype)
-    target = load_target(settings.target, dtype=dtype)
-    drafter = load_drafter(settings.drafter, target, dtype=dtype) if settings.drafter else None
+    target = load_target(settings.target, dtype=dtype, weights=settings.weights)
+    drafter = (
+        load_drafter(settings.drafter, target, dtype=dtype, weights=settings.weights) if settings.drafter else None
+    )
     prompts = prompts_of(settings, target)
 
     requests = [Request(prompt.tokens) for prompt in prompts]

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Annotated, Literal
 
 from dspark_jax.checkpoints.drafters import load_drafter
-from dspark_jax.checkpoints.huggingface import load_target
+from dspark_jax.checkpoints.huggingface import Weights, load_target
 from dspark_jax.config.cli import FLAT, parse, program
 from dspark_jax.devices import announce
 from dspark_jax.drafters.registry import Drafter
@@ -42,6 +42,8 @@ class ServeSettings:
     """Folder or hub id of the drafter; empty: plain decoding."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of weights and activations; None: float32 on a CPU, else the target's own."""
+    weights: Weights = "stored"
+    """int8: the layers' matrices of both models with a scale for each output, which may change what is said."""
     warm_up: WarmUp = "needed"
     """Programs compiled before the first request. needed: those of every request, and the others whenever none comes.
     all: every one, so that no request waits for the compiler. none: each when a request needs it."""
@@ -64,8 +66,10 @@ def main(argv: list[str]) -> None:
     # Bound before the weights are loaded: a port that is taken shows at once.
     with bind(config) as bound:
         dtype = announce(settings.dtype)
-        target = load_target(settings.target, dtype=dtype)
-        drafter = load_drafter(settings.drafter, target, dtype=dtype) if settings.drafter else None
+        target = load_target(settings.target, dtype=dtype, weights=settings.weights)
+        drafter = (
+            load_drafter(settings.drafter, target, dtype=dtype, weights=settings.weights) if settings.drafter else None
+        )
         service = service_of(settings, target, drafter, config)
 
         engine = service.driver.engine

@@ -11,7 +11,7 @@ import dspark_jax
 
 SIGNATURES = {
     "load_target": "(path_or_id, dtype, mesh, rules, tokenizer, weights)",
-    "load_drafter": "(path_or_id, target, dtype, mesh, rules, compare_manifest, layer_shift)",
+    "load_drafter": "(path_or_id, target, dtype, mesh, rules, compare_manifest, layer_shift, weights)",
     "generate": "(target, drafter, prompts, sampling, engine)",
     "stream": "(target, drafter, prompts, sampling, engine)",
     "calibrate": "(target, drafter, prompts, sampling, engine, samples, recenter)",

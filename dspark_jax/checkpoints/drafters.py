@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from dspark_jax.checkpoints.deepseek_v4_drafters import holds_v4, load_v4_drafter
 from dspark_jax.checkpoints.deepseek_v4_published import save_v4_drafter
 from dspark_jax.checkpoints.deepspec import drafter_tensor_map
 from dspark_jax.checkpoints.folder_layout import CONFIG_FILE, DRAFT_HEAD, EMBEDDING, HEAD, FolderLayout
-from dspark_jax.checkpoints.huggingface import DTYPES, resolve_folder
+from dspark_jax.checkpoints.huggingface import DTYPES, Weights, resolve_folder
 from dspark_jax.checkpoints.layouts import layout_named, native_config, read_stored_config
 from dspark_jax.checkpoints.leftovers import HARMLESS, refuse_leftovers
 from dspark_jax.checkpoints.manifest import (
@@ -38,12 +38,12 @@ from dspark_jax.checkpoints.tensors import (
 )
 from dspark_jax.drafters.protocol import SharedTables
 from dspark_jax.drafters.registry import Drafter, read_config, skeleton
-from dspark_jax.drafters.vocabulary import DraftVocabulary
+from dspark_jax.drafters.vocabulary import DraftVocabulary, rows_of, sampled_rows
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import ShardingRules, parameter_shardings, split
+from dspark_jax.targets.int8 import in_int8
 from dspark_jax.targets.target import Target
 
-_SAMPLED_ROWS = 64
 _DRAFT_HEAD_PATH = ("draft_head_pd",)
 
 
@@ -77,6 +77,7 @@ def load_drafter(
     rules: ShardingRules | None = None,
     compare_manifest: bool = True,
     layer_shift: int = 0,
+    weights: Weights = "stored",
 ) -> Drafter:
     """Loads a drafter of `target` from a folder or hub id in any of the layouts.
 
@@ -88,6 +89,7 @@ def load_drafter(
         rules: how they are placed.
         compare_manifest: refuse a folder whose dspark.json, where it has one, contradicts its config or the target.
         layer_shift: added to the layer ids that the files name, for files whose convention is in doubt.
+        weights: "int8" keeps the draft layers' matrices in int8, with a scale for each output, on one device.
 
     Returns:
         The drafter, config and parameters.
@@ -127,6 +129,8 @@ def load_drafter(
     # Last: a fault that an earlier check explains is better named by that check.
     if compare_manifest:
         check_integrity(folder, target)
+    if weights == "int8":
+        graphdef, params = in_int8(graphdef, params, str(path_or_id))
     return Drafter(str(path_or_id), config, graphdef, params, hf_config)
 
 
@@ -234,18 +238,6 @@ def shared_tables(target: Target) -> SharedTables:
 def draft_head(shared: SharedTables, vocabulary: DraftVocabulary) -> Float[Array, "p d"]:
     """The target's head rows [P, D] for a pruned draft vocabulary."""
     return rows_of(shared.head, vocabulary.ids)
-
-
-@jax.jit
-def rows_of(table: Array, rows: Int[Array, " n"]) -> Array:
-    """Rows [n, D] of a table [V, D]."""
-    # A program of its own, so that it can be compiled ahead.
-    return jnp.take(table, rows, axis=0)
-
-
-def sampled_rows(count: int) -> np.ndarray:
-    """int32: which rows of a frozen table of so many are compared with the target's."""
-    return np.unique(np.linspace(0, count - 1, _SAMPLED_ROWS).astype(np.int32))
 
 
 def stored_vocabulary(tensors: TensorFolder, size: int, whole: int) -> DraftVocabulary:

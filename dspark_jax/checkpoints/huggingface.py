@@ -37,6 +37,7 @@ from dspark_jax.storage.places import Place, place_of
 from dspark_jax.storage.replica import fetched_file, fetched_folder
 from dspark_jax.targets.config import TargetConfig, config_sha256, text_config
 from dspark_jax.targets.fields import TOKEN_IDS
+from dspark_jax.targets.int8 import in_int8
 from dspark_jax.targets.low_bit import CODES, SCALES
 from dspark_jax.targets.registry import TARGETS, read_target_config, target_module
 from dspark_jax.targets.target import Target
@@ -45,6 +46,8 @@ HEAD_TENSOR = "lm_head.weight"
 ADAPTER_FILE = "adapter_config.json"
 HASHES_FILE = "hashes.json"
 """Hashes of the files by name, written by `save_target` and checked by infer.verify."""
+Weights = Literal["stored", "int8"]
+"""How the programs keep the matrices of layers: as loaded, or in int8 with a scale for each output."""
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # Weights in other formats, which may be as large again, are left where they are.
 _MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.txt")
@@ -127,7 +130,7 @@ def load_target(
     mesh: Mesh | None = None,
     rules: ShardingRules | None = None,
     tokenizer: bool = True,
-    weights: Literal["stored", "widened"] = "stored",
+    weights: Literal["stored", "widened", "int8"] = "stored",
 ) -> Target:
     """Loads a target of any kind in `targets.registry`, the language model alone where the folder is multimodal.
 
@@ -138,7 +141,8 @@ def load_target(
         rules: how they are placed.
         tokenizer: whether to load the tokenizer too.
         weights: 'stored' keeps the fp8 and fp4 codes of DeepSeek-V4's published files in memory; 'widened' turns them
-            into `dtype`. Other files have no codes.
+            into `dtype`. Other files have no codes. 'int8' keeps the layers' matrices of any other target in int8, with
+            a scale for each output, on one device.
 
     Returns:
         Config, parameters and tokenizer.
@@ -149,9 +153,9 @@ def load_target(
     folder = resolve_folder(path_or_id)
     hf_config = read_hf_config(folder)
     config = read_target_config(hf_config)
-    if weights not in ("stored", "widened"):
-        raise UserError(f"A target's weights are loaded 'stored' or 'widened', not {weights!r}.")
-    config = config if weights == "stored" else config.widened
+    if weights not in ("stored", "widened", "int8"):
+        raise UserError(f"A target's weights are loaded 'stored', 'widened' or in 'int8', not {weights!r}.")
+    config = config.widened if weights == "widened" else config
     if (dtype or config.dtype) not in DTYPES:
         raise UserError(f"Target dtype {dtype or config.dtype!r} is not supported; choose float32 or bfloat16.")
 
@@ -169,8 +173,14 @@ def load_target(
     # After the weights: a damaged folder is reported before a tokenizer is parsed.
     words = load_tokenizer(folder) if tokenizer else None
 
+    name = str(path_or_id)
+    if weights == "int8":
+        # Another model to a calibration or a measured acceptance, so under another name.
+        graphdef, params = in_int8(graphdef, params, name)
+        name = f"{name} in int8"
+
     return Target(
-        name=str(path_or_id),
+        name=name,
         config=config,
         graphdef=graphdef,
         params=params,

@@ -15,11 +15,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Self
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dspark_jax.errors import UserError
+
+SAMPLED_ROWS = 64
+"""Rows of a drafter's frozen tables that are compared with the target's."""
 
 
 @dataclass(frozen=True)
@@ -94,3 +98,15 @@ class DraftVocabulary:
     def local(self, tokens: Int[Array, "*n"]) -> Int[Array, "*n"]:
         """Draft ids of target ids; P for those that are never drafted."""
         return jnp.take(jnp.asarray(self._rows), tokens)
+
+
+@jax.jit
+def rows_of(table: Array, rows: Int[Array, " n"]) -> Array:
+    """Rows [n, D] of a table [V, D]."""
+    # A program of its own, so that it can be compiled ahead.
+    return jnp.take(table, rows, axis=0)
+
+
+def sampled_rows(count: int) -> np.ndarray:
+    """int32: which rows of a frozen table of so many are compared with the target's."""
+    return np.unique(np.linspace(0, count - 1, SAMPLED_ROWS).astype(np.int32))

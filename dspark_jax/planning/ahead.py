@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from dspark_jax.checkpoints.drafters import rows_of, sampled_rows
 from dspark_jax.checkpoints.target_tables import describe_target
 from dspark_jax.decoding.dispatch import record_rounds, run_rounds
 from dspark_jax.decoding.prefill import admit, retire
@@ -24,6 +23,7 @@ from dspark_jax.decoding.prefixes import keep_chunk, restore_chunk
 from dspark_jax.decoding.round import DecodeLoop, LoopParams, init_state
 from dspark_jax.decoding.state import DecodeState
 from dspark_jax.drafters.registry import Drafter
+from dspark_jax.drafters.vocabulary import rows_of, sampled_rows
 from dspark_jax.planning.decoding import PlanOptions, abstract_state, plan_mesh, planned_pair, shapes_of
 from dspark_jax.scheduling.costs import Occupancy, ScheduleTables
 from dspark_jax.scheduling.policies import PolicyState

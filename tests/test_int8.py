@@ -1,0 +1,74 @@
+"""Weights in int8: what they round, that a pair in int8 is decoded losslessly, and what is refused."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dspark_jax.checkpoints.huggingface import load_target
+from dspark_jax.errors import UserError
+from dspark_jax.serving.generate import generate
+from dspark_jax.serving.sampling import SamplingParams
+from dspark_jax.serving.settings import EngineConfig
+from dspark_jax.targets.attention import CausalRows
+from dspark_jax.targets.int8 import Int8Matrix, in_int8, quantised
+from tests.decoding_tiny import prompts, tiny_pair
+from tests.tiny import write_tiny_target
+
+
+def test_each_output_is_rounded_to_half_a_step_of_its_own() -> None:
+    rng = np.random.default_rng(0)
+    weight = (rng.standard_normal((48, 5)) * [0.01, 1.0, 30.0, 0.0, 1e-6]).astype(np.float32)
+    codes, scales = map(np.asarray, quantised(weight))
+    assert codes.dtype == np.int8 and np.abs(codes).max(axis=0).tolist() == [127, 127, 127, 0, 127]
+    assert np.all(np.abs(codes * scales - weight) <= 0.5001 * scales)
+
+    # In both dtypes the product is that of the rounded weights: codes are exact in bfloat16.
+    x = jnp.asarray(rng.standard_normal((3, 2, 48)), jnp.float32)
+    matrix = Int8Matrix(jnp.asarray(codes), jnp.asarray(scales))
+    np.testing.assert_allclose(x @ matrix, np.asarray(x) @ (codes * scales), rtol=1e-5, atol=1e-5)
+    narrow = x.astype(jnp.bfloat16)
+    expected = np.asarray(narrow, np.float32) @ (codes * scales)
+    found = np.asarray(narrow @ matrix, np.float32)
+    assert (narrow @ matrix).dtype == jnp.bfloat16
+    np.testing.assert_allclose(found, expected, rtol=2**-8, atol=1e-5)
+
+
+def test_a_pair_in_int8_is_decoded_as_its_target_alone() -> None:
+    target, drafter = tiny_pair()
+    small = []
+    for model in (target, drafter):
+        graphdef, params = in_int8(model.graphdef, model.params, model.name)
+        small.append(replace(model, graphdef=graphdef, params=params))  # type: ignore[type-var]
+    held = [x for x in jax.tree.leaves(small[0].params["layers"]) if x.dtype == jnp.int8]
+    # Of two layers: q, k, v, o, gate, up and down.
+    assert len(held) == 14 and sum(x.size for x in held) == sum(
+        x.size for x in jax.tree.leaves(target.params["layers"]) if x.ndim == 2
+    )
+
+    asked = prompts(3, target.config.vocab_size)
+    ids = jnp.asarray([asked[0]])
+    logits = []
+    for model in (target, small[0]):
+        module = model.model(model.params)
+        logits.append(module.logits(module(ids, jnp.arange(ids.shape[1])[None], CausalRows()).hidden))
+    error = float(jnp.abs(logits[0] - logits[1]).max())
+    assert 0 < error < 0.05 * float(jnp.abs(logits[0]).max())
+
+    sampling, config = SamplingParams(max_new_tokens=24), EngineConfig(slots=3, longest=64, policy="fixed")
+    plain = generate(small[0], None, asked, sampling, config)
+    drafted = generate(small[0], small[1], asked, sampling, config)
+    assert [g.tokens for g in plain] == [g.tokens for g in drafted]
+    assert sum(sum(g.accepted_at) for g in drafted) > 0
+
+
+def test_it_is_an_option_of_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_tiny_target(tmp_path / "target")
+    target = load_target(folder, weights="int8")
+    assert target.name == f"{folder} in int8" and target.params["embed_weight_vd"].dtype == jnp.float32
+    assert set(target.params["layers"][0]["mlp"]["gate_weight_df"]) == {"codes", "scales"}
+    with pytest.raises(UserError, match="no matrices that are kept in int8"):
+        in_int8(target.graphdef, target.params, "again")
