@@ -47,7 +47,7 @@ def plain_steps(report: Report, part: str, shape: Shape) -> None:
             loop, params = _loop(shape, target, drafter, requests)
             timed = time_points(loop, params, (ALONE,), 0.0, (HELD,), EFFORT)
         context = timed.lengths[0]
-        terms = round_terms(target.config, None, requests, context, _itemsize(target), sort=False)
+        terms = round_terms(target.config, None, requests, context, _itemsize(target), cut=False)
         return {"context": context, **_against(terms, median(timed.rounds[0, ALONE])), **_compiled(seen)}
 
     by_requests(report, part, shape.requests, measured)
@@ -72,7 +72,7 @@ def _round_figures(target: Target, drafter: Drafter, requests: int, profile: Pro
     """The figures of one number of requests; the profile itself is kept for the simulator."""
     assert isinstance(drafter.config, DSparkConfig)
     context, itemsize = profile.contexts[0], _itemsize(target)
-    terms = round_terms(target.config, drafter.config, requests, context, itemsize, sort=False) or []
+    terms = round_terms(target.config, drafter.config, requests, context, itemsize, cut=False) or []
     plain, whole, drafting = profile.alone[0], profile.rounds[0][-1], profile.drafting[0]
 
     # By width: what a verify pass of so many rows a request takes beyond drafting.
@@ -80,7 +80,7 @@ def _round_figures(target: Target, drafter: Drafter, requests: int, profile: Pro
     for tokens, seconds in zip(profile.tokens[1:], profile.rounds[0][1:], strict=True):
         # Rows that do not fill a block in every slot count as the mean width.
         config = replace(drafter.config, block_size=max(1, round(tokens / requests) - 1))
-        verify = round_terms(target.config, config, requests, context, itemsize, sort=False) or []
+        verify = round_terms(target.config, config, requests, context, itemsize, cut=False) or []
         widths[str(tokens)] = _against([t for t in verify if t.name.startswith("verify")], seconds - drafting)
 
     taus = {name: np.mean(rows) for name, rows in PAPER["dspark"].items()}
