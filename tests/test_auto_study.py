@@ -25,14 +25,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_auto_is_compared_by_users(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DSPARK_JAX_CACHE", str(tmp_path / "cache"))
     results = tmp_path / "auto.json"
-    results.write_text('{"another pair": {}}')
+    results.write_text('{"another pair": {}, "drafter": {"1": {}}}')
     pair = ["--target", str(folder / "target"), "--drafter", str(folder / "drafter")]
     short = ["--users", "2", "--requests", "4", "--repeats", "1", "--max-new-tokens", "8", "--results", str(results)]
     auto.main([*pair, "--prompts", str(folder / "prompts.jsonl"), *short])
 
     found = json.loads(results.read_text())
-    assert set(found) == {"another pair", "drafter"}, "a part for each pair"
-    row = found["drafter"]["users"]["2"]
+    assert set(found) == {"another pair", "drafter"} and set(found["drafter"]) == {"1", "2"}, "added to the others"
+    row = found["drafter"]["2"]
+    assert row["settings"]["requests"] == 4 and row["machine"]["cores"]
     assert set(row["medians"]) == set(STRATEGIES) and min(row["medians"].values()) > 0
     best = max(row["medians"]["plain"], row["medians"]["fixed"])
     assert row["auto_over_best"] == pytest.approx(row["medians"]["auto"] / best) and row["slots"] == 2

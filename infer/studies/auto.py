@@ -7,7 +7,8 @@
 
 Closed loops of the same requests, strategies in turn, in reversed order each time; figures are medians. By default the
 engine has as many slots as there are users. With --cpu-seconds the process is bound to one core, and its own clock
-counts: figures of a machine that others share. Prints a table and writes docs/results/auto.json, a part for each pair.
+counts: figures of a machine that others share. Prints a table and writes docs/results/auto.json, by pair and users;
+those that it does not measure again stay as they are.
 """
 
 import os
@@ -72,7 +73,7 @@ class AutoSettings:
     """Bind the process to one core and count its own seconds, rounds' costs included."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     results: Path = Path("docs/results/auto.json")
-    """The figures, by pair."""
+    """The figures, by pair and users."""
 
 
 @program
@@ -91,11 +92,12 @@ def main(argv: list[str]) -> None:
 
     study = Study(settings, target, drafter, mixed(prompts, settings.limit))
     found = {str(users): study.under(users) for users in settings.users}
-    made = {"users": found, "settings": asdict(settings), "machine": machine()}
+    about = {"settings": asdict(settings), "machine": machine()}
 
-    # A part for each pair, so that one file holds both.
-    known = read_object(settings.results) if settings.results.exists() else {}
-    write_json(settings.results, {**known, Path(settings.drafter).name: made})
+    # Pairs and numbers of users may be measured one after the other: one file holds all of them.
+    known, pair = read_object(settings.results) if settings.results.exists() else {}, Path(settings.drafter).name
+    rows = {users: row | about for users, row in found.items()}
+    write_json(settings.results, {**known, pair: {**known.get(pair, {}), **rows}})
     print(figures(found))
 
 
