@@ -31,12 +31,13 @@ def activation(gate: jax.Array, up: jax.Array) -> jax.Array:
 
 
 def packed(seed: int, experts: int, out: int, size: int) -> tuple[PackedMatrix, np.ndarray]:
-    """(codes of random matrices [E, out, size], their values)."""
+    """(codes of random matrices, their values [E, out, size])."""
     rng = np.random.default_rng(seed)
     made = [encode_fp4(rng.normal(size=(out, size)).astype(np.float32)) for _ in range(experts)]
     values = np.stack([decode_fp4(*one) for one in made])
     codes, scales = (np.stack(parts) for parts in zip(*made, strict=True))
-    return PackedMatrix(jnp.asarray(codes), jnp.asarray(scales.view(np.uint8))), values
+    turned = codes.transpose(0, 2, 1), scales.view(np.uint8).transpose(0, 2, 1)
+    return PackedMatrix(*map(jnp.asarray, turned)), values
 
 
 def test_parameters_are_the_codes_of_the_files_and_their_values_the_widened_ones() -> None:
@@ -50,7 +51,7 @@ def test_parameters_are_the_codes_of_the_files_and_their_values_the_widened_ones
             np.testing.assert_array_equal(np.asarray(part[...], np.float32), values[path], err_msg=str(path))
         elif isinstance(part, Fp4Experts):
             # The identity through a product gives each expert's matrix, input-first as the parameter.
-            eye = jnp.eye(part.codes.shape[-1] * 2, dtype=jnp.float32)
+            eye = jnp.eye(part.codes.shape[1] * 2, dtype=jnp.float32)
             whole = [part.matrices.at(e).product(eye) for e in range(len(part.codes))]
             np.testing.assert_array_equal(np.stack(whole), values[path], err_msg=str(path))
         found += isinstance(part, Fp8Weight | Fp4Experts)
@@ -85,8 +86,8 @@ def test_no_program_holds_the_widened_experts() -> None:
     """Temporaries of many rounds over a layer whose widened stack would take 24 MiB: one expert, and the rows."""
     experts, d, f = 64, 256, 256
     shapes = [(experts, f, d), (experts, f, d), (experts, d, f)]
-    codes = [jax.ShapeDtypeStruct((e, o, i // 2), jnp.int8) for e, o, i in shapes]
-    scales = [jax.ShapeDtypeStruct((e, o, i // 32), jnp.uint8) for e, o, i in shapes]
+    codes = [jax.ShapeDtypeStruct((e, i // 2, o), jnp.int8) for e, o, i in shapes]
+    scales = [jax.ShapeDtypeStruct((e, i // 32, o), jnp.uint8) for e, o, i in shapes]
 
     def rounds(codes: list, scales: list, x: jax.Array, chosen: jax.Array) -> jax.Array:
         stack = PackedExperts(*map(PackedMatrix, codes, scales))

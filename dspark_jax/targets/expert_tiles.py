@@ -19,7 +19,7 @@ SMALLEST_TILE, LARGEST_TILE = 8, 256
 
 
 class PackedExperts(NamedTuple):
-    """Stored forms of E experts: gate and up [E, F, D], down [E, D, F]."""
+    """Codes of E experts: gate and up [E, D, F], down [E, F, D], two inputs in a byte."""
 
     gate: PackedMatrix
     up: PackedMatrix

@@ -1,7 +1,7 @@
 """Weights kept in memory as they are stored: fp8 with a scale for each block, fp4 with a scale for 32 columns.
 
-Codes lie output-first as in the files, and are widened where they are used: a dense matrix as a whole, a routed expert
-one at a time. Values are exact in bfloat16, whose exponent is the scales'.
+Codes are widened where they are used: a dense matrix as a whole, a routed expert one at a time. Values are exact in
+bfloat16, whose exponent is the scales'.
 
 Axes: o rows of a stored matrix, i its columns, E experts, n token rows.
 """
@@ -51,8 +51,12 @@ def widen_nibbles(nibbles: Array) -> Array:
 
 
 class PackedMatrix(NamedTuple):
-    """fp4 matrices: `codes` int8 [..., o, i / 2] with column 2 c in the low half of byte c, `scales` uint8
-    [..., o, i / 32]."""
+    """fp4 matrices: `codes` int8 [..., i / 2, o] with input 2 c in the low half of row c, `scales` uint8
+    [..., i / 32, o].
+
+    Input-first, unlike the files: a TPU's compiler lays products out so, and would turn the whole stack round in every
+    dispatch.
+    """
 
     codes: Any
     scales: Any
@@ -64,16 +68,16 @@ class PackedMatrix(NamedTuple):
     def product(self, x: Float[Array, "n i"]) -> Float[Array, "n o"]:
         """x Wᵀ, in x's dtype.
 
-        Even and odd columns are two products, so that the halves of a byte never have to be laid next to each other.
+        Even and odd inputs are two products, so that the halves of a byte never have to be laid next to each other.
         """
-        bytes_ = jax.lax.bitcast_convert_type(self.codes, jnp.uint8)
-        scale = jnp.repeat(powers_of_two(self.scales), GROUP // 2, axis=-1)
+        scale = jnp.repeat(powers_of_two(self.scales), GROUP // 2, axis=0)
         pairs = x.reshape(len(x), -1, 2)
 
-        out = jnp.zeros((len(x), len(self.codes)), jnp.float32)
-        for column, nibbles in enumerate((bytes_ & 15, bytes_ >> 4)):
+        out = jnp.zeros((len(x), self.codes.shape[-1]), jnp.float32)
+        # The codes stay int8: a change of type before the choice of an expert would be one of the whole stack.
+        for column, nibbles in enumerate((self.codes & 15, (self.codes >> 4) & 15)):
             weight = (widen_nibbles(nibbles) * scale).astype(x.dtype)
-            out += jnp.einsum("ni,oi->no", pairs[..., column], weight, preferred_element_type=jnp.float32)
+            out += jnp.einsum("ni,io->no", pairs[..., column], weight, preferred_element_type=jnp.float32)
 
         return out.astype(x.dtype)
 
@@ -103,12 +107,12 @@ class Fp8Weight(nnx.Module):
 
 
 class Fp4Experts(nnx.Module):
-    """A stack of matrices [E, o, i], one for each routed expert, kept as e2m1 codes."""
+    """A stack of matrices [E, i, o], one for each routed expert, kept as e2m1 codes."""
 
     def __init__(self, shape: tuple[int, int, int], axes: tuple[str | None, ...]):
-        experts, out, size = shape
-        self.codes = param(jnp.zeros((experts, out, size // 2), jnp.int8), *axes)
-        self.scales = param(jnp.zeros((experts, out, size // GROUP), jnp.uint8), *axes)
+        experts, size, out = shape
+        self.codes = param(jnp.zeros((experts, size // 2, out), jnp.int8), *axes)
+        self.scales = param(jnp.zeros((experts, size // GROUP, out), jnp.uint8), *axes)
 
     @property
     def matrices(self) -> PackedMatrix:

@@ -53,9 +53,9 @@ def mix_experts(
         # Grouped products are one instruction on TPUs; elsewhere XLA expands them to [E, N per_token, D].
         return jax.lax.platform_dependent(rows, weights, chosen, tpu=grouped, default=apart)
 
-    # The axes of F. Packed matrices lie output-first: F is what their gate and up give and what their down takes.
+    # The axes of F, which gate and up give and down takes.
     if isinstance(stack, PackedExperts):
-        gate, down = PackedMatrix(1, 1), PackedMatrix(2, 2)
+        gate, down = PackedMatrix(2, 2), PackedMatrix(1, 1)
         return over_experts(by_tile, rows, weights, chosen, stack, PackedExperts(gate, gate, down))
     return over_experts(by_platform, rows, weights, chosen, stack, ExpertStack(2, 2, 1))
 

@@ -35,8 +35,7 @@ def dense(
 
 def experts(config: V4Config, shape: tuple[int, int, int], *axes: str | None, rngs: nnx.Rngs) -> Any:
     """A parameter [E, in, out] with these logical axes, one fp4 matrix [out, in] for each expert in the files."""
-    # Output-first, as a file's matrices lie, so that loading moves bytes and computes nothing.
+    # Input-first like the float stack, so that the same axes are split in both forms.
     if config.low_bit:
-        count, size_in, size_out = shape
-        return Fp4Experts((count, size_out, size_in), (axes[0], axes[2], axes[1]))
+        return Fp4Experts(shape, axes)
     return param(normal(rngs, shape, config.initializer_range), *axes)
