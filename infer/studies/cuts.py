@@ -48,8 +48,8 @@ def main(argv: list[str]) -> None:
 
         for name, (top_k, top_p) in CUTS.items():
             operands = logits, jnp.full((rows,), top_k, jnp.int32), jnp.full((rows,), top_p, jnp.float32)
-            results = [np.asarray(form(*operands)) for form in forms.values()]
-            if not np.array_equal(*results):
+            first, second = (np.asarray(form(*operands)) for form in forms.values())
+            if not np.array_equal(first, second):
                 raise UserError(f"{name} of {rows} rows: the two forms keep different tokens; report it.")
             spent = milliseconds(forms, operands, settings.repeats)
             body.append([f"{rows}", name, *(f"{spent[form]:.2f}" for form in forms)])

@@ -340,7 +340,7 @@ def simulated(settings: FiguresSettings, number: str) -> list[str]:
     budgets = [f"{found['closed'][count]['look-ahead']['verify_budget']:.2f}" for count in users]
     name, cells = ("a user's speed over MTP-1's", over) if number == "7" else ("verified a round", budgets)
     return [
-        "**DeepSeek-V4-Flash on 8 H200, look-ahead, simulated** ([deepseek-v4.md](../deepseek-v4.md)).",
+        "**DeepSeek-V4-Flash on 8 H200, look-ahead, simulated** (docs/deepseek-v4.md).",
         "",
         "| users | " + " | ".join(users) + " |",
         "|---" * (len(users) + 1) + "|",

@@ -22,7 +22,7 @@ _DIFFERENCES = {
     "4": "on a CPU the head's share is within the noise of a round (negative shares are noise).",
     "5": "the shape is the paper's: fewer drafts are verified, more of them are kept, accepted length falls.",
     "6": "a drafter that is trained briefly is hardly overconfident, so temperatures have less to mend.",
-    "7": "there is no V4 to run: [deepseek-v4.md](../deepseek-v4.md) simulates it from counted costs. On a CPU a "
+    "7": "there is no V4 to run: docs/deepseek-v4.md simulates it from counted costs. On a CPU a "
     "verify pass of a block costs more than a plain step, so plain decoding wins from a few users on, and the "
     "scheduler turns to it.",
     "8": "the budget starts lower, since a verified token is never free on a CPU, and reaches plain decoding sooner.",
