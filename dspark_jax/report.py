@@ -17,6 +17,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def page_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table in a Markdown page."""
+    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+
+
 def listing(rows: Mapping[str, Any]) -> str:
     """Two aligned columns; counts with thousands separators, other numbers with one decimal."""
     width = max(map(len, rows))

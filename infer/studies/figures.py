@@ -20,7 +20,7 @@ from dspark_jax.errors import UserError
 from dspark_jax.files import make_output, write_atomically
 from dspark_jax.programs import program_command
 from dspark_jax.readers import read_object
-from dspark_jax.report import budget_plot, reliability_plot, threshold_plot, throughput_plot
+from dspark_jax.report import budget_plot, page_table, reliability_plot, threshold_plot, throughput_plot
 
 from .figures_paper import DOMAINS, NAMES, PAPER, differences
 
@@ -210,22 +210,20 @@ def table1(settings: FiguresSettings, pair: Pair) -> list[str]:
     found = read(settings, pair.compare)
     if found is None or not found["table1_t1"]:
         return []
-    rows = ["| drafter | " + " | ".join([*DOMAINS, "mean"]) + " |", "|---" * (len(DOMAINS) + 2) + "|"]
-    for name, row in found["table1_t1"].items():
-        cells = [shown(row[domain]) if domain in row else "-" for domain in (*DOMAINS, "macro")]
-        rows.append(f"| {NAMES[name]} | " + " | ".join(cells) + " |")
-
+    rows = [
+        [NAMES[name], *(shown(row[domain]) if domain in row else "-" for domain in (*DOMAINS, "macro"))]
+        for name, row in found["table1_t1"].items()
+    ]
     for name, taus in PAPER.items():
         means = [fmean(taus[domain]) for domain in DOMAINS]
-        rows.append(
-            f"| {NAMES[name]}, paper, Qwen3-4B | " + " | ".join(f"{m:.2f}" for m in [*means, fmean(means)]) + " |"
-        )
+        rows.append([f"{NAMES[name]}, paper, Qwen3-4B", *(f"{mean:.2f}" for mean in (*means, fmean(means)))])
 
+    lines = page_table(["drafter", *DOMAINS, "mean"], rows)
     for name, gain in found["gains_t1"].items():
         ours = f"{100 * gain['mean']:+.1f} %" + (f" ± {100 * gain['ci95']:.1f}" if gain["ci95"] is not None else "")
         theirs = f"; the paper's {100 * paper_gain(name):+.1f} %" if name in PAPER else ""
-        rows += ["", f"DSpark over {NAMES[name]}: {ours}{theirs}."]
-    return rows
+        lines += ["", f"DSpark over {NAMES[name]}: {ours}{theirs}."]
+    return lines
 
 
 def paper_gain(name: str) -> float:
@@ -245,11 +243,11 @@ def figure2(settings: FiguresSettings, pair: Pair) -> list[str]:
     if found is None or not found["figure2_t1"]:
         return []
     block = max(len(domains["all"]["rates"]) for domains in found["figure2_t1"].values())
-    rows = ["| drafter | " + " | ".join(f"k = {k + 1}" for k in range(block)) + " |", "|---" * (block + 1) + "|"]
+    rows = []
     for name, domains in found["figure2_t1"].items():
         rates = [*domains["all"]["rates"], *[None] * block][:block]
-        rows.append(f"| {NAMES[name]} | " + " | ".join("-" if r is None else f"{r:.2f}" for r in rates) + " |")
-    return rows + plotted(settings, pair, "figure2")
+        rows.append([NAMES[name], *("-" if rate is None else f"{rate:.2f}" for rate in rates)])
+    return page_table(["drafter", *(f"k = {k + 1}" for k in range(block))], rows) + plotted(settings, pair, "figure2")
 
 
 def curves(settings: FiguresSettings, pair: Pair, key: str, field: str) -> list[str]:
@@ -258,11 +256,11 @@ def curves(settings: FiguresSettings, pair: Pair, key: str, field: str) -> list[
     if found is None or not found[key]:
         return []
     at = sorted({int(x) for row in found[key].values() for x in row})
-    rows = [f"| {field} | " + " | ".join(map(str, at)) + " |", "|---" * (len(at) + 1) + "|"]
-    for name, row in found[key].items():
-        cells = [shown(row[str(x)]["macro"]) if str(x) in row else "-" for x in at]
-        rows.append(f"| {NAMES[name]} | " + " | ".join(cells) + " |")
-    return rows
+    rows = [
+        [NAMES[name], *(shown(row[str(x)]["macro"]) if str(x) in row else "-" for x in at)]
+        for name, row in found[key].items()
+    ]
+    return page_table([field, *map(str, at)], rows)
 
 
 def figure4(settings: FiguresSettings, pair: Pair) -> list[str]:
@@ -283,11 +281,12 @@ def figure5(settings: FiguresSettings, pair: Pair) -> list[str]:
         return []
     threshold_plot(settings.output / f"{stem(pair)}-figure5.png", swept)
     values = list(next(iter(swept.values())))
-    rows = ["| set | " + " | ".join(f"threshold {v}" for v in values) + " |", "|---" * (len(values) + 1) + "|"]
-    for name, row in swept.items():
-        cells = [f"{100 * row[v]['verify_rate']:.1f} % (τ {row[v]['tau']:.2f})" for v in values]
-        rows.append(f"| {name} | " + " | ".join(cells) + " |")
-    return [*rows, "", f"![committed share by threshold]({stem(pair)}-figure5.png)"]
+    rows = [
+        [name, *(f"{100 * row[v]['verify_rate']:.1f} % (τ {row[v]['tau']:.2f})" for v in values)]
+        for name, row in swept.items()
+    ]
+    lines = page_table(["set", *(f"threshold {v}" for v in values)], rows)
+    return [*lines, "", f"![committed share by threshold]({stem(pair)}-figure5.png)"]
 
 
 def figure6(settings: FiguresSettings, pair: Pair) -> list[str]:
@@ -297,13 +296,13 @@ def figure6(settings: FiguresSettings, pair: Pair) -> list[str]:
         return []
     plotted_sets = {name: {k: dict(v) for k, v in found.items()} for name, found in sets.items()}
     reliability_plot(settings.output / f"{stem(pair)}-figure6.png", plotted_sets)
-    rows = ["| set | ECE before | after | AUROC |", "|---|---|---|---|"]
+    rows = []
     for name, found in sets.items():
         after = found.get("after", found["before"])
-        rows.append(
-            f"| {name} | {100 * found['before']['ece']:.2f} % | {100 * after['ece']:.2f} % | {after['auc']:.3f} |"
-        )
-    return [*rows, "", f"![reliability]({stem(pair)}-figure6.png)"]
+        errors = (f"{100 * stage['ece']:.2f} %" for stage in (found["before"], after))
+        rows.append([name, *errors, f"{after['auc']:.3f}"])
+    lines = page_table(["set", "ECE before", "after", "AUROC"], rows)
+    return [*lines, "", f"![reliability]({stem(pair)}-figure6.png)"]
 
 
 def evaluated(settings: FiguresSettings, pair: Pair) -> Result:
@@ -321,12 +320,8 @@ def loaded(settings: FiguresSettings, pair: Pair, number: str) -> list[str]:
     draw(settings.output / f"{stem(pair)}-figure{number}.png", found["closed"])
     key, form = ("tokens_per_second", "{:.0f}") if number == "7" else ("verify_budget", "{:.2f}")
     names = list(next(iter(found["closed"].values())))
-    rows = ["| users | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    rows += [
-        f"| {users} | " + " | ".join(form.format(row[name][key]) for name in names) + " |"
-        for users, row in found["closed"].items()
-    ]
-    return [*rows, "", f"![load]({stem(pair)}-figure{number}.png)"]
+    rows = [[users, *(form.format(row[name][key]) for name in names)] for users, row in found["closed"].items()]
+    return [*page_table(["users", *names], rows), "", f"![load]({stem(pair)}-figure{number}.png)"]
 
 
 def simulated(settings: FiguresSettings, number: str) -> list[str]:
@@ -342,9 +337,7 @@ def simulated(settings: FiguresSettings, number: str) -> list[str]:
     return [
         "**DeepSeek-V4-Flash on 8 H200, look-ahead, simulated** (docs/deepseek-v4.md).",
         "",
-        "| users | " + " | ".join(users) + " |",
-        "|---" * (len(users) + 1) + "|",
-        f"| {name} | " + " | ".join(cells) + " |",
+        *page_table(["users", *users], [[name, *cells]]),
     ]
 
 
