@@ -11,7 +11,7 @@ from dspark_jax.errors import UserError
 from dspark_jax.storage import objects
 from dspark_jax.storage.lease import FILE, Lease
 from dspark_jax.storage.places import Place, local_path, place_of, stores_folder
-from dspark_jax.storage.replica import Replica, fetched_file, fetched_folder, written
+from dspark_jax.storage.replica import Replica, fetched_file, fetched_folder, written, written_file
 from tests.stores import BUCKET, S3Server, on_this_machine
 
 
@@ -158,6 +158,13 @@ def test_a_folder_is_pulled_and_pushed(machine: Path):
         assert (out.folder / "part/a.bin").read_bytes() == b"b" and not (out.folder / "left.txt").exists()
         (out.folder / "part/a.bin").unlink()
     assert list(objects.listing(place("w"))) == ["done.json"]
+
+
+def test_files_of_one_folder_have_writers_of_their_own():
+    for name in ("one", "two", "one"):
+        with written_file(f"s3://pod/d/{name}.jsonl", "the conversations") as out:
+            (out.folder / f"{name}.jsonl").write_text(name)
+    assert list(objects.listing(place("d"))) == ["one.jsonl", "two.jsonl"]
 
 
 def test_what_is_read_is_fetched_once(server: S3Server):

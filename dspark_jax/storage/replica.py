@@ -84,8 +84,9 @@ class Replica:
                     seen = objects.upload(path, self.place / name)
                     self._note(name, seen, state)
 
-            # Only what was known here: others may keep objects below the same place.
-            gone = [name for name in self._copies if name not in here]
+            # Only what was known here: others may keep objects below the same place. And only what is this replica's:
+            # the notes are the folder's, in which files may have writers of their own.
+            gone = [name for name in self._copies if self._wanted(name) and name not in here]
             objects.remove([self.place / name for name in gone])
             self._copies = {name: note for name, note in self._copies.items() if name not in gone}
             write_json(self._notes / "copies.json", self._copies)
