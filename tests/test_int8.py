@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dspark_jax.checkpoints.huggingface import load_target
+from dspark_jax.checkpoints.drafters import load_drafter, save_drafter
+from dspark_jax.checkpoints.huggingface import load_target, save_target
 from dspark_jax.errors import UserError
 from dspark_jax.serving.generate import generate
 from dspark_jax.serving.sampling import SamplingParams
@@ -72,3 +73,17 @@ def test_it_is_an_option_of_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert set(target.params["layers"][0]["mlp"]["gate_weight_df"]) == {"codes", "scales"}
     with pytest.raises(UserError, match="no matrices that are kept in int8"):
         in_int8(target.graphdef, target.params, "again")
+
+
+def test_a_pair_in_int8_is_not_saved(tmp_path: Path) -> None:
+    # No reader knows the codes: a folder of them would be refused when it is loaded, if at all.
+    target, drafter = tiny_pair()
+    _, params = in_int8(drafter.graphdef, drafter.params, "it")
+    with pytest.raises(UserError, match="held in int8, which is not saved"):
+        save_drafter(tmp_path / "drafter", replace(drafter, params=params), target)
+    _, params = in_int8(target.graphdef, target.params, "it")
+    with pytest.raises(UserError, match="held in int8, which is not saved"):
+        save_target(tmp_path / "target", target.hf_config, params)
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(UserError, match="loaded 'stored' or in 'int8', not 'int4'"):
+        load_drafter(tmp_path, target, weights="int4")  # type: ignore[arg-type]

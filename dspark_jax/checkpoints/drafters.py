@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ from dspark_jax.drafters.registry import Drafter, read_config, skeleton
 from dspark_jax.drafters.vocabulary import DraftVocabulary, rows_of, sampled_rows
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import ShardingRules, parameter_shardings, split
-from dspark_jax.targets.int8 import in_int8
+from dspark_jax.targets.int8 import in_int8, refuse_int8
 from dspark_jax.targets.target import Target
 
 _DRAFT_HEAD_PATH = ("draft_head_pd",)
@@ -99,7 +99,11 @@ def load_drafter(
             vocabulary, tapped layers, or frozen copies that differ).
     """
     folder = resolve_folder(path_or_id, "drafter")
+    if weights not in get_args(Weights):
+        raise UserError(f"A drafter's weights are loaded 'stored' or in 'int8', not {weights!r}.")
     if holds_v4(folder):
+        if weights == "int8":
+            raise UserError(f"{path_or_id} is of DeepSeek-V4, whose weights are not kept in int8; load it 'stored'.")
         return load_v4_drafter(folder, target, dtype=dtype, mesh=mesh, rules=rules)
 
     # Whatever the layout, everything below works on DeepSpec's names and fields.
@@ -163,12 +167,13 @@ def save_drafter(
         provenance: how the drafter was made, for the manifest.
 
     Raises:
-        UserError: the layout cannot express the drafter; nothing is written.
+        UserError: the layout cannot express the drafter, or it is held in int8; nothing is written.
     """
     if str(drafter.hf_config.get("model_type")) == "deepseek_v4":
         save_v4_drafter(Path(folder), drafter, dtype)
         return
 
+    refuse_int8(drafter.params, drafter.name)
     folder, form = Path(folder), layout_named(layout)
 
     # The config states the dtype of the tensors that are written with it.

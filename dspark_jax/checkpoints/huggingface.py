@@ -37,7 +37,7 @@ from dspark_jax.storage.places import Place, place_of
 from dspark_jax.storage.replica import fetched_file, fetched_folder
 from dspark_jax.targets.config import TargetConfig, config_sha256, text_config
 from dspark_jax.targets.fields import TOKEN_IDS
-from dspark_jax.targets.int8 import in_int8
+from dspark_jax.targets.int8 import in_int8, refuse_int8
 from dspark_jax.targets.low_bit import CODES, SCALES
 from dspark_jax.targets.registry import TARGETS, read_target_config, target_module
 from dspark_jax.targets.target import Target
@@ -194,7 +194,9 @@ def load_target(
 
 
 def save_target(folder: str | Path, hf_config: Mapping[str, Any], params: dict, dtype: str = "bfloat16") -> None:
-    """Writes config.json, model.safetensors in Hugging Face naming, and their hashes; a tied head is not written."""
+    """Writes config.json, model.safetensors in Hugging Face naming, and their hashes; a tied head is not written.
+    UserError for weights held in int8."""
+    refuse_int8(params, "The target")
     folder = Path(folder)
 
     # `text_config` returns the file itself for a text-only model: the index is whether it is multimodal.

@@ -86,3 +86,9 @@ def in_int8(graphdef: nnx.GraphDef, params: Mapping[str, Any], name: str) -> tup
     if not found:
         raise UserError(f"{name} has no matrices that are kept in int8; load it with its stored weights.")
     return split(module)
+
+
+def refuse_int8(params: Mapping[str, Any], what: str) -> None:
+    """UserError for parameters that `in_int8` made, which no layout of files has names for; `what`: whose they are."""
+    if any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(dict(params))):
+        raise UserError(f"{what} is held in int8, which is not saved; load it with weights='stored' and save that.")
