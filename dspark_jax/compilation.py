@@ -76,8 +76,7 @@ def _follow_environment() -> None:
     from jax.experimental.compilation_cache import compilation_cache
 
     folder = os.environ.get(_FOLDER) or None
-    enabled = os.environ.get(_ENABLED, "true").lower() not in ("0", "false", "f", "n", "no", "off")
-    wanted: dict[str, Any] = {"jax_compilation_cache_dir": folder, "jax_enable_compilation_cache": enabled}
+    wanted: dict[str, Any] = {"jax_compilation_cache_dir": folder, "jax_enable_compilation_cache": _enabled()}
     for name, least in _THRESHOLDS.items():
         if folder and name in os.environ:
             wanted[name.lower()] = type(least)(float(os.environ[name]))
@@ -88,6 +87,15 @@ def _follow_environment() -> None:
     # jax looks at the folder once, with the first program; a later change needs a fresh look.
     if changed:
         compilation_cache.reset_cache()
+
+
+def place_of_programs() -> str:
+    """The folder or URL in which programs are kept; empty where none is."""
+    return os.environ.get(_FOLDER, "") if _enabled() else ""
+
+
+def _enabled() -> bool:
+    return os.environ.get(_ENABLED, "true").lower() not in ("0", "false", "f", "n", "no", "off")
 
 
 @dataclass

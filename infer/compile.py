@@ -7,7 +7,6 @@ Takes the settings of infer.serve and keeps the programs where --compilation-cac
 that serves, when a container image is built or once for a folder that a pod shares.
 """
 
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from dspark_jax.checkpoints.target_tables import describe_target
-from dspark_jax.compilation import Compilations, drop_torn, kept_programs
+from dspark_jax.compilation import Compilations, drop_torn, kept_programs, place_of_programs
 from dspark_jax.config.cli import FLAT, parse, program
 from dspark_jax.devices import announce
 from dspark_jax.errors import UserError
@@ -89,8 +88,8 @@ def main(argv: list[str]) -> None:
 
 def kept_folder() -> Path:
     """The folder of kept programs; UserError where none is kept, or no folder of this machine."""
-    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
-    if os.environ.get("JAX_ENABLE_COMPILATION_CACHE", "true") == "false" or not folder or "://" in folder:
+    folder = place_of_programs()
+    if not folder or "://" in folder:
         raise UserError(
             "There is nowhere to keep the programs: give --compilation-cache DIR, a folder of this machine."
         )

@@ -13,13 +13,12 @@ from dspark_jax.checkpoints.huggingface import DTYPES, read_hf_config, resolve_f
 from dspark_jax.checkpoints.leftovers import refuse_leftovers
 from dspark_jax.checkpoints.tensor_map import Layout, ParamPath, Stored, stored_names
 from dspark_jax.checkpoints.tensors import load_params
-from dspark_jax.drafters.config import DrafterConfig, float32_parameter
+from dspark_jax.drafters.config import DrafterConfig, held_dtype
 from dspark_jax.drafters.deepseek_v4.config import native_config
 from dspark_jax.drafters.registry import Drafter, read_config, skeleton
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import ShardingRules, parameter_shardings, split
 from dspark_jax.targets.config import config_sha256
-from dspark_jax.targets.low_bit import CODES, SCALES
 from dspark_jax.targets.target import Target
 
 # A tensor that only one of the two has.
@@ -127,9 +126,7 @@ def load_v4_drafter(
     shardings = None if mesh is None else flatten_dict(parameter_shardings(module, mesh, rules or ShardingRules()))
 
     def kept(path: ParamPath) -> Any:
-        if path[-1] in (CODES, SCALES):
-            return leaves[path].dtype
-        return np.float32 if float32_parameter(path) else storage
+        return held_dtype(path, leaves[path].dtype, storage)
 
     table = v4_drafter_map(config, leaves)
 

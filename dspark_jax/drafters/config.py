@@ -5,11 +5,14 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+import numpy as np
+
 from dspark_jax.drafters.vocabulary import DraftVocabulary
 from dspark_jax.errors import UserError
 from dspark_jax.readers import Schema, check_fields, flag, integer, list_of, number, optional, text
 from dspark_jax.targets.config import TargetConfig, text_config
 from dspark_jax.targets.fields import check_target_fields, refuse_rotations
+from dspark_jax.targets.low_bit import CODES, SCALES
 from dspark_jax.targets.registry import read_target_config
 
 TARGET_SHA_FIELD = "target_config_sha256"
@@ -55,6 +58,14 @@ def float32_parameter(path: tuple[Any, ...]) -> bool:
     """Whether a drafter's parameter at `path` stays float32 whatever the others' dtype: those of the confidence head,
     whose outputs are compared with thresholds and multiplied, and those of V4's streams, sinks and routers."""
     return path[0] == "confidence_head" or path[-1] in _FLOAT32
+
+
+def held_dtype(path: tuple[Any, ...], own: Any, storage: Any) -> Any:
+    """The dtype in which decoding holds a drafter's parameter: its `own` where it keeps stored codes, float32 as above,
+    else `storage`."""
+    if path[-1] in (CODES, SCALES):
+        return own
+    return np.float32 if float32_parameter(path) else storage
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from dspark_jax.config.schema import DrafterSettings, MeshSettings, TrainConfig
 from dspark_jax.decoding.dispatch import run_rounds
 from dspark_jax.decoding.round import DecodeLoop, LoopParams
 from dspark_jax.decoding.state import DecodeState
-from dspark_jax.drafters.config import DSparkConfig, float32_parameter
+from dspark_jax.drafters.config import DSparkConfig, held_dtype
 from dspark_jax.drafters.registry import Drafter, read_config, skeleton
 from dspark_jax.errors import UserError
 from dspark_jax.planning.compiled import compiled, copies, figures, mebibytes, memory_of, topology_mesh
@@ -289,9 +289,7 @@ def planned_pair(
     described = read_config(hf_config)
     described.check_target(target.config)
     module = skeleton(hf_config)
-    # The confidence head stays in float32 when the rest is decoded in bfloat16, and so do V4's streams and sinks.
-    kind = DTYPES[options.dtype]
-    params = abstract_params(module, mesh, lambda path: jnp.float32 if float32_parameter(path) else kind)
+    params = abstract_drafter(module, mesh, DTYPES[options.dtype])
 
     return target, Drafter(options.drafter or options.config, described, split(module)[0], params, hf_config)
 
@@ -313,6 +311,12 @@ def abstract_params(module: Any, mesh: AnyMesh | None, dtype_of: Callable[[Param
         return jax.ShapeDtypeStruct(leaf.shape, dtype_of(path), sharding=over.get(path))
 
     return unflatten_dict({path: one(path, leaf) for path, leaf in leaves.items()})
+
+
+def abstract_drafter(module: Any, mesh: AnyMesh | None, storage: Any) -> dict:
+    """`abstract_params` of a drafter that is decoded with in the dtype `storage`, but for what `held_dtype` excepts."""
+    leaves = flatten_dict(split(module)[1])
+    return abstract_params(module, mesh, lambda path: held_dtype(path, leaves[path].dtype, storage))
 
 
 def abstract_state(loop: DecodeLoop, params: LoopParams) -> DecodeState:

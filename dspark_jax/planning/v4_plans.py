@@ -20,11 +20,17 @@ from dspark_jax.checkpoints.huggingface import parameter_dtypes, target_skeleton
 from dspark_jax.config.cli import mesh_settings
 from dspark_jax.config.schema import MeshSettings
 from dspark_jax.decoding.round import LoopParams
-from dspark_jax.drafters.config import float32_parameter
 from dspark_jax.drafters.deepseek_v4.config import native_config
 from dspark_jax.drafters.registry import Drafter, read_config, skeleton
 from dspark_jax.planning.compiled import collective_parts, compiled, copies, memory_of, topology_mesh
-from dspark_jax.planning.decoding import DecodePlan, abstract_params, abstract_state, bytes_of, local_shape
+from dspark_jax.planning.decoding import (
+    DecodePlan,
+    abstract_drafter,
+    abstract_params,
+    abstract_state,
+    bytes_of,
+    local_shape,
+)
 from dspark_jax.planning.published_targets import PUBLISHED
 from dspark_jax.serving.assembly import make_loop
 from dspark_jax.serving.settings import EngineConfig
@@ -34,7 +40,6 @@ from dspark_jax.targets.deepseek_v4.block import V4Block
 from dspark_jax.targets.deepseek_v4.config import V4Config, v4_config
 from dspark_jax.targets.deepseek_v4.model import V4Model
 from dspark_jax.targets.deepseek_v4.state import empty_state
-from dspark_jax.targets.low_bit import CODES, SCALES
 from dspark_jax.targets.target import Target
 
 GIB = 2**30
@@ -93,7 +98,7 @@ def counted(repository: str, machine: Machine, slots: int, longest: int) -> dict
         weights += config.layers.count(layer) * _bytes(block, config, mesh)
 
     stages = skeleton(native)
-    drafter = bytes_of(abstract_params(stages, mesh, drafter_dtypes(stages).__getitem__))
+    drafter = bytes_of(abstract_drafter(stages, mesh, jnp.bfloat16))
     # Slots lie over data and fsdp alone; state has no head axis to split.
     width, size = hf_config["dspark_block_size"] + 1, longest + 64
     state = jax.eval_shape(lambda: empty_state(config, slots, size, width, jnp.bfloat16))
@@ -133,7 +138,7 @@ def plan_of(hf_config: Mapping[str, Any], machine: Machine, slots: int, longest:
 
     native = native_config(hf_config, "dspark")
     stages = skeleton(native)
-    drafted = abstract_params(stages, mesh, drafter_dtypes(stages).__getitem__)
+    drafted = abstract_drafter(stages, mesh, jnp.bfloat16)
     drafter = Drafter("planned", read_config(native), split(stages)[0], drafted, native)
     # One verify bucket: each would be another copy of all layers in the program.
     buckets = (slots * (drafter.config.block_size + 1),)
@@ -141,18 +146,6 @@ def plan_of(hf_config: Mapping[str, Any], machine: Machine, slots: int, longest:
     held = LoopParams(target.params, drafter.params)
 
     return DecodePlan(target, drafter, loop, held, abstract_state(loop, held), mesh)
-
-
-def drafter_dtypes(module: nnx.Module) -> dict[tuple[Any, ...], Any]:
-    """The dtype of each of a published drafter's parameters, as decoding in bfloat16 holds them."""
-    leaves = flatten_dict(split(module)[1])
-
-    def dtype(path: tuple[Any, ...]) -> Any:
-        if path[-1] in (CODES, SCALES):
-            return leaves[path].dtype
-        return jnp.float32 if float32_parameter(path) else jnp.bfloat16
-
-    return {path: dtype(path) for path in leaves}
 
 
 def program_figures(plan: DecodePlan) -> dict[str, float]:

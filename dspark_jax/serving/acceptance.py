@@ -71,8 +71,8 @@ class Accepted:
 
     @property
     def expected(self) -> np.ndarray:
-        """[K + 1] tokens of a round that verifies 0, 1, .. K drafts; drafts that none of was judged count as
-        rejected."""
+        """[K + 1] tokens of a round that verifies 0, 1, .. K drafts; a position at which no draft was judged counts as
+        one that rejects all."""
         rates = np.asarray(self.accepted) / np.maximum(self.judged, 1)
         return 1.0 + np.concatenate([[0.0], np.cumsum(np.cumprod(rates))])
 

@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
 
 def parts_of(settings: AcceleratorSettings) -> Mapping[str, Callable[[Report, str], None]]:
     """The parts by name, the most worth knowing first."""
-    # Imported by the processes that measure, not by the one that starts them: an accelerator may serve a single one.
+    # Imported late, for --help; nothing there touches a device at import, since an accelerator may serve one process.
     from . import checks, decoding
 
     shapes = {name: SHAPES[name] for name in settings.shapes}

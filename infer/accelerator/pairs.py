@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from dspark_jax.checkpoints.huggingface import DTYPES, parameter_dtypes, target_skeleton
 from dspark_jax.drafters.config import DSparkConfig
 from dspark_jax.drafters.registry import Drafter, drafter_hf_config, read_config, skeleton
-from dspark_jax.planning.decoding import PlanOptions, abstract_params, planned_pair
+from dspark_jax.planning.decoding import PlanOptions, abstract_drafter, abstract_params, planned_pair
 from dspark_jax.sharding import split
 from dspark_jax.targets.config import config_sha256
 from dspark_jax.targets.registry import read_target_config
@@ -118,10 +118,6 @@ def _filled(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return SPREAD * jax.random.normal(key, shape, dtype) if len(shape) > 1 else jnp.ones(shape, dtype)
 
 
-def _drafter_dtype(storage: Any, path: tuple) -> Any:
-    return jnp.float32 if path[0] == "confidence_head" else storage
-
-
 def _tiny_pair() -> tuple[Target, Drafter]:
     config = read_target_config(_TINY)
     module = target_skeleton(config)
@@ -138,5 +134,5 @@ def _tiny_pair() -> tuple[Target, Drafter]:
 def _new_drafter(target: Target, *, dtype: str, **settings: Any) -> Drafter:
     hf_config = drafter_hf_config(target.hf_config, dtype=dtype, **settings)
     module = skeleton(hf_config)
-    params = filled(abstract_params(module, None, partial(_drafter_dtype, DTYPES[dtype])), 2)
+    params = filled(abstract_drafter(module, None, DTYPES[dtype]), 2)
     return Drafter("random", read_config(hf_config), split(module)[0], params, hf_config)

@@ -23,6 +23,7 @@ from dspark_jax.errors import UserError
 from dspark_jax.files import make_output, write_json
 from dspark_jax.planning.compiled import copies
 from dspark_jax.planning.rounds import LoopText
+from dspark_jax.readers import read_object
 from dspark_jax.report import table
 
 
@@ -60,7 +61,7 @@ def main(argv: list[str]) -> None:
         found["before"] = reading(settings, Path(settings.before))
 
     # One file for all programs, devices and depths: what others have measured stays.
-    stored = json.loads(settings.result.read_text()) if settings.result.exists() else {}
+    stored = read_object(settings.result) if settings.result.exists() else {}
     rows = stored.setdefault("decode", {})
     rows[settings.name] = merged(rows.get(settings.name, {}), found) | {
         "command": " ".join(["infer.studies.compiled", *argv])

@@ -1,4 +1,4 @@
-"""The paper's numbers, and why ours are others."""
+"""The paper's numbers, and why those measured here differ."""
 
 DOMAINS = ("math", "code", "chat")
 NAMES = {

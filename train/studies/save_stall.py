@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
 
     announce(config.compute_dtype)
     # From shapes alone: no target, no data and no first step are needed for what a save costs.
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = make_mesh(*config.mesh.sizes)
     state = state_like(AbstractRun.of(config, mesh).spec.abstract)
     size = sum(x.nbytes for x in jax.tree.leaves(state.opt_state)) + sum(
         x.nbytes for x in jax.tree.leaves(state.params)
