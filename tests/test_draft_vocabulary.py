@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dspark_jax.checkpoints.drafters import load_drafter, save_drafter, stored_vocabulary
+from dspark_jax.checkpoints.drafters import load_drafter, save_drafter
 from dspark_jax.checkpoints.tensors import TensorFolder
+from dspark_jax.checkpoints.vocabulary_maps import stored_vocabulary
 from dspark_jax.drafters.registry import Drafter, drafter_hf_config, new_drafter, with_draft_head
 from dspark_jax.drafters.vocabulary import DraftVocabulary
 from dspark_jax.errors import UserError
