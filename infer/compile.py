@@ -3,8 +3,8 @@
     python -m infer.compile --target Qwen/Qwen3-4B --drafter runs/x/fit/drafter --slots 16 --longest 4096
     python -m infer.compile --target DIR --drafter DIR --topology v5e:1x1 --compilation-cache /image/compiled
 
-Takes the settings of infer.serve and keeps the programs where --compilation-cache says. Run it on the kind of device
-that serves, when a container image is built or once for a folder that a pod shares.
+Takes the settings of infer.serve that name pair and engine, and keeps the programs where --compilation-cache says. Run
+it on the kind of device that serves, when a container image is built or once for a folder that a pod shares.
 """
 
 import sys

@@ -88,7 +88,7 @@ class Calibrated:
         return StsTable(
             tuple(self.temperatures.tolist()),
             source,
-            # The samples that the temperatures rest on, which are those of the fitting half.
+            # The samples that the temperatures were fitted on, which are those of the fitting half.
             len(self.rounds.halves[0].prompt),
             # JSON has no nan; a position that was never observed has no error to report.
             tuple(np.nan_to_num(self.before.ece).tolist()),

@@ -129,7 +129,7 @@ class Lease:
         # Four times in the time that others wait: one lost request is not the end.
         while self._held is not None and not self._ended.wait(self._seconds / 4):
             self._count += 1
-            # An outage is no loss: the right is lost when somebody else has written.
+            # An outage is no loss: the right is lost when another process has written.
             with suppress(UserError):
                 renewed = objects.replace(self.place, self._bytes(), self._held)
                 if renewed is None:

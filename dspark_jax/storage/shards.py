@@ -76,7 +76,7 @@ class ShardFolder:
         # Under the lock nothing waits: fetching is the pool's work.
         with self._lock:
             future = self._here.get(number)
-            # A shard whose fetching failed is tried again by whoever wants it next.
+            # A shard whose fetching failed is tried again at its next use.
             if future is None or (future.done() and (future.cancelled() or future.exception())):
                 future = self._here[number] = self._pool.submit(self._fetch, number)
             self._here.move_to_end(number)

@@ -128,6 +128,7 @@ def _read(folder: Place, attempt: str, part: Part, dtype: Any) -> np.ndarray:
 
 
 def placed(like: Any, blocks: dict[Block, np.ndarray]) -> jax.Array:
+    """The array of `like`'s shape and sharding that these blocks of `read_blocks` make."""
     plain = jax.eval_shape(_data, jax.ShapeDtypeStruct(like.shape, like.dtype))
     # Each device takes its own block; no process has the whole array.
     array = jax.make_array_from_callback(plain.shape, like.sharding, lambda index: blocks[_block(index, plain.shape)])

@@ -163,7 +163,7 @@ class ObjectCheckpoints:
                 self._set_aside(int(step), str(error))
 
         if is_first():
-            # What was set aside stays, for whoever wants to look at it.
+            # What was set aside stays, to be looked at.
             kept = {*map(str, self._scores), *(name.partition("/")[0] for name in names if name.endswith(ASIDE))}
             objects.remove([self.place / name for name in names if name.partition("/")[0] not in kept])
         barrier("the checkpoints have been looked at")

@@ -101,7 +101,7 @@ async def _closed_loop(address: Address, clients: int, bodies: Sequence[bytes], 
 
 
 def _work(pipe: Connection, address: Address, rows: Sequence[Messages], max_tokens: int) -> None:
-    """The clients' process: runs closed loops until it is told to end."""
+    """The clients' process: runs closed loops until it gets None."""
     options = {"max_tokens": max_tokens, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
     bodies = [json.dumps({"messages": messages, **options}).encode() for messages in rows]
     while (asked := pipe.recv()) is not None:
