@@ -2,7 +2,7 @@
 
 Command:   python -m train.fit --config embedded_dflash2 --data.cache runs/demo/cache
 Hardware:  2 CPU cores, no accelerator, no network.
-Expected:  not measured by itself; docs/log.md has a short run beside embedded_dspark.
+Expected:  not measured yet.
 
 embedded_dspark's backbone and recipe; the draft layers start as copies of the target's with convolutions that change
 nothing. `--drafter.enable-confidence-head --drafter.confidence-head-with-markov` gives it the head that a scheduler

@@ -144,7 +144,8 @@ class EnginePrograms:
             yield from self._prefixes(loop, state)
         rounds = config.rounds_per_dispatch
         yield "recorded rounds", partial(record_rounds.trace, loop, params, state, occupancy, rounds)
-        if loop.drafter is not None and loop.policy.always_drafts:
+        # "auto" leaves crowds without drafts, and so may the rounds be that are recorded.
+        if loop.drafter is not None and (loop.policy.always_drafts or config.policy == "auto"):
             name = "recorded rounds without the drafter"
             yield name, partial(record_rounds.trace, loop.alone, bare, apart, occupancy, rounds)
 

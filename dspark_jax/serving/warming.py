@@ -66,8 +66,9 @@ def programs_of(engine: Warmable) -> list[Callable[[], None]]:
     # Of a policy that would draft for plain requests too.
     if engine.crowd.always_drafts:
         found.append(partial(_compile_alone, engine))
-        if engine.recorder is not None:
-            found.append(partial(_compile_recording, engine, record_alone))
+    # Also for what a crowd has left without drafts, while a request that is recorded waits.
+    if engine.recorder is not None and (engine.crowd.always_drafts or engine.crowd.most < engine.config.slots):
+        found.append(partial(_compile_recording, engine, record_alone))
     return found
 
 
