@@ -33,7 +33,7 @@ def test_a_subcommand_is_run_or_corrected(capsys: pytest.CaptureFixture[str]) ->
     for argv, code, said in (
         (["--help"], None, "usage: dspark"),
         (["build_cache", "--help"], 0, "--conversations"),
-        (["calibrte"], 2, "dspark has no subcommand calibrte: did you mean calibrate?"),
+        (["calibrte"], 2, "dspark has no subcommand calibrte: did you mean calibrate or calibration?"),
         (["fit", "--config", "embeded_dspark"], 2, "Unknown configuration embeded_dspark: did you mean"),
     ):
         if code is None:

@@ -63,7 +63,7 @@ def test_convolved_rows_see_the_rows_before_them_alone() -> None:
     layer = drafter.params["backbone"]["layers"][0]
     noise = {name: jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(1), x.shape), layer[name])
              for name in ("attention_conv", "mlp_conv")}  # fmt: skip
-    silent = layer["attention"] | {"o_weight_qhd": jnp.zeros_like(layer["attention"]["o_weight_qhd"])}
+    silent = layer["attention"] | {"o_weight_pd": jnp.zeros_like(layer["attention"]["o_weight_pd"])}
     backbone = drafter.params["backbone"] | {"layers": {0: {**layer, **noise, "attention": silent}}}
     params = drafter.params | {"backbone": backbone}
 
