@@ -220,6 +220,18 @@ def test_a_killed_run_continues_bit_for_bit_and_its_folder_loads(
         Run.start(halved)
 
 
+def test_every_matrix_of_a_layer_is_trained_by_muon() -> None:
+    from flax.traverse_util import flatten_dict
+
+    from tests.decoding_tiny import tiny_pair
+    from train.embedded.optimizer import _matrices
+
+    params = tiny_pair()[0].params
+    found, leaves = flatten_dict(_matrices(params)), flatten_dict(params)
+    matrices = {path for path, leaf in leaves.items() if path[0] == "layers" and leaf.ndim == 2}
+    assert matrices and {path for path, numbers in found.items() if numbers is not None} == matrices
+
+
 def _train_steps(run: Run, steps: int) -> None:
     """Trains as `train` does and saves after `steps`, as a run that is killed right after a checkpoint leaves it."""
     from train.embedded.optimizer import make_optimizer, make_step

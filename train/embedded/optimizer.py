@@ -14,6 +14,8 @@ from dspark_jax.targets.attention import CausalRows
 from .packing import Rows
 
 Params = Any
+MATRICES = ("dp", "dc", "pd", "df", "fd")
+"""Axis letters of the matrices of attention and MLP (targets/layers.py)."""
 
 
 class State(NamedTuple):
@@ -42,13 +44,12 @@ def make_optimizer(weight_decay: float) -> optax.GradientTransformation:
 
 
 def _matrices(params: Params) -> Params:
-    """Input and output axes of each parameter, from the axis letters at the end of its name; None: AdamW."""
-    # A projection has several head axes: Muon orthogonalises it as one matrix, inputs by outputs.
-    axes = {"dqh": ((0,), (1, 2)), "dgh": ((0,), (1, 2)), "qhd": ((0, 1), (2,)), "df": ((0,), (1,)), "fd": ((0,), (1,))}
+    """Input and output axis of the layers' matrices, by the axis letters at the end of their names; None: AdamW."""
 
     def of(path: Any, _: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
-        found = axes.get(str(path[-1].key).rsplit("_", 1)[-1])
-        return optax.contrib.MuonDimensionNumbers(*found) if found else None
+        # Heads lie side by side in one axis: Muon orthogonalises a projection as one matrix.
+        named = str(path[-1].key).rsplit("_", 1)[-1]
+        return optax.contrib.MuonDimensionNumbers((0,), (1,)) if named in MATRICES else None
 
     return jax.tree_util.tree_map_with_path(of, params)
 
