@@ -84,7 +84,7 @@ class Service:
         Raises:
             ApiError: another model, or more answers than this server gives at once.
         """
-        # Cheap refusals here, on the event loop; those that need the tokenizer in `submit`, on another thread.
+        # Cheap refusals here; those that need the tokenizer in `submit`.
         require_model(ask, self.name)
         if ask.answers > self.most_choices:
             field = "prompt" if len(ask.prompts) > 1 else "n"
@@ -94,7 +94,7 @@ class Service:
         return Session(self.driver, self.metrics, ask, self._names, self._wakeups)
 
     def submit(self, ask: Ask, session: Session) -> None:
-        """Tokenise the prompts and queue all answers; for a thread that may wait.
+        """Tokenise the prompts and queue all answers; of a large body on a thread that may wait.
 
         Raises:
             ApiError: a prompt that cannot be decoded, a full queue, no engine. Answers that were queued by then are
