@@ -203,6 +203,18 @@ def same(one: Any, other: Any) -> bool:
 LIKE = abstract(state_of(0))
 
 
+def test_what_is_no_step_is_left_alone():
+    from train.studies.save_stall import opened
+
+    objects.write(place("beside/notes/a.txt"), b"of the user")
+    objects.write(place("beside/7/torn.bin"), b"of a killed save")
+    ObjectCheckpoints(place("beside"), 1).close()
+    assert list(objects.listing(place("beside"))) == ["notes/a.txt"]
+    # A study removes what it saves, and so takes an empty place alone.
+    with pytest.raises(UserError, match="s3://pod/beside is not empty"):
+        opened("s3://pod/beside")
+
+
 def test_checkpoints_are_kept_and_restored():
     pushed: list[int] = []
     with ObjectCheckpoints(place("kept"), 2, 1, lambda: pushed.append(1)) as checkpoints:

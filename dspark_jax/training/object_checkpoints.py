@@ -165,7 +165,9 @@ class ObjectCheckpoints:
         if is_first():
             # What was set aside stays, to be looked at.
             kept = {*map(str, self._scores), *(name.partition("/")[0] for name in names if name.endswith(ASIDE))}
-            objects.remove([self.place / name for name in names if name.partition("/")[0] not in kept])
+            steps = {name: name.partition("/")[0] for name in names}
+            # Nothing but steps: what else may lie here is none of ours.
+            objects.remove([self.place / name for name, step in steps.items() if step.isdigit() and step not in kept])
         barrier("the checkpoints have been looked at")
 
     def _marker(self, step: int) -> dict[str, Any]:

@@ -24,7 +24,8 @@ from dspark_jax.errors import UserError
 from dspark_jax.planning.training import AbstractRun
 from dspark_jax.report import listing
 from dspark_jax.sharding import make_mesh
-from dspark_jax.storage.places import local_path, place_of, shown
+from dspark_jax.storage import objects
+from dspark_jax.storage.places import place_of, shown
 from dspark_jax.training.checkpoint import Checkpoints
 from dspark_jax.training.object_checkpoints import AnyCheckpoints, ObjectCheckpoints
 from dspark_jax.training.step import TrainState
@@ -70,11 +71,10 @@ def main(argv: list[str]) -> None:
 def opened(output: str) -> AnyCheckpoints:
     """Checkpoints in a folder or at a place, of which one is kept."""
     # Steps that are there already would be counted as the run's, and removed.
-    place = place_of(output)
-    folder = local_path(output)
-    if place is None and folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty; give a new folder.")
-    return Checkpoints(Path(output), 1) if place is None else ObjectCheckpoints(place, 1)
+    place, folder = place_of(output), Path(output)
+    if objects.listing(place) if place is not None else folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{output} is not empty; give a new folder.")
+    return Checkpoints(folder, 1) if place is None else ObjectCheckpoints(place, 1)
 
 
 def state_like(abstract: TrainState) -> TrainState:
