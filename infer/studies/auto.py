@@ -29,7 +29,7 @@ from dspark_jax.devices import announce, machine
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.errors import UserError
 from dspark_jax.evaluation.traffic import Traffic, closed_loop
-from dspark_jax.files import write_json
+from dspark_jax.files import make_output, write_json
 from dspark_jax.readers import read_object
 from dspark_jax.report import table
 from dspark_jax.scheduling.costs import ScheduleTables
@@ -81,6 +81,7 @@ def main(argv: list[str]) -> None:
     settings = parse(AutoSettings, argv, description=__doc__)
     if min(settings.repeats, settings.requests, *settings.users) < 1:
         raise UserError("Repeats, requests and every number of users must be 1 or more.")
+    make_output(settings.results.parent)
     # Before the backend exists: its threads are made for the cores that there are.
     if settings.cpu_seconds:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})

@@ -19,7 +19,7 @@ from dspark_jax.config.cli import parse, program
 from dspark_jax.decoding.round import LoopParams
 from dspark_jax.devices import announce, machine
 from dspark_jax.errors import UserError
-from dspark_jax.files import write_json
+from dspark_jax.files import make_output, write_json
 from dspark_jax.report import table
 from dspark_jax.scheduling.policies import LookAhead
 from dspark_jax.serving.assembly import CACHE_MULTIPLE, make_loop
@@ -64,6 +64,7 @@ def main(argv: list[str]) -> None:
             f"{reach}, which the rounds may reach."
         )
 
+    make_output(settings.results.parent)
     announce(settings.dtype)
     found = measured(settings)
     write_json(settings.results, {**found, "settings": asdict(settings), "machine": machine()})

@@ -1,6 +1,6 @@
 """Times top-k and top-p as thresholds found by bisection against a sort of the laws, whose results must be the same.
 
-taskset -c 0 python -m infer.studies.cuts --vocab 49152 --rows 1 8 32
+    taskset -c 0 python -m infer.studies.cuts --vocab 49152 --rows 1 8 32
 
 CPU seconds of this process, medians of alternating runs, on random logits.
 """
