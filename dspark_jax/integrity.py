@@ -39,6 +39,7 @@ from dspark_jax.readers import check_fields, object_of, read_object, read_record
 from dspark_jax.serving.profile import Profile
 from dspark_jax.serving.temperatures import read_sealed
 from dspark_jax.sharding import split
+from dspark_jax.storage.places import place_of
 from dspark_jax.targets.registry import read_target_config
 from dspark_jax.training.checkpoint import damage, steps_in
 
@@ -68,8 +69,10 @@ def examine(path: Path) -> list[Finding]:
     Returns:
         One finding for each kind; faults are in the findings and are not raised.
     Raises:
-        UserError: the path is of no known kind.
+        UserError: the path is of no known kind, or in an object store.
     """
+    if (place := place_of(path)) is not None:
+        raise UserError(f"{place} is in an object store; copy it to a folder of this machine, and give that.")
     try:
         # One path can be of several kinds: a drafter's folder may hold a calibration and a profile.
         kinds = [name for name, (recognised, _) in KINDS.items() if recognised(path)]

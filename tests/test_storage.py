@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dspark_jax.errors import UserError
+from dspark_jax.integrity import examine
 from dspark_jax.storage import objects
 from dspark_jax.storage.lease import FILE, Lease
 from dspark_jax.storage.places import Place, local_path, place_of, stores_folder
@@ -43,6 +44,8 @@ def test_places_and_paths_stand_for_each_other(machine: Path):
     assert local_path("s3://pod/runs/a") == machine / "work/s3/pod/runs/a"
     assert place_of(machine / "work/s3/pod/runs/a") == place_of(machine / "read/s3/pod/runs/a") == found
     assert place_of("runs/a") is None and place_of(stores_folder() / "work/s3") is None
+    with pytest.raises(UserError, match="s3://pod/runs/a is in an object store; copy it"):
+        examine(Path("s3://pod/runs/a"))
     with pytest.raises(UserError, match="dotted part"):
         place_of("gs://pod/../b")
 

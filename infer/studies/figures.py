@@ -158,6 +158,7 @@ def measured(settings: FiguresSettings, name: str, words: Sequence[str]) -> None
 
 
 def run(words: Sequence[str]) -> None:
+    """Runs a program; UserError where it fails."""
     print(" ".join(words), flush=True)
     done = subprocess.run(words, check=False)
     if done.returncode:
@@ -264,6 +265,7 @@ def curves(settings: FiguresSettings, pair: Pair, key: str, field: str) -> list[
 
 
 def figure4(settings: FiguresSettings, pair: Pair) -> list[str]:
+    """Accepted length by block length, and the head's share of a round."""
     rows = curves(settings, pair, "figure4_t1", "block")
     found = read(settings, pair.curves)
     if not rows or found is None or not found["figure4_head_cost"]:
