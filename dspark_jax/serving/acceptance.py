@@ -192,7 +192,7 @@ def load_or_ask(
 
 
 def _recorded(sts: Path, block: int) -> Accepted | None:
-    """Of the rounds of a calibration; None where its file has no such fields. UserError where they hold no counts."""
+    """The acceptance in a calibration's rounds; None where its file has none. UserError where it holds no counts."""
     # The file was read for its temperatures before, which checks what it is valid for.
     facts = read_object(sts).get("valid_for", {})
     if "judged" not in facts:

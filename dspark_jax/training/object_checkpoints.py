@@ -288,4 +288,4 @@ class ObjectCheckpoints:
 
 
 AnyCheckpoints = Checkpoints | ObjectCheckpoints
-"""Of a run on a disk, or in a store."""
+"""The checkpoints of a run on a disk, or in a store."""

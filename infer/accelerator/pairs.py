@@ -18,7 +18,7 @@ from dspark_jax.targets.registry import read_target_config
 from dspark_jax.targets.target import Target
 
 SPREAD = 0.02
-"""Of weights, as they are before training: logits stay finite through all layers, and products are not of zeros."""
+"""Standard deviation of weights, as before training: logits stay finite, and products are not of zeros."""
 _TINY = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",

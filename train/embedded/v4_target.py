@@ -93,7 +93,7 @@ class V4TargetSettings:
     conversations: int = 4000
     """Conversations written for the drafters."""
     seed: int = 0
-    """Of the weights."""
+    """Seed of the weights."""
 
 
 def main_config() -> dict[str, Any]:
