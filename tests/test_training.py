@@ -128,14 +128,20 @@ def test_logits_of_all_anchors_never_exist() -> None:
     assert largest(4) < 0.4 * whole
 
 
-def _intermediates(jaxpr: Any) -> Iterator[Any]:
-    """Shapes of everything the equations make, those of inner programs included."""
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """All equations, those of inner programs included."""
     for equation in jaxpr.eqns:
-        yield from (v.aval for v in equation.outvars if hasattr(v.aval, "size"))
+        yield equation
         for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
             inner = getattr(inner, "jaxpr", inner)
             if hasattr(inner, "eqns"):
-                yield from _intermediates(inner)
+                yield from equations(inner)
+
+
+def _intermediates(jaxpr: Any) -> Iterator[Any]:
+    """Shapes of everything the equations make, those of inner programs included."""
+    for equation in equations(jaxpr):
+        yield from (v.aval for v in equation.outvars if hasattr(v.aval, "size"))
 
 
 def test_no_supervision_is_no_loss_and_no_gradient() -> None:

@@ -14,6 +14,7 @@ from dspark_jax.drafters.config import DSparkConfig
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import param
 from dspark_jax.targets.layers import normal
+from dspark_jax.targets.products import product
 
 
 class Linear(nnx.Module):
@@ -72,7 +73,7 @@ class MarkovHead(nnx.Module):
     def bias(self, latent: Float[Array, "*n r"]) -> Float[Array, "*n v"]:
         """W_2 latent, float32."""
         # float32, because it is added to float32 logits before the law is taken (rule 8).
-        return jnp.einsum("...r,vr->...v", latent, self.w2_vr[...], preferred_element_type=jnp.float32)
+        return product("...r,vr->...v", latent, self.w2_vr[...])
 
     def candidates(self, base: Float[Array, "*n v"]) -> Int[Array, "*n c"] | None:
         """The tokens that may be drafted at each position, from its base logits; None: all of V."""
@@ -167,7 +168,7 @@ class Selector(MarkovHead):
     def scores(self, base: Array, latent: Array, candidates: Int[Array, "*n c"] | None) -> Float[Array, "*n c"]:
         assert candidates is not None, "a selector has candidates"
         successors = jnp.take(self.w2_vr[...], candidates, axis=0)
-        pairs = jnp.einsum("...r,...cr->...c", latent, successors, preferred_element_type=jnp.float32)
+        pairs = product("...r,...cr->...c", latent, successors)
         return jnp.take_along_axis(base, candidates, axis=-1) + pairs
 
 

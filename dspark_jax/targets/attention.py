@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from dspark_jax.targets.products import product
+
 # A CPU reads caches from this size on chunk by chunk, no further than they are held. Taking a chunk out of the cache is
 # a copy, which costs more than reading a smaller cache whole.
 LARGE, HELD_CHUNK = 2048, 512
@@ -230,9 +232,7 @@ def prefix_block_attention(
 
     inner = None
     if block is not None:
-        inner = (
-            jnp.einsum("bgnrkh,bnjgh->bgnrkj", rows, block.keys, preferred_element_type=jnp.float32) * scale
-        )  # [B, G, N, Q/G, K, K]
+        inner = product("bgnrkh,bnjgh->bgnrkj", rows, block.keys) * scale  # [B, G, N, Q/G, K, K]
         if block_allowed is not None:
             inner = jnp.where(block_allowed, inner, MASKED)
 
@@ -251,7 +251,7 @@ def _scores(rows: Array, keys: Array, allowed: Array, scale: float) -> Array:
     """[B, G, N, Q/G, K, T] float32 scores of the rows [B, G, N, Q/G, K, H] against keys [B, G, T, H]."""
     # One matrix product per (batch, kv head): all rows that share the head are stacked as M = N * (Q/G) * K rows.
     stacked = rows.reshape(*rows.shape[:2], -1, rows.shape[-1])  # [B, G, M, H]
-    scores = jnp.einsum("bgmh,bgth->bgmt", stacked, keys, preferred_element_type=jnp.float32) * scale
+    scores = product("bgmh,bgth->bgmt", stacked, keys) * scale
 
     # The mask differs by block and row, so the stacked rows are told apart again.
     scores = scores.reshape(*rows.shape[:-1], -1)
@@ -262,14 +262,14 @@ def _weighted(weights: Array, values: Array) -> Array:
     """[B, G, N, Q/G, K, H] float32: the values [B, G, T, H] summed by weights [B, G, N, Q/G, K, T]."""
     # Weights are cast to the values' dtype, as kernels do; their sum stays float32.
     flat = weights.reshape(*weights.shape[:2], -1, weights.shape[-1]).astype(values.dtype)
-    out = jnp.einsum("bgmt,bgth->bgmh", flat, values, preferred_element_type=jnp.float32)
+    out = product("bgmt,bgth->bgmh", flat, values)
     return out.reshape(*weights.shape[:-1], -1)
 
 
 def _of_block(weights: Array, block: KeysValues) -> Array:
     """The block's own values summed by weights [B, G, N, Q/G, K, K]."""
     weights = weights.astype(block.values.dtype)
-    return jnp.einsum("bgnrkj,bnjgh->bgnrkh", weights, block.values, preferred_element_type=jnp.float32)
+    return product("bgnrkj,bnjgh->bgnrkh", weights, block.values)
 
 
 def _at_once(

@@ -19,6 +19,7 @@ from dspark_jax.sharding import Units, param
 from dspark_jax.targets.attention import Attend, KeysValues
 from dspark_jax.targets.config import RopeConfig, TargetConfig
 from dspark_jax.targets.moe import SparseMLP
+from dspark_jax.targets.products import product
 
 
 class Rope(NamedTuple):
@@ -53,7 +54,7 @@ def head_logits(hidden: Float[Array, "*n d"], head: Float[Array, "v d"], softcap
     """float32 logits of final-normed hidden states by an output head; `softcap` c bounds them, c tanh(x / c)."""
 
     def as_rows(x: Array, weight: Array) -> Array:
-        return jnp.einsum("...d,vd->...v", x, weight, preferred_element_type=jnp.float32)
+        return product("...d,vd->...v", x, weight)
 
     def as_columns(x: Array, weight: Array) -> Array:
         # XLA:CPU repacks a transposed right-hand side in every call, and the head is the largest matrix; as the
@@ -62,7 +63,7 @@ def head_logits(hidden: Float[Array, "*n d"], head: Float[Array, "v d"], softcap
         count = len(rows)
         if count in UNEVEN_ROWS:
             rows = jnp.pad(rows, ((0, -count % 8), (0, 0)))
-        columns = jnp.einsum("vd,nd->vn", weight, rows, preferred_element_type=jnp.float32)
+        columns = product("vd,nd->vn", weight, rows)
         return jax.lax.optimization_barrier(columns).T[:count].reshape(*x.shape[:-1], -1)
 
     if math.prod(hidden.shape[:-1]) <= FEW_ROWS:

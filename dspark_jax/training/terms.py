@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 
 from dspark_jax.drafters.protocol import BlockOutput, SelectorOutput
 from dspark_jax.drafters.vocabulary import DraftVocabulary
+from dspark_jax.targets.products import product
 from dspark_jax.training.anchors import Blocks
 
 # Added to the summed weights: the loss of a batch without supervision is 0, not NaN (docs/algorithm.md, rule 41).
@@ -165,7 +166,7 @@ def selector_terms(
     else:
         # Where the label is no candidate it takes the place of the last one, in the loss alone.
         successor = jnp.take(made.successors, label, axis=0)
-        pair = jnp.einsum("...r,...r->...", made.latent, successor, preferred_element_type=jnp.float32)
+        pair = product("...r,...r->...", made.latent, successor)
         own = jnp.take_along_axis(base, label[..., None], axis=-1)[..., 0] + pair
         last = jnp.where(found, made.scores[..., -1], own)
         entropy = jax.nn.logsumexp(made.scores.at[..., -1].set(last), axis=-1) - own

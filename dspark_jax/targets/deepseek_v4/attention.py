@@ -21,6 +21,7 @@ from dspark_jax.targets.deepseek_v4.state import CompressedRows, LayerRows, Laye
 from dspark_jax.targets.deepseek_v4.streams import Norm, unit_rms
 from dspark_jax.targets.deepseek_v4.weights import GROUPS_IN, GROUPS_OUT, HEADS_OUT, dense
 from dspark_jax.targets.layers import Rope, normal
+from dspark_jax.targets.products import product
 
 QUERY_CHUNK = 128
 """Rows of a block whose scores are held at once: longer blocks are mapped chunk by chunk."""
@@ -48,7 +49,7 @@ def sink_attention(
     scores = [
         jnp.where(
             part.allowed[..., None, :],
-            jnp.einsum("...wqh,...th->...wqt", q, part.keys, preferred_element_type=jnp.float32) * scale,
+            product("...wqh,...th->...wqt", q, part.keys) * scale,
             MASKED,
         )
         for part in parts
@@ -66,9 +67,7 @@ def sink_attention(
     for part, score in zip(parts, scores, strict=True):
         weights = jnp.exp(score - top[..., None])  # [*b, W, Q, T]
         total = total + jnp.sum(weights, axis=-1)
-        out = out + jnp.einsum(
-            "...wqt,...th->...wqh", weights.astype(part.keys.dtype), part.keys, preferred_element_type=jnp.float32
-        )
+        out = out + product("...wqt,...th->...wqh", weights.astype(part.keys.dtype), part.keys)
 
     return (out / total[..., None]).astype(q.dtype)
 
