@@ -14,7 +14,7 @@ import jax
 
 from dspark_jax.config.cli import divide_options, mesh_settings, parse, parse_training, program
 from dspark_jax.errors import UserError
-from dspark_jax.planning.compiled import compiled, figures, topology_mesh
+from dspark_jax.planning.compiled import compiled, figures, topology_mesh, wide_products
 from dspark_jax.planning.estimate import describe, estimate, tied_bytes
 from dspark_jax.planning.training import AbstractRun
 from dspark_jax.report import listing
@@ -58,7 +58,9 @@ def main(argv: list[str]) -> None:
 
     # An abstract mesh has any number of devices: shapes and shardings are known without one.
     run = AbstractRun.of(config, abstract_mesh(options.devices or jax.device_count(), *sizes))
-    print(listing(describe(run)))
+    # Lowered, not compiled: what the compiler is asked to multiply in float32, at half the rate or less.
+    wide, products = wide_products(run.lower("tpu").as_text())
+    print(listing(describe(run) | {"float32 products": f"{wide} of {products}, with an operand over 1 MiB"}))
     print()
     print(listing({name: f"{count / 2**30:9.3f} GiB" for name, count in estimate(run).items()}))
 

@@ -22,6 +22,7 @@ from dspark_jax.sharding import MESH_AXES, mesh_shape
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # `-start` of an asynchronous pair is counted and its `-done` is not, as it has another name.
 _COLLECTIVE = re.compile(rf"= (.+?) ({'|'.join(COLLECTIVES)})(-start)?\(")
+_PRODUCT = re.compile(r"stablehlo\.dot_general .*: \(tensor<([^>]+)>, tensor<([^>]+)>\) ->")
 ACCELERATORS = {"v4": "v4", "v5e": "v5litepod", "v5p": "v5p", "v6e": "v6e"}
 
 
@@ -178,6 +179,17 @@ def copies(program: str, shapes: Iterable[tuple[int, ...]]) -> list[str]:
     return found
 
 
+def wide_products(lowered: str, least: int = 2**20) -> tuple[int, int]:
+    """(products with a float32 operand of at least `least` bytes, all products) in the StableHLO text of a program.
+
+    A body that runs many times is counted once. Shapes are those before partitioning.
+    """
+    # Before the compiler, which may widen operands of its own accord where the device has no narrow product.
+    products = _PRODUCT.findall(lowered)
+    wide = [operands for operands in products if any(_float32_bytes(kind) >= least for kind in operands)]
+    return len(wide), len(products)
+
+
 def mebibytes(count: float) -> str:
     """A number of bytes as text, in MiB with one decimal."""
     return f"{count / 2**20:,.1f} MiB"
@@ -195,6 +207,12 @@ def _tuple_parts(shape: str) -> list[str]:
             parts[-1] += letter
 
     return parts
+
+
+def _float32_bytes(kind: str) -> int:
+    """Bytes of an array by StableHLO's name of its type, as in 4x8xf32; 0 of any other dtype."""
+    *dimensions, dtype = kind.split("x")
+    return math.prod(map(int, dimensions)) * 4 if dtype == "f32" else 0
 
 
 def _shape_bytes(kind: str, dimensions: str) -> int:
