@@ -12,7 +12,7 @@ from dspark_jax.checkpoints.huggingface import abstract_target
 from dspark_jax.config.cli import config_names, load_config, mesh_settings
 from dspark_jax.config.schema import MeshSettings, TrainConfig
 from dspark_jax.errors import UserError
-from dspark_jax.planning.compiled import collectives
+from dspark_jax.planning.compiled import collectives, wide_products
 from dspark_jax.planning.estimate import estimate, shard_bytes
 from dspark_jax.planning.liveness import peak_bytes
 from dspark_jax.planning.published_targets import PUBLISHED
@@ -185,7 +185,12 @@ def test_the_program_prints_a_plan_and_writes_nothing(tmp_path, monkeypatch, cap
     options = ["--devices", "64", "--mesh", "data=16,fsdp=4", "--data.max-length", "1024"]
     plan.main(["--config", "qwen3_4b_eagle3", *options])
     printed = capsys.readouterr().out
-    assert "data 16 x fsdp 4 x expert 1 x tensor 1" in printed and "activations" in printed and "524,288" in printed
+    assert (
+        "data 16 x fsdp 4 x expert 1 x tensor 1" in printed
+        and "activations" in printed
+        and "float32 products" in printed
+        and "524,288" in printed
+    )
     assert not list(tmp_path.iterdir())
     for words, said in (
         ("--mesh data=3 --devices 8", "does not fit 8 devices"),
@@ -219,6 +224,14 @@ def test_collectives_are_counted_with_their_bytes() -> None:
         "all-to-all": "1 of 2.0 MiB",
         "collective-permute": "1 of 1.0 MiB",
     }
+
+
+def test_float32_products_are_counted_by_their_larger_operand() -> None:
+    x, narrow = jnp.zeros((512, 512)), jnp.zeros((512, 512), jnp.bfloat16)
+    # The operands of the third take 2 KiB each; in the fourth, one is widened.
+    lowered = jax.jit(lambda x, n: (x @ x, n @ n, n.astype(jnp.float32)[:1] @ x[:, :1], n @ x)).lower(x, narrow)
+    assert wide_products(lowered.as_text()) == (2, 4)
+    assert wide_products(lowered.as_text(), least=2048) == (3, 4)
 
 
 def test_asynchronous_collectives_are_counted_by_their_results() -> None:

@@ -180,14 +180,15 @@ def copies(program: str, shapes: Iterable[tuple[int, ...]]) -> list[str]:
 
 
 def wide_products(lowered: str, least: int = 2**20) -> tuple[int, int]:
-    """(products with a float32 operand of at least `least` bytes, all products) in the StableHLO text of a program.
+    """(products in float32 whose larger operand takes `least` bytes so, all products) of a program's StableHLO text.
 
     A body that runs many times is counted once. Shapes are those before partitioning.
     """
-    # Before the compiler, which may widen operands of its own accord where the device has no narrow product.
-    products = _PRODUCT.findall(lowered)
-    wide = [operands for operands in products if any(_float32_bytes(kind) >= least for kind in operands)]
-    return len(wide), len(products)
+    # Where one operand is float32 the other is widened, in the text or by the compiler.
+    products = [[kind.split("x") for kind in operands] for operands in _PRODUCT.findall(lowered)]
+    wide = [operands for operands in products if "f32" in (kind[-1] for kind in operands)]
+    large = [operands for operands in wide if max(4 * math.prod(map(int, kind[:-1])) for kind in operands) >= least]
+    return len(large), len(products)
 
 
 def mebibytes(count: float) -> str:
@@ -207,12 +208,6 @@ def _tuple_parts(shape: str) -> list[str]:
             parts[-1] += letter
 
     return parts
-
-
-def _float32_bytes(kind: str) -> int:
-    """Bytes of an array by StableHLO's name of its type, as in 4x8xf32; 0 of any other dtype."""
-    *dimensions, dtype = kind.split("x")
-    return math.prod(map(int, dimensions)) * 4 if dtype == "f32" else 0
 
 
 def _shape_bytes(kind: str, dimensions: str) -> int:
