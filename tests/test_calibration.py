@@ -23,7 +23,7 @@ from dspark_jax.scheduling.policies import Asynchronous, Fixed, LookAhead
 from dspark_jax.serving import profiling
 from dspark_jax.serving.assembly import make_loop
 from dspark_jax.serving.profile import Profile, choose_ladder, monotone
-from dspark_jax.serving.profiling import Effort, _Stopwatch, load_or_measure, measure_profile
+from dspark_jax.serving.profiling import Effort, _Stopwatch, draft_passes, load_or_measure, measure_profile
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.serving.temperatures import (
@@ -196,23 +196,28 @@ def test_profiles_become_tables_and_files(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_a_loop_is_profiled_by_its_own_program_once(tmp_path: Path) -> None:
-    """Every bucket is run, nothing is compiled that decoding does not need, and the second start reads a file."""
+    """Every bucket is run, nothing is compiled that decoding does not need, and the second start reads a file.
+
+    Rounds of all buckets are one program; plain rounds without the drafter are another, and draft passes a third.
+    """
     target, drafter = tiny_pair()
     loop = make_loop(target, drafter, EngineConfig(2, 60, buckets=(2, 5, 10)), LookAhead())
     params = LoopParams(target.params, drafter.params)
-    before = run_rounds._cache_size()
+    rounds, drafts = run_rounds._cache_size(), draft_passes._cache_size()
     found = measure_profile(loop, params, 1.0, (0.2, 0.5), Effort(rounds=2, repeats=1))
-    assert run_rounds._cache_size() == before + 1
+    programs = run_rounds._cache_size(), draft_passes._cache_size()
+    assert programs == (rounds + 2, drafts + 1)
     assert found.tokens == (2, 5, 10) and np.shape(found.rounds) == (2, 3) and min(map(min, found.rounds)) > 0
     assert found.key["requests"] == 2 and found.key["sampled"] and min(found.drafting) > 0
-    assert found.dispatch > 0
+    assert found.dispatch > 0 and len(found.alone) == 2 and min(found.alone) > 0
     found.cost_table()
     first = load_or_measure(loop, params, 0.0, tmp_path)
-    assert run_rounds._cache_size() == before + 1 and len(list(tmp_path.iterdir())) == 1
+    assert len(list(tmp_path.iterdir())) == 1
     assert load_or_measure(loop, params, 0.0, tmp_path) == first
     (path,) = tmp_path.iterdir()
     path.write_text("{torn")
     assert load_or_measure(loop, params, 0.0, tmp_path).key == first.key
+    assert (run_rounds._cache_size(), draft_passes._cache_size()) == programs, "other profiles compile nothing"
     assert Profile.read(path).key == first.key
     with pytest.raises(UserError, match="load-adaptive policy"):
         measure_profile(make_loop(target, drafter, EngineConfig(2, 60), Fixed()), params)

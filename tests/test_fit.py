@@ -33,13 +33,13 @@ from dspark_jax.training.step import TrainState, abstract_train_state, make_trai
 from dspark_jax.training.synthetic_cache import write_synthetic_cache
 from dspark_jax.training.terms import LossOptions
 from tests.tiny import write_tiny_target
+from tests.untimed import untimed
 from tests.xla import xla_flags
 from train import export
 from train.fit import main
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (0, 2)
-TIMES = ("seconds", "step_seconds", "tokens_per_s", "mfu")
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +74,6 @@ def final_state(arguments: list[str], step: int = 4) -> TrainState:
     config = parse(load_config("debug"), arguments[2:])
     with Checkpoints(Path(config.run_dir) / "checkpoints", 9) as checkpoints:
         return checkpoints.restore(step, Run.of(config).step.abstract)[0]
-
-
-def untimed(run: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in record.items() if k not in TIMES} for record in read_records(run / "metrics.jsonl")]
 
 
 def losses(run: Path) -> list[float]:

@@ -26,7 +26,6 @@ from train import build_cache
 from train.fit import main
 
 ROOT = Path(__file__).parent.parent
-TIMES = ("seconds", "step_seconds", "tokens_per_s", "mfu")
 
 
 @pytest.fixture(scope="module")
