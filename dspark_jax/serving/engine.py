@@ -231,14 +231,17 @@ class Engine:
         # Work queued earlier, such as a prefill, must not be counted as time of the rounds.
         jax.block_until_ready(self.state.length)
         started = time.perf_counter()
-        self._dispatch(rounds)
+        self._dispatch(rounds, busy=False)
 
         predicted = float(self.state.predicted_seconds)  # waits for the dispatch
         self.metering.took(time.perf_counter() - started, predicted)
+        # Behind the clock: work of the host that outlasts the device would be taken for load.
+        if self.meanwhile is not None:
+            self.meanwhile()
         return self._read()
 
-    def _dispatch(self, rounds: int, alone: bool = False) -> None:
-        """Start up to `rounds` rounds on the device; waits for them only with a recorder."""
+    def _dispatch(self, rounds: int, alone: bool = False, busy: bool = True) -> None:
+        """Start up to `rounds` rounds on the device and, where `busy`, do `meanwhile`; waits only with a recorder."""
         # Read once: it may be set by another thread in between.
         occupancy, recorder, records = self.metering.current(), self.recorder, None
         if recorder is not None:
@@ -251,7 +254,7 @@ class Engine:
             run = run_alone if alone else run_rounds
             self.state = run(self.loop, self.params, self.state, occupancy, *limits)
 
-        if self.meanwhile is not None:
+        if busy and self.meanwhile is not None:
             self.meanwhile()
         if recorder is not None:
             holders = {slot: entry.job.index for slot, entry in self._seats.items() if entry.decoding}

@@ -129,7 +129,8 @@ class Api:
 
         session = self._service.session(ask)
         try:
-            await aside(self._service.submit, ask, session)
+            # A chat's template is a program of the model's files: whatever it does, the loop stays free.
+            await (run_in_threadpool if chat else aside)(self._service.submit, ask, session)
         # Also when the client hangs up here: answers that are queued already hold slots.
         except BaseException:
             session.close()
