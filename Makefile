@@ -40,7 +40,7 @@ parity-env: $(PARITY_INSTALLED)
 
 $(PARITY_INSTALLED): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --editable '.[dev,parity]'
-	$(BIN)/python -m pip install --quiet --no-deps speculators==0.9.0 hs-connectors==0.9.0
+	$(BIN)/python -m pip install --quiet --no-deps speculators==0.9.0 hs-connectors==0.9.0 loguru
 	@touch $@
 
 real-target: $(INSTALLED)
