@@ -49,6 +49,12 @@ def test_a_part_in_a_process_of_its_own(tmp_path: Path, capsys: pytest.CaptureFi
     assert json.loads(output.read_text())["parts"]["device"]["platform"] == "cpu"
     assert [file.name for file in tmp_path.iterdir()] == ["accelerator.json"]
 
+    # A part that had failed is tried again there, from the report that says so.
+    output.write_text(json.dumps({"about": {}, "parts": {"device": {"failed": "RuntimeError: once"}}}))
+    main(["--shapes", "tiny", "--output", str(output), "--parts", "device"])
+    again = json.loads(output.read_text())["parts"]["device"]
+    assert again["platform"] == "cpu" and "failed" not in again
+
     main(["--shapes", "tiny", "--output", str(output), "--parts", "scheduler", "--minutes", "0.1"])
     assert "No time was left" in json.loads(output.read_text())["parts"]["scheduler"]["left_out"]
 

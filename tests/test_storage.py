@@ -165,9 +165,9 @@ def test_a_folder_is_pulled_and_pushed(machine: Path):
 
 def test_files_of_one_folder_have_writers_of_their_own():
     for name in ("one", "two", "one"):
-        with written_file(f"s3://pod/d/{name}.jsonl", "the conversations") as out:
+        with written_file(f"s3://pod/files/{name}.jsonl", "the conversations") as out:
             (out.folder / f"{name}.jsonl").write_text(name)
-    assert list(objects.listing(place("d"))) == ["one.jsonl", "two.jsonl"]
+    assert list(objects.listing(place("files"))) == ["one.jsonl", "two.jsonl"]
 
 
 def test_what_is_read_is_fetched_once(server: S3Server):

@@ -60,9 +60,6 @@ def main(argv: list[str]) -> None:
     for name in settings.parts or parts:
         if report.done(name):
             continue
-        # Whatever an earlier attempt said; its figures stay, and are not measured again.
-        for word in ("failed", "left_out", "unfinished"):
-            report.parts.get(name, {}).pop(word, None)
         if report.left < LEAST_SECONDS and not settings.one_process:
             report.add(name, left_out="No time was left; the same command measures it.")
             continue
@@ -115,6 +112,9 @@ def device(report: Report, part: str) -> None:
 
 def run_here(report: Report, name: str, measure: Callable[[Report, str], None]) -> None:
     """Run a part in this process; a failure becomes a sentence in the report."""
+    # What an earlier attempt said, which until here marks the part as one to do; its figures stay.
+    for word in ("failed", "left_out", "unfinished"):
+        report.parts.get(name, {}).pop(word, None)
     with Compilations() as seen:
         try:
             measure(report, name)

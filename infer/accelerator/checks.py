@@ -78,6 +78,9 @@ def golden(report: Report, part: str, shape: Shape) -> None:
         line = next((line for line in done.stdout.splitlines() if line.startswith(case)), done.stderr[-300:])
         report.add(part, **{case: {"ok": done.returncode == 0, "said": re.sub(r"\s+", " ", line)}})
 
+    if wrong := [case for case in shape.cases if not report.parts[part][case]["ok"]]:
+        report.add(part, failed=f"{', '.join(wrong)}: see what is said of each.")
+
 
 def greedy(report: Report, part: str, shape: Shape) -> None:
     """Greedy answers with drafts against those without, in bfloat16: how many are the same, and at what gap between
