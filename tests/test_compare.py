@@ -14,10 +14,10 @@ from dspark_jax.files import weights_hash, write_settings
 from dspark_jax.training.synthetic_cache import write_synthetic_cache
 from tests.tiny import write_tiny_target
 from train.studies.compare import CompareSettings, all_points, finished, main, point_config, take_conversations
-from train.studies.compare_report import estimate, publish, report
-from train.studies.comparison import BLOCKS, CONTESTANTS, MAIN, StudyPoint, study_points
+from train.studies.compare_report import TRAINED, estimate, publish, report
+from train.studies.comparison import BLOCKS, CONTESTANTS, LOSSES, MAIN, NEXT, StudyPoint, study_points
 
-ABOUT = {"command": "python -m train.studies.compare", "depth": 2, "steps": 10}
+ABOUT = {"command": "python -m train.studies.compare", "depth": 2, "block": 7, "steps": 10}
 
 
 def test_the_parts_share_their_points():
@@ -30,6 +30,9 @@ def test_the_parts_share_their_points():
     assert [p.seed for p in main_only] == [0] * 4 + [1] * 4
     depths = {p.drafter: p.depth for p in main_only}
     assert depths == {"dspark": 2, "dflash": 2, "eagle3": 1, "mtp1": 1}
+    shorter = all_points(replace(settings, only=("main", "next", "losses"), seeds=1, block=4))
+    assert {p.drafter: p.block for p in shorter} == dict.fromkeys((*MAIN, *NEXT, *LOSSES), 4) | {"mtp1": 1}
+    assert len(shorter) == 4 + 2 + 3
 
 
 @pytest.mark.parametrize("name", CONTESTANTS)
@@ -93,8 +96,8 @@ def result(point: StudyPoint, tau: float) -> dict[str, Any]:
         return counts | {"accepted": accepted, "judged": judged}
 
     domains = {"code": row(tau), "chat": row(tau + 0.5), "math": row(tau + 0.5)}
-    trained = {f"train_{name}": 1.0 for name in ("seconds", "step_seconds", "loss", "tau_probabilistic")}
-    return {"t1": domains, "t0": domains, "parameters": 10, **trained}
+    trained = dict.fromkeys(TRAINED, 1.0)
+    return {"t1": domains, "t0": domains, **trained}
 
 
 HEADS = {"none": 1e-3, "vanilla": 1.01e-3, "rnn": 1.02e-3}
@@ -133,6 +136,16 @@ def test_the_report_of_a_whole_study(tmp_path: Path, capsys: pytest.CaptureFixtu
     publish(tmp_path, tmp_path / "results", "compare")
     assert json.loads((tmp_path / "results" / "compare.json").read_text()) == metrics
     assert (tmp_path / "results" / "compare_figure2.png").exists()
+
+
+def test_later_drafters_and_losses_have_tables_beside_dspark(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    points = all_points(CompareSettings(only=("next", "losses"), block=4))
+    assert report(tmp_path, {p: result(p, 2.0 + 0.1 * i) for i, p in enumerate(points)}, None, {**ABOUT, "block": 4})
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["next_t1"]["dflash2"]["code"]["mean"] == pytest.approx(2.2)
+    assert list(metrics["losses_t1"]) == list(LOSSES) and list(metrics["tau_macro_t1"]) == ["dspark"]
+    assert metrics["training"]["dspark_lk"]["curve"] == [1.0]
+    assert "DSpark + convolution" in capsys.readouterr().out
 
 
 def test_a_report_of_what_there_is_so_far(tmp_path: Path):
@@ -178,6 +191,7 @@ def test_a_point_trains_decodes_and_is_found_again(study: list[str], capsys: pyt
         assert row["committed"] <= 7 * requests, "the first token is the prefill's"
         assert row["verified"][0] == row["rounds"] > 0
     assert (output / "points" / point.name / "drafter" / "model.safetensors").exists()
+    assert [step for step, _ in found[point]["train_curve"]] == [1, 2] and found[point]["train_cpu_seconds"] > 0
 
 
 @pytest.mark.parametrize(

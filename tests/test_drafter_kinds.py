@@ -283,6 +283,29 @@ def test_supervised_positions_end_before_the_last_real_token() -> None:
     np.testing.assert_array_equal(found, [[0, 1, 1, 0, 0], [1, 0, 1, 1, 0]])
 
 
+def test_drawn_rollouts_stand_for_all_positions() -> None:
+    """All drawn: the whole loss, gradient and figures. Fewer: each position at its own law, weighted up to the row."""
+    batch = batch_of("eagle3")
+    (expected, wanted), gradient = value_and_gradient("eagle3", objective_of("eagle3"), batch)
+    whole = objective_of("eagle3", rollout_positions=LENGTH)
+    (loss, metrics), found = value_and_gradient("eagle3", whole, batch)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    for name, value in wanted.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), found, gradient)
+
+    every, some = (
+        objective_of("eagle3", rollout_positions=count).plan(batch, jax.random.key(1)).rows for count in (LENGTH, 3)
+    )
+    np.testing.assert_allclose(some.weights.sum(1), every.weights.sum(1))
+    assert some.positions.shape == (4, 3) and np.all(every.weights.sum(1) > 3)
+    for row in range(4):
+        # A drawn position is supervised as it is among all.
+        kept = int(np.sum(every.weights[row] > 0))
+        at = np.searchsorted(every.positions[row, :kept], some.positions[row])
+        np.testing.assert_array_equal(every.valid[row][at], some.valid[row])
+
+
 def test_padding_and_neighbours_do_not_reach_a_rows_loss() -> None:
     """Junk behind a row's end leaves its metrics; only the divisor counts the padding."""
     batch = batch_of("eagle3")

@@ -139,6 +139,8 @@ class LossSettings:
     """Weight of a selector's cross-entropy over its candidates; the other terms are then of the base logits."""
     selector_target: Literal["argmax", "law"] = "argmax"
     """Its label: the target's likeliest token, or the target's law over the candidates."""
+    rollout_positions: int = 0
+    """Positions of a sequence that Eagle3 is trained on, drawn anew in every step; 0: all that are supervised."""
 
     def __post_init__(self) -> None:
         # Each term may be off, and all of them may; the sum is not normalised (rule 40).
@@ -150,6 +152,7 @@ class LossSettings:
             "lk_alpha",
             "lk_mixed_alpha",
             "selector_alpha",
+            "rollout_positions",
         ):
             value = getattr(self, name)
             _require(value >= 0, f"loss.{name}", value, "0 or more")

@@ -131,13 +131,13 @@ class Eagle3(PairedRows):
 
     def train_outputs(
         self, shared: SharedTables, taps: Float[Array, "b t md"], tokens: Int[Array, "b t"],
-        segments: Int[Array, "b t"] | None = None,
-    ) -> Float[Array, "s b t d"]:  # fmt: skip
+        segments: Int[Array, "b t"] | None = None, at: Int[Array, "b n"] | None = None,
+    ) -> Float[Array, "s b n d"]:  # fmt: skip
         """The training-time test: hidden states of S = K steps, before the final norm.
 
         Step s at t has seen token t + 1 + s at position t + s, step 0's rows <= t, and its own row of each step between
         (docs/algorithm.md, rules 52 and 53). Rows whose tokens lie past a sequence's end are junk that the loss masks.
-        `segments` are the sequence numbers of packed rows.
+        `segments` are the sequence numbers of packed rows; `at` the positions t that are rolled out, None for all T.
         """
         hidden = self.fuse(taps)
 
@@ -147,6 +147,12 @@ class Eagle3(PairedRows):
         positions = limits if starts is None else limits - starts
 
         context = head_major(self.keys_values(shared, hidden, shift_left(tokens, 1), positions))
+        following = [shift_left(tokens, s + 1) for s in range(self.block_size)]
+        if at is not None:
+            # No row attends to another's later steps, so rows that are not asked for need none.
+            hidden = jnp.take_along_axis(hidden, at[..., None], axis=1)
+            following = [jnp.take_along_axis(x, at, axis=1) for x in following]
+            limits, starts = at, None if starts is None else jnp.take_along_axis(starts, at, axis=1)
 
         # Step 0's K/V serve every step; later steps add one row of their own at the same t.
         rows: tuple[KeysValues, ...] = ()
@@ -155,7 +161,7 @@ class Eagle3(PairedRows):
         for s in range(self.block_size):
             # Without rematerialisation, the backward pass would keep the attention scores of all S steps.
             run = jax.checkpoint(partial(self._rollout_step, shared, s))
-            hidden, kv = run(hidden, tokens, limits, context, rows, starts)
+            hidden, kv = run(hidden, following[s], limits, context, rows, starts)
             # K/V of all steps are kept (rule 52): step s attends to its own rows of the steps before.
             rows = (*rows, kv)
             out.append(hidden)
@@ -169,7 +175,7 @@ class Eagle3(PairedRows):
         # Step s at t has RoPE position t + s, although it attends within row t's limits (rules 52 and 53).
         positions = limits + s if starts is None else limits + s - starts
         attend = OwnRows(context, limits, rows, starts)
-        return self.step(shared, hidden, shift_left(tokens, s + 1), positions, attend)
+        return self.step(shared, hidden, tokens, positions, attend)
 
     def _joined(self, shared: SharedTables, hidden: Array, tokens: Array) -> Array:
         """[normed embedding ; normed hidden], embedding first (rule 50)."""

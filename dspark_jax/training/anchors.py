@@ -39,15 +39,21 @@ def eligible_anchors(loss_mask: Array, segments: Int[Array, "b t"] | None = None
 def sample_anchors(
     key: Array, loss_mask: Int[Array, "b t"], count: int, segments: Int[Array, "b t"] | None = None
 ) -> tuple[Int[Array, "b n"], Bool[Array, "b n"]]:
+    """`sample_positions` of the positions that may be anchors."""
+    return sample_positions(key, eligible_anchors(loss_mask, segments), count)
+
+
+def sample_positions(
+    key: Array, eligible: Bool[Array, "b t"], count: int
+) -> tuple[Int[Array, "b n"], Bool[Array, "b n"]]:
     """Draws up to N = `count` eligible positions of each row, uniformly and without replacement.
 
     A row's draw depends on the key and the row's number, not on the other rows.
 
     Returns:
-        (positions, keep), [B, N]: the anchors in ascending order, then dummies at position 0 with keep False.
+        (positions, keep), [B, N]: the drawn ones in ascending order, then dummies at position 0 with keep False.
     """
-    # [B, T - 1]; a row with fewer eligible positions than N gets dummies.
-    eligible = eligible_anchors(loss_mask, segments)
+    # A row with fewer eligible positions than N gets dummies.
     rows, size = eligible.shape
     # The largest of independent uniforms are a draw without replacement whose shape is static. Ineligible positions
     # score -1, below every uniform.

@@ -47,7 +47,7 @@ def block_sums(
     if count <= anchor_chunk:
         return chunk(blocks)
 
-    parts = jax.tree.map(lambda x: _split_anchors(x, anchor_chunk), blocks)
+    parts = jax.tree.map(lambda x: split_anchors(x, anchor_chunk), blocks)
     # Rematerialised, so that the backward pass keeps no chunk's logits (docs/algorithm.md, rule 49). A scan needs no
     # barrier against common subexpressions, hence prevent_cse=False.
     body = jax.checkpoint(chunk, prevent_cse=False)
@@ -59,7 +59,7 @@ def block_sums(
     return jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, body(part)), None), zeros, parts)[0]
 
 
-def _split_anchors(x: Array, size: int) -> Array:
+def split_anchors(x: Array, size: int) -> Array:
     """[B, N, ...] -> [chunks, B, size, ...]; N is padded with zeros: dummy blocks of weight 0."""
     padding = [(0, 0), (0, -x.shape[1] % size), *[(0, 0)] * (x.ndim - 2)]
     # The scan needs chunks of one shape. Padded blocks have keep False and weight 0.

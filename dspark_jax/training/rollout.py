@@ -1,23 +1,39 @@
 """Eagle3's training-time test: soft cross-entropy of every step of a rollout at every position (docs/algorithm.md,
 rules 50-57).
 
-Axes: B batch row, T position, S step, C positions of a chunk, D hidden, V vocab.
+Axes: B batch row, T position, N rolled-out position, S step, C positions of a chunk, D hidden, V vocab.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from dspark_jax.drafters.eagle3 import Eagle3, Eagle3Config
 from dspark_jax.drafters.paired import shift_left
 from dspark_jax.drafters.protocol import SharedTables
-from dspark_jax.training.losses import Batch
+from dspark_jax.training.anchors import sample_positions
+from dspark_jax.training.losses import Batch, split_anchors
 from dspark_jax.training.objective import Plan, cast_params
 from dspark_jax.training.terms import LossOptions, Sums, accept_rate, total_variation_l1
+
+
+class Drawn(NamedTuple):
+    """The positions that a step rolls out where not all are (docs/algorithm.md, rule 56).
+
+    Attributes:
+        positions: 0 for dummies that fill a row up to N.
+        valid: whether step s at n is supervised.
+        weights: how many of the row's positions each stands for; 0 for dummies.
+    """
+
+    positions: Int[Array, "b n"]
+    valid: Bool[Array, "b n s"]
+    weights: Float[Array, "b n"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,8 +41,8 @@ class RolloutObjective:
     """Loss Σ_s decay^s CE_s / (B T), CE_s a sum over the positions that step s supervises (docs/algorithm.md, rule 56).
 
     The batch has `input_ids`, `loss_mask` [B, T], `lengths` [B], `features` [B, T, m D], `last_hidden` [B, T, D], and
-    `segments` [B, T] where rows are packed. Of the options only `anchor_chunk` is used: the number of positions whose
-    logits [B, C, S, V] exist at once.
+    `segments` [B, T] where rows are packed. Of the options two are used: `anchor_chunk`, the number of positions whose
+    logits [B, C, S, V] exist at once, and `rollout_positions`, how many of a row are rolled out in a step.
     """
 
     graphdef: nnx.GraphDef
@@ -35,23 +51,29 @@ class RolloutObjective:
     compute_dtype: Any = jnp.float32
 
     def plan(self, batch: Batch, key: Array) -> Plan:
-        """The supervised positions; no anchors are drawn, so the key is not used."""
-        mask = supervised_positions(batch["loss_mask"], batch["lengths"], batch.get("segments"))
+        """The supervised positions; the key draws those that are rolled out, where not all are."""
+        segments = batch.get("segments")
+        mask = supervised_positions(batch["loss_mask"], batch["lengths"], segments)
+        count = self.options.rollout_positions
+        rows = drawn_positions(key, mask, segments, self.config.block_size, count) if count else mask
 
         # The divisor is B T, padding included: Eagle3's own normalisation.
-        return Plan(mask, jnp.float32(mask.size), {"positions": jnp.float32(mask.size)}, jnp.sum(mask))
+        return Plan(rows, jnp.float32(mask.size), {"positions": jnp.float32(mask.size)}, jnp.sum(mask))
 
     def build(self, params: dict) -> Eagle3:
         """The drafter with `params` in the compute dtype."""
         return nnx.merge(self.graphdef, cast_params(params, self.compute_dtype))
 
-    def sums(self, params: dict, shared: SharedTables, batch: Batch, rows: Float[Array, "b t"]) -> Sums:
+    def sums(self, params: dict, shared: SharedTables, batch: Batch, rows: Float[Array, "b t"] | Drawn) -> Sums:
         """The additive sums of a batch, computed a chunk of C positions at a time.
 
         Returns:
             `ploss`, `accept`, `correct`, `supervised`: [S], over the positions that each step supervises.
             `tau`, `tau_greedy`: 1 + expected and greedy prefix lengths, over the positions of step 0.
         """
+        if isinstance(rows, Drawn):
+            return self._drawn_sums(params, shared, batch, rows)
+
         segments = batch.get("segments")
         # [S, B, T, D]: all steps of the rollout at once; each attends as its mask says (docs/algorithm.md, rules 52
         # and 53).
@@ -80,13 +102,26 @@ class RolloutObjective:
 
             return _chunk_sums(model, shared, window(hidden, size), targets, window(mask, ahead), same)
 
-        starts = jnp.arange(0, hidden.shape[1], size)
+        return _over_chunks(chunk, jnp.arange(0, hidden.shape[1], size))
 
-        # Rematerialised, so that no chunk's logits are kept for the backward pass (docs/algorithm.md, rule 49).
-        body = jax.checkpoint(chunk, prevent_cse=False)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(body, starts[0]))
+    def _drawn_sums(self, params: dict, shared: SharedTables, batch: Batch, rows: Drawn) -> Sums:
+        """`sums` of the drawn positions, each counted as often as it stands for others."""
+        segments, last, steps = batch.get("segments"), batch["last_hidden"], self.config.block_size
+        model = self.build(params)
+        hidden = model.train_outputs(shared, batch["features"], batch["input_ids"], segments, rows.positions)
+        # [B, N, S, D] in float32, for the reason given above.
+        hidden = jnp.moveaxis(hidden, 0, 2).astype(jnp.float32)
+        # Step s at t learns the target's law at t + 1 + s; past the row's end nothing is supervised.
+        sources = jnp.minimum(rows.positions[..., None] + 1 + jnp.arange(steps), last.shape[1] - 1)
 
-        return jax.lax.scan(lambda total, at: (jax.tree.map(jnp.add, total, body(at)), None), zeros, starts)[0]
+        def chunk(part: tuple[Array, Array, Drawn]) -> Sums:
+            hidden, sources, drawn = part
+            flat = sources.reshape(len(sources), -1, 1)
+            states = jnp.take_along_axis(last, flat, axis=1).reshape(*sources.shape, -1)
+            return _drawn_chunk(self.build(params), shared, hidden, states, drawn)
+
+        size = min(self.options.anchor_chunk, hidden.shape[1])
+        return _over_chunks(chunk, jax.tree.map(lambda x: split_anchors(x, size), (hidden, sources, rows)))
 
     def loss(self, sums: Sums, denominator: Array) -> Array:
         """[] float32: the steps' sums, weighted by decay^s, over B T (docs/algorithm.md, rule 56)."""
@@ -126,6 +161,38 @@ def supervised_positions(loss_mask: Array, lengths: Array, segments: Array | Non
     return ((loss_mask > 0) & ~last).astype(jnp.float32)
 
 
+def drawn_positions(key: Array, mask: Array, segments: Array | None, steps: int, count: int) -> Drawn:
+    """Draws `count` positions of each row with a supervised step; `mask` is of `supervised_positions`."""
+    offsets = jnp.arange(mask.shape[1])[:, None] + jnp.arange(steps)
+    inside = offsets < mask.shape[1]
+    offsets = jnp.minimum(offsets, mask.shape[1] - 1)
+
+    # [B, T, S]: step s at t is supervised as t + s is, within one sequence (docs/algorithm.md, rule 55).
+    valid = (mask[:, offsets] > 0) & inside
+    if segments is not None:
+        valid &= segments[:, offsets] == segments[:, :, None]
+    eligible = jnp.any(valid, axis=-1)
+
+    positions, keep = sample_positions(key, eligible, count)
+    chosen = jnp.take_along_axis(valid, positions[..., None], axis=1) & keep[..., None]
+    # Weighted up to the whole row, so that the loss is that of all its positions in expectation.
+    share = jnp.sum(eligible, axis=1) / jnp.maximum(jnp.sum(keep, axis=1), 1)
+    return Drawn(positions, chosen, keep * share[:, None].astype(jnp.float32))
+
+
+def _over_chunks(chunk: Callable[[Any], Sums], parts: Any) -> Sums:
+    """The summed results of `chunk` over the leading axis of `parts`."""
+    # Rematerialised, so that no chunk's logits are kept for the backward pass (docs/algorithm.md, rule 49).
+    body = jax.checkpoint(chunk, prevent_cse=False)
+    first = jax.tree.map(lambda x: x[0], parts)
+    if len(jax.tree.leaves(parts)[0]) == 1:
+        # One chunk needs neither a scan nor rematerialisation.
+        return chunk(first)
+
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(body, first))
+    return jax.lax.scan(lambda total, at: (jax.tree.map(jnp.add, total, body(at)), None), zeros, parts)[0]
+
+
 def _chunk_sums(
     model: Eagle3, shared: SharedTables, hidden: Array, states: Array, mask: Array, segments: Array | None
 ) -> Sums:
@@ -139,32 +206,58 @@ def _chunk_sums(
     count, steps = hidden.shape[1:3]
     # [B, C + S - 1, V]: the steps read overlapping windows of one array, so each position's law is computed once.
     targets = jax.lax.stop_gradient(shared.logits(states.astype(shared.head.dtype)))
+
+    # [B, C, S]: step s at t is supervised as t + s is (docs/algorithm.md, rule 55).
+    valid = jnp.stack([mask[:, s : s + count] for s in range(steps)], axis=-1)
+    if segments is not None:
+        same = [segments[:, s : s + count] == segments[:, :count] for s in range(steps)]
+        valid = valid * jnp.stack(same, axis=-1)
+
     logits = model.logits(shared, hidden.astype(model.fc.weight_io.dtype))
+    return _step_sums(logits, lambda s: targets[:, s : s + count], valid, None)
+
+
+def _drawn_chunk(model: Eagle3, shared: SharedTables, hidden: Array, states: Array, drawn: Drawn) -> Sums:
+    """Sums over C drawn positions, from states [B, C, S, D] of drafter and target."""
+    targets = jax.lax.stop_gradient(shared.logits(states.astype(shared.head.dtype)))
+    logits = model.logits(shared, hidden.astype(model.fc.weight_io.dtype))
+    return _step_sums(logits, lambda s: targets[:, :, s], drawn.valid.astype(jnp.float32), drawn.weights)
+
+
+def _step_sums(
+    logits: Array, targets: Callable[[int], Array], supervised: Float[Array, "b c s"], weights: Array | None
+) -> Sums:
+    """The sums of `RolloutObjective.sums`.
+
+    Args:
+        logits: [B, C, S, V], the drafter's.
+        targets: of a step, the target's logits [B, C, V].
+        supervised: 1 where a step is.
+        weights: [B, C], how often a position counts; None: once.
+    """
+
+    def total(x: Array) -> Array:
+        return jnp.sum(x if weights is None else weights * x)
 
     # Survival is a product over steps at the same t (docs/algorithm.md, rule 57).
-    parts, survival, greedy = [], mask[:, :count], mask[:, :count]
+    first = supervised[..., 0]
+    parts, survival, greedy = [], first, first
     tau = tau_greedy = jnp.float32(0.0)
 
-    for s in range(steps):
-        # Step s at t learns the target's law at t + 1 + s, and is supervised as t + s is (docs/algorithm.md, rules 54
-        # and 55).
-        draft, target, valid = logits[:, :, s], targets[:, s : s + count], mask[:, s : s + count]
-        if segments is not None:
-            valid = valid * (segments[:, s : s + count] == segments[:, :count])
+    for s in range(logits.shape[2]):
+        draft, target, valid = logits[:, :, s], targets(s), supervised[..., s]
 
         # [B, C]
         entropy = -jnp.sum(jax.nn.softmax(target) * jax.nn.log_softmax(draft), axis=-1)
         accept = accept_rate(total_variation_l1(draft, target)) * valid
         correct = (jnp.argmax(draft, axis=-1) == jnp.argmax(target, axis=-1)) * valid
         survival, greedy = survival * accept, greedy * correct
-        tau, tau_greedy = tau + jnp.sum(survival), tau_greedy + jnp.sum(greedy)
-        parts.append((jnp.sum(entropy * valid), jnp.sum(accept), jnp.sum(correct), jnp.sum(valid)))
+        tau, tau_greedy = tau + total(survival), tau_greedy + total(greedy)
+        parts.append((total(entropy * valid), total(accept), total(correct), total(valid)))
 
     # One [S] array a name, of the scalars that the loop collected.
     names = ("ploss", "accept", "correct", "supervised")
     sums = dict(zip(names, map(jnp.stack, zip(*parts, strict=True)), strict=True))
 
     # Every position of step 0 commits one token besides its drafts.
-    first = jnp.sum(mask[:, :count])
-
-    return sums | {"tau": first + tau, "tau_greedy": first + tau_greedy}
+    return sums | {"tau": total(first) + tau, "tau_greedy": total(first) + tau_greedy}

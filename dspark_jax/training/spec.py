@@ -196,6 +196,7 @@ def loss_options(settings: LossSettings, anchor_chunk: int) -> LossOptions:
         confidence_weights=settings.confidence_weights,
         selector_alpha=settings.selector_alpha,
         selector_target=settings.selector_target,
+        rollout_positions=settings.rollout_positions,
     )
 
 

@@ -46,6 +46,7 @@ class LossOptions:
         confidence_weights: "slots", the weights of the other terms, or "reach", the survival of the prefix before.
         selector_alpha: of a selector's cross-entropy; the other terms are then of its base logits.
         selector_target: its label, the target's likeliest token ("argmax") or its law over the candidates ("law").
+        rollout_positions: positions of a row that Eagle3 rolls out; 0 for all.
     """
 
     ce_alpha: float
@@ -60,6 +61,7 @@ class LossOptions:
     confidence_weights: Literal["slots", "reach"] = "slots"
     selector_alpha: float = 0.0
     selector_target: Literal["argmax", "law"] = "argmax"
+    rollout_positions: int = 0
 
     @property
     def alphas(self) -> dict[str, float]:

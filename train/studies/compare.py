@@ -38,13 +38,14 @@ from dspark_jax.targets.registry import read_target_config
 from dspark_jax.training.point_processes import Point, Runner, report_failures
 
 from .compare_report import publish, report
-from .comparison import PARTS, Part, StudyPoint, study_points
+from .comparison import BLOCK, PAPER, PARTS, Part, StudyPoint, study_points
 
 HEAD_COST = "head_cost"
 
 
 POSITIVE = (
-    "seeds", "steps", "depth", "anchors", "batch", "max_length", "prompts", "heldout", "samples", "max_new_tokens",
+    "seeds", "steps", "depth", "block", "anchors", "batch", "max_length", "prompts", "heldout", "samples",
+    "max_new_tokens",
 )  # fmt: skip
 """Settings that are at least 1."""
 
@@ -59,8 +60,8 @@ class CompareSettings:
     """Configuration of DSpark for this target, which all points start from."""
     output: Path = Path("runs/compare")
     """Folder of the study."""
-    only: tuple[Literal["data", "main", "depth", "block"], ...] = ()
-    """Parts to run; none: all. Points of earlier runs are reported too."""
+    only: tuple[Literal["data", "main", "depth", "block", "next", "losses"], ...] = ()
+    """Parts to run; none: those of the paper's figures. Points of earlier runs are reported too."""
     seeds: int = 3
     """Runs of each drafter in the main comparison; the curves have one."""
     steps: int = 1000
@@ -69,12 +70,18 @@ class CompareSettings:
     """Instead of --steps: as many as DSpark takes in this time on this machine, measured once."""
     depth: int = 2
     """Draft layers of DSpark and DFlash outside the curve over depth."""
+    block: int = BLOCK
+    """Drafts of a round outside the curve over block lengths; MTP-1 has one."""
     layers: tuple[int, ...] = (1, 3, 5, 7, 8)
     """Target layers whose hidden states are the input of all drafters."""
     anchors: int = 24
-    """Blocks of a sequence that DSpark, DFlash and MTP-1 are trained on; Eagle3 is trained on every position."""
+    """Blocks of a sequence that DSpark, DFlash and MTP-1 are trained on."""
+    rollouts: int = 0
+    """Positions of a sequence that Eagle3 is trained on; 0: every one, as it was devised, a multiple of the others'."""
     start: Literal["random", "target"] = "random"
     """Initial layers of the drafters: random, or copies of the target's last."""
+    learning_rate: float = 0.0
+    """Peak learning rate of all points; 0: the recipe's."""
     batch: int = 4
     """Sequences of a step."""
     max_length: int = 256
@@ -108,10 +115,13 @@ class CompareSettings:
         for name in POSITIVE:
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; at least 1 was expected.")
+        for name in ("rollouts", "learning_rate"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; 0 or more was expected.")
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        return tuple(p for p in PARTS if p in self.only) if self.only else PARTS
+        return tuple(p for p in PARTS if p in self.only) if self.only else PAPER
 
     @property
     def cache_folder(self) -> Path:
@@ -123,8 +133,8 @@ class CompareSettings:
 
 
 IDENTITY = (
-    "recipe", "minutes", "depth", "layers", "anchors", "start", "batch", "max_length", "conversations", "prompts",
-    "cache", "heldout", "samples", "max_new_tokens",
+    "recipe", "minutes", "depth", "block", "layers", "anchors", "rollouts", "start", "learning_rate", "batch",
+    "max_length", "conversations", "prompts", "cache", "heldout", "samples", "max_new_tokens",
 )  # fmt: skip
 """Settings shared by all points of a study, beside the target and the steps."""
 
@@ -167,13 +177,14 @@ def result_file(settings: CompareSettings, name: str) -> Path:
 
 def all_points(settings: CompareSettings) -> list[StudyPoint]:
     """The points of the requested parts, each once: the curves share points with the main comparison."""
-    return list(dict.fromkeys(p for name in settings.parts for p in study_points(name, settings.depth, settings.seeds)))
+    shape = (settings.depth, settings.seeds, settings.block)
+    return list(dict.fromkeys(p for name in settings.parts for p in study_points(name, *shape)))
 
 
 def finished(settings: CompareSettings) -> dict[StudyPoint, dict[str, Any]]:
     """Results of all finished points of any part, from this command and earlier ones."""
     # More seeds than any study has: earlier commands may have run more than this one.
-    everything = dict.fromkeys(p for name in PARTS for p in study_points(name, settings.depth, 99))
+    everything = dict.fromkeys(p for name in PARTS for p in study_points(name, settings.depth, 99, settings.block))
     found = {p: read_if_there(result_file(settings, p.name)) for p in everything}
     return {p: result for p, result in found.items() if result is not None}
 
@@ -316,6 +327,7 @@ def point_config(settings: CompareSettings, point: StudyPoint, steps: int) -> Tr
         "run_dir": str(settings.output / "points" / point.name),
         "drafter.target_layer_ids": settings.layers,
         "drafter.num_anchors": settings.anchors,
+        "loss.rollout_positions": settings.rollouts,
         "data.cache": str(settings.cache_folder),
         "data.max_length": longest,
         "data.length_buckets": (longest // 2, 3 * longest // 4, longest),
@@ -326,6 +338,8 @@ def point_config(settings: CompareSettings, point: StudyPoint, steps: int) -> Tr
         "checkpoint.every_steps": max(1, steps // 3),
         "checkpoint.keep": 1,
     }
+    if settings.learning_rate:
+        common["optimizer.learning_rate"] = settings.learning_rate
 
     return point.config(settings.recipe, common, target_layers(settings), copies=settings.start == "target")
 
@@ -340,7 +354,7 @@ def step_count(settings: CompareSettings) -> int:
         from .compare_point import seconds_a_step
 
         # DSpark at the study's depth, long enough for a median without compilation.
-        probe = StudyPoint("dspark", settings.depth, 7, 0)
+        probe = StudyPoint("dspark", settings.depth, settings.block, 0)
         config = point_config(settings, probe, 60)
         seconds = seconds_a_step(config, settings.output / "probe")
         write_json(path, {"step_seconds": seconds, "steps": max(1, round(60 * settings.minutes / seconds))})

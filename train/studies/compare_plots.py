@@ -10,7 +10,15 @@ from dspark_jax.report import pyplot, save
 
 from .comparison import CONTESTANTS
 
-COLOURS = {"dspark": "C0", "dflash": "C1", "eagle3": "C2", "mtp1": "C3", "dspark_rnn": "C4"}
+COLOURS = {
+    "dspark": "C0",
+    "dflash": "C1",
+    "eagle3": "C2",
+    "mtp1": "C3",
+    "dspark_rnn": "C4",
+    "dspark_conv": "C5",
+    "dflash2": "C6",
+}
 
 
 def plot_all(folder: Path, metrics: Mapping[str, Any]) -> None:

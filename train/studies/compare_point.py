@@ -1,5 +1,6 @@
 """One point of `train.studies.compare`: trains a drafter and decodes with it, or measures the cost of a head."""
 
+import json
 import statistics
 import time
 from collections.abc import Iterator
@@ -43,8 +44,10 @@ def train_and_decode(config: TrainConfig, prompts: Path, *, max_new_tokens: int,
         Counts by domain under "t1" and "t0", the drafter's parameters, and figures of its training.
     """
     # A finished run is left alone, so a point that was killed while decoding only decodes again.
+    started = time.process_time()
     fitted = fit(config)
-    trained = fitted.summary
+    # Seconds of the processor, compilation included; of a run that was continued, those since then.
+    trained = {**fitted.summary, "cpu_seconds": time.process_time() - started, "curve": course(fitted.folder)}
     target = load_target(config.target, dtype=config.compute_dtype)
     drafter = load_drafter(fitted.drafter, target, dtype=config.compute_dtype)
 
@@ -67,12 +70,18 @@ def train_and_decode(config: TrainConfig, prompts: Path, *, max_new_tokens: int,
         ]
         decoded[key] = {domain: counts(Acceptance.pooled([p[domain] for p in passes])) for domain in passes[0]}
 
-    measured = ("seconds", "step_seconds", "loss", "tau_probabilistic", "skipped")
+    measured = ("seconds", "step_seconds", "cpu_seconds", "loss", "tau_probabilistic", "skipped", "curve")
     return {
         **decoded,
         "parameters": sum(x.size for x in jax.tree.leaves(drafter.params)),
         **{f"train_{name}": trained.get(name) for name in measured},
     }
+
+
+def course(run: Path) -> list[tuple[int, float]]:
+    """(step, expected accepted length at temperature 1 on the step's own sequences) of every record of a run."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [(row["step"], row["tau_probabilistic"]) for row in map(json.loads, lines) if "tau_probabilistic" in row]
 
 
 def counts(acceptance: Acceptance) -> dict[str, Any]:

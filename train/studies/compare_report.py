@@ -4,8 +4,9 @@ import math
 import shutil
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from scipy import stats
@@ -16,10 +17,16 @@ from dspark_jax.files import write_json
 from dspark_jax.report import table
 
 from .compare_plots import plot_all
-from .comparison import BLOCK, BLOCKS, CONTESTANTS, DEEP, LONG, MAIN, StudyPoint
+from .comparison import BLOCKS, CONTESTANTS, DEEP, LONG, LOSSES, MAIN, NEXT, StudyPoint, point
 
 Found = Mapping[StudyPoint, Mapping[str, Any]]
 TEMPERATURES = ("t1", "t0")
+TABLES = {"table1": MAIN, "next": NEXT, "losses": LOSSES}
+"""Contestants of each table; each is compared with the first."""
+TRAINED = (
+    "train_seconds", "train_step_seconds", "train_cpu_seconds", "train_loss", "train_tau_probabilistic", "train_curve",
+    "parameters",
+)  # fmt: skip
 
 
 def estimate(values: Sequence[float]) -> dict[str, Any]:
@@ -48,20 +55,21 @@ def report(folder: Path, found: Found, head_cost: Mapping[str, Any] | None, abou
     if not found:
         return False
 
-    depth = int(about["depth"])
+    study = Runs(found, int(about["depth"]), int(about["block"]))
     metrics: dict[str, Any] = {}
     # A figure without points is an empty table, which plots and text leave out.
     for key in TEMPERATURES:
-        table = main_table(found, depth, key)
+        table = study.table(MAIN, key)
         metrics[f"tau_macro_{key}"] = {name: row["macro"]["mean"] for name, row in table.items()}
-        metrics[f"table1_{key}"] = table
-        metrics[f"gains_{key}"] = gains(found, depth, key)
-        metrics[f"figure2_{key}"] = positions(found, depth, key)
-        metrics[f"figure3_{key}"] = curve(found, DEEP, "depth", key)
-        metrics[f"figure4_{key}"] = curve(found, LONG, "block", key, depth)
+        for name, contestants in TABLES.items():
+            metrics[f"{name}_{key}"] = study.table(contestants, key)
+        metrics[f"gains_{key}"] = study.gains(MAIN, key)
+        metrics[f"figure2_{key}"] = study.positions(key)
+        metrics[f"figure3_{key}"] = study.curve(DEEP, "depth", key)
+        metrics[f"figure4_{key}"] = study.curve(LONG, "block", key)
 
     metrics["figure4_head_cost"] = head_cost
-    metrics["training"] = training(found, depth)
+    metrics["training"] = study.training()
     metrics |= {"machine": machine(), **_plain(about)}
     write_json(folder / "metrics.json", metrics)
     plot_all(folder, metrics)
@@ -71,91 +79,91 @@ def report(folder: Path, found: Found, head_cost: Mapping[str, Any] | None, abou
     return True
 
 
-def main_points(found: Found, name: str, depth: int) -> list[StudyPoint]:
-    """The points of a contestant in the main comparison, by seed."""
-    contestant = CONTESTANTS[name]
-    layers = 1 if contestant.single else depth
-    mine = (p for p in found if (p.drafter, p.depth, p.block) == (name, layers, contestant.block))
-    return sorted(mine, key=lambda p: p.seed)
+@dataclass(frozen=True)
+class Runs:
+    """The results of finished points, and the study's depth and block length."""
 
+    found: Found
+    depth: int
+    block: int
 
-def main_table(found: Found, depth: int, key: str) -> dict[str, dict[str, Any]]:
-    """Table 1: drafter -> domain or "macro" -> estimate of the accepted length over seeds."""
-    table: dict[str, dict[str, Any]] = {}
-    for name in MAIN:
-        # Seeds are averaged last, so that the interval is over runs.
-        runs = [acceptance(found[p], key) for p in main_points(found, name, depth)]
-        if runs:
-            table[name] = {domain: estimate([run[domain].tau for run in runs]) for domain in runs[0]}
-            table[name]["macro"] = estimate([macro_tau(run) for run in runs])
-    return table
+    def of(self, name: str) -> list[StudyPoint]:
+        """A contestant's points at the study's depth and block length, by seed."""
+        usual = point(name, self.depth, self.block)
+        mine = (p for p in self.found if (p.drafter, p.depth, p.block) == (name, usual.depth, usual.block))
+        return sorted(mine, key=lambda p: p.seed)
 
+    def table(self, names: Iterable[str], key: str) -> dict[str, dict[str, Any]]:
+        """Drafter -> domain or "macro" -> estimate of the accepted length over seeds."""
+        made: dict[str, dict[str, Any]] = {}
+        for name in names:
+            # Seeds are averaged last, so that the interval is over runs.
+            runs = [acceptance(self.found[p], key) for p in self.of(name)]
+            if runs:
+                made[name] = {domain: estimate([run[domain].tau for run in runs]) for domain in runs[0]}
+                made[name]["macro"] = estimate([macro_tau(run) for run in runs])
+        return made
 
-def gains(found: Found, depth: int, key: str) -> dict[str, Any]:
-    """DSpark's gain in macro-average over each other drafter, paired by seed: both saw the same sequences in order."""
-    macro = {
-        name: {p.seed: macro_tau(acceptance(found[p], key)) for p in main_points(found, name, depth)} for name in MAIN
-    }
-    made = {}
+    def gains(self, names: Sequence[str], key: str) -> dict[str, Any]:
+        """DSpark's gain in macro-average over each other drafter, paired by seed: both saw the same sequences in
+        order."""
+        macro = {name: {p.seed: macro_tau(acceptance(self.found[p], key)) for p in self.of(name)} for name in names}
+        made = {}
 
-    for name in MAIN[1:]:
-        # Only seeds that both have finished: a stopped study must not compare different sequences.
-        seeds = sorted(macro["dspark"].keys() & macro[name].keys())
-        if seeds:
-            made[name] = estimate([macro["dspark"][s] / macro[name][s] - 1 for s in seeds])
+        for name in names[1:]:
+            # Only seeds that both have finished: a stopped study must not compare different sequences.
+            seeds = sorted(macro["dspark"].keys() & macro[name].keys())
+            if seeds:
+                made[name] = estimate([macro["dspark"][s] / macro[name][s] - 1 for s in seeds])
 
-    return made
+        return made
 
+    def positions(self, key: str) -> dict[str, dict[str, Any]]:
+        """Figure 2: drafter -> domain or "all" -> conditional acceptance by position, from counts pooled over seeds,
+        and the curves of single seeds."""
+        made: dict[str, dict[str, Any]] = {}
+        for name in MAIN:
+            runs = [acceptance(self.found[p], key) for p in self.of(name)]
+            for domain in [*runs[0], "all"] if runs else []:
+                # Counts are pooled, not rates averaged: late positions are reached in few rounds of some seeds.
+                parts = [Acceptance.pooled([a for d, a in run.items() if domain in (d, "all")]) for run in runs]
+                seeds = [_rates(part) for part in parts]
+                made.setdefault(name, {})[domain] = {"rates": _rates(Acceptance.pooled(parts)), "seeds": seeds}
 
-def positions(found: Found, depth: int, key: str) -> dict[str, dict[str, Any]]:
-    """Figure 2: drafter -> domain or "all" -> conditional acceptance by position, from counts pooled over seeds, and
-    the curves of single seeds."""
-    made: dict[str, dict[str, Any]] = {}
-    for name in MAIN:
-        runs = [acceptance(found[p], key) for p in main_points(found, name, depth)]
-        for domain in [*runs[0], "all"] if runs else []:
-            # Counts are pooled, not rates averaged: late positions are reached in few rounds of some seeds.
-            parts = [Acceptance.pooled([a for d, a in run.items() if domain in (d, "all")]) for run in runs]
-            seeds = [_rates(part) for part in parts]
-            made.setdefault(name, {})[domain] = {"rates": _rates(Acceptance.pooled(parts)), "seeds": seeds}
+        return made
 
-    return made
+    def curve(self, names: Iterable[str], field: Literal["depth", "block"], key: str) -> dict[str, Any]:
+        """Figures 3 and 4: drafter -> depth or block -> accepted length of all seeds there, macro and by domain."""
+        made: dict[str, Any] = {}
+        for name in names:
+            for p in sorted((p for p in self.found if p.drafter == name), key=lambda p: (getattr(p, field), p.seed)):
+                # A curve varies one of the two, so the other is at its value of the main comparison.
+                fits = p.block == self.block if field == "depth" else p.depth == self.depth and p.block in BLOCKS
+                if fits:
+                    by_domain = acceptance(self.found[p], key)
+                    row = made.setdefault(name, {}).setdefault(str(getattr(p, field)), {"macro": []})
+
+                    row["macro"].append(macro_tau(by_domain))
+                    for domain, counted in by_domain.items():
+                        row.setdefault(domain, []).append(counted.tau)
+
+        return {
+            name: {at: {domain: estimate(values) for domain, values in row.items()} for at, row in rows.items()}
+            for name, rows in made.items()
+        }
+
+    def training(self) -> dict[str, Any]:
+        """Time, loss, size and course of the training runs at the study's depth and block length, by drafter."""
+        made = {}
+        for name in dict.fromkeys((*MAIN, *NEXT, *LOSSES)):
+            runs = [self.found[p] for p in self.of(name)]
+            if runs:
+                made[name] = {n.removeprefix("train_"): [run[n] for run in runs] for n in TRAINED}
+        return made
 
 
 def _rates(pooled: Acceptance) -> list[float | None]:
     return [None if math.isnan(rate) else rate for rate in pooled.conditional]
-
-
-def curve(found: Found, names: Iterable[str], field: str, key: str, depth: int | None = None) -> dict[str, Any]:
-    """Figures 3 and 4: drafter -> depth or block -> accepted length of all seeds there, macro and by domain."""
-    made: dict[str, Any] = {}
-    for name in names:
-        for point in sorted((p for p in found if p.drafter == name), key=lambda p: (getattr(p, field), p.seed)):
-            # A curve varies one of the two, so the other is at its value of the main comparison.
-            fits = point.block == BLOCK if depth is None else point.depth == depth and point.block in BLOCKS
-            if fits:
-                by_domain = acceptance(found[point], key)
-                row = made.setdefault(name, {}).setdefault(str(getattr(point, field)), {"macro": []})
-
-                row["macro"].append(macro_tau(by_domain))
-                for domain, counted in by_domain.items():
-                    row.setdefault(domain, []).append(counted.tau)
-
-    return {
-        name: {at: {domain: estimate(values) for domain, values in row.items()} for at, row in rows.items()}
-        for name, rows in made.items()
-    }
-
-
-def training(found: Found, depth: int) -> dict[str, Any]:
-    """Time, loss and size of the main drafters' training runs, by drafter."""
-    names = ("train_seconds", "train_step_seconds", "train_loss", "train_tau_probabilistic", "parameters")
-    made = {}
-    for name in MAIN:
-        runs = [found[p] for p in main_points(found, name, depth)]
-        if runs:
-            made[name] = {n.removeprefix("train_"): [run[n] for run in runs] for n in names}
-    return made
 
 
 def tables(metrics: Mapping[str, Any]) -> str:
@@ -166,6 +174,9 @@ def tables(metrics: Mapping[str, Any]) -> str:
         parts += [title, _main_text(metrics[f"table1_{key}"])] if metrics[f"table1_{key}"] else []
         for name, gain in metrics[f"gains_{key}"].items():
             parts.append(f"DSpark over {CONTESTANTS[name].label}: {_shown(gain, percent=True)}")
+        # A table of DSpark alone compares nothing.
+        others = [metrics[f"{name}_{key}"] for name in ("next", "losses")]
+        parts += [f"\n{_main_text(rows)}" for rows in others if len(rows) > 1]
 
     for figure, field in (("figure3_t1", "depth"), ("figure4_t1", "block")):
         rows = metrics[figure]

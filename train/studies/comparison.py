@@ -10,12 +10,14 @@ from dspark_jax.config.cli import load_config
 from dspark_jax.config.schema import TrainConfig
 from dspark_jax.config.sweep import Diff, apply_diff
 
-Part = Literal["main", "depth", "block"]
+Part = Literal["main", "depth", "block", "next", "losses"]
 PARTS: tuple[Part, ...] = get_args(Part)
+PAPER: tuple[Part, ...] = ("main", "depth", "block")
+"""Parts whose figures the paper has."""
 DEPTHS = (1, 2, 3)
 BLOCKS = (4, 8, 12, 16)
 BLOCK = 7
-"""γ of the main comparison."""
+"""γ outside the curve over block lengths."""
 HEADLESS: Diff = {
     "drafter.markov_rank": 0,
     "drafter.enable_confidence_head": False,
@@ -23,6 +25,7 @@ HEADLESS: Diff = {
 }
 # Only DSpark and DFlash can leave words out, where the recipe does.
 WHOLE_VOCABULARY: Diff = {"drafter.draft_vocabulary": ""}
+CONVOLUTION: Diff = {"drafter.conv_kernel_size": 2}
 CROSS_ENTROPY: Diff = {"loss.ce_alpha": 1.0, "loss.l1_alpha": 0.0, "loss.confidence_alpha": 0.0}
 
 
@@ -34,14 +37,14 @@ class Contestant:
         label: for tables and plots.
         diff: changes to the recipe.
         single: has one layer, whatever the depth of the others.
-        block: γ in the main comparison.
+        block: γ outside the curve over block lengths; None: the study's.
         last_layer: is fed by the target's last layer, as it was devised, and not by the layers that the others share.
     """
 
     label: str
     diff: Diff
     single: bool = False
-    block: int = BLOCK
+    block: int | None = None
     last_layer: bool = False
 
 
@@ -58,10 +61,30 @@ CONTESTANTS: dict[str, Contestant] = {
         last_layer=True,
     ),
     "dspark_rnn": Contestant("DSpark RNN", {"drafter.markov_head_type": "rnn"}),
+    # Later drafters: the convolution alone, and all of DFlash 2, whose base logits choose the candidates.
+    "dspark_conv": Contestant("DSpark + convolution", CONVOLUTION),
+    "dflash2": Contestant(
+        "DFlash 2",
+        {
+            "drafter.markov_head_type": "selector",
+            "drafter.enable_confidence_head": False,
+            "drafter.confidence_head_with_markov": False,
+            "drafter.sample_from_anchor": False,
+            "loss.confidence_alpha": 0.0,
+            "loss.selector_target": "law",
+            **CONVOLUTION,
+        },
+    ),
+    # DSpark with another loss than the recipe's.
+    "dspark_pace": Contestant("D-PACE weights", {"loss.slot_weights": "d_pace"}),
+    "dspark_lk": Contestant("LK loss", {"loss.ce_alpha": 0.0, "loss.l1_alpha": 0.0, "loss.lk_alpha": 1.0}),
+    "dspark_reach": Contestant("confidence by reach", {"loss.confidence_weights": "reach"}),
 }
 MAIN = ("dspark", "dflash", "eagle3", "mtp1")
 DEEP = ("dspark", "dflash")
 LONG = ("dflash", "dspark", "dspark_rnn")
+NEXT = ("dspark", "dspark_conv", "dflash2")
+LOSSES = ("dspark", "dspark_pace", "dspark_lk", "dspark_reach")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,16 +127,19 @@ class StudyPoint:
         return apply_diff(load_config(recipe), {**contestant.diff, **common, **own})
 
 
-def study_points(part: Part, depth: int, seeds: int) -> list[StudyPoint]:
-    """The points of one part, at the study's depth where the part does not vary it."""
+def study_points(part: Part, depth: int, seeds: int, block: int = BLOCK) -> list[StudyPoint]:
+    """The points of one part, at the study's depth and block length where the part does not vary them."""
     if part == "main":
-        return [_point(name, depth, seed) for seed in range(seeds) for name in MAIN]
+        return [point(name, depth, block, seed) for seed in range(seeds) for name in MAIN]
     if part == "depth":
-        return [_point(name, layers, 0) for name in DEEP for layers in DEPTHS]
-    # One seed a point: the curves are read by their course, the main comparison by its intervals.
-    return [dataclasses.replace(_point(name, depth, 0), block=block) for block in BLOCKS for name in LONG]
+        return [point(name, layers, block) for name in DEEP for layers in DEPTHS]
+    if part == "block":
+        # One seed a point: the curves are read by their course, the main comparison by its intervals.
+        return [dataclasses.replace(point(name, depth, block), block=length) for length in BLOCKS for name in LONG]
+    return [point(name, depth, block) for name in (NEXT if part == "next" else LOSSES)]
 
 
-def _point(name: str, depth: int, seed: int) -> StudyPoint:
+def point(name: str, depth: int, block: int, seed: int = 0) -> StudyPoint:
+    """A contestant's point in a study of this depth and block length."""
     contestant = CONTESTANTS[name]
-    return StudyPoint(name, 1 if contestant.single else depth, contestant.block, seed)
+    return StudyPoint(name, 1 if contestant.single else depth, contestant.block or block, seed)
