@@ -1,11 +1,15 @@
 """`infer.studies.modes` on made-up runs: the ways that it compares, and the figures that it writes."""
 
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dspark_jax.errors import UserError
 from dspark_jax.evaluation.timing import Timed
+from dspark_jax.files import write_json
 from dspark_jax.serving.prompts import EncodedPrompt
 from dspark_jax.serving.requests import Generation
 from infer.studies import modes
@@ -20,6 +24,9 @@ MADE = {
     "coupled, tree 8": ((28, 38), (1.0, 1.5)),
     "rejection, look-ahead": ((20, 20), (2.0, 2.0)),
     "coupled, retrospective": ((20, 20), (1.0, 1.0)),
+    "plain, greedy": ((10, 10), (4.0, 4.0)),
+    "greedy, fixed": ((20, 40), (2.0, 2.0)),
+    "greedy, tree 8": ((30, 50), (2.0, 2.0)),
 }
 
 
@@ -43,7 +50,7 @@ def test_figures_are_beside_rejections_of_the_same_policy(monkeypatch: pytest.Mo
     prompts = [EncodedPrompt(str(i), "math", (1, 2)) for i in range(2)]
     settings = modes.ModesSettings(repeats=2, trees=(8,), policies=("fixed", "look-ahead", "retrospective"))
     rows = modes.at_temperature(settings, target, drafter, prompts, 1.0)
-    assert rows.keys() == MADE.keys()
+    assert rows.keys() == {name for name in MADE if "greedy" not in name}
 
     block, coupled, tree = (rows[name] for name in ("block, fixed", "coupled, fixed", "coupled, tree 8"))
     assert block["tau"] == 2.7 and block["tau_gain"] == pytest.approx(0.2) and block["tau_gain_error"] < 1e-9
@@ -52,8 +59,15 @@ def test_figures_are_beside_rejections_of_the_same_policy(monkeypatch: pytest.Mo
     assert rows["coupled, retrospective"]["speed_over_rejection"] == 2.0
     assert (coupled["identical"], coupled["near_ties"], "identical" in block) == (2, 0, False)
 
-    found = modes.summary(settings, {"t1": rows}, len(prompts))
-    assert found["tau_t1"] == {"dspark": 2.5, "dspark_block": 2.7, "dspark_coupled": 2.3, "tree_8_coupled": 3.3}
+    greedy = modes.at_temperature(replace(settings, policies=("fixed",)), target, drafter, prompts, 0.0)
+    assert greedy["greedy, tree 8"]["tau_over_rejection"] == pytest.approx(4 / 3) and len(greedy) == 3
+    assert greedy["greedy, fixed"]["identical"] == 2
+
+    found = modes.summary(settings, {"dspark": {"t1": rows, "t0": greedy}, "other": {"t1": rows}})
+    assert {name: tau for name, tau in found["tau_t1"].items() if "other" not in name} == {
+        "dspark": 2.5, "dspark_block": 2.7, "dspark_coupled": 2.3, "dspark_tree_8_coupled": 3.3
+    }  # fmt: skip
+    assert found["tau_t1"]["other_block"] == 2.7 and found["tau_t0"] == {"dspark": 3.0, "dspark_tree_8": 4.0}
     assert modes.table_rows("t1", rows)[3][1:] == [
         "coupled, fixed",
         "2.30",
@@ -62,3 +76,13 @@ def test_figures_are_beside_rejections_of_the_same_policy(monkeypatch: pytest.Mo
         "0.900",
         "2/2, 0 near-ties",
     ]
+
+
+def test_drafters_are_kept_beside_each_other_if_they_were_measured_alike(tmp_path: Path) -> None:
+    settings = modes.ModesSettings(result=tmp_path / "next.json", name="dspark")
+    assert modes.measured_alike(settings) == {}
+    write_json(settings.result, modes.summary(settings, {"dspark": {"t1": {}}}))
+    assert modes.measured_alike(replace(settings, name="dflash2")) == {"dspark": {"t1": {}}}
+    assert modes.measured_alike(settings) == {}
+    with pytest.raises(UserError, match="other per_domain, seed; give another --result"):
+        modes.measured_alike(replace(settings, per_domain=3, seed=1))

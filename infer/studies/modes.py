@@ -2,11 +2,13 @@
 
     python -m infer.studies.modes
     python -m infer.studies.modes --target .cache/real_target --drafter assets/smollm2_135m_drafter --prompts q.jsonl
+    python -m infer.studies.modes --drafter runs/compare/points/dflash2,depth=2,block=7,seed=0/drafter --name dflash2
 
 At each temperature, rejection, block and coupled verification (of chains, and of trees) decode the same prompts in
-alternating runs under each of --policies; figures are medians, prefill included, by the clock of --clock. Coupled texts
-are compared with those of plain decoding in mode "coupled", and near-ties are counted apart. Without --prompts the
-held-out prompts of the embedded corpora are used. Writes docs/results/next_drafters.json.
+alternating runs under each of --policies; figures are medians, prefill included, by the clock of --clock. At 0 the
+modes are one. Coupled and greedy texts are compared with those of plain decoding, and near-ties are counted apart.
+Without --prompts the held-out prompts of the embedded corpora are used. Writes docs/results/next_drafters.json, where
+drafters of one target that were measured alike come beside each other, by --name.
 """
 
 import time
@@ -29,6 +31,7 @@ from dspark_jax.errors import UserError
 from dspark_jax.evaluation.acceptance import Acceptance, seeded
 from dspark_jax.evaluation.timing import Decoder, Timed, alternate, differences, median_ratio, median_speed
 from dspark_jax.files import make_output, write_json
+from dspark_jax.readers import read_object
 from dspark_jax.report import table
 from dspark_jax.serving.prompts import EncodedPrompt, encode, read_prompts
 from dspark_jax.serving.sampling import Mode, SamplingParams
@@ -47,12 +50,14 @@ class ModesSettings:
     """Folder, GGUF file or hub id of the target."""
     drafter: str = "assets/embedded_drafter"
     """Folder of the drafter."""
+    name: str = "dspark"
+    """Its name in the results; those of other drafters there are kept."""
     prompts: tuple[Path, ...] = ()
     """JSONL files of prompts. None given: held-out prompts of the embedded corpora."""
     per_domain: int = 8
     """Prompts of each domain or file."""
     temperatures: tuple[float, ...] = (0.5, 1.0, 1.3)
-    """Above 0: at 0 the modes are one."""
+    """0: greedy."""
     policies: tuple[PolicyName, ...] = ("fixed",)
     """Verify policies; retrospective is measured in coupled mode alone."""
     trees: tuple[int, ...] = (16,)
@@ -73,8 +78,8 @@ class ModesSettings:
     """The figures."""
 
     def __post_init__(self) -> None:
-        if self.repeats < 1 or not self.temperatures or min(self.temperatures) <= 0:
-            raise UserError("There is nothing to compare: repeats must be 1 or more, and temperatures above 0 given.")
+        if self.repeats < 1 or not self.temperatures or min(self.temperatures) < 0:
+            raise UserError("There is nothing to compare: repeats must be 1 or more, and temperatures from 0 on given.")
 
     def sampling(self, temperature: float, mode: Mode) -> SamplingParams:
         return SamplingParams(self.max_new_tokens, temperature, seed=self.seed, mode=mode)
@@ -85,6 +90,8 @@ def main(argv: list[str]) -> None:
     settings = parse(ModesSettings, argv, description=__doc__)
     make_output(settings.result.parent, settings.result)
     announce(settings.dtype)
+    # Before anything is measured: figures of other prompts could not stand beside these.
+    earlier = measured_alike(settings)
     target = load_target(settings.target, dtype=settings.dtype)
     drafter = load_drafter(settings.drafter, target, dtype=settings.dtype)
     prompts = prompts_of(settings, target)
@@ -93,12 +100,31 @@ def main(argv: list[str]) -> None:
     made: dict[str, Any] = {
         f"t{t:g}": at_temperature(settings, target, drafter, prompts, t) for t in settings.temperatures
     }
-    write_json(settings.result, summary(settings, made, len(prompts)))
+    write_json(settings.result, summary(settings, {**earlier, settings.name: made}))
 
     header = ["temperature", "mode, policy", "tau", "less rejection's", "tok/s", "over rejection", "plain's own text"]
     print(
         f"\n{table(header, [row for name, rows in made.items() for row in table_rows(name, rows)])}\n{settings.result}"
     )
+
+
+def measured_alike(settings: ModesSettings) -> dict[str, Any]:
+    """Figures of other drafters in the result file; UserError where they are of another target, prompts or lengths."""
+    if not settings.result.exists():
+        return {}
+    found = read_object(settings.result, expected="a result of infer.studies.modes")
+    differ = [name for name, value in conditions(settings).items() if found.get(name) != value]
+    if differ:
+        raise UserError(
+            f"{settings.result} was measured with other {', '.join(differ)}; give another --result, or remove the file."
+        )
+    return {name: rows for name, rows in found["modes"].items() if name != settings.name}
+
+
+def conditions(settings: ModesSettings) -> dict[str, Any]:
+    """What drafters must have in common to be compared."""
+    names = ("target", "per_domain", "slots", "max_new_tokens", "seed", "clock", "dtype")
+    return {name: getattr(settings, name) for name in names} | {"prompts": [str(path) for path in settings.prompts]}
 
 
 def prompts_of(settings: ModesSettings, target: Target) -> list[EncodedPrompt]:
@@ -123,34 +149,35 @@ def at_temperature(
         settings: of the measurement.
         target, drafter: the pair.
         prompts: decoded by all.
-        temperature: above 0.
+        temperature: 0 for greedy decoding, of which there is one mode.
     """
     # One length for all, so that the ways differ in nothing but the mode and the policy.
     longest = -(-(max(len(prompt.tokens) for prompt in prompts) + settings.max_new_tokens) // 64) * 64
     engine = EngineConfig(settings.slots, longest, rounds_per_dispatch=64, smallest_prompt_bucket=64)
 
     # The reference of coupled texts: it draws from the same noise, token by token.
-    ways = {"plain, coupled": Decoder(target, None, settings.sampling(temperature, "coupled"), engine)}
+    shared = "coupled" if temperature else "greedy"
+    ways = {f"plain, {shared}": Decoder(target, None, settings.sampling(temperature, "coupled"), engine)}
     for policy in settings.policies:
         # Retrospective scheduling looks at all of a round's confidences: lossless in coupled mode alone (rule 79).
-        for mode in ("coupled",) if policy == "retrospective" else get_args(Mode):
+        for mode in ("coupled",) if policy == "retrospective" or not temperature else get_args(Mode):
             how = settings.sampling(temperature, mode), replace(engine, policy=policy)
-            ways[f"{mode}, {policy}"] = Decoder(target, drafter, *how)
+            ways[f"{mode if temperature else shared}, {policy}"] = Decoder(target, drafter, *how)
     for nodes in settings.trees:
         how = settings.sampling(temperature, "coupled"), replace(engine, policy="fixed", tree=nodes)
-        ways[f"coupled, tree {nodes}"] = Decoder(target, drafter, *how)
+        ways[f"{shared}, tree {nodes}"] = Decoder(target, drafter, *how)
 
     clocked = {name: partial(timed_by, settings.clock, decode, prompts) for name, decode in ways.items()}
     runs = alternate(clocked, settings.repeats)
-    rows = {name: figures(found, runs.get(_rejection(name))) for name, found in runs.items()}
+    rows = {name: figures(found, runs.get(_whole_chain(name))) for name, found in runs.items()}
 
     requests = seeded(prompts, settings.sampling(temperature, "coupled"))
     # Seeds by prompt, as `Decoder` gives them: equal noise is what makes texts comparable.
     sampling = [request.sampling or SamplingParams() for request in requests]
     for name, row in rows.items():
         # Texts in coupled mode equal plain decoding's but for near-ties (docs/algorithm.md, rule 111).
-        if name.startswith("coupled"):
-            plain, coupled = (runs[way][0].generations for way in ("plain, coupled", name))
+        if name.startswith(shared):
+            plain, coupled = (runs[way][0].generations for way in (f"plain, {shared}", name))
             parted = differences(target, prompts, plain, coupled, sampling)
             row["identical"], row["prompts"] = len(prompts) - len(parted), len(prompts)
             row["near_ties"] = sum(difference.gap < NEAR_TIE for difference in parted)
@@ -166,12 +193,13 @@ def timed_by(clock: str, decode: Decoder, prompts: Sequence[EncodedPrompt]) -> T
     return run if clock == "wall" else replace(run, seconds=time.process_time() - started)
 
 
-def _rejection(name: str) -> str:
-    """The way that this one is compared with: rejection under the same policy; for trees whole chains, and look-ahead
-    for the policy that rejection does not have."""
+def _whole_chain(name: str) -> str:
+    """The way that this one is compared with: rejection, or greedy decoding, under the same policy; for trees whole
+    chains, and look-ahead for the policy that rejection does not have."""
     # Trees are always whole, so that chains of whole blocks are what they are compared with.
-    policy = name.split(", ")[1]
-    return f"rejection, {'fixed' if policy.startswith('tree') else policy.replace('retrospective', 'look-ahead')}"
+    mode, policy = name.split(", ")
+    policy = "fixed" if policy.startswith("tree") else policy.replace("retrospective", "look-ahead")
+    return f"{'greedy' if mode == 'greedy' else 'rejection'}, {policy}"
 
 
 def figures(runs: Sequence[Timed], rejection: Sequence[Timed] | None) -> dict[str, Any]:
@@ -194,27 +222,30 @@ def figures(runs: Sequence[Timed], rejection: Sequence[Timed] | None) -> dict[st
     return row
 
 
-def summary(settings: ModesSettings, made: dict[str, Any], prompts: int) -> dict[str, Any]:
-    """The contents of the result file: `tau_t1` by name, and all figures by temperature."""
+def summary(settings: ModesSettings, made: dict[str, Any]) -> dict[str, Any]:
+    """The contents of the result file: `tau_t1` and `tau_t0` by name, and all figures by drafter and temperature."""
     # The first policy stands for its mode in the summary; all of them are under `modes`.
     policy = settings.policies[0]
-    modes = {"rejection": "dspark", "block": "dspark_block", "coupled": "dspark_coupled"}
-    names = {f"{mode}, {policy}": name for mode, name in modes.items()}
-    names |= {f"coupled, tree {nodes}": f"tree_{nodes}_coupled" for nodes in settings.trees}
+    suffixes = {f"rejection, {policy}": "", f"greedy, {policy}": ""}
+    suffixes |= {f"{mode}, {policy}": f"_{mode}" for mode in ("block", "coupled")}
+    suffixes |= {f"coupled, tree {nodes}": f"_tree_{nodes}_coupled" for nodes in settings.trees}
+    suffixes |= {f"greedy, tree {nodes}": f"_tree_{nodes}" for nodes in settings.trees}
 
-    at_one = made.get("t1", {})
+    def taus(temperature: str) -> dict[str, float]:
+        return {
+            f"{name}{suffix}": rows[temperature][way]["tau"]
+            for name, rows in made.items()
+            for way, suffix in suffixes.items()
+            if way in rows.get(temperature, {})
+        }
+
     return {
-        # Under the names that result files of other drafters use, at the first policy.
-        "tau_t1": {name: at_one[way]["tau"] for way, name in names.items() if way in at_one},
+        "tau_t1": taus("t1"),
+        "tau_t0": taus("t0"),
         "modes": made,
-        "prompts": prompts,
-        "target": settings.target,
         "drafter": settings.drafter,
-        "slots": settings.slots,
-        "max_new_tokens": settings.max_new_tokens,
         "repeats": settings.repeats,
-        "clock": settings.clock,
-        "dtype": settings.dtype,
+        **conditions(settings),
         "machine": machine(),
     }
 
