@@ -79,7 +79,8 @@ PAIRS = (
 # The study's defaults are the embedded target's.
 REAL_STUDY = (
     "--recipe", "smollm2_135m_dspark", "--start", "target", "--layers", "1", "8", "15", "22", "28",
-    "--conversations", "assets/smollm2_135m_drafter/conversations.parquet",
+    "--conversations", "assets/smollm2_135m_drafter/conversations.parquet", "--prompts", "200", "--heldout", "10",
+    "--batch", "2", "--anchors", "24", "--rollouts", "24", "--learning-rate", "0.002", "--max-new-tokens", "48",
 )  # fmt: skip
 THRESHOLDS = ("0.2", "0.4", "0.6", "0.8", "0.9")
 
