@@ -2,7 +2,6 @@
 
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,27 +12,10 @@ from dspark_jax.storage import objects
 from dspark_jax.storage.lease import FILE, Lease
 from dspark_jax.storage.places import Place, local_path, place_of, stores_folder
 from dspark_jax.storage.replica import Replica, fetched_file, fetched_folder, written, written_file
-from tests.stores import BUCKET, S3Server, on_this_machine
+from tests.store_fixtures import machine, place, server
+from tests.stores import S3Server
 
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    with S3Server() as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def machine(server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """This machine with copies of its own, and a server without faults."""
-    for name, value in on_this_machine(server, tmp_path / "stores").items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("AWS_PROFILE", raising=False)
-    server.faults()
-    return tmp_path / "stores"
-
-
-def place(name: str) -> Place:
-    return Place("s3", BUCKET, name)
+__all__ = ["machine", "server"]  # fixtures
 
 
 def test_places_and_paths_stand_for_each_other(machine: Path):

@@ -4,7 +4,7 @@ import itertools
 import json
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,26 +36,11 @@ from tests.drafters_tiny import write_pair
 from tests.kill_cache import SHARD_BYTES, SOURCES, SPEC, make_sample, write_cache
 from tests.kill_resume import TASKS
 from tests.kill_stores import kill_and_compare
-from tests.stores import BUCKET, S3Server, on_this_machine
+from tests.store_fixtures import machine, place, server
+from tests.stores import BUCKET, S3Server
 from tests.tiny import write_tiny_target
 
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    with S3Server() as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def machine(server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name, value in on_this_machine(server, tmp_path / "stores").items():
-        monkeypatch.setenv(name, value)
-    server.faults()
-    return tmp_path / "stores"
-
-
-def place(name: str) -> Place:
-    return Place("s3", BUCKET, name)
+__all__ = ["machine", "server"]  # fixtures
 
 
 class Crash(BaseException):

@@ -100,11 +100,9 @@ def load_drafter(
             vocabulary, tapped layers, or frozen copies that differ).
     """
     folder = resolve_folder(path_or_id, "drafter")
-    if weights not in get_args(Weights):
-        raise UserError(f"A drafter's weights are loaded 'stored' or in 'int8', not {weights!r}.")
-    if holds_v4(folder):
-        if weights == "int8":
-            raise UserError(f"{path_or_id} is of DeepSeek-V4, whose weights are not kept in int8; load it 'stored'.")
+    v4 = holds_v4(folder)
+    _check_weights(weights, path_or_id, v4)
+    if v4:
         return load_v4_drafter(folder, target, dtype=dtype, mesh=mesh, rules=rules)
 
     # Whatever the layout, everything below works on DeepSpec's names and fields.
@@ -124,11 +122,7 @@ def load_drafter(
     tensors = _NamedTensors(folder, lambda name: layout.tensor(name, hf_config))
     table = drafter_tensor_map(config, leaves)
     vocabulary = getattr(config, "draft_vocabulary", None)
-
-    # Before any weight is read: a tensor without a parameter means that config and weights differ.
-    needed = {tensors.stored_name(name) for name in stored_names(table, leaves)}
-    refuse_leftovers(tensors, needed, ("drafter", layout.name) if layout.name in HARMLESS else ("drafter",))
-    _check_tables(tensors, target, vocabulary)
+    _check_tensors(tensors, table, leaves, layout, target, vocabulary)
     params = _load_params(tensors, table, leaves, shardings, storage, target, vocabulary)
 
     # Last: a fault that an earlier check explains is better named by that check.
@@ -269,6 +263,29 @@ def _storage_dtype(name: str) -> Any:
     if name not in DTYPES:
         raise UserError(f"Drafter dtype {name!r} is not supported; choose float32 or bfloat16.")
     return DTYPES[name]
+
+
+def _check_weights(weights: str, name: str | Path, v4: bool) -> None:
+    """Refuses a form of weights that there is not, or not for DeepSeek-V4's drafters."""
+    if weights not in get_args(Weights):
+        raise UserError(f"A drafter's weights are loaded 'stored' or in 'int8', not {weights!r}.")
+    if v4 and weights == "int8":
+        raise UserError(f"{name} is of DeepSeek-V4, whose weights are not kept in int8; load it 'stored'.")
+
+
+def _check_tensors(
+    tensors: _NamedTensors,
+    table: TensorMap,
+    leaves: dict[ParamPath, Any],
+    layout: FolderLayout,
+    target: Target,
+    vocabulary: DraftVocabulary | None,
+) -> None:
+    """Refuses tensors without a parameter, and tables of another vocabulary, before any weight is read."""
+    # A tensor without a parameter means that config and weights differ.
+    needed = {tensors.stored_name(name) for name in stored_names(table, leaves)}
+    refuse_leftovers(tensors, needed, ("drafter", layout.name) if layout.name in HARMLESS else ("drafter",))
+    _check_tables(tensors, target, vocabulary)
 
 
 def _load_params(

@@ -159,17 +159,7 @@ def load_target(
     if (dtype or config.dtype) not in DTYPES:
         raise UserError(f"Target dtype {dtype or config.dtype!r} is not supported; choose float32 or bfloat16.")
 
-    # Structure and shapes first, without an array: they say which tensors the folder must have.
-    kind = DTYPES[dtype or config.dtype]
-    skeleton = target_skeleton(config)
-    graphdef, abstract = split(skeleton)
-    leaves = flatten_dict(abstract)
-    shardings = None if mesh is None else flatten_dict(parameter_shardings(skeleton, mesh, rules or ShardingRules()))
-
-    # Each parameter's own dtype: routing tables and V4's streams are not cast with the rest.
-    tensors, table = target_tensors(folder, config, hf_config, leaves)
-    params = load_params(tensors, table, leaves, shardings, parameter_dtypes(config, leaves, kind).__getitem__)
-
+    graphdef, params = _read(folder, hf_config, config, DTYPES[dtype or config.dtype], mesh, rules or ShardingRules())
     # After the weights: a damaged folder is reported before a tokenizer is parsed.
     words = load_tokenizer(folder) if tokenizer else None
 
@@ -191,6 +181,21 @@ def load_target(
         known_tokens=count_known_tokens(words, config, str(path_or_id)),
         folder=folder,
     )
+
+
+def _read(
+    folder: Path, hf_config: dict[str, Any], config: TargetConfig, kind: Any, mesh: Mesh | None, rules: ShardingRules
+) -> tuple[Any, dict]:
+    """(graphdef, parameters) of a target's folder, in the dtype `kind`."""
+    # Structure and shapes first, without an array: they say which tensors the folder must have.
+    skeleton = target_skeleton(config)
+    graphdef, abstract = split(skeleton)
+    leaves = flatten_dict(abstract)
+    shardings = None if mesh is None else flatten_dict(parameter_shardings(skeleton, mesh, rules))
+
+    # Each parameter's own dtype: routing tables and V4's streams are not cast with the rest.
+    tensors, table = target_tensors(folder, config, hf_config, leaves)
+    return graphdef, load_params(tensors, table, leaves, shardings, parameter_dtypes(config, leaves, kind).__getitem__)
 
 
 def save_target(folder: str | Path, hf_config: Mapping[str, Any], params: dict, dtype: str = "bfloat16") -> None:
