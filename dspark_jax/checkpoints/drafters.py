@@ -100,8 +100,7 @@ def load_drafter(
             vocabulary, tapped layers, or frozen copies that differ).
     """
     folder = resolve_folder(path_or_id, "drafter")
-    v4 = holds_v4(folder)
-    _check_weights(weights, path_or_id, v4)
+    _check_weights(weights, path_or_id, v4 := holds_v4(folder))
     if v4:
         return load_v4_drafter(folder, target, dtype=dtype, mesh=mesh, rules=rules)
 
@@ -113,7 +112,6 @@ def load_drafter(
         check_manifest(folder, hf_config, layout, target)
 
     # Shapes and shardings follow from the config alone, so each tensor can be judged before it is read.
-    storage = _storage_dtype(dtype or config.backbone.dtype)
     module = skeleton(hf_config)
     graphdef, abstract = split(module)
     leaves = flatten_dict(abstract)
@@ -123,6 +121,7 @@ def load_drafter(
     table = drafter_tensor_map(config, leaves)
     vocabulary = getattr(config, "draft_vocabulary", None)
     _check_tensors(tensors, table, leaves, layout, target, vocabulary)
+    storage = _storage_dtype(dtype or config.backbone.dtype)
     params = _load_params(tensors, table, leaves, shardings, storage, target, vocabulary)
 
     # Last: a fault that an earlier check explains is better named by that check.
