@@ -5,13 +5,14 @@ Layers name the logical axes of their parameters (`param(..., axes=("embed", "ml
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import jax
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dspark_jax.config.schema import MeshSettings
@@ -219,6 +220,28 @@ def parameter_shardings(module: nnx.Module, mesh: AnyMesh, rules: ShardingRules)
         flat[path] = array_sharding(variable.shape, variable.get_metadata()["logical_axes"], mesh, rules)
 
     return nnx.to_pure_dict(nnx.from_flat_state(flat.items()))
+
+
+def abstract_params(
+    module: nnx.Module,
+    mesh: AnyMesh | None,
+    dtype_of: Callable[[tuple[Any, ...]], Any],
+    rules: ShardingRules | None = None,
+) -> dict:
+    """ShapeDtypeStructs of a module's parameters, in the structure of `split(module)[1]`.
+
+    Args:
+        module: with arrays or shapes.
+        mesh: the shapes have shardings over it; None: none.
+        dtype_of: the dtype of the parameter at a path.
+        rules: how they are placed; None: the default ones.
+    """
+    leaves = flatten_dict(split(module)[1])
+    over = {} if mesh is None else flatten_dict(parameter_shardings(module, mesh, rules or ShardingRules()))
+
+    return unflatten_dict(
+        {path: jax.ShapeDtypeStruct(x.shape, dtype_of(path), sharding=over.get(path)) for path, x in leaves.items()}
+    )
 
 
 def array_sharding(shape: Sequence[int], axes: Sequence[Axis], mesh: AnyMesh, rules: ShardingRules) -> NamedSharding:

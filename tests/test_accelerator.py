@@ -45,27 +45,29 @@ def test_all_parts_run_and_a_second_run_keeps_them(tmp_path: Path, capsys: pytes
 @pytest.mark.subprocesses
 def test_a_part_in_a_process_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "accelerator.json"
-    main(["--shapes", "tiny", "--output", str(output), "--parts", "device"])
-    assert json.loads(output.read_text())["parts"]["device"]["platform"] == "cpu"
-    assert [file.name for file in tmp_path.iterdir()] == ["accelerator.json"]
-
     # A part that had failed is tried again there, from the report that says so.
     output.write_text(json.dumps({"about": {}, "parts": {"device": {"failed": "RuntimeError: once"}}}))
     main(["--shapes", "tiny", "--output", str(output), "--parts", "device"])
-    again = json.loads(output.read_text())["parts"]["device"]
-    assert again["platform"] == "cpu" and "failed" not in again
+    found = json.loads(output.read_text())
+    assert found["parts"]["device"]["platform"] == "cpu" and "failed" not in found["parts"]["device"]
+    assert [file.name for file in tmp_path.iterdir()] == ["accelerator.json"]
 
     main(["--shapes", "tiny", "--output", str(output), "--parts", "scheduler", "--minutes", "0.1"])
     assert "No time was left" in json.loads(output.read_text())["parts"]["scheduler"]["left_out"]
 
     (tmp_path / "other.json").write_text("{}")
+    elsewhere = tmp_path / "elsewhere.json"
+    found["about"]["machine"]["device"] = "NVIDIA H200"
+    elsewhere.write_text(json.dumps(found))
     for words, said in (
         (["--output", str(tmp_path / "other.json")], "is no report of infer.accelerator"),
+        (["--shapes", "tiny", "--output", str(elsewhere)], "another machine (device NVIDIA H200, here cpu); give"),
         (["--output", str(output), "--parts", "plane-4b"], "There is no part plane-4b; known are device, plain-4b"),
     ):
         with pytest.raises(SystemExit):
             main(words)
         assert said in capsys.readouterr().err
+    assert json.loads(elsewhere.read_text())["parts"] == found["parts"]
 
 
 def test_what_does_not_fit_is_tried_with_half_as_many(tmp_path: Path) -> None:

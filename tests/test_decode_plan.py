@@ -10,6 +10,7 @@ import pytest
 from dspark_jax.checkpoints.drafters import load_drafter, save_drafter
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.drafters.registry import drafter_hf_config, new_drafter
+from dspark_jax.errors import UserError
 from dspark_jax.planning.decoding import DecodePlan, PlanOptions
 from dspark_jax.planning.gpus import GPUS
 from dspark_jax.planning.kernels import RoundKernels, round_kernels
@@ -134,6 +135,9 @@ ENTRY %main (p: f32[8]) -> f32[8] {
     assert found.round(greedy=True) == Exchanged(rows, 2 * 32)
     assert found.round(greedy=False) == Exchanged(rows, 32 + 256 + 8 * 32)
     assert found.entry_copies() == 64 + 32
+    for other in ("", "module @jit_run_rounds {"):
+        with pytest.raises(UserError, match=f"No ENTRY in the text '{other}'; the optimised text of"):
+            LoopText.of(other, 2560)
 
 
 @pytest.mark.lowering

@@ -146,10 +146,18 @@ def test_a_folder_is_pulled_and_pushed(machine: Path):
 
 
 def test_files_of_one_folder_have_writers_of_their_own():
-    for name in ("one", "two", "one"):
-        with written_file(f"s3://pod/files/{name}.jsonl", "the conversations") as out:
+    """So has a file whose name begins with that of another: its rows of the moment are neither replaced nor sent."""
+    folder = local_path("s3://pod/files/one.jsonl").parent
+    for name in ("one", "one.two", "one"):
+        with written_file(f"s3://pod/files/{name}.jsonl", "the conversations", [f"{name}.metrics.json"]) as out:
             (out.folder / f"{name}.jsonl").write_text(name)
-    assert list(objects.listing(place("files"))) == ["one.jsonl", "two.jsonl"]
+            (out.folder / f"{name}.metrics.json").write_text("{}")
+        (folder / "one.two.jsonl").write_text("unfinished")
+    assert list(objects.listing(place("files"))) == [
+        f"one.{ending}" for ending in ("jsonl", "metrics.json", "two.jsonl", "two.metrics.json")
+    ]
+    assert (folder / "one.two.jsonl").read_text() == "unfinished"
+    assert objects.read(place("files/one.two.jsonl")) == b"one.two"
 
 
 def test_what_is_read_is_fetched_once(server: S3Server):

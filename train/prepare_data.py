@@ -33,7 +33,7 @@ from dspark_jax.storage.replica import written_file
 def main(argv: list[str]) -> None:
     settings = parse(PrepareSettings, argv, description=__doc__)
     # Of a place, its files beside OUTPUT come too, and are sent as they grow.
-    with written_file(settings.output, "the conversations") as out:
+    with written_file(settings.output, "the conversations", settings.companions()) as out:
         metrics, reasons = prepare(replace(settings, output=local_path(settings.output)), out.push_when_due)
 
     print(listing(metrics))

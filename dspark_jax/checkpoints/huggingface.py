@@ -8,11 +8,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from dspark_jax.checkpoints.deepseek_v4 import V4Folder, v4_needed, v4_tensor_map
@@ -32,7 +31,7 @@ from dspark_jax.errors import UserError
 from dspark_jax.files import file_hash
 from dspark_jax.programs import EMBEDDED, asset
 from dspark_jax.readers import check_fields, read_object, reason_of
-from dspark_jax.sharding import ShardingRules, parameter_shardings, split
+from dspark_jax.sharding import AnyMesh, ShardingRules, abstract_params, parameter_shardings, split
 from dspark_jax.storage.places import Place, place_of
 from dspark_jax.storage.replica import fetched_file, fetched_folder
 from dspark_jax.targets.config import TargetConfig, config_sha256, text_config
@@ -368,12 +367,18 @@ def target_skeleton(config: TargetConfig) -> nnx.Module:
     return nnx.eval_shape(lambda: target_module(config, rngs=nnx.Rngs(0)))
 
 
-def abstract_target(config: TargetConfig, dtype: str) -> tuple[nnx.GraphDef, dict]:
-    """(graphdef, ShapeDtypeStructs of params) of a target that is not loaded, for planning and lowering."""
-    graphdef, abstract = split(target_skeleton(config))
-    leaves = flatten_dict(abstract)
-    dtypes = parameter_dtypes(config, leaves, DTYPES[dtype])
+def abstract_target(
+    config: TargetConfig, dtype: str, mesh: AnyMesh | None = None, rules: ShardingRules | None = None
+) -> tuple[nnx.GraphDef, dict]:
+    """(graphdef, ShapeDtypeStructs of params) of a target that is not loaded, for planning and lowering.
 
-    return graphdef, unflatten_dict(
-        {path: jax.ShapeDtypeStruct(leaf.shape, dtypes[path]) for path, leaf in leaves.items()}
-    )
+    Args:
+        config: of the target.
+        dtype: 'float32' or 'bfloat16'; stored codes, tables of ids and what stays float32 keep their dtypes.
+        mesh: the shapes have the shardings that loading over it would give; None: none.
+        rules: how they are placed.
+    """
+    skeleton = target_skeleton(config)
+    graphdef, abstract = split(skeleton)
+    dtypes = parameter_dtypes(config, flatten_dict(abstract), DTYPES[dtype])
+    return graphdef, abstract_params(skeleton, mesh, dtypes.__getitem__, rules)

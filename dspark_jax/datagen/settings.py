@@ -2,13 +2,18 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from dspark_jax.config.schema import MeshSettings
 from dspark_jax.errors import UserError
 from dspark_jax.readers import parse_json
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
+
+Companion = Literal[
+    "settings.json", "rejected.jsonl", "metrics.json", "prompts.jsonl", "prompts.settings.json", "candidates.jsonl"
+]  # fmt: skip
+"""The files written beside OUTPUT.jsonl, by the ending of their names."""
 
 
 @dataclass(frozen=True)
@@ -139,9 +144,13 @@ class PrepareSettings:
             return f"{self.dataset} {self.dataset_split}"
         return f"The embedded split {self.split!r} of {self.embedded_prompts}"
 
-    def beside(self, kind: str) -> Path:
+    def beside(self, kind: Companion) -> Path:
         """OUTPUT.kind, e.g. conversations.rejected.jsonl."""
         return self.output.with_name(f"{self.output.name.removesuffix('.jsonl')}.{kind}")
+
+    def companions(self) -> list[str]:
+        """Names of all files that are written beside the output."""
+        return [self.beside(kind).name for kind in get_args(Companion)]
 
     def recorded(self) -> dict[str, Any]:
         """The options that determine the output: stored beside it and compared when it is continued."""

@@ -14,12 +14,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from dspark_jax.checkpoints.huggingface import DTYPES, parameter_dtypes, resolve_folder, target_skeleton
+from dspark_jax.checkpoints.huggingface import DTYPES, abstract_target, resolve_folder
 from dspark_jax.checkpoints.layouts import native_config, read_stored_config
-from dspark_jax.checkpoints.tensor_map import ParamPath
 from dspark_jax.config.cli import load_config, mesh_settings
 from dspark_jax.config.schema import DrafterSettings, MeshSettings, TrainConfig
 from dspark_jax.decoding.dispatch import run_rounds
@@ -39,7 +38,7 @@ from dspark_jax.roofline.hardware import Term
 from dspark_jax.scheduling.costs import CostTable, Occupancy, ScheduleTables
 from dspark_jax.serving.assembly import make_loop
 from dspark_jax.serving.settings import EngineConfig, PolicyName, policy_named
-from dspark_jax.sharding import AnyMesh, ShardingRules, make_mesh, parameter_shardings, split
+from dspark_jax.sharding import AnyMesh, abstract_params, make_mesh, split
 from dspark_jax.targets.deepseek_v4.config import V4Config
 from dspark_jax.targets.target import Target
 from dspark_jax.training.spec import drafter_config
@@ -267,9 +266,7 @@ def planned_pair(
     target = describe(name)
     if options.layers:
         target = with_layers(target, options.layers)
-    module = target_skeleton(target.config)
-    dtypes = parameter_dtypes(target.config, flatten_dict(split(module)[1]), DTYPES[options.dtype])
-    target = dataclasses.replace(target, params=abstract_params(module, mesh, dtypes.__getitem__))
+    target = dataclasses.replace(target, params=abstract_target(target.config, options.dtype, mesh)[1])
 
     # A drafter's own config.json wins over the configuration's description.
     hf_config = None
@@ -300,17 +297,6 @@ def _with_layers(settings: DrafterSettings, count: int) -> DrafterSettings:
     free = (count - 1,) if settings.kind == "mtp" else tuple(range(count - 1)) or (-1,)
     taps = free[-len(settings.target_layer_ids) :]
     return dataclasses.replace(settings, num_layers=min(settings.num_layers, count), target_layer_ids=taps)
-
-
-def abstract_params(module: Any, mesh: AnyMesh | None, dtype_of: Callable[[ParamPath], Any]) -> dict:
-    """ShapeDtypeStructs of a module's parameters as decoding holds them, with shardings where there is a mesh."""
-    leaves = flatten_dict(split(module)[1])
-    over = {} if mesh is None else flatten_dict(parameter_shardings(module, mesh, ShardingRules()))
-
-    def one(path: ParamPath, leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, dtype_of(path), sharding=over.get(path))
-
-    return unflatten_dict({path: one(path, leaf) for path, leaf in leaves.items()})
 
 
 def abstract_drafter(module: Any, mesh: AnyMesh | None, storage: Any) -> dict:

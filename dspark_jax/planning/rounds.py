@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from dspark_jax.decoding.cuts import PASSES
 from dspark_jax.decoding.sampling import SCOPE
+from dspark_jax.errors import UserError
 from dspark_jax.planning.compiled import collective_parts, shape_parts
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -58,7 +59,7 @@ class LoopText:
 
     @classmethod
     def of(cls, text: str, hidden: int) -> "LoopText":
-        """The parts of a program's text."""
+        """The parts of a program's text; UserError where it is not the text of a compiled program."""
         computations: dict[str, list[str]] = {}
         entry, lines = "", []
 
@@ -68,6 +69,9 @@ class LoopText:
                 entry = header[2] if header[1] else entry
             elif _INSTRUCTION.match(line):
                 lines.append(line)
+        if not entry:
+            begins = " ".join(text.split())[:60]
+            raise UserError(f"No ENTRY in the text {begins!r}; the optimised text of a compiled program was expected.")
         return cls(computations, entry, hidden)
 
     def round(self, greedy: bool) -> Exchanged:

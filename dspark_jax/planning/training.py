@@ -5,13 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
 
-from dspark_jax.checkpoints.huggingface import DTYPES, parameter_dtypes, target_skeleton
+from dspark_jax.checkpoints.huggingface import DTYPES, abstract_target
 from dspark_jax.config.schema import DataSettings, TrainConfig
 from dspark_jax.drafters.protocol import SharedTables
 from dspark_jax.planning.published_targets import planned_target
-from dspark_jax.sharding import AnyMesh, batch_shardings, parameter_shardings, split
+from dspark_jax.sharding import AnyMesh, batch_shardings
 from dspark_jax.targets.config import TargetConfig
 from dspark_jax.targets.target import Target
 from dspark_jax.training.spec import StepSpec
@@ -63,7 +62,8 @@ class AbstractRun:
         target_params = None
 
         if config.data.source != "offline":
-            target_params = abstract_target_params(target.config, spec.dtype, spec.placement)
+            placed = spec.placement.mesh, spec.placement.rules
+            target_params = abstract_target(target.config, spec.dtype, *placed)[1]
             # A hybrid run's first epoch passes the states through the codec; an online run never encodes them.
             codec = config.data.codec if config.data.source == "hybrid" else None
             states = spec.target_states(target, target_params, codec)
@@ -122,19 +122,6 @@ def abstract_tables(config: TargetConfig, dtype: str, placement: Placement) -> S
     shared = SharedTables.of(config, table, table)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shared, placement.tables(shared)
-    )
-
-
-def abstract_target_params(config: TargetConfig, dtype: str, placement: Placement) -> dict:
-    """The target's parameters as shapes with shardings, in the dtype of the step."""
-    skeleton = target_skeleton(config)
-    leaves = flatten_dict(split(skeleton)[1])
-    shardings = flatten_dict(parameter_shardings(skeleton, placement.mesh, placement.rules))
-    # Stored codes, tables of ids and the parameters that stay float32 keep their dtypes.
-    kinds = parameter_dtypes(config, leaves, DTYPES[dtype])
-
-    return unflatten_dict(
-        {path: jax.ShapeDtypeStruct(x.shape, kinds[path], sharding=shardings[path]) for path, x in leaves.items()}
     )
 
 

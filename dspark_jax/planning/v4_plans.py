@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
-from dspark_jax.checkpoints.huggingface import parameter_dtypes, target_skeleton
+from dspark_jax.checkpoints.huggingface import abstract_target, parameter_dtypes
 from dspark_jax.config.cli import mesh_settings
 from dspark_jax.config.schema import MeshSettings
 from dspark_jax.decoding.round import LoopParams
@@ -26,7 +26,6 @@ from dspark_jax.planning.compiled import collective_parts, compiled, copies, mem
 from dspark_jax.planning.decoding import (
     DecodePlan,
     abstract_drafter,
-    abstract_params,
     abstract_state,
     bytes_of,
     local_shape,
@@ -34,7 +33,7 @@ from dspark_jax.planning.decoding import (
 from dspark_jax.planning.published_targets import PUBLISHED
 from dspark_jax.serving.assembly import make_loop
 from dspark_jax.serving.settings import EngineConfig
-from dspark_jax.sharding import AnyMesh, abstract_mesh, split
+from dspark_jax.sharding import AnyMesh, abstract_mesh, abstract_params, split
 from dspark_jax.targets.config import config_sha256
 from dspark_jax.targets.deepseek_v4.block import V4Block
 from dspark_jax.targets.deepseek_v4.config import V4Config, v4_config
@@ -130,10 +129,7 @@ def plan_of(hf_config: Mapping[str, Any], machine: Machine, slots: int, longest:
     """The decode loop of this pair on the machine, verifying whole blocks, from shapes alone."""
     settings, config = mesh_settings(machine.mesh, MeshSettings()), v4_config(hf_config)
     mesh = topology_mesh(machine.topology, *settings.sizes)
-    module = target_skeleton(config)
-    graphdef, abstract = split(module)
-    dtypes = parameter_dtypes(config, flatten_dict(abstract), jnp.bfloat16)
-    params = abstract_params(module, mesh, dtypes.__getitem__)
+    graphdef, params = abstract_target(config, "bfloat16", mesh)
     target = Target("planned", config, graphdef, params, hf_config, config_sha256(hf_config))
 
     native = native_config(hf_config, "dspark")

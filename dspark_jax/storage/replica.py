@@ -218,18 +218,25 @@ def written(
 
 
 @contextmanager
-def written_file(location: Location, what: str) -> Iterator[Output]:
-    """`written` for a file NAME.SUFFIX and those named NAME.* beside it; nothing is done for a file of this machine."""
+def written_file(location: Location, what: str, beside: Sequence[str] = ()) -> Iterator[Output]:
+    """`written` for one file and its companions; nothing is done for a file of this machine.
+
+    Args:
+        location: a path, or a place.
+        what: its role in a sentence, as in "the conversations".
+        beside: names of the companions in the same folder.
+    """
     path, place = local_path(location), place_of(location)
     if place is None:
         yield Output.here(path.parent)
         return
 
-    stem = path.stem
-    # The folder holds other files with writers of their own, so a folder of this name alone is locked.
+    # By whole names: what begins with "a." may be a.b.jsonl or its companion, which have a writer of their own.
+    names, stem = {path.name, *beside}, path.stem
+    # Other files of the folder may be written meanwhile, so a folder of this name alone is locked.
     locked = path.with_name(f".{stem}")
     with lock_folder(locked, what), Lease(place.parent / f".{stem}{FILE}", locked, what) as lease:
-        replica = Replica(place.parent, path.parent, lambda name: name.startswith(f"{stem}."))
+        replica = Replica(place.parent, path.parent, names.__contains__)
         with _pushed(replica, lease, ()) as out:
             yield out
 

@@ -5,7 +5,7 @@
 
 Random weights in the shapes of Qwen3-4B and 8B, so that nothing is downloaded. Each part runs in a process of its own:
 one that fails, hangs or does not fit leaves a sentence in the file and the others as they are. When the time is up, or
-after a stop, the same command goes on with the parts that are missing.
+after a stop, the same command goes on with the parts that are missing; on another machine it is refused.
 """
 
 import subprocess
@@ -25,7 +25,7 @@ from dspark_jax.programs import program_command
 from dspark_jax.report import table
 
 from .pairs import SHAPES
-from .report import Report, sentence
+from .report import OtherMachine, Report, sentence
 
 LEAST_SECONDS = 30.0
 """What is left of the time when no further part is begun."""
@@ -57,10 +57,13 @@ def main(argv: list[str]) -> None:
         raise UserError(f"There is no part {', '.join(sorted(unknown))}; known are {', '.join(parts)}.")
 
     report.about["settings"] = {name: str(value) for name, value in asdict(settings).items()}
-    for name in settings.parts or parts:
-        if report.done(name):
+    wanted = list(settings.parts or parts)
+    # The device is looked at in every run that begins others, also where it is known: it may be another one.
+    for name in wanted if settings.one_process else dict.fromkeys(["device", *wanted]):
+        late = report.left < LEAST_SECONDS and not settings.one_process
+        if report.done(name) and (late or name != "device"):
             continue
-        if report.left < LEAST_SECONDS and not settings.one_process:
+        if late:
             report.add(name, left_out="No time was left; the same command measures it.")
             continue
         started = time.monotonic()
@@ -69,7 +72,7 @@ def main(argv: list[str]) -> None:
         report.add(name, part_seconds=round(time.monotonic() - started, 1))
 
     # Of some parts alone, where only those were asked for: so do the processes of a whole run.
-    print(shown(report, settings.parts or parts))
+    print(shown(report, wanted))
     print(f"figures in {settings.output}")
 
 
@@ -104,7 +107,7 @@ def device(report: Report, part: str) -> None:
 
     from dspark_jax.devices import machine
 
-    report.about["machine"] = machine()
+    report.measured_on(machine())
     limits = jax.local_devices()[0].memory_stats() or {}
     memory = {name: limits[name] for name in ("bytes_limit", "bytes_reservable_limit") if name in limits}
     report.add(part, platform=jax.default_backend(), devices=jax.device_count(), **memory)
@@ -118,6 +121,8 @@ def run_here(report: Report, name: str, measure: Callable[[Report, str], None]) 
     with Compilations() as seen:
         try:
             measure(report, name)
+        except OtherMachine:
+            raise
         except (Exception, SystemExit) as error:
             report.add(name, failed=sentence(error))
     report.add(name, compile_seconds_in_all=round(seen.seconds, 1), programs_compiled_in_all=seen.compiled)
@@ -130,17 +135,21 @@ def run_apart(report: Report, name: str, settings: AcceleratorSettings) -> None:
     own.write_bytes(report.path.read_bytes())
     words = ["--output", own, "--minutes", report.left / 60, "--shapes", *settings.shapes, "--parts", name]
     command = program_command("infer.accelerator", *words, "--one-process")
-    problem = ""
+    problem, refused = "", False
     try:
         done = subprocess.run(command, timeout=report.left + LEAST_SECONDS, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             said = done.stderr.strip().splitlines()
             problem = f"The process ended with exit code {done.returncode}: {said[-1][:300] if said else ''}"
+            # A part's own faults are in its figures, so that this is the machine's.
+            refused = name == "device" and done.returncode == 2
     except subprocess.TimeoutExpired:
         problem = "The process did not end in time and was stopped."
     # What it has written counts, however it ended.
     report.take(own)
     own.unlink(missing_ok=True)
+    if refused:
+        raise OtherMachine(said[-1])
     if problem:
         report.add(name, failed=problem)
 

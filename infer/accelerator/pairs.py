@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from dspark_jax.checkpoints.huggingface import DTYPES, parameter_dtypes, target_skeleton
+from dspark_jax.checkpoints.huggingface import DTYPES, abstract_target
 from dspark_jax.drafters.config import DSparkConfig
 from dspark_jax.drafters.registry import Drafter, drafter_hf_config, read_config, skeleton
-from dspark_jax.planning.decoding import PlanOptions, abstract_drafter, abstract_params, planned_pair
+from dspark_jax.planning.decoding import PlanOptions, abstract_drafter, planned_pair
 from dspark_jax.sharding import split
 from dspark_jax.targets.config import config_sha256
 from dspark_jax.targets.registry import read_target_config
@@ -120,13 +120,8 @@ def _filled(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 def _tiny_pair() -> tuple[Target, Drafter]:
     config = read_target_config(_TINY)
-    module = target_skeleton(config)
-    graphdef, abstract = split(module)
-    dtypes = parameter_dtypes(config, flatten_dict(abstract), DTYPES["float32"])
-    params = abstract_params(module, None, dtypes.__getitem__)
-    target = Target("tiny", config, graphdef, params, _TINY, config_sha256(_TINY))
-
-    target = replace(target, params=filled(target.params, 1))
+    graphdef, shapes = abstract_target(config, "float32")
+    target = Target("tiny", config, graphdef, filled(shapes, 1), _TINY, config_sha256(_TINY))
     settings = {"num_layers": 1, "target_layer_ids": (-1, 0), "mask_token_id": 3, "markov_rank": 8, "block_size": 2}
     return target, _new_drafter(target, dtype="float32", **settings)
 

@@ -15,6 +15,10 @@ from dspark_jax.files import write_json
 from dspark_jax.readers import read_object
 
 
+class OtherMachine(UserError):
+    """The file has figures of another machine than this one."""
+
+
 @dataclass
 class Report:
     """Figures by part.
@@ -58,6 +62,21 @@ class Report:
         """Whether the part has ended, in this run or an earlier one."""
         found = self.parts.get(part)
         return found is not None and not {"failed", "left_out", "unfinished"} & set(found)
+
+    def measured_on(self, here: dict[str, Any]) -> None:
+        """Note the machine, or compare it with the noted one: figures of two in one table would be taken for one's.
+
+        Args:
+            here: as `devices.machine` describes this one.
+        Raises:
+            OtherMachine: earlier figures are of another device, number of cores, or version of Python or jax.
+        """
+        known = self.about.setdefault("machine", here)
+        # The load passes.
+        differing = [name for name in here if name != "load" and known.get(name) != here[name]]
+        if differing:
+            named = ", ".join(f"{name} {known.get(name)}, here {here[name]}" for name in differing)
+            raise OtherMachine(f"The figures in the file are of another machine ({named}); give another --output.")
 
     def add(self, part: str, **figures: Any) -> None:
         """Add figures to a part, and write the file."""
