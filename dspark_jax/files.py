@@ -78,6 +78,29 @@ def write_json(path: Path, value: Mapping[str, Any], *, indent: int = 1, sort_ke
         raise UserError(f"{path} cannot be written ({reason_of(error)}); give an output that can.") from error
 
 
+def read_results(path: Path) -> dict[str, Any]:
+    """The figures in a results file; none where there is no file yet."""
+    return read_object(path, expected="the figures of earlier runs") if path.exists() else {}
+
+
+def add_results(path: Path, found: Mapping[str, Any], *, levels: int = 1) -> dict[str, Any]:
+    """Writes rows of figures into a results file and leaves its other rows as they are: runs measure a few at a time.
+
+    Args:
+        path: of the JSON file, made where it is missing.
+        found: rows by name; with 2 levels, groups of them by name.
+        levels: how many; what lies below is replaced whole.
+    Returns:
+        All that the file holds now.
+    """
+    known = read_results(path)
+    merged = {**known, **found}
+    for name in known.keys() & found.keys() if levels == 2 else ():
+        merged[name] = {**known[name], **found[name]}
+    write_json(path, merged)
+    return merged
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}

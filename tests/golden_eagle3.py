@@ -62,7 +62,7 @@ def check_train(case: str | Path) -> Iterator[Result]:
         "features": jnp.asarray(vectors["train/target_hidden_states"]),
         "last_hidden": jnp.asarray(vectors["train/target_last_hidden_states"]),
     }
-    objective = RolloutObjective(drafter.graphdef, config, LossOptions(0.0, 0.0, 0.0, None, CHUNK))
+    objective = RolloutObjective(drafter.graphdef, config, LossOptions(anchor_chunk=CHUNK))
     if "target/logits" in vectors:
         yield from check_target(vectors, target, drafter)
     yield from check_rollout(vectors, target, drafter, batch)

@@ -79,7 +79,7 @@ def check_train(case: str | Path) -> Iterator[Result]:
         ce_alpha=given["ce_loss_alpha"],
         l1_alpha=given["l1_loss_alpha"],
         confidence_alpha=given["confidence_head_alpha"],
-        decay_gamma=given["loss_decay_gamma"],
+        decay_gamma=given["loss_decay_gamma"] or 0.0,
         anchor_chunk=ANCHOR_CHUNK,
     )
     objective = BlockObjective(drafter.graphdef, drafter.config, options)

@@ -120,7 +120,7 @@ def check_train() -> None:
             shared = jax.device_put(shared, placement.whole)
             given = jax.device_put(batch, batch_shardings(batch, mesh, placement.rules))
         drafter = new_drafter("fresh", native, jax.random.key(0))
-        objective = BlockObjective(drafter.graphdef, drafter.config, LossOptions(0.1, 0.9, 1.0, 4.0, 8))
+        objective = BlockObjective(drafter.graphdef, drafter.config, LossOptions(anchor_chunk=8))
         states = TargetStates(target.graphdef, (1, 2))
         step = make_train_step(objective, optimizer, schedule, placement=placement, abstract=abstract, states=states)
         for _ in range(2):

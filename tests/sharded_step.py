@@ -19,12 +19,11 @@ from dspark_jax.training.step import (
     Placement,
     abstract_train_state,
     init_train_state,
-    make_eval_step,
     make_train_step,
 )
 from tests.drafters_tiny import tiny_batch, tiny_tables
 from tests.test_packing import ALL_TERMS
-from tests.test_training import objective, optimizer, tiny_drafter
+from tests.test_training import evaluation, objective, optimizer, tiny_drafter
 
 
 def train(placement: Placement | None, accumulation: int) -> tuple[Any, Any]:
@@ -57,7 +56,7 @@ def evaluate(devices: int) -> Any:
     batch, place = tiny_batch(rows=8, seed=3), placement.whole
     params, shared = jax.device_put((tiny_drafter().params, tiny_tables()), place)
     batch = jax.device_put(batch, batch_shardings(batch, placement.mesh, placement.rules))
-    return make_eval_step(task, placement)(params, shared, batch, jax.device_put(jax.random.key(0), place))
+    return evaluation(task, placement)(params, shared, batch, jax.device_put(jax.random.key(0), place))
 
 
 def _same_place(x: jax.Array, expected: jax.ShapeDtypeStruct) -> None:

@@ -25,7 +25,7 @@ from tests.drafters_tiny import HIDDEN, TAPS, VOCAB, target_hf_config, tiny_draf
 from tests.test_drafter import ANCHORS, POSITIONS, drafted_law, features
 
 CONVOLUTION: dict[str, Any] = {"conv_kernel_size": 2, "conv_group_size": 8}
-OPTIONS = LossOptions(1.0, 0.0, 0.0, None, 4, selector_alpha=1.0)
+OPTIONS = LossOptions(1.0, 0.0, 0.0, decay_gamma=0.0, anchor_chunk=4)
 
 
 def forced(drafter: Any, previous: jax.Array, taps: jax.Array) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dspark_jax.errors import UserError
-from dspark_jax.files import hash_tree, lock_folder, replacing, weights_hash, write_atomically, write_json
+from dspark_jax.files import add_results, hash_tree, lock_folder, replacing, weights_hash, write_atomically, write_json
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -106,6 +106,19 @@ def test_weights_are_hashed_whole_and_once(tmp_path: Path, monkeypatch: pytest.M
     file.rename(model / "other.safetensors")
     monkeypatch.undo()
     assert weights_hash(model) != after
+
+
+def test_results_are_added_to_those_of_other_runs(tmp_path: Path):
+    path = tmp_path / "results.json"
+    assert add_results(path, {"a": {"x": 1}}) == {"a": {"x": 1}}
+    assert add_results(path, {"a": {"y": {"old": 2}}}, levels=2) == {"a": {"x": 1, "y": {"old": 2}}}
+    # A row is one measurement: it is replaced whole, and groups that are not named stay.
+    add_results(path, {"b": {}, "a": {"y": {"new": 3}}}, levels=2)
+    assert json.loads(path.read_text()) == {"a": {"x": 1, "y": {"new": 3}}, "b": {}}
+    assert add_results(path, {"a": {"z": 4}}) == {"a": {"z": 4}, "b": {}}
+    path.write_text("[]")
+    with pytest.raises(UserError, match="the figures of earlier runs"):
+        add_results(path, {})
 
 
 def test_a_tree_is_every_file_below_it(tmp_path: Path):

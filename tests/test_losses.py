@@ -18,7 +18,7 @@ from dspark_jax.training.terms import LossOptions, block_terms, pace_weights, pr
 from dspark_jax.training.terms import total_variation_l1 as variation
 
 V = 7
-NONE = LossOptions(0.0, 0.0, 0.0, None, 1)
+NONE = LossOptions(0.0, 0.0, 0.0, decay_gamma=0.0, anchor_chunk=1)
 SOFT = ("soft_ce", "lk", "lk_mixed")
 
 

@@ -14,11 +14,14 @@ import numpy as np
 import optax
 import pytest
 
+from dspark_jax.drafters.protocol import SharedTables
 from dspark_jax.errors import UserError
+from dspark_jax.sharding import traced_over
 from dspark_jax.training.anchors import eligible_anchors, make_blocks, sample_anchors
 from dspark_jax.training.objective import BlockObjective
 from dspark_jax.training.schedule import learning_rate_schedule, make_optimizer
-from dspark_jax.training.step import TrainState, init_train_state, make_eval_step, make_train_step
+from dspark_jax.training.states import StoredStates
+from dspark_jax.training.step import Placement, TrainState, init_train_state, make_train_step
 from dspark_jax.training.terms import LossOptions
 from tests.drafters_tiny import tiny_batch, tiny_tables
 from tests.drafters_tiny import tiny_drafter as drafter_of
@@ -40,6 +43,19 @@ def objective(dtype: Any = jnp.float32, **changes: Any) -> BlockObjective:
 def optimizer() -> tuple[Any, optax.GradientTransformation]:
     schedule = learning_rate_schedule(1e-2, total_steps=20, warmup_ratio=0.1)
     return schedule, make_optimizer(schedule, (0.9, 0.999), 1e-8, 0.0, 1.0)
+
+
+def evaluation(task: BlockObjective, placement: Placement | None = None) -> Any:
+    """jitted (params, shared, batch, key) -> the metrics of a batch with its states, without an update."""
+
+    def evaluate(params: dict, shared: SharedTables, batch: Any, key: jax.Array) -> Any:
+        batch = batch if placement is None else placement.rows(dict(batch))
+        plan, states = task.plan(batch, key), StoredStates()
+        given = states.read(states.stored(None, batch), batch)
+        sums = task.sums(params, shared, given, plan.rows)
+        return task.metrics(sums | plan.sums, batch["input_ids"].shape[1])
+
+    return jax.jit(traced_over(None if placement is None else placement.mesh)(evaluate))
 
 
 def close_trees(found: Any, expected: Any, **tolerance: float) -> None:
@@ -195,7 +211,7 @@ def test_continuing_is_running_on() -> None:
 
 def test_training_learns_and_reports() -> None:
     schedule, adamw = optimizer()
-    batch, step, evaluate = tiny_batch(), step_of(1), make_eval_step(objective())
+    batch, step, evaluate = tiny_batch(), step_of(1), evaluation(objective())
     state = init_train_state(tiny_drafter().hf_config, adamw, seed=0)
     before = evaluate(state.params, tiny_tables(), batch, jax.random.key(9))
     for i in range(12):

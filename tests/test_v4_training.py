@@ -19,8 +19,9 @@ from dspark_jax.training.objective import BlockObjective
 from dspark_jax.training.run_folder import read_records
 from dspark_jax.training.schedule import learning_rate_schedule, make_optimizer
 from dspark_jax.training.states import TargetStates
-from dspark_jax.training.step import init_train_state, make_eval_step, make_train_step
+from dspark_jax.training.step import init_train_state, make_train_step
 from dspark_jax.training.terms import LossOptions
+from tests.test_training import evaluation
 from tests.tiny import TOKENIZER_SIZE, write_tokenizer
 from tests.v4_tiny import VOCAB, v4_hf_config, v4_pair, v4_target
 from train import build_cache, fit
@@ -75,7 +76,7 @@ def test_a_drafter_learns_from_a_frozen_target(kind: str) -> None:
     )  # fmt: skip
     drafter = new_drafter("fresh", native, jax.random.key(0))
     assert drafter.target_sha256 == target.config_sha256
-    objective = BlockObjective(drafter.graphdef, drafter.config, LossOptions(0.1, 0.9, 1.0, 4.0, 8))
+    objective = BlockObjective(drafter.graphdef, drafter.config, LossOptions(anchor_chunk=8))
     schedule = learning_rate_schedule(2e-2, total_steps=40, warmup_ratio=0.1)
     optimizer = make_optimizer(schedule, (0.9, 0.999), 1e-8, 0.0, 1.0)
     states = TargetStates(target.graphdef, drafter.config.target_layer_ids)
@@ -83,7 +84,7 @@ def test_a_drafter_learns_from_a_frozen_target(kind: str) -> None:
     batch = {"input_ids": rows, "loss_mask": jnp.ones_like(rows, jnp.uint8), "lengths": jnp.full((8,), 16)}
     seen = dict(batch) | states.read(jax.jit(states.stored)(target.params, batch), batch)
     step, state = make_train_step(objective, optimizer, schedule), init_train_state(native, optimizer, seed=0)
-    evaluate = partial(make_eval_step(objective), key=jax.random.key(9))
+    evaluate = partial(evaluation(objective), key=jax.random.key(9))
     shared = shared_tables(target)
     before = evaluate(state.params, shared, seen)
     for _ in range(30):

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -113,10 +112,3 @@ class BlockObjective:
     def metrics(self, sums: Sums, length: int) -> dict[str, Array]:
         """The figures of `metrics.loss_metrics`."""
         return loss_metrics(sums, self.options, length, self.config.num_anchors)
-
-
-def replicate(tree: Any, sharding: jax.sharding.Sharding | None) -> Any:
-    """Constrains every leaf to be whole on each device; without a mesh the tree is returned unchanged."""
-    if sharding is None:
-        return tree
-    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, sharding), tree)

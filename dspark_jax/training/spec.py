@@ -183,21 +183,7 @@ def draft_vocabulary(path: str, target: Target) -> DraftVocabulary | None:
 
 def loss_options(settings: LossSettings, anchor_chunk: int) -> LossOptions:
     """The settings of the loss with the chunk size, as the losses take them."""
-    return LossOptions(
-        ce_alpha=settings.ce_alpha,
-        l1_alpha=settings.l1_alpha,
-        confidence_alpha=settings.confidence_alpha,
-        decay_gamma=settings.decay_gamma,
-        anchor_chunk=anchor_chunk,
-        soft_ce_alpha=settings.soft_ce_alpha,
-        lk_alpha=settings.lk_alpha,
-        lk_mixed_alpha=settings.lk_mixed_alpha,
-        slot_weights=settings.slot_weights,
-        confidence_weights=settings.confidence_weights,
-        selector_alpha=settings.selector_alpha,
-        selector_target=settings.selector_target,
-        rollout_positions=settings.rollout_positions,
-    )
+    return LossOptions(**vars(settings), anchor_chunk=anchor_chunk)
 
 
 def micro_batches(data: DataSettings, mesh: AnyMesh) -> int:

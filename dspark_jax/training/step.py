@@ -26,7 +26,7 @@ from dspark_jax.sharding import (
     traced_over,
 )
 from dspark_jax.training.losses import Sums
-from dspark_jax.training.objective import Batch, Objective, replicate
+from dspark_jax.training.objective import Batch, Objective
 from dspark_jax.training.schedule import updates_taken
 from dspark_jax.training.states import States, StoredStates
 
@@ -191,29 +191,6 @@ def make_train_step(
         return (new, metrics, stored) if record else (new, metrics)
 
     return _compiled(traced_over(_mesh(placement))(step), placement, abstract, record)
-
-
-def make_eval_step(
-    objective: Objective, placement: Placement | None = None, states: States | None = None
-) -> Callable[..., dict[str, Array]]:
-    """jitted (params, shared, batch, key[, target]) -> metrics, without an update."""
-    source = states or StoredStates()
-
-    def evaluate(params: dict, shared: SharedTables, batch: Batch, key: Array, target: Any = None) -> dict:
-        if placement is not None:
-            batch = placement.rows(dict(batch))
-
-        # The caller's key, so that two evaluations draw the same anchors.
-        plan = objective.plan(batch, key)
-
-        # An evaluation is one pass, so the parameters are gathered whole and no chunk gathers them again.
-        whole = replicate(params, None if placement is None else placement.whole)
-        given = source.read(source.stored(target, batch), batch)
-        sums = objective.sums(whole, shared, given, plan.rows)
-
-        return objective.metrics(sums | plan.sums, batch["input_ids"].shape[1])
-
-    return jax.jit(traced_over(_mesh(placement))(evaluate))
 
 
 def _mesh(placement: Placement | None) -> AnyMesh | None:

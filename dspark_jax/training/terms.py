@@ -6,12 +6,12 @@ leading axes.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from dspark_jax.config.schema import LossSettings
 from dspark_jax.drafters.protocol import BlockOutput, SelectorOutput
 from dspark_jax.drafters.vocabulary import DraftVocabulary
 from dspark_jax.targets.products import product
@@ -31,37 +31,16 @@ _LENGTHS = {"tau_oracle": "recall", "tau_greedy": "right"}
 Sums = dict[str, Array]
 
 
-@dataclass(frozen=True)
-class LossOptions:
+@dataclass(frozen=True, kw_only=True)
+class LossOptions(LossSettings):
     """L = Σ alpha · term over the terms whose alpha is not 0 (docs/algorithm.md, rules 41 and 118 to 120).
 
     Attributes:
-        ce_alpha, l1_alpha, confidence_alpha: weights of the reference's terms.
-        decay_gamma: g of the slot weights exp(-k / g), rule 40; None or <= 0 weighs all slots alike.
-        anchor_chunk: anchors of a row whose logits [B, anchor_chunk, K, V] are in memory at once.
-        soft_ce_alpha: of the cross-entropy against the target's law.
-        lk_alpha: of -log Σ min(p^d, p^t).
-        lk_mixed_alpha: of λ KL + (1 - λ) TV, λ falling with acceptance.
-        slot_weights: "decay", or "d_pace", which needs no decay_gamma.
-        confidence_weights: "slots", the weights of the other terms, or "reach", the survival of the prefix before.
-        selector_alpha: of a selector's cross-entropy; the other terms are then of its base logits.
-        selector_target: its label, the target's likeliest token ("argmax") or its law over the candidates ("law").
-        rollout_positions: positions of a row that Eagle3 rolls out; 0 for all.
+        anchor_chunk: anchors of a row whose logits [B, anchor_chunk, K, V] are in memory at once; the others are those
+            of `LossSettings`.
     """
 
-    ce_alpha: float
-    l1_alpha: float
-    confidence_alpha: float
-    decay_gamma: float | None
     anchor_chunk: int
-    soft_ce_alpha: float = 0.0
-    lk_alpha: float = 0.0
-    lk_mixed_alpha: float = 0.0
-    slot_weights: Literal["decay", "d_pace"] = "decay"
-    confidence_weights: Literal["slots", "reach"] = "slots"
-    selector_alpha: float = 0.0
-    selector_target: Literal["argmax", "law"] = "argmax"
-    rollout_positions: int = 0
 
     @property
     def alphas(self) -> dict[str, float]:

@@ -29,8 +29,7 @@ from dspark_jax.devices import announce, machine
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.errors import UserError
 from dspark_jax.evaluation.traffic import Traffic, closed_loop
-from dspark_jax.files import make_output, write_json
-from dspark_jax.readers import read_object
+from dspark_jax.files import add_results, make_output
 from dspark_jax.report import table
 from dspark_jax.scheduling.costs import ScheduleTables
 from dspark_jax.serving.assembly import make_loop, temperatures_of
@@ -96,9 +95,8 @@ def main(argv: list[str]) -> None:
     about = {"settings": asdict(settings), "machine": machine()}
 
     # Pairs and numbers of users may be measured one after the other: one file holds all of them.
-    known, pair = read_object(settings.results) if settings.results.exists() else {}, Path(settings.drafter).name
     rows = {users: row | about for users, row in found.items()}
-    write_json(settings.results, {**known, pair: {**known.get(pair, {}), **rows}})
+    add_results(settings.results, {Path(settings.drafter).name: rows}, levels=2)
     print(figures(found))
 
 

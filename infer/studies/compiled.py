@@ -20,10 +20,9 @@ from typing import Any
 from dspark_jax.config.cli import parse, program
 from dspark_jax.devices import machine
 from dspark_jax.errors import UserError
-from dspark_jax.files import make_output, write_json
+from dspark_jax.files import add_results, make_output, read_results
 from dspark_jax.planning.compiled import copies
 from dspark_jax.planning.rounds import LoopText
-from dspark_jax.readers import read_object
 from dspark_jax.report import table
 
 
@@ -61,12 +60,9 @@ def main(argv: list[str]) -> None:
         found["before"] = reading(settings, Path(settings.before))
 
     # One file for all programs, devices and depths: what others have measured stays.
-    stored = read_object(settings.result) if settings.result.exists() else {}
-    rows = stored.setdefault("decode", {})
-    rows[settings.name] = merged(rows.get(settings.name, {}), found) | {
-        "command": " ".join(["infer.studies.compiled", *argv])
-    }
-    write_json(settings.result, stored | {"machine": machine()})
+    old = read_results(settings.result).get("decode", {}).get(settings.name, {})
+    row = merged(old, found) | {"command": " ".join(["infer.studies.compiled", *argv])}
+    add_results(settings.result, {"decode": {settings.name: row}, "machine": machine()}, levels=2)
 
     names = [name for name, value in found["after"].items() if isinstance(value, int | float)]
     body = [[name, *(f"{found[when][name]:,.2f}" for when in found)] for name in names]

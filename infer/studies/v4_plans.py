@@ -14,9 +14,8 @@ from typing import Any, Literal
 
 from dspark_jax.config.cli import parse, program
 from dspark_jax.errors import UserError
-from dspark_jax.files import make_output, write_json
+from dspark_jax.files import add_results, make_output, read_results
 from dspark_jax.planning.v4_plans import MACHINES, compiled_plan, counted
-from dspark_jax.readers import read_object
 from dspark_jax.report import table
 
 
@@ -43,7 +42,7 @@ def main(argv: list[str]) -> None:
     settings = parse(V4PlansSettings, argv, description=__doc__)
     make_output(settings.results.parent)
     # Earlier plans stay, the same ones made anew are replaced.
-    plans: dict[str, Any] = read_object(settings.results) if settings.results.exists() else {}
+    plans = read_results(settings.results)
 
     checked(settings.machines)
     for repository, machines in MACHINES.items():
@@ -53,11 +52,12 @@ def main(argv: list[str]) -> None:
             for slots in settings.slots if wanted else ():
                 key = f"{repository} on {machine.name}, R = {slots}"
                 sizes = repository, machine, slots, settings.longest
-                plans[key] = {"memory_gib": machine.memory_gib, "mesh": machine.mesh, "counted_gib": counted(*sizes)}
+                plan: dict[str, Any] = {"memory_gib": machine.memory_gib, "mesh": machine.mesh}
+                plan["counted_gib"] = counted(*sizes)
                 if settings.compile and machine.topology:
-                    plans[key] |= compiled_plan(*sizes)
+                    plan |= compiled_plan(*sizes)
                 # After each, since a compilation may take minutes and a later one may not fit.
-                write_json(settings.results, plans)
+                plans = add_results(settings.results, {key: plan})
 
     print(shown(plans))
 

@@ -86,8 +86,8 @@ class EngineDriver:
         with self._lock:
             engine = self._serving()
             # Counted here, as the engine's own bound is of requests without a slot, which a burst has before a step.
-            if len(self._sinks) >= self._capacity:
-                raise QueueFull(f"{len(self._sinks)} requests are open, as many as this server takes.")
+            if self.open_requests >= self._capacity:
+                raise QueueFull(f"{self.open_requests} requests are open, as many as this server takes.")
             index, self._next = self._next, self._next + 1
             self._sinks[index] = sink
         # Outside the lock: tokenised prompts are checked here, and the engine's thread needs the lock to hand out
