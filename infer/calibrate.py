@@ -16,10 +16,11 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from dspark_jax.checkpoints.drafters import load_drafter, save_drafter
-from dspark_jax.checkpoints.huggingface import load_target
+from dspark_jax.checkpoints.huggingface import Weights, load_target
 from dspark_jax.checkpoints.serving_tables import write_sts
 from dspark_jax.config.cli import FLAT, parse, program
 from dspark_jax.devices import announce, machine
+from dspark_jax.errors import UserError
 from dspark_jax.evaluation.calibrate import SAMPLED, WIDE, Calibrated, calibrate
 from dspark_jax.files import make_output, write_json
 from dspark_jax.report import reliability_plot, table
@@ -52,6 +53,8 @@ class CalibrateSettings:
     thinking: bool = False
     """Let the chat template open with thinking, where it has such a switch."""
     dtype: Literal["float32", "bfloat16"] | None = None
+    weights: Weights = "stored"
+    """int8: the layers' matrices of both models with a scale for each output."""
     sampling: Annotated[SamplingParams, FLAT] = SAMPLED
     engine: Annotated[EngineConfig, FLAT] = WIDE
 
@@ -59,11 +62,13 @@ class CalibrateSettings:
 @program
 def main(argv: list[str]) -> None:
     settings = parse(CalibrateSettings, argv, description=__doc__)
+    if settings.recenter is not None and settings.weights == "int8":
+        raise UserError("--recenter saves a copy of the drafter, and a pair in int8 is not saved; leave out one.")
     # Tried first: a folder that cannot be written must not cost the recording.
     make_output(settings.output, settings.results)
     dtype = announce(settings.dtype)
-    target = load_target(settings.target, dtype=dtype)
-    drafter = load_drafter(settings.drafter, target, dtype=dtype)
+    target = load_target(settings.target, dtype=dtype, weights=settings.weights)
+    drafter = load_drafter(settings.drafter, target, dtype=dtype, weights=settings.weights)
     prompts = read_prompts(target, settings.prompts, settings.limit or None, settings.thinking)
 
     started = time.perf_counter()

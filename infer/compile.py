@@ -3,8 +3,8 @@
     python -m infer.compile --target Qwen/Qwen3-4B --drafter runs/x/fit/drafter --slots 16 --longest 4096
     python -m infer.compile --target DIR --drafter DIR --topology v5e:1x1 --compilation-cache /image/compiled
 
-Takes the settings of infer.serve that name pair and engine, and keeps the programs where --compilation-cache says. Run
-it on the kind of device that serves, when a container image is built or once for a folder that a pod shares.
+Takes the settings of infer.serve that name pair, weights and engine, and keeps the programs where --compilation-cache
+says. Run it on the kind of device that serves, when a container image is built or once for a folder that a pod shares.
 """
 
 import sys
@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from dspark_jax.checkpoints.huggingface import Weights
 from dspark_jax.checkpoints.target_tables import describe_target
 from dspark_jax.compilation import Compilations, drop_torn, kept_programs, place_of_programs
 from dspark_jax.config.cli import FLAT, parse, program
@@ -41,6 +42,8 @@ class CompileSettings:
     """Folder or hub id of the drafter; empty: plain decoding."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of weights and activations; None: float32 on a CPU, else the target's own."""
+    weights: Weights = "stored"
+    """int8: the layers' matrices of both models with a scale for each output."""
     mode: Mode = "rejection"
     """How drafts are verified above temperature 0."""
     topology: str = ""
@@ -106,7 +109,7 @@ def programs_of(settings: CompileSettings) -> EnginePrograms:
         mesh=settings.mesh, topology=settings.topology,
     )  # fmt: skip
     longest = settings.engine.longest or min(described.config.max_positions, MOST_POSITIONS)
-    return EnginePrograms.of(options, replace(settings.engine, longest=longest), settings.mode)
+    return EnginePrograms.of(options, replace(settings.engine, longest=longest), settings.mode, settings.weights)
 
 
 def compile_all(found: Iterator[tuple[str, Traced]], platform: str, folder: Path) -> Iterator[Compiled]:

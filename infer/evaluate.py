@@ -34,11 +34,11 @@ def main(argv: list[str]) -> None:
     sets = read_datasets(settings.datasets, settings.limit or None)
     make_output(settings.output)
     dtype = announce(settings.dtype)
-    target = load_target(settings.target, dtype=dtype)
+    target = load_target(settings.target, dtype=dtype, weights=settings.weights)
     if target.tokenizer is None:
         raise UserError(f"{target.name} has no tokenizer files, so it can't read prompts; add tokenizer.json.")
 
-    drafter = load_drafter(settings.drafter, target, dtype=dtype)
+    drafter = load_drafter(settings.drafter, target, dtype=dtype, weights=settings.weights)
     evaluation = Evaluation(settings, target, drafter, sets)
     metrics: dict[str, Any] = {"temperatures": {}}
 

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dspark_jax.checkpoints.drafters import load_drafter
-from dspark_jax.checkpoints.huggingface import load_target
+from dspark_jax.checkpoints.huggingface import Weights, load_target
 from dspark_jax.checkpoints.serving_tables import SpsTable, write_sps
 from dspark_jax.config.cli import parse, program
 from dspark_jax.decoding.round import DecodeLoop, LoopParams
@@ -70,6 +70,8 @@ class ProfileSettings:
     policy: PolicyName = "look-ahead"
     """Policy of --scheduler-cost."""
     dtype: Literal["float32", "bfloat16"] | None = None
+    weights: Weights = "stored"
+    """int8: the layers' matrices of both models with a scale for each output."""
 
 
 @program
@@ -82,8 +84,8 @@ def main(argv: list[str]) -> None:
 
     make_output(settings.output)
     dtype = announce(settings.dtype)
-    target = load_target(settings.target, dtype=dtype)
-    drafter = load_drafter(settings.drafter, target, dtype=dtype)
+    target = load_target(settings.target, dtype=dtype, weights=settings.weights)
+    drafter = load_drafter(settings.drafter, target, dtype=dtype, weights=settings.weights)
     if settings.scheduler_cost:
         metrics: dict[str, Any] = {"scheduler": scheduler_cost(settings, target, drafter)}
     else:

@@ -11,6 +11,7 @@ from dspark_jax.checkpoints.drafters import load_drafter, save_drafter
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.drafters.registry import drafter_hf_config, new_drafter
 from dspark_jax.errors import UserError
+from dspark_jax.planning.ahead import EnginePrograms
 from dspark_jax.planning.decoding import DecodePlan, PlanOptions
 from dspark_jax.planning.gpus import GPUS
 from dspark_jax.planning.kernels import RoundKernels, round_kernels
@@ -53,6 +54,21 @@ def test_the_plan_is_of_the_engines_loop(folders: tuple[str, str], policy: str) 
 
     assert shapes(plan.params) == shapes(engine.params) and shapes(plan.state) == shapes(engine.state)
     assert plan.loop.buckets[-1] == 12
+
+
+def test_programs_compiled_ahead_are_those_of_a_pair_in_int8(folders: tuple[str, str]) -> None:
+    given = PlanOptions(target=folders[0], drafter=folders[1], dtype="float32")
+    found = EnginePrograms.of(given, EngineConfig(3, 100, "fixed"), "rejection", "int8")
+    target = load_target(folders[0], dtype="float32", weights="int8")
+    drafter = load_drafter(folders[1], target, dtype="float32", weights="int8")
+    for planned, loaded in ((found.target, target), (found.drafter, drafter)):
+        assert planned is not None and planned.graphdef == loaded.graphdef
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), planned.params) == jax.tree.map(
+            lambda x: (x.shape, x.dtype), loaded.params
+        )
+    # Loading rounds each matrix with a program of its shape: queries and output, keys and values, gate and up, down.
+    rounding = [name for name, _ in found.all() if name.endswith("in int8")]
+    assert len(rounding) == len(set(rounding)) == len({x.shape for x in found.rounded}) >= 4
 
 
 def tables_for(plan: DecodePlan) -> object:

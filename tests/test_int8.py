@@ -16,7 +16,10 @@ from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.targets.attention import CausalRows
 from dspark_jax.targets.int8 import Int8Matrix, in_int8, quantised
+from dspark_jax.targets.target import Target
+from infer import calibrate, evaluate, profile
 from tests.decoding_tiny import prompts, tiny_pair
+from tests.test_infer_programs import refused
 from tests.tiny import write_tiny_target
 
 
@@ -73,6 +76,24 @@ def test_it_is_an_option_of_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert set(target.params["layers"][0]["mlp"]["gate_weight_df"]) == {"codes", "scales"}
     with pytest.raises(UserError, match="no matrices that are kept in int8"):
         in_int8(target.graphdef, target.params, "again")
+
+
+def test_programs_that_measure_a_pair_load_it_in_int8(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tiny_target(tmp_path / "target")
+    (tmp_path / "sets.jsonl").write_text('{"turns": ["what"]}\n')
+
+    def loaded(folder: str, target: Target, *, dtype: str, weights: str) -> None:
+        raise UserError(f"{target.name}: a drafter in {weights}")
+
+    pair = ["--target", str(tmp_path / "target"), "--drafter", "d", "--output", str(tmp_path / "out")]
+    for program, more in ((calibrate, ["--prompts"]), (evaluate, ["--datasets"]), (profile, [])):
+        monkeypatch.setattr(program, "load_drafter", loaded)
+        words = [*pair, *(word for name in more for word in (name, str(tmp_path / "sets.jsonl"))), "--weights", "int8"]
+        assert "target in int8: a drafter in int8" in refused(program.main, words, capsys)
+    words = [*pair, "--prompts", "p.jsonl", "--weights", "int8", "--recenter", str(tmp_path / "copy")]
+    assert "--recenter saves a copy of the drafter" in refused(calibrate.main, words, capsys)
 
 
 def test_a_pair_in_int8_is_not_saved(tmp_path: Path) -> None:

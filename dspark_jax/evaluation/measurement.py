@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from tqdm import tqdm
 
+from dspark_jax.checkpoints.huggingface import Weights
 from dspark_jax.config.cli import FLAT
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.evaluation.acceptance import Acceptance
@@ -48,6 +49,8 @@ class EvaluateSettings:
     """Timed passes of plain and speculative decoding, alternating."""
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] | None = None
+    weights: Weights = "stored"
+    """int8: the layers' matrices of both models with a scale for each output."""
     engine: Annotated[EngineConfig, FLAT] = EngineConfig(smallest_prompt_bucket=128)
 
 

@@ -9,13 +9,14 @@ Axes: R request slots, A prompts of a prefill, T width of a chunk.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from dspark_jax.checkpoints.huggingface import Weights
 from dspark_jax.checkpoints.target_tables import describe_target
 from dspark_jax.decoding.dispatch import record_rounds, run_rounds
 from dspark_jax.decoding.prefill import admit, retire
@@ -32,8 +33,10 @@ from dspark_jax.serving.chunks import blank_chunk, chunk_widths
 from dspark_jax.serving.profiling import CONTEXTS, draft_passes, flat_tables
 from dspark_jax.serving.sampling import Mode
 from dspark_jax.serving.settings import EngineConfig, check_engine, policy_named, verifier_of
+from dspark_jax.targets.int8 import in_int8, quantised, rounded_shapes
 from dspark_jax.targets.target import Target
 
+Model = TypeVar("Model", Target, Drafter)
 Traced = Callable[[], Any]
 """Traces a program: a jax.stages.Traced."""
 
@@ -47,6 +50,7 @@ class EnginePrograms:
         config: of the engine; `longest` is set.
         mode: of every request.
         device: a chip that is not attached, to compile for; None: the device here, or those of a mesh.
+        rounded: shapes of the matrices that loading turns into int8.
     """
 
     target: Target
@@ -54,15 +58,19 @@ class EnginePrograms:
     config: EngineConfig
     mode: Mode
     device: Any | None
+    rounded: tuple[jax.ShapeDtypeStruct, ...] = ()
 
     @classmethod
-    def of(cls, options: PlanOptions, config: EngineConfig, mode: Mode) -> "EnginePrograms":
+    def of(
+        cls, options: PlanOptions, config: EngineConfig, mode: Mode, weights: Weights = "stored"
+    ) -> "EnginePrograms":
         """The programs of an engine.
 
         Args:
             options: target, drafter, dtype, mesh and topology; the other fields are not read.
             config: of the engine, with `longest`.
             mode: of every request.
+            weights: of both models, as `load_target` takes them.
         Raises:
             UserError: folders that can't be read or don't fit together, or settings that no engine can run with.
         """
@@ -72,7 +80,15 @@ class EnginePrograms:
         chip = None if mesh is None or mesh.size > 1 else _first(mesh)
         # The folder's own files, also of published targets: the number of known tokens is part of the program.
         target, drafter = planned_pair(options, None if chip is not None else mesh, describe_target)
-        return cls(target, drafter, config, mode, chip)
+        if weights == "stored":
+            return cls(target, drafter, config, mode, chip)
+
+        rounded = rounded_shapes(target.graphdef, target.params)
+        target = _with_int8(target)
+        if drafter is not None:
+            rounded |= rounded_shapes(drafter.graphdef, drafter.params)
+            drafter = _with_int8(drafter)
+        return cls(target, drafter, config, mode, chip, tuple(sorted(rounded, key=str)))
 
     def all(self) -> Iterator[tuple[str, Traced]]:
         """(what it is, its trace) of each program, in the order in which a start meets them."""
@@ -90,6 +106,8 @@ class EnginePrograms:
         return jax.default_backend() if mesh is None else _first(mesh).platform
 
     def _loading(self) -> Iterator[tuple[str, Traced]]:
+        for matrix in self.rounded:
+            yield f"loading: {matrix.shape} in int8", partial(quantised.trace, self._placed(matrix))
         if self.drafter is None:
             return
         # A drafter's frozen copies are compared with the target's tables, in some rows.
@@ -161,6 +179,11 @@ class EnginePrograms:
             return tree
         on = SingleDeviceSharding(self.device)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on), tree)
+
+
+def _with_int8(model: Model) -> Model:
+    graphdef, params = in_int8(model.graphdef, model.params, model.name)
+    return replace(model, graphdef=graphdef, params=params)
 
 
 def _first(mesh: Mesh) -> Any:

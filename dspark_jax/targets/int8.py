@@ -6,7 +6,7 @@ weights that are loaded already; embedding, head, norms, routers and experts sta
 Axes: i inputs, o outputs of a matrix, n rows.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,9 @@ class Int8Weight(nnx.Module):
     """A matrix parameter kept as codes; indexed with `...` it is what rows are multiplied by, as an `nnx.Param` is."""
 
     def __init__(self, weight: Float[Array, "i o"], axes: tuple[Any, Any]):
-        codes, scales = quantised(weight)
+        # Of a plan there are shapes alone.
+        shapes = isinstance(weight, jax.ShapeDtypeStruct)
+        codes, scales = jax.eval_shape(quantised, weight) if shapes else quantised(weight)
         self.codes = param(codes, *axes)
         self.scales = param(scales, axes[1])
 
@@ -62,8 +64,8 @@ def in_int8(graphdef: nnx.GraphDef, params: Mapping[str, Any], name: str) -> tup
     """A model with the matrices of its attention and its dense MLPs in int8.
 
     Args:
-        graphdef, params: of a target or a drafter, on one device. The given arrays are not changed; until they are
-            dropped, both are held.
+        graphdef, params: of a target or a drafter, on one device, or their shapes. The given arrays are not changed;
+            until they are dropped, both are held.
         name: of the model, for errors.
     Returns:
         The graph definition and the parameters.
@@ -73,19 +75,29 @@ def in_int8(graphdef: nnx.GraphDef, params: Mapping[str, Any], name: str) -> tup
     if parameter_mesh(dict(params)) is not None:
         raise UserError(f"{name} lies over several devices; int8 weights are kept on a single one.")
 
-    module, found = nnx.merge(graphdef, params), 0
-    for _, part in nnx.iter_modules(module):
-        if not isinstance(part, Attention | MLP):
-            continue
-        for field, value in list(vars(part).items()):
-            # Biases have one axis.
-            if isinstance(value, nnx.Param) and value[...].ndim == 2:
-                setattr(part, field, Int8Weight(value[...], value.get_metadata()["logical_axes"]))
-                found += 1
-
+    module = nnx.merge(graphdef, params)
+    found = list(_matrices(module))
     if not found:
         raise UserError(f"{name} has no matrices that are kept in int8; load it with its stored weights.")
+
+    for part, field, value in found:
+        setattr(part, field, Int8Weight(value.get_value(), value.get_metadata()["logical_axes"]))
     return split(module)
+
+
+def rounded_shapes(graphdef: nnx.GraphDef, params: Mapping[str, Any]) -> set[jax.ShapeDtypeStruct]:
+    """The different shapes of the matrices that `in_int8` turns into codes, each of which it rounds with a program."""
+    found = (value.get_value() for _, _, value in _matrices(nnx.merge(graphdef, params)))
+    return {jax.ShapeDtypeStruct(matrix.shape, matrix.dtype) for matrix in found}
+
+
+def _matrices(module: nnx.Module) -> Iterator[tuple[nnx.Module, str, nnx.Param]]:
+    """(part, its field, the parameter) of each matrix."""
+    for _, part in nnx.iter_modules(module):
+        for field, value in vars(part).items() if isinstance(part, Attention | MLP) else ():
+            # Biases have one axis.
+            if isinstance(value, nnx.Param) and value.get_value().ndim == 2:
+                yield part, field, value
 
 
 def refuse_int8(params: Mapping[str, Any], what: str) -> None:
