@@ -99,9 +99,12 @@ def load_drafter(
         UserError: a contradiction, files that are missing or cut off, or a drafter of another target (depth, width,
             vocabulary, tapped layers, or frozen copies that differ).
     """
+    if weights not in get_args(Weights):
+        raise UserError(f"A drafter's weights are loaded 'stored' or in 'int8', not {weights!r}.")
+
     folder = resolve_folder(path_or_id, "drafter")
-    _check_weights(weights, path_or_id, v4 := holds_v4(folder))
-    if v4:
+    if holds_v4(folder):
+        _refuse_int8_of_v4(weights, path_or_id)
         return load_v4_drafter(folder, target, dtype=dtype, mesh=mesh, rules=rules)
 
     # Whatever the layout, everything below works on DeepSpec's names and fields.
@@ -264,11 +267,8 @@ def _storage_dtype(name: str) -> Any:
     return DTYPES[name]
 
 
-def _check_weights(weights: str, name: str | Path, v4: bool) -> None:
-    """Refuses a form of weights that there is not, or not for DeepSeek-V4's drafters."""
-    if weights not in get_args(Weights):
-        raise UserError(f"A drafter's weights are loaded 'stored' or in 'int8', not {weights!r}.")
-    if v4 and weights == "int8":
+def _refuse_int8_of_v4(weights: str, name: str | Path) -> None:
+    if weights == "int8":
         raise UserError(f"{name} is of DeepSeek-V4, whose weights are not kept in int8; load it 'stored'.")
 
 
