@@ -53,6 +53,8 @@ LONG_FILES = (
     "test_dispatch",
     "test_v4_decoding",
     "test_v4_traps",
+    "test_v4_draft_traps",
+    "test_v4_rollback_traps",
     "test_v4_training",
     "test_run_trust",
     "test_broken_laws",

@@ -1,10 +1,9 @@
 """Program of test_v4_mesh: mixtures of experts over 8 simulated devices (data, expert, tensor), against one device.
 
-python -m tests.sharded_experts layers|decode|train
+python -m tests.sharded_experts
 """
 
 import os
-import sys
 
 from tests.xla import xla_flags
 
@@ -26,8 +25,7 @@ from dspark_jax.checkpoints.deepseek_v4_published import save_v4_drafter, save_v
 from dspark_jax.checkpoints.drafters import load_drafter, shared_tables
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.drafters.registry import drafter_hf_config, new_drafter
-from dspark_jax.serving.engine import Engine
-from dspark_jax.serving.generate import generate
+from dspark_jax.serving.generate import drain, engine_for
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.sharding import ShardingRules, batch_shardings, make_mesh, parameter_shardings, traced_over
@@ -41,8 +39,9 @@ from tests.decoding_tiny import prompts
 from tests.v4_tiny import v4_pair, v4_target
 
 AXES = {"data": 2, "expert": 2, "tensor": 2}
-# Widths whose fp4 groups of 32 the tensor axis can share.
-WIDE = {"hidden_size": 64, "moe_intermediate_size": 64, "dspark_markov_rank": 64}
+# Widths whose fp4 groups of 32 the tensor axis can share; a CSA and an HCA layer, the first of them hashed.
+WIDE = {"hidden_size": 64, "moe_intermediate_size": 64, "dspark_markov_rank": 64, "num_hidden_layers": 2}
+WIDE |= {"dspark_target_layer_ids": (0, 1)}
 
 
 def check_layers() -> None:
@@ -75,7 +74,7 @@ def parameter_specs(mesh: Any) -> ExpertStack:
 
 def check_decode(folder: Path) -> None:
     """A V4 pair in the published form, its codes over the mesh: the tokens and accepted drafts of one device."""
-    target, drafter = v4_pair("dspark", **WIDE)
+    target, drafter = v4_pair("dspark", compress_ratios=(4, 8, 0), **WIDE)
     published = {"quantization_config": {"quant_method": "fp8"}, "expert_dtype": "fp4"}
     save_v4_target(folder / "target", {**target.hf_config, **published}, target.params, "published")
     save_v4_drafter(folder / "drafter", _with(drafter, published), "published")
@@ -84,12 +83,13 @@ def check_decode(folder: Path) -> None:
     for name, mesh in {"one": None, "eight": make_mesh(**AXES)}.items():
         loaded = load_target(folder / "target", dtype="float32", mesh=mesh)
         pair = loaded, load_drafter(folder / "drafter", loaded, dtype="float32", mesh=mesh)
-        made = generate(*pair, prompts(4, 6, seed=3, longest=12), SamplingParams(12, stop_tokens=()), config)
-        found[name] = [(g.tokens, g.accepted_at) for g in made]
-    assert found["one"] == found["eight"]
+        engine = engine_for(*pair, prompts(4, 6, seed=3, longest=12), SamplingParams(12, stop_tokens=()), config)
+        assert engine is not None
+        made = {p.index: p.generation for p in drain(engine) if p.generation is not None}
+        found[name] = {index: (g.tokens, g.accepted_at) for index, g in made.items()}
+    assert found["one"] == found["eight"] and len(found["one"]) == 4
     leaf = flatten_dict(loaded.params)["layers", 0, "mlp", "gate_weight_edf", "codes"]
     assert leaf.dtype == jnp.int8 and leaf.addressable_shards[0].data.nbytes * 4 == leaf.nbytes
-    engine = Engine(*pair, config)
     assert jax.tree.leaves(engine.state.target_cache)[0].addressable_shards[0].data.shape[0] == 2
 
 
@@ -99,9 +99,9 @@ def _with(drafter: Any, fields: dict[str, Any]) -> Any:
 
 def check_train() -> None:
     """Two online steps: the frozen target and the stages over the mesh, their experts apart."""
-    target = v4_target(3, 0.3, compress_ratios=(0, 4, 8), **WIDE)
+    target = v4_target(3, 0.3, compress_ratios=(4, 8), **WIDE)
     native = drafter_hf_config(
-        target.hf_config, kind="dspark", num_layers=1, target_layer_ids=(1, 2), block_size=3, markov_rank=8,
+        target.hf_config, kind="dspark", num_layers=1, target_layer_ids=(0, 1), block_size=3, markov_rank=8,
         num_anchors=8, mask_token_id=5, dtype="float32",
     )  # fmt: skip
     mesh, rows = make_mesh(**AXES), jnp.asarray(np.random.default_rng(1).integers(0, 6, (4, 16)), jnp.int32)
@@ -121,7 +121,7 @@ def check_train() -> None:
             given = jax.device_put(batch, batch_shardings(batch, mesh, placement.rules))
         drafter = new_drafter("fresh", native, jax.random.key(0))
         objective = BlockObjective(drafter.graphdef, drafter.config, LossOptions(anchor_chunk=8))
-        states = TargetStates(target.graphdef, (1, 2))
+        states = TargetStates(target.graphdef, (0, 1))
         step = make_train_step(objective, optimizer, schedule, placement=placement, abstract=abstract, states=states)
         for _ in range(2):
             state, metrics = step(state, shared, given, params)
@@ -135,5 +135,7 @@ def check_train() -> None:
 
 if __name__ == "__main__":
     assert jax.device_count() == 8
+    check_layers()
+    check_train()
     with tempfile.TemporaryDirectory() as name:
-        {"layers": check_layers, "decode": lambda: check_decode(Path(name)), "train": check_train}[sys.argv[1]]()
+        check_decode(Path(name))

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,12 @@ from dspark_jax.checkpoints.low_bit import (
     encode_fp8,
     write_raw,
 )
+from dspark_jax.drafters.deepseek_v4.config import native_config
+from dspark_jax.drafters.registry import read_config
 from dspark_jax.errors import UserError
 from dspark_jax.planning.published_targets import PUBLISHED
 from dspark_jax.targets.registry import read_target_config
+from dspark_jax.targets.target import Target
 from tests.v4_tiny import v4_hf_config, v4_pair
 
 CASE = Path(__file__).parent / "data" / "deepseek_v4_checkpoint" / "target"
@@ -60,7 +65,7 @@ def same(first: dict, second: dict) -> None:
 
 def test_a_published_folder_comes_back_in_the_same_form(tmp_path: Path) -> None:
     """Target and drafter, written and read again: equal values, and the tensors that shapes alone foretell."""
-    target = load_target(CASE, dtype="float32", tokenizer=False, weights="widened")
+    target = wide_target()
     drafter = load_drafter(CASE, target, dtype="float32")
     save_v4_target(tmp_path / "target", target.hf_config, target.params, "published")
     save_drafter(tmp_path / "drafter", drafter, target)
@@ -86,7 +91,7 @@ def test_a_drafter_in_float_comes_back(kind: str, tmp_path: Path) -> None:
 
 def test_transformers_names_hold_the_same_weights(tmp_path: Path) -> None:
     """A folder with stacked experts and transformers' names, made from the published one."""
-    target = load_target(CASE, dtype="float32", tokenizer=False, weights="widened")
+    target = wide_target()
     save_v4_target(tmp_path, target.hf_config, target.params, "float32")
     file = RawFile(tmp_path / "model.safetensors")
     tensors = {name: np.array(file.get_slice(name).array) for name in file.keys()}  # noqa: SIM118 - no dict
@@ -119,7 +124,7 @@ def test_parts_of_a_sharded_read_are_parts_of_the_whole() -> None:
     from dspark_jax.checkpoints.deepseek_v4 import V4Folder, v4_tensor_map
     from dspark_jax.checkpoints.tensors import _read_part
 
-    folder, target = V4Folder(CASE), load_target(CASE, dtype="float32", tokenizer=False, weights="widened")
+    folder, target = V4Folder(CASE), wide_target()
     flat = flatten_dict(target.params)
     for path, source in v4_tensor_map(flat).items():
         whole = np.asarray(flat[path])
@@ -148,16 +153,46 @@ def copied(tmp_path: Path, **fields: Any) -> Path:
     return folder
 
 
-def test_a_missing_scale_is_named(tmp_path: Path) -> None:
-    folder = copied(tmp_path)
-    path = folder / "model-00001-of-00003.safetensors"
-    file = RawFile(path)
-    kept = {name: np.array(file.get_slice(name).array) for name in file.entries if name != "layers.0.attn.wkv.scale"}
-    write_raw(path, kept)
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
-    del index["weight_map"]["layers.0.attn.wkv.scale"]
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"layers\.0\.attn\.wkv\.weight without its layers\.0\.attn\.wkv\.scale"):
+@cache
+def wide_target() -> Target:
+    return load_target(CASE, dtype="float32", tokenizer=False, weights="widened")
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> Path:
+    """The folder with its tensors in one file and without an index, after a change of them."""
+    shards = [RawFile(path) for path in sorted(folder.glob("*.safetensors"))]
+    tensors = {name: np.array(file.get_slice(name).array) for file in shards for name in file.entries}
+    for path in folder.glob("model*.safetensors*"):
+        path.unlink()
+    change(tensors)
+    write_raw(folder / "model.safetensors", tensors)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["layers.0.attn.wkv", "layers.1.ffn.experts.2.w1", "mtp.0.main_proj"])
+def test_a_missing_scale_is_named(name: str, tmp_path: Path) -> None:
+    folder = rewritten(copied(tmp_path), lambda tensors: tensors.pop(f"{name}.scale"))
+    with pytest.raises(UserError, match=rf"{name}\.weight without its {name}\.scale"):
+        load_drafter(folder, wide_target()) if name.startswith("mtp") else load_target(folder, tokenizer=False)
+
+
+def test_tensors_of_another_architecture_are_named(tmp_path: Path) -> None:
+    """A later version that kept the model_type: its streams have other names."""
+
+    def renamed(tensors: dict[str, np.ndarray]) -> None:
+        tensors["layers.0.mhc_attn_fn"] = tensors.pop("layers.0.hc_attn_fn")
+
+    folder = rewritten(copied(tmp_path), renamed)
+    with pytest.raises(UserError, match=r"holds the tensor layers\.0\.mhc_attn_fn that its config\.json does not call"):
+        load_target(folder, tokenizer=False)
+
+
+def test_a_table_of_experts_that_there_are_not_is_refused(tmp_path: Path) -> None:
+    def beyond(tensors: dict[str, np.ndarray]) -> None:
+        tensors["layers.0.ffn.gate.tid2eid"][5, 1] = 3
+
+    folder = rewritten(copied(tmp_path), beyond)
+    with pytest.raises(UserError, match=r"tid2eid in .* names the experts 0 to 3; .* n_routed_experts 3\. Copy"):
         load_target(folder, tokenizer=False)
 
 
@@ -170,13 +205,13 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
 
 def test_a_dspark_module_of_other_widths_is_refused(tmp_path: Path) -> None:
     folder = copied(tmp_path, dspark_markov_rank=8)
-    target = load_target(CASE, dtype="float32", tokenizer=False, weights="widened")
+    target = wide_target()
     with pytest.raises(UserError, match=r"confidence_head.* has shape \[1, 144\]; .* \[1, 136\]"):
         load_drafter(folder, target)
 
 
 def test_a_folder_without_a_drafter_is_told(tmp_path: Path) -> None:
-    target = load_target(CASE, dtype="float32", tokenizer=False, weights="widened")
+    target = wide_target()
     save_v4_target(tmp_path, target.hf_config, target.params, "published")
     with pytest.raises(UserError, match="holds no drafter"):
         load_drafter(tmp_path, target)
@@ -197,8 +232,25 @@ TYPES = ["sliding_attention", "compressed_sparse_attention", "heavily_compressed
         ({"num_attention_heads": 3}, "o_groups"),
         ({"rope_scaling": {"type": "llama3", "factor": 2}}, "yarn or none"),
         ({"hc_mult": "four"}, "hc_mult"),
+        ({"qk_rope_head_dim": 10}, "qk_rope_head_dim 10; expected an even number of at most 8"),
+        ({"qk_rope_head_dim": 3}, "an even number of at most 8"),
+        ({"quantised_caches": True, "head_dim": 100}, "96 channels of a key unrotated and an index_head_dim of 8"),
+        ({"quantised_caches": True, "index_head_dim": 12}, "and a power of two"),
     ],
 )  # fmt: skip
 def test_a_wrong_config_gets_a_sentence(fields: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         read_target_config(v4_hf_config(**fields))
+
+
+def test_types_without_rates_leave_the_ratio_to_the_published_field() -> None:
+    config = read_target_config(v4_hf_config(layer_types=TYPES))
+    assert [layer.ratio for layer in config.layers] == [0, 4, 8]
+
+
+def test_taps_of_dspark_are_of_any_order_and_different() -> None:
+    native = native_config(v4_hf_config(dspark_target_layer_ids=[2, 0]), "dspark")
+    assert read_config(native).target_layer_ids == (2, 0)
+    for ids in ([1, 1], [1, 3], [-2], []):
+        with pytest.raises(UserError, match="target_layer_ids"):
+            read_config(native | {"dspark_target_layer_ids": ids})

@@ -8,16 +8,17 @@ import pytest
 from dspark_jax.checkpoints.deepseek_v4_published import published_tensors
 from dspark_jax.errors import UserError
 from dspark_jax.planning.published_targets import PUBLISHED
-from dspark_jax.planning.v4_plans import DEPTHS, MACHINES, Machine, counted, shallow
+from dspark_jax.planning.v4_plans import DEPTHS, MACHINES, Machine, carried_on, counted, shallow, widened_experts
 from dspark_jax.targets.deepseek_v4.config import v4_config
 from infer.studies import v4_plans
 
 FLASH = PUBLISHED["deepseek-ai/DeepSeek-V4-Flash-DSpark"]
+ONE = Machine("one", 1, 0, "data=1", "")
 
 
 def test_one_chip_would_hold_the_published_bytes() -> None:
     """Codes and scales as in the files, tables of ids in half their bytes; main_proj alone is widened."""
-    found = counted("Flash-DSpark", Machine("one", 1, 0, "data=1"), 1, 4096)
+    found = counted("Flash-DSpark", ONE, 1, 4096)
     tensors = published_tensors(FLASH, "dspark")
     halved = sum(t.nbytes / 2 for name, t in tensors.items() if name.endswith("tid2eid"))
     stored = sum(t.nbytes for t in tensors.values()) - halved
@@ -28,10 +29,9 @@ def test_one_chip_would_hold_the_published_bytes() -> None:
 
 
 def test_chips_share_the_weights_and_all_fit() -> None:
-    whole = counted("Flash-DSpark", Machine("one", 1, 0, "data=1"), 8, 4096)
+    whole = counted("Flash-DSpark", ONE, 8, 4096)
     for machine in MACHINES["Flash-DSpark"]:
-        # Topologies need the TPU compiler; the same mesh of abstract devices lays arrays alike.
-        held = counted("Flash-DSpark", Machine(machine.name, machine.chips, machine.memory_gib, machine.mesh), 8, 4096)
+        held = counted("Flash-DSpark", machine, 8, 4096)
         assert whole["target"] / machine.chips < held["target"] < 1.4 * whole["target"] / machine.chips + 1
         assert sum(held.values()) < machine.memory_gib, machine
 
@@ -39,24 +39,57 @@ def test_chips_share_the_weights_and_all_fit() -> None:
 @pytest.mark.parametrize("repository", list(DEPTHS))
 def test_the_shallow_model_has_every_kind_of_layer(repository: str) -> None:
     whole = v4_config(PUBLISHED[f"deepseek-ai/DeepSeek-V4-{repository}"])
-    cut = v4_config(shallow(PUBLISHED[f"deepseek-ai/DeepSeek-V4-{repository}"], DEPTHS[repository]))
+    cut = v4_config(shallow(PUBLISHED[f"deepseek-ai/DeepSeek-V4-{repository}"], DEPTHS[repository][0]))
     assert {layer.ratio for layer in cut.layers} == {layer.ratio for layer in whole.layers}
     assert {layer.hashed for layer in cut.layers} == {True, False}
     assert cut.drafter_blocks == whole.drafter_blocks == 3
 
 
-def test_the_study_keeps_earlier_plans(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "plans.json"
-    file.write_text(json.dumps({"earlier": json.loads(_PLAN)}))
-    words = ["--results", str(file), "--repository", "Flash-DSpark", "--machines", "8 x H200", "--slots", "8"]
-    v4_plans.main(words)
-    assert list(json.loads(file.read_text())) == ["earlier", "Flash-DSpark on 8 x H200, R = 8"]
-    assert "of 141" in capsys.readouterr().out
+def test_the_whole_depth_goes_on_as_the_compiled_layers_do() -> None:
+    """From 4 and 6 layers to Flash's 43: 19 pairs and a half more."""
+    found = carried_on(MADE, 43)
+    assert found["temporary_gib"] == pytest.approx(0.5 + 19.5 * 0.01)
+    assert found["collectives"] == {"all-gather": [1, 0], "all-reduce": [10 + 39 * 2, round(5 + 19.5 * 0.5)]}
+    assert found["copies"] == 2 and found["compile_cpu_seconds"] == 7 + 19.5 * 2
 
 
-_PLAN = """{"memory_gib": 95, "mesh": "tensor=4", "counted_gib": {"target": 1, "drafter": 1, "state": 1},
-"by_layers": {"4": {"copies": 0}}, "whole_depth": {"temporary": 1, "collectives": 9, "collective_mib": 2,
-"compile_cpu_seconds": 7}}"""
+MADE = {
+    "4": {"temporary_gib": 0.5, "collectives": {"all-reduce": [10, 5.0], "all-gather": [1, 0.1]}, "copies": 0,
+          "compile_cpu_seconds": 7.0},
+    "6": {"temporary_gib": 0.51, "collectives": {"all-reduce": [14, 5.5], "all-gather": [1, 0.1]}, "copies": 2,
+          "compile_cpu_seconds": 9.0},
+}  # fmt: skip
+
+
+def test_the_study_goes_on_where_it_ended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A depth that the file has is not compiled again; a program that does not compile leaves the counted row."""
+    file, asked = tmp_path / "plans.json", []
+
+    def compiled(repository: str, machine: Machine, slots: int, longest: int, layers: int) -> dict:
+        asked.append((machine.name, slots, layers))
+        if machine.name != "v5p:2x2x1":
+            raise UserError("No compiler.")
+        return MADE[str(layers)]
+
+    monkeypatch.setattr(v4_plans, "compiled_figures", compiled)
+    key = "Flash-DSpark on v5p:2x2x1, R = 8"
+    file.write_text(json.dumps({key: {"made": {"4": MADE["4"]}}}))
+    words = ["--results", str(file), "--repository", "Flash-DSpark", "--machines", "v5p:2x2x1", "8 x H200"]
+    v4_plans.main([*words, "--slots", "8", "--no-step"])
+    assert asked == [("v5p:2x2x1", 8, 6), ("8 x H200", 8, 4)]
+    found = json.loads(file.read_text())
+    assert found[key]["whole_depth"]["collectives"]["all-reduce"][0] == 88
+    assert "whole_depth" not in found["Flash-DSpark on 8 x H200, R = 8"]
+    printed = capsys.readouterr().out
+    assert "8 x H200, R = 8: No compiler." in printed and "all-reduce 88 (15 MiB)" in printed
+    assert "of 141" in printed
+
+
+def test_a_layer_of_widened_experts() -> None:
+    assert widened_experts("Flash-DSpark", ONE) == 256 * 3 * 4096 * 2048 * 2 / 2**30
+    assert widened_experts("Flash-DSpark", MACHINES["Flash-DSpark"][1]) == 12 / 16
 
 
 def test_unknown_machines_get_a_sentence() -> None:

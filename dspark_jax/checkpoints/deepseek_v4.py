@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dspark_jax.checkpoints.low_bit import CodeTensor, RawFile, RawTensor, ScaledTensor
 from dspark_jax.checkpoints.tensor_map import Layout, ParamPath, Stored
 from dspark_jax.checkpoints.tensors import TensorFolder
@@ -169,6 +171,20 @@ class V4Folder(TensorFolder):
         # w1 is the gate, w3 the up projection: the first and second half of the rows.
         half = len(array) // 2
         return RawTensor(array if which == "w2" else array[:half] if which == "w1" else array[half:])
+
+
+def check_tables(folder: V4Folder, names: Iterable[str], experts: int) -> None:
+    """UserError where a table of token ids among `names` names an expert that there is not: compiled gathers would take
+    another one's score without a word."""
+    for name in sorted(names):
+        # One that is missing is named with the others that are read later.
+        if name.endswith(".tid2eid") and folder.stored_name(name) in folder.names:
+            table = np.asarray(folder.stored(name)[:])
+            if table.size and not 0 <= table.min() <= table.max() < experts:
+                raise UserError(
+                    f"Tensor {name} in {folder.folder} names the experts {table.min()} to {table.max()}; config.json "
+                    f"has n_routed_experts {experts}. Copy the file again."
+                )
 
 
 def scale_name(name: str) -> str:

@@ -14,7 +14,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from dspark_jax.checkpoints.deepseek_v4 import V4Folder, v4_needed, v4_tensor_map
+from dspark_jax.checkpoints.deepseek_v4 import V4Folder, check_tables, v4_needed, v4_tensor_map
 from dspark_jax.checkpoints.gguf import SUFFIX, converted_folder, gguf_file
 from dspark_jax.checkpoints.leftovers import refuse_leftovers
 from dspark_jax.checkpoints.tensor_map import ParamPath, Stored, layer_tensor, stored_names
@@ -247,7 +247,10 @@ def target_tensors(
     if config.model_type == "deepseek_v4":
         # V4's files have names and quantised forms of their own.
         published, table = V4Folder(folder), v4_tensor_map(leaves)
-        refuse_leftovers(published, v4_needed(published, stored_names(table, leaves)), ("deepseek_v4",))
+        names = stored_names(table, leaves)
+        refuse_leftovers(published, v4_needed(published, names), ("deepseek_v4",))
+        assert config.experts is not None
+        check_tables(published, names, config.experts.count)
         return published, table
 
     tensors = TensorFolder(folder)

@@ -90,7 +90,7 @@ class DrafterConfig:
     @classmethod
     def from_hf_dict(cls, config: Mapping[str, Any]) -> Self:
         """Reads a config.json; UserError naming a field that is missing, mistyped or contradicts another."""
-        # Types and ranges first: below, a field may be indexed, compared and multiplied as what it should be.
+        # Types and ranges first: below, fields are indexed, compared and multiplied.
         check_drafter_fields(config, WHERE)
         refuse_rotations(config, WHERE)
         try:
@@ -100,8 +100,6 @@ class DrafterConfig:
                 f"The drafter's config.json has no field {missing}, which a {cls.__name__.removesuffix('Config')} "
                 "drafter needs."
             ) from None
-
-        # On the constructed object, where the checks of subclasses see all fields.
         made.check()
         return made
 
@@ -139,6 +137,12 @@ class DrafterConfig:
 
     def check(self) -> None:
         """Raises UserError if the fields contradict one another."""
+        self.check_taps()
+        if self.block_size < 1:
+            raise UserError(f"The drafter's block_size is {self.block_size}; expected 1 or more.")
+
+    def check_taps(self) -> None:
+        """Raises UserError for tapped layers that the target does not have, or that may not be tapped."""
         # Increasing, because features are concatenated in this order (docs/algorithm.md, rule 16).
         ids, last = self.target_layer_ids, self.last_tap
         if not ids or any(b <= a for a, b in zip(ids, ids[1:], strict=False)) or ids[0] < -1 or ids[-1] > last:
@@ -146,9 +150,6 @@ class DrafterConfig:
                 f"The drafter's target_layer_ids are {list(ids)}; expected strictly increasing 0-based layers from -1 "
                 f"(embeddings) to {last}, the last layer of the {self.num_target_layers}-layer target being forbidden."
             )
-
-        if self.block_size < 1:
-            raise UserError(f"The drafter's block_size is {self.block_size}; expected 1 or more.")
 
     def check_target(self, target: TargetConfig) -> None:
         """Raises UserError if this drafter cannot read that target's features or speak its vocabulary."""
@@ -269,7 +270,6 @@ class DSparkConfig(BlockConfig):
             "enable_confidence_head": settings["enable_confidence_head"],
             "markov_rank": rank,
         }
-
         if rank:
             fields["markov_head_type"] = settings["markov_head_type"]
         if settings["enable_confidence_head"]:

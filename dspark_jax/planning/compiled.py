@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from dspark_jax.errors import UserError
-from dspark_jax.planning.gpus import GPUS, gpu_device
+from dspark_jax.planning.gpus import GPUS, gpu_devices
 from dspark_jax.roofline.hardware import known_device
 from dspark_jax.sharding import MESH_AXES, mesh_shape
 
@@ -27,14 +27,14 @@ ACCELERATORS = {"v4": "v4", "v5e": "v5litepod", "v5p": "v5p", "v6e": "v6e"}
 
 
 def topology_devices(topology: str) -> list[Any]:
-    """The chips of a TPU topology such as v5e:4x4, in the compiler's order; or a GPU such as H200.
+    """The chips of a TPU topology such as v5e:4x4, in the compiler's order; or GPUs, as H200 or H200:8.
 
     Raises:
         UserError: no such topology, or the compiler is not installed (extra `aot`).
     """
-    if topology in GPUS:
-        return [gpu_device(topology)]
     kind, _, shape = topology.partition(":")
+    if kind in GPUS and re.fullmatch(r"([1-9]\d*)?", shape):
+        return gpu_devices(kind, int(shape or 1))
     if kind not in ACCELERATORS or not re.fullmatch(r"\d+(x\d+)+", shape):
         raise UserError(
             f"--topology is {topology!r}; a kind of TPU ({', '.join(ACCELERATORS)}) and its shape were expected, as in "
@@ -129,7 +129,12 @@ def figures(program: jax.stages.Compiled, device_kind: str, counted_twice: int =
 
 
 def collectives(program: str) -> dict[str, str]:
-    """Counts the collectives of each kind in an optimised program, and the bytes of their results.
+    """`collective_sums` as text."""
+    return {name: f"{number} of {mebibytes(size)}" for name, (number, size) in collective_sums(program).items()}
+
+
+def collective_sums(program: str) -> dict[str, tuple[int, int]]:
+    """(number, bytes of their results) of the collectives of each kind in an optimised program, where there are any.
 
     A collective inside a loop is counted once, although it runs in each iteration.
     """
@@ -139,7 +144,7 @@ def collectives(program: str) -> dict[str, str]:
             counts[found[2]] += 1
             sizes[found[2]] += sum(size for _, size in collective_parts(line))
 
-    return {name: f"{counts[name]} of {mebibytes(sizes[name])}" for name in COLLECTIVES if counts[name]}
+    return {name: (counts[name], sizes[name]) for name in COLLECTIVES if counts[name]}
 
 
 def collective_parts(line: str) -> list[tuple[tuple[int, ...], int]]:

@@ -5,7 +5,6 @@ with the first layers, among which each kind is once, and with two more, a CSA a
 the pairs that are missing, gives the temporaries, collectives and compile time of the whole depth.
 """
 
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,11 +17,11 @@ from flax.traverse_util import flatten_dict
 
 from dspark_jax.checkpoints.huggingface import abstract_target, parameter_dtypes
 from dspark_jax.config.cli import mesh_settings
-from dspark_jax.config.schema import MeshSettings
+from dspark_jax.config.schema import MeshSettings, TrainConfig
 from dspark_jax.decoding.round import LoopParams
 from dspark_jax.drafters.deepseek_v4.config import native_config
 from dspark_jax.drafters.registry import Drafter, read_config, skeleton
-from dspark_jax.planning.compiled import collective_parts, compiled, copies, memory_of, topology_mesh
+from dspark_jax.planning.compiled import collective_sums, compiled, copies, memory_of, topology_mesh
 from dspark_jax.planning.decoding import (
     DecodePlan,
     abstract_drafter,
@@ -30,7 +29,9 @@ from dspark_jax.planning.decoding import (
     bytes_of,
     local_shape,
 )
+from dspark_jax.planning.gpus import READINGS
 from dspark_jax.planning.published_targets import PUBLISHED
+from dspark_jax.planning.training import AbstractRun
 from dspark_jax.serving.assembly import make_loop
 from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.sharding import AnyMesh, abstract_mesh, abstract_params, split
@@ -53,40 +54,53 @@ class Machine:
         chips: their number.
         memory_gib: of a chip.
         mesh: sizes of the axes, as `infer.plan --mesh` takes them.
-        topology: for the TPU compiler; empty: nothing is compiled.
+        topology: for the compiler, as `compiled.topology_devices` takes it.
+        step_mesh: sizes of the axes for the training step, whose state fsdp splits too.
     """
 
     name: str
     chips: int
     memory_gib: int
     mesh: str
-    topology: str = ""
+    topology: str
+    step_mesh: str = ""
 
-    def planned_mesh(self) -> AnyMesh:
-        """The mesh, of the topology's chips where there is one."""
-        settings = mesh_settings(self.mesh, MeshSettings())
-        if self.topology:
-            return topology_mesh(self.topology, *settings.sizes)
-        return abstract_mesh(self.chips, *settings.sizes)
+    @property
+    def counted_mesh(self) -> AnyMesh:
+        """The mesh of as many devices of no kind, over which arrays lie as on the machine."""
+        return abstract_mesh(self.chips, *self.sizes)
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Sizes of the mesh's axes, in the order that meshes are made with."""
+        return mesh_settings(self.mesh, MeshSettings()).sizes
 
 
 # Heads split in whole output groups, 8 in Flash and 16 in Pro; the other chips get experts of their own.
 MACHINES = {
     "Flash-DSpark": (
-        Machine("v5p:2x2x1", 4, 95, "tensor=4", "v5p:2x2x1"),
-        Machine("v6e:4x4", 16, 32, "expert=2,tensor=8", "v6e:4x4"),
-        Machine("v5e:8x8", 64, 16, "expert=8,tensor=8", "v5e:8x8"),
-        Machine("8 x H200", 8, 141, "tensor=8"),
+        Machine("v5p:2x2x1", 4, 95, "tensor=4", "v5p:2x2x1", "expert=4"),
+        Machine("v6e:4x4", 16, 32, "expert=2,tensor=8", "v6e:4x4", "fsdp=2,expert=8"),
+        Machine("v5e:8x8", 64, 16, "expert=8,tensor=8", "v5e:8x8", "fsdp=8,expert=8"),
+        Machine("8 x H200", 8, 141, "tensor=8", "H200:8", "expert=8"),
     ),
-    "Pro-DSpark": (Machine("v5p:4x4x2", 32, 95, "expert=2,tensor=16", "v5p:4x4x2"),),
+    "Pro-DSpark": (
+        Machine("v5p:4x4x2", 32, 95, "expert=2,tensor=16", "v5p:4x4x2", "fsdp=4,expert=8"),
+        Machine("v5p:4x4x4", 64, 95, "expert=4,tensor=16", "v5p:4x4x4", "fsdp=8,expert=8"),
+    ),
 }
-# The shortest depth with each kind of layer.
-DEPTHS = {"Flash-DSpark": 4, "Pro-DSpark": 3}
+# The shortest depth with each kind of layer, and one pair of layers more.
+DEPTHS = {"Flash-DSpark": (4, 6), "Pro-DSpark": (3, 5)}
+
+
+def published(repository: str) -> dict[str, Any]:
+    """config.json of a published repository, by what follows DeepSeek-V4 in its name."""
+    return PUBLISHED[f"deepseek-ai/DeepSeek-V4-{repository}"]
 
 
 def counted(repository: str, machine: Machine, slots: int, longest: int) -> dict[str, float]:
     """GiB of a chip for weights and state at the whole depth, from shapes and shardings alone."""
-    hf_config, mesh = PUBLISHED[f"deepseek-ai/DeepSeek-V4-{repository}"], machine.planned_mesh()
+    hf_config, mesh = published(repository), machine.counted_mesh
     config, native = v4_config(hf_config), native_config(hf_config, "dspark")
 
     # Layers of one kind are alike, and tracing dozens of them would take minutes.
@@ -104,6 +118,15 @@ def counted(repository: str, machine: Machine, slots: int, longest: int) -> dict
 
     found = {"target": weights, "drafter": drafter, "state": bytes_of(state)}
     return {name: size / GIB for name, size in found.items()}
+
+
+def widened_experts(repository: str, machine: Machine) -> float:
+    """GiB of a chip that the routed experts of one layer would take in bfloat16: temporaries below it show that no
+    program holds them so."""
+    experts, hidden = v4_config(published(repository)).experts, published(repository)["hidden_size"]
+    assert experts is not None
+    _, _, tensor, spread = machine.sizes
+    return experts.count * 3 * hidden * experts.intermediate_size * 2 / (tensor * spread) / GIB
 
 
 def _bytes(module: nnx.Module, config: V4Config, mesh: AnyMesh) -> int:
@@ -127,8 +150,7 @@ def shallow(hf_config: Mapping[str, Any], layers: int) -> dict[str, Any]:
 
 def plan_of(hf_config: Mapping[str, Any], machine: Machine, slots: int, longest: int) -> DecodePlan:
     """The decode loop of this pair on the machine, verifying whole blocks, from shapes alone."""
-    settings, config = mesh_settings(machine.mesh, MeshSettings()), v4_config(hf_config)
-    mesh = topology_mesh(machine.topology, *settings.sizes)
+    config, mesh = v4_config(hf_config), topology_mesh(machine.topology, *machine.sizes)
     graphdef, params = abstract_target(config, "bfloat16", mesh)
     target = Target("planned", config, graphdef, params, hf_config, config_sha256(hf_config))
 
@@ -144,37 +166,93 @@ def plan_of(hf_config: Mapping[str, Any], machine: Machine, slots: int, longest:
     return DecodePlan(target, drafter, loop, held, abstract_state(loop, held), mesh)
 
 
-def program_figures(plan: DecodePlan) -> dict[str, float]:
-    """Memory, collectives, copies of whole rings or entries, and CPU seconds of tracing and compiling."""
+def compiled_figures(repository: str, machine: Machine, slots: int, longest: int, layers: int) -> dict[str, Any]:
+    """Figures of the decode loop, compiled with the first `layers` layers.
+
+    Returns:
+        GiB of temporaries, [number, MiB] of the collectives of each name, copies of whole rings or entries, and CPU
+        seconds of tracing and compiling.
+    Raises:
+        UserError: there is no compiler for the machine, or the program does not fit it.
+    """
+    plan = plan_of(shallow(published(repository), layers), machine, slots, longest)
     began = time.process_time()
-    program = compiled(plan.lower(plan.platform), "The decode loop")
+    program = compiled(plan.lower(plan.platform), "The decode loop", _options(plan.platform))
     seconds = time.process_time() - began
 
     text = program.as_text() or ""
-    exchanged = [parts for line in text.splitlines() if (parts := collective_parts(line))]
     # Everything that a slot keeps for its positions: rings, raw rows and entries.
     kept = {local_shape(x) for x in jax.tree.leaves((plan.state.target_cache, plan.state.draft)) if x.ndim > 2}
 
     return {
-        "temporary": memory_of(program)["temporary"] / GIB,
-        "collectives": len(exchanged),
-        "collective_mib": sum(size for parts in exchanged for _, size in parts) / 2**20,
+        "temporary_gib": memory_of(program)["temporary"] / GIB,
+        "collectives": _collectives(text),
         "copies": len(copies(text, kept)),
         "compile_cpu_seconds": seconds,
     }
 
 
-def compiled_plan(repository: str, machine: Machine, slots: int, longest: int) -> dict[str, Any]:
-    """The loop compiled at two depths, and their difference carried on to the whole one."""
-    hf_config, least = PUBLISHED[f"deepseek-ai/DeepSeek-V4-{repository}"], DEPTHS[repository]
-    made = {
-        layers: program_figures(plan_of(shallow(hf_config, layers), machine, slots, longest))
-        for layers in (least, least + 2)
-    }
-    first, second = made.values()
-    pairs = (hf_config["num_hidden_layers"] - least) / 2
+def carried_on(made: Mapping[str, Mapping[str, Any]], whole: int) -> dict[str, Any]:
+    """The figures at depth `whole`, on the line through those of the two depths that were compiled; of copies, which
+    are none or a fault, the larger number that was found."""
+    (first, least), (second, more) = sorted((int(depth), figures) for depth, figures in made.items())
 
-    whole = {name: first[name] + pairs * (second[name] - first[name]) for name in first}
-    # An odd layer is half a pair here, and counts are whole.
-    whole["collectives"] = math.ceil(whole["collectives"])
-    return {"by_layers": {str(layers): figures for layers, figures in made.items()}, "whole_depth": whole}
+    def along(a: float, b: float) -> float:
+        return a + (whole - first) / (second - first) * (b - a)
+
+    names = sorted({*least["collectives"], *more["collectives"]})
+    sums = {name: [found["collectives"].get(name, [0, 0.0]) for found in (least, more)] for name in names}
+    return {
+        **{name: along(least[name], more[name]) for name in least if name not in ("collectives", "copies")},
+        "collectives": {name: [round(along(*of)) for of in zip(*both, strict=True)] for name, both in sums.items()},
+        **({"copies": max(least["copies"], more["copies"])} if "copies" in least else {}),
+    }
+
+
+STAGES = (1, 2)
+"""Stages of the drafters whose training steps are compiled; a published module has three."""
+
+
+def step_figures(config: TrainConfig, machine: Machine, stages: int) -> dict[str, Any]:
+    """Figures of the training step of a configuration with so many stages, on target states from a cache.
+
+    Returns:
+        GiB of a chip for the state and the batch and for temporaries, [number, MiB] of the collectives of each name,
+        and CPU seconds of tracing and compiling.
+    Raises:
+        UserError: as `compiled_figures`.
+    """
+    config = replace(
+        config,
+        drafter=replace(config.drafter, num_layers=stages),
+        data=replace(config.data, source="offline", cache="planned"),
+        mesh=mesh_settings(machine.step_mesh, config.mesh),
+    )
+    mesh = topology_mesh(machine.topology, *config.mesh.sizes)
+    run, began = AbstractRun.of(config, mesh), time.process_time()
+    platform = _platform(mesh)
+    program = compiled(run.lower(platform), "The step", _options(platform))
+    seconds, memory = time.process_time() - began, memory_of(program)
+
+    return {
+        "arguments_gib": memory["arguments"] / GIB,
+        "temporary_gib": memory["temporary"] / GIB,
+        "collectives": _collectives(program.as_text() or ""),
+        "compile_cpu_seconds": seconds,
+    }
+
+
+def _platform(mesh: Any) -> str:
+    """What programs for the mesh's devices are lowered for: devices say "gpu", lowering says which."""
+    found = mesh.devices.flat[0].platform
+    return "cuda" if found == "gpu" else str(found)
+
+
+def _options(platform: str) -> dict[str, Any] | None:
+    """The compiler's options, without which CUDA's would ask for a device to try products on."""
+    return READINGS["fused"] if platform == "cuda" else None
+
+
+def _collectives(text: str) -> dict[str, list[float]]:
+    """[number, MiB] of the collectives of each name."""
+    return {name: [number, size / 2**20] for name, (number, size) in collective_sums(text).items()}

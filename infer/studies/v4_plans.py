@@ -1,21 +1,36 @@
-"""DeepSeek-V4 on machines that are not here: memory of a chip, collectives and copies of the decode loop.
+"""DeepSeek-V4 on machines that are not here: memory of a chip, collectives and copies of the compiled programs.
 
     python -m infer.studies.v4_plans --results docs/results/v4_plans.json
     python -m infer.studies.v4_plans --repository Flash-DSpark --machines v5p:2x2x1 --results docs/results/v4_plans.json
 
-Weights lie as they are stored (fp8 and fp4 codes), state in bfloat16. TPU loops are compiled by libtpu (extra `aot`),
-with a few layers of each kind, and carried on to the whole depth; where no compiler is at hand, memory is counted.
-Results of earlier calls stay in the file, so that machines can be planned one by one.
+Weights lie as they are stored (fp8 and fp4 codes), state in bfloat16. Programs are compiled by libtpu (extra `aot`) or
+the CUDA compiler (`aot-cuda`) with a few layers of each kind, training steps with one and two of three stages, and
+carried on to the whole depth; without the compiler, memory is counted. Each program takes minutes: one that the file
+has is not compiled again, so that a call goes on where an earlier one ended.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from dspark_jax.config.cli import parse, program
+from dspark_jax.config.cli import load_config, parse, program
+from dspark_jax.config.schema import TrainConfig
 from dspark_jax.errors import UserError
 from dspark_jax.files import add_results, make_output, read_results
-from dspark_jax.planning.v4_plans import MACHINES, compiled_plan, counted
+from dspark_jax.planning.v4_plans import (
+    DEPTHS,
+    MACHINES,
+    STAGES,
+    Machine,
+    carried_on,
+    compiled_figures,
+    counted,
+    published,
+    step_figures,
+    widened_experts,
+)
 from dspark_jax.report import table
 
 
@@ -33,33 +48,71 @@ class V4PlansSettings:
     """Requests decoded at once, one plan for each."""
     longest: int = 4096
     """Positions of a request."""
+    step: bool = True
+    """Plan the training step of the DSpark module too."""
     compile: bool = True
-    """Compile the loops; without, memory is counted alone."""
+    """Compile the programs; without, memory is counted alone."""
 
 
 @program
 def main(argv: list[str]) -> None:
     settings = parse(V4PlansSettings, argv, description=__doc__)
+    checked(settings.machines)
     make_output(settings.results.parent)
-    # Earlier plans stay, the same ones made anew are replaced.
     plans = read_results(settings.results)
 
-    checked(settings.machines)
-    for repository, machines in MACHINES.items():
-        for machine in machines:
-            wanted = settings.repository in ("", repository) and machine.name in (settings.machines or (machine.name,))
-            # One program for each number of requests: the verify bucket follows it.
-            for slots in settings.slots if wanted else ():
-                key = f"{repository} on {machine.name}, R = {slots}"
-                sizes = repository, machine, slots, settings.longest
-                plan: dict[str, Any] = {"memory_gib": machine.memory_gib, "mesh": machine.mesh}
-                plan["counted_gib"] = counted(*sizes)
-                if settings.compile and machine.topology:
-                    plan |= compiled_plan(*sizes)
-                # After each, since a compilation may take minutes and a later one may not fit.
-                plans = add_results(settings.results, {key: plan})
+    for repository, machine, slots in wanted(settings):
+        key = f"{repository} on {machine.name}, {f'R = {slots}' if slots else 'step'}"
+        plan: dict[str, Any] = {"made": {}} | plans.get(key, {})
+        plan |= {"memory_gib": machine.memory_gib, "mesh": machine.mesh if slots else machine.step_mesh}
+        figures: Callable[[int], dict[str, Any]]
 
-    print(shown(plans))
+        if slots:
+            sizes = repository, machine, slots, settings.longest
+            plan |= {
+                "counted_gib": counted(*sizes),
+                "layer_of_widened_experts_gib": widened_experts(repository, machine),
+            }
+            figures, depths = partial(compiled_figures, *sizes), DEPTHS[repository]
+            whole = published(repository)["num_hidden_layers"]
+        else:
+            figures, depths, whole = partial(step_figures, step_config(repository), machine), STAGES, 3
+
+        for depth in depths if settings.compile else ():
+            if str(depth) not in plan["made"]:
+                try:
+                    plan["made"][str(depth)] = figures(depth)
+                except UserError as refused:
+                    plan["refused"] = str(refused)
+                    break
+            # After each, since a compilation takes minutes and the next one may not fit.
+            plans = add_results(settings.results, {key: plan})
+
+        if len(plan["made"]) == len(depths):
+            plan |= {"whole_depth": carried_on(plan["made"], whole)}
+            plan.pop("refused", None)
+        plans = add_results(settings.results, {key: plan})
+
+    print(decoding_table(plans), step_table(plans), sep="\n\n")
+    for key, plan in plans.items():
+        if "refused" in plan:
+            print(f"{key}: {plan['refused']}")
+
+
+def step_config(repository: str) -> TrainConfig:
+    """The configuration that trains the repository's DSpark module."""
+    config = load_config(f"deepseek_v4_{repository.lower().replace('-', '_')}")
+    assert isinstance(config, TrainConfig)
+    return config
+
+
+def wanted(settings: V4PlansSettings) -> Iterator[tuple[str, Machine, int]]:
+    """(repository, machine, requests) of each plan, small batches first; the training steps, with 0 requests, last."""
+    for slots in (*settings.slots, *((0,) if settings.step else ())):
+        for repository, machines in MACHINES.items():
+            for machine in machines if settings.repository in ("", repository) else ():
+                if machine.name in (settings.machines or (machine.name,)):
+                    yield repository, machine, slots
 
 
 def checked(machines: tuple[str, ...]) -> None:
@@ -69,25 +122,46 @@ def checked(machines: tuple[str, ...]) -> None:
         raise UserError(f"--machines names {sorted(unknown)[0]}; plans are made for {', '.join(sorted(known))}.")
 
 
-def shown(plans: dict[str, Any]) -> str:
-    """The plans as a table; figures of the whole depth but for copies, which were looked for in the compiled ones."""
+def decoding_table(plans: dict[str, Any]) -> str:
+    """The decode loops; figures of the whole depth but for copies, which were looked for in the compiled programs."""
     body = []
     for key, plan in plans.items():
+        if "counted_gib" not in plan:
+            continue
         held, whole = plan["counted_gib"], plan.get("whole_depth")
-        # Held for good, and the most that a dispatch takes beside it.
-        together = sum(held.values()) + (whole["temporary"] if whole else 0)
         row = [key, plan["mesh"], *(f"{held[name]:.1f}" for name in ("target", "drafter", "state"))]
+        widened, of = f"{plan['layer_of_widened_experts_gib']:.2f}", plan["memory_gib"]
+
         if whole is None:
-            row += ["", f"{together:.1f} of {plan['memory_gib']}", "", "", ""]
+            row += ["", widened, f"{sum(held.values()):.1f} of {of}", "", "", ""]
         else:
-            copied = sum(figures["copies"] for figures in plan["by_layers"].values())
-            row += [f"{whole['temporary']:.1f}", f"{together:.1f} of {plan['memory_gib']}"]
-            row += [f"{whole['collectives']} of {whole['collective_mib']:.0f} MiB", str(copied)]
-            row += [f"{whole['compile_cpu_seconds']:.0f}"]
+            # Held for good, and the most that a dispatch takes beside it.
+            together = sum(held.values()) + whole["temporary_gib"]
+            row += [f"{whole['temporary_gib']:.2f}", widened, f"{together:.1f} of {of}", exchanged(whole)]
+            row += [str(whole["copies"]), f"{whole['compile_cpu_seconds']:.0f}"]
         body.append(row)
 
-    header = ["GiB a chip", "mesh", "target", "drafter", "state", "temporary", "together", "collectives", "copies"]
+    header = ["GiB a chip", "mesh", "target", "drafter", "state", "temporary", "a layer's experts widened", "together"]
+    return table([*header, "collectives", "copies", "CPU seconds to compile"], body)
+
+
+def step_table(plans: dict[str, Any]) -> str:
+    """The training steps; figures of three stages."""
+    body = []
+    for key, plan in plans.items():
+        if "counted_gib" not in plan and (whole := plan.get("whole_depth")) is not None:
+            together = whole["arguments_gib"] + whole["temporary_gib"]
+            row = [key, plan["mesh"], f"{whole['arguments_gib']:.1f}", f"{whole['temporary_gib']:.1f}"]
+            body.append([*row, f"{together:.1f} of {plan['memory_gib']}", exchanged(whole),
+                         f"{whole['compile_cpu_seconds']:.0f}"])  # fmt: skip
+
+    header = ["GiB a chip", "mesh", "state and batch", "temporary", "together", "collectives"]
     return table([*header, "CPU seconds to compile"], body)
+
+
+def exchanged(whole: dict[str, Any]) -> str:
+    """The collectives of a program by name."""
+    return ", ".join(f"{name} {number} ({size} MiB)" for name, (number, size) in whole["collectives"].items())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Trains a tiny DeepSeek-V4 target on the arithmetic corpus, and writes conversations for its drafters.
+"""Trains a tiny DeepSeek-V4 target on the arithmetic corpus, and writes conversations for its drafters to learn from.
 
     python -m train.embedded.v4_target --output runs/v4_tiny
 
@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 from dspark_jax.checkpoints.deepseek_v4_published import save_v4_target
 from dspark_jax.checkpoints.huggingface import TOKENIZER_FILES, read_hf_config
 from dspark_jax.config.cli import parse, program
-from dspark_jax.datagen.corpora import conversations
+from dspark_jax.datagen.corpora import conversations, prompts
 from dspark_jax.devices import announce
 from dspark_jax.programs import asset
 from dspark_jax.sharding import split
@@ -81,7 +81,7 @@ class V4TargetSettings:
     """A tiny V4 target and conversations of its corpus."""
 
     output: Path = Path("runs/v4_tiny")
-    """Folder for target/ and conversations.jsonl."""
+    """Folder for target/, conversations.jsonl and heldout.jsonl."""
     steps: int = 400
     """Optimizer steps."""
     rows: int = 16
@@ -92,6 +92,8 @@ class V4TargetSettings:
     """The highest rate of a cosine after a warm-up of a twentieth."""
     conversations: int = 4000
     """Conversations written for the drafters."""
+    heldout: int = 30
+    """Held-out prompts written beside them."""
     seed: int = 0
     """Seed of the weights."""
 
@@ -165,7 +167,9 @@ def main(argv: list[str]) -> None:
     # The corpus goes on where training began: arithmetic never ends, and a drafter learns from the target's states.
     lines = [json.dumps(item) for item in conversations("math", "train", settings.conversations, seed=1)]
     (settings.output / "conversations.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(f"{folder}, and {len(lines)} conversations beside it")
+    asked = [json.dumps(item) for item in prompts("math", "heldout", settings.heldout)]
+    (settings.output / "heldout.jsonl").write_text("\n".join(asked) + "\n", encoding="utf-8")
+    print(f"{folder}, and {len(lines)} conversations and {len(asked)} held-out prompts beside it")
 
 
 if __name__ == "__main__":

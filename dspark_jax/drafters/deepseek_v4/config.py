@@ -106,6 +106,15 @@ class V4DSparkConfig(DSparkConfig):
         """The target's last layer: taps are means over streams, to which no norm was applied (unlike rule 15's)."""
         return self.num_target_layers - 1
 
+    def check_taps(self) -> None:
+        # In any order, since features are concatenated in the file's.
+        ids = self.target_layer_ids
+        if not ids or len(set(ids)) < len(ids) or min(ids) < -1 or max(ids) > self.last_tap:
+            raise UserError(
+                f"config.json has dspark_target_layer_ids {list(ids)}; expected different 0-based layers from -1 "
+                f"(embeddings) to {self.last_tap}."
+            )
+
     def check(self) -> None:
         super().check()
         if self.dims.drafter_blocks < 1:

@@ -20,8 +20,8 @@ READINGS: dict[str, dict[str, Any]] = {
 """Options of the compiler by reading. Nothing is tuned: there is no device to try products on."""
 
 
-def gpu_device(kind: str) -> Any:
-    """A GPU of one of the kinds in `GPUS`, for the compiler alone.
+def gpu_devices(kind: str, count: int = 1) -> list[Any]:
+    """GPUs of one node and of one of the kinds in `GPUS`, for the compiler alone.
 
     Raises:
         UserError: the compiler's packages are not installed (extra `aot-cuda`).
@@ -31,14 +31,14 @@ def gpu_device(kind: str) -> Any:
 
     described = (Path(__file__).parent / f"{kind.lower()}.txtpb").read_text(encoding="utf-8")
     try:
-        found = topologies.get_topology_desc(platform="cuda", target_config=described, topology="1x1x1")
+        found = topologies.get_topology_desc(platform="cuda", target_config=described, topology=f"1x1x{count}")
     except Exception as error:  # the plugin's own types
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"No CUDA compiler for {kind} ({reason}). It comes with `pip install 'dspark-jax[aot-cuda]'` on Python "
             f'3.12 or newer; the counted floor needs none: --no-compile --device "NVIDIA {kind}".'
         ) from error
-    return found.devices[0]
+    return list(found.devices)
 
 
 def _find_tools() -> None:

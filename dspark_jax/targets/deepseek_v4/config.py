@@ -14,6 +14,7 @@ from dspark_jax.targets.config import (
     check_activation,
     common_fields,
 )
+from dspark_jax.targets.deepseek_v4.fake_quant import FP8_BLOCK
 
 SPARSE_RATIO = 4
 """The ratio of compressed sparse attention (CSA), with overlapping windows and an indexer; other ratios are HCA's."""
@@ -184,19 +185,44 @@ def _refuse(config: Mapping[str, Any]) -> None:
             f"{config['n_routed_experts']} experts there are."
         )
 
+    # The last channels of keys, entries and index rows are turned in pairs.
+    rope, narrowest = config["qk_rope_head_dim"], min(config["head_dim"], config["index_head_dim"])
+    if rope % 2 or rope > narrowest:
+        raise UserError(
+            f"config.json has qk_rope_head_dim {rope}; expected an even number of at most {narrowest}, the smaller of "
+            "head_dim and index_head_dim."
+        )
+    if config.get("quantised_caches"):
+        _check_rounding(config["head_dim"] - rope, config["index_head_dim"])
+
+
+def _check_rounding(still: int, index: int) -> None:
+    """UserError for sizes that fake_quant.py cannot round: `still` channels of a key that are not rotated, in whole
+    blocks, and the `index` channels of an index row, which a Hadamard matrix turns."""
+    blocks = still > 0 and (still < FP8_BLOCK or still % FP8_BLOCK == 0)
+    if not blocks or index & (index - 1):
+        raise UserError(
+            f"config.json asks for quantised_caches with {still} channels of a key unrotated and an index_head_dim of "
+            f"{index}; expected at most {FP8_BLOCK} of the former or a multiple of it, and a power of two."
+        )
+
 
 def _ratios(config: Mapping[str, Any]) -> list[int]:
     """One ratio per layer and one 0 per drafter block: `compress_ratios`, or transformers' `layer_types`."""
     count, types = config["num_hidden_layers"], config.get("layer_types")
     rates = config.get("compress_rates") or {}
 
-    named = None
+    ratios, named = config.get("compress_ratios"), None
     if types is not None:
         if len(types) < count:
             raise UserError(f"config.json lists {len(types)} layer_types for {count} layers; it must name every layer.")
         named = [_ratio_of(kind, rates) for kind in types[:count]]
 
-    ratios = config.get("compress_ratios", named)
+    if ratios is None:
+        ratios = named
+    elif named is not None and _HEAVY not in rates:
+        # Without a rate, a type says no more than that the layer is heavily compressed.
+        named = [r if t == _HEAVY and r not in _TYPES else n for t, n, r in zip(types, named, ratios, strict=False)]
 
     # A KeyError, because the registry turns it into the sentence about a missing field.
     if ratios is None:
