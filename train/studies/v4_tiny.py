@@ -92,7 +92,7 @@ def point(settings: V4TinySettings, kind: str) -> dict[str, Any]:
     result = train_and_decode(config, prompts, samples=settings.samples, **words)
 
     # Pooled over all prompts: they are of one domain, arithmetic.
-    heldout = {}
+    heldout: dict[str, Any] = {}
     for key in TEMPERATURES:
         (decoded,) = acceptance(result, key).values()
         heldout[f"tau_{key}"] = decoded.tau

@@ -212,7 +212,8 @@ def _ratios(config: Mapping[str, Any]) -> list[int]:
     count, types = config["num_hidden_layers"], config.get("layer_types")
     rates = config.get("compress_rates") or {}
 
-    ratios, named = config.get("compress_ratios"), None
+    named: list[int] | None = None
+    ratios: Any = config.get("compress_ratios")
     if types is not None:
         if len(types) < count:
             raise UserError(f"config.json lists {len(types)} layer_types for {count} layers; it must name every layer.")
