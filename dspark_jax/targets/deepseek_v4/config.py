@@ -212,18 +212,19 @@ def _ratios(config: Mapping[str, Any]) -> list[int]:
     count, types = config["num_hidden_layers"], config.get("layer_types")
     rates = config.get("compress_rates") or {}
 
-    named: list[int] | None = None
     ratios: Any = config.get("compress_ratios")
+    named: list[int] | None = None
     if types is not None:
         if len(types) < count:
             raise UserError(f"config.json lists {len(types)} layer_types for {count} layers; it must name every layer.")
         named = [_ratio_of(kind, rates) for kind in types[:count]]
 
+        # Without a rate, a type says no more than that the layer is heavily compressed.
+        if ratios is not None and _HEAVY not in rates:
+            named = [r if t == _HEAVY and r not in _TYPES else n for t, n, r in zip(types, named, ratios, strict=False)]
+
     if ratios is None:
         ratios = named
-    elif named is not None and _HEAVY not in rates:
-        # Without a rate, a type says no more than that the layer is heavily compressed.
-        named = [r if t == _HEAVY and r not in _TYPES else n for t, n, r in zip(types, named, ratios, strict=False)]
 
     # A KeyError, because the registry turns it into the sentence about a missing field.
     if ratios is None:
