@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dspark_jax.errors import UserError
 from dspark_jax.evaluation.timing import differences
 from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.generate import generate
@@ -15,7 +16,8 @@ from dspark_jax.serving.prompts import EncodedPrompt
 from dspark_jax.serving.requests import Generation
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
-from dspark_jax.targets.attention import CachedBlock, CausalRows, PackedRows
+from dspark_jax.targets.attention import CachedBlock, CausalRows, PackedRows, TreeRows
+from dspark_jax.targets.deepseek_v4.state import Placement
 from tests.decoding_tiny import next_logits, prompts
 from tests.golden_v4 import Decoder
 from tests.test_lossless import NEAR_TIE, SLOTS, exact_law, p_value, samples
@@ -121,6 +123,34 @@ def test_quantised_caches_change_keys_in_the_state_and_in_the_block_alike() -> N
     whole = next_logits(target, tokens[None])[0]
     np.testing.assert_allclose(np.concatenate(rows), whole, atol=2e-4)
     assert np.abs(next_logits(plain_target, tokens[None])[0] - whole).max() > 1e-2
+
+
+def test_a_failing_draft_fails_no_row_before_it() -> None:
+    """A token without finite numbers in the middle of a block, whose windows it closes: earlier rows stay the same."""
+    target, rng = v4_target(7), np.random.default_rng(5)
+    broken = target.params["embed_weight_vd"].at[2].set(jnp.nan)
+    prompt, block = rng.integers(3, VOCAB, 5), np.asarray([3, 4, 2, 5])
+    rows = []
+    for params in (target.params, target.params | {"embed_weight_vd": broken}):
+        decoder = Decoder(replace(target, params=params), 4, size=1100)
+        decoder.prefill(prompt)
+        rows.append(decoder.feed(block, 2))
+    np.testing.assert_allclose(rows[1][:2], rows[0][:2], atol=1e-5)
+    assert np.isfinite(rows[0]).all() and np.isnan(rows[1][2]).all()
+
+
+@pytest.mark.parametrize(("mode", "tree"), [("rejection", 6), ("coupled", 8)])
+def test_trees_are_refused(mode: str, tree: int) -> None:
+    """A tree's rows share positions, from which rings and windows are addressed: as a chain they would be wrong."""
+    sampling = SamplingParams(8, mode=mode)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"verifies chains of drafts, no trees; leave the engine's tree at 0\."):
+        generate(*v4_pair("dspark"), PROMPTS[:2], sampling, replace(CONFIG, slots=2, tree=tree))
+    target = v4_target(7)
+    rows = TreeRows(jnp.asarray([[0, 1, 1]]), jnp.ones((1, 3, 3), bool))
+    with pytest.raises(UserError, match="no trees"):
+        Placement.of(
+            CachedBlock(target.model(target.params).empty_cache(1, 8, 3, jnp.float32), jnp.zeros(1), tree=rows), 1
+        )
 
 
 def test_packed_rows_are_the_grids() -> None:

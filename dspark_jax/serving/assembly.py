@@ -123,6 +123,8 @@ def make_loop(
     block = 0 if drafter is None else drafter.config.block_size
     tree = None
     if drafter is not None and config.tree:
+        if not target.config.verifies_trees:
+            raise UserError(f"{target.name} verifies chains of drafts, no trees; leave the engine's tree at 0.")
         verifier, tree = _tree(drafter, config, verifier)
 
     width = 1 + (block if tree is None else tree.nodes)

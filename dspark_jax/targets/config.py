@@ -256,6 +256,11 @@ class TargetConfig:
         return self
 
     @property
+    def verifies_trees(self) -> bool:
+        """Whether rows of a block may form a tree; not where a row's position alone says what it sees."""
+        return True
+
+    @property
     def tap_limit(self) -> int:
         """The ids that may be tapped are below this one: a layer each, and in some families more of the same width."""
         return self.num_layers

@@ -181,12 +181,16 @@ class V4Attention(nnx.Module):
         low = self.low_rank(x)
         q, kv = place.to_grid(self.queries(low, rope)), place.to_grid(self.keys(x, rope))
 
+        # A masked weight of 0 times NaN is NaN: a draft whose row is not finite would fail the rows before it.
+        sound = jnp.all(jnp.isfinite(kv), axis=-1, keepdims=True) if state is not None and kv.shape[1] > 1 else None
+        kv = kv if sound is None else jnp.where(sound, kv, 0)
+
         # Three kinds of keys: the window, entries closed long ago, and entries that this very block closes.
         window = self._window(state, kv, place.starts)
-        main = self._closed(self.compressor, x, positions, place, None if state is None else state.main)
+        main = self._closed(self.compressor, x, positions, place, None if state is None else state.main, sound)
 
         if main is None:
-            mixed = self._attend(q, window, [], place.starts)
+            mixed = _failed(self._attend(q, window, [], place.starts), sound)
             return self.output(place.from_grid(mixed), rope), LayerRows(kv, None, None), None
 
         entries, seen = self._visible(main, None if state is None else state.main.entries, q.shape[1], place.starts)
@@ -194,10 +198,10 @@ class V4Attention(nnx.Module):
         index = None
         if self.indexer is not None:
             stored = None if state is None else state.indexer
-            index = self._closed(self.indexer.compressor, x, positions, place, stored)
+            index = self._closed(self.indexer.compressor, x, positions, place, stored, sound)
             seen = self._selected(x, low, rope, place, index, None if stored is None else stored.entries, seen)
 
-        mixed = self._attend(q, window, list(zip(entries, seen, strict=True)), place.starts)
+        mixed = _failed(self._attend(q, window, list(zip(entries, seen, strict=True)), place.starts), sound)
         attended = None if self.indexer is None else jnp.concatenate(seen, axis=-1)
         return self.output(place.from_grid(mixed), rope), LayerRows(kv, main, index), attended
 
@@ -210,13 +214,16 @@ class V4Attention(nnx.Module):
         return jnp.concatenate([held, kv], axis=1)
 
     def _closed(
-        self, compressor: Compressor | None, x: Array, positions: Array, place: Placement, stored: object
-    ) -> CompressedRows | None:
-        """The block's raw rows and the entries they close; None for a layer without that compressor."""
+        self, compressor: Compressor | None, x: Array, positions: Array, place: Placement, stored: object,
+        sound: Array | None,
+    ) -> CompressedRows | None:  # fmt: skip
+        """The block's raw rows, zeros for those that are not `sound` [R, W, 1], and the entries they close; None for a
+        layer without that compressor."""
         if compressor is None:
             return None
 
         raw = place.to_grid(compressor.raw(x, positions))
+        raw = raw if sound is None else jnp.where(sound[..., None], raw, 0)
         ring = None if stored is None else stored.raw  # type: ignore[attr-defined]
         return CompressedRows(raw, compressor.close(ring, raw, place.starts))
 
@@ -290,3 +297,8 @@ class V4Attention(nnx.Module):
 
         out = jax.lax.map(jax.checkpoint(rows), jnp.arange(0, width, chunk))  # [chunks, R, chunk, Q, H]
         return jnp.moveaxis(out, 0, 1).reshape(q.shape)
+
+
+def _failed(mixed: Float[Array, "r w q h"], sound: Array | None) -> Float[Array, "r w q h"]:
+    """NaN in the rows that are not `sound` [R, W, 1], so that they have no law."""
+    return mixed if sound is None else jnp.where(sound[..., None], mixed, jnp.nan)

@@ -70,6 +70,11 @@ class V4Config(TargetConfig):
         return self.num_layers + self.streams
 
     @property
+    def verifies_trees(self) -> bool:
+        """Rings and windows are addressed by position, of which a tree's rows share some."""
+        return False
+
+    @property
     def widened(self) -> Self:
         """The config of the same model with all weights in a float dtype."""
         return replace(self, low_bit=False)

@@ -64,6 +64,9 @@ class Placement:
     def of(cls, attend: Attend, requests: int) -> tuple["Placement", Sequence[LayerState] | None]:
         """(placement, the state to read) of causal rows, which begin at position 0, or of a cached block."""
         if isinstance(attend, CachedBlock):
+            # Positions of a chain say everything here: which windows a row closes, and what it sees.
+            if attend.tree is not None:
+                raise UserError("DeepSeek-V4 targets verify chains of drafts, no trees; leave the engine's tree at 0.")
             return cls(attend.lengths, attend.packed), attend.cache  # type: ignore[return-value]
         # Packed conversations would pool tokens of two of them into one entry.
         if not isinstance(attend, CausalRows) or attend.segments is not None:
