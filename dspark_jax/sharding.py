@@ -163,9 +163,9 @@ def mesh_of_several(settings: MeshSettings) -> Mesh | None:
 def traced_over(mesh: AnyMesh | None) -> Iterator[None]:
     """While tracing: what asks for `traced_mesh` may split its work over this mesh by a plan of its own.
 
-    Only meshes that split experts or their width are made known; the partitioner alone plans for all others.
+    Experts and attention kernels ask; the partitioner alone plans for everything else.
     """
-    if mesh is None or mesh.shape.get("expert", 1) * mesh.shape.get("tensor", 1) == 1:
+    if mesh is None or math.prod(mesh.shape.values()) == 1:
         yield
         return
 

@@ -88,7 +88,7 @@ def _verify_bucket(
 
     positions = starts[:, None] + (jnp.arange(width) if tree is None else tree.offsets)
     # What slots without rows hold need not be read.
-    held = jnp.max(jnp.where(wanted[:, 0], starts, 0))
+    held = jnp.where(wanted[:, 0], starts, 0)
 
     if size == block.size:  # every cell has its row: no packing to undo
         out = target(block, positions, CachedBlock(cache, starts, tree=tree, held=held), tap_layers)

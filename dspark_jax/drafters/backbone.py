@@ -16,7 +16,14 @@ from jaxtyping import Array, Bool, Float, Int
 from dspark_jax.drafters.config import DrafterConfig
 from dspark_jax.drafters.convolution import ConvolvedLayer
 from dspark_jax.drafters.heads import Linear
-from dspark_jax.targets.attention import KeysValues, prefix_block_attention, prefix_mask
+from dspark_jax.targets.attention import (
+    Attend,
+    KeysValues,
+    block_attention,
+    lowest_seen,
+    prefix_block_attention,
+    prefix_mask,
+)
 from dspark_jax.targets.layers import layer_ropes
 from dspark_jax.targets.registry import layer_class
 
@@ -26,18 +33,33 @@ class BlocksOverContext:
     """Every row of a block sees its `allowed` context and the whole block, in both directions
     (docs/algorithm.md, rule 23).
 
-    `context` holds a KeysValues [B, G, T, H] for each layer; `allowed` is [B, N, K or 1, T], and False from `held` on.
+    `context` holds a KeysValues [B, G, T, H] for each layer; `allowed` is [B, N, K or 1, T].
     """
 
     context: Sequence[KeysValues]
     allowed: Bool[Array, "b n rows t"]
-    held: Int[Array, ""] | None = None
 
     def __call__(self, layer: int, q: Array, k: Array, v: Array, *, scale: float, window: int | None) -> Array:
         # `window` is ignored: DeepSpec's draft layers never slide, whatever the file says (docs/algorithm.md, rule 25);
         # a window of the context is in `allowed`.
         block, context = KeysValues(k, v), self.context[layer]
-        return prefix_block_attention(q, block, context, self.allowed, None, scale=scale, held=self.held)
+        return prefix_block_attention(q, block, context, self.allowed, None, scale=scale)
+
+
+@dataclass(frozen=True)
+class BlockOverHeld:
+    """`BlocksOverContext` of one block for each request, which reads no more of the context than its request holds.
+
+    `lowest` [R, 1, K]: the first position that a row sees, where the context has a window.
+    """
+
+    context: Sequence[KeysValues]
+    held: Int[Array, " r"]
+    lowest: Int[Array, "r 1 k"] | None
+
+    def __call__(self, layer: int, q: Array, k: Array, v: Array, *, scale: float, window: int | None) -> Array:
+        block = KeysValues(k[:, 0], v[:, 0])
+        return block_attention(q[:, 0], block, self.context[layer], self.held, self.lowest, None, scale=scale)[:, None]
 
 
 class Backbone(nnx.Module):
@@ -78,23 +100,29 @@ class Backbone(nnx.Module):
         anchors: Int[Array, "b n"],
         context: Sequence[KeysValues],
         starts: Int[Array, "b n"] | None = None,
-        held: Int[Array, ""] | None = None,
     ) -> Float[Array, "b n k d"]:
         """h_k: block rows, at positions anchor + k, through layers and final norm; context [B, G, T, H] for each layer.
 
-        `starts`: the index in its row at which each anchor's sequence begins; None: each row is one sequence. `held`:
-        the largest anchor, where nothing is differentiated, so that no context behind it need be read.
+        `starts`: the index in its row at which each anchor's sequence begins; None: each row is one sequence.
         """
-        # Embedded rows come in the target's dtype, like the taps.
-        x = x.astype(self.fc.weight_io.dtype)
-
-        # RoPE counts from the sequence's start, while the mask compares indices in the packed row (rules 21 and 23).
-        positions = anchors if starts is None else anchors - starts
-        ropes = layer_ropes(self.config, positions[..., None] + jnp.arange(x.shape[2]))
-
         # The context strictly before each anchor (docs/algorithm.md, rule 23).
         allowed = prefix_mask(anchors, context[0].keys.shape[2], x.shape[2], self.window, starts)
-        attend = BlocksOverContext(context, allowed, held)
+        # RoPE counts from the sequence's start, while the mask compares indices in the packed row (rules 21 and 23).
+        positions = anchors if starts is None else anchors - starts
+        return self._rows(x, positions, BlocksOverContext(context, allowed))
+
+    def decode(
+        self, x: Float[Array, "r 1 k d"], anchors: Int[Array, " r"], context: Sequence[KeysValues]
+    ) -> Float[Array, "r 1 k d"]:
+        """h_k of one block for each request, whose context before `anchors` alone is read; not differentiable."""
+        lowest = lowest_seen(anchors[:, None], x.shape[2], self.window)
+        return self._rows(x, anchors[:, None], BlockOverHeld(context, anchors, lowest))
+
+    def _rows(self, x: Array, positions: Array, attend: Attend) -> Array:
+        """Block rows [B, N, K, D] whose anchors are at `positions` [B, N], through layers and final norm."""
+        # Embedded rows come in the target's dtype, like the taps.
+        x = x.astype(self.fc.weight_io.dtype)
+        ropes = layer_ropes(self.config, positions[..., None] + jnp.arange(x.shape[2]))
 
         # The block's own K/V are dropped: they come from mask tokens, and commit caches the context's only.
         for layer, rope in zip(self.layers, ropes, strict=True):

@@ -147,8 +147,7 @@ class DSpark(nnx.Module):
     ) -> Float[Array, "r k d"]:
         """h_k [R, K, D] of one block for each request, from its draft state."""
         # Decoding is training with N = 1 block for each request.
-        held = jnp.max(positions)
-        hidden = self.backbone(self._opened(shared, anchors[:, None]), positions[:, None], state, held=held)
+        hidden = self.backbone.decode(self._opened(shared, anchors[:, None]), positions, state)
         return hidden[:, 0, -self.block_size :]
 
     def base_logits(self, shared: SharedTables, hidden: Float[Array, "*n d"]) -> Float[Array, "*n p"]:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from dspark_jax.drafters.config import DrafterConfig
 from dspark_jax.drafters.protocol import SharedTables
-from dspark_jax.targets.attention import KeysValues, prefix_block_attention, prefix_mask
+from dspark_jax.targets.attention import KeysValues, block_attention, prefix_block_attention, prefix_mask
 from dspark_jax.targets.kv_cache import KVCache, append_rows, empty_cache, head_major
 from dspark_jax.targets.layers import Rope, layer_ropes
 
@@ -56,12 +56,14 @@ class OwnRows:
             queries, own, limits, starts = part
             # No window: drafters never slide (docs/algorithm.md, rule 25).
             allowed = prefix_mask(limits, self.prefix.keys.shape[2], 1, starts=starts)
-            # Decoding has one query; training, which is differentiated, has as many as the prefix has rows.
-            held = jnp.max(limits) if queries.shape[1] == 1 else None
-            blocks = queries[:, :, None]
-            return prefix_block_attention(blocks, own, self.prefix, allowed, None, scale=scale, held=held)[:, :, 0]
+            return prefix_block_attention(queries[:, :, None], own, self.prefix, allowed, None, scale=scale)[:, :, 0]
 
         count, chunk = q.shape[1], self.query_chunk
+        if count == 1 and self.starts is None:
+            # Decoding has one query; training, which is differentiated, has as many as the prefix has rows.
+            steps = KeysValues(*(x[:, 0] for x in block))
+            return block_attention(q, steps, self.prefix, self.limits[:, 0], None, None, scale=scale)
+
         operands = (q, block, self.limits, self.starts)
 
         # The training pass has a query for each position of the row; decoding has one in all.

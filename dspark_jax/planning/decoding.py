@@ -8,6 +8,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -158,7 +159,10 @@ class DecodePlan:
         # `rounds` and `until_free`, the last two arguments of a dispatch, are traced scalars.
         occupancy = shapes_of(Occupancy.of())
         traced = run_rounds.trace(self.loop, self.params, self.state, occupancy, *scalar)
-        return traced.lower(lowering_platforms=(platform,))
+        # Kernels are lowered for a kind of device, which jax looks up in the mesh of the context.
+        known = nullcontext() if self.mesh is None else jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
+        with known:
+            return traced.lower(lowering_platforms=(platform,))
 
     def compile(self) -> dict[str, Any]:
         """Figures of the compiled dispatch; UserError where it does not fit the device."""

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from dspark_jax.targets.kernels.held import held_attention
 from dspark_jax.targets.products import product
 
 # A CPU reads caches from this size on chunk by chunk, no further than they are held. Taking a chunk out of the cache is
@@ -132,14 +133,15 @@ class CachedBlock:
 
     The cache is only read. `lengths` [R] are the valid cached positions (the block starts there). With `packed`, the
     layer's rows are [P, ...] and only this core sees the [R, W] grid; without, they are [R, W, ...] already. Without
-    `tree` the rows are a chain. `held`: the largest of the lengths that matter; None: of all.
+    `tree` the rows are a chain. `held` [R]: the lengths of requests whose rows matter, 0 for the others, whose cached
+    positions are not read; None: all matter.
     """
 
     cache: Sequence[KeysValues]
     lengths: Int[Array, " r"]
     packed: PackedRows | None = None
     tree: TreeRows | None = None
-    held: Int[Array, ""] | None = None
+    held: Int[Array, " r"] | None = None
 
     def __call__(self, layer: int, q: Array, k: Array, v: Array, *, scale: float, window: int | None) -> Array:
         if self.packed is not None:
@@ -154,14 +156,13 @@ class CachedBlock:
             k, v = jnp.where(sound, k, 0), jnp.where(sound, v, 0)
 
         # The block is causal: zero cells that pad a shorter request come after its real rows, which do not see them.
-        offsets, within = None, causal_block(q.shape[1], window)
+        offsets, within = None, causal_block(q.shape[1], window)[None]
         if self.tree is not None:
             offsets, within = self.tree.offsets[:, None], tree_block(self.tree, window)
 
-        prefix = self.cache[layer]
-        allowed = prefix_mask(self.lengths[:, None], prefix.keys.shape[2], q.shape[1], window, offsets=offsets)
-        block, held = KeysValues(k[:, None], v[:, None]), jnp.max(self.lengths) if self.held is None else self.held
-        out = prefix_block_attention(q[:, None], block, prefix, allowed, within, scale=scale, held=held)[:, 0]
+        held = self.lengths if self.held is None else self.held
+        lowest = lowest_seen(self.lengths[:, None], q.shape[1], window, offsets=offsets)
+        out = block_attention(q, KeysValues(k, v), self.cache[layer], held, lowest, within, scale=scale)
         out = out if sound is None else jnp.where(sound, out, jnp.nan)
         return out if self.packed is None else self.packed.from_grid(out)
 
@@ -172,25 +173,34 @@ def prefix_mask(
     width: int,
     window: int | None = None,
     starts: Int[Array, "b n"] | None = None,
-    offsets: Int[Array, "b n k"] | None = None,
-) -> Bool[Array, "b n k t"]:
+) -> Bool[Array, "b n #k t"]:
     """Cached position t is visible to row k of a block starting at `lengths` iff t < lengths (and in the window, and
-    not before the block's segment, which begins at `starts`). Rows stand at lengths + `offsets`; None: at 0, 1, .."""
+    not before the block's segment, which begins at `starts`)."""
     # Every later position of the cache is junk: rejected drafts, or an earlier request of the slot.
     columns = jnp.arange(size)
     allowed = columns < lengths[:, :, None, None]  # [B, N, 1, T]
 
-    # Packed conversations: the context of another segment in the same row is not this block's.
-    if starts is not None:
-        allowed &= columns >= starts[:, :, None, None]
+    lowest = lowest_seen(lengths, width, window, starts)
+    return allowed if lowest is None else allowed & (columns >= lowest[..., None])
 
+
+def lowest_seen(
+    lengths: Int[Array, "b n"],
+    width: int,
+    window: int | None = None,
+    starts: Int[Array, "b n"] | None = None,
+    offsets: Int[Array, "b n k"] | None = None,
+) -> Int[Array, "b n #k"] | None:
+    """The first cached position that each row of `prefix_mask` sees; None where all see position 0. Rows stand at
+    lengths + `offsets`; None: at 0, 1, .."""
+    # Packed conversations: the context of another segment in the same row is not this block's.
+    first = None if starts is None else starts[:, :, None]
     if window is None:
-        return jnp.broadcast_to(allowed, (*lengths.shape, 1, size))
+        return first
 
     # The window's lower edge moves with the row; without a window all rows see the same.
-    places = jnp.arange(width) if offsets is None else offsets
-    rows = lengths[:, :, None, None] + places[..., None]
-    return allowed & (columns > rows - window)
+    edge = lengths[:, :, None] + (jnp.arange(width) if offsets is None else offsets) - window + 1
+    return edge if first is None else jnp.maximum(edge, first)
 
 
 def causal_block(width: int, window: int | None = None) -> Bool[Array, "k k"]:
@@ -201,12 +211,41 @@ def causal_block(width: int, window: int | None = None) -> Bool[Array, "k k"]:
     return allowed if window is None else allowed & (columns > rows - window)
 
 
-def tree_block(tree: TreeRows, window: int | None = None) -> Bool[Array, "r 1 1 1 w w"]:
-    """`causal_block` of rows that form a tree, with the axes of `prefix_block_attention`'s scores."""
+def tree_block(tree: TreeRows, window: int | None = None) -> Bool[Array, "r w w"]:
+    """`causal_block` of rows that form a tree, a mask for each request."""
     seen = tree.seen
     if window is not None:
         seen &= tree.offsets[:, None, :] > tree.offsets[:, :, None] - window
-    return seen[:, None, None, None]
+    return seen
+
+
+def block_attention(
+    q: Float[Array, "r k q h"],
+    block: KeysValues,
+    prefix: KeysValues,
+    held: Int[Array, " r"],
+    lowest: Int[Array, "r 1 #k"] | None,
+    within: Bool[Array, "#r k j"] | None,
+    *,
+    scale: float,
+) -> Float[Array, "r k q h"]:
+    """One block of K rows for each request over what the request holds and over the block's own keys [R, J, G, H].
+
+    An accelerator reads the positions `lowest`..`held` - 1 of a request alone, by a kernel where the shapes fit
+    (targets/kernels/held.py). `within`: own keys that a row sees; None: all. Not differentiable.
+    """
+
+    def einsum() -> Array:
+        allowed = prefix_mask(held[:, None], prefix.keys.shape[2], q.shape[1])
+        if lowest is not None:
+            allowed &= jnp.arange(allowed.shape[-1]) >= lowest[..., None]
+        own = KeysValues(block.keys[:, None], block.values[:, None])
+        inner = None if within is None else within[:, None, None, None]
+        most = jnp.max(held)
+        return prefix_block_attention(q[:, None], own, prefix, allowed, inner, scale=scale, held=most)[:, 0]
+
+    bound = None if lowest is None else lowest[:, 0]
+    return held_attention(q, *block, *prefix, held, bound, within, scale, einsum)
 
 
 def prefix_block_attention(

@@ -42,7 +42,8 @@ def over_experts(
     """
     mesh, leaves = traced_mesh(), jax.tree.leaves(stack)
     experts = leaves[0].shape[0]
-    if mesh is None or experts % mesh.shape["expert"]:
+    # Where neither experts nor their width are split, the partitioner alone plans.
+    if mesh is None or experts % mesh.shape["expert"] or mesh.shape["expert"] * mesh.shape["tensor"] == 1:
         return product(rows, weights, chosen, stack)
 
     # A packed array may have too few columns for the axis; all arrays of an expert are split, or none.

@@ -1,0 +1,134 @@
+"""The one place where attention over cached positions gets its form: a kernel that reads what requests hold, or einsum.
+
+TPUs and NVIDIA's GPUs take their kernels where the shapes fit, everything else the einsum form, which is also what the
+kernels are tested against. The environment variable DSPARK_ATTENTION forces one: "einsum" everywhere, or "kernel",
+which has a CPU run the TPU's kernel as plain jax, slowly.
+
+Axes: R requests, W rows of a block, Q query heads, G kv heads, M = Q/G * W rows that share a kv head, S cached
+positions, J keys of the own block, H head dim.
+"""
+
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+from jaxtyping import Array, Bool, Float, Int
+
+from dspark_jax.errors import UserError
+from dspark_jax.sharding import ShardingRules, array_sharding, traced_mesh
+from dspark_jax.targets.kernels import held_gpu, held_tpu
+from dspark_jax.targets.kernels.softmax import MASKED
+
+FORM = "DSPARK_ATTENTION"
+FORMS = ("auto", "einsum", "kernel")
+MOST_ROWS = 512
+"""Rows that share a kv head, M, from which scores no longer fit beside the keys: those of prompts."""
+
+
+def held_attention(
+    q: Float[Array, "r w q h"],
+    own_keys: Float[Array, "r j g h"],
+    own_values: Float[Array, "r j g h"],
+    keys: Float[Array, "r g s h"],
+    values: Float[Array, "r g s h"],
+    lengths: Int[Array, " r"],
+    lowest: Int[Array, "r #w"] | None,
+    within: Bool[Array, "#r w j"] | None,
+    scale: float,
+    einsum: Callable[[], Array],
+) -> Float[Array, "r w q h"]:
+    """Attention of a block's rows over what their request holds and over the block, by the platform's form.
+
+    Args:
+        q, own_keys, own_values: the block's rows and their own keys and values.
+        keys, values: cached.
+        lengths: positions held; the rows of a request with 0 see their own block alone.
+        lowest: first position that each row sees; None: 0.
+        within: own keys that each row sees; None: all.
+        scale: of the scores.
+        einsum: computes the same without a kernel.
+    Raises:
+        UserError: DSPARK_ATTENTION has an unknown value.
+    """
+    form = os.environ.get(FORM) or FORMS[0]
+    if form not in FORMS:
+        raise UserError(f"{FORM} is {form!r}; expected one of {', '.join(FORMS)}.")
+
+    rows = q.shape[1] * q.shape[2] // keys.shape[1]
+    on_tpu, on_gpu = (q.shape[-1] in kernel.HEAD_SIZES for kernel in (held_tpu, held_gpu))
+    # The GPU's kernel reads blocks of positions whole.
+    on_gpu &= keys.shape[2] % held_gpu.BLOCK == 0
+    if form == "einsum" or rows > MOST_ROWS or not (on_tpu or on_gpu):
+        return einsum()
+
+    operands = q, own_keys, own_values, keys, values, lengths, lowest, within
+    tpu = partial(_by_kernel, *operands, scale, held_tpu.attend)
+    return jax.lax.platform_dependent(
+        cpu=partial(tpu, interpret=True) if form == "kernel" else einsum,
+        tpu=tpu if on_tpu else einsum,
+        cuda=partial(_by_kernel, *operands, scale, held_gpu.attend) if on_gpu else einsum,
+        default=einsum,
+    )
+
+
+# Compiled calls are traced once for all layers of a shape; a kernel's trace takes longer than all else of a layer's.
+@partial(jax.jit, static_argnames=("scale", "attend", "interpret"))
+def _by_kernel(
+    q: Array, own_keys: Array, own_values: Array, keys: Array, values: Array, lengths: Array, lowest: Array | None,
+    within: Array | None, scale: float, attend: Callable[..., Array], interpret: bool = False,
+) -> Array:  # fmt: skip
+    """The kernel's result on rows as layers have them."""
+    requests, width, heads, size = q.shape
+    groups = keys.shape[1]
+    shared = heads // groups
+
+    # Rows that share a kv head, side by side: all (head, row) pairs of a group.
+    rows = q.reshape(requests, width, groups, shared, size).transpose(0, 2, 3, 1, 4)
+    rows = rows.reshape(requests, groups, shared * width, size)
+
+    def of_rows(x: Array) -> Array:
+        """[R, W, ..] -> [R, M, ..]: the same for each head of a group."""
+        x = jnp.broadcast_to(x[:, None], (len(x), shared, *x.shape[1:]))
+        return x.reshape(len(x), -1, *x.shape[3:])
+
+    bounds = None if lowest is None else of_rows(jnp.broadcast_to(lowest, (requests, width)))
+    mask = None if within is None else of_rows(jnp.where(within, 0.0, MASKED).astype(jnp.float32))
+    own = (x.swapaxes(1, 2).astype(keys.dtype) for x in (own_keys, own_values))  # [R, G, J, H]
+
+    kernel = partial(attend, scale=scale, interpret=interpret)
+    out = _over_mesh(kernel, rows.astype(keys.dtype), keys, values, lengths, *own, bounds, mask)
+    out = out.reshape(requests, groups, shared, width, size).transpose(0, 3, 1, 2, 4)
+    return out.reshape(q.shape).astype(q.dtype)
+
+
+def _over_mesh(attend: Callable[..., Array], q: Array, *others: Array | None) -> Array:
+    """The kernel on each device's requests and kv heads: the partitioner would gather a kernel's operands."""
+    mesh = traced_mesh()
+    if mesh is None:
+        return attend(q, *others)
+
+    by_head, by_request = ("batch", "kv_heads", None, None), ("batch",)
+    keys, values, lengths, own_keys, own_values, lowest, within = others
+    specs = [
+        _spec(x, axes, len(q), mesh)
+        for x, axes in [
+            (q, by_head), (keys, by_head), (values, by_head), (lengths, by_request),
+            (own_keys, by_head), (own_values, by_head), (lowest, by_request), (within, by_request),
+        ]
+    ]  # fmt: skip
+    # Without the check of replication, which kernels do not take part in.
+    split = jax.shard_map(attend, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)
+    return split(q, *others)
+
+
+def _spec(x: Array | None, axes: tuple[str | None, ...], requests: int, mesh: AbstractMesh) -> Any:
+    """How the mesh splits an operand, as it splits the caches between rounds."""
+    if x is None:
+        return None
+    # One mask for all requests is not split.
+    names = (axes[0] if len(x) == requests else None, *axes[1:], *[None] * (x.ndim - len(axes)))
+    return array_sharding(x.shape, names, mesh, ShardingRules()).spec

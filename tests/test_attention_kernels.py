@@ -1,0 +1,144 @@
+"""Attention kernels against the einsum form, run as plain jax on a CPU, and lowered for the devices they are for."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from dspark_jax.errors import UserError
+from dspark_jax.sharding import abstract_mesh, traced_over
+from dspark_jax.targets.attention import KeysValues, TreeRows, block_attention, causal_block, lowest_seen, tree_block
+from dspark_jax.targets.kernels import held, held_gpu, held_tpu
+
+KERNELS = [held_tpu.attend, held_gpu.attend]
+
+
+def operands(
+    width: int, shared: int, groups: int, size: int, held: list[int], span: int, dtype: Any = jnp.float32, own: int = 0
+) -> tuple[Any, ...]:
+    """Rows, the block's own K/V, cached K/V, and positions held."""
+    rng = np.random.default_rng(0)
+
+    def made(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
+    count = len(held)
+    rows, own = made(count, width, groups * shared, size), own or width
+    block = KeysValues(made(count, own, groups, size), made(count, own, groups, size))
+    cache = KeysValues(made(count, groups, span, size), made(count, groups, span, size))
+    return rows, block, cache, jnp.asarray(held)
+
+
+def both(attend: Any, parts: tuple[Any, ...], lowest: Any = None, within: Any = None) -> tuple[np.ndarray, np.ndarray]:
+    """(a kernel's result, the einsum form's)."""
+    q, block, cache, lengths = parts
+    bound = None if lowest is None else lowest[:, 0]
+    made = held._by_kernel(q, *block, *cache, lengths, bound, within, 0.2, attend, interpret=True)
+    wanted = jax.jit(partial(block_attention, scale=0.2))(q, block, cache, lengths, lowest, within)
+    assert made.dtype == q.dtype
+    return np.asarray(made, np.float32), np.asarray(wanted, np.float32)
+
+
+# Grouped heads 1 to 8, head sizes 64 to 256, blocks of 1 to 17 rows, lengths of 0, at blocks' edges and the whole span.
+@pytest.mark.parametrize("attend", KERNELS)
+@pytest.mark.parametrize(
+    ("width", "shared", "groups", "size", "lengths", "span", "window"),
+    [
+        (1, 1, 3, 64, [0, 1, 64], 64, None),
+        (1, 8, 2, 64, [0, 64, 65, 320], 320, 100),
+        (17, 2, 1, 64, [255, 256, 257, 640], 640, None),
+        (17, 2, 1, 64, [5, 256, 257, 640], 640, 20),
+        (8, 4, 2, 128, [0, 300, 512], 512, 128),
+        (3, 2, 2, 256, [0, 130], 192, None),
+    ],
+)
+def test_kernels_give_what_einsum_gives(
+    attend: Any, width: int, shared: int, groups: int, size: int, lengths: list[int], span: int, window: int | None
+) -> None:
+    parts = operands(width, shared, groups, size, lengths, span)
+    lowest = lowest_seen(parts[3][:, None], width, window)
+    made, wanted = both(attend, parts, lowest, causal_block(width, window)[None])
+    np.testing.assert_allclose(made, wanted, rtol=2e-5, atol=2e-6)
+
+    # The draft's block: every row sees all of it; and with another number of own keys than rows.
+    made, wanted = both(attend, operands(width, shared, groups, size, lengths, span, own=width + 2), lowest)
+    np.testing.assert_allclose(made, wanted, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("attend", KERNELS)
+def test_bfloat16_within_its_rounding(attend: Any) -> None:
+    parts = operands(8, 4, 2, 128, [0, 200, 256], 256, jnp.bfloat16)
+    made, _ = both(attend, parts, None, causal_block(8)[None])
+    _, wanted = both(attend, jax.tree.map(lambda x: x.astype(jnp.float32) if x.ndim > 1 else x, parts), None,
+                     causal_block(8)[None])  # fmt: skip
+    np.testing.assert_allclose(made, wanted, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("attend", KERNELS)
+def test_rows_that_form_trees_have_masks_of_their_own(attend: Any) -> None:
+    rng = np.random.default_rng(1)
+    seen = jnp.asarray(rng.random((3, 4, 4)) < 0.5) | jnp.eye(4, dtype=bool)
+    tree = TreeRows(jnp.asarray([[0, 1, 1, 2]] * 3), seen)
+    parts = operands(4, 2, 2, 64, [0, 40, 128], 128)
+    lowest = lowest_seen(parts[3][:, None], 4, 20, offsets=tree.offsets[:, None])
+    np.testing.assert_allclose(*both(attend, parts, lowest, tree_block(tree, 20)), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("attend", KERNELS)
+def test_blocks_that_are_not_held_are_not_read(attend: Any) -> None:
+    q, block, cache, lengths = operands(2, 2, 1, 64, [0, 64, 256], 640)
+    wanted, _ = both(attend, (q, block, cache, lengths))
+    # Blocks of 256 positions on the TPU, of 64 on the GPU: NaN in all that lie behind a request's last one.
+    step = held_tpu.BLOCK if attend is held_tpu.attend else held_gpu.BLOCK
+    behind = jnp.arange(640) >= jnp.maximum(-(-lengths // step), attend is held_tpu.attend)[:, None] * step
+    cache = KeysValues(*(jnp.where(behind[:, None, :, None], jnp.nan, x) for x in cache))
+    made = held._by_kernel(q, *block, *cache, lengths, None, None, 0.2, attend, interpret=True)
+    np.testing.assert_array_equal(made, wanted)
+
+
+def test_a_span_that_is_no_multiple_of_a_block() -> None:
+    """What lies behind the array's end is NaN in a kernel run as plain jax."""
+    np.testing.assert_allclose(
+        *both(held_tpu.attend, operands(2, 2, 1, 64, [0, 257, 300], 300), None, causal_block(2)[None]), rtol=2e-5,
+        atol=2e-6,
+    )  # fmt: skip
+
+
+def test_the_form_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, block, cache, lengths = operands(2, 2, 1, 128, [3, 64], 64)
+
+    def text(platform: str) -> str:
+        attend = jax.jit(partial(block_attention, lowest=None, within=None, scale=0.2))
+        return attend.trace(q, block, cache, lengths).lower(lowering_platforms=(platform,)).as_text()
+
+    # Each device's own form: a kernel of a TPU, one of a GPU, and none on a CPU.
+    assert "tpu_custom_call" in text("tpu") and "triton" in text("cuda") and "custom_call" not in text("cpu")
+    monkeypatch.setenv(held.FORM, "einsum")
+    assert "custom_call" not in text("tpu") and "custom_call" not in text("cuda")
+    monkeypatch.setenv(held.FORM, "kernel")
+    assert "while" in text("cpu")
+    monkeypatch.setenv(held.FORM, "flash")
+    with pytest.raises(UserError, match="DSPARK_ATTENTION is 'flash'; expected one of auto, einsum, kernel"):
+        text("cpu")
+
+
+def test_a_mesh_splits_requests_and_kv_heads() -> None:
+    q, block, cache, lengths = operands(2, 2, 4, 64, [3, 64], 64)
+    mesh = abstract_mesh(4, data=2, tensor=2)
+    seen: list[tuple[int, ...]] = []
+
+    def kernel(q: jax.Array, keys: jax.Array, *others: Any, scale: float, interpret: bool) -> jax.Array:
+        seen.append((q.shape, keys.shape))
+        return q
+
+    with traced_over(mesh):
+        jax.eval_shape(lambda: held._by_kernel(q, *block, *cache, lengths, None, causal_block(2)[None], 0.2, kernel))
+    # One request of two, two kv heads of four.
+    assert seen == [((1, 2, 4, 64), (1, 2, 64, 64))]
+    assert held._spec(q, ("batch", "kv_heads", None, None), 2, mesh) == PartitionSpec(
+        ("data", "fsdp"), "tensor", None, None
+    )
