@@ -19,7 +19,7 @@ from dspark_jax.devices import announce
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.programs import EMBEDDED
 from dspark_jax.serving.api.driver import WarmUp
-from dspark_jax.serving.api.server import ApiServer, address, bind, settle
+from dspark_jax.serving.api.server import ApiServer, address, bind, one_heap, settle
 from dspark_jax.serving.api.service import Service
 from dspark_jax.serving.api.settings import ServerConfig
 from dspark_jax.serving.engine import Engine
@@ -56,6 +56,7 @@ class ServeSettings:
 @program
 def main(argv: list[str]) -> None:
     settings = parse(ServeSettings, argv, description=__doc__)
+    one_heap()
     # Without a target the whole pair that comes with the package is meant.
     if not settings.target:
         settings = replace(settings, target=EMBEDDED, drafter=settings.drafter or EMBEDDED)

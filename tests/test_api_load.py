@@ -6,6 +6,7 @@ import os
 import re
 import socket
 import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -338,3 +339,45 @@ def test_the_page_is_served_and_loads_nothing_from_elsewhere(running: Running) -
     assert page.headers["Content-Security-Policy"].startswith("default-src 'self'")
     for name in re.findall(r'(?:src|href)="([^"]+)"', page.text):
         assert name.startswith("#") or httpx.get(f"{running.url}/{name}").status_code == 200, name
+
+
+def test_threads_of_a_server_share_one_heap():
+    """Pieces that stay free in a heap for each thread would let a server grow by 7 % in five minutes."""
+    script = """
+import ctypes, os, sys, threading
+from dspark_jax.serving.api.server import one_heap
+
+libc = ctypes.CDLL(None)
+libc.fdopen.restype = libc.malloc.restype = ctypes.c_void_p
+
+def heaps():
+    # glibc's report of itself has a line for each heap.
+    read, write = os.pipe()
+    stream = ctypes.c_void_p(libc.fdopen(write, b"w"))
+    libc.malloc_info(0, stream)
+    libc.fclose(stream)
+    return os.read(read, 1 << 16).count(b"<heap nr=")
+
+if sys.argv[1] == "shared":
+    one_heap()
+before, barrier = heaps(), threading.Barrier(5)
+
+def allocate():
+    barrier.wait()
+    libc.malloc(1000)
+    barrier.wait()
+
+threads = [threading.Thread(target=allocate) for _ in range(4)]
+for thread in threads:
+    thread.start()
+barrier.wait()
+barrier.wait()
+print(heaps() - before)
+"""
+    grown = {
+        kind: int(
+            subprocess.run([sys.executable, "-c", script, kind], capture_output=True, check=True, timeout=60).stdout
+        )
+        for kind in ("shared", "own")
+    }
+    assert grown["shared"] == 0 < grown["own"]
