@@ -14,7 +14,7 @@ from dspark_jax.drafters.config import DSparkConfig
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import param
 from dspark_jax.targets.layers import normal
-from dspark_jax.targets.products import product
+from dspark_jax.targets.products import product, rows_times
 
 
 class Linear(nnx.Module):
@@ -35,7 +35,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
         # Stored input-first, the transpose of a checkpoint's linear.
-        out = x @ self.weight_io[...]
+        out = rows_times(x, self.weight_io[...])
         return out + self.bias_o[...] if self.has_bias else out
 
 

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from dspark_jax import native
 from dspark_jax.decoding.dispatch import run_alone, run_rounds
 from dspark_jax.decoding.round import DecodeLoop, LoopParams, init_state
 from dspark_jax.decoding.state import DecodeState
@@ -57,6 +58,7 @@ def profile_key(loop: DecodeLoop, params: LoopParams, temperature: float) -> dic
         "buckets": list(loop.buckets),
         "sampled": temperature > 0,
         "verifier": repr(loop.verifier),
+        "native": native.ready(),
     }
 
 

@@ -19,7 +19,7 @@ from dspark_jax.sharding import Units, param
 from dspark_jax.targets.attention import Attend, KeysValues
 from dspark_jax.targets.config import RopeConfig, TargetConfig
 from dspark_jax.targets.moe import SparseMLP
-from dspark_jax.targets.products import product
+from dspark_jax.targets.products import product, rows_times, rows_times_table
 
 
 class Rope(NamedTuple):
@@ -60,6 +60,10 @@ def head_logits(hidden: Float[Array, "*n d"], head: Float[Array, "v d"], softcap
         # XLA:CPU repacks a transposed right-hand side in every call, and the head is the largest matrix; as the
         # left-hand side it is read as it lies. Without the barrier XLA swaps the two back.
         rows = x.reshape(-1, x.shape[-1])
+        made = rows_times_table(rows, weight)
+        if made is not None:
+            return made.reshape(*x.shape[:-1], -1)
+
         count = len(rows)
         if count in UNEVEN_ROWS:
             rows = jnp.pad(rows, ((0, -count % 8), (0, 0)))
@@ -162,18 +166,18 @@ class Attention(nnx.Module):
 
     def queries(self, x: Float[Array, "*n i"], rope: Rope) -> Float[Array, "*n q h"]:
         """Queries [*n, Q, H] after bias, norm and RoPE, not yet scaled."""
-        q = x @ self.q_weight_dp[...]
+        q = rows_times(x, self.q_weight_dp[...])
         q = self._heads(q + self.q_bias_p[...] if self.has_bias else q)
         return rope.rotate(self.q_norm(q) if self.has_norm else q)
 
     def keys_values(self, x: Float[Array, "*n i"], rope: Rope) -> KeysValues:
         """([*n, G, H] keys after norm and RoPE, [*n, G, H] values): what a cache keeps."""
-        k = x @ self.k_weight_dc[...]
+        k = rows_times(x, self.k_weight_dc[...])
 
         # With K = V, v is the raw projection: before the norm and without RoPE (docs/algorithm.md, rule 63).
         v = k = self._heads(k + self.k_bias_c[...] if self.has_bias else k)
         if not self.values_are_keys:
-            v = x @ self.v_weight_dc[...]
+            v = rows_times(x, self.v_weight_dc[...])
             v = self._heads(v + self.v_bias_c[...] if self.has_bias else v)
 
         return KeysValues(rope.rotate(self.k_norm(k) if self.has_norm else k), self.values(v))
@@ -185,7 +189,7 @@ class Attention(nnx.Module):
     def output(self, mixed: Float[Array, "*n q h"]) -> Float[Array, "*n d"]:
         """Projects mixed values back to rows [*n, D]."""
         # One flat axis is contracted, not two: with two, XLA:CPU transposes the weight anew in every call.
-        out = mixed.reshape(*mixed.shape[:-2], -1) @ self.o_weight_pd[...]
+        out = rows_times(mixed.reshape(*mixed.shape[:-2], -1), self.o_weight_pd[...])
         return out + self.o_bias_d[...] if self.has_bias else out
 
     def _heads(self, x: Float[Array, "*n p"]) -> Float[Array, "*n heads h"]:
@@ -211,11 +215,11 @@ class MLP(nnx.Module):
         self.activation = activation
 
     def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
-        gate, up = x @ self.gate_weight_df[...], x @ self.up_weight_df[...]
+        gate, up = rows_times(x, self.gate_weight_df[...]), rows_times(x, self.up_weight_df[...])
         if self.has_bias:
             gate, up = gate + self.gate_bias_f[...], up + self.up_bias_f[...]
 
-        out = (self.activation(gate) * up) @ self.down_weight_fd[...]
+        out = rows_times(self.activation(gate) * up, self.down_weight_fd[...])
         return out + self.down_bias_d[...] if self.has_bias else out
 
 

@@ -1,11 +1,20 @@
-"""Products of two arrays with a float32 result, forward and backward at the rate of their operands' dtype."""
+"""Products with a float32 result at the rate of their operands' dtype, and products of a decode round's few rows."""
 
+import math
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from dspark_jax import native
+
+FEW_ROWS = range(2, 25)
+"""Rows of a product that the native kernel of a CPU computes: of one, XLA reads the weight as it lies too; of more, its
+library's products are as fast."""
+LARGE_WEIGHT = 1 << 16
+"""Numbers of a weight from which the kernel pays: smaller ones stay in a cache, packed or not."""
 
 
 def product(equation: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -56,3 +65,43 @@ def _backward(equation: str, kept: tuple[Array | None, Array | None], cotangent:
 
 
 _narrow.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def rows_times(x: Float[Array, "*n i"], weight: Any) -> Float[Array, "*n o"]:
+    """x W of rows by a weight [i, o] that is stored input-first, in the dtype of both."""
+    rows = math.prod(x.shape[:-1])
+    # What stands in for a weight, such as int8 codes, multiplies by itself.
+    if not isinstance(weight, jax.Array) or not _taken(rows, x, weight) or weight.shape[1] % native.LANES:
+        return x @ weight
+    return _few_rows(False, x.reshape(rows, -1), weight).reshape(*x.shape[:-1], -1)
+
+
+def rows_times_table(x: Float[Array, "n i"], table: Float[Array, "o i"]) -> Float[Array, "n o"] | None:
+    """x W^T of rows by a table that is stored output-first, float32; None where no kernel computes it."""
+    if not _taken(len(x), x, table) or x.shape[1] % native.LANES:
+        return None
+    return _few_rows(True, x, table)
+
+
+def _taken(rows: int, x: Array, weight: Array) -> bool:
+    """Whether the kernel computes this product."""
+    large = rows in FEW_ROWS and weight.ndim == 2 and weight.size >= LARGE_WEIGHT
+    return large and x.dtype == weight.dtype == jnp.float32 and native.ready()
+
+
+# With a derivative, which a kernel has not by itself: layers of a few rows may be trained.
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _few_rows(transposed: bool, x: Float[Array, "n i"], weight: Array) -> Float[Array, "n o"]:
+    kernel = native.times_table if transposed else native.times
+    # Chosen at lowering, so that a program exported from a CPU for an accelerator gets the accelerator's product.
+    return jax.lax.platform_dependent(x, weight, cpu=kernel, default=partial(_plain, transposed))
+
+
+def _plain(transposed: bool, x: Array, weight: Array) -> Array:
+    return x @ (weight.T if transposed else weight)
+
+
+@_few_rows.defjvp
+def _few_rows_jvp(transposed: bool, primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    (x, weight), (dx, dweight) = primals, tangents
+    return _few_rows(transposed, x, weight), _plain(transposed, dx, weight) + _plain(transposed, x, dweight)

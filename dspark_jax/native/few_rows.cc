@@ -1,0 +1,188 @@
+// Products of a few float32 rows by a weight, for the rounds of a CPU: x [N, K] by W [K, O], or by a table [O, K].
+//
+// Such a product is bound by reading the weight. It is read once, as it lies, with the next lines on their way from
+// memory while those at hand are multiplied; nothing is packed. A row's sums are added in an order of their own, so that
+// they do not depend on the other rows, on their number, or on the threads.
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <thread>
+#include <type_traits>
+#include <utility>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+using Matrix = ffi::Buffer<ffi::F32, 2>;
+using Result = ffi::Result<Matrix>;
+
+// Sixteen numbers; compilers split them for CPUs with shorter vectors.
+typedef float Lanes __attribute__((vector_size(64), aligned(4)));
+constexpr int64_t kLanes = 16;
+
+inline Lanes load(const float* from) { return *reinterpret_cast<const Lanes*>(from); }
+inline void store(float* to, Lanes lanes) { *reinterpret_cast<Lanes*>(to) = lanes; }
+
+// One product: N rows of `x`, the weight, and the result, with the sizes of an axis each.
+struct Product {
+  const float* x;
+  const float* weight;
+  float* y;
+  int64_t rows, inputs, outputs;
+};
+
+// By W [K, O]
+
+// Columns are taken in tiles whose sums stay in the first cache, four rows of the weight at a time.
+constexpr int64_t kTile = 256, kDepth = 4;
+// Rows of the weight between the one that is multiplied and the one that is sent for.
+constexpr int64_t kAhead = 8;
+
+// Adds rows k..k+D-1 of a tile of the weight to the sums [R, tile]. The sums' rows are a little further apart than the
+// tile is wide: apart by a power of two, they would take one another for the same address.
+template <int R, int D>
+inline void add_rows(const Product& p, int64_t first, const float* tile, int64_t k, int64_t width, float* sums) {
+  const float* x = p.x + first * p.inputs + k;
+  for (int64_t c = 0; c < width; c += kLanes) {
+    Lanes sum[R];
+    for (int r = 0; r < R; ++r) sum[r] = load(sums + r * (kTile + kLanes) + c);
+    for (int d = 0; d < D; ++d) {
+      // Past the last rows this asks for memory behind the weight, which a prefetch may.
+      __builtin_prefetch(tile + (k + d + kAhead) * p.outputs + c);
+      const Lanes part = load(tile + (k + d) * p.outputs + c);
+      for (int r = 0; r < R; ++r) sum[r] += x[r * p.inputs + d] * part;
+    }
+    for (int r = 0; r < R; ++r) store(sums + r * (kTile + kLanes) + c, sum[r]);
+  }
+}
+
+// R rows of the result from row `first` on, in columns from..to.
+template <int R>
+void by_weight(const Product& p, int64_t first, int64_t from, int64_t to) {
+  alignas(64) float sums[R * (kTile + kLanes)];
+  for (int64_t left = from; left < to; left += kTile) {
+    const int64_t width = std::min(kTile, to - left);
+    std::fill(sums, sums + R * (kTile + kLanes), 0.0f);
+
+    int64_t k = 0;
+    for (; k + kDepth <= p.inputs; k += kDepth) add_rows<R, kDepth>(p, first, p.weight + left, k, width, sums);
+    for (; k < p.inputs; ++k) add_rows<R, 1>(p, first, p.weight + left, k, width, sums);
+
+    for (int r = 0; r < R; ++r)
+      std::copy_n(sums + r * (kTile + kLanes), width, p.y + (first + r) * p.outputs + left);
+  }
+}
+
+// By a table [O, K]
+
+// Rows of the table at a time, and between the one that is multiplied and the one that is sent for.
+constexpr int64_t kPair = 2, kPairsAhead = 4;
+
+inline float total(Lanes lanes) {
+  float parts[kLanes];
+  store(parts, lanes);
+  for (int64_t half = kLanes / 2; half; half /= 2)
+    for (int64_t i = 0; i < half; ++i) parts[i] += parts[i + half];
+  return parts[0];
+}
+
+template <int R, int D>
+inline void multiply_rows(const Product& p, int64_t first, int64_t at) {
+  Lanes sum[R][D] = {};
+  for (int64_t k = 0; k < p.inputs; k += kLanes) {
+    for (int d = 0; d < D; ++d) {
+      __builtin_prefetch(p.weight + (at + d + kPairsAhead) * p.inputs + k);
+      const Lanes part = load(p.weight + (at + d) * p.inputs + k);
+      for (int r = 0; r < R; ++r) sum[r][d] += part * load(p.x + (first + r) * p.inputs + k);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int d = 0; d < D; ++d) p.y[(first + r) * p.outputs + at + d] = total(sum[r][d]);
+}
+
+template <int R>
+void by_table(const Product& p, int64_t first, int64_t from, int64_t to) {
+  int64_t at = from;
+  for (; at + kPair <= to; at += kPair) multiply_rows<R, kPair>(p, first, at);
+  for (; at < to; ++at) multiply_rows<R, 1>(p, first, at);
+}
+
+// Rows in groups that fit the registers
+
+using Kernel = void (*)(const Product&, int64_t, int64_t, int64_t);
+template <typename Numbers>
+struct Kernels;
+template <int... R>
+struct Kernels<std::integer_sequence<int, R...>> {
+  static constexpr int64_t count = sizeof...(R);
+  static constexpr Kernel weight[] = {by_weight<R + 1>...}, table[] = {by_table<R + 1>...};
+};
+using ByWeight = Kernels<std::make_integer_sequence<int, 10>>;
+using ByTable = Kernels<std::make_integer_sequence<int, 5>>;
+
+// All rows of the columns from..to, in groups of nearly equal size: from the second on the weight comes from a cache.
+void all_rows(const Product& p, const Kernel* kernels, int64_t most, int64_t step, int64_t from, int64_t to) {
+  const int64_t groups = (p.rows + most - 1) / most;
+  for (int64_t left = from; left < to; left += step) {
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t first = p.rows * g / groups, count = p.rows * (g + 1) / groups - first;
+      kernels[count - 1](p, first, left, std::min(left + step, to));
+    }
+  }
+}
+
+// Threads
+
+// Runs work(0), .., work(parts - 1). Parts are claimed one by one, and the caller claims them too: it waits for none
+// that has not begun, so that a pool whose threads all wait here cannot stand still.
+template <typename Work>
+void share(ffi::ThreadPool& pool, int64_t parts, Work work) {
+  struct Count {
+    std::atomic<int64_t> claimed{0}, done{0};
+  };
+  auto count = std::make_shared<Count>();
+  auto run = [count, parts, work] {
+    for (int64_t part; (part = count->claimed.fetch_add(1)) < parts;) {
+      work(part);
+      count->done.fetch_add(1, std::memory_order_release);
+    }
+  };
+  for (int64_t i = std::min(pool.num_threads(), parts) - 1; i > 0; --i) pool.Schedule(std::decay_t<decltype(run)>(run));
+  run();
+  while (count->done.load(std::memory_order_acquire) < parts) std::this_thread::yield();
+}
+
+ffi::Error divided(ffi::ThreadPool& pool, const Product& p, const Kernel* kernels, int64_t most, int64_t step) {
+  // Two parts a thread, so that one that is held up leaves work to the other; whole steps each.
+  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1), steps = (p.outputs + step - 1) / step;
+  const int64_t parts = threads == 1 ? 1 : std::min(2 * threads, steps);
+  share(pool, parts, [=](int64_t part) {
+    const int64_t from = steps * part / parts * step, to = std::min(steps * (part + 1) / parts * step, p.outputs);
+    all_rows(p, kernels, most, step, from, to);
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error few_rows(ffi::ThreadPool pool, Matrix x, Matrix weight, Result y) {
+  const int64_t rows = x.dimensions()[0], inputs = x.dimensions()[1], outputs = weight.dimensions()[1];
+  const Product product{x.typed_data(), weight.typed_data(), y->typed_data(), rows, inputs, outputs};
+  return divided(pool, product, ByWeight::weight, ByWeight::count, kTile);
+}
+
+ffi::Error few_rows_of_table(ffi::ThreadPool pool, Matrix x, Matrix table, Result y) {
+  const int64_t rows = x.dimensions()[0], inputs = x.dimensions()[1], outputs = table.dimensions()[0];
+  const Product product{x.typed_data(), table.typed_data(), y->typed_data(), rows, inputs, outputs};
+  return divided(pool, product, ByTable::table, ByTable::count, 64);
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(FewRows, few_rows,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Matrix>().Arg<Matrix>().Ret<Matrix>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(FewRowsOfTable, few_rows_of_table,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Matrix>().Arg<Matrix>().Ret<Matrix>());
