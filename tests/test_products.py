@@ -14,12 +14,13 @@ from tests.tiny import write_tiny_target
 def test_every_kind_is_measured(tmp_path: Path) -> None:
     write_tiny_target(tmp_path / "target")
     result = tmp_path / "products.json"
-    few = ["--rows", "1", "2", "--repeats", "1", "--round-tokens", "4"]
+    few = ["--rows", "1", "2", "--requests", "2", "--prompts", "8", "--repeats", "1", "--round-tokens", "4"]
     main(["--target", str(tmp_path / "target"), "--result", str(result), *few])
     found = json.loads(result.read_text())
-    assert set(found["milliseconds"]) == {f"{kind}/{rows}" for kind in KINDS for rows in (1, 2)}
-    # The plain round is a difference of two times, which noise outweighs on a target of this size.
-    assert "plain_round" in found and all(value > 0 for value in found["milliseconds"].values())
+    assert set(found["milliseconds"]) == {f"{kind}/{rows}" for kind in KINDS for rows in (1, 2)} | {"prefill/8"}
+    assert all(value > 0 for value in found["milliseconds"].values())
+    # A plain round is a difference of two times, which noise outweighs on a target of this size.
+    assert set(found["plain_rounds"]) == {"2"} and found["prefills"]["8"]["share"] > 0
 
 
 def test_every_weight_of_the_chain_is_read(tmp_path: Path) -> None:

@@ -38,8 +38,8 @@ struct Product {
 
 // By W [K, O]
 
-// Columns are taken in tiles whose sums stay in the first cache, four rows of the weight at a time.
-constexpr int64_t kTile = 256, kDepth = 4;
+// Columns are taken in tiles of nearly equal width, at most this, whose sums stay in the first cache.
+constexpr int64_t kTile = 288;
 // Rows of the weight between the one that is multiplied and the one that is sent for.
 constexpr int64_t kAhead = 8;
 
@@ -61,21 +61,19 @@ inline void add_rows(const Product& p, int64_t first, const float* tile, int64_t
   }
 }
 
-// R rows of the result from row `first` on, in columns from..to.
+// R rows of the result from row `first` on, in the columns of a tile.
 template <int R>
 void by_weight(const Product& p, int64_t first, int64_t from, int64_t to) {
-  alignas(64) float sums[R * (kTile + kLanes)];
-  for (int64_t left = from; left < to; left += kTile) {
-    const int64_t width = std::min(kTile, to - left);
-    std::fill(sums, sums + R * (kTile + kLanes), 0.0f);
+  // As many rows of the weight at a time as have their factors in registers.
+  constexpr int depth = R <= 5 ? 8 : 4;
+  alignas(64) float sums[R * (kTile + kLanes)] = {};
 
-    int64_t k = 0;
-    for (; k + kDepth <= p.inputs; k += kDepth) add_rows<R, kDepth>(p, first, p.weight + left, k, width, sums);
-    for (; k < p.inputs; ++k) add_rows<R, 1>(p, first, p.weight + left, k, width, sums);
+  int64_t k = 0;
+  for (; k + depth <= p.inputs; k += depth) add_rows<R, depth>(p, first, p.weight + from, k, to - from, sums);
+  for (; k < p.inputs; ++k) add_rows<R, 1>(p, first, p.weight + from, k, to - from, sums);
 
-    for (int r = 0; r < R; ++r)
-      std::copy_n(sums + r * (kTile + kLanes), width, p.y + (first + r) * p.outputs + left);
-  }
+  for (int r = 0; r < R; ++r)
+    std::copy_n(sums + r * (kTile + kLanes), to - from, p.y + (first + r) * p.outputs + from);
 }
 
 // By a table [O, K]
@@ -158,9 +156,9 @@ void share(ffi::ThreadPool& pool, int64_t parts, Work work) {
 }
 
 ffi::Error divided(ffi::ThreadPool& pool, const Product& p, const Kernel* kernels, int64_t most, int64_t step) {
-  // Two parts a thread, so that one that is held up leaves work to the other; whole steps each.
+  // Four parts a thread where there are as many, so that one that is held up leaves work to the others.
   const int64_t threads = std::max<int64_t>(pool.num_threads(), 1), steps = (p.outputs + step - 1) / step;
-  const int64_t parts = threads == 1 ? 1 : std::min(2 * threads, steps);
+  const int64_t parts = threads == 1 ? 1 : std::min(4 * threads, steps);
   share(pool, parts, [=](int64_t part) {
     const int64_t from = steps * part / parts * step, to = std::min(steps * (part + 1) / parts * step, p.outputs);
     all_rows(p, kernels, most, step, from, to);
@@ -171,7 +169,8 @@ ffi::Error divided(ffi::ThreadPool& pool, const Product& p, const Kernel* kernel
 ffi::Error few_rows(ffi::ThreadPool pool, Matrix x, Matrix weight, Result y) {
   const int64_t rows = x.dimensions()[0], inputs = x.dimensions()[1], outputs = weight.dimensions()[1];
   const Product product{x.typed_data(), weight.typed_data(), y->typed_data(), rows, inputs, outputs};
-  return divided(pool, product, ByWeight::weight, ByWeight::count, kTile);
+  const int64_t tiles = (outputs + kTile - 1) / kTile, lanes = (outputs / tiles + kLanes - 1) / kLanes;
+  return divided(pool, product, ByWeight::weight, ByWeight::count, std::min(lanes * kLanes, kTile));
 }
 
 ffi::Error few_rows_of_table(ffi::ThreadPool pool, Matrix x, Matrix table, Result y) {

@@ -10,9 +10,9 @@ from jaxtyping import Array, Float
 
 from dspark_jax import native
 
-FEW_ROWS = range(2, 25)
-"""Rows of a product that the native kernel of a CPU computes: of one, XLA reads the weight as it lies too; of more, its
-library's products are as fast."""
+FEW_ROWS, FEW_TABLE_ROWS = range(2, 33), range(2, 13)
+"""Rows of a product by a weight, and by a table, that the native kernel of a CPU computes: of one, XLA reads the weight
+as it lies too; of more, its library's products are as fast (docs/log.md)."""
 LARGE_WEIGHT = 1 << 16
 """Numbers of a weight from which the kernel pays: smaller ones stay in a cache, packed or not."""
 
@@ -71,21 +71,22 @@ def rows_times(x: Float[Array, "*n i"], weight: Any) -> Float[Array, "*n o"]:
     """x W of rows by a weight [i, o] that is stored input-first, in the dtype of both."""
     rows = math.prod(x.shape[:-1])
     # What stands in for a weight, such as int8 codes, multiplies by itself.
-    if not isinstance(weight, jax.Array) or not _taken(rows, x, weight) or weight.shape[1] % native.LANES:
+    taken = rows in FEW_ROWS and isinstance(weight, jax.Array) and _taken(x, weight)
+    if not taken or weight.shape[1] % native.LANES:
         return x @ weight
     return _few_rows(False, x.reshape(rows, -1), weight).reshape(*x.shape[:-1], -1)
 
 
 def rows_times_table(x: Float[Array, "n i"], table: Float[Array, "o i"]) -> Float[Array, "n o"] | None:
     """x W^T of rows by a table that is stored output-first, float32; None where no kernel computes it."""
-    if not _taken(len(x), x, table) or x.shape[1] % native.LANES:
+    if len(x) not in FEW_TABLE_ROWS or not _taken(x, table) or x.shape[1] % native.LANES:
         return None
     return _few_rows(True, x, table)
 
 
-def _taken(rows: int, x: Array, weight: Array) -> bool:
-    """Whether the kernel computes this product."""
-    large = rows in FEW_ROWS and weight.ndim == 2 and weight.size >= LARGE_WEIGHT
+def _taken(x: Array, weight: Array) -> bool:
+    """Whether the kernel computes products of few rows by this weight."""
+    large = weight.ndim == 2 and weight.size >= LARGE_WEIGHT
     return large and x.dtype == weight.dtype == jnp.float32 and native.ready()
 
 

@@ -1,11 +1,12 @@
-"""Measures the target's bare matrix products by dtype and number of rows, and the share of them in a plain round.
+"""Measures the target's bare matrix products by dtype and number of rows, and their share of rounds and prefills.
 
     make real-target
     python -m infer.studies.products --target .cache/real_target
 
 A chain of products with the shapes of the target's layers and of its head, every weight its own, so that nothing stays
 in a cache that decoding would read from memory: float32; bfloat16 with bfloat16 results, as a model in bfloat16 has
-them; bfloat16 with float32 results; int8 weights, converted inside the product. Medians of alternating runs.
+them; bfloat16 with float32 results; int8 weights, converted inside the product. Beside them, in float32: plain rounds
+by requests decoded at once, and prefills of one prompt by tokens. Medians of alternating runs.
 """
 
 import statistics
@@ -32,6 +33,7 @@ from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.targets.config import TargetConfig
 from dspark_jax.targets.layers import head_logits
+from dspark_jax.targets.products import rows_times
 from dspark_jax.targets.target import Target
 
 KINDS: dict[str, tuple[Any, Any]] = {
@@ -53,6 +55,10 @@ class ProductSettings:
     """Rows of the products: 1 is a plain round of one request, a block and its anchor a verify pass."""
     repeats: int = 5
     """Alternations."""
+    requests: tuple[int, ...] = (1, 8, 32)
+    """Requests decoded at once, of which plain rounds are timed."""
+    prompts: tuple[int, ...] = (128, 256)
+    """Tokens of the prompts whose prefill is timed."""
     round_tokens: int = 32
     """Tokens decoded to time a plain round."""
     cpu_seconds: bool = False
@@ -71,27 +77,46 @@ def main(argv: list[str]) -> None:
     if any(layer.sparse for layer in target.config.layers):
         raise UserError(f"{target.name} has mixtures of experts; expected a dense target.")
 
-    runs: dict[str, Callable[[], Any]] = {}
-    # All weights at once in memory: runs alternate among the kinds.
-    for kind, (stored, result) in KINDS.items():
-        weights = random_weights(target.config, stored)
-        for rows in settings.rows:
-            x = jnp.ones((rows, target.config.hidden_size), stored if stored == jnp.bfloat16 else jnp.float32)
-            runs[f"{kind}/{rows}"] = partial(chain, weights, x, result)
     # A process's CPU seconds leave out what others do to the machine, and count all of its threads.
     clock = time.process_time if settings.cpu_seconds else time.perf_counter
-    seconds = timed(runs, settings.repeats, clock)
+    seconds = timed(product_runs(settings, target.config), settings.repeats, clock)
 
-    # Of a request whose prefill is a single token: the difference of two lengths leaves rounds alone.
-    plain = plain_round(target, settings.round_tokens, settings.repeats, clock)
-    share = seconds["float32/1"] / plain if "float32/1" in seconds else None
-    made = {"milliseconds": {k: 1e3 * s for k, s in seconds.items()}, "plain_round": 1e3 * plain, "share": share}
+    # Of requests whose prefill is a single token: the difference of two lengths leaves rounds alone.
+    rounds = {n: plain_round(target, n, settings.round_tokens, settings.repeats, clock) for n in settings.requests}
+    prefills = {n: prefill(target, n, settings.repeats, clock) for n in settings.prompts}
+    made: dict[str, Any] = {"milliseconds": {k: 1e3 * s for k, s in seconds.items()}}
+    made["plain_rounds"] = {n: against(s, seconds[f"float32/{n}"]) for n, s in rounds.items()}
+    made["prefills"] = {n: against(s, seconds[f"prefill/{n}"]) for n, s in prefills.items()}
     write_json(settings.result, made | {"cpu_seconds": settings.cpu_seconds, "machine": machine()})
 
     body = [[kind, *(f"{1e3 * seconds[f'{kind}/{rows}']:.1f}" for rows in settings.rows)] for kind in KINDS]
-    print(f"\nmilliseconds by rows\n{table(['weights', *map(str, settings.rows)], body)}")
-    said = "" if share is None else f", of which the float32 products are {100 * share:.0f} %"
-    print(f"plain round of one request: {1e3 * plain:.1f} ms{said}\n{settings.result}")
+    print(f"\nmilliseconds by rows\n{table(['weights', *map(str, settings.rows)], body)}\n")
+    found = [(f"plain round, {n} requests", row) for n, row in made["plain_rounds"].items()]
+    found += [(f"prefill, {n} tokens", row) for n, row in made["prefills"].items()]
+    shown = [[name, f"{row['milliseconds']:.1f}", f"{100 * row['share']:.0f} %"] for name, row in found]
+    print(f"{table(['float32', 'ms', 'of it bare products'], shown)}\n{settings.result}")
+
+
+def product_runs(settings: ProductSettings, config: TargetConfig) -> dict[str, Callable[[], Any]]:
+    """Chains of products by name: of each kind and number of rows, and those of each prefill."""
+    runs: dict[str, Callable[[], Any]] = {}
+    # All weights at once in memory: runs alternate among the kinds.
+    for kind, (stored, result) in KINDS.items():
+        weights = random_weights(config, stored)
+        # Rounds and prefills are of float32.
+        rounds, prompts = (settings.requests, settings.prompts) if kind == "float32" else ((), ())
+        for rows in dict.fromkeys((*settings.rows, *rounds, *prompts)):
+            x = jnp.ones((rows, config.hidden_size), stored if stored == jnp.bfloat16 else jnp.float32)
+            if rows in (*settings.rows, *rounds):
+                runs[f"{kind}/{rows}"] = partial(chain, weights, x, result)
+            if rows in prompts:
+                runs[f"prefill/{rows}"] = partial(chain, weights, x, result, True)
+    return runs
+
+
+def against(seconds: float, products: float) -> dict[str, float]:
+    """Milliseconds of a pass, and the share of its bare products."""
+    return {"milliseconds": 1e3 * seconds, "share": products / seconds}
 
 
 def random_weights(config: TargetConfig, dtype: Any) -> list[Array]:
@@ -111,13 +136,17 @@ def random_weights(config: TargetConfig, dtype: Any) -> list[Array]:
     return [jnp.asarray(draws.standard_normal(shape, np.float32) * 0.02, dtype) for shape in shapes]
 
 
-@partial(jax.jit, static_argnums=2)
-def chain(weights: list[Array], x: Float[Array, "m d"], result: Any) -> Array:
-    """The products of a pass in order, each on the one before; softmax, norms and attention are left out."""
+@partial(jax.jit, static_argnums=(2, 3))
+def chain(weights: list[Array], x: Float[Array, "m d"], result: Any, last: bool = False) -> Array:
+    """The products of a pass in order, each on the one before; softmax, norms and attention are left out. `last`: the
+    head multiplies the last row alone, as in a prefill."""
 
     def times(x: Array, weight: Array) -> Array:
         # An int8 weight is converted where it is read: XLA decides whether a float copy of it is written.
         wide = weight.astype(jnp.float32) if weight.dtype == jnp.int8 else weight
+        if x.dtype == wide.dtype == result == jnp.float32 and weight.dtype == jnp.float32:
+            # As a layer multiplies: few rows have a kernel of their own.
+            return rows_times(x, wide)
         out = jnp.matmul(x.astype(wide.dtype), wide, preferred_element_type=result)
         return out * 0.1 if weight.dtype == jnp.int8 else out
 
@@ -134,7 +163,7 @@ def chain(weights: list[Array], x: Float[Array, "m d"], result: Any) -> Array:
         x = x / (1 + jnp.max(jnp.abs(x)))
 
     wide = head.astype(jnp.float32) if head.dtype == jnp.int8 else head
-    return head_logits(x.astype(wide.dtype), wide, None)
+    return head_logits((x[-1:] if last else x).astype(wide.dtype), wide, None)
 
 
 def timed(
@@ -154,17 +183,30 @@ def timed(
     return {name: statistics.median(times) for name, times in found.items()}
 
 
-def plain_round(target: Target, tokens: int, repeats: int, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Median seconds of a plain round of one request."""
-    engine = EngineConfig(1, 256, "plain", rounds_per_dispatch=tokens)
+def plain_round(
+    target: Target, requests: int, tokens: int, repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Median seconds of a plain round of so many requests."""
+    engine = EngineConfig(requests, 256, "plain", rounds_per_dispatch=tokens)
 
     def decode(count: int) -> None:
         # Without stop tokens, so that every run takes all its rounds.
-        generate(target, None, [[1]], SamplingParams(count, 0.0, stop_tokens=()), engine)
+        generate(target, None, [[1]] * requests, SamplingParams(count, 0.0, stop_tokens=()), engine)
 
     found = timed({"long": partial(decode, tokens + 1), "short": partial(decode, 1)}, repeats, clock)
     # Both have the prefill and the dispatch in common; the difference is rounds alone.
     return (found["long"] - found["short"]) / tokens
+
+
+def prefill(target: Target, tokens: int, repeats: int, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Median seconds from a prompt of so many tokens to its first one, the engine's own work included."""
+    engine = EngineConfig(1, tokens + 64, "plain", smallest_prompt_bucket=tokens, prefill_chunk=tokens)
+    ids = np.random.default_rng(0).integers(0, target.known_tokens or target.config.vocab_size, tokens).tolist()
+
+    def first() -> None:
+        generate(target, None, [ids], SamplingParams(1, 0.0, stop_tokens=()), engine)
+
+    return timed({"prefill": first}, repeats, clock)["prefill"]
 
 
 if __name__ == "__main__":
