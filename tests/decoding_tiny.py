@@ -145,6 +145,7 @@ def admission(
         ),
         penalties=penalties or jax.tree.map(np.asarray, Penalties.off(count, loop.bias_slots)),
         wants_logprobs=full(False, bool),
+        anchor=full(-1, np.int32),
     )
 
 

@@ -1,4 +1,4 @@
-"""`infer.studies.auto` and `infer.studies.capacity` from beginning to end on a tiny pair."""
+"""`infer.studies.auto`, `infer.studies.capacity` and `infer.studies.paged` from beginning to end on a tiny pair."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dspark_jax.serving.prompts import EncodedPrompt
-from infer.studies import auto, capacity
+from infer.studies import auto, capacity, paged
 from infer.studies.auto import STRATEGIES, AutoSettings, mixed
 from tests.test_infer_programs import refused, write_drafter
 from tests.tiny import write_tiny_target
@@ -56,3 +56,19 @@ def test_rounds_are_timed_by_capacity(folder: Path, tmp_path: Path, capsys: pyte
     assert "plain round, ms (ratio)" in capsys.readouterr().out
     said = refused(capacity.main, [*pair, *short, "--capacities", "100"], capsys)
     assert "The capacities are [100]; expected multiples of 64" in said
+
+
+def test_requests_are_replayed_in_pages(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pair = ["--target", str(folder / "target"), "--drafter", str(folder / "drafter")]
+    short = ["--requests", "3", "--slots", "1", "--paged-slots", "3", "--longest", "384", "--new", "8", "--page", "16"]
+    results = tmp_path / "paged.json"
+    prompts = ["--prompts", str(folder / "prompts.jsonl"), "--temperatures", "1.0"]
+    paged.main([*pair, *prompts, *short, "--results", str(results)])
+    found = json.loads(results.read_text())
+    assert found["identical"] == {"t1": 3} and found["settings"]["prompts"] == "prompts"
+    slots, pages = found["by slot"], found["in pages"]
+    assert slots["whole_cache_copies"] == pages["whole_cache_copies"] == 0
+    assert pages["state_mib"] <= slots["state_mib"] and pages["t1"]["requests_at_once_most"] > 1
+    assert "requests at once, ratio" in capsys.readouterr().out
+    said = refused(paged.main, [*pair, *prompts, *short, "--paged-slots", "40"], capsys)
+    assert "too few for one request of 384 positions" in said

@@ -28,7 +28,8 @@ SIGNATURES = {
     ),
     "EngineConfig": (
         "(slots, longest, policy, tree, threshold, sts, sps, rounds_per_dispatch, buckets, smallest_prompt_bucket, "
-        "prefill_chunk, prefill_budget, prefix_cache, queue, stop_slots, bias_slots, max_logprobs, return_at_once)"
+        "prefill_chunk, prefill_budget, prefix_cache, cache_pages, page, queue, stop_slots, bias_slots, max_logprobs, "
+        "return_at_once)"
     ),
     "Generation": (
         "(index, prompt_tokens, tokens, text, finish_reason, rounds, committed, verified_at, accepted_at, judged_at, "

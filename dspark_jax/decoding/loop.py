@@ -23,6 +23,7 @@ from dspark_jax.drafters.trees import TreeShape
 from dspark_jax.scheduling.policies import Fixed, VerifyPolicy
 from dspark_jax.sharding import ShardingRules, array_sharding
 from dspark_jax.targets.decoder import TargetModel
+from dspark_jax.targets.kv_cache import BySlot, CacheLayout
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class LoopSettings:
             rule 106). None: all of V.
         tree: shape of the draft trees; None: chains.
         mesh: devices that the parameters, and the slots, are spread over; None: one device.
+        layout: where the caches of target and drafter lie.
     """
 
     target: nnx.GraphDef
@@ -61,6 +63,7 @@ class LoopSettings:
     tree: TreeShape | None = None
     mesh: Mesh | None = None
     words: int | None = None
+    layout: CacheLayout = BySlot()
 
     def __post_init__(self) -> None:
         # Here, so that a loop that would not be exact cannot be put together at all (docs/algorithm.md, rule 108).

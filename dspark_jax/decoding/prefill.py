@@ -34,7 +34,7 @@ class FirstTokens(NamedTuple):
 
     Attributes:
         logits: [A, V], raw.
-        tokens: [A] int32, drawn from each request's law.
+        tokens: [A] int32, drawn from each request's law, or the anchor that it goes on from.
         failed: [A] bool: the target gave no finite numbers in this chunk or an earlier one.
     """
 
@@ -113,7 +113,10 @@ def _first_tokens(
     # As after an anchor at the prompt's last position, which is no round's anchor: with independent noise the draw
     # shares no random number with any round.
     tokens = loop.verifier.next_token(logits, Draws(new.keys, ends - 1, new.sampling, edits), 0)
-    return FirstTokens(logits, tokens, failed)
+
+    # A request that goes on has its anchor already: its next round is the one that it would have run, draw for draw.
+    known = new.anchor >= 0
+    return FirstTokens(logits, jnp.where(known, new.anchor, tokens), failed)
 
 
 def _entered(loop: DecodeLoop, state: DecodeState, new: Admission, first: FirstTokens) -> DecodeState:

@@ -19,6 +19,7 @@ from jaxtyping import Array, Int
 from dspark_jax.decoding.round import DecodeLoop
 from dspark_jax.decoding.state import DecodeState
 from dspark_jax.targets.attention import KeysValues
+from dspark_jax.targets.pages import PagedCache
 
 
 class KeptChunk(NamedTuple):
@@ -56,7 +57,9 @@ def keep_chunk(
         width: its tokens, all of them real.
     """
 
-    def copied(leaf: Array, positions: bool) -> Array:
+    def copied(leaf: Any, positions: bool) -> Any:
+        if isinstance(leaf, PagedCache):
+            return leaf.positions(slot, _first_row(start), width + 1)
         # Leaves without an axis of positions are copied whole: of a ring, say, the chunk may have changed any row.
         at: list[Any] = [slot, *[0] * (leaf.ndim - 1)]
         shape = [1, *leaf.shape[1:]]
@@ -85,7 +88,9 @@ def restore_chunk(
         start: the chunk's position.
     """
 
-    def written(leaf: Array, positions: bool, part: Array) -> Array:
+    def written(leaf: Any, positions: bool, part: Any) -> Any:
+        if isinstance(leaf, PagedCache):
+            return leaf.inserted(jax.tree.map(lambda x: x[None], part), slot[None], _first_row(start)[None])
         # The same places as in `keep_chunk`.
         at: list[Any] = [slot, *[0] * (leaf.ndim - 1)]
         if positions:
@@ -124,4 +129,4 @@ def _map_leaves(loop: DecodeLoop, function: Callable[..., Any], tree: Any, *othe
         # By shape: windows and compressed caches are also keys and values, of fewer positions than S.
         return jax.tree.map(lambda leaf, *r: function(leaf, leaf.shape[2] == loop.size, *r), node, *rest)
 
-    return jax.tree.map(one, tree, *others, is_leaf=lambda node: isinstance(node, KeysValues))
+    return jax.tree.map(one, tree, *others, is_leaf=lambda node: isinstance(node, KeysValues | PagedCache))

@@ -17,6 +17,7 @@ from dspark_jax.decoding.sampling import SamplingArrays
 from dspark_jax.sharding import ShardingRules, array_sharding, replicated
 from dspark_jax.targets.attention import KeysValues
 from dspark_jax.targets.decoder import Cache
+from dspark_jax.targets.pages import PagedCache
 
 
 class RoundCounters(NamedTuple):
@@ -83,6 +84,7 @@ class Admission(NamedTuple):
     sampling: SamplingArrays  # [A] each
     penalties: Penalties  # [A] each
     wants_logprobs: Array  # [A] bool
+    anchor: Array  # [A] int32: the token after the prompt, of a request that goes on behind it; -1: it is to be drawn
 
 
 class RoundRecord(NamedTuple):
@@ -116,17 +118,22 @@ def spread(state: DecodeState, mesh: Mesh) -> DecodeState:
     spec, whole = NamedSharding(mesh, rules.spec(["batch"])), replicated(mesh)
     shardings: Any = jax.tree.map(lambda _: spec, state)
 
-    # The exceptions: K/V [R, G, S, H], what the policy shares between requests, and the one scalar.
-    axes = ["batch", "kv_heads", None, None]
+    # The exceptions: K/V [R, G, S, H] or [P, C, G, H] in pages, what the policy shares between requests, and the one
+    # scalar.
+    by_slot, by_page = ["batch", "kv_heads", None, None], [None, None, "kv_heads", None]
 
     def part_sharding(part: Any) -> Any:
-        if not isinstance(part, KeysValues):
-            return spec
-        return jax.tree.map(lambda x: array_sharding(x.shape, axes, mesh, rules), part)
+        if isinstance(part, KeysValues):
+            return jax.tree.map(lambda x: array_sharding(x.shape, by_slot, mesh, rules), part)
+        if isinstance(part, PagedCache):
+            # Any request may have any page: pages are split by kv head alone.
+            pools = jax.tree.map(lambda x: array_sharding(x.shape, by_page, mesh, rules), part.layers)
+            return PagedCache(pools, whole)  # type: ignore[arg-type]
+        return spec
 
     # Where a layer's heads are computed is where its K/V lie: a cache laid out otherwise is gathered in every dispatch.
     held = {"target_cache": state.target_cache, "draft": state.draft}
-    caches = jax.tree.map(part_sharding, held, is_leaf=lambda part: isinstance(part, KeysValues))
+    caches = jax.tree.map(part_sharding, held, is_leaf=lambda part: isinstance(part, KeysValues | PagedCache))
 
     shared = jax.tree.map(lambda _: whole, state.policy.shared)
     policy = shardings.policy._replace(shared=shared)

@@ -19,6 +19,7 @@ from dspark_jax.drafters.heads import Linear
 from dspark_jax.targets.attention import (
     Attend,
     KeysValues,
+    Prefix,
     block_attention,
     lowest_seen,
     prefix_block_attention,
@@ -36,7 +37,7 @@ class BlocksOverContext:
     `context` holds a KeysValues [B, G, T, H] for each layer; `allowed` is [B, N, K or 1, T].
     """
 
-    context: Sequence[KeysValues]
+    context: Sequence[Prefix]
     allowed: Bool[Array, "b n rows t"]
 
     def __call__(self, layer: int, q: Array, k: Array, v: Array, *, scale: float, window: int | None) -> Array:
@@ -53,7 +54,7 @@ class BlockOverHeld:
     `lowest` [R, 1, K]: the first position that a row sees, where the context has a window.
     """
 
-    context: Sequence[KeysValues]
+    context: Sequence[Prefix]
     held: Int[Array, " r"]
     lowest: Int[Array, "r 1 k"] | None
 
@@ -98,7 +99,7 @@ class Backbone(nnx.Module):
         self,
         x: Float[Array, "b n k d"],
         anchors: Int[Array, "b n"],
-        context: Sequence[KeysValues],
+        context: Sequence[Prefix],
         starts: Int[Array, "b n"] | None = None,
     ) -> Float[Array, "b n k d"]:
         """h_k: block rows, at positions anchor + k, through layers and final norm; context [B, G, T, H] for each layer.
@@ -106,13 +107,13 @@ class Backbone(nnx.Module):
         `starts`: the index in its row at which each anchor's sequence begins; None: each row is one sequence.
         """
         # The context strictly before each anchor (docs/algorithm.md, rule 23).
-        allowed = prefix_mask(anchors, context[0].keys.shape[2], x.shape[2], self.window, starts)
+        allowed = prefix_mask(anchors, context[0].size, x.shape[2], self.window, starts)
         # RoPE counts from the sequence's start, while the mask compares indices in the packed row (rules 21 and 23).
         positions = anchors if starts is None else anchors - starts
         return self._rows(x, positions, BlocksOverContext(context, allowed))
 
     def decode(
-        self, x: Float[Array, "r 1 k d"], anchors: Int[Array, " r"], context: Sequence[KeysValues]
+        self, x: Float[Array, "r 1 k d"], anchors: Int[Array, " r"], context: Sequence[Prefix]
     ) -> Float[Array, "r 1 k d"]:
         """h_k of one block for each request, whose context before `anchors` alone is read; not differentiable."""
         lowest = lowest_seen(anchors[:, None], x.shape[2], self.window)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from dspark_jax.drafters.config import DrafterConfig
 from dspark_jax.drafters.protocol import SharedTables
-from dspark_jax.targets.attention import KeysValues, block_attention, prefix_block_attention, prefix_mask
+from dspark_jax.targets.attention import KeysValues, Prefix, block_attention, prefix_block_attention, prefix_mask
 from dspark_jax.targets.kv_cache import KVCache, append_rows, empty_cache, head_major
 from dspark_jax.targets.layers import Rope, layer_ropes
 
@@ -41,7 +41,7 @@ class OwnRows:
     [B, Q, query_chunk, T].
     """
 
-    prefix: KeysValues
+    prefix: Prefix
     limits: Int[Array, "b n"]
     earlier: Sequence[KeysValues] = ()
     starts: Int[Array, "b n"] | None = None
@@ -55,7 +55,7 @@ class OwnRows:
         def attend(part: tuple[Array, KeysValues, Array, Array | None]) -> Array:
             queries, own, limits, starts = part
             # No window: drafters never slide (docs/algorithm.md, rule 25).
-            allowed = prefix_mask(limits, self.prefix.keys.shape[2], 1, starts=starts)
+            allowed = prefix_mask(limits, self.prefix.size, 1, starts=starts)
             return prefix_block_attention(queries[:, :, None], own, self.prefix, allowed, None, scale=scale)[:, :, 0]
 
         count, chunk = q.shape[1], self.query_chunk

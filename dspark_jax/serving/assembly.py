@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import jax
+
 from dspark_jax.checkpoints.serving_tables import SpsTable, read_sps
 from dspark_jax.decoding.acceptance import RejectionSampling
 from dspark_jax.decoding.round import DecodeLoop, LoopParams
@@ -23,6 +25,7 @@ from dspark_jax.serving.settings import EngineConfig, policy_named, verifier_of
 from dspark_jax.serving.temperatures import read_calibration, validity
 from dspark_jax.serving.worth import Worth
 from dspark_jax.sharding import parameter_mesh
+from dspark_jax.targets.kv_cache import ByPage
 from dspark_jax.targets.target import Target
 
 # Cache sizes are rounded up to this many positions, so that engines of similar size share compiled programs.
@@ -133,7 +136,7 @@ def make_loop(
         raise UserError(f"Token buckets {buckets} must ascend and end at slots x (drafts + 1), {config.slots * width}.")
 
     # A write that does not fit would be moved left over live rows, hence the room for a whole block at the end.
-    return DecodeLoop(
+    loop = DecodeLoop(
         target=target.graphdef,
         drafter=None if drafter is None else drafter.graphdef,
         requests=config.slots,
@@ -150,6 +153,20 @@ def make_loop(
         mesh=parameter_mesh(target.params),
         words=target.known_tokens,
     )
+    return replace(loop, layout=_pages(target, drafter, config, loop)) if config.cache_pages else loop
+
+
+def _pages(target: Target, drafter: Drafter | None, config: EngineConfig, loop: DecodeLoop) -> ByPage:
+    """The pages that the settings ask for; UserError for models whose decode states have none."""
+    params = LoopParams(target.params, {} if drafter is None else drafter.params)
+    state = jax.eval_shape(loop.init_state, params)
+    for model, part in ((target, state.target_cache), (drafter, state.draft)):
+        if model is not None and not ByPage.holds(part):
+            raise UserError(
+                f"{model.name} keeps a decode state of its own, not keys and values by position, so that pages cannot "
+                "hold it; leave cache_pages at 0."
+            )
+    return ByPage(config.cache_pages, config.page)
 
 
 def _tree(drafter: Drafter, config: EngineConfig, verifier: Verifier) -> tuple[Verifier, TreeShape]:

@@ -82,8 +82,8 @@ def _see(entry: Entry, made: Made, decode: Decode | None, now: float) -> str | N
     slot = entry.slot
     assert slot is not None
 
-    # The slot's tokens: the running prompt, what has been seen since it entered the slot, and the new ones.
-    first, end = len(entry.running.prompt) + entry.made, int(made.length[slot])
+    # The slot's tokens: the prompt, what has been seen, in this slot or an earlier one, and the new ones.
+    first, end = len(entry.job.prompt) + len(entry.seen.tokens), int(made.length[slot])
     new = made.tokens[slot, first:end].tolist()
     counters = made.counters
     counts = Counts(

@@ -139,6 +139,7 @@ def next_chunk(loop: DecodeLoop, width: int, entering: Sequence[tuple[int, Job, 
             bias=biases,
         ),
         wants_logprobs=column([s.logprobs is not None for s in settings], bool),
+        anchor=column([-1 if job.anchor is None else job.anchor for job in jobs]),
     )
 
 

@@ -29,6 +29,7 @@ from dspark_jax.serving.booking import Made, Recorder, book
 from dspark_jax.serving.chunks import next_chunk, plan_chunks
 from dspark_jax.serving.crowd import Crowd
 from dspark_jax.serving.jobs import make_job, require_room
+from dspark_jax.serving.memory import Memory, memory_of
 from dspark_jax.serving.metering import Metering
 from dspark_jax.serving.prefixes import PrefixCache
 from dspark_jax.serving.requests import EngineBroken, Generation, Progress, Request
@@ -75,6 +76,7 @@ class Engine:
     params: LoopParams = field(init=False)
     crowd: Crowd = field(init=False, repr=False)  # when requests are decoded by a program without the drafter
     state: DecodeState = field(init=False, repr=False)
+    memory: Memory = field(init=False, repr=False)  # which requests the caches have room for
     prefixes: PrefixCache | None = field(init=False, repr=False)  # None: prompts are always prefilled whole
 
     def __post_init__(self) -> None:
@@ -90,6 +92,7 @@ class Engine:
             self.metering.dispatch_seconds = float(self.tables.costs.dispatch)
 
         self.state = init_state(self.loop, self.params)
+        self.memory = memory_of(self.loop, self.config.rounds_per_dispatch)
         self.prefixes = PrefixCache.of(self.config, self.loop.mesh)
         self._roster = Roster()
         self._stepping = threading.RLock()
@@ -118,6 +121,7 @@ class Engine:
         require_mode(job.sampling, self.sampling.mode, f"Request {index}")
 
         require_room(job, self.config)
+        self.memory.require(job)
         self._roster.add(job, self.config.queue)
 
     def cancel(self, index: int) -> Generation | None:
@@ -204,6 +208,7 @@ class Engine:
                 self.prefixes.clear()
             self.state = None  # type: ignore[assignment]  # first, so that two never fill the memory
             self.state = init_state(self.loop, self.params)
+            self.memory.clear()
             self._roster.rewind()
 
         self._roster.mark()
@@ -281,8 +286,9 @@ class Engine:
         # Asked before seating: only requests that decode already are held up by a prefill.
         decoding = any(entry.decoding for entry in self._seats.values() if self._roster.holds(entry))
         self._seat()
-
-        self._reuse()
+        # Prompts that have just been seated begin with the chunks that are kept of them.
+        if self.prefixes is not None:
+            self.state = self.prefixes.begin(self.loop, self.state, self._seats)
 
         budget = self.config.prefill_budget if decoding else None
         keeps = self.prefixes is not None
@@ -297,33 +303,29 @@ class Engine:
         return plan.spent
 
     def _seat(self) -> None:
-        """Empty the slots of requests that have left, and seat waiting requests in the free ones, in their order."""
+        """Empty the slots of requests that have left or that memory is too short for, and seat waiting requests in the
+        free ones, in their order, while there is memory for them."""
         left = [slot for slot, entry in self._seats.items() if not self._roster.holds(entry)]
+        for slot in left:
+            del self._seats[slot]
+        for slot in self.memory.settle(self._seats):
+            self._seats.pop(slot).unseat()
+            left.append(slot)
         if left:
-            # Requests cancelled or ended by a stop string are still active on the device.
+            # All of them may still be active on the device.
             leaving = np.isin(np.arange(self.config.slots), left)
             self.state = retire(self.loop, self.state, jax.device_put(leaving))
-            for slot in left:
-                del self._seats[slot]
 
         now = time.perf_counter()
         free = [slot for slot in range(self.config.slots) if slot not in self._seats]
-        # Those whose deadline has passed are not worth a prefill; they are cut at the end of this step.
-        waiting = [entry for entry in self._roster.entries() if entry.slot is None and not entry.expired(now)]
-        waiting.sort(key=lambda entry: entry.turn)
-
-        for slot, entry in zip(free, waiting, strict=False):
+        for slot, entry in zip(free, self._roster.queue(now), strict=False):
+            # A shorter request behind it has to wait, too: else this one might wait for ever.
+            if not self.memory.admit(slot, entry, self._seats):
+                break
             self._seats[slot], entry.slot = entry, slot
             entry.admitted = now if entry.admitted is None else entry.admitted  # kept when it is seated again
 
-    def _reuse(self) -> None:
-        """Let prompts that have just been seated begin with the chunks that are kept of them."""
-        if self.prefixes is None:
-            return
-        for slot, entry in self._seats.items():
-            if not entry.prefilled:
-                self.state, entry.cached = self.prefixes.restore(self.loop, self.state, slot, entry.running.prompt)
-                entry.prefilled = entry.cached
+        self.state = self.memory.placed(self.state)
 
     def _prefill(self, width: int, slots: list[int], rows: int) -> None:
         """Prefill the next chunk, of `width` positions, of the prompts in `slots`; the first is repeated up to `rows`

@@ -33,11 +33,15 @@ class Job:
     given: int  # tokens of the prompt as submitted: penalties count those behind them as output
     deadline: float | None = None  # seconds from submission on
     priority: int = 0
+    anchor: int | None = None  # the token behind the prompt, of a request that goes on; None: it is drawn
 
     def after(self, tokens: Sequence[int]) -> "Job":
-        """The rest of the request after `tokens` have been decoded; they join the prompt, and `longest` stays."""
+        """The rest of the request after `tokens` have been decoded: all but the last, its anchor, join the prompt, and
+        `longest` stays."""
+        if not tokens:
+            return self
         # `given` stays as well, so that penalties still count these tokens as output.
-        return replace(self, prompt=(*self.prompt, *tokens))
+        return replace(self, prompt=(*self.prompt, *tokens[:-1]), anchor=tokens[-1])
 
 
 def make_job(target: Target, sampling: SamplingParams, index: int, request: Request) -> Job:

@@ -4,7 +4,7 @@ The chunks are arrays on the device; decoding/prefixes.py copies them out of a s
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import jax
@@ -15,6 +15,7 @@ from dspark_jax.decoding.prefixes import KeptChunk, keep_chunk, restore_chunk
 from dspark_jax.decoding.round import DecodeLoop
 from dspark_jax.decoding.state import DecodeState
 from dspark_jax.errors import UserError
+from dspark_jax.serving.roster import Entry
 from dspark_jax.serving.settings import EngineConfig
 
 
@@ -79,6 +80,14 @@ class PrefixCache:
             held += self.chunk
         self.reused += held
         return state, held
+
+    def begin(self, loop: DecodeLoop, state: DecodeState, seats: Mapping[int, Entry]) -> DecodeState:
+        """Write what is kept of the prompts in `seats` of which nothing is prefilled yet; `state` is donated."""
+        for slot, entry in seats.items():
+            if not entry.prefilled:
+                state, entry.cached = self.restore(loop, state, slot, entry.running.prompt)
+                entry.prefilled = entry.cached
+        return state
 
     def keep(self, loop: DecodeLoop, state: DecodeState, slot: int, start: int, tokens: Sequence[int]) -> None:
         """Keep what a slot holds of a prompt from `start` on, unless it is no whole chunk or is kept already.

@@ -59,6 +59,8 @@ def profile_key(loop: DecodeLoop, params: LoopParams, temperature: float) -> dic
         "sampled": temperature > 0,
         "verifier": repr(loop.verifier),
         "native": native.ready(),
+        # Without pages nothing is added, so that what was measured before there were any stays valid.
+        **loop.layout.facts,
     }
 
 

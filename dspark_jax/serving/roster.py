@@ -44,13 +44,13 @@ class Entry:
     prefilled: int = 0  # tokens of `running`'s prompt that the slot holds
     cached: int = 0  # of them, those that a kept prefix held
     undrafted: bool = False  # its drafter's context lacks tokens: nothing is drafted for it in this slot any more
-    running: Job = field(init=False)  # what the slot decodes: the job with the tokens of `before` added to its prompt
-    before: Seen = Seen()  # what had been seen when it entered the slot: nothing, unless a dispatch was interrupted
+    running: Job = field(init=False)  # what the slot decodes: the job, going on behind the tokens of `before`
+    before: Seen = Seen()  # what had been seen when it entered the slot: nothing, unless it had to leave an earlier one
     seen: Seen = Seen()
     due: float = math.inf  # its deadline
 
     def __post_init__(self) -> None:
-        # They differ only once a dispatch was interrupted, and the request starts again behind its reported tokens.
+        # They differ only once the request has lost a slot, and goes on behind its reported tokens.
         self.running = self.job
         if self.job.deadline is not None:
             self.due = self.submitted + self.job.deadline
@@ -81,14 +81,9 @@ class Entry:
 
     def unseat(self) -> None:
         """Return the request to the queue, to be continued after the tokens that have been seen."""
-        # Tokens that were reported join the prompt: they are prefilled again, not decoded again.
+        # Tokens that were reported are prefilled again, not decoded again; the last of them is the next round's anchor.
         self.slot, self.prefilled, self.undrafted = None, 0, False
         self.before, self.running = self.seen, self.job.after(self.seen.tokens)
-
-    @property
-    def made(self) -> int:
-        """Tokens seen since the request entered its slot."""
-        return len(self.seen.tokens) - len(self.before.tokens)
 
     def see(
         self,
@@ -228,6 +223,12 @@ class Roster:
         with self._lock:
             # A copy: `submit` and `cancel` change the dictionary on other threads.
             return list(self._open.values())
+
+    def queue(self, now: float) -> list[Entry]:
+        """The requests without a slot, in their turn."""
+        # Those whose deadline has passed are not worth a prefill; they are cut at the end of the step.
+        waiting = [entry for entry in self.entries() if entry.slot is None and not entry.expired(now)]
+        return sorted(waiting, key=lambda entry: entry.turn)
 
     @property
     def waiting(self) -> int:

@@ -57,6 +57,11 @@ class EngineConfig:
     """Prompt tokens prefilled between two dispatches while other requests decode."""
     prefix_cache: int = 0
     """MiB of device memory for whole chunks of prompts, from which prompts that begin alike start. 0: none is kept."""
+    # Pages are worth their tables where requests differ much in length; few slots of one length decode faster without.
+    cache_pages: int = 0
+    """Pages of one cache that all requests share, which positions held bound. 0: every slot holds `longest`."""
+    page: int = 64
+    """Positions of a page: a power of two."""
     # A server bounds it; a list of prompts is finite by itself.
     queue: int | None = None
     """Requests that may wait. None: any number."""
@@ -72,6 +77,8 @@ class EngineConfig:
 
 
 DEFAULT_ENGINE = EngineConfig()
+PAGE_SIZES = (8, 16, 32, 64, 128, 256, 512)
+"""A chunk of positions that attention reads at once is a whole number of pages."""
 
 
 def policy_named(name: PolicyName, threshold: float = 0.0) -> VerifyPolicy:
@@ -121,6 +128,10 @@ def check_engine(config: EngineConfig) -> None:
         whole_number(who, name, getattr(config, name), 1)
 
     whole_number(who, "prefix_cache", config.prefix_cache, 0)
+    whole_number(who, "cache_pages", config.cache_pages, 0)
+    whole_number(who, "page", config.page, 1)
+    if config.page not in PAGE_SIZES:
+        raise UserError(f"{who} has page = {config.page}; expected one of {', '.join(map(str, PAGE_SIZES))} positions.")
     whole_number(who, "tree", config.tree, 0)
     # None has a meaning of its own for both; 0 has none.
     for name in ("queue", "longest"):

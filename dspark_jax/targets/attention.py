@@ -23,10 +23,46 @@ MASKED = -1e30
 
 
 class KeysValues(NamedTuple):
-    """One layer's keys (after k-norm and RoPE) and values; cached ones are head-major [B, G, T, H]."""
+    """One layer's keys (after k-norm and RoPE) and values; cached ones are head-major [B, G, T, H]: a `Prefix`."""
 
     keys: Array
     values: Array
+
+    @property
+    def size(self) -> int:
+        return self.keys.shape[2]
+
+    @property
+    def heads(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def step(self) -> int:
+        return HELD_CHUNK
+
+    def chunk(self, number: Int[Array, ""]) -> "tuple[KeysValues, Array]":
+        # The last chunk lies further left where the size is no multiple.
+        at = jnp.minimum(number * HELD_CHUNK, self.size - HELD_CHUNK)
+        return KeysValues(*(jax.lax.dynamic_slice_in_dim(x, at, HELD_CHUNK, axis=2) for x in self)), at
+
+
+class Prefix(Protocol):
+    """A layer's cached keys and values as attention reads them, chunk by chunk; `KeysValues` can be read at once too.
+
+    size: T, the positions that a request may hold. heads: G. step: the positions C of a chunk.
+    """
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def step(self) -> int: ...
+
+    def chunk(self, number: Int[Array, ""]) -> tuple[KeysValues, Array]:
+        """(keys and values [B, G, C, H] of positions number * C.., the first position); where fewer than C are left,
+        the last C of all."""
+        ...
 
 
 class Attend(Protocol):
@@ -137,7 +173,7 @@ class CachedBlock:
     positions are not read; None: all matter.
     """
 
-    cache: Sequence[KeysValues]
+    cache: Sequence[Prefix]
     lengths: Int[Array, " r"]
     packed: PackedRows | None = None
     tree: TreeRows | None = None
@@ -222,7 +258,7 @@ def tree_block(tree: TreeRows, window: int | None = None) -> Bool[Array, "r w w"
 def block_attention(
     q: Float[Array, "r k q h"],
     block: KeysValues,
-    prefix: KeysValues,
+    prefix: Prefix,
     held: Int[Array, " r"],
     lowest: Int[Array, "r 1 #k"] | None,
     within: Bool[Array, "#r k j"] | None,
@@ -236,7 +272,7 @@ def block_attention(
     """
 
     def einsum() -> Array:
-        allowed = prefix_mask(held[:, None], prefix.keys.shape[2], q.shape[1])
+        allowed = prefix_mask(held[:, None], prefix.size, q.shape[1])
         if lowest is not None:
             allowed &= jnp.arange(allowed.shape[-1]) >= lowest[..., None]
         own = KeysValues(block.keys[:, None], block.values[:, None])
@@ -244,6 +280,9 @@ def block_attention(
         most = jnp.max(held)
         return prefix_block_attention(q[:, None], own, prefix, allowed, inner, scale=scale, held=most)[:, 0]
 
+    # The kernel reads a cache by slot; pages are gathered chunk by chunk, no further than the longest request holds.
+    if not isinstance(prefix, KeysValues):
+        return einsum()
     bound = None if lowest is None else lowest[:, 0]
     return held_attention(q, *block, *prefix, held, bound, within, scale, einsum)
 
@@ -251,7 +290,7 @@ def block_attention(
 def prefix_block_attention(
     q: Float[Array, "b n k q h"],
     block: KeysValues | None,
-    prefix: KeysValues,
+    prefix: Prefix,
     prefix_allowed: Bool[Array, "b n #k t"],
     block_allowed: Bool[Array, "#b #g #n #r k k"] | Bool[Array, "k k"] | None,
     *,
@@ -266,7 +305,7 @@ def prefix_block_attention(
     read, which alone can be differentiated.
     """
     b, n, k, q_heads, h = q.shape
-    groups = prefix.keys.shape[1]
+    groups = prefix.heads
     rows = q.reshape(b, n, k, groups, q_heads // groups, h).transpose(0, 3, 1, 4, 2, 5)  # [B, G, N, Q/G, K, H]
 
     inner = None
@@ -275,7 +314,11 @@ def prefix_block_attention(
         if block_allowed is not None:
             inner = jnp.where(block_allowed, inner, MASKED)
 
-    if held is None or prefix.keys.shape[2] < LARGE:
+    if not isinstance(prefix, KeysValues):
+        # Pages lie anywhere: to read all of them at once would take a copy as large as a cache that has none.
+        reach = jnp.asarray(prefix.size if held is None else held)
+        out = _in_chunks(rows, inner, block, prefix, prefix_allowed, scale, reach)
+    elif held is None or prefix.size < LARGE:
         out = _at_once(rows, inner, block, prefix, prefix_allowed, scale)
     else:
         # An accelerator reads a whole cache faster than its parts in turn.
@@ -343,7 +386,7 @@ def _in_chunks(
     rows: Array,
     inner: Array | None,
     block: KeysValues | None,
-    prefix: KeysValues,
+    prefix: Prefix,
     allowed: Array,
     scale: float,
     held: Array,
@@ -353,7 +396,7 @@ def _in_chunks(
     A chunk in which a row sees no key leaves the row's sums as they are, bit for bit, so that a request's result does
     not depend on how much the others hold.
     """
-    size = prefix.keys.shape[2]
+    width = prefix.step
     floor = jnp.full((*rows.shape[:-1], 1), MASKED / 2, jnp.float32)
     start = floor, jnp.zeros_like(floor), jnp.zeros(rows.shape, jnp.float32)
     if inner is not None and block is not None:
@@ -363,12 +406,10 @@ def _in_chunks(
 
     def step(number: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top, total, out = sums
-        # The last chunk lies further left where the size is no multiple: what was read before counts once.
-        first = number * HELD_CHUNK
-        at = jnp.minimum(first, size - HELD_CHUNK)
-        parts = (prefix.keys, 2), (prefix.values, 2), (allowed, 3)
-        keys, values, mask = (jax.lax.dynamic_slice_in_dim(x, at, HELD_CHUNK, axis) for x, axis in parts)
-        mask &= at + jnp.arange(HELD_CHUNK) >= first
+        # Where a last chunk lies further left than its number says, what was read before counts once.
+        (keys, values), at = prefix.chunk(number)
+        mask = jax.lax.dynamic_slice_in_dim(allowed, at, width, axis=3)
+        mask &= at + jnp.arange(width) >= number * width
 
         scores = _scores(rows, keys, mask, scale)
         higher = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
@@ -377,5 +418,5 @@ def _in_chunks(
         total = less * total + jnp.sum(weights, axis=-1, keepdims=True)
         return higher, total, less * out + _weighted(weights, values)
 
-    _, total, out = jax.lax.fori_loop(0, (held + HELD_CHUNK - 1) // HELD_CHUNK, step, start)
+    _, total, out = jax.lax.fori_loop(0, (held + width - 1) // width, step, start)
     return out / jnp.where(total > 0, total, 1.0)

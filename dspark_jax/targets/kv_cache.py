@@ -2,20 +2,71 @@
 
 Head-major, with a leaf for each layer, so that attention reads each head's rows in one stretch and XLA writes new rows
 in place. A request's length lives outside: rows past it are junk that every mask hides, so rolling back is taking a
-smaller length. Axes: R request slot, G kv heads, S cache size, H head dim, W new rows, A admitted requests, L layer.
+smaller length. Where the memory is shared, a `PagedCache` (pages.py) takes the tuple's place, and the functions below
+work on either. Axes: R request slot, G kv heads, S cache size, H head dim, W new rows, A admitted requests, L layer.
 """
 
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from dspark_jax.targets.attention import KeysValues
+from dspark_jax.targets.pages import PagedCache, PageView, in_pages, is_cache, is_paged
 
 KVCache = tuple[KeysValues, ...]
 Tree = TypeVar("Tree")
+
+
+class CacheLayout(Protocol):
+    """Where the caches of a decode state lie; hashable, as it is a static part of the loop."""
+
+    @property
+    def facts(self) -> dict[str, int]:
+        """What tells it from other layouts, beside the shapes of a loop."""
+        ...
+
+    def empty(self, make: Callable[[int, int], Any], requests: int, size: int) -> Any:
+        """An empty state of `requests` slots for `size` positions each, of which make(requests, size) makes one that
+        has its caches slot by slot."""
+        ...
+
+
+@dataclass(frozen=True)
+class BySlot:
+    """Every slot has a cache for the longest request: the fastest to read, and the largest."""
+
+    @property
+    def facts(self) -> dict[str, int]:
+        return {}
+
+    def empty(self, make: Callable[[int, int], Any], requests: int, size: int) -> Any:
+        return make(requests, size)
+
+
+@dataclass(frozen=True)
+class ByPage:
+    """All requests share `count` pages of `page` positions."""
+
+    count: int
+    page: int
+
+    @property
+    def facts(self) -> dict[str, int]:
+        return {"pages": self.count, "page": self.page}
+
+    def empty(self, make: Callable[[int, int], Any], requests: int, size: int) -> Any:
+        # Only what the caches leave out is taken of the first; XLA allocates no more than it returns.
+        return in_pages(make(requests, size), make(self.count, self.page), size, self.count)
+
+    @staticmethod
+    def holds(state: Any) -> bool:
+        """Whether all keys and values of a state lie by position, so that pages can take their place."""
+        nodes = jax.tree.leaves(state, is_leaf=lambda node: is_cache(node) or isinstance(node, KeysValues))
+        return any(map(is_cache, nodes)) and not any(isinstance(node, KeysValues) for node in nodes)
 
 
 def empty_cache(shapes: Sequence[tuple[int, int]], requests: int, size: int, dtype: Any) -> KVCache:
@@ -33,12 +84,14 @@ def head_major(rows: KeysValues) -> KeysValues:
     return KeysValues(rows.keys.swapaxes(-3, -2), rows.values.swapaxes(-3, -2))
 
 
-def append_rows(cache: KVCache, new: KVCache, starts: Int[Array, " r"]) -> KVCache:
+def append_rows(cache: Any, new: KVCache, starts: Int[Array, " r"]) -> Any:
     """Writes `new` (per layer [R, W, G, H]) at positions starts[r] .. starts[r] + W - 1 of every request.
 
     All W rows are written; those past what was accepted become junk beyond the length. `starts + W <= S` must hold,
     since a dynamic_update_slice that does not fit moves left, over live rows.
     """
+    if isinstance(cache, PagedCache | PageView):
+        return cache.appended(new, starts)
 
     def write(stored: Array, rows: Array) -> Array:
         # Each request has a length of its own, so the start differs by row: a slice update under vmap, not one for all.
@@ -58,8 +111,21 @@ def insert_rows(
     slots: below R; a slot may come twice, and the later request wins.
     starts: first index along `axis` (None: 0); `starts` + the rows' length must fit, since the write clamps.
 
-    The writes are a loop of slice updates, because a scatter copies the cache on some backends.
+    The writes are a loop of slice updates, because a scatter copies the cache on some backends. Caches in pages are
+    written apart from it, row by row.
     """
+    parts, tree = jax.tree.flatten(state, is_leaf=is_paged)
+    if any(map(is_paged, parts)):
+        news, shared = tree.flatten_up_to(rows), [is_paged(part) for part in parts]
+        # What is not in pages goes through the loop below, as in a state without any.
+        own = [part for part, paged in zip(parts, shared, strict=True) if not paged]
+        rest = [new for new, paged in zip(news, shared, strict=True) if not paged]
+        left = iter(insert_rows(own, rest, slots, starts, axis) if own else ())
+        written = [
+            part.inserted(new, slots, starts) if paged else next(left)
+            for part, new, paged in zip(parts, news, shared, strict=True)
+        ]
+        return jax.tree.unflatten(tree, written)
 
     def one(a: Array, stored: Tree) -> Tree:
         def insert(leaf: Array, new: Array) -> Array:
@@ -77,5 +143,9 @@ def insert_rows(
 
 
 def take_slots(state: Tree, slots: Int[Array, " a"]) -> Tree:
-    """The rows of `slots`, leaves [A, ...]: a copy of A slots, not of the cache."""
-    return jax.tree.map(lambda leaf: jnp.take(leaf, slots, axis=0, mode="clip"), state)
+    """The rows of `slots`, leaves [A, ...]: a copy of A slots, not of the cache; of caches in pages a view."""
+
+    def taken(leaf: Any) -> Any:
+        return leaf.of_slots(slots) if is_paged(leaf) else jnp.take(leaf, slots, axis=0, mode="clip")
+
+    return jax.tree.map(taken, state, is_leaf=is_paged)

@@ -90,6 +90,7 @@ class EngineFigures(Collector):
         # Read once: a restart on the engine's thread may take it away between two lines.
         engine = self._driver.engine
         reused = 0 if engine is None or engine.prefixes is None else engine.prefixes.reused
+        left = 0 if engine is None else engine.memory.preempted
         for name, about, count in (
             ("dspark_prompt_tokens", "Prompt tokens of answers that have ended.", totals.prompt_tokens),
             ("dspark_generated_tokens", "New tokens.", totals.tokens),
@@ -98,7 +99,8 @@ class EngineFigures(Collector):
             ("dspark_verified_drafts", "Drafts verified.", totals.verified),
             ("dspark_accepted_drafts", "Drafts accepted.", totals.accepted),
             ("dspark_drafting_rounds", "Rounds with drafts, counted for each request.", totals.drafted),
-            # The one counter that a restart sets back, which scrapers read as a reset.
+            # The counters that a restart sets back, which scrapers read as a reset.
+            ("dspark_preemptions", "Requests that left their slots for want of memory, of the present engine.", left),
             ("dspark_prefix_tokens", "Prompt tokens that kept prefixes spared, by the present engine.", reused),
             ("dspark_engine_failures", "Dispatches that failed.", pulse.failures),
             ("dspark_engine_restarts", "Engines made anew after a failure.", pulse.restarts),
@@ -121,11 +123,12 @@ class EngineFigures(Collector):
                 "dspark_running_requests": ("Requests in slots.", engine.running),
                 "dspark_slots": ("Requests decoded at once, at most.", slots),
                 "dspark_cache_positions": ("Positions of the caches that requests hold.", held),
-                "dspark_cache_share": ("Share of the caches' positions held.", held / (slots * engine.loop.size)),
+                "dspark_cache_share": ("Share of the caches' memory in use.", engine.memory.share(held)),
                 "dspark_load_factor": (
                     "Seconds that rounds take, by those that the cost table predicts.",
                     load.signal * (1.0 if load.meter is None else load.meter.load),
                 ),
+                **engine.memory.figures(),
             }
 
         for name, (about, value) in gauges.items():

@@ -1,0 +1,258 @@
+"""Which requests the caches have room for: all that find a slot, or those whose positions find pages.
+
+Pages are handed out between dispatches, by the host alone. A request enters with pages for its prompt and the dispatch
+behind it, and gets more before each dispatch. When none is left, the request whose turn comes last gives up its own and
+goes back to the queue, to go on later as if nothing had been (docs/engine.md).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dspark_jax.decoding.round import DecodeLoop
+from dspark_jax.decoding.state import DecodeState
+from dspark_jax.errors import UserError
+from dspark_jax.serving.jobs import Job
+from dspark_jax.serving.roster import Entry
+from dspark_jax.sharding import replicated
+from dspark_jax.targets.kv_cache import ByPage
+from dspark_jax.targets.pages import with_tables
+
+SEATS_A_SPARE_PAGE = 4
+"""A page is left free for so many requests in slots when another one enters."""
+Seats = Mapping[int, Entry]
+"""The requests in slots, by slot."""
+
+
+class Memory(Protocol):
+    """An engine's view of its caches' memory.
+
+    preempted: requests that had to leave their slots, since the engine was made. share: the part of the memory in use,
+    0 to 1, where `held` positions are. figures: further gauges, by name: their help and value.
+    """
+
+    preempted: int
+
+    def require(self, job: Job) -> None:
+        """UserError for a request that would not fit even alone."""
+        ...
+
+    def settle(self, seats: Seats) -> list[int]:
+        """Free what requests that left have held, and give those in `seats` what their next dispatch may need.
+
+        Returns:
+            The slots whose requests have to leave for it, whose memory is free already.
+        """
+        ...
+
+    def admit(self, slot: int, entry: Entry, seats: Seats) -> bool:
+        """Give a request what it needs to enter a slot beside those in `seats`, if there is as much."""
+        ...
+
+    def placed(self, state: DecodeState) -> DecodeState:
+        """The state, knowing what each slot has. Only its small leaves are replaced."""
+        ...
+
+    def clear(self) -> None:
+        """Nothing is held: the state was made anew."""
+        ...
+
+    def share(self, held: int) -> float: ...
+
+    def figures(self) -> dict[str, tuple[str, float]]: ...
+
+
+@dataclass
+class SlotMemory:
+    """Every slot has room for the longest request, which `submit` has checked."""
+
+    positions: int  # of all slots together
+    preempted: int = 0
+
+    def require(self, job: Job) -> None:
+        pass
+
+    def settle(self, seats: Seats) -> list[int]:
+        return []
+
+    def admit(self, slot: int, entry: Entry, seats: Seats) -> bool:
+        return True
+
+    def placed(self, state: DecodeState) -> DecodeState:
+        return state
+
+    def clear(self) -> None:
+        pass
+
+    def share(self, held: int) -> float:
+        return held / self.positions
+
+    def figures(self) -> dict[str, tuple[str, float]]:
+        return {}
+
+
+@dataclass
+class PagePool:
+    """Hands out pages to slots: the allocator alone, which knows no request.
+
+    Attributes:
+        count: pages of the pool, numbered from 0 on.
+        page: positions of a page.
+        tables: [R, N] int32: the pages of each slot in the order of its positions; `count` behind the last one.
+    """
+
+    count: int
+    page: int
+    tables: np.ndarray
+    _free: list[int] = field(init=False, repr=False)
+    _held: list[int] = field(init=False, repr=False)  # pages of each slot
+
+    def __post_init__(self) -> None:
+        self.clear()
+
+    @classmethod
+    def of(cls, layout: ByPage, slots: int, size: int) -> "PagePool":
+        """The pool of a loop with so many slots, for up to `size` positions each."""
+        return cls(layout.count, layout.page, np.empty((slots, -(-size // layout.page)), np.int32))
+
+    @property
+    def free(self) -> int:
+        """Pages that no slot has."""
+        return len(self._free)
+
+    def needed(self, slot: int, positions: int) -> int:
+        """Pages that the slot lacks to hold so many positions."""
+        return max(-(-positions // self.page) - self._held[slot], 0)
+
+    def grow(self, slot: int, positions: int) -> bool:
+        """Give the slot pages for so many positions; False, and nothing is given, if too few are free."""
+        more = self.needed(slot, positions)
+        if more > self.free:
+            return False
+        held = self._held[slot]
+        # Pages are alike, so that there are no gaps to look for: any free one does.
+        self.tables[slot, held : held + more] = [self._free.pop() for _ in range(more)]
+        self._held[slot] = held + more
+        return True
+
+    def release(self, slot: int) -> bool:
+        """Free the slot's pages; whether it had any."""
+        held, self._held[slot] = self._held[slot], 0
+        self._free += self.tables[slot, :held].tolist()
+        self.tables[slot] = self.count
+        return held > 0
+
+    def clear(self) -> None:
+        """Free all pages."""
+        self.tables[:] = self.count
+        # Handed out from the end: the first page first.
+        self._free, self._held = list(range(self.count))[::-1], [0] * len(self.tables)
+
+
+@dataclass
+class PagedMemory:
+    """Requests hold pages for their positions, and for those that the next dispatch may add.
+
+    Attributes:
+        pool: the pages.
+        reach: positions that a dispatch may add to a request.
+        mesh: the devices that the tables lie on; None: one.
+        preempted: requests that had to leave their slots, since the engine was made.
+    """
+
+    pool: PagePool
+    reach: int
+    mesh: Mesh | None = None
+    preempted: int = 0
+    _stale: bool = True  # whether the device has other tables
+
+    def require(self, job: Job) -> None:
+        pages = -(-(job.longest - 1) // self.pool.page)
+        if pages > self.pool.count:
+            raise UserError(
+                f"Request {job.index} needs {pages} pages of the cache ({job.longest} positions, {self.pool.page} a "
+                f"page); this engine has {self.pool.count}. Shorten it or raise cache_pages."
+            )
+
+    def settle(self, seats: Seats) -> list[int]:
+        for slot in range(len(self.pool.tables)):
+            if slot not in seats:
+                self._release(slot)
+
+        # The first in turn get theirs first, from the last in turn where none is left: the first of all always goes on,
+        # since `require` has made sure that it fits alone.
+        leaving: list[int] = []
+        turns = sorted(seats, key=lambda slot: seats[slot].turn)
+        while turns:
+            slot = turns.pop(0)
+            wanted = self._wanted(seats[slot]) if seats[slot].decoding else 0
+            while not self._grow(slot, wanted):
+                # It gives up its own pages where all that are left have come before it.
+                leaving.append(turns.pop() if turns else slot)
+                self._release(leaving[-1])
+                if leaving[-1] == slot:
+                    break
+
+        self.preempted += len(leaving)
+        return leaving
+
+    def admit(self, slot: int, entry: Entry, seats: Seats) -> bool:
+        # Some pages are left for those in slots: one of them may need one soon, and would turn this one out again.
+        positions, spare = self._wanted(entry), -(-len(seats) // SEATS_A_SPARE_PAGE)
+        if self.pool.needed(slot, positions) + spare > self.pool.free:
+            return False
+        return self._grow(slot, positions)
+
+    def placed(self, state: DecodeState) -> DecodeState:
+        if not self._stale:
+            return state
+        where = None if self.mesh is None else replicated(self.mesh)
+        # A copy: the transfer may still read the array when the next page is handed out.
+        held = {"target_cache": state.target_cache, "draft": state.draft}
+        held = with_tables(held, partial(_to_device, self.pool.tables, where))
+        self._stale = False
+        return replace(state, **held)
+
+    def clear(self) -> None:
+        self.pool.clear()
+        self._stale = True
+
+    def share(self, held: int) -> float:
+        return 1.0 - self.pool.free / self.pool.count
+
+    def figures(self) -> dict[str, tuple[str, float]]:
+        used = self.pool.count - self.pool.free
+        return {
+            "dspark_cache_pages": ("Pages of the caches.", self.pool.count),
+            "dspark_cache_pages_used": ("Pages of the caches that requests have.", used),
+        }
+
+    def _wanted(self, entry: Entry) -> int:
+        """Positions that a request may hold after its next dispatch. The last token is never run, so none is kept."""
+        return min(len(entry.job.prompt) + len(entry.seen.tokens) + self.reach, entry.job.longest - 1)
+
+    def _grow(self, slot: int, positions: int) -> bool:
+        self._stale |= self.pool.needed(slot, positions) > 0
+        return self.pool.grow(slot, positions)
+
+    def _release(self, slot: int) -> None:
+        self._stale |= self.pool.release(slot)
+
+
+def memory_of(loop: DecodeLoop, rounds: int) -> Memory:
+    """The memory of a loop's caches, for dispatches of at most so many rounds."""
+    layout = loop.layout
+    if isinstance(layout, ByPage):
+        pool = PagePool.of(layout, loop.requests, loop.size)
+        # A round commits a token beyond its accepted drafts.
+        return PagedMemory(pool, rounds * (loop.block + 1), loop.mesh)
+    return SlotMemory(loop.requests * loop.size)
+
+
+def _to_device(tables: np.ndarray, where: Any) -> jax.Array:
+    return jax.device_put(tables.copy(), where)

@@ -1,0 +1,167 @@
+"""A cache in pages that all requests share: memory by positions held, not by slots times the longest request.
+
+Every layer has one pool of pages, and one table [R, N] says for all layers which pages a request has: its position t
+lies in page tables[r, t // C] at t % C. The host hands out pages between dispatches (serving/memory.py). A page that a
+request doesn't have is named P, one past the pool: what is written there is dropped, what is read there no mask shows.
+
+Axes: R request slots, N pages of a request at most, P pages of the pool, C positions of a page, G kv heads, H head dim,
+A admitted requests, W new rows.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from dspark_jax.targets.attention import HELD_CHUNK, KeysValues
+
+Layers = tuple[KeysValues, ...]
+"""A pool [P, C, G, H] of keys and one of values for each layer: rows lie as they are written, all heads together."""
+
+
+class PagedLayer(NamedTuple):
+    """One layer's pools, and the pages of the requests that read them: a `Prefix` of N * C positions."""
+
+    keys: Array  # [P, C, G, H]
+    values: Array
+    tables: Int[Array, "r n"]
+
+    @property
+    def size(self) -> int:
+        return self.tables.shape[1] * self.keys.shape[1]
+
+    @property
+    def heads(self) -> int:
+        return self.keys.shape[2]
+
+    @property
+    def step(self) -> int:
+        return self._pages * self.keys.shape[1]
+
+    @property
+    def _pages(self) -> int:
+        # As many positions as a chunk of a cache without pages, so that both add up in the same order.
+        return min(max(HELD_CHUNK // self.keys.shape[1], 1), self.tables.shape[1])
+
+    def chunk(self, number: Int[Array, ""]) -> tuple[KeysValues, Array]:
+        at = jnp.minimum(number * self._pages, self.tables.shape[1] - self._pages)
+        pages = jax.lax.dynamic_slice_in_dim(self.tables, at, self._pages, axis=1)
+
+        def read(pool: Array) -> Array:
+            # Clipped: a page that a request lacks reads as another, which is finite and hidden by every mask.
+            rows = jnp.take(pool, pages, axis=0, mode="clip")
+            return rows.reshape(len(pages), -1, *pool.shape[2:]).swapaxes(1, 2)
+
+        return KeysValues(read(self.keys), read(self.values)), at * self.keys.shape[1]
+
+
+class NewRows(NamedTuple):
+    """Rows of A requests that are still to be written: per layer [A, W, G, H], from positions `starts` on."""
+
+    rows: Layers
+    starts: Int[Array, " a"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PageView:
+    """The pages of some requests, to be read alone. What is appended stays apart, for `PagedCache.inserted`: a view
+    that went through a branch and came back with the pools would have taken a copy of all of them."""
+
+    layers: Layers
+    tables: Int[Array, "a n"]
+
+    def __getitem__(self, layer: int) -> PagedLayer:
+        return PagedLayer(*self.layers[layer], self.tables)
+
+    def appended(self, rows: Layers, starts: Int[Array, " a"]) -> NewRows:
+        """The rows [A, W, G, H] of every layer as they are."""
+        return NewRows(rows, starts)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PagedCache:
+    """A `KVCache` in pages; see the head of this file."""
+
+    layers: Layers
+    tables: Int[Array, "r n"]
+
+    def __getitem__(self, layer: int) -> PagedLayer:
+        return PagedLayer(*self.layers[layer], self.tables)
+
+    def of_slots(self, slots: Int[Array, " a"]) -> PageView:
+        """The pages of some slots, without a copy."""
+        return PageView(self.layers, jnp.take(self.tables, slots, axis=0, mode="clip"))
+
+    def appended(self, rows: Layers, starts: Int[Array, " r"]) -> "PagedCache":
+        """The cache with rows [R, W, G, H] of every layer at positions starts.. of every request."""
+        return self._written(self.tables, NewRows(rows, starts))
+
+    def inserted(self, new: Any, slots: Int[Array, " a"], starts: Int[Array, " a"] | None) -> "PagedCache":
+        """The cache with chunks of A requests: what was appended to a view, or head-major K/V [A, G, W, H] a layer
+        from positions `starts` (None: 0) on. A slot may come twice with the same chunk."""
+        if not isinstance(new, NewRows):
+            rows = tuple(KeysValues(*(x.swapaxes(1, 2) for x in layer)) for layer in new)
+            new = NewRows(rows, jnp.zeros_like(slots) if starts is None else starts)
+        return self._written(jnp.take(self.tables, slots, axis=0, mode="clip"), new)
+
+    def positions(self, slot: Int[Array, ""], first: Int[Array, ""], width: int) -> Layers:
+        """A copy of a slot's positions first .. first + width - 1: head-major K/V [G, W, H] of each layer."""
+        places = self._places(self.tables[slot][None], first[None], width)
+        return jax.tree.map(lambda pool: pool.at[places].get(mode="clip")[0].swapaxes(0, 1), self.layers)
+
+    def _places(self, tables: Array, starts: Array, width: int) -> tuple[Array, Array]:
+        """(pages, positions within them) [A, W] of `width` positions from `starts` on."""
+        size = self.layers[0].keys.shape[1]
+        at = starts[:, None] + jnp.arange(width)
+        # Beyond the last page of a table: the fill value names a page that the pool doesn't have.
+        number = jnp.take_along_axis(tables, at // size, axis=1, mode="fill", fill_value=jnp.iinfo(jnp.int32).max)
+        return number, at % size
+
+    def _written(self, tables: Array, new: NewRows) -> "PagedCache":
+        places = self._places(tables, new.starts, new.rows[0].keys.shape[1])
+
+        # The places lead, and a row is one stretch of the pool: XLA writes such rows in place on every backend.
+        def write(pool: Array, rows: Array) -> Array:
+            return pool.at[places].set(rows.astype(pool.dtype), mode="drop")
+
+        return replace(self, layers=jax.tree.map(write, self.layers, new.rows))
+
+
+def in_pages(slots: Any, pools: Any, size: int, count: int) -> Any:
+    """`slots`, a state of R slots, with its caches in the pages of `pools`, the same state with `count` slots of
+    `page` positions each: what is a slot there becomes a page. `size`: positions of a request. No request has a page.
+    """
+
+    def paged(cache: Any, pool: Any) -> Any:
+        if not is_cache(cache):
+            return cache
+        layers = tuple(KeysValues(*(x.swapaxes(1, 2) for x in layer)) for layer in pool)
+        requests, page = len(cache[0].keys), layers[0].keys.shape[1]
+        return PagedCache(layers, jnp.full((requests, -(-size // page)), count, jnp.int32))
+
+    return jax.tree.map(paged, slots, pools, is_leaf=is_cache)
+
+
+def with_tables(state: Any, put: Callable[[], Array]) -> Any:
+    """The state with new tables [R, N] in its caches; `put` is called once for each of them, since a donated state must
+    not hold one buffer twice."""
+
+    def tabled(node: Any) -> Any:
+        return replace(node, tables=put()) if isinstance(node, PagedCache) else node
+
+    return jax.tree.map(tabled, state, is_leaf=is_paged)
+
+
+def is_cache(node: Any) -> bool:
+    """Whether a node of a state is a `KVCache` without pages: keys and values of every layer, and nothing else."""
+    return type(node) is tuple and len(node) > 0 and all(isinstance(layer, KeysValues) for layer in node)
+
+
+def is_paged(node: Any) -> bool:
+    """Whether a node of a state is a cache in pages."""
+    return isinstance(node, PagedCache)

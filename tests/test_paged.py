@@ -1,0 +1,315 @@
+"""A cache in pages: the same answers as slot by slot, alone or crowded, whoever has to leave for want of memory."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dspark_jax.drafters.registry import Drafter
+from dspark_jax.errors import UserError
+from dspark_jax.scheduling.costs import CostTable, ScheduleTables
+from dspark_jax.scheduling.policies import LookAhead
+from dspark_jax.serving.engine import Engine
+from dspark_jax.serving.memory import PagedMemory, PagePool
+from dspark_jax.serving.metering import Metering
+from dspark_jax.serving.requests import Generation, Request
+from dspark_jax.serving.sampling import SamplingParams
+from dspark_jax.serving.settings import EngineConfig
+from dspark_jax.targets.attention import KeysValues, causal_block, prefix_block_attention, prefix_mask
+from dspark_jax.targets.kv_cache import ByPage, append_rows, empty_cache, insert_rows, take_slots
+from dspark_jax.targets.pages import PagedCache, with_tables
+from dspark_jax.targets.target import Target
+from tests.decoding_tiny import kind_pair, prompts, tiny_pair
+from tests.test_engine_trust import CONFIG, SAMPLING, failing, finish
+from tests.v4_tiny import v4_pair
+
+PAGE, PAGES = 8, 10
+# Of test_engine_trust, whose compiled loop is the other side of the comparison. A request takes up to 7 pages.
+PAGED = replace(CONFIG, cache_pages=PAGES, page=PAGE)
+PROMPTS = prompts(12, tiny_pair()[0].config.vocab_size, seed=4, longest=30)
+
+
+def requests(temperature: float, verify_length: int | None = None) -> list[Request]:
+    """Of many lengths: some fit into a page, some take most of the cache."""
+    new = [2, 30, 12, 1, 25, 8, 20, 3, 30, 5, 12, 18]
+    return [
+        Request(prompt, SamplingParams(n, temperature, seed=i, verify_length=verify_length))
+        for i, (prompt, n) in enumerate(zip(PROMPTS, new, strict=True))
+    ]
+
+
+def answers(engine: Engine, asked: list[Request]) -> list[Generation]:
+    for index, request in enumerate(asked):
+        engine.submit(index, request)
+    done = finish(engine, {})
+    return [done[index] for index in range(len(asked))]
+
+
+def pool_of(engine: Engine) -> PagePool:
+    """The pool, with the pages of requests that have ended given back."""
+    memory = engine.memory
+    assert isinstance(memory, PagedMemory)
+    engine.admit()
+    return memory.pool
+
+
+@cache
+def paged() -> Engine:
+    """One for all tests of this pair: its programs are compiled once."""
+    return Engine(*tiny_pair(), PAGED, SAMPLING)
+
+
+@cache
+def by_slot(temperature: float) -> list[Generation]:
+    return answers(Engine(*tiny_pair(), CONFIG, SAMPLING), requests(temperature))
+
+
+# Rows in pages
+
+
+def dense_and_paged(seed: int = 0) -> tuple[Any, Any]:
+    """Two layers of three requests: as a cache by slot, and in pages of 8 in an order without any order."""
+    layout, size, rng = ByPage(13, PAGE), 32, np.random.default_rng(seed)
+
+    def make(slots: int, positions: int) -> Any:
+        return empty_cache([(2, 4)] * 2, slots, positions, jnp.float32)
+
+    tables = rng.permutation(13)[:12].reshape(3, 4).astype(np.int32)
+    return make(3, size), with_tables(layout.empty(make, 3, size), lambda: jnp.asarray(tables))
+
+
+def drawn_rows(width: int, count: int = 3, seed: int = 1) -> Any:
+    rng = np.random.default_rng(seed)
+    return tuple(
+        KeysValues(*(jnp.asarray(rng.normal(size=(count, width, 2, 4)), jnp.float32) for _ in "kv")) for _ in range(2)
+    )
+
+
+def contents(stored: Any, slots: int = 3, size: int = 32) -> list[np.ndarray]:
+    """Keys and values [G, S, H] of each slot and layer."""
+    if isinstance(stored, PagedCache):
+        slot_rows = [stored.positions(jnp.asarray(s), jnp.asarray(0), size) for s in range(slots)]
+        return [np.asarray(x) for layer in range(2) for kind in range(2) for x in (r[layer][kind] for r in slot_rows)]
+    return [np.asarray(x) for layer in stored for kind in layer for x in kind]
+
+
+@given(st.lists(st.integers(0, 27), min_size=3, max_size=3), st.integers(1, 5))
+@settings(max_examples=15, deadline=None)
+def test_rows_lie_where_they_would_by_slot(starts: list[int], width: int) -> None:
+    """Appended across the boundaries of pages, for all requests and through a view of some, and inserted."""
+    at = jnp.asarray(starts)
+    both = [append_rows(stored, drawn_rows(width), at) for stored in dense_and_paged()]
+    for old, new in zip(*map(contents, both), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+    slots = jnp.asarray([2, 0])
+    for index, stored in enumerate(both):
+        grown = append_rows(take_slots(stored, slots), drawn_rows(width, 2, seed=2), at[1:])
+        both[index] = insert_rows(stored, grown, slots)
+    for old, new in zip(*map(contents, both), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+    chunk = tuple(KeysValues(*(x.swapaxes(1, 2) for x in layer)) for layer in drawn_rows(width, 1, seed=3))
+    both = [insert_rows(stored, chunk, jnp.asarray([1]), at[:1], axis=2) for stored in both]
+    for old, new in zip(*map(contents, both), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_attention_over_pages_is_attention_over_slots() -> None:
+    rows, (dense, pages) = drawn_rows(32), dense_and_paged()
+    dense, pages = (append_rows(stored, rows, jnp.zeros(3, jnp.int32)) for stored in (dense, pages))
+    rng = np.random.default_rng(3)
+    q, k, v = (jnp.asarray(rng.normal(size=(3, 1, 3, heads, 4)), jnp.float32) for heads in (4, 2, 2))
+
+    for lengths in ([0, 9, 29], [8, 16, 31]):
+        allowed = prefix_mask(jnp.asarray(lengths)[:, None], 32, 3, window=20)
+        found = [
+            prefix_block_attention(
+                q, KeysValues(k, v), stored[1], allowed, causal_block(3), scale=0.4, held=jnp.asarray(max(lengths))
+            )
+            for stored in (dense, pages)
+        ]
+        np.testing.assert_allclose(found[1], found[0], rtol=2e-5, atol=2e-6)
+
+
+def test_a_request_writes_to_its_own_pages_alone() -> None:
+    """Rows behind its last page, and those of a slot without pages, are dropped."""
+    _, pages = dense_and_paged()
+    tables = np.asarray(pages.tables).copy()
+    tables[0, 1:], tables[1] = 13, 13
+    pages = with_tables(pages, lambda: jnp.asarray(tables))
+    after = append_rows(pages, drawn_rows(5), jnp.asarray([6, 3, 30]))
+    changed = {int(page) for page in np.nonzero(np.any(np.asarray(after.layers[0].keys) != 0, axis=(1, 2, 3)))[0]}
+    assert changed == {int(tables[0, 0]), int(tables[2, 3])}
+
+
+# The pool
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 60)), max_size=40))
+@settings(max_examples=60, deadline=None)
+def test_no_page_has_two_owners_and_none_is_lost(calls: list[tuple[int, int]]) -> None:
+    """Slots grow (to so many positions) and are emptied (0), in any order."""
+    pool, held = PagePool.of(ByPage(20, PAGE), 4, 64), [0] * 4
+    for slot, positions in calls:
+        before = pool.tables.copy()
+        if positions == 0:
+            assert pool.release(slot) == (held[slot] > 0)
+            held[slot] = 0
+        else:
+            wanted = max(-(-positions // PAGE), held[slot])
+            fits = wanted - held[slot] <= pool.free
+            assert pool.grow(slot, positions) == fits
+            held[slot] = wanted if fits else held[slot]
+            assert fits or np.array_equal(before, pool.tables), "what does not fit changes nothing"
+
+        owned = [row[:count].tolist() for row, count in zip(pool.tables, held, strict=True)]
+        pages = [page for row in owned for page in row]
+        assert len(set(pages)) == len(pages) == 20 - pool.free and all(0 <= page < 20 for page in pages)
+        assert all((row[count:] == 20).all() for row, count in zip(pool.tables, held, strict=True))
+        # However scattered they are, all free pages can be had.
+        assert all(pool.needed(s, 64) == 8 - count for s, count in enumerate(held))
+
+
+# Engines
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_answers_are_those_of_a_cache_by_slot(temperature: float) -> None:
+    """Whole generations, rounds and accepted drafts among them, though memory is too short for the slots: requests
+    wait, and some leave and go on."""
+    engine = paged()
+    before = engine.memory.preempted
+    assert answers(engine, requests(temperature)) == by_slot(temperature)
+    assert engine.memory.preempted > before, "none had to leave"
+    assert pool_of(engine).free == PAGES
+
+
+def test_answers_are_those_of_requests_alone() -> None:
+    for index in (1, 4, 8):
+        request = replace(requests(1.0)[index])
+        engine = paged()
+        engine.submit(index, request)
+        assert finish(engine, {})[index] == by_slot(1.0)[index]
+
+
+def test_the_last_to_come_leaves_first_and_the_first_goes_on() -> None:
+    """Two that need most of the pages each: the second leaves, keeps its tokens, and ends behind the first."""
+    engine, long = paged(), SamplingParams(30, 1.0, seed=5)
+    prompt = PROMPTS[1]
+    both = [Request((*prompt, *prompt)[:30], replace(long, seed=seed)) for seed in (5, 6)]
+    alone = []
+    for request in both:
+        engine.submit(0, request)
+        alone.append(finish(engine, {})[0])
+
+    before, said = engine.memory.preempted, dict[int, list[int]]()
+    for index, request in enumerate(both):
+        engine.submit(index, request)
+    done = finish(engine, said)
+    assert engine.memory.preempted == before + 1
+    for index in (0, 1):
+        assert done[index] == replace(alone[index], index=index) and tuple(said[index]) == done[index].tokens
+    assert done[0].timing.ended < done[1].timing.ended
+
+
+def test_a_request_that_can_never_fit_is_refused_and_others_are_not() -> None:
+    engine = Engine(*tiny_pair(), replace(PAGED, cache_pages=3), SAMPLING)
+    with pytest.raises(UserError, match=r"Request 0 needs 4 pages of the cache \(26 positions, 8 a page\); this"):
+        engine.submit(0, Request((1,) * 6, SamplingParams(20)))
+    engine.submit(0, Request((1,) * 6, SamplingParams(19)))
+    assert engine.cancel(0) is not None
+
+
+def test_cancelled_requests_give_their_pages_back() -> None:
+    engine = paged()
+    for index, request in enumerate(requests(0.0)[:4]):
+        engine.submit(index, request)
+    engine.step()
+    assert pool_of(engine).free < PAGES and engine.memory.share(0) > 0
+    names = engine.memory.figures()
+    assert names["dspark_cache_pages"][1] == PAGES and names["dspark_cache_pages_used"][1] > 0
+    for index in range(4):
+        engine.cancel(index)
+    assert pool_of(engine).free == PAGES and engine.memory.share(0) == 0
+
+
+@pytest.mark.parametrize("name", ["run_rounds", "admit", "retire"])
+def test_an_interrupt_loses_neither_tokens_nor_pages(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sampled too: what goes on behind an interrupt draws what it would have drawn."""
+    failing(monkeypatch, name, KeyboardInterrupt(), {2, 5, 7}, after=True)
+    found = answers(paged(), requests(1.0))
+    assert [g.tokens for g in found] == [g.tokens for g in by_slot(1.0)]
+    monkeypatch.undo()
+    assert pool_of(paged()).free == PAGES
+
+
+def crowd_policy() -> tuple[LookAhead, ScheduleTables]:
+    costs = CostTable.of(CASES["look-ahead"][1].buckets or (), [1.0, 1.3, 2.2], 0.1)
+    return LookAhead(), ScheduleTables.of(costs, np.ones(4).tolist())
+
+
+KINDS = EngineConfig(
+    3, 48, "fixed", rounds_per_dispatch=2, smallest_prompt_bucket=8, prefill_chunk=8, cache_pages=9, page=8
+)
+CASES: dict[str, tuple[Callable[[], tuple[Target, Drafter | None]], EngineConfig]] = {
+    "plain": (lambda: (tiny_pair()[0], None), KINDS),
+    "mtp": (lambda: kind_pair("mtp"), replace(KINDS, prefix_cache=1)),
+    "look-ahead": (tiny_pair, replace(KINDS, buckets=(3, 9, 15))),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_other_drafters_policies_and_kept_prefixes(case: str) -> None:
+    """Plain decoding, a drafter whose context lags by a row, with kept prefixes, and rounds that draft at times."""
+    (target, drafter), config = CASES[case][0](), CASES[case][1]
+    how: dict[str, Any] = {}
+    if case == "look-ahead":
+        how = dict(zip(("strategy", "tables"), crowd_policy(), strict=True), metering=Metering(None))
+    engines = [Engine(target, drafter, made, SAMPLING, **how) for made in (config, replace(config, cache_pages=0))]
+    shared = prompts(1, target.config.vocab_size, seed=9, longest=30)[0]
+    asked = [
+        Request((*shared, *prompt)[:20], SamplingParams(24, 0.0, seed=i))
+        for i, prompt in enumerate(prompts(6, target.config.vocab_size, seed=3))
+    ]
+    found = []
+    for engine in engines:
+        for index, request in enumerate(asked):
+            engine.submit(index, request)
+        done = finish(engine, {})
+        found.append([done[index].tokens for index in range(len(asked))])
+    assert found[0] == found[1] and engines[0].memory.preempted > 0
+    if engines[0].prefixes is not None:
+        assert engines[0].prefixes.reused > 0
+
+
+def test_what_pages_cannot_hold_is_refused() -> None:
+    with pytest.raises(UserError, match="keeps a decode state of its own, not keys and values by position"):
+        Engine(*v4_pair(), EngineConfig(2, 40, "fixed", cache_pages=4), SAMPLING)
+    for bad in (0, 24, 1024):
+        with pytest.raises(UserError, match=r"page = "):
+            Engine(*tiny_pair(), replace(PAGED, page=bad), SAMPLING)
+    with pytest.raises(UserError, match="cache_pages = -1"):
+        Engine(*tiny_pair(), replace(PAGED, cache_pages=-1), SAMPLING)
+
+
+def test_a_dispatch_leaves_no_table_behind() -> None:
+    """A table that is still the old one would let a request that has left write into pages of another."""
+    engine = paged()
+    for index, request in enumerate(requests(0.0)[:6]):
+        engine.submit(index, request)
+    while not engine.idle:
+        engine.step()
+        memory = engine.memory
+        assert isinstance(memory, PagedMemory)
+        for node in jax.tree.leaves(
+            (engine.state.target_cache, engine.state.draft), is_leaf=lambda node: isinstance(node, PagedCache)
+        ):
+            np.testing.assert_array_equal(node.tables, memory.pool.tables)
