@@ -1,6 +1,5 @@
 """A cache in pages: the same answers as slot by slot, alone or crowded, whoever has to leave for want of memory."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -12,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspark_jax.drafters.registry import Drafter
 from dspark_jax.errors import UserError
 from dspark_jax.scheduling.costs import CostTable, ScheduleTables
 from dspark_jax.scheduling.policies import LookAhead
 from dspark_jax.serving.engine import Engine
+from dspark_jax.serving.generate import generate
 from dspark_jax.serving.memory import PagedMemory, PagePool
 from dspark_jax.serving.metering import Metering
 from dspark_jax.serving.requests import Generation, Request
@@ -25,7 +24,6 @@ from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.targets.attention import KeysValues, causal_block, prefix_block_attention, prefix_mask
 from dspark_jax.targets.kv_cache import ByPage, append_rows, empty_cache, insert_rows, take_slots
 from dspark_jax.targets.pages import PagedCache, with_tables
-from dspark_jax.targets.target import Target
 from tests.decoding_tiny import kind_pair, prompts, tiny_pair
 from tests.test_engine_trust import CONFIG, SAMPLING, failing, finish
 from tests.v4_tiny import v4_pair
@@ -100,11 +98,11 @@ def contents(stored: Any, slots: int = 3, size: int = 32) -> list[np.ndarray]:
     return [np.asarray(x) for layer in stored for kind in layer for x in kind]
 
 
-@given(st.lists(st.integers(0, 27), min_size=3, max_size=3), st.integers(1, 5))
+@given(st.lists(st.integers(0, 27), min_size=3, max_size=3))
 @settings(max_examples=15, deadline=None)
-def test_rows_lie_where_they_would_by_slot(starts: list[int], width: int) -> None:
+def test_rows_lie_where_they_would_by_slot(starts: list[int]) -> None:
     """Appended across the boundaries of pages, for all requests and through a view of some, and inserted."""
-    at = jnp.asarray(starts)
+    at, width = jnp.asarray(starts), 5
     both = [append_rows(stored, drawn_rows(width), at) for stored in dense_and_paged()]
     for old, new in zip(*map(contents, both), strict=True):
         np.testing.assert_array_equal(old, new)
@@ -202,9 +200,8 @@ def test_answers_are_those_of_requests_alone() -> None:
 
 def test_the_last_to_come_leaves_first_and_the_first_goes_on() -> None:
     """Two that need most of the pages each: the second leaves, keeps its tokens, and ends behind the first."""
-    engine, long = paged(), SamplingParams(30, 1.0, seed=5)
-    prompt = PROMPTS[1]
-    both = [Request((*prompt, *prompt)[:30], replace(long, seed=seed)) for seed in (5, 6)]
+    engine = paged()
+    both = [Request((*PROMPTS[1], *PROMPTS[2])[:16], SamplingParams(40, 1.0, seed=seed)) for seed in (5, 6)]
     alone = []
     for request in both:
         engine.submit(0, request)
@@ -251,43 +248,36 @@ def test_an_interrupt_loses_neither_tokens_nor_pages(name: str, monkeypatch: pyt
     assert pool_of(paged()).free == PAGES
 
 
-def crowd_policy() -> tuple[LookAhead, ScheduleTables]:
-    costs = CostTable.of(CASES["look-ahead"][1].buckets or (), [1.0, 1.3, 2.2], 0.1)
-    return LookAhead(), ScheduleTables.of(costs, np.ones(4).tolist())
+KINDS = replace(PAGED, slots=3, longest=64, smallest_prompt_bucket=8, buckets=None)
 
 
-KINDS = EngineConfig(
-    3, 48, "fixed", rounds_per_dispatch=2, smallest_prompt_bucket=8, prefill_chunk=8, cache_pages=9, page=8
-)
-CASES: dict[str, tuple[Callable[[], tuple[Target, Drafter | None]], EngineConfig]] = {
-    "plain": (lambda: (tiny_pair()[0], None), KINDS),
-    "mtp": (lambda: kind_pair("mtp"), replace(KINDS, prefix_cache=1)),
-    "look-ahead": (tiny_pair, replace(KINDS, buckets=(3, 9, 15))),
-}
+def test_plain_decoding_and_rounds_that_draft_at_times() -> None:
+    """Greedy text is the same whatever drafts it."""
+    target, drafter = tiny_pair()
+    adaptive = replace(KINDS, buckets=(3, 9, 15))
+    costs = ScheduleTables.of(CostTable.of((3, 9, 15), [1.0, 1.3, 2.2], 0.1), np.ones(4).tolist())
+    for engine in (
+        Engine(target, None, KINDS, SAMPLING),
+        Engine(target, drafter, adaptive, SAMPLING, LookAhead(), costs, Metering(None)),
+    ):
+        found = answers(engine, requests(0.0))
+        assert [g.tokens for g in found] == [g.tokens for g in by_slot(0.0)]
+        assert engine.memory.preempted > 0
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_other_drafters_policies_and_kept_prefixes(case: str) -> None:
-    """Plain decoding, a drafter whose context lags by a row, with kept prefixes, and rounds that draft at times."""
-    (target, drafter), config = CASES[case][0](), CASES[case][1]
-    how: dict[str, Any] = {}
-    if case == "look-ahead":
-        how = dict(zip(("strategy", "tables"), crowd_policy(), strict=True), metering=Metering(None))
-    engines = [Engine(target, drafter, made, SAMPLING, **how) for made in (config, replace(config, cache_pages=0))]
+def test_a_drafter_whose_rows_lag_and_kept_prefixes() -> None:
+    """MTP's row before an anchor waits for its token; prompts that begin alike start from copies of whole chunks."""
+    target, drafter = kind_pair("mtp")
     shared = prompts(1, target.config.vocab_size, seed=9, longest=30)[0]
     asked = [
-        Request((*shared, *prompt)[:20], SamplingParams(24, 0.0, seed=i))
+        Request((*shared, *prompt)[:20], SamplingParams(24, seed=i))
         for i, prompt in enumerate(prompts(6, target.config.vocab_size, seed=3))
     ]
-    found = []
-    for engine in engines:
-        for index, request in enumerate(asked):
-            engine.submit(index, request)
-        done = finish(engine, {})
-        found.append([done[index].tokens for index in range(len(asked))])
-    assert found[0] == found[1] and engines[0].memory.preempted > 0
-    if engines[0].prefixes is not None:
-        assert engines[0].prefixes.reused > 0
+    engine = Engine(target, drafter, replace(KINDS, prefix_cache=1, longest=44), SAMPLING)
+    found = answers(engine, asked)
+    plain = generate(target, None, asked, engine=EngineConfig(3, 44, smallest_prompt_bucket=8, prefill_chunk=8))
+    assert [g.tokens for g in found] == [g.tokens for g in plain]
+    assert engine.memory.preempted > 0 and engine.prefixes is not None and engine.prefixes.reused > 0
 
 
 def test_what_pages_cannot_hold_is_refused() -> None:

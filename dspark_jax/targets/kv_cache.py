@@ -114,18 +114,16 @@ def insert_rows(
     The writes are a loop of slice updates, because a scatter copies the cache on some backends. Caches in pages are
     written apart from it, row by row.
     """
-    parts, tree = jax.tree.flatten(state, is_leaf=is_paged)
-    if any(map(is_paged, parts)):
-        news, shared = tree.flatten_up_to(rows), [is_paged(part) for part in parts]
+    if any(map(is_paged, jax.tree.leaves(state, is_leaf=is_paged))):
         # What is not in pages goes through the loop below, as in a state without any.
-        own = [part for part, paged in zip(parts, shared, strict=True) if not paged]
-        rest = [new for new, paged in zip(news, shared, strict=True) if not paged]
-        left = iter(insert_rows(own, rest, slots, starts, axis) if own else ())
-        written = [
-            part.inserted(new, slots, starts) if paged else next(left)
-            for part, new, paged in zip(parts, news, shared, strict=True)
-        ]
-        return jax.tree.unflatten(tree, written)
+        own = jax.tree.map(lambda part: None if is_paged(part) else part, state, is_leaf=is_paged)
+        rest = jax.tree.map(lambda part, new: None if is_paged(part) else new, state, rows, is_leaf=is_paged)
+        left = insert_rows(own, rest, slots, starts, axis) if jax.tree.leaves(own) else own
+
+        def written(part: Any, new: Any, kept: Any) -> Any:
+            return part.inserted(new, slots, starts) if is_paged(part) else kept
+
+        return jax.tree.map(written, state, rows, left, is_leaf=is_paged)
 
     def one(a: Array, stored: Tree) -> Tree:
         def insert(leaf: Array, new: Array) -> Array:

@@ -29,7 +29,7 @@ from dspark_jax.devices import announce, machine
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.errors import UserError
 from dspark_jax.files import make_output, write_json
-from dspark_jax.planning.compiled import copies
+from dspark_jax.planning.compiled import copies, memory_of
 from dspark_jax.planning.decoding import bytes_of
 from dspark_jax.report import table
 from dspark_jax.serving.assembly import make_loop
@@ -173,7 +173,7 @@ def memory(engine: Engine) -> dict[str, Any]:
     chunk = blank_chunk(engine.loop, engine.config.slots, engine.config.prefill_chunk)
     prefill = admit.lower(engine.loop, engine.params, engine.state, chunk, True).compile()
 
-    temporaries = [made.memory_analysis().temp_size_in_bytes / MIB for made in (rounds, prefill)]
+    temporaries = [memory_of(made)["temporary"] / MIB for made in (rounds, prefill)]
     leaves = jax.tree.leaves((engine.state.target_cache, engine.state.draft))
     caches = {leaf.shape for leaf in leaves if leaf.nbytes > LARGE}
     state = bytes_of(engine.state) / MIB
