@@ -32,10 +32,10 @@ BOUNDED = replace(CONFIG, longest=44)
 PROMPTS = prompts(10, tiny_pair()[0].config.vocab_size)
 
 
-def big_engine(kind: str = "dspark") -> Engine:
+def big_engine(kind: str = "dspark", pages: int = 0) -> Engine:
     """Caches that outweigh everything else a round touches."""
     target, drafter = kind_pair(kind, block_size=2, head_dim=64, max_position_embeddings=4096)
-    return Engine(target, drafter, EngineConfig(4, 1000, "fixed"))
+    return Engine(target, drafter, EngineConfig(4, 1000, "fixed", cache_pages=pages))
 
 
 def compile_rounds(loop: DecodeLoop, engine: Engine) -> Any:
@@ -71,9 +71,9 @@ class UpdatesInSwitch(DecodeLoop):
         return super()._commit(target, replace(state, target_cache=grown), verdict, verified._replace(kv=rows))
 
 
-@pytest.mark.parametrize("kind", DRAFTERS)
-def test_state_is_updated_in_place(kind: str) -> None:
-    engine = big_engine(kind)
+@pytest.mark.parametrize(("kind", "pages"), [*((kind, 0) for kind in DRAFTERS), ("dspark", 70)])
+def test_state_is_updated_in_place(kind: str, pages: int) -> None:
+    engine = big_engine(kind, pages)
     compiled = compile_rounds(engine.loop, engine)
     memory = compiled.memory_analysis()
     caches = bytes_of((engine.state.target_cache, engine.state.draft))
@@ -92,14 +92,14 @@ def test_the_check_sees_a_copied_cache() -> None:
 
 
 @pytest.mark.parametrize("fresh", [True, False])
-@pytest.mark.parametrize("kind", ["dspark", "eagle3", "mtp"])
-def test_admission_is_in_place_too(kind: str, fresh: bool) -> None:
-    engine = big_engine(kind)
+@pytest.mark.parametrize(("kind", "pages"), [("dspark", 0), ("eagle3", 0), ("mtp", 0), ("mtp", 70)])
+def test_admission_is_in_place_too(kind: str, pages: int, fresh: bool) -> None:
+    engine = big_engine(kind, pages)
     batch = blank_chunk(engine.loop, 1, 32)
     compiled = admit.lower(engine.loop, engine.params, engine.state, batch, fresh).compile()
     caches = bytes_of((engine.state.target_cache, engine.state.draft))
     assert compiled.memory_analysis().alias_size_in_bytes >= bytes_of(engine.state)
-    # A later chunk reads its slot's rows, one slot of four; never the whole cache.
+    # A later chunk reads its slot's rows, one slot of four, or its pages, chunk by chunk; never the whole cache.
     assert compiled.memory_analysis().temp_size_in_bytes < caches / (8 if fresh else 4)
     assert not cache_copies(compiled, engine.state)
 
