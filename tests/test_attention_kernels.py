@@ -11,7 +11,8 @@ from jax.sharding import PartitionSpec
 
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import abstract_mesh, traced_over
-from dspark_jax.targets.attention import KeysValues, TreeRows, block_attention, causal_block, lowest_seen, tree_block
+from dspark_jax.targets.attention import KeysValues, block_attention, causal_block, lowest_seen, tree_block
+from dspark_jax.targets.block_rows import TreeRows
 from dspark_jax.targets.kernels import held, held_gpu, held_tpu
 
 KERNELS = [held_tpu.attend, held_gpu.attend]

@@ -16,7 +16,8 @@ from dspark_jax.serving.prompts import EncodedPrompt
 from dspark_jax.serving.requests import Generation
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
-from dspark_jax.targets.attention import CachedBlock, CausalRows, PackedRows, TreeRows
+from dspark_jax.targets.attention import CachedBlock, CausalRows
+from dspark_jax.targets.block_rows import PackedRows, TreeRows
 from dspark_jax.targets.deepseek_v4.state import Placement
 from tests.decoding_tiny import next_logits, prompts
 from tests.golden_v4 import Decoder

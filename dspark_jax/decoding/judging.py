@@ -17,7 +17,7 @@ from dspark_jax.decoding.verification import VerifyOutput, verify
 from dspark_jax.decoding.verifiers import Coupled
 from dspark_jax.drafters.protocol import DrafterModel
 from dspark_jax.scheduling.policies import PolicyState, RoundView
-from dspark_jax.targets.attention import TreeRows
+from dspark_jax.targets.block_rows import TreeRows
 from dspark_jax.targets.decoder import TargetModel
 
 

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from dspark_jax.targets.attention import CachedBlock, PackedRows, TreeRows
+from dspark_jax.targets.attention import CachedBlock
+from dspark_jax.targets.block_rows import PackedRows, TreeRows
 from dspark_jax.targets.decoder import Cache, TargetModel
 
 

@@ -289,7 +289,6 @@ class Engine:
         # Prompts that have just been seated begin with the chunks that are kept of them.
         if self.prefixes is not None:
             self.state = self.prefixes.begin(self.loop, self.state, self._seats)
-
         budget = self.config.prefill_budget if decoding else None
         keeps = self.prefixes is not None
         plan = plan_chunks(self.config, self.loop.size, self._seats, budget, keeps)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from dspark_jax.targets.block_rows import PackedRows, TreeRows
 from dspark_jax.targets.kernels.held import held_attention
 from dspark_jax.targets.products import product
 
@@ -129,38 +130,6 @@ def segment_starts(segments: Int[Array, "b t"]) -> Int[Array, "b t"]:
     changes = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     # Starts increase along the row, so a running maximum carries the latest one forward.
     return jax.lax.cummax(jnp.where(changes, jnp.arange(segments.shape[1]), 0), axis=1)
-
-
-@dataclass(frozen=True)
-class PackedRows:
-    """Places of a bucket's packed rows in the [R, W] grid of (request, block offset); docs/algorithm.md, rule 81.
-
-    `index` [P] = request * W + offset; R * W marks the bucket's unused rows, whose values are dropped.
-    """
-
-    index: Int[Array, " p"]
-    requests: int
-    width: int
-
-    def to_grid(self, x: Array) -> Array:
-        """[P, ...] -> [R, W, ...]; cells with no packed row are zero."""
-        # The index R * W of unused rows is out of bounds, so `mode="drop"` discards them.
-        grid = jnp.zeros((self.requests * self.width, *x.shape[1:]), x.dtype)
-        return grid.at[self.index].set(x, mode="drop").reshape(self.requests, self.width, *x.shape[1:])
-
-    def from_grid(self, x: Array) -> Array:
-        """[R, W, ...] -> [P, ...]; unused rows repeat the grid's last cell, finite and ignored by `to_grid`."""
-        flat = x.reshape(self.requests * self.width, *x.shape[2:])
-        # Clipping and not filling: the fill value is NaN, which unused rows would carry into the dense layers.
-        return jnp.take(flat, self.index, axis=0, mode="clip")
-
-
-class TreeRows(NamedTuple):
-    """Places of a block's rows where they form a tree: offsets [R, W] from the block's start, and seen [R, W, W]:
-    which rows each row attends to, itself and its ancestors."""
-
-    offsets: Array
-    seen: Array
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from dspark_jax.errors import UserError
-from dspark_jax.targets.attention import Attend, CachedBlock, CausalRows, PackedRows
+from dspark_jax.targets.attention import Attend, CachedBlock, CausalRows
+from dspark_jax.targets.block_rows import PackedRows
 from dspark_jax.targets.deepseek_v4.compressor import Closed
 from dspark_jax.targets.deepseek_v4.config import V4Config
 from dspark_jax.targets.deepseek_v4.rings import write_entries, write_ring
