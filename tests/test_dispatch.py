@@ -71,7 +71,7 @@ class UpdatesInSwitch(DecodeLoop):
         return super()._commit(target, replace(state, target_cache=grown), verdict, verified._replace(kv=rows))
 
 
-@pytest.mark.parametrize(("kind", "pages"), [*((kind, 0) for kind in DRAFTERS), ("dspark", 70)])
+@pytest.mark.parametrize(("kind", "pages"), [*((kind, 0) for kind in DRAFTERS), ("dspark", 200)])
 def test_state_is_updated_in_place(kind: str, pages: int) -> None:
     engine = big_engine(kind, pages)
     compiled = compile_rounds(engine.loop, engine)
@@ -92,7 +92,7 @@ def test_the_check_sees_a_copied_cache() -> None:
 
 
 @pytest.mark.parametrize("fresh", [True, False])
-@pytest.mark.parametrize(("kind", "pages"), [("dspark", 0), ("eagle3", 0), ("mtp", 0), ("mtp", 70)])
+@pytest.mark.parametrize(("kind", "pages"), [("dspark", 0), ("eagle3", 0), ("mtp", 0), ("mtp", 200)])
 def test_admission_is_in_place_too(kind: str, pages: int, fresh: bool) -> None:
     engine = big_engine(kind, pages)
     batch = blank_chunk(engine.loop, 1, 32)
