@@ -24,10 +24,15 @@ MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
 @dataclass(frozen=True)
 class Units:
-    """A logical axis of `count` units of several entries each, heads of H channels, which sharding keeps whole."""
+    """A logical axis of `count` units of several entries each, heads of H channels, which sharding keeps whole.
+
+    A unit has `parts` smaller ones, and is cut between them where a mesh axis does not divide the units: the devices
+    then exchange rows, but no weight is held twice.
+    """
 
     axis: str
     count: int
+    parts: int = 1
 
 
 Axis = str | Units | None
@@ -254,7 +259,8 @@ def array_sharding(shape: Sequence[int], axes: Sequence[Axis], mesh: AnyMesh, ru
     def size(entry: Any) -> int:
         return math.prod(mesh.shape[name] for name in _names(entry))
 
-    counts = [axis.count if isinstance(axis, Units) else n for axis, n in zip(axes, shape, strict=True)]
+    # What counts of a dimension is the finest cut of it: whole units are a multiple of their parts.
+    counts = [axis.count * axis.parts if isinstance(axis, Units) else n for axis, n in zip(axes, shape, strict=True)]
     entries = rules.spec([axis.axis if isinstance(axis, Units) else axis for axis in axes])
     return NamedSharding(mesh, PartitionSpec(*(e if n % size(e) == 0 else None for e, n in zip(entries, counts))))
 

@@ -25,6 +25,7 @@ from dspark_jax.scheduling.costs import Occupancy
 from dspark_jax.sharding import split
 from dspark_jax.targets.attention import CausalRows
 from dspark_jax.targets.config import config_sha256
+from dspark_jax.targets.joined import apart, together
 from dspark_jax.targets.registry import read_target_config
 from dspark_jax.targets.target import Target
 from tests.drafters_tiny import target_hf_config
@@ -58,7 +59,7 @@ def tiny_pair(seed: int = 0, context: float = 0.08, block_size: int = 4, **confi
     )  # fmt: skip
     graphdef, abstract = split(skeleton(hf_config))
     wide = jax.tree.map(lambda x: np.asarray(x, np.float32), target.params)
-    flat = flatten_dict(random_leaves(abstract, 0.2, seed + 1))
+    flat = flatten_dict(random_leaves(hf_config, abstract, 0.2, seed + 1))
     embed = wide["embed_weight_vd"]
     normed = embed / np.sqrt(np.mean(embed**2, axis=-1, keepdims=True) + target.config.rms_norm_eps)
     flat["markov_head", "w1_vr"] = normed * wide["final_norm"]["weight"]
@@ -95,19 +96,22 @@ def kind_pair(
         **dict(options),
     )  # fmt: skip
     graphdef, abstract = split(skeleton(hf_config))
-    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), random_leaves(abstract, spread, 1))
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), random_leaves(hf_config, abstract, spread, 1))
     return target, Drafter(kind, read_config(hf_config), graphdef, params, hf_config)
 
 
-def random_leaves(abstract: dict, spread: float, seed: int) -> dict:
-    """numpy leaves: matrices N(0, spread), vectors around 1 (norms) or 0 (biases). Nothing is compiled for it."""
-    rng = np.random.default_rng(seed)
+def random_leaves(hf_config: dict[str, Any], abstract: dict, spread: float, seed: int) -> dict:
+    """numpy leaves of a drafter: matrices N(0, spread), vectors around 1 (norms) or 0 (biases), drawn matrix by matrix
+    however they are joined. Nothing is compiled for it."""
+    rng, config = np.random.default_rng(seed), read_config(hf_config).backbone
+    matrices = jax.eval_shape(lambda params: apart(params, config), abstract)
 
     def draw(path: tuple[Any, ...], leaf: Any) -> np.ndarray:
         centre = 1.0 if path[-1] == "weight" else 0.0
         return centre * (leaf.ndim == 1) + (spread if leaf.ndim > 1 else 0.1) * rng.standard_normal(leaf.shape)
 
-    return unflatten_dict({path: draw(path, leaf) for path, leaf in flatten_dict(abstract).items()})
+    drawn = unflatten_dict({path: draw(path, leaf) for path, leaf in flatten_dict(matrices).items()})
+    return together(drawn, config, abstract)
 
 
 def prompts(count: int, vocab: int, seed: int = 0, longest: int = 20) -> list[tuple[int, ...]]:

@@ -91,7 +91,7 @@ def gemma_pair(context: float = 0.1) -> tuple[Target, Drafter]:
         dtype="float32",
     )  # fmt: skip
     graphdef, abstract = split(skeleton(draft_config))
-    leaves = flatten_dict(random_leaves(abstract, 0.2, 1))
+    leaves = flatten_dict(random_leaves(draft_config, abstract, 0.2, 1))
     embed = np.asarray(params["embed_weight_vd"])
     normed = embed / np.sqrt(np.mean(embed**2, axis=-1, keepdims=True))
     leaves["markov_head", "w1_vr"] = normed * np.asarray(params["final_norm"]["weight"])
@@ -118,7 +118,7 @@ def check_split(name: str) -> None:
                 parts = {str(shard.index): shard.data.nbytes for shard in array.addressable_shards}
                 assert sum(parts.values()) == array.nbytes, (name, path)
                 # Heads are not cut: the keys and values of a single one stay whole.
-                keys = path[0] == "layers" and path[-1] in ("k_weight_dc", "v_weight_dc")
+                keys = path[0] == "layers" and path[-1] == "kv_weight_dy"
                 one_head = keys and target.config.layers[int(path[1])].num_kv_heads == 1
                 assert len(parts) > 1 or one_head or "weight_" not in path[-1], (name, path)
 

@@ -44,7 +44,7 @@ def train(placement: Placement | None, accumulation: int) -> tuple[Any, Any]:
     assert step._cache_size() == 1, "the second step compiled again"
     if placement is not None:
         jax.tree.map(_same_place, state, abstract)
-        split = state.params["backbone"]["layers"][0]["mlp"]["gate_weight_df"]
+        split = state.params["backbone"]["layers"][0]["mlp"]["gate_up_weight_du"]
         assert split.addressable_shards[0].data.size * placement.mesh.shape["fsdp"] == split.size
     return state, metrics
 

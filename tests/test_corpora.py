@@ -223,10 +223,12 @@ def test_a_killed_run_continues_bit_for_bit_and_its_folder_loads(
 def test_every_matrix_of_a_layer_is_trained_by_muon() -> None:
     from flax.traverse_util import flatten_dict
 
+    from dspark_jax.targets.joined import apart
     from tests.decoding_tiny import tiny_pair
     from train.embedded.optimizer import _matrices
 
-    params = tiny_pair()[0].params
+    target = tiny_pair()[0]
+    params = apart(target.params, target.config)
     found, leaves = flatten_dict(_matrices(params)), flatten_dict(params)
     matrices = {path for path, leaf in leaves.items() if path[0] == "layers" and leaf.ndim == 2}
     assert matrices and {path for path, numbers in found.items() if numbers is not None} == matrices
@@ -236,7 +238,7 @@ def _train_steps(run: Run, steps: int) -> None:
     """Trains as `train` does and saves after `steps`, as a run that is killed right after a checkpoint leaves it."""
     from train.embedded.optimizer import make_optimizer, make_step
 
-    step = make_step(run.graphdef, make_optimizer(run.recipe.weight_decay))
+    step = make_step(run.graphdef, make_optimizer(run.recipe.weight_decay, run.config))
     for rows in islice(run.data(), steps):
         run.state, _ = step(run.state, rows, np.float32(learning_rate(run.recipe, run.progress.step, run.fraction())))
         run.progress = Progress(run.progress.step + 1, 0, 0.0)

@@ -19,6 +19,7 @@ from dspark_jax.errors import UserError
 from dspark_jax.serving.generate import generate
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
+from dspark_jax.targets.joined import apart
 from dspark_jax.training.terms import LossOptions, selector_terms
 from tests.decoding_tiny import kind_pair, prompts
 from tests.drafters_tiny import HIDDEN, TAPS, VOCAB, target_hf_config, tiny_drafter, tiny_tables
@@ -84,10 +85,10 @@ def test_convolved_rows_see_the_rows_before_them_alone() -> None:
 
 def test_grafted_layers_keep_their_convolutions() -> None:
     drafter = tiny_drafter(**CONVOLUTION)
-    layers = drafter.params["backbone"]["layers"]
+    layers = apart(drafter.params, drafter.config.backbone)["backbone"]["layers"]
     bare = [{name: part for name, part in layers[i].items() if not name.endswith("_conv")} for i in (0, 1)]
     made = graft_target_layers(drafter.hf_config, drafter.params, bare, drafter.params["backbone"]["norm"])
-    assert set(made["backbone"]["layers"][0]) == set(layers[0])
+    assert set(made["backbone"]["layers"][0]) == set(drafter.params["backbone"]["layers"][0])
 
 
 @pytest.mark.parametrize("vocabulary", [None, DraftVocabulary.of(range(1, VOCAB, 2), VOCAB)])

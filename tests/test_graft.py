@@ -13,9 +13,17 @@ import pytest
 from dspark_jax.checkpoints.drafters import save_drafter
 from dspark_jax.checkpoints.target_tables import describe_target, load_layers
 from dspark_jax.config.cli import load_config
-from dspark_jax.drafters.registry import Drafter, drafter_hf_config, graft_target_layers, new_params, skeleton
+from dspark_jax.drafters.registry import (
+    Drafter,
+    drafter_hf_config,
+    graft_target_layers,
+    new_params,
+    read_config,
+    skeleton,
+)
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import make_mesh, split
+from dspark_jax.targets.joined import apart
 from dspark_jax.training.run import Run
 from dspark_jax.training.start import grafted_params, initial_state, last_tap_rows
 from tests.tiny import write_tiny_target
@@ -37,7 +45,7 @@ def test_draft_layers_are_the_targets_and_the_last_tap_passes_through(folder: Pa
     layers, norm = load_layers(target, (2, 3), mesh=make_mesh())
     hf, fresh = drafter(folder)
     params = graft_target_layers(hf, fresh, [layers[2], layers[3]], norm)
-    whole = jax.tree.leaves(params["backbone"]["layers"])
+    whole = jax.tree.leaves(apart(params, read_config(hf).backbone)["backbone"]["layers"])
     for found, expected in zip(whole, jax.tree.leaves([layers[2], layers[3]]), strict=True):
         np.testing.assert_array_equal(found, expected)
     size = target.config.hidden_size
@@ -71,7 +79,8 @@ def small_run(tmp_path: Path, run: str = "run", **drafter: Any) -> Run:
 def test_layers_without_head_norms_keep_the_scale_of_queries_and_keys(tmp_path: Path) -> None:
     run = small_run(tmp_path, init_target_layers=(2, 3))
     layers, _ = load_layers(run.target, (2, 3), mesh=run.step.mesh)
-    made, rows = grafted_params(run)["backbone"]["layers"], np.asarray(last_tap_rows(run))
+    made = apart(grafted_params(run), run.step.drafter.backbone)["backbone"]["layers"]
+    rows = np.asarray(last_tap_rows(run))
     for number, layer in enumerate((layers[2], layers[3])):
         unit = rows / np.sqrt(np.mean(rows**2, axis=-1, keepdims=True) + run.step.drafter.backbone.rms_norm_eps)
         for name, weight in (("q_norm", "q_weight_dp"), ("k_norm", "k_weight_dc")):

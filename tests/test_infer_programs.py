@@ -36,7 +36,7 @@ def write_drafter(target_folder: Path, folder: Path) -> None:
         dtype="float32",
     )  # fmt: skip
     graphdef, abstract = split(skeleton(config))
-    params = random_leaves(abstract, 0.2, 1)
+    params = random_leaves(config, abstract, 0.2, 1)
     save_drafter(folder, Drafter("new", read_config(config), graphdef, params, config), target)
 
 

@@ -48,8 +48,8 @@ def test_a_pair_in_int8_is_decoded_as_its_target_alone() -> None:
         graphdef, params = in_int8(model.graphdef, model.params, model.name)
         small.append(replace(model, graphdef=graphdef, params=params))  # type: ignore[type-var]
     held = [x for x in jax.tree.leaves(small[0].params["layers"]) if x.dtype == jnp.int8]
-    # Of two layers: q, k, v, o, gate, up and down.
-    assert len(held) == 14 and sum(x.size for x in held) == sum(
+    # Of two layers: q, k and v in one, o, gate and up in one, and down.
+    assert len(held) == 8 and sum(x.size for x in held) == sum(
         x.size for x in jax.tree.leaves(target.params["layers"]) if x.ndim == 2
     )
 
@@ -73,7 +73,7 @@ def test_it_is_an_option_of_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     folder = write_tiny_target(tmp_path / "target")
     target = load_target(folder, weights="int8")
     assert target.name == f"{folder} in int8" and target.params["embed_weight_vd"].dtype == jnp.float32
-    assert set(target.params["layers"][0]["mlp"]["gate_weight_df"]) == {"codes", "scales"}
+    assert set(target.params["layers"][0]["mlp"]["gate_up_weight_du"]) == {"codes", "scales"}
     with pytest.raises(UserError, match="no matrices that are kept in int8"):
         in_int8(target.graphdef, target.params, "again")
 

@@ -72,7 +72,7 @@ def untrained(target: Target) -> Drafter:
         target.hf_config, num_layers=1, target_layer_ids=(1, 4), mask_token_id=3, markov_rank=16, dtype="float32"
     )
     graphdef, abstract = split(skeleton(config))
-    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), random_leaves(abstract, 0.05, 0))
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), random_leaves(config, abstract, 0.05, 0))
     return Drafter("untrained", read_config(config), graphdef, params, config)
 
 

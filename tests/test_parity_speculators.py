@@ -54,7 +54,7 @@ def stored(folder: Path, target: Target, fields: dict[str, Any]) -> Drafter:
     given = {"num_layers": 2, "target_layer_ids": TAPS, "mask_token_id": 5, "block_size": BLOCK, "markov_rank": 6}
     hf_config = drafter_hf_config(target.hf_config, dtype="float32", **given | fields)
     graphdef, abstract = split(skeleton(hf_config))
-    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), random_leaves(abstract, 0.2, 3))
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), random_leaves(hf_config, abstract, 0.2, 3))
     drafter = Drafter("random", read_config(hf_config), graphdef, params, hf_config)
     save_drafter(folder, drafter, target, layout="speculators")
     return load_drafter(folder, target)

@@ -20,6 +20,7 @@ from dspark_jax.drafters.registry import drafter_hf_config, new_drafter, read_co
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import make_mesh, split
 from dspark_jax.targets.config import ExpertsConfig, LayerConfig
+from dspark_jax.targets.joined import apart
 from dspark_jax.targets.moe import SparseMLP, all_experts, experts_one_by_one, grouped_experts
 from dspark_jax.targets.registry import TARGETS, read_target_config
 from dspark_jax.training.schedule import make_optimizer
@@ -56,7 +57,7 @@ def test_multimodal_and_text_only_folders_hold_the_same_target(tmp_path: Path, o
     same(load_target(tmp_path / "whole").params, text.params)
     described = describe_target(tmp_path / "whole")
     layers, norm = load_layers(described, (1,), mesh=make_mesh(devices=jax.devices()[:1]))
-    same((layers[1], norm), (text.params["layers"][1], text.params["final_norm"]))
+    same((layers[1], norm), (apart(text.params, text.config)["layers"][1], text.params["final_norm"]))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -209,7 +210,8 @@ def test_drafters_of_a_multimodal_gemma_target() -> None:
     assert read_config(config | {"layer_types": ["sliding_attention"] * 2}) == read
     paths = flatten_dict(split(skeleton(config))[1])
     assert ("backbone", "layers", 0, "layer_scalar") in paths
-    assert ("backbone", "layers", 0, "attention", "v_weight_dc") not in paths
+    # Values are keys.
+    assert paths["backbone", "layers", 0, "attention", "kv_weight_dy"].shape[1] == 2 * 24
 
 
 @pytest.mark.parametrize("target", [LLAMA, MOE], ids=["llama", "moe"])

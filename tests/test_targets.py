@@ -17,6 +17,7 @@ from dspark_jax import load_target
 from dspark_jax.checkpoints.huggingface import save_target, stop_tokens
 from dspark_jax.errors import UserError
 from dspark_jax.targets.config import RopeConfig, config_sha256
+from dspark_jax.targets.joined import apart
 from dspark_jax.targets.layers import head_logits
 from dspark_jax.targets.registry import read_target_config
 from tests.decoding_tiny import next_logits, run_python
@@ -80,7 +81,8 @@ def test_round_trip_is_bit_for_bit(tmp_path: Path, dtype: str, tied: bool) -> No
 
 def test_layouts_are_transposed_once(folder: Path) -> None:
     """Stored output-first, kept input-first."""
-    stored, params = load_file(folder / "model.safetensors"), load_target(folder).params["layers"][0]
+    stored, target = load_file(folder / "model.safetensors"), load_target(folder)
+    params = apart(target.params, target.config)["layers"][0]
     attention, prefix = params["attention"], "model.layers.0.self_attn"
     np.testing.assert_array_equal(attention["q_weight_dp"], stored[f"{prefix}.q_proj.weight"].T)
     np.testing.assert_array_equal(attention["o_weight_pd"], stored[f"{prefix}.o_proj.weight"].T)

@@ -11,6 +11,7 @@ from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.serving.generate import generate
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
+from dspark_jax.targets.joined import apart
 from infer.studies.widen import main, widened
 from tests.decoding_tiny import prompts
 from tests.families_tiny import write_family
@@ -45,9 +46,10 @@ def test_a_wider_pair_makes_the_same_tokens(folder: Path, tmp_path: Path, capsys
     for old, new in zip(*found, strict=True):
         assert (old.tokens, old.text, old.accepted_at) == (new.tokens, new.text, new.accepted_at)
     wide = load_target(made[1][0])
-    assert wide.config.intermediate_size == 200 and wide.params["layers"][1]["mlp"]["gate_weight_df"].shape[1] == 200
+    matrices = apart(wide.params, wide.config)["layers"]
+    assert wide.config.intermediate_size == 200 and matrices[1]["mlp"]["gate_weight_df"].shape[1] == 200
     assert wide.stop_tokens == load_target(made[0][0]).stop_tokens
-    units = np.asarray(wide.params["layers"][0]["mlp"]["up_weight_df"])
+    units = np.asarray(matrices[0]["mlp"]["up_weight_df"])
     assert np.all(np.any(units != 0, axis=0)), "a unit of zeros might be left out by somebody's compiler"
     assert f"{sum(leaf.size for leaf in jax.tree.leaves(wide.params)):,}" in capsys.readouterr().out
 

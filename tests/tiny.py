@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dspark_jax.checkpoints.huggingface import abstract_target, save_target
+from dspark_jax.targets.joined import apart, together
 from dspark_jax.targets.registry import read_target_config
 
 TOKENIZER_SIZE = 300
@@ -63,7 +64,10 @@ def write_tiny_target(folder: str | Path, *, seed: int = 0, **config_overrides: 
 
 def random_params(hf_config: dict[str, Any], seed: int = 0) -> dict:
     """Random parameters (numpy arrays) of a target with this config.json: norm weights around 1, biases around 0."""
-    _, abstract = abstract_target(read_target_config(hf_config), hf_config["dtype"])
+    config = read_target_config(hf_config)
+    _, abstract = abstract_target(config, hf_config["dtype"])
+    # Drawn matrix by matrix: how they are joined changes no number.
+    matrices = jax.eval_shape(lambda params: apart(params, config), abstract)
     rng = np.random.default_rng(seed)
     spread = hf_config["initializer_range"]
 
@@ -73,7 +77,8 @@ def random_params(hf_config: dict[str, Any], seed: int = 0) -> dict:
         centre = 1.0 if path[-1] == "weight" else 0.0
         return (centre + 0.1 * rng.standard_normal(leaf.shape)).astype(leaf.dtype)
 
-    return unflatten_dict({path: draw(path, leaf) for path, leaf in flatten_dict(abstract).items()})
+    drawn = unflatten_dict({path: draw(path, leaf) for path, leaf in flatten_dict(matrices).items()})
+    return together(drawn, config, abstract)
 
 
 @cache

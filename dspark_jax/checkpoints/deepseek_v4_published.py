@@ -149,8 +149,8 @@ def _encoded(table: TensorMap, params: dict, dtype: str) -> dict[str, np.ndarray
     for path, source in table.items():
         # A stack of experts is written as one tensor an expert, with scales of its own.
         array = np.asarray(jax.device_get(flat[path]))
-        for (name, _), part in zip(source.parts(array.shape), array if source.stacked else [array], strict=True):
-            part = np.ascontiguousarray(source.layout.write(part))
+        for (name, _), part in zip(source.parts(array.shape), source.write(array), strict=True):
+            part = np.ascontiguousarray(part)
             tensors |= _kept(name, part, dtype) if source.codes else _encode(name, part, dtype)
 
     return tensors

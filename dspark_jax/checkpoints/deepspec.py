@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dspark_jax.checkpoints.folder_layout import DRAFT_HEAD, EMBEDDING, HEAD, Config
-from dspark_jax.checkpoints.tensor_map import LAYER_TENSORS, Layout, ParamPath, Stored, layer_tensor
+from dspark_jax.checkpoints.tensor_map import Layout, ParamPath, Stored, StoredApart, is_layer_tensor, layer_tensor
 from dspark_jax.drafters.config import FAMILIES, DrafterConfig
 from dspark_jax.targets.config import TargetConfig
 from dspark_jax.targets.target import Target
@@ -55,13 +55,13 @@ class DeepSpecLayout:
         return (EMBEDDING, HEAD)
 
 
-def drafter_tensor_map(config: DrafterConfig, paths: Iterable[ParamPath]) -> dict[ParamPath, Stored]:
+def drafter_tensor_map(config: DrafterConfig, paths: Iterable[ParamPath]) -> dict[ParamPath, Stored | StoredApart]:
     """Parameter path -> DeepSpec tensor, for the parameters at `paths`.
 
     Draft layers have the target's names without `model.`; everything else is stored under its attributes' names, so a
     new head or a new drafter needs no entry here.
     """
-    table: dict[ParamPath, Stored] = {}
+    table: dict[ParamPath, Stored | StoredApart] = {}
 
     for path in paths:
         # The backbone is a module of ours; DeepSpec's drafter has its parts at top level.
@@ -69,8 +69,8 @@ def drafter_tensor_map(config: DrafterConfig, paths: Iterable[ParamPath]) -> dic
         below = named[2:] if named[0] == "layers" else None
 
         # A draft layer is a target's block, stored under the target's names.
-        if below in LAYER_TENSORS:
-            table[path] = layer_tensor(below, f"layers.{named[1]}")
+        if below is not None and is_layer_tensor(below):
+            table[path] = layer_tensor(below, f"layers.{named[1]}", config.backbone, named[1])
         else:
             # The attribute's name is the tensor's, which is why attributes of heads must not be renamed.
             leaf, layout = _LEAVES.get(path[-1], (path[-1], Layout.SAME))

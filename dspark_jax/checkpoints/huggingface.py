@@ -17,7 +17,14 @@ from jax.sharding import Mesh
 from dspark_jax.checkpoints.deepseek_v4 import V4Folder, check_tables, v4_needed, v4_tensor_map
 from dspark_jax.checkpoints.gguf import SUFFIX, converted_folder, gguf_file
 from dspark_jax.checkpoints.leftovers import refuse_leftovers
-from dspark_jax.checkpoints.tensor_map import ParamPath, Stored, layer_tensor, stored_names
+from dspark_jax.checkpoints.tensor_map import (
+    ParamPath,
+    Stored,
+    StoredApart,
+    TensorMap,
+    layer_tensor,
+    stored_names,
+)
 from dspark_jax.checkpoints.tensors import (
     WEIGHTS_FILE,
     TensorFolder,
@@ -204,7 +211,8 @@ def save_target(folder: str | Path, hf_config: Mapping[str, Any], params: dict, 
     folder = Path(folder)
 
     # `text_config` returns the file itself for a text-only model: the index is whether it is multimodal.
-    table = target_tensor_map(flatten_dict(params), _PREFIXES[text_config(hf_config) is not hf_config])
+    prefix = _PREFIXES[text_config(hf_config) is not hf_config]
+    table = target_tensor_map(read_target_config(hf_config), flatten_dict(params), prefix)
     write_json(folder / "config.json", {**hf_config, "dtype": dtype})
     write_tensors(folder / WEIGHTS_FILE, stored_tensors(table, params, dtype))
 
@@ -231,7 +239,7 @@ def stored_prefix(tensors: TensorFolder, hf_config: Mapping[str, Any]) -> str:
 
 def target_tensors(
     folder: Path, config: TargetConfig, hf_config: Mapping[str, Any], leaves: Mapping[ParamPath, Any]
-) -> tuple[TensorFolder, dict[ParamPath, Stored]]:
+) -> tuple[TensorFolder, TensorMap]:
     """The folder's tensors, and the map from the paths of `leaves`, all of the target's, to the tensors that hold them.
 
     Raises:
@@ -255,7 +263,7 @@ def target_tensors(
 
     tensors = TensorFolder(folder)
     prefix = stored_prefix(tensors, hf_config)
-    table = target_tensor_map(leaves, prefix)
+    table = target_tensor_map(config, leaves, prefix)
     needed = stored_names(table, leaves)
 
     if config.tie_word_embeddings and HEAD_TENSOR in tensors.names:
@@ -283,8 +291,10 @@ def _check_tied_head(tensors: TensorFolder, embedding: str) -> None:
         )
 
 
-def target_tensor_map(paths: Iterable[ParamPath], prefix: str = "model") -> dict[ParamPath, Stored]:
-    """Parameter path -> Hugging Face tensor, for the parameters at `paths`."""
+def target_tensor_map(
+    config: TargetConfig, paths: Iterable[ParamPath], prefix: str = "model"
+) -> dict[ParamPath, Stored | StoredApart]:
+    """Parameter path -> Hugging Face tensor, or tensors, for the parameters at `paths`."""
     outer = {
         ("embed_weight_vd",): Stored(f"{prefix}.embed_tokens.weight"),
         ("final_norm", "weight"): Stored(f"{prefix}.norm.weight"),
@@ -292,7 +302,9 @@ def target_tensor_map(paths: Iterable[ParamPath], prefix: str = "model") -> dict
     }
 
     return {
-        path: layer_tensor(path[2:], f"{prefix}.layers.{path[1]}") if path[0] == "layers" else outer[path]
+        path: layer_tensor(path[2:], f"{prefix}.layers.{path[1]}", config, path[1])
+        if path[0] == "layers"
+        else outer[path]
         for path in paths
     }
 

@@ -24,6 +24,7 @@ from dspark_jax.checkpoints.tensors import load_params
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import ShardingRules, parameter_shardings, split
 from dspark_jax.targets.config import config_sha256
+from dspark_jax.targets.joined import apart
 from dspark_jax.targets.registry import read_target_config
 from dspark_jax.targets.target import Target
 
@@ -85,7 +86,10 @@ def load_rest(
 def load_layers(
     target: Target, layers: tuple[int, ...], *, mesh: Mesh, rules: ShardingRules | None = None
 ) -> tuple[dict[int, dict], dict]:
-    """({layer: float32 parameters}, the final norm's parameters), placed by `rules`; UserError on a wrong id."""
+    """({layer: float32 parameters, every matrix by itself}, the final norm's parameters), placed by `rules`.
+
+    UserError on a wrong id.
+    """
     # Negative ids would count from the end in Python, and mean the embeddings elsewhere.
     wrong = [layer for layer in layers if not 0 <= layer < target.config.num_layers]
     if wrong:
@@ -99,7 +103,8 @@ def load_layers(
 
     # float32, the dtype of master weights: a drafter starts from copies of them (docs/algorithm.md, rule 47).
     params = _load(target, wanted, "float32", mesh, rules)
-    return params["layers"], params["final_norm"]
+    # Draft layers hold their matrices joined in another way.
+    return {i: apart(layer, target.config, i) for i, layer in params["layers"].items()}, params["final_norm"]
 
 
 def _load(

@@ -1,11 +1,14 @@
 """Which stored tensor is which parameter, and how the one is laid out as the other."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+
+from dspark_jax.targets.config import TargetConfig
+from dspark_jax.targets.joined import PARTS, Columns, columns_of
 
 ParamPath = tuple[Any, ...]
 
@@ -98,11 +101,62 @@ class Stored:
             return [(self.name.format(i), self.layout.stored_shape(shape[1:])) for i in range(shape[0])]
         return [(self.name, self.layout.stored_shape(shape))]
 
+    def read(self, slices: Sequence[Any], shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+        """The part `index` of the parameter of `shape`, from slices of the tensors in `parts`."""
+        if self.stacked:
+            # The first axis indexes tensors here, so a device opens only its own experts.
+            return np.stack([self.layout.read(one, shape[1:], index[1:]) for one in slices[index[0]]])
+        return self.layout.read(slices[0], shape, index)
+
+    def write(self, array: np.ndarray) -> list[np.ndarray]:
+        """The tensors in `parts` of a whole parameter."""
+        return [self.layout.write(part) for part in (array if self.stacked else [array])]
+
+
+@dataclass(frozen=True)
+class StoredApart:
+    """Where a joined parameter is stored: each of its parts in a tensor of its own, as `columns` lays them out."""
+
+    names: tuple[str, ...]
+    columns: Columns
+    layout: Layout = Layout.SAME
+    codes: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        """The tensors' names, for messages."""
+        return ", ".join(self.names)
+
+    def parts(self, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+        """(name, stored shape) of each tensor that a parameter of this shape is stored in."""
+        return [(name, self.layout.stored_shape(part)) for name, part in zip(self.names, self._shapes(shape))]
+
+    def read(self, slices: Sequence[Any], shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+        """The part `index` of the parameter of `shape`, from slices of the tensors in `parts`."""
+        # Whole units are read, and cut where the index cuts them.
+        lo, hi, _ = index[-1].indices(shape[-1])
+        width = self.columns.width
+        first, last = lo // width, -(-hi // width)
+
+        found = []
+        for one, part, columns in zip(slices, self._shapes(shape), self.columns.widths, strict=True):
+            found.append(self.layout.read(one, part, (*index[:-1], slice(first * columns, last * columns))))
+        units = Columns(last - first, self.columns.widths)
+        return units.join(found)[..., lo - first * width : hi - first * width]
+
+    def write(self, array: np.ndarray) -> list[np.ndarray]:
+        """The tensors in `parts` of a whole parameter."""
+        return [self.layout.write(part) for part in self.columns.split(array)]
+
+    def _shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+        return [(*shape[:-1], self.columns.units * width) for width in self.columns.widths]
+
 
 # Parameter path -> where it is stored.
-TensorMap = Mapping[ParamPath, Stored]
+TensorMap = Mapping[ParamPath, Stored | StoredApart]
 
-# Path below a decoder layer -> its tensor below the layer's prefix, in every family here, targets and drafters alike.
+# Path below a decoder layer -> its tensor below the layer's prefix, in every family here, targets and drafters alike;
+# parts of joined parameters by the names that they would have by themselves.
 LAYER_TENSORS: dict[ParamPath, Stored] = {
     ("input_norm", "weight"): Stored("input_layernorm.weight"),
     ("post_attention_norm", "weight"): Stored("post_attention_layernorm.weight"),
@@ -132,10 +186,21 @@ LAYER_TENSORS: dict[ParamPath, Stored] = {
 }
 
 
-def layer_tensor(below: ParamPath, prefix: str) -> Stored:
-    """The tensor of the parameter at path `below` a decoder layer stored under `prefix`."""
-    stored = LAYER_TENSORS[below]
-    return Stored(f"{prefix}.{stored.name}", stored.layout)
+def is_layer_tensor(below: ParamPath) -> bool:
+    """Whether a path below a decoder layer is of a parameter that every family stores under the same name."""
+    return below in LAYER_TENSORS or below[-1] in PARTS
+
+
+def layer_tensor(below: ParamPath, prefix: str, config: TargetConfig, index: int) -> Stored | StoredApart:
+    """The tensors of the parameter at path `below` decoder layer `index` stored under `prefix`."""
+    if below[-1] not in PARTS:
+        stored = LAYER_TENSORS[below]
+        return Stored(f"{prefix}.{stored.name}", stored.layout)
+
+    # Files keep every matrix by itself.
+    parts, columns = columns_of(below[-1], config, index)
+    tensors = [LAYER_TENSORS[*below[:-1], part] for part in parts]
+    return StoredApart(tuple(f"{prefix}.{one.name}" for one in tensors), columns, tensors[0].layout)
 
 
 def stored_names(table: TensorMap, leaves: Mapping[ParamPath, Any]) -> set[str]:

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from dspark_jax import files
 from dspark_jax.checkpoints.safetensors_header import TensorEntry, read_tensor_header
-from dspark_jax.checkpoints.tensor_map import ParamPath, Stored, TensorMap
+from dspark_jax.checkpoints.tensor_map import ParamPath, Stored, StoredApart, TensorMap
 from dspark_jax.errors import UserError
 from dspark_jax.readers import check_fields, object_of, read_object, reason_of, text
 
@@ -193,7 +193,7 @@ def check_shapes(folder: TensorFolder, table: TensorMap, leaves: Mapping[ParamPa
         _checked_slices(folder, table[path], leaf.shape)
 
 
-def _checked_slices(folder: TensorFolder, source: Stored, shape: tuple[int, ...]) -> list[Any]:
+def _checked_slices(folder: TensorFolder, source: Stored | StoredApart, shape: tuple[int, ...]) -> list[Any]:
     """Slices of the tensors that a parameter is stored in, their shapes checked."""
     slices = []
     for name, expected in source.parts(shape):
@@ -211,7 +211,7 @@ def _checked_slices(folder: TensorFolder, source: Stored, shape: tuple[int, ...]
 
 def _read_part(
     slices: list[Any],
-    source: Stored,
+    source: Stored | StoredApart,
     shape: tuple[int, ...],
     dtype: np.dtype,
     where: str,
@@ -220,11 +220,7 @@ def _read_part(
     """The part `index` of a parameter, in C order and in `dtype`; UserError where it is damaged or not finite."""
     index = index or (slice(None),) * len(shape)
     try:
-        if source.stacked:
-            # The first axis indexes tensors here, so a device opens only its own experts.
-            part = np.stack([source.layout.read(one, shape[1:], index[1:]) for one in slices[index[0]]])
-        else:
-            part = source.layout.read(slices[0], shape, index)
+        part = source.read(slices, shape, index)
     except (SafetensorError, OSError) as error:
         raise UserError(f"Tensor {where} cannot be read ({error}); copy the folder again.") from None
 
@@ -262,8 +258,8 @@ def stored_tensors(table: TensorMap, params: dict, dtype: str | None) -> dict[st
         # One parameter at a time on the host: a large model is not there twice.
         array = np.asarray(jax.device_get(flat[path]))
         array = array if kind is None else array.astype(kind)
-        for (name, _), part in zip(source.parts(array.shape), array if source.stacked else [array], strict=True):
-            tensors[name] = np.ascontiguousarray(source.layout.write(part))
+        for (name, _), part in zip(source.parts(array.shape), source.write(array), strict=True):
+            tensors[name] = np.ascontiguousarray(part)
 
     return tensors
 

@@ -85,7 +85,7 @@ class Backbone(nnx.Module):
     def _layer(config: DrafterConfig, index: int, rngs: nnx.Rngs) -> Any:
         convolution = getattr(config, "convolution", None)
         if convolution is None:
-            return layer_class(config.backbone)(config.backbone, index, rngs=rngs)
+            return layer_class(config.backbone)(config.backbone, index, rngs=rngs, queries_apart=True)
         return ConvolvedLayer(config.backbone, index, convolution, rngs=rngs)
 
     def context(self, taps: Float[Array, "b t md"], positions: Int[Array, "b t"]) -> tuple[KeysValues, ...]:

@@ -72,7 +72,7 @@ class ConvolvedLayer(DecoderLayer):
     """
 
     def __init__(self, config: TargetConfig, index: int, convolution: ConvolutionConfig, *, rngs: nnx.Rngs):
-        super().__init__(config, index, rngs=rngs)
+        super().__init__(config, index, rngs=rngs, queries_apart=True)
         self.attention_conv = LocalConvolution(convolution, config.hidden_size, rngs=rngs)
         self.mlp_conv = LocalConvolution(convolution, config.hidden_size, rngs=rngs)
 

@@ -72,7 +72,7 @@ class Eagle3(PairedRows):
 
         self.fc = Linear(features, d, std, rngs=rngs, bias=False, axes=("features", "embed"))
 
-        layer = layer_class(dims)(dims, 0, rngs=rngs, input_size=2 * d)
+        layer = layer_class(dims)(dims, 0, rngs=rngs, input_size=2 * d, queries_apart=True)
 
         # The hidden half has a norm of its own; the layer's input norm serves the embedding half.
         layer.hidden_norm = layer.norm(d, dims.rms_norm_eps)

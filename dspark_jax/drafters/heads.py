@@ -14,7 +14,7 @@ from dspark_jax.drafters.config import DSparkConfig
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import param
 from dspark_jax.targets.layers import normal
-from dspark_jax.targets.products import product, rows_times
+from dspark_jax.targets.products import by_table, product, rows_times
 
 
 class Linear(nnx.Module):
@@ -73,7 +73,7 @@ class MarkovHead(nnx.Module):
     def bias(self, latent: Float[Array, "*n r"]) -> Float[Array, "*n v"]:
         """W_2 latent, float32."""
         # float32, because it is added to float32 logits before the law is taken (rule 8).
-        return product("...r,vr->...v", latent, self.w2_vr[...])
+        return by_table(latent, self.w2_vr[...])
 
     def candidates(self, base: Float[Array, "*n v"]) -> Int[Array, "*n c"] | None:
         """The tokens that may be drafted at each position, from its base logits; None: all of V."""

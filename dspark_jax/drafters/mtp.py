@@ -64,7 +64,7 @@ class MTP(PairedRows):
         d = dims.hidden_size
 
         # A layer of the target's family, norms included: Gemma's, for one, are not Qwen's.
-        layer = layer_class(dims)(dims, 0, rngs=rngs)
+        layer = layer_class(dims)(dims, 0, rngs=rngs, queries_apart=True)
         self.enorm = layer.norm(d, dims.rms_norm_eps)
         self.hnorm = layer.norm(d, dims.rms_norm_eps)
         self.eh_proj = Linear(2 * d, d, dims.initializer_range, rngs=rngs, bias=False, axes=("features", "embed"))

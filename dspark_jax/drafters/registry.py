@@ -27,6 +27,7 @@ from dspark_jax.drafters.mtp import MTP
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import split
 from dspark_jax.targets.config import config_sha256
+from dspark_jax.targets.joined import apart, together
 from dspark_jax.targets.registry import read_target_config
 
 
@@ -271,8 +272,8 @@ def with_head_norms(layer: dict, rows: Float[Array, "n d"], head_dim: int, eps: 
 
 def graft_target_layers(hf_config: Mapping[str, Any], params: dict, layers: Sequence[dict], final_norm: dict) -> dict:
     """`params` with the draft layers and norms started from the target's: layers[i] becomes draft layer i, by the
-    kind's `graft`. Layers without head norms go through `with_head_norms` first. Raises UserError for a kind without
-    `graft`, and if the drafter's sizes are not the target's."""
+    kind's `graft`; every matrix of a layer is by itself. Layers without head norms go through `with_head_norms` first.
+    Raises UserError for a kind without `graft`, and if the drafter's sizes are not the target's."""
     # A kind names its own way of copying, since a layer's inputs differ: Eagle3's has an embedding half besides.
     kind = kind_of(hf_config)
     if not hasattr(kind.module, "graft"):
@@ -282,6 +283,8 @@ def graft_target_layers(hf_config: Mapping[str, Any], params: dict, layers: Sequ
         )
 
     # Shapes are compared as a whole, after the graft: sizes may differ in heads, width or MLP.
+    own, backbone = params, read_config(hf_config).backbone
+    params = apart(own, backbone)
     grafted = kind.module.graft(params, layers, final_norm)
     if jax.tree.map(jnp.shape, grafted) != jax.tree.map(jnp.shape, params):
         raise UserError(
@@ -289,4 +292,4 @@ def graft_target_layers(hf_config: Mapping[str, Any], params: dict, layers: Sequ
             "drafter.init_target_layers, or the overrides of heads and MLP width."
         )
 
-    return grafted
+    return together(grafted, backbone, own)

@@ -123,8 +123,8 @@ class Gemma4Attention(Attention):
 
     norm = Gemma4Norm
 
-    def __init__(self, config: TargetConfig, index: int, *, rngs: nnx.Rngs, input_size: int | None = None):
-        super().__init__(config, index, rngs=rngs, input_size=input_size)
+    def __init__(self, config: TargetConfig, index: int, *, rngs: nnx.Rngs, **attention: Any):
+        super().__init__(config, index, rngs=rngs, **attention)
         # Not H^-0.5: the norms of q and k already fix the size of the scores.
         self.scale = 1.0
         self.eps = config.rms_norm_eps
@@ -139,10 +139,10 @@ class Gemma4Layer(nnx.Module):
 
     norm = Gemma4Norm
 
-    def __init__(self, config: TargetConfig, index: int, *, rngs: nnx.Rngs, input_size: int | None = None):
+    def __init__(self, config: TargetConfig, index: int, *, rngs: nnx.Rngs, **attention: Any):
         d, eps = config.hidden_size, config.rms_norm_eps
         self.input_norm = Gemma4Norm(d, eps)
-        self.attention = Gemma4Attention(config, index, rngs=rngs, input_size=input_size)
+        self.attention = Gemma4Attention(config, index, rngs=rngs, **attention)
         self.post_attention_norm = Gemma4Norm(d, eps)
         self.pre_feedforward_norm = Gemma4Norm(d, eps)
         self.mlp = MLP(config, rngs=rngs, activation=_gelu)

@@ -1,9 +1,10 @@
 """Parts of a decoder block, over any leading axes `*n`; the `Attend` passed in decides what each row attends to.
 
-Axes: D hidden, F mlp, Q query heads, G kv heads, H head dim, P = Q H query channels, C = G H kv channels, V vocab.
-Weights are stored input-first (transposed once at load from Hugging Face's output-first), except the [V, D] embedding
-and head, and with the heads side by side in one axis, as products read them: a weight of another shape would be laid
-out anew, and held twice, in every dispatch on a TPU.
+Axes: D hidden, F mlp, Q query heads, G kv heads, H head dim, P = Q H query channels, C = G H kv channels, V vocab; of
+matrices joined in one (targets/joined.py), X = P + 2 C, Y = 2 C and U = 2 F. Weights are stored input-first (transposed
+once at load from Hugging Face's output-first), except the [V, D] embedding and head, and with the heads side by side in
+one axis, as products read them: a weight of another shape would be laid out anew, and held twice, in every dispatch on
+a TPU.
 """
 
 import math
@@ -18,8 +19,9 @@ from jaxtyping import Array, Float, Int
 from dspark_jax.sharding import Units, param
 from dspark_jax.targets.attention import Attend, KeysValues
 from dspark_jax.targets.config import RopeConfig, TargetConfig
+from dspark_jax.targets.joined import columns_of
 from dspark_jax.targets.moe import SparseMLP
-from dspark_jax.targets.products import product, rows_times, rows_times_table
+from dspark_jax.targets.products import by_table, product, rows_times, rows_times_table
 
 
 class Rope(NamedTuple):
@@ -53,9 +55,6 @@ UNEVEN_ROWS = range(5, 16)
 def head_logits(hidden: Float[Array, "*n d"], head: Float[Array, "v d"], softcap: float | None) -> Float[Array, "*n v"]:
     """float32 logits of final-normed hidden states by an output head; `softcap` c bounds them, c tanh(x / c)."""
 
-    def as_rows(x: Array, weight: Array) -> Array:
-        return product("...d,vd->...v", x, weight)
-
     def as_columns(x: Array, weight: Array) -> Array:
         # XLA:CPU repacks a transposed right-hand side in every call, and the head is the largest matrix; as the
         # left-hand side it is read as it lies. Without the barrier XLA swaps the two back.
@@ -72,9 +71,9 @@ def head_logits(hidden: Float[Array, "*n d"], head: Float[Array, "v d"], softcap
 
     if math.prod(hidden.shape[:-1]) <= FEW_ROWS:
         # Chosen at lowering, so that a program exported from a CPU for an accelerator gets the accelerator's form.
-        logits = jax.lax.platform_dependent(hidden, head, cpu=as_columns, default=as_rows)
+        logits = jax.lax.platform_dependent(hidden, head, cpu=as_columns, default=by_table)
     else:
-        logits = as_rows(hidden, head)
+        logits = by_table(hidden, head)
 
     return logits if softcap is None else jnp.tanh(logits / softcap) * softcap
 
@@ -116,33 +115,46 @@ class Attention(nnx.Module):
     """Grouped-query attention: per-head RMS norm of q and k where the config has it, then RoPE, scale H^-0.5; biases
     only if the config has them. Layer `index` of the config gives heads and window.
 
-    `input_size`: width I of the rows that q, k and v are projected from; None: the hidden size.
+    `input_size`: width I of the rows that q, k and v are projected from; None: the hidden size. `queries_apart`: keys
+    and values are also projected without queries, as a drafter's are from its context, so that only they are joined.
     """
 
     norm: type = RMSNorm
 
-    def __init__(self, config: TargetConfig, index: int, *, rngs: nnx.Rngs, input_size: int | None = None):
+    def __init__(
+        self, config: TargetConfig, index: int, *, rngs: nnx.Rngs, input_size: int | None = None,
+        queries_apart: bool = False,
+    ):  # fmt: skip
         # Sizes of this layer alone: in Gemma they differ between sliding and global layers.
         layer, std, d = config.layers[index], config.initializer_range, config.hidden_size
 
         # A drafter's first layer may read wider rows than D (Eagle3 reads 2 D), but always writes D.
         q, g, h, i = config.num_heads, layer.num_kv_heads, layer.head_dim, input_size or d
 
+        # A single kv head is whole on every device, its queries are not.
+        self.queries_apart = queries_apart or g == 1
+        self.values_are_keys, self.has_bias = layer.values_are_keys, config.attention_bias
+        sizes = [q * h, g * h] if self.values_are_keys else [q * h, g * h, g * h]
+        weights, biases = [normal(rngs, (i, n), std) for n in sizes], [jnp.zeros((n,)) for n in sizes]
+
         # Sharding splits them between heads, never within one.
         queries, shared = Units("heads", q), Units("kv_heads", g)
-        self.q_weight_dp = param(normal(rngs, (i, q * h), std), "embed", queries)
-        self.k_weight_dc = param(normal(rngs, (i, g * h), std), "embed", shared)
-        self.values_are_keys = layer.values_are_keys
-        if not self.values_are_keys:
-            self.v_weight_dc = param(normal(rngs, (i, g * h), std), "embed", shared)
-        self.o_weight_pd = param(normal(rngs, (q * h, d), std), queries, "embed")
+        if self.queries_apart:
+            _, columns = columns_of("kv_weight_dy", config, index)
+            self.q_weight_dp = param(weights[0], "embed", queries)
+            self.kv_weight_dy = param(columns.join(weights[1:]), "embed", shared)
+        else:
+            _, columns = columns_of("qkv_weight_dx", config, index)
+            shared = Units("kv_heads", g, columns.width // h)
+            self.qkv_weight_dx = param(columns.join(weights), "embed", shared)
 
-        self.has_bias = config.attention_bias
+        self.o_weight_pd = param(normal(rngs, (q * h, d), std), queries, "embed")
         if self.has_bias:
-            self.q_bias_p = param(jnp.zeros((q * h,)), queries)
-            self.k_bias_c = param(jnp.zeros((g * h,)), shared)
-            if not self.values_are_keys:
-                self.v_bias_c = param(jnp.zeros((g * h,)), shared)
+            if self.queries_apart:
+                self.q_bias_p = param(biases[0], queries)
+                self.kv_bias_y = param(columns.join(biases[1:]), shared)
+            else:
+                self.qkv_bias_x = param(columns.join(biases), shared)
             self.o_bias_d = param(jnp.zeros((d,)), "embed")
 
         self.has_norm = config.query_key_norm
@@ -150,36 +162,38 @@ class Attention(nnx.Module):
             self.q_norm = self.norm(h, config.rms_norm_eps, "head_dim")
             self.k_norm = self.norm(h, config.rms_norm_eps, "head_dim")
 
-        self.head_dim = h
+        self.heads, self.kv_heads, self.head_dim = q, g, h
         self.scale = h**-0.5
         self.window = layer.window
         self.index = index
 
     def __call__(self, x: Float[Array, "*n i"], rope: Rope, attend: Attend) -> tuple[Float[Array, "*n d"], KeysValues]:
         """(attention output, the rows' own K/V)."""
-        q, kv = self.queries(x, rope), self.keys_values(x, rope)
+        if self.queries_apart:
+            q = rows_times(x, self.q_weight_dp[...])
+            q = q + self.q_bias_p[...] if self.has_bias else q
+            # Products of the same rows would be merged, for which their weights would be joined in every pass.
+            kv = self.keys_values(jax.lax.optimization_barrier(x), rope)
+        else:
+            made = rows_times(x, self.qkv_weight_dx[...])
+            made = self._by_group(made + self.qkv_bias_x[...] if self.has_bias else made)
+            own = self.heads // self.kv_heads
+            q, kv = made[..., :own, :], self._keys_values(made[..., own:, :], rope)
 
         # The new rows go to the core as they are; whether and where they are cached is the caller's business.
-
+        q = q.reshape(*x.shape[:-1], self.heads, self.head_dim)
+        q = rope.rotate(self.q_norm(q) if self.has_norm else q)
         mixed = attend(self.index, q, kv.keys, kv.values, scale=self.scale, window=self.window)
         return self.output(mixed), kv
 
-    def queries(self, x: Float[Array, "*n i"], rope: Rope) -> Float[Array, "*n q h"]:
-        """Queries [*n, Q, H] after bias, norm and RoPE, not yet scaled."""
-        q = rows_times(x, self.q_weight_dp[...])
-        q = self._heads(q + self.q_bias_p[...] if self.has_bias else q)
-        return rope.rotate(self.q_norm(q) if self.has_norm else q)
-
     def keys_values(self, x: Float[Array, "*n i"], rope: Rope) -> KeysValues:
-        """([*n, G, H] keys after norm and RoPE, [*n, G, H] values): what a cache keeps."""
-        k = rows_times(x, self.k_weight_dc[...])
+        """([*n, G, H] keys after norm and RoPE, [*n, G, H] values), what a cache keeps, where queries are apart."""
+        made = rows_times(x, self.kv_weight_dy[...])
+        return self._keys_values(self._by_group(made + self.kv_bias_y[...] if self.has_bias else made), rope)
 
+    def _keys_values(self, made: Float[Array, "*n g parts h"], rope: Rope) -> KeysValues:
         # With K = V, v is the raw projection: before the norm and without RoPE (docs/algorithm.md, rule 63).
-        v = k = self._heads(k + self.k_bias_c[...] if self.has_bias else k)
-        if not self.values_are_keys:
-            v = rows_times(x, self.v_weight_dc[...])
-            v = self._heads(v + self.v_bias_c[...] if self.has_bias else v)
-
+        k, v = made[..., 0, :], made[..., -1, :]
         return KeysValues(rope.rotate(self.k_norm(k) if self.has_norm else k), self.values(v))
 
     def values(self, v: Float[Array, "*n g h"]) -> Float[Array, "*n g h"]:
@@ -192,8 +206,8 @@ class Attention(nnx.Module):
         out = rows_times(mixed.reshape(*mixed.shape[:-2], -1), self.o_weight_pd[...])
         return out + self.o_bias_d[...] if self.has_bias else out
 
-    def _heads(self, x: Float[Array, "*n p"]) -> Float[Array, "*n heads h"]:
-        return x.reshape(*x.shape[:-1], -1, self.head_dim)
+    def _by_group(self, x: Float[Array, "*n x"]) -> Float[Array, "*n g parts h"]:
+        return x.reshape(*x.shape[:-1], self.kv_heads, -1, self.head_dim)
 
 
 class MLP(nnx.Module):
@@ -202,36 +216,39 @@ class MLP(nnx.Module):
     def __init__(self, config: TargetConfig, *, rngs: nnx.Rngs, activation: Callable[[Array], Array] = jax.nn.silu):
         d, f, std = config.hidden_size, config.intermediate_size, config.initializer_range
 
-        self.gate_weight_df = param(normal(rngs, (d, f), std), "embed", "mlp")
-        self.up_weight_df = param(normal(rngs, (d, f), std), "embed", "mlp")
+        _, self.columns = columns_of("gate_up_weight_du", config, 0)
+        axis = Units("mlp", self.columns.units, 2)
+        gate_up = [normal(rngs, (d, f), std) for _ in range(2)]
+        self.gate_up_weight_du = param(self.columns.join(gate_up), "embed", axis)
         self.down_weight_fd = param(normal(rngs, (f, d), std), "mlp", "embed")
 
         self.has_bias = config.mlp_bias
         if self.has_bias:
-            self.gate_bias_f = param(jnp.zeros((f,)), "mlp")
-            self.up_bias_f = param(jnp.zeros((f,)), "mlp")
+            self.gate_up_bias_u = param(jnp.zeros((2 * f,)), axis)
             self.down_bias_d = param(jnp.zeros((d,)), "embed")
 
         self.activation = activation
 
     def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
-        gate, up = rows_times(x, self.gate_weight_df[...]), rows_times(x, self.up_weight_df[...])
-        if self.has_bias:
-            gate, up = gate + self.gate_bias_f[...], up + self.up_bias_f[...]
+        made = rows_times(x, self.gate_up_weight_du[...])
+        gate, up = self.columns.split(made + self.gate_up_bias_u[...] if self.has_bias else made)
 
         out = rows_times(self.activation(gate) * up, self.down_weight_fd[...])
         return out + self.down_bias_d[...] if self.has_bias else out
 
 
 class DecoderLayer(nnx.Module):
-    """Pre-norm block. Returns the new rows and the rows' own K/V, which the caller caches or drops."""
+    """Pre-norm block. Returns the new rows and the rows' own K/V, which the caller caches or drops.
+
+    `attention`: keywords of `Attention`.
+    """
 
     norm: type = RMSNorm
 
-    def __init__(self, config: TargetConfig, index: int, *, rngs: nnx.Rngs, input_size: int | None = None):
+    def __init__(self, config: TargetConfig, index: int, *, rngs: nnx.Rngs, **attention: Any):
         d, eps = config.hidden_size, config.rms_norm_eps
         self.input_norm = RMSNorm(d, eps)
-        self.attention = Attention(config, index, rngs=rngs, input_size=input_size)
+        self.attention = Attention(config, index, rngs=rngs, **attention)
         self.post_attention_norm = RMSNorm(d, eps)
         # A mixture may have dense layers among its sparse ones (Qwen3's mlp_only_layers).
         self.mlp: Any = SparseMLP(config, rngs=rngs) if config.layers[index].sparse else MLP(config, rngs=rngs)

@@ -34,6 +34,17 @@ def product(equation: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Fl
     return _narrow(equation, a, b) if narrow else _wide(equation, a, b)
 
 
+def by_table(rows: Float[Array, "*n d"], table: Float[Array, "v d"]) -> Float[Array, "*n v"]:
+    """float32 [*n, V]: the products of rows with every row of a table, an output head or a Markov table."""
+    # A single row is no matrix to XLA, which then multiplies and sums elements in float32: on a GPU the whole table is
+    # first written so. With a row of zeros beside it, it stays a product of the operands as they lie.
+    alone = math.prod(rows.shape[:-1]) == 1 and rows.dtype == jnp.bfloat16
+    if not alone:
+        return product("...d,vd->...v", rows, table)
+    pair = jnp.pad(rows.reshape(1, -1), ((0, 1), (0, 0)))
+    return product("nd,vd->nv", pair, table)[0].reshape(*rows.shape[:-1], -1)
+
+
 def _wide(equation: str, a: Array, b: Array) -> Array:
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 

@@ -1,11 +1,13 @@
-"""Compiles the decode loop of an earlier checkout and of this one, for TPUs that are not here, and reads both texts.
+"""Compiles the decode loop of an earlier checkout and of this one, for devices that are not here, and reads both texts.
 
     git worktree add ../before COMMIT
     python -m infer.studies.compiled --before ../before --layers 1
     python -m infer.studies.compiled --layers 0
+    python -m infer.studies.compiled --topology H200 --slots 1 --plain --layers 0 --name h200_r1_plain
 
-Needs the TPU compiler (extra `aot`). What lies beside the layers, such as sampling, is whole at any depth; sizes and
-seconds are those of the depth that was compiled, 0 for all layers. Several runs share one file of results.
+Needs the TPU compiler (extra `aot`) or, for a GPU, the CUDA compiler (extra `aot-cuda`, Python 3.12). What lies beside
+the layers, such as sampling, is whole at any depth; sizes and seconds are those of the depth that was compiled, 0 for
+all layers. Of a GPU's two readings (`planning/gpus`) the larger figure is the row's. Several runs share one file.
 """
 
 import json
@@ -13,7 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,12 @@ from dspark_jax.devices import machine
 from dspark_jax.errors import UserError
 from dspark_jax.files import add_results, make_output, read_results
 from dspark_jax.planning.compiled import copies
+from dspark_jax.planning.gpus import GPUS
+from dspark_jax.planning.kernels import round_kernels
 from dspark_jax.planning.rounds import LoopText
 from dspark_jax.report import table
+
+MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -34,8 +40,10 @@ class CompiledSettings:
     """Another checkout of this repository, compiled as well; empty: this one alone."""
     config: str = "qwen3_4b_dspark"
     """Training configuration whose target and drafter are compiled; of a published target."""
+    plain: bool = False
+    """Without the drafter."""
     topology: str = "v5e:2x2"
-    """TPUs to compile for, all along the tensor axis."""
+    """TPUs to compile for, all along the tensor axis, or a GPU, H100 or H200."""
     slots: int = 8
     """Requests decoded at once."""
     longest: int = 2048
@@ -83,8 +91,8 @@ def reading(settings: CompiledSettings, checkout: Path) -> dict[str, Any]:
     """The figures of one checkout's loop, compiled by a process of its own."""
     with tempfile.TemporaryDirectory() as name:
         wanted = {
-            "config": settings.config, "topology": settings.topology, "slots": settings.slots,
-            "longest": settings.longest, "layers": settings.layers, "folder": name,
+            "config": settings.config, "plain": settings.plain, "topology": settings.topology,
+            "slots": settings.slots, "longest": settings.longest, "layers": settings.layers, "folder": name,
         }  # fmt: skip
         # Its own folder first, before this checkout's.
         paths = os.pathsep.join([str(checkout.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -98,26 +106,43 @@ def reading(settings: CompiledSettings, checkout: Path) -> dict[str, Any]:
         if done.returncode:
             raise UserError(f"The loop of {checkout} was not compiled: {done.stderr.strip().splitlines()[-1][:300]}")
 
-        text = (Path(name) / "loop.txt").read_text()
         facts = json.loads((Path(name) / "facts.json").read_text())
+        texts = {one: (Path(name) / f"{one}.txt").read_text() for one in facts["readings"]}
 
-    loop = LoopText.of(text, facts["hidden"])
-    greedy, sampled = loop.round(greedy=True), loop.round(greedy=False)
-    mib = 2**20
-    return {
-        "collective_mib_greedy": greedy.others / mib,
-        "collective_mib_sampled": sampled.others / mib,
-        "collective_mib_rows_of_layers": greedy.rows / mib,
-        "entry_copies_mib": loop.entry_copies() / mib,
-        "temporaries_mib": facts["temporary"] / mib,
-        "arguments_mib": facts["arguments"] / mib,
-        "program_mib": facts["program"] / mib,
-        "compile_seconds": facts["seconds"],
-        "compile_cpu_seconds": facts["cpu_seconds"],
-        "whole_cache_copies": len(copies(text, {tuple(shape) for shape in facts["caches"]})),
-        "sorts": text.count(" sort("),
+    loops = {one: LoopText.of(text, facts["hidden"]) for one, text in texts.items()}
+    caches = {tuple(shape) for shape in facts["caches"]}
+    common = {
+        "temporaries_mib": max(one["temporary"] for one in facts["readings"].values()) / MIB,
+        "arguments_mib": facts["arguments"] / MIB,
+        "compile_seconds": max(one["seconds"] for one in facts["readings"].values()),
+        "compile_cpu_seconds": max(one["cpu_seconds"] for one in facts["readings"].values()),
+        "entry_copies_mib": max(loop.entry_copies() for loop in loops.values()) / MIB,
+        "whole_cache_copies": sum(len(copies(text, caches)) for text in texts.values()),
         "layers": facts["layers"],
         "draft_layers": facts["draft_layers"],
+    }
+    if settings.topology in GPUS:
+        return kernel_figures(loops, facts) | common
+
+    (text,), (loop,) = texts.values(), loops.values()
+    greedy, sampled = loop.round(greedy=True), loop.round(greedy=False)
+    return common | {
+        "collective_mib_greedy": greedy.others / MIB,
+        "collective_mib_sampled": sampled.others / MIB,
+        "collective_mib_rows_of_layers": greedy.rows / MIB,
+        "program_mib": facts["program"] / MIB,
+        "sorts": text.count(" sort("),
+    }
+
+
+def kernel_figures(loops: dict[str, LoopText], facts: dict[str, Any]) -> dict[str, Any]:
+    """Kernels of a round, and bytes of weights that it writes again: the larger of the readings, and of each."""
+    found = {one: round_kernels(loop, [tuple(x) for x in facts["weights"]]) for one, loop in loops.items()}
+    rewritten = {one: read.joined + read.widened + read.laid_out for one, read in found.items()}
+    return {
+        "kernels": max(read.kernels for read in found.values()),
+        "weight_bytes_rewritten": max(rewritten.values()),
+        "readings": {one: asdict(read) | facts["readings"][one] for one, read in found.items()},
     }
 
 
@@ -145,18 +170,26 @@ if layers:
         count = min(settings.num_layers, layers)
         return made(dataclasses.replace(settings, num_layers=count, target_layer_ids=kept), *rest)
     decoding.drafter_config = shallow
+named = {"target": config.target} if wanted["plain"] else {"config": wanted["config"]}
 plan = decoding.DecodePlan.of(decoding.PlanOptions(
-    config=wanted["config"], topology=wanted["topology"], slots=wanted["slots"], longest=wanted["longest"]))
-lowered, clock, cpu = plan.lower("tpu"), time.perf_counter(), time.process_time()
-program = lowered.compile()
-clock, cpu = time.perf_counter() - clock, time.process_time() - cpu
-memory, folder = program.memory_analysis(), Path(wanted["folder"])
-(folder / "loop.txt").write_text(program.as_text())
+    **named, topology=wanted["topology"], slots=wanted["slots"], longest=wanted["longest"]))
+platform = getattr(plan, "platform", "tpu")
+lowered, readings, facts, folder = plan.lower(platform), {"tpu": None}, {}, Path(wanted["folder"])
+if platform == "cuda":
+    from dspark_jax.planning.gpus import READINGS as readings
+for name, options in readings.items():
+    clock, cpu = time.perf_counter(), time.process_time()
+    program = lowered.compile(options)
+    clock, cpu = time.perf_counter() - clock, time.process_time() - cpu
+    memory = program.memory_analysis()
+    (folder / f"{name}.txt").write_text(program.as_text())
+    facts[name] = {"seconds": clock, "cpu_seconds": cpu, "temporary": memory.temp_size_in_bytes}
+leaves = jax.tree.leaves((plan.params.target, plan.params.drafter))
 (folder / "facts.json").write_text(json.dumps({
-    "hidden": plan.target.config.hidden_size, "layers": plan.target.config.num_layers,
-    "draft_layers": plan.drafter.config.backbone.num_layers, "seconds": clock, "cpu_seconds": cpu,
-    "temporary": memory.temp_size_in_bytes, "arguments": memory.argument_size_in_bytes,
-    "program": memory.generated_code_size_in_bytes, "caches": sorted(plan.cache_shapes())}))
+    "readings": facts, "hidden": plan.target.config.hidden_size, "layers": plan.target.config.num_layers,
+    "draft_layers": 0 if plan.drafter is None else plan.drafter.config.backbone.num_layers,
+    "arguments": memory.argument_size_in_bytes, "program": memory.generated_code_size_in_bytes,
+    "weights": [list(x.shape) for x in leaves], "caches": sorted(plan.cache_shapes())}))
 """
 
 

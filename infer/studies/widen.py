@@ -25,6 +25,7 @@ from dspark_jax.files import check_new_folder
 from dspark_jax.report import table
 from dspark_jax.sharding import split
 from dspark_jax.targets.config import config_sha256, text_config
+from dspark_jax.targets.joined import apart, together
 from dspark_jax.targets.target import Target
 
 WRITTEN_ANEW = ("config.json", "model.safetensors.index.json")
@@ -91,8 +92,8 @@ def widened(target: Target, intermediate_size: int) -> Target:
 
     # Copies, not zeros: the device does the work of real values.
     repeated = np.arange(intermediate_size) % units
-    params = {}
-    for path, leaf in flatten_dict(target.params).items():
+    params, mine = {}, apart(target.params, target.config)
+    for path, leaf in flatten_dict(mine).items():
         if path[-2:-1] == ("mlp",) and path[-1].endswith("f"):  # gate and up, into the units: [d, f], biases [f]
             leaf = jnp.asarray(leaf)[..., repeated]
         elif path[-2:-1] == ("mlp",) and path[-1].endswith("fd"):  # down, out of the units: [f, d], zeros added
@@ -110,7 +111,7 @@ def widened(target: Target, intermediate_size: int) -> Target:
         target,
         config=config,
         graphdef=split(target_skeleton(config))[0],
-        params=unflatten_dict(params),
+        params=together(unflatten_dict(params), config, target.params),
         hf_config=hf_config,
         config_sha256=config_sha256(hf_config),
         folder=None,  # its weights are in no file yet

@@ -10,12 +10,14 @@ import optax.contrib
 from flax import nnx
 
 from dspark_jax.targets.attention import CausalRows
+from dspark_jax.targets.config import TargetConfig
+from dspark_jax.targets.joined import apart, together
 
 from .packing import Rows
 
 Params = Any
 MATRICES = ("dp", "dc", "pd", "df", "fd")
-"""Axis letters of the matrices of attention and MLP (targets/layers.py)."""
+"""Axis letters of the matrices of attention and MLP, each by itself (targets/joined.py)."""
 
 
 class State(NamedTuple):
@@ -25,12 +27,12 @@ class State(NamedTuple):
     optimizer: optax.OptState
 
 
-def make_optimizer(weight_decay: float) -> optax.GradientTransformation:
+def make_optimizer(weight_decay: float, config: TargetConfig) -> optax.GradientTransformation:
     """Muon for the layers' matrices, AdamW for embedding and norms, both at rate 1: the step applies the clock's rate.
 
     Muon's updates are scaled to the usual RMS of AdamW's (0.2), so that one rate suits both.
     """
-    return optax.chain(
+    both = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.contrib.muon(
             learning_rate=1.0,
@@ -41,6 +43,13 @@ def make_optimizer(weight_decay: float) -> optax.GradientTransformation:
             consistent_rms=0.2,
         ),
     )
+
+    # Queries, keys and values, gate and up lie in one array each, but are orthogonalised as the matrices that they are.
+    def update(gradients: Params, state: Any, params: Params) -> tuple[Params, Any]:
+        made, state = both.update(apart(gradients, config), state, apart(params, config))
+        return together(made, config, gradients), state
+
+    return optax.GradientTransformation(lambda params: both.init(apart(params, config)), update)  # type: ignore[arg-type]
 
 
 def _matrices(params: Params) -> Params:

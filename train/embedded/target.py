@@ -40,6 +40,7 @@ from dspark_jax.readers import (
     require_object,
 )
 from dspark_jax.sharding import split
+from dspark_jax.targets.config import TargetConfig
 from dspark_jax.targets.registry import read_target_config, target_module
 
 from .optimizer import State, make_optimizer, make_step
@@ -67,12 +68,17 @@ class Run:
         tokenizer = _tokenizer(recipe)
         config = read_target_config(recipe.hf_config(tokenizer))
         graphdef, params = split(target_module(config, rngs=nnx.Rngs(recipe.seed)))
-        state = State(params, make_optimizer(recipe.weight_decay).init(params))
+        state = State(params, make_optimizer(recipe.weight_decay, config).init(params))
         run = cls(recipe, tokenizer, graphdef, state, Progress())
         if run.checkpoint.exists():
             run._restore()
 
         return run
+
+    @property
+    def config(self) -> TargetConfig:
+        """The model's architecture."""
+        return read_target_config(self.recipe.hf_config(self.tokenizer))
 
     @property
     def checkpoint(self) -> Path:
@@ -169,7 +175,7 @@ def export(run: Run, losses: list[dict[str, Any]], final: bool) -> None:
 def train(run: Run, history: "History") -> None:
     """Trains to the end of the schedule, with a checkpoint, an evaluation and an export every `save_minutes`."""
     recipe = run.recipe
-    step = make_step(run.graphdef, make_optimizer(recipe.weight_decay))
+    step = make_step(run.graphdef, make_optimizer(recipe.weight_decay, run.config))
     clock = time.monotonic()
     saved, logged, recent = run.progress.seconds, run.progress, []
 
