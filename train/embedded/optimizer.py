@@ -49,7 +49,7 @@ def make_optimizer(weight_decay: float, config: TargetConfig) -> optax.GradientT
         made, state = both.update(apart(gradients, config), state, apart(params, config))
         return together(made, config, gradients), state
 
-    return optax.GradientTransformation(lambda params: both.init(apart(params, config)), update)  # type: ignore[arg-type]
+    return optax.GradientTransformation(lambda params: both.init(apart(params, config)), update)
 
 
 def _matrices(params: Params) -> Params:
