@@ -254,12 +254,12 @@ def target_tensors(
 
     if config.model_type == "deepseek_v4":
         # V4's files have names and quantised forms of their own.
-        published, table = V4Folder(folder), v4_tensor_map(leaves)
-        names = stored_names(table, leaves)
+        published, own = V4Folder(folder), v4_tensor_map(leaves)
+        names = stored_names(own, leaves)
         refuse_leftovers(published, v4_needed(published, names), ("deepseek_v4",))
         assert config.experts is not None
         check_tables(published, names, config.experts.count)
-        return published, table
+        return published, own
 
     tensors = TensorFolder(folder)
     prefix = stored_prefix(tensors, hf_config)
