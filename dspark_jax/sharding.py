@@ -180,9 +180,9 @@ def traced_over(mesh: AnyMesh | None) -> Iterator[None]:
 
 
 def traced_mesh() -> AbstractMesh | None:
-    """The mesh of the innermost `traced_over`, None outside of one."""
+    """The mesh of the innermost `traced_over`, None outside of one and on a single device."""
     mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty or "expert" not in mesh.shape else mesh
+    return None if mesh.empty or mesh.size == 1 or "expert" not in mesh.shape else mesh
 
 
 def parameter_mesh(params: dict) -> Mesh | None:

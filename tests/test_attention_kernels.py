@@ -139,7 +139,5 @@ def test_a_mesh_splits_requests_and_kv_heads() -> None:
     with traced_over(mesh):
         jax.eval_shape(lambda: held._by_kernel(q, *block, *cache, lengths, None, causal_block(2)[None], 0.2, kernel))
     # One request of two, two kv heads of four.
-    assert seen == [((1, 2, 4, 64), (1, 2, 64, 64))]
-    assert held._spec(q, ("batch", "kv_heads", None, None), 2, mesh) == PartitionSpec(
-        ("data", "fsdp"), "tensor", None, None
-    )
+    assert seen == [((1, 2, 2, 2, 64), (1, 2, 64, 64))]
+    assert held._spec(q, ("batch", None, "kv_heads"), 2, mesh) == PartitionSpec(("data", "fsdp"), None, "tensor", None)

@@ -158,10 +158,10 @@ class DecodePlan:
         scalar = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), bool)
         # `rounds` and `until_free`, the last two arguments of a dispatch, are traced scalars.
         occupancy = shapes_of(Occupancy.of())
-        traced = run_rounds.trace(self.loop, self.params, self.state, occupancy, *scalar)
-        # Kernels are lowered for a kind of device, which jax looks up in the mesh of the context.
+        # A GPU's kernels are lowered for a kind of device, which jax looks up in the mesh that they were traced over.
         known = nullcontext() if self.mesh is None else jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
         with known:
+            traced = run_rounds.trace(self.loop, self.params, self.state, occupancy, *scalar)
             return traced.lower(lowering_platforms=(platform,))
 
     def compile(self) -> dict[str, Any]:

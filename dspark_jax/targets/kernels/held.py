@@ -4,8 +4,7 @@ TPUs and NVIDIA's GPUs take their kernels where the shapes fit, everything else 
 kernels are tested against. The environment variable DSPARK_ATTENTION forces one: "einsum" everywhere, or "kernel",
 which has a CPU run the TPU's kernel as plain jax, slowly.
 
-Axes: R requests, W rows of a block, Q query heads, G kv heads, M = Q/G * W rows that share a kv head, S cached
-positions, J keys of the own block, H head dim.
+Axes: R requests, W rows of a block, Q query heads, G kv heads, S cached positions, J keys of the own block, H head dim.
 """
 
 import os
@@ -26,7 +25,7 @@ from dspark_jax.targets.kernels.softmax import MASKED
 FORM = "DSPARK_ATTENTION"
 FORMS = ("auto", "einsum", "kernel")
 MOST_ROWS = 512
-"""Rows that share a kv head, M, from which scores no longer fit beside the keys: those of prompts."""
+"""Rows that share a kv head from which scores no longer fit beside the keys: those of prompts."""
 
 
 def held_attention(
@@ -82,27 +81,14 @@ def _by_kernel(
     within: Array | None, scale: float, attend: Callable[..., Array], interpret: bool = False,
 ) -> Array:  # fmt: skip
     """The kernel's result on rows as layers have them."""
-    requests, width, heads, size = q.shape
-    groups = keys.shape[1]
-    shared = heads // groups
-
-    # Rows that share a kv head, side by side: all (head, row) pairs of a group.
-    rows = q.reshape(requests, width, groups, shared, size).transpose(0, 2, 3, 1, 4)
-    rows = rows.reshape(requests, groups, shared * width, size)
-
-    def of_rows(x: Array) -> Array:
-        """[R, W, ..] -> [R, M, ..]: the same for each head of a group."""
-        x = jnp.broadcast_to(x[:, None], (len(x), shared, *x.shape[1:]))
-        return x.reshape(len(x), -1, *x.shape[3:])
-
-    bounds = None if lowest is None else of_rows(jnp.broadcast_to(lowest, (requests, width)))
-    mask = None if within is None else of_rows(jnp.where(within, 0.0, MASKED).astype(jnp.float32))
-    own = (x.swapaxes(1, 2).astype(keys.dtype) for x in (own_keys, own_values))  # [R, G, J, H]
+    requests, width, _, size = q.shape
+    rows = q.astype(keys.dtype).reshape(requests, width, keys.shape[1], -1, size)
+    own = (x.astype(keys.dtype) for x in (own_keys, own_values))
+    bounds = None if lowest is None else jnp.broadcast_to(lowest, (requests, width))
+    mask = None if within is None else jnp.where(within, 0.0, MASKED).astype(jnp.float32)
 
     kernel = partial(attend, scale=scale, interpret=interpret)
-    out = _over_mesh(kernel, rows.astype(keys.dtype), keys, values, lengths, *own, bounds, mask)
-    out = out.reshape(requests, groups, shared, width, size).transpose(0, 3, 1, 2, 4)
-    return out.reshape(q.shape).astype(q.dtype)
+    return _over_mesh(kernel, rows, keys, values, lengths, *own, bounds, mask).reshape(q.shape).astype(q.dtype)
 
 
 def _over_mesh(attend: Callable[..., Array], q: Array, *others: Array | None) -> Array:
@@ -111,15 +97,9 @@ def _over_mesh(attend: Callable[..., Array], q: Array, *others: Array | None) ->
     if mesh is None:
         return attend(q, *others)
 
-    by_head, by_request = ("batch", "kv_heads", None, None), ("batch",)
-    keys, values, lengths, own_keys, own_values, lowest, within = others
-    specs = [
-        _spec(x, axes, len(q), mesh)
-        for x, axes in [
-            (q, by_head), (keys, by_head), (values, by_head), (lengths, by_request),
-            (own_keys, by_head), (own_values, by_head), (lowest, by_request), (within, by_request),
-        ]
-    ]  # fmt: skip
+    rows, cached, by_request = ("batch", None, "kv_heads"), ("batch", "kv_heads"), ("batch",)
+    axes = (rows, cached, cached, by_request, rows, rows, by_request, by_request)
+    specs = [_spec(x, names, len(q), mesh) for x, names in zip((q, *others), axes, strict=True)]
     # Without the check of replication, which kernels do not take part in.
     split = jax.shard_map(attend, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)
     return split(q, *others)

@@ -1,11 +1,13 @@
 """The GPU's kernel: the positions that a request holds, shared between several programs and joined by log-sum-exp.
 
-Axes: R requests, G kv heads, M rows that share a kv head, S cached positions, J keys of a row's own block, H head dim,
-P parts of what a request holds.
+Operands are read as they lie, since every kernel that prepares one takes as long as this one in a small round.
+
+Axes: R requests, W rows of a block, G kv heads, N query heads of each, M rows that share a kv head, S cached positions,
+J keys of a row's own block, H head dim, P parts of what a request holds.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,106 +24,137 @@ PROGRAMS = 264
 """Programs at work together, two for each multiprocessor of an H100: fewer requests have their positions split."""
 STAGE_BYTES = 192 * 2**10
 """Of a multiprocessor's shared memory, for the blocks that are on their way."""
-LEAST_ROWS = 16
-"""Smallest operand of a tensor core; rows and own keys are filled up to a power of two from here on."""
+LEAST = 16
+"""Rows and columns of a tensor core's smallest product."""
 
 
 def attend(
-    q: Float[Array, "r g m h"],
+    q: Float[Array, "r w g n h"],
     keys: Float[Array, "r g s h"],
     values: Float[Array, "r g s h"],
     lengths: Int[Array, " r"],
-    own_keys: Float[Array, "r g j h"],
-    own_values: Float[Array, "r g j h"],
-    lowest: Int[Array, "r m"] | None,
-    within: Float[Array, "#r m j"] | None,
+    own_keys: Float[Array, "r j g h"],
+    own_values: Float[Array, "r j g h"],
+    lowest: Int[Array, "r w"] | None,
+    within: Float[Array, "#r w j"] | None,
     *,
     scale: float,
     interpret: bool = False,
-) -> Float[Array, "r g m h"]:
+) -> Float[Array, "r w g n h"]:
     """As the TPU's: attention over positions `lowest`..`lengths` - 1 and the own block; no other position is read."""
-    requests, groups, count, size = q.shape
-    own = own_keys.shape[2]
-    rows, columns = _filled(count), _filled(own)
-    parts = max(1, min(PROGRAMS // (requests * groups), keys.shape[2] // (2 * BLOCK)))
-
-    # Keys that fill up the block are masked for all rows, rows that fill up the tile are cut off again.
-    within = jnp.zeros((1, count, own), jnp.float32) if within is None else within
-    within = jnp.pad(within, ((0, 0), (0, 0), (0, columns - own)), constant_values=MASKED)
-    within, shared = _padded(within, 1, rows), len(within) == 1
-    own_keys, own_values = (_padded(x, 2, columns) for x in (own_keys, own_values))
-    lowest = jnp.zeros((requests, count), jnp.int32) if lowest is None else lowest
-    first = jnp.maximum(jnp.min(lowest, axis=1), 0) // BLOCK
-
-    def whole(*shape: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, None, *shape), lambda r, g, p: (r, g, 0, 0))
+    requests, width, groups, shared, size = q.shape
+    own, span = own_keys.shape[1], keys.shape[2]
+    rows = _power(width)
+    tile = Tile(width, rows, shared, _power(max(shared, LEAST // rows)), own, _power(max(own, LEAST)))
+    parts = max(1, min(PROGRAMS // (requests * groups), span // (2 * BLOCK)))
 
     one = pl.BlockSpec((None,), lambda r, g, p: (r,))
-    part = [pl.BlockSpec((None, None, None, rows, width), lambda r, g, p: (r, g, p, 0, 0)) for width in (1, 1, size)]
-    stages = STAGE_BYTES // (2 * BLOCK * size * keys.dtype.itemsize)
-    operands = [first, lengths, _padded(q, 2, rows), keys, values, own_keys, own_values]
+    cached = pl.BlockSpec((None, None, span, size), lambda r, g, p: (r, g, 0, 0))
+    block = pl.BlockSpec((None, tile.columns, None, size), lambda r, g, p: (r, 0, g, 0))
+    operands: list[Array] = [lengths, q, keys, values, own_keys, own_values]
+    specs = [
+        one, pl.BlockSpec((None, tile.rows, None, tile.heads, size), lambda r, g, p: (r, 0, g, 0, 0)),
+        cached, cached, block, block,
+    ]  # fmt: skip
+    if lowest is not None:
+        operands += [lowest, jnp.maximum(jnp.min(lowest, axis=1), 0) // BLOCK]
+        specs += [pl.BlockSpec((None, tile.rows), lambda r, g, p: (r, 0)), one]
+    if within is not None:
+        for_all = len(within) == 1
+        operands.append(within)
+        specs.append(pl.BlockSpec((None, tile.rows, tile.columns), lambda r, g, p: (0 if for_all else r, 0, 0)))
+
+    widths, stages = (1, 1, size), STAGE_BYTES // (2 * BLOCK * size * keys.dtype.itemsize)
     made = pl.pallas_call(
-        partial(_kernel, scale=scale, parts=parts),
+        partial(_kernel, scale=scale, parts=parts, tile=tile, bounded=lowest is not None, masked=within is not None),
         grid=(requests, groups, parts),
-        in_specs=[
-            one,
-            one,
-            whole(rows, size),
-            *[whole(keys.shape[2], size)] * 2,
-            *[whole(columns, size)] * 2,
-            pl.BlockSpec((None, rows), lambda r, g, p: (r, 0)),
-            pl.BlockSpec((None, rows, columns), lambda r, g, p: (0 if shared else r, 0, 0)),
+        in_specs=specs,
+        out_specs=[
+            pl.BlockSpec((None, None, None, tile.rows, tile.heads, n), lambda r, g, p: (r, g, p, 0, 0, 0))
+            for n in widths
         ],
-        out_specs=part,
-        out_shape=[jax.ShapeDtypeStruct((requests, groups, parts, rows, width), jnp.float32) for width in (1, 1, size)],
+        out_shape=[jax.ShapeDtypeStruct((requests, groups, parts, width, shared, n), jnp.float32) for n in widths],
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=max(1, min(3, stages))),
         interpret=interpret,
         name="held_attention",
-    )(*operands, _padded(lowest, 1, rows), within)
+    )(*operands)
+    return _joined(Sums(*made)).swapaxes(1, 2).astype(q.dtype)
 
-    return _joined(Sums(*(x[:, :, :, :count] for x in made))).astype(q.dtype)
+
+class Tile(NamedTuple):
+    """A tile of rows: W of `rows` and N of `heads` places are taken, and J of `columns` of the own block's keys. Sizes
+    are powers of two, and products of `LEAST` rows and columns at least."""
+
+    width: int
+    rows: int
+    shared: int
+    heads: int
+    own: int
+    columns: int
+
+    def taken(self) -> Array:
+        """[rows, heads, 1]: the places that hold a row."""
+        shape = (self.rows, self.heads, 1)
+        row, head = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+        return (row < self.width) & (head < self.shared)
+
+    def flat(self, x: Array) -> Array:
+        """[rows, 1 or heads, n] -> [rows * heads, n]."""
+        return jnp.broadcast_to(x, (self.rows, self.heads, x.shape[2])).reshape(self.rows * self.heads, x.shape[2])
 
 
-def _joined(parts: Sums) -> Float[Array, "r g m h"]:
-    """The result of sums [R, G, P, M, ..] of P parts."""
+def _joined(parts: Sums) -> Float[Array, "r g w n h"]:
+    """The result of sums [R, G, P, W, N, ..] of P parts."""
     weights = jnp.exp(parts.top - jnp.max(parts.top, axis=2, keepdims=True))
     total, out = (jnp.sum(weights * x, axis=2) for x in (parts.total, parts.out))
     return out / jnp.where(total > 0, total, 1.0)
 
 
 def _kernel(
-    first: Any, lengths: Any, q: Any, keys: Any, values: Any, own_keys: Any, own_values: Any, lowest: Any, within: Any,
-    *kept: Any, scale: float, parts: int,
+    lengths: Any, q: Any, keys: Any, values: Any, own_keys: Any, own_values: Any, *refs: Any, scale: float, parts: int,
+    tile: Tile, bounded: bool, masked: bool,
 ) -> None:  # fmt: skip
     """The sums of one part of what a request holds, for one kv head; the first part's have the own block in them."""
-    part, rows, bound = pl.program_id(2), q[...], lowest[...]
-    begin, length = first[...], lengths[...]
+    given, part, length = list(refs), pl.program_id(2), lengths[...]
+    # Places beyond the operands' sizes are masked where they are read: they belong to others, or to nothing.
+    taken, here = tile.taken(), (pl.ds(0, tile.rows), pl.ds(0, tile.heads))
+    rows = tile.flat(plgpu.load(q.at[*here, :], mask=jnp.broadcast_to(taken, q.shape), other=0))
+    bound, begin = jnp.zeros((len(rows), 1), jnp.int32), jnp.int32(0)
+    if bounded:
+        exists = jax.lax.broadcasted_iota(jnp.int32, (tile.rows,), 0) < tile.width
+        lowest = plgpu.load(given.pop(0).at[pl.ds(0, tile.rows)], mask=exists, other=0)
+        bound, begin = tile.flat(lowest[:, None, None]), given.pop(0)[...]
 
     # Positions that are held are split evenly, so that no program waits for one that has more.
     blocks = jnp.maximum((length + BLOCK - 1) // BLOCK - begin, 0)
     share = (blocks + parts - 1) // parts
 
     def step(block: Array, sums: Sums) -> Sums:
-        here = pl.ds(block * BLOCK, BLOCK)
-        places = block * BLOCK + jax.lax.broadcasted_iota(jnp.int32, (rows.shape[0], BLOCK), 1)
-        seen = (places < length) & (places >= bound[:, None])
-        scores = jnp.where(seen, dot(rows, keys[here, :], (1, 1)) * scale, MASKED)
-        return sums.with_keys(scores, values[here, :])
+        span = pl.ds(block * BLOCK, BLOCK)
+        places = block * BLOCK + jax.lax.broadcasted_iota(jnp.int32, (len(rows), BLOCK), 1)
+        scores = dot(rows, keys[span, :], (1, 1)) * scale
+        return sums.with_keys(jnp.where((places < length) & (places >= bound), scores, MASKED), values[span, :])
 
     # The own block counts once; elsewhere it is masked, which leaves empty sums empty.
-    scores = dot(rows, own_keys[...], (1, 1)) * scale + within[...]
-    scores = jnp.where(part == 0, scores, MASKED)
-    sums = Sums.empty(*rows.shape).with_keys(scores, own_values[...])
+    columns = pl.ds(0, tile.columns)
+    theirs = jax.lax.broadcasted_iota(jnp.int32, (tile.columns, q.shape[-1]), 0) < tile.own
+    mine = [plgpu.load(ref.at[columns, :], mask=theirs, other=0) for ref in (own_keys, own_values)]
+    scores = dot(rows, mine[0], (1, 1)) * scale
+    if masked:
+        shape = (tile.rows, tile.columns)
+        inside = [jax.lax.broadcasted_iota(jnp.int32, shape, axis) < n for axis, n in ((0, tile.width), (1, tile.own))]
+        within = plgpu.load(given.pop(0).at[here[0], columns], mask=inside[0] & inside[1], other=0)
+        scores += tile.flat(jnp.broadcast_to(within[:, None], (tile.rows, tile.heads, tile.columns)))
+    counts = (jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1) < tile.own) & (part == 0)
+    sums = Sums.empty(*rows.shape).with_keys(jnp.where(counts, scores, MASKED), mine[1])
 
     start = begin + part * share
     sums = jax.lax.fori_loop(start, jnp.minimum(start + share, begin + blocks), step, sums)
-    for ref, value in zip(kept, sums, strict=True):
-        ref[...] = value
+    for ref, value in zip(given, sums, strict=True):
+        shape = (tile.rows, tile.heads, value.shape[1])
+        plgpu.store(ref.at[*here, :], value.reshape(shape), mask=jnp.broadcast_to(taken, shape))
 
 
-def _filled(count: int) -> int:
-    return max(LEAST_ROWS, 1 << (count - 1).bit_length())
-
-
-def _padded(x: Array, axis: int, count: int) -> Array:
-    return jnp.pad(x, [(0, count - n if i == axis else 0) for i, n in enumerate(x.shape)])
+def _power(count: int) -> int:
+    """The smallest power of two that is no less."""
+    return 1 << (count - 1).bit_length()

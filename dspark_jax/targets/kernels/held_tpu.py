@@ -1,6 +1,7 @@
 """The TPU's kernel: rows over the blocks of positions that their request holds, one request after the other.
 
-Axes: R requests, G kv heads, M rows that share a kv head, S cached positions, J keys of a row's own block, H head dim.
+Axes: R requests, W rows of a block, G kv heads, N query heads of each, M = N * W rows that share a kv head, S cached
+positions, J keys of a row's own block, H head dim.
 """
 
 from functools import partial
@@ -23,18 +24,18 @@ STEP_BYTES = 2**19
 
 
 def attend(
-    q: Float[Array, "r g m h"],
+    q: Float[Array, "r w g n h"],
     keys: Float[Array, "r g s h"],
     values: Float[Array, "r g s h"],
     lengths: Int[Array, " r"],
-    own_keys: Float[Array, "r g j h"],
-    own_values: Float[Array, "r g j h"],
-    lowest: Int[Array, "r m"] | None,
-    within: Float[Array, "#r m j"] | None,
+    own_keys: Float[Array, "r j g h"],
+    own_values: Float[Array, "r j g h"],
+    lowest: Int[Array, "r w"] | None,
+    within: Float[Array, "#r w j"] | None,
     *,
     scale: float,
     interpret: bool = False,
-) -> Float[Array, "r g m h"]:
+) -> Float[Array, "r w g n h"]:
     """Attention of each row over the positions `lowest`..`lengths` - 1 of its request and over its own block.
 
     Blocks of positions without a visible one are neither fetched nor computed.
@@ -49,7 +50,13 @@ def attend(
         scale: of the scores.
         interpret: run as plain jax, for tests on a CPU.
     """
-    requests, groups, rows, size = q.shape
+    requests, width, groups, shared, size = q.shape
+    rows = shared * width
+    # Rows that share a kv head side by side: all (head, row) pairs of a group.
+    q = q.transpose(0, 2, 3, 1, 4).reshape(requests, groups, rows, size)
+    own_keys, own_values = own_keys.swapaxes(1, 2), own_values.swapaxes(1, 2)  # [R, G, J, H]
+    lowest, within = (None if x is None else jnp.tile(x, (1, shared, 1)[: x.ndim]) for x in (lowest, within))
+
     span = keys.shape[2]
     block = min(BLOCK, span)
     heads = _heads_of_a_step(groups, block * size * keys.dtype.itemsize)
@@ -74,13 +81,13 @@ def attend(
         operands.append(lowest[..., None])
         specs.append(pl.BlockSpec((1, rows, 1), lambda r, h, j, *scalars: (r, 0, 0)))
     if within is not None:
-        shared = len(within) == 1
+        one = len(within) == 1
         operands.append(within)
-        specs.append(pl.BlockSpec((1, *within.shape[1:]), lambda r, h, j, *scalars: (0 if shared else r, 0, 0)))
+        specs.append(pl.BlockSpec((1, *within.shape[1:]), lambda r, h, j, *scalars: (0 if one else r, 0, 0)))
 
     column = pltpu.VMEM((heads, rows, 1), jnp.float32)
     flags = {"bounded": lowest is not None, "masked": within is not None, "ragged": bool(span % block)}
-    return pl.pallas_call(
+    out = pl.pallas_call(
         partial(_kernel, scale=scale, **flags),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
@@ -95,6 +102,7 @@ def attend(
         interpret=interpret,
         name="held_attention",
     )(first, count, lengths, *operands)
+    return out.reshape(requests, groups, shared, width, size).transpose(0, 3, 1, 2, 4)
 
 
 def _heads_of_a_step(groups: int, bytes_of_one: int) -> int:
