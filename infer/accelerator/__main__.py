@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
 def parts_of(settings: AcceleratorSettings) -> Mapping[str, Callable[[Report, str], None]]:
     """The parts by name, the most worth knowing first."""
     # Imported late, for --help; nothing there touches a device at import, since an accelerator may serve one process.
-    from . import checks, decoding
+    from . import attention, checks, decoding
 
     shapes = {name: SHAPES[name] for name in settings.shapes}
     first = shapes[settings.shapes[0]]
@@ -93,6 +93,7 @@ def parts_of(settings: AcceleratorSettings) -> Mapping[str, Callable[[Report, st
         if at == 0:
             found["logits"] = checks.logits
             found["greedy"] = partial(checks.greedy, shape=first)
+            found["attention"] = partial(attention.attention, shape=first)
             found["training"] = partial(checks.training, shape=first)
             found["head"] = partial(decoding.sequential_head, shape=first)
             found["scheduler"] = partial(decoding.scheduler, shape=first)

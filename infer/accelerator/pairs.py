@@ -13,7 +13,7 @@ from dspark_jax.drafters.config import DSparkConfig
 from dspark_jax.drafters.registry import Drafter, drafter_hf_config, read_config, skeleton
 from dspark_jax.planning.decoding import PlanOptions, abstract_drafter, planned_pair
 from dspark_jax.sharding import split
-from dspark_jax.targets.config import config_sha256
+from dspark_jax.targets.config import TargetConfig, config_sha256
 from dspark_jax.targets.registry import read_target_config
 from dspark_jax.targets.target import Target
 
@@ -86,6 +86,13 @@ def random_pair(shape: Shape) -> tuple[Target, Drafter]:
     assert drafter is not None
     params = (filled(target.params, 1), filled(drafter.params, 2))
     return replace(target, params=params[0]), replace(drafter, params=params[1])
+
+
+def target_config(shape: Shape) -> TargetConfig:
+    """The target's configuration alone, without weights."""
+    if not shape.config:
+        return read_target_config(_TINY)
+    return planned_pair(PlanOptions(config=shape.config), None)[0].config
 
 
 def with_block(target: Target, drafter: Drafter, block: int, rank: int) -> Drafter:

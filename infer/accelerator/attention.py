@@ -1,0 +1,96 @@
+"""The part about attention over what is held: the kernel beside the einsum form, by capacity of a slot.
+
+Axes: R requests, W rows of a block, Q query heads, G kv heads, S positions of a slot, H head dim.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from statistics import median
+
+import jax
+import jax.numpy as jnp
+
+from dspark_jax.checkpoints.huggingface import DTYPES
+from dspark_jax.targets.attention import KeysValues, block_attention, causal_block
+from dspark_jax.targets.kernels.held import FORM
+
+from .pairs import Shape, target_config
+from .report import Report
+
+CALLS = 64  # calls that one dispatch makes, each on the result of the one before
+REPEATS = 5
+
+
+def attention(report: Report, part: str, shape: Shape) -> None:
+    """Seconds of one layer's attention over the cache in both forms: plain rounds and blocks of 8 rows, a slot's
+    capacity as decoded with and four times that, an eighth of it held and half of it. Medians of alternating runs."""
+    config = target_config(shape)
+    heads, layer, dtype = config.num_heads, config.layers[0], DTYPES[shape.dtype]
+    forms = ("einsum", "auto")
+
+    for requests in sorted({shape.requests[0], min(8, shape.requests[-1])}):
+        for size in (shape.longest, 4 * shape.longest):
+            for width, held in ((1, size // 8), (1, size // 2), (8, size // 8), (8, size // 2)):
+                if report.out_of_time(part):
+                    return
+                sizes = (requests, width, heads, layer.num_kv_heads, size, layer.head_dim)
+                runs = {form: _timed(form, *sizes, held, dtype) for form in forms}
+                seconds: dict[str, list[float]] = {form: [] for form in forms}
+                for _ in range(REPEATS):
+                    for form, run in runs.items():
+                        seconds[form].append(run())
+
+                einsum, kernel = (median(seconds[form]) for form in forms)
+                moved = 2 * requests * held * layer.num_kv_heads * layer.head_dim * jnp.dtype(dtype).itemsize
+                figures = {"einsum_seconds": einsum, "kernel_seconds": kernel, "kernel_over_einsum": kernel / einsum,
+                           "kernel_gigabytes_per_second": moved / kernel / 1e9}  # fmt: skip
+                report.add(part, **{f"R={requests} W={width} S={size} held={held}": figures})
+
+
+def _timed(
+    form: str, requests: int, width: int, heads: int, groups: int, size: int, head_dim: int, held: int, dtype: type
+) -> Callable[[], float]:
+    """A function that returns the seconds of one call; compiled, and warm."""
+    keys = iter(jax.random.split(jax.random.key(0), 5))
+
+    def made(*shape: int) -> jax.Array:
+        return jax.random.normal(next(keys), shape, dtype)
+
+    q = made(requests, width, heads, head_dim)
+    block, cache = (
+        KeysValues(made(*shape), made(*shape))
+        for shape in ((requests, width, groups, head_dim), (requests, groups, size, head_dim))
+    )
+    lengths, within = jnp.full((requests,), held), causal_block(width)[None]
+
+    @jax.jit
+    def calls(count: jax.Array, q: jax.Array, block: KeysValues, cache: KeysValues, lengths: jax.Array) -> jax.Array:
+        def call(_: int, q: jax.Array) -> jax.Array:
+            return block_attention(q, block, cache, lengths, None, within, scale=head_dim**-0.5)
+
+        return jax.lax.fori_loop(0, count, call, q)
+
+    def seconds(count: int) -> float:
+        started = time.perf_counter()
+        calls(jnp.asarray(count), q, block, cache, lengths).block_until_ready()
+        return time.perf_counter() - started
+
+    with _forced(form):
+        seconds(1)
+    # A dispatch of no call is what the host and the device take for any.
+    return lambda: max(seconds(CALLS) - seconds(0), 1e-9) / CALLS
+
+
+@contextmanager
+def _forced(form: str) -> Iterator[None]:
+    """Attention traced within takes this form."""
+    before = os.environ.get(FORM)
+    os.environ[FORM] = form
+    try:
+        yield
+    finally:
+        os.environ.pop(FORM)
+        if before is not None:
+            os.environ[FORM] = before
