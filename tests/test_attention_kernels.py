@@ -1,5 +1,6 @@
 """Attention kernels against the einsum form, run as plain jax on a CPU, and lowered for the devices they are for."""
 
+import shutil
 from functools import partial
 from typing import Any
 
@@ -9,13 +10,16 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from dspark_jax import native
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import abstract_mesh, traced_over
 from dspark_jax.targets.attention import KeysValues, block_attention, causal_block, lowest_seen, tree_block
 from dspark_jax.targets.block_rows import TreeRows
 from dspark_jax.targets.kernels import held, held_gpu, held_tpu
 
-KERNELS = [held_tpu.attend, held_gpu.attend]
+COMPILER = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler: XLA computes all")
+KERNELS = [held_tpu.attend, held_gpu.attend, pytest.param(native.attend, marks=COMPILER)]
+ACCELERATORS = KERNELS[:2]
 
 
 def operands(
@@ -34,12 +38,20 @@ def operands(
     return rows, block, cache, jnp.asarray(held)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def built() -> None:
+    """The CPU's kernel is registered at its first use."""
+    assert native.ready() or shutil.which("c++") is None
+
+
 def both(attend: Any, parts: tuple[Any, ...], lowest: Any = None, within: Any = None) -> tuple[np.ndarray, np.ndarray]:
     """(a kernel's result, the einsum form's)."""
     q, block, cache, lengths = parts
     bound = None if lowest is None else lowest[:, 0]
     made = held._by_kernel(q, *block, *cache, lengths, bound, within, 0.2, attend, interpret=True)
-    wanted = jax.jit(partial(block_attention, scale=0.2))(q, block, cache, lengths, lowest, within)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(held.FORM, "einsum")
+        wanted = jax.jit(partial(block_attention, scale=0.2))(q, block, cache, lengths, lowest, within)
     assert made.dtype == q.dtype
     return np.asarray(made, np.float32), np.asarray(wanted, np.float32)
 
@@ -70,7 +82,7 @@ def test_kernels_give_what_einsum_gives(
     np.testing.assert_allclose(made, wanted, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("attend", KERNELS)
+@pytest.mark.parametrize("attend", ACCELERATORS)
 def test_bfloat16_within_its_rounding(attend: Any) -> None:
     parts = operands(8, 4, 2, 128, [0, 200, 256], 256, jnp.bfloat16)
     made, _ = both(attend, parts, None, causal_block(8)[None])
@@ -94,7 +106,7 @@ def test_blocks_that_are_not_held_are_not_read(attend: Any) -> None:
     q, block, cache, lengths = operands(2, 2, 1, 64, [0, 64, 256], 640)
     wanted, _ = both(attend, (q, block, cache, lengths))
     # Blocks of 256 positions on the TPU, of 64 on the GPU: NaN in all that lie behind a request's last one.
-    step = held_tpu.BLOCK if attend is held_tpu.attend else held_gpu.BLOCK
+    step = {held_tpu.attend: held_tpu.BLOCK, held_gpu.attend: held_gpu.BLOCK, native.attend: 1}[attend]
     behind = jnp.arange(640) >= jnp.maximum(-(-lengths // step), attend is held_tpu.attend)[:, None] * step
     cache = KeysValues(*(jnp.where(behind[:, None, :, None], jnp.nan, x) for x in cache))
     made = held._by_kernel(q, *block, *cache, lengths, None, None, 0.2, attend, interpret=True)
@@ -116,10 +128,11 @@ def test_the_form_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
         attend = jax.jit(partial(block_attention, lowest=None, within=None, scale=0.2))
         return attend.trace(q, block, cache, lengths).lower(lowering_platforms=(platform,)).as_text()
 
-    # Each device's own form: a kernel of a TPU, one of a GPU, and none on a CPU.
-    assert "tpu_custom_call" in text("tpu") and "triton" in text("cuda") and "custom_call" not in text("cpu")
+    # Each device's own form.
+    assert "tpu_custom_call" in text("tpu") and "triton" in text("cuda")
+    assert ("dspark_jax_HeldRows" in text("cpu")) == native.ready()
     monkeypatch.setenv(held.FORM, "einsum")
-    assert "custom_call" not in text("tpu") and "custom_call" not in text("cuda")
+    assert all("custom_call" not in text(platform) for platform in ("tpu", "cuda", "cpu"))
     monkeypatch.setenv(held.FORM, "kernel")
     assert "while" in text("cpu")
     monkeypatch.setenv(held.FORM, "flash")

@@ -1,11 +1,13 @@
-"""Products of a few float32 rows on a CPU, by a kernel of this project's own (few_rows.cc).
+"""Products of a few float32 rows on a CPU, and their attention, by kernels of this project's own (few_rows.cc,
+held_rows.cc).
 
 XLA packs a weight anew in every product of two rows and more, so that a verify pass of five rows takes half as long
-again as reading the weights does (docs/performance.md). The kernel reads each weight once, as it lies. The machine's
-own C++ compiler builds it at its first use, into the user's cache; where that fails, and on other devices, XLA's
-products are what they were.
+again as reading the weights does (docs/performance.md). The kernel reads each weight once, as it lies; attention's
+reads the positions that are held of a cache, of which XLA takes copies first. The machine's own C++ compiler builds
+them at their first use, into the user's cache; where that fails, and on other devices, XLA's products are what they
+were.
 
-Axes: N rows, I inputs of a weight, O its outputs.
+Axes: N rows, I inputs of a weight, O its outputs; of attention as in targets/kernels/held.py.
 """
 
 import ctypes
@@ -21,11 +23,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import jaxlib
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 from dspark_jax.files import user_cache
 
-SOURCE = Path(__file__).with_name("few_rows.cc")
+SOURCES = {"few_rows.cc": ("FewRows", "FewRowsOfTable"), "held_rows.cc": ("HeldRows",)}
+"""The kernels of each source."""
+MOST_CHANNELS = 512
+"""The largest head of the attention kernel."""
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared")
 SWITCH = "DSPARK_JAX_NATIVE"
@@ -40,12 +46,14 @@ def ready() -> bool:
     # The partitioner cannot look into a kernel, so that several devices would each compute all of a product.
     if os.environ.get(SWITCH) == "off" or jax.default_backend() != "cpu" or jax.device_count() > 1:
         return False
-    library = _library()
-    if library is None:
+    libraries = {source: _library(Path(__file__).with_name(source)) for source in SOURCES}
+    if None in libraries.values():
         return False
 
-    for name in ("FewRows", "FewRowsOfTable"):
-        jax.ffi.register_ffi_target(_target(name), jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+    for source, names in SOURCES.items():
+        for name in names:
+            kernel = jax.ffi.pycapsule(getattr(libraries[source], name))
+            jax.ffi.register_ffi_target(_target(name), kernel, platform="cpu")
     return True
 
 
@@ -59,6 +67,33 @@ def times_table(x: Float[Array, "n i"], table: Float[Array, "o i"]) -> Float[Arr
     return _call("FewRowsOfTable", x, table, table.shape[0])
 
 
+def attends(q: Array, keys: Array) -> bool:
+    """Whether the attention kernel takes rows [R, W, Q, H] over such a cache."""
+    narrow = q.dtype == keys.dtype == jnp.float32
+    return narrow and q.shape[-1] % LANES == 0 and q.shape[-1] <= MOST_CHANNELS and ready()
+
+
+def attend(
+    q: Float[Array, "r w g n h"],
+    keys: Float[Array, "r g s h"],
+    values: Float[Array, "r g s h"],
+    lengths: Int[Array, " r"],
+    own_keys: Float[Array, "r j g h"],
+    own_values: Float[Array, "r j g h"],
+    lowest: Int[Array, "r w"] | None,
+    within: Float[Array, "#r w j"] | None,
+    *,
+    scale: float,
+    interpret: bool = False,
+) -> Float[Array, "r w g n h"]:
+    """Attention over positions `lowest`..`lengths` - 1 of a cache and the own block, as the kernels of accelerators
+    compute it (targets/kernels/held_tpu.py); `attends` must hold. `interpret` is theirs alone."""
+    lowest = jnp.zeros(q.shape[:2], jnp.int32) if lowest is None else lowest
+    within = jnp.zeros((1, q.shape[1], own_keys.shape[1]), jnp.float32) if within is None else within
+    call = jax.ffi.ffi_call(_target("HeldRows"), jax.ShapeDtypeStruct(q.shape, q.dtype))
+    return call(q, keys, values, lengths, own_keys, own_values, lowest, within, scale=np.float32(scale))
+
+
 def _call(name: str, x: Array, weight: Array, outputs: int) -> Array:
     made = jax.ShapeDtypeStruct((x.shape[0], outputs), jnp.float32)
     return jax.ffi.ffi_call(_target(name), made, vmap_method="sequential")(x, weight)
@@ -68,22 +103,23 @@ def _target(name: str) -> str:
     return f"dspark_jax_{name}"
 
 
-def _library() -> ctypes.CDLL | None:
-    """The built kernel, from the user's cache or from the compiler; None where neither gives one."""
+def _library(source: Path) -> ctypes.CDLL | None:
+    """The built kernels of a source, from the user's cache or from the compiler; None where neither gives one."""
     # Of this source, this jaxlib's interface and this kind of CPU, for which alone its instructions are right.
-    facts = (SOURCE.read_text(), *FLAGS, jaxlib.__version__, platform.machine(), _cpu_features())
+    texts = source.read_text(), source.with_name("share.h").read_text()
+    facts = (*texts, *FLAGS, jaxlib.__version__, platform.machine(), _cpu_features())
     name = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
-    built = user_cache() / "native" / f"few_rows-{name}.so"
+    built = user_cache() / "native" / f"{source.stem}-{name}.so"
     try:
         if not built.exists():
-            _build(built)
+            _build(source, built)
         return ctypes.CDLL(str(built))
     except (OSError, subprocess.SubprocessError):
         # No compiler, one that refuses the source, a cache that cannot be written: rounds are slower, and right.
         return None
 
 
-def _build(built: Path) -> None:
+def _build(source: Path, built: Path) -> None:
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         raise FileNotFoundError("no C++ compiler")
@@ -92,7 +128,7 @@ def _build(built: Path) -> None:
     # In its place at once or not at all: other processes may build the same.
     with tempfile.TemporaryDirectory(dir=built.parent) as folder:
         made = Path(folder) / built.name
-        command = [compiler, *FLAGS, "-I", jax.ffi.include_dir(), str(SOURCE), "-o", str(made)]
+        command = [compiler, *FLAGS, "-I", jax.ffi.include_dir(), str(source), "-o", str(made)]
         subprocess.run(command, check=True, capture_output=True, timeout=120)
         os.replace(made, built)
 

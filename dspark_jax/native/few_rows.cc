@@ -5,14 +5,10 @@
 // they do not depend on the other rows, on their number, or on the threads.
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
-#include <memory>
-#include <thread>
-#include <type_traits>
 #include <utility>
 
-#include "xla/ffi/api/ffi.h"
+#include "share.h"
 
 namespace ffi = xla::ffi;
 
@@ -132,27 +128,6 @@ void all_rows(const Product& p, const Kernel* kernels, int64_t most, int64_t ste
       kernels[count - 1](p, first, left, std::min(left + step, to));
     }
   }
-}
-
-// Threads
-
-// Runs work(0), .., work(parts - 1). Parts are claimed one by one, and the caller claims them too: it waits for none
-// that has not begun, so that a pool whose threads all wait here cannot stand still.
-template <typename Work>
-void share(ffi::ThreadPool& pool, int64_t parts, Work work) {
-  struct Count {
-    std::atomic<int64_t> claimed{0}, done{0};
-  };
-  auto count = std::make_shared<Count>();
-  auto run = [count, parts, work] {
-    for (int64_t part; (part = count->claimed.fetch_add(1)) < parts;) {
-      work(part);
-      count->done.fetch_add(1, std::memory_order_release);
-    }
-  };
-  for (int64_t i = std::min(pool.num_threads(), parts) - 1; i > 0; --i) pool.Schedule(std::decay_t<decltype(run)>(run));
-  run();
-  while (count->done.load(std::memory_order_acquire) < parts) std::this_thread::yield();
 }
 
 ffi::Error divided(ffi::ThreadPool& pool, const Product& p, const Kernel* kernels, int64_t most, int64_t step) {

@@ -1,8 +1,8 @@
 """The one place where attention over cached positions gets its form: a kernel that reads what requests hold, or einsum.
 
-TPUs and NVIDIA's GPUs take their kernels where the shapes fit, everything else the einsum form, which is also what the
-kernels are tested against. The environment variable DSPARK_ATTENTION forces one: "einsum" everywhere, or "kernel",
-which has a CPU run the TPU's kernel as plain jax, slowly.
+TPUs, NVIDIA's GPUs and CPUs (float32, dspark_jax/native) take their kernels where the shapes fit, everything else the
+einsum form, which is also what the kernels are tested against. The environment variable DSPARK_ATTENTION forces one:
+"einsum" everywhere, or "kernel", which has a CPU run the TPU's kernel as plain jax, slowly.
 
 Axes: R requests, W rows of a block, Q query heads, G kv heads, S cached positions, J keys of the own block, H head dim.
 """
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 from jaxtyping import Array, Bool, Float, Int
 
+from dspark_jax import native
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import ShardingRules, array_sharding, traced_mesh
 from dspark_jax.targets.kernels import held_gpu, held_tpu
@@ -58,20 +59,22 @@ def held_attention(
         raise UserError(f"{FORM} is {form!r}; expected one of {', '.join(FORMS)}.")
 
     rows = q.shape[1] * q.shape[2] // keys.shape[1]
-    on_tpu, on_gpu = (q.shape[-1] in kernel.HEAD_SIZES for kernel in (held_tpu, held_gpu))
-    # The GPU's kernel reads blocks of positions whole.
-    on_gpu &= keys.shape[2] % held_gpu.BLOCK == 0
-    if form == "einsum" or rows > MOST_ROWS or not (on_tpu or on_gpu):
+    if form == "einsum" or rows > MOST_ROWS:
         return einsum()
 
-    operands = q, own_keys, own_values, keys, values, lengths, lowest, within
-    tpu = partial(_by_kernel, *operands, scale, held_tpu.attend)
-    return jax.lax.platform_dependent(
-        cpu=partial(tpu, interpret=True) if form == "kernel" else einsum,
-        tpu=tpu if on_tpu else einsum,
-        cuda=partial(_by_kernel, *operands, scale, held_gpu.attend) if on_gpu else einsum,
-        default=einsum,
-    )
+    # Only what a platform has of its own is traced for it.
+    kernel = partial(_by_kernel, q, own_keys, own_values, keys, values, lengths, lowest, within, scale)
+    forms: dict[str, Callable[[], Array]] = {}
+    if q.shape[-1] in held_tpu.HEAD_SIZES:
+        forms["tpu"] = partial(kernel, held_tpu.attend)
+    # The GPU's kernel reads blocks of positions whole.
+    if q.shape[-1] in held_gpu.HEAD_SIZES and keys.shape[2] % held_gpu.BLOCK == 0:
+        forms["cuda"] = partial(kernel, held_gpu.attend)
+    if form == "kernel":
+        forms["cpu"] = partial(kernel, held_tpu.attend, interpret=True)
+    elif native.attends(q, keys):
+        forms["cpu"] = partial(kernel, native.attend)
+    return jax.lax.platform_dependent(**forms, default=einsum) if forms else einsum()
 
 
 # Compiled calls are traced once for all layers of a shape; a kernel's trace takes longer than all else of a layer's.
