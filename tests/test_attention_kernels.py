@@ -16,6 +16,7 @@ from dspark_jax.sharding import abstract_mesh, traced_over
 from dspark_jax.targets.attention import KeysValues, block_attention, causal_block, lowest_seen, tree_block
 from dspark_jax.targets.block_rows import TreeRows
 from dspark_jax.targets.kernels import held, held_gpu, held_tpu
+from dspark_jax.targets.pages import PagedLayer
 
 COMPILER = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler: XLA computes all")
 KERNELS = [held_tpu.attend, held_gpu.attend, pytest.param(native.attend, marks=COMPILER)]
@@ -48,7 +49,7 @@ def both(attend: Any, parts: tuple[Any, ...], lowest: Any = None, within: Any = 
     """(a kernel's result, the einsum form's)."""
     q, block, cache, lengths = parts
     bound = None if lowest is None else lowest[:, 0]
-    made = held._by_kernel(q, *block, *cache, lengths, bound, within, 0.2, attend, interpret=True)
+    made = held._by_kernel(q, *block, *cache, lengths, bound, within, None, 0.2, attend, interpret=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(held.FORM, "einsum")
         wanted = jax.jit(partial(block_attention, scale=0.2))(q, block, cache, lengths, lowest, within)
@@ -56,6 +57,7 @@ def both(attend: Any, parts: tuple[Any, ...], lowest: Any = None, within: Any = 
     return np.asarray(made, np.float32), np.asarray(wanted, np.float32)
 
 
+# Scores reach 12, of which float32 knows the sixth decimal alone: values of size 1 may differ by some 5e-6.
 # Grouped heads 1 to 8, head sizes 64 to 256, blocks of 1 to 17 rows, lengths of 0, at blocks' edges and the whole span.
 @pytest.mark.parametrize("attend", KERNELS)
 @pytest.mark.parametrize(
@@ -75,11 +77,11 @@ def test_kernels_give_what_einsum_gives(
     parts = operands(width, shared, groups, size, lengths, span)
     lowest = lowest_seen(parts[3][:, None], width, window)
     made, wanted = both(attend, parts, lowest, causal_block(width, window)[None])
-    np.testing.assert_allclose(made, wanted, rtol=2e-5, atol=2e-6)
+    np.testing.assert_allclose(made, wanted, rtol=2e-5, atol=5e-6)
 
     # The draft's block: every row sees all of it; and with another number of own keys than rows.
     made, wanted = both(attend, operands(width, shared, groups, size, lengths, span, own=width + 2), lowest)
-    np.testing.assert_allclose(made, wanted, rtol=2e-5, atol=2e-6)
+    np.testing.assert_allclose(made, wanted, rtol=2e-5, atol=5e-6)
 
 
 @pytest.mark.parametrize("attend", ACCELERATORS)
@@ -98,7 +100,7 @@ def test_rows_that_form_trees_have_masks_of_their_own(attend: Any) -> None:
     tree = TreeRows(jnp.asarray([[0, 1, 1, 2]] * 3), seen)
     parts = operands(4, 2, 2, 64, [0, 40, 128], 128)
     lowest = lowest_seen(parts[3][:, None], 4, 20, offsets=tree.offsets[:, None])
-    np.testing.assert_allclose(*both(attend, parts, lowest, tree_block(tree, 20)), rtol=2e-5, atol=2e-6)
+    np.testing.assert_allclose(*both(attend, parts, lowest, tree_block(tree, 20)), rtol=2e-5, atol=5e-6)
 
 
 @pytest.mark.parametrize("attend", KERNELS)
@@ -109,8 +111,24 @@ def test_blocks_that_are_not_held_are_not_read(attend: Any) -> None:
     step = {held_tpu.attend: held_tpu.BLOCK, held_gpu.attend: held_gpu.BLOCK, native.attend: 1}[attend]
     behind = jnp.arange(640) >= jnp.maximum(-(-lengths // step), attend is held_tpu.attend)[:, None] * step
     cache = KeysValues(*(jnp.where(behind[:, None, :, None], jnp.nan, x) for x in cache))
-    made = held._by_kernel(q, *block, *cache, lengths, None, None, 0.2, attend, interpret=True)
+    made = held._by_kernel(q, *block, *cache, lengths, None, None, None, 0.2, attend, interpret=True)
     np.testing.assert_array_equal(made, wanted)
+
+
+@COMPILER
+def test_pages_give_the_bits_of_a_cache_by_slot() -> None:
+    q, block, cache, lengths = operands(3, 2, 2, 32, [0, 40, 96], 96)
+    # Two pages of 48 positions a request, in any order, and a page that the first request does not have.
+    tables = jnp.asarray([[9, 9], [3, 0], [2, 1]])
+    pools = []
+    for x in cache:
+        pages = x.reshape(3, 2, 2, 48, 32).transpose(0, 2, 3, 1, 4)  # [R, N, C, G, H]
+        pools.append(jnp.zeros((4, 48, 2, 32)).at[tables[1:]].set(pages[1:]))
+
+    lowest = lowest_seen(lengths[:, None], 3, 30)
+    attend = jax.jit(partial(block_attention, lowest=lowest, within=causal_block(3, 30)[None], scale=0.2))
+    by_page = attend(q, block, PagedLayer(pools[0], pools[1], tables), lengths)
+    np.testing.assert_array_equal(by_page, attend(q, block, cache, lengths))
 
 
 def test_a_span_that_is_no_multiple_of_a_block() -> None:
@@ -150,7 +168,9 @@ def test_a_mesh_splits_requests_and_kv_heads() -> None:
         return q
 
     with traced_over(mesh):
-        jax.eval_shape(lambda: held._by_kernel(q, *block, *cache, lengths, None, causal_block(2)[None], 0.2, kernel))
+        jax.eval_shape(
+            lambda: held._by_kernel(q, *block, *cache, lengths, None, causal_block(2)[None], None, 0.2, kernel)
+        )
     # One request of two, two kv heads of four.
     assert seen == [((1, 2, 2, 2, 64), (1, 2, 64, 64))]
     assert held._spec(q, ("batch", None, "kv_heads"), 2, mesh) == PartitionSpec(("data", "fsdp"), None, "tensor", None)

@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int
 
 from dspark_jax.files import user_cache
 
-SOURCES = {"few_rows.cc": ("FewRows", "FewRowsOfTable"), "held_rows.cc": ("HeldRows",)}
+SOURCES = {"few_rows.cc": ("FewRows", "FewRowsOfTable"), "held_rows.cc": ("HeldRows", "HeldRowsOfPages")}
 """The kernels of each source."""
 MOST_CHANNELS = 512
 """The largest head of the attention kernel."""
@@ -67,9 +67,9 @@ def times_table(x: Float[Array, "n i"], table: Float[Array, "o i"]) -> Float[Arr
     return _call("FewRowsOfTable", x, table, table.shape[0])
 
 
-def attends(q: Array, keys: Array) -> bool:
-    """Whether the attention kernel takes rows [R, W, Q, H] over such a cache."""
-    narrow = q.dtype == keys.dtype == jnp.float32
+def attends(q: Array, keys: Array, tables: Array | None) -> bool:
+    """Whether the attention kernel takes rows [R, W, Q, H] over such a cache; with tables, over pages [P, C, G, H]."""
+    narrow = q.dtype == keys.dtype == jnp.float32 and (tables is None or keys.shape[1] % LANES == 0)
     return narrow and q.shape[-1] % LANES == 0 and q.shape[-1] <= MOST_CHANNELS and ready()
 
 
@@ -82,16 +82,19 @@ def attend(
     own_values: Float[Array, "r j g h"],
     lowest: Int[Array, "r w"] | None,
     within: Float[Array, "#r w j"] | None,
+    tables: Int[Array, "r n"] | None = None,
     *,
     scale: float,
     interpret: bool = False,
 ) -> Float[Array, "r w g n h"]:
     """Attention over positions `lowest`..`lengths` - 1 of a cache and the own block, as the kernels of accelerators
-    compute it (targets/kernels/held_tpu.py); `attends` must hold. `interpret` is theirs alone."""
+    compute it (targets/kernels/held_tpu.py); `attends` must hold. With `tables` keys and values are pages [P, C, G, H],
+    of which each request has those in its row. `interpret` is the others' alone."""
     lowest = jnp.zeros(q.shape[:2], jnp.int32) if lowest is None else lowest
     within = jnp.zeros((1, q.shape[1], own_keys.shape[1]), jnp.float32) if within is None else within
-    call = jax.ffi.ffi_call(_target("HeldRows"), jax.ShapeDtypeStruct(q.shape, q.dtype))
-    return call(q, keys, values, lengths, own_keys, own_values, lowest, within, scale=np.float32(scale))
+    name, pages = ("HeldRows", ()) if tables is None else ("HeldRowsOfPages", (tables,))
+    call = jax.ffi.ffi_call(_target(name), jax.ShapeDtypeStruct(q.shape, q.dtype))
+    return call(q, keys, values, lengths, own_keys, own_values, lowest, within, *pages, scale=np.float32(scale))
 
 
 def _call(name: str, x: Array, weight: Array, outputs: int) -> Array:

@@ -1,8 +1,8 @@
 // Attention of a few float32 rows over what their request holds of a cache, for the rounds of a CPU.
 //
-// Rows q [R, W, G, N, H] see positions lowest[w]..length - 1 of keys and values [R, G, S, H], which are read as they lie
-// and no further, and their own block [R, J, G, H]. A row's sums are added in an order of their own, so that they do not
-// depend on the other rows or requests, or on the threads.
+// Rows q [R, W, G, N, H] see positions lowest[w]..length - 1 of keys and values [R, G, S, H], or of pages [P, C, G, H] by
+// tables [R, S / C], which are read as they lie and no further, and their own block [R, J, G, H]. A row's sums are added
+// in an order of their own, so that they do not depend on the other rows or requests, on pages, or on the threads.
 
 #include <algorithm>
 #include <cstdint>
@@ -53,9 +53,9 @@ inline float reduced(Lanes lanes, Combine combine) {
 
 struct Call {
   const float *q, *keys, *values, *own_keys, *own_values, *within;
-  const int32_t *lengths, *lowest;
+  const int32_t *lengths, *lowest, *tables;
   float* out;
-  int64_t requests, width, groups, shared, channels, span, own, masks;
+  int64_t requests, width, groups, shared, channels, span, own, masks, page, pages;
   float scale;
 };
 
@@ -77,10 +77,9 @@ class Rows {
     const int64_t length = std::min<int64_t>(c_.lengths[request_], c_.span);
     const int32_t* lowest = c_.lowest + request_ * c_.width;
     const int64_t first = std::max<int64_t>(*std::min_element(lowest, lowest + c_.width), 0) / kLanes * kLanes;
-    const int64_t cached = (request_ * c_.groups + group_) * c_.span * c_.channels;
     for (int64_t t = first; t < length; t += kLanes) {
-      const int64_t from = cached + t * c_.channels;
-      add(c_.keys + from, c_.values + from, c_.channels, std::min(kLanes, length - t), t, false);
+      const int64_t from = position(t), next = c_.tables ? apart : c_.channels;
+      add(c_.keys + from, c_.values + from, next, std::min(kLanes, length - t), t, false);
     }
 
     for (int64_t m = 0; m < count(); ++m) {
@@ -92,6 +91,14 @@ class Rows {
 
  private:
   int64_t count() const { return top_.size(); }
+
+  // Where position t lies in keys and values; pages hold whole sixteens.
+  int64_t position(int64_t t) const {
+    if (!c_.tables) return ((request_ * c_.groups + group_) * c_.span + t) * c_.channels;
+    // A page that a request lacks is named beyond the pool; it holds nothing that is seen, but is read.
+    const int64_t named = c_.tables[request_ * (c_.span / c_.page) + t / c_.page], page = std::min(named, c_.pages - 1);
+    return ((page * c_.page + t % c_.page) * c_.groups + group_) * c_.channels;
+  }
 
   // Row m = (w, n) of an array [R, W, G, N, H].
   template <typename Number>
@@ -158,13 +165,15 @@ using Three = ffi::Buffer<ffi::F32, 3>;
 using Lengths = ffi::Buffer<ffi::S32, 1>;
 using Bounds = ffi::Buffer<ffi::S32, 2>;
 
-ffi::Error held_rows(ffi::ThreadPool pool, Five q, Four keys, Four values, Lengths lengths, Four own_keys,
-                     Four own_values, Bounds lowest, Three within, ffi::Result<Five> out, float scale) {
+Call call_of(Five q, Four keys, Four values, Lengths lengths, Four own_keys, Four own_values, Bounds lowest, Three within,
+             ffi::Result<Five> out, float scale) {
   const auto rows = q.dimensions();
-  const Call call{q.typed_data(), keys.typed_data(), values.typed_data(), own_keys.typed_data(),
-                  own_values.typed_data(), within.typed_data(), lengths.typed_data(), lowest.typed_data(),
-                  out->typed_data(), rows[0], rows[1], rows[2], rows[3], rows[4], keys.dimensions()[2],
-                  own_keys.dimensions()[1], within.dimensions()[0], scale};
+  return {q.typed_data(), keys.typed_data(), values.typed_data(), own_keys.typed_data(), own_values.typed_data(),
+          within.typed_data(), lengths.typed_data(), lowest.typed_data(), nullptr, out->typed_data(), rows[0], rows[1],
+          rows[2], rows[3], rows[4], keys.dimensions()[2], own_keys.dimensions()[1], within.dimensions()[0], 0, 0, scale};
+}
+
+ffi::Error run(ffi::ThreadPool& pool, const Call& call) {
   const int64_t parts = call.requests * call.groups;
   const auto part = [&call](int64_t i) { Rows(call, i / call.groups, i % call.groups).run(); };
 
@@ -179,18 +188,28 @@ ffi::Error held_rows(ffi::ThreadPool pool, Five q, Four keys, Four values, Lengt
   return ffi::Error::Success();
 }
 
+ffi::Error held_rows(ffi::ThreadPool pool, Five q, Four keys, Four values, Lengths lengths, Four own_keys,
+                     Four own_values, Bounds lowest, Three within, ffi::Result<Five> out, float scale) {
+  return run(pool, call_of(q, keys, values, lengths, own_keys, own_values, lowest, within, out, scale));
+}
+
+ffi::Error held_rows_of_pages(ffi::ThreadPool pool, Five q, Four keys, Four values, Lengths lengths, Four own_keys,
+                              Four own_values, Bounds lowest, Three within, Bounds tables, ffi::Result<Five> out,
+                              float scale) {
+  Call call = call_of(q, keys, values, lengths, own_keys, own_values, lowest, within, out, scale);
+  call.tables = tables.typed_data();
+  call.pages = keys.dimensions()[0];
+  call.page = keys.dimensions()[1];
+  call.span = tables.dimensions()[1] * call.page;
+  return run(pool, call);
+}
+
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(HeldRows, held_rows,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Five>()
-                                  .Arg<Four>()
-                                  .Arg<Four>()
-                                  .Arg<Lengths>()
-                                  .Arg<Four>()
-                                  .Arg<Four>()
-                                  .Arg<Bounds>()
-                                  .Arg<Three>()
-                                  .Ret<Five>()
-                                  .Attr<float>("scale"));
+#define DSPARK_OPERANDS                                                                                              \
+  ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Five>().Arg<Four>().Arg<Four>().Arg<Lengths>().Arg<Four>().Arg<Four>() \
+      .Arg<Bounds>().Arg<Three>()
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(HeldRows, held_rows, DSPARK_OPERANDS.Ret<Five>().Attr<float>("scale"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(HeldRowsOfPages, held_rows_of_pages,
+                              DSPARK_OPERANDS.Arg<Bounds>().Ret<Five>().Attr<float>("scale"));

@@ -249,11 +249,8 @@ def block_attention(
         most = jnp.max(held)
         return prefix_block_attention(q[:, None], own, prefix, allowed, inner, scale=scale, held=most)[:, 0]
 
-    # The kernel reads a cache by slot; pages are gathered chunk by chunk, no further than the longest request holds.
-    if not isinstance(prefix, KeysValues):
-        return einsum()
     bound = None if lowest is None else lowest[:, 0]
-    return held_attention(q, *block, *prefix, held, bound, within, scale, einsum)
+    return held_attention(q, *block, prefix, held, bound, within, scale, einsum)
 
 
 def prefix_block_attention(

@@ -33,8 +33,7 @@ def held_attention(
     q: Float[Array, "r w q h"],
     own_keys: Float[Array, "r j g h"],
     own_values: Float[Array, "r j g h"],
-    keys: Float[Array, "r g s h"],
-    values: Float[Array, "r g s h"],
+    cached: Any,
     lengths: Int[Array, " r"],
     lowest: Int[Array, "r #w"] | None,
     within: Bool[Array, "#r w j"] | None,
@@ -45,7 +44,7 @@ def held_attention(
 
     Args:
         q, own_keys, own_values: the block's rows and their own keys and values.
-        keys, values: cached.
+        cached: keys and values [R, G, S, H]; or pages [P, C, G, H] of both, and tables [R, N] of the requests' pages.
         lengths: positions held; the rows of a request with 0 see their own block alone.
         lowest: first position that each row sees; None: 0.
         within: own keys that each row sees; None: all.
@@ -58,21 +57,23 @@ def held_attention(
     if form not in FORMS:
         raise UserError(f"{FORM} is {form!r}; expected one of {', '.join(FORMS)}.")
 
-    rows = q.shape[1] * q.shape[2] // keys.shape[1]
+    keys, values, *tables = cached
+    pages = tables[0] if tables else None
+    rows = q.shape[1] * q.shape[2] // own_keys.shape[2]
     if form == "einsum" or rows > MOST_ROWS:
         return einsum()
 
     # Only what a platform has of its own is traced for it.
-    kernel = partial(_by_kernel, q, own_keys, own_values, keys, values, lengths, lowest, within, scale)
+    kernel = partial(_by_kernel, q, own_keys, own_values, keys, values, lengths, lowest, within, pages, scale)
     forms: dict[str, Callable[[], Array]] = {}
-    if q.shape[-1] in held_tpu.HEAD_SIZES:
+    if pages is None and q.shape[-1] in held_tpu.HEAD_SIZES:
         forms["tpu"] = partial(kernel, held_tpu.attend)
     # The GPU's kernel reads blocks of positions whole.
-    if q.shape[-1] in held_gpu.HEAD_SIZES and keys.shape[2] % held_gpu.BLOCK == 0:
+    if pages is None and q.shape[-1] in held_gpu.HEAD_SIZES and keys.shape[2] % held_gpu.BLOCK == 0:
         forms["cuda"] = partial(kernel, held_gpu.attend)
-    if form == "kernel":
+    if form == "kernel" and pages is None:
         forms["cpu"] = partial(kernel, held_tpu.attend, interpret=True)
-    elif native.attends(q, keys):
+    elif native.attends(q, keys, pages):
         forms["cpu"] = partial(kernel, native.attend)
     return jax.lax.platform_dependent(**forms, default=einsum) if forms else einsum()
 
@@ -81,16 +82,19 @@ def held_attention(
 @partial(jax.jit, static_argnames=("scale", "attend", "interpret"))
 def _by_kernel(
     q: Array, own_keys: Array, own_values: Array, keys: Array, values: Array, lengths: Array, lowest: Array | None,
-    within: Array | None, scale: float, attend: Callable[..., Array], interpret: bool = False,
+    within: Array | None, pages: Array | None, scale: float, attend: Callable[..., Array], interpret: bool = False,
 ) -> Array:  # fmt: skip
     """The kernel's result on rows as layers have them."""
     requests, width, _, size = q.shape
-    rows = q.astype(keys.dtype).reshape(requests, width, keys.shape[1], -1, size)
+    rows = q.astype(keys.dtype).reshape(requests, width, own_keys.shape[2], -1, size)
     own = (x.astype(keys.dtype) for x in (own_keys, own_values))
     bounds = None if lowest is None else jnp.broadcast_to(lowest, (requests, width))
     mask = None if within is None else jnp.where(within, 0.0, MASKED).astype(jnp.float32)
 
     kernel = partial(attend, scale=scale, interpret=interpret)
+    if pages is not None:
+        # Of a CPU alone, which has no mesh where it has a kernel.
+        kernel = partial(kernel, tables=pages)
     return _over_mesh(kernel, rows, keys, values, lengths, *own, bounds, mask).reshape(q.shape).astype(q.dtype)
 
 
