@@ -151,8 +151,8 @@ def _kernel(
     start = begin + part * share
     sums = jax.lax.fori_loop(start, jnp.minimum(start + share, begin + blocks), step, sums)
     for ref, value in zip(given, sums, strict=True):
-        shape = (tile.rows, tile.heads, value.shape[1])
-        plgpu.store(ref.at[*here, :], value.reshape(shape), mask=jnp.broadcast_to(taken, shape))
+        places = (tile.rows, tile.heads, value.shape[1])
+        plgpu.store(ref.at[*here, :], value.reshape(places), mask=jnp.broadcast_to(taken, places))
 
 
 def _power(count: int) -> int:
