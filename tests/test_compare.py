@@ -96,7 +96,7 @@ def result(point: StudyPoint, tau: float) -> dict[str, Any]:
         return counts | {"accepted": accepted, "judged": judged}
 
     domains = {"code": row(tau), "chat": row(tau + 0.5), "math": row(tau + 0.5)}
-    trained = dict.fromkeys(TRAINED, 1.0)
+    trained = dict.fromkeys(TRAINED, 1.0) | {"train_curve": [(1, 1.0), (2, tau)]}
     return {"t1": domains, "t0": domains, **trained}
 
 
@@ -131,7 +131,7 @@ def test_the_report_of_a_whole_study(tmp_path: Path, capsys: pytest.CaptureFixtu
     }
     printed = capsys.readouterr().out
     assert "DSpark over DFlash: +" in printed and "MTP-1" in printed and "+2.0%" in printed
-    for plot in ("figure2", "figure3", "figure4"):
+    for plot in ("figure2", "figure3", "figure4", "training"):
         assert (tmp_path / f"{plot}.png").stat().st_size > 5000
     publish(tmp_path, tmp_path / "results", "compare")
     assert json.loads((tmp_path / "results" / "compare.json").read_text()) == metrics
@@ -144,7 +144,7 @@ def test_later_drafters_and_losses_have_tables_beside_dspark(tmp_path: Path, cap
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["next_t1"]["dflash2"]["code"]["mean"] == pytest.approx(2.2)
     assert list(metrics["losses_t1"]) == list(LOSSES) and list(metrics["tau_macro_t1"]) == ["dspark"]
-    assert metrics["training"]["dspark_lk"]["curve"] == [1.0]
+    assert metrics["training"]["dspark_lk"]["curve"] == [[[1, 1.0], [2, 2.4]]] and not metrics["figure3_t1"]
     assert "DSpark + convolution" in capsys.readouterr().out
 
 

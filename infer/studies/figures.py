@@ -225,7 +225,8 @@ def table1(settings: FiguresSettings, pair: Pair) -> list[str]:
         ours = f"{100 * gain['mean']:+.1f} %" + (f" ± {100 * gain['ci95']:.1f}" if gain["ci95"] is not None else "")
         theirs = f"; the paper's {100 * paper_gain(name):+.1f} %" if name in PAPER else ""
         lines += ["", f"DSpark over {NAMES[name]}: {ours}{theirs}."]
-    return lines
+    # A short training's order is read with its course beside it.
+    return lines + plotted(settings, pair, "training")
 
 
 def paper_gain(name: str) -> float:

@@ -15,8 +15,11 @@ MT-Bench, Alpaca, Arena-Hard."""
 
 _DIFFERENCES = {
     "1": "targets this small are less sure of their next token, and the drafters saw a thousandth of the paper's data, "
-    "so all accepted lengths are lower. Eagle3 is trained on every position here and the others on sampled anchors, "
-    "which weighs more where data is short: it comes nearer to DSpark than in the paper.",
+    "so all accepted lengths are lower. For the embedded target Eagle3 is trained on every position and the others on "
+    "sampled anchors, which weighs more where data is short: it comes nearer to DSpark than in the paper. For the real "
+    "target all have as many positions, but their training ends before the paper's order begins: Eagle3 starts from "
+    "the target's own hidden state and a copy of its last layer and leads; DSpark has twice DFlash's acceptance at the "
+    "later positions of training blocks and is still behind it at the first.",
     "2": "with little data no drafter stays flat; the order at the later positions is the paper's.",
     "3": "the curve has one seed and few steps, within which deeper drafters are not trained out.",
     "4": "on a CPU the head's share is within the noise of a round (negative shares are noise).",

@@ -30,8 +30,7 @@ from dspark_jax.drafters.registry import Drafter
 from dspark_jax.errors import UserError
 from dspark_jax.evaluation.acceptance import Acceptance, seeded
 from dspark_jax.evaluation.timing import Decoder, Timed, alternate, differences, median_ratio, median_speed
-from dspark_jax.files import make_output, write_json
-from dspark_jax.readers import read_object
+from dspark_jax.files import make_output, read_results, write_json
 from dspark_jax.report import table
 from dspark_jax.serving.prompts import EncodedPrompt, encode, read_prompts
 from dspark_jax.serving.sampling import Mode, SamplingParams
@@ -110,9 +109,9 @@ def main(argv: list[str]) -> None:
 
 def measured_alike(settings: ModesSettings) -> dict[str, Any]:
     """Figures of other drafters in the result file; UserError where they are of another target, prompts or lengths."""
-    if not settings.result.exists():
+    found = read_results(settings.result)
+    if not found:
         return {}
-    found = read_object(settings.result, expected="a result of infer.studies.modes")
     differ = [name for name, value in conditions(settings).items() if found.get(name) != value]
     if differ:
         raise UserError(

@@ -10,19 +10,11 @@ from dspark_jax.report import pyplot, save
 
 from .comparison import CONTESTANTS
 
-COLOURS = {
-    "dspark": "C0",
-    "dflash": "C1",
-    "eagle3": "C2",
-    "mtp1": "C3",
-    "dspark_rnn": "C4",
-    "dspark_conv": "C5",
-    "dflash2": "C6",
-}
+COLOURS = {"dspark": "C0", "dflash": "C1", "eagle3": "C2", "mtp1": "C3", "dspark_rnn": "C4"}
 
 
 def plot_all(folder: Path, metrics: Mapping[str, Any]) -> None:
-    """Writes figure2.png, figure3.png and figure4.png, as far as their points are finished."""
+    """Writes figure2.png, figure3.png, figure4.png and training.png, as far as their points are finished."""
     if metrics["figure2_t1"]:
         conditional_acceptance(folder / "figure2.png", metrics)
     if metrics["figure3_t1"]:
@@ -31,6 +23,23 @@ def plot_all(folder: Path, metrics: Mapping[str, Any]) -> None:
         save(figure, folder / "figure3.png")
     if metrics["figure4_t1"] or metrics["figure4_head_cost"]:
         block_length(folder / "figure4.png", metrics)
+    if metrics["training"]:
+        courses(folder / "training.png", metrics["training"])
+
+
+def courses(path: Path, runs: Mapping[str, Any]) -> None:
+    """Expected accepted length at temperature 1 on the steps' own sequences by step; one line for each seed."""
+    figure, panel = pyplot().subplots(figsize=(5, 3.8))
+    for colour, (name, run) in enumerate(runs.items()):
+        for seed, course in enumerate(run["curve"]):
+            label = CONTESTANTS[name].label if seed == 0 else None
+            panel.plot(*zip(*course, strict=True), color=f"C{colour}", label=label)
+
+    panel.set_xlabel("step")
+    panel.set_ylabel("expected τ at temperature 1, in training")
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8)
+    save(figure, path)
 
 
 def conditional_acceptance(path: Path, metrics: Mapping[str, Any]) -> None:

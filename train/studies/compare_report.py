@@ -147,6 +147,9 @@ class Runs:
                     for domain, counted in by_domain.items():
                         row.setdefault(domain, []).append(counted.tau)
 
+        # A single depth or block length is no curve; its figures are in the tables.
+        if len({at for rows in made.values() for at in rows}) < 2:
+            return {}
         return {
             name: {at: {domain: estimate(values) for domain, values in row.items()} for at, row in rows.items()}
             for name, rows in made.items()
