@@ -254,3 +254,5 @@ def test_taps_of_dspark_are_of_any_order_and_different() -> None:
     for ids in ([1, 1], [1, 3], [-2], []):
         with pytest.raises(UserError, match="target_layer_ids"):
             read_config(native | {"dspark_target_layer_ids": ids})
+    with pytest.raises(UserError, match="dspark_block_size"):
+        read_config(native | {"dspark_block_size": "five"})

@@ -6,11 +6,19 @@ from typing import Any, cast
 
 from dspark_jax.drafters.config import TARGET_SHA_FIELD, WHERE, BlockConfig, DSparkConfig
 from dspark_jax.errors import UserError
+from dspark_jax.readers import Schema, check_fields, integer, list_of
 from dspark_jax.targets.config import config_sha256
 from dspark_jax.targets.deepseek_v4.config import V4Config
 from dspark_jax.targets.registry import read_target_config
 
 ARCHITECTURES = {"dspark": "DeepseekV4DSparkModel", "mtp": "DeepseekV4MTPModel"}
+# The fields of DSpark's module in the target's config.json.
+_DSPARK_FIELDS: Schema = {
+    "dspark_block_size": integer(1, 1 << 16),
+    "dspark_markov_rank": integer(1, 1 << 20),
+    "dspark_noise_token_id": integer(),
+    "dspark_target_layer_ids": list_of(integer(-1, 1024), least=1),
+}
 # Fields about the storage of the published weights, which a new drafter's weights do not share.
 _STORED_FORM = ("quantization_config", "expert_dtype", "dtype", "torch_dtype")
 # Added by this project; a published config.json has none of them.
@@ -64,6 +72,7 @@ class V4DSparkConfig(DSparkConfig):
 
     @classmethod
     def read_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        check_fields(config, _DSPARK_FIELDS, WHERE)
         return _common(config) | {
             "block_size": config["dspark_block_size"],
             "target_layer_ids": tuple(config["dspark_target_layer_ids"]),
