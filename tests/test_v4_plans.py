@@ -77,7 +77,7 @@ def test_the_study_goes_on_where_it_ended(
     key = "Flash-DSpark on v5p:2x2x1, R = 8"
     file.write_text(json.dumps({key: {"made": {"4": MADE["4"]}}}))
     words = ["--results", str(file), "--repository", "Flash-DSpark", "--machines", "v5p:2x2x1", "8 x H200"]
-    v4_plans.main([*words, "--slots", "8", "--no-step"])
+    v4_plans.main([*words, "--slots", "8", "--parts", "loop"])
     assert asked == [("v5p:2x2x1", 8, 6), ("8 x H200", 8, 4)]
     found = json.loads(file.read_text())
     assert found[key]["whole_depth"]["collectives"]["all-reduce"][0] == 88

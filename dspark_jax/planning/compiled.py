@@ -77,6 +77,11 @@ def topology_mesh(topology: str, data: int, fsdp: int, tensor: int, expert: int 
     return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * devices.ndim)
 
 
+def lowering_platform(device: Any) -> str:
+    """What programs for a device are lowered for: devices say "gpu", lowering says which."""
+    return "cuda" if device.platform == "gpu" else str(device.platform)
+
+
 def compiled(lowered: jax.stages.Lowered, what: str, options: dict[str, Any] | None = None) -> jax.stages.Compiled:
     """Compiles a lowered program, named by `what` in errors, with options of the compiler; UserError when it does not
     fit the device."""

@@ -28,7 +28,15 @@ from dspark_jax.decoding.state import DecodeState
 from dspark_jax.drafters.config import DSparkConfig, held_dtype
 from dspark_jax.drafters.registry import Drafter, read_config, skeleton
 from dspark_jax.errors import UserError
-from dspark_jax.planning.compiled import compiled, copies, figures, mebibytes, memory_of, topology_mesh
+from dspark_jax.planning.compiled import (
+    compiled,
+    copies,
+    figures,
+    lowering_platform,
+    mebibytes,
+    memory_of,
+    topology_mesh,
+)
 from dspark_jax.planning.gpus import READINGS
 from dspark_jax.planning.kernels import round_kernels
 from dspark_jax.planning.published_targets import planned_target, with_layers
@@ -134,9 +142,7 @@ class DecodePlan:
     @property
     def platform(self) -> str:
         """jax's name of the platform that the loop is compiled for."""
-        found = jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
-        # Devices say "gpu", lowering says which.
-        return "cuda" if found == "gpu" else found
+        return lowering_platform(jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0])
 
     def describe(self) -> dict[str, Any]:
         """The facts of the plan by the names that `infer.plan` prints; sizes are those on one device."""
@@ -314,7 +320,7 @@ def abstract_state(loop: DecodeLoop, params: LoopParams) -> DecodeState:
     if loop.mesh is None:
         return jax.eval_shape(loop.init_state, params)
 
-    platform = loop.mesh.devices.flat[0].platform
+    platform = lowering_platform(loop.mesh.devices.flat[0])
 
     # The loop leaves the state's layout to the compiler, so the compiler is asked for it.
     made = jax.jit(loop.init_state).trace(params).lower(lowering_platforms=(platform,))

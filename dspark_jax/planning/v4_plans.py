@@ -21,7 +21,7 @@ from dspark_jax.config.schema import MeshSettings, TrainConfig
 from dspark_jax.decoding.round import LoopParams
 from dspark_jax.drafters.deepseek_v4.config import native_config
 from dspark_jax.drafters.registry import Drafter, read_config, skeleton
-from dspark_jax.planning.compiled import collective_sums, compiled, copies, memory_of, topology_mesh
+from dspark_jax.planning.compiled import collective_sums, compiled, copies, lowering_platform, memory_of, topology_mesh
 from dspark_jax.planning.decoding import (
     DecodePlan,
     abstract_drafter,
@@ -34,10 +34,11 @@ from dspark_jax.planning.published_targets import PUBLISHED
 from dspark_jax.planning.training import AbstractRun
 from dspark_jax.serving.assembly import make_loop
 from dspark_jax.serving.settings import EngineConfig
-from dspark_jax.sharding import AnyMesh, abstract_mesh, abstract_params, split
+from dspark_jax.sharding import AnyMesh, abstract_mesh, abstract_params, split, traced_over
 from dspark_jax.targets.config import config_sha256
 from dspark_jax.targets.deepseek_v4.block import V4Block
 from dspark_jax.targets.deepseek_v4.config import V4Config, v4_config
+from dspark_jax.targets.deepseek_v4.experts import V4MoE
 from dspark_jax.targets.deepseek_v4.model import V4Model
 from dspark_jax.targets.deepseek_v4.state import empty_state
 from dspark_jax.targets.target import Target
@@ -76,7 +77,8 @@ class Machine:
         return mesh_settings(self.mesh, MeshSettings()).sizes
 
 
-# Heads split in whole output groups, 8 in Flash and 16 in Pro; the other chips get experts of their own.
+# Heads split in whole output groups, 8 in Flash and 16 in Pro; the other chips get experts of their own. Over 16 chips
+# an expert of Pro would be 192 wide: no multiple of a TPU's 128 lanes, so that its compiler lays all codes out anew.
 MACHINES = {
     "Flash-DSpark": (
         Machine("v5p:2x2x1", 4, 95, "tensor=4", "v5p:2x2x1", "expert=4"),
@@ -85,8 +87,8 @@ MACHINES = {
         Machine("8 x H200", 8, 141, "tensor=8", "H200:8", "expert=8"),
     ),
     "Pro-DSpark": (
-        Machine("v5p:4x4x2", 32, 95, "expert=2,tensor=16", "v5p:4x4x2", "fsdp=4,expert=8"),
-        Machine("v5p:4x4x4", 64, 95, "expert=4,tensor=16", "v5p:4x4x4", "fsdp=8,expert=8"),
+        Machine("v5p:4x4x2", 32, 95, "expert=4,tensor=8", "v5p:4x4x2", "fsdp=4,expert=8"),
+        Machine("v5p:4x4x4", 64, 95, "expert=8,tensor=8", "v5p:4x4x4", "fsdp=8,expert=8"),
     ),
 }
 # The shortest depth with each kind of layer, and one pair of layers more.
@@ -192,6 +194,38 @@ def compiled_figures(repository: str, machine: Machine, slots: int, longest: int
     }
 
 
+def expert_figures(repository: str, machine: Machine, rows: int) -> dict[str, Any]:
+    """Figures of one layer's experts alone, router and shared one with them, on `rows` rows in each round of a loop.
+
+    Returns:
+        GiB of a chip for weights, as they are stored, and for temporaries, and CPU seconds of tracing and compiling.
+    Raises:
+        UserError: as `compiled_figures`.
+    """
+    config, mesh = v4_config(published(repository)), topology_mesh(machine.topology, *machine.sizes)
+    module = nnx.eval_shape(lambda: V4MoE(config, False, rngs=nnx.Rngs(0)))
+    graphdef, abstract = split(module)
+    dtypes = parameter_dtypes(config, flatten_dict(abstract), jnp.bfloat16)
+    params = abstract_params(module, mesh, dtypes.__getitem__)
+
+    def rounds(params: dict, x: jax.Array, tokens: jax.Array) -> jax.Array:
+        layer: Any = nnx.merge(graphdef, params)
+        # In a loop as in decoding, where a compiler may move work on weights in front of it.
+        return jax.lax.fori_loop(0, 8, lambda _, x: layer(x, tokens)[0], x)
+
+    began = time.process_time()
+    given = jax.ShapeDtypeStruct((rows, config.hidden_size), jnp.bfloat16), jax.ShapeDtypeStruct((rows,), jnp.int32)
+    platform = lowering_platform(mesh.devices.flat[0])
+    lowered = jax.jit(traced_over(mesh)(rounds)).trace(params, *given).lower(lowering_platforms=(platform,))
+    program = compiled(lowered, "The layer of experts", _options(platform))
+
+    return {
+        "weights_gib": bytes_of(params) / GIB,
+        "temporary_gib": memory_of(program)["temporary"] / GIB,
+        "compile_cpu_seconds": time.process_time() - began,
+    }
+
+
 def carried_on(made: Mapping[str, Mapping[str, Any]], whole: int) -> dict[str, Any]:
     """The figures at depth `whole`, on the line through those of the two depths that were compiled; of copies, which
     are none or a fault, the larger number that was found."""
@@ -230,7 +264,7 @@ def step_figures(config: TrainConfig, machine: Machine, stages: int) -> dict[str
     )
     mesh = topology_mesh(machine.topology, *config.mesh.sizes)
     run, began = AbstractRun.of(config, mesh), time.process_time()
-    platform = _platform(mesh)
+    platform = lowering_platform(mesh.devices.flat[0])
     program = compiled(run.lower(platform), "The step", _options(platform))
     seconds, memory = time.process_time() - began, memory_of(program)
 
@@ -240,12 +274,6 @@ def step_figures(config: TrainConfig, machine: Machine, stages: int) -> dict[str
         "collectives": _collectives(program.as_text() or ""),
         "compile_cpu_seconds": seconds,
     }
-
-
-def _platform(mesh: Any) -> str:
-    """What programs for the mesh's devices are lowered for: devices say "gpu", lowering says which."""
-    found = mesh.devices.flat[0].platform
-    return "cuda" if found == "gpu" else str(found)
 
 
 def _options(platform: str) -> dict[str, Any] | None:

@@ -27,11 +27,15 @@ from dspark_jax.planning.v4_plans import (
     carried_on,
     compiled_figures,
     counted,
+    expert_figures,
     published,
     step_figures,
     widened_experts,
 )
 from dspark_jax.report import table
+
+ROWS = 48
+"""Rows of the layer of experts that is compiled alone: 8 requests, blocks of 5 and their anchors."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,8 @@ class V4PlansSettings:
     """Requests decoded at once, one plan for each."""
     longest: int = 4096
     """Positions of a request."""
-    step: bool = True
-    """Plan the training step of the DSpark module too."""
+    parts: tuple[Literal["experts", "loop", "step"], ...] = ()
+    """Only these: one layer's experts, the decode loop, the training step of the DSpark module."""
     compile: bool = True
     """Compile the programs; without, memory is counted alone."""
 
@@ -61,22 +65,22 @@ def main(argv: list[str]) -> None:
     make_output(settings.results.parent)
     plans = read_results(settings.results)
 
-    for repository, machine, slots in wanted(settings):
-        key = f"{repository} on {machine.name}, {f'R = {slots}' if slots else 'step'}"
-        plan: dict[str, Any] = {"made": {}} | plans.get(key, {})
-        plan |= {"memory_gib": machine.memory_gib, "mesh": machine.mesh if slots else machine.step_mesh}
+    for repository, machine, part in wanted(settings):
+        key = f"{repository} on {machine.name}, {part}"
+        plan: dict[str, Any] = {"made": {}} | plans.get(key, {}) | {"memory_gib": machine.memory_gib}
         figures: Callable[[int], dict[str, Any]]
 
-        if slots:
-            sizes = repository, machine, slots, settings.longest
-            plan |= {
-                "counted_gib": counted(*sizes),
-                "layer_of_widened_experts_gib": widened_experts(repository, machine),
-            }
+        if part == "step":
+            plan["mesh"] = machine.step_mesh
+            figures, depths, whole = partial(step_figures, step_config(repository), machine), STAGES, 3
+        elif part == "experts":
+            plan |= {"mesh": machine.mesh, "widened_gib": widened_experts(repository, machine)}
+            figures, depths, whole = partial(expert_figures, repository, machine), (ROWS,), 0
+        else:
+            sizes = repository, machine, int(part.removeprefix("R = ")), settings.longest
+            plan |= {"mesh": machine.mesh, "counted_gib": counted(*sizes)}
             figures, depths = partial(compiled_figures, *sizes), DEPTHS[repository]
             whole = published(repository)["num_hidden_layers"]
-        else:
-            figures, depths, whole = partial(step_figures, step_config(repository), machine), STAGES, 3
 
         for depth in depths if settings.compile else ():
             if str(depth) not in plan["made"]:
@@ -89,11 +93,11 @@ def main(argv: list[str]) -> None:
             plans = add_results(settings.results, {key: plan})
 
         if len(plan["made"]) == len(depths):
-            plan |= {"whole_depth": carried_on(plan["made"], whole)}
             plan.pop("refused", None)
+            plan |= {"whole_depth": carried_on(plan["made"], whole)} if len(depths) == 2 else {}
         plans = add_results(settings.results, {key: plan})
 
-    print(decoding_table(plans), step_table(plans), sep="\n\n")
+    print(decoding_table(plans), step_table(plans), expert_table(plans), sep="\n\n")
     for key, plan in plans.items():
         if "refused" in plan:
             print(f"{key}: {plan['refused']}")
@@ -106,13 +110,15 @@ def step_config(repository: str) -> TrainConfig:
     return config
 
 
-def wanted(settings: V4PlansSettings) -> Iterator[tuple[str, Machine, int]]:
-    """(repository, machine, requests) of each plan, small batches first; the training steps, with 0 requests, last."""
-    for slots in (*settings.slots, *((0,) if settings.step else ())):
+def wanted(settings: V4PlansSettings) -> Iterator[tuple[str, Machine, str]]:
+    """(repository, machine, part) of each plan, cheap ones first."""
+    loops = [f"R = {slots}" for slots in settings.slots]
+    for part in settings.parts or ("experts", *loops, "step"):
         for repository, machines in MACHINES.items():
             for machine in machines if settings.repository in ("", repository) else ():
                 if machine.name in (settings.machines or (machine.name,)):
-                    yield repository, machine, slots
+                    for one in loops if part == "loop" else (part,):
+                        yield repository, machine, one
 
 
 def checked(machines: tuple[str, ...]) -> None:
@@ -128,20 +134,19 @@ def decoding_table(plans: dict[str, Any]) -> str:
     for key, plan in plans.items():
         if "counted_gib" not in plan:
             continue
-        held, whole = plan["counted_gib"], plan.get("whole_depth")
+        held, whole, of = plan["counted_gib"], plan.get("whole_depth"), plan["memory_gib"]
         row = [key, plan["mesh"], *(f"{held[name]:.1f}" for name in ("target", "drafter", "state"))]
-        widened, of = f"{plan['layer_of_widened_experts_gib']:.2f}", plan["memory_gib"]
 
         if whole is None:
-            row += ["", widened, f"{sum(held.values()):.1f} of {of}", "", "", ""]
+            row += ["", f"{sum(held.values()):.1f} of {of}", "", "", ""]
         else:
             # Held for good, and the most that a dispatch takes beside it.
             together = sum(held.values()) + whole["temporary_gib"]
-            row += [f"{whole['temporary_gib']:.2f}", widened, f"{together:.1f} of {of}", exchanged(whole)]
+            row += [f"{whole['temporary_gib']:.2f}", f"{together:.1f} of {of}", exchanged(whole)]
             row += [str(whole["copies"]), f"{whole['compile_cpu_seconds']:.0f}"]
         body.append(row)
 
-    header = ["GiB a chip", "mesh", "target", "drafter", "state", "temporary", "a layer's experts widened", "together"]
+    header = ["GiB a chip", "mesh", "target", "drafter", "state", "temporary", "together"]
     return table([*header, "collectives", "copies", "CPU seconds to compile"], body)
 
 
@@ -149,7 +154,7 @@ def step_table(plans: dict[str, Any]) -> str:
     """The training steps; figures of three stages."""
     body = []
     for key, plan in plans.items():
-        if "counted_gib" not in plan and (whole := plan.get("whole_depth")) is not None:
+        if key.endswith("step") and (whole := plan.get("whole_depth")) is not None:
             together = whole["arguments_gib"] + whole["temporary_gib"]
             row = [key, plan["mesh"], f"{whole['arguments_gib']:.1f}", f"{whole['temporary_gib']:.1f}"]
             body.append([*row, f"{together:.1f} of {plan['memory_gib']}", exchanged(whole),
@@ -157,6 +162,17 @@ def step_table(plans: dict[str, Any]) -> str:
 
     header = ["GiB a chip", "mesh", "state and batch", "temporary", "together", "collectives"]
     return table([*header, "CPU seconds to compile"], body)
+
+
+def expert_table(plans: dict[str, Any]) -> str:
+    """One layer's experts: temporaries below the widened stack show that no program holds it."""
+    body = []
+    for key, plan in plans.items():
+        for made in plan["made"].values() if key.endswith("experts") else ():
+            sizes = made["weights_gib"], made["temporary_gib"], plan["widened_gib"]
+            body.append([key, plan["mesh"], *(f"{1024 * size:.1f}" for size in sizes)])
+
+    return table(["MiB a chip", "mesh", "as stored", "temporary", "experts in bfloat16"], body)
 
 
 def exchanged(whole: dict[str, Any]) -> str:
