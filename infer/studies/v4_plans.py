@@ -69,6 +69,7 @@ def main(argv: list[str]) -> None:
         key = f"{repository} on {machine.name}, {part}"
         plan: dict[str, Any] = {"made": {}} | plans.get(key, {}) | {"memory_gib": machine.memory_gib}
         figures: Callable[[int], dict[str, Any]]
+        depths: tuple[int, ...]
 
         if part == "step":
             plan["mesh"] = machine.step_mesh
@@ -113,7 +114,7 @@ def step_config(repository: str) -> TrainConfig:
 def wanted(settings: V4PlansSettings) -> Iterator[tuple[str, Machine, str]]:
     """(repository, machine, part) of each plan, cheap ones first."""
     loops = [f"R = {slots}" for slots in settings.slots]
-    for part in settings.parts or ("experts", *loops, "step"):
+    for part in settings.parts or ("experts", "loop", "step"):
         for repository, machines in MACHINES.items():
             for machine in machines if settings.repository in ("", repository) else ():
                 if machine.name in (settings.machines or (machine.name,)):
