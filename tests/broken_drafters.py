@@ -22,6 +22,7 @@ from dspark_jax.targets.target import Target
 from dspark_jax.training.anchors import make_blocks, sample_anchors
 from dspark_jax.training.losses import target_logits
 from dspark_jax.training.terms import total_variation_l1
+from tests.forced import forced_blocks
 
 LENGTH, ROWS, ANCHORS = 160, 4, 10
 NEXT_TURN = {"role": "user", "content": "Go on."}
@@ -94,7 +95,7 @@ def _step(
         blocks = make_blocks(tokens, mask, anchors, keep, model.block_size, None)
         at = jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape) - position
         context = tuple(head_major(part) for part in model.backbone.context(features, at))
-        out = model.train_outputs(shared, context, blocks.previous, blocks.anchors)
+        out = forced_blocks(model, shared, context, blocks.previous, blocks.anchors)
         label = jnp.take_along_axis(out.logits, blocks.labels[..., None], axis=-1)[..., 0]
         ce = jax.nn.logsumexp(out.logits, axis=-1) - label
         l1 = total_variation_l1(out.logits, target_logits(shared, hidden, blocks))

@@ -26,6 +26,7 @@ from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.targets.attention import CausalRows
 from dspark_jax.targets.target import Target
 from tests.decoding_tiny import one_round
+from tests.forced import forced_blocks
 
 Result = tuple[str, float, float, bool]
 ATOL, RTOL = 2e-4, 1e-4
@@ -121,7 +122,7 @@ class Forward:
             context = module.context(taps)
             hidden = module._block_hidden(self.shared, context, previous[..., 0], anchors)
             base = self.shared.logits(hidden)
-            return base, module.train_outputs(self.shared, context, previous, anchors)
+            return base, forced_blocks(module, self.shared, context, previous, anchors)
 
         self._run, self._blocks = jax.jit(run), jax.jit(blocks)
 

@@ -28,6 +28,7 @@ from dspark_jax.training.losses import target_logits
 from dspark_jax.training.objective import Batch, BlockObjective
 from dspark_jax.training.schedule import learning_rate_schedule
 from dspark_jax.training.terms import LossOptions, accept_rate, total_variation_l1
+from tests.forced import forced_blocks
 
 Result = tuple[str, float, float, bool]
 ATOL, RTOL, GRADIENT_TOLERANCE = 2e-4, 1e-4, 1e-3
@@ -126,7 +127,7 @@ def check_blocks(
 
     def run(params: dict) -> tuple:
         model = drafter.model(params)
-        out = model.train_outputs(shared, model.context(batch["features"]), blocks.previous, blocks.anchors)
+        out = forced_blocks(model, shared, model.context(batch["features"]), blocks.previous, blocks.anchors)
         return out, target_logits(shared, batch["last_hidden"], blocks)
 
     out, aligned = jax.jit(run)(drafter.params)

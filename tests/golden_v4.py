@@ -22,6 +22,7 @@ from dspark_jax.targets.attention import CachedBlock, CausalRows
 from dspark_jax.targets.deepseek_v4.fake_quant import rotate_by_hadamard, round_index_rows, round_keys
 from dspark_jax.targets.target import Target
 from tests import golden_decode
+from tests.forced import forced_blocks
 
 Result = tuple[str, float, float, bool]
 CACHE_SIZE = 512
@@ -229,7 +230,7 @@ def check_dspark(case: Path) -> Iterator[Result]:
         streams, hidden = model.stream_states(shared, state, allowed, anchor, end)
         drafts = model.draft(shared, state, anchor, end, _greedy)
         previous = jnp.concatenate([anchor[:, None], drafts.tokens[:, :-1]], axis=1)
-        forced = model.train_outputs(shared, model.train_context(shared, taps, None), previous[:, None], end[:, None])
+        forced = forced_blocks(model, shared, model.train_context(shared, taps, None), previous[:, None], end[:, None])
         found = {
             "context": model.main_context(taps)[0],
             "context_kv": jnp.stack([keys[0, -model.window :] for keys in model.context_keys(taps, positions)]),

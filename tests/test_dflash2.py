@@ -23,6 +23,7 @@ from dspark_jax.targets.joined import apart
 from dspark_jax.training.terms import LossOptions, selector_terms
 from tests.decoding_tiny import kind_pair, prompts
 from tests.drafters_tiny import HIDDEN, TAPS, VOCAB, target_hf_config, tiny_drafter, tiny_tables
+from tests.forced import forced_blocks
 from tests.test_drafter import ANCHORS, POSITIONS, drafted_law, features
 
 CONVOLUTION: dict[str, Any] = {"conv_kernel_size": 2, "conv_group_size": 8}
@@ -32,7 +33,7 @@ OPTIONS = LossOptions(1.0, 0.0, 0.0, decay_gamma=0.0, anchor_chunk=4)
 def forced(drafter: Any, previous: jax.Array, taps: jax.Array) -> Any:
     def run(params: dict) -> Any:
         model = drafter.model(params)
-        return model.train_outputs(tiny_tables(), model.context(taps), previous, POSITIONS[:, None])
+        return forced_blocks(model, tiny_tables(), model.context(taps), previous, POSITIONS[:, None])
 
     return jax.jit(run)(drafter.params)
 

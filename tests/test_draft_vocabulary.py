@@ -25,6 +25,7 @@ from dspark_jax.training.registry import make_objective
 from dspark_jax.training.terms import LossOptions, total_variation_l1
 from tests.decoding_tiny import kind_pair
 from tests.drafters_tiny import VOCAB, target_hf_config, tiny_batch, tiny_drafter, tiny_tables, write_pair
+from tests.forced import forced_blocks
 from tests.test_lossless import SLOTS, exact_law, p_value, samples
 from tests.tiny import write_tiny_target
 from train.draft_vocabulary import main as choose
@@ -89,7 +90,7 @@ def test_mass_that_cannot_be_drafted_counts_as_lost() -> None:
 
     model = pruned.model(params)
     context = model.train_context(shared, batch["features"], batch["input_ids"])
-    logits = ODD.spread(model.train_outputs(shared, context, blocks.previous, blocks.anchors).logits)
+    logits = ODD.spread(forced_blocks(model, shared, context, blocks.previous, blocks.anchors).logits)
     rows = blocks.sources.reshape(blocks.sources.shape[0], -1, 1)
     hidden = jnp.take_along_axis(batch["last_hidden"], rows, axis=1).reshape(*blocks.sources.shape, -1)
     variation = total_variation_l1(logits, shared.logits(hidden))

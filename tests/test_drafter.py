@@ -11,7 +11,6 @@ import pytest
 from flax import nnx
 
 from dspark_jax.drafters.heads import MARKOV_HEADS, MarkovHead
-from dspark_jax.drafters.protocol import BlockOutput
 from dspark_jax.drafters.registry import Drafter, drafter_hf_config
 from dspark_jax.errors import UserError
 from dspark_jax.targets.attention import KeysValues
@@ -19,6 +18,7 @@ from dspark_jax.targets.config import config_sha256
 from dspark_jax.targets.kv_cache import append_rows, empty_cache, insert_rows
 from dspark_jax.targets.registry import read_target_config
 from tests.drafters_tiny import HIDDEN, TAPS, VOCAB, target_hf_config, tiny_drafter, tiny_tables
+from tests.forced import Forced, forced_blocks
 
 SIZE = 24
 POSITIONS = jnp.array([3, 9, 0])
@@ -34,7 +34,7 @@ def greedy(logits: jax.Array, k: int, ids: jax.Array | None = None) -> tuple[jax
     return jnp.take_along_axis(ids, best[:, None], axis=-1)[:, 0], whole
 
 
-def drafted_law(out: BlockOutput) -> jax.Array:
+def drafted_law(out: Forced) -> jax.Array:
     """The law [R, K, V] that blocks [R, 1, K] are drafted from."""
     if out.selector is None:
         return jax.nn.softmax(out.logits[:, 0])
@@ -67,7 +67,7 @@ def test_greedy_draft_is_the_teacher_forced_pass(head: str | None) -> None:
     def forced(params: dict) -> Any:
         model = drafter.model(params)
         previous = jnp.concatenate([ANCHORS[:, None], drafted.tokens[:, :-1]], axis=1)[:, None]
-        return model.train_outputs(tiny_tables(), model.context(taps), previous, POSITIONS[:, None])
+        return forced_blocks(model, tiny_tables(), model.context(taps), previous, POSITIONS[:, None])
 
     out = jax.jit(forced)(drafter.params)
     np.testing.assert_array_equal(jnp.argmax(drafted_law(out), axis=-1), drafted.tokens)

@@ -31,6 +31,7 @@ from dspark_jax.training.step import abstract_train_state, init_train_state, mak
 from dspark_jax.training.terms import LossOptions
 from tests.decoding_tiny import kind_pair, prompts, taps_of
 from tests.drafters_tiny import write_pair
+from tests.forced import forced_blocks
 from tests.test_training import _intermediates
 from tests.tiny import write_tiny_target
 
@@ -114,7 +115,7 @@ def test_drafts_are_what_training_predicts(kind: str) -> None:
         model = drafter.model(params)
         if kind == "mtp":
             context = model.train_context(shared, taps, forced)
-            return model.train_outputs(shared, context, forced[:, None, :1], starts[:, None]).logits[:, 0]
+            return forced_blocks(model, shared, context, forced[:, None, :1], starts[:, None]).logits[:, 0]
         hidden = model.train_outputs(shared, taps, forced)
         return jnp.moveaxis(model.logits(shared, hidden)[:, jnp.arange(3), starts - 1], 0, 1)
 

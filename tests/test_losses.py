@@ -10,11 +10,19 @@ import pytest
 from jax.test_util import check_grads
 
 from dspark_jax.config.schema import LossSettings
-from dspark_jax.drafters.protocol import BlockOutput
+from dspark_jax.drafters.protocol import BlockLogits
 from dspark_jax.drafters.vocabulary import DraftVocabulary
 from dspark_jax.training.anchors import Blocks
 from dspark_jax.training.spec import loss_options
-from dspark_jax.training.terms import LossOptions, block_terms, pace_weights, pruned_variation_l1, soft_terms
+from dspark_jax.training.terms import (
+    LossOptions,
+    confidence_sums,
+    label_terms,
+    law_sums,
+    pace_weights,
+    pruned_variation_l1,
+    soft_terms,
+)
 from dspark_jax.training.terms import total_variation_l1 as variation
 
 V = 7
@@ -94,50 +102,78 @@ def test_pace_weights_are_the_expected_drafts_behind_a_slot() -> None:
     assert not np.any(jax.grad(lambda x: jnp.sum(pace_weights(x, supervised)))(accept))
 
 
-def chunk() -> tuple[BlockOutput, jax.Array, Blocks]:
-    """Two blocks of three slots, the second of which ends after the first."""
+def chunk() -> tuple[BlockLogits, jax.Array, jax.Array, Blocks]:
+    """(logits, the target's, logits of the confidence head, blocks): two blocks of three slots, the second of which
+    ends after the first."""
     supervised = jnp.array([[[True, True, True], [True, False, False]]])
     index = jnp.zeros((1, 2, 3), jnp.int32)
     labels = jnp.array([[[1, 2, 3], [4, 0, 0]]])
     weights = supervised * jnp.exp(-jnp.arange(3) / 2.5)
     blocks = Blocks(index[..., 0], index[..., 0] > -1, None, index, labels, index, supervised, weights)
-    out = BlockOutput(jnp.zeros((1, 2, 3, 1)), logits(0, 1, 2, 3), logits(3, 1, 2)[..., :3])
-    return out, logits(1, 1, 2, 3), blocks
+    return BlockLogits(logits(0, 1, 2, 3)), logits(1, 1, 2, 3), logits(3, 1, 2)[..., :3], blocks
 
 
-def plain(out: BlockOutput, targets: jax.Array) -> tuple[Any, ...]:
+def total(options: LossOptions, out: BlockLogits, targets: jax.Array, confidence: jax.Array, blocks: Blocks) -> Any:
+    laws, sums, accept = law_sums(out, targets, blocks, None, options)
+    sums |= {"laws": laws} | confidence_sums(confidence, accept, blocks, options)
+    return options.total(sums, sums["weight"])
+
+
+def plain(out: BlockLogits, targets: jax.Array, confidence: jax.Array) -> tuple[Any, ...]:
     """(p, log q, acceptance, cross-entropy of the confidence) in float64."""
     draft, target = np.asarray(out.logits, np.float64), np.asarray(targets, np.float64)
     log_q = draft - np.log(np.exp(draft).sum(-1, keepdims=True))
     p = np.exp(target) / np.exp(target).sum(-1, keepdims=True)
     accept = np.minimum(p, np.exp(log_q)).sum(-1)
-    z = np.asarray(out.confidence, np.float64)
+    z = np.asarray(confidence, np.float64)
     return p, log_q, accept, np.log1p(np.exp(z)) - z * accept
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_labels_and_variation_have_the_gradient_of_their_plain_form(pruned: bool) -> None:
+    """In float32 that of autodiff, through which it need not go, and that of finite differences."""
+    size = 4 if pruned else V
+    draft, labels = logits(0, 6)[..., :size], jnp.array([0, 1, 2, 3, 0, 1])
+    law = jax.nn.softmax(logits(1, 6), axis=-1)[..., :size]
+    weights = jax.random.uniform(jax.random.key(2), (2, 6))
+
+    def by_rule(draft: jax.Array) -> jax.Array:
+        entropy, l1 = label_terms(draft, law, labels)
+        return jnp.sum(weights[0] * entropy + weights[1] * l1)
+
+    def by_autodiff(draft: jax.Array) -> jax.Array:
+        entropy = -jnp.take_along_axis(jax.nn.log_softmax(draft), labels[:, None], axis=-1)[:, 0]
+        l1 = jnp.sum(jnp.abs(jax.nn.softmax(draft) - law), axis=-1)
+        return jnp.sum(weights[0] * entropy + weights[1] * l1)
+
+    found, expected = (jax.value_and_grad(f)(draft) for f in (by_rule, by_autodiff))
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+    np.testing.assert_allclose(found[1], expected[1], atol=1e-6)
+    check_grads(by_rule, (draft,), order=1, modes=("rev",), atol=2e-3, rtol=2e-3, eps=1e-2)
 
 
 def test_the_shipped_drafters_loss() -> None:
     """0.5 cross-entropy against the target's law + 2 total variation + 1 confidence, slot weights exp(-k / 2.5)."""
     settings = LossSettings(ce_alpha=0.0, soft_ce_alpha=0.5, l1_alpha=1.0, decay_gamma=2.5)
-    out, targets, blocks = chunk()
-    options = loss_options(settings, 1)
-    sums = block_terms(out, targets, blocks, None, options)
-    p, log_q, accept, bce = plain(out, targets)
+    out, targets, confidence, blocks = chunk()
+    p, log_q, accept, bce = plain(out, targets, confidence)
     weights = np.asarray(blocks.weights, np.float64)
     expected = np.sum(weights * (-0.5 * (p * log_q).sum(-1) + 2 * (1 - accept) + bce)) / weights.sum()
-    np.testing.assert_allclose(options.total(sums, sums["weight"]), expected, rtol=1e-5)
+    found = total(loss_options(settings, 1), out, targets, confidence, blocks)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_pace_and_reach_by_hand() -> None:
     options = replace(NONE, ce_alpha=1.0, confidence_alpha=1.0, slot_weights="d_pace", confidence_weights="reach")
-    out, targets, blocks = chunk()
+    out, targets, confidence, blocks = chunk()
     blocks = blocks._replace(weights=blocks.supervised * 1.0)
-    found = options.total(block_terms(out, targets, blocks, None, options), jnp.sum(blocks.weights))
-    _, log_q, accept, bce = plain(out, targets)
-    s, total = 0.5 + 0.5 * accept[0], 0.0
+    found = total(options, out, targets, confidence, blocks)
+    _, log_q, accept, bce = plain(out, targets, confidence)
+    s, expected = 0.5 + 0.5 * accept[0], 0.0
     for n, length in enumerate((3, 1)):
         for k in range(length):
             pace = sum(np.prod(s[n, : m + 1]) for m in range(k, length))
             label = int(blocks.labels[0, n, k])
-            total += -pace * log_q[0, n, k, label] + np.prod(accept[0, n, :k]) * bce[0, n, k]
+            expected += -pace * log_q[0, n, k, label] + np.prod(accept[0, n, :k]) * bce[0, n, k]
     # By the number of supervised slots, not by the sum of the weights.
-    np.testing.assert_allclose(found, total / 4, rtol=1e-5)
+    np.testing.assert_allclose(found, expected / 4, rtol=1e-5)

@@ -14,12 +14,12 @@ import pytest
 
 from dspark_jax.checkpoints.drafters import load_drafter, save_drafter, shared_tables
 from dspark_jax.checkpoints.huggingface import load_target
-from dspark_jax.drafters.protocol import BlockOutput
 from dspark_jax.drafters.registry import Drafter, drafter_hf_config, read_config, skeleton
 from dspark_jax.sharding import split
 from dspark_jax.targets.target import Target
 from dspark_jax.training.terms import LossOptions, selector_terms
 from tests.decoding_tiny import random_leaves
+from tests.forced import Forced, forced_blocks
 from tests.parity import LENGTH, SHAPES, tokens
 from tests.test_layouts import DFLASH, DFLASH2
 from tests.test_parity import reference
@@ -109,14 +109,14 @@ def library_rows(model: Any, ids: np.ndarray, taps: np.ndarray, last: np.ndarray
     return {name: x.view(*block.shape, *x.shape[2:])[:, skipped:].numpy() for name, x in made.items()}
 
 
-def own_rows(drafter: Drafter, target: Target, ids: np.ndarray, taps: np.ndarray) -> BlockOutput:
+def own_rows(drafter: Drafter, target: Target, ids: np.ndarray, taps: np.ndarray) -> Forced:
     index = np.array(ANCHORS)[:, None] + np.arange(BLOCK)
 
     @jax.jit
-    def run(params: dict) -> BlockOutput:
+    def run(params: dict) -> Forced:
         model = drafter.model(params)
         previous = jnp.asarray(ids[0, index])[None]
-        return model.train_outputs(shared_tables(target), model.context(taps), previous, jnp.asarray([ANCHORS]))
+        return forced_blocks(model, shared_tables(target), model.context(taps), previous, jnp.asarray([ANCHORS]))
 
     return jax.device_get(run(drafter.params))
 

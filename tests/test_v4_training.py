@@ -21,6 +21,7 @@ from dspark_jax.training.schedule import learning_rate_schedule, make_optimizer
 from dspark_jax.training.states import TargetStates
 from dspark_jax.training.step import init_train_state, make_train_step
 from dspark_jax.training.terms import LossOptions
+from tests.forced import forced_blocks
 from tests.test_training import evaluation
 from tests.tiny import TOKENIZER_SIZE, write_tokenizer
 from tests.v4_tiny import VOCAB, v4_hf_config, v4_pair, v4_target
@@ -58,7 +59,7 @@ def test_training_blocks_are_the_blocks_of_decoding(kind: str) -> None:
         return (
             drafts.law,
             again.law,
-            model.train_outputs(shared, context, previous[:, None], anchors[:, None]).logits,
+            forced_blocks(model, shared, context, previous[:, None], anchors[:, None]).logits,
         )
 
     whole, parts, trained = run(drafter.params)

@@ -22,9 +22,9 @@ from dspark_jax.targets.attention import (
     Prefix,
     block_attention,
     lowest_seen,
-    prefix_block_attention,
     prefix_mask,
 )
+from dspark_jax.targets.blocks_attention import blocks_attention
 from dspark_jax.targets.layers import layer_ropes
 from dspark_jax.targets.registry import layer_class
 
@@ -37,14 +37,14 @@ class BlocksOverContext:
     `context` holds a KeysValues [B, G, T, H] for each layer; `allowed` is [B, N, K or 1, T].
     """
 
-    context: Sequence[Prefix]
+    context: Sequence[KeysValues]
     allowed: Bool[Array, "b n rows t"]
 
     def __call__(self, layer: int, q: Array, k: Array, v: Array, *, scale: float, window: int | None) -> Array:
         # `window` is ignored: DeepSpec's draft layers never slide, whatever the file says (docs/algorithm.md, rule 25);
         # a window of the context is in `allowed`.
         block, context = KeysValues(k, v), self.context[layer]
-        return prefix_block_attention(q, block, context, self.allowed, None, scale=scale)
+        return blocks_attention(q, block, context, self.allowed, scale=scale)
 
 
 @dataclass(frozen=True)
@@ -99,18 +99,23 @@ class Backbone(nnx.Module):
         self,
         x: Float[Array, "b n k d"],
         anchors: Int[Array, "b n"],
-        context: Sequence[Prefix],
+        context: Sequence[KeysValues],
         starts: Int[Array, "b n"] | None = None,
     ) -> Float[Array, "b n k d"]:
         """h_k: block rows, at positions anchor + k, through layers and final norm; context [B, G, T, H] for each layer.
 
         `starts`: the index in its row at which each anchor's sequence begins; None: each row is one sequence.
         """
-        # The context strictly before each anchor (docs/algorithm.md, rule 23).
-        allowed = prefix_mask(anchors, context[0].size, x.shape[2], self.window, starts)
         # RoPE counts from the sequence's start, while the mask compares indices in the packed row (rules 21 and 23).
         positions = anchors if starts is None else anchors - starts
-        return self._rows(x, positions, BlocksOverContext(context, allowed))
+        return self._rows(x, positions, self.attending(context, anchors, x.shape[2], starts))
+
+    def attending(
+        self, context: Sequence[KeysValues], anchors: Int[Array, "b n"], width: int, starts: Int[Array, "b n"] | None
+    ) -> Attend:
+        """The core by which block rows see the context strictly before their anchors (docs/algorithm.md, rule 23)."""
+        allowed = prefix_mask(anchors, context[0].size, width, self.window, starts)
+        return BlocksOverContext(context, allowed)
 
     def decode(
         self, x: Float[Array, "r 1 k d"], anchors: Int[Array, " r"], context: Sequence[Prefix]

@@ -16,7 +16,8 @@ from dspark_jax.drafters.backbone import Backbone
 from dspark_jax.drafters.config import DFlashConfig, DSparkConfig
 from dspark_jax.drafters.heads import ConfidenceHead, make_markov_head
 from dspark_jax.drafters.protocol import (
-    BlockOutput,
+    BlockLogits,
+    BlockRows,
     ChildFn,
     DraftOutput,
     DraftState,
@@ -41,6 +42,7 @@ class DSpark(nnx.Module):
     """
 
     config_type: ClassVar[type[DSparkConfig]] = DSparkConfig
+    logit_params: ClassVar[tuple[tuple[str, ...], ...]] = (("markov_head", "w2_vr"),)
 
     def __init__(self, config: DSparkConfig, *, rngs: nnx.Rngs):
         self.backbone = Backbone(config, rngs=rngs)
@@ -150,8 +152,15 @@ class DSpark(nnx.Module):
         hidden = self.backbone.decode(self._opened(shared, anchors[:, None]), positions, state)
         return hidden[:, 0, -self.block_size :]
 
+    def head_input(self, hidden: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+        """h_k as the output head reads it."""
+        return hidden
+
     def base_logits(self, shared: SharedTables, hidden: Float[Array, "*n d"]) -> Float[Array, "*n p"]:
         """U_k, float32, from h_k: the parallel pass's logits over the draft vocabulary."""
+        return self._head(shared, self.head_input(hidden))
+
+    def _head(self, shared: SharedTables, hidden: Array) -> Array:
         if self.vocabulary is None:
             return shared.logits(hidden)
         # Frozen like the target's head, although it is a parameter of the drafter (rule 18).
@@ -171,30 +180,34 @@ class DSpark(nnx.Module):
     ) -> DraftState:  # fmt: skip
         return self.context(taps, segments)
 
-    def train_outputs(
+    def train_rows(
         self, shared: SharedTables, context: DraftState, previous: Int[Array, "b n k"], anchors: Int[Array, "b n"],
         starts: Int[Array, "b n"] | None = None,
-    ) -> BlockOutput:  # fmt: skip
+    ) -> BlockRows:  # fmt: skip
         """Teacher-forced blocks at positions `anchors`, each seeing only the context before its anchor.
 
         previous: x_{k-1} of every position; previous[..., 0] is the anchor's token.
         """
-        hidden = self._block_hidden(shared, context, previous[..., 0], anchors, starts)
-
-        logits, markov = self.base_logits(shared, hidden), self.markov_head
+        hidden, markov = self._block_hidden(shared, context, previous[..., 0], anchors, starts), self.markov_head
         if markov is None:
-            return BlockOutput(hidden, logits, self._confidence(hidden, None))
+            return BlockRows(self.head_input(hidden), None, self._confidence(hidden, None))
 
         # Labels, not draws, are the previous tokens in training (rule 34), so all positions are embedded at once.
         embeddings = markov.embed(previous)
         latent, confidence = markov.teacher_forced(embeddings, hidden), self._confidence(hidden, embeddings)
-        candidates = markov.candidates(logits)
-        scores = markov.scores(logits, latent, candidates)
-        if candidates is None:
-            return BlockOutput(hidden, scores, confidence)
+        return BlockRows(self.head_input(hidden), latent, confidence)
 
-        selector = SelectorOutput(candidates, scores, latent, markov.w2_vr[...])
-        return BlockOutput(hidden, logits, confidence, selector)
+    def train_logits(self, shared: SharedTables, rows: BlockRows) -> BlockLogits:
+        """Logits of teacher-forced rows, and a selector's scores of its candidates."""
+        logits, markov = self._head(shared, rows.hidden), self.markov_head
+        if markov is None or rows.latent is None:
+            return BlockLogits(logits)
+
+        candidates = markov.candidates(logits)
+        scores = markov.scores(logits, rows.latent, candidates)
+        if candidates is None:
+            return BlockLogits(scores)
+        return BlockLogits(logits, SelectorOutput(candidates, scores, rows.latent, markov.w2_vr[...]))
 
     def _block_hidden(
         self, shared: SharedTables, context: DraftState, tokens: Array, anchors: Array, starts: Array | None = None

@@ -57,8 +57,10 @@ class MarkovHead(nnx.Module):
         self.w2_vr = param(normal(rngs, (config.draft_vocab_size, rank), std), self.output_axis, "rank")
 
     def embed(self, tokens: Int[Array, "*n"]) -> Float[Array, "*n r"]:
-        """e = W_1[x_{k-1}] of the previous tokens."""
-        return jnp.take(self.w1_vr[...], tokens, axis=0)
+        """e = W_1[x_{k-1}] of the previous tokens, in W_2's dtype."""
+        # Cast after the lookup: training keeps W_1 in float32, so that gradients of a token that comes often add up
+        # in float32 and the table is never copied.
+        return jnp.take(self.w1_vr[...], tokens, axis=0).astype(self.w2_vr.dtype)
 
     def init(self, shape: tuple[int, ...]) -> Any:
         """The state before the first position of blocks with leading axes `shape`; () when there is none."""
@@ -133,7 +135,7 @@ class RNNMarkov(MarkovHead):
 
     def init(self, shape: tuple[int, ...]) -> Any:
         """Zeros: each block starts without memory of earlier ones (rule 33)."""
-        return jnp.zeros((*shape, self.w1_vr.shape[-1]), self.w1_vr.dtype)
+        return jnp.zeros((*shape, self.w1_vr.shape[-1]), self.w2_vr.dtype)
 
     def step(self, state: Any, embedding: Array, hidden: Array) -> tuple[Array, Any]:
         # The order of inputs and of outputs is the checkpoint's: [s ; e ; h] and gate, candidate, output (rule 33).

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from dspark_jax.drafters.config import BlockConfig
 from dspark_jax.drafters.heads import Linear
 from dspark_jax.drafters.paired import OwnRows, PairedRows, PairedState, shift_left
-from dspark_jax.drafters.protocol import BlockOutput, DraftOutput, SampleFn, SharedTables
+from dspark_jax.drafters.protocol import BlockLogits, BlockRows, DraftOutput, SampleFn, SharedTables
 from dspark_jax.errors import UserError
 from dspark_jax.targets.attention import CausalRows, KeysValues, segment_starts
 from dspark_jax.targets.registry import layer_class
@@ -58,6 +58,7 @@ class MTP(PairedRows):
 
     config_type: ClassVar[type[MTPConfig]] = MTPConfig
     vocabulary: ClassVar[None] = None  # the target's whole vocabulary
+    logit_params: ClassVar[tuple[tuple[str, ...], ...]] = ()
 
     def __init__(self, config: MTPConfig, *, rngs: nnx.Rngs):
         dims = config.backbone
@@ -110,19 +111,21 @@ class MTP(PairedRows):
         x = self._rows(shared, self.fuse(taps), shift_left(tokens, 1))
         x, _ = self.layers[0](x, self.rope(positions), CausalRows(segments))
 
-        # Shifted by one here, so that `train_outputs` needs a gather and no arithmetic on anchors.
+        # Shifted by one here, so that `train_rows` needs a gather and no arithmetic on anchors.
         # The final norm is applied here once for each row, not once for each anchor.
         before = jnp.pad(self.norm(x), ((0, 0), (1, 0), (0, 0)))[:, :-1]
         return before if segments is None else jnp.where(positions[..., None] > 0, before, 0)
 
-    def train_outputs(
+    def train_rows(
         self, shared: SharedTables, context: Float[Array, "b t d"], previous: Int[Array, "b n k"],
         anchors: Int[Array, "b n"], starts: Int[Array, "b n"] | None = None,
-    ) -> BlockOutput:  # fmt: skip
+    ) -> BlockRows:  # fmt: skip
         """One-token blocks: row anchor - 1 predicts token anchor + 1."""
         # [B, N] anchors -> [B, N, K = 1, D].
-        hidden = jnp.take_along_axis(context, anchors[..., None], axis=1)[:, :, None]
-        return BlockOutput(hidden, shared.logits(hidden), None)
+        return BlockRows(jnp.take_along_axis(context, anchors[..., None], axis=1)[:, :, None])
+
+    def train_logits(self, shared: SharedTables, rows: BlockRows) -> BlockLogits:
+        return BlockLogits(shared.logits(rows.hidden))
 
     def _rows(self, shared: SharedTables, hidden: Array, tokens: Array) -> Array:
         """[normed embedding ; normed hidden] through the projection, embedding first (rule 29)."""

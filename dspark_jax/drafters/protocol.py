@@ -128,25 +128,36 @@ class SelectorOutput(NamedTuple):
     successors: Array
 
 
-class BlockOutput(NamedTuple):
-    """Teacher-forced blocks: hidden [B, N, K, D] after the final norm, logits [B, N, K, V] float32, confidence
-    [B, N, K] float32 logits or None without such a head. With a pruned draft vocabulary V is its size.
+class BlockRows(NamedTuple):
+    """Teacher-forced blocks before anything of the vocabulary's size is made of them.
+
+    Attributes:
+        hidden: [B, N, K, D], as the output head reads it.
+        latent: [B, N, K, R] of a sequential head; None without one.
+        confidence: [B, N, K] float32 logits; None without such a head.
+    """
+
+    hidden: Array
+    latent: Array | None = None
+    confidence: Array | None = None
+
+
+class BlockLogits(NamedTuple):
+    """Logits [B, N, K, V] float32 of teacher-forced blocks; with a pruned draft vocabulary V is its size.
 
     Where there is a `selector`, drafts follow its law, and `logits` are the base ones that it chooses candidates by.
     """
 
-    hidden: Array
     logits: Array
-    confidence: Array | None
     selector: SelectorOutput | None = None
 
 
 class BlockDrafter(DrafterModel, Protocol):
     """A drafter trained on blocks of tokens after sampled anchors: the objective "blocks".
 
-    `train_context` runs once for each row, whatever the anchors; `train_outputs` on chunks of anchors, again in the
-    backward pass. Row k of a block predicts token anchor + k + 1 from what decoding would know: the context before the
-    anchor and x_{k-1}, with previous[..., 0] the anchor's own token.
+    `train_context` runs once for each row, whatever the anchors, and `train_rows` once for all of its blocks;
+    `train_logits` takes chunks of blocks. Row k of a block predicts token anchor + k + 1 from what decoding would know:
+    the context before the anchor and x_{k-1}, with previous[..., 0] the anchor's own token.
 
     In packed rows `segments` [B, T] are sequence numbers, and anchor n's sequence begins at starts[n]; None: each row
     is one sequence.
@@ -155,6 +166,8 @@ class BlockDrafter(DrafterModel, Protocol):
     config: Any
     vocabulary: DraftVocabulary | None
     """The ids that may be drafted; None: the target's whole vocabulary."""
+    logit_params: ClassVar[tuple[tuple[str, ...], ...]]
+    """Paths of the trained parameters that `train_logits` reads."""
 
     def train_context(
         self,
@@ -164,11 +177,13 @@ class BlockDrafter(DrafterModel, Protocol):
         segments: Int[Array, "b t"] | None = None,
     ) -> Any: ...
 
-    def train_outputs(
+    def train_rows(
         self,
         shared: SharedTables,
         context: Any,
         previous: Int[Array, "b n k"],
         anchors: Int[Array, "b n"],
         starts: Int[Array, "b n"] | None = None,
-    ) -> BlockOutput: ...
+    ) -> BlockRows: ...
+
+    def train_logits(self, shared: SharedTables, rows: BlockRows) -> BlockLogits: ...

@@ -38,7 +38,6 @@ def step_terms(
     parameters: int,
     itemsize: int,
     micro_batches: int = 1,
-    remat: bool = True,
 ) -> list[Term] | None:
     """The terms of one optimizer step on one device.
 
@@ -49,7 +48,6 @@ def step_terms(
         parameters: their number on this device.
         itemsize: bytes of the compute dtype.
         micro_batches: of the step.
-        remat: the forward pass of blocks and heads runs a second time, as it does with more than one chunk of anchors.
     Returns:
         None for a kind of drafter that isn't registered below.
     """
@@ -64,9 +62,7 @@ def step_terms(
     update = Term("optimizer", ADAMW_FLOPS * parameters, ADAMW_BYTES * parameters)
 
     # The optimizer runs once a step, everything else once a micro-batch.
-    counted = [term.times(micro_batches) for term in (*terms, losses, cast)] + [update]
-
-    return counted if remat else [Term(term.name, term.flops, term.bytes) for term in counted]
+    return [term.times(micro_batches) for term in (*terms, losses, cast)] + [update]
 
 
 @singledispatch
@@ -89,28 +85,28 @@ def _(config: DSparkConfig, sequences: int, length: int, itemsize: int) -> list[
     attention = _product("", inputs, d, queries + 2 * keys, b) + _product("", inputs, queries, d, b)
     scores = _attention(inputs, positions, length / 2 + width, queries, 2 * keys, b)
     mlp = _product("", inputs, d, 2 * dims.intermediate_size, b) + _product("", inputs, dims.intermediate_size, d, b)
-    # Fusion and context K/V run once a sequence, outside the chunks, so nothing of them is repeated.
+    # Everything is made once; the backward pass of attention alone makes its scores again, from their sums.
     terms = [
         _product("feature fusion", positions, len(config.target_layer_ids) * d, d, b, inputs=False),
         _named("context K/V projection", _product("", positions, d, 2 * keys, b).times(layers)),
-        _named("block attention, projections", _again(attention.times(layers))),
-        _named("block attention, scores", _again(scores.times(layers))),
-        _named("MLP", _again(mlp.times(layers))),
+        _named("block attention, projections", attention.times(layers)),
+        _named("block attention, scores", _again(scores.times(layers), 6)),
+        _named("MLP", mlp.times(layers)),
         *_frozen_heads(rows, rows, d, v, b),
     ]
 
     if config.markov_rank:
-        terms.append(_again(_markov(config, rows, b)))
+        terms.append(_markov(config, rows, b))
 
     if config.convolution is not None:
         kernels = 2 * config.convolution.taps * (d // config.convolution.group)
         # Around attention and around the MLP; the taps themselves are elementwise.
-        terms.append(_again(_named("local convolutions", _product("", inputs, d, kernels, b).times(2 * layers))))
+        terms.append(_named("local convolutions", _product("", inputs, d, kernels, b).times(2 * layers)))
 
     if config.enable_confidence_head:
         size = d + (config.markov_rank if config.confidence_head_with_markov else 0)
         # In float32, hence 4 bytes.
-        terms.append(_again(_product("confidence head", rows, size, 1, 4)))
+        terms.append(_product("confidence head", rows, size, 1, 4))
 
     return terms
 
@@ -134,20 +130,22 @@ def _(config: Eagle3Config, sequences: int, length: int, itemsize: int) -> list[
     # A query of step s sees the context and its own position in the steps before (docs/algorithm.md, rule 53).
     seen, positions = length / 2 + steps / 2, sequences * length
 
+    # The target's logits are the same for all steps.
+    draft, target = _frozen_heads(steps * positions, positions, d, dims.vocab_size, itemsize)
     return [
         _product("feature fusion", positions, len(config.target_layer_ids) * d, d, itemsize, inputs=False),
         *(term.times(steps) for term in _layer(dims, positions, seen, 2 * d, itemsize)),
-        # The target's logits are the same for all steps.
-        *_frozen_heads(steps * positions, positions, d, dims.vocab_size, itemsize),
+        # Their forward pass runs again in the backward pass: it is half of the drafter's and all of the target's.
+        _again(draft, 2),
+        _again(target, 1),
     ]
 
 
 def _frozen_heads(rows: int, target_rows: int, d: int, v: int, b: int) -> list[Term]:
     """The frozen output head on the drafter's and on the target's rows; logits stay on the chip."""
     return [
-        # Of the drafter's two passes, forward and input gradient, one is repeated; the target's has no gradient at all.
-        _again(_product("draft head", rows, d, v, b, weights=False, kept=True), 2),
-        _again(_product("target's head", target_rows, d, v, b, weights=False, inputs=False, kept=True), 1),
+        _product("draft head", rows, d, v, b, weights=False, kept=True),
+        _product("target's head", target_rows, d, v, b, weights=False, inputs=False, kept=True),
     ]
 
 
@@ -231,8 +229,8 @@ def _markov(config: DSparkConfig, rows: int, b: int) -> Term:
     return head
 
 
-def _again(term: Term, passes: int = 3) -> Term:
-    """The term with its forward pass, one of `passes` equal ones, repeated by rematerialisation."""
+def _again(term: Term, passes: int) -> Term:
+    """The term with one of `passes` equal parts repeated in the backward pass."""
     return Term(term.name, term.flops, term.bytes, term.flops / passes)
 
 

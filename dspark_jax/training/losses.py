@@ -1,62 +1,66 @@
-"""The losses of blocks as sums, computed a chunk of anchors at a time; terms.py has the terms.
+"""The losses of blocks as sums, their logits a chunk of anchors at a time; terms.py has the terms.
 
 Axes: B batch row, T context position, N anchor block, C chunk, K block position, D hidden, V vocab.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
-from dspark_jax.drafters.protocol import BlockDrafter, SharedTables
+from dspark_jax.drafters.protocol import BlockDrafter, BlockRows, SharedTables
 from dspark_jax.training.anchors import Blocks
-from dspark_jax.training.terms import LossOptions, Sums, block_terms
+from dspark_jax.training.chunks import summed
+from dspark_jax.training.terms import LossOptions, Sums, confidence_sums, law_sums
 
 Batch = Mapping[str, Array]
 
 
 def block_sums(
     build: Callable[[dict], BlockDrafter],
+    cast: Callable[[dict], dict],
     params: dict,
     shared: SharedTables,
     batch: Batch,
     blocks: Blocks,
     options: LossOptions,
 ) -> Sums:
-    """Sums of the loss terms and metrics over all blocks; see `terms.block_terms` for the names.
+    """Sums of the loss terms and metrics over all blocks; `terms.law_sums` and `confidence_sums` have the names.
 
-    The context is computed once a row. Then each chunk of anchors runs backbone, heads, logits and sums, and
-    repeats that in the backward pass, so nothing of size [N K, V] or [T + N K]^2 exists. `build` casts the parameters;
-    it runs inside the chunk, so that gradients add up over chunks in the parameters' float32.
+    Context and blocks pass the drafter once, all anchors together. Then each chunk of anchors makes its logits, its
+    sums and their gradient at once, so that nothing of size [N K, V] exists and no logits are made twice
+    (docs/algorithm.md, rule 49).
+
+    Args:
+        build: the drafter of parameters in the compute dtype.
+        cast: parameters, or some of them, in the compute dtype.
+        params: float32 masters.
+        shared, batch, blocks, options: as the objective has them.
     """
+    narrow = cast(params)
+    model = build(narrow)
     # The context does not depend on the anchors, so it is computed once (docs/algorithm.md, rule 19).
-    # [B, T, ...] in the compute dtype, the form in which decoding caches it.
-    narrow = build(params).train_context(shared, batch["features"], batch["input_ids"], batch.get("segments"))
-    # The context's gradient is a sum over chunks too, so chunks take it in float32.
-    context = jax.tree.map(lambda x: x.astype(jnp.float32), narrow)
+    context = model.train_context(shared, batch["features"], batch["input_ids"], batch.get("segments"))
+    rows = model.train_rows(shared, context, blocks.previous, blocks.anchors, blocks.starts)
 
-    def chunk(part: Blocks) -> Sums:
-        # The round trip is exact: these values came from the narrow dtype.
-        stored = jax.tree.map(lambda x, like: x.astype(like.dtype), context, narrow)
-        return _chunk_sums(build(params), shared, stored, batch["last_hidden"], part, options)
+    # Parameters that logits are made of are given as masters, in which their gradients add up over chunks.
+    flat = flatten_dict(params)
+    tables = unflatten_dict({path: flat[path] for path in model.logit_params if path in flat})
+    size = min(options.anchor_chunk, blocks.anchors.shape[1])
+    parts, chunks = jax.tree.map(lambda x: split_anchors(x, size), (rows._replace(confidence=None), blocks))
 
-    count, anchor_chunk = blocks.anchors.shape[1], options.anchor_chunk
-    # One chunk needs neither a scan nor rematerialisation.
-    if count <= anchor_chunk:
-        return chunk(blocks)
+    constants = jax.lax.stop_gradient(narrow), shared, batch["last_hidden"]
+    laws, sums, accept = summed(partial(_chunk, build, options), cast, tables, parts, chunks, constants)
+    sums = {"laws": laws} | sums
 
-    parts = jax.tree.map(lambda x: split_anchors(x, anchor_chunk), blocks)
-    # Rematerialised, so that the backward pass keeps no chunk's logits (docs/algorithm.md, rule 49). A scan needs no
-    # barrier against common subexpressions, hence prevent_cse=False.
-    body = jax.checkpoint(chunk, prevent_cse=False)
-    # The shapes come from the function that the scan runs, so that it is traced once for both.
-    zeros = jax.tree.map(
-        lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(body, jax.tree.map(lambda x: x[0], parts))
-    )
-
-    return jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, body(part)), None), zeros, parts)[0]
+    if rows.confidence is None:
+        return sums
+    # [chunks, B, C, K] -> [B, N, K]: the labels of the confidence head.
+    accept = jnp.moveaxis(accept, 0, 1).reshape(len(accept[0]), -1, accept.shape[-1])[:, : blocks.anchors.shape[1]]
+    return sums | confidence_sums(rows.confidence, jax.lax.stop_gradient(accept), blocks, options)
 
 
 def split_anchors(x: Array, size: int) -> Array:
@@ -67,12 +71,18 @@ def split_anchors(x: Array, size: int) -> Array:
     return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
 
 
-def _chunk_sums(
-    model: BlockDrafter, shared: SharedTables, context: Any, last_hidden: Array, blocks: Blocks, options: LossOptions
-) -> Sums:
-    # [B, C, K, V] logits exist here and in the backward pass of this chunk only.
-    out = model.train_outputs(shared, context, blocks.previous, blocks.anchors, blocks.starts)
-    return block_terms(out, target_logits(shared, last_hidden, blocks), blocks, model.vocabulary, options)
+def _chunk(
+    build: Callable[[dict], BlockDrafter], options: LossOptions, tables: dict, rows: BlockRows, blocks: Blocks,
+    constants: tuple[dict, SharedTables, Array],
+) -> tuple[Array, tuple[Sums, Array]]:  # fmt: skip
+    """(the weighted terms of the laws, (their sums, acceptance [B, C, K])) of a chunk of anchors."""
+    params, shared, last_hidden = constants
+    model = build(unflatten_dict(flatten_dict(params) | flatten_dict(tables)))
+
+    # [B, C, K, V] logits exist here alone.
+    made, targets = model.train_logits(shared, rows), target_logits(shared, last_hidden, blocks)
+    total, sums, accept = law_sums(made, targets, blocks, model.vocabulary, options)
+    return total, (sums, accept)
 
 
 def target_logits(shared: SharedTables, last_hidden: Float[Array, "b t d"], blocks: Blocks) -> Float[Array, "b n k v"]:

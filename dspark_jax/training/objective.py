@@ -15,6 +15,9 @@ from dspark_jax.training.losses import Batch, block_sums
 from dspark_jax.training.metrics import anchor_sums, loss_metrics
 from dspark_jax.training.terms import EPSILON, LossOptions, Sums
 
+LOOKED_UP = ("markov_head", "w1_vr")
+"""The table whose rows are cast after their lookup."""
+
 
 class Plan(NamedTuple):
     """The part of a step that follows from masks and anchors alone.
@@ -57,11 +60,13 @@ class Objective(Protocol):
 
 
 def cast_params(params: dict, dtype: Any) -> dict:
-    """Parameters in the compute dtype, except those that stay float32 in decoding too."""
+    """Parameters in the compute dtype, except those that stay float32 in decoding too and those looked up by rows."""
     # A parameter in float32 while decoding must be trained in float32, or the two would disagree.
     # The confidence head is the case: its logits are compared and multiplied (docs/algorithm.md, rule 35).
     flat = flatten_dict(params)
-    return unflatten_dict({p: x if float32_parameter(p) else x.astype(dtype) for p, x in flat.items()})
+    return unflatten_dict(
+        {p: x if float32_parameter(p) or p == LOOKED_UP else x.astype(dtype) for p, x in flat.items()}
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,14 +101,17 @@ class BlockObjective:
         return Plan(blocks, weight + EPSILON, anchor_sums(blocks, mask, segments), weight)
 
     def build(self, params: dict) -> BlockDrafter:
-        """The drafter with `params` in the compute dtype."""
-        # The cast is inside the differentiated function, so gradients arrive in the masters' float32.
-        return nnx.merge(self.graphdef, cast_params(params, self.compute_dtype))
+        """The drafter of parameters in the compute dtype."""
+        return nnx.merge(self.graphdef, params)
+
+    def cast(self, params: dict) -> dict:
+        """Parameters in the compute dtype."""
+        return cast_params(params, self.compute_dtype)
 
     def sums(self, params: dict, shared: SharedTables, batch: Batch, rows: Blocks) -> Sums:
         """The sums of `losses.block_sums` over the rows of a micro-batch."""
-        # `build`, not a model: each chunk casts the parameters itself.
-        return block_sums(self.build, params, shared, batch, rows, self.options)
+        # The cast is inside the differentiated function, so gradients arrive in the masters' float32.
+        return block_sums(self.build, self.cast, params, shared, batch, rows, self.options)
 
     def loss(self, sums: Sums, denominator: Array) -> Array:
         """[] float32, the sum of the terms of rules 41 and 118."""

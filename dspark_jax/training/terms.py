@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from dspark_jax.config.schema import LossSettings
-from dspark_jax.drafters.protocol import BlockOutput, SelectorOutput
+from dspark_jax.drafters.protocol import BlockLogits, SelectorOutput
 from dspark_jax.drafters.vocabulary import DraftVocabulary
 from dspark_jax.targets.products import product
 from dspark_jax.training.anchors import Blocks
@@ -61,12 +61,11 @@ class LossOptions(LossSettings):
         return self.decay_gamma if self.slot_weights == "decay" else None
 
     def total(self, sums: Sums, denominator: Array) -> Array:
-        """The loss, [] float32, from weighted sums and the global sum of weights (+ EPSILON) that all terms share."""
-        # Terms are combined before the division: they share one denominator, whichever of them there are.
-        return (
-            sum((alpha * sums[name] for name, alpha in self.alphas.items() if name in sums), jnp.zeros(()))
-            / denominator
-        )
+        """The loss, [] float32, from the sums and the global sum of weights (+ EPSILON) that all terms share."""
+        # Terms are combined before the division: they share one denominator, whichever of them there are. `laws` is
+        # what the gradient flows through; the sums of its terms are figures.
+        confidence = self.confidence_alpha * sums["confidence"] if "confidence" in sums else 0.0
+        return (sums["laws"] + confidence) / denominator
 
 
 def total_variation_l1(draft_logits: Array, other_logits: Array) -> Array:
@@ -90,8 +89,57 @@ def pruned_variation_l1(
     # The softmax is over the whole vocabulary first: the target's law is not renormalised to what can be drafted.
     other = vocabulary.restrict(jax.nn.softmax(other_logits, axis=-1))
     inside = jnp.sum(jnp.abs(jax.nn.softmax(draft_logits, axis=-1) - other), axis=-1)
+    return inside + mass_outside(other)
+
+
+def mass_outside(law: Float[Array, "*n p"]) -> Float[Array, "*n"]:
+    """The mass that a law has outside of the ids that it was restricted to."""
     # Rounding can put the mass inside slightly above 1.
-    return inside + jnp.maximum(1.0 - jnp.sum(other, axis=-1), 0.0)
+    return jnp.maximum(1.0 - jnp.sum(law, axis=-1), 0.0)
+
+
+@jax.custom_vjp
+def label_terms(
+    logits: Float[Array, "*n p"], law: Float[Array, "*n p"], labels: Int[Array, "*n"]
+) -> tuple[Float[Array, "*n"], Float[Array, "*n"]]:
+    """(cross-entropy of the labels, ‖softmax(logits) - law‖_1), differentiable by the logits alone.
+
+    The gradient is written out, so that both terms share one pass over the vocabulary in either direction.
+    """
+    return _label_forward(logits, law, labels)[0]
+
+
+def _label_forward(logits: Array, law: Array, labels: Array) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    log_total = jnp.log(jnp.sum(jnp.exp(logits - top), axis=-1, keepdims=True))
+    apart, q = _apart(logits, law, top, log_total)
+
+    # d ‖q - p‖_1 / d logit_v = q_v (sign_v - Σ_u sign_u q_u).
+    l1, pull = jnp.sum(jnp.abs(apart), axis=-1), jnp.sum(jnp.sign(apart) * q, axis=-1)
+    label = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    entropy = (log_total + top)[..., 0] - label
+    return (entropy, l1), (logits, law, labels, top, log_total, pull)
+
+
+def _label_backward(kept: tuple[Array, ...], cotangents: tuple[Array, Array]) -> tuple[Array, None, None]:
+    logits, law, labels, top, log_total, pull = kept
+    of_entropy, of_l1 = (x[..., None] for x in cotangents)
+    apart, q = _apart(logits, law, top, log_total)
+
+    # Compared with an iota and not scattered: the subtraction then is part of the same pass.
+    label = jnp.arange(logits.shape[-1]) == labels[..., None]
+    slope = of_entropy + of_l1 * (jnp.sign(apart) - pull[..., None])
+    return q * slope - jnp.where(label, of_entropy, 0.0), None, None
+
+
+def _apart(logits: Array, law: Array, top: Array, log_total: Array) -> tuple[Array, Array]:
+    """(q - p, q) of the law q of the logits."""
+    # Not the exponentials of the sum over again, divided: a compiler would keep those, [*n, V], in memory.
+    q = jnp.exp((logits - top) - log_total)
+    return q - law, q
+
+
+label_terms.defvjp(_label_forward, _label_backward)
 
 
 def soft_terms(
@@ -167,17 +215,17 @@ def pace_weights(accept: Float[Array, "*n k"], supervised: Bool[Array, "*n k"]) 
     return jax.lax.stop_gradient(behind * supervised)
 
 
-def block_terms(
-    out: BlockOutput, targets: Array, blocks: Blocks, vocabulary: DraftVocabulary | None, options: LossOptions
-) -> Sums:
-    """The additive sums of a chunk, float32.
+def law_sums(
+    out: BlockLogits, targets: Array, blocks: Blocks, vocabulary: DraftVocabulary | None, options: LossOptions
+) -> tuple[Array, Sums, Float[Array, "b c k"]]:
+    """(Σ alpha · term over the terms of the laws, additive sums, acceptance) of a chunk, float32.
 
     Returns:
-        `ce`, `l1`, `confidence`, and those of `soft_terms`: weighted sums of the terms.
+        Of the sums:
+        `ce`, `l1`, and those of `soft_terms`: weighted sums of the terms.
         `weight`: the sum of the weights that follow from masks, the denominator of all terms.
         `accept`, `supervised`: [K], sums over supervised slots without weights, and their number.
         `tau`, `blocks`: expected committed tokens of blocks with a supervised slot, and the number of these blocks.
-        `confidence_*`: weighted sums of the confidence head's errors, without a gradient.
         `selector`, and `recall`, `tau_oracle`, `tau_greedy` of a selector: its cross-entropy; how many labels are among
         the candidates; expected committed tokens if every such label were chosen, and if the likeliest candidate is.
     """
@@ -192,47 +240,64 @@ def block_terms(
         accept = accept_rate(2.0 * (1.0 - overlap))
         terms["selector"] = choice["selector"]
 
-    # The probability that the whole prefix survives; an unsupervised slot ends it (docs/algorithm.md, rule 45).
-    survival = jnp.cumprod(accept * supervised, axis=-1)
-    weights = pace_weights(accept, supervised) if options.slot_weights == "d_pace" else blocks.weights
+    weights = _slot_weights(accept, blocks, options)
     sums = {name: jnp.sum(weights * term) for name, term in terms.items()}
+    total = sum((options.alphas[name] * sums[name] for name in terms), jnp.zeros(()))
 
     # From masks alone, whatever the terms are weighted by: the denominator is known before the pass and is the same for
     # every shard (docs/algorithm.md, rule 44).
     sums["weight"] = jnp.sum(blocks.weights)
-    sums |= _figures(accept, survival, choice, supervised)
+    sums |= _figures(accept, choice, supervised)
 
-    if out.confidence is not None:
-        if options.confidence_weights == "reach":
-            # A scheduler reads c_k only where the prefix before it survived (docs/algorithm.md, rule 120).
-            before = jnp.pad(survival[..., :-1], ((0, 0), (0, 0), (1, 0)), constant_values=1.0)
-            weights = before * supervised
-        sums |= _confidence_sums(out.confidence, weights, accept, survival, blocks)
+    return total, sums, accept
 
-    return sums
+
+def confidence_sums(
+    logits: Float[Array, "b n k"], accept: Float[Array, "b n k"], blocks: Blocks, options: LossOptions
+) -> Sums:
+    """`confidence`, the weighted sum of the confidence head's cross-entropy against acceptance, and `confidence_*`,
+    those of its errors, without a gradient."""
+    survival = _survival(accept, blocks.supervised)
+    if options.confidence_weights == "reach":
+        # A scheduler reads c_k only where the prefix before it survived (docs/algorithm.md, rule 120).
+        before = jnp.pad(survival[..., :-1], ((0, 0), (0, 0), (1, 0)), constant_values=1.0)
+        weights = before * blocks.supervised
+    else:
+        weights = _slot_weights(accept, blocks, options)
+    return _confidence_sums(logits, weights, accept, survival, blocks)
+
+
+def _slot_weights(accept: Array, blocks: Blocks, options: LossOptions) -> Array:
+    return pace_weights(accept, blocks.supervised) if options.slot_weights == "d_pace" else blocks.weights
+
+
+def _survival(accept: Array, supervised: Array) -> Array:
+    """The probability that the whole prefix survives; an unsupervised slot ends it (docs/algorithm.md, rule 45)."""
+    return jnp.cumprod(accept * supervised, axis=-1)
 
 
 def _base_terms(
     logits: Array, targets: Array, blocks: Blocks, vocabulary: DraftVocabulary | None, options: LossOptions
 ) -> tuple[Float[Array, "b c k"], Sums]:
     """(acceptance by the law of `logits`, the terms of that law), [B, C, K] float32 each."""
-    if vocabulary is None:
-        labels, learnable = blocks.labels, blocks.supervised
-        # The whole sum and not half of it (docs/algorithm.md, rule 41).
-        l1 = total_variation_l1(logits, targets)
-    else:
+    law = jnp.exp(jax.nn.log_softmax(targets, axis=-1))
+    labels, learnable, outside = blocks.labels, blocks.supervised, jnp.zeros(())
+    if vocabulary is not None:
         # No drafter can learn a label that it cannot draft; the variation counts it as lost, as decoding will.
         labels = vocabulary.local(blocks.labels)
         learnable = blocks.supervised & (labels < vocabulary.size)
         labels = jnp.minimum(labels, vocabulary.size - 1)
-        l1 = pruned_variation_l1(logits, targets, vocabulary)
+        law = vocabulary.restrict(law)
+        outside = mass_outside(law)
 
-    label_logits = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-    terms = {"ce": learnable * (jax.nn.logsumexp(logits, axis=-1) - label_logits), "l1": l1}
+    # The whole sum and not half of it (docs/algorithm.md, rule 41).
+    entropy, inside = label_terms(logits, law, labels)
+    l1 = inside + outside
+    terms = {"ce": learnable * entropy, "l1": l1}
     return accept_rate(l1), terms | soft_terms(logits, targets, l1, vocabulary, options)
 
 
-def _figures(accept: Array, survival: Array, choice: Sums, supervised: Array) -> Sums:
+def _figures(accept: Array, choice: Sums, supervised: Array) -> Sums:
     """Unweighted sums over supervised slots and blocks (docs/algorithm.md, rule 45); `choice` is a selector's, or
     empty."""
     used = jnp.any(supervised, axis=-1)
@@ -243,7 +308,7 @@ def _figures(accept: Array, survival: Array, choice: Sums, supervised: Array) ->
     sums = {
         "accept": jnp.sum(accept * supervised, axis=(0, 1)),
         "supervised": jnp.sum(supervised, axis=(0, 1), dtype=jnp.float32),
-        "tau": committed(survival),
+        "tau": committed(_survival(accept, supervised)),
         "blocks": jnp.sum(used, dtype=jnp.float32),
     }
     if choice:

@@ -146,13 +146,9 @@ def floor_terms(run: AbstractRun) -> list[Term] | None:
     if run.target_params is not None or run.placement.mesh.shape["tensor"] > 1:
         return None
 
-    # Chunks run under rematerialisation, which repeats operations.
-    chunked = anchors(run) > run.spec.loss.anchor_chunk
     itemsize = DTYPES[run.spec.dtype].dtype.itemsize
     length = run.batch["input_ids"].shape[1]
-    return step_terms(
-        run.spec.drafter, run.rows_a_device, length, parameters(run), itemsize, run.micro_batches, chunked
-    )
+    return step_terms(run.spec.drafter, run.rows_a_device, length, parameters(run), itemsize, run.micro_batches)
 
 
 def measure(run: AbstractRun, config: TrainConfig, options: BenchOptions, terms: list[Term] | None) -> dict[str, Any]:

@@ -158,6 +158,6 @@ class V4DSpark(DSpark):
         mixed = sink_attention(q, parts, attention.sink[...], attention.scale)
         return stage.after_attention(streams, attention.output(mixed, rope), mixing, tokens)[0]
 
-    def base_logits(self, shared: SharedTables, hidden: Float[Array, "*n d"]) -> Float[Array, "*n v"]:
+    def head_input(self, hidden: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
         """The heads read h before the norm; the target's head reads it after the norm."""
-        return shared.logits(self.norm(hidden))
+        return self.norm(hidden)

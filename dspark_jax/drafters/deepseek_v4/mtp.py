@@ -14,7 +14,7 @@ from dspark_jax.drafters.deepseek_v4.config import V4MTPConfig
 from dspark_jax.drafters.deepseek_v4.window import before, filled_ring, ring_positions
 from dspark_jax.drafters.heads import Linear
 from dspark_jax.drafters.paired import shift_left
-from dspark_jax.drafters.protocol import BlockOutput, DraftOutput, SampleFn, SharedTables
+from dspark_jax.drafters.protocol import BlockLogits, BlockRows, DraftOutput, SampleFn, SharedTables
 from dspark_jax.errors import UserError
 from dspark_jax.targets.deepseek_v4.attention import Keys, sink_attention
 from dspark_jax.targets.deepseek_v4.block import V4Block
@@ -35,6 +35,7 @@ class V4MTP(nnx.Module):
     """The streams enter as the last layer's output, before the target's collapse and norm."""
 
     config_type: ClassVar[type[V4MTPConfig]] = V4MTPConfig
+    logit_params: ClassVar[tuple[tuple[str, ...], ...]] = ()
 
     def __init__(self, config: V4MTPConfig, *, rngs: nnx.Rngs):
         dims, d = config.dims, config.dims.hidden_size
@@ -143,14 +144,16 @@ class V4MTP(nnx.Module):
         hidden = self._normed(self.sequence(shared, taps, shift_left(tokens, 1))[1])
         return jnp.pad(hidden, ((0, 0), (1, 0), (0, 0)))[:, :-1]
 
-    def train_outputs(
+    def train_rows(
         self, shared: SharedTables, context: Float[Array, "b t d"], previous: Int[Array, "b n k"],
         anchors: Int[Array, "b n"], starts: Int[Array, "b n"] | None = None,
-    ) -> BlockOutput:  # fmt: skip
+    ) -> BlockRows:  # fmt: skip
         """One-token blocks: row anchor - 1 predicts token anchor + 1."""
         # [B, N] anchors -> [B, N, K = 1, D].
-        hidden = jnp.take_along_axis(context, anchors[..., None], axis=1)[:, :, None]
-        return BlockOutput(hidden, shared.logits(hidden), None)
+        return BlockRows(jnp.take_along_axis(context, anchors[..., None], axis=1)[:, :, None])
+
+    def train_logits(self, shared: SharedTables, rows: BlockRows) -> BlockLogits:
+        return BlockLogits(shared.logits(rows.hidden))
 
     def logits(self, shared: SharedTables, hidden: Float[Array, "*n d"]) -> Float[Array, "*n v"]:
         """float32 logits of h, whose norm is part of the head."""
