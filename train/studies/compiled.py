@@ -4,8 +4,10 @@
     python -m train.studies.compiled --before ../before                                    one H200 (extra `aot-cuda`)
     python -m train.studies.compiled --topology v5p:2x2x1 --mesh fsdp=4 --name v5p4        four TPUs (extra `aot`)
 
-One sequence a device, in one micro-batch. Written bytes are those of the text (`planning/written.py`); the floor is
-what `train.bench --show floor` counts to be moved, reads and writes together. Rows of other names stay in the results.
+One sequence a device, in one micro-batch. For a GPU the figures are those of the reading with a library's products,
+which writes more; the one that fuses stands beside it where it compiles without a device to tune on. Written bytes are
+those of the text (`planning/written.py`); the floor is what `train.bench --show floor` counts to be moved, reads and
+writes together. Rows of other names stay in the results.
 """
 
 import json
@@ -87,7 +89,7 @@ def reading(settings: CompiledSettings, checkout: Path, when: str) -> dict[str, 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(settings.keep) / f"{settings.name}-{when}" if settings.keep else Path(name)
         folder.mkdir(parents=True, exist_ok=True)
-        options = READINGS if settings.topology in GPUS else {"": {}}
+        options = {name: READINGS[name] for name in ("library", "fused")} if settings.topology in GPUS else {"": {}}
         wanted = {"config": settings.config, "topology": settings.topology, "mesh": settings.mesh,
                   "readings": options, "folder": str(folder.resolve())}  # fmt: skip
 
@@ -104,12 +106,13 @@ def reading(settings: CompiledSettings, checkout: Path, when: str) -> dict[str, 
             raise UserError(f"The step of {checkout} was not compiled: {done.stderr.strip().splitlines()[-1][:300]}")
 
         facts = json.loads((folder / "facts.json").read_text())
-        texts = {reading: (folder / f"{reading or 'step'}.txt").read_text() for reading in options}
+        texts = {one: (folder / f"{one or 'step'}.txt").read_text() for one in facts["programs"]}
 
-    figures = [_figures(texts[name], facts["programs"][name], facts, settings.largest, name) for name in options]
+    figures = {one: _figures(texts[one], facts["programs"][one], facts, settings.largest, one) for one in texts}
     # The figures of the first reading, and under their names those of the others.
+    first, *others = options
     shared = {name: facts[name] for name in ("float32_products", "products", "floor_gb")}
-    return {**shared, **figures[0], **dict(zip(list(options)[1:], figures[1:]))}
+    return {**shared, **figures[first], **{one: figures.get(one, "not compiled") for one in others}}
 
 
 def _figures(text: str, program: dict[str, float], facts: dict[str, Any], largest: int, reading: str) -> dict[str, Any]:
@@ -150,7 +153,13 @@ tpu = mesh.devices.flat[0].platform == "tpu"
 lowered, programs = run.lower("tpu" if tpu else "cuda"), {}
 for name, options in wanted["readings"].items():
     clock, cpu = time.perf_counter(), time.process_time()
-    program = lowered.compile(options or None)
+    try:
+        program = lowered.compile(options or None)
+    except Exception as error:
+        if not programs:
+            raise
+        print(name, str(error)[:300], file=sys.stderr)
+        continue
     clock, cpu = time.perf_counter() - clock, time.process_time() - cpu
     memory = program.memory_analysis()
     programs[name] = {"temporary": memory.temp_size_in_bytes, "arguments": memory.argument_size_in_bytes,
