@@ -5,7 +5,7 @@
 #   make serve        the pair in this repository behind OpenAI's interface, on http://127.0.0.1:8000
 #   make demo         the whole pipeline on the embedded target; leaves runs/demo/
 #   make figures      the paper's table and figures as they come out here: measures what is missing (hours), draws docs/figures
-#   make quick        the tests without long files and without processes of their own: under three minutes on two cores
+#   make quick        the tests without long files and without processes of their own: a few minutes on two cores
 #   make test         all tests (pass more with PYTEST_ARGS="-m lossless -x")
 #   make check        format, lint, types, import directions
 #   make format       rewrites the code to the format that `make check` wants

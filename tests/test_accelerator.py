@@ -10,6 +10,7 @@ from infer.accelerator.__main__ import main
 from infer.accelerator.report import Report, by_requests
 
 
+@pytest.mark.long
 def test_all_parts_run_and_a_second_run_keeps_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "results" / "accelerator-cpu.json"
     words = ["--shapes", "tiny", "--output", str(output), "--one-process"]

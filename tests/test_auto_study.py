@@ -22,6 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_auto_is_compared_by_users(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DSPARK_JAX_CACHE", str(tmp_path / "cache"))
     results = tmp_path / "auto.json"
@@ -46,6 +47,7 @@ def test_domains_take_turns() -> None:
     assert AutoSettings("t", "d", ()).users == (1, 4, 16)
 
 
+@pytest.mark.long
 def test_rounds_are_timed_by_capacity(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pair = ["--target", str(folder / "target"), "--drafter", str(folder / "drafter"), "--held", "32"]
     short = ["--rounds", "1", "--repeats", "1", "--results", str(tmp_path / "capacity.json")]

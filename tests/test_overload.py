@@ -111,7 +111,9 @@ def overload(crowded: Engine, temperature: float, seed: int) -> tuple[dict[int, 
         steps += 1
         assert steps < 5_000, "the engine hangs"
         assert crowded.waiting <= 40 and crowded.running <= SLOTS
-        memory.append(sum(x.nbytes for x in jax.live_arrays()))
+        # Now and then: what other tests left alive in this process is counted too.
+        if steps % 8 == 0:
+            memory.append(sum(x.nbytes for x in jax.live_arrays()))
     assert bad > 20 and refused > 20 and len(cancelled) > 20
     quarter = len(memory) // 4
     assert max(memory[-quarter:]) <= max(memory[:quarter]), "device memory grows"

@@ -9,6 +9,7 @@ from dspark_jax.sharding import abstract_mesh, traced_mesh, traced_over
 from tests.decoding_tiny import run_python
 
 
+@pytest.mark.subprocesses
 def test_eight_devices_give_what_one_gives() -> None:
     """Layers, training steps and the decode loop; one process, whose start costs as much as a check."""
     run_python("-m", "tests.sharded_experts")

@@ -11,7 +11,9 @@ The programs before it are those that users run."""
 if HAS_OLD_EMITTERS:
     FAST_COMPILER += " --xla_cpu_use_fusion_emitters=false"
 
-FAST_PROGRAM: dict[str, str | bool] = {"xla_cpu_use_fusion_emitters": True} if HAS_OLD_EMITTERS else {}
+FAST_PROGRAM: dict[str, str | bool | int] = {"xla_backend_optimization_level": 1}
+if HAS_OLD_EMITTERS:
+    FAST_PROGRAM["xla_cpu_use_fusion_emitters"] = True
 """`compiler_options` of a program that runs for longer than it compiles."""
 
 
