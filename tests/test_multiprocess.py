@@ -145,11 +145,13 @@ def two(folder: Path, alone: Path) -> list[str]:
 
 @pytest.mark.multiprocess
 def test_two_processes_learn_what_one_does(folder: Path, two: list[str]):
-    """And what one process of as many devices does, from a cache; test_v4_mesh has an online step on such."""
-    jobs.run(folder, "one", [["fit", *offline(folder, "offline-1x8")]], devices=8)
-    for run in ("offline-1x8", "offline-2x4", "online-2x4"):
-        expected = losses(folder, f"{run.split('-')[0]}-1")
-        np.testing.assert_allclose(losses(folder, run), expected, rtol=1e-5, err_msg=run)
+    jobs.run(
+        folder, "one", [["fit", *offline(folder, "offline-1x8")], ["fit", *online(folder, "online-1x8")]], devices=8
+    )
+    for source in ("offline", "online"):
+        for shape in ("1x8", "2x4"):
+            found, expected = losses(folder, f"{source}-{shape}"), losses(folder, f"{source}-1")
+            np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=f"{source} {shape}")
 
 
 @pytest.mark.multiprocess
