@@ -62,7 +62,8 @@ def test_rounds_are_timed_by_capacity(folder: Path, tmp_path: Path, capsys: pyte
 
 def test_requests_are_replayed_in_pages(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pair = ["--target", str(folder / "target"), "--drafter", str(folder / "drafter")]
-    short = ["--requests", "3", "--slots", "1", "--paged-slots", "3", "--longest", "384", "--new", "8", "--page", "16"]
+    # Answers of more than one dispatch, between two of which they are counted.
+    short = ["--requests", "3", "--slots", "1", "--paged-slots", "3", "--longest", "384", "--new", "24", "--page", "16"]
     results = tmp_path / "paged.json"
     prompts = ["--prompts", str(folder / "prompts.jsonl"), "--temperatures", "1.0"]
     paged.main([*pair, *prompts, *short, "--results", str(results)])
