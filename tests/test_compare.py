@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import pytest
 
 from dspark_jax.checkpoints.target_tables import describe_target
 from dspark_jax.files import weights_hash, write_settings
+from dspark_jax.training.guards import Preempted
 from dspark_jax.training.synthetic_cache import write_synthetic_cache
 from tests.tiny import write_tiny_target
+from train.studies import compare_point
 from train.studies.compare import CompareSettings, all_points, finished, main, point_config, take_conversations
 from train.studies.compare_report import TRAINED, estimate, publish, report
 from train.studies.comparison import BLOCKS, CONTESTANTS, LOSSES, MAIN, NEXT, StudyPoint, study_points
@@ -192,6 +195,18 @@ def test_a_point_trains_decodes_and_is_found_again(study: list[str], capsys: pyt
         assert row["verified"][0] == row["rounds"] > 0
     assert (output / "points" / point.name / "drafter" / "model.safetensors").exists()
     assert [step for step, _ in found[point]["train_curve"]] == [1, 2] and found[point]["train_cpu_seconds"] > 0
+
+
+def test_a_stopped_point_ends_with_a_sentence(
+    study: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def stopped(*_: Any, **__: Any) -> None:
+        raise Preempted(1)
+
+    monkeypatch.setattr(compare_point, "train_and_decode", stopped)
+    with pytest.raises(SystemExit) as stop:
+        main([*study, "--only", "main", "--point", "dflash,depth=1,block=7,seed=0"])
+    assert stop.value.code == 128 + signal.SIGTERM and "continues there" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 
 from dspark_jax.errors import UserError
+from dspark_jax.evaluation import timing
 from dspark_jax.evaluation.timing import Timed
 from dspark_jax.files import write_json
 from dspark_jax.serving.prompts import EncodedPrompt
 from dspark_jax.serving.requests import Generation
+from dspark_jax.serving.sampling import SamplingParams
+from dspark_jax.serving.settings import EngineConfig
 from infer.studies import modes
 from tests.decoding_tiny import kind_pair
 
@@ -86,3 +89,11 @@ def test_drafters_are_kept_beside_each_other_if_they_were_measured_alike(tmp_pat
     assert modes.measured_alike(settings) == {}
     with pytest.raises(UserError, match="other per_domain, seed; give another --result"):
         modes.measured_alike(replace(settings, per_domain=3, seed=1))
+
+
+def test_greedy_requests_are_verified_in_their_decoder_s_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A greedy tree of any size is one of coupled mode: without a mode it would be siblings under rejection."""
+    given: list[Any] = []
+    monkeypatch.setattr(timing, "generate", lambda *words, engine: given.append(words[3].mode) or [])
+    timing.Decoder(*kind_pair("dspark"), SamplingParams(4, 0.0, mode="coupled"), EngineConfig(1, tree=8))([])
+    assert given == ["coupled"]

@@ -47,7 +47,8 @@ class Decoder:
         requests = seeded(prompts, self.sampling)
         # The engine is made within the call; its programs are compiled in the first one and shared by all others.
         start = time.perf_counter()
-        generations = generate(self.target, self.drafter, requests, engine=self.engine)
+        # The call's own settings too: greedy requests do not say in which mode their engine verifies.
+        generations = generate(self.target, self.drafter, requests, self.sampling, engine=self.engine)
         return Timed(tuple(generations), time.perf_counter() - start)
 
 

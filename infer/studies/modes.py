@@ -96,10 +96,11 @@ def main(argv: list[str]) -> None:
     prompts = prompts_of(settings, target)
 
     # One temperature after the other: engines of one are released before the next.
-    made: dict[str, Any] = {
-        f"t{t:g}": at_temperature(settings, target, drafter, prompts, t) for t in settings.temperatures
-    }
-    write_json(settings.result, summary(settings, {**earlier, settings.name: made}))
+    made: dict[str, Any] = {}
+    for t in settings.temperatures:
+        made[f"t{t:g}"] = at_temperature(settings, target, drafter, prompts, t)
+        # Written each time, so that a run that is cut keeps its figures.
+        write_json(settings.result, summary(settings, {**earlier, settings.name: made}))
 
     header = ["temperature", "mode, policy", "tau", "less rejection's", "tok/s", "over rejection", "plain's own text"]
     print(

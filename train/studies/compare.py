@@ -16,7 +16,9 @@ a stopped study. OUTPUT/points/NAME is a run, NAME.json its figures; metrics.jso
 """
 
 import json
+import signal
 import subprocess
+import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +37,7 @@ from dspark_jax.programs import program_command
 from dspark_jax.readers import read_object
 from dspark_jax.targets.config import config_sha256
 from dspark_jax.targets.registry import read_target_config
+from dspark_jax.training.guards import Preempted
 from dspark_jax.training.point_processes import Point, Runner, report_failures
 
 from .compare_report import publish, report
@@ -309,12 +312,17 @@ def run_point(settings: CompareSettings, points: list[StudyPoint], name: str) ->
     if point is None:
         raise UserError(f"The study has no point {name!r}; its points are {', '.join(p.name for p in points)}.")
 
-    result = compare_point.train_and_decode(
-        point_config(settings, point, step_count(settings)),
-        settings.prompts_file,
-        max_new_tokens=settings.max_new_tokens,
-        samples=settings.samples,
-    )
+    try:
+        result = compare_point.train_and_decode(
+            point_config(settings, point, step_count(settings)),
+            settings.prompts_file,
+            max_new_tokens=settings.max_new_tokens,
+            samples=settings.samples,
+        )
+    # As train.fit ends: the run is saved, and the same command continues it.
+    except Preempted as stop:
+        print(stop, file=sys.stderr)
+        raise SystemExit(128 + signal.SIGTERM) from None
     write_json(result_file(settings, name), {**asdict(point), **result})
 
 
