@@ -67,7 +67,8 @@ def test_programs_compiled_ahead_are_those_of_a_pair_in_int8(folders: tuple[str,
             lambda x: (x.shape, x.dtype), loaded.params
         )
     # Loading rounds each matrix with a program of its shape.
-    shapes = {x.shape for x in jax.tree.leaves(load_target(folders[0]).params["layers"]) if x.ndim == 2}
+    codes = (x for model in (target, drafter) for x in jax.tree.leaves(model.params) if x.dtype == jax.numpy.int8)
+    shapes = {x.shape for x in codes}
     rounding = [name for name, _ in found.all() if name.endswith("in int8")]
     assert rounding == [f"loading: {shape} in int8" for shape in sorted(shapes)]
 

@@ -88,7 +88,7 @@ class EnginePrograms:
         if drafter is not None:
             rounded |= rounded_shapes(drafter.graphdef, drafter.params)
             drafter = _with_int8(drafter)
-        return cls(target, drafter, config, mode, chip, tuple(sorted(rounded, key=str)))
+        return cls(target, drafter, config, mode, chip, tuple(sorted(rounded, key=lambda x: x.shape)))
 
     def all(self) -> Iterator[tuple[str, Traced]]:
         """(what it is, its trace) of each program, in the order in which a start meets them."""
