@@ -32,7 +32,6 @@ from dspark_jax.planning.v4_plans import (
     step_figures,
     widened_experts,
 )
-from dspark_jax.report import table
 
 ROWS = 48
 """Rows of the layer of experts that is compiled alone: 8 requests, blocks of 5 and their anchors."""
@@ -174,6 +173,12 @@ def expert_table(plans: dict[str, Any]) -> str:
             body.append([key, plan["mesh"], *(f"{1024 * size:.1f}" for size in sizes)])
 
     return table(["MiB a chip", "mesh", "as stored", "temporary", "experts in bfloat16"], body)
+
+
+def table(header: list[str], body: list[list[str]]) -> str:
+    """The rows as a Markdown table, as docs/deepseek-v4.md has them."""
+    rule = ["---"] * len(header)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *body))
 
 
 def exchanged(whole: dict[str, Any]) -> str:
