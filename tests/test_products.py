@@ -27,7 +27,7 @@ def test_every_weight_of_the_chain_is_read(tmp_path: Path) -> None:
     write_tiny_target(tmp_path)
     config = load_target(tmp_path, dtype="float32").config
     weights = random_weights(config, jnp.float32)
-    assert len(weights) == 7 * config.num_layers + 1
+    assert len(weights) == 4 * config.num_layers + 1
     x = jnp.ones((2, config.hidden_size))
     made = np.asarray(chain(weights, x, jnp.float32))
     for at in range(len(weights)):

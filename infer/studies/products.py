@@ -120,13 +120,14 @@ def against(seconds: float, products: float) -> dict[str, float]:
 
 
 def random_weights(config: TargetConfig, dtype: Any) -> list[Array]:
-    """Weights [in, out] of every layer's seven products in order, then the head [V, D], as they lie in a target."""
-    # The order within a layer is that in which `chain` takes them: q, k, v, o, gate, up, down.
+    """Weights [in, out] of every layer's four products in order, then the head [V, D], as they lie in a target."""
+    # The order within a layer is that in which `chain` takes them: queries, keys and values in one, o, gate and up in
+    # one, down.
     heads, d, f = config.num_heads, config.hidden_size, config.intermediate_size
     shapes: list[tuple[int, int]] = []
     for layer in config.layers:
         q, kv = heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
-        shapes += [(d, q), (d, kv), (d, kv), (q, d), (d, f), (d, f), (f, d)]
+        shapes += [(d, q + 2 * kv), (q, d), (d, 2 * f), (f, d)]
     shapes.append((config.vocab_size, d))
 
     # Small, so that a chain of them neither overflows nor vanishes into denormals.
@@ -150,15 +151,16 @@ def chain(weights: list[Array], x: Float[Array, "m d"], result: Any, last: bool 
         out = jnp.matmul(x.astype(wide.dtype), wide, preferred_element_type=result)
         return out * 0.1 if weight.dtype == jnp.int8 else out
 
-    # Seven products a layer, as `random_weights` lays them out.
+    # Four products a layer, as `random_weights` lays them out.
     *layers, head = weights
-    for at in range(0, len(layers), 7):
-        q, k, v, o, gate, up, down = layers[at : at + 7]
-        queries, keys, values = times(x, q), times(x, k), times(x, v)
-        # Every product must be needed, or XLA leaves it out.
-        mixed = queries + jnp.pad(keys + values, ((0, 0), (0, q.shape[1] - k.shape[1])))
+    for at in range(0, len(layers), 4):
+        joined, o, gate_up, down = layers[at : at + 4]
+        # Every product must be needed, or XLA leaves it out: what attention would mix is added up instead.
+        queries, others = jnp.split(times(x, joined), [o.shape[0]], axis=1)
+        mixed = queries + jnp.sum(others, axis=1, keepdims=True)
         x = x + times(mixed, o).astype(x.dtype)
-        x = x + times(times(x, gate) * times(x, up), down).astype(x.dtype)
+        gate, up = jnp.split(times(x, gate_up), 2, axis=1)
+        x = x + times(gate * up, down).astype(x.dtype)
         # Kept within range, whatever the dtype: the chain has no norms.
         x = x / (1 + jnp.max(jnp.abs(x)))
 
