@@ -20,9 +20,6 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto import event_pb2
-from tensorboardX.summary import scalar
 from xxhash import xxh3_64_hexdigest
 
 from dspark_jax.config.cli import from_json, to_json
@@ -254,26 +251,32 @@ class ScalarBoard:
 
     def __init__(self, folder: Path, step: int):
         """Opens a new event file; TensorBoard drops what an earlier process had written after `step`."""
+        # Imported late: where PyTorch is installed, tensorboardX imports all of it.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
+
         folder.mkdir(parents=True, exist_ok=True)
         self._writer = EventsWriter(str(folder / "events"))
         if step:
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
             # A session start at step s + 1 makes TensorBoard discard events from there on.
-            self._add(event_pb2.Event(step=step + 1, session_log=start))
+            self._add(step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Adds the scalars of a step and hands them to the disk; OSError when it refuses."""
+        from tensorboardX.summary import scalar
+
         for name, value in scalars.items():
-            self._add(event_pb2.Event(step=step, summary=scalar(name, value)))
+            self._add(step, summary=scalar(name, value))
         self._writer.flush()
 
     def close(self) -> None:
         """Flushes and closes the event file."""
         self._writer.close()
 
-    def _add(self, event: Any) -> None:
-        event.wall_time = time.time()
-        self._writer.write_event(event)
+    def _add(self, step: int, **what: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._writer.write_event(Event(step=step, wall_time=time.time(), **what))
 
 
 def _lines(records: Sequence[Mapping[str, Any]]) -> str:
