@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -192,7 +193,7 @@ def test_the_kernels_of_a_round_and_the_weights_that_they_write_again() -> None:
   %wide = f32[1024,512]{1,0} convert(%u)
   %small = f32[8]{0} copy(%s)
   %out = f32[8,1024]{1,0} fusion(%u, %v, %s), kind=kCustom, calls=%product
-  %choice = f32[8]{0} conditional(%k, %s, %s), branch_computations={%few, %many}
+  %choice = f32[8]{0} conditional(%k, %s, %s), branch_computations={%few, %many}, metadata={op_name="/sampling/cond"}
   ROOT %r = (bf16[1024,512]{1,0}, bf16[1024,512]{1,0}, f32[8]{0}) tuple(%u, %v, %choice)
 }
 %goes_on (p: f32[8]) -> pred[] {
@@ -202,8 +203,10 @@ ENTRY %main (p: f32[8]) -> f32[8] {
   ROOT %loop = f32[8]{0} while(%p), condition=%goes_on, body=%step
 }
 """
-    read = round_kernels(LoopText.of(text, 512), [(1024, 512), (8,)])
-    assert read == RoundKernels(kernels=6, joined=2 * 1024 * 1024, widened=4 * 1024 * 512)
+    read = [round_kernels(LoopText.of(text, 512), [(1024, 512), (8,)], greedy) for greedy in (False, True)]
+    assert read[0] == RoundKernels(kernels=6, joined=2 * 1024 * 1024, widened=4 * 1024 * 512)
+    # Sampling's first branch is a greedy round's.
+    assert read[1] == replace(read[0], kernels=5)
 
 
 @pytest.mark.lowering
@@ -219,5 +222,5 @@ def test_a_gpu_that_is_not_here(kind: str, folders: tuple[str, str], capsys: pyt
     program.main(words)
     printed = capsys.readouterr().out
     rows = dict(line.split("  ", 1) for line in printed.splitlines() if "  " in line)
-    assert rows["devices"].strip() == f"1 x NVIDIA {kind}" and int(rows["fused: kernels a round"]) > 20
+    assert rows["devices"].strip() == f"1 x NVIDIA {kind}" and int(rows["fused: kernels a greedy round"]) > 20
     assert rows["library: whole-cache copies"].strip() == "0"

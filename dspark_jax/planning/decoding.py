@@ -201,11 +201,12 @@ class DecodePlan:
             program = compiled(lowered, "The decode loop", options)
             took, text = time.perf_counter() - started, program.as_text() or ""
             loop = LoopText.of(text, self.target.config.hidden_size)
-            read = round_kernels(loop, weights)
+            read, greedy = (round_kernels(loop, weights, greedy) for greedy in (False, True))
             rows = {
                 "seconds to compile": took,
                 "temporary": mebibytes(memory_of(program)["temporary"]),
-                "kernels a round": read.kernels,
+                "kernels a greedy round": greedy.kernels,
+                "kernels a sampled round": read.kernels,
                 "weights joined a round": mebibytes(read.joined),
                 "weights widened a round": mebibytes(read.widened),
                 "weights laid out anew a round": mebibytes(read.laid_out),

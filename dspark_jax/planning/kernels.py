@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
+from dspark_jax.decoding.sampling import SCOPE
 from dspark_jax.planning.rounds import LoopText, called, name_of, opcode, result_of, trips
 
 # What starts nothing on the device.
@@ -50,33 +51,37 @@ class RoundKernels:
         return RoundKernels(*(count * n for n in (self.kernels, self.joined, self.widened, self.laid_out)))
 
 
-def round_kernels(text: LoopText, weights: Collection[tuple[int, ...]]) -> RoundKernels:
+def round_kernels(text: LoopText, weights: Collection[tuple[int, ...]], greedy: bool) -> RoundKernels:
     """The costliest pass of a loop that the entry runs; of branches the one with most kernels.
 
     Args:
         text: the optimised program.
         weights: shapes of the parameters; only arrays of as many elements are taken for weights.
+        greedy: whether sampling takes its first branch.
     """
     sizes = {math.prod(shape) for shape in weights} - set(range(LEAST))
     whiles = [line for line in text.reached(text.entry) if opcode(line) == "while"]
-    return max(
-        (_cost(text, called(line)[0], sizes) for line in whiles), key=lambda c: c.kernels, default=RoundKernels()
-    )
+    return max((_cost(text, called(line)[0], sizes, greedy) for line in whiles), key=_count, default=RoundKernels())
 
 
-def _cost(text: LoopText, name: str, sizes: set[int]) -> RoundKernels:
+def _cost(text: LoopText, name: str, sizes: set[int], greedy: bool) -> RoundKernels:
     total = RoundKernels()
     for line in text.computations.get(name, []):
         kind = opcode(line)
         if kind == "conditional":
-            total += max((_cost(text, branch, sizes) for branch in text.branches(line)), key=lambda c: c.kernels)
+            costs = [_cost(text, branch, sizes, greedy) for branch in text.branches(line)]
+            total += costs[0] if greedy and f"/{SCOPE}/" in line else max(costs, key=_count)
         elif kind == "while":
-            total += _cost(text, called(line)[0], sizes).times(trips(line))
+            total += _cost(text, called(line)[0], sizes, greedy).times(trips(line))
         elif kind == "call":
-            total += _cost(text, called(line)[0], sizes)
+            total += _cost(text, called(line)[0], sizes, greedy)
         elif kind not in _FREE:
             total += replace(_rewritten(text, name, line, sizes), kernels=1)
     return total
+
+
+def _count(cost: RoundKernels) -> int:
+    return cost.kernels
 
 
 def _rewritten(text: LoopText, name: str, line: str, sizes: set[int]) -> RoundKernels:

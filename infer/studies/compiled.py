@@ -136,13 +136,20 @@ def reading(settings: CompiledSettings, checkout: Path) -> dict[str, Any]:
 
 
 def kernel_figures(loops: dict[str, LoopText], facts: dict[str, Any]) -> dict[str, Any]:
-    """Kernels of a round, and bytes of weights that it writes again: the larger of the readings, and of each."""
-    found = {one: round_kernels(loop, [tuple(x) for x in facts["weights"]]) for one, loop in loops.items()}
+    """Kernels of a greedy and of a sampled round, bytes of weights that it writes again: the larger of the readings,
+    and those of each."""
+    weights = [tuple(shape) for shape in facts["weights"]]
+    found = {one: round_kernels(loop, weights, greedy=False) for one, loop in loops.items()}
+    greedy = {one: round_kernels(loop, weights, greedy=True).kernels for one, loop in loops.items()}
     rewritten = {one: read.joined + read.widened + read.laid_out for one, read in found.items()}
     return {
-        "kernels": max(read.kernels for read in found.values()),
+        "kernels": max(greedy.values()),
+        "kernels_sampled": max(read.kernels for read in found.values()),
         "weight_bytes_rewritten": max(rewritten.values()),
-        "readings": {one: asdict(read) | facts["readings"][one] for one, read in found.items()},
+        "readings": {
+            one: asdict(read) | {"kernels": greedy[one], "kernels_sampled": read.kernels} | facts["readings"][one]
+            for one, read in found.items()
+        },
     }
 
 
