@@ -15,7 +15,7 @@ from dspark_jax.errors import UserError
 from dspark_jax.planning.ahead import EnginePrograms
 from dspark_jax.planning.decoding import DecodePlan, PlanOptions
 from dspark_jax.planning.gpus import GPUS
-from dspark_jax.planning.kernels import RoundKernels, round_kernels
+from dspark_jax.planning.kernels import RoundKernels, captured, round_kernels
 from dspark_jax.planning.rounds import Exchanged, LoopText
 from dspark_jax.roofline.hardware import known_device
 from dspark_jax.serving.engine import Engine
@@ -207,6 +207,26 @@ ENTRY %main (p: f32[8]) -> f32[8] {
     assert read[0] == RoundKernels(kernels=6, joined=2 * 1024 * 1024, widened=4 * 1024 * 512)
     # Sampling's first branch is a greedy round's.
     assert read[1] == replace(read[0], kernels=5)
+
+
+def test_what_is_launched_as_a_graph() -> None:
+    """Commands indented below a command buffer; those beside it are launched one by one."""
+    thunks = """
+000: kCommandBuffer [source       | next=003 (1)]
+    001: kCopy         [source       | sink        ] kCopy
+    002: kCustomKernel [source       | sink        ] loop_minimum_fusion grid: [1, 1, 1]
+003: kWhile         [prev=000 (1) | sink        ]
+condition:
+    004: kCustomKernel [source | sink] loop_and_fusion grid: [1, 1, 1]
+  body:
+    000: kCommandBuffer [source       | next=006 (1)]
+        005: kCustomKernel [source       | sink        ] held_attention grid: [1, 8, 16]
+    006: kConditional   [prev=000 (1) | next=009 (1)]
+      false_branch:
+        007: kCustomKernel [source       | next=008 (1)] loop_add_fusion grid: [1, 1, 1]
+    008: kGemm          [prev=006 (1) | sink        ] gemm
+"""
+    assert captured(thunks) == (3, 6)
 
 
 @pytest.mark.lowering

@@ -28,6 +28,7 @@ _MOVES = {
     "get-tuple-element",
     "tuple",
 }
+_THUNK = re.compile(r"( *)\d+: (k\w+)")
 LEAST = 2**18
 """Elements of a weight from which writing it out again is counted."""
 
@@ -106,3 +107,24 @@ def _operand_shapes(lines: list[str], line: str) -> list[tuple[int, ...]]:
     operands = line.split(f" {opcode(line)}(", 1)[1].split(")", 1)[0]
     names = set(re.findall(r"%([\w.\-]+)", operands))
     return [shape for other in lines if name_of(other) in names for shape, _ in result_of(other)]
+
+
+def captured(thunks: str) -> tuple[int, int]:
+    """(kernels and copies in command buffers, all of them) in the CUDA compiler's sequence of thunks.
+
+    What lies in a command buffer is launched as one CUDA graph. `thunks`: the file *.thunk_sequence_after_thunk_passes
+    that XLA writes with --xla_dump_to; a buffer's commands are indented below it.
+    """
+    inside, found, buffer = 0, 0, -1
+    for line in thunks.splitlines():
+        thunk = _THUNK.match(line)
+        if not thunk:
+            continue
+        depth = len(thunk[1])
+        buffer = buffer if 0 <= buffer < depth else -1
+
+        if thunk[2] == "kCommandBuffer":
+            buffer = depth
+        elif thunk[2] not in ("kWhile", "kConditional", "kSequential"):
+            found, inside = found + 1, inside + (buffer >= 0)
+    return inside, found

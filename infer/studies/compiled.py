@@ -25,11 +25,12 @@ from dspark_jax.errors import UserError
 from dspark_jax.files import add_results, make_output, read_results
 from dspark_jax.planning.compiled import copies
 from dspark_jax.planning.gpus import GPUS
-from dspark_jax.planning.kernels import round_kernels
+from dspark_jax.planning.kernels import captured, round_kernels
 from dspark_jax.planning.rounds import LoopText
 from dspark_jax.report import table
 
 MIB = 2**20
+THUNKS = "*run_rounds*.thunk_sequence_after_thunk_passes.txt"
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,10 @@ def reading(settings: CompiledSettings, checkout: Path) -> dict[str, Any]:
             "PYTHONPATH": paths,
             "JAX_ENABLE_COMPILATION_CACHE": "false",
         }
+        if settings.topology in GPUS:
+            # The sequence of launches is in no text of a program, only in what the compiler writes beside it.
+            dump = f"--xla_dump_to={name} --xla_dump_hlo_module_re=run_rounds --xla_dump_hlo_as_text"
+            environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {dump}"
         command = [sys.executable, "-c", COMPILES, json.dumps(wanted)]
         done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
         if done.returncode:
@@ -108,6 +113,7 @@ def reading(settings: CompiledSettings, checkout: Path) -> dict[str, Any]:
 
         facts = json.loads((Path(name) / "facts.json").read_text())
         texts = {one: (Path(name) / f"{one}.txt").read_text() for one in facts["readings"]}
+        launches = [captured(file.read_text()) for file in sorted(Path(name).glob(THUNKS))]
 
     loops = {one: LoopText.of(text, facts["hidden"]) for one, text in texts.items()}
     caches = {tuple(shape) for shape in facts["caches"]}
@@ -122,7 +128,8 @@ def reading(settings: CompiledSettings, checkout: Path) -> dict[str, Any]:
         "draft_layers": facts["draft_layers"],
     }
     if settings.topology in GPUS:
-        return kernel_figures(loops, facts) | common
+        shown = dict(zip(facts["readings"], launches, strict=False))
+        return kernel_figures(loops, facts) | {"in_command_buffers": shown} | common
 
     (text,), (loop,) = texts.values(), loops.values()
     greedy, sampled = loop.round(greedy=True), loop.round(greedy=False)
