@@ -20,6 +20,8 @@ from dspark_jax.targets.config import TargetConfig
 
 BLOCKS = 16
 """The most blocks that gate and up are interleaved by: as many devices may share them."""
+LANES = 128
+"""Columns of a TPU's register, which blocks are multiples of in all models but tiny ones."""
 
 PARTS = {
     "qkv_weight_dx": ("q_weight_dp", "k_weight_dc", "v_weight_dc"),
@@ -61,7 +63,9 @@ class Columns:
 def columns_of(name: str, config: TargetConfig, index: int) -> tuple[tuple[str, ...], Columns]:
     """(names of its parts, how they lie) of the joined parameter `name` of a decoder layer."""
     if name.startswith("gate_up"):
-        blocks = math.gcd(config.intermediate_size, BLOCKS)
+        # Where whole registers of a TPU fit into a block: cut elsewhere, the weight was laid out anew in every dispatch.
+        size = config.intermediate_size
+        blocks = math.gcd(size if size % LANES else size // LANES, BLOCKS)
         return PARTS[name], Columns(blocks, (config.intermediate_size // blocks,) * 2)
 
     layer = config.layers[index]
