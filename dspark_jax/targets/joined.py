@@ -63,7 +63,7 @@ class Columns:
 def columns_of(name: str, config: TargetConfig, index: int) -> tuple[tuple[str, ...], Columns]:
     """(names of its parts, how they lie) of the joined parameter `name` of a decoder layer."""
     if name.startswith("gate_up"):
-        # Where whole registers of a TPU fit into a block: cut elsewhere, the weight was laid out anew in every dispatch.
+        # Blocks are whole registers of a TPU: cut elsewhere, the weight was laid out anew in every dispatch.
         size = config.intermediate_size
         blocks = math.gcd(size if size % LANES else size // LANES, BLOCKS)
         return PARTS[name], Columns(blocks, (config.intermediate_size // blocks,) * 2)

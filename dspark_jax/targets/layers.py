@@ -217,7 +217,7 @@ class MLP(nnx.Module):
         d, f, std = config.hidden_size, config.intermediate_size, config.initializer_range
 
         _, self.columns = columns_of("gate_up_weight_du", config, 0)
-        axis = Units("mlp", self.columns.units, 2)
+        axis = Units("mlp", self.columns.units, self.columns.width)
         gate_up = [normal(rngs, (d, f), std) for _ in range(2)]
         self.gate_up_weight_du = param(self.columns.join(gate_up), "embed", axis)
         self.down_weight_fd = param(normal(rngs, (f, d), std), "mlp", "embed")
