@@ -7,8 +7,7 @@ goes back to the queue, to go on later as if nothing had been (docs/engine.md).
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -211,10 +210,8 @@ class PagedMemory:
     def placed(self, state: DecodeState) -> DecodeState:
         if not self._stale:
             return state
-        where = None if self.mesh is None else replicated(self.mesh)
-        # A copy: the transfer may still read the array when the next page is handed out.
         held = {"target_cache": state.target_cache, "draft": state.draft}
-        held = with_tables(held, partial(_to_device, self.pool.tables, where))
+        held = with_tables(held, lambda _: to_device(self.pool.tables, self.mesh))
         self._stale = False
         return replace(state, **held)
 
@@ -254,5 +251,7 @@ def memory_of(loop: DecodeLoop, rounds: int) -> Memory:
     return SlotMemory(loop.requests * loop.size)
 
 
-def _to_device(tables: np.ndarray, where: Any) -> jax.Array:
-    return jax.device_put(tables.copy(), where)
+def to_device(tables: np.ndarray, mesh: Mesh | None) -> jax.Array:
+    """The tables of pages on a loop's devices, whole on each."""
+    # A copy: the transfer may still read the array when the next page is handed out.
+    return jax.device_put(tables.copy(), None if mesh is None else replicated(mesh))

@@ -85,8 +85,9 @@ class PrefixCache:
         """Write what is kept of the prompts in `seats` of which nothing is prefilled yet; `state` is donated."""
         for slot, entry in seats.items():
             if not entry.prefilled:
-                state, entry.cached = self.restore(loop, state, slot, entry.running.prompt)
-                entry.prefilled = entry.cached
+                state, entry.prefilled = self.restore(loop, state, slot, entry.running.prompt)
+                # Of a request that goes on, tokens of its answer may be among them.
+                entry.cached = min(entry.prefilled, len(entry.job.prompt))
         return state
 
     def keep(self, loop: DecodeLoop, state: DecodeState, slot: int, start: int, tokens: Sequence[int]) -> None:

@@ -30,6 +30,7 @@ from dspark_jax.decoding.state import DecodeState
 from dspark_jax.errors import UserError
 from dspark_jax.files import user_cache
 from dspark_jax.scheduling.costs import CostTable, Occupancy, ScheduleTables
+from dspark_jax.serving.memory import to_device
 from dspark_jax.serving.profile import Profile
 from dspark_jax.sharding import traced_over
 
@@ -117,6 +118,8 @@ class _Stopwatch:
         lengths = [int(max(2, min(share * loop.size, most))) for share in contexts]
 
         state = init_state(loop, params)
+        held = {"target_cache": state.target_cache, "draft": state.draft}
+        state = replace(state, **loop.layout.handed_out(held, partial(to_device, mesh=loop.mesh)))
         # On the host and then moved: each array made on the device would be one more program to compile.
         drawn = np.full((loop.requests,), temperature, np.float32)
         sampling = state.sampling._replace(temperature=jax.device_put(drawn))

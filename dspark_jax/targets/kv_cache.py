@@ -12,10 +12,11 @@ from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 from dspark_jax.targets.attention import KeysValues
-from dspark_jax.targets.pages import PagedCache, PageView, in_pages, is_cache, is_paged
+from dspark_jax.targets.pages import PagedCache, PageView, in_pages, is_cache, is_paged, with_tables
 
 KVCache = tuple[KeysValues, ...]
 Tree = TypeVar("Tree")
@@ -34,6 +35,11 @@ class CacheLayout(Protocol):
         has its caches slot by slot."""
         ...
 
+    def handed_out(self, state: Any, put: Callable[[np.ndarray], Array]) -> Any:
+        """An empty state whose slots can hold all their positions, for measurements; `put` moves arrays to the
+        device."""
+        ...
+
 
 @dataclass(frozen=True)
 class BySlot:
@@ -45,6 +51,9 @@ class BySlot:
 
     def empty(self, make: Callable[[int, int], Any], requests: int, size: int) -> Any:
         return make(requests, size)
+
+    def handed_out(self, state: Any, put: Callable[[np.ndarray], Array]) -> Any:
+        return state
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,13 @@ class ByPage:
     def empty(self, make: Callable[[int, int], Any], requests: int, size: int) -> Any:
         # Only what the caches leave out is taken of the first; XLA allocates no more than it returns.
         return in_pages(make(requests, size), make(self.count, self.page), size, self.count)
+
+    def handed_out(self, state: Any, put: Callable[[np.ndarray], Array]) -> Any:
+        # In turn, and again from the first where there are fewer than the slots could hold: as many places are read.
+        def tables(old: Array) -> Array:
+            return put(np.arange(old.size, dtype=np.int32).reshape(old.shape) % self.count)
+
+        return with_tables(state, tables)
 
     @staticmethod
     def holds(state: Any) -> bool:

@@ -147,12 +147,12 @@ def in_pages(slots: Any, pools: Any, size: int, count: int) -> Any:
     return jax.tree.map(paged, slots, pools, is_leaf=is_cache)
 
 
-def with_tables(state: Any, put: Callable[[], Array]) -> Any:
-    """The state with new tables [R, N] in its caches; `put` is called once for each of them, since a donated state must
-    not hold one buffer twice."""
+def with_tables(state: Any, new: Callable[[Array], Array]) -> Any:
+    """The state with new tables [R, N] in its caches; `new`, given the old ones, is called for each of them, since a
+    donated state must not hold one buffer twice."""
 
     def tabled(node: Any) -> Any:
-        return replace(node, tables=put()) if isinstance(node, PagedCache) else node
+        return replace(node, tables=new(node.tables)) if isinstance(node, PagedCache) else node
 
     return jax.tree.map(tabled, state, is_leaf=is_paged)
 

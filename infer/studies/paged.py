@@ -86,7 +86,7 @@ class Replay:
 
     Attributes:
         generations: by index.
-        running: requests in slots at each dispatch before which others waited.
+        running: requests in slots during each dispatch in which others waited.
         held: positions that these held, with those that were not cached yet.
         dispatches: in all.
         seconds: by the wall's clock, compilation included in an engine's first pass.
@@ -115,6 +115,8 @@ def main(argv: list[str]) -> None:
     identical: dict[str, int] = {}
     for temperature in settings.temperatures:
         passes = {name: replay(engine, prompts, settings, temperature) for name, engine in engines.items()}
+        # Shown as they come: a pass may take minutes.
+        print(", ".join(f"{name}: {made.dispatches} dispatches" for name, made in passes.items()), flush=True)
         identical[f"t{temperature:g}"] = same(*passes.values())
         for name, made in passes.items():
             found[name][f"t{temperature:g}"] = counts(made, engines[name])
@@ -145,9 +147,12 @@ def engines_of(settings: PagedSettings, target: Target, drafter: Drafter | None)
     """Both engines; the pages are those that fit into the decode state of the engine without."""
     config = EngineConfig(
         settings.slots, settings.longest, "fixed", rounds_per_dispatch=settings.rounds_per_dispatch, max_logprobs=1,
-        prefill_chunk=128, page=settings.page,
+        prefill_chunk=128, smallest_prompt_bucket=128, page=settings.page,
     )  # fmt: skip
-    wide = replace(config, slots=settings.paged_slots, cache_pages=1)
+    # One bucket: whole blocks of all slots, which most of a replay verifies, and a fraction of the programs.
+    width = 1 if drafter is None else drafter.config.block_size + 1
+    wide = replace(config, slots=settings.paged_slots, cache_pages=1, buckets=(settings.paged_slots * width,))
+    config = replace(config, buckets=(settings.slots * width,))
     params = LoopParams(target.params, {} if drafter is None else drafter.params)
 
     def size(made: EngineConfig) -> int:
@@ -193,15 +198,19 @@ def replay(engine: Engine, prompts: Sequence[tuple[int, ...]], settings: PagedSe
     for index, prompt in enumerate(prompts):
         engine.submit(index, Request(prompt, SamplingParams(settings.new, temperature, seed=index)))
 
-    made, started = Replay(), time.perf_counter()
-    while not engine.idle:
-        progress = engine.step()
-        made.dispatches += 1
-        made.generations |= {p.index: p.generation for p in progress if p.generation is not None}
+    made = Replay()
+
+    def look() -> None:
         # The end of a list is no load: fewer are left than there is room for.
         if engine.waiting:
             made.running.append(engine.running)
             made.held.append(engine.positions)
+
+    engine.meanwhile, started = look, time.perf_counter()
+    while not engine.idle:
+        progress = engine.step()
+        made.dispatches += 1
+        made.generations |= {p.index: p.generation for p in progress if p.generation is not None}
     made.seconds = time.perf_counter() - started
     return made
 
