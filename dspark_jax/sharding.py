@@ -185,6 +185,13 @@ def traced_mesh() -> AbstractMesh | None:
     return None if mesh.empty or mesh.size == 1 or "expert" not in mesh.shape else mesh
 
 
+def traced_platform() -> str:
+    """The platform of the devices that are traced for, "cpu", "gpu" or "tpu": of the mesh that the context names, so
+    that plans for devices that are not here get their programs, else of this process."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def parameter_mesh(params: dict) -> Mesh | None:
     """The mesh that parameters were loaded over, None when one device holds them."""
     # One leaf speaks for all: loading lays every parameter over the same mesh.

@@ -25,6 +25,8 @@ from dspark_jax.targets.attention import (
     prefix_mask,
 )
 from dspark_jax.targets.blocks_attention import blocks_attention
+from dspark_jax.targets.context_attention import context_attention
+from dspark_jax.targets.kernels.ranges import platform_with_kernels
 from dspark_jax.targets.layers import layer_ropes
 from dspark_jax.targets.registry import layer_class
 
@@ -34,16 +36,21 @@ class BlocksOverContext:
     """Every row of a block sees its `allowed` context and the whole block, in both directions
     (docs/algorithm.md, rule 23).
 
-    `context` holds a KeysValues [B, G, T, H] for each layer; `allowed` is [B, N, K or 1, T].
+    `context` holds a KeysValues [B, G, T, H] for each layer; `allowed` is [B, N, K or 1, T]: positions from `lowest`
+    [B, N, K or 1] (None: 0) to before the anchors.
     """
 
     context: Sequence[KeysValues]
     allowed: Bool[Array, "b n rows t"]
+    anchors: Int[Array, "b n"]
+    lowest: Int[Array, "b n rows"] | None
 
     def __call__(self, layer: int, q: Array, k: Array, v: Array, *, scale: float, window: int | None) -> Array:
         # `window` is ignored: DeepSpec's draft layers never slide, whatever the file says (docs/algorithm.md, rule 25);
         # a window of the context is in `allowed`.
         block, context = KeysValues(k, v), self.context[layer]
+        if platform := platform_with_kernels(context.keys):
+            return context_attention(q, block, context, self.anchors, self.lowest, scale=scale, platform=platform)
         return blocks_attention(q, block, context, self.allowed, scale=scale)
 
 
@@ -115,7 +122,7 @@ class Backbone(nnx.Module):
     ) -> Attend:
         """The core by which block rows see the context strictly before their anchors (docs/algorithm.md, rule 23)."""
         allowed = prefix_mask(anchors, context[0].size, width, self.window, starts)
-        return BlocksOverContext(context, allowed)
+        return BlocksOverContext(context, allowed, anchors, lowest_seen(anchors, width, self.window, starts))
 
     def decode(
         self, x: Float[Array, "r 1 k d"], anchors: Int[Array, " r"], context: Sequence[Prefix]

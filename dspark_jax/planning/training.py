@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 
 from dspark_jax.checkpoints.huggingface import DTYPES, abstract_target
 from dspark_jax.config.schema import DataSettings, TrainConfig
@@ -112,7 +113,10 @@ class AbstractRun:
     def lower(self, platform: str) -> jax.stages.Lowered:
         """The step lowered for "tpu", "cuda" or "cpu", whatever is attached."""
         online = () if self.target_params is None else (self.target_params,)
-        return self.step.trace(self.state, self.shared, self.batch, *online).lower(lowering_platforms=(platform,))
+        # Kernels are chosen, and a GPU's lowered, for the devices of the mesh in the context.
+        mesh = self.placement.mesh
+        with jax.sharding.use_abstract_mesh(mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh):
+            return self.step.trace(self.state, self.shared, self.batch, *online).lower(lowering_platforms=(platform,))
 
 
 def abstract_tables(config: TargetConfig, dtype: str, placement: Placement) -> SharedTables:
