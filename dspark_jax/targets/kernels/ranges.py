@@ -9,7 +9,7 @@ Axes: B batch, G kv heads, M rows that share a kv head, T keys, H head dim, I bl
 
 import os
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +87,7 @@ def over_mesh(
     if mesh is None:
         return attend(q, keys, values, ranges)
     rules = ShardingRules()
-    by_head, by_row = rules.spec(["batch", "kv_heads"]), rules.spec(["batch"])
+    by_head, by_row = rules.spec(["batch", "kv_heads"]), cast(Any, rules.spec(["batch"]))
     specs = (by_head, by_head, by_head, Ranges(by_row, by_row))
     return jax.shard_map(attend, in_specs=specs, out_specs=(by_head, by_head), check_vma=False)(q, keys, values, ranges)
 
