@@ -59,11 +59,26 @@ def attend(
 
     span = keys.shape[2]
     block = min(BLOCK, span)
-    heads = _heads_of_a_step(groups, block * size * keys.dtype.itemsize)
 
     # The first and the last block that a request's rows see; scalars, because they decide what is fetched.
     first = jnp.zeros_like(lengths) if lowest is None else jnp.maximum(jnp.min(lowest, axis=1), 0) // block
     count = jnp.maximum(-(-lengths // block) - first, 0)
+
+    arrays = q, keys, values, own_keys, own_values
+    out = _call((first, count, lengths), arrays, lowest, within, block, scale, interpret)
+    return out.reshape(requests, groups, shared, width, size).transpose(0, 3, 1, 2, 4)
+
+
+def _call(
+    scalars: tuple[Array, Array, Array], arrays: tuple[Array, ...], lowest: Array | None, within: Array | None,
+    block: int, scale: float, interpret: bool,
+) -> Array:  # fmt: skip
+    """The kernel on rows [R, G, M, H], bounds [R, M] and masks [1 or R, M, J]; a step of the grid is a block of `block`
+    positions, for as many kv heads as `STEP_BYTES` allows."""
+    q, keys, _, own_keys, _ = arrays
+    requests, groups, rows, size = q.shape
+    span = keys.shape[2]
+    heads = _heads_of_a_step(groups, block * size * keys.dtype.itemsize)
 
     def cached(r: Array, h: Array, j: Array, first: Any, count: Any, lengths: Any) -> tuple[Any, ...]:
         # A step without a block of its own names the one before it again, which is not fetched twice.
@@ -75,7 +90,7 @@ def attend(
     by_row = pl.BlockSpec((1, heads, rows, size), of_request)
     by_block = pl.BlockSpec((1, heads, block, size), cached)
     own = pl.BlockSpec((1, heads, own_keys.shape[2], size), of_request)
-    operands, specs = [q, keys, values, own_keys, own_values], [by_row, by_block, by_block, own, own]
+    operands, specs = list(arrays), [by_row, by_block, by_block, own, own]
 
     if lowest is not None:
         operands.append(lowest[..., None])
@@ -87,12 +102,12 @@ def attend(
 
     column = pltpu.VMEM((heads, rows, 1), jnp.float32)
     flags = {"bounded": lowest is not None, "masked": within is not None, "ragged": bool(span % block)}
-    out = pl.pallas_call(
+    return pl.pallas_call(
         partial(_kernel, scale=scale, **flags),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             # No step is made for blocks that no request has.
-            grid=(requests, groups // heads, jnp.maximum(jnp.max(count), 1)),
+            grid=(requests, groups // heads, jnp.maximum(jnp.max(scalars[1]), 1)),
             in_specs=specs,
             out_specs=by_row,
             scratch_shapes=[column, column, pltpu.VMEM((heads, rows, size), jnp.float32)],
@@ -101,8 +116,7 @@ def attend(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         interpret=interpret,
         name="held_attention",
-    )(first, count, lengths, *operands)
-    return out.reshape(requests, groups, shared, width, size).transpose(0, 3, 1, 2, 4)
+    )(*scalars, *operands)
 
 
 def _heads_of_a_step(groups: int, bytes_of_one: int) -> int:
