@@ -25,7 +25,7 @@ from dspark_jax.planning.compiled import compiled
 from dspark_jax.planning.decoding import PlanOptions
 from dspark_jax.programs import EMBEDDED
 from dspark_jax.report import table
-from dspark_jax.serving.api.service import MOST_POSITIONS
+from dspark_jax.serving.api.service import longest_of
 from dspark_jax.serving.sampling import Mode
 from dspark_jax.serving.settings import EngineConfig
 
@@ -108,7 +108,7 @@ def programs_of(settings: CompileSettings) -> EnginePrograms:
         target=settings.target, drafter=settings.drafter, dtype=dtype,  # type: ignore[arg-type]
         mesh=settings.mesh, topology=settings.topology,
     )  # fmt: skip
-    longest = settings.engine.longest or min(described.config.max_positions, MOST_POSITIONS)
+    longest = longest_of(settings.engine, described.config.max_positions)
     return EnginePrograms.of(options, replace(settings.engine, longest=longest), settings.mode, settings.weights)
 
 

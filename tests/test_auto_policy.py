@@ -1,10 +1,12 @@
 """The policy that an engine chooses for itself, and the line that says why."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jax.numpy as jnp
 import pytest
 
 from dspark_jax.checkpoints.serving_tables import StsTable
@@ -15,7 +17,7 @@ from dspark_jax.readers import read_object, sealed
 from dspark_jax.scheduling.costs import CostTable, ScheduleTables
 from dspark_jax.scheduling.policies import Causal, Fixed, LookAhead
 from dspark_jax.serving import assembly
-from dspark_jax.serving.acceptance import Accepted, load_or_ask
+from dspark_jax.serving.acceptance import Accepted, load_or_ask, measure_acceptance, questions_for
 from dspark_jax.serving.assembly import make_loop
 from dspark_jax.serving.crowd import PATIENCE, Crowd
 from dspark_jax.serving.engine import Engine
@@ -209,6 +211,23 @@ def test_a_pair_is_asked_once(tmp_path: Path) -> None:
     assert again.accepted == (1, 0, 0, 0), "read, not measured"
     path.write_text("{torn")
     assert load_or_ask(target, drafter, loop, params, config, sampling, tmp_path) == found
+
+
+def test_a_pair_in_pages_is_asked_as_one_by_slot() -> None:
+    """Its figures serve both: two questions at a time find pages here, and four find slots."""
+    target, drafter = tiny_pair()
+    costs = CostTable.of((4, 20), [[1.0, 9.0]] * 2, 5.0, (6.0, 40.0), plain=1.0, dispatch=0.0, alone=1.0)
+    forced = ScheduleTables.of(costs, (1.0,) * 4)._replace(forced=jnp.asarray(True))
+    params, found = LoopParams(target.params, drafter.params, forced), []
+    for config in (EngineConfig(4, 60, buckets=(4, 20)), EngineConfig(4, 60, buckets=(4, 20), cache_pages=17, page=8)):
+        loop = make_loop(target, drafter, config, LookAhead())
+        jobs = questions_for(target, loop, config, SamplingParams(24))[:4]
+        found.append(measure_acceptance(loop, params, jobs, config, budget=1e6))
+    assert found[0] == found[1] and found[0].accepted[0] > 0
+
+    few = replace(config, cache_pages=2)
+    loop = make_loop(target, drafter, few, LookAhead())
+    assert all(job.longest <= 16 for job in questions_for(target, loop, few, SamplingParams(24)))
 
 
 def test_bad_engine_settings_are_refused() -> None:

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from dspark_jax.errors import UserError
 from dspark_jax.scheduling.costs import CostTable, ScheduleTables
 from dspark_jax.scheduling.policies import LookAhead
+from dspark_jax.serving.api.service import longest_of
 from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.memory import PagedMemory, PagePool
 from dspark_jax.serving.metering import Metering
 from dspark_jax.serving.requests import Generation, Request
-from dspark_jax.serving.sampling import SamplingParams
+from dspark_jax.serving.sampling import Mode, SamplingParams
 from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.targets.attention import KeysValues, causal_block, prefix_block_attention, prefix_mask
 from dspark_jax.targets.kv_cache import ByPage, append_rows, empty_cache, insert_rows, take_slots
@@ -224,6 +225,18 @@ def test_a_request_that_can_never_fit_is_refused_and_others_are_not() -> None:
     assert engine.cancel(0) is not None
 
 
+def test_a_server_promises_no_more_positions_than_its_pages_hold() -> None:
+    """Else an answer without a limit, which takes what its prompt leaves, would be refused each time."""
+    config = EngineConfig(4, None, "fixed", cache_pages=4, page=PAGE)
+    longest = longest_of(config, 256)
+    assert longest == 33 and longest_of(replace(config, longest=20), 256) == 20
+    assert longest_of(replace(config, cache_pages=0), 256) == 256 and longest_of(config, 24) == 24
+    engine = Engine(*tiny_pair(), replace(config, longest=longest), SAMPLING)
+    engine.submit(0, Request((1,) * 6, SamplingParams(longest - 6)))
+    with pytest.raises(UserError, match="needs 34 positions"):
+        engine.submit(1, Request((1,) * 6, SamplingParams(longest - 5)))
+
+
 def test_cancelled_requests_give_their_pages_back() -> None:
     engine = paged()
     for index, request in enumerate(requests(0.0)[:4]):
@@ -262,6 +275,16 @@ def test_plain_decoding_and_rounds_that_draft_at_times() -> None:
         found = answers(engine, requests(0.0))
         assert [g.tokens for g in found] == [g.tokens for g in by_slot(0.0)]
         assert engine.memory.preempted > 0
+
+
+@pytest.mark.parametrize("mode", ["coupled", "rejection"])
+def test_trees_in_pages(mode: Mode) -> None:
+    """The rows of the path that was accepted are written, and those of its siblings are not."""
+    sampling = replace(SAMPLING, mode=mode)
+    engine = Engine(*tiny_pair(), replace(KINDS, tree=8), sampling)
+    asked = [replace(r, sampling=replace(r.sampling or sampling, mode=mode)) for r in requests(0.0)]
+    assert [g.tokens for g in answers(engine, asked)] == [g.tokens for g in by_slot(0.0)]
+    assert engine.memory.preempted > 0
 
 
 def test_a_drafter_whose_rows_lag_and_kept_prefixes() -> None:

@@ -38,10 +38,13 @@ from dspark_jax.readers import (
 from dspark_jax.scheduling.costs import Occupancy
 from dspark_jax.serving.chunks import next_chunk, prompt_bucket
 from dspark_jax.serving.jobs import Job, make_job, tokenize_prompt
+from dspark_jax.serving.memory import Memory, memory_of
 from dspark_jax.serving.requests import Request
+from dspark_jax.serving.roster import Entry
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.serving.temperatures import validity
+from dspark_jax.targets.kv_cache import ByPage
 from dspark_jax.targets.target import Target
 
 QUESTIONS = (
@@ -78,10 +81,14 @@ class Accepted:
 
 
 def questions_for(target: Target, loop: DecodeLoop, config: EngineConfig, sampling: SamplingParams) -> list[Job]:
-    """The questions as jobs that fit a slot of `loop` and one chunk of a prompt; random ids without a tokenizer."""
+    """The questions as jobs that fit a slot of `loop`, all of its pages, and one chunk of a prompt; random ids without
+    a tokenizer."""
     rng = np.random.default_rng(0)
-    # Half of a slot for the question, half for the answer, each within the target's context.
-    room = min(loop.size - loop.width, target.config.max_positions) // 2
+    positions = loop.size - loop.width
+    if isinstance(loop.layout, ByPage):
+        positions = min(positions, loop.layout.count * loop.layout.page)
+    # Half of them for the question, half for the answer, each within the target's context.
+    room = min(positions, target.config.max_positions) // 2
     settings = replace(
         sampling,
         max_new_tokens=max(1, min(NEW_TOKENS, room - 1)),
@@ -119,32 +126,48 @@ def measure_acceptance(
     Args:
         loop: with a drafter and a load-adaptive policy.
         params: with tables whose `forced` is set.
-        jobs: answered as many at a time as there are slots.
+        jobs: answered as many at a time as there are slots, and memory for.
         config: widths of prompts.
         budget: seconds after which no further ones are begun.
     """
     state, occupancy = init_state(loop, params), Occupancy.of()
     limits = jax.device_put((np.int32(loop.size), np.bool_(False)))
     counted = np.zeros((2, loop.block), int)
-    groups = [jobs[at : at + loop.requests] for at in range(0, len(jobs), loop.requests)]
-    started = time.perf_counter()
+    memory, waiting = memory_of(loop, loop.size), [Entry(job, 0.0) for job in jobs]
+    started, begun = time.perf_counter(), False
 
-    for number, group in enumerate(tqdm(groups, desc="asking the pair, once", leave=False, disable=None)):
-        for slot, job in enumerate(group):
-            width = prompt_bucket(config, loop.size, 0, len(job.prompt))
-            state = admit(loop, params, state, jax.device_put(next_chunk(loop, width, [(slot, job, 0)])), True)
+    with tqdm(total=len(jobs), desc="asking the pair, once", leave=False, disable=None) as bar:
+        # The first group compiles the programs, which is no measure of the next ones' time.
+        while waiting and (not begun or time.perf_counter() - started <= budget):
+            group = _seated(memory, waiting, loop.requests)
+            # Without pages what a request writes is dropped, and what it reads is another's.
+            state = memory.placed(state)
+            for slot, entry in group.items():
+                width = prompt_bucket(config, loop.size, 0, len(entry.job.prompt))
+                chunk = next_chunk(loop, width, [(slot, entry.job, 0)])
+                state = admit(loop, params, state, jax.device_put(chunk), True)
 
-        # Until all of them have ended: `rounds` is more than any can last.
-        state = run_rounds(loop, params, state, occupancy, *limits)
-        seen = jax.device_get((state.counters.judged_at, state.counters.accepted_at))
-        counted += np.stack([part[: len(group)].sum(axis=0) for part in seen])
+            # Until all of them have ended: `rounds` is more than any can last.
+            state = run_rounds(loop, params, state, occupancy, *limits)
+            seen = jax.device_get((state.counters.judged_at, state.counters.accepted_at))
+            counted += np.stack([part[: len(group)].sum(axis=0) for part in seen])
 
-        # The first group has compiled the programs, which is no measure of the next ones' time.
-        started = time.perf_counter() if number == 0 else started
-        if time.perf_counter() - started > budget:
-            break
+            del waiting[: len(group)]
+            bar.update(len(group))
+            started, begun = started if begun else time.perf_counter(), True
 
     return Accepted(*(tuple(map(int, row)) for row in counted))
+
+
+def _seated(memory: Memory, waiting: Sequence[Entry], slots: int) -> dict[int, Entry]:
+    """The first of those that wait, by slot: as many as memory holds to their ends, nothing else being held."""
+    memory.clear()
+    group: dict[int, Entry] = {}
+    for slot, entry in zip(range(slots), waiting, strict=False):
+        if not memory.admit(slot, entry, group):
+            break
+        group[slot] = entry
+    return group
 
 
 def load_or_ask(

@@ -29,13 +29,21 @@ MOST_POSITIONS = 4096
 """Positions of a slot where `longest` is not given and the context is longer: caches are allocated for all of them."""
 
 
+def longest_of(engine: EngineConfig, context: int) -> int:
+    """Positions that a server's request may take: `longest`, else the target's context up to `MOST_POSITIONS`, and no
+    more than all pages hold, since an answer without a limit takes what the prompt leaves."""
+    longest = engine.longest or min(context, MOST_POSITIONS)
+    # The last token is never run, so that no page holds it.
+    return min(longest, engine.cache_pages * engine.page + 1) if engine.cache_pages else longest
+
+
 class Service:
     """A target and an engine that answers requests.
 
     Args:
         target: the model that decides; it needs tokenizer files.
         drafter: proposes; None: plain decoding.
-        engine: `longest` None: the target's context, at most `MOST_POSITIONS`; `queue` None: four times the slots.
+        engine: `longest` is as `longest_of` says; `queue` None: four times the slots.
         config: of the server.
         warm_up: the programs that are compiled before the first request.
         make: builds an engine of these settings; other than `Engine` in tests of failures.
@@ -56,7 +64,7 @@ class Service:
             raise UserError(f"{target.name} has no tokenizer files, so it can't answer texts; add tokenizer.json.")
         self.target, self.config = target, config.checked()
         # Kept here: prompts are checked against it even while a failed engine is replaced.
-        self.longest = engine.longest or min(target.config.max_positions, MOST_POSITIONS)
+        self.longest = longest_of(engine, target.config.max_positions)
         self.queue = 4 * engine.slots if engine.queue is None else engine.queue
         # More could never be queued together.
         capacity = engine.slots + self.queue
