@@ -164,7 +164,7 @@ class Engine:
 
     @property
     def positions(self) -> int:
-        """Positions that the requests in slots hold, of `slots` times `loop.size`."""
+        """Positions that the requests in slots hold."""
         seated = [entry for entry in self._roster.entries() if entry.slot is not None]
         return sum(len(entry.job.prompt) + len(entry.seen.tokens) for entry in seated)
 

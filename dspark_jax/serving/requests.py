@@ -44,7 +44,7 @@ class Request:
         deadline: seconds from `submit` on, after which the request is cut with finish_reason "deadline", whether it
             waits or decodes. Looked at between dispatches. None: no limit.
         priority: 0, or 1 for work in the background, which gets a slot only while no request of priority 0 waits. A
-            request in a slot keeps it.
+            request in a slot keeps it, unless the engine's pages run short.
     """
 
     prompt: Prompt
