@@ -21,6 +21,7 @@ from dspark_jax.roofline.hardware import known_device
 from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.settings import EngineConfig, policy_named
 from infer import plan as program
+from infer.studies.compiled import merged
 from tests.tiny import write_tiny_target
 
 
@@ -244,3 +245,14 @@ def test_a_gpu_that_is_not_here(kind: str, folders: tuple[str, str], capsys: pyt
     rows = dict(line.split("  ", 1) for line in printed.splitlines() if "  " in line)
     assert rows["devices"].strip() == f"1 x NVIDIA {kind}" and int(rows["fused: kernels a greedy round"]) > 20
     assert rows["library: whole-cache copies"].strip() == "0"
+
+
+def test_a_row_of_compiled_figures_has_the_command_of_its_reading() -> None:
+    """Another depth compiled later leaves the deepest reading with the command that made it."""
+    whole = merged({}, {"after": {"layers": 36, "kernels": 857, "command": "--layers 0"}})
+    again = merged(whole, {"after": {"layers": 1, "kernels": 53, "command": "--layers 1"}})
+    assert (again["command"], again["kernels"]) == ("--layers 0", 857) and set(again["depths"]) == {"1", "36"}
+
+    # As rows were written before readings held their own.
+    old = {"layers": 36, "command": "--layers 0", "depths": {"36": {"after": {"layers": 36}}}}
+    assert merged(old, {"after": {"layers": 1, "command": "--layers 1"}})["command"] == "--layers 0"

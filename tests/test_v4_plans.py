@@ -86,6 +86,9 @@ def test_the_study_goes_on_where_it_ended(
     assert "8 x H200, R = 8: No compiler." in printed and "all-reduce 88 (15 MiB)" in printed
     assert "of 141" in printed
 
+    v4_plans.main([*words[:4], "--machines", "v5p:2x2x1", "--slots", "8", "--parts", "loop", "--longest", "2048"])
+    assert asked[2:] == [("v5p:2x2x1", 8, 4), ("v5p:2x2x1", 8, 6)], "programs of another length"
+
 
 def test_a_layer_of_widened_experts() -> None:
     assert widened_experts("Flash-DSpark", ONE) == 256 * 3 * 4096 * 2048 * 2 / 2**30

@@ -62,7 +62,8 @@ def main(argv: list[str]) -> None:
     settings = parse(CompiledSettings, argv, description=__doc__)
     make_output(settings.result.parent)
 
-    found = {"after": reading(settings, Path.cwd())}
+    # With the reading: another depth of the row may come from another command.
+    found = {"after": reading(settings, Path.cwd()) | {"command": " ".join(["infer.studies.compiled", *argv])}}
     if settings.before:
         if not (Path(settings.before) / "dspark_jax").is_dir():
             raise UserError(f"--before is {settings.before}; a checkout of this repository was expected.")
@@ -70,8 +71,8 @@ def main(argv: list[str]) -> None:
 
     # One file for all programs, devices and depths: what others have measured stays.
     old = read_results(settings.result).get("decode", {}).get(settings.name, {})
-    row = merged(old, found) | {"command": " ".join(["infer.studies.compiled", *argv])}
-    add_results(settings.result, {"decode": {settings.name: row}, "machine": machine()}, levels=2)
+    row = {settings.name: merged(old, found)}
+    add_results(settings.result, {"decode": row, "machine": machine()}, levels=2)
 
     names = [name for name, value in found["after"].items() if isinstance(value, int | float)]
     body = [[name, *(f"{found[when][name]:,.2f}" for when in found)] for name in names]
@@ -85,7 +86,8 @@ def merged(old: dict[str, Any], found: dict[str, dict[str, Any]]) -> dict[str, A
     depths[depth] = depths.get(depth, {}) | found
 
     deepest = depths[max(depths, key=int)]["after"]
-    return deepest | {"depths": depths}
+    # A reading that was kept without its command has the row's.
+    return {name: old[name] for name in ("command",) if name in old} | deepest | {"depths": depths}
 
 
 def reading(settings: CompiledSettings, checkout: Path) -> dict[str, Any]:

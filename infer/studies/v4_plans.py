@@ -66,7 +66,10 @@ def main(argv: list[str]) -> None:
 
     for repository, machine, part in wanted(settings):
         key = f"{repository} on {machine.name}, {part}"
-        plan: dict[str, Any] = {"made": {}} | plans.get(key, {}) | {"memory_gib": machine.memory_gib}
+        stored = plans.get(key, {})
+        # The file may have the loop for requests of another length.
+        stored = stored if stored.get("longest", settings.longest) == settings.longest else {}
+        plan: dict[str, Any] = {"made": {}} | stored | {"memory_gib": machine.memory_gib}
         figures: Callable[[int], dict[str, Any]]
         depths: tuple[int, ...]
 
@@ -78,7 +81,7 @@ def main(argv: list[str]) -> None:
             figures, depths, whole = partial(expert_figures, repository, machine), (ROWS,), 0
         else:
             sizes = repository, machine, int(part.removeprefix("R = ")), settings.longest
-            plan |= {"mesh": machine.mesh, "counted_gib": counted(*sizes)}
+            plan |= {"mesh": machine.mesh, "longest": settings.longest, "counted_gib": counted(*sizes)}
             figures, depths = partial(compiled_figures, *sizes), DEPTHS[repository]
             whole = published(repository)["num_hidden_layers"]
 
