@@ -194,15 +194,13 @@ class Checkpoints:
             )
 
     def _restore(self, step: int, like: State) -> tuple[State, Any]:
-        try:
-            state = self._orbax.load(step, like)
+        with _readable():
             notes = self._orbax.metadata(step).custom_metadata
-        except Exception as error:  # a damaged file can raise anything in its reader
-            if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
-                raise  # not the files: another process is gone
-            raise Damaged(" ".join(str(error).split())[:200]) from error
-
         content = opened(notes)
+        require_same_arrays(content, like, f"step {step} in {self.folder}")
+
+        with _readable():
+            state = self._orbax.load(step, like)
         # The files' hashes cannot show that a file was decoded into the right array; the checksums can.
         if checksums(state) != content["checksums"]:
             raise Damaged("its arrays are not those that were saved")
@@ -253,6 +251,17 @@ class Checkpoints:
             ) from error
 
 
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Turns whatever a reader raises on a damaged file into `Damaged`."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+            raise  # not the files: another process is gone
+        raise Damaged(" ".join(str(error).split())[:200]) from error
+
+
 @functools.cache
 def _quiet_failed_writes() -> None:
     """Suppresses the tracebacks that threads of the storage libraries print when a write fails; `_reported` turns the
@@ -294,6 +303,18 @@ def opened(notes: Any) -> dict[str, Any]:
         raise Damaged("its notes are not those that were saved")
 
     return plain
+
+
+def require_same_arrays(content: dict[str, Any], like: Any, where: str) -> None:
+    """UserError unless a checkpoint, whose opened notes are `content`, holds as many arrays as the state `like`."""
+    # The notes are sealed, so no damage makes the difference: an earlier version kept its parameters otherwise.
+    found, expected = len(content["checksums"]), len(jax.tree.leaves(like))
+    if found != expected:
+        raise UserError(
+            f"The checkpoint of {where} holds {found} arrays, the state of this run {expected}: the run was begun with "
+            "another version of dspark_jax. Continue it with that version, or begin anew in another folder with "
+            "--run-dir."
+        )
 
 
 def steps_in(folder: Path) -> list[int]:

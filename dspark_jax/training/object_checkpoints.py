@@ -30,7 +30,7 @@ from dspark_jax.storage import objects
 from dspark_jax.storage.objects import Missing
 from dspark_jax.storage.places import Place
 from dspark_jax.training.array_blocks import Damaged, Held, Part, held_later, placed, read_blocks
-from dspark_jax.training.checkpoint import Checkpoints, State, opened, sealed
+from dspark_jax.training.checkpoint import Checkpoints, State, opened, require_same_arrays, sealed
 from dspark_jax.training.checksum import begin_checksums, checksums, fetch_checksums
 
 MARKER, ASIDE = "checkpoint.json", "checkpoint.damaged.json"
@@ -261,6 +261,7 @@ class ObjectCheckpoints:
 
     def _restore(self, step: int, like: State) -> tuple[State, Any]:
         notes = self._marker(step)
+        require_same_arrays(notes, like, f"step {step} in {self.place}")
         folder, attempt = self.place / str(step), notes["attempt"]
         parts: dict[str, list[Part]] = {}
         try:
