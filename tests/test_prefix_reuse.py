@@ -17,8 +17,10 @@ from dspark_jax.serving import engine as engine_module
 from dspark_jax.serving import prefixes as prefixes_module
 from dspark_jax.serving.chunks import plan_chunks, prompt_bucket
 from dspark_jax.serving.engine import Engine
+from dspark_jax.serving.jobs import Job
 from dspark_jax.serving.prefixes import PrefixCache
-from dspark_jax.serving.requests import Generation, Request
+from dspark_jax.serving.requests import Counts, Generation, Request
+from dspark_jax.serving.roster import Entry
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.targets.attention import KeysValues
@@ -233,6 +235,24 @@ def test_chunks_are_found_by_all_the_tokens_before_them() -> None:
     assert not kept.match((3, 4, 5)) and len(kept.match((9, 9, 3, 4, 5))) == 1 and not kept.match((9, 9))
     kept.clear()
     assert kept.used == 0 and not kept.match((1, 2, 3))
+
+
+def test_what_a_request_prefilled_itself_is_not_spared_when_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, held = PrefixCache(1, 4), [0]
+    monkeypatch.setattr(kept, "restore", lambda loop, state, slot, prompt: (state, held[0]))
+    entry = Entry(Job(0, (1,) * 12, SAMPLING, (0, 0), longest=20, given=12), 0.0)
+
+    def begin(chunk: int) -> int:
+        held[0] = chunk
+        kept.begin(None, None, {0: entry})  # type: ignore[arg-type]
+        return entry.cached
+
+    # It waits for its first chunk, of which another prompt has kept four tokens meanwhile; then it loses the slot.
+    assert [begin(0), begin(4)] == [0, 4]
+    entry.prefilled = 12
+    entry.see(None, [1, 2], Counts(), False, 0.0)
+    entry.unseat()
+    assert begin(12) == 4 and entry.prefilled == 12
 
 
 def test_a_mesh_is_refused() -> None:

@@ -86,8 +86,9 @@ class PrefixCache:
         for slot, entry in seats.items():
             if not entry.prefilled:
                 state, entry.prefilled = self.restore(loop, state, slot, entry.running.prompt)
-                # Of a request that goes on, tokens of its answer may be among them.
-                entry.cached = min(entry.prefilled, len(entry.job.prompt))
+                # Of a request that goes on, tokens of its answer may be among them, and what it prefilled itself.
+                spared = min(entry.prefilled, len(entry.job.prompt))
+                entry.cached = min(spared, entry.cached) if entry.begun else spared
         return state
 
     def keep(self, loop: DecodeLoop, state: DecodeState, slot: int, start: int, tokens: Sequence[int]) -> None:

@@ -42,7 +42,8 @@ class Entry:
     admitted: float | None = None
     slot: int | None = None  # None: waiting
     prefilled: int = 0  # tokens of `running`'s prompt that the slot holds
-    cached: int = 0  # of them, those that a kept prefix held
+    cached: int = 0  # prompt tokens that were never prefilled, since a kept prefix held them
+    begun: bool = False  # whether an earlier slot held some of the prompt
     undrafted: bool = False  # its drafter's context lacks tokens: nothing is drafted for it in this slot any more
     running: Job = field(init=False)  # what the slot decodes: the job, going on behind the tokens of `before`
     before: Seen = Seen()  # what had been seen when it entered the slot: nothing, unless it had to leave an earlier one
@@ -82,6 +83,7 @@ class Entry:
     def unseat(self) -> None:
         """Return the request to the queue, to be continued after the tokens that have been seen."""
         # Tokens that were reported are prefilled again, not decoded again; the last of them is the next round's anchor.
+        self.begun |= self.prefilled > 0
         self.slot, self.prefilled, self.undrafted = None, 0, False
         self.before, self.running = self.seen, self.job.after(self.seen.tokens)
 
