@@ -307,6 +307,13 @@ def test_drawn_rollouts_stand_for_all_positions() -> None:
         np.testing.assert_array_equal(every.valid[row][at], some.valid[row])
 
 
+def test_a_single_drawn_position_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has one query, as drafting has, whose kernels have no derivative."""
+    monkeypatch.setenv("DSPARK_ATTENTION", "kernel")
+    (loss, _), gradient = value_and_gradient("eagle3", objective_of("eagle3", rollout_positions=1), batch_of("eagle3"))
+    assert np.isfinite(loss) and all(np.any(x) for x in jax.tree.leaves(gradient))
+
+
 def test_padding_and_neighbours_do_not_reach_a_rows_loss() -> None:
     """Junk behind a row's end leaves its metrics; only the divisor counts the padding."""
     batch = batch_of("eagle3")

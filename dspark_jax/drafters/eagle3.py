@@ -174,7 +174,7 @@ class Eagle3(PairedRows):
     ) -> tuple[Array, KeysValues]:  # fmt: skip
         # Step s at t has RoPE position t + s, although it attends within row t's limits (rules 52 and 53).
         positions = limits + s if starts is None else limits + s - starts
-        attend = OwnRows(context, limits, rows, starts)
+        attend = OwnRows(context, limits, rows, starts, trained=True)
         return self.step(shared, hidden, tokens, positions, attend)
 
     def _joined(self, shared: SharedTables, hidden: Array, tokens: Array) -> Array:

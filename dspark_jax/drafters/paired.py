@@ -38,7 +38,7 @@ class OwnRows:
     in packed rows, none before starts[n].
 
     `earlier` are rows [B, N, G, H] of the same query's earlier steps. `query_chunk` bounds the float32 scores to
-    [B, Q, query_chunk, T].
+    [B, Q, query_chunk, T]. `trained`: the result is differentiated, which kernels for decoding have no rule for.
     """
 
     prefix: Prefix
@@ -46,6 +46,7 @@ class OwnRows:
     earlier: Sequence[KeysValues] = ()
     starts: Int[Array, "b n"] | None = None
     query_chunk: int = 512
+    trained: bool = False
 
     def __call__(self, layer: int, q: Array, k: Array, v: Array, *, scale: float, window: int | None) -> Array:
         # Each query is a block of one row [B, N, 1, Q, H] whose own keys are its steps: [B, N, steps, G, H].
@@ -59,14 +60,13 @@ class OwnRows:
             return prefix_block_attention(queries[:, :, None], own, self.prefix, allowed, None, scale=scale)[:, :, 0]
 
         count, chunk = q.shape[1], self.query_chunk
-        if count == 1 and self.starts is None:
-            # Decoding has one query; training, which is differentiated, has as many as the prefix has rows.
+        if not self.trained and count == 1 and self.starts is None:
             steps = KeysValues(*(x[:, 0] for x in block))
             return block_attention(q, steps, self.prefix, self.limits[:, 0], None, None, scale=scale)
 
         operands = (q, block, self.limits, self.starts)
 
-        # The training pass has a query for each position of the row; decoding has one in all.
+        # The training pass has a query for each position that is rolled out; decoding has one in all.
         if count <= chunk or count % chunk:
             return attend(operands)
 
