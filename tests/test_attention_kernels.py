@@ -158,6 +158,21 @@ def test_the_form_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
         text("cpu")
 
 
+@pytest.mark.parametrize(("width", "shared", "dtype", "taken"), [
+    (32, 8, jnp.bfloat16, True),
+    (64, 8, jnp.bfloat16, False),  # of the compiler: 262,144 bytes of shared memory requested, 232,448 available
+    (16, 8, jnp.float32, True),
+    (32, 8, jnp.float32, False),
+])  # fmt: skip
+def test_a_gpu_takes_rows_that_fit_beside_the_blocks_on_their_way(
+    width: int, shared: int, dtype: Any, taken: bool
+) -> None:
+    q, block, cache, lengths = operands(width, shared, 1, 128, [3, 64], 64, dtype)
+    attend = jax.jit(partial(block_attention, lowest=None, within=None, scale=0.2))
+    text = attend.trace(q, block, cache, lengths).lower(lowering_platforms=("cuda",)).as_text()
+    assert ("triton" in text) is taken
+
+
 def test_a_mesh_splits_requests_and_kv_heads() -> None:
     q, block, cache, lengths = operands(2, 2, 4, 64, [3, 64], 64)
     mesh = abstract_mesh(4, data=2, tensor=2)

@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
+from dspark_jax.checkpoints.drafters import shared_tables
 from dspark_jax.checkpoints.serving_tables import StsTable
 from dspark_jax.decoding.dispatch import run_rounds
 from dspark_jax.decoding.round import LoopParams
@@ -22,6 +23,7 @@ from dspark_jax.serving.assembly import make_loop
 from dspark_jax.serving.crowd import PATIENCE, Crowd
 from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.generate import drain, engine_for, generate
+from dspark_jax.serving.profiling import profile_key
 from dspark_jax.serving.requests import Request
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
@@ -110,6 +112,15 @@ def test_the_others_are_taken_as_asked() -> None:
         engine = Engine(target, drafter, config, strategy=strategy, tables=tables)
         assert engine.why == why and isinstance(engine.loop.policy, kind)
     assert Engine(target, None, EngineConfig(2, 40)).why == "plain decoding: there is no drafter"
+
+
+def test_a_forced_form_of_attention_has_a_profile_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, drafter = tiny_pair()
+    loop = make_loop(target, drafter, EngineConfig(4, 40))
+    params = LoopParams(target.params, drafter.params, shared_tables(target))
+    own = profile_key(loop, params, 0.0)
+    monkeypatch.setenv("DSPARK_ATTENTION", "einsum")
+    assert profile_key(loop, params, 0.0) == own | {"attention": "einsum"} != own
 
 
 def test_what_drafting_is_worth() -> None:

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dspark_jax.errors import UserError
 from dspark_jax.targets.attention import KeysValues, lowest_seen, prefix_mask
 from dspark_jax.targets.blocks_attention import blocks_attention
 from dspark_jax.targets.context_attention import context_attention
-from dspark_jax.targets.kernels import ranges
+from dspark_jax.targets.kernels import held, ranges, ranges_gpu
 from dspark_jax.targets.kernels.ranges import Ranges, Spans, ranged_attention
 
 SCALE = 0.3
@@ -87,6 +88,22 @@ def test_blocks_without_a_visible_key_are_left_out() -> None:
     np.testing.assert_array_equal(spans.key_count, [[1, 3]])
     np.testing.assert_array_equal(spans.row_first, [[0, 1, 1, 0]])
     np.testing.assert_array_equal(spans.row_count, [[2, 1, 1, 0]])
+
+
+def test_training_refuses_an_unknown_form_as_decoding_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(held.FORM, "flash")
+    with pytest.raises(UserError, match="DSPARK_ATTENTION is 'flash'"):
+        ranges.platform_with_kernels(jnp.zeros((1, 1, 128, 64)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("size", ranges_gpu.HEAD_SIZES)
+def test_a_gpus_blocks_fit_its_shared_memory(size: int, dtype: Any) -> None:
+    """Rows and their cotangents, and two blocks of keys and of values; an H100 has 227 KiB."""
+    keys = jax.ShapeDtypeStruct((1, 1, 64, size), dtype)
+    rows, columns = ranges_gpu.blocks(keys)
+    assert ranges_gpu.LEAST_KEYS % columns == 0
+    assert 2 * (rows + 2 * columns) * size * keys.dtype.itemsize <= 225 * 2**10
 
 
 @pytest.mark.parametrize("platform", list(ranges.KERNELS))

@@ -33,6 +33,7 @@ from dspark_jax.scheduling.costs import CostTable, Occupancy, ScheduleTables
 from dspark_jax.serving.memory import to_device
 from dspark_jax.serving.profile import Profile
 from dspark_jax.sharding import traced_over
+from dspark_jax.targets.kernels.held import chosen_form
 
 
 def profile_key(loop: DecodeLoop, params: LoopParams, temperature: float) -> dict[str, Any]:
@@ -60,6 +61,8 @@ def profile_key(loop: DecodeLoop, params: LoopParams, temperature: float) -> dic
         "sampled": temperature > 0,
         "verifier": repr(loop.verifier),
         "native": native.ready(),
+        # A forced form of attention is timed as such, and not taken for the device's own.
+        **({} if chosen_form() == "auto" else {"attention": chosen_form()}),
         # Without pages nothing is added, so that what was measured before there were any stays valid.
         **loop.layout.facts,
     }

@@ -29,6 +29,14 @@ MOST_ROWS = 512
 """Rows that share a kv head from which scores no longer fit beside the keys: those of prompts."""
 
 
+def chosen_form() -> str:
+    """The form that DSPARK_ATTENTION names, one of `FORMS`; UserError for another value."""
+    form = os.environ.get(FORM) or FORMS[0]
+    if form not in FORMS:
+        raise UserError(f"{FORM} is {form!r}; expected one of {', '.join(FORMS)}.")
+    return form
+
+
 def held_attention(
     q: Float[Array, "r w q h"],
     own_keys: Float[Array, "r j g h"],
@@ -53,10 +61,7 @@ def held_attention(
     Raises:
         UserError: DSPARK_ATTENTION has an unknown value.
     """
-    form = os.environ.get(FORM) or FORMS[0]
-    if form not in FORMS:
-        raise UserError(f"{FORM} is {form!r}; expected one of {', '.join(FORMS)}.")
-
+    form = chosen_form()
     keys, values, *tables = cached
     pages = tables[0] if tables else None
     rows = q.shape[1] * q.shape[2] // own_keys.shape[2]
@@ -68,8 +73,7 @@ def held_attention(
     forms: dict[str, Callable[[], Array]] = {}
     if pages is None and q.shape[-1] in held_tpu.HEAD_SIZES:
         forms["tpu"] = partial(kernel, held_tpu.attend)
-    # The GPU's kernel reads blocks of positions whole.
-    if pages is None and q.shape[-1] in held_gpu.HEAD_SIZES and keys.shape[2] % held_gpu.BLOCK == 0:
+    if pages is None and held_gpu.takes(q, keys):
         forms["cuda"] = partial(kernel, held_gpu.attend)
     if form == "kernel" and pages is None:
         forms["cpu"] = partial(kernel, held_tpu.attend, interpret=True)

@@ -24,8 +24,17 @@ PROGRAMS = 264
 """Programs at work together, two for each multiprocessor of an H100: fewer requests have their positions split."""
 STAGE_BYTES = 192 * 2**10
 """Of a multiprocessor's shared memory, for the blocks that are on their way."""
+TILE_BYTES = 2**16
+"""Of the rows that share a kv head, at most: larger tiles do not fit beside the blocks on their way."""
 LEAST = 16
 """Rows and columns of a tensor core's smallest product."""
+
+
+def takes(q: Float[Array, "r w q h"], keys: Float[Array, "r g s h"]) -> bool:
+    """Whether the kernel can be compiled for rows over such a cache, which it reads in whole blocks."""
+    tile = Tile.of(q.shape[1], q.shape[2] // keys.shape[1], 1)
+    fits = tile.rows * tile.heads * q.shape[3] * keys.dtype.itemsize <= TILE_BYTES
+    return fits and q.shape[3] in HEAD_SIZES and keys.shape[2] % BLOCK == 0
 
 
 def attend(
@@ -43,9 +52,7 @@ def attend(
 ) -> Float[Array, "r w g n h"]:
     """As the TPU's: attention over positions `lowest`..`lengths` - 1 and the own block; no other position is read."""
     requests, width, groups, shared, size = q.shape
-    own, span = own_keys.shape[1], keys.shape[2]
-    rows = _power(width)
-    tile = Tile(width, rows, shared, _power(max(shared, LEAST // rows)), own, _power(max(own, LEAST)))
+    tile, span = Tile.of(width, shared, own_keys.shape[1]), keys.shape[2]
     parts = max(1, min(PROGRAMS // (requests * groups), span // (2 * BLOCK)))
 
     one = pl.BlockSpec((None,), lambda r, g, p: (r,))
@@ -91,6 +98,12 @@ class Tile(NamedTuple):
     heads: int
     own: int
     columns: int
+
+    @classmethod
+    def of(cls, width: int, shared: int, own: int) -> "Tile":
+        """The smallest tile for W rows of N heads each and J own keys."""
+        rows = _power(width)
+        return cls(width, rows, shared, _power(max(shared, LEAST // rows)), own, _power(max(own, LEAST)))
 
     def taken(self) -> Array:
         """[rows, heads, 1]: the places that hold a row."""

@@ -7,7 +7,6 @@ result, so that keys of a row's own block are joined to it outside.
 Axes: B batch, G kv heads, M rows that share a kv head, T keys, H head dim, I blocks of rows, J blocks of keys.
 """
 
-import os
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -17,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from dspark_jax.sharding import ShardingRules, traced_mesh, traced_platform
 from dspark_jax.targets.kernels import ranges_gpu, ranges_tpu
-from dspark_jax.targets.kernels.held import FORM
+from dspark_jax.targets.kernels.held import chosen_form
 
 KERNELS = {"tpu": ranges_tpu, "gpu": ranges_gpu}
 """The modules with the kernels of a platform."""
@@ -61,9 +60,10 @@ class Spans(NamedTuple):
 
 
 def platform_with_kernels(keys: Float[Array, "b g t h"]) -> str | None:
-    """The platform that is traced for, if it has kernels for such keys, which its mesh splits evenly."""
-    form, platform, mesh = os.environ.get(FORM), traced_platform(), traced_mesh()
-    if form == "einsum" or platform not in KERNELS or keys.dtype not in (jnp.bfloat16, jnp.float32):
+    """The platform that is traced for, if it has kernels for such keys, which its mesh splits evenly; UserError as
+    `held.chosen_form`."""
+    platform, mesh = traced_platform(), traced_mesh()
+    if chosen_form() == "einsum" or platform not in KERNELS or keys.dtype not in (jnp.bfloat16, jnp.float32):
         return None
     kernels, (batch, groups, count, size) = KERNELS[platform], keys.shape
     if size not in kernels.HEAD_SIZES or count % kernels.LEAST_KEYS:
@@ -125,7 +125,7 @@ def _forward_pass(
 ) -> tuple[Array, Array, Array, Ranges, Spans]:
     """(result, log-sum, q, ranges, spans), rows filled up to whole blocks with rows that see nothing."""
     kernels, count = KERNELS[platform], q.shape[2]
-    rows, columns = kernels.blocks(keys.shape[2], q.shape[3])
+    rows, columns = kernels.blocks(keys)
     more = -count % rows
     q = jnp.pad(q, ((0, 0), (0, 0), (0, more), (0, 0)))
     ranges = Ranges(*(jnp.pad(x, ((0, 0), (0, more))) for x in ranges))

@@ -20,9 +20,10 @@ LEAST_KEYS = 64
 """Keys must be a multiple of it."""
 
 
-def blocks(keys: int, size: int) -> tuple[int, int]:
-    """(rows, keys) of a block: what a multiprocessor's registers and shared memory hold."""
-    return (128, 64) if size <= 128 else (64, 64)
+def blocks(keys: Array) -> tuple[int, int]:
+    """(rows, keys) of a block, for keys [B, G, T, H]: what a multiprocessor's registers and shared memory hold."""
+    wide = keys.shape[3] * keys.dtype.itemsize
+    return (128 if wide <= 256 else 64 if wide <= 512 else 32), (64 if wide <= 512 else 32)
 
 
 def forward(
@@ -31,7 +32,7 @@ def forward(
     """(result [B, G, M, H], log-sum [B, G, M, 1]) of rows with bounds [B, M, 1]."""
     outputs = [jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((*q.shape[:3], 1), jnp.float32)]
     operands = (q, keys, values, low, high)
-    return _call(_forward_kernel, spans[:2], operands, outputs, keys.shape[2], True, scale, interpret)
+    return _call(_forward_kernel, spans[:2], operands, outputs, True, scale, interpret)
 
 
 def backward(
@@ -39,20 +40,20 @@ def backward(
     spans: Any, *, scale: float, interpret: bool,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """Gradients of rows, keys and values."""
-    operands, span = (q, keys, values, cotangent, low, high, delta, log_sum), keys.shape[2]
+    operands = (q, keys, values, cotangent, low, high, delta, log_sum)
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, keys, values)]
-    (of_rows,) = _call(_rows_kernel, spans[:2], operands, shapes[:1], span, True, scale, interpret)
-    of_keys, of_values = _call(_keys_kernel, spans[2:], operands, shapes[1:], span, False, scale, interpret)
+    (of_rows,) = _call(_rows_kernel, spans[:2], operands, shapes[:1], True, scale, interpret)
+    of_keys, of_values = _call(_keys_kernel, spans[2:], operands, shapes[1:], False, scale, interpret)
     return of_rows, of_keys, of_values
 
 
 def _call(
-    kernel: Callable, spans: Sequence[Array], operands: tuple[Array, ...], outputs: list, span: int, over_rows: bool,
+    kernel: Callable, spans: Sequence[Array], operands: tuple[Array, ...], outputs: list, over_rows: bool,
     scale: float, interpret: bool,
 ) -> Any:  # fmt: skip
     """A kernel with a program for each block of rows, or of keys; what it walks over it gets whole."""
     batch, groups, count, size = operands[0].shape
-    rows, columns = blocks(span, size)
+    (rows, columns), span = blocks(operands[1]), operands[1].shape[2]
     outer = count // rows if over_rows else span // columns
 
     def of(x: Any, is_row: bool) -> pl.BlockSpec:

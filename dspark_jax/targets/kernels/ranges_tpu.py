@@ -22,17 +22,17 @@ ROWS = 512
 """Rows of a block."""
 
 
-def blocks(keys: int, size: int) -> tuple[int, int]:
-    """(rows, keys) of a block: scores of a megabyte, which fit on the chip four times over."""
-    most = 512 if size <= 128 else 256
-    return ROWS, next(n for n in (512, 256, 128) if n <= most and keys % n == 0)
+def blocks(keys: Array) -> tuple[int, int]:
+    """(rows, keys) of a block, for keys [B, G, T, H]: scores of a megabyte, which fit on the chip four times over."""
+    most = 512 if keys.shape[3] <= 128 else 256
+    return ROWS, next(n for n in (512, 256, 128) if n <= most and keys.shape[2] % n == 0)
 
 
 def forward(
     q: Array, keys: Array, values: Array, low: Array, high: Array, spans: Any, *, scale: float, interpret: bool
 ) -> tuple[Array, Array]:
     """(result [B, G, M, H], log-sum [B, G, M, 1]) of rows with bounds [B, M, 1]."""
-    rows, columns = blocks(keys.shape[2], q.shape[3])
+    rows, columns = blocks(keys)
     by_row, by_key, bound, one = _specs(rows, columns, q.shape[3], walks_keys=True)
     outputs = [jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((*q.shape[:3], 1), jnp.float32)]
     scratch = [(rows, 1), (rows, 1), (rows, q.shape[3])]
@@ -46,7 +46,7 @@ def backward(
     spans: Any, *, scale: float, interpret: bool,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """Gradients of rows, keys and values."""
-    rows, columns = blocks(keys.shape[2], q.shape[3])
+    rows, columns = blocks(keys)
     size, operands = q.shape[3], (q, keys, values, cotangent, low, high, delta, log_sum)
 
     by_row, by_key, bound, one = _specs(rows, columns, size, walks_keys=True)
