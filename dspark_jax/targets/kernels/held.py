@@ -73,7 +73,7 @@ def held_attention(
     forms: dict[str, Callable[[], Array]] = {}
     if pages is None and q.shape[-1] in held_tpu.HEAD_SIZES:
         forms["tpu"] = partial(kernel, held_tpu.attend)
-    if pages is None and held_gpu.takes(q, keys):
+    if pages is None and held_gpu.takes(q, keys, own_keys.shape[1]):
         forms["cuda"] = partial(kernel, held_gpu.attend)
     if form == "kernel" and pages is None:
         forms["cpu"] = partial(kernel, held_tpu.attend, interpret=True)

@@ -24,16 +24,18 @@ PROGRAMS = 264
 """Programs at work together, two for each multiprocessor of an H100: fewer requests have their positions split."""
 STAGE_BYTES = 192 * 2**10
 """Of a multiprocessor's shared memory, for the blocks that are on their way."""
-TILE_BYTES = 2**16
-"""Of the rows that share a kv head, at most: larger tiles do not fit beside the blocks on their way."""
+TILE_BYTES = 80 * 2**10
+"""Of the rows that share a kv head and of the own block's keys and values, at most: with more of them the blocks on
+their way no longer fit."""
 LEAST = 16
 """Rows and columns of a tensor core's smallest product."""
 
 
-def takes(q: Float[Array, "r w q h"], keys: Float[Array, "r g s h"]) -> bool:
-    """Whether the kernel can be compiled for rows over such a cache, which it reads in whole blocks."""
-    tile = Tile.of(q.shape[1], q.shape[2] // keys.shape[1], 1)
-    fits = tile.rows * tile.heads * q.shape[3] * keys.dtype.itemsize <= TILE_BYTES
+def takes(q: Float[Array, "r w q h"], keys: Float[Array, "r g s h"], own: int) -> bool:
+    """Whether the kernel can be compiled for rows with `own` keys of their block over such a cache, of which it reads
+    whole blocks."""
+    tile = Tile.of(q.shape[1], q.shape[2] // keys.shape[1], own)
+    fits = (tile.rows * tile.heads + 2 * tile.columns) * q.shape[3] * keys.dtype.itemsize <= TILE_BYTES
     return fits and q.shape[3] in HEAD_SIZES and keys.shape[2] % BLOCK == 0
 
 
