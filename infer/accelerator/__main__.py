@@ -143,7 +143,7 @@ def run_apart(report: Report, name: str, settings: AcceleratorSettings) -> None:
             said = done.stderr.strip().splitlines()
             problem = f"The process ended with exit code {done.returncode}: {said[-1][:300] if said else ''}"
             # A part's own faults are in its figures, so that this is the machine's.
-            refused = name == "device" and done.returncode == 2
+            refused = name == "device" and done.returncode == 2 and bool(said)
     except subprocess.TimeoutExpired:
         problem = "The process did not end in time and was stopped."
     # What it has written counts, however it ended.

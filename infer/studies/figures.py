@@ -80,8 +80,10 @@ PAIRS = (
 REAL_STUDY = (
     "--recipe", "smollm2_135m_dspark", "--start", "target", "--layers", "1", "8", "15", "22", "28",
     "--conversations", "assets/smollm2_135m_drafter/conversations.parquet", "--prompts", "200", "--heldout", "10",
-    "--batch", "2", "--anchors", "24", "--rollouts", "24", "--learning-rate", "0.002", "--max-new-tokens", "48",
+    "--batch", "2", "--anchors", "24", "--rollouts", "24", "--learning-rate", "0.002", "--max-length", "256",
+    "--samples", "1", "--max-new-tokens", "48",
 )  # fmt: skip
+REAL_BUDGET = ("--seeds", "1", "--steps", "600")
 THRESHOLDS = ("0.2", "0.4", "0.6", "0.8", "0.9")
 
 
@@ -114,19 +116,13 @@ def steps(settings: FiguresSettings) -> dict[str, list[str]]:
         sets = [str(path) for path in settings.prompts] if real and settings.prompts else [heldout]
         study = ("train.studies.compare", "--target", pair.target, *(REAL_STUDY if real else ()))
 
-        found[pair.compare] = program_command(*study, "--only", "main", "--output", work / Path(pair.compare).stem)
+        found[pair.compare] = program_command(
+            *study, *(REAL_BUDGET if real else ()), "--only", "main", "--output", work / Path(pair.compare).stem,
+        )  # fmt: skip
         found[pair.curves] = program_command(
-            *study,
-            "--only",
-            "depth",
-            "block",
-            "--seeds",
-            "1",
-            "--steps",
-            "500",
-            "--output",
-            work / Path(pair.curves).stem,
-        )
+            *study, "--only", "depth", "block", "--seeds", "1", "--steps", "500",
+            "--output", work / Path(pair.curves).stem,
+        )  # fmt: skip
         found[pair.evaluate] = program_command(
             "infer.evaluate", *model, "--datasets", *sets, "--temperatures", "1.0", "--limit", "20",
             "--max-new-tokens", "64", "--thresholds", *THRESHOLDS, "--sts", f"{pair.drafter}/sts.json",
