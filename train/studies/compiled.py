@@ -91,7 +91,7 @@ def reading(settings: CompiledSettings, checkout: Path, when: str) -> dict[str, 
         folder.mkdir(parents=True, exist_ok=True)
         options = {name: READINGS[name] for name in ("library", "fused")} if settings.topology in GPUS else {"": {}}
         wanted = {"config": settings.config, "topology": settings.topology, "mesh": settings.mesh,
-                  "readings": options, "folder": str(folder.resolve())}  # fmt: skip
+                  "readings": options, "folder": str(folder.resolve()), "bench": BENCH}  # fmt: skip
 
         # Its own folder first, before this checkout's.
         paths = os.pathsep.join([str(checkout.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -134,16 +134,18 @@ def _figures(text: str, program: dict[str, float], facts: dict[str, Any], larges
     }
 
 
+# In a wheel the programs are below the package.
+BENCH = f"{__package__.rpartition('.')[0]}.bench.__main__"
 # Runs in either checkout, so it names what both have alone.
 COMPILES = """
-import dataclasses, json, sys, time
+import dataclasses, importlib, json, sys, time
 from pathlib import Path
 wanted = json.loads(sys.argv[1])
 from dspark_jax.config.cli import load_config, mesh_settings
 from dspark_jax.planning.compiled import topology_mesh, wide_products
 from dspark_jax.planning.training import AbstractRun
 from dspark_jax.roofline.hardware import total
-from train.bench.__main__ import floor_terms
+floor_terms = importlib.import_module(wanted["bench"]).floor_terms
 config, folder = load_config(wanted["config"]), Path(wanted["folder"])
 settings = mesh_settings(wanted["mesh"], config.mesh) if wanted["mesh"] else config.mesh
 mesh = topology_mesh(wanted["topology"], *settings.sizes)
