@@ -1,6 +1,7 @@
 """Attention kernels against the einsum form, run as plain jax on a CPU, and lowered for the devices they are for."""
 
 import shutil
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractDevice, PartitionSpec, use_abstract_mesh
 
 from dspark_jax import native
 from dspark_jax.errors import UserError
@@ -139,12 +140,19 @@ def test_a_span_that_is_no_multiple_of_a_block() -> None:
     )  # fmt: skip
 
 
+def lowered(attend: Any, *operands: Any, platform: str) -> str:
+    """The text for a platform; a GPU's kernels are lowered for a kind of GPU, which jax 0.11 wants named."""
+    mesh = abstract_mesh(1).update(abstract_device=AbstractDevice("NVIDIA H200", None, "gpu"))
+    with use_abstract_mesh(mesh) if platform == "cuda" else nullcontext():
+        return attend.trace(*operands).lower(lowering_platforms=(platform,)).as_text()
+
+
 def test_the_form_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     q, block, cache, lengths = operands(2, 2, 1, 128, [3, 64], 64)
 
     def text(platform: str) -> str:
         attend = jax.jit(partial(block_attention, lowest=None, within=None, scale=0.2))
-        return attend.trace(q, block, cache, lengths).lower(lowering_platforms=(platform,)).as_text()
+        return lowered(attend, q, block, cache, lengths, platform=platform)
 
     # Each device's own form.
     assert "tpu_custom_call" in text("tpu") and "triton" in text("cuda")
@@ -172,8 +180,7 @@ def test_a_gpu_takes_rows_that_fit_beside_the_blocks_on_their_way(
 ) -> None:
     q, block, cache, lengths = operands(width, shared, 1, size, [3, 64], 64, dtype)
     attend = jax.jit(partial(block_attention, lowest=None, within=None, scale=0.2))
-    text = attend.trace(q, block, cache, lengths).lower(lowering_platforms=("cuda",)).as_text()
-    assert ("triton" in text) is taken
+    assert ("triton" in lowered(attend, q, block, cache, lengths, platform="cuda")) is taken
 
 
 def test_a_mesh_splits_requests_and_kv_heads() -> None:
