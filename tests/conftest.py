@@ -63,6 +63,7 @@ LONG_FILES = (
     "test_api",
     "test_trees",
     "test_fit",
+    "test_fit_kinds",
     "test_api_load",
     "test_kill_resume",
     "test_self_prompts",

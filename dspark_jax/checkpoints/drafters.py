@@ -99,9 +99,7 @@ def load_drafter(
         UserError: a contradiction, files that are missing or cut off, or a drafter of another target (depth, width,
             vocabulary, tapped layers, or frozen copies that differ).
     """
-    if weights not in get_args(Weights):
-        raise UserError(f"A drafter's weights are loaded 'stored' or in 'int8', not {weights!r}.")
-
+    _check_weights(weights)
     folder = resolve_folder(path_or_id, "drafter")
     if holds_v4(folder):
         _refuse_int8_of_v4(weights, path_or_id)
@@ -119,10 +117,8 @@ def load_drafter(
     graphdef, abstract = split(module)
     leaves = flatten_dict(abstract)
     shardings = None if mesh is None else flatten_dict(parameter_shardings(module, mesh, rules or ShardingRules()))
-
     tensors = _NamedTensors(folder, lambda name: layout.tensor(name, hf_config))
-    table = drafter_tensor_map(config, leaves)
-    vocabulary = getattr(config, "draft_vocabulary", None)
+    table, vocabulary = drafter_tensor_map(config, leaves), getattr(config, "draft_vocabulary", None)
     _check_tensors(tensors, table, leaves, layout, target, vocabulary)
     storage = _storage_dtype(dtype or config.backbone.dtype)
     params = _load_params(tensors, table, leaves, shardings, storage, target, vocabulary)
@@ -265,6 +261,11 @@ def _storage_dtype(name: str) -> Any:
     if name not in DTYPES:
         raise UserError(f"Drafter dtype {name!r} is not supported; choose float32 or bfloat16.")
     return DTYPES[name]
+
+
+def _check_weights(weights: str) -> None:
+    if weights not in get_args(Weights):
+        raise UserError(f"A drafter's weights are loaded 'stored' or in 'int8', not {weights!r}.")
 
 
 def _refuse_int8_of_v4(weights: str, name: str | Path) -> None:

@@ -8,6 +8,8 @@ works in both places.
 import sys
 from pathlib import Path
 
+from dspark_jax.errors import UserError
+
 HERE = Path(__file__).parent
 # The folder that holds train/, infer/, configs/ and assets/, and the package that it is.
 ROOT, PACKAGE = (HERE, __name__) if (HERE / "infer").is_dir() else (HERE.parent.parent, "")
@@ -24,6 +26,17 @@ def module_name(name: str) -> str:
 def program_command(program: str, *words: object) -> list[str]:
     """The command line that runs a program such as `train.fit` in a process of its own, with this interpreter."""
     return [sys.executable, "-m", module_name(program), *map(str, words)]
+
+
+def earlier_checkout(path: str) -> Path:
+    """The folder of an earlier checkout, which a study compares with this one.
+
+    Raises:
+        UserError: the folder holds no checkout.
+    """
+    if not (Path(path) / "dspark_jax").is_dir():
+        raise UserError(f"--before is {path}; a checkout of this repository was expected.")
+    return Path(path)
 
 
 def asset(name: str) -> Path:

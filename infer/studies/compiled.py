@@ -27,6 +27,7 @@ from dspark_jax.planning.compiled import copies
 from dspark_jax.planning.gpus import GPUS
 from dspark_jax.planning.kernels import captured, round_kernels
 from dspark_jax.planning.rounds import LoopText
+from dspark_jax.programs import earlier_checkout
 from dspark_jax.report import table
 
 MIB = 2**20
@@ -65,9 +66,7 @@ def main(argv: list[str]) -> None:
     # With the reading: another depth of the row may come from another command.
     found = {"after": reading(settings, Path.cwd()) | {"command": " ".join(["infer.studies.compiled", *argv])}}
     if settings.before:
-        if not (Path(settings.before) / "dspark_jax").is_dir():
-            raise UserError(f"--before is {settings.before}; a checkout of this repository was expected.")
-        found["before"] = reading(settings, Path(settings.before))
+        found["before"] = reading(settings, earlier_checkout(settings.before))
 
     # One file for all programs, devices and depths: what others have measured stays.
     old = read_results(settings.result).get("decode", {}).get(settings.name, {})

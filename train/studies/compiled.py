@@ -22,12 +22,12 @@ from typing import Any
 from dspark_jax.config.cli import parse, program
 from dspark_jax.devices import machine
 from dspark_jax.errors import UserError
-from dspark_jax.files import make_output, write_json
+from dspark_jax.files import add_results, make_output, read_results
 from dspark_jax.planning.compiled import collectives
 from dspark_jax.planning.gpus import GPUS, READINGS
 from dspark_jax.planning.rounds import LoopText
 from dspark_jax.planning.written import together, writers
-from dspark_jax.readers import read_object
+from dspark_jax.programs import earlier_checkout, module_name
 from dspark_jax.report import table
 
 
@@ -60,20 +60,14 @@ def main(argv: list[str]) -> None:
 
     found = {"after": reading(settings, Path.cwd(), "after")}
     if settings.before:
-        if not (Path(settings.before) / "dspark_jax").is_dir():
-            raise UserError(f"--before is {settings.before}; a checkout of this repository was expected.")
-        found["before"] = reading(settings, Path(settings.before), "before")
+        found["before"] = reading(settings, earlier_checkout(settings.before), "before")
 
     # One file for all programs and devices; a reading of before stays beside one of after.
-    stored = read_object(settings.result) if settings.result.exists() else {}
-    rows = stored.setdefault("train", {})
-    before = found.get("before") or rows.get(settings.name, {}).get("before")
-    rows[settings.name] = (
-        found["after"]
-        | ({} if before is None else {"before": before})
-        | {"command": " ".join(["train.studies.compiled", *argv]), "machine": machine()}
-    )
-    write_json(settings.result, stored)
+    old = read_results(settings.result).get("train", {}).get(settings.name, {})
+    before = found.get("before") or old.get("before")
+    row = found["after"] | {"command": " ".join(["train.studies.compiled", *argv]), "machine": machine()}
+    row |= {} if before is None else {"before": before}
+    add_results(settings.result, {"train": {settings.name: row}}, levels=2)
 
     shown = {when: figures for when, figures in (("before", before), ("after", found["after"])) if figures}
     names = [name for name, value in found["after"].items() if isinstance(value, int | float)]
@@ -90,8 +84,10 @@ def reading(settings: CompiledSettings, checkout: Path, when: str) -> dict[str, 
         folder = Path(settings.keep) / f"{settings.name}-{when}" if settings.keep else Path(name)
         folder.mkdir(parents=True, exist_ok=True)
         options = {name: READINGS[name] for name in ("library", "fused")} if settings.topology in GPUS else {"": {}}
-        wanted = {"config": settings.config, "topology": settings.topology, "mesh": settings.mesh,
-                  "readings": options, "folder": str(folder.resolve()), "bench": BENCH}  # fmt: skip
+        wanted = {
+            "config": settings.config, "topology": settings.topology, "mesh": settings.mesh, "readings": options,
+            "folder": str(folder.resolve()), "bench": module_name("train.bench.__main__"),
+        }  # fmt: skip
 
         # Its own folder first, before this checkout's.
         paths = os.pathsep.join([str(checkout.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -134,8 +130,6 @@ def _figures(text: str, program: dict[str, float], facts: dict[str, Any], larges
     }
 
 
-# In a wheel the programs are below the package.
-BENCH = f"{__package__.rpartition('.')[0]}.bench.__main__"
 # Runs in either checkout, so it names what both have alone.
 COMPILES = """
 import dataclasses, importlib, json, sys, time
