@@ -195,7 +195,7 @@ def test_profiles_become_tables_and_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_loop_is_profiled_by_its_own_program_once(tmp_path: Path) -> None:
+def test_a_loop_is_profiled_by_its_own_program_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every bucket is run, nothing is compiled that decoding does not need, and the second start reads a file.
 
     Rounds of all buckets are one program; plain rounds without the drafter are another, and draft passes a third.
@@ -211,10 +211,24 @@ def test_a_loop_is_profiled_by_its_own_program_once(tmp_path: Path) -> None:
     assert found.key["requests"] == 2 and found.key["sampled"] and min(found.drafting) > 0
     assert found.dispatch > 0 and len(found.alone) == 2 and min(found.alone) > 0
     found.cost_table()
+
+    def measured(*asked: Any, **options: Any) -> Profile:
+        """The profile of a machine whose times spread by `spread` of themselves, whatever this one does beside."""
+        made = measure_profile(*asked, **options)
+        grid, lines = tuple(tuple(spread * x for x in row) for row in made.rounds), (made.drafting, made.alone)
+        drafting, alone = (tuple(spread * x for x in line) for line in lines)
+        return replace(made, rounds_spread=grid, drafting_spread=drafting, alone_spread=alone)
+
+    monkeypatch.setattr(profiling, "measure_profile", measured)
+    spread = 1.0
+    assert not load_or_measure(loop, params, 0.0, tmp_path).steady and not list(tmp_path.iterdir())
+    spread = 0.1
     first = load_or_measure(loop, params, 0.0, tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
     assert load_or_measure(loop, params, 0.0, tmp_path) == first
     (path,) = tmp_path.iterdir()
+    replace(first, alone_spread=(9.0, 9.0), drafting_spread=(9.0, 9.0), rounds_spread=((9.0,) * 3,) * 2).save(path)
+    assert load_or_measure(loop, params, 0.0, tmp_path).steady
     path.write_text("{torn")
     assert load_or_measure(loop, params, 0.0, tmp_path).key == first.key
     assert (run_rounds._cache_size(), draft_passes._cache_size()) == programs, "other profiles compile nothing"

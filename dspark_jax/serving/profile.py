@@ -28,6 +28,8 @@ from dspark_jax.scheduling.costs import CostTable
 
 RUNG_WORTH = 0.01
 """Relative saving below which a further rung of the ladder is not worth compiling."""
+LARGEST_SPREAD = 0.5
+"""Spread over median that tells of other work, where most times have it: it is 0.01 to 0.2 on an idle machine."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,13 @@ class Profile:
     alone: tuple[float, ...]  # [C] a plain round of the program that carries no drafter
     alone_spread: tuple[float, ...]
     dispatch: float  # overhead of a dispatch, which the figures above do not include
+
+    @property
+    def steady(self) -> bool:
+        """Whether the times are this machine's rather than those of what else it did: spreads are small beside them."""
+        times = np.concatenate([np.ravel(self.rounds), self.drafting, self.alone])
+        spreads = np.concatenate([np.ravel(self.rounds_spread), self.drafting_spread, self.alone_spread])
+        return bool(np.mean(spreads < LARGEST_SPREAD * times) > 0.5)
 
     def cost_table(self) -> CostTable:
         """The costs as policies read them, made monotone: timings are noisy, but no pass is cheaper for being wider.

@@ -308,7 +308,8 @@ def draft_passes(loop: DecodeLoop, params: LoopParams, state: DecodeState, count
 def load_or_measure(
     loop: DecodeLoop, params: LoopParams, temperature: float = 1.0, folder: Path | None = None
 ) -> Profile:
-    """The profile for this loop on this device, read from a folder or measured in a few seconds and stored there.
+    """The profile for this loop on this device, read from a folder or measured in a few seconds and stored there, if it
+    is steady: one of a busy machine serves this start alone.
 
     Args:
         loop, params, temperature: as for `measure_profile`.
@@ -322,7 +323,7 @@ def load_or_measure(
         try:
             found = Profile.read(path)
             # The name is only a hash of the key, so the key itself is compared.
-            if found.key == key:
+            if found.key == key and found.steady:
                 return found
         except UserError:  # a torn or foreign file: measure again
             pass
@@ -337,8 +338,9 @@ def load_or_measure(
         profile = measure_profile(loop, params, temperature, effort=FIRST_USE, progress=progress)
 
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        profile.save(path)
+        if profile.steady:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            profile.save(path)
     except (UserError, OSError):
         pass
     return profile
