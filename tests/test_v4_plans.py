@@ -1,6 +1,7 @@
 """Plans of DeepSeek-V4's published pairs: what a chip holds, and the depths that are compiled."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,31 @@ def test_the_study_goes_on_where_it_ended(
 
     v4_plans.main([*words[:4], "--machines", "v5p:2x2x1", "--slots", "8", "--parts", "loop", "--longest", "2048"])
     assert asked[2:] == [("v5p:2x2x1", 8, 4), ("v5p:2x2x1", 8, 6)], "programs of another length"
+
+    laid_anew = replace(MACHINES["Flash-DSpark"][0], mesh="expert=4")
+    monkeypatch.setitem(MACHINES, "Flash-DSpark", (laid_anew,))
+    v4_plans.main([*words[:4], "--slots", "8", "--parts", "loop", "--longest", "2048"])
+    assert asked[4:] == asked[2:4], "programs of another mesh"
+    assert json.loads(file.read_text())[key]["mesh"] == "expert=4"
+
+
+def test_plans_are_listed_by_machine_and_those_that_do_not_fit_named() -> None:
+    held = {"target": 10.0, "drafter": 1.0, "state": 0.5}
+    fits = {"made": {}, "memory_gib": 16, "counted_gib": held}
+    step = {"made": {}, "memory_gib": 95, "whole_depth": {"arguments_gib": 90.0, "temporary_gib": 6.04}}
+    plans = {
+        "Pro-DSpark on v5p:4x4x2, step": step,
+        "Flash-DSpark on v5e:8x8, R = 64": fits | {"whole_depth": {"temporary_gib": 5.0}},
+        "Flash-DSpark on v5e:8x8, R = 8": fits,
+        "Flash-DSpark on v5p:2x2x1, step": {"made": {}, "memory_gib": 95, "refused": "The step does not fit: Used 1."},
+    }
+    ordered = v4_plans.in_order(plans)
+    assert list(ordered) == [list(plans)[i] for i in (3, 2, 1, 0)]
+    assert v4_plans.too_large(ordered) == [
+        "Flash-DSpark on v5p:2x2x1, step: The step does not fit: Used 1.",
+        "Flash-DSpark on v5e:8x8, R = 64: does not fit, as a chip of 16 GiB would have to hold 16.5.",
+        "Pro-DSpark on v5p:4x4x2, step: does not fit, as a chip of 95 GiB would have to hold 96.0.",
+    ]
 
 
 def test_a_layer_of_widened_experts() -> None:

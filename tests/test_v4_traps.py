@@ -228,13 +228,16 @@ def test_the_carry_is_sinkhorns_after_exactly_so_many_turns(iterations: int) -> 
 
 
 def test_collapse_weights_have_their_epsilon() -> None:
-    """Where sigmoids vanish, the epsilon is what is left."""
+    """Where sigmoids vanish, the epsilon is what is left, in a block's sites and before the head."""
     target = v4_target(7)
-    site = target.model(target.params).layers[0].attention_site
+    model = target.model(target.params)
+    site, head = model.layers[0].attention_site, model.collapse
     site.base.set_value(jnp.full_like(site.base[...], -60.0))
     collapse, expand, _ = site.coefficients(jnp.ones((1, 4, 16)))
     np.testing.assert_allclose(collapse, site.eps, rtol=1e-3)
     assert float(jnp.max(expand)) < 1e-9
+    head.base.set_value(jnp.full_like(head.base[...], -60.0))
+    np.testing.assert_allclose(head(jnp.ones((1, 4, 16))), 4 * head.eps, rtol=1e-3)
 
 
 def test_taps_are_means_over_streams_of_layer_outputs() -> None:

@@ -66,22 +66,23 @@ def main(argv: list[str]) -> None:
 
     for repository, machine, part in wanted(settings):
         key = f"{repository} on {machine.name}, {part}"
+        mesh = machine.step_mesh if part == "step" else machine.mesh
         stored = plans.get(key, {})
-        # The file may have the loop for requests of another length.
-        stored = stored if stored.get("longest", settings.longest) == settings.longest else {}
-        plan: dict[str, Any] = {"made": {}} | stored | {"memory_gib": machine.memory_gib}
+        # The file may have programs for requests of another length, or of a mesh that the machine had before.
+        same = {"longest": settings.longest, "mesh": mesh}
+        stored = stored if all(stored.get(name, value) == value for name, value in same.items()) else {}
+        plan: dict[str, Any] = {"made": {}} | stored | {"memory_gib": machine.memory_gib, "mesh": mesh}
         figures: Callable[[int], dict[str, Any]]
         depths: tuple[int, ...]
 
         if part == "step":
-            plan["mesh"] = machine.step_mesh
             figures, depths, whole = partial(step_figures, step_config(repository), machine), STAGES, 3
         elif part == "experts":
-            plan |= {"mesh": machine.mesh, "widened_gib": widened_experts(repository, machine)}
+            plan["widened_gib"] = widened_experts(repository, machine)
             figures, depths, whole = partial(expert_figures, repository, machine), (ROWS,), 0
         else:
             sizes = repository, machine, int(part.removeprefix("R = ")), settings.longest
-            plan |= {"mesh": machine.mesh, "longest": settings.longest, "counted_gib": counted(*sizes)}
+            plan |= {"longest": settings.longest, "counted_gib": counted(*sizes)}
             figures, depths = partial(compiled_figures, *sizes), DEPTHS[repository]
             whole = published(repository)["num_hidden_layers"]
 
@@ -100,10 +101,8 @@ def main(argv: list[str]) -> None:
             plan |= {"whole_depth": carried_on(plan["made"], whole)} if len(depths) == 2 else {}
         plans = add_results(settings.results, {key: plan})
 
-    print(decoding_table(plans), step_table(plans), expert_table(plans), sep="\n\n")
-    for key, plan in plans.items():
-        if "refused" in plan:
-            print(f"{key}: {plan['refused']}")
+    plans = in_order(plans)
+    print(decoding_table(plans), step_table(plans), expert_table(plans), *too_large(plans), sep="\n\n")
 
 
 def step_config(repository: str) -> TrainConfig:
@@ -131,6 +130,38 @@ def checked(machines: tuple[str, ...]) -> None:
         raise UserError(f"--machines names {sorted(unknown)[0]}; plans are made for {', '.join(sorted(known))}.")
 
 
+def in_order(plans: dict[str, Any]) -> dict[str, Any]:
+    """The plans by repository, machine and number of requests, whichever was compiled first."""
+    names = [f"{repository} on {machine.name}" for repository, machines in MACHINES.items() for machine in machines]
+
+    def place(key: str) -> tuple[int, int]:
+        name, _, part = key.rpartition(", ")
+        return names.index(name) if name in names else len(names), int(part.removeprefix("R = ") if "=" in part else 0)
+
+    return {key: plans[key] for key in sorted(plans, key=place)}
+
+
+def too_large(plans: dict[str, Any]) -> list[str]:
+    """A sentence for each program that a compiler refused, and for each that needs more than a chip has."""
+    found = []
+    for key, plan in plans.items():
+        needed, of = together(plan), plan["memory_gib"]
+        if "refused" in plan:
+            found.append(f"{key}: {plan['refused']}")
+        elif needed is not None and needed > of:
+            found.append(f"{key}: does not fit, as a chip of {of} GiB would have to hold {needed:.1f}.")
+    return found
+
+
+def together(plan: dict[str, Any]) -> float | None:
+    """GiB that a chip holds for good and the most that a dispatch takes beside it; None for a layer of experts, and
+    for a step that was not compiled."""
+    whole = plan.get("whole_depth", {})
+    if "counted_gib" in plan:
+        return sum(plan["counted_gib"].values()) + whole.get("temporary_gib", 0.0)
+    return whole["arguments_gib"] + whole["temporary_gib"] if whole else None
+
+
 def decoding_table(plans: dict[str, Any]) -> str:
     """The decode loops; figures of the whole depth but for copies, which were looked for in the compiled programs."""
     body = []
@@ -141,11 +172,9 @@ def decoding_table(plans: dict[str, Any]) -> str:
         row = [key, plan["mesh"], *(f"{held[name]:.1f}" for name in ("target", "drafter", "state"))]
 
         if whole is None:
-            row += ["", f"{sum(held.values()):.1f} of {of}", "", "", ""]
+            row += ["", f"{together(plan):.1f} of {of}", "", "", ""]
         else:
-            # Held for good, and the most that a dispatch takes beside it.
-            together = sum(held.values()) + whole["temporary_gib"]
-            row += [f"{whole['temporary_gib']:.2f}", f"{together:.1f} of {of}", exchanged(whole)]
+            row += [f"{whole['temporary_gib']:.2f}", f"{together(plan):.1f} of {of}", exchanged(whole)]
             row += [str(whole["copies"]), f"{whole['compile_cpu_seconds']:.0f}"]
         body.append(row)
 
@@ -158,9 +187,8 @@ def step_table(plans: dict[str, Any]) -> str:
     body = []
     for key, plan in plans.items():
         if key.endswith("step") and (whole := plan.get("whole_depth")) is not None:
-            together = whole["arguments_gib"] + whole["temporary_gib"]
             row = [key, plan["mesh"], f"{whole['arguments_gib']:.1f}", f"{whole['temporary_gib']:.1f}"]
-            body.append([*row, f"{together:.1f} of {plan['memory_gib']}", exchanged(whole),
+            body.append([*row, f"{together(plan):.1f} of {plan['memory_gib']}", exchanged(whole),
                          f"{whole['compile_cpu_seconds']:.0f}"])  # fmt: skip
 
     header = ["GiB a chip", "mesh", "state and batch", "temporary", "together", "collectives"]
