@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from dspark_jax.errors import UserError
-from dspark_jax.targets.attention import KeysValues, lowest_seen, prefix_mask
+from dspark_jax.targets.attention import CausalRows, KeysValues, lowest_seen, prefix_mask
 from dspark_jax.targets.blocks_attention import blocks_attention
 from dspark_jax.targets.context_attention import context_attention
 from dspark_jax.targets.kernels import held, ranges, ranges_gpu
+from dspark_jax.targets.kernels.causal import causal_attention
 from dspark_jax.targets.kernels.ranges import Ranges, Spans, ranged_attention
 
 SCALE = 0.3
@@ -133,3 +134,23 @@ def test_training_blocks_by_kernels_are_those_without(platform: str) -> None:
 
     for mine, theirs in zip(run(kernels), run(without), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("platform", list(ranges.KERNELS))
+def test_causal_rows_by_kernels_are_those_without(platform: str, window: int | None) -> None:
+    rng = np.random.default_rng(3)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 128, n, 64)), jnp.float32) for n in (4, 2, 2))
+    # Three conversations in a row, then padding; a whole row of one.
+    segments = jnp.asarray([[1] * 50 + [2] * 40 + [3] * 20 + [0] * 18, [1] * 128])
+    rows = CausalRows(segments)
+
+    def kernels(q: Any, k: Any, v: Any) -> Any:
+        keys, values, lowest = k.swapaxes(1, 2), v.swapaxes(1, 2), rows.lowest(128, window)
+        return causal_attention(q, keys, values, lowest, scale=SCALE, platform=platform, interpret=True)
+
+    def both(attend: Any) -> Any:
+        return jax.jit(jax.value_and_grad(lambda *x: jnp.sum(jnp.sin(attend(*x))), argnums=(0, 1, 2)))(q, k, v)
+
+    made, wanted = both(kernels), both(lambda q, k, v: rows(0, q, k, v, scale=SCALE, window=window))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), made, wanted)

@@ -16,8 +16,9 @@ from dspark_jax.config.cli import divide_options, mesh_settings, parse, parse_tr
 from dspark_jax.errors import UserError
 from dspark_jax.planning.compiled import compiled, figures, topology_mesh, wide_products
 from dspark_jax.planning.estimate import describe, estimate, tied_bytes
+from dspark_jax.planning.traffic import collectives_of
 from dspark_jax.planning.training import AbstractRun
-from dspark_jax.report import listing
+from dspark_jax.report import listing, table
 from dspark_jax.sharding import abstract_mesh
 
 
@@ -63,6 +64,12 @@ def main(argv: list[str]) -> None:
     print(listing(describe(run) | {"float32 products": f"{wide} of {products}, with an operand over 1 MiB"}))
     print()
     print(listing({name: f"{count / 2**30:9.3f} GiB" for name, count in estimate(run).items()}))
+
+    # Counted, not read: what the step asks for on this mesh.
+    if found := collectives_of(run):
+        body = [[x.name, x.kind, f"{x.devices}", f"{x.times}", f"{x.size / 2**20:,.1f}", f"{x.sent / 1e9:.3f}"]
+                for x in found]  # fmt: skip
+        print(f"\n{table(['collectives of a step', 'kind', 'devices', 'times', 'MiB each', 'GB sent a device'], body)}")
 
 
 if __name__ == "__main__":

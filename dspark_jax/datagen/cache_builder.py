@@ -6,6 +6,7 @@ batches are a function of its rows alone, and a resumed build computes its first
 
 import hashlib
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ from dspark_jax.training.provenance import answers_of
 
 WINDOW_BATCHES = 4
 """Batches whose rows are sorted by length together."""
+AHEAD = 2  # batches that devices have before them while rows are written
 SMALLEST_BUCKET = 64
 """Shortest padded length, in tokens."""
 
@@ -318,14 +320,31 @@ def compute_samples(
     The window that holds `start` is computed from its beginning, so that its batches, and with them every bit of the
     results, are those of a run that was not interrupted.
     """
-    forward, buckets = make_forward(target, spec), length_buckets(spec.max_length, SMALLEST_BUCKET)
     # Small enough that little is computed twice after a kill, large enough that lengths can be sorted.
     window = batch * WINDOW_BATCHES
-    for first in range(start // window * window, len(items), window):
-        members = items[first : first + window]
+    begin, samples = start // window * window, dict[int, Sample]()
+
+    for made in _computed_ahead(_batches(target, spec, items[begin:], window, batch)):
+        if isinstance(made, list):
+            # Rows before `start` were computed only for their batches' sake.
+            for item in made:
+                if item.index >= start:
+                    yield item.index, samples.get(item.index)
+            samples = {}
+        else:
+            group, states = made
+            samples.update(_cut(group, jax.device_get(states)))
+
+
+def _batches(
+    target: Target, spec: CacheSpec, items: Sequence[TrainingRow], window: int, batch: int
+) -> Iterator[tuple[Sequence[TrainingRow], dict[str, jax.Array]] | list[TrainingRow]]:
+    """(rows, their states on the devices) of every batch, and behind the batches of a window all its rows."""
+    forward, buckets = make_forward(target, spec), length_buckets(spec.max_length, SMALLEST_BUCKET)
+    for first in range(0, len(items), window):
+        members = list(items[first : first + window])
         # Similar lengths share a batch, for less padding; the index makes the order unique.
         by_length = sorted((item for item in members if item.kept), key=lambda item: (item.length, item.index))
-        samples: dict[int, Sample] = {}
 
         for at in range(0, len(by_length), batch):
             group = by_length[at : at + batch]
@@ -334,11 +353,23 @@ def compute_samples(
             tokens = np.zeros((batch, next(b for b in buckets if b >= group[-1].length)), np.int32)
             for row, item in enumerate(group):
                 tokens[row, : item.length] = item.encoded.input_ids
-            samples.update(_cut(group, jax.device_get(forward(target.params, tokens))))
+            states = forward(target.params, tokens)
+            for array in states.values():
+                # Starts the copy without waiting for it.
+                if array.is_fully_addressable:
+                    array.copy_to_host_async()
+            yield group, states
+        yield members
 
-        # Rows before `start` were computed only for their batches' sake.
-        for item in members[max(0, start - first) :]:
-            yield item.index, samples.get(item.index)
+
+def _computed_ahead(made: Iterator[Any]) -> Iterator[Any]:
+    """The same, each handed out once the next `AHEAD` are under way: devices compute while rows are written."""
+    waiting = deque[Any]()
+    for one in made:
+        waiting.append(one)
+        if len(waiting) > AHEAD:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def make_forward(target: Target, spec: CacheSpec) -> Callable[[dict, Any], dict[str, jax.Array]]:

@@ -7,9 +7,11 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
+from dspark_jax.checkpoints.huggingface import DTYPES
 from dspark_jax.planning.liveness import peak_bytes
 from dspark_jax.planning.training import AbstractRun
 from dspark_jax.sharding import gathered
+from dspark_jax.training.objective import cast_params
 from dspark_jax.training.states import TargetStates
 
 
@@ -29,11 +31,14 @@ def describe(run: AbstractRun) -> dict[str, Any]:
     }
 
 
-def estimate(run: AbstractRun) -> dict[str, int]:
+def estimate(run: AbstractRun, activations: int | None = None) -> dict[str, int]:
     """Bytes on one device by component, and their total: the peak, which occurs in the gradient of a micro-batch.
 
     Stored arrays are exact. Activations are `liveness.peak_bytes` of the traced gradient, an estimate.
 
+    Args:
+        run: the plan.
+        activations: of `activation_bytes`, where they are known; None: they are traced for.
     Returns:
         Bytes by name; the last is `total`.
     """
@@ -52,23 +57,25 @@ def estimate(run: AbstractRun) -> dict[str, int]:
     online = run.target_params is not None
 
     layers = (run.target_params or {}).get("layers", {})
+    # Stacked layers are gathered one at a time.
+    stacks = run.target.config.num_layers // max(len(layers), 1)
 
-    gradients = whole(run.state.params)
+    gradients, stored_sum = whole(run.state.params), stored(run.state.params)
     # Gathered copies exist beside the stored parts for the length of a step.
     parts = {
         "parameters": stored(run.state.params),
         "optimizer": stored(run.state.opt_state),
-        "parameters, gathered for a step": copies(run.state.params),
-        # With several micro-batches, the running sum is held while the next gradient is computed.
-        "gradients": gradients * (2 if run.micro_batches > 1 else 1),
+        "parameters, gathered for a step": copies(in_compute_dtype(run)),
+        # With several micro-batches, each device's part of the running sum is held while the next gradient is computed.
+        "gradients": gradients + (stored_sum if run.micro_batches > 1 else 0),
         "target's embedding and head": stored(run.shared) - tied_bytes(run),
         "embedding and head, gathered": copies(run.shared),
         "batch": stored(run.batch),
         "target's other parameters": stored(run.target_params) - stored(run.shared) + tied_bytes(run) if online else 0,
         # The layer in use, and the next one, whose gather overlaps with it.
-        "target's layers, gathered": 2 * max(map(copies, layers.values()), default=0),
+        "target's layers, gathered": 2 * max(map(copies, layers.values()), default=0) // stacks,
         # The traced gradient counts its own result, which has a line above.
-        "activations": activation_bytes(run) - gradients,
+        "activations": (activation_bytes(run) if activations is None else activations) - gradients,
     }
 
     return parts | {"total": sum(parts.values())}
@@ -78,7 +85,10 @@ def activation_bytes(run: AbstractRun) -> int:
     """Peak bytes of the gradient of one micro-batch's rows on one device, the gradient itself included."""
     objective, rows = run.spec.objective(), run.rows_a_device
     # Traced without a mesh: sharding constraints have no meaning for one device's rows.
-    states = dataclasses.replace(run.states, whole=None) if isinstance(run.states, TargetStates) else run.states
+    states = run.states
+    if isinstance(states, TargetStates):
+        loop = states.loop and dataclasses.replace(states.loop, whole=None)
+        states = dataclasses.replace(states, whole=None, loop=loop)
     batch = {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in run.batch.items()}
 
     def gradient(params: Any, shared: Any, batch: Any, key: Any, target: Any) -> Any:
@@ -105,6 +115,15 @@ def activation_bytes(run: AbstractRun) -> int:
         return whole // ways if vocabulary in getattr(aval, "shape", ()) and vocabulary % ways == 0 else whole
 
     return peak_bytes(jax.make_jaxpr(gradient)(params, tables, batch, key, target), size)
+
+
+def in_compute_dtype(run: AbstractRun) -> dict:
+    """The drafter's parameters as shapes, with their shardings, in the dtypes that they are gathered in."""
+    bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), run.state.params)
+    narrow = jax.eval_shape(lambda params: cast_params(params, DTYPES[run.spec.dtype].dtype), bare)
+    return jax.tree.map(
+        lambda x, like: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=like.sharding), narrow, run.state.params
+    )
 
 
 def tied_bytes(run: AbstractRun) -> int:

@@ -67,7 +67,8 @@ class AbstractRun:
             target_params = abstract_target(target.config, spec.dtype, *placed)[1]
             # A hybrid run's first epoch passes the states through the codec; an online run never encodes them.
             codec = config.data.codec if config.data.source == "hybrid" else None
-            states = spec.target_states(target, target_params, codec)
+            online = spec.target_states(target, target_params, codec)
+            states, target_params = online, online.arranged(target_params)
 
         shared = abstract_tables(target.config, spec.dtype, spec.placement)
 

@@ -1,6 +1,8 @@
 """Peaks of accelerators, and the least time that given operations and bytes take on one.
 
-Peaks are from the makers' data sheets: dense bfloat16 products, and traffic of the device's own memory.
+Peaks are from the makers' data sheets: dense bfloat16 products, traffic of the device's own memory, and links in one
+direction. A TPU's are those of both ways round a ring of one axis of its torus; of an axis too short to close into a
+ring, half of it.
 """
 
 from collections.abc import Iterable
@@ -16,26 +18,30 @@ class Device:
         flops: bfloat16 FLOP/s, dense.
         bandwidth: bytes/s of its memory.
         memory_gib: GiB of its memory.
+        links: bytes/s that it can send to others near it: around a ring of its pod, or of a machine of GPUs.
+        network: bytes/s between machines of GPUs; of TPUs, whose pod has none, the links again.
     """
 
     kind: str
     flops: float
     bandwidth: float
     memory_gib: int
+    links: float
+    network: float
 
 
 # The first match is taken, so longer names stand before their prefixes.
 DEVICES = (
-    Device("TPU v4", 275e12, 1.228e12, 32),
-    Device("TPU v5 lite", 197e12, 0.819e12, 16),
-    Device("TPU v5e", 197e12, 0.819e12, 16),
-    Device("TPU v5", 459e12, 2.765e12, 95),  # v5p calls itself both "TPU v5" and "TPU v5p"
-    Device("TPU v6 lite", 918e12, 1.64e12, 32),
-    Device("TPU v6e", 918e12, 1.64e12, 32),
-    Device("NVIDIA A100", 312e12, 2.039e12, 80),
-    Device("NVIDIA H100 PCIe", 756e12, 2.0e12, 80),
-    Device("NVIDIA H100", 989e12, 3.35e12, 80),
-    Device("NVIDIA H200", 989e12, 4.8e12, 141),
+    Device("TPU v4", 275e12, 1.228e12, 32, 90e9, 90e9),
+    Device("TPU v5 lite", 197e12, 0.819e12, 16, 90e9, 90e9),
+    Device("TPU v5e", 197e12, 0.819e12, 16, 90e9, 90e9),
+    Device("TPU v5", 459e12, 2.765e12, 95, 180e9, 180e9),  # v5p calls itself both "TPU v5" and "TPU v5p"
+    Device("TPU v6 lite", 918e12, 1.64e12, 32, 180e9, 180e9),
+    Device("TPU v6e", 918e12, 1.64e12, 32, 180e9, 180e9),
+    Device("NVIDIA A100", 312e12, 2.039e12, 80, 300e9, 25e9),
+    Device("NVIDIA H100 PCIe", 756e12, 2.0e12, 80, 64e9, 50e9),
+    Device("NVIDIA H100", 989e12, 3.35e12, 80, 450e9, 50e9),
+    Device("NVIDIA H200", 989e12, 4.8e12, 141, 450e9, 50e9),
 )
 
 

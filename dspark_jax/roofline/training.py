@@ -82,13 +82,13 @@ def _(config: DSparkConfig, sequences: int, length: int, itemsize: int) -> list[
     width = config.block_size + (not config.sample_from_anchor)
     inputs, rows = blocks * width, blocks * config.block_size
 
-    attention = _product("", inputs, d, queries + 2 * keys, b) + _product("", inputs, queries, d, b)
+    attention = product("", inputs, d, queries + 2 * keys, b) + product("", inputs, queries, d, b)
     scores = _attention(inputs, positions, length / 2 + width, queries, 2 * keys, b)
-    mlp = _product("", inputs, d, 2 * dims.intermediate_size, b) + _product("", inputs, dims.intermediate_size, d, b)
+    mlp = product("", inputs, d, 2 * dims.intermediate_size, b) + product("", inputs, dims.intermediate_size, d, b)
     # Everything is made once; the backward pass of attention alone makes its scores again, from their sums.
     terms = [
-        _product("feature fusion", positions, len(config.target_layer_ids) * d, d, b, inputs=False),
-        _named("context K/V projection", _product("", positions, d, 2 * keys, b).times(layers)),
+        product("feature fusion", positions, len(config.target_layer_ids) * d, d, b, inputs=False),
+        _named("context K/V projection", product("", positions, d, 2 * keys, b).times(layers)),
         _named("block attention, projections", attention.times(layers)),
         _named("block attention, scores", _again(scores.times(layers), 6)),
         _named("MLP", mlp.times(layers)),
@@ -101,12 +101,12 @@ def _(config: DSparkConfig, sequences: int, length: int, itemsize: int) -> list[
     if config.convolution is not None:
         kernels = 2 * config.convolution.taps * (d // config.convolution.group)
         # Around attention and around the MLP; the taps themselves are elementwise.
-        terms.append(_named("local convolutions", _product("", inputs, d, kernels, b).times(2 * layers)))
+        terms.append(_named("local convolutions", product("", inputs, d, kernels, b).times(2 * layers)))
 
     if config.enable_confidence_head:
         size = d + (config.markov_rank if config.confidence_head_with_markov else 0)
         # In float32, hence 4 bytes.
-        terms.append(_product("confidence head", rows, size, 1, 4))
+        terms.append(product("confidence head", rows, size, 1, 4))
 
     return terms
 
@@ -118,7 +118,7 @@ def _(config: MTPConfig, sequences: int, length: int, itemsize: int) -> list[Ter
     rows = sequences * config.num_anchors
 
     return [
-        _product("feature fusion", positions, 2 * d, d, itemsize),
+        product("feature fusion", positions, 2 * d, d, itemsize),
         *_layer(dims, positions, length / 2, d, itemsize),
         *_frozen_heads(rows, rows, d, dims.vocab_size, itemsize),
     ]
@@ -130,22 +130,19 @@ def _(config: Eagle3Config, sequences: int, length: int, itemsize: int) -> list[
     # A query of step s sees the context and its own position in the steps before (docs/algorithm.md, rule 53).
     seen, positions = length / 2 + steps / 2, sequences * length
 
-    # The target's logits are the same for all steps.
-    draft, target = _frozen_heads(steps * positions, positions, d, dims.vocab_size, itemsize)
     return [
-        _product("feature fusion", positions, len(config.target_layer_ids) * d, d, itemsize, inputs=False),
+        product("feature fusion", positions, len(config.target_layer_ids) * d, d, itemsize, inputs=False),
         *(term.times(steps) for term in _layer(dims, positions, seen, 2 * d, itemsize)),
-        # Their forward pass runs again in the backward pass: it is half of the drafter's and all of the target's.
-        _again(draft, 2),
-        _again(target, 1),
+        # The target's logits are the same for all steps.
+        *_frozen_heads(steps * positions, positions, d, dims.vocab_size, itemsize),
     ]
 
 
 def _frozen_heads(rows: int, target_rows: int, d: int, v: int, b: int) -> list[Term]:
     """The frozen output head on the drafter's and on the target's rows; logits stay on the chip."""
     return [
-        _product("draft head", rows, d, v, b, weights=False, kept=True),
-        _product("target's head", target_rows, d, v, b, weights=False, inputs=False, kept=True),
+        product("draft head", rows, d, v, b, weights=False, kept=True),
+        product("target's head", target_rows, d, v, b, weights=False, inputs=False, kept=True),
     ]
 
 
@@ -153,8 +150,8 @@ def _layer(dims: TargetConfig, rows: int, seen: float, width: int, b: int) -> li
     """A decoder layer over `rows` positions, whose attention reads inputs of `width` and sees `seen` positions."""
     d, (queries, keys) = dims.hidden_size, _heads(dims)
     # Q, K and V as one product: they read the same input, of `width`, which is 2 D in Eagle3's layer.
-    projections = _product("", rows, width, queries + 2 * keys, b) + _product("", rows, queries, d, b)
-    mlp = _product("", rows, d, 2 * dims.intermediate_size, b) + _product("", rows, dims.intermediate_size, d, b)
+    projections = product("", rows, width, queries + 2 * keys, b) + product("", rows, queries, d, b)
+    mlp = product("", rows, d, 2 * dims.intermediate_size, b) + product("", rows, dims.intermediate_size, d, b)
 
     return [
         _named("attention, projections", projections),
@@ -178,7 +175,7 @@ def _loss_rows(config: DrafterConfig, length: int) -> int:
     return getattr(config, "num_anchors", 0) * config.block_size
 
 
-def _product(
+def product(
     name: str, rows: float, i: int, o: int, b: int, weights: bool = True, inputs: bool = True, kept: bool = False
 ) -> Term:
     """The product x W [rows, i] x [i, o] with its gradients.
@@ -217,14 +214,14 @@ def _markov(config: DSparkConfig, rows: int, b: int) -> Term:
     """The Markov head: rows of W_1, its type's layer, and the bias over the vocabulary; W_1's gradient is dense."""
     d, r, v = config.backbone.hidden_size, config.markov_rank, config.backbone.vocab_size
     # A selector scores its candidates alone, each row with rows of W_2 of its own.
-    head = _product("Markov head", rows, r, config.selector_top_k or v, b, kept=True)
+    head = product("Markov head", rows, r, config.selector_top_k or v, b, kept=True)
     head = head + Term("", 0.0, 2 * rows * r * b + v * r * 4)
 
     # Gate of [h ; e]; the RNN's gate, candidate and output of [s ; e ; h]; the selector's projection of h
     # (docs/algorithm.md, rules 32, 33 and 122).
     shapes = {"gated": (d + r, r), "rnn": (d + 2 * r, 3 * r), SELECTOR: (d, r)}
     if config.markov_head_type in shapes:
-        head = head + _product("", rows, *shapes[config.markov_head_type], b)
+        head = head + product("", rows, *shapes[config.markov_head_type], b)
 
     return head
 

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dspark_jax.targets.block_rows import PackedRows, TreeRows
+from dspark_jax.targets.kernels.causal import causal_attention
 from dspark_jax.targets.kernels.held import held_attention
+from dspark_jax.targets.kernels.ranges import platform_with_kernels
 from dspark_jax.targets.products import product
 
 # A CPU reads caches from this size on chunk by chunk, no further than they are held. Taking a chunk out of the cache is
@@ -76,7 +78,8 @@ class Attend(Protocol):
 class CausalRows:
     """Causal attention within right-padded rows [B, T]; `segments` (0 = padding) keeps packed conversations apart.
 
-    `query_chunk` bounds the float32 scores to [B, Q, query_chunk, T]; longer rows are mapped chunk by chunk.
+    By a kernel on TPUs and NVIDIA's GPUs, where the shapes fit. Elsewhere `query_chunk` bounds the float32 scores to
+    [B, Q, query_chunk, T]; longer rows are mapped chunk by chunk.
     """
 
     segments: Int[Array, "b t"] | None = None
@@ -86,6 +89,8 @@ class CausalRows:
         length = q.shape[1]
         # Head-major, like cached keys, so that one core serves rows and caches.
         keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, G, T, H]
+        if platform := platform_with_kernels(keys):
+            return causal_attention(q, keys, values, self.lowest(length, window), scale=scale, platform=platform)
 
         # A length that is not a multiple of `query_chunk` takes the whole score matrix at once: pad long rows to one.
         if length <= self.query_chunk or length % self.query_chunk:
@@ -100,6 +105,11 @@ class CausalRows:
         # Without the checkpoint the backward pass would keep every chunk's scores, the very memory that chunking saves.
         out = jax.lax.map(jax.checkpoint(chunk), starts)  # [chunks, B, chunk, Q, H]
         return jnp.moveaxis(out, 0, 1).reshape(q.shape)
+
+    def lowest(self, length: int, window: int | None) -> Int[Array, "#b t"]:
+        """The first position that each one sees."""
+        edge = jnp.maximum(jnp.arange(length) - (window or length) + 1, 0)[None]
+        return edge if self.segments is None else jnp.maximum(edge, segment_starts(self.segments))
 
     def _rows(
         self, q: Array, keys: Array, values: Array, start: int | Array, scale: float, window: int | None

@@ -21,6 +21,7 @@ from dspark_jax.files import weights_hash
 from dspark_jax.sharding import batch_shardings
 from dspark_jax.training.online import FirstEpoch, Recorder
 from dspark_jax.training.run import Run
+from dspark_jax.training.states import TargetStates
 from dspark_jax.training.step import Placement, TrainState
 
 DeviceBatches = Generator[dict[str, jax.Array]]
@@ -55,8 +56,8 @@ class Online(Offline):
     def __init__(self, run: Run, shared: SharedTables, start: int):
         # Not `super().__init__`: that would build the step of stored states.
         self.batches = device_batches(run.batches, run.step.placement, start, run.total_steps)
-        self._shared, self._target = shared, target_params(run, shared)
-        self._step = run.step.step(run.step.target_states(run.target, self._target))
+        states, self._target = target_in_step(run, shared)
+        self._shared, self._step = shared, run.step.step(states)
 
     def step(self, state: TrainState, batch: dict[str, jax.Array]) -> Stepped:
         return self._step(state, self._shared, batch, self._target)
@@ -85,10 +86,8 @@ class Hybrid(Offline):
         self._target: Any = None
 
         if start < self._switch:
-            self._target = target_params(run, shared)
-            self._recorded = run.step.step(
-                run.step.target_states(run.target, self._target, run.data.codec), record=True
-            )
+            states, self._target = target_in_step(run, shared, run.data.codec)
+            self._recorded = run.step.step(states, record=True)
 
         self.batches = self._phases(start)
 
@@ -177,8 +176,14 @@ def first_batch(run: Run) -> dict[str, jax.Array]:
 # -- The target in the step ------------------------------------------------------------------------------------------
 
 
-def target_params(run: Run, shared: SharedTables) -> dict:
-    """The whole target in the compute dtype over the run's mesh, with the tables that are loaded already."""
+def target_in_step(run: Run, shared: SharedTables, codec: str | None = None) -> tuple[TargetStates, dict]:
+    """The source of states for a step in which the target runs, and the target in the compute dtype over the run's
+    mesh, with the tables that are loaded already.
+
+    `codec`: how a cache stores the states; None: as they are computed.
+    """
     tables = {"embed_weight_vd": shared.embed, "head_weight_vd": shared.head}
     spec = run.step
-    return load_rest(run.target, tables, dtype=spec.dtype, mesh=spec.mesh, rules=spec.placement.rules)
+    params = load_rest(run.target, tables, dtype=spec.dtype, mesh=spec.mesh, rules=spec.placement.rules)
+    states = spec.target_states(run.target, params, codec)
+    return states, states.arranged(params)

@@ -39,8 +39,11 @@ class Objective(Protocol):
     """The training strategy of a kind of drafter, all that the step knows of it.
 
     Denominators come from the plan of the whole global batch and all sums are additive over rows, so micro-batches and
-    devices do not change the loss (docs/algorithm.md, rule 44).
+    devices do not change the loss (docs/algorithm.md, rule 44). `compute_dtype`: that of `cast_params`.
     """
+
+    @property
+    def compute_dtype(self) -> Any: ...
 
     def plan(self, batch: Batch, key: Array) -> Plan:
         """Draws the blocks of the global batch."""

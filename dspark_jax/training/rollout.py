@@ -17,6 +17,7 @@ from dspark_jax.drafters.eagle3 import Eagle3, Eagle3Config
 from dspark_jax.drafters.paired import shift_left
 from dspark_jax.drafters.protocol import SharedTables
 from dspark_jax.training.anchors import sample_positions
+from dspark_jax.training.chunks import summed
 from dspark_jax.training.losses import Batch, split_anchors
 from dspark_jax.training.objective import Plan, cast_params
 from dspark_jax.training.terms import LossOptions, Sums, accept_rate, total_variation_l1
@@ -61,13 +62,18 @@ class RolloutObjective:
         return Plan(rows, jnp.float32(mask.size), {"positions": jnp.float32(mask.size)}, jnp.sum(mask))
 
     def build(self, params: dict) -> Eagle3:
-        """The drafter with `params` in the compute dtype."""
-        return nnx.merge(self.graphdef, cast_params(params, self.compute_dtype))
+        """The drafter of parameters in the compute dtype."""
+        return nnx.merge(self.graphdef, params)
+
+    def cast(self, params: dict) -> dict:
+        """Parameters in the compute dtype."""
+        return cast_params(params, self.compute_dtype)
 
     def sums(self, params: dict, shared: SharedTables, batch: Batch, rows: Float[Array, "b t"] | Drawn) -> Sums:
         """The additive sums of a batch, computed a chunk of C positions at a time.
 
         Returns:
+            `laws`: the loss before its division, which the gradient flows through.
             `ploss`, `accept`, `correct`, `supervised`: [S], over the positions that each step supervises.
             `tau`, `tau_greedy`: 1 + expected and greedy prefix lengths, over the positions of step 0.
         """
@@ -77,57 +83,86 @@ class RolloutObjective:
         segments = batch.get("segments")
         # [S, B, T, D]: all steps of the rollout at once; each attends as its mask says (docs/algorithm.md, rules 52
         # and 53).
-        hidden = self.build(params).train_outputs(shared, batch["features"], batch["input_ids"], segments)
-        # Chunks take float32 states and build the model again, so that gradients are summed over chunks in float32.
-        hidden = jnp.moveaxis(hidden, 0, 2).astype(jnp.float32)  # [B, T, S, D]
+        narrow = self.cast(params)
+        hidden = self.build(narrow).train_outputs(shared, batch["features"], batch["input_ids"], segments)
+        hidden = jnp.moveaxis(hidden, 0, 2)  # [B, T, S, D]
 
         # C is at most T; padded positions have mask 0.
         steps, size = hidden.shape[2], min(self.options.anchor_chunk, hidden.shape[1])
         padding = -hidden.shape[1] % size
-        hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0), (0, 0)))
         # Position t needs the target's states at t + 1 .. t + S, and the mask up to t + S - 1.
         states = jnp.pad(shift_left(batch["last_hidden"], 1), ((0, 0), (0, padding + steps), (0, 0)))
         mask = jnp.pad(rows, ((0, 0), (0, padding + steps)))
         numbers = None if segments is None else jnp.pad(segments, ((0, 0), (0, padding + steps)))
 
-        def chunk(start: Array) -> Sums:
+        def chunk(model: Eagle3, hidden: Array, start: Array, given: Any) -> Sums:
             # A dynamic start lets one traced chunk serve all of them in the scan.
-            def window(x: Array, count: int) -> Array:
-                return jax.lax.dynamic_slice_in_dim(x, start, count, axis=1)
+            def window(x: Array) -> Array:
+                # Step s of position p reads position p + s, so a chunk looks this far.
+                return jax.lax.dynamic_slice_in_dim(x, start, size + steps - 1, axis=1)
 
-            # Step s of position p reads position p + s, so a chunk looks this far.
-            ahead = size + steps - 1
-            same = None if numbers is None else window(numbers, ahead)
-            model, targets = self.build(params), window(states, ahead)
+            shared, (states, mask, numbers) = given
+            same = None if numbers is None else window(numbers)
+            return _chunk_sums(model, shared, hidden, window(states), window(mask), same)
 
-            return _chunk_sums(model, shared, window(hidden, size), targets, window(mask, ahead), same)
-
-        return _over_chunks(chunk, jnp.arange(0, hidden.shape[1], size))
+        starts = jnp.arange(0, hidden.shape[1], size)
+        return self._summed(chunk, params, narrow, hidden, size, starts, (shared, (states, mask, numbers)))
 
     def _drawn_sums(self, params: dict, shared: SharedTables, batch: Batch, rows: Drawn) -> Sums:
         """`sums` of the drawn positions, each counted as often as it stands for others."""
         segments, last, steps = batch.get("segments"), batch["last_hidden"], self.config.block_size
-        model = self.build(params)
-        hidden = model.train_outputs(shared, batch["features"], batch["input_ids"], segments, rows.positions)
-        # [B, N, S, D] in float32, for the reason given above.
-        hidden = jnp.moveaxis(hidden, 0, 2).astype(jnp.float32)
+        narrow = self.cast(params)
+        hidden = self.build(narrow).train_outputs(
+            shared, batch["features"], batch["input_ids"], segments, rows.positions
+        )
+        hidden = jnp.moveaxis(hidden, 0, 2)  # [B, N, S, D]
         # Step s at t learns the target's law at t + 1 + s; past the row's end nothing is supervised.
         sources = jnp.minimum(rows.positions[..., None] + 1 + jnp.arange(steps), last.shape[1] - 1)
 
-        def chunk(part: tuple[Array, Array, Drawn]) -> Sums:
-            hidden, sources, drawn = part
+        def chunk(model: Eagle3, hidden: Array, part: tuple[Array, Drawn], given: Any) -> Sums:
+            (sources, drawn), (shared, last) = part, given
             flat = sources.reshape(len(sources), -1, 1)
             states = jnp.take_along_axis(last, flat, axis=1).reshape(*sources.shape, -1)
-            return _drawn_chunk(self.build(params), shared, hidden, states, drawn)
+            return _drawn_chunk(model, shared, hidden, states, drawn)
 
         size = min(self.options.anchor_chunk, hidden.shape[1])
-        return _over_chunks(chunk, jax.tree.map(lambda x: split_anchors(x, size), (hidden, sources, rows)))
+        parts = jax.tree.map(lambda x: split_anchors(x, size), (sources, rows))
+        return self._summed(chunk, params, narrow, hidden, size, parts, (shared, last))
+
+    def _summed(
+        self, chunk: Callable[..., Sums], params: dict, narrow: dict, hidden: Array, size: int, parts: Any, given: Any
+    ) -> Sums:
+        """The sums over chunks of `size` positions of hidden [B, N, S, D], whose logits are made once, with their
+        gradient (docs/algorithm.md, rule 49); `laws` is the loss's part of them.
+
+        Args:
+            chunk: (drafter, hidden states, part, given) -> sums.
+            params, narrow: masters, and the same in the compute dtype.
+            parts: what differs from chunk to chunk beside the states, the chunks first.
+            given: the same for all.
+        """
+
+        def one(
+            tables: dict, hidden: Array, part: Any, constants: tuple[dict, Any]
+        ) -> tuple[Array, tuple[Sums, tuple]]:
+            narrow, given = constants
+            sums = chunk(self.build(narrow | tables), hidden, part, given)
+            return self._weighted(sums["ploss"]), (sums, ())
+
+        # Logits are made of the final norm and of a frozen head.
+        tables = {"norm": params["norm"]}
+        constants = jax.lax.stop_gradient(narrow), given
+        laws, sums, _ = summed(one, self.cast, tables, split_anchors(hidden, size), parts, constants)
+        return {"laws": laws} | sums
+
+    def _weighted(self, losses: Float[Array, " s"]) -> Array:
+        """[]: later steps count less (docs/algorithm.md, rule 56)."""
+        return jnp.sum(self.config.step_loss_decay ** jnp.arange(self.config.block_size) * losses)
 
     def loss(self, sums: Sums, denominator: Array) -> Array:
         """[] float32: the steps' sums, weighted by decay^s, over B T (docs/algorithm.md, rule 56)."""
-        # [S]: later steps count less (docs/algorithm.md, rule 56).
-        weights = self.config.step_loss_decay ** jnp.arange(self.config.block_size)
-        return jnp.sum(weights * sums["ploss"]) / denominator
+        # The gradient flows through `laws`; the sums of single steps are figures.
+        return sums["laws"] / denominator
 
     def metrics(self, sums: Sums, length: int) -> dict[str, Array]:
         """float32 scalars; ratios are over the positions that a step supervises, `tau_*` over those of step 0."""
@@ -178,19 +213,6 @@ def drawn_positions(key: Array, mask: Array, segments: Array | None, steps: int,
     # Weighted up to the whole row, so that the loss is that of all its positions in expectation.
     share = jnp.sum(eligible, axis=1) / jnp.maximum(jnp.sum(keep, axis=1), 1)
     return Drawn(positions, chosen, keep * share[:, None].astype(jnp.float32))
-
-
-def _over_chunks(chunk: Callable[[Any], Sums], parts: Any) -> Sums:
-    """The summed results of `chunk` over the leading axis of `parts`."""
-    # Rematerialised, so that no chunk's logits are kept for the backward pass (docs/algorithm.md, rule 49).
-    body = jax.checkpoint(chunk, prevent_cse=False)
-    first = jax.tree.map(lambda x: x[0], parts)
-    if len(jax.tree.leaves(parts)[0]) == 1:
-        # One chunk needs neither a scan nor rematerialisation.
-        return chunk(first)
-
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(body, first))
-    return jax.lax.scan(lambda total, at: (jax.tree.map(jnp.add, total, body(at)), None), zeros, parts)[0]
 
 
 def _chunk_sums(

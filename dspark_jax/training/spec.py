@@ -16,6 +16,7 @@ from dspark_jax.errors import UserError
 from dspark_jax.readers import read_object
 from dspark_jax.sharding import AnyMesh, ShardingRules, gathered
 from dspark_jax.storage.replica import fetched_file
+from dspark_jax.targets.scanned import LayerLoop
 from dspark_jax.targets.target import Target
 from dspark_jax.training.objective import Objective
 from dspark_jax.training.registry import make_objective
@@ -102,7 +103,8 @@ class StepSpec:
 
         Args:
             target: the described target.
-            params: its parameters, or their shapes with shardings; each is gathered from its storage where it is used.
+            params: its parameters, or their shapes, layer by layer and with shardings; each is gathered from its
+                storage where it is used. The step takes them as `TargetStates.arranged` gives them.
             codec: how a cache stores the states and the step sees them; None: as they are computed.
         """
         return TargetStates(
@@ -111,6 +113,7 @@ class StepSpec:
             dtype=DTYPES[self.dtype],
             codec=codec,
             whole=jax.tree.map(lambda x: gathered(x.sharding, self.placement.rules), params),
+            loop=LayerLoop.of(target.config, params, self.placement.rules),
         )
 
     def step(self, states: States | None = None, record: bool = False, objective: Objective | None = None) -> TrainStep:

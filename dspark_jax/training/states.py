@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from dspark_jax.data.codecs import CODECS, STATES, decode_states, encode_states
 from dspark_jax.targets.attention import CausalRows, segment_starts
+from dspark_jax.targets.scanned import LayerLoop, stacked, stacked_shapes
 from dspark_jax.training.losses import Batch
 
 
@@ -57,6 +58,7 @@ class TargetStates:
         codec: encodes and decodes the states, so that training sees what a cache would hold; None leaves them as they
             are computed.
         whole: shardings of the parameters in use; each leaf is gathered where its layer needs it.
+        loop: over the layers, where the mesh splits their parameters for storage; None: one after the other.
     """
 
     graphdef: nnx.GraphDef
@@ -64,6 +66,14 @@ class TargetStates:
     dtype: Any = jnp.float32
     codec: str | None = None
     whole: Any = None
+    loop: LayerLoop | None = None
+
+    def arranged(self, params: dict) -> dict:
+        """The target's parameters, or their shapes, as `stored` takes them. Arrays are taken out of `params`."""
+        if self.loop is None:
+            return params
+        abstract = isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct)
+        return (stacked_shapes if abstract else stacked)(params, self.loop.period)
 
     def stored(self, target: Any, batch: Batch) -> dict[str, Array]:
         tokens, segments = batch["input_ids"], batch.get("segments")
@@ -75,11 +85,17 @@ class TargetStates:
 
         # A constraint for each leaf: XLA gathers a parameter where its layer runs, and drops the copy after it.
         if self.whole is not None:
-            target = jax.tree.map(jax.lax.with_sharding_constraint, target, self.whole)
+            # The loop gathers its layers itself.
+            placed = {name: x for name, x in self.whole.items() if self.loop is None or name != "layers"}
+            used = {name: target[name] for name in placed}
+            target = target | jax.tree.map(jax.lax.with_sharding_constraint, used, placed)
 
-        model = nnx.merge(self.graphdef, target)
         # The final norm is part of `hidden`, taps are raw layer outputs (docs/algorithm.md, rules 15 and 17).
-        out = model(tokens, positions, CausalRows(segments), self.layer_ids)
+        if self.loop is not None:
+            out = self.loop(target, tokens, positions, CausalRows(segments), self.layer_ids)
+        else:
+            model = nnx.merge(self.graphdef, target)
+            out = model(tokens, positions, CausalRows(segments), self.layer_ids)
 
         # The target is frozen; without this its activations would be kept for a backward pass.
         states = jax.lax.stop_gradient((out.taps, out.hidden))

@@ -26,7 +26,7 @@ from dspark_jax.sharding import (
     traced_over,
 )
 from dspark_jax.training.losses import Sums
-from dspark_jax.training.objective import Batch, Objective
+from dspark_jax.training.objective import Batch, Objective, cast_params
 from dspark_jax.training.schedule import updates_taken
 from dspark_jax.training.states import States, StoredStates
 
@@ -71,6 +71,19 @@ class Placement:
     def gathered(self, tree: Any, shardings: Any) -> Any:
         """Constrains every leaf to its sharding in use: axes that are split for storage only are gathered."""
         return jax.tree.map(lambda x, s: jax.lax.with_sharding_constraint(x, gathered(s, self.rules)), tree, shardings)
+
+    def gathered_as(self, params: dict, dtype: Any, abstract: dict) -> dict:
+        """`gathered` parameters; those that computing casts to `dtype` travel, and lie, in it."""
+
+        def place(x: Array, narrow: Array, like: Any) -> Array:
+            whole = gathered(like.sharding, self.rules)
+            if whole == like.sharding:
+                return x
+            # Cast where it is stored, or the partitioner might gather first.
+            narrow = jax.lax.with_sharding_constraint(narrow, like.sharding)
+            return jax.lax.with_sharding_constraint(narrow, whole)
+
+        return jax.tree.map(place, params, cast_params(params, dtype), abstract)
 
 
 def abstract_train_state(
@@ -168,7 +181,10 @@ def make_train_step(
 
         # Drawn for the global batch from (key, step): neither micro-batches nor a resumed run change the anchors.
         plan = objective.plan(batch, jax.random.fold_in(state.key, state.step))
-        params, shared = _in_use(state.params, shared, placement, abstract)
+        params, shared = _in_use(state.params, shared, placement, abstract, objective.compute_dtype)
+        if target is not None:
+            # Its table is gathered already, for the drafter.
+            target = target | {"embed_weight_vd": shared.embed}
 
         def loss(params: dict, batch: Batch, rows: Any) -> tuple[Array, Sums]:
             # Differentiated by `params` alone: the target's tables are frozen (docs/algorithm.md, rule 18).
@@ -178,8 +194,14 @@ def make_train_step(
         def gradient(batch: Batch, rows: Any) -> tuple[Any, dict[str, Array]]:
             # The loss sees states decoded from what is stored, so online and cached training agree.
             stored = source.stored(target, batch)
-            made = jax.grad(loss, has_aux=True)(params, source.read(stored, batch), rows)
-            return made, stored if record else {}
+            # By float32 parameters, whatever they travelled in, so that gradients add up in float32.
+            wide = jax.tree.map(lambda x, like: x.astype(like.dtype), params, state.params)
+            grads, sums = jax.grad(loss, has_aux=True)(wide, source.read(stored, batch), rows)
+            # Each device keeps the part that it stores: a sum over devices is scattered, and none holds it whole.
+            if placement is not None and abstract is not None:
+                grads = jax.tree.map(lambda x, s: jax.lax.with_sharding_constraint(x, s.sharding), grads,
+                                     abstract.params)  # fmt: skip
+            return (grads, sums), stored if record else {}
 
         # Sums and gradients add up over micro-batches because each part is divided by the same global denominator.
         (grads, sums), stored = _over_micro_batches(gradient, batch, plan.rows, accumulation_steps, placement)
@@ -254,14 +276,14 @@ def _compiled(
 
 
 def _in_use(
-    params: dict, shared: SharedTables, placement: Placement | None, abstract: TrainState | None
+    params: dict, shared: SharedTables, placement: Placement | None, abstract: TrainState | None, dtype: Any
 ) -> tuple[dict, SharedTables]:
     """Parameters and the target's tables as a step uses them: gathered from the devices that store their parts."""
     if placement is None or abstract is None:
         return params, shared
 
     # Gathered once per step: the partitioner alone would gather parameters again for every chunk of anchors.
-    params = placement.gathered(params, jax.tree.map(lambda x: x.sharding, abstract.params))
+    params = placement.gathered_as(params, dtype, abstract.params)
     return params, placement.gathered(shared, placement.tables(shared))
 
 

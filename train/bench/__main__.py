@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import jax
 
-from dspark_jax.checkpoints.huggingface import DTYPES
 from dspark_jax.config.cli import divide_options, load_config, parse, parse_training, program
 from dspark_jax.config.schema import TrainConfig
 from dspark_jax.devices import announce, machine
@@ -28,10 +27,10 @@ from dspark_jax.errors import UserError
 from dspark_jax.files import make_output, write_json
 from dspark_jax.planning.compiled import compiled, memory_of
 from dspark_jax.planning.estimate import tied_bytes
+from dspark_jax.planning.floor import step_floor
 from dspark_jax.planning.training import AbstractRun
 from dspark_jax.report import listing
 from dspark_jax.roofline.hardware import Term, floor_seconds, known_device, peak_flops, terms_table, total
-from dspark_jax.roofline.training import step_terms
 from dspark_jax.sharding import make_mesh
 
 from .inputs import cached_inputs, random_inputs
@@ -137,18 +136,16 @@ def parameters(run: AbstractRun) -> int:
 
 
 def floor_terms(run: AbstractRun) -> list[Term] | None:
-    """Floor terms of one device: its share of the sequences, and the whole update.
+    """Floor terms of one device: its share of the sequences, the target's pass where it runs in the step, and the whole
+    update.
 
-    None where the target runs in the step, where the tensor axis divides the work on a sequence, and for kinds of
-    drafters that are not counted.
+    None where the tensor axis divides the work on a sequence, and for kinds of drafters and of targets in the step that
+    are not counted.
     """
     # A floor that leaves out part of the work would be called beaten.
-    if run.target_params is not None or run.placement.mesh.shape["tensor"] > 1:
+    if run.placement.mesh.shape["tensor"] > 1:
         return None
-
-    itemsize = DTYPES[run.spec.dtype].dtype.itemsize
-    length = run.batch["input_ids"].shape[1]
-    return step_terms(run.spec.drafter, run.rows_a_device, length, parameters(run), itemsize, run.micro_batches)
+    return step_floor(run)
 
 
 def measure(run: AbstractRun, config: TrainConfig, options: BenchOptions, terms: list[Term] | None) -> dict[str, Any]:

@@ -1,0 +1,45 @@
+"""The floor of a target's forward pass over whole sequences: prefill, feature capture, the target in a training step.
+
+Counted as in training.py, forward alone: scores stay on the chip, no logits are made, and each position sees the
+positions before it, within the layer's window.
+
+Letters: B sequences, T padded tokens, n = B T positions, D hidden, F mlp, Q query heads, G kv heads, H head dim, b
+bytes of the compute dtype.
+"""
+
+from dspark_jax.roofline.hardware import Term
+from dspark_jax.roofline.training import product
+from dspark_jax.targets.config import LayerConfig, TargetConfig
+from dspark_jax.targets.decoder import DecoderModel
+from dspark_jax.targets.registry import TARGETS
+
+
+def prefill_terms(config: TargetConfig, sequences: int, length: int, itemsize: int) -> list[Term] | None:
+    """The terms of one pass over B sequences padded to T; None for mixtures of experts and families with a model of
+    their own."""
+    if config.experts is not None or TARGETS[config.model_type].model not in (None, DecoderModel):
+        return None
+
+    n, d, f, b = sequences * length, config.hidden_size, config.intermediate_size, itemsize
+    totals = {name: Term("", 0.0, 0.0) for name in ("projections", "scores", "MLP")}
+    for layer in config.layers:
+        queries = config.num_heads * layer.head_dim
+        keys = layer.num_kv_heads * layer.head_dim
+        joined = queries + (keys if layer.values_are_keys else 2 * keys)
+        totals["projections"] += _forward(n, d, joined, b) + _forward(n, queries, d, b)
+        # Queries, keys and values are read and the result is written; two products of each pair of positions.
+        seen = _seen(layer, length)
+        totals["scores"] += Term("", 4.0 * n * seen * queries, (2 * queries + 2 * keys) * n * b)
+        totals["MLP"] += _forward(n, d, 2 * f, b) + _forward(n, f, d, b)
+    return [Term(f"target: {name}", term.flops, term.bytes) for name, term in totals.items()]
+
+
+def _forward(rows: int, i: int, o: int, b: int) -> Term:
+    return product("", rows, i, o, b, weights=False, inputs=False)
+
+
+def _seen(layer: LayerConfig, length: int) -> float:
+    """The mean number of positions that a position sees, itself included."""
+    window = min(layer.window or length, length)
+    # The first `window` positions see fewer.
+    return window - (window - 1) * window / 2 / length
