@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from dspark_jax.planning.compiled import collective_parts
+from dspark_jax.planning.rounds import LoopText, opcode
 from dspark_jax.sharding import ShardingRules, batch_shardings, make_mesh
 from dspark_jax.training.objective import BlockObjective
 from dspark_jax.training.step import (
@@ -43,6 +45,7 @@ def train(placement: Placement | None, accumulation: int) -> tuple[Any, Any]:
         state, metrics = step(state, shared, batch)
     assert step._cache_size() == 1, "the second step compiled again"
     if placement is not None:
+        _gathers_before_its_loops(step.lower(state, shared, batch).compile().as_text(), state.params)
         jax.tree.map(_same_place, state, abstract)
         split = state.params["backbone"]["layers"][0]["mlp"]["gate_up_weight_du"]
         assert split.addressable_shards[0].data.size * placement.mesh.shape["fsdp"] == split.size
@@ -57,6 +60,18 @@ def evaluate(devices: int) -> Any:
     params, shared = jax.device_put((tiny_drafter().params, tiny_tables()), place)
     batch = jax.device_put(batch, batch_shardings(batch, placement.mesh, placement.rules))
     return evaluation(task, placement)(params, shared, batch, jax.device_put(jax.random.key(0), place))
+
+
+def _gathers_before_its_loops(program: str, params: Any) -> None:
+    """Parameters are gathered once a step, whatever the number of micro-batches."""
+    text = LoopText.of(program, 0)
+    shapes = {tuple(x.shape) for x in jax.tree.leaves(params)}
+    gathers = {
+        name: [shape for line in lines if opcode(line) == "all-gather" for shape, _ in collective_parts(line)]
+        for name, lines in text.computations.items()
+    }
+    assert shapes & set(gathers.pop(text.entry)), "no parameter is gathered"
+    assert not shapes & {shape for found in gathers.values() for shape in found}, "a loop gathers parameters"
 
 
 def _same_place(x: jax.Array, expected: jax.ShapeDtypeStruct) -> None:

@@ -16,9 +16,12 @@ from dspark_jax.config.schema import MeshSettings, TrainConfig
 from dspark_jax.errors import UserError
 from dspark_jax.planning.compiled import collectives, wide_products
 from dspark_jax.planning.estimate import estimate, shard_bytes
+from dspark_jax.planning.floor import step_floor
 from dspark_jax.planning.liveness import peak_bytes
 from dspark_jax.planning.published_targets import PUBLISHED
+from dspark_jax.planning.traffic import collectives_of
 from dspark_jax.planning.training import AbstractRun
+from dspark_jax.roofline.hardware import known_device, total
 from dspark_jax.sharding import ShardingRules, abstract_mesh, array_sharding, gathered, make_mesh
 from dspark_jax.targets.registry import read_target_config
 from dspark_jax.training.spec import micro_batches
@@ -90,6 +93,44 @@ def test_an_online_run_holds_the_target_and_no_states() -> None:
     assert (bytes_of(online.target_params) - tables) / 8 <= many["target's other parameters"]
     assert many["activations"] > few["activations"] and many["target's layers, gathered"] > 0
     online.lower("tpu")
+
+
+def test_collectives_are_counted_from_shapes() -> None:
+    config = load_config("qwen3_4b_dspark")
+    data = dataclasses.replace(config.data, source="online", accumulation_steps=4)
+    mesh = abstract_mesh(64, -1, 8)
+    run = AbstractRun.of(dataclasses.replace(config, data=data, mesh=MeshSettings(data=-1, fsdp=8)), mesh)
+    found = {one.name: one for one in collectives_of(run)}
+
+    # Parameters travel once a step and in bfloat16, gradients once a micro-batch and in float32.
+    gathered_once, summed = found["drafter's parameters"], found["gradients, to where they are stored"]
+    assert (gathered_once.kind, gathered_once.times, gathered_once.devices) == ("all-gather", 1, 8)
+    assert (summed.kind, summed.times, summed.size) == ("reduce-scatter", 4, 2 * gathered_once.size)
+    assert found["their parts"].size * 8 == summed.size and found["their parts"].span == 64
+    # Each of 36 layers in each micro-batch: queries, keys, values and output, gate, up and down, norms.
+    layer = 2560 * (2 * 32 + 2 * 8) * 128 + 3 * 2560 * 9728 + 2 * 2560
+    one_by_one = found["target's layers, one by one"]
+    assert one_by_one.times == 4 * 36 and one_by_one.size == pytest.approx(2 * layer, rel=1e-3)
+    # A ring sends all but the device's own part; over machines, by the network.
+    assert gathered_once.sent == gathered_once.size * 7 / 8
+    h200 = known_device("NVIDIA H200")
+    assert h200 is not None and found["their parts"].seconds(h200, 8) == found["their parts"].sent / h200.network
+    assert not collectives_of(AbstractRun.of(config, abstract_mesh(1)))
+
+
+def test_an_online_steps_floor_has_the_targets_pass() -> None:
+    config = load_config("qwen3_4b_dspark")
+    data = dataclasses.replace(config.data, global_batch=1, accumulation_steps=1)
+    mesh = abstract_mesh(1)
+    runs = [
+        AbstractRun.of(dataclasses.replace(config, data=dataclasses.replace(data, source=source)), mesh)
+        for source in ("offline", "online")
+    ]
+    offline, online = (total(step_floor(run) or []) for run in runs)
+    # Two operations for each parameter of a layer and position, and the scores of half the positions.
+    layer = 2560 * (2 * 32 + 2 * 8) * 128 + 3 * 2560 * 9728
+    wanted = 36 * (2 * layer * 4096 + 4 * 4096 * 4097 / 2 * 32 * 128)
+    assert online.flops - offline.flops == pytest.approx(wanted)
 
 
 def bytes_of(tree: object) -> int:
