@@ -283,6 +283,12 @@ def gathered(sharding: NamedSharding, rules: ShardingRules) -> NamedSharding:
     return NamedSharding(sharding.mesh, PartitionSpec(*entries))
 
 
+def is_gathered(shape: Sequence[int], sharding: NamedSharding, rules: ShardingRules) -> bool:
+    """Whether devices store less of an array than they use."""
+    # By sizes: an axis of one device may stand in a spec, and splits nothing.
+    return sharding.shard_shape(tuple(shape)) != gathered(sharding, rules).shard_shape(tuple(shape))
+
+
 def _names(entry: Any) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else tuple(entry or ())
 

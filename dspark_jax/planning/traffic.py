@@ -10,13 +10,12 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import NamedSharding
 
 from dspark_jax.checkpoints.huggingface import DTYPES
 from dspark_jax.planning.estimate import in_compute_dtype, shard_bytes
 from dspark_jax.planning.training import AbstractRun
 from dspark_jax.roofline.hardware import Device
-from dspark_jax.sharding import gathered
+from dspark_jax.sharding import gathered, is_gathered
 
 
 class Collective(NamedTuple):
@@ -70,7 +69,7 @@ def _gradients(run: AbstractRun) -> Iterator[Collective]:
     mesh, split, whole = run.placement.mesh, 0, 0
     for x in jax.tree.leaves(run.state.params):
         full = shard_bytes(x, gathered(x.sharding, run.placement.rules))
-        if _is_split(run, x.sharding):
+        if is_gathered(x.shape, x.sharding, run.placement.rules):
             split += full
         else:
             whole += full
@@ -123,11 +122,5 @@ def _over(run: AbstractRun, name: str, kind: str, axes: tuple[str, ...], times: 
 
 def _gathered_bytes(run: AbstractRun, x: Any) -> int:
     """Bytes of a stored array in use, 0 where it is used as it lies."""
-    if not _is_split(run, x.sharding):
-        return 0
-    return shard_bytes(x, gathered(x.sharding, run.placement.rules))
-
-
-def _is_split(run: AbstractRun, sharding: NamedSharding) -> bool:
-    whole = gathered(sharding, run.placement.rules)
-    return run.placement.mesh.shape["fsdp"] > 1 and whole != sharding
+    rules = run.placement.rules
+    return shard_bytes(x, gathered(x.sharding, rules)) if is_gathered(x.shape, x.sharding, rules) else 0

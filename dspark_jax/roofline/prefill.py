@@ -10,14 +10,13 @@ bytes of the compute dtype.
 from dspark_jax.roofline.hardware import Term
 from dspark_jax.roofline.training import product
 from dspark_jax.targets.config import LayerConfig, TargetConfig
-from dspark_jax.targets.decoder import DecoderModel
 from dspark_jax.targets.registry import TARGETS
 
 
 def prefill_terms(config: TargetConfig, sequences: int, length: int, itemsize: int) -> list[Term] | None:
     """The terms of one pass over B sequences padded to T; None for mixtures of experts and families with a model of
     their own."""
-    if config.experts is not None or TARGETS[config.model_type].model not in (None, DecoderModel):
+    if config.experts is not None or TARGETS[config.model_type].model is not None:
         return None
 
     n, d, f, b = sequences * length, config.hidden_size, config.intermediate_size, itemsize

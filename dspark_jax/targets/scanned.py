@@ -16,12 +16,12 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from dspark_jax.sharding import ShardingRules, gathered, split
+from dspark_jax.sharding import ShardingRules, gathered, is_gathered, split
 from dspark_jax.targets.attention import Attend
 from dspark_jax.targets.config import TargetConfig
-from dspark_jax.targets.decoder import DecoderModel, TargetOutput
+from dspark_jax.targets.decoder import TargetOutput
 from dspark_jax.targets.layers import Rope, layer_ropes
-from dspark_jax.targets.registry import target_module
+from dspark_jax.targets.registry import TARGETS, target_module
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,14 +47,14 @@ class LayerLoop:
         None where it has nothing to gain: parameters that no mesh axis splits for storage, layers that do not repeat,
         mixtures of experts, and families with a model of their own.
         """
-        leaves = jax.tree.leaves(params["layers"])
-        split_up = any(gathered(x.sharding, rules) != x.sharding for x in leaves)
+        if config.experts is not None or TARGETS[config.model_type].model is not None:
+            return None
         count = period_of(config)
-        module = nnx.eval_shape(lambda: target_module(replace(config, layers=config.layers[:count]), rngs=nnx.Rngs(0)))
-        if not split_up or config.experts is not None or type(module) is not DecoderModel:
+        split_up = any(is_gathered(x.shape, x.sharding, rules) for x in jax.tree.leaves(params["layers"]))
+        if not split_up or 2 * count > config.num_layers:
             return None
-        if 2 * count > config.num_layers:
-            return None
+        first = replace(config, layers=config.layers[:count])
+        module = nnx.eval_shape(lambda: target_module(first, rngs=nnx.Rngs(0)))
         whole = {at: jax.tree.map(lambda x: gathered(x.sharding, rules), params["layers"][at]) for at in range(count)}
         return cls(config, count, split(module)[0], whole)
 

@@ -21,6 +21,7 @@ from dspark_jax.sharding import (
     ShardingRules,
     array_sharding,
     gathered,
+    is_gathered,
     parameter_shardings,
     replicated,
     traced_over,
@@ -76,12 +77,11 @@ class Placement:
         """`gathered` parameters; those that computing casts to `dtype` travel, and lie, in it."""
 
         def place(x: Array, narrow: Array, like: Any) -> Array:
-            whole = gathered(like.sharding, self.rules)
-            if whole == like.sharding:
+            if not is_gathered(x.shape, like.sharding, self.rules):
                 return x
             # Cast where it is stored, or the partitioner might gather first.
             narrow = jax.lax.with_sharding_constraint(narrow, like.sharding)
-            return jax.lax.with_sharding_constraint(narrow, whole)
+            return jax.lax.with_sharding_constraint(narrow, gathered(like.sharding, self.rules))
 
         return jax.tree.map(place, params, cast_params(params, dtype), abstract)
 
