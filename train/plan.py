@@ -15,7 +15,7 @@ import jax
 from dspark_jax.config.cli import divide_options, mesh_settings, parse, parse_training, program
 from dspark_jax.errors import UserError
 from dspark_jax.planning.compiled import compiled, figures, topology_mesh, wide_products
-from dspark_jax.planning.estimate import describe, estimate, tied_bytes
+from dspark_jax.planning.estimate import describe, estimate, passed_twice
 from dspark_jax.planning.traffic import collectives_of
 from dspark_jax.planning.training import AbstractRun
 from dspark_jax.report import listing, table
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
         run = AbstractRun.of(config, topology_mesh(options.topology, *sizes))
         step = compiled(run.lower("tpu"), "The step")
         kind = run.placement.mesh.devices.flat[0].device_kind
-        print(listing(describe(run) | {"device": kind} | figures(step, kind, tied_bytes(run))))
+        print(listing(describe(run) | {"device": kind} | figures(step, kind, passed_twice(run))))
 
         return
 

@@ -30,18 +30,20 @@ DraftState = Any
 class SharedTables:
     """The target's frozen embedding [V, D] and output head [V, D], never trained, and how they are read.
 
-    `embed_scale` multiplies embedded rows, rounded to their dtype first; `softcap` bounds logits.
+    `embed_scale` multiplies embedded rows, rounded to their dtype first; `softcap` bounds logits; `tied`: both are one
+    array, which a mesh gathers once.
     """
 
     embed: Array
     head: Array
     embed_scale: float = field(default=1.0, metadata={"static": True})
     softcap: float | None = field(default=None, metadata={"static": True})
+    tied: bool = field(default=False, metadata={"static": True})
 
     @classmethod
     def of(cls, config: TargetConfig, embed: Array, head: Array) -> "SharedTables":
         """The tables of a target with this config."""
-        return cls(embed, head, config.embed_scale, config.logit_softcap)
+        return cls(embed, head, config.embed_scale, config.logit_softcap, config.tie_word_embeddings)
 
     def rows(self, tokens: Int[Array, "*n"]) -> Float[Array, "*n d"]:
         """Embeddings of tokens, as the target's first layer sees them."""

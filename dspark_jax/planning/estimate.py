@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from dspark_jax.checkpoints.huggingface import DTYPES
 from dspark_jax.planning.liveness import peak_bytes
 from dspark_jax.planning.training import AbstractRun
-from dspark_jax.sharding import gathered
+from dspark_jax.sharding import gathered, is_gathered
 from dspark_jax.training.objective import cast_params
 from dspark_jax.training.states import TargetStates
 
@@ -69,7 +69,7 @@ def estimate(run: AbstractRun, activations: int | None = None) -> dict[str, int]
         # With several micro-batches, each device's part of the running sum is held while the next gradient is computed.
         "gradients": gradients + (stored_sum if run.micro_batches > 1 else 0),
         "target's embedding and head": stored(run.shared) - tied_bytes(run),
-        "embedding and head, gathered": copies(run.shared),
+        "embedding and head, gathered": copies(run.shared) // (2 if run.shared.tied else 1),
         "batch": stored(run.batch),
         "target's other parameters": stored(run.target_params) - stored(run.shared) + tied_bytes(run) if online else 0,
         # The layer in use, and the next one, whose gather overlaps with it.
@@ -131,6 +131,13 @@ def tied_bytes(run: AbstractRun) -> int:
     # Two arguments of the step share this array; its bytes are counted with both.
     head: Any = run.shared.head
     return shard_bytes(head, head.sharding) if run.target.config.tie_word_embeddings else 0
+
+
+def passed_twice(run: AbstractRun) -> int:
+    """Bytes that a compiled step's arguments count twice: of a tied table that is used as it lies. Of one that is
+    gathered the step reads one argument alone."""
+    head: Any = run.shared.head
+    return 0 if is_gathered(head.shape, head.sharding, run.placement.rules) else tied_bytes(run)
 
 
 def value_bytes(value: Any) -> int:

@@ -59,15 +59,15 @@ def _parameters(run: AbstractRun) -> Iterator[Collective]:
     sizes = [_gathered_bytes(run, x) for x in jax.tree.leaves(in_compute_dtype(run))]
     yield _over(run, "drafter's parameters", "all-gather", ("fsdp",), 1, sum(sizes))
 
-    tables = {id(x): x for x in jax.tree.leaves(run.shared)}.values()
-    tied = run.target.config.tie_word_embeddings
-    size = sum(_gathered_bytes(run, x) for x in tables) // (2 if tied and len(tables) > 1 else 1)
+    # A tied table travels once.
+    size = sum(_gathered_bytes(run, x) for x in jax.tree.leaves(run.shared)) // (2 if run.shared.tied else 1)
     yield _over(run, "embedding and head", "all-gather", ("fsdp",), 1, size)
 
 
 def _gradients(run: AbstractRun) -> Iterator[Collective]:
     mesh, split, whole = run.placement.mesh, 0, 0
-    for x in jax.tree.leaves(run.state.params):
+    # Those of products are rounded to the compute dtype before they are summed over devices.
+    for x in jax.tree.leaves(in_compute_dtype(run)):
         full = shard_bytes(x, gathered(x.sharding, run.placement.rules))
         if is_gathered(x.shape, x.sharding, run.placement.rules):
             split += full

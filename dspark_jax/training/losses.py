@@ -52,7 +52,7 @@ def block_sums(
     size = min(options.anchor_chunk, blocks.anchors.shape[1])
     parts, chunks = jax.tree.map(lambda x: split_anchors(x, size), (rows._replace(confidence=None), blocks))
 
-    constants = jax.lax.stop_gradient(narrow), shared, batch["last_hidden"]
+    constants = (jax.lax.stop_gradient(narrow), shared), batch["last_hidden"]
     laws, sums, accept = summed(partial(_chunk, build, options), cast, tables, parts, chunks, constants)
     sums = {"laws": laws} | sums
 
@@ -73,10 +73,10 @@ def split_anchors(x: Array, size: int) -> Array:
 
 def _chunk(
     build: Callable[[dict], BlockDrafter], options: LossOptions, tables: dict, rows: BlockRows, blocks: Blocks,
-    constants: tuple[dict, SharedTables, Array],
+    constants: tuple[tuple[dict, SharedTables], Array],
 ) -> tuple[Array, tuple[Sums, Array]]:  # fmt: skip
     """(the weighted terms of the laws, (their sums, acceptance [B, C, K])) of a chunk of anchors."""
-    params, shared, last_hidden = constants
+    (params, shared), last_hidden = constants
     model = build(unflatten_dict(flatten_dict(params) | flatten_dict(tables)))
 
     # [B, C, K, V] logits exist here alone.

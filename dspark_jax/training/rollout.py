@@ -139,19 +139,19 @@ class RolloutObjective:
             chunk: (drafter, hidden states, part, given) -> sums.
             params, narrow: masters, and the same in the compute dtype.
             parts: what differs from chunk to chunk beside the states, the chunks first.
-            given: the same for all.
+            given: (the target's tables, arrays [B, ...]), the same for all.
         """
 
         def one(
             tables: dict, hidden: Array, part: Any, constants: tuple[dict, Any]
         ) -> tuple[Array, tuple[Sums, tuple]]:
-            narrow, given = constants
-            sums = chunk(self.build(narrow | tables), hidden, part, given)
+            (narrow, shared), states = constants
+            sums = chunk(self.build(narrow | tables), hidden, part, (shared, states))
             return self._weighted(sums["ploss"]), (sums, ())
 
         # Logits are made of the final norm and of a frozen head.
         tables = {"norm": params["norm"]}
-        constants = jax.lax.stop_gradient(narrow), given
+        constants = (jax.lax.stop_gradient(narrow), given[0]), given[1]
         laws, sums, _ = summed(one, self.cast, tables, split_anchors(hidden, size), parts, constants)
         return {"laws": laws} | sums
 

@@ -4,7 +4,7 @@ Axes: B row of the global batch, A micro-batch.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -284,7 +284,12 @@ def _in_use(
 
     # Gathered once per step: the partitioner alone would gather parameters again for every chunk of anchors.
     params = placement.gathered_as(params, dtype, abstract.params)
-    return params, placement.gathered(shared, placement.tables(shared))
+    tables = placement.tables(shared)
+    if shared.tied and is_gathered(shared.embed.shape, tables.embed, placement.rules):
+        # One array, although the step takes it twice.
+        embed = placement.gathered(shared.embed, tables.embed)
+        return params, replace(shared, embed=embed, head=embed)
+    return params, placement.gathered(shared, tables)
 
 
 def _updated(state: TrainState, grads: Any, optimizer: optax.GradientTransformation, good: Array) -> TrainState:

@@ -26,7 +26,7 @@ from dspark_jax.devices import announce, machine
 from dspark_jax.errors import UserError
 from dspark_jax.files import make_output, write_json
 from dspark_jax.planning.compiled import compiled, memory_of
-from dspark_jax.planning.estimate import tied_bytes
+from dspark_jax.planning.estimate import passed_twice
 from dspark_jax.planning.floor import step_floor
 from dspark_jax.planning.training import AbstractRun
 from dspark_jax.report import listing
@@ -165,7 +165,7 @@ def measure(run: AbstractRun, config: TrainConfig, options: BenchOptions, terms:
         "least and most": [min(seconds), max(seconds)],
         "tokens/s": rows * length / found,
         "skipped updates": metrics["skipped"],
-        **{f"{name}, compiled": gibibytes(size) for name, size in memory_of(step, tied_bytes(run)).items()},
+        **{f"{name}, compiled": gibibytes(size) for name, size in memory_of(step, passed_twice(run)).items()},
     }
 
     stats: dict[str, int] = jax.local_devices()[0].memory_stats() or {}
@@ -221,7 +221,7 @@ def memory_figures(run: AbstractRun) -> dict[str, Any]:
     # Compiled and not run: the naive step may need more memory than there is.
     for name, one in (("step", run), ("naive step", naive_run(run))):
         start = time.perf_counter()
-        memory = memory_of(compiled(one.lower(platform_name), f"The {name}"), tied_bytes(run))
+        memory = memory_of(compiled(one.lower(platform_name), f"The {name}"), passed_twice(run))
         found |= {f"{name}: {part}": gibibytes(size) for part, size in memory.items()}
         found[f"{name}: seconds to compile"] = time.perf_counter() - start
 

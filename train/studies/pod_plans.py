@@ -113,7 +113,10 @@ def plan(
 
     found = None
     for sequences in (n for n in (1, 2, 4, 8) if n <= most):
-        data = dataclasses.replace(config.data, source=source, accumulation_steps=most // sequences)
+        # Nothing is read: a file of conversations is only named.
+        data = dataclasses.replace(
+            config.data, source=source, conversations="conversations.jsonl", accumulation_steps=most // sequences
+        )
         sizes = MeshSettings(data=-1, fsdp=fsdp, tensor=tensor)
         run = AbstractRun.of(dataclasses.replace(config, data=data, mesh=sizes), mesh)
         # Activations depend on the rows of a device alone.
