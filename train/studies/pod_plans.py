@@ -12,7 +12,7 @@ four fifths of its memory. Of every machine, the mesh with the least time by cou
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dspark_jax.config.cli import load_config, parse, program
 from dspark_jax.config.schema import MeshSettings, TrainConfig
@@ -26,6 +26,9 @@ from dspark_jax.planning.training import AbstractRun
 from dspark_jax.report import table
 from dspark_jax.roofline.hardware import Device, floor_seconds, known_device
 from dspark_jax.sharding import abstract_mesh
+
+
+Source = Literal["offline", "online"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class PodSettings:
     """Training configurations; of published targets."""
     machines: tuple[str, ...] = tuple(CLUSTERS)
     """Clusters, by their names in this program."""
-    sources: tuple[str, ...] = ("offline", "online")
+    sources: tuple[Source, ...] = ("offline", "online")
     """Where the target's states come from."""
     result: Path = Path("docs/results/pod_plans.json")
     """The figures; rows of other names stay in it."""
@@ -100,7 +103,7 @@ def line(source: str, where: str, row: dict[str, Any]) -> list[str]:
 
 
 def plan(
-    config: TrainConfig, source: str, where: str, fsdp: int, tensor: int, activations: dict[tuple[Any, ...], int]
+    config: TrainConfig, source: Source, where: str, fsdp: int, tensor: int, activations: dict[tuple[Any, ...], int]
 ) -> dict[str, Any] | None:
     """The plan with the most sequences a device that fit, or with one where none does; None where a target in the step
     is not counted."""
