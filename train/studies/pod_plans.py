@@ -27,7 +27,6 @@ from dspark_jax.report import table
 from dspark_jax.roofline.hardware import Device, floor_seconds, known_device
 from dspark_jax.sharding import abstract_mesh
 
-
 Source = Literal["offline", "online"]
 
 
