@@ -201,6 +201,13 @@ def parameter_mesh(params: dict) -> Mesh | None:
     return sharding.mesh
 
 
+def platform_of(params: dict) -> str:
+    """The platform of the devices that hold parameters, or would hold those that are shapes alone: "cpu", "gpu" or
+    "tpu"."""
+    sharding = jax.tree.leaves(params)[0].sharding
+    return jax.default_backend() if sharding is None else next(iter(sharding.device_set)).platform
+
+
 def require_rows(option: str, rows: int, mesh: Mesh | None) -> None:
     """UserError, naming the option, unless `rows` divide evenly over the row groups of a mesh."""
     groups = 1 if mesh is None else ShardingRules().row_groups(mesh)

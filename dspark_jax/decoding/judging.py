@@ -92,7 +92,7 @@ def judge_tree(
     wanted = state.active[:, None] & (tree.depths <= lengths[:, None])
     rows = TreeRows(tree.depths, tree.ancestors(loop.block))
     cache = state.target_cache
-    verified, bucket = verify(target, loop.buckets, loop.tap_layers, cache, tree.tokens, starts, wanted, rows)
+    verified, bucket = verify(target, loop.compiled_buckets, loop.tap_layers, cache, tree.tokens, starts, wanted, rows)
 
     logits = loop.decodable(verified.logits)
     won = verifier.choices(tree, logits, noise, draws_of(state, tree.tokens, rows.seen))
@@ -121,7 +121,7 @@ def _judge_siblings(
     wanted = state.active[:, None] & (tree.depths <= lengths[:, None])
     rows = TreeRows(tree.depths, tree.ancestors(loop.block))
     cache = state.target_cache
-    verified, bucket = verify(target, loop.buckets, loop.tap_layers, cache, tree.tokens, starts, wanted, rows)
+    verified, bucket = verify(target, loop.compiled_buckets, loop.tap_layers, cache, tree.tokens, starts, wanted, rows)
 
     path = verifier.walk(draft, loop.decodable(verified.logits), lengths, draws_of(state, tree.tokens, rows.seen))
     verdict = Verdict(path.along(tree.tokens), lengths, path.accepted, path.next_token, path.failed)

@@ -34,7 +34,9 @@ class LoopSettings:
         target, drafter: graph definitions; the weights are arguments. No drafter: K = 0 and plain rounds.
         requests, size, block: R, S and K.
         tap_layers: target layers whose outputs the drafter reads.
-        buckets: token counts that the verify pass is compiled for, ascending, the last one with a row for every draft.
+        buckets: token counts that costs are told apart by, ascending, the last one with a row for every draft.
+        level: tokens up to which a pass takes equally long, so that of the buckets up to it only the largest is
+            compiled; 0: every bucket is.
         stop_slots: stop tokens that a request may have.
         bias_slots: tokens that a request may bias.
         top_logprobs: most probable tokens kept for requests that want log-probabilities.
@@ -64,6 +66,7 @@ class LoopSettings:
     mesh: Mesh | None = None
     words: int | None = None
     layout: CacheLayout = BySlot()
+    level: int = 0
 
     def __post_init__(self) -> None:
         # Here, so that a loop that would not be exact cannot be put together at all (docs/algorithm.md, rule 108).
@@ -82,6 +85,12 @@ class LoopSettings:
     def width(self) -> int:
         """W, the rows of a block: the anchor and its drafts."""
         return self.block + 1
+
+    @property
+    def compiled_buckets(self) -> tuple[int, ...]:
+        """The token counts that the verify pass is compiled for."""
+        low = [size for size in self.buckets if size <= self.level]
+        return (*low[-1:], *(size for size in self.buckets if size > self.level))
 
     def vocab_sharding(self, target: TargetModel) -> NamedSharding | None:
         """How the mesh spreads the vocabulary [V], and so logits; None where every device holds all of it."""
@@ -120,7 +129,7 @@ class LoopSettings:
         """
         # Row 0 is the anchor: a verify length of 0 still runs one row of each active request.
         wanted = state.active[:, None] & (jnp.arange(block.shape[1]) <= lengths[:, None])
-        return verify(target, self.buckets, self.tap_layers, state.target_cache, block, starts, wanted)
+        return verify(target, self.compiled_buckets, self.tap_layers, state.target_cache, block, starts, wanted)
 
     def decodable(self, logits: Float[Array, "*n v"]) -> Float[Array, "*n v"]:
         """Set the ids that pad the target's tables to -inf: no tokenizer can turn them into text."""

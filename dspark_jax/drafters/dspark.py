@@ -30,6 +30,7 @@ from dspark_jax.sharding import param
 from dspark_jax.targets.attention import segment_starts
 from dspark_jax.targets.kv_cache import append_rows, empty_cache, head_major
 from dspark_jax.targets.layers import head_logits, normal
+from dspark_jax.targets.turns import in_turn
 
 
 class DSpark(nnx.Module):
@@ -87,25 +88,22 @@ class DSpark(nnx.Module):
         # [R, K, C]: of the base logits, so for all positions at once; only the walk over them is serial.
         chosen = None if markov is None else markov.candidates(base)
 
-        # A Python loop: K is small and static, and only the head runs in it.
-        previous, tokens, laws, embeddings = anchors, [], [], []
-
-        for k in range(self.block_size):
-            logits, ids = base[:, k], None if chosen is None else chosen[:, k]
+        def step(walk: tuple[Array, Any], k: Any) -> tuple[tuple[Array, Any], tuple[Array, Any, Array | None]]:
+            previous, carry = walk
+            logits, ids, embedding = base[:, k], None if chosen is None else chosen[:, k], None
             if markov is not None:
                 # x_{k-1} is the anchor for k = 0, then the token just drawn: p^d_k is the law that x_k is drawn from
                 # (docs/algorithm.md, rules 7 and 34).
                 embedding = markov.embed(previous)
                 latent, carry = markov.step(carry, embedding, hidden[:, k])
                 logits = markov.scores(logits, latent, ids)
-                embeddings.append(embedding)
 
-            previous, law = self._drawn(sample, logits, k, ids)
-            tokens.append(previous)
-            laws.append(law)
+            token, law = self._drawn(sample, logits, k, ids)
+            return (token, carry), (token, law, embedding)
 
-        seen = jnp.stack(embeddings, axis=1) if embeddings else None
-        return DraftOutput.of(tokens, laws, self._confidence(hidden, seen))
+        # Leaves [R, ...] of each step become [R, K, ...]: verification looks at one position of all requests at a time.
+        _, (tokens, law, seen) = in_turn(step, (anchors, carry), self.block_size, axis=1)
+        return DraftOutput(tokens, law, self._confidence(hidden, seen))
 
     def _drawn(self, sample: SampleFn, logits: Array, k: int, ids: Array | None) -> tuple[Array, Any]:
         """x_k [R] and its law, from logits over the draft vocabulary, or over the draft ids `ids` [R, C]."""

@@ -24,12 +24,15 @@ from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig, policy_named, verifier_of
 from dspark_jax.serving.temperatures import read_calibration, validity
 from dspark_jax.serving.worth import Worth
-from dspark_jax.sharding import parameter_mesh
+from dspark_jax.sharding import parameter_mesh, platform_of
 from dspark_jax.targets.kv_cache import ByPage
 from dspark_jax.targets.target import Target
 
 # Cache sizes are rounded up to this many positions, so that engines of similar size share compiled programs.
 CACHE_MULTIPLE = 64
+LEVEL_TOKENS = 128
+"""Rows that an accelerator multiplies by a weight in the time that it takes to read the weight: half of what peak rates
+and bandwidths give for bfloat16 (206 on an H200, 240 on a TPU v5e)."""
 WHOLE_BLOCKS = Fixed()
 BY_REJECTION = Independent()
 
@@ -152,8 +155,15 @@ def make_loop(
         tree=tree,
         mesh=parameter_mesh(target.params),
         words=target.known_tokens,
+        level=LEVEL_TOKENS if config.buckets is None and _bound_by_weights(target) else 0,
     )
     return replace(loop, layout=_pages(target, drafter, config, loop)) if config.cache_pages else loop
+
+
+def _bound_by_weights(target: Target) -> bool:
+    """Whether a pass over a few tokens takes as long as reading the weights: on an accelerator, and without experts, of
+    which more tokens read more."""
+    return platform_of(target.params) != "cpu" and target.config.experts is None
 
 
 def _pages(target: Target, drafter: Drafter | None, config: EngineConfig, loop: DecodeLoop) -> ByPage:

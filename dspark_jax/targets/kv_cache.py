@@ -110,6 +110,9 @@ def append_rows(cache: Any, new: KVCache, starts: Int[Array, " r"]) -> Any:
         return cache.appended(new, starts)
 
     def write(stored: Array, rows: Array) -> Array:
+        if len(starts) == 1:
+            # As a scatter, which vmap makes of it, GPUs would read the places first that it writes: a kernel more.
+            return jax.lax.dynamic_update_slice(stored, rows, (0, 0, starts[0], 0))
         # Each request has a length of its own, so the start differs by row: a slice update under vmap, not one for all.
         return jax.vmap(lambda s, r, at: jax.lax.dynamic_update_slice(s, r, (0, at, 0)))(stored, rows, starts)
 
