@@ -25,11 +25,13 @@ MADE = {
     "block, fixed": ((22, 32), (2.0, 3.0)),
     "coupled, fixed": ((18, 28), (2.5, 3.0)),
     "coupled, tree 8": ((28, 38), (1.0, 1.5)),
+    "coupled, tree 8 by node": ((26, 36), (1.0, 1.5)),
     "rejection, look-ahead": ((20, 20), (2.0, 2.0)),
     "coupled, retrospective": ((20, 20), (1.0, 1.0)),
     "plain, greedy": ((10, 10), (4.0, 4.0)),
     "greedy, fixed": ((20, 40), (2.0, 2.0)),
     "greedy, tree 8": ((30, 50), (2.0, 2.0)),
+    "greedy, tree 8 by node": ((30, 40), (2.0, 2.0)),
 }
 
 
@@ -63,14 +65,19 @@ def test_figures_are_beside_rejections_of_the_same_policy(monkeypatch: pytest.Mo
     assert (coupled["identical"], coupled["near_ties"], "identical" in block) == (2, 0, False)
 
     greedy = modes.at_temperature(replace(settings, policies=("fixed",)), target, drafter, prompts, 0.0)
-    assert greedy["greedy, tree 8"]["tau_over_rejection"] == pytest.approx(4 / 3) and len(greedy) == 3
+    assert greedy["greedy, tree 8"]["tau_over_rejection"] == pytest.approx(4 / 3) and len(greedy) == 4
     assert greedy["greedy, fixed"]["identical"] == 2
 
     found = modes.summary(settings, {"dspark": {"t1": rows, "t0": greedy}, "other": {"t1": rows}})
     assert {name: tau for name, tau in found["tau_t1"].items() if "other" not in name} == {
-        "dspark": 2.5, "dspark_block": 2.7, "dspark_coupled": 2.3, "dspark_tree_8_coupled": 3.3
+        "dspark": 2.5, "dspark_block": 2.7, "dspark_coupled": 2.3, "dspark_tree_8_coupled": 3.3,
+        "dspark_tree_8_coupled_by_node": 3.1,
     }  # fmt: skip
-    assert found["tau_t1"]["other_block"] == 2.7 and found["tau_t0"] == {"dspark": 3.0, "dspark_tree_8": 4.0}
+    assert found["tau_t1"]["other_block"] == 2.7 and found["tau_t0"] == {
+        "dspark": 3.0,
+        "dspark_tree_8": 4.0,
+        "dspark_tree_8_by_node": 3.5,
+    }
     assert modes.table_rows("t1", rows)[3][1:] == [
         "coupled, fixed",
         "2.30",

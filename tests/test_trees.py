@@ -145,7 +145,7 @@ def test_trees_that_are_not_exact_are_refused() -> None:
     target, drafter = kind_pair("dspark")
     hot = SamplingParams(temperature=1.0, mode="coupled")
     config = EngineConfig(2, 32, "fixed", tree=8)
-    with pytest.raises(UserError, match="in mode = 'coupled' or 'rejection'; found Independent"):
+    with pytest.raises(UserError, match="node by node in mode = 'coupled'; found Independent"):
         Engine(target, drafter, config, SamplingParams(mode="block"))
     with pytest.raises(UserError, match="a multiple of 3, from 6 on"):
         Engine(target, drafter, config, SamplingParams())

@@ -12,11 +12,12 @@ from dspark_jax.decoding.loop import LoopSettings, anchors_of, borrowed_tables, 
 from dspark_jax.decoding.siblings import Siblings
 from dspark_jax.decoding.soundness import finite_logits, sound_rows
 from dspark_jax.decoding.state import DecodeState
-from dspark_jax.decoding.trees import walk
+from dspark_jax.decoding.trees import NodeRanking, walk
 from dspark_jax.decoding.verification import VerifyOutput, verify
 from dspark_jax.decoding.verifiers import Coupled
 from dspark_jax.drafters.protocol import DrafterModel
-from dspark_jax.scheduling.policies import PolicyState, RoundView
+from dspark_jax.drafters.trees import DraftTree
+from dspark_jax.scheduling.policies import NodeView, PolicyState, RoundView
 from dspark_jax.targets.block_rows import TreeRows
 from dspark_jax.targets.decoder import TargetModel
 
@@ -73,23 +74,25 @@ def judge_chain(
 def judge_tree(
     loop: LoopSettings, target: TargetModel, drafter: Any, state: DecodeState, view: RoundView, policy: PolicyState
 ) -> Judged:
-    """A tree below each anchor, verified down to the depth that the policy chooses; the accepted path is the block."""
+    """A tree below each anchor, of which the policy has the best nodes verified; the accepted path is the block."""
     if isinstance(loop.verifier, Siblings):
         return _judge_siblings(loop, loop.verifier, target, drafter, state, view, policy)
 
-    verifier, shape = loop.verifier, loop.tree
-    assert shape is not None and isinstance(verifier, Coupled), "refused when the loop was made"
+    verifier = loop.verifier
+    assert isinstance(verifier, Coupled), "refused when the loop was made"
     starts, anchors = anchors_of(state)
-    noise, draws = loop.noise(target, state), draws_of(state)
+    noise = loop.noise(target, state)
+    tree = grown_tree(loop, verifier, target, drafter, state, anchors, noise)
 
-    def values(logits: Array, level: int) -> Array:
-        return verifier.children(logits, level, noise, draws)
+    # Nodes that could not be committed come last, where a policy weighs what a node costs.
+    depths = (state.limit - state.length - 1)[:, None] if loop.policy.needs_tables else loop.block
+    ranking = NodeRanking.of(tree, tree.depths[:, 1:] <= depths)
+    view = view._replace(caps=jnp.minimum(view.caps, ranking.counts), nodes=NodeView(ranking.scores))
+    counts, policy = loop.policy(view, policy)
 
-    tree = drafter.draft_tree(borrowed_tables(target), state.draft, anchors, starts, values, shape)
-    lengths, policy = loop.policy(view, policy)
-
-    # Nodes below the depth are not run; every ancestor of one that is run is run too.
-    wanted = state.active[:, None] & (tree.depths <= lengths[:, None])
+    # The best nodes hold the ancestors of each of them.
+    wanted = state.active[:, None] & ranking.first(counts)
+    lengths = jnp.max(jnp.where(wanted, tree.depths, 0), axis=1)
     rows = TreeRows(tree.depths, tree.ancestors(loop.block))
     cache = state.target_cache
     verified, bucket = verify(target, loop.compiled_buckets, loop.tap_layers, cache, tree.tokens, starts, wanted, rows)
@@ -97,9 +100,31 @@ def judge_tree(
     logits = loop.decodable(verified.logits)
     won = verifier.choices(tree, logits, noise, draws_of(state, tree.tokens, rows.seen))
     path = walk(tree, won, wanted, jnp.isfinite(jnp.max(logits, axis=-1)), loop.block)
+    view = view._replace(
+        nodes=NodeView(ranking.scores, ranking.ordered(wanted), ranking.ordered(path.holds(won.shape[1])))
+    )
 
     verdict = Verdict(path.along(tree.tokens), lengths, path.accepted, path.next_token, path.failed)
     return Judged(verdict, path.rows(verified), bucket, view, policy)
+
+
+def grown_tree(
+    loop: LoopSettings,
+    verifier: Coupled,
+    target: TargetModel,
+    drafter: Any,
+    state: DecodeState,
+    anchors: Int[Array, " r"],
+    noise: Any,
+) -> DraftTree:
+    """The draft trees after each slot's anchor token, by the noise of the round."""
+    assert loop.tree is not None, "a loop of chains grows no trees"
+    draws = draws_of(state)
+
+    def values(logits: Array, level: int) -> Array:
+        return verifier.children(logits, level, noise, draws)
+
+    return drafter.draft_tree(borrowed_tables(target), state.draft, anchors, draws.anchors, values, loop.tree)
 
 
 def _judge_siblings(
@@ -115,9 +140,10 @@ def _judge_siblings(
     starts, anchors = anchors_of(state)
     draft = loop.draft(target, drafter, state, anchors, loop.noise(target, state))
     tree = verifier.tree(anchors, draft)
-    lengths, policy = loop.policy(view, policy)
+    counts, policy = loop.policy(view, policy)
 
     # Whole levels: siblings of one level are judged together.
+    lengths = counts // verifier.count
     wanted = state.active[:, None] & (tree.depths <= lengths[:, None])
     rows = TreeRows(tree.depths, tree.ancestors(loop.block))
     cache = state.target_cache

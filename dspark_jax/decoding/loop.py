@@ -82,6 +82,11 @@ class LoopSettings:
         return self._hash
 
     @property
+    def drafts(self) -> int:
+        """Drafts of a round that can be verified: K of a chain, the nodes of a tree."""
+        return self.block if self.tree is None else self.tree.nodes
+
+    @property
     def width(self) -> int:
         """W, the rows of a block: the anchor and its drafts."""
         return self.block + 1

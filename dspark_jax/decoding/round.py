@@ -104,10 +104,12 @@ class DecodeLoop(LoopSettings):
         """Decide which requests draft in the next round, and how many of their drafts may be verified.
 
         Drafts of this round do not exist yet, so nothing here can anticipate them (docs/algorithm.md, rule 76)."""
-        caps = jnp.where(state.active, jnp.clip(state.verify_cap, 0, self.block), 0)
+        caps = jnp.where(state.active, jnp.clip(state.verify_cap, 0, self.drafts), 0)
         if self.policy.needs_tables:
             # A round commits one token beyond its accepted drafts, so more drafts than this could not be committed.
-            caps = jnp.clip(state.limit - state.length - 1, 0, caps)
+            # Of a tree it bounds the depth: `judge_tree` counts the nodes.
+            room = state.limit - state.length - 1
+            caps = jnp.clip(room, 0, caps) if self.tree is None else jnp.where(room > 0, caps, 0)
 
         # Everything that a policy may look at here: no draft and no confidence exists yet.
         view = RoundView(state.active, state.length, caps, occupancy, params.tables)

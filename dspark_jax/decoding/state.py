@@ -52,7 +52,7 @@ class DecodeState:
     stopped: Array  # [R] bool: ended by a stop token
     failed: Array  # [R] bool: ended because the target gave no finite law for the next token
     stop_tokens: Array  # [R, E] int32, -1 padded
-    verify_cap: Array  # [R] int32 in 0..K: the most drafts verified for this request
+    verify_cap: Array  # [R] int32: the most drafts, or nodes of a tree, that are verified for this request in a round
     keys: Array  # [R, 2] uint32: raw threefry key of the request's seed
     sampling: SamplingArrays  # [R] each
     penalties: Penalties  # [R] each

@@ -3,7 +3,7 @@
 A round verifies a tree on a grid of its own; from the accepted path on, everything is as for a chain, since K/V are
 written after verification: the path's rows are gathered and written where a chain's would be.
 
-Axes: R request slots, W nodes of a tree (the anchor is node 0), P = K + 1 nodes of a path, V vocab.
+Axes: R request slots, W = N + 1 nodes of a tree (the anchor is node 0), P = K + 1 nodes of a path, V vocab.
 """
 
 from typing import Any, NamedTuple
@@ -28,9 +28,39 @@ class Path(NamedTuple):
         """Leaves [R, W, ...] -> [R, P, ...]: the path's rows."""
         return jax.tree.map(lambda leaf: jnp.take_along_axis(leaf, _spread(self.nodes, leaf), axis=1), x)
 
+    def holds(self, nodes: int) -> Bool[Array, "r w"]:
+        """Whether each of the tree's nodes is on the path."""
+        return jnp.any(self.nodes[:, None, :] == jnp.arange(nodes)[:, None], axis=-1)
+
     def rows(self, verified: VerifyOutput) -> VerifyOutput:
         """The results of a tree as those of the chain that was accepted."""
         return VerifyOutput(*self.along(tuple(verified)))
+
+
+class NodeRanking(NamedTuple):
+    """The drafted nodes of each tree, the best paths first, parents before their children."""
+
+    scores: Array  # [R, N] in that order
+    counts: Array  # [R] how many may be verified; the others come last
+    order: Array  # [R, N] places of the nodes, the anchor left out
+    ranks: Array  # [R, N] the inverse permutation
+
+    @classmethod
+    def of(cls, tree: DraftTree, usable: Bool[Array, "r n"]) -> "NodeRanking":
+        """Rank by path value; ties: the shallower, then the earlier. `usable` holds the parents of what it holds."""
+        assert tree.scores is not None, "a tree that is verified by levels has no ranks"
+        scores = tree.scores[:, 1:]
+        order = jnp.argsort(jnp.where(usable, -scores, jnp.inf), axis=1, stable=True)
+        ranks = jnp.argsort(order, axis=1)
+        return cls(jnp.take_along_axis(scores, order, axis=1), jnp.sum(usable, axis=1), order, ranks)
+
+    def first(self, counts: Int[Array, " r"]) -> Bool[Array, "r w"]:
+        """The anchor and the best `counts` nodes, where they lie in the tree."""
+        return jnp.pad(self.ranks < counts[:, None], ((0, 0), (1, 0)), constant_values=True)
+
+    def ordered(self, x: Bool[Array, "r w"]) -> Bool[Array, "r n"]:
+        """What is said of each node of the tree, in the order of the ranks."""
+        return jnp.take_along_axis(x[:, 1:], self.order, axis=1)
 
 
 def walk(

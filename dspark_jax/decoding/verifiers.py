@@ -30,6 +30,7 @@ from dspark_jax.drafters.laws import Dense, DraftLaw, Sparse
 from dspark_jax.drafters.protocol import DraftOutput
 from dspark_jax.drafters.trees import DraftTree, TreeShape
 from dspark_jax.errors import UserError
+from dspark_jax.scheduling.nodes import BestNodes
 from dspark_jax.scheduling.policies import Fixed, VerifyPolicy
 
 
@@ -206,12 +207,18 @@ def _at(ids: Int[Array, "r c"], index: Int[Array, " r"]) -> Int[Array, " r"]:
 
 def check_pair(verifier: Verifier, policy: VerifyPolicy, tree: TreeShape | None = None) -> None:
     """Raise UserError if outputs under this policy, or of this shape, would not follow the target's law."""
-    # Under rejection, siblings are judged in the order of drawing (docs/algorithm.md, rules 117 and 125).
-    if tree is not None and not (verifier.takes_trees and type(policy) is Fixed):
+    # The other policies schedule by the confidences of a chain (docs/algorithm.md, rules 117 and 126).
+    by_node = isinstance(policy, BestNodes)
+    if tree is not None and not (verifier.takes_trees and (by_node or type(policy) is Fixed)):
         raise UserError(
-            "Draft trees are verified whole, in mode = 'coupled' or 'rejection'; found "
-            f"{type(verifier).__name__} and the policy {type(policy).__name__}. Use policy = 'fixed' and one of these "
-            "modes, or no tree."
+            "Draft trees are verified whole in mode = 'coupled' or 'rejection', and node by node in mode = 'coupled'; "
+            f"found {type(verifier).__name__} and the policy {type(policy).__name__}. Use policy = 'fixed' and one of "
+            "these modes, 'auto' or 'retrospective' in mode = 'coupled', or no tree."
+        )
+    if isinstance(policy, BestNodes) and (tree is None or tree.nodes != policy.nodes):
+        raise UserError(
+            f"The policy BestNodes chooses among {policy.nodes} nodes of draft trees; found "
+            f"{'chains' if tree is None else f'trees of {tree.nodes} nodes'}. Give the engine a tree of that size."
         )
     if policy.anticipates and not verifier.any_schedule:
         raise UserError(

@@ -27,6 +27,7 @@ class DraftTree(NamedTuple):
     tokens: Array
     parents: Array  # index of a node; 0 for the anchor itself
     depths: Array  # 0 for the anchor
+    scores: Array | None = None  # float32 path values, never above the parent's; None: the tree is verified by levels
 
     def ancestors(self, depth: int) -> Bool[Array, "r w w"]:
         """Whether node i is or descends from node j, in trees of at most `depth` levels below the anchor."""
@@ -81,7 +82,7 @@ def grow(anchors: Int[Array, " r"], depth: int, shape: TreeShape, expand: Expand
 
     values, ids, parents, depths = (jnp.concatenate(column, axis=1) for column in zip(*pool, strict=True))
     kept = jnp.sort(jax.lax.top_k(values, shape.nodes)[1], axis=1)  # in the order of the pool: by depth
-    ids, parents, depths = (jnp.take_along_axis(x, kept, axis=1) for x in (ids, parents, depths))
+    values, ids, parents, depths = (jnp.take_along_axis(x, kept, axis=1) for x in (values, ids, parents, depths))
 
     # A kept parent's new number is 1 + how many kept nodes come before it.
     before = jnp.sum(kept[:, None, :] < (parents - 1)[:, :, None], axis=-1)
@@ -91,6 +92,7 @@ def grow(anchors: Int[Array, " r"], depth: int, shape: TreeShape, expand: Expand
         jnp.concatenate([anchors[:, None], ids], axis=1),
         jnp.concatenate([first, parents], axis=1),
         jnp.concatenate([first, depths], axis=1),
+        jnp.pad(values, ((0, 0), (1, 0))),
     )
 
 

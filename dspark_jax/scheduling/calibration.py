@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 class Calibration(Protocol):
@@ -97,13 +97,24 @@ class Online:
         # [R, K] drafts whose fate was decided: verified, and no earlier draft of the block rejected.
         position = jnp.arange(logits.shape[1])
         reached = (position < lengths[:, None]) & (position <= accepted[:, None])
-
-        # First and second derivative of the log-loss in the calibrated logit; 0 where nothing was decided.
         # On top of the static temperatures, which stay the prior belief.
-        z = logits / temperatures
+        return self.fitted(logits / temperatures, reached, position < accepted[:, None], state)
+
+    def fitted(
+        self, z: Float[Array, "n k"], decided: Bool[Array, "n k"], came: Bool[Array, "n k"], state: OnlineState
+    ) -> OnlineState:
+        """The state after N more outcomes of each map.
+
+        Args:
+            z: logits that the map of their column is applied to.
+            decided: whether there is an outcome.
+            came: the outcome.
+            state: the state before.
+        """
+        # First and second derivative of the log-loss in the calibrated logit; 0 where nothing was decided.
         p = jax.nn.sigmoid(z * state.scale + state.shift)
-        wrong = jnp.where(reached, p - (position < accepted[:, None]), 0.0)
-        weight = jnp.where(reached, p * (1 - p), 0.0)
+        wrong = jnp.where(decided, p - came, 0.0)
+        weight = jnp.where(decided, p * (1 - p), 0.0)
 
         # Curvature [K] by the chain rule: d logit / d scale = z, d logit / d shift = 1.
         aa = self.decay * state.scale_scale + jnp.sum(weight * z**2, axis=0)

@@ -86,15 +86,18 @@ class History:
         drafted: Bool[Array, " r"],
         lengths: Int[Array, " r"],
         accepted: Int[Array, " r"],
+        spent: Int[Array, " r"] | None = None,
     ) -> tuple[SlotHistory, SharedHistory]:
         """The sums after a round; requests that did not draft add nothing.
 
         Args:
             slots, shared: the sums before it.
             drafted: requests that drafted.
-            lengths: drafts verified.
+            lengths: drafts verified, by position: of a tree its levels.
             accepted: drafts accepted.
+            spent: rows that they took. None: as many as `lengths`.
         """
+        spent = lengths if spent is None else spent
         # [R, K]. Drafts after a rejection are not judged: their test presupposes that the ones before were accepted.
         position = jnp.arange(shared.hits.shape[0])
         judged = drafted[:, None] & (position < lengths[:, None]) & (position <= accepted[:, None])
@@ -111,12 +114,12 @@ class History:
         one = jnp.ones_like(slots.rounds)
         return (
             SlotHistory(
-                own(slots.rounds, one), own(slots.accepted, accepted), own(slots.verified, lengths), slots.off
+                own(slots.rounds, one), own(slots.accepted, accepted), own(slots.verified, spent), slots.off
             ),
             shared._replace(
                 rounds=common(shared.rounds, one),
                 accepted=common(shared.accepted, accepted),
-                verified=common(shared.verified, lengths),
+                verified=common(shared.verified, spent),
                 hits=decay * shared.hits + jnp.sum(hits, axis=0),
                 tries=decay * shared.tries + jnp.sum(judged, axis=0),
             ),

@@ -34,6 +34,14 @@ class PolicyState(NamedTuple):
     shared: Any = ()
 
 
+class NodeView(NamedTuple):
+    """The drafted nodes of each request's tree by falling path value, those that may not be verified last."""
+
+    scores: Float[Array, "r n"]
+    verified: Bool[Array, "r n"] | None = None  # None until they are chosen
+    reached: Bool[Array, "r n"] | None = None  # on the accepted path; None until they are judged
+
+
 class RoundView(NamedTuple):
     """The inputs of a policy's decisions in one round. `drafted` and `confidence` are None until the drafter has run;
     draft tokens are not among them, so a policy cannot anticipate by them."""
@@ -45,6 +53,7 @@ class RoundView(NamedTuple):
     tables: ScheduleTables | None
     drafted: Bool[Array, " r"] | None = None
     confidence: Float[Array, "r k"] | None = None  # logits; None also without a confidence head
+    nodes: NodeView | None = None  # of draft trees, whose nodes are what the caps and verify lengths count
 
 
 class VerifyPolicy(Protocol):
@@ -229,11 +238,15 @@ class Adaptive:
         conditional = self.history.conditional(shared.history)
         # Idle slots still have a row of junk confidences; a cap of 0 ranks them last, as not valid.
         caps = jnp.where(view.active, view.caps, 0)
-        ranked = rank(survival(self.confidences(view, shared)), caps)
+        ranked = rank(self.reach(view, shared), caps)
 
         count, own = self.admit(ranked, _costs(view), conditional, shared.own)
         lengths = jnp.where(_tables(view).forced, caps, ranked.lengths(count))
         return lengths, PolicyState(state.slots, shared._replace(own=own))
+
+    def reach(self, view: RoundView, shared: AdaptiveShared) -> Float[Array, "r m"]:
+        """The probability that each draft is accepted, falling along each request's."""
+        return survival(self.confidences(view, shared))
 
     def confidences(self, view: RoundView, shared: AdaptiveShared) -> Float[Array, "r k"]:
         """Calibrated c [R, K]; without a confidence head the historical rate of each position."""

@@ -67,17 +67,19 @@ BUDGET = 4.0
 
 @dataclass(frozen=True)
 class Accepted:
-    """Drafts of whole blocks, by position."""
+    """Drafts of whole blocks, by position, or nodes of whole trees, the best paths first."""
 
-    judged: tuple[int, ...]  # [K] drafts behind a prefix that was accepted whole
-    accepted: tuple[int, ...]  # [K] of them
+    judged: tuple[int, ...]  # [K] drafts behind a prefix that was accepted whole; [N] rounds of a tree
+    accepted: tuple[int, ...]  # [K] or [N] of them
+    tree: bool = False
 
     @property
     def expected(self) -> np.ndarray:
         """[K + 1] tokens of a round that verifies 0, 1, .. K drafts; a position at which no draft was judged counts as
         one that rejects all."""
         rates = np.asarray(self.accepted) / np.maximum(self.judged, 1)
-        return 1.0 + np.concatenate([[0.0], np.cumsum(np.cumprod(rates))])
+        # Along a chain a draft needs those before it; a node's rate is that of its whole path.
+        return 1.0 + np.concatenate([[0.0], np.cumsum(rates if self.tree else np.cumprod(rates))])
 
 
 def questions_for(target: Target, loop: DecodeLoop, config: EngineConfig, sampling: SamplingParams) -> list[Job]:
@@ -124,7 +126,7 @@ def measure_acceptance(
     Runs the engine's own programs. Allocates a temporary decode state, as profiling does.
 
     Args:
-        loop: with a drafter and a load-adaptive policy.
+        loop: with a drafter and a load-adaptive policy; of trees, with `BestNodes`.
         params: with tables whose `forced` is set.
         jobs: answered as many at a time as there are slots, and memory for.
         config: widths of prompts.
@@ -156,7 +158,13 @@ def measure_acceptance(
             bar.update(len(group))
             started, begun = started if begun else time.perf_counter(), True
 
-    return Accepted(*(tuple(map(int, row)) for row in counted))
+    if loop.tree is not None:
+        # By rank, which no counter of the loop has; nothing was forgotten since the state was made.
+        memory_of_nodes = jax.device_get(state.policy.shared.own)
+        rounds = (int(memory_of_nodes.rounds),) * loop.drafts
+        return Accepted(rounds, tuple(map(int, memory_of_nodes.reached)), tree=True)
+    judged, accepted = (tuple(map(int, row)) for row in counted)
+    return Accepted(judged, accepted)
 
 
 def _seated(memory: Memory, waiting: Sequence[Entry], slots: int) -> dict[int, Entry]:
@@ -189,16 +197,18 @@ def load_or_ask(
         folder: None: `user_cache()`. If it cannot be written, every start measures again.
     """
     # A calibration has far more rounds than are measured here, on prompts that were chosen for the pair.
-    if config.sts is not None and (recorded := _recorded(config.sts, loop.block)) is not None:
+    chains = loop.tree is None
+    if chains and config.sts is not None and (recorded := _recorded(config.sts, loop.block)) is not None:
         return recorded
 
     # Of weights and settings and not of the machine.
     key = {**validity(target, drafter, sampling), "block": loop.block, "questions": list(QUESTIONS)}
+    key |= {} if chains else {"tree": repr(loop.tree)}
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     path = (folder or user_cache()) / f"acceptance-{name}.json"
     if path.exists():
         try:
-            return _read(path, key, loop.block)
+            return replace(_read(path, key, loop.drafts), tree=not chains)
         except UserError:  # a torn or foreign file: measure again
             pass
 

@@ -35,6 +35,8 @@ LEVEL_TOKENS = 128
 and bandwidths give for bfloat16 (206 on an H200, 240 on a TPU v5e)."""
 WHOLE_BLOCKS = Fixed()
 BY_REJECTION = Independent()
+TREE_GAIN = 0.02
+"""Gain in expected speed from which trees are taken in place of chains."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Assembly:
     params: LoopParams
     why: str  # one line: the policy, and why it was chosen
     most: int | None = None  # requests decoding at once above which they decode plainly; None: no such number
+    speed: float = 1.0  # expected, in the mean of 1 to all slots, over plain decoding; known where "auto" chose
 
     @classmethod
     def of(
@@ -79,7 +82,44 @@ class Assembly:
         if strategy is None and config.policy == "plain":
             return replace(plain, why="plain decoding: as asked, without the drafter")
 
-        policy = strategy or policy_named(config.policy, config.threshold)
+        if strategy is None and config.policy == "auto" and config.tree and tables is None:
+            return cls._chain_or_tree(target, drafter, config, sampling, plain)
+        return cls._of_shape(target, drafter, config, sampling, strategy, tables, plain)
+
+    @classmethod
+    def _chain_or_tree(
+        cls, target: Target, drafter: Drafter, config: EngineConfig, sampling: SamplingParams, plain: "Assembly"
+    ) -> "Assembly":
+        """Chains, unless the profile of this machine and the pair's own acceptance say that trees are faster."""
+        if config.sps is not None or config.buckets is not None:
+            raise UserError(
+                "The engine has policy = 'auto' and a tree, which is compared with chains, so that the costs and "
+                "buckets of one shape do not fit both; leave sps and buckets out, or name the policy."
+            )
+
+        # The tree first: whether the pair can have one is known before anything is measured.
+        tree, chain = (
+            cls._of_shape(target, drafter, settings, sampling, None, None, plain)
+            for settings in (config, replace(config, tree=0))
+        )
+        best = tree if tree.speed > (1 + TREE_GAIN) * chain.speed else chain
+        beside = f"trees of {config.tree} nodes {tree.speed:.2f} and chains {chain.speed:.2f} times as fast as plain"
+        return replace(best, why=f"{best.why}; in the mean of all loads {beside} decoding")
+
+    @classmethod
+    def _of_shape(
+        cls,
+        target: Target,
+        drafter: Drafter,
+        config: EngineConfig,
+        sampling: SamplingParams,
+        strategy: VerifyPolicy | None,
+        tables: ScheduleTables | None,
+        plain: "Assembly",
+    ) -> "Assembly":
+        """With drafts of the shape that `config` names; `plain` where even "auto" finds that they cannot pay."""
+        verifier = verifier_of(sampling.mode)
+        policy = strategy or policy_named(config.policy, config.threshold, config.tree)
         loop = make_loop(target, drafter, config, policy, verifier)
         params = LoopParams(target.params, drafter.params)
         name = type(policy).__name__ if strategy else config.policy
@@ -100,8 +140,9 @@ class Assembly:
         if worth.most == 0:
             return replace(plain, why=f"plain decoding: drafting cannot pay here, since {worth}")
         few = "" if worth.most >= config.slots else f" with up to {worth.most} requests at a time"
-        why = f"look-ahead: drafts where that pays{few}; {worth}"
-        return cls(drafter, loop, params._replace(tables=tables), why, worth.most)
+        how = "trees, node by node" if config.tree else "look-ahead"
+        why = f"{how}: drafts where that pays{few}; {worth}"
+        return cls(drafter, loop, params._replace(tables=tables), why, worth.most, worth.mean)
 
 
 def make_loop(

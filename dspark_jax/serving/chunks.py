@@ -114,8 +114,8 @@ def next_chunk(loop: DecodeLoop, width: int, entering: Sequence[tuple[int, Job, 
         for place, (token, bias) in enumerate(dict(job.sampling.logit_bias).items()):
             biased[row, place], biases[row, place] = token, bias
 
-    # A cap above the block means the whole block.
-    most = loop.block
+    # A cap above the drafts of a round means all of them.
+    most = loop.drafts
     return Admission(
         slots=column([slot for slot, _, _ in entering]),
         tokens=tokens,

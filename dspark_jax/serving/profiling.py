@@ -25,8 +25,10 @@ from tqdm import tqdm
 
 from dspark_jax import native
 from dspark_jax.decoding.dispatch import run_alone, run_rounds
+from dspark_jax.decoding.judging import grown_tree
 from dspark_jax.decoding.round import DecodeLoop, LoopParams, init_state
 from dspark_jax.decoding.state import DecodeState
+from dspark_jax.decoding.verifiers import Coupled
 from dspark_jax.errors import UserError
 from dspark_jax.files import user_cache
 from dspark_jax.scheduling.costs import CostTable, Occupancy, ScheduleTables
@@ -63,6 +65,7 @@ def profile_key(loop: DecodeLoop, params: LoopParams, temperature: float) -> dic
         "native": native.ready(),
         # A forced form of attention is timed as such, and not taken for the device's own.
         **({} if chosen_form() == "auto" else {"attention": chosen_form()}),
+        **({} if loop.tree is None else {"tree": repr(loop.tree)}),
         # Without pages nothing is added, so that what was measured before there were any stays valid.
         **loop.layout.facts,
     }
@@ -298,6 +301,8 @@ def draft_passes(loop: DecodeLoop, params: LoopParams, state: DecodeState, count
     noise = loop.noise(target, state)
 
     def body(_: Any, anchors: jax.Array) -> jax.Array:
+        if isinstance(loop.verifier, Coupled) and loop.tree is not None:
+            return grown_tree(loop, loop.verifier, target, drafter, state, anchors, noise).tokens[:, -1]
         return loop.draft(target, drafter, state, anchors, noise).tokens[:, -1]
 
     anchors = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)[:, 0]

@@ -43,7 +43,7 @@ class SamplingParams:
     stop_tokens: tuple[int, ...] | None = None
     """Token ids that end an answer. None: the target's end-of-sequence ids; (): none."""
     verify_length: int | None = None
-    """The most drafts verified in a round. None: the drafter's whole block."""
+    """The most drafts, or nodes of a tree, verified in a round. None: the drafter's whole block, or tree."""
     mode: Mode | None = None
     """How drafts are verified above temperature 0. rejection: one by one. block: together, so that more are accepted.
     coupled: the target draws every token from noise of seed, position and token id alone, so that the text is that of

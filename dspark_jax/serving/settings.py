@@ -7,6 +7,7 @@ from typing import Literal, get_args
 from dspark_jax.decoding.acceptance import BlockVerification, RejectionSampling
 from dspark_jax.decoding.verifiers import Coupled, Independent, Verifier
 from dspark_jax.errors import UserError
+from dspark_jax.scheduling.nodes import BestNodes
 from dspark_jax.scheduling.policies import (
     Asynchronous,
     Causal,
@@ -30,11 +31,13 @@ class EngineConfig:
     longest: int | None = None
     """Positions that a request may take, prompt and new tokens together. None: as many as a call's requests need."""
     policy: PolicyName = "auto"
-    """How many drafts are verified. auto: look-ahead where drafting can pay on this machine, else plain decoding.
+    """How many drafts are verified. auto: look-ahead where drafting can pay on this machine, else plain decoding; with
+    a tree, the best of the three.
     fixed: the whole block. threshold: up to the first draft below it. causal, look-ahead, asynchronous: what pays.
     retrospective: what pays by all of today's confidences, in mode "coupled" alone."""
     tree: int = 0
-    """Nodes of a draft tree with the fixed policy: such as 8, 16 or 32 in mode "coupled"; in mode "rejection" a
+    """Nodes of a draft tree, such as 8, 16 or 32, in mode "coupled": verified whole (fixed), node by node as far as
+    that pays (retrospective), or so where it is faster than chains (auto). In mode "rejection" with the fixed policy: a
     multiple of the drafter's block, for as many children at each of its levels. 0: a chain."""
     threshold: float = 0.5
     """The least confidence of a draft that is verified, for the threshold policy."""
@@ -81,13 +84,17 @@ PAGE_SIZES = (8, 16, 32, 64, 128, 256, 512)
 """A chunk of positions that attention reads at once is a whole number of pages."""
 
 
-def policy_named(name: PolicyName, threshold: float = 0.0) -> VerifyPolicy:
+def policy_named(name: PolicyName, threshold: float = 0.0, tree: int = 0) -> VerifyPolicy:
     """The strategy of a name, with its default guard.
 
     Args:
         name: "auto" gives the policy that is tried first; serving/assembly.py decides whether drafting can pay at all.
         threshold: confidence threshold of the threshold policy.
+        tree: nodes of draft trees; 0: chains.
     """
+    # Both weigh what a draft brings against the rows that it takes; a tree's drafts are its nodes.
+    if tree and name in ("auto", "retrospective"):
+        return BestNodes(nodes=tree)
     # Policies are frozen and equal by value, so that engines with the same name share compiled programs.
     policies: dict[str, VerifyPolicy] = {
         "auto": LookAhead(),

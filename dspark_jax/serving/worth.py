@@ -28,6 +28,7 @@ class Worth:
     carried: float  # duration of a plain round of the program that has a drafter, in rounds of one that has none
     speedups: tuple[float, ...]  # [R] by 1, 2, .. R decoding requests, at the best of all verify lengths
     spread: float = SPREAD  # by which a request may exceed them
+    shape: str = "blocks"
 
     @classmethod
     def of(cls, costs: CostTable, loop: DecodeLoop, accepted: Accepted | None) -> "Worth":
@@ -44,9 +45,10 @@ class Worth:
         plain = float(verify[0] if costs.plain is None else np.asarray(costs.plain).mean())
         alone = plain if costs.alone is None else float(np.asarray(costs.alone).mean())
 
-        # [K]: a round of j drafts commits so many tokens a request; plain decoding takes as many rounds for them.
-        expected = 1.0 + np.arange(loop.width) if accepted is None else accepted.expected
-        drafts = np.arange(1, loop.width)
+        # [K] or [N]: a round of j drafts commits so many tokens a request; plain decoding takes as many rounds.
+        drafts = np.arange(1, loop.drafts + 1)
+        most = np.minimum(np.arange(loop.drafts + 1), loop.block)  # no path is longer than the tree is deep
+        expected = 1.0 + most if accepted is None else accepted.expected
 
         speedups = []
         for requests in range(1, loop.requests + 1):
@@ -57,7 +59,14 @@ class Worth:
         # No request exceeds the bound.
         spread = 1.0 if accepted is None else SPREAD
         whole = (drafting + float(verify[-1])) / alone
-        return cls(float(expected[-1]), whole, plain / alone, tuple(speedups), spread)
+        shape = "blocks" if loop.tree is None else f"trees of {loop.drafts} nodes"
+        return cls(float(expected[-1]), whole, plain / alone, tuple(speedups), spread, shape)
+
+    @property
+    def mean(self) -> float:
+        """The speed over plain decoding in the mean of 1, 2, .. R decoding requests, which decode plainly where
+        drafting does not pay."""
+        return float(np.mean(np.maximum(self.speedups, 1.0)))
 
     @cached_property
     def most(self) -> int:
@@ -71,6 +80,6 @@ class Worth:
         at, best = max(enumerate(self.speedups, start=1), key=lambda pair: pair[1])
         loads = "1 request" if at == 1 else f"{at} requests"
         return (
-            f"a round of whole blocks takes as long as {self.whole:.2f} plain ones and gives {self.tokens:.2f} tokens, "
-            f"so that decoding is at best {best:.2f} times as fast in the mean, with {loads}"
+            f"a round of whole {self.shape} takes as long as {self.whole:.2f} plain ones and gives {self.tokens:.2f} "
+            f"tokens, so that decoding is at best {best:.2f} times as fast in the mean, with {loads}"
         )

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -25,6 +26,7 @@ from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.config.cli import parse, program
 from dspark_jax.datagen.corpora import DOMAINS
 from dspark_jax.datagen.corpora import prompts as corpus
+from dspark_jax.decoding.round import LoopParams
 from dspark_jax.devices import announce, machine
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.errors import UserError
@@ -32,9 +34,11 @@ from dspark_jax.evaluation.acceptance import Acceptance, seeded
 from dspark_jax.evaluation.timing import Decoder, Timed, alternate, differences, median_ratio, median_speed
 from dspark_jax.files import make_output, read_results, write_json
 from dspark_jax.report import table
+from dspark_jax.serving.assembly import make_loop
+from dspark_jax.serving.profiling import measure_profile
 from dspark_jax.serving.prompts import EncodedPrompt, encode, read_prompts
 from dspark_jax.serving.sampling import Mode, SamplingParams
-from dspark_jax.serving.settings import EngineConfig, PolicyName
+from dspark_jax.serving.settings import EngineConfig, PolicyName, policy_named, verifier_of
 from dspark_jax.targets.target import Target
 
 # In nats between the two best of a race, above the differences between float32 batches of different widths.
@@ -60,7 +64,7 @@ class ModesSettings:
     policies: tuple[PolicyName, ...] = ("fixed",)
     """Verify policies; retrospective is measured in coupled mode alone."""
     trees: tuple[int, ...] = (16,)
-    """Nodes of draft trees, measured in coupled mode."""
+    """Nodes of draft trees, measured in coupled mode: whole, and node by node as far as they are worth their rows."""
     repeats: int = 3
     """Alternating runs at each temperature."""
     slots: int = 1
@@ -163,12 +167,15 @@ def at_temperature(
         for mode in ("coupled",) if policy == "retrospective" or not temperature else get_args(Mode):
             how = settings.sampling(temperature, mode), replace(engine, policy=policy)
             ways[f"{mode if temperature else shared}, {policy}"] = Decoder(target, drafter, *how)
-    for nodes in settings.trees:
-        how = settings.sampling(temperature, "coupled"), replace(engine, policy="fixed", tree=nodes)
-        ways[f"{shared}, tree {nodes}"] = Decoder(target, drafter, *how)
+    with TemporaryDirectory() as folder:
+        for nodes in settings.trees:
+            law, whole = settings.sampling(temperature, "coupled"), replace(engine, policy="fixed", tree=nodes)
+            ways[f"{shared}, tree {nodes}"] = Decoder(target, drafter, law, whole)
+            priced = by_node(settings, target, drafter, law, whole, Path(folder) / f"sps-{nodes}.json")
+            ways[f"{shared}, tree {nodes} by node"] = Decoder(target, drafter, law, priced)
 
-    clocked = {name: partial(timed_by, settings.clock, decode, prompts) for name, decode in ways.items()}
-    runs = alternate(clocked, settings.repeats)
+        clocked = {name: partial(timed_by, settings.clock, decode, prompts) for name, decode in ways.items()}
+        runs = alternate(clocked, settings.repeats)
     rows = {name: figures(found, runs.get(_whole_chain(name))) for name, found in runs.items()}
 
     requests = seeded(prompts, settings.sampling(temperature, "coupled"))
@@ -183,6 +190,21 @@ def at_temperature(
             row["near_ties"] = sum(difference.gap < NEAR_TIE for difference in parted)
 
     return rows
+
+
+def by_node(
+    settings: ModesSettings, target: Target, drafter: Drafter, sampling: SamplingParams, engine: EngineConfig, sps: Path
+) -> EngineConfig:
+    """An engine that verifies the nodes worth their rows, whose costs are of the clock that counts."""
+    priced = replace(engine, policy="retrospective")
+    # By the wall clock the engine measures for itself, and finds what it measured before.
+    if settings.clock == "cpu":
+        policy = policy_named(priced.policy, tree=priced.tree)
+        loop = make_loop(target, drafter, priced, policy, verifier_of(sampling.mode))
+        params = LoopParams(target.params, drafter.params)
+        measure_profile(loop, params, sampling.temperature, clock=time.process_time).save(sps)
+        priced = replace(priced, sps=sps)
+    return priced
 
 
 def timed_by(clock: str, decode: Decoder, prompts: Sequence[EncodedPrompt]) -> Timed:
@@ -230,6 +252,7 @@ def summary(settings: ModesSettings, made: dict[str, Any]) -> dict[str, Any]:
     suffixes |= {f"{mode}, {policy}": f"_{mode}" for mode in ("block", "coupled")}
     suffixes |= {f"coupled, tree {nodes}": f"_tree_{nodes}_coupled" for nodes in settings.trees}
     suffixes |= {f"greedy, tree {nodes}": f"_tree_{nodes}" for nodes in settings.trees}
+    suffixes |= {f"{way} by node": f"{name}_by_node" for way, name in suffixes.items() if ", tree " in way}
 
     def taus(temperature: str) -> dict[str, float]:
         return {
