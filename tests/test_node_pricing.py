@@ -224,7 +224,9 @@ def test_trees_are_taken_where_the_profile_says_so(monkeypatch: pytest.MonkeyPat
     engine = Engine(target, drafter, config, HOT)
     assert isinstance(engine.loop.policy, LookAhead) and engine.loop.tree is None
     measured(monkeypatch, 5.0, chain, tree)
-    assert Engine(target, drafter, config, HOT).drafter is None
+    assert Engine(target, drafter, replace(config, slots=1), HOT).drafter is None, (
+        "one slot: every draft opens a bucket"
+    )
 
 
 def test_what_cannot_be_compared_is_refused() -> None:
