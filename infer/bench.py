@@ -56,7 +56,7 @@ class BenchSettings:
     """Let the chat template open with thinking, where it has such a switch."""
     dtype: Literal["float32", "bfloat16"] | None = None
     weights: Weights = "stored"
-    """int8: the layers' matrices of both models with a scale for each output, which may change what is said."""
+    """int8, fp8: the layers' matrices of both models so, with a scale for each output; it may change what is said."""
     engine: Annotated[EngineConfig, FLAT] = EngineConfig(slots=1, rounds_per_dispatch=64, smallest_prompt_bucket=64)
 
     def sampling(self, temperature: float) -> SamplingParams:

@@ -54,7 +54,7 @@ class CalibrateSettings:
     """Let the chat template open with thinking, where it has such a switch."""
     dtype: Literal["float32", "bfloat16"] | None = None
     weights: Weights = "stored"
-    """int8: the layers' matrices of both models with a scale for each output."""
+    """int8, fp8: the layers' matrices of both models so, with a scale for each output."""
     sampling: Annotated[SamplingParams, FLAT] = SAMPLED
     engine: Annotated[EngineConfig, FLAT] = WIDE
 
@@ -62,8 +62,10 @@ class CalibrateSettings:
 @program
 def main(argv: list[str]) -> None:
     settings = parse(CalibrateSettings, argv, description=__doc__)
-    if settings.recenter is not None and settings.weights == "int8":
-        raise UserError("--recenter saves a copy of the drafter, and a pair in int8 is not saved; leave out one.")
+    if settings.recenter is not None and settings.weights != "stored":
+        raise UserError(
+            f"--recenter saves a copy of the drafter, and a pair in {settings.weights} is not saved; leave out one."
+        )
     # Tried first: a folder that cannot be written must not cost the recording.
     make_output(settings.output, settings.results)
     dtype = announce(settings.dtype)

@@ -43,7 +43,7 @@ class CompileSettings:
     dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of weights and activations; None: float32 on a CPU, else the target's own."""
     weights: Weights = "stored"
-    """int8: the layers' matrices of both models with a scale for each output."""
+    """int8, fp8: the layers' matrices of both models so, with a scale for each output."""
     mode: Mode = "rejection"
     """How drafts are verified above temperature 0."""
     topology: str = ""

@@ -50,7 +50,7 @@ class GenerateSettings:
     """Dtype of weights and activations; None: float32 on a CPU, else the target's own. In bfloat16 a greedy answer may
     differ from plain decoding at a near-tie."""
     weights: Weights = "stored"
-    """int8: the layers' matrices of both models with a scale for each output, which may change what is said."""
+    """int8, fp8: the layers' matrices of both models so, with a scale for each output; it may change what is said."""
     sampling: Annotated[SamplingParams, FLAT] = SamplingParams()
     engine: Annotated[EngineConfig, FLAT] = EngineConfig()
 

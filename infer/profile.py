@@ -71,7 +71,7 @@ class ProfileSettings:
     """Policy of --scheduler-cost."""
     dtype: Literal["float32", "bfloat16"] | None = None
     weights: Weights = "stored"
-    """int8: the layers' matrices of both models with a scale for each output."""
+    """int8, fp8: the layers' matrices of both models so, with a scale for each output."""
 
 
 @program

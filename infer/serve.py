@@ -43,7 +43,7 @@ class ServeSettings:
     dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of weights and activations; None: float32 on a CPU, else the target's own."""
     weights: Weights = "stored"
-    """int8: the layers' matrices of both models with a scale for each output, which may change what is said."""
+    """int8, fp8: the layers' matrices of both models so, with a scale for each output; it may change what is said."""
     warm_up: WarmUp = "needed"
     """Programs compiled before the first request. needed: those of every request, and the others whenever none comes.
     all: every one, so that no request waits for the compiler. none: each when a request needs it."""

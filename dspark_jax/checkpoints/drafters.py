@@ -42,7 +42,7 @@ from dspark_jax.drafters.registry import Drafter, read_config, skeleton
 from dspark_jax.drafters.vocabulary import DraftVocabulary, rows_of, sampled_rows
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import ShardingRules, parameter_shardings, split
-from dspark_jax.targets.int8 import in_int8, refuse_int8
+from dspark_jax.targets.eight_bits import in_eight_bits, refuse_eight_bits
 from dspark_jax.targets.target import Target
 
 _DRAFT_HEAD_PATH = ("draft_head_pd",)
@@ -90,7 +90,7 @@ def load_drafter(
         rules: how they are placed.
         compare_manifest: refuse a folder whose dspark.json, where it has one, contradicts its config or the target.
         layer_shift: added to the layer ids that the files name, for files whose convention is in doubt.
-        weights: "int8" keeps the draft layers' matrices in int8, with a scale for each output, on one device.
+        weights: "int8" and "fp8" keep the draft layers' matrices so, with a scale for each output, on one device.
 
     Returns:
         The drafter, config and parameters.
@@ -102,7 +102,7 @@ def load_drafter(
     _check_weights(weights)
     folder = resolve_folder(path_or_id, "drafter")
     if holds_v4(folder):
-        _refuse_int8_of_v4(weights, path_or_id)
+        _refuse_bits_of_v4(weights, path_or_id)
         return load_v4_drafter(folder, target, dtype=dtype, mesh=mesh, rules=rules)
 
     # Whatever the layout, everything below works on DeepSpec's names and fields.
@@ -126,8 +126,8 @@ def load_drafter(
     # Last: a fault that an earlier check explains is better named by that check.
     if compare_manifest:
         check_integrity(folder, target)
-    if weights == "int8":
-        graphdef, params = in_int8(graphdef, params, str(path_or_id))
+    if weights != "stored":
+        graphdef, params = in_eight_bits(graphdef, params, str(path_or_id), weights)
     return Drafter(str(path_or_id), config, graphdef, params, hf_config)
 
 
@@ -160,13 +160,13 @@ def save_drafter(
         provenance: how the drafter was made, for the manifest.
 
     Raises:
-        UserError: the layout cannot express the drafter, or it is held in int8; nothing is written.
+        UserError: the layout cannot express the drafter, or it is held in 8 bits; nothing is written.
     """
     if str(drafter.hf_config.get("model_type")) == "deepseek_v4":
         save_v4_drafter(Path(folder), drafter, dtype)
         return
 
-    refuse_int8(drafter.params, drafter.name)
+    refuse_eight_bits(drafter.params, drafter.name)
     folder, form = Path(folder), layout_named(layout)
 
     # The config states the dtype of the tensors that are written with it.
@@ -265,12 +265,12 @@ def _storage_dtype(name: str) -> Any:
 
 def _check_weights(weights: str) -> None:
     if weights not in get_args(Weights):
-        raise UserError(f"A drafter's weights are loaded 'stored' or in 'int8', not {weights!r}.")
+        raise UserError(f"A drafter's weights are loaded 'stored' or in 'int8' or 'fp8', not {weights!r}.")
 
 
-def _refuse_int8_of_v4(weights: str, name: str | Path) -> None:
-    if weights == "int8":
-        raise UserError(f"{name} is of DeepSeek-V4, whose weights are not kept in int8; load it 'stored'.")
+def _refuse_bits_of_v4(weights: str, name: str | Path) -> None:
+    if weights != "stored":
+        raise UserError(f"{name} is of DeepSeek-V4, whose weights are not kept in {weights}; load it 'stored'.")
 
 
 def _check_tensors(

@@ -42,8 +42,8 @@ from dspark_jax.sharding import AnyMesh, ShardingRules, abstract_params, paramet
 from dspark_jax.storage.places import Place, place_of
 from dspark_jax.storage.replica import fetched_file, fetched_folder
 from dspark_jax.targets.config import TargetConfig, config_sha256, text_config
+from dspark_jax.targets.eight_bits import EIGHT_BITS, in_eight_bits, refuse_eight_bits
 from dspark_jax.targets.fields import TOKEN_IDS
-from dspark_jax.targets.int8 import in_int8, refuse_int8
 from dspark_jax.targets.low_bit import CODES, SCALES
 from dspark_jax.targets.registry import TARGETS, read_target_config, target_module
 from dspark_jax.targets.target import Target
@@ -52,8 +52,8 @@ HEAD_TENSOR = "lm_head.weight"
 ADAPTER_FILE = "adapter_config.json"
 HASHES_FILE = "hashes.json"
 """Hashes of the files by name, written by `save_target` and checked by infer.verify."""
-Weights = Literal["stored", "int8"]
-"""How the programs keep the matrices of layers: as loaded, or in int8 with a scale for each output."""
+Weights = Literal["stored", "int8", "fp8"]
+"""How the programs keep the matrices of layers: as loaded, or in 8 bits with a scale for each output."""
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # Weights in other formats, which may be as large again, are left where they are.
 _MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.txt")
@@ -136,7 +136,7 @@ def load_target(
     mesh: Mesh | None = None,
     rules: ShardingRules | None = None,
     tokenizer: bool = True,
-    weights: Literal["stored", "widened", "int8"] = "stored",
+    weights: Literal["stored", "widened", "int8", "fp8"] = "stored",
 ) -> Target:
     """Loads a target of any kind in `targets.registry`, the language model alone where the folder is multimodal.
 
@@ -147,8 +147,8 @@ def load_target(
         rules: how they are placed.
         tokenizer: whether to load the tokenizer too.
         weights: 'stored' keeps the fp8 and fp4 codes of DeepSeek-V4's published files in memory; 'widened' turns them
-            into `dtype`. Other files have no codes. 'int8' keeps the layers' matrices of any other target in int8, with
-            a scale for each output, on one device.
+            into `dtype`. Other files have no codes. 'int8' and 'fp8' keep the layers' matrices of any other target so,
+            with a scale for each output, on one device.
 
     Returns:
         Config, parameters and tokenizer.
@@ -159,8 +159,8 @@ def load_target(
     folder = resolve_folder(path_or_id)
     hf_config = read_hf_config(folder)
     config = read_target_config(hf_config)
-    if weights not in ("stored", "widened", "int8"):
-        raise UserError(f"A target's weights are loaded 'stored', 'widened' or in 'int8', not {weights!r}.")
+    if weights not in ("stored", "widened", *EIGHT_BITS):
+        raise UserError(f"A target's weights are loaded 'stored', 'widened' or in 'int8' or 'fp8', not {weights!r}.")
     config = config.widened if weights == "widened" else config
     if (dtype or config.dtype) not in DTYPES:
         raise UserError(f"Target dtype {dtype or config.dtype!r} is not supported; choose float32 or bfloat16.")
@@ -170,10 +170,10 @@ def load_target(
     words = load_tokenizer(folder) if tokenizer else None
 
     name = str(path_or_id)
-    if weights == "int8":
+    if weights == "int8" or weights == "fp8":
         # Another model to a calibration or a measured acceptance, so under another name.
-        graphdef, params = in_int8(graphdef, params, name)
-        name = f"{name} in int8"
+        graphdef, params = in_eight_bits(graphdef, params, name, weights)
+        name = f"{name} in {weights}"
 
     return Target(
         name=name,
@@ -206,8 +206,8 @@ def _read(
 
 def save_target(folder: str | Path, hf_config: Mapping[str, Any], params: dict, dtype: str = "bfloat16") -> None:
     """Writes config.json, model.safetensors in Hugging Face naming, and their hashes; a tied head is not written.
-    UserError for weights held in int8."""
-    refuse_int8(params, "The target")
+    UserError for weights held in 8 bits."""
+    refuse_eight_bits(params, "The target")
     folder = Path(folder)
 
     # `text_config` returns the file itself for a text-only model: the index is whether it is multimodal.

@@ -50,7 +50,7 @@ class EvaluateSettings:
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] | None = None
     weights: Weights = "stored"
-    """int8: the layers' matrices of both models with a scale for each output."""
+    """int8, fp8: the layers' matrices of both models so, with a scale for each output."""
     engine: Annotated[EngineConfig, FLAT] = EngineConfig(smallest_prompt_bucket=128)
 
 

@@ -33,7 +33,7 @@ from dspark_jax.serving.chunks import blank_chunk, chunk_widths
 from dspark_jax.serving.profiling import CONTEXTS, draft_passes, flat_tables
 from dspark_jax.serving.sampling import Mode
 from dspark_jax.serving.settings import EngineConfig, check_engine, policy_named, verifier_of
-from dspark_jax.targets.int8 import in_int8, quantised, rounded_shapes
+from dspark_jax.targets.eight_bits import Bits, coded, coded_shapes, in_eight_bits
 from dspark_jax.targets.target import Target
 
 Model = TypeVar("Model", Target, Drafter)
@@ -50,7 +50,8 @@ class EnginePrograms:
         config: of the engine; `longest` is set.
         mode: of every request.
         device: a chip that is not attached, to compile for; None: the device here, or those of a mesh.
-        rounded: shapes of the matrices that loading turns into int8.
+        bits: of the matrices that loading turns into codes; None: none.
+        rounded: their shapes.
     """
 
     target: Target
@@ -58,6 +59,7 @@ class EnginePrograms:
     config: EngineConfig
     mode: Mode
     device: Any | None
+    bits: Bits | None = None
     rounded: tuple[jax.ShapeDtypeStruct, ...] = ()
 
     @classmethod
@@ -83,12 +85,12 @@ class EnginePrograms:
         if weights == "stored":
             return cls(target, drafter, config, mode, chip)
 
-        rounded = rounded_shapes(target.graphdef, target.params)
-        target = _with_int8(target)
+        rounded = coded_shapes(target.graphdef, target.params)
+        target = _in_eight_bits(target, weights)
         if drafter is not None:
-            rounded |= rounded_shapes(drafter.graphdef, drafter.params)
-            drafter = _with_int8(drafter)
-        return cls(target, drafter, config, mode, chip, tuple(sorted(rounded, key=lambda x: x.shape)))
+            rounded |= coded_shapes(drafter.graphdef, drafter.params)
+            drafter = _in_eight_bits(drafter, weights)
+        return cls(target, drafter, config, mode, chip, weights, tuple(sorted(rounded, key=lambda x: x.shape)))
 
     def all(self) -> Iterator[tuple[str, Traced]]:
         """(what it is, its trace) of each program, in the order in which a start meets them."""
@@ -107,7 +109,7 @@ class EnginePrograms:
 
     def _loading(self) -> Iterator[tuple[str, Traced]]:
         for matrix in self.rounded:
-            yield f"loading: {matrix.shape} in int8", partial(quantised.trace, self._placed(matrix))
+            yield f"loading: {matrix.shape} in {self.bits}", partial(coded.trace, self._placed(matrix), bits=self.bits)
         if self.drafter is None:
             return
         # A drafter's frozen copies are compared with the target's tables, in some rows.
@@ -181,8 +183,8 @@ class EnginePrograms:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on), tree)
 
 
-def _with_int8(model: Model) -> Model:
-    graphdef, params = in_int8(model.graphdef, model.params, model.name)
+def _in_eight_bits(model: Model, bits: Bits) -> Model:
+    graphdef, params = in_eight_bits(model.graphdef, model.params, model.name, bits)
     return replace(model, graphdef=graphdef, params=params)
 
 

@@ -1,4 +1,4 @@
-"""Weights in int8: what they round, that a pair in int8 is decoded losslessly, and what is refused."""
+"""Weights in 8 bits: what they round, that a pair of such weights is decoded losslessly, and what is refused."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from dspark_jax.serving.generate import generate
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.targets.attention import CausalRows
-from dspark_jax.targets.int8 import Int8Matrix, in_int8, quantised
+from dspark_jax.targets.eight_bits import Bits, CodedMatrix, coded, in_eight_bits
 from dspark_jax.targets.target import Target
 from infer import calibrate, evaluate, profile
 from tests.decoding_tiny import prompts, tiny_pair
@@ -23,16 +23,21 @@ from tests.test_infer_programs import refused
 from tests.tiny import write_tiny_target
 
 
-def test_each_output_is_rounded_to_half_a_step_of_its_own() -> None:
+@pytest.mark.parametrize(("bits", "largest"), [("int8", 127), ("fp8", 448)])
+def test_each_output_is_rounded_to_the_nearest_code_under_a_scale_of_its_own(bits: Bits, largest: int) -> None:
     rng = np.random.default_rng(0)
     weight = (rng.standard_normal((48, 5)) * [0.01, 1.0, 30.0, 0.0, 1e-6]).astype(np.float32)
-    codes, scales = map(np.asarray, quantised(weight))
-    assert codes.dtype == np.int8 and np.abs(codes).max(axis=0).tolist() == [127, 127, 127, 0, 127]
-    assert np.all(np.abs(codes * scales - weight) <= 0.5001 * scales)
+    codes, scales = map(np.asarray, coded(weight, bits))
+    assert codes.dtype.itemsize == 1
+    codes = codes.astype(np.float32)
+    assert np.abs(codes).max(axis=0).tolist() == [largest] * 3 + [0, largest]
+    # Half a step: one of int8; of e4m3 an eighth of the number's power of two, 2^-9 below the smallest of them.
+    step = 1.0 if bits == "int8" else 2.0 ** (np.floor(np.log2(np.maximum(np.abs(codes), 2.0**-6))) - 3)
+    assert np.all(np.abs(codes * scales - weight) <= 0.5001 * step * scales)
 
     # In both dtypes the product is that of the rounded weights: codes are exact in bfloat16.
     x = jnp.asarray(rng.standard_normal((3, 2, 48)), jnp.float32)
-    matrix = Int8Matrix(jnp.asarray(codes), jnp.asarray(scales))
+    matrix = CodedMatrix(coded(weight, bits)[0], jnp.asarray(scales))
     np.testing.assert_allclose(x @ matrix, np.asarray(x) @ (codes * scales), rtol=1e-5, atol=1e-5)
     narrow = x.astype(jnp.bfloat16)
     expected = np.asarray(narrow, np.float32) @ (codes * scales)
@@ -41,13 +46,14 @@ def test_each_output_is_rounded_to_half_a_step_of_its_own() -> None:
     np.testing.assert_allclose(found, expected, rtol=2**-8, atol=1e-5)
 
 
-def test_a_pair_in_int8_is_decoded_as_its_target_alone() -> None:
+@pytest.mark.parametrize("bits", ["int8", "fp8"])
+def test_a_pair_in_eight_bits_is_decoded_as_its_target_alone(bits: Bits) -> None:
     target, drafter = tiny_pair()
     small = []
     for model in (target, drafter):
-        graphdef, params = in_int8(model.graphdef, model.params, model.name)
+        graphdef, params = in_eight_bits(model.graphdef, model.params, model.name, bits)
         small.append(replace(model, graphdef=graphdef, params=params))  # type: ignore[type-var]
-    held = [x for x in jax.tree.leaves(small[0].params["layers"]) if x.dtype == jnp.int8]
+    held = [x for x in jax.tree.leaves(small[0].params["layers"]) if x.dtype.itemsize == 1]
     # Of two layers: q, k and v in one, o, gate and up in one, and down.
     assert len(held) == 8 and sum(x.size for x in held) == sum(
         x.size for x in jax.tree.leaves(target.params["layers"]) if x.ndim == 2
@@ -69,16 +75,17 @@ def test_a_pair_in_int8_is_decoded_as_its_target_alone() -> None:
     assert sum(sum(g.accepted_at) for g in drafted) > 0
 
 
-def test_it_is_an_option_of_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bits", ["int8", "fp8"])
+def test_it_is_an_option_of_loading(tmp_path: Path, bits: Bits) -> None:
     folder = write_tiny_target(tmp_path / "target")
-    target = load_target(folder, weights="int8")
-    assert target.name == f"{folder} in int8" and target.params["embed_weight_vd"].dtype == jnp.float32
+    target = load_target(folder, weights=bits)
+    assert target.name == f"{folder} in {bits}" and target.params["embed_weight_vd"].dtype == jnp.float32
     assert set(target.params["layers"][0]["mlp"]["gate_up_weight_du"]) == {"codes", "scales"}
-    with pytest.raises(UserError, match="no matrices that are kept in int8"):
-        in_int8(target.graphdef, target.params, "again")
+    with pytest.raises(UserError, match=f"no matrices that are kept in {bits}"):
+        in_eight_bits(target.graphdef, target.params, "again", bits)
 
 
-def test_programs_that_measure_a_pair_load_it_in_int8(
+def test_programs_that_measure_a_pair_load_it_in_eight_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_tiny_target(tmp_path / "target")
@@ -90,21 +97,22 @@ def test_programs_that_measure_a_pair_load_it_in_int8(
     pair = ["--target", str(tmp_path / "target"), "--drafter", "d", "--output", str(tmp_path / "out")]
     for program, more in ((calibrate, ["--prompts"]), (evaluate, ["--datasets"]), (profile, [])):
         monkeypatch.setattr(program, "load_drafter", loaded)
-        words = [*pair, *(word for name in more for word in (name, str(tmp_path / "sets.jsonl"))), "--weights", "int8"]
-        assert "target in int8: a drafter in int8" in refused(program.main, words, capsys)
+        words = [*pair, *(word for name in more for word in (name, str(tmp_path / "sets.jsonl"))), "--weights", "fp8"]
+        assert "target in fp8: a drafter in fp8" in refused(program.main, words, capsys)
     words = [*pair, "--prompts", "p.jsonl", "--weights", "int8", "--recenter", str(tmp_path / "copy")]
     assert "--recenter saves a copy of the drafter" in refused(calibrate.main, words, capsys)
 
 
-def test_a_pair_in_int8_is_not_saved(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", ["int8", "fp8"])
+def test_a_pair_in_eight_bits_is_not_saved(tmp_path: Path, bits: Bits) -> None:
     # No reader knows the codes: a folder of them would be refused when it is loaded, if at all.
     target, drafter = tiny_pair()
-    _, params = in_int8(drafter.graphdef, drafter.params, "it")
-    with pytest.raises(UserError, match="held in int8, which is not saved"):
+    _, params = in_eight_bits(drafter.graphdef, drafter.params, "it", bits)
+    with pytest.raises(UserError, match=f"held in {bits}, which is not saved"):
         save_drafter(tmp_path / "drafter", replace(drafter, params=params), target)
-    _, params = in_int8(target.graphdef, target.params, "it")
-    with pytest.raises(UserError, match="held in int8, which is not saved"):
+    _, params = in_eight_bits(target.graphdef, target.params, "it", bits)
+    with pytest.raises(UserError, match=f"held in {bits}, which is not saved"):
         save_target(tmp_path / "target", target.hf_config, params)
     assert not any(tmp_path.iterdir())
-    with pytest.raises(UserError, match="loaded 'stored' or in 'int8', not 'int4'"):
+    with pytest.raises(UserError, match="loaded 'stored' or in 'int8' or 'fp8', not 'int4'"):
         load_drafter(tmp_path, target, weights="int4")  # type: ignore[arg-type]
