@@ -1,6 +1,6 @@
-"""Program of test_loop and test_targets: a target split over 8 simulated devices, against the same on one.
+"""Program of test_loop, test_paged and test_targets: a target split over 8 simulated devices, against the same on one.
 
-python -m tests.sharded_decode load|generate
+python -m tests.sharded_decode load|generate|pages
 """
 
 import os
@@ -12,6 +12,7 @@ os.environ["XLA_FLAGS"] = xla_flags(8)
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from dspark_jax.serving.requests import Request
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.sharding import ShardingRules, make_mesh
+from dspark_jax.targets.pages import is_paged
 from tests.decoding_tiny import prompts, tiny_pair
 
 RULES = {
@@ -98,6 +100,41 @@ def check_generate(folder: Path) -> None:
     check_text(engine)
 
 
+def check_pages(folder: Path) -> None:
+    """Pages split by kv head: the answers of one device, each device has every page of its heads, and no round copies
+    or exchanges a pool. Requests have to leave for want of pages, and go on."""
+    requests = [
+        Request(p, SamplingParams(20, float(i % 2), seed=i)) for i, p in enumerate(prompts(6, SHAPES["vocab_size"]))
+    ]
+    config = EngineConfig(4, 40, "fixed", rounds_per_dispatch=2, cache_pages=9, page=8)
+    single = load_target(folder / "target")
+    drafter = load_drafter(folder / "drafter", single)
+    expected = generate(single, drafter, requests, engine=replace(config, cache_pages=0))
+
+    mesh = make_mesh(data=4, tensor=2)
+    target = load_target(folder / "target", mesh=mesh)
+    engine = Engine(target, load_drafter(folder / "drafter", target, mesh=mesh), config)
+    for i, request in enumerate(requests):
+        engine.submit(i, request)
+    done: dict[int, Any] = {}
+    while not engine.idle:
+        done |= {p.index: p.generation for p in engine.step() if p.generation is not None}
+        caches = engine.state.target_cache, engine.state.draft
+        for cache in (x for x in jax.tree.leaves(caches, is_leaf=is_paged) if is_paged(x)):
+            for pool in jax.tree.leaves(cache.layers):
+                assert {shard.data.shape for shard in pool.addressable_shards} == {(9, 8, pool.shape[2] // 2)}
+            assert cache.tables.sharding.is_fully_replicated
+    assert [done[i].tokens for i in range(6)] == [g.tokens for g in expected] and engine.memory.preempted
+
+    limits = jax.numpy.int32(8), jax.numpy.asarray(False)
+    program = run_rounds.lower(engine.loop, engine.params, engine.state, engine.occupancy, *limits).compile()
+    text = program.as_text() or ""
+    exchanged = {shape for line in text.splitlines() for shape, _ in collective_parts(line)}
+    assert exchanged and not [shape for shape in exchanged if shape[:2] == (9, 8)]
+    pools = [leaf for leaf in jax.tree.leaves((engine.state.target_cache, engine.state.draft)) if leaf.ndim == 3]
+    assert pools and not copies(text, {leaf.sharding.shard_shape(leaf.shape) for leaf in pools})
+
+
 def check_text(engine: Engine) -> None:
     """A round on a tensor axis sorts nothing, and exchanges no row of logits and no cache, in any of its branches."""
     limits = jax.numpy.int32(8), jax.numpy.asarray(False)
@@ -119,4 +156,4 @@ if __name__ == "__main__":
     assert jax.device_count() == 8
     with tempfile.TemporaryDirectory() as name:
         write(Path(name))
-        {"load": check_load, "generate": check_generate}[sys.argv[1]](Path(name))
+        {"load": check_load, "generate": check_generate, "pages": check_pages}[sys.argv[1]](Path(name))

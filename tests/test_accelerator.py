@@ -26,7 +26,8 @@ def test_all_parts_run_and_a_second_run_keeps_them(tmp_path: Path, capsys: pytes
     assert parts["logits"]["float32, highest"]["same_best_token"] == 1
     assert parts["greedy"]["identical"] + parts["greedy"]["near_ties"] == parts["greedy"]["prompts"] == 2
     assert parts["golden"]["sampling"]["ok"] and parts["training"]["seconds a step"] > 0
-    assert parts["attention"]["R=2 W=8 S=512 held=256"]["kernel_over_einsum"] > 0
+    attention = parts["attention"]["R=2 W=8 S=512 held=256"]
+    assert attention["kernel_over_einsum"] > 0 and attention["pages_over_kernel"] > 0
     assert set(parts["head"]) > {"R=2 block=2", "R=2 block=4"} and "look-ahead R=2" in parts["scheduler"]
     assert set(parts["simulated-tiny"]["R=2"]["tokens_per_second"]) == {"plain", "fixed", "causal", "look-ahead"}
 

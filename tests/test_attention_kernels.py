@@ -17,7 +17,6 @@ from dspark_jax.sharding import abstract_mesh, traced_over
 from dspark_jax.targets.attention import KeysValues, block_attention, causal_block, lowest_seen, tree_block
 from dspark_jax.targets.block_rows import TreeRows
 from dspark_jax.targets.kernels import held, held_gpu, held_tpu
-from dspark_jax.targets.pages import PagedLayer
 
 COMPILER = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler: XLA computes all")
 KERNELS = [held_tpu.attend, held_gpu.attend, pytest.param(native.attend, marks=COMPILER)]
@@ -114,22 +113,6 @@ def test_blocks_that_are_not_held_are_not_read(attend: Any) -> None:
     cache = KeysValues(*(jnp.where(behind[:, None, :, None], jnp.nan, x) for x in cache))
     made = held._by_kernel(q, *block, *cache, lengths, None, None, None, 0.2, attend, interpret=True)
     np.testing.assert_array_equal(made, wanted)
-
-
-@COMPILER
-def test_pages_give_the_bits_of_a_cache_by_slot() -> None:
-    q, block, cache, lengths = operands(3, 2, 2, 32, [0, 40, 96], 96)
-    # Two pages of 48 positions a request, in any order, and a page that the first request does not have.
-    tables = jnp.asarray([[9, 9], [3, 0], [2, 1]])
-    pools = []
-    for x in cache:
-        pages = x.reshape(3, 2, 2, 48, 32).transpose(0, 2, 3, 1, 4)  # [R, N, C, G, H]
-        pools.append(jnp.zeros((4, 48, 2, 32)).at[tables[1:]].set(pages[1:]))
-
-    lowest = lowest_seen(lengths[:, None], 3, 30)
-    attend = jax.jit(partial(block_attention, lowest=lowest, within=causal_block(3, 30)[None], scale=0.2))
-    by_page = attend(q, block, PagedLayer(pools[0], pools[1], tables), lengths)
-    np.testing.assert_array_equal(by_page, attend(q, block, cache, lengths))
 
 
 def test_a_span_that_is_no_multiple_of_a_block() -> None:

@@ -58,21 +58,21 @@ def test_the_plan_is_of_the_engines_loop(folders: tuple[str, str], policy: str) 
     assert plan.loop.buckets[-1] == 12
 
 
-def test_programs_compiled_ahead_are_those_of_a_pair_in_int8(folders: tuple[str, str]) -> None:
+def test_programs_compiled_ahead_are_those_of_a_pair_in_eight_bits(folders: tuple[str, str]) -> None:
     given = PlanOptions(target=folders[0], drafter=folders[1], dtype="float32")
-    found = EnginePrograms.of(given, EngineConfig(3, 100, "fixed"), "rejection", "int8")
-    target = load_target(folders[0], dtype="float32", weights="int8")
-    drafter = load_drafter(folders[1], target, dtype="float32", weights="int8")
+    found = EnginePrograms.of(given, EngineConfig(3, 100, "fixed"), "rejection", "fp8")
+    target = load_target(folders[0], dtype="float32", weights="fp8")
+    drafter = load_drafter(folders[1], target, dtype="float32", weights="fp8")
     for planned, loaded in ((found.target, target), (found.drafter, drafter)):
         assert planned is not None and planned.graphdef == loaded.graphdef
         assert jax.tree.map(lambda x: (x.shape, x.dtype), planned.params) == jax.tree.map(
             lambda x: (x.shape, x.dtype), loaded.params
         )
     # Loading rounds each matrix with a program of its shape.
-    codes = (x for model in (target, drafter) for x in jax.tree.leaves(model.params) if x.dtype == jax.numpy.int8)
+    codes = (x for model in (target, drafter) for x in jax.tree.leaves(model.params) if x.dtype.itemsize == 1)
     shapes = {x.shape for x in codes}
-    rounding = [name for name, _ in found.all() if name.endswith("in int8")]
-    assert rounding == [f"loading: {shape} in int8" for shape in sorted(shapes)]
+    rounding = [name for name, _ in found.all() if name.endswith("in fp8")]
+    assert rounding == [f"loading: {shape} in fp8" for shape in sorted(shapes)]
 
 
 def tables_for(plan: DecodePlan) -> object:
@@ -96,10 +96,24 @@ def test_the_program_compiles_the_loop_and_finds_no_copied_cache(folders: tuple[
     assert "verify: attention over the cache" in printed and "bound by" in printed
 
 
+def test_pages_are_planned_too(folders: tuple[str, str], capsys) -> None:
+    words = ["--target", folders[0], "--drafter", folders[1], "--slots", "3", "--longest", "1000"]
+    program.main([*words, "--cache-pages", "20", "--page", "32", "--dtype", "float32"])
+    rows = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines() if "  " in line)
+    found = {name: value.strip() for name, value in rows.items()}
+    assert found["whole-cache copies"] == "0"
+    # 2 layers, 2 heads of 16, keys and values, float32; and tables of 3 requests for 1,024 positions
+    pools, tables = 20 * 32 * 2 * 2 * 16 * 2 * 4, 3 * 32 * 4
+    assert found["target's cache a device"] == f"{(pools + tables) / 2**20:,.1f} MiB"
+    shapes = DecodePlan.of(options(folders, cache_pages=20, page=32)).cache_shapes()
+    assert shapes == {(20, 32, 32)}
+
+
 def test_what_a_plan_refuses(folders: tuple[str, str], capsys) -> None:
     for words, said in (
         ("", "There is nothing to plan: give --config NAME"),
         (f"--target {folders[0]} --slots 0", "A plan needs --slots of 1 or more"),
+        (f"--target {folders[0]} --cache-pages 3 --page 24", "The engine has page = 24"),
         (f"--target {folders[0]} --topology v9:2x2", "--topology is 'v9:2x2'; a kind of TPU"),
         (f"--target {folders[0]} --topology H300", "--topology is 'H300'; a kind of TPU"),
         (f"--target {folders[0]} --mesh rows=2", "--mesh is 'rows=2'"),

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 from functools import cache
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,15 +18,16 @@ from dspark_jax.scheduling.costs import CostTable, ScheduleTables
 from dspark_jax.scheduling.policies import LookAhead
 from dspark_jax.serving.api.service import longest_of
 from dspark_jax.serving.engine import Engine
+from dspark_jax.serving.generate import generate
 from dspark_jax.serving.memory import PagedMemory, PagePool
 from dspark_jax.serving.metering import Metering
 from dspark_jax.serving.requests import Generation, Request
 from dspark_jax.serving.sampling import Mode, SamplingParams
-from dspark_jax.serving.settings import EngineConfig
+from dspark_jax.serving.settings import EngineConfig, PolicyName, policy_named
 from dspark_jax.targets.attention import KeysValues, causal_block, prefix_block_attention, prefix_mask
 from dspark_jax.targets.kv_cache import ByPage, append_rows, empty_cache, insert_rows, take_slots
 from dspark_jax.targets.pages import PagedCache, with_tables
-from tests.decoding_tiny import kind_pair, next_logits, prompts, tiny_pair
+from tests.decoding_tiny import kind_pair, next_logits, prompts, run_python, tiny_pair
 from tests.test_engine_trust import CONFIG, SAMPLING, failing, finish
 from tests.v4_tiny import v4_pair
 
@@ -144,7 +147,7 @@ def test_a_request_writes_to_its_own_pages_alone() -> None:
     tables[0, 1:], tables[1] = 13, 13
     pages = with_tables(pages, lambda _: jnp.asarray(tables))
     after = append_rows(pages, drawn_rows(5), jnp.asarray([6, 3, 30]))
-    changed = {int(page) for page in np.nonzero(np.any(np.asarray(after.layers[0].keys) != 0, axis=(1, 2, 3)))[0]}
+    changed = {int(page) for page in np.nonzero(np.any(np.asarray(after.layers[0].keys) != 0, axis=(1, 2)))[0]}
     assert changed == {int(tables[0, 0]), int(tables[2, 3])}
 
 
@@ -225,6 +228,29 @@ def test_a_request_that_can_never_fit_is_refused_and_others_are_not() -> None:
     assert engine.cancel(0) is not None
 
 
+def test_a_list_with_such_a_request_is_refused_before_an_engine_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine compiles, and may measure for minutes."""
+
+    def made(*_: Any) -> None:
+        raise AssertionError("an engine was made")
+
+    monkeypatch.setattr(import_module("dspark_jax.serving.generate"), "Engine", made)
+    asked = [Request((1,) * 6, SamplingParams(4)), Request((1,) * 6, SamplingParams(20))]
+    config = EngineConfig(2, cache_pages=3, page=PAGE)
+    with pytest.raises(UserError, match=r"Request 1 needs 4 pages of the cache \(26 positions, 8 a page\); this"):
+        generate(*tiny_pair(), asked, engine=config)
+    with pytest.raises(UserError, match="Request 1 needs 26 positions .* this engine holds 20"):
+        generate(*tiny_pair(), asked, engine=EngineConfig(2, 20))
+    with pytest.raises(UserError, match="page = 7"):
+        generate(*tiny_pair(), asked, engine=replace(config, page=7))
+
+
+@pytest.mark.subprocesses
+def test_pages_over_eight_devices() -> None:
+    """Split by kv head, and the answers of one device."""
+    run_python("-m", "tests.sharded_decode", "pages")
+
+
 def test_a_server_promises_no_more_positions_than_its_pages_hold() -> None:
     """Else an answer without a limit, which takes what its prompt leaves, would be refused each time."""
     config = EngineConfig(4, None, "fixed", cache_pages=4, page=PAGE)
@@ -275,6 +301,51 @@ def test_plain_decoding_and_rounds_that_draft_at_times() -> None:
         found = answers(engine, requests(0.0))
         assert [g.tokens for g in found] == [g.tokens for g in by_slot(0.0)]
         assert engine.memory.preempted > 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("policy", "mode"),
+    [
+        ("threshold", "rejection"), ("causal", "rejection"), ("asynchronous", "block"), ("look-ahead", "coupled"),
+        ("retrospective", "coupled"), ("fixed", "block"), ("fixed", "coupled"),
+    ],
+)  # fmt: skip
+def test_every_policy_in_pages(policy: PolicyName, mode: Mode) -> None:
+    """Greedy text is that of a cache by slot whoever decides what is verified; sampled text of whole blocks too."""
+    sampling, config = replace(SAMPLING, mode=mode), replace(KINDS, policy=policy, buckets=(3, 15), threshold=0.3)
+    costs = ScheduleTables.of(CostTable.of((3, 15), [1.0, 1.1], 0.01), np.ones(4).tolist())
+    made = policy_named(policy, config.threshold)
+    engine = Engine(*tiny_pair(), config, sampling, made, costs, Metering(None))
+    asked = [replace(r, sampling=replace(r.sampling or sampling, mode=mode)) for r in requests(0.0)]
+    found = answers(engine, asked)
+    assert [g.tokens for g in found] == [g.tokens for g in by_slot(0.0)]
+    assert engine.memory.preempted > 0 and sum(sum(g.accepted_at) for g in found) > 0
+
+    if policy == "fixed":
+        sampled = [replace(r, sampling=replace(r.sampling or sampling, mode=mode)) for r in requests(1.0)]
+        alone = Engine(*tiny_pair(), replace(config, cache_pages=0), sampling)
+        assert [g.tokens for g in answers(engine, sampled)] == [g.tokens for g in answers(alone, sampled)]
+
+
+@pytest.mark.long
+def test_auto_in_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Profiled and asked in pages of its own, it says what a cache by slot does."""
+    monkeypatch.setenv("DSPARK_JAX_CACHE", str(tmp_path))
+    config = replace(PAGED, policy="auto", longest=None, buckets=None, slots=2, smallest_prompt_bucket=32)
+    asked = requests(0.0)[:3]
+    found = generate(*tiny_pair(), asked, SAMPLING, config)
+    assert [g.tokens for g in found] == [g.tokens for g in by_slot(0.0)[:3]]
+
+
+def test_policies_that_are_not_exact_are_refused_in_pages_as_by_slot() -> None:
+    for policy, mode, tree, said in (
+        ("retrospective", "rejection", 0, "Retrospective"),
+        ("look-ahead", "coupled", 8, "tree"),
+    ):
+        config = replace(KINDS, policy=policy, tree=tree)
+        with pytest.raises(UserError, match=said):
+            Engine(*tiny_pair(), config, replace(SAMPLING, mode=mode))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("mode", ["coupled", "rejection"])

@@ -14,7 +14,7 @@ from jaxtyping import Array
 from dspark_jax.decoding.logprobs import Logprobs
 from dspark_jax.decoding.penalties import Penalties
 from dspark_jax.decoding.sampling import SamplingArrays
-from dspark_jax.sharding import ShardingRules, array_sharding, replicated
+from dspark_jax.sharding import ShardingRules, Units, array_sharding, replicated
 from dspark_jax.targets.attention import KeysValues
 from dspark_jax.targets.decoder import Cache
 from dspark_jax.targets.pages import PagedCache
@@ -118,17 +118,21 @@ def spread(state: DecodeState, mesh: Mesh) -> DecodeState:
     spec, whole = NamedSharding(mesh, rules.spec(["batch"])), replicated(mesh)
     shardings: Any = jax.tree.map(lambda _: spec, state)
 
-    # The exceptions: K/V [R, G, S, H] or [P, C, G, H] in pages, what the policy shares between requests, and the one
+    # The exceptions: K/V [R, G, S, H] or [P, C, G * H] in pages, what the policy shares between requests, and the one
     # scalar.
-    by_slot, by_page = ["batch", "kv_heads", None, None], [None, None, "kv_heads", None]
+    by_slot = ["batch", "kv_heads", None, None]
 
     def part_sharding(part: Any) -> Any:
         if isinstance(part, KeysValues):
             return jax.tree.map(lambda x: array_sharding(x.shape, by_slot, mesh, rules), part)
         if isinstance(part, PagedCache):
-            # Any request may have any page: pages are split by kv head alone.
-            pools = jax.tree.map(lambda x: array_sharding(x.shape, by_page, mesh, rules), part.layers)
-            return PagedCache(pools, whole)  # type: ignore[arg-type]
+            # Any request may have any page: pages are split by kv head alone, and between heads.
+            by_page = [[None, None, Units("kv_heads", heads)] for heads in part.heads]
+            pools = tuple(
+                jax.tree.map(lambda x, axes=axes: array_sharding(x.shape, axes, mesh, rules), layer)
+                for layer, axes in zip(part.layers, by_page, strict=True)
+            )
+            return replace(part, layers=pools, tables=whole)  # type: ignore[arg-type]
         return spec
 
     # Where a layer's heads are computed is where its K/V lie: a cache laid out otherwise is gathered in every dispatch.

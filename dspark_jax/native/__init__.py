@@ -68,7 +68,7 @@ def times_table(x: Float[Array, "n i"], table: Float[Array, "o i"]) -> Float[Arr
 
 
 def attends(q: Array, keys: Array, tables: Array | None) -> bool:
-    """Whether the attention kernel takes rows [R, W, Q, H] over such a cache; with tables, over pages [P, C, G, H]."""
+    """Whether the attention kernel takes rows [R, W, Q, H] over such a cache; with tables, over pages [P, C, G * H]."""
     narrow = q.dtype == keys.dtype == jnp.float32 and (tables is None or keys.shape[1] % LANES == 0)
     return narrow and q.shape[-1] % LANES == 0 and q.shape[-1] <= MOST_CHANNELS and ready()
 
@@ -88,11 +88,13 @@ def attend(
     interpret: bool = False,
 ) -> Float[Array, "r w g n h"]:
     """Attention over positions `lowest`..`lengths` - 1 of a cache and the own block, as the kernels of accelerators
-    compute it (targets/kernels/held_tpu.py); `attends` must hold. With `tables` keys and values are pages [P, C, G, H],
-    of which each request has those in its row. `interpret` is the others' alone."""
+    compute it (targets/kernels/held_tpu.py); `attends` must hold. With `tables` keys and values are pages
+    [P, C, G * H], of which each request has those in its row. `interpret` is the others' alone."""
     lowest = jnp.zeros(q.shape[:2], jnp.int32) if lowest is None else lowest
     within = jnp.zeros((1, q.shape[1], own_keys.shape[1]), jnp.float32) if within is None else within
     name, pages = ("HeldRows", ()) if tables is None else ("HeldRowsOfPages", (tables,))
+    if tables is not None:
+        keys, values = (x.reshape(*x.shape[:2], q.shape[2], q.shape[4]) for x in (keys, values))
     call = jax.ffi.ffi_call(_target(name), jax.ShapeDtypeStruct(q.shape, q.dtype))
     return call(q, keys, values, lengths, own_keys, own_values, lowest, within, *pages, scale=np.float32(scale))
 

@@ -46,9 +46,10 @@ from dspark_jax.roofline.decoding import round_terms
 from dspark_jax.roofline.hardware import Term
 from dspark_jax.scheduling.costs import CostTable, Occupancy, ScheduleTables
 from dspark_jax.serving.assembly import make_loop
-from dspark_jax.serving.settings import EngineConfig, PolicyName, policy_named
+from dspark_jax.serving.settings import DEFAULT_ENGINE, EngineConfig, PolicyName, check_engine, policy_named
 from dspark_jax.sharding import AnyMesh, abstract_params, make_mesh, split
 from dspark_jax.targets.deepseek_v4.config import V4Config
+from dspark_jax.targets.pages import is_paged
 from dspark_jax.targets.target import Target
 from dspark_jax.training.spec import drafter_config
 
@@ -71,6 +72,10 @@ class PlanOptions:
     """Positions cached of each request, for the floor; 0: half of the longest."""
     policy: PolicyName = "fixed"
     """How many drafts are verified; the load-adaptive policies bring their tables."""
+    cache_pages: int = 0
+    """Pages of one cache that all requests share; 0: every slot holds `longest`."""
+    page: int = DEFAULT_ENGINE.page
+    """Positions of a page."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     mesh: str = ""
     """Devices along the mesh axes, as in tensor=4; empty: one device, or with a topology all along tensor."""
@@ -122,7 +127,11 @@ class DecodePlan:
         # An engine sizes this table by the target's stop tokens; a plan without them keeps one slot.
         stops = max(1, len(target.stop_tokens))
         policy = policy_named(options.policy)
-        loop = make_loop(target, drafter, EngineConfig(options.slots, options.longest, stop_slots=stops), policy)
+        config = EngineConfig(
+            options.slots, options.longest, stop_slots=stops, cache_pages=options.cache_pages, page=options.page
+        )
+        check_engine(config)
+        loop = make_loop(target, drafter, config, policy)
 
         # Costs of any values will do: shapes do not depend on them.
         tables = None
@@ -234,9 +243,12 @@ class DecodePlan:
 
     def cache_shapes(self) -> set[tuple[int, ...]]:
         """Shapes of cached keys and values as they lie on one device."""
+        held = self.state.target_cache, self.state.draft
+        pools = [node.layers for node in jax.tree.leaves(held, is_leaf=is_paged) if is_paged(node)]
+        if pools:
+            return {local_shape(x) for x in jax.tree.leaves(pools)}
         # Keys and values alone have four axes with the positions third; counters and lengths are left out.
-        leaves = jax.tree.leaves((self.state.target_cache, self.state.draft))
-        return {local_shape(x) for x in leaves if x.ndim == 4 and x.shape[2] == self.loop.size}
+        return {local_shape(x) for x in jax.tree.leaves(held) if x.ndim == 4 and x.shape[2] == self.loop.size}
 
 
 def plan_mesh(options: PlanOptions) -> Mesh | None:

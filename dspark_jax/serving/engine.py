@@ -121,7 +121,6 @@ class Engine:
         require_mode(job.sampling, self.sampling.mode, f"Request {index}")
 
         require_room(job, self.config)
-        self.memory.require(job)
         self._roster.add(job, self.config.queue)
 
     def cancel(self, index: int) -> Generation | None:

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.serving.engine import Engine
-from dspark_jax.serving.jobs import Job, listed_requests, make_job
+from dspark_jax.serving.jobs import Job, listed_requests, make_job, require_room
 from dspark_jax.serving.requests import Generation, Progress, Prompt, Request
 from dspark_jax.serving.sampling import DEFAULT_SAMPLING, SamplingParams, require_mode
-from dspark_jax.serving.settings import DEFAULT_ENGINE, EngineConfig
+from dspark_jax.serving.settings import DEFAULT_ENGINE, EngineConfig, check_engine
 from dspark_jax.targets.target import Target
 
 SMALLEST = 256
@@ -115,13 +115,12 @@ def engine_for(
 
     # An array's axis, so at least one place; the engine compiles for the most that a request names.
     stops = max(1, *(len(job.sampling.stop_tokens or ()) for job in jobs))
-    made = Engine(
-        target,
-        drafter,
-        replace(config, slots=slots, longest=longest, buckets=buckets, queue=None, stop_slots=stops),
-        sampling,
-    )
+    fitted = replace(config, slots=slots, longest=longest, buckets=buckets, queue=None, stop_slots=stops)
+    check_engine(fitted)
+    for job in jobs:
+        require_room(job, fitted)
 
+    made = Engine(target, drafter, fitted, sampling)
     for index, request in enumerate(requests):
         made.submit(index, request)
     return made

@@ -92,10 +92,10 @@ def make_job(target: Target, sampling: SamplingParams, index: int, request: Requ
 
 
 def require_room(job: Job, config: EngineConfig) -> None:
-    """Check a request against the shapes of an engine's compiled loop.
+    """Check a request against the shapes of an engine's compiled loop, as if it were alone.
 
     Raises:
-        UserError: more positions, stop tokens, biases or log-probabilities than this engine holds.
+        UserError: more positions, pages, stop tokens, biases or log-probabilities than this engine holds.
     """
     longest, sampling = config.longest or 0, job.sampling
     who = f"Request {job.index}"
@@ -103,6 +103,14 @@ def require_room(job: Job, config: EngineConfig) -> None:
         raise UserError(
             f"{who} needs {job.longest} positions (a prompt of {len(job.prompt)} tokens and up to "
             f"{sampling.max_new_tokens} new ones); this engine holds {longest}. Shorten it or raise the limit."
+        )
+
+    # The last token is never run: its position is not kept.
+    pages = -(-(job.longest - 1) // config.page)
+    if config.cache_pages and pages > config.cache_pages:
+        raise UserError(
+            f"{who} needs {pages} pages of the cache ({job.longest} positions, {config.page} a page); this engine has "
+            f"{config.cache_pages}. Shorten it or raise cache_pages."
         )
 
     # Each is an axis of the compiled loop.

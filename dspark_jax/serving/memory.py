@@ -15,8 +15,6 @@ from jax.sharding import Mesh
 
 from dspark_jax.decoding.round import DecodeLoop
 from dspark_jax.decoding.state import DecodeState
-from dspark_jax.errors import UserError
-from dspark_jax.serving.jobs import Job
 from dspark_jax.serving.roster import Entry
 from dspark_jax.sharding import replicated
 from dspark_jax.targets.kv_cache import ByPage
@@ -36,10 +34,6 @@ class Memory(Protocol):
     """
 
     preempted: int
-
-    def require(self, job: Job) -> None:
-        """UserError for a request that would not fit even alone."""
-        ...
 
     def settle(self, seats: Seats) -> list[int]:
         """Free what requests that left have held, and give those in `seats` what their next dispatch may need.
@@ -72,9 +66,6 @@ class SlotMemory:
 
     positions: int  # of all slots together
     preempted: int = 0
-
-    def require(self, job: Job) -> None:
-        pass
 
     def settle(self, seats: Seats) -> list[int]:
         return []
@@ -170,21 +161,13 @@ class PagedMemory:
     preempted: int = 0
     _stale: bool = True  # whether the device has other tables
 
-    def require(self, job: Job) -> None:
-        pages = -(-(job.longest - 1) // self.pool.page)
-        if pages > self.pool.count:
-            raise UserError(
-                f"Request {job.index} needs {pages} pages of the cache ({job.longest} positions, {self.pool.page} a "
-                f"page); this engine has {self.pool.count}. Shorten it or raise cache_pages."
-            )
-
     def settle(self, seats: Seats) -> list[int]:
         for slot in range(len(self.pool.tables)):
             if slot not in seats:
                 self._release(slot)
 
         # The first in turn get theirs first, from the last in turn where none is left: the first of all always goes on,
-        # since `require` has made sure that it fits alone.
+        # since `require_room` has made sure that it fits alone.
         leaving: list[int] = []
         turns = sorted(seats, key=lambda slot: seats[slot].turn)
         while turns:

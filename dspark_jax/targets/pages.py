@@ -4,12 +4,15 @@ Every layer has one pool of pages, and one table [R, N] says for all layers whic
 lies in page tables[r, t // C] at t % C. The host hands out pages between dispatches (serving/memory.py). A page that a
 request doesn't have is named P, one past the pool: what is written there is dropped, what is read there no mask shows.
 
+A position's heads lie side by side, [P, C, G * H]: one stretch to write, and matrices [C, H] whose rows are whole tiles
+to a TPU's kernel, which would have to gather them from [P, C, G, H].
+
 Axes: R request slots, N pages of a request at most, P pages of the pool, C positions of a page, G kv heads, H head dim,
 A admitted requests, W new rows.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -19,23 +22,22 @@ from jaxtyping import Array, Int
 from dspark_jax.targets.attention import HELD_CHUNK, KeysValues
 
 Layers = tuple[KeysValues, ...]
-"""A pool [P, C, G, H] of keys and one of values for each layer: rows lie as they are written, all heads together."""
+"""A pool [P, C, G * H] of keys and one of values for each layer."""
 
 
-class PagedLayer(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PagedLayer:
     """One layer's pools, and the pages of the requests that read them: a `Prefix` of N * C positions."""
 
-    keys: Array  # [P, C, G, H]
+    keys: Array  # [P, C, G * H]
     values: Array
     tables: Int[Array, "r n"]
+    heads: int = field(metadata={"static": True})
 
     @property
     def size(self) -> int:
         return self.tables.shape[1] * self.keys.shape[1]
-
-    @property
-    def heads(self) -> int:
-        return self.keys.shape[2]
 
     @property
     def step(self) -> int:
@@ -53,7 +55,7 @@ class PagedLayer(NamedTuple):
         def read(pool: Array) -> Array:
             # Clipped: a page that a request lacks reads as another, which is finite and hidden by every mask.
             rows = jnp.take(pool, pages, axis=0, mode="clip")
-            return rows.reshape(len(pages), -1, *pool.shape[2:]).swapaxes(1, 2)
+            return rows.reshape(len(pages), -1, self.heads, pool.shape[2] // self.heads).swapaxes(1, 2)
 
         return KeysValues(read(self.keys), read(self.values)), at * self.keys.shape[1]
 
@@ -73,9 +75,10 @@ class PageView:
 
     layers: Layers
     tables: Int[Array, "a n"]
+    heads: tuple[int, ...] = field(metadata={"static": True})  # G of each layer
 
     def __getitem__(self, layer: int) -> PagedLayer:
-        return PagedLayer(*self.layers[layer], self.tables)
+        return PagedLayer(*self.layers[layer], self.tables, self.heads[layer])
 
     def appended(self, rows: Layers, starts: Int[Array, " a"]) -> NewRows:
         """The rows [A, W, G, H] of every layer as they are."""
@@ -89,13 +92,14 @@ class PagedCache:
 
     layers: Layers
     tables: Int[Array, "r n"]
+    heads: tuple[int, ...] = field(metadata={"static": True})  # G of each layer
 
     def __getitem__(self, layer: int) -> PagedLayer:
-        return PagedLayer(*self.layers[layer], self.tables)
+        return PagedLayer(*self.layers[layer], self.tables, self.heads[layer])
 
     def of_slots(self, slots: Int[Array, " a"]) -> PageView:
         """The pages of some slots, without a copy."""
-        return PageView(self.layers, jnp.take(self.tables, slots, axis=0, mode="clip"))
+        return PageView(self.layers, jnp.take(self.tables, slots, axis=0, mode="clip"), self.heads)
 
     def appended(self, rows: Layers, starts: Int[Array, " r"]) -> "PagedCache":
         """The cache with rows [R, W, G, H] of every layer at positions starts.. of every request."""
@@ -112,7 +116,12 @@ class PagedCache:
     def positions(self, slot: Int[Array, ""], first: Int[Array, ""], width: int) -> Layers:
         """A copy of a slot's positions first .. first + width - 1: head-major K/V [G, W, H] of each layer."""
         places = self._places(self.tables[slot][None], first[None], width)
-        return jax.tree.map(lambda pool: pool.at[places].get(mode="clip")[0].swapaxes(0, 1), self.layers)
+
+        def read(pool: Array, heads: int) -> Array:
+            return pool.at[places].get(mode="clip").reshape(width, heads, -1).swapaxes(0, 1)
+
+        pairs = zip(self.layers, self.heads, strict=True)
+        return tuple(KeysValues(*(read(pool, heads) for pool in layer)) for layer, heads in pairs)
 
     def _places(self, tables: Array, starts: Array, width: int) -> tuple[Array, Array]:
         """(pages, positions within them) [A, W] of `width` positions from `starts` on."""
@@ -127,7 +136,8 @@ class PagedCache:
 
         # The places lead, and a row is one stretch of the pool: XLA writes such rows in place on every backend.
         def write(pool: Array, rows: Array) -> Array:
-            return pool.at[places].set(rows.astype(pool.dtype), mode="drop")
+            flat = rows.reshape(*rows.shape[:2], -1)
+            return pool.at[places].set(flat.astype(pool.dtype), mode="drop")
 
         return replace(self, layers=jax.tree.map(write, self.layers, new.rows))
 
@@ -140,9 +150,10 @@ def in_pages(slots: Any, pools: Any, size: int, count: int) -> Any:
     def paged(cache: Any, pool: Any) -> Any:
         if not is_cache(cache):
             return cache
-        layers = tuple(KeysValues(*(x.swapaxes(1, 2) for x in layer)) for layer in pool)
-        requests, page = len(cache[0].keys), layers[0].keys.shape[1]
-        return PagedCache(layers, jnp.full((requests, -(-size // page)), count, jnp.int32))
+        requests, page = len(cache[0].keys), pool[0].size
+        layers = tuple(KeysValues(*(x.swapaxes(1, 2).reshape(count, page, -1) for x in layer)) for layer in pool)
+        tables = jnp.full((requests, -(-size // page)), count, jnp.int32)
+        return PagedCache(layers, tables, tuple(layer.heads for layer in pool))
 
     return jax.tree.map(paged, slots, pools, is_leaf=is_cache)
 

@@ -50,6 +50,8 @@ class CompiledSettings:
     """Requests decoded at once."""
     longest: int = 2048
     """Positions that a request may take."""
+    cache_pages: int = 0
+    """Pages of 64 positions that all requests share; 0: every slot holds the longest."""
     layers: int = 1
     """Decoder layers of the target, and the most of the drafter; 0: all."""
     name: str = "v5e4_r8_drafts"
@@ -95,6 +97,7 @@ def reading(settings: CompiledSettings, checkout: Path) -> dict[str, Any]:
         wanted = {
             "config": settings.config, "plain": settings.plain, "topology": settings.topology,
             "slots": settings.slots, "longest": settings.longest, "layers": settings.layers, "folder": name,
+            "pages": settings.cache_pages,
         }  # fmt: skip
         # Its own folder first, before this checkout's.
         paths = os.pathsep.join([str(checkout.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -186,6 +189,8 @@ if layers:
         return made(dataclasses.replace(settings, num_layers=count, target_layer_ids=kept), *rest)
     decoding.drafter_config = shallow
 named = {"target": config.target} if wanted["plain"] else {"config": wanted["config"]}
+if wanted["pages"]:  # which an earlier checkout may not know
+    named["cache_pages"] = wanted["pages"]
 plan = decoding.DecodePlan.of(decoding.PlanOptions(
     **named, topology=wanted["topology"], slots=wanted["slots"], longest=wanted["longest"]))
 platform = getattr(plan, "platform", "tpu")

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dspark_jax import native
 from dspark_jax.errors import UserError
-from dspark_jax.sharding import ShardingRules, array_sharding, traced_mesh
+from dspark_jax.sharding import Axis, ShardingRules, Units, array_sharding, traced_mesh
 from dspark_jax.targets.kernels import held_gpu, held_tpu
 from dspark_jax.targets.kernels.softmax import MASKED
 
@@ -52,7 +52,7 @@ def held_attention(
 
     Args:
         q, own_keys, own_values: the block's rows and their own keys and values.
-        cached: keys and values [R, G, S, H]; or pages [P, C, G, H] of both, and tables [R, N] of the requests' pages.
+        cached: `keys` and `values` [R, G, S, H]; or pages [P, C, G * H] of both, and `tables` [R, N] of the requests'.
         lengths: positions held; the rows of a request with 0 see their own block alone.
         lowest: first position that each row sees; None: 0.
         within: own keys that each row sees; None: all.
@@ -62,22 +62,21 @@ def held_attention(
         UserError: DSPARK_ATTENTION has an unknown value.
     """
     form = chosen_form()
-    keys, values, *tables = cached
-    pages = tables[0] if tables else None
+    keys, values, tables = cached.keys, cached.values, getattr(cached, "tables", None)
     rows = q.shape[1] * q.shape[2] // own_keys.shape[2]
     if form == "einsum" or rows > MOST_ROWS:
         return einsum()
 
     # Only what a platform has of its own is traced for it.
-    kernel = partial(_by_kernel, q, own_keys, own_values, keys, values, lengths, lowest, within, pages, scale)
+    kernel = partial(_by_kernel, q, own_keys, own_values, keys, values, lengths, lowest, within, tables, scale)
     forms: dict[str, Callable[[], Array]] = {}
-    if pages is None and q.shape[-1] in held_tpu.HEAD_SIZES:
+    if held_tpu.takes(q, keys, tables):
         forms["tpu"] = partial(kernel, held_tpu.attend)
-    if pages is None and held_gpu.takes(q, keys, own_keys.shape[1]):
+    if held_gpu.takes(q, keys, own_keys, tables):
         forms["cuda"] = partial(kernel, held_gpu.attend)
-    if form == "kernel" and pages is None:
+    if form == "kernel":
         forms["cpu"] = partial(kernel, held_tpu.attend, interpret=True)
-    elif native.attends(q, keys, pages):
+    elif native.attends(q, keys, tables):
         forms["cpu"] = partial(kernel, native.attend)
     return jax.lax.platform_dependent(**forms, default=einsum) if forms else einsum()
 
@@ -86,7 +85,7 @@ def held_attention(
 @partial(jax.jit, static_argnames=("scale", "attend", "interpret"))
 def _by_kernel(
     q: Array, own_keys: Array, own_values: Array, keys: Array, values: Array, lengths: Array, lowest: Array | None,
-    within: Array | None, pages: Array | None, scale: float, attend: Callable[..., Array], interpret: bool = False,
+    within: Array | None, tables: Array | None, scale: float, attend: Callable[..., Array], interpret: bool = False,
 ) -> Array:  # fmt: skip
     """The kernel's result on rows as layers have them."""
     requests, width, _, size = q.shape
@@ -96,10 +95,7 @@ def _by_kernel(
     mask = None if within is None else jnp.where(within, 0.0, MASKED).astype(jnp.float32)
 
     kernel = partial(attend, scale=scale, interpret=interpret)
-    if pages is not None:
-        # Of a CPU alone, which has no mesh where it has a kernel.
-        kernel = partial(kernel, tables=pages)
-    return _over_mesh(kernel, rows, keys, values, lengths, *own, bounds, mask).reshape(q.shape).astype(q.dtype)
+    return _over_mesh(kernel, rows, keys, values, lengths, *own, bounds, mask, tables).reshape(q.shape).astype(q.dtype)
 
 
 def _over_mesh(attend: Callable[..., Array], q: Array, *others: Array | None) -> Array:
@@ -109,14 +105,17 @@ def _over_mesh(attend: Callable[..., Array], q: Array, *others: Array | None) ->
         return attend(q, *others)
 
     rows, cached, by_request = ("batch", None, "kv_heads"), ("batch", "kv_heads"), ("batch",)
-    axes = (rows, cached, cached, by_request, rows, rows, by_request, by_request)
+    if others[-1] is not None:
+        # Each device has all pages, of its own heads: any request may have any of them.
+        cached = (None, None, Units("kv_heads", q.shape[2]))
+    axes = (rows, cached, cached, by_request, rows, rows, by_request, by_request, by_request)
     specs = [_spec(x, names, len(q), mesh) for x, names in zip((q, *others), axes, strict=True)]
     # Without the check of replication, which kernels do not take part in.
     split = jax.shard_map(attend, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)
     return split(q, *others)
 
 
-def _spec(x: Array | None, axes: tuple[str | None, ...], requests: int, mesh: AbstractMesh) -> Any:
+def _spec(x: Array | None, axes: tuple[Axis, ...], requests: int, mesh: AbstractMesh) -> Any:
     """How the mesh splits an operand, as it splits the caches between rounds."""
     if x is None:
         return None
