@@ -307,8 +307,8 @@ def test_plain_decoding_and_rounds_that_draft_at_times() -> None:
 @pytest.mark.parametrize(
     ("policy", "mode"),
     [
-        ("threshold", "rejection"), ("causal", "rejection"), ("asynchronous", "block"), ("look-ahead", "coupled"),
-        ("retrospective", "coupled"), ("fixed", "block"), ("fixed", "coupled"),
+        ("threshold", "rejection"), ("causal", "rejection"), ("asynchronous", "block"), ("retrospective", "coupled"),
+        ("fixed", "coupled"),
     ],
 )  # fmt: skip
 def test_every_policy_in_pages(policy: PolicyName, mode: Mode) -> None:
