@@ -242,6 +242,7 @@ def test_what_cannot_be_compared_is_refused() -> None:
         Engine(target, drafter, EngineConfig(2, 32), HOT, strategy=BestNodes(nodes=8))
 
 
+@pytest.mark.long
 def test_a_tree_has_costs_and_an_acceptance_of_its_own(tmp_path: Path) -> None:
     """Rounds are timed at every bucket of nodes; the pair is asked how often each rank is on the accepted path."""
     target, drafter = kind_pair("dspark")
@@ -263,6 +264,7 @@ def test_a_tree_has_costs_and_an_acceptance_of_its_own(tmp_path: Path) -> None:
     assert bound.tokens == 4.0, "no path is longer than three drafts"
 
 
+@pytest.mark.long
 def test_a_cut_tree_keeps_its_best_nodes() -> None:
     """`verify_length` counts nodes: two of them are the best path or the two best children."""
     target, drafter = pair()
