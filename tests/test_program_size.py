@@ -20,7 +20,8 @@ from dspark_jax.serving.generate import generate
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.sharding import split
-from dspark_jax.targets import turns
+from dspark_jax.targets import products, turns
+from dspark_jax.targets.attention import CausalRows
 from tests.decoding_tiny import prompts, random_leaves, tiny_pair, tiny_target
 from tests.families_tiny import FAMILIES
 
@@ -99,6 +100,21 @@ def test_one_request_is_written_to_its_cache_in_place() -> None:
     compiled = run_rounds.lower(engine.loop, engine.params, engine.state, engine.occupancy, *limits).compile()
     shapes = {x.shape for x in jax.tree.leaves((engine.state.target_cache, engine.state.draft))}
     assert copies(compiled.as_text() or "", shapes) == []
+
+
+def test_a_tpu_cuts_no_product_that_a_weight_would_be_laid_out_anew_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A barrier between a layer's two joined products and their cuts, of which the compiler would make one."""
+    target, _ = tiny_pair()
+    module, rows = nnx.merge(target.graphdef, target.params), jnp.zeros((2, 5), jnp.int32)
+
+    def hidden(rows: jax.Array) -> jax.Array:
+        return module(rows, rows, CausalRows()).hidden
+
+    before, program = hidden(rows), str(jax.make_jaxpr(hidden)(rows))
+    monkeypatch.setattr(products, "traced_platform", lambda: "tpu")
+    text = str(jax.make_jaxpr(lambda rows: hidden(rows))(rows))
+    assert text.count("optimization_barrier") - program.count("optimization_barrier") == 2 * target.config.num_layers
+    np.testing.assert_array_equal(np.asarray(hidden(rows)), np.asarray(before))
 
 
 # Steps of a draft

@@ -21,7 +21,7 @@ from dspark_jax.targets.attention import Attend, KeysValues
 from dspark_jax.targets.config import RopeConfig, TargetConfig
 from dspark_jax.targets.joined import columns_of
 from dspark_jax.targets.moe import SparseMLP
-from dspark_jax.targets.products import by_table, product, rows_times, rows_times_table
+from dspark_jax.targets.products import by_table, product, rows_times, rows_times_table, rows_to_cut
 
 
 class Rope(NamedTuple):
@@ -170,12 +170,12 @@ class Attention(nnx.Module):
     def __call__(self, x: Float[Array, "*n i"], rope: Rope, attend: Attend) -> tuple[Float[Array, "*n d"], KeysValues]:
         """(attention output, the rows' own K/V)."""
         if self.queries_apart:
-            q = rows_times(x, self.q_weight_dp[...])
+            q = rows_to_cut(x, self.q_weight_dp[...])
             q = q + self.q_bias_p[...] if self.has_bias else q
             # Products of the same rows would be merged, for which their weights would be joined in every pass.
             kv = self.keys_values(jax.lax.optimization_barrier(x), rope)
         else:
-            made = rows_times(x, self.qkv_weight_dx[...])
+            made = rows_to_cut(x, self.qkv_weight_dx[...])
             made = self._by_group(made + self.qkv_bias_x[...] if self.has_bias else made)
             own = self.heads // self.kv_heads
             q, kv = made[..., :own, :], self._keys_values(made[..., own:, :], rope)
@@ -188,7 +188,7 @@ class Attention(nnx.Module):
 
     def keys_values(self, x: Float[Array, "*n i"], rope: Rope) -> KeysValues:
         """([*n, G, H] keys after norm and RoPE, [*n, G, H] values), what a cache keeps, where queries are apart."""
-        made = rows_times(x, self.kv_weight_dy[...])
+        made = rows_to_cut(x, self.kv_weight_dy[...])
         return self._keys_values(self._by_group(made + self.kv_bias_y[...] if self.has_bias else made), rope)
 
     def _keys_values(self, made: Float[Array, "*n g parts h"], rope: Rope) -> KeysValues:
@@ -230,7 +230,7 @@ class MLP(nnx.Module):
         self.activation = activation
 
     def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
-        made = rows_times(x, self.gate_up_weight_du[...])
+        made = rows_to_cut(x, self.gate_up_weight_du[...])
         gate, up = self.columns.split(made + self.gate_up_bias_u[...] if self.has_bias else made)
 
         out = rows_times(self.activation(gate) * up, self.down_weight_fd[...])

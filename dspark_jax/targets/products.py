@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dspark_jax import native
+from dspark_jax.sharding import traced_platform
 
 FEW_ROWS, FEW_TABLE_ROWS = range(2, 33), range(2, 13)
 """Rows of a product by a weight, and by a table, that the native kernel of a CPU computes: of one, XLA reads the weight
@@ -86,6 +87,14 @@ def rows_times(x: Float[Array, "*n i"], weight: Any) -> Float[Array, "*n o"]:
     if not taken or weight.shape[1] % native.LANES:
         return x @ weight
     return _few_rows(False, x.reshape(rows, -1), weight).reshape(*x.shape[:-1], -1)
+
+
+def rows_to_cut(x: Float[Array, "*n i"], weight: Any) -> Float[Array, "*n o"]:
+    """`rows_times` of which the result is cut into heads or blocks next."""
+    made = rows_times(x, weight)
+    # A TPU's compiler would take the cut into the product and, on one chip, lay the weight out anew for it: held twice,
+    # and written once a dispatch.
+    return jax.lax.optimization_barrier(made) if traced_platform() == "tpu" else made
 
 
 def rows_times_table(x: Float[Array, "n i"], table: Float[Array, "o i"]) -> Float[Array, "n o"] | None:
