@@ -92,8 +92,8 @@ def rows_times(x: Float[Array, "*n i"], weight: Any) -> Float[Array, "*n o"]:
 def rows_to_cut(x: Float[Array, "*n i"], weight: Any) -> Float[Array, "*n o"]:
     """`rows_times` of which the result is cut into heads or blocks next."""
     made = rows_times(x, weight)
-    # A TPU's compiler would take the cut into the product and, on one chip, lay the weight out anew for it: held twice,
-    # and written once a dispatch.
+    # A TPU's compiler would take the cut into the product and lay the weight out anew for it: held twice, and written
+    # once a dispatch.
     return jax.lax.optimization_barrier(made) if traced_platform() == "tpu" else made
 
 

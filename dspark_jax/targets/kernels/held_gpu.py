@@ -7,7 +7,7 @@ J keys of a row's own block, H head dim, P parts of what a request holds; of a c
 of which a request has at most T.
 """
 
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -137,8 +137,13 @@ class Tile(NamedTuple):
 
 def _joined(parts: Sums) -> Float[Array, "r g w n h"]:
     """The result of sums [R, G, P, W, N, ..] of P parts."""
-    weights = jnp.exp(parts.top - jnp.max(parts.top, axis=2, keepdims=True))
-    total, out = (jnp.sum(weights * x, axis=2) for x in (parts.total, parts.out))
+    # Part by part and without a reduction: a few parts are then one kernel, many no more than reductions would be.
+    each = [Sums(*(x[:, :, part] for x in parts)) for part in range(parts.top.shape[2])]
+    top = reduce(jnp.maximum, [one.top for one in each])
+
+    weights = [jnp.exp(one.top - top) for one in each]
+    total = reduce(jnp.add, [weight * one.total for weight, one in zip(weights, each, strict=True)])
+    out = reduce(jnp.add, [weight * one.out for weight, one in zip(weights, each, strict=True)])
     return out / jnp.where(total > 0, total, 1.0)
 
 
