@@ -3,6 +3,7 @@
     git worktree add ../before COMMIT
     python -m train.studies.compiled --before ../before                                    one H200 (extra `aot-cuda`)
     python -m train.studies.compiled --topology v5p:2x2x1 --mesh fsdp=4 --name v5p4        four TPUs (extra `aot`)
+    python -m train.studies.compiled --topology v5p:2x2x1 --mesh fsdp=4 --source online --name v5p4_online
 
 One sequence a device, in one micro-batch. For a GPU the figures are those of the reading with a library's products,
 which writes more; the one that fuses stands beside it where it compiles without a device to tune on. Written bytes are
@@ -17,7 +18,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dspark_jax.config.cli import parse, program
 from dspark_jax.devices import machine
@@ -43,6 +44,8 @@ class CompiledSettings:
     """H100 or H200, or TPUs as in v5p:2x2x1."""
     mesh: str = ""
     """Devices along the mesh axes, as in fsdp=4; empty: all along the data axis."""
+    source: Literal["offline", "online"] = "offline"
+    """Where the target's states come from."""
     name: str = "h200"
     """The row of the results."""
     largest: int = 12
@@ -86,6 +89,7 @@ def reading(settings: CompiledSettings, checkout: Path, when: str) -> dict[str, 
         options = {name: READINGS[name] for name in ("library", "fused")} if settings.topology in GPUS else {"": {}}
         wanted = {
             "config": settings.config, "topology": settings.topology, "mesh": settings.mesh, "readings": options,
+            "data": {"source": settings.source, "conversations": "conversations.jsonl"},
             "folder": str(folder.resolve()), "bench": module_name("train.bench.__main__"),
         }  # fmt: skip
 
@@ -143,7 +147,7 @@ floor_terms = importlib.import_module(wanted["bench"]).floor_terms
 config, folder = load_config(wanted["config"]), Path(wanted["folder"])
 settings = mesh_settings(wanted["mesh"], config.mesh) if wanted["mesh"] else config.mesh
 mesh = topology_mesh(wanted["topology"], *settings.sizes)
-data = dataclasses.replace(config.data, global_batch=mesh.size, accumulation_steps=1)
+data = dataclasses.replace(config.data, global_batch=mesh.size, accumulation_steps=1, **wanted["data"])
 run = AbstractRun.of(dataclasses.replace(config, data=data, mesh=settings), mesh)
 tpu = mesh.devices.flat[0].platform == "tpu"
 lowered, programs = run.lower("tpu" if tpu else "cuda"), {}
