@@ -52,6 +52,15 @@ def device_line(dtype: str | None = None) -> str:
     return f"Device: {devices}, {dtype or 'dtype of the model'}, jax {jax.__version__}"
 
 
+def host_memory() -> int:
+    """Bytes of the host's memory that a process may still take; all of it where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def unused_accelerator(root: Path = Path("/")) -> str:
     """A sentence about an unused NVIDIA GPU or TPU of this machine, if jax runs on the CPU without being told to.
 

@@ -32,7 +32,7 @@ from dspark_jax.files import make_output, write_json
 from dspark_jax.report import table
 from dspark_jax.scheduling.costs import CostTable, Occupancy, ScheduleTables
 from dspark_jax.scheduling.policies import Adaptive, LookAhead, RoundView
-from dspark_jax.serving.assembly import make_loop
+from dspark_jax.serving.assembly import loop_and_params
 from dspark_jax.serving.profile import Profile, choose_ladder
 from dspark_jax.serving.profiling import Effort, measure_profile
 from dspark_jax.serving.settings import EngineConfig, PolicyName, policy_named
@@ -134,8 +134,7 @@ def _tuple(value: Any) -> Any:
 def _loop(
     settings: ProfileSettings, target: Target, drafter: Drafter, slots: int, buckets: tuple[int, ...], policy: Any
 ) -> tuple[DecodeLoop, LoopParams]:
-    loop = make_loop(target, drafter, EngineConfig(slots, settings.longest, buckets=buckets), policy)
-    return loop, LoopParams(target.params, drafter.params)
+    return loop_and_params(target, drafter, EngineConfig(slots, settings.longest, buckets=buckets), policy)
 
 
 def _table(slots: int, profile: Profile, costs: CostTable, ladder: Sequence[int]) -> str:

@@ -115,6 +115,21 @@ def test_blocks_that_are_not_held_are_not_read(attend: Any) -> None:
     np.testing.assert_array_equal(made, wanted)
 
 
+@COMPILER
+@pytest.mark.parametrize("window", [None, 140])
+def test_a_request_has_the_same_bits_alone_and_beside_others(window: int | None) -> None:
+    """Alone its keys are divided between threads; of many requests, each has one thread."""
+    q, block, cache, lengths = operands(5, 3, 3, 64, [300, *range(0, 512, 16)], 512)
+    lowest = lowest_seen(lengths[:, None], 5, window)
+    attend = jax.jit(partial(block_attention, within=causal_block(5, window)[None], scale=0.2))
+
+    every = attend(q, block, cache, lengths, lowest=lowest)
+    alone = attend(
+        *jax.tree.map(lambda x: x[:1], (q, block, cache, lengths)), lowest=None if lowest is None else lowest[:1]
+    )
+    np.testing.assert_array_equal(every[:1], alone)
+
+
 def test_a_span_that_is_no_multiple_of_a_block() -> None:
     """What lies behind the array's end is NaN in a kernel run as plain jax."""
     np.testing.assert_allclose(

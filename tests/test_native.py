@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from dspark_jax import native
+from dspark_jax import load_target, native
 from dspark_jax.targets import products
+from dspark_jax.targets.attention import CausalRows
+from dspark_jax.targets.panels import PanelWeight
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler: XLA computes all")
 RNG = np.random.default_rng(0)
@@ -38,6 +41,37 @@ def test_products_are_those_of_numpy_whatever_the_rows_beside_them(rows: int, in
         np.testing.assert_array_equal(of_table[-1:], native.times_table(x[-1:], table))
 
 
+@pytest.mark.parametrize("rows", [1, 5, 8, 9, 70])
+@pytest.mark.parametrize(("inputs", "outputs"), [(96, 288), (7, 48), (33, 70), (33, 20)])
+def test_products_by_panels_are_those_of_numpy_whatever_the_rows_beside_them(rows, inputs, outputs) -> None:
+    x, weight = arrays(rows, inputs, outputs)
+    panels = PanelWeight(jnp.asarray(weight))[...]
+    found = np.asarray(jax.jit(jnp.matmul)(x, weight)), np.asarray(jnp.asarray(x) @ panels)
+    np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-4)
+    np.testing.assert_array_equal(found[1][-1:], jnp.asarray(x[-1:]) @ panels)
+
+
+def test_engines_read_the_large_matrices_of_a_model_in_panels() -> None:
+    """Equal to the model as it was loaded, which stays as it is; a program for an accelerator holds no kernel."""
+    target = load_target("embedded", dtype="float32", tokenizer=False)
+    made = target.for_rounds
+    assert made is target.for_rounds and made.for_rounds.params is not target.params
+    shapes = {x.shape[-1] for x in jax.tree.leaves(made.params) if x.ndim == 3}
+    assert shapes == {native.PANEL} and not any(x.ndim == 3 for x in jax.tree.leaves(target.params))
+
+    tokens, positions = jnp.arange(7)[None], jnp.arange(7)[None]
+
+    def hidden(params, graphdef):
+        model = nnx.merge(graphdef, params)
+        return model(tokens, positions, CausalRows()).hidden
+
+    traced = jax.jit(hidden, static_argnums=1).trace(made.params, made.graphdef)
+    assert "dspark_jax_Panels" in traced.lower().as_text()
+    assert "dspark_jax_Panels" not in traced.lower(lowering_platforms=("tpu",)).as_text()
+    expected = hidden(target.params, target.graphdef)
+    np.testing.assert_allclose(hidden(made.params, made.graphdef), expected, atol=2e-4)
+
+
 def calls(function, *operands) -> int:
     return str(jax.jit(function).lower(*operands).as_text()).count("dspark_jax_FewRows")
 
@@ -46,7 +80,7 @@ def calls(function, *operands) -> int:
     ("shape", "outputs", "dtype", "expected"),
     [
         ((1, 5, 128), 512, jnp.float32, 1),
-        ((1, 1, 128), 512, jnp.float32, 0),  # one row: XLA reads the weight as it lies too
+        ((1, 1, 128), 512, jnp.float32, 1),
         ((64, 128), 512, jnp.float32, 0),  # a prefill
         ((5, 128), 256, jnp.float32, 0),  # a small weight
         ((5, 128), 513, jnp.float32, 0),  # no multiple of the lanes

@@ -1,8 +1,8 @@
 """Kinds of drafters by name, and `Drafter`, a drafter on disk or in memory."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
-from functools import lru_cache
+from dataclasses import MISSING, dataclass, field, fields, replace
+from functools import cached_property, lru_cache
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from dspark_jax.errors import UserError
 from dspark_jax.sharding import split
 from dspark_jax.targets.config import config_sha256
 from dspark_jax.targets.joined import apart, together
+from dspark_jax.targets.panels import in_panels
 from dspark_jax.targets.registry import read_target_config
 
 
@@ -206,6 +207,12 @@ class Drafter:
     def target_sha256(self) -> str | None:
         """`config_sha256` of the target it was trained for; None where the file doesn't record it."""
         return self.config.target_sha256
+
+    @cached_property
+    def for_rounds(self) -> "Drafter":
+        """The same drafter with its matrices as this device's products read them fastest (as in `Target`)."""
+        graphdef, params = in_panels(self.graphdef, self.params)
+        return replace(self, graphdef=graphdef, params=params)
 
     def model(self, params: dict) -> Any:
         """The module (a `protocol.DrafterModel`) over `params`; call it inside the jitted function."""

@@ -28,7 +28,11 @@ from jaxtyping import Array, Float, Int
 
 from dspark_jax.files import user_cache
 
-SOURCES = {"few_rows.cc": ("FewRows", "FewRowsOfTable"), "held_rows.cc": ("HeldRows", "HeldRowsOfPages")}
+SOURCES = {
+    "few_rows.cc": ("FewRows", "FewRowsOfTable"),
+    "held_rows.cc": ("HeldRows", "HeldRowsOfPages"),
+    "panels.cc": ("Panels",),
+}
 """The kernels of each source."""
 MOST_CHANNELS = 512
 """The largest head of the attention kernel."""
@@ -36,6 +40,8 @@ COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared")
 SWITCH = "DSPARK_JAX_NATIVE"
 """Environment variable; "off" leaves all products to XLA."""
+PANEL = 48
+"""Columns of a panel, a weight's form in targets/panels.py: three vectors of sixteen."""
 LANES = 16
 """Numbers that the kernel takes at a time: an axis of a weight that it reads along is a multiple of it."""
 
@@ -65,6 +71,11 @@ def times(x: Float[Array, "n i"], weight: Float[Array, "i o"]) -> Float[Array, "
 def times_table(x: Float[Array, "n i"], table: Float[Array, "o i"]) -> Float[Array, "n o"]:
     """x W^T, as `times`, of a table that is stored row by row."""
     return _call("FewRowsOfTable", x, table, table.shape[0])
+
+
+def times_panels(x: Float[Array, "n i"], panels: Float[Array, "t i c"], outputs: int) -> Float[Array, "n o"]:
+    """x W, as `times`, of any number of rows by a weight of so many outputs in panels."""
+    return _call("Panels", x, panels, outputs)
 
 
 def attends(q: Array, keys: Array, tables: Array | None) -> bool:

@@ -74,8 +74,13 @@ void by_weight(const Product& p, int64_t first, int64_t from, int64_t to) {
 
 // By a table [O, K]
 
-// Rows of the table at a time, and between the one that is multiplied and the one that is sent for.
-constexpr int64_t kPair = 2, kPairsAhead = 4;
+// Rows of the table at a time, as many as have their sums in registers, and between the one that is multiplied and the
+// one that is sent for.
+#if defined(__AVX512F__)
+constexpr int64_t kTogether = 4, kTogetherAhead = 4;
+#else
+constexpr int64_t kTogether = 2, kTogetherAhead = 4;
+#endif
 
 inline float total(Lanes lanes) {
   float parts[kLanes];
@@ -90,7 +95,7 @@ inline void multiply_rows(const Product& p, int64_t first, int64_t at) {
   Lanes sum[R][D] = {};
   for (int64_t k = 0; k < p.inputs; k += kLanes) {
     for (int d = 0; d < D; ++d) {
-      __builtin_prefetch(p.weight + (at + d + kPairsAhead) * p.inputs + k);
+      __builtin_prefetch(p.weight + (at + d + kTogetherAhead) * p.inputs + k);
       const Lanes part = load(p.weight + (at + d) * p.inputs + k);
       for (int r = 0; r < R; ++r) sum[r][d] += part * load(p.x + (first + r) * p.inputs + k);
     }
@@ -102,7 +107,7 @@ inline void multiply_rows(const Product& p, int64_t first, int64_t at) {
 template <int R>
 void by_table(const Product& p, int64_t first, int64_t from, int64_t to) {
   int64_t at = from;
-  for (; at + kPair <= to; at += kPair) multiply_rows<R, kPair>(p, first, at);
+  for (; at + kTogether <= to; at += kTogether) multiply_rows<R, kTogether>(p, first, at);
   for (; at < to; ++at) multiply_rows<R, 1>(p, first, at);
 }
 

@@ -57,41 +57,55 @@ struct Call {
   float* out;
   int64_t requests, width, groups, shared, channels, span, own, masks, page, pages;
   float scale;
+
+  // Rows of a request that share a kv head; m = (w, n).
+  int64_t rows() const { return width * shared; }
+
+  // Row m of an array [R, W, G, N, H].
+  template <typename Number>
+  Number* row(Number* array, int64_t request, int64_t group, int64_t m) const {
+    return array + (((request * width + m / shared) * groups + group) * shared + m % shared) * channels;
+  }
 };
 
-// The rows of a request that share a kv head.
-class Rows {
+// Keys are taken in chunks of so many, whose sums are made by themselves and then joined in their order: so they may be
+// made by any thread.
+constexpr int64_t kChunk = 128, kTiles = kChunk / kLanes;
+
+// Up to sixteen keys and values, `apart` numbers from one another.
+struct Tile {
+  const float *keys, *values;
+  int64_t apart, taken;
+};
+
+// The chunks of a request for one kv head: first those of the own block, then those of the positions that a row sees.
+class Keys {
  public:
-  Rows(const Call& call, int64_t request, int64_t group)
-      : c_(call), request_(request), group_(group), top_(call.width * call.shared, kFloor), total_(top_.size(), 0.0f) {}
+  Keys(const Call& call, int64_t request, int64_t group) : c_(call), request_(request), group_(group) {
+    length_ = std::min<int64_t>(c_.lengths[request], c_.span);
+    const int32_t* lowest = c_.lowest + request * c_.width;
+    first_ = std::max<int64_t>(*std::min_element(lowest, lowest + c_.width), 0) / kChunk;
+    own_ = (c_.own + kChunk - 1) / kChunk;
+  }
 
-  void run() {
-    for (int64_t m = 0; m < count(); ++m) std::fill_n(place(c_.out, m), c_.channels, 0.0f);
+  int64_t chunks() const { return own_ + std::max<int64_t>((length_ + kChunk - 1) / kChunk - first_, 0); }
+  bool is_own(int64_t chunk) const { return chunk < own_; }
+  // The first key of a chunk, counted within the own block or from position 0.
+  int64_t start(int64_t chunk) const { return (is_own(chunk) ? chunk : chunk - own_ + first_) * kChunk; }
+  int64_t count(int64_t chunk) const { return std::min(kChunk, (is_own(chunk) ? c_.own : length_) - start(chunk)); }
 
-    // The own block first: some of its keys are there for every row.
-    const int64_t apart = c_.groups * c_.channels, at = request_ * c_.own * apart + group_ * c_.channels;
-    for (int64_t j = 0; j < c_.own; j += kLanes)
-      add(c_.own_keys + at + j * apart, c_.own_values + at + j * apart, apart, std::min(kLanes, c_.own - j), j, true);
-
-    // Positions by sixteens, from the first that a row sees on.
-    const int64_t length = std::min<int64_t>(c_.lengths[request_], c_.span);
-    const int32_t* lowest = c_.lowest + request_ * c_.width;
-    const int64_t first = std::max<int64_t>(*std::min_element(lowest, lowest + c_.width), 0) / kLanes * kLanes;
-    for (int64_t t = first; t < length; t += kLanes) {
-      const int64_t from = position(t), next = c_.tables ? apart : c_.channels;
-      add(c_.keys + from, c_.values + from, next, std::min(kLanes, length - t), t, false);
+  Tile tile(int64_t chunk, int64_t number) const {
+    const int64_t t = start(chunk) + number * kLanes, apart = c_.groups * c_.channels;
+    const int64_t taken = std::min(kLanes, start(chunk) + count(chunk) - t);
+    if (is_own(chunk)) {
+      const int64_t at = (request_ * c_.own + t) * apart + group_ * c_.channels;
+      return {c_.own_keys + at, c_.own_values + at, apart, taken};
     }
-
-    for (int64_t m = 0; m < count(); ++m) {
-      float* row = place(c_.out, m);
-      const float scale = total_[m] > 0 ? 1.0f / total_[m] : 0.0f;
-      for (int64_t h = 0; h < c_.channels; h += kLanes) store(row + h, load(row + h) * scale);
-    }
+    const int64_t at = position(t);
+    return {c_.keys + at, c_.values + at, c_.tables ? apart : c_.channels, taken};
   }
 
  private:
-  int64_t count() const { return top_.size(); }
-
   // Where position t lies in keys and values; pages hold whole sixteens.
   int64_t position(int64_t t) const {
     if (!c_.tables) return ((request_ * c_.groups + group_) * c_.span + t) * c_.channels;
@@ -100,64 +114,222 @@ class Rows {
     return ((page * c_.page + t % c_.page) * c_.groups + group_) * c_.channels;
   }
 
-  // Row m = (w, n) of an array [R, W, G, N, H].
-  template <typename Number>
-  Number* place(Number* array, int64_t m) const {
-    const int64_t w = m / c_.shared, n = m % c_.shared;
-    return array + (((request_ * c_.width + w) * c_.groups + group_) * c_.shared + n) * c_.channels;
-  }
-
-  // Adds up to sixteen keys, `apart` numbers from one another, to the sums of all rows.
-  void add(const float* keys, const float* values, int64_t apart, int64_t taken, int64_t at, bool own) {
-    // Channel by channel, so that a product takes sixteen keys at once.
-    alignas(64) float turned[kMostChannels * kLanes];
-    for (int64_t j = 0; j < kLanes; ++j)
-      for (int64_t h = 0; h < c_.channels; ++h) turned[h * kLanes + j] = j < taken ? keys[j * apart + h] : 0.0f;
-
-    for (int64_t m = 0; m < count(); ++m) {
-      const int64_t w = m / c_.shared;
-      const float* q = place(c_.q, m);
-      Lanes even{}, odd{};
-      for (int64_t h = 0; h < c_.channels; h += 2) {
-        even += q[h] * load(turned + h * kLanes);
-        odd += q[h + 1] * load(turned + (h + 1) * kLanes);
-      }
-
-      alignas(64) float scores[kLanes];
-      store(scores, (even + odd) * c_.scale);
-      for (int64_t j = 0; j < kLanes; ++j) {
-        const bool seen = j < taken && (own || at + j >= c_.lowest[request_ * c_.width + w]);
-        if (!seen) scores[j] = kMasked;
-        else if (own) scores[j] += c_.within[((request_ % c_.masks) * c_.width + w) * c_.own + at + j];
-      }
-      weigh(m, load(scores), values, apart, taken);
-    }
-  }
-
-  // Adds values by their scores to the sums of row m.
-  void weigh(int64_t m, Lanes scores, const float* values, int64_t apart, int64_t taken) {
-    float* row = place(c_.out, m);
-    const float top = std::max(top_[m], reduced(scores, [](float a, float b) { return std::max(a, b); }));
-    if (top > top_[m]) {
-      const float less = exponential(Lanes{} + (top_[m] - top))[0];
-      for (int64_t h = 0; h < c_.channels; h += kLanes) store(row + h, load(row + h) * less);
-      total_[m] *= less, top_[m] = top;
-    }
-
-    alignas(64) float weights[kLanes];
-    store(weights, exponential(scores - top));
-    total_[m] += reduced(load(weights), [](float a, float b) { return a + b; });
-    for (int64_t h = 0; h < c_.channels; h += kLanes) {
-      Lanes sum = load(row + h);
-      for (int64_t j = 0; j < taken; ++j) sum += weights[j] * load(values + j * apart + h);
-      store(row + h, sum);
-    }
-  }
-
   const Call& c_;
-  const int64_t request_, group_;
-  std::vector<float> top_, total_;
+  int64_t request_, group_, length_, first_, own_;
 };
+
+// Memory of a thread that lasts from call to call.
+struct alignas(64) Line {
+  float numbers[kLanes];
+};
+inline float* room(std::vector<Line>& lines, int64_t numbers) {
+  lines.resize(std::max<size_t>(lines.size(), (numbers + kLanes - 1) / kLanes));
+  return lines.data()->numbers;
+}
+
+// Sixteen rows of sixteen become sixteen columns: four times, each of the first half and its fellow of the second are
+// dealt out by turns.
+inline void transpose(Lanes* rows) {
+  Lanes dealt[kLanes];
+  for (int step = 0; step < 4; ++step) {
+    for (int i = 0; i < 8; ++i) {
+      const Lanes a = rows[i], b = rows[i + 8];
+      const Bits low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+#if defined(__clang__)
+      dealt[2 * i] = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      dealt[2 * i + 1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#else
+      dealt[2 * i] = __builtin_shuffle(a, b, low);
+      dealt[2 * i + 1] = __builtin_shuffle(a, b, low + 8);
+#endif
+    }
+    std::copy_n(dealt, kLanes, rows);
+  }
+}
+
+// A chunk's keys channel by channel, [tile][H][16], so that a product takes sixteen of them at once; zeros past the last.
+void turn(const Keys& keys, int64_t chunk, int64_t channels, float* turned) {
+  const int64_t tiles = (keys.count(chunk) + kLanes - 1) / kLanes;
+  for (int64_t i = 0; i < tiles; ++i) {
+    const Tile tile = keys.tile(chunk, i);
+    for (int64_t h = 0; h < channels; h += kLanes) {
+      Lanes rows[kLanes] = {};
+      for (int64_t j = 0; j < tile.taken; ++j) rows[j] = load(tile.keys + j * tile.apart + h);
+      transpose(rows);
+      for (int64_t j = 0; j < kLanes; ++j) store(turned + (i * channels + h + j) * kLanes, rows[j]);
+    }
+  }
+}
+
+// Scores of R rows with sixteens of turned keys, two at a time for want of rows.
+template <int R>
+void score(const Call& c, const float* const* q, const float* turned, int64_t tiles, float* scores) {
+  for (int64_t i = 0; i < tiles; i += 2) {
+    const float* one = turned + i * c.channels * kLanes;
+    // The last of an odd number is its own fellow.
+    const float* two = i + 1 < tiles ? one + c.channels * kLanes : one;
+    Lanes first[R] = {}, second[R] = {};
+    for (int64_t h = 0; h < c.channels; ++h) {
+      const Lanes a = load(one + h * kLanes), b = load(two + h * kLanes);
+      for (int r = 0; r < R; ++r) first[r] += q[r][h] * a, second[r] += q[r][h] * b;
+    }
+    for (int r = 0; r < R; ++r) {
+      store(scores + r * kChunk + i * kLanes, first[r] * c.scale);
+      if (i + 1 < tiles) store(scores + r * kChunk + (i + 1) * kLanes, second[r] * c.scale);
+    }
+  }
+}
+
+// Sums [R, H] of a chunk's values by the weights of R rows.
+template <int R>
+void weigh(const Call& c, const Keys& keys, int64_t chunk, const float* weights, float* sums) {
+  const int64_t tiles = (keys.count(chunk) + kLanes - 1) / kLanes;
+  for (int64_t h = 0; h < c.channels; h += 2 * kLanes) {
+    const bool both = h + kLanes < c.channels;
+    Lanes first[R] = {}, second[R] = {};
+    for (int64_t i = 0; i < tiles; ++i) {
+      const Tile tile = keys.tile(chunk, i);
+      for (int64_t j = 0; j < tile.taken; ++j) {
+        const float* value = tile.values + j * tile.apart + h;
+        const Lanes a = load(value), b = both ? load(value + kLanes) : Lanes{};
+        for (int r = 0; r < R; ++r) {
+          const float weight = weights[r * kChunk + i * kLanes + j];
+          first[r] += weight * a, second[r] += weight * b;
+        }
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      store(sums + r * c.channels + h, first[r]);
+      if (both) store(sums + r * c.channels + h + kLanes, second[r]);
+    }
+  }
+}
+
+// Rows that are multiplied together, as many as fit the registers.
+using Score = void (*)(const Call&, const float* const*, const float*, int64_t, float*);
+using Weigh = void (*)(const Call&, const Keys&, int64_t, const float*, float*);
+constexpr int64_t kRows = 6;
+constexpr Score kScore[kRows] = {score<1>, score<2>, score<3>, score<4>, score<5>, score<6>};
+constexpr Weigh kWeigh[kRows] = {weigh<1>, weigh<2>, weigh<3>, weigh<4>, weigh<5>, weigh<6>};
+
+// What rows have of some keys: the largest score, the sum of the weights, and of the values by them [M, H].
+struct Sums {
+  float *top, *total, *values;
+
+  // Numbers of them; a whole line of the cache begins the next.
+  static int64_t size(const Call& c) { return (c.rows() * (c.channels + 2) + kLanes - 1) / kLanes * kLanes; }
+  static Sums in(float* at, const Call& c) {
+    float* top = at + c.rows() * c.channels;
+    return {top, top + c.rows(), at};
+  }
+};
+
+// Hides from row m of a chunk what it does not see, and adds the mask of the own block.
+void mask(const Call& c, const Keys& keys, int64_t request, int64_t chunk, int64_t m, float* scores) {
+  const int64_t w = m / c.shared, start = keys.start(chunk), count = keys.count(chunk);
+  const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
+  if (keys.is_own(chunk)) {
+    const float* within = c.within + ((request % c.masks) * c.width + w) * c.own + start;
+    for (int64_t j = 0; j < count; ++j) scores[j] += within[j];
+  } else {
+    const int64_t hidden = std::min(c.lowest[request * c.width + w] - start, count);
+    for (int64_t j = 0; j < hidden; ++j) scores[j] = kMasked;
+  }
+  std::fill(scores + count, scores + padded, kMasked);
+}
+
+// The sums of all rows of a request and kv head over one chunk.
+void over_chunk(const Call& c, const Keys& keys, int64_t request, int64_t group, int64_t chunk, Sums made) {
+  static thread_local std::vector<Line> lines;
+  float* turned = room(lines, kChunk * c.channels);
+  turn(keys, chunk, c.channels, turned);
+
+  const int64_t tiles = (keys.count(chunk) + kLanes - 1) / kLanes, blocks = (c.rows() + kRows - 1) / kRows;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t from = c.rows() * block / blocks, count = c.rows() * (block + 1) / blocks - from;
+    const float* q[kRows];
+    for (int64_t r = 0; r < count; ++r) q[r] = c.row(c.q, request, group, from + r);
+    alignas(64) float scores[kRows * kChunk];
+    kScore[count - 1](c, q, turned, tiles, scores);
+
+    for (int64_t r = 0; r < count; ++r) {
+      float* row = scores + r * kChunk;
+      mask(c, keys, request, chunk, from + r, row);
+      Lanes most = Lanes{} + kFloor, sum{};
+      for (int64_t i = 0; i < tiles; ++i) {
+        const Lanes here = load(row + i * kLanes);
+        most = here > most ? here : most;
+      }
+      const float top = reduced(most, [](float a, float b) { return std::max(a, b); });
+      for (int64_t i = 0; i < tiles; ++i) {
+        const Lanes weight = exponential(load(row + i * kLanes) - top);
+        store(row + i * kLanes, weight), sum += weight;
+      }
+      made.top[from + r] = top;
+      made.total[from + r] = reduced(sum, [](float a, float b) { return a + b; });
+    }
+    kWeigh[count - 1](c, keys, chunk, scores, made.values + from * c.channels);
+  }
+}
+
+// Adds a chunk's sums to those of the chunks before it.
+void join(const Call& c, const Sums& more, Sums whole) {
+  for (int64_t m = 0; m < c.rows(); ++m) {
+    const float top = std::max(whole.top[m], more.top[m]);
+    const float mine = exponential(Lanes{} + (whole.top[m] - top))[0], its = exponential(Lanes{} + (more.top[m] - top))[0];
+    float *sums = whole.values + m * c.channels, *added = more.values + m * c.channels;
+    for (int64_t h = 0; h < c.channels; h += kLanes) store(sums + h, load(sums + h) * mine + load(added + h) * its);
+    whole.total[m] = whole.total[m] * mine + more.total[m] * its, whole.top[m] = top;
+  }
+}
+
+void finish(const Call& c, int64_t request, int64_t group, const Sums& sums) {
+  for (int64_t m = 0; m < c.rows(); ++m) {
+    float* row = c.row(c.out, request, group, m);
+    const float scale = sums.total[m] > 0 ? 1.0f / sums.total[m] : 0.0f;
+    for (int64_t h = 0; h < c.channels; h += kLanes) store(row + h, load(sums.values + m * c.channels + h) * scale);
+  }
+}
+
+// A request and kv head as a whole, by one thread.
+void attend(const Call& c, int64_t request, int64_t group) {
+  static thread_local std::vector<Line> lines;
+  float* sums = room(lines, 2 * Sums::size(c));
+  const Sums whole = Sums::in(sums, c), more = Sums::in(sums + Sums::size(c), c);
+
+  const Keys keys(c, request, group);
+  over_chunk(c, keys, request, group, 0, whole);
+  for (int64_t chunk = 1; chunk < keys.chunks(); ++chunk) {
+    over_chunk(c, keys, request, group, chunk, more);
+    join(c, more, whole);
+  }
+  finish(c, request, group, whole);
+}
+
+// The same by many threads: all chunks side by side, then their sums.
+void attend_divided(ffi::ThreadPool& pool, const Call& c) {
+  struct Part {
+    int64_t request, group, chunk;
+  };
+  std::vector<Part> parts;
+  for (int64_t request = 0; request < c.requests; ++request)
+    for (int64_t group = 0; group < c.groups; ++group)
+      for (int64_t chunk = 0; chunk < Keys(c, request, group).chunks(); ++chunk) parts.push_back({request, group, chunk});
+
+  static thread_local std::vector<Line> lines;
+  float* sums = room(lines, parts.size() * Sums::size(c));
+  share(pool, parts.size(), [&parts, &c, sums](int64_t i) {
+    const auto [request, group, chunk] = parts[i];
+    over_chunk(c, Keys(c, request, group), request, group, chunk, Sums::in(sums + i * Sums::size(c), c));
+  });
+
+  for (size_t i = 0; i < parts.size();) {
+    const auto [request, group, chunk] = parts[i];
+    const Sums whole = Sums::in(sums + i * Sums::size(c), c);
+    for (++i; i < parts.size() && parts[i].chunk; ++i) join(c, Sums::in(sums + i * Sums::size(c), c), whole);
+    finish(c, request, group, whole);
+  }
+}
 
 using Five = ffi::Buffer<ffi::F32, 5>;
 using Four = ffi::Buffer<ffi::F32, 4>;
@@ -174,16 +346,17 @@ Call call_of(Five q, Four keys, Four values, Lengths lengths, Four own_keys, Fou
 }
 
 ffi::Error run(ffi::ThreadPool& pool, const Call& call) {
-  const int64_t parts = call.requests * call.groups;
-  const auto part = [&call](int64_t i) { Rows(call, i / call.groups, i % call.groups).run(); };
-
-  // Waking a thread takes longer than a short context.
   int64_t held = 0;
   for (int64_t r = 0; r < call.requests; ++r) held += std::min<int64_t>(call.lengths[r], call.span);
-  if (held * call.groups * call.width * call.shared * call.channels < (1 << 20)) {
-    for (int64_t i = 0; i < parts; ++i) part(i);
+  const int64_t pairs = call.requests * call.groups, work = held * call.groups * call.rows() * call.channels;
+
+  // Passing work on takes longer than a short context does.
+  if (work < (1 << 16)) {
+    for (int64_t i = 0; i < pairs; ++i) attend(call, i / call.groups, i % call.groups);
+  } else if (pairs < 4 * pool.num_threads()) {
+    attend_divided(pool, call);
   } else {
-    share(pool, parts, part);
+    share(pool, pairs, [&call](int64_t i) { attend(call, i / call.groups, i % call.groups); });
   }
   return ffi::Error::Success();
 }

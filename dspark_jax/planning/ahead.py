@@ -83,6 +83,9 @@ class EnginePrograms:
         # The folder's own files, also of published targets: the number of known tokens is part of the program.
         target, drafter = planned_pair(options, None if chip is not None else mesh, describe_target)
         if weights == "stored":
+            # An engine's own form of them, on the device that it starts on.
+            if chip is None and mesh is None:
+                target, drafter = target.for_rounds, None if drafter is None else drafter.for_rounds
             return cls(target, drafter, config, mode, chip)
 
         rounded = coded_shapes(target.graphdef, target.params)

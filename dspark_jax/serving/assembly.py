@@ -75,8 +75,7 @@ class Assembly:
         """
         verifier = verifier_of(sampling.mode)
         # Assembled in every case, as "auto" may fall back to it; a loop is only a description and allocates nothing.
-        alone = make_loop(target, None, _plain(config), verifier=verifier)
-        plain = cls(None, alone, LoopParams(target.params, {}), "")
+        plain = cls(None, *loop_and_params(target, None, _plain(config), verifier=verifier), "")
         if drafter is None:
             return replace(plain, why="plain decoding: there is no drafter")
         if strategy is None and config.policy == "plain":
@@ -120,8 +119,7 @@ class Assembly:
         """With drafts of the shape that `config` names; `plain` where even "auto" finds that they cannot pay."""
         verifier = verifier_of(sampling.mode)
         policy = strategy or policy_named(config.policy, config.threshold, config.tree)
-        loop = make_loop(target, drafter, config, policy, verifier)
-        params = LoopParams(target.params, drafter.params)
+        loop, params = loop_and_params(target, drafter, config, policy, verifier)
         name = type(policy).__name__ if strategy else config.policy
         # These policies start at once: there is nothing to measure for them.
         if not policy.needs_tables:
@@ -143,6 +141,19 @@ class Assembly:
         how = "trees, node by node" if config.tree else "look-ahead"
         why = f"{how}: drafts where that pays{few}; {worth}"
         return cls(drafter, loop, params._replace(tables=tables), why, worth.most, worth.mean)
+
+
+def loop_and_params(
+    target: Target,
+    drafter: Drafter | None,
+    config: EngineConfig,
+    policy: VerifyPolicy = WHOLE_BLOCKS,
+    verifier: Verifier = BY_REJECTION,
+) -> tuple[DecodeLoop, LoopParams]:
+    """The loop of `make_loop` and its weights, without tables, in the form that this device decodes fastest with."""
+    target, drafter = target.for_rounds, None if drafter is None else drafter.for_rounds
+    params = LoopParams(target.params, {} if drafter is None else drafter.params)
+    return make_loop(target, drafter, config, policy, verifier), params
 
 
 def make_loop(

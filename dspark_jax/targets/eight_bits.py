@@ -87,7 +87,7 @@ def in_eight_bits(
         raise UserError(f"{name} lies over several devices; {bits} weights are kept on a single one.")
 
     module = nnx.merge(graphdef, params)
-    found = list(_matrices(module))
+    found = list(matrices(module))
     if not found:
         raise UserError(f"{name} has no matrices that are kept in {bits}; load it with its stored weights.")
 
@@ -98,11 +98,11 @@ def in_eight_bits(
 
 def coded_shapes(graphdef: nnx.GraphDef, params: Mapping[str, Any]) -> set[jax.ShapeDtypeStruct]:
     """The different shapes of the matrices that `in_eight_bits` turns into codes, each of which takes a program."""
-    found = (value.get_value() for _, _, value in _matrices(nnx.merge(graphdef, params)))
+    found = (value.get_value() for _, _, value in matrices(nnx.merge(graphdef, params)))
     return {jax.ShapeDtypeStruct(matrix.shape, matrix.dtype) for matrix in found}
 
 
-def _matrices(module: nnx.Module) -> Iterator[tuple[nnx.Module, str, nnx.Param]]:
+def matrices(module: nnx.Module) -> Iterator[tuple[nnx.Module, str, nnx.Param]]:
     """(part, its field, the parameter) of each matrix."""
     for _, part in nnx.iter_modules(module):
         for field, value in vars(part).items() if isinstance(part, Attention | MLP) else ():

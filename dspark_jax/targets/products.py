@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from dspark_jax import native
 from dspark_jax.sharding import traced_platform
 
-FEW_ROWS, FEW_TABLE_ROWS = range(2, 33), range(2, 13)
+FEW_ROWS, FEW_TABLE_ROWS = range(1, 33), range(1, 13)
 """Rows of a product by a weight, and by a table, that the native kernel of a CPU computes: of one, XLA reads the weight
 as it lies too; of more, its library's products are as fast (docs/log.md)."""
 LARGE_WEIGHT = 1 << 16

@@ -1,7 +1,8 @@
 """`Target`: a frozen model with all that a drafter, a cache or a decode loop needs to know about it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from flax import nnx
 
 from dspark_jax.targets.config import TargetConfig
 from dspark_jax.targets.decoder import TargetModel
+from dspark_jax.targets.panels import in_panels
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,12 @@ class Target:
     tokenizer: Any = field(default=None, repr=False)
     known_tokens: int | None = None
     folder: Path | None = None
+
+    @cached_property
+    def for_rounds(self) -> "Target":
+        """The same model with its matrices as this device's products read them fastest; kept for every engine."""
+        graphdef, params = in_panels(self.graphdef, self.params)
+        return replace(self, graphdef=graphdef, params=params)
 
     def model(self, params: dict) -> TargetModel:
         """The module over `params`; call it inside the jitted function, so that weights are not constants."""

@@ -22,7 +22,7 @@ from dspark_jax.roofline.decoding import round_terms
 from dspark_jax.roofline.hardware import Term, floor_seconds, known_device, total
 from dspark_jax.scheduling.costs import ScheduleTables
 from dspark_jax.scheduling.policies import Causal, Fixed, LookAhead, VerifyPolicy
-from dspark_jax.serving.assembly import make_loop
+from dspark_jax.serving.assembly import loop_and_params
 from dspark_jax.serving.profile import Profile
 from dspark_jax.serving.profiling import ALONE, DRAFT_PASS, Effort, measure_profile, time_points
 from dspark_jax.serving.settings import EngineConfig
@@ -151,7 +151,7 @@ def simulated(report: Report, part: str, source: str) -> None:
 
 def _loop(shape: Shape, target: Target, drafter: Drafter, requests: int) -> tuple[DecodeLoop, LoopParams]:
     config = EngineConfig(requests, shape.longest)
-    return make_loop(target, drafter, config, LookAhead()), LoopParams(target.params, drafter.params)
+    return loop_and_params(target, drafter, config, LookAhead())
 
 
 def _against(terms: Sequence[Term] | None, seconds: float) -> dict[str, Any]:

@@ -24,7 +24,6 @@ from tqdm import tqdm
 from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.config.cli import parse, program
-from dspark_jax.decoding.round import LoopParams
 from dspark_jax.devices import announce, machine
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.errors import UserError
@@ -32,7 +31,7 @@ from dspark_jax.evaluation.traffic import Traffic, closed_loop
 from dspark_jax.files import add_results, make_output
 from dspark_jax.report import table
 from dspark_jax.scheduling.costs import ScheduleTables
-from dspark_jax.serving.assembly import make_loop, temperatures_of
+from dspark_jax.serving.assembly import loop_and_params, temperatures_of
 from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.metering import Metering
 from dspark_jax.serving.profiling import measure_profile
@@ -140,8 +139,7 @@ class Study:
         return engine
 
     def _costs(self, config: EngineConfig, sampling: SamplingParams) -> ScheduleTables:
-        loop = make_loop(self.target, self.drafter, config, policy_named(config.policy))
-        params = LoopParams(self.target.params, self.drafter.params)
+        loop, params = loop_and_params(self.target, self.drafter, config, policy_named(config.policy))
         profile = measure_profile(loop, params, sampling.temperature, clock=time.process_time)
         return ScheduleTables.of(profile.cost_table(), temperatures_of(self.target, self.drafter, sampling, None))
 

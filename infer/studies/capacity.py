@@ -16,13 +16,12 @@ import numpy as np
 from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.config.cli import parse, program
-from dspark_jax.decoding.round import LoopParams
 from dspark_jax.devices import announce, machine
 from dspark_jax.errors import UserError
 from dspark_jax.files import make_output, write_json
 from dspark_jax.report import table
 from dspark_jax.scheduling.policies import LookAhead
-from dspark_jax.serving.assembly import CACHE_MULTIPLE, make_loop
+from dspark_jax.serving.assembly import CACHE_MULTIPLE, loop_and_params
 from dspark_jax.serving.profiling import ALONE, Effort, time_points
 from dspark_jax.serving.settings import EngineConfig
 
@@ -90,7 +89,7 @@ def measured(settings: CapacitySettings) -> dict[str, Any]:
         for size in settings.capacities if repeat % 2 else settings.capacities[::-1]:
             # The loop rounds `longest` and a block up to whole multiples, here to the capacity itself.
             config = EngineConfig(settings.slots, size - width, buckets=buckets)
-            loop, params = make_loop(target, drafter, config, LookAhead()), LoopParams(target.params, drafter.params)
+            loop, params = loop_and_params(target, drafter, config, LookAhead())
             effort, shares = Effort(settings.rounds, 1), (settings.held / loop.size,)
             timed = time_points(loop, params, tuple(points.values()), 0.0, shares, effort, clock=clock)
             for kind, point in points.items():

@@ -1,0 +1,107 @@
+// Products of float32 rows by a weight that is kept in panels, for the rounds and the prefills of a CPU: x [N, K] by
+// panels [T, K, 48], of which panel t holds the columns 48 t .. 48 t + 47 of the weight, the last one filled up by zeros.
+//
+// A panel is read from its first number to its last, whatever the weight's width, with all sums in registers. A row's
+// sums are added in an order of their own, so that they do not depend on the other rows, on their number, or on threads.
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+
+#include "share.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+using Matrix = ffi::Buffer<ffi::F32, 2>;
+using Stack = ffi::Buffer<ffi::F32, 3>;
+
+typedef float Lanes __attribute__((vector_size(64), aligned(4)));
+constexpr int64_t kLanes = 16, kPanel = 48;
+
+// Registers for the sums of so many rows by so many columns, and for a row of the panel.
+#if defined(__AVX512F__)
+constexpr int64_t kRows = 8, kWide = 3;
+#else
+constexpr int64_t kRows = 6, kWide = 1;
+#endif
+// Rows of the panel between the one that is multiplied and the one that is sent for.
+constexpr int64_t kAhead = 48;
+
+inline Lanes load(const float* from) { return *reinterpret_cast<const Lanes*>(from); }
+inline void store(float* to, Lanes lanes) { *reinterpret_cast<Lanes*>(to) = lanes; }
+
+struct Product {
+  const float* x;
+  const float* panels;
+  float* y;
+  int64_t rows, inputs, outputs;
+};
+
+// R rows of the result from row `first` on, in the columns of a panel.
+template <int R>
+void by_panel(const Product& p, int64_t first, int64_t panel) {
+  const float* x = p.x + first * p.inputs;
+  for (int64_t at = 0; at < kPanel; at += kWide * kLanes) {
+    const float* weight = p.panels + panel * p.inputs * kPanel + at;
+    Lanes sums[R][kWide] = {};
+    for (int64_t k = 0; k < p.inputs; ++k) {
+      Lanes part[kWide];
+      for (int c = 0; c < kWide; ++c) {
+        // Past the last rows this asks for memory behind the panels, which a prefetch may.
+        __builtin_prefetch(weight + (k + kAhead) * kPanel + c * kLanes);
+        part[c] = load(weight + k * kPanel + c * kLanes);
+      }
+      for (int r = 0; r < R; ++r)
+        for (int c = 0; c < kWide; ++c) sums[r][c] += x[r * p.inputs + k] * part[c];
+    }
+
+    for (int r = 0; r < R; ++r) {
+      for (int c = 0; c < kWide; ++c) {
+        const int64_t column = panel * kPanel + at + c * kLanes, left = p.outputs - column;
+        float* y = p.y + (first + r) * p.outputs + column;
+        if (left >= kLanes) {
+          store(y, sums[r][c]);
+        } else if (left > 0) {
+          float whole[kLanes];
+          store(whole, sums[r][c]);
+          std::copy_n(whole, left, y);
+        }
+      }
+    }
+  }
+}
+
+using Kernel = void (*)(const Product&, int64_t, int64_t);
+template <typename Numbers>
+struct Kernels;
+template <int... R>
+struct Kernels<std::integer_sequence<int, R...>> {
+  static constexpr Kernel of[] = {by_panel<R + 1>...};
+};
+using ByPanel = Kernels<std::make_integer_sequence<int, kRows>>;
+
+ffi::Error panels(ffi::ThreadPool pool, Matrix x, Stack weight, ffi::Result<Matrix> y) {
+  const int64_t rows = x.dimensions()[0], inputs = x.dimensions()[1], outputs = y->dimensions()[1];
+  const Product p{x.typed_data(), weight.typed_data(), y->typed_data(), rows, inputs, outputs};
+
+  // Rows in groups of nearly equal size: from the second on, a panel comes from a cache.
+  const int64_t groups = (rows + kRows - 1) / kRows, count = weight.dimensions()[0];
+  // Four parts a thread, so that one that is held up leaves work to the others.
+  const int64_t parts = std::min(4 * std::max<int64_t>(pool.num_threads(), 1), count);
+  share(pool, parts, [=](int64_t part) {
+    for (int64_t panel = count * part / parts; panel < count * (part + 1) / parts; ++panel) {
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t first = rows * g / groups;
+        ByPanel::of[rows * (g + 1) / groups - first - 1](p, first, panel);
+      }
+    }
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(Panels, panels,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Matrix>().Arg<Stack>().Ret<Matrix>());
