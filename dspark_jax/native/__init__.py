@@ -1,9 +1,10 @@
-"""Products of a few float32 rows on a CPU, and their attention, by kernels of this project's own (few_rows.cc,
-held_rows.cc).
+"""Products of float32 rows on a CPU, and the attention of a few, by kernels of this project's own (panels.cc,
+few_rows.cc, held_rows.cc).
 
 XLA packs a weight anew in every product of two rows and more, so that a verify pass of five rows takes half as long
-again as reading the weights does (docs/performance.md). The kernel reads each weight once, as it lies; attention's
-reads the positions that are held of a cache, of which XLA takes copies first. The machine's own C++ compiler builds
+again as reading the weights does (docs/performance.md). These read each weight once, as it lies or in panels that an
+engine makes of it (targets/panels.py); attention's reads the positions that are held of a cache, of which XLA takes
+copies first. The machine's own C++ compiler builds
 them at their first use, into the user's cache; where that fails, and on other devices, XLA's products are what they
 were.
 

@@ -28,12 +28,18 @@ SHARE = 0.25
 """The most of the memory at hand that a model's panels may take, since its matrices stay in the caller's hands."""
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=("panels",), meta_fields=("outputs",))
 @dataclass(frozen=True)
 class Panels:
     """The right-hand side of a product: a weight [i, outputs] in panels, the last one filled up by zeros."""
 
     panels: Float[Array, "t i c"]
     outputs: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(i, outputs), of the weight."""
+        return self.panels.shape[1], self.outputs
 
     def __rmatmul__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
         rows = x.reshape(-1, x.shape[-1])

@@ -12,8 +12,8 @@ from dspark_jax import native
 from dspark_jax.sharding import traced_platform
 
 FEW_ROWS, FEW_TABLE_ROWS = range(1, 33), range(1, 13)
-"""Rows of a product by a weight, and by a table, that the native kernel of a CPU computes: of one, XLA reads the weight
-as it lies too; of more, its library's products are as fast (docs/log.md)."""
+"""Rows of a product by a weight, and by a table, that the native kernel of a CPU computes: of more, the products of
+XLA's library are as fast (docs/log.md)."""
 LARGE_WEIGHT = 1 << 16
 """Numbers of a weight from which the kernel pays: smaller ones stay in a cache, packed or not."""
 

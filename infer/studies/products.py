@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from dspark_jax import native
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.config.cli import parse, program
 from dspark_jax.devices import announce, machine
@@ -33,6 +34,7 @@ from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.targets.config import TargetConfig
 from dspark_jax.targets.layers import head_logits
+from dspark_jax.targets.panels import Panels, PanelWeight
 from dspark_jax.targets.products import rows_times
 from dspark_jax.targets.target import Target
 
@@ -103,6 +105,9 @@ def product_runs(settings: ProductSettings, config: TargetConfig) -> dict[str, C
     # All weights at once in memory: runs alternate among the kinds.
     for kind, (stored, result) in KINDS.items():
         weights = random_weights(config, stored)
+        if kind == "float32" and native.ready():
+            # All but the head, in the form that an engine gives them.
+            weights = [*(PanelWeight(weight)[...] for weight in weights[:-1]), weights[-1]]
         # Rounds and prefills are of float32.
         rounds, prompts = (settings.requests, settings.prompts) if kind == "float32" else ((), ())
         for rows in dict.fromkeys((*settings.rows, *rounds, *prompts)):
@@ -119,7 +124,7 @@ def against(seconds: float, products: float) -> dict[str, float]:
     return {"milliseconds": 1e3 * seconds, "share": products / seconds}
 
 
-def random_weights(config: TargetConfig, dtype: Any) -> list[Array]:
+def random_weights(config: TargetConfig, dtype: Any) -> list[Any]:
     """Weights [in, out] of every layer's four products in order, then the head [V, D], as they lie in a target."""
     # The order within a layer is that in which `chain` takes them: queries, keys and values in one, o, gate and up in
     # one, down.
@@ -138,11 +143,13 @@ def random_weights(config: TargetConfig, dtype: Any) -> list[Array]:
 
 
 @partial(jax.jit, static_argnums=(2, 3))
-def chain(weights: list[Array], x: Float[Array, "m d"], result: Any, last: bool = False) -> Array:
+def chain(weights: list[Any], x: Float[Array, "m d"], result: Any, last: bool = False) -> Array:
     """The products of a pass in order, each on the one before; softmax, norms and attention are left out. `last`: the
     head multiplies the last row alone, as in a prefill."""
 
-    def times(x: Array, weight: Array) -> Array:
+    def times(x: Array, weight: Any) -> Array:
+        if isinstance(weight, Panels):
+            return x @ weight
         # An int8 weight is converted where it is read: XLA decides whether a float copy of it is written.
         wide = weight.astype(jnp.float32) if weight.dtype == jnp.int8 else weight
         if x.dtype == wide.dtype == result == jnp.float32 and weight.dtype == jnp.float32:
