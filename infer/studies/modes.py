@@ -26,7 +26,6 @@ from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.config.cli import parse, program
 from dspark_jax.datagen.corpora import DOMAINS
 from dspark_jax.datagen.corpora import prompts as corpus
-from dspark_jax.decoding.round import LoopParams
 from dspark_jax.devices import announce, machine
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.errors import UserError
@@ -34,7 +33,7 @@ from dspark_jax.evaluation.acceptance import Acceptance, seeded
 from dspark_jax.evaluation.timing import Decoder, Timed, alternate, differences, median_ratio, median_speed
 from dspark_jax.files import make_output, read_results, write_json
 from dspark_jax.report import table
-from dspark_jax.serving.assembly import make_loop
+from dspark_jax.serving.assembly import loop_and_params
 from dspark_jax.serving.profiling import measure_profile
 from dspark_jax.serving.prompts import EncodedPrompt, encode, read_prompts
 from dspark_jax.serving.sampling import Mode, SamplingParams
@@ -200,8 +199,7 @@ def by_node(
     # By the wall clock the engine measures for itself, and finds what it measured before.
     if settings.clock == "cpu":
         policy = policy_named(priced.policy, tree=priced.tree)
-        loop = make_loop(target, drafter, priced, policy, verifier_of(sampling.mode))
-        params = LoopParams(target.params, drafter.params)
+        loop, params = loop_and_params(target, drafter, priced, policy, verifier_of(sampling.mode))
         measure_profile(loop, params, sampling.temperature, clock=time.process_time).save(sps)
         priced = replace(priced, sps=sps)
     return priced
