@@ -27,11 +27,13 @@ from dspark_jax.serving.profiling import Effort, _Stopwatch, draft_passes, load_
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.serving.temperatures import (
+    drafter_fingerprint,
     fingerprint,
     read_calibration,
     validity,
     write_calibration,
 )
+from dspark_jax.targets.joined import apart
 from infer.calibrate import main as calibrate
 from infer.profile import main as profile
 from tests.decoding_tiny import tiny_pair
@@ -124,6 +126,15 @@ def test_fingerprints_know_weights_and_not_dtypes() -> None:
     for place in ((0, 0), (3, 1), (w1.shape[0] - 1, w1.shape[1] - 1)):
         head = drafter.params["markov_head"] | {"w1_vr": w1.at[place].add(1.0)}
         assert fingerprint(drafter.params | {"markov_head": head}) != fingerprint(drafter.params), place
+
+
+def test_joined_matrices_leave_calibrations_valid() -> None:
+    """The fingerprint is of each matrix by itself, by its own name; of other values it is another."""
+    _, drafter = tiny_pair()
+    alone = apart(drafter.params, drafter.config.backbone)
+    assert jax.tree.structure(alone) != jax.tree.structure(drafter.params)
+    assert drafter_fingerprint(drafter) == fingerprint(alone)
+    assert drafter_fingerprint(tiny_pair(seed=1)[1]) != fingerprint(alone)
 
 
 def test_a_calibration_is_bound_to_whole_files_of_weights(tmp_path: Path) -> None:
@@ -328,7 +339,7 @@ def test_calibrate_from_beginning_to_end(folder: Path, tmp_path: Path, capsys: p
     old = load_drafter(folder / "drafter", load_target(folder / "target"))
     biases = [float(d.params["confidence_head"]["proj"]["bias_o"][0]) for d in (copy, old)]
     assert biases[0] - biases[1] == pytest.approx(again["shift"], abs=1e-5)
-    assert fingerprint(copy.params) == again["valid_for"]["drafter"]
+    assert drafter_fingerprint(copy) == again["valid_for"]["drafter"]
 
 
 @pytest.mark.long

@@ -16,6 +16,7 @@ from dspark_jax.errors import UserError
 from dspark_jax.files import weights_hash
 from dspark_jax.readers import SEAL, check_seal, read_object, sealed
 from dspark_jax.serving.sampling import SamplingParams
+from dspark_jax.targets.joined import apart
 from dspark_jax.targets.target import Target
 
 _DEFAULT_MODE = "rejection"
@@ -27,7 +28,7 @@ def validity(target: Target, drafter: Drafter, sampling: SamplingParams) -> dict
         # Files are hashed once and remembered; weights that were made in memory have no files.
         "target": fingerprint(target.params) if target.folder is None else weights_hash(target.folder),
         "target_name": target.name,
-        "drafter": fingerprint(drafter.params),
+        "drafter": drafter_fingerprint(drafter),
         "drafter_name": drafter.name,
         "temperature": float(sampling.temperature),
         "top_k": int(sampling.top_k),
@@ -36,6 +37,13 @@ def validity(target: Target, drafter: Drafter, sampling: SamplingParams) -> dict
         # Greedy drafts are accepted alike in every mode.
         "mode": _DEFAULT_MODE if sampling.temperature == 0 else sampling.mode or _DEFAULT_MODE,
     }
+
+
+def drafter_fingerprint(drafter: Drafter) -> str:
+    """`fingerprint` of a drafter's matrices one by one, so that joining them in memory leaves calibrations valid."""
+    coded = any(path[-1].key == "codes" for path, _ in jax.tree.leaves_with_path(drafter.params))
+    # Codes of joined matrices lie with their scales; they are other weights in any case.
+    return fingerprint(drafter.params if coded else apart(drafter.params, drafter.config.backbone))
 
 
 def fingerprint(params: Mapping[str, Any]) -> str:
