@@ -41,3 +41,28 @@ def test_what_a_program_writes() -> None:
     assert together(found) == whole + 5 * row + 5 * row + whole + whole
     assert Writer(5 * row, 5, "f32[1,4]", "jit(step)/scan/dot_general") in found
     assert found[0].size == whole
+
+
+def test_a_loops_length_may_stand_in_its_condition() -> None:
+    text = """
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[], f32[8]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = f32[8] get-tuple-element(%p), index=1
+  %y = f32[8]{0} negate(%x)
+  ROOT %t = (s32[], f32[8]) tuple(%i, %y)
+}
+
+%condition (p: (s32[], f32[8])) -> pred[] {
+  %p = (s32[], f32[8]) parameter(0)
+  %n = s32[]{:T(128)} constant(5)
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[], f32[8]) parameter(0)
+  ROOT %w = (s32[], f32[8]) while(%p), condition=%condition, body=%body
+}
+"""
+    assert together(writers(LoopText.of(text, 0))) == 5 * 8 * 4

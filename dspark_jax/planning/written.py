@@ -22,6 +22,8 @@ _ARRAY = re.compile(r"([a-z]\w*\[[\d,]*\])(\{[^}]*\})?")
 _OPERANDS = re.compile(r"%([\w.\-]+)")
 _SOURCE = re.compile(r'op_name="([^"]*)"')
 _WORKSPACE = re.compile(r"s8\[\d+\]")
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_LIMIT = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
 _ON_CHIP = "S(1)"
 
 
@@ -64,7 +66,7 @@ def _run(text: LoopText, name: str, count: int) -> Iterator[tuple[str, int]]:
     for line in text.computations.get(name, []):
         kind = opcode(line)
         if kind == "while":
-            yield from _run(text, called(line)[0], count * trips(line))
+            yield from _run(text, called(line)[0], count * _trips(text, line))
         elif kind in ("call", "async-start"):
             yield from _run(text, called(line)[0], count)
         elif kind == "conditional":
@@ -72,6 +74,17 @@ def _run(text: LoopText, name: str, count: int) -> Iterator[tuple[str, int]]:
             yield from max(branches, key=lambda lines: sum(_written(text, one)[0] * n for one, n in lines))
         elif kind not in _NOTHING and not kind.endswith(("-done", "-update")):
             yield line, count
+
+
+def _trips(text: LoopText, line: str) -> int:
+    """How often a loop's body runs; the TPU's compiler says so in the loop's condition alone, which counts from 0."""
+    if "known_trip_count" not in line and (condition := _CONDITION.search(line)):
+        lines = text.computations.get(condition[1], [])
+        limits = [found[1] for one in lines if (found := _LIMIT.search(one))]
+        counts = any(one.lstrip().startswith("ROOT") and "direction=LT" in one for one in lines)
+        if counts and len(limits) == 1:
+            return int(limits[0])
+    return trips(line)
 
 
 def _written(text: LoopText, line: str) -> tuple[int, str]:
