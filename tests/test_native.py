@@ -10,7 +10,7 @@ from flax import nnx
 
 from dspark_jax import load_target, native
 from dspark_jax.targets import products
-from dspark_jax.targets.attention import CausalRows
+from dspark_jax.targets.attention import CachedBlock, CausalRows
 from dspark_jax.targets.panels import PanelWeight
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler: XLA computes all")
@@ -70,6 +70,29 @@ def test_engines_read_the_large_matrices_of_a_model_in_panels() -> None:
     assert "dspark_jax_Panels" not in traced.lower(lowering_platforms=("tpu",)).as_text()
     expected = hidden(target.params, target.graphdef)
     np.testing.assert_allclose(hidden(made.params, made.graphdef), expected, atol=2e-4)
+
+
+def test_a_verify_pass_has_the_bits_of_plain_rounds() -> None:
+    """Whether a token is verified among drafts or decoded alone, its logits are the same numbers."""
+    target = load_target("embedded", dtype="float32", tokenizer=False).for_rounds
+    model = target.model(target.params)
+
+    @jax.jit
+    def logits(params, cache, length, tokens):
+        made = target.model(params)
+        out = made(tokens, length[:, None] + jnp.arange(tokens.shape[1]), CachedBlock(cache, length))
+        return made.logits(out.hidden), out.kv
+
+    # Positions on both sides of a chunk's end.
+    tokens, held = jnp.asarray(RNG.integers(0, 500, (1, 5))), jnp.asarray([125])
+    empty = model.empty_cache(1, 192, 5, jnp.float32)
+    cache = jax.tree.map(lambda x: jnp.asarray(RNG.standard_normal(x.shape), jnp.float32), empty)
+    block, _ = logits(target.params, cache, held, tokens)
+
+    for i in range(5):
+        alone, rows = logits(target.params, cache, held + i, tokens[:, i : i + 1])
+        np.testing.assert_array_equal(alone[0, 0], block[0, i])
+        cache = model.append(cache, rows, held + i)
 
 
 def calls(function, *operands) -> int:

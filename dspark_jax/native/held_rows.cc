@@ -70,43 +70,36 @@ struct Call {
 
 // Keys are taken in chunks of so many, whose sums are made by themselves and then joined in their order: so they may be
 // made by any thread.
-constexpr int64_t kChunk = 128, kTiles = kChunk / kLanes;
+constexpr int64_t kChunk = 128;
 
-// Up to sixteen keys and values, `apart` numbers from one another.
-struct Tile {
-  const float *keys, *values;
-  int64_t apart, taken;
-};
-
-// The chunks of a request for one kv head: first those of the own block, then those of the positions that a row sees.
+// What the rows of a request and kv head may see: the positions that it holds, and behind them its own block as if it were
+// held already, so that a row's sums are added in the same order once it is.
 class Keys {
  public:
   Keys(const Call& call, int64_t request, int64_t group) : c_(call), request_(request), group_(group) {
-    length_ = std::min<int64_t>(c_.lengths[request], c_.span);
+    length_ = std::clamp<int64_t>(c_.lengths[request], 0, c_.span);
     const int32_t* lowest = c_.lowest + request * c_.width;
-    first_ = std::max<int64_t>(*std::min_element(lowest, lowest + c_.width), 0) / kChunk;
-    own_ = (c_.own + kChunk - 1) / kChunk;
+    first_ = std::clamp<int64_t>(*std::min_element(lowest, lowest + c_.width), 0, length_) / kChunk;
   }
 
-  int64_t chunks() const { return own_ + std::max<int64_t>((length_ + kChunk - 1) / kChunk - first_, 0); }
-  bool is_own(int64_t chunk) const { return chunk < own_; }
-  // The first key of a chunk, counted within the own block or from position 0.
-  int64_t start(int64_t chunk) const { return (is_own(chunk) ? chunk : chunk - own_ + first_) * kChunk; }
-  int64_t count(int64_t chunk) const { return std::min(kChunk, (is_own(chunk) ? c_.own : length_) - start(chunk)); }
+  int64_t chunks() const { return (length_ + c_.own + kChunk - 1) / kChunk - first_; }
+  int64_t start(int64_t chunk) const { return (first_ + chunk) * kChunk; }
+  int64_t count(int64_t chunk) const { return std::min(kChunk, length_ + c_.own - start(chunk)); }
+  // Positions from this one on are the own block's.
+  int64_t length() const { return length_; }
 
-  Tile tile(int64_t chunk, int64_t number) const {
-    const int64_t t = start(chunk) + number * kLanes, apart = c_.groups * c_.channels;
-    const int64_t taken = std::min(kLanes, start(chunk) + count(chunk) - t);
-    if (is_own(chunk)) {
-      const int64_t at = (request_ * c_.own + t) * apart + group_ * c_.channels;
-      return {c_.own_keys + at, c_.own_values + at, apart, taken};
+  // Where the keys and values of a chunk lie.
+  void place(int64_t chunk, const float** keys, const float** values) const {
+    const int64_t apart = c_.groups * c_.channels, own = request_ * c_.own * apart + group_ * c_.channels;
+    for (int64_t j = 0, t = start(chunk); j < count(chunk); ++j, ++t) {
+      const bool held = t < length_;
+      const int64_t at = held ? position(t) : own + (t - length_) * apart;
+      keys[j] = (held ? c_.keys : c_.own_keys) + at, values[j] = (held ? c_.values : c_.own_values) + at;
     }
-    const int64_t at = position(t);
-    return {c_.keys + at, c_.values + at, c_.tables ? apart : c_.channels, taken};
   }
 
  private:
-  // Where position t lies in keys and values; pages hold whole sixteens.
+  // Where position t lies in keys and values.
   int64_t position(int64_t t) const {
     if (!c_.tables) return ((request_ * c_.groups + group_) * c_.span + t) * c_.channels;
     // A page that a request lacks is named beyond the pool; it holds nothing that is seen, but is read.
@@ -115,7 +108,7 @@ class Keys {
   }
 
   const Call& c_;
-  int64_t request_, group_, length_, first_, own_;
+  int64_t request_, group_, length_, first_;
 };
 
 // Memory of a thread that lasts from call to call.
@@ -147,16 +140,14 @@ inline void transpose(Lanes* rows) {
   }
 }
 
-// A chunk's keys channel by channel, [tile][H][16], so that a product takes sixteen of them at once; zeros past the last.
-void turn(const Keys& keys, int64_t chunk, int64_t channels, float* turned) {
-  const int64_t tiles = (keys.count(chunk) + kLanes - 1) / kLanes;
-  for (int64_t i = 0; i < tiles; ++i) {
-    const Tile tile = keys.tile(chunk, i);
+// Keys channel by channel, [tile][H][16], so that a product takes sixteen of them at once; zeros past the last.
+void turn(const float* const* keys, int64_t count, int64_t channels, float* turned) {
+  for (int64_t i = 0; i < count; i += kLanes) {
     for (int64_t h = 0; h < channels; h += kLanes) {
       Lanes rows[kLanes] = {};
-      for (int64_t j = 0; j < tile.taken; ++j) rows[j] = load(tile.keys + j * tile.apart + h);
+      for (int64_t j = 0; j < std::min(kLanes, count - i); ++j) rows[j] = load(keys[i + j] + h);
       transpose(rows);
-      for (int64_t j = 0; j < kLanes; ++j) store(turned + (i * channels + h + j) * kLanes, rows[j]);
+      for (int64_t j = 0; j < kLanes; ++j) store(turned + i * channels + (h + j) * kLanes, rows[j]);
     }
   }
 }
@@ -180,23 +171,15 @@ void score(const Call& c, const float* const* q, const float* turned, int64_t ti
   }
 }
 
-// Sums [R, H] of a chunk's values by the weights of R rows.
+// Sums [R, H] of values by the weights of R rows.
 template <int R>
-void weigh(const Call& c, const Keys& keys, int64_t chunk, const float* weights, float* sums) {
-  const int64_t tiles = (keys.count(chunk) + kLanes - 1) / kLanes;
+void weigh(const Call& c, const float* const* values, int64_t count, const float* weights, float* sums) {
   for (int64_t h = 0; h < c.channels; h += 2 * kLanes) {
     const bool both = h + kLanes < c.channels;
     Lanes first[R] = {}, second[R] = {};
-    for (int64_t i = 0; i < tiles; ++i) {
-      const Tile tile = keys.tile(chunk, i);
-      for (int64_t j = 0; j < tile.taken; ++j) {
-        const float* value = tile.values + j * tile.apart + h;
-        const Lanes a = load(value), b = both ? load(value + kLanes) : Lanes{};
-        for (int r = 0; r < R; ++r) {
-          const float weight = weights[r * kChunk + i * kLanes + j];
-          first[r] += weight * a, second[r] += weight * b;
-        }
-      }
+    for (int64_t j = 0; j < count; ++j) {
+      const Lanes a = load(values[j] + h), b = both ? load(values[j] + h + kLanes) : Lanes{};
+      for (int r = 0; r < R; ++r) first[r] += weights[r * kChunk + j] * a, second[r] += weights[r * kChunk + j] * b;
     }
     for (int r = 0; r < R; ++r) {
       store(sums + r * c.channels + h, first[r]);
@@ -207,7 +190,7 @@ void weigh(const Call& c, const Keys& keys, int64_t chunk, const float* weights,
 
 // Rows that are multiplied together, as many as fit the registers.
 using Score = void (*)(const Call&, const float* const*, const float*, int64_t, float*);
-using Weigh = void (*)(const Call&, const Keys&, int64_t, const float*, float*);
+using Weigh = void (*)(const Call&, const float* const*, int64_t, const float*, float*);
 constexpr int64_t kRows = 6;
 constexpr Score kScore[kRows] = {score<1>, score<2>, score<3>, score<4>, score<5>, score<6>};
 constexpr Weigh kWeigh[kRows] = {weigh<1>, weigh<2>, weigh<3>, weigh<4>, weigh<5>, weigh<6>};
@@ -227,22 +210,20 @@ struct Sums {
 // Hides from row m of a chunk what it does not see, and adds the mask of the own block.
 void mask(const Call& c, const Keys& keys, int64_t request, int64_t chunk, int64_t m, float* scores) {
   const int64_t w = m / c.shared, start = keys.start(chunk), count = keys.count(chunk);
-  const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
-  if (keys.is_own(chunk)) {
-    const float* within = c.within + ((request % c.masks) * c.width + w) * c.own + start;
-    for (int64_t j = 0; j < count; ++j) scores[j] += within[j];
-  } else {
-    const int64_t hidden = std::min(c.lowest[request * c.width + w] - start, count);
-    for (int64_t j = 0; j < hidden; ++j) scores[j] = kMasked;
-  }
-  std::fill(scores + count, scores + padded, kMasked);
+  const int64_t held = std::clamp<int64_t>(keys.length() - start, 0, count);
+  for (int64_t j = 0; j < std::min<int64_t>(c.lowest[request * c.width + w] - start, held); ++j) scores[j] = kMasked;
+  const float* within = c.within + ((request % c.masks) * c.width + w) * c.own + start - keys.length();
+  for (int64_t j = held; j < count; ++j) scores[j] += within[j];
+  std::fill(scores + count, scores + (count + kLanes - 1) / kLanes * kLanes, kMasked);
 }
 
 // The sums of all rows of a request and kv head over one chunk.
 void over_chunk(const Call& c, const Keys& keys, int64_t request, int64_t group, int64_t chunk, Sums made) {
+  const float *at[kChunk], *values[kChunk];
+  keys.place(chunk, at, values);
   static thread_local std::vector<Line> lines;
   float* turned = room(lines, kChunk * c.channels);
-  turn(keys, chunk, c.channels, turned);
+  turn(at, keys.count(chunk), c.channels, turned);
 
   const int64_t tiles = (keys.count(chunk) + kLanes - 1) / kLanes, blocks = (c.rows() + kRows - 1) / kRows;
   for (int64_t block = 0; block < blocks; ++block) {
@@ -268,7 +249,7 @@ void over_chunk(const Call& c, const Keys& keys, int64_t request, int64_t group,
       made.top[from + r] = top;
       made.total[from + r] = reduced(sum, [](float a, float b) { return a + b; });
     }
-    kWeigh[count - 1](c, keys, chunk, scores, made.values + from * c.channels);
+    kWeigh[count - 1](c, values, keys.count(chunk), scores, made.values + from * c.channels);
   }
 }
 

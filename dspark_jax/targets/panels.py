@@ -22,8 +22,9 @@ from dspark_jax import native
 from dspark_jax.devices import host_memory
 from dspark_jax.sharding import param, split
 from dspark_jax.targets.eight_bits import matrices
-from dspark_jax.targets.products import LARGE_WEIGHT
 
+SMALLEST = 1 << 14
+"""Numbers of a matrix from which panels pay; smaller ones are those of models made for tests."""
 SHARE = 0.25
 """The most of the memory at hand that a model's panels may take, since its matrices stay in the caller's hands."""
 
@@ -87,7 +88,7 @@ def in_panels(graphdef: nnx.GraphDef, params: Mapping[str, Any]) -> tuple[nnx.Gr
     found = [
         (part, field, weight.get_value())
         for part, field, weight in matrices(module)
-        if weight.get_value().dtype == jnp.float32 and weight.get_value().size >= LARGE_WEIGHT
+        if weight.get_value().dtype == jnp.float32 and weight.get_value().size >= SMALLEST
     ]
     if not found or 4 * sum(weight.size for _, _, weight in found) > SHARE * host_memory():
         return graphdef, dict(params)
