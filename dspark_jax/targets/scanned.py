@@ -91,7 +91,9 @@ class LayerLoop:
                 carried = run(*carried, number * width + offset, offset, False)
             return carried
 
-        carried = jax.lax.fori_loop(0, passes, step, (x, taps, self._gathered(params, jnp.int32(0), 0)))
+        carried: tuple[Array, Array, Any] = jax.lax.fori_loop(
+            0, passes, step, (x, taps, self._gathered(params, jnp.int32(0), 0))
+        )
         for layer in range(passes * width, self.config.num_layers):
             last = layer == self.config.num_layers - 1
             carried = run(*carried, jnp.int32(layer), layer - passes * width, last)
@@ -134,7 +136,7 @@ def stacked(params: dict, period: int) -> dict:
 
     made = {}
     for at, same in leaves.items():
-        structure = same[0][1]
+        structure: Any = same[0][1]
         stacks = []
         for number in range(structure.num_leaves):
             parts = [flat[number] for flat, _ in same]

@@ -284,7 +284,7 @@ def _in_use(
 
     # Gathered once per step: the partitioner alone would gather parameters again for every chunk of anchors.
     params = placement.gathered_as(params, dtype, abstract.params)
-    tables = placement.tables(shared)
+    tables: Any = placement.tables(shared)
     if shared.tied and is_gathered(shared.embed.shape, tables.embed, placement.rules):
         # One array, although the step takes it twice.
         embed = placement.gathered(shared.embed, tables.embed)

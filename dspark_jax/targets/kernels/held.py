@@ -104,7 +104,8 @@ def _over_mesh(attend: Callable[..., Array], q: Array, *others: Array | None) ->
     if mesh is None:
         return attend(q, *others)
 
-    rows, cached, by_request = ("batch", None, "kv_heads"), ("batch", "kv_heads"), ("batch",)
+    rows, by_request = ("batch", None, "kv_heads"), ("batch",)
+    cached: tuple[Axis, ...] = ("batch", "kv_heads")
     if others[-1] is not None:
         # Each device has all pages, of its own heads: any request may have any of them.
         cached = (None, None, Units("kv_heads", q.shape[2]))

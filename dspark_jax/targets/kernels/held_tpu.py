@@ -73,6 +73,7 @@ def attend(
     own_keys, own_values = own_keys.swapaxes(1, 2), own_values.swapaxes(1, 2)  # [R, G, J, H]
     lowest, within = (None if x is None else jnp.tile(x, (1, shared, 1)[: x.ndim]) for x in (lowest, within))
 
+    cache: _Slots | _Pages
     if tables is None:
         cache = _Slots(keys.shape[2], size)
     else:
@@ -82,7 +83,7 @@ def attend(
     block = cache.block
     first = jnp.zeros_like(lengths) if lowest is None else jnp.maximum(jnp.min(lowest, axis=1), 0) // block
     count = jnp.maximum(-(-lengths // block) - first, 0)
-    scalars = first, count, lengths
+    scalars: tuple[Array, ...] = first, count, lengths
     if tables is not None:
         # In one row, since the scalars' memory would pad each request's to 128 numbers. No page lies behind the pool,
         # not even for a request without any, which sees nothing of it.
