@@ -139,7 +139,7 @@ ffi::Error divided(ffi::ThreadPool& pool, const Product& p, const Kernel* kernel
   // Four parts a thread where there are as many, so that one that is held up leaves work to the others.
   const int64_t threads = std::max<int64_t>(pool.num_threads(), 1), steps = (p.outputs + step - 1) / step;
   const int64_t parts = threads == 1 ? 1 : std::min(4 * threads, steps);
-  share(pool, parts, [=](int64_t part) {
+  share(pool, p.rows * p.inputs * p.outputs, parts, [=](int64_t part) {
     const int64_t from = steps * part / parts * step, to = std::min(steps * (part + 1) / parts * step, p.outputs);
     all_rows(p, kernels, most, step, from, to);
   });

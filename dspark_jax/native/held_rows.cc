@@ -288,7 +288,7 @@ void attend(const Call& c, int64_t request, int64_t group) {
 }
 
 // The same by many threads: all chunks side by side, then their sums.
-void attend_divided(ffi::ThreadPool& pool, const Call& c) {
+void attend_divided(ffi::ThreadPool& pool, const Call& c, int64_t work) {
   struct Part {
     int64_t request, group, chunk;
   };
@@ -299,7 +299,7 @@ void attend_divided(ffi::ThreadPool& pool, const Call& c) {
 
   static thread_local std::vector<Line> lines;
   float* sums = room(lines, parts.size() * Sums::size(c));
-  share(pool, parts.size(), [&parts, &c, sums](int64_t i) {
+  share(pool, work, parts.size(), [&parts, &c, sums](int64_t i) {
     const auto [request, group, chunk] = parts[i];
     over_chunk(c, Keys(c, request, group), request, group, chunk, Sums::in(sums + i * Sums::size(c), c));
   });
@@ -331,13 +331,12 @@ ffi::Error run(ffi::ThreadPool& pool, const Call& call) {
   for (int64_t r = 0; r < call.requests; ++r) held += std::min<int64_t>(call.lengths[r], call.span);
   const int64_t pairs = call.requests * call.groups, work = held * call.groups * call.rows() * call.channels;
 
-  // Passing work on takes longer than a short context does.
-  if (work < (1 << 16)) {
+  if (work < kWorthSharing) {
     for (int64_t i = 0; i < pairs; ++i) attend(call, i / call.groups, i % call.groups);
   } else if (pairs < 4 * pool.num_threads()) {
-    attend_divided(pool, call);
+    attend_divided(pool, call, work);
   } else {
-    share(pool, pairs, [&call](int64_t i) { attend(call, i / call.groups, i % call.groups); });
+    share(pool, work, pairs, [&call](int64_t i) { attend(call, i / call.groups, i % call.groups); });
   }
   return ffi::Error::Success();
 }

@@ -90,7 +90,7 @@ ffi::Error panels(ffi::ThreadPool pool, Matrix x, Stack weight, ffi::Result<Matr
   const int64_t groups = (rows + kRows - 1) / kRows, count = weight.dimensions()[0];
   // Four parts a thread, so that one that is held up leaves work to the others.
   const int64_t parts = std::min(4 * std::max<int64_t>(pool.num_threads(), 1), count);
-  share(pool, parts, [=](int64_t part) {
+  share(pool, rows * inputs * outputs, parts, [=](int64_t part) {
     for (int64_t panel = count * part / parts; panel < count * (part + 1) / parts; ++panel) {
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t first = rows * g / groups;

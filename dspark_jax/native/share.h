@@ -101,7 +101,11 @@ class Team {
   std::condition_variable wake_;
 };
 
+// As `Team::run`, by the threads that XLA has; `numbers` are multiplied in all. Below so many the caller is done before
+// another has begun, and on a busy machine would wait for one that was interrupted.
+constexpr int64_t kWorthSharing = 1 << 18;
+
 template <typename Work>
-void share(xla::ffi::ThreadPool& pool, int64_t parts, const Work& work) {
-  Team::of_process().run(pool.num_threads(), parts, work);
+void share(xla::ffi::ThreadPool& pool, int64_t numbers, int64_t parts, const Work& work) {
+  Team::of_process().run(numbers < kWorthSharing ? 1 : pool.num_threads(), parts, work);
 }
