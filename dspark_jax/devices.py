@@ -53,12 +53,21 @@ def device_line(dtype: str | None = None) -> str:
 
 
 def host_memory() -> int:
-    """Bytes of the host's memory that a process may still take; all of it where the system does not say."""
+    """Bytes that a process may still take of the host's memory and of its container's; all of the host's where the
+    system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+        free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+    try:
+        # What is in use counts the container's file cache, too: less is taken than could be.
+        group = Path("/sys/fs/cgroup")
+        most, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return free if most == "max" else max(min(free, int(most) - int(used)), 0)
+    except (OSError, ValueError):
+        return free
 
 
 def unused_accelerator(root: Path = Path("/")) -> str:

@@ -17,6 +17,8 @@ from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.compilation import Compilations, drop_torn, keep_compiled
 from dspark_jax.config.cli import program
 from dspark_jax.drafters.registry import drafter_hf_config, new_drafter
+from dspark_jax.planning.ahead import EnginePrograms
+from dspark_jax.serving.settings import EngineConfig
 from infer import compile as ahead
 from tests.tiny import write_tiny_target
 
@@ -75,6 +77,17 @@ def test_an_engine_after_infer_compile_compiles_nothing(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
     compiled, read = json.loads(done.stdout)
     assert compiled == 0 and read >= 8
+
+
+def test_trees_are_compiled_beside_the_chains_that_auto_compares_them_with(tmp_path: Path) -> None:
+    target = load_target(write_tiny_target(tmp_path, num_hidden_layers=1), tokenizer=False)
+    config = drafter_hf_config(
+        target.hf_config, num_layers=1, target_layer_ids=(-1,), mask_token_id=3, markov_rank=8, block_size=2
+    )  # fmt: skip
+    drafter = new_drafter("new", config, jax.random.key(0))
+    programs = EnginePrograms(target, drafter, EngineConfig(1, 60, "auto", tree=4), "coupled", None)
+    loops = {name.split(": ")[0] for name, _ in programs.all()}
+    assert loops == {"loading", "auto, trees", "auto", "plain"}
 
 
 def test_a_program_names_a_folder(tmp_path: Path, settings: None, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,7 +55,7 @@ def test_engines_read_the_large_matrices_of_a_model_in_panels() -> None:
     """Equal to the model as it was loaded, which stays as it is; a program for an accelerator holds no kernel."""
     target = load_target("embedded", dtype="float32", tokenizer=False)
     made = target.for_rounds
-    assert made is target.for_rounds and made.for_rounds.params is not target.params
+    assert made is target.for_rounds and made.for_rounds.graphdef == made.graphdef != target.graphdef
     shapes = {x.shape[-1] for x in jax.tree.leaves(made.params) if x.ndim == 3}
     assert shapes == {native.PANEL} and not any(x.ndim == 3 for x in jax.tree.leaves(target.params))
 
@@ -73,7 +73,7 @@ def test_engines_read_the_large_matrices_of_a_model_in_panels() -> None:
 
 
 def test_a_verify_pass_has_the_bits_of_plain_rounds() -> None:
-    """Whether a token is verified among drafts or decoded alone, its logits are the same numbers."""
+    """Whether a token is verified among the drafts of a request or decoded alone, its logits are the same numbers."""
     target = load_target("embedded", dtype="float32", tokenizer=False).for_rounds
     model = target.model(target.params)
 

@@ -141,7 +141,7 @@ def test_what_cannot_be_kept_gets_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "float" / "model.safetensors").rename(folder / "model.safetensors")
     with pytest.raises(UserError, match=r"is not quantised, though config\.json says so; load .* weights='widened'"):
         load_target(folder, tokenizer=False)
-    with pytest.raises(UserError, match="'stored', 'widened' or in 'int8', not 'bfloat16'"):
+    with pytest.raises(UserError, match="'stored', 'widened' or in 'int8' or 'fp8', not 'bfloat16'"):
         load_target(CASE, weights="bfloat16")  # type: ignore[arg-type]
     for codes in (np.full((2, 2), 0x7F, np.uint8).view(ml_dtypes.float8_e4m3fn),
                   np.full((2, 2), 255, np.uint8).view(ml_dtypes.float8_e8m0fnu)):  # fmt: skip

@@ -287,6 +287,10 @@ void attend(const Call& c, int64_t request, int64_t group) {
   finish(c, request, group, whole);
 }
 
+// Sums of chunks side by side, in numbers, that a thread keeps room for. Prompts have more, and rows enough for one thread
+// a kv head.
+constexpr int64_t kMostSums = 1 << 22;
+
 // The same by many threads: all chunks side by side, then their sums.
 void attend_divided(ffi::ThreadPool& pool, const Call& c, int64_t work) {
   struct Part {
@@ -331,9 +335,11 @@ ffi::Error run(ffi::ThreadPool& pool, const Call& call) {
   for (int64_t r = 0; r < call.requests; ++r) held += std::min<int64_t>(call.lengths[r], call.span);
   const int64_t pairs = call.requests * call.groups, work = held * call.groups * call.rows() * call.channels;
 
+  const int64_t chunks = (held + call.requests * call.own) / kChunk + 2 * call.requests;
+  const bool divided = pairs < 4 * pool.num_threads() && chunks * call.groups * Sums::size(call) <= kMostSums;
   if (work < kWorthSharing) {
     for (int64_t i = 0; i < pairs; ++i) attend(call, i / call.groups, i % call.groups);
-  } else if (pairs < 4 * pool.num_threads()) {
+  } else if (divided) {
     attend_divided(pool, call, work);
   } else {
     share(pool, work, pairs, [&call](int64_t i) { attend(call, i / call.groups, i % call.groups); });

@@ -16,7 +16,8 @@
 // pool takes longer than many of them: a verify pass of 135 M parameters lost a fifth of its time so.
 class Team {
  public:
-  // The process's own, never taken down: its threads may outlive whatever a destructor at exit would need.
+  // One for the kernels of a library, or for all where the linker joins them. Never taken down: its threads may outlive
+  // whatever a destructor at exit would need.
   static Team& of_process() {
     static Team* team = new Team;
     return *team;

@@ -83,7 +83,7 @@ class EnginePrograms:
         # The folder's own files, also of published targets: the number of known tokens is part of the program.
         target, drafter = planned_pair(options, None if chip is not None else mesh, describe_target)
         if weights == "stored":
-            # An engine's own form of them, on the device that it starts on.
+            # An engine's own form of them, on the device that it starts on; coded matrices have no other form.
             if chip is None and mesh is None:
                 target, drafter = target.for_rounds, None if drafter is None else drafter.for_rounds
             return cls(target, drafter, config, mode, chip)
@@ -126,13 +126,17 @@ class EnginePrograms:
         """The loops by name, with the tables that they read. "auto" may find at its start that drafting cannot pay."""
         config, verifier = self.config, verifier_of(self.mode)
         if self.drafter is not None and config.policy != "plain":
-            policy = policy_named(config.policy, config.threshold)
-            loop, tables = make_loop(self.target, self.drafter, config, policy, verifier), None
-            if policy.needs_tables:
-                tables = flat_tables(loop, len(CONTEXTS))
-                if config.sps is not None:
-                    tables = tables._replace(costs=costs_of(config.sps, config.slots, loop.buckets))
-            yield config.policy, loop, None if tables is None else shapes_of(tables)
+            # "auto" compares trees with chains before it starts.
+            both = config.policy == "auto" and config.tree > 0
+            for made in (config, replace(config, tree=0)) if both else (config,):
+                policy = policy_named(made.policy, made.threshold, made.tree)
+                loop, tables = make_loop(self.target, self.drafter, made, policy, verifier), None
+                if policy.needs_tables:
+                    tables = flat_tables(loop, len(CONTEXTS))
+                    if made.sps is not None:
+                        tables = tables._replace(costs=costs_of(made.sps, made.slots, loop.buckets))
+                name = f"{made.policy}, trees" if made.tree else made.policy
+                yield name, loop, None if tables is None else shapes_of(tables)
         if self.drafter is None or config.policy in ("auto", "plain"):
             yield "plain", make_loop(self.target, None, replace(config, buckets=None), verifier=verifier), None
 

@@ -26,7 +26,8 @@ from dspark_jax.targets.eight_bits import matrices
 SMALLEST = 1 << 14
 """Numbers of a matrix from which panels pay; smaller ones are those of models made for tests."""
 SHARE = 0.25
-"""The most of the memory at hand that a model's panels may take, since its matrices stay in the caller's hands."""
+"""The most of the memory at hand that a model's panels may take, since its matrices stay in the caller's hands. Near it
+programs compiled ahead may be those of the other form."""
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("panels",), meta_fields=("outputs",))
