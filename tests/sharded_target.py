@@ -54,8 +54,9 @@ def check(name: str) -> None:
     arranged = states.arranged(placed)
     rows = jax.device_put(batch, batch_shardings(batch, mesh, rules))
     step = jax.jit(states.stored).lower(arranged, rows).compile()
-    # Gemma's unscaled scores make more of a rounding; a wrong layer would be off by whole numbers.
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-3), step(arranged, rows), wanted)
+    # Gemma's scores are not scaled: half a unit of the weights' last place moves its states by 3e-4 on one device.
+    atol = 1e-3 if name == "gemma" else 2e-5
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=atol), step(arranged, rows), wanted)
 
     # Every gather of weights is of one layer: none has the stack's axis, and those of the loop are inside of it.
     text = LoopText.of(step.as_text(), config.hidden_size)
