@@ -93,14 +93,20 @@ def test_bfloat16_within_its_rounding(attend: Any) -> None:
     np.testing.assert_allclose(made, wanted, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("attend", KERNELS)
-def test_rows_that_form_trees_have_masks_of_their_own(attend: Any) -> None:
+def tree_operands() -> tuple[tuple[Any, ...], jax.Array, jax.Array]:
+    """Operands whose rows form trees, the lowest positions that they see under a window, and their masks."""
     rng = np.random.default_rng(1)
     seen = jnp.asarray(rng.random((3, 4, 4)) < 0.5) | jnp.eye(4, dtype=bool)
     tree = TreeRows(jnp.asarray([[0, 1, 1, 2]] * 3), seen)
     parts = operands(4, 2, 2, 64, [0, 40, 128], 128)
     lowest = lowest_seen(parts[3][:, None], 4, 20, offsets=tree.offsets[:, None])
-    np.testing.assert_allclose(*both(attend, parts, lowest, tree_block(tree, 20)), rtol=2e-5, atol=5e-6)
+    assert lowest is not None
+    return parts, lowest, tree_block(tree, 20)
+
+
+@pytest.mark.parametrize("attend", KERNELS)
+def test_rows_that_form_trees_have_masks_of_their_own(attend: Any) -> None:
+    np.testing.assert_allclose(*both(attend, *tree_operands()), rtol=2e-5, atol=5e-6)
 
 
 @pytest.mark.parametrize("attend", KERNELS)

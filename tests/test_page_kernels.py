@@ -11,11 +11,19 @@ from jax.sharding import PartitionSpec
 
 from dspark_jax import native
 from dspark_jax.sharding import Units, abstract_mesh, traced_over
-from dspark_jax.targets.attention import KeysValues, block_attention, causal_block, lowest_seen, tree_block
-from dspark_jax.targets.block_rows import TreeRows
+from dspark_jax.targets.attention import KeysValues, block_attention, causal_block, lowest_seen
 from dspark_jax.targets.kernels import held, held_gpu, held_tpu
 from dspark_jax.targets.pages import PagedLayer
-from tests.test_attention_kernels import ACCELERATORS, COMPILER, KERNELS, both, built, lowered, operands
+from tests.test_attention_kernels import (
+    ACCELERATORS,
+    COMPILER,
+    KERNELS,
+    both,
+    built,
+    lowered,
+    operands,
+    tree_operands,
+)
 
 assert built  # a fixture, used by its name
 
@@ -93,13 +101,9 @@ def test_the_bits_of_a_cache_by_slot_in_bfloat16(attend: Any, width: int) -> Non
 
 @pytest.mark.parametrize("attend", KERNELS)
 def test_trees_have_masks_of_their_own(attend: Any) -> None:
-    rng = np.random.default_rng(1)
-    seen = jnp.asarray(rng.random((3, 4, 4)) < 0.5) | jnp.eye(4, dtype=bool)
-    tree = TreeRows(jnp.asarray([[0, 1, 1, 2]] * 3), seen)
-    parts = operands(4, 2, 2, 64, [0, 40, 128], 128)
-    lowest = lowest_seen(parts[3][:, None], 4, 20, offsets=tree.offsets[:, None])
-    _, wanted = both(attend, parts, lowest, tree_block(tree, 20))
-    made = over_pages(attend, parts, 32, lowest, tree_block(tree, 20))
+    parts, lowest, within = tree_operands()
+    _, wanted = both(attend, parts, lowest, within)
+    made = over_pages(attend, parts, 32, lowest, within)
     np.testing.assert_allclose(made, wanted, rtol=2e-5, atol=5e-6)
 
 

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from dspark_jax.decoding.dispatch import run_rounds
+from dspark_jax.drafters import turns
 from dspark_jax.drafters.protocol import SharedTables
 from dspark_jax.drafters.registry import drafter_hf_config, skeleton
 from dspark_jax.planning.compiled import copies
@@ -20,7 +21,7 @@ from dspark_jax.serving.generate import generate
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.sharding import split
-from dspark_jax.targets import products, turns
+from dspark_jax.targets import products
 from dspark_jax.targets.attention import CausalRows
 from tests.decoding_tiny import prompts, random_leaves, tiny_pair, tiny_target
 from tests.families_tiny import FAMILIES

@@ -26,11 +26,11 @@ from dspark_jax.drafters.protocol import (
     SharedTables,
 )
 from dspark_jax.drafters.trees import DraftTree, TreeShape, grow
+from dspark_jax.drafters.turns import in_turn
 from dspark_jax.sharding import param
 from dspark_jax.targets.attention import segment_starts
 from dspark_jax.targets.kv_cache import append_rows, empty_cache, head_major
 from dspark_jax.targets.layers import head_logits, normal
-from dspark_jax.targets.turns import in_turn
 
 
 class DSpark(nnx.Module):

@@ -123,7 +123,7 @@ def _target(name: str) -> str:
 def _library(source: Path) -> ctypes.CDLL | None:
     """The built kernels of a source, from the user's cache or from the compiler; None where neither gives one."""
     # Of this source, this jaxlib's interface and this kind of CPU, for which alone its instructions are right.
-    texts = source.read_text(), source.with_name("share.h").read_text()
+    texts = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]
     facts = (*texts, *FLAGS, jaxlib.__version__, platform.machine(), _cpu_features())
     name = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
     built = user_cache() / "native" / f"{source.stem}-{name}.so"

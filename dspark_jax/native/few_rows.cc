@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <utility>
 
+#include "lanes.h"
 #include "share.h"
 
 namespace ffi = xla::ffi;
@@ -16,13 +17,6 @@ namespace {
 
 using Matrix = ffi::Buffer<ffi::F32, 2>;
 using Result = ffi::Result<Matrix>;
-
-// Sixteen numbers; compilers split them for CPUs with shorter vectors.
-typedef float Lanes __attribute__((vector_size(64), aligned(4)));
-constexpr int64_t kLanes = 16;
-
-inline Lanes load(const float* from) { return *reinterpret_cast<const Lanes*>(from); }
-inline void store(float* to, Lanes lanes) { *reinterpret_cast<Lanes*>(to) = lanes; }
 
 // One product: N rows of `x`, the weight, and the result, with the sizes of an axis each.
 struct Product {
@@ -81,14 +75,6 @@ constexpr int64_t kTogether = 4, kTogetherAhead = 4;
 #else
 constexpr int64_t kTogether = 2, kTogetherAhead = 4;
 #endif
-
-inline float total(Lanes lanes) {
-  float parts[kLanes];
-  store(parts, lanes);
-  for (int64_t half = kLanes / 2; half; half /= 2)
-    for (int64_t i = 0; i < half; ++i) parts[i] += parts[i + half];
-  return parts[0];
-}
 
 template <int R, int D>
 inline void multiply_rows(const Product& p, int64_t first, int64_t at) {

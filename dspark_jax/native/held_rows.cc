@@ -8,21 +8,16 @@
 #include <cstdint>
 #include <vector>
 
+#include "lanes.h"
 #include "share.h"
 
 namespace ffi = xla::ffi;
 
 namespace {
 
-// Sixteen numbers; compilers split them for CPUs with shorter vectors.
-typedef float Lanes __attribute__((vector_size(64), aligned(4)));
 typedef int32_t Bits __attribute__((vector_size(64), aligned(4)));
-constexpr int64_t kLanes = 16, kMostChannels = 512;
 // As in targets/attention.py: finite, so that a row without keys gives zeros and never NaN.
 constexpr float kMasked = -1e30f, kFloor = kMasked / 2;
-
-inline Lanes load(const float* from) { return *reinterpret_cast<const Lanes*>(from); }
-inline void store(float* to, Lanes lanes) { *reinterpret_cast<Lanes*>(to) = lanes; }
 
 // exp of numbers no larger than 0, within two units of the last place; 0 below -87.
 inline Lanes exponential(Lanes x) {
@@ -40,15 +35,6 @@ inline Lanes exponential(Lanes x) {
   sum = sum * rest * rest + rest + 1.0f;
   const Bits power = (((Bits)shifted - 0x4b400000) + 127) << 23;
   return tiny ? Lanes{} : sum * (Lanes)power;
-}
-
-template <typename Combine>
-inline float reduced(Lanes lanes, Combine combine) {
-  float parts[kLanes];
-  store(parts, lanes);
-  for (int64_t half = kLanes / 2; half; half /= 2)
-    for (int64_t i = 0; i < half; ++i) parts[i] = combine(parts[i], parts[i + half]);
-  return parts[0];
 }
 
 struct Call {
@@ -247,7 +233,7 @@ void over_chunk(const Call& c, const Keys& keys, int64_t request, int64_t group,
         store(row + i * kLanes, weight), sum += weight;
       }
       made.top[from + r] = top;
-      made.total[from + r] = reduced(sum, [](float a, float b) { return a + b; });
+      made.total[from + r] = total(sum);
     }
     kWeigh[count - 1](c, values, keys.count(chunk), scores, made.values + from * c.channels);
   }

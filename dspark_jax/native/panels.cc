@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <utility>
 
+#include "lanes.h"
 #include "share.h"
 
 namespace ffi = xla::ffi;
@@ -17,8 +18,7 @@ namespace {
 using Matrix = ffi::Buffer<ffi::F32, 2>;
 using Stack = ffi::Buffer<ffi::F32, 3>;
 
-typedef float Lanes __attribute__((vector_size(64), aligned(4)));
-constexpr int64_t kLanes = 16, kPanel = 48;
+constexpr int64_t kPanel = 48;
 
 // Registers for the sums of so many rows by so many columns, and for a row of the panel.
 #if defined(__AVX512F__)
@@ -28,9 +28,6 @@ constexpr int64_t kRows = 6, kWide = 1;
 #endif
 // Rows of the panel between the one that is multiplied and the one that is sent for.
 constexpr int64_t kAhead = 48;
-
-inline Lanes load(const float* from) { return *reinterpret_cast<const Lanes*>(from); }
-inline void store(float* to, Lanes lanes) { *reinterpret_cast<Lanes*>(to) = lanes; }
 
 struct Product {
   const float* x;

@@ -182,9 +182,8 @@ def make_train_step(
         # Drawn for the global batch from (key, step): neither micro-batches nor a resumed run change the anchors.
         plan = objective.plan(batch, jax.random.fold_in(state.key, state.step))
         params, shared = _in_use(state.params, shared, placement, abstract, objective.compute_dtype)
-        if target is not None:
-            # Its table is gathered already, for the drafter.
-            target = target | {"embed_weight_vd": shared.embed}
+        # The target's table is gathered already, for the drafter.
+        target = None if target is None else target | {"embed_weight_vd": shared.embed}
 
         def loss(params: dict, batch: Batch, rows: Any) -> tuple[Array, Sums]:
             # Differentiated by `params` alone: the target's tables are frozen (docs/algorithm.md, rule 18).
@@ -197,11 +196,7 @@ def make_train_step(
             # By float32 parameters, whatever they travelled in, so that gradients add up in float32.
             wide = jax.tree.map(lambda x, like: x.astype(like.dtype), params, state.params)
             grads, sums = jax.grad(loss, has_aux=True)(wide, source.read(stored, batch), rows)
-            # Each device keeps the part that it stores: a sum over devices is scattered, and none holds it whole.
-            if placement is not None and abstract is not None:
-                grads = jax.tree.map(lambda x, s: jax.lax.with_sharding_constraint(x, s.sharding), grads,
-                                     abstract.params)  # fmt: skip
-            return (grads, sums), stored if record else {}
+            return (_scattered(grads, placement, abstract), sums), stored if record else {}
 
         # Sums and gradients add up over micro-batches because each part is divided by the same global denominator.
         (grads, sums), stored = _over_micro_batches(gradient, batch, plan.rows, accumulation_steps, placement)
@@ -290,6 +285,14 @@ def _in_use(
         embed = placement.gathered(shared.embed, tables.embed)
         return params, replace(shared, embed=embed, head=embed)
     return params, placement.gathered(shared, tables)
+
+
+def _scattered(grads: dict, placement: Placement | None, abstract: TrainState | None) -> dict:
+    """Gradients of which each device keeps the part that it stores: sums over devices are scattered, and none holds one
+    whole."""
+    if placement is None or abstract is None:
+        return grads
+    return jax.tree.map(lambda x, like: jax.lax.with_sharding_constraint(x, like.sharding), grads, abstract.params)
 
 
 def _updated(state: TrainState, grads: Any, optimizer: optax.GradientTransformation, good: Array) -> TrainState:

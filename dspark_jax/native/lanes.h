@@ -1,0 +1,26 @@
+// Sixteen numbers at a time.
+
+#pragma once
+
+#include <cstdint>
+
+// Compilers split them for CPUs with shorter vectors.
+typedef float Lanes __attribute__((vector_size(64), aligned(4)));
+constexpr int64_t kLanes = 16;
+
+inline Lanes load(const float* from) { return *reinterpret_cast<const Lanes*>(from); }
+inline void store(float* to, Lanes lanes) { *reinterpret_cast<Lanes*>(to) = lanes; }
+
+// All numbers of one, combined two by two.
+template <typename Combine>
+inline float reduced(Lanes lanes, Combine combine) {
+  float parts[kLanes];
+  store(parts, lanes);
+  for (int64_t half = kLanes / 2; half; half /= 2)
+    for (int64_t i = 0; i < half; ++i) parts[i] = combine(parts[i], parts[i + half]);
+  return parts[0];
+}
+
+inline float total(Lanes lanes) {
+  return reduced(lanes, [](float a, float b) { return a + b; });
+}
