@@ -25,6 +25,7 @@ MADE = {
     "block, fixed": ((22, 32), (2.0, 3.0)),
     "coupled, fixed": ((18, 28), (2.5, 3.0)),
     "coupled, tree 8": ((28, 38), (1.0, 1.5)),
+    "rejection, tree 6": ((24, 34), (1.0, 1.5)),
     "coupled, tree 8 by node": ((26, 36), (1.0, 1.5)),
     "rejection, look-ahead": ((20, 20), (2.0, 2.0)),
     "coupled, retrospective": ((20, 20), (1.0, 1.0)),
@@ -55,7 +56,7 @@ def test_figures_are_beside_rejections_of_the_same_policy(monkeypatch: pytest.Mo
     prompts = [EncodedPrompt(str(i), "math", (1, 2)) for i in range(2)]
     settings = modes.ModesSettings(repeats=2, trees=(8,), policies=("fixed", "look-ahead", "retrospective"))
     rows = modes.at_temperature(settings, target, drafter, prompts, 1.0)
-    assert rows.keys() == {name for name in MADE if "greedy" not in name}
+    assert rows.keys() == {name for name in MADE if "greedy" not in name and name != "rejection, tree 6"}
 
     block, coupled, tree = (rows[name] for name in ("block, fixed", "coupled, fixed", "coupled, tree 8"))
     assert block["tau"] == 2.7 and block["tau_gain"] == pytest.approx(0.2) and block["tau_gain_error"] < 1e-9
@@ -63,6 +64,11 @@ def test_figures_are_beside_rejections_of_the_same_policy(monkeypatch: pytest.Mo
     assert tree["tau_over_rejection"] == pytest.approx(3.3 / 2.5) and tree["speed_over_rejection"] == 2.0
     assert rows["coupled, retrospective"]["speed_over_rejection"] == 2.0
     assert (coupled["identical"], coupled["near_ties"], "identical" in block) == (2, 0, False)
+
+    # Of a block of three drafts, six nodes are two at each level.
+    whole = modes.at_temperature(replace(settings, trees=(6,), by_node=False), target, drafter, prompts, 1.0)
+    assert whole["rejection, tree 6"]["tau_over_rejection"] == pytest.approx(2.9 / 2.5)
+    assert not any("by node" in name for name in whole)
 
     greedy = modes.at_temperature(replace(settings, policies=("fixed",)), target, drafter, prompts, 0.0)
     assert greedy["greedy, tree 8"]["tau_over_rejection"] == pytest.approx(4 / 3) and len(greedy) == 4

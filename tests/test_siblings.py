@@ -117,6 +117,29 @@ def test_wrong_orders_and_residuals_are_caught() -> None:
         assert max(np.abs(round_law(a, wrong) - exact_law(a)).max() for a in range(V)) > 1e-3
 
 
+def admitting(allows: Callable[[Any], Any]) -> Callable[..., Outcome]:
+    """A judge that leaves the second child out of the round where `allows(children)` is false."""
+
+    def judge(children: Any, q: Any, p: Any, u: Any, stochastic: Any) -> Outcome:
+        both = judge_children(children, q, p, u, stochastic)
+        first = judge_children(children[..., :1], q, p, u[..., :1], stochastic)
+        alone = jnp.where(first.child == 0, 0, C)
+        allowed = allows(children)
+        return Outcome(
+            jnp.where(allowed, both.child, alone), jnp.where(allowed[..., None], both.residual, first.residual)
+        )
+
+    return judge
+
+
+def test_a_child_may_be_admitted_by_what_was_drawn_before_it_and_not_by_itself() -> None:
+    by_the_first = admitting(lambda children: children[..., 0] == 1)
+    by_itself = admitting(lambda children: children[..., 1] == 1)
+    for anchor in range(V):
+        assert np.abs(round_law(anchor, by_the_first) - exact_law(anchor)).max() < 1e-6
+    assert max(np.abs(round_law(a, by_itself) - exact_law(a)).max() for a in range(V)) > 1e-3
+
+
 def test_decoding_with_siblings() -> None:
     """Greedy texts are plain decoding's, and a round accepts more than a chain."""
     target, drafter = kind_pair("dspark", spread=0.8)

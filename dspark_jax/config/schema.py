@@ -114,7 +114,11 @@ class DrafterSettings:
 
 @dataclasses.dataclass(frozen=True)
 class LossSettings:
-    """Weights of the terms, and of the block positions in them (docs/algorithm.md, rules 40, 41 and 118 to 120)."""
+    """Weights of the terms, and of the block positions in them (docs/algorithm.md, rules 40, 41 and 118 to 120).
+
+    The defaults are the reference's. For a new DSpark drafter `lk_alpha` 1 with `ce_alpha` and `l1_alpha` 0 is
+    recommended (docs/results.md, "The loss to train with").
+    """
 
     ce_alpha: float = 0.1
     """Weight of the cross-entropy against the next tokens."""

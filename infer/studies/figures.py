@@ -84,6 +84,10 @@ REAL_STUDY = (
     "--samples", "1", "--max-new-tokens", "48",
 )  # fmt: skip
 REAL_BUDGET = ("--seeds", "1", "--steps", "600")
+EMBEDDED_CURVES = ("--seeds", "1", "--steps", "500")
+# One user decodes as many requests as four, so that a run is long enough to be timed.
+LOADS = ("--dtype", "float32", "--limit", "20", "--concurrency", "1", "4", "16")
+REAL_LOADS = ("--repeats", "2", "--requests-per-user", "2", "--least-requests", "6", "--max-new-tokens", "48")
 THRESHOLDS = ("0.2", "0.4", "0.6", "0.8", "0.9")
 
 
@@ -117,26 +121,33 @@ def steps(settings: FiguresSettings) -> dict[str, list[str]]:
         study = ("train.studies.compare", "--target", pair.target, *(REAL_STUDY if real else ()))
 
         found[pair.compare] = program_command(
-            *study, *(REAL_BUDGET if real else ()), "--only", "main", "--output", work / Path(pair.compare).stem,
+            *study, *(REAL_BUDGET if real else ()), "--only", "main", "--output", folder(settings, pair.compare),
         )  # fmt: skip
         found[pair.curves] = program_command(
-            *study, "--only", "depth", "block", "--seeds", "1", "--steps", "500",
-            "--output", work / Path(pair.curves).stem,
+            *study, *(REAL_BUDGET if real else EMBEDDED_CURVES), "--only", "depth", "block",
+            "--output", folder(settings, pair.curves),
         )  # fmt: skip
+        # Counts and confidences, no times: many requests at once are cheaper and change nothing.
         found[pair.evaluate] = program_command(
-            "infer.evaluate", *model, "--datasets", *sets, "--temperatures", "1.0", "--limit", "20",
-            "--max-new-tokens", "64", "--thresholds", *THRESHOLDS, "--sts", f"{pair.drafter}/sts.json",
-            "--output", work / Path(pair.evaluate).stem,
+            "infer.evaluate", *model, "--datasets", *sets, "--temperatures", "1.0", "--limit", "10" if real else "20",
+            "--max-new-tokens", "48" if real else "64", "--slots", "10", "--dtype", "float32", "--policy", "fixed",
+            "--thresholds", *THRESHOLDS, "--sts", f"{pair.drafter}/sts.json",
+            "--output", folder(settings, pair.evaluate),
         )  # fmt: skip
         # A small target's steps are too cheap for drafts to pay: the load is measured on its widened copy.
         wide = ("--target", str(work / "wide/target"), "--drafter", str(work / "wide/drafter"))
         found[pair.load] = program_command(
-            "infer.studies.load", *(model if real else wide), "--prompts", *sets, "--dtype", "float32", "--limit", "20",
-            "--concurrency", "1", "4", "16", "--output", work / Path(pair.load).stem,
+            "infer.studies.load", *(model if real else wide), "--prompts", *sets, *LOADS, *(REAL_LOADS if real else ()),
+            "--output", folder(settings, pair.load),
         )  # fmt: skip
 
     found["v4_load.json"] = program_command("infer.studies.v4_load", "--output", work / "v4_load")
     return found
+
+
+def folder(settings: FiguresSettings, name: str) -> Path:
+    """Where the program that makes a result continues. The real pair's curves share points with its table."""
+    return settings.work / Path(PAIRS[1].compare if name == PAIRS[1].curves else name).stem
 
 
 def measured(settings: FiguresSettings, name: str, words: Sequence[str]) -> None:
@@ -149,7 +160,7 @@ def measured(settings: FiguresSettings, name: str, words: Sequence[str]) -> None
         run(program_command("infer.studies.widen", *widen, "--output", settings.work / "wide"))
 
     run(words)
-    made = settings.work / Path(name).stem / "metrics.json"
+    made = folder(settings, name) / "metrics.json"
     if made.exists():
         shutil.copyfile(made, kept)
 

@@ -4,7 +4,7 @@
     python -m infer.studies.modes --target .cache/real_target --drafter assets/smollm2_135m_drafter --prompts q.jsonl
     python -m infer.studies.modes --drafter runs/compare/points/dflash2,depth=2,block=7,seed=0/drafter --name dflash2
 
-At each temperature, rejection, block and coupled verification (of chains, and of trees) decode the same prompts in
+At each temperature, rejection, block and coupled verification of chains, and trees, decode the same prompts in
 alternating runs under each of --policies; figures are medians, prefill included, by the clock of --clock. At 0 the
 modes are one. Coupled and greedy texts are compared with those of plain decoding, and near-ties are counted apart.
 Without --prompts the held-out prompts of the embedded corpora are used. Writes docs/results/next_drafters.json, where
@@ -63,7 +63,9 @@ class ModesSettings:
     policies: tuple[PolicyName, ...] = ("fixed",)
     """Verify policies; retrospective is measured in coupled mode alone."""
     trees: tuple[int, ...] = (16,)
-    """Nodes of draft trees, measured in coupled mode: whole, and node by node as far as they are worth their rows."""
+    """Nodes of draft trees, measured whole in coupled mode, and under rejection where the block divides them."""
+    by_node: bool = True
+    """Measure coupled trees node by node too, as far as they are worth their rows; their costs are profiled first."""
     repeats: int = 3
     """Alternating runs at each temperature."""
     slots: int = 1
@@ -170,6 +172,12 @@ def at_temperature(
         for nodes in settings.trees:
             law, whole = settings.sampling(temperature, "coupled"), replace(engine, policy="fixed", tree=nodes)
             ways[f"{shared}, tree {nodes}"] = Decoder(target, drafter, law, whole)
+            # Siblings: as many at each level of a chain, so that only multiples of the block have a form.
+            if temperature and nodes > drafter.config.block_size and nodes % drafter.config.block_size == 0:
+                siblings = settings.sampling(temperature, "rejection"), whole
+                ways[f"rejection, tree {nodes}"] = Decoder(target, drafter, *siblings)
+            if not settings.by_node:
+                continue
             priced = by_node(settings, target, drafter, law, whole, Path(folder) / f"sps-{nodes}.json")
             ways[f"{shared}, tree {nodes} by node"] = Decoder(target, drafter, law, priced)
 
@@ -249,6 +257,7 @@ def summary(settings: ModesSettings, made: dict[str, Any]) -> dict[str, Any]:
     suffixes = {f"rejection, {policy}": "", f"greedy, {policy}": ""}
     suffixes |= {f"{mode}, {policy}": f"_{mode}" for mode in ("block", "coupled")}
     suffixes |= {f"coupled, tree {nodes}": f"_tree_{nodes}_coupled" for nodes in settings.trees}
+    suffixes |= {f"rejection, tree {nodes}": f"_tree_{nodes}_rejection" for nodes in settings.trees}
     suffixes |= {f"greedy, tree {nodes}": f"_tree_{nodes}" for nodes in settings.trees}
     suffixes |= {f"{way} by node": f"{name}_by_node" for way, name in suffixes.items() if ", tree " in way}
 
