@@ -1,6 +1,7 @@
 """The native kernel of a CPU: few rows by a weight, and which products it computes."""
 
 import shutil
+from dataclasses import replace
 from functools import cache
 
 import jax
@@ -12,7 +13,7 @@ from flax import nnx
 from dspark_jax import load_target, native
 from dspark_jax.targets import products
 from dspark_jax.targets.attention import CachedBlock, CausalRows
-from dspark_jax.targets.panels import PanelWeight
+from dspark_jax.targets.panels import Panels, PanelWeight, laid_out
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler: XLA computes all")
 RNG = np.random.default_rng(0)
@@ -52,25 +53,49 @@ def test_products_by_panels_are_those_of_numpy_whatever_the_rows_beside_them(row
     np.testing.assert_array_equal(found[1][-1:], jnp.asarray(x[-1:]) @ panels)
 
 
+@pytest.mark.parametrize("rows", [1, 5, 9, 10])
+def test_panels_of_16_bits_have_the_products_of_wide_ones(rows: int) -> None:
+    """Taken where a weight is the float32 form of bfloat16 numbers, and for no other weight."""
+    x, weight = arrays(rows, 33, 70)
+    assert PanelWeight(jnp.asarray(weight))[...].panels.dtype == jnp.float32
+    rounded = weight.astype(jnp.bfloat16).astype(np.float32)
+    narrow = PanelWeight(jnp.asarray(rounded))[...]
+    assert narrow.panels.dtype == jnp.bfloat16
+    wide = Panels(jnp.asarray(laid_out(rounded)), narrow.outputs)
+    assert wide.panels.dtype == jnp.float32
+    np.testing.assert_array_equal(jnp.asarray(x) @ narrow, jnp.asarray(x) @ wide)
+
+
+def test_shapes_alone_are_taken_for_the_checkpoints_dtype() -> None:
+    """A program that is compiled ahead is the one that an engine runs."""
+    target = load_target("embedded", dtype="float32", tokenizer=False)
+    planned = replace(target, params=jax.eval_shape(lambda: target.params)).for_rounds
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), target.for_rounds.params)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), planned.params) == shapes
+    assert planned.graphdef == target.for_rounds.graphdef
+
+
 def test_engines_read_the_large_matrices_of_a_model_in_panels() -> None:
     """Equal to the model as it was loaded, which stays as it is; a program for an accelerator holds no kernel."""
     target = load_target("embedded", dtype="float32", tokenizer=False)
     made = target.for_rounds
     assert made is target.for_rounds and made.for_rounds.graphdef == made.graphdef != target.graphdef
-    shapes = {x.shape[-1] for x in jax.tree.leaves(made.params) if x.ndim == 3}
-    assert shapes == {native.PANEL} and not any(x.ndim == 3 for x in jax.tree.leaves(target.params))
+    shapes = {(x.shape[-1], x.dtype.name) for x in jax.tree.leaves(made.params) if x.ndim == 3}
+    assert shapes == {(native.PANEL, "bfloat16")} and not any(x.ndim == 3 for x in jax.tree.leaves(target.params))
 
     tokens, positions = jnp.arange(7)[None], jnp.arange(7)[None]
 
-    def hidden(params, graphdef):
+    def logits(params, graphdef):
         model = nnx.merge(graphdef, params)
-        return model(tokens, positions, CausalRows()).hidden
+        return model.logits(model(tokens, positions, CausalRows()).hidden)
 
-    traced = jax.jit(hidden, static_argnums=1).trace(made.params, made.graphdef)
+    # The head too, which is the embedding in the model that was loaded.
+    assert "head_weight_vd" in made.params and "head_weight_vd" not in target.params
+    traced = jax.jit(logits, static_argnums=1).trace(made.params, made.graphdef)
     assert "dspark_jax_Panels" in traced.lower().as_text()
     assert "dspark_jax_Panels" not in traced.lower(lowering_platforms=("tpu",)).as_text()
-    expected = hidden(target.params, target.graphdef)
-    np.testing.assert_allclose(hidden(made.params, made.graphdef), expected, atol=2e-4)
+    expected = logits(target.params, target.graphdef)
+    np.testing.assert_allclose(logits(made.params, made.graphdef), expected, atol=2e-4)
 
 
 def test_a_verify_pass_has_the_bits_of_plain_rounds() -> None:

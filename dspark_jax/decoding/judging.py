@@ -121,8 +121,8 @@ def grown_tree(
     assert loop.tree is not None, "a loop of chains grows no trees"
     draws = draws_of(state)
 
-    def values(logits: Array, level: int) -> Array:
-        return verifier.children(logits, level, noise, draws)
+    def values(logits: Array, level: int, ids: Any = None) -> Array:
+        return verifier.children(logits, level, noise, draws, ids)
 
     return drafter.draft_tree(borrowed_tables(target), state.draft, anchors, draws.anchors, values, loop.tree)
 

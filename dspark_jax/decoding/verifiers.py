@@ -190,9 +190,13 @@ class Coupled:
 
     # Trees
 
-    def children(self, logits: Float[Array, "r f v"], level: int, noise: Any, draws: Draws) -> Float[Array, "r f v"]:
-        """Values by which the children of F nodes are chosen: a node's first child is the drafter's own winner."""
-        return race_values(logits, noise[:, level, None], draws.sampling)
+    def children(
+        self, logits: Float[Array, "r f v"], level: int, noise: Any, draws: Draws, ids: Any = None
+    ) -> Float[Array, "r f v"]:
+        """Values by which the children of F nodes are chosen: a node's first child is the drafter's own winner. The
+        logits are over the token ids `ids`; None: over all of V."""
+        waits = noise[:, level, None]
+        return race_values(logits, waits if ids is None else jnp.take(waits, ids, axis=-1), draws.sampling)
 
     def choices(
         self, tree: DraftTree, logits: Float[Array, "r w v"], noise: Float[Array, "r p v"], draws: Draws

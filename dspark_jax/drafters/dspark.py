@@ -109,9 +109,11 @@ class DSpark(nnx.Module):
         """x_k [R] and its law, from logits over the draft vocabulary, or over the draft ids `ids` [R, C]."""
         vocabulary = self.vocabulary
         # p^d and p^t are laws over the same ids: those of the target.
-        if ids is not None:
-            return sample(logits, k, ids if vocabulary is None else jnp.take(jnp.asarray(vocabulary.ids), ids))
-        return sample(logits if vocabulary is None else vocabulary.spread(logits), k)
+        if vocabulary is not None:
+            # Its ids are candidates: noise and laws over the others would be those of tokens that are never drafted.
+            own = jnp.asarray(vocabulary.ids)
+            ids = jnp.broadcast_to(own, logits.shape) if ids is None else jnp.take(own, ids)
+        return sample(logits, k) if ids is None else sample(logits, k, ids)
 
     def draft_tree(
         self, shared: SharedTables, state: DraftState, anchors: Int[Array, " r"], positions: Int[Array, " r"],
@@ -121,7 +123,7 @@ class DSpark(nnx.Module):
         hidden = self.draft_hidden(shared, state, anchors, positions)
         base, markov = self.base_logits(shared, hidden), self.markov_head
         assert markov is not None, "without a Markov head all parents have the same children"
-        chosen = markov.candidates(base)
+        chosen, own = markov.candidates(base), None if self.vocabulary is None else self.vocabulary.ids
 
         def expand(level: int, tokens: Array, carry: Any) -> tuple[Array, Any]:
             # `hidden` and `base` are of the level alone; what tells siblings' children apart is the Markov term of the
@@ -137,10 +139,9 @@ class DSpark(nnx.Module):
             if ids is not None:
                 # Children are looked for among all ids, of which those that are no candidates come last.
                 logits = jnp.put_along_axis(jnp.full_like(row, -jnp.inf), ids, logits, axis=-1, inplace=False)
-            logits = logits if self.vocabulary is None else self.vocabulary.spread(logits)
-            return values(logits, level), carry
+            return values(logits, level, own), carry
 
-        return grow(anchors, self.block_size, shape, expand, markov.init((*anchors.shape, 1)))
+        return grow(anchors, self.block_size, shape, expand, markov.init((*anchors.shape, 1)), own)
 
     def draft_hidden(
         self, shared: SharedTables, state: Any, anchors: Int[Array, " r"], positions: Int[Array, " r"]
@@ -157,6 +158,10 @@ class DSpark(nnx.Module):
     def base_logits(self, shared: SharedTables, hidden: Float[Array, "*n d"]) -> Float[Array, "*n p"]:
         """U_k, float32, from h_k: the parallel pass's logits over the draft vocabulary."""
         return self._head(shared, self.head_input(hidden))
+
+    def for_panels(self) -> dict[str, tuple[nnx.Module | nnx.Param, bool]]:
+        """Field and matrix of what a CPU's rounds keep in panels, and whether it lies output-first."""
+        return {} if self.vocabulary is None else {"draft_head_pd": (self.draft_head_pd, True)}
 
     def _head(self, shared: SharedTables, hidden: Array) -> Array:
         if self.vocabulary is None:

@@ -33,6 +33,10 @@ class Linear(nnx.Module):
         if bias:
             self.bias_o = param(jnp.zeros((size_out,)), axes[1])
 
+    def for_panels(self) -> dict[str, tuple[nnx.Module | nnx.Param, bool]]:
+        """Field and matrix of what a CPU's rounds keep in panels, and whether it lies output-first."""
+        return {"weight_io": (self.weight_io, False)}
+
     def __call__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
         # Stored input-first, the transpose of a checkpoint's linear.
         out = rows_times(x, self.weight_io[...])
@@ -76,6 +80,10 @@ class MarkovHead(nnx.Module):
         """W_2 latent, float32."""
         # float32, because it is added to float32 logits before the law is taken (rule 8).
         return by_table(latent, self.w2_vr[...])
+
+    def for_panels(self) -> dict[str, tuple[nnx.Module | nnx.Param, bool]]:
+        """Field and matrix of what a CPU's rounds keep in panels, and whether it lies output-first."""
+        return {"w2_vr": (self.w2_vr, True)}
 
     def candidates(self, base: Float[Array, "*n v"]) -> Int[Array, "*n c"] | None:
         """The tokens that may be drafted at each position, from its base logits; None: all of V."""
@@ -162,6 +170,9 @@ class Selector(MarkovHead):
 
     def step(self, state: Any, embedding: Array, hidden: Array) -> tuple[Array, Any]:
         return embedding * self.hidden_projection(hidden), state
+
+    def for_panels(self) -> dict[str, tuple[nnx.Module | nnx.Param, bool]]:
+        return {}  # rows of W_2 are looked up
 
     def candidates(self, base: Float[Array, "*n v"]) -> Int[Array, "*n c"]:
         """The C largest base logits, best first, the lower id on ties."""

@@ -20,8 +20,9 @@ from dspark_jax.targets.layers import head_logits
 # (logits [R, V] float32, block offset k) -> (tokens [R] int32, the law they were drawn from: leaves [R, ...], or None
 # where verification needs none). A drafter with candidates gives their logits [R, C] and, third, their ids [R, C].
 SampleFn = Callable[..., tuple[Array, Any]]
-# (logits [R, F, V] float32 of F nodes, level k) -> values [R, F, V] by which their children are chosen.
-ChildFn = Callable[[Array, int], Array]
+# (logits [R, F, V] float32 of F nodes, level k) -> values [R, F, V] by which their children are chosen; of a pruned
+# vocabulary logits [R, F, P] with, third, its ids [P].
+ChildFn = Callable[..., Array]
 DraftState = Any
 
 

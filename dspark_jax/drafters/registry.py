@@ -211,7 +211,7 @@ class Drafter:
     @cached_property
     def for_rounds(self) -> "Drafter":
         """The same drafter with its matrices as this device's products read them fastest (as in `Target`)."""
-        graphdef, params = in_panels(self.graphdef, self.params)
+        graphdef, params = in_panels(self.graphdef, self.params, self.hf_config)
         return replace(self, graphdef=graphdef, params=params)
 
     def model(self, params: dict) -> Any:

@@ -1,9 +1,8 @@
 """A pruned draft vocabulary: the target ids that a drafter can draft.
 
 The head and the Markov head's output table have rows for these ids alone; embeddings keep the whole vocabulary, since
-any committed token may precede a draft. Logits are spread over the whole vocabulary, with -inf elsewhere, before
-anything is drawn from them: verification then receives the very law that a draft was drawn from, and every acceptance
-rule stays exact.
+any committed token may precede a draft. Its ids are the candidates of every draft: verification receives the very law
+that a draft was drawn from, over them alone, and every acceptance rule stays exact.
 
 Axes: *n any leading axes, V target vocabulary, P draft vocabulary.
 """
@@ -82,14 +81,7 @@ class DraftVocabulary:
     @cached_property
     def _rows(self) -> np.ndarray:
         """int32 [V]: the draft id of a target id, P for those that are never drafted."""
-        # P is one past the last draft id: the column that `spread` fills with -inf.
         return np.where(self.member, np.cumsum(self.member) - 1, self.size).astype(np.int32)
-
-    def spread(self, logits: Float[Array, "*n p"]) -> Float[Array, "*n v"]:
-        """Logits over the target's vocabulary, -inf where nothing is drafted."""
-        # A gather, because XLA:CPU runs a scatter one row after the other; target ids outside read entry P, -inf.
-        outside = jnp.full((*logits.shape[:-1], 1), -jnp.inf, logits.dtype)
-        return jnp.take(jnp.concatenate([logits, outside], axis=-1), self._rows, axis=-1)
 
     def restrict(self, values: Float[Array, "*n v"]) -> Float[Array, "*n p"]:
         """The entries of draft ids."""

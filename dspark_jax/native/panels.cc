@@ -1,5 +1,6 @@
 // Products of float32 rows by a weight that is kept in panels, for the rounds and the prefills of a CPU: x [N, K] by
 // panels [T, K, 48], of which panel t holds the columns 48 t .. 48 t + 47 of the weight, the last one filled up by zeros.
+// The weight is float32, or bfloat16 and then widened as it is read: half the bytes, and the products are the same.
 //
 // A panel is read from its first number to its last, whatever the weight's width, with all sums in registers. A row's
 // sums are added in an order of their own, so that they do not depend on the other rows, on their number, or on threads.
@@ -16,38 +17,39 @@ namespace ffi = xla::ffi;
 namespace {
 
 using Matrix = ffi::Buffer<ffi::F32, 2>;
-using Stack = ffi::Buffer<ffi::F32, 3>;
 
 constexpr int64_t kPanel = 48;
 
 // Registers for the sums of so many rows by so many columns, and for a row of the panel.
 #if defined(__AVX512F__)
-constexpr int64_t kRows = 8, kWide = 3;
+constexpr int64_t kRows = 9, kWide = 3;
 #else
 constexpr int64_t kRows = 6, kWide = 1;
 #endif
-// Rows of the panel between the one that is multiplied and the one that is sent for.
-constexpr int64_t kAhead = 48;
+// Bytes of the panel between the row that is multiplied and the one that is sent for.
+constexpr int64_t kAhead = 9216;
 
+template <typename Weight>
 struct Product {
   const float* x;
-  const float* panels;
+  const Weight* panels;
   float* y;
   int64_t rows, inputs, outputs;
 };
 
 // R rows of the result from row `first` on, in the columns of a panel.
-template <int R>
-void by_panel(const Product& p, int64_t first, int64_t panel) {
+template <typename Weight, int R>
+void by_panel(const Product<Weight>& p, int64_t first, int64_t panel) {
+  constexpr int64_t ahead = kAhead / (kPanel * sizeof(Weight)) * kPanel;
   const float* x = p.x + first * p.inputs;
   for (int64_t at = 0; at < kPanel; at += kWide * kLanes) {
-    const float* weight = p.panels + panel * p.inputs * kPanel + at;
+    const Weight* weight = p.panels + panel * p.inputs * kPanel + at;
     Lanes sums[R][kWide] = {};
     for (int64_t k = 0; k < p.inputs; ++k) {
       Lanes part[kWide];
       for (int c = 0; c < kWide; ++c) {
         // Past the last rows this asks for memory behind the panels, which a prefetch may.
-        __builtin_prefetch(weight + (k + kAhead) * kPanel + c * kLanes);
+        __builtin_prefetch(weight + k * kPanel + c * kLanes + ahead);
         part[c] = load(weight + k * kPanel + c * kLanes);
       }
       for (int r = 0; r < R; ++r)
@@ -70,18 +72,20 @@ void by_panel(const Product& p, int64_t first, int64_t panel) {
   }
 }
 
-using Kernel = void (*)(const Product&, int64_t, int64_t);
-template <typename Numbers>
+template <typename Weight, typename Numbers>
 struct Kernels;
-template <int... R>
-struct Kernels<std::integer_sequence<int, R...>> {
-  static constexpr Kernel of[] = {by_panel<R + 1>...};
+template <typename Weight, int... R>
+struct Kernels<Weight, std::integer_sequence<int, R...>> {
+  using Kernel = void (*)(const Product<Weight>&, int64_t, int64_t);
+  static constexpr Kernel of[] = {by_panel<Weight, R + 1>...};
 };
-using ByPanel = Kernels<std::make_integer_sequence<int, kRows>>;
 
-ffi::Error panels(ffi::ThreadPool pool, Matrix x, Stack weight, ffi::Result<Matrix> y) {
+template <typename Weight>
+ffi::Error by_panels(ffi::ThreadPool& pool, Matrix x, ffi::AnyBuffer weight, ffi::Result<Matrix> y) {
+  using ByPanel = Kernels<Weight, std::make_integer_sequence<int, kRows>>;
   const int64_t rows = x.dimensions()[0], inputs = x.dimensions()[1], outputs = y->dimensions()[1];
-  const Product p{x.typed_data(), weight.typed_data(), y->typed_data(), rows, inputs, outputs};
+  const auto* numbers = static_cast<const Weight*>(weight.untyped_data());
+  const Product<Weight> p{x.typed_data(), numbers, y->typed_data(), rows, inputs, outputs};
 
   // Rows in groups of nearly equal size: from the second on, a panel comes from a cache.
   const int64_t groups = (rows + kRows - 1) / kRows, count = weight.dimensions()[0];
@@ -98,7 +102,12 @@ ffi::Error panels(ffi::ThreadPool pool, Matrix x, Stack weight, ffi::Result<Matr
   return ffi::Error::Success();
 }
 
+ffi::Error panels(ffi::ThreadPool pool, Matrix x, ffi::AnyBuffer weight, ffi::Result<Matrix> y) {
+  const bool narrow = weight.element_type() == ffi::BF16;
+  return narrow ? by_panels<uint16_t>(pool, x, weight, y) : by_panels<float>(pool, x, weight, y);
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Panels, panels,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Matrix>().Arg<Stack>().Ret<Matrix>());
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Matrix>().Arg<ffi::AnyBuffer>().Ret<Matrix>());

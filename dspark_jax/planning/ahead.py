@@ -116,11 +116,11 @@ class EnginePrograms:
         if self.drafter is None:
             return
         # A drafter's frozen copies are compared with the target's tables, in some rows.
-        for name in ("embed_weight_vd", "head_weight_vd"):
-            table = self.target.params.get(name)
-            if table is not None:
-                rows = shapes_of(sampled_rows(table.shape[0]))
-                yield f"loading: rows of {name}", partial(rows_of.trace, self._placed(table), rows)
+        # Of both by the embedding's shape: rounds may read the head in another form.
+        table = self.target.params["embed_weight_vd"]
+        for name in ("embedding",) if self.target.config.tie_word_embeddings else ("embedding", "head"):
+            rows = shapes_of(sampled_rows(table.shape[0]))
+            yield f"loading: rows of the {name}", partial(rows_of.trace, self._placed(table), rows)
 
     def _loops(self) -> Iterator[tuple[str, DecodeLoop, ScheduleTables | None]]:
         """The loops by name, with the tables that they read. "auto" may find at its start that drafting cannot pay."""

@@ -129,7 +129,15 @@ class DecoderModel(nnx.Module):
 
     def head_weight(self) -> Float[Array, "v d"]:
         """The output head, tied or not: the frozen copy that drafters and losses use."""
-        return self.embed_weight_vd[...] if self.tied else self.head_weight_vd[...]
+        return self._head()[...]
+
+    def for_panels(self) -> dict[str, tuple[nnx.Module | nnx.Param, bool]]:
+        """Field and matrix of what a CPU's rounds keep in panels, and whether it lies output-first."""
+        return {"head_weight_vd": (self._head(), True)}
+
+    def _head(self) -> Any:
+        # A tied model has a head of its own where that is kept in panels.
+        return self.head_weight_vd if hasattr(self, "head_weight_vd") else self.embed_weight_vd
 
     def logits(self, hidden: Float[Array, "*n d"]) -> Float[Array, "*n v"]:
         """float32 logits of final-normed hidden states, soft-capped where the config caps them."""

@@ -69,7 +69,7 @@ def head_logits(hidden: Float[Array, "*n d"], head: Float[Array, "v d"], softcap
         columns = product("vd,nd->vn", weight, rows)
         return jax.lax.optimization_barrier(columns).T[:count].reshape(*x.shape[:-1], -1)
 
-    if math.prod(hidden.shape[:-1]) <= FEW_ROWS:
+    if math.prod(hidden.shape[:-1]) <= FEW_ROWS and isinstance(head, jax.Array):
         # Chosen at lowering, so that a program exported from a CPU for an accelerator gets the accelerator's form.
         logits = jax.lax.platform_dependent(hidden, head, cpu=as_columns, default=by_table)
     else:

@@ -35,8 +35,11 @@ def product(equation: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Fl
     return _narrow(equation, a, b) if narrow else _wide(equation, a, b)
 
 
-def by_table(rows: Float[Array, "*n d"], table: Float[Array, "v d"]) -> Float[Array, "*n v"]:
-    """float32 [*n, V]: the products of rows with every row of a table, an output head or a Markov table."""
+def by_table(rows: Float[Array, "*n d"], table: Any) -> Float[Array, "*n v"]:
+    """float32 [*n, V]: the products of rows with every row of a table [V, D], an output head or a Markov table."""
+    # What stands in for a table, its columns in panels, multiplies by itself.
+    if not isinstance(table, jax.Array):
+        return rows @ table
     # A single row is no matrix to XLA, which then multiplies and sums elements in float32: on a GPU the whole table is
     # first written so. With a row of zeros beside it, it stays a product of the operands as they lie.
     alone = math.prod(rows.shape[:-1]) == 1 and rows.dtype == jnp.bfloat16

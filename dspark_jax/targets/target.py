@@ -36,7 +36,7 @@ class Target:
     @cached_property
     def for_rounds(self) -> "Target":
         """The same model with its matrices as this device's products read them fastest; kept for every engine."""
-        graphdef, params = in_panels(self.graphdef, self.params)
+        graphdef, params = in_panels(self.graphdef, self.params, self.hf_config)
         return replace(self, graphdef=graphdef, params=params)
 
     def model(self, params: dict) -> TargetModel:

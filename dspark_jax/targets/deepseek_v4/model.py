@@ -75,6 +75,10 @@ class V4Model(nnx.Module):
         """The output head, never tied in V4."""
         return self.head_weight_vd[...]
 
+    def for_panels(self) -> dict[str, tuple[nnx.Module | nnx.Param, bool]]:
+        """Field and matrix of what a CPU's rounds keep in panels, and whether it lies output-first."""
+        return {"head_weight_vd": (self.head_weight_vd, True)}
+
     def logits(self, hidden: Float[Array, "*n d"]) -> Float[Array, "*n v"]:
         """float32 logits of final-normed hidden states."""
         return head_logits(hidden, self.head_weight_vd[...], None)
