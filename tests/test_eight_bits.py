@@ -1,7 +1,9 @@
 """Weights in 8 bits: what they round, that a pair of such weights is decoded losslessly, and what is refused."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +14,16 @@ from dspark_jax.checkpoints.drafters import load_drafter, save_drafter
 from dspark_jax.checkpoints.huggingface import load_target, save_target
 from dspark_jax.errors import UserError
 from dspark_jax.serving.generate import generate
+from dspark_jax.serving.requests import Generation
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.targets.attention import CausalRows
 from dspark_jax.targets.eight_bits import Bits, CodedMatrix, coded, in_eight_bits
 from dspark_jax.targets.target import Target
 from infer import calibrate, evaluate, profile
+from infer.studies import weights
 from tests.decoding_tiny import prompts, tiny_pair
-from tests.test_infer_programs import refused
+from tests.test_infer_programs import refused, write_drafter
 from tests.tiny import write_tiny_target
 
 
@@ -116,3 +120,50 @@ def test_a_pair_in_eight_bits_is_not_saved(tmp_path: Path, bits: Bits) -> None:
     assert not any(tmp_path.iterdir())
     with pytest.raises(UserError, match="loaded 'stored' or in 'int8' or 'fp8', not 'int4'"):
         load_drafter(tmp_path, target, weights="int4")  # type: ignore[arg-type]
+
+
+def test_they_are_compared_with_the_stored_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tiny_target(tmp_path / "target")
+    write_drafter(tmp_path / "target", tmp_path / "drafter")
+    (tmp_path / "prompts.jsonl").write_text('{"turns": ["one"]}\n{"turns": ["two words"]}\n')
+
+    def decoded(_: Any, target: Target, drafter: Any, prompts: Any, temperature: float) -> tuple[Generation, ...]:
+        # Of the pair in int8 the second answer is another.
+        last = 4 + (target.name.endswith("int8") and temperature == 0)
+        assert drafter.name.split(" in ")[1:] == target.name.split(" in ")[1:] and len(prompts) == 2
+        rounds = {"stored": 10, "int8": 12, "fp8": 15}[(target.name.split(" in ") + ["stored"])[1]]
+        return tuple(
+            Generation(i, (1,), (3, 2, last * i), "", "length", rounds, 30, (10,), (9,), (10,)) for i in range(2)
+        )
+
+    monkeypatch.setattr(weights, "decoded", decoded)
+    results = tmp_path / "weights.json"
+    results.write_text('{"another": {}}')
+    words = ["--target", str(tmp_path / "target"), "--drafter", str(tmp_path / "drafter"), "--name", "tiny"]
+    weights.main([*words, "--prompts", str(tmp_path / "prompts.jsonl"), "--results", str(results)])
+
+    found = json.loads(results.read_text())
+    assert set(found) == {"another", "tiny"}
+    stored, int8, fp8 = (found["tiny"][kind] for kind in weights.KINDS)
+    assert [row["t1"]["tau"] for row in (stored, int8, fp8)] == [3.0, 2.5, 2.0]
+    assert [row["texts_as_stored"] for row in (stored, int8, fp8)] == [2, 1, 2] and stored["prompts"] == 2
+    assert (
+        stored["logits"]["tokens"] == 6
+        and stored["logits"]["largest_error"] == 0 == stored["logits"]["divergence_nats"]
+    )
+    # Finer codes have the smaller error.
+    assert 0 < int8["logits"]["divergence_nats"] < fp8["logits"]["divergence_nats"]
+    assert stored["megabytes"] > int8["megabytes"] == fp8["megabytes"]
+    assert "same best token" in capsys.readouterr().out
+    with pytest.raises(UserError, match="expected 0 among them"):
+        weights.WeightsSettings(temperatures=(1.0,))
+
+
+def test_laws_are_compared_by_divergence_and_variation() -> None:
+    expected, found = np.log([[0.5, 0.5]] * 2), np.log([[0.25, 0.75], [0.5, 0.5]])
+    figures = weights.compared(found, expected)
+    assert figures["total_variation"] == pytest.approx(0.125)
+    assert figures["divergence_nats"] == pytest.approx((0.5 * np.log(2) + 0.5 * np.log(2 / 3)) / 2)
+    assert figures["same_best_token"] == 0.5 and figures["tokens"] == 2

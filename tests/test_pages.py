@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspark_jax.serving.memory import PagePool
+from dspark_jax.serving.page_pool import PagePool
 from dspark_jax.targets.attention import KeysValues, causal_block, prefix_block_attention, prefix_mask
 from dspark_jax.targets.kv_cache import ByPage, append_rows, empty_cache, insert_rows, take_slots
 from dspark_jax.targets.pages import PagedCache, with_tables
@@ -97,26 +97,75 @@ def test_a_request_writes_to_its_own_pages_alone() -> None:
 # The pool
 
 
+def pool_of(pages: int = 20, slots: int = 4) -> PagePool:
+    return PagePool.of(ByPage(pages, PAGE), slots, 64)
+
+
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 60)), max_size=40))
 @settings(max_examples=60, deadline=None)
 def test_no_page_has_two_owners_and_none_is_lost(calls: list[tuple[int, int]]) -> None:
     """Slots grow (to so many positions) and are emptied (0), in any order."""
-    pool, held = PagePool.of(ByPage(20, PAGE), 4, 64), [0] * 4
+    pool, held = pool_of(), [0] * 4
     for slot, positions in calls:
-        before = pool.tables.copy()
+        before, pool.changed = pool.tables.copy(), False
         if positions == 0:
-            assert pool.release(slot) == (held[slot] > 0)
+            pool.release(slot)
             held[slot] = 0
         else:
             wanted = max(-(-positions // PAGE), held[slot])
             fits = wanted - held[slot] <= pool.free
             assert pool.grow(slot, positions) == fits
             held[slot] = wanted if fits else held[slot]
-            assert fits or np.array_equal(before, pool.tables), "what does not fit changes nothing"
 
         owned = [row[:count].tolist() for row, count in zip(pool.tables, held, strict=True)]
         pages = [page for row in owned for page in row]
         assert len(set(pages)) == len(pages) == 20 - pool.free and all(0 <= page < 20 for page in pages)
         assert all((row[count:] == 20).all() for row, count in zip(pool.tables, held, strict=True))
+        assert pool.changed or np.array_equal(before, pool.tables), "what does not fit changes nothing"
         # However scattered they are, all free pages can be had.
         assert all(pool.needed(s, 64) == 8 - count for s, count in enumerate(held))
+
+
+def test_shared_pages_are_counted_once_and_freed_by_the_last() -> None:
+    pool = pool_of()
+    assert pool.grow(0, 30)
+    kept = pool.keep(0, 0, 24)
+    assert kept == tuple(pool.tables[0, :3]) and pool.free == 16 and pool.shared == 0
+    # A slot that has pages already is given the kept ones in their place.
+    assert pool.grow(1, 10)
+    for slot in (1, 2):
+        pool.begin(slot, kept)
+        assert pool.grow(slot, 40) and pool.tables[slot, :3].tolist() == list(kept)
+    assert pool.free == 20 - 4 - 2 - 2 and pool.shared == 3
+
+    pool.release(0)
+    pool.release(2)
+    assert pool.free == 20 - 3 - 2 and pool.shared == 0 and pool.used(kept)
+    # Dropped while a slot has them, they stay with it and with no other.
+    pool.drop(kept)
+    assert pool.kept == 0 and pool.tables[1, :3].tolist() == list(kept)
+    assert (
+        pool.grow(0, 64) and pool.grow(2, 56) and not set(kept) & {*pool.tables[0].tolist(), *pool.tables[2].tolist()}
+    )
+    for slot in range(3):
+        pool.release(slot)
+    assert pool.free == 20 and pool.grow(3, 64)
+
+
+def test_kept_pages_are_handed_out_last() -> None:
+    """And only once they are given up."""
+    pool, asked = pool_of(6), list[int]()
+    assert pool.grow(0, 40)
+    kept = pool.keep(0, 0, 16), pool.keep(0, 16, 32)
+    pool.release(0)
+    assert pool.free == 6 and pool.kept == 4
+
+    def give_up() -> None:
+        pool.drop(kept[len(asked)])
+        asked.append(pool.kept)
+
+    pool.give_up = give_up
+    assert pool.grow(1, 16) and not asked
+    assert pool.grow(2, 8) and asked == [2] and pool.free == 3
+    assert not pool.grow(3, 40) and asked == [2]
+    assert pool.grow(3, 24) and asked == [2, 0] and pool.free == 0

@@ -18,7 +18,7 @@ from dspark_jax.serving import prefixes as prefixes_module
 from dspark_jax.serving.chunks import plan_chunks, prompt_bucket
 from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.jobs import Job
-from dspark_jax.serving.prefixes import PrefixCache
+from dspark_jax.serving.prefixes import Kept, PrefixCache
 from dspark_jax.serving.requests import Counts, Generation, Request
 from dspark_jax.serving.roster import Entry
 from dspark_jax.serving.sampling import SamplingParams
@@ -227,7 +227,7 @@ def test_a_kept_chunk_that_the_target_fails_on_fails_again() -> None:
 
 def test_chunks_are_found_by_all_the_tokens_before_them() -> None:
     kept = PrefixCache(10**6, 2)
-    chunk = KeptChunk(np.zeros(2), np.zeros(()), np.zeros(3), ())
+    chunk = Kept.of(KeptChunk(np.zeros(2), np.zeros(()), np.zeros(3), ()))
     for end in (2, 4):
         kept.add((1, 2, 3, 4)[:end], chunk)
     kept.add((9, 9), chunk)
@@ -256,9 +256,9 @@ def test_what_a_request_prefilled_itself_is_not_spared_when_it_goes_on(monkeypat
 
 
 def test_a_mesh_is_refused() -> None:
-    mesh = jax.make_mesh((1,), ("data",))
+    loop: Any = SimpleNamespace(mesh=jax.make_mesh((1,), ("data",)))
     with pytest.raises(UserError, match="leave prefix_cache at 0 on a mesh"):
-        PrefixCache.of(EngineConfig(prefix_cache=1), mesh)
-    assert PrefixCache.of(EngineConfig(), mesh) is None
+        PrefixCache.of(EngineConfig(prefix_cache=1), loop, None, None, None)  # type: ignore[arg-type]
+    assert PrefixCache.of(EngineConfig(), loop, None, None, None) is None  # type: ignore[arg-type]
     with pytest.raises(UserError, match="has prefix_cache = -1, which is out of range"):
         engine_of("dspark", kept=-1)

@@ -2,7 +2,8 @@
 
 A chunk's copy holds everything that prefilling it has changed in its slot: its tokens, its positions of the target's
 cache and of the drafter's state, and whole those leaves that have no axis of positions, such as rings. To restore a
-prompt's chunks one after the other is to have prefilled them.
+prompt's chunks one after the other is to have prefilled them. Where whole pages hold a chunk, its keys and values can
+stay there, in pages that other slots are given too.
 
 Axes: R request slots, S positions of a slot, C tokens of a chunk, G kv heads, H head dim.
 """
@@ -29,7 +30,8 @@ class KeptChunk(NamedTuple):
         tokens: [C] int32.
         failed: [] bool: the target gave no finite numbers up to here.
         target_cache, draft: the state's trees without the slot axis; keys and values [G, C + 1, H] begin one position
-            before the chunk, since a drafter may complete that row only when it sees the chunk's first token.
+            before the chunk, since a drafter may complete that row only when it sees the chunk's first token; () in
+            place of a cache whose pages are shared.
     """
 
     tokens: Array
@@ -43,9 +45,14 @@ class KeptChunk(NamedTuple):
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
 
-@partial(jax.jit, static_argnums=(0, 4))
+@partial(jax.jit, static_argnums=(0, 4, 5))
 def keep_chunk(
-    loop: DecodeLoop, state: DecodeState, slot: Int[Array, ""], start: Int[Array, ""], width: int
+    loop: DecodeLoop,
+    state: DecodeState,
+    slot: Int[Array, ""],
+    start: Int[Array, ""],
+    width: int,
+    shared: bool,
 ) -> KeptChunk:
     """Copy a chunk that has just been prefilled, before any round or later chunk.
 
@@ -55,11 +62,12 @@ def keep_chunk(
         slot: of the request.
         start: position of the chunk.
         width: its tokens, all of them real.
+        shared: leave out what lies in pages.
     """
 
     def copied(leaf: Any, positions: bool) -> Any:
         if isinstance(leaf, PagedCache):
-            return leaf.positions(slot, _first_row(start), width + 1)
+            return () if shared else leaf.positions(slot, _first_row(start), width + 1)
         # Leaves without an axis of positions are copied whole: of a ring, say, the chunk may have changed any row.
         at: list[Any] = [slot, *[0] * (leaf.ndim - 1)]
         shape = [1, *leaf.shape[1:]]
@@ -78,7 +86,8 @@ def keep_chunk(
 def restore_chunk(
     loop: DecodeLoop, state: DecodeState, kept: KeptChunk, slot: Int[Array, ""], start: Int[Array, ""]
 ) -> DecodeState:
-    """Write a kept chunk into a slot that holds the positions before it. The slot stays inactive.
+    """Write a kept chunk into a slot that holds the positions before it, and its pages where they are shared. The slot
+    stays inactive.
 
     Args:
         loop: static part.
@@ -90,7 +99,8 @@ def restore_chunk(
 
     def written(leaf: Any, positions: bool, part: Any) -> Any:
         if isinstance(leaf, PagedCache):
-            return leaf.inserted(jax.tree.map(lambda x: x[None], part), slot[None], _first_row(start)[None])
+            rows = jax.tree.map(lambda x: x[None], part)
+            return leaf.inserted(rows, slot[None], _first_row(start)[None]) if rows else leaf
         # The same places as in `keep_chunk`.
         at: list[Any] = [slot, *[0] * (leaf.ndim - 1)]
         if positions:

@@ -30,6 +30,7 @@ from dspark_jax.scheduling.costs import Occupancy, ScheduleTables
 from dspark_jax.scheduling.policies import PolicyState
 from dspark_jax.serving.assembly import costs_of, make_loop
 from dspark_jax.serving.chunks import blank_chunk, chunk_widths
+from dspark_jax.serving.prefixes import shares_pages
 from dspark_jax.serving.profiling import CONTEXTS, draft_passes, flat_tables
 from dspark_jax.serving.sampling import Mode
 from dspark_jax.serving.settings import EngineConfig, check_engine, policy_named, verifier_of
@@ -177,9 +178,10 @@ class EnginePrograms:
             yield name, partial(record_rounds.trace, loop.alone, bare, apart, occupancy, rounds)
 
     def _prefixes(self, loop: DecodeLoop, state: DecodeState) -> Iterator[tuple[str, Traced]]:
-        width, at = self.config.prefill_chunk, (_scalar(jnp.int32), _scalar(jnp.int32))
-        yield "a chunk kept", partial(keep_chunk.trace, loop, state, *at, width)
-        kept = self._placed(jax.eval_shape(lambda s, *a: keep_chunk(loop, s, *a, width), state, *at))
+        at, width = (_scalar(jnp.int32), _scalar(jnp.int32)), self.config.prefill_chunk
+        shared = shares_pages(self.config, None if loop.drafter is None else self.drafter)
+        yield "a chunk kept", partial(keep_chunk.trace, loop, state, *at, width, shared)
+        kept = self._placed(jax.eval_shape(lambda s, *a: keep_chunk(loop, s, *a, width, shared), state, *at))
         yield "a chunk restored", partial(restore_chunk.trace, loop, state, kept, *at)
 
     def _placed(self, tree: Any) -> Any:

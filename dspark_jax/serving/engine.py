@@ -93,7 +93,7 @@ class Engine:
 
         self.state = init_state(self.loop, self.params)
         self.memory = memory_of(self.loop, self.config.rounds_per_dispatch)
-        self.prefixes = PrefixCache.of(self.config, self.loop.mesh)
+        self.prefixes = PrefixCache.of(self.config, self.loop, self.state, self.memory.pool, self.drafter)
         self._roster = Roster()
         self._stepping = threading.RLock()
         self._seats: dict[int, Entry] = {}  # by slot: requests on the device, cancelled ones included
@@ -202,8 +202,8 @@ class Engine:
         if self._roster.unsettled:
             # The state was donated to a call whose result never came: all requests start again, in a new state.
             self._seats.clear()
-            # A failure may have been one of memory, of which the kept chunks hold some.
-            if self._failures and self.prefixes is not None:
+            # A failure may have been one of memory, of which the kept chunks hold some; pages went with the state.
+            if self.prefixes is not None and (self._failures or self.prefixes.pool is not None):
                 self.prefixes.clear()
             self.state = None  # type: ignore[assignment]  # first, so that two never fill the memory
             self.state = init_state(self.loop, self.params)
@@ -288,6 +288,7 @@ class Engine:
         # Prompts that have just been seated begin with the chunks that are kept of them.
         if self.prefixes is not None:
             self.state = self.prefixes.begin(self.loop, self.state, self._seats)
+        self.state = self.memory.placed(self.state)
         budget = self.config.prefill_budget if decoding else None
         keeps = self.prefixes is not None
         plan = plan_chunks(self.config, self.loop.size, self._seats, budget, keeps)
@@ -317,13 +318,12 @@ class Engine:
         now = time.perf_counter()
         free = [slot for slot in range(self.config.slots) if slot not in self._seats]
         for slot, entry in zip(free, self._roster.queue(now), strict=False):
+            begins = [] if self.prefixes is None else self.prefixes.pages(entry.running.prompt)
             # A shorter request behind it has to wait, too: else this one might wait for ever.
-            if not self.memory.admit(slot, entry, self._seats):
+            if not self.memory.admit(slot, entry, self._seats, begins):
                 break
             self._seats[slot], entry.slot = entry, slot
             entry.admitted = now if entry.admitted is None else entry.admitted  # kept when it is seated again
-
-        self.state = self.memory.placed(self.state)
 
     def _prefill(self, width: int, slots: list[int], rows: int) -> None:
         """Prefill the next chunk, of `width` positions, of the prompts in `slots`; the first is repeated up to `rows`

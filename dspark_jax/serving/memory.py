@@ -1,12 +1,13 @@
 """Which requests the caches have room for: all that find a slot, or those whose positions find pages.
 
-Pages are handed out between dispatches, by the host alone. A request enters with pages for its prompt and the dispatch
-behind it, and gets more before each dispatch. When none is left, the request whose turn comes last gives up its own and
-goes back to the queue, to go on later as if nothing had been (docs/engine.md).
+Pages are handed out between dispatches, by the host alone. A request enters with pages for its prompt, those of a kept
+prefix among them, and for the dispatch behind it, and gets more before each dispatch. When none is left, the request
+whose turn comes last gives up its own and goes back to the queue, to go on later as if nothing had been
+(docs/engine.md).
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import jax
@@ -15,6 +16,7 @@ from jax.sharding import Mesh
 
 from dspark_jax.decoding.round import DecodeLoop
 from dspark_jax.decoding.state import DecodeState
+from dspark_jax.serving.page_pool import PagePool
 from dspark_jax.serving.roster import Entry
 from dspark_jax.sharding import replicated
 from dspark_jax.targets.kv_cache import ByPage
@@ -29,11 +31,15 @@ Seats = Mapping[int, Entry]
 class Memory(Protocol):
     """An engine's view of its caches' memory.
 
-    preempted: requests that had to leave their slots, since the engine was made. share: the part of the memory in use,
-    0 to 1, where `held` positions are. figures: further gauges, by name: their help and value.
+    preempted: requests that had to leave their slots, since the engine was made. pool: the pages; None where there are
+    none. share: the part of the memory in use, 0 to 1, where `held` positions are. figures: further gauges, by name:
+    their help and value.
     """
 
     preempted: int
+
+    @property
+    def pool(self) -> PagePool | None: ...
 
     def settle(self, seats: Seats) -> list[int]:
         """Free what requests that left have held, and give those in `seats` what their next dispatch may need.
@@ -43,8 +49,9 @@ class Memory(Protocol):
         """
         ...
 
-    def admit(self, slot: int, entry: Entry, seats: Seats) -> bool:
-        """Give a request what it needs to enter a slot beside those in `seats`, if there is as much."""
+    def admit(self, slot: int, entry: Entry, seats: Seats, begins: Sequence[int] = ()) -> bool:
+        """Give a request what it needs to enter a slot beside those in `seats`, if there is as much. `begins`: kept
+        pages that its prompt begins with."""
         ...
 
     def placed(self, state: DecodeState) -> DecodeState:
@@ -66,11 +73,12 @@ class SlotMemory:
 
     positions: int  # of all slots together
     preempted: int = 0
+    pool: None = None
 
     def settle(self, seats: Seats) -> list[int]:
         return []
 
-    def admit(self, slot: int, entry: Entry, seats: Seats) -> bool:
+    def admit(self, slot: int, entry: Entry, seats: Seats, begins: Sequence[int] = ()) -> bool:
         return True
 
     def placed(self, state: DecodeState) -> DecodeState:
@@ -84,64 +92,6 @@ class SlotMemory:
 
     def figures(self) -> dict[str, tuple[str, float]]:
         return {}
-
-
-@dataclass
-class PagePool:
-    """Hands out pages to slots: the allocator alone, which knows no request.
-
-    Attributes:
-        count: pages of the pool, numbered from 0 on.
-        page: positions of a page.
-        tables: [R, N] int32: the pages of each slot in the order of its positions; `count` behind the last one.
-    """
-
-    count: int
-    page: int
-    tables: np.ndarray
-    _free: list[int] = field(init=False, repr=False)
-    _held: list[int] = field(init=False, repr=False)  # pages of each slot
-
-    def __post_init__(self) -> None:
-        self.clear()
-
-    @classmethod
-    def of(cls, layout: ByPage, slots: int, size: int) -> "PagePool":
-        """The pool of a loop with so many slots, for up to `size` positions each."""
-        return cls(layout.count, layout.page, np.empty((slots, -(-size // layout.page)), np.int32))
-
-    @property
-    def free(self) -> int:
-        """Pages that no slot has."""
-        return len(self._free)
-
-    def needed(self, slot: int, positions: int) -> int:
-        """Pages that the slot lacks to hold so many positions."""
-        return max(-(-positions // self.page) - self._held[slot], 0)
-
-    def grow(self, slot: int, positions: int) -> bool:
-        """Give the slot pages for so many positions; False, and nothing is given, if too few are free."""
-        more = self.needed(slot, positions)
-        if more > self.free:
-            return False
-        held = self._held[slot]
-        # Pages are alike, so that there are no gaps to look for: any free one does.
-        self.tables[slot, held : held + more] = [self._free.pop() for _ in range(more)]
-        self._held[slot] = held + more
-        return True
-
-    def release(self, slot: int) -> bool:
-        """Free the slot's pages; whether it had any."""
-        held, self._held[slot] = self._held[slot], 0
-        self._free += self.tables[slot, :held].tolist()
-        self.tables[slot] = self.count
-        return held > 0
-
-    def clear(self) -> None:
-        """Free all pages."""
-        self.tables[:] = self.count
-        # Handed out from the end: the first page first.
-        self._free, self._held = list(range(self.count))[::-1], [0] * len(self.tables)
 
 
 @dataclass
@@ -159,12 +109,11 @@ class PagedMemory:
     reach: int
     mesh: Mesh | None = None
     preempted: int = 0
-    _stale: bool = True  # whether the device has other tables
 
     def settle(self, seats: Seats) -> list[int]:
         for slot in range(len(self.pool.tables)):
             if slot not in seats:
-                self._release(slot)
+                self.pool.release(slot)
 
         # The first in turn get theirs first, from the last in turn where none is left: the first of all always goes on,
         # since `require_room` has made sure that it fits alone.
@@ -173,34 +122,36 @@ class PagedMemory:
         while turns:
             slot = turns.pop(0)
             wanted = self._wanted(seats[slot]) if seats[slot].decoding else 0
-            while not self._grow(slot, wanted):
+            while not self.pool.grow(slot, wanted):
                 # It gives up its own pages where all that are left have come before it.
                 leaving.append(turns.pop() if turns else slot)
-                self._release(leaving[-1])
+                self.pool.release(leaving[-1])
                 if leaving[-1] == slot:
                     break
 
         self.preempted += len(leaving)
         return leaving
 
-    def admit(self, slot: int, entry: Entry, seats: Seats) -> bool:
+    def admit(self, slot: int, entry: Entry, seats: Seats, begins: Sequence[int] = ()) -> bool:
+        # First, so that they are neither counted as free nor given up for the others.
+        self.pool.begin(slot, begins)
         # Some pages are left for those in slots: one of them may need one soon, and would turn this one out again.
         positions, spare = self._wanted(entry), -(-len(seats) // SEATS_A_SPARE_PAGE)
-        if self.pool.needed(slot, positions) + spare > self.pool.free:
-            return False
-        return self._grow(slot, positions)
+        if self.pool.needed(slot, positions) + spare <= self.pool.free:
+            return self.pool.grow(slot, positions)
+        self.pool.release(slot)
+        return False
 
     def placed(self, state: DecodeState) -> DecodeState:
-        if not self._stale:
+        if not self.pool.changed:
             return state
         held = {"target_cache": state.target_cache, "draft": state.draft}
         held = with_tables(held, lambda _: to_device(self.pool.tables, self.mesh))
-        self._stale = False
+        self.pool.changed = False
         return replace(state, **held)
 
     def clear(self) -> None:
         self.pool.clear()
-        self._stale = True
 
     def share(self, held: int) -> float:
         return 1.0 - self.pool.free / self.pool.count
@@ -210,18 +161,13 @@ class PagedMemory:
         return {
             "dspark_cache_pages": ("Pages of the caches.", self.pool.count),
             "dspark_cache_pages_used": ("Pages of the caches that requests have.", used),
+            "dspark_cache_pages_shared": ("Pages of the caches that more than one request has.", self.pool.shared),
+            "dspark_cache_pages_kept": ("Pages of the caches that kept prefixes have.", self.pool.kept),
         }
 
     def _wanted(self, entry: Entry) -> int:
         """Positions that a request may hold after its next dispatch. The last token is never run, so none is kept."""
         return min(len(entry.job.prompt) + len(entry.seen.tokens) + self.reach, entry.job.longest - 1)
-
-    def _grow(self, slot: int, positions: int) -> bool:
-        self._stale |= self.pool.needed(slot, positions) > 0
-        return self.pool.grow(slot, positions)
-
-    def _release(self, slot: int) -> None:
-        self._stale |= self.pool.release(slot)
 
 
 def memory_of(loop: DecodeLoop, rounds: int) -> Memory:

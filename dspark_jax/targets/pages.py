@@ -1,8 +1,9 @@
 """A cache in pages that all requests share: memory by positions held, not by slots times the longest request.
 
 Every layer has one pool of pages, and one table [R, N] says for all layers which pages a request has: its position t
-lies in page tables[r, t // C] at t % C. The host hands out pages between dispatches (serving/memory.py). A page that a
-request doesn't have is named P, one past the pool: what is written there is dropped, what is read there no mask shows.
+lies in page tables[r, t // C] at t % C. The host hands out pages between dispatches (serving/memory.py); requests that
+begin alike may have the same first pages, which none of them writes. A page that a request doesn't have is named P, one
+past the pool: what is written there is dropped, what is read there no mask shows.
 
 A position's heads lie side by side, [P, C, G * H]: one stretch to write, and matrices [C, H] whose rows are whole tiles
 to a TPU's kernel, which would have to gather them from [P, C, G, H].
@@ -166,6 +167,12 @@ def with_tables(state: Any, new: Callable[[Array], Array]) -> Any:
         return replace(node, tables=new(node.tables)) if isinstance(node, PagedCache) else node
 
     return jax.tree.map(tabled, state, is_leaf=is_paged)
+
+
+def page_bytes(state: Any) -> int:
+    """Bytes that a page takes in all layers of a state's caches."""
+    caches = [node for node in jax.tree.leaves(state, is_leaf=is_paged) if is_paged(node)]
+    return sum(pool.nbytes // len(pool) for cache in caches for pool in jax.tree.leaves(cache.layers))
 
 
 def is_cache(node: Any) -> bool:

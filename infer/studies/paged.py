@@ -6,7 +6,8 @@
 The budget is the decode state of an engine with `--slots` slots for `--longest` positions each. The other engine has
 `--paged-slots` slots, and as many pages as then fit into the same bytes. Both answer the same requests, taken from the
 files in turn, all of them waiting from the beginning; answers end where the target ends them, or at `--new` tokens.
-Counts need one pass and hold on a busy machine; `--repeats` times further passes, by turns, on an idle one.
+With `--shared` all prompts begin alike, and a third engine keeps prefixes in its pages, which requests then have in
+common. Counts need one pass and hold on a busy machine; `--repeats` times further passes, by turns, on an idle one.
 """
 
 import statistics
@@ -66,6 +67,8 @@ class PagedSettings:
     """Slots of the engine with pages."""
     longest: int = 1024
     """Positions that a request may take."""
+    shared: int = 0
+    """Tokens, those of the first prompts, that every prompt begins with; 0: prompts as they are."""
     new: int = 512
     """New tokens of an answer, at most."""
     page: int = 64
@@ -117,7 +120,9 @@ def main(argv: list[str]) -> None:
         passes = {name: replay(engine, prompts, settings, temperature) for name, engine in engines.items()}
         # Shown as they come: a pass may take minutes.
         print(", ".join(f"{name}: {made.dispatches} dispatches" for name, made in passes.items()), flush=True)
-        identical[f"t{temperature:g}"] = same(*passes.values())
+        first, *others = passes.values()
+        # Of all engines.
+        identical[f"t{temperature:g}"] = min(same(first, other) for other in others)
         for name, made in passes.items():
             found[name][f"t{temperature:g}"] = counts(made, engines[name])
 
@@ -132,9 +137,12 @@ def main(argv: list[str]) -> None:
 def trace(settings: PagedSettings, target: Target) -> list[tuple[int, ...]]:
     """Token ids of the prompts, from the files in turn."""
     prompts = read_prompts(target, settings.prompts, limit=settings.requests)
+    # Any text does for a system prompt, as long as it is the same.
+    system = tuple(token for prompt in prompts for token in prompt.tokens)[: settings.shared]
     # An answer has to have room.
-    fitting = [prompt for prompt in prompts if len(prompt.tokens) + settings.new <= settings.longest]
-    found = [prompt.tokens for prompt in mixed(fitting, 0)][: settings.requests] if fitting else []
+    room = settings.longest - settings.new - len(system)
+    fitting = [prompt for prompt in prompts if len(prompt.tokens) <= room]
+    found = [(*system, *prompt.tokens) for prompt in mixed(fitting, 0)][: settings.requests] if fitting else []
     if len(found) < settings.requests:
         raise UserError(
             f"{len(found)} prompts leave room for {settings.new} new tokens in {settings.longest}; expected "
@@ -144,7 +152,7 @@ def trace(settings: PagedSettings, target: Target) -> list[tuple[int, ...]]:
 
 
 def engines_of(settings: PagedSettings, target: Target, drafter: Drafter | None) -> dict[str, Engine]:
-    """Both engines; the pages are those that fit into the decode state of the engine without."""
+    """The engines; the pages are those that fit into the decode state of the engine without."""
     config = EngineConfig(
         settings.slots, settings.longest, "fixed", rounds_per_dispatch=settings.rounds_per_dispatch, max_logprobs=1,
         prefill_chunk=128, smallest_prompt_bucket=128, page=settings.page,
@@ -165,10 +173,12 @@ def engines_of(settings: PagedSettings, target: Target, drafter: Drafter | None)
             f"{settings.paged_slots} slots leave {max(pages, 0)} pages of the budget, too few for one request of "
             f"{settings.longest} positions; give fewer paged slots, or more slots."
         )
-    return {
-        "by slot": Engine(target, drafter, config),
-        "in pages": Engine(target, drafter, replace(wide, cache_pages=pages)),
-    }
+    wide = replace(wide, cache_pages=pages)
+    engines = {"by slot": Engine(target, drafter, config), "in pages": Engine(target, drafter, wide)}
+    if settings.shared:
+        # A bound that holds all pages: requests alone take kept ones away.
+        engines["in shared pages"] = Engine(target, drafter, replace(wide, prefix_cache=-(-budget // MIB)))
+    return engines
 
 
 def memory(engine: Engine) -> dict[str, Any]:
@@ -217,7 +227,9 @@ def replay(engine: Engine, prompts: Sequence[tuple[int, ...]], settings: PagedSe
 
 def same(first: Replay, second: Replay) -> int:
     """Requests with the same tokens and the same rounds."""
-    return sum(first.generations[index] == made for index, made in second.generations.items())
+    # Prompt tokens that a kept prefix spared are no part of an answer.
+    found = {index: replace(made, cached_tokens=0) for index, made in second.generations.items()}
+    return sum(first.generations[index] == made for index, made in found.items())
 
 
 def counts(made: Replay, engine: Engine) -> dict[str, Any]:
@@ -229,6 +241,7 @@ def counts(made: Replay, engine: Engine) -> dict[str, Any]:
         "positions_held_mean": statistics.fmean(made.held) if made.held else 0.0,
         "dispatches": made.dispatches,
         "preempted_so_far": engine.memory.preempted,
+        "prompt_tokens_reused_so_far": 0 if engine.prefixes is None else engine.prefixes.reused,
         "positions_of_a_request_median": statistics.median(lengths),
         "positions_of_a_request_most": max(lengths),
         "tokens": sum(len(one.tokens) for one in made.generations.values()),
@@ -248,8 +261,10 @@ def report(
         UserError: a program that copies a cache, after the figures.
     """
     first = f"t{settings.temperatures[0]:g}"
+    # Of the last engine, which has all that there is, over the first.
+    base, best = list(found)[0], list(found)[-1]
     ratio = {
-        name: found["in pages"][name]["requests_at_once_mean"] / found["by slot"][name]["requests_at_once_mean"]
+        name: found[best][name]["requests_at_once_mean"] / found[base][name]["requests_at_once_mean"]
         for name in identical
     }
     for name, seconds in times.items():
