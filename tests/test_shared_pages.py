@@ -7,6 +7,8 @@ from functools import cache
 import pytest
 
 from dspark_jax.errors import UserError
+from dspark_jax.serving import engine as engine_module
+from dspark_jax.serving import prefixes as prefixes_module
 from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.page_pool import PagePool
 from dspark_jax.serving.requests import Generation, Request
@@ -37,9 +39,7 @@ def fresh() -> Engine:
 
 
 def requests(temperature: float, new: int = 30) -> list[Request]:
-    return [
-        Request((*SHARED, *own), SamplingParams(new, temperature, seed=seed)) for seed, own in enumerate(OWN)
-    ]  # fmt: skip
+    return [Request((*SHARED, *own), SamplingParams(new, temperature, seed=seed)) for seed, own in enumerate(OWN)]
 
 
 @cache
@@ -74,7 +74,7 @@ def test_answers_are_those_of_requests_that_share_nothing(temperature: float) ->
     assert max(shared for shared, _ in seen) == 3 and engine.prefixes.reused > reused  # type: ignore[union-attr]
     assert any(shared and left > before for shared, left in seen), "none had to leave while pages were shared"
 
-    # Nobody has a page any more; the prompt's three stay, to be begun with or to be given up.
+    # No slot has a page any more; the prompt's three stay, to be begun with or to be given up.
     pool = pool_of(engine)
     assert pool.free == PAGES and pool.kept >= 3 and pool.shared == 0
     engine.prefixes.clear()  # type: ignore[union-attr]
@@ -97,8 +97,8 @@ def test_admission_counts_shared_pages_once() -> None:
     assert whole.running == 2, "the third leaves no page for these two"
 
 
-def test_a_prefix_that_is_dropped_stays_with_those_who_have_it() -> None:
-    """Its pages go to nobody else until the last of them has ended."""
+def test_a_prefix_that_is_dropped_stays_with_the_requests_that_have_it() -> None:
+    """Its pages are handed out again only when the last of them has ended."""
     engine = fresh()
     run(engine, requests(0.0)[:1])
 
@@ -126,9 +126,6 @@ def test_requests_take_kept_pages_that_no_other_has() -> None:
 @pytest.mark.parametrize("name", ["restore_chunk", "keep_chunk", "run_rounds"])
 def test_an_interrupt_leaves_no_page_behind(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pages go with the state, and so does what is kept in them."""
-    from dspark_jax.serving import engine as engine_module
-    from dspark_jax.serving import prefixes as prefixes_module
-
     engine = fresh()
     owner = engine_module if name == "run_rounds" else prefixes_module
     failing(monkeypatch, name, KeyboardInterrupt(), {1, 4}, True, owner)
