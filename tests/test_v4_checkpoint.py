@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,23 @@ def test_a_drafter_in_float_comes_back(kind: str, tmp_path: Path) -> None:
     reloaded = load_drafter(tmp_path, target)
     same(reloaded.params, drafter.params)
     assert reloaded.config == drafter.config
+
+
+def test_mtp_comes_back_in_the_published_form(tmp_path: Path) -> None:
+    """The preview's block: the tensors that shapes alone foretell; what was read is written without loss."""
+    target, drafter = v4_pair("mtp", hidden_size=64, moe_intermediate_size=64)
+    quantised = {"quantization_config": {"quant_method": "fp8"}, "expert_dtype": "fp4"}
+    hf_config = {**target.hf_config, **quantised}
+    save_v4_target(tmp_path / "target", hf_config, target.params, "published")
+    save_drafter(tmp_path / "drafter", replace(drafter, hf_config={**drafter.hf_config, **quantised}), target)
+    foretold = {name: tuple(tensor) for name, tensor in published_tensors(hf_config, "mtp").items()}
+    assert stored(tmp_path / "target") | stored(tmp_path / "drafter") == foretold
+
+    held = load_target(tmp_path / "target", tokenizer=False)
+    read = load_drafter(tmp_path / "drafter", held)
+    assert {"float8_e4m3fn", "int8"} <= {leaf.dtype.name for leaf in jax.tree.leaves(read.params)}
+    save_drafter(tmp_path / "again", read, held)
+    same(load_drafter(tmp_path / "again", held).params, read.params)
 
 
 def test_transformers_names_hold_the_same_weights(tmp_path: Path) -> None:

@@ -4,14 +4,30 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import pytest
 
 from dspark_jax.checkpoints.deepseek_v4_published import published_tensors
 from dspark_jax.errors import UserError
+from dspark_jax.planning import v4_plans as planning
+from dspark_jax.planning.decoding import bytes_of
 from dspark_jax.planning.published_targets import PUBLISHED
-from dspark_jax.planning.v4_plans import DEPTHS, MACHINES, Machine, carried_on, counted, shallow, widened_experts
+from dspark_jax.planning.v4_plans import (
+    DEPTHS,
+    MACHINES,
+    Machine,
+    carried_on,
+    compiled_figures,
+    counted,
+    plan_of,
+    shallow,
+    step_arguments,
+    widened_experts,
+)
+from dspark_jax.sharding import make_mesh
 from dspark_jax.targets.deepseek_v4.config import v4_config
 from infer.studies import v4_plans
+from tests.v4_tiny import v4_hf_config
 
 FLASH = PUBLISHED["deepseek-ai/DeepSeek-V4-Flash-DSpark"]
 ONE = Machine("one", 1, 0, "data=1", "")
@@ -46,6 +62,27 @@ def test_the_shallow_model_has_every_kind_of_layer(repository: str) -> None:
     assert cut.drafter_blocks == whole.drafter_blocks == 3
 
 
+def test_the_planned_loop_is_the_one_that_an_engine_dispatches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every slot verifies its whole block in the one bucket, codes are held as stored, and what is counted from shapes
+    is what the loop is given; a compiler has figures for it."""
+    quantised = {"quantization_config": {"quant_method": "fp8"}, "expert_dtype": "fp4"}
+    tiny = v4_hf_config(hidden_size=64, moe_intermediate_size=64, dspark_markov_rank=64, **quantised)
+    monkeypatch.setitem(PUBLISHED, "deepseek-ai/DeepSeek-V4-tiny", tiny)
+    monkeypatch.setattr(planning, "topology_mesh", lambda topology, *sizes: make_mesh(*sizes))
+    plan, held = plan_of(tiny, ONE, 2, 40), counted("tiny", ONE, 2, 40)
+
+    assert (plan.loop.requests, plan.loop.block, plan.loop.buckets) == (2, 3, (8,)) and plan.drafter is not None
+    given = {"target": plan.params.target, "drafter": plan.params.drafter, "state": plan.state.target_cache}
+    assert held["target"] == bytes_of(given["target"]) / 2**30 and held["drafter"] == bytes_of(given["drafter"]) / 2**30
+    # An engine rounds the positions of a slot up; what is counted has room for that.
+    assert 0.5 * held["state"] < bytes_of(given["state"]) / 2**30 <= held["state"]
+    for part in ("target", "drafter"):
+        assert {"float8_e4m3fn", "int8"} <= {leaf.dtype.name for leaf in jax.tree.leaves(given[part])}
+
+    found = compiled_figures("tiny", ONE, 2, 40, 2)
+    assert found["temporary_gib"] > 0 and found["compile_cpu_seconds"] > 0 and found["collectives"] == {}
+
+
 def test_the_whole_depth_goes_on_as_the_compiled_layers_do() -> None:
     """From 4 and 6 layers to Flash's 43: 19 pairs and a half more."""
     found = carried_on(MADE, 43)
@@ -65,7 +102,8 @@ MADE = {
 def test_the_study_goes_on_where_it_ended(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A depth that the file has is not compiled again; a program that does not compile leaves the counted row."""
+    """A depth that the file has is not compiled again, one that is no longer taken is dropped; a program that does not
+    compile leaves the counted row."""
     file, asked = tmp_path / "plans.json", []
 
     def compiled(repository: str, machine: Machine, slots: int, longest: int, layers: int) -> dict:
@@ -76,7 +114,10 @@ def test_the_study_goes_on_where_it_ended(
 
     monkeypatch.setattr(v4_plans, "compiled_figures", compiled)
     key = "Flash-DSpark on v5p:2x2x1, R = 8"
-    file.write_text(json.dumps({key: {"made": {"4": MADE["4"]}}}))
+    # Three layers were compiled when other depths were taken.
+    file.write_text(
+        json.dumps({key: {"made": {"3": MADE["4"], "4": MADE["4"]}, "whole_depth": {"temporary_gib": 9.0}}})
+    )
     words = ["--results", str(file), "--repository", "Flash-DSpark", "--machines", "v5p:2x2x1", "8 x H200"]
     v4_plans.main([*words, "--slots", "8", "--parts", "loop"])
     assert asked == [("v5p:2x2x1", 8, 6), ("8 x H200", 8, 4)]
@@ -106,14 +147,43 @@ def test_plans_are_listed_by_machine_and_those_that_do_not_fit_named() -> None:
         "Flash-DSpark on v5e:8x8, R = 64": fits | {"whole_depth": {"temporary_gib": 5.0}},
         "Flash-DSpark on v5e:8x8, R = 8": fits,
         "Flash-DSpark on v5p:2x2x1, step": {"made": {}, "memory_gib": 95, "refused": "The step does not fit: Used 1."},
+        "Flash-DSpark on v6e:4x4, step": {"made": {}, "memory_gib": 32, "arguments_gib": 50.0},
     }
     ordered = v4_plans.in_order(plans)
-    assert list(ordered) == [list(plans)[i] for i in (3, 2, 1, 0)]
+    assert list(ordered) == [list(plans)[i] for i in (3, 4, 2, 1, 0)]
     assert v4_plans.too_large(ordered) == [
         "Flash-DSpark on v5p:2x2x1, step: The step does not fit: Used 1.",
+        "Flash-DSpark on v6e:4x4, step: does not fit, as state and batch alone take 50.0 GiB of a chip of 32.",
         "Flash-DSpark on v5e:8x8, R = 64: does not fit, as a chip of 16 GiB would have to hold 16.5.",
         "Pro-DSpark on v5p:4x4x2, step: does not fit, as a chip of 95 GiB would have to hold 96.0.",
     ]
+
+
+def test_a_step_that_a_chip_could_not_even_be_given_is_not_compiled(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """State and batch are counted as the compiler counts them: 98.8 GiB of each of 8 devices for Flash's module, of
+    which the batch, whole on every device, takes 64."""
+    given = step_arguments(v4_plans.step_config("Flash-DSpark"), MACHINES["Flash-DSpark"][3])
+    assert given == pytest.approx(98.78, abs=0.05)
+    monkeypatch.setattr(v4_plans, "step_figures", lambda *sizes: pytest.fail("compiled"))
+    monkeypatch.setattr(v4_plans, "step_arguments", lambda config, machine: 100.0)
+    v4_plans.main(
+        [
+            "--results",
+            str(tmp_path / "plans.json"),
+            "--repository",
+            "Flash-DSpark",
+            "--machines",
+            "v6e:4x4",
+            "--parts",
+            "step",
+        ]
+    )
+    assert (
+        "v6e:4x4, step: does not fit, as state and batch alone take 100.0 GiB of a chip of 32."
+        in capsys.readouterr().out
+    )
 
 
 def test_a_layer_of_widened_experts() -> None:

@@ -175,6 +175,6 @@ def _encode(name: str, array: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
     if form == "BF16":
         return {name: array.astype(ml_dtypes.bfloat16)}
 
-    # Weights that were decoded from such codes are encoded to the same ones.
+    # Weights that were decoded from such codes come back as the same values, at times with a smaller scale.
     codes, scales = (encode_fp8 if form == "fp8" else encode_fp4)(array.astype(np.float32))
     return {name: codes, name.removesuffix("weight") + "scale": scales}

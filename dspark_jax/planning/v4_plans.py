@@ -247,6 +247,14 @@ STAGES = (1, 2)
 """Stages of the drafters whose training steps are compiled; a published module has three."""
 
 
+def step_arguments(config: TrainConfig, machine: Machine) -> float:
+    """GiB of a chip for the state, the tables and the batch of a configuration's training step, on target states from
+    a cache, from shapes and shardings alone."""
+    config = _cached(config, machine)
+    run = AbstractRun.of(config, abstract_mesh(machine.chips, *config.mesh.sizes))
+    return bytes_of((run.state, run.shared, run.batch)) / GIB
+
+
 def step_figures(config: TrainConfig, machine: Machine, stages: int) -> dict[str, Any]:
     """Figures of the training step of a configuration with so many stages, on target states from a cache.
 
@@ -256,12 +264,7 @@ def step_figures(config: TrainConfig, machine: Machine, stages: int) -> dict[str
     Raises:
         UserError: as `compiled_figures`.
     """
-    config = replace(
-        config,
-        drafter=replace(config.drafter, num_layers=stages),
-        data=replace(config.data, source="offline", cache="planned"),
-        mesh=mesh_settings(machine.step_mesh, config.mesh),
-    )
+    config = _cached(replace(config, drafter=replace(config.drafter, num_layers=stages)), machine)
     mesh = topology_mesh(machine.topology, *config.mesh.sizes)
     run, began = AbstractRun.of(config, mesh), time.process_time()
     platform = lowering_platform(mesh.devices.flat[0])
@@ -274,6 +277,12 @@ def step_figures(config: TrainConfig, machine: Machine, stages: int) -> dict[str
         "collectives": _collectives(program.as_text() or ""),
         "compile_cpu_seconds": seconds,
     }
+
+
+def _cached(config: TrainConfig, machine: Machine) -> TrainConfig:
+    """The configuration on the machine's mesh for steps, with the target's states from a cache."""
+    mesh = mesh_settings(machine.step_mesh, config.mesh)
+    return replace(config, data=replace(config.data, source="offline", cache="planned"), mesh=mesh)
 
 
 def _options(platform: str) -> dict[str, Any] | None:

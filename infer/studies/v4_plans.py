@@ -29,6 +29,7 @@ from dspark_jax.planning.v4_plans import (
     counted,
     expert_figures,
     published,
+    step_arguments,
     step_figures,
     widened_experts,
 )
@@ -77,6 +78,9 @@ def main(argv: list[str]) -> None:
 
         if part == "step":
             figures, depths, whole = partial(step_figures, step_config(repository), machine), STAGES, 3
+            plan["arguments_gib"] = step_arguments(step_config(repository), machine)
+            # Nothing is left to ask a compiler where the arguments alone are too large.
+            depths = depths if plan["arguments_gib"] <= machine.memory_gib else ()
         elif part == "experts":
             plan["widened_gib"] = widened_experts(repository, machine)
             figures, depths, whole = partial(expert_figures, repository, machine), (ROWS,), 0
@@ -85,6 +89,10 @@ def main(argv: list[str]) -> None:
             plan |= {"longest": settings.longest, "counted_gib": counted(*sizes)}
             figures, depths = partial(compiled_figures, *sizes), DEPTHS[repository]
             whole = published(repository)["num_hidden_layers"]
+
+        # Of depths that are no longer taken nothing is carried on; the whole depth follows from what is left.
+        plan["made"] = {depth: found for depth, found in plan["made"].items() if int(depth) in depths}
+        plan.pop("whole_depth", None)
 
         for depth in depths if settings.compile else ():
             if str(depth) not in plan["made"]:
@@ -145,8 +153,10 @@ def too_large(plans: dict[str, Any]) -> list[str]:
     """A sentence for each program that a compiler refused, and for each that needs more than a chip has."""
     found = []
     for key, plan in plans.items():
-        needed, of = together(plan), plan["memory_gib"]
-        if "refused" in plan:
+        needed, given, of = together(plan), plan.get("arguments_gib", 0.0), plan["memory_gib"]
+        if given > of:
+            found.append(f"{key}: does not fit, as state and batch alone take {given:.1f} GiB of a chip of {of}.")
+        elif "refused" in plan:
             found.append(f"{key}: {plan['refused']}")
         elif needed is not None and needed > of:
             found.append(f"{key}: does not fit, as a chip of {of} GiB would have to hold {needed:.1f}.")
