@@ -91,8 +91,8 @@ MACHINES = {
         Machine("v5p:4x4x4", 64, 95, "expert=8,tensor=8", "v5p:4x4x4", "fsdp=8,expert=8"),
     ),
 }
-# The shortest depth with each kind of layer, and one pair of layers more.
-DEPTHS = {"Flash-DSpark": (4, 6), "Pro-DSpark": (3, 5)}
+# A short depth with each kind of layer and all that choose experts by token id, and one pair of layers more.
+DEPTHS = {"Flash-DSpark": (4, 6), "Pro-DSpark": (4, 6)}
 
 
 def published(repository: str) -> dict[str, Any]:

@@ -41,7 +41,10 @@ class Router(nnx.Module):
         scores = jnp.sqrt(jax.nn.softplus(logits))
 
         if self.hashed:
-            chosen = jnp.take(self.table_vk[...], tokens, axis=0)
+            # Column by column: a TPU's compiler would lay a table of rows out anew in every dispatch, its K ids padded
+            # to 128 lanes (63 MiB a layer).
+            columns = [jnp.take(column, tokens, axis=0) for column in self.table_vk[...].T]
+            chosen = jnp.stack(columns, axis=-1)
         else:
             _, chosen = jax.lax.top_k(scores + self.bias[...], self.per_token)
 
