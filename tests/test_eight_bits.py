@@ -132,7 +132,8 @@ def test_they_are_compared_with_the_stored_ones(
     def decoded(_: Any, target: Target, drafter: Any, prompts: Any, temperature: float) -> tuple[Generation, ...]:
         # Of the pair in int8 the second answer is another.
         last = 4 + (target.name.endswith("int8") and temperature == 0)
-        assert drafter.name.split(" in ")[1:] == target.name.split(" in ")[1:] and len(prompts) == 2
+        coded = any(x.dtype.itemsize == 1 for x in jax.tree.leaves(drafter.params))
+        assert coded == (" in " in target.name) and len(prompts) == 2
         rounds = {"stored": 10, "int8": 12, "fp8": 15}[(target.name.split(" in ") + ["stored"])[1]]
         return tuple(
             Generation(i, (1,), (3, 2, last * i), "", "length", rounds, 30, (10,), (9,), (10,)) for i in range(2)
