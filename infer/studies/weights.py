@@ -89,7 +89,8 @@ def main(argv: list[str]) -> None:
 
 def measured(settings: WeightsSettings) -> dict[str, Any]:
     """Figures of each kind of weights, one pair after the other in memory."""
-    made: dict[str, Any] = {"settings": {name: str(x) for name, x in asdict(settings).items()}, "machine": machine()}
+    shown = {name: str(value) for name, value in asdict(settings).items() if name != "results"}
+    made: dict[str, Any] = {"settings": shown, "machine": machine()}
     stored: tuple[Generation, ...] = ()
     expected = np.empty(0)
     for kind in KINDS:
