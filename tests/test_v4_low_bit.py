@@ -53,6 +53,9 @@ def test_parameters_are_the_codes_of_the_files_and_their_values_the_widened_ones
             whole = [part.matrices.at(e).product(eye) for e in range(len(part.codes))]
             np.testing.assert_array_equal(np.stack(whole), values[path], err_msg=str(path))
         found += isinstance(part, Fp8Weight | Fp4Experts)
+    # Input-first: a TPU's compiler would turn it round in every dispatch.
+    last = model.layers[0].attention.ob_weight_god
+    assert last.codes.shape == (last[...].shape[0] * last[...].shape[1], last[...].shape[2])
     assert found == 2 * (5 + 3 + 3) + 1  # of each layer attention, shared and routed experts, and one indexer
     held = sum(leaf.nbytes for path, leaf in flatten_dict(kept.params).items() if path[-1] in (CODES, SCALES))
     assert held == sum(

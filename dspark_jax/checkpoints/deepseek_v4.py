@@ -80,13 +80,14 @@ def v4_tensor_map(paths: Iterable[ParamPath]) -> dict[ParamPath, Stored]:
 
 def block_tensor(below: ParamPath, prefix: str) -> Stored:
     """The tensor of the parameter at path `below` a block stored under `prefix`; codes and scales are tensors of their
-    own, dense ones kept in the layout of the file and experts' input-first."""
+    own, kept in the layout of the file but for experts and a layer's last matrix, which are input-first."""
     if below[-1] not in (CODES, SCALES):
         stored = BLOCK_TENSORS[below]
         return Stored(f"{prefix}.{stored.name}", stored.layout)
 
     name = f"{prefix}.{BLOCK_TENSORS[below[:-1]].name}"
-    layout = _LINEAR if "{}" in name else Layout.SAME
+    turned = "{}" in name or below[-2:] == ("ob_weight_god", CODES)
+    layout = _LINEAR if turned else Layout.SAME
     return Stored(name if below[-1] == CODES else scale_name(name), layout, codes=True)
 
 

@@ -85,11 +85,13 @@ class PackedMatrix(NamedTuple):
 class Fp8Weight(nnx.Module):
     """A dense parameter kept as e4m3 codes; indexed with `...` it is its values, as an `nnx.Param` is."""
 
-    def __init__(self, shape: tuple[int, ...], order: tuple[int, ...], rows: int, axes: tuple[str | None, ...]):
+    def __init__(
+        self, shape: tuple[int, ...], order: tuple[int, ...], rows: int, turned: bool, axes: tuple[str | None, ...]
+    ):
         """Codes for a parameter of `shape` with these logical axes.
 
         The stored matrix, its rows and columns unfolded, has its first `rows` axes in the rows; `order` permutes the
-        unfolded axes to the parameter's.
+        unfolded axes to the parameter's. Codes that are `turned` are kept as columns by rows.
         """
         unfolded = [order.index(axis) for axis in range(len(shape))]
         self.unfolded, self.order = tuple(shape[axis] for axis in unfolded), order
@@ -97,13 +99,15 @@ class Fp8Weight(nnx.Module):
         # Merged axes can be split by the first of them alone.
         out, size = math.prod(self.unfolded[:rows]), math.prod(self.unfolded[rows:])
         names = axes[unfolded[0]], axes[unfolded[rows]]
-        self.codes = param(jnp.zeros((out, size), jnp.float8_e4m3fn), *names)
+        kept, names = ((size, out), names[::-1]) if turned else ((out, size), names)
+        self.codes, self.turned = param(jnp.zeros(kept, jnp.float8_e4m3fn), *names), turned
 
         # A few bytes for each matrix: whole on every device.
         self.scales = param(jnp.zeros((-(-out // BLOCK), -(-size // BLOCK)), jnp.uint8), None, None)
 
     def __getitem__(self, index: Any) -> Array:
-        return widen_fp8(self.codes[...], self.scales[...]).reshape(self.unfolded).transpose(self.order)[index]
+        codes = self.codes[...].T if self.turned else self.codes[...]
+        return widen_fp8(codes, self.scales[...]).reshape(self.unfolded).transpose(self.order)[index]
 
 
 class Fp4Experts(nnx.Module):

@@ -15,12 +15,14 @@ class Unfolding(NamedTuple):
 
     order: tuple[int, ...]
     rows: int
+    turned: bool = False
 
 
 LINEAR = Unfolding((1, 0), 1)  # [out, in] -> [in, out]
 HEADS_OUT = Unfolding((2, 0, 1), 2)  # [Q H, R] -> [R, Q, H]
 GROUPS_OUT = Unfolding((0, 2, 1), 2)  # [G O, I] -> [G, I, O]
-GROUPS_IN = Unfolding((1, 2, 0), 1)  # [D, G O] -> [G, O, D]
+# Codes kept input-first: a TPU's compiler would turn them round in every dispatch, and hold them twice.
+GROUPS_IN = Unfolding((1, 2, 0), 1, turned=True)  # [D, G O] -> [G, O, D]
 
 
 def dense(
@@ -29,7 +31,7 @@ def dense(
     """A parameter of this shape with these logical axes, fp8 in the files."""
     # Codes are no start for training: a fresh model of them has zeros, and loading fills it.
     if config.low_bit:
-        return Fp8Weight(shape, stored.order, stored.rows, axes)
+        return Fp8Weight(shape, *stored, axes)
     return param(normal(rngs, shape, config.initializer_range), *axes)
 
 
