@@ -180,9 +180,10 @@ def traced_over(mesh: AnyMesh | None) -> Iterator[None]:
 
 
 def traced_mesh() -> AbstractMesh | None:
-    """The mesh of the innermost `traced_over`, None outside of one and on a single device."""
+    """The mesh of the innermost `traced_over`, None outside of one, on a single device, and in what each device runs
+    on its own part."""
     mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty or mesh.size == 1 or "expert" not in mesh.shape else mesh
+    return None if mesh.empty or mesh.size == 1 or "expert" not in mesh.shape or mesh.are_all_axes_manual else mesh
 
 
 def traced_platform() -> str:

@@ -32,9 +32,10 @@ from dspark_jax.sharding import ShardingRules, batch_shardings, make_mesh, param
 from dspark_jax.targets.moe import ExpertStack, mix_experts
 from dspark_jax.training.losses import LossOptions
 from dspark_jax.training.objective import BlockObjective
+from dspark_jax.training.placement import Placement
 from dspark_jax.training.schedule import learning_rate_schedule, make_optimizer
 from dspark_jax.training.states import TargetStates
-from dspark_jax.training.step import Placement, abstract_train_state, init_train_state, make_train_step
+from dspark_jax.training.step import abstract_train_state, init_train_state, make_train_step
 from tests.decoding_tiny import prompts
 from tests.v4_tiny import v4_pair, v4_target
 

@@ -17,8 +17,8 @@ from dspark_jax.planning.compiled import collective_parts
 from dspark_jax.planning.rounds import LoopText, opcode
 from dspark_jax.sharding import ShardingRules, batch_shardings, make_mesh
 from dspark_jax.training.objective import BlockObjective
+from dspark_jax.training.placement import Placement
 from dspark_jax.training.step import (
-    Placement,
     abstract_train_state,
     init_train_state,
     make_train_step,
@@ -45,7 +45,7 @@ def train(placement: Placement | None, accumulation: int) -> tuple[Any, Any]:
         state, metrics = step(state, shared, batch)
     assert step._cache_size() == 1, "the second step compiled again"
     if placement is not None:
-        _gathers_before_its_loops(step.lower(state, shared, batch).compile().as_text(), state.params)
+        _meets_outside_of_its_loops(step.lower(state, shared, batch).compile().as_text(), state.params)
         jax.tree.map(_same_place, state, abstract)
         split = state.params["backbone"]["layers"][0]["mlp"]["gate_up_weight_du"]
         assert split.addressable_shards[0].data.size * placement.mesh.shape["fsdp"] == split.size
@@ -62,16 +62,20 @@ def evaluate(devices: int) -> Any:
     return evaluation(task, placement)(params, shared, batch, jax.device_put(jax.random.key(0), place))
 
 
-def _gathers_before_its_loops(program: str, params: Any) -> None:
-    """Parameters are gathered once a step, whatever the number of micro-batches."""
+def _meets_outside_of_its_loops(program: str, params: Any) -> None:
+    """Whatever the number of micro-batches, devices exchange parameters once a step before them, and gradients once
+    behind."""
     text = LoopText.of(program, 0)
-    shapes = {tuple(x.shape) for x in jax.tree.leaves(params)}
-    gathers = {
-        name: [shape for line in lines if opcode(line) == "all-gather" for shape, _ in collective_parts(line)]
+    met = {
+        name: [(opcode(line), shape) for line in lines for shape, _ in collective_parts(line)]
         for name, lines in text.computations.items()
     }
-    assert shapes & set(gathers.pop(text.entry)), "no parameter is gathered"
-    assert not shapes & {shape for found in gathers.values() for shape in found}, "a loop gathers parameters"
+    entry = met.pop(text.entry)
+    split = [x for x in jax.tree.leaves(params) if x.sharding.shard_shape(x.shape) != x.shape]
+    assert {x.shape for x in split} <= {shape for kind, shape in entry if kind == "all-gather"}
+    parts = sorted(x.sharding.shard_shape(x.shape) for x in split)
+    assert sorted(shape for kind, shape in entry if kind == "reduce-scatter") == parts
+    assert not any(met.values()), f"a loop exchanges {met}"
 
 
 def _same_place(x: jax.Array, expected: jax.ShapeDtypeStruct) -> None:

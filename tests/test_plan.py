@@ -102,10 +102,11 @@ def test_collectives_are_counted_from_shapes() -> None:
     run = AbstractRun.of(dataclasses.replace(config, data=data, mesh=MeshSettings(data=-1, fsdp=8)), mesh)
     found = {one.name: one for one in collectives_of(run)}
 
-    # Parameters travel once a step, gradients once a micro-batch, both in bfloat16 but for W_1.
+    # Parameters and gradients travel once a step, the former in bfloat16 but for W_1, the latter as they added up.
     gathered_once, summed = found["drafter's parameters"], found["gradients, to where they are stored"]
     assert (gathered_once.kind, gathered_once.times, gathered_once.devices) == ("all-gather", 1, 8)
-    assert (summed.kind, summed.times, summed.size) == ("reduce-scatter", 4, gathered_once.size)
+    assert (summed.kind, summed.times) == ("reduce-scatter", 1)
+    assert summed.size == pytest.approx(2 * gathered_once.size, rel=0.1)
     assert found["their parts"].size * 8 == summed.size and found["their parts"].span == 64
     # Each of 36 layers in each micro-batch: queries, keys, values and output, gate, up and down, norms.
     layer = 2560 * (2 * 32 + 2 * 8) * 128 + 3 * 2560 * 9728 + 2 * 2560

@@ -19,9 +19,10 @@ from dspark_jax.errors import UserError
 from dspark_jax.sharding import traced_over
 from dspark_jax.training.anchors import eligible_anchors, make_blocks, sample_anchors
 from dspark_jax.training.objective import BlockObjective
+from dspark_jax.training.placement import Placement
 from dspark_jax.training.schedule import learning_rate_schedule, make_optimizer
 from dspark_jax.training.states import StoredStates
-from dspark_jax.training.step import Placement, TrainState, init_train_state, make_train_step
+from dspark_jax.training.step import TrainState, init_train_state, make_train_step
 from dspark_jax.training.terms import LossOptions
 from tests.drafters_tiny import tiny_batch, tiny_tables
 from tests.drafters_tiny import tiny_drafter as drafter_of

@@ -11,6 +11,7 @@ from dspark_jax.checkpoints.huggingface import DTYPES
 from dspark_jax.planning.liveness import peak_bytes
 from dspark_jax.planning.training import AbstractRun
 from dspark_jax.sharding import gathered, is_gathered
+from dspark_jax.training.accumulation import summed_once
 from dspark_jax.training.objective import cast_params
 from dspark_jax.training.states import TargetStates
 
@@ -60,14 +61,16 @@ def estimate(run: AbstractRun, activations: int | None = None) -> dict[str, int]
     # Stacked layers are gathered one at a time.
     stacks = run.target.config.num_layers // max(len(layers), 1)
 
-    gradients, stored_sum = whole(run.state.params), stored(run.state.params)
+    gradients = whole(run.state.params)
+    # The running sum, held while the next micro-batch's gradient is computed.
+    once = summed_once(run.placement.mesh, rules, run.micro_batches)
+    running = 0 if run.micro_batches == 1 else gradients if once else stored(run.state.params)
     # Gathered copies exist beside the stored parts for the length of a step.
     parts = {
         "parameters": stored(run.state.params),
         "optimizer": stored(run.state.opt_state),
         "parameters, gathered for a step": copies(in_compute_dtype(run)),
-        # With several micro-batches, each device's part of the running sum is held while the next gradient is computed.
-        "gradients": gradients + (stored_sum if run.micro_batches > 1 else 0),
+        "gradients": gradients + running,
         "target's embedding and head": stored(run.shared) - tied_bytes(run),
         "embedding and head, gathered": copies(run.shared) // (2 if run.shared.tied else 1),
         "batch": stored(run.batch),

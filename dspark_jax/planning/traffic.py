@@ -1,8 +1,9 @@
 """Collectives of a training step by name, counted from shapes and shardings alone.
 
 What the step asks for (training/step.py, targets/scanned.py): a gather of parameters and tables once, of each of the
-target's layers once a micro-batch, and a sum of gradients once a micro-batch. Small ones are left out: norms, losses,
-sums of a split vocabulary. A compiler may do more, which its text shows (`train.studies.compiled`).
+target's layers once a micro-batch, and a sum of gradients once a step, or once a micro-batch where a tensor axis splits
+products (training/accumulation.py). Small ones are left out: norms, losses, sums of a split vocabulary. A compiler may
+do more, which its text shows (`train.studies.compiled`).
 """
 
 import math
@@ -16,6 +17,7 @@ from dspark_jax.planning.estimate import in_compute_dtype, shard_bytes
 from dspark_jax.planning.training import AbstractRun
 from dspark_jax.roofline.hardware import Device
 from dspark_jax.sharding import gathered, is_gathered
+from dspark_jax.training.accumulation import summed_once
 
 
 class Collective(NamedTuple):
@@ -66,15 +68,16 @@ def _parameters(run: AbstractRun) -> Iterator[Collective]:
 
 def _gradients(run: AbstractRun) -> Iterator[Collective]:
     mesh, split, whole = run.placement.mesh, 0, 0
-    # Those of products are rounded to the compute dtype before they are summed over devices.
-    for x in jax.tree.leaves(in_compute_dtype(run)):
+    once = summed_once(mesh, run.placement.rules, run.micro_batches)
+    # What a device has added up is float32; of one micro-batch, rounded to the compute dtype as products give it.
+    for x in jax.tree.leaves(run.state.params if once else in_compute_dtype(run)):
         full = shard_bytes(x, gathered(x.sharding, run.placement.rules))
         if is_gathered(x.shape, x.sharding, run.placement.rules):
             split += full
         else:
             whole += full
 
-    times = run.micro_batches
+    times = 1 if once else run.micro_batches
     yield _over(run, "gradients, to where they are stored", "reduce-scatter", ("fsdp",), times, split)
     yield _over(run, "their parts", "all-reduce", ("data",), times, split // mesh.shape["fsdp"])
     # Small: norms, and Markov tables where they are replicated.

@@ -14,9 +14,10 @@ from dspark_jax.planning.published_targets import planned_target
 from dspark_jax.sharding import AnyMesh, batch_shardings
 from dspark_jax.targets.config import TargetConfig
 from dspark_jax.targets.target import Target
+from dspark_jax.training.placement import Placement
 from dspark_jax.training.spec import StepSpec
 from dspark_jax.training.states import States, StoredStates
-from dspark_jax.training.step import Placement, TrainState, TrainStep
+from dspark_jax.training.step import TrainState, TrainStep
 
 SCHEDULED_STEPS = 10_000
 """Length of the learning-rate schedule; no shape depends on it."""

@@ -20,9 +20,10 @@ from dspark_jax.drafters.protocol import SharedTables
 from dspark_jax.files import weights_hash
 from dspark_jax.sharding import batch_shardings
 from dspark_jax.training.online import FirstEpoch, Recorder
+from dspark_jax.training.placement import Placement
 from dspark_jax.training.run import Run
 from dspark_jax.training.states import TargetStates
-from dspark_jax.training.step import Placement, TrainState
+from dspark_jax.training.step import TrainState
 
 DeviceBatches = Generator[dict[str, jax.Array]]
 Stepped = tuple[TrainState, dict[str, jax.Array]]

@@ -19,10 +19,11 @@ from dspark_jax.storage.replica import fetched_file
 from dspark_jax.targets.scanned import LayerLoop
 from dspark_jax.targets.target import Target
 from dspark_jax.training.objective import Objective
+from dspark_jax.training.placement import Placement
 from dspark_jax.training.registry import make_objective
 from dspark_jax.training.schedule import learning_rate_schedule, make_optimizer
 from dspark_jax.training.states import States, StoredStates, TargetStates
-from dspark_jax.training.step import Placement, TrainState, TrainStep, abstract_train_state, make_train_step
+from dspark_jax.training.step import TrainState, TrainStep, abstract_train_state, make_train_step
 from dspark_jax.training.terms import LossOptions
 
 

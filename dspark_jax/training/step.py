@@ -4,30 +4,21 @@ Axes: B row of the global batch, A micro-batch.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from dspark_jax.drafters.protocol import SharedTables
 from dspark_jax.drafters.registry import new_params, skeleton
-from dspark_jax.errors import UserError
-from dspark_jax.sharding import (
-    AnyMesh,
-    ShardingRules,
-    array_sharding,
-    gathered,
-    is_gathered,
-    parameter_shardings,
-    replicated,
-    traced_over,
-)
+from dspark_jax.sharding import AnyMesh, parameter_shardings, traced_over
+from dspark_jax.training.accumulation import MicroBatches, adding
 from dspark_jax.training.losses import Sums
-from dspark_jax.training.objective import Batch, Objective, cast_params
+from dspark_jax.training.objective import Batch, Objective
+from dspark_jax.training.placement import Placement, in_use
 from dspark_jax.training.schedule import updates_taken
 from dspark_jax.training.states import States, StoredStates
 
@@ -43,47 +34,6 @@ class TrainState:
     params: dict  # float32 masters
     opt_state: Any
     key: Any  # [] typed PRNG key of the run; a step draws from fold_in(key, step)
-
-
-@dataclass(frozen=True)
-class Placement:
-    """A mesh and the rules that lay arrays over it: masters and optimizer state by `rules`, rows over batch axes."""
-
-    mesh: AnyMesh
-    rules: ShardingRules
-
-    @property
-    def whole(self) -> NamedSharding:
-        """The sharding of arrays that every device holds whole."""
-        return replicated(self.mesh)
-
-    def rows(self, tree: Any, leading: int = 0) -> Any:
-        """Constrains the row dimension of every leaf, which follows `leading` others, to the batch axes."""
-
-        def place(x: Array) -> Array:
-            return jax.lax.with_sharding_constraint(x, self.rules.rows(self.mesh, x.ndim, leading))
-
-        return jax.tree.map(place, tree)
-
-    def tables(self, shared: SharedTables) -> SharedTables:
-        """Shardings of the target's tables, as stored."""
-        return jax.tree.map(lambda x: array_sharding(x.shape, ("vocab", "embed"), self.mesh, self.rules), shared)
-
-    def gathered(self, tree: Any, shardings: Any) -> Any:
-        """Constrains every leaf to its sharding in use: axes that are split for storage only are gathered."""
-        return jax.tree.map(lambda x, s: jax.lax.with_sharding_constraint(x, gathered(s, self.rules)), tree, shardings)
-
-    def gathered_as(self, params: dict, dtype: Any, abstract: dict) -> dict:
-        """`gathered` parameters; those that computing casts to `dtype` travel, and lie, in it."""
-
-        def place(x: Array, narrow: Array, like: Any) -> Array:
-            if not is_gathered(x.shape, like.sharding, self.rules):
-                return x
-            # Cast where it is stored, or the partitioner might gather first.
-            narrow = jax.lax.with_sharding_constraint(narrow, like.sharding)
-            return jax.lax.with_sharding_constraint(narrow, gathered(like.sharding, self.rules))
-
-        return jax.tree.map(place, params, cast_params(params, dtype), abstract)
 
 
 def abstract_train_state(
@@ -175,31 +125,39 @@ def make_train_step(
         UserError: at the first call, if the batch's rows do not divide over micro-batches and devices.
     """
     source = states or StoredStates()
+    micro_batches = MicroBatches(accumulation_steps, placement)
+    devices = adding(placement, None if abstract is None else abstract.params, accumulation_steps)
 
     def step(state: TrainState, shared: SharedTables, batch: Batch, target: Any = None) -> tuple:
         batch = batch if placement is None else placement.rows(dict(batch))
 
         # Drawn for the global batch from (key, step): neither micro-batches nor a resumed run change the anchors.
         plan = objective.plan(batch, jax.random.fold_in(state.key, state.step))
-        params, shared = _in_use(state.params, shared, placement, abstract, objective.compute_dtype)
+        params, shared = in_use(state.params, shared, placement, abstract and abstract.params, objective.compute_dtype)
         # The target's table is gathered already, for the drafter.
         target = None if target is None else target | {"embed_weight_vd": shared.embed}
 
-        def loss(params: dict, batch: Batch, rows: Any) -> tuple[Array, Sums]:
-            # Differentiated by `params` alone: the target's tables are frozen (docs/algorithm.md, rule 18).
-            sums = objective.sums(params, shared, batch, rows)
-            return objective.loss(sums, plan.denominator), sums
+        def differentiated(constants: Any, micro: tuple[Batch, Any]) -> tuple[dict, Sums]:
+            (params, shared, denominator), (batch, rows) = constants, micro
+
+            def loss(params: dict) -> tuple[Array, Sums]:
+                # Differentiated by `params` alone: the target's tables are frozen (docs/algorithm.md, rule 18).
+                sums = objective.sums(params, shared, batch, rows)
+                return objective.loss(sums, denominator), sums
+
+            # By the masters' dtype, whatever parameters travelled in, so that gradients add up in float32.
+            return jax.grad(loss, has_aux=True)(jax.tree.map(lambda x: x.astype(jnp.float32), params))
 
         def gradient(batch: Batch, rows: Any) -> tuple[Any, dict[str, Array]]:
             # The loss sees states decoded from what is stored, so online and cached training agree.
             stored = source.stored(target, batch)
-            # By float32 parameters, whatever they travelled in, so that gradients add up in float32.
-            wide = jax.tree.map(lambda x, like: x.astype(like.dtype), params, state.params)
-            grads, sums = jax.grad(loss, has_aux=True)(wide, source.read(stored, batch), rows)
-            return (_scattered(grads, placement, abstract), sums), stored if record else {}
+            micro = source.read(stored, batch), rows
+            part = devices.part(differentiated, (params, shared, plan.denominator), micro)
+            return part, stored if record else {}
 
         # Sums and gradients add up over micro-batches because each part is divided by the same global denominator.
-        (grads, sums), stored = _over_micro_batches(gradient, batch, plan.rows, accumulation_steps, placement)
+        total, stored = micro_batches.total(gradient, devices.placed, batch, plan.rows)
+        grads, sums = devices.whole(total)
         verdict = _Verdict.of(grads, objective.loss(sums, plan.denominator), plan.supervised)
 
         metrics = _metrics(objective, sums | plan.sums, verdict, batch)
@@ -270,31 +228,6 @@ def _compiled(
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, placement.whole, *recorded))
 
 
-def _in_use(
-    params: dict, shared: SharedTables, placement: Placement | None, abstract: TrainState | None, dtype: Any
-) -> tuple[dict, SharedTables]:
-    """Parameters and the target's tables as a step uses them: gathered from the devices that store their parts."""
-    if placement is None or abstract is None:
-        return params, shared
-
-    # Gathered once per step: the partitioner alone would gather parameters again for every chunk of anchors.
-    params = placement.gathered_as(params, dtype, abstract.params)
-    tables: Any = placement.tables(shared)
-    if shared.tied and is_gathered(shared.embed.shape, tables.embed, placement.rules):
-        # One array, although the step takes it twice.
-        embed = placement.gathered(shared.embed, tables.embed)
-        return params, replace(shared, embed=embed, head=embed)
-    return params, placement.gathered(shared, tables)
-
-
-def _scattered(grads: dict, placement: Placement | None, abstract: TrainState | None) -> dict:
-    """Gradients of which each device keeps the part that it stores: sums over devices are scattered, and none holds one
-    whole."""
-    if placement is None or abstract is None:
-        return grads
-    return jax.tree.map(lambda x, like: jax.lax.with_sharding_constraint(x, like.sharding), grads, abstract.params)
-
-
 def _updated(state: TrainState, grads: Any, optimizer: optax.GradientTransformation, good: Array) -> TrainState:
     """The state after a step; parameters and optimizer are those of before where the step is not `good`."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -306,55 +239,3 @@ def _updated(state: TrainState, grads: Any, optimizer: optax.GradientTransformat
 
     # A skipped step counts all the same, since the data order is a function of `step`.
     return TrainState(state.step + 1, params, opt_state, state.key)
-
-
-def _over_micro_batches(
-    gradient: Callable[[Batch, Any], tuple[Any, dict[str, Array]]],
-    batch: Batch,
-    rows: Any,
-    steps: int,
-    placement: Placement | None,
-) -> tuple[Any, dict[str, Array]]:
-    """(summed gradients and sums, stored rows in the batch's order) over sequential micro-batches."""
-    # Shapes are static, so a bad batch is refused while the step is traced.
-    _check_rows(batch["input_ids"].shape[0], steps, placement)
-    if steps == 1:
-        return gradient(batch, rows)
-
-    # [B, ...] -> [A, B / A, ...] for the batch and for the blocks drawn from it, which belong together row by row.
-    micro = jax.tree.map(lambda x: _split_rows(x, steps), (dict(batch), rows))
-    if placement is not None:
-        micro = placement.rows(micro, leading=1)
-
-    def add(total: Any, part: Any) -> tuple[Any, dict[str, Array]]:
-        made, stored = gradient(*part)
-        return jax.tree.map(jnp.add, total, made), stored
-
-    gradient = jax.jit(gradient)  # traced once for its shapes and for the loop
-    shapes = jax.eval_shape(gradient, *jax.tree.map(lambda x: x[0], micro))[0]
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    # One micro-batch after the other, so that the activations of one alone are in memory.
-    total, stored = jax.lax.scan(add, zeros, micro)
-
-    return total, jax.tree.map(_join_rows, stored)
-
-
-def _split_rows(x: Array, steps: int) -> Array:
-    """[B, ...] -> [A, B / A, ...], every A-th row to a micro-batch: contiguous device shards stay where they are."""
-    # Row r goes to micro-batch r mod A.
-    return jnp.moveaxis(x.reshape(-1, steps, *x.shape[1:]), 1, 0)
-
-
-def _join_rows(x: Array) -> Array:
-    """The inverse of `_split_rows`."""
-    return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
-
-
-def _check_rows(rows: int, steps: int, placement: Placement | None) -> None:
-    # Each group of devices takes the same number of rows of every micro-batch.
-    groups = 1 if placement is None else placement.rules.row_groups(placement.mesh)
-    if rows % (steps * groups):
-        raise UserError(
-            f"A batch of {rows} rows does not divide into {steps} micro-batches over {groups} devices; make the global "
-            f"batch a multiple of {steps * groups}."
-        )
