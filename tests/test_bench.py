@@ -23,6 +23,7 @@ from dspark_jax.targets.config import ExpertsConfig, TargetConfig
 from train.bench import __main__ as bench
 from train.bench.inputs import random_inputs
 from train.bench.naive import naive_run
+from train.studies.step_times import figures
 
 
 def run_of(name: str, **drafter: int) -> AbstractRun:
@@ -176,3 +177,10 @@ def test_the_program_counts_without_running(capsys) -> None:
         with pytest.raises(SystemExit) as stop:
             bench.main(words.split())
         assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_turns_are_compared_with_their_neighbours() -> None:
+    # The machine slows down by half in the second turn, which a ratio of medians over all turns would not see.
+    row = figures([(1.0, 0.9), (2.0, 1.8), (1.0, 1.1)])
+    assert (row["before"], row["after"], row["turns"]) == (1.0, 1.1, 3)
+    assert row["ratio"] == pytest.approx(0.9) and row["most"] == pytest.approx(1.1)
