@@ -1,7 +1,8 @@
 """Attention of many blocks over a shared prefix, as training differentiates it: scores exist for a few blocks at a
-time, and neither pass keeps them.
+time.
 
 The backward pass makes the weights again from the log-sum-exp of each row, so that nothing but the result is stored.
+Where all blocks are one chunk, their weights are kept instead: no more than the backward pass would hold.
 
 Axes: B batch, T context position, N block, C blocks of a chunk, K block position, Q query heads, G kv heads (groups),
 r = Q/G, H head dim, M = r*C*K rows that share one kv head. Scores and sums are float32; products take the storage
@@ -65,7 +66,7 @@ def _attend(scale: float, parts: _Part, prefix: KeysValues) -> Array:
 
 
 def _forward(scale: float, parts: _Part, prefix: KeysValues) -> tuple[Array, tuple[Any, ...]]:
-    def chunk(part: _Part) -> tuple[Array, Array]:
+    def chunk(part: _Part) -> tuple[Array, tuple[Array, ...]]:
         rows = _rows(part.q, prefix)
         scores, inner = _scores(rows, part, prefix, scale)
 
@@ -75,20 +76,20 @@ def _forward(scale: float, parts: _Part, prefix: KeysValues) -> tuple[Array, tup
         total = jnp.sum(weights, axis=-1, keepdims=True) + jnp.sum(own, axis=-1, keepdims=True)
 
         out = (_onto("bgmt,bgth->bgmh", weights, prefix.values) + _of_block(own, part.block.values)) / total
-        return _unstacked(out, part.q), top + jnp.log(total)
+        whole = len(parts.q) == 1
+        return _unstacked(out, part.q), (weights, own, total) if whole else (top + jnp.log(total),)
 
-    out, log_sums = _mapped(chunk, parts)
-    return out, (parts, prefix, out, log_sums)
+    out, kept = _mapped(chunk, parts)
+    return out, (parts, prefix, out, kept)
 
 
 def _backward(scale: float, kept: tuple[Any, ...], cotangent: Array) -> tuple[_Part, KeysValues]:
-    parts, prefix, out, log_sums = kept
+    parts, prefix, out, sums = kept
 
-    def chunk(given: tuple[_Part, Array, Array, Array]) -> tuple[KeysValues, tuple[Array, KeysValues]]:
-        part, out, log_sums, cotangent = given
+    def chunk(given: tuple[_Part, Array, tuple[Array, ...], Array]) -> tuple[KeysValues, tuple[Array, KeysValues]]:
+        part, out, sums, cotangent = given
         rows, pulled = _rows(part.q, prefix), _rows(cotangent, prefix)
-        scores, inner = _scores(rows, part, prefix, scale)
-        weights, own = jnp.exp(scores - log_sums), jnp.exp(inner - log_sums)
+        weights, own = _weights(rows, part, prefix, scale, sums)
 
         # d score = weight (d weight - Σ weight d weight), and that sum is the result times its cotangent.
         mean = jnp.sum(pulled.astype(jnp.float32) * _rows(out, prefix), axis=-1, keepdims=True)
@@ -100,7 +101,7 @@ def _backward(scale: float, kept: tuple[Any, ...], cotangent: Array) -> tuple[_P
         d_block = KeysValues(_to_block(d_inner, rows, part), _to_block(own, pulled, part))
         return d_prefix, (_unstacked(d_rows, part.q), d_block)
 
-    given = parts, out, log_sums, cotangent
+    given = parts, out, sums, cotangent
     if len(out) == 1:
         d_prefix, made = chunk(jax.tree.map(lambda x: x[0], given))
         d_rows, d_block = jax.tree.map(lambda x: x[None], made)
@@ -119,6 +120,17 @@ def _backward(scale: float, kept: tuple[Any, ...], cotangent: Array) -> tuple[_P
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def _weights(
+    rows: Array, part: _Part, prefix: KeysValues, scale: float, sums: tuple[Array, ...]
+) -> tuple[Array, Array]:
+    """The weights of prefix and own block, from what the forward pass kept of them."""
+    if len(sums) > 1:
+        weights, own, total = sums
+        return weights / total, own / total
+    scores, inner = _scores(rows, part, prefix, scale)
+    return jnp.exp(scores - sums[0]), jnp.exp(inner - sums[0])
 
 
 def _mapped(chunk: Any, parts: Any) -> Any:

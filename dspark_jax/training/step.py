@@ -126,14 +126,15 @@ def make_train_step(
     """
     source = states or StoredStates()
     micro_batches = MicroBatches(accumulation_steps, placement)
-    devices = adding(placement, None if abstract is None else abstract.params, accumulation_steps)
+    stored_params = None if abstract is None else abstract.params
+    devices = adding(placement, stored_params, accumulation_steps)
 
     def step(state: TrainState, shared: SharedTables, batch: Batch, target: Any = None) -> tuple:
         batch = batch if placement is None else placement.rows(dict(batch))
 
         # Drawn for the global batch from (key, step): neither micro-batches nor a resumed run change the anchors.
         plan = objective.plan(batch, jax.random.fold_in(state.key, state.step))
-        params, shared = in_use(state.params, shared, placement, abstract and abstract.params, objective.compute_dtype)
+        params, shared = in_use(state.params, shared, placement, stored_params, objective.compute_dtype)
         # The target's table is gathered already, for the drafter.
         target = None if target is None else target | {"embed_weight_vd": shared.embed}
 

@@ -126,10 +126,23 @@ def _label_backward(kept: tuple[Array, ...], cotangents: tuple[Array, Array]) ->
     of_entropy, of_l1 = (x[..., None] for x in cotangents)
     apart, q = _apart(logits, law, top, log_total)
 
-    # Compared with an iota and not scattered: the subtraction then is part of the same pass.
-    label = jnp.arange(logits.shape[-1]) == labels[..., None]
     slope = of_entropy + of_l1 * (jnp.sign(apart) - pull[..., None])
-    return q * slope - jnp.where(label, of_entropy, 0.0), None, None
+    made = _less_at_label(q * slope, of_entropy, labels)
+    return made, None, None
+
+
+def _less_at_label(x: Array, less: Array, labels: Array) -> Array:
+    """x [*n, P], less what is [*n, 1], at each row's label."""
+
+    # In the pass that makes `x`; a CPU's compiler would write both operands of that subtraction to memory.
+    def compared(x: Array, less: Array, labels: Array) -> Array:
+        return x - jnp.where(jnp.arange(x.shape[-1]) == labels[..., None], less, 0.0)
+
+    def scattered(x: Array, less: Array, labels: Array) -> Array:
+        rows = x.reshape(-1, x.shape[-1])
+        return rows.at[jnp.arange(len(rows)), labels.reshape(-1)].add(-less.reshape(-1)).reshape(x.shape)
+
+    return jax.lax.platform_dependent(x, less, labels, cpu=scattered, default=compared)
 
 
 def _apart(logits: Array, law: Array, top: Array, log_total: Array) -> tuple[Array, Array]:
