@@ -46,7 +46,7 @@ class History:
         probe_after: shortest wait between probes, in rounds.
     """
 
-    slot_decay: float = 0.9
+    slot_decay: float = 0.95
     shared_decay: float = 0.98
     prior_rounds: float = 4.0
     survival: float = 0.8
@@ -66,13 +66,17 @@ class History:
         # The prior, one round in which 0.9 of a block was accepted, fades with the first rounds.
         return SharedHistory(full(1.0), full(0.9 * block), full(block), *counts, *probe, jnp.zeros((), bool))
 
-    def expected(self, slots: SlotHistory, shared: SharedHistory) -> tuple[Float[Array, " r"], Float[Array, " r"]]:
-        """Expected (accepted, verified) drafts [R] of each request in a round in which it drafts."""
+    def expected(
+        self, slots: SlotHistory, shared: SharedHistory
+    ) -> tuple[Float[Array, " r"], Float[Array, " r"], Float[Array, " r"]]:
+        """Expected (accepted, verified) drafts [R] of each request in a round in which it drafts, and the rounds that
+        these are means of."""
         # The shared mean fades out as a request's own rounds fill its memory of 1 / (1 - slot_decay) rounds.
         # Bounded below, as rounding may take the memory beyond full and the weight below 0.
         prior = self.prior_rounds * jnp.maximum(1.0 - (1.0 - self.slot_decay) * slots.rounds, 1e-3)
         weight, total = prior / shared.rounds, slots.rounds + prior
-        return (slots.accepted + weight * shared.accepted) / total, (slots.verified + weight * shared.verified) / total
+        accepted = (slots.accepted + weight * shared.accepted) / total
+        return accepted, (slots.verified + weight * shared.verified) / total, total
 
     def conditional(self, shared: SharedHistory) -> Float[Array, " k"]:
         """Rate at which x_k was accepted given that x_<k was: the forecast for drafts whose confidence must not be
@@ -134,12 +138,17 @@ class DraftGuard:
     It judges earlier rounds only: dropping a request because of today's confidences would anticipate
     (docs/algorithm.md, rule 79).
 
+    Means of a few dozen rounds are off by a sixth, and a request that is disabled by mistake shows nothing until the
+    next probe. So accepted drafts count for `doubt` standard errors more than their mean: one that loses a little is
+    drafted for rather than one that gains given up (docs/log.md).
+
     Hysteresis: drafting resumes only above `1 + gain`. Disabled requests all draft again in the same probe round, after
     `probe_after` rounds, then after twice as many, and so on up to `probe_at_most`; a round in which no request is
     disabled shortens that wait by an eighth.
     """
 
     gain: float = 0.05
+    doubt: float = 0.5
     probe_at_most: int = 2048
 
     def __call__(
@@ -161,17 +170,20 @@ class DraftGuard:
             (which of the `able` requests draft, the histories with the new decisions).
         """
         # Each request: the tokens that its drafts are expected to bring, against the verify time that they take.
-        accepted, verified = history.expected(slots, shared)
+        accepted, verified, rounds = history.expected(slots, shared)
+        # Nearly geometric, as a block ends at the first rejection; variances of requests add up.
+        variance = self.doubt**2 * accepted * (1 + accepted) / rounds
         base = jnp.maximum(costs.base, 1).astype(jnp.float32)
         plain = costs.plain
         room = jnp.maximum(costs.tokens[-1] - base, 1.0)
         worth = base / plain  # tokens a second of plain decoding: the value of a second
         # Mean price of one verified draft in tokens, from plain decoding up to the full block of every request.
         price = worth * (costs.seconds[-1] - plain) / room
-        good = able & (accepted > jnp.where(slots.off, 1 + self.gain, 1.0) * price * verified)
+        asked = jnp.where(slots.off, 1 + self.gain, 1.0) * price * verified
+        good = able & (accepted + jnp.sqrt(variance) > asked)
 
         # All requests: tokens a second if the good ones draft, against plain decoding.
-        tokens = base + jnp.sum(jnp.where(good, accepted, 0.0))
+        tokens = base + jnp.sum(jnp.where(good, accepted, 0.0)) + jnp.sqrt(jnp.sum(jnp.where(good, variance, 0.0)))
         # The mean number of verified drafts falls between rungs; rounds around it run at either.
         wanted = costs.between(base + jnp.sum(jnp.where(good, verified, 0.0)))
         seconds = jnp.maximum(wanted, plain) + costs.drafting
