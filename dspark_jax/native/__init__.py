@@ -1,5 +1,5 @@
-"""Products of float32 rows on a CPU, and the attention of a few, by kernels of this project's own (panels.cc,
-few_rows.cc, held_rows.cc).
+"""Products of float32 rows on a CPU, the attention of a few, and what lies between, by kernels of this project's own
+(panels.cc, few_rows.cc, held_rows.cc, between.cc).
 
 XLA packs a weight anew in every product of two rows and more, so that a verify pass of five rows takes half as long
 again as reading the weights does (docs/performance.md). These read each weight once, as it lies or in panels that an
@@ -33,6 +33,7 @@ SOURCES = {
     "few_rows.cc": ("FewRows", "FewRowsOfTable"),
     "held_rows.cc": ("HeldRows", "HeldRowsOfPages"),
     "panels.cc": ("Panels",),
+    "between.cc": ("NormedRows", "GatedRows", "Rotations"),
 }
 """The kernels of each source."""
 MOST_CHANNELS = 512
@@ -77,6 +78,30 @@ def times_table(x: Float[Array, "n i"], table: Float[Array, "o i"]) -> Float[Arr
 def times_panels(x: Float[Array, "n i"], panels: Float[Array, "t i c"], outputs: int) -> Float[Array, "n o"]:
     """x W, as `times`, of any number of rows by a weight of so many outputs in panels."""
     return _call("Panels", x, panels, outputs)
+
+
+def norm_rows(x: Float[Array, "n d"], weight: Float[Array, " d"], *, eps: float) -> Float[Array, "n d"]:
+    """x / rms(x) * weight of float32 rows, D a multiple of the lanes. `ready` must hold, here and below."""
+    made = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+    return jax.ffi.ffi_call(_target("NormedRows"), made, vmap_method="sequential")(x, weight, eps=np.float32(eps))
+
+
+def gate_rows(x: Float[Array, "n u"], *, width: int) -> Float[Array, "n f"]:
+    """silu(gate) * up of float32 rows in which blocks of `width` gates, a multiple of the lanes, and of as many numbers
+    to be gated lie by turns."""
+    made = jax.ShapeDtypeStruct((x.shape[0], x.shape[1] // 2), jnp.float32)
+    return jax.ffi.ffi_call(_target("GatedRows"), made, vmap_method="sequential")(x, width=np.int64(width))
+
+
+def rotations(
+    positions: Int[Array, " n"], frequencies: Float[Array, " h"]
+) -> tuple[Float[Array, "n h"], Float[Array, "n h"]]:
+    """Cosines and sines of positions (int32) times frequencies."""
+    made = jax.ShapeDtypeStruct((positions.shape[0], frequencies.shape[0]), jnp.float32)
+    cosines, sines = jax.ffi.ffi_call(_target("Rotations"), (made, made), vmap_method="sequential")(
+        positions, frequencies
+    )
+    return cosines, sines
 
 
 def attends(q: Array, keys: Array, tables: Array | None) -> bool:

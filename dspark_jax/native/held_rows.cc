@@ -15,27 +15,8 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-typedef int32_t Bits __attribute__((vector_size(64), aligned(4)));
 // As in targets/attention.py: finite, so that a row without keys gives zeros and never NaN.
 constexpr float kMasked = -1e30f, kFloor = kMasked / 2;
-
-// exp of numbers no larger than 0, within two units of the last place; 0 below -87.
-inline Lanes exponential(Lanes x) {
-  const Bits tiny = x < -87.0f;
-  x = tiny ? x - x : x;
-  // Adding 1.5 * 2^23 rounds to a whole number and leaves it in the lowest bits.
-  const float round = 12582912.0f;
-  const Lanes shifted = x * 1.44269504f + round, whole = shifted - round;
-  const Lanes rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-  Lanes sum = rest * 1.9875691500e-4f + 1.3981999507e-3f;
-  sum = sum * rest + 8.3334519073e-3f;
-  sum = sum * rest + 4.1665795894e-2f;
-  sum = sum * rest + 1.6666665459e-1f;
-  sum = sum * rest + 5.0000001201e-1f;
-  sum = sum * rest * rest + rest + 1.0f;
-  const Bits power = (((Bits)shifted - 0x4b400000) + 127) << 23;
-  return tiny ? Lanes{} : sum * (Lanes)power;
-}
 
 struct Call {
   const float *q, *keys, *values, *own_keys, *own_values, *within;

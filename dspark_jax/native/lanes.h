@@ -7,14 +7,15 @@
 // Compilers split them for CPUs with shorter vectors.
 typedef float Lanes __attribute__((vector_size(64), aligned(4)));
 constexpr int64_t kLanes = 16;
+typedef int32_t Bits __attribute__((vector_size(64), aligned(4)));
 
 inline Lanes load(const float* from) { return *reinterpret_cast<const Lanes*>(from); }
 
 // bfloat16 numbers, the upper halves of float32 ones.
 typedef uint16_t Halves __attribute__((vector_size(32), aligned(2)));
-typedef uint32_t Bits __attribute__((vector_size(64)));
+typedef uint32_t Wholes __attribute__((vector_size(64)));
 inline Lanes load(const uint16_t* from) {
-  return (Lanes)(__builtin_convertvector(*reinterpret_cast<const Halves*>(from), Bits) << 16);
+  return (Lanes)(__builtin_convertvector(*reinterpret_cast<const Halves*>(from), Wholes) << 16);
 }
 
 inline void store(float* to, Lanes lanes) { *reinterpret_cast<Lanes*>(to) = lanes; }
@@ -31,4 +32,22 @@ inline float reduced(Lanes lanes, Combine combine) {
 
 inline float total(Lanes lanes) {
   return reduced(lanes, [](float a, float b) { return a + b; });
+}
+
+// exp of numbers no larger than 0, within two units of the last place; 0 below -87.
+inline Lanes exponential(Lanes x) {
+  const Bits tiny = x < -87.0f;
+  x = tiny ? x - x : x;
+  // Adding 1.5 * 2^23 rounds to a whole number and leaves it in the lowest bits.
+  const float round = 12582912.0f;
+  const Lanes shifted = x * 1.44269504f + round, whole = shifted - round;
+  const Lanes rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+  Lanes sum = rest * 1.9875691500e-4f + 1.3981999507e-3f;
+  sum = sum * rest + 8.3334519073e-3f;
+  sum = sum * rest + 4.1665795894e-2f;
+  sum = sum * rest + 1.6666665459e-1f;
+  sum = sum * rest + 5.0000001201e-1f;
+  sum = sum * rest * rest + rest + 1.0f;
+  const Bits power = (((Bits)shifted - 0x4b400000) + 127) << 23;
+  return tiny ? Lanes{} : sum * (Lanes)power;
 }

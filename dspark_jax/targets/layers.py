@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from dspark_jax.sharding import Units, param
 from dspark_jax.targets.attention import Attend, KeysValues
 from dspark_jax.targets.config import RopeConfig, TargetConfig
+from dspark_jax.targets.few_rows import gated, normed, rotations
 from dspark_jax.targets.joined import columns_of
 from dspark_jax.targets.moe import SparseMLP
 from dspark_jax.targets.products import by_table, product, rows_times, rows_times_table, rows_to_cut
@@ -34,9 +35,8 @@ class Rope(NamedTuple):
     def at(cls, config: RopeConfig, head_dim: int, positions: Int[Array, "*n"]) -> "Rope":
         """The rotation at `positions` for heads of `head_dim` channels, the kind's factor included in cos and sin."""
         frequencies, factor = config.inverse_frequencies(head_dim)
-        # float32 even in a bfloat16 model: a bfloat16 position is exact to 256 only.
-        angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
-        return cls(jnp.cos(angles) * factor, jnp.sin(angles) * factor)
+        cosines, sines = rotations(positions, jnp.asarray(frequencies, jnp.float32))
+        return cls(cosines * factor, sines * factor)
 
     def rotate(self, x: Float[Array, "*n heads h"]) -> Float[Array, "*n heads h"]:
         """Rotates halves (i, i + H/2), each head alike; computed in float32."""
@@ -104,11 +104,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
-        # The statistic is float32; the weight is applied after the cast back, as in Qwen's reference code.
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-
-        return wide.astype(x.dtype) * self.weight[...]
+        return normed(x, self.weight[...], self.eps)
 
 
 class Attention(nnx.Module):
@@ -231,9 +227,14 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
         made = rows_to_cut(x, self.gate_up_weight_du[...])
-        gate, up = self.columns.split(made + self.gate_up_bias_u[...] if self.has_bias else made)
+        made = made + self.gate_up_bias_u[...] if self.has_bias else made
+        if self.activation is jax.nn.silu:
+            inner = gated(made, self.columns)
+        else:
+            gate, up = self.columns.split(made)
+            inner = self.activation(gate) * up
 
-        out = rows_times(self.activation(gate) * up, self.down_weight_fd[...])
+        out = rows_times(inner, self.down_weight_fd[...])
         return out + self.down_bias_d[...] if self.has_bias else out
 
 
