@@ -188,7 +188,9 @@ def test_values_are_held_against_what_was_accepted() -> None:
     assert admitted([UNSURE, UNSURE], seconds, state=state) == [0, 0]
     memory = state.shared.own
     assert memory.rounds == 120 and not memory.reached.any()
-    assert state.slots.verified[0] == pytest.approx(6 * sum(policy.history.slot_decay**i for i in range(60)), rel=1e-3), "six rows a round"
+    assert state.slots.verified[0] == pytest.approx(
+        6 * sum(policy.history.slot_decay**i for i in range(60)), rel=1e-3
+    ), "six rows a round"
 
 
 # What `auto` chooses
