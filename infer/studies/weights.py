@@ -90,7 +90,8 @@ def main(argv: list[str]) -> None:
 def measured(settings: WeightsSettings) -> dict[str, Any]:
     """Figures of each kind of weights, one pair after the other in memory."""
     shown = {name: str(value) for name, value in asdict(settings).items() if name != "results"}
-    made: dict[str, Any] = {"settings": shown, "machine": machine()}
+    sets = " ".join(path.stem for path in settings.prompts)
+    made: dict[str, Any] = {"settings": shown | {"prompts": sets}, "machine": machine()}
     stored: tuple[Generation, ...] = ()
     expected = np.empty(0)
     for kind in KINDS:
