@@ -29,12 +29,12 @@ from dspark_jax.scheduling.costs import CostTable
 RUNG_WORTH = 0.01
 """Relative saving below which a further rung of the ladder is not worth compiling."""
 LARGEST_SPREAD = 0.5
-"""Spread over median that tells of other work, where most times have it: it is 0.01 to 0.2 on an idle machine."""
+"""Spread over duration that tells of other work, where most times have it: it is 0.01 to 0.2 on an idle machine."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Measured costs: medians in seconds, and interquartile ranges (`spread`)."""
+    """Measured costs: lower quartiles in seconds, and interquartile ranges (`spread`)."""
 
     key: dict[str, Any]  # where and of what: device kind, dtype, shapes; see `profile_key`
     tokens: tuple[int, ...]  # [P] ascending
