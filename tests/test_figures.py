@@ -54,6 +54,27 @@ def test_only_what_is_missing_is_measured(tmp_path: Path, monkeypatch: pytest.Mo
     assert ran == [words] and json.loads((tmp_path / "v4_load.json").read_text()) == {"closed": {}}
 
 
+def test_a_simulated_load_waits_for_its_rounds_and_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one program reads of another stays in the folder of work, and is measured once as well."""
+    settings, ran = FiguresSettings(tmp_path / "page", tmp_path, work=tmp_path / "work"), list[str]()
+
+    def program(words: list[str]) -> None:
+        folder = Path(words[words.index("--output") + 1])
+        ran.append(folder.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("metrics.json", "traces.npz"):
+            (folder / name).write_text("{}")
+
+    monkeypatch.setattr(figures, "run", program)
+    names = ("real_profile/metrics.json", "real_traces/traces.npz", "load_real.json")
+    order = [name for name in steps(settings) if name in names]
+    for _ in range(2):
+        for name in order:
+            measured(settings, name, steps(settings)[name])
+    assert ran == ["real_profile", "real_traces", "load_real"]
+    assert {path.name for path in tmp_path.glob("*.json")} == {"load_real.json"}
+
+
 def test_a_program_that_fails_is_named() -> None:
     with pytest.raises(UserError, match="ended with status"):
         figures.run([shutil.which("false") or "false", "-m", "x"])

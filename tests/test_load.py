@@ -285,6 +285,19 @@ def test_load_measures_validates_and_simulates(folder: Path, tmp_path: Path, mon
     found = json.loads((tmp_path / "simulated" / "metrics.json").read_text())
     assert found["simulated"] and set(found["closed"]) == {"2", "8"}
 
+    # Recorded alone, and simulated with a table for each number of users.
+    kept, sps_of = tmp_path / "recorded", tmp_path / "profiles"
+    main([str(word) for word in [*argv[:10], "--max-new-tokens", "8", "--record", "4", "--output", kept]])
+    assert [path.name for path in kept.iterdir()] == ["traces.npz"]
+    sps_of.mkdir()
+    for users, slower in (("1", 1), ("2", 10)):
+        rates = [rate / slower for rate in sps["sample_steps_per_sec"]]
+        (sps_of / f"sps-{users}.json").write_text(json.dumps(sps | {"sample_steps_per_sec": rates}))
+    again = ["--simulate", kept / "traces.npz", "--sps", sps_of, "--concurrency", "1", "2", "--strategies", "plain"]
+    main([str(word) for word in [*again, "--output", tmp_path / "simulated"]])
+    closed = json.loads((tmp_path / "simulated" / "metrics.json").read_text())["closed"]
+    assert closed["1"]["plain"]["tokens_per_second"] > 4 * closed["2"]["plain"]["tokens_per_second"]
+
 
 LOAD: dict[str, tuple[list[str], str]] = {
     "nothing": ([], "A load study needs --target"),

@@ -2,11 +2,13 @@
 
     python -m infer.studies.load --target assets/embedded_target --drafter assets/embedded_drafter \
         --prompts heldout.jsonl --concurrency 1 2 4 8 16 32 64 --validate --results docs/results/load.json
+    python -m infer.studies.load --target T --drafter D --prompts heldout.jsonl --record 48 --output runs/load
     python -m infer.studies.load --simulate runs/load/traces.npz --sps sps.json --concurrency 16 64 256
 
 The strategies are run in turn, in reversed order each time, and figures are medians; a stopped study continues in the
 same --output. Writes runs.jsonl, traces.npz, metrics.json, throughput.png (Figure 7) and budget.png (Figure 8).
---validate compares the simulator with the engine; --simulate runs it alone, with a cost table measured or made up.
+--validate compares the simulator with the engine; --simulate runs it alone, with a cost table measured or made up, on
+rounds that --record kept: whatever the machine does beside it, they are the same.
 """
 
 import gc
@@ -96,11 +98,14 @@ class LoadSettings:
     sts: Path | None = None
     """sts.json: calibrated temperatures."""
     sps: Path | None = None
-    """sps.json; None: every engine profiles itself."""
+    """sps.json; for --simulate also a folder of infer.profile, whose sps-N.json holds for N users. None: every engine
+    profiles itself."""
     validate: bool = False
     """Compare the simulator with the engine at every concurrency."""
     simulate: Path | None = None
     """traces.npz of an earlier study: simulate only, with --sps."""
+    record: int = 0
+    """Record the rounds of this many requests in traces.npz, on as many slots as the highest concurrency; no times."""
     rounds_per_dispatch: int = 16
     limit: int = 0
     """Prompts taken of each domain; 0: all."""
@@ -120,6 +125,9 @@ def main(argv: list[str]) -> None:
 
     make_output(settings.output, settings.results)
     announce(settings.dtype)
+    if settings.record:
+        recorded(settings)
+        return
     if settings.simulate is not None:
         metrics = simulated(settings, read_traces(settings.simulate))
     else:
@@ -143,7 +151,8 @@ def main(argv: list[str]) -> None:
 # Real engines
 
 
-def measured(settings: LoadSettings) -> dict[str, Any]:
+def study_of(settings: LoadSettings) -> "Study":
+    """The study with its models and prompts loaded; UserError where one is not given."""
     for name in ("target", "drafter", "prompts"):
         if not getattr(settings, name):
             raise UserError(f"A load study needs --{name}; or give --simulate TRACES with --sps.")
@@ -153,13 +162,25 @@ def measured(settings: LoadSettings) -> dict[str, Any]:
 
     # Loaded once for all engines; each engine has its own decode state and compiled programs.
     target = load_target(settings.target, dtype=settings.dtype)
-    study = Study(
+    return Study(
         settings,
         target,
         load_drafter(settings.drafter, target, dtype=settings.dtype),
         load_drafter(settings.mtp, target, dtype=settings.dtype) if settings.mtp else None,
         read_prompts(target, settings.prompts, settings.limit or None, settings.thinking),
     )
+
+
+def recorded(settings: LoadSettings) -> None:
+    """Writes traces.npz of whole blocks; other traffic than a measured study's, as for its validation."""
+    study, path = study_of(settings), settings.output / "traces.npz"
+    engine = study.engine("fixed", max(settings.concurrency))
+    save_traces(path, record_traces(engine, study.traffic(10_000), settings.record))
+    print(f"rounds of {settings.record} requests in {path}")
+
+
+def measured(settings: LoadSettings) -> dict[str, Any]:
+    study = study_of(settings)
     metrics: dict[str, Any] = {"closed": {}, "poisson": {}}
     compared: dict[str, Any] = {}
 
@@ -365,7 +386,8 @@ def simulated(settings: LoadSettings, traces: Traces) -> dict[str, Any]:
     for users in settings.concurrency:
         buckets = ladder(users, block)
         # Temperatures of 1: the traces' logits are taken as they are.
-        tables = ScheduleTables.of(costs_of(settings.sps, users, buckets), (1.0,) * block)
+        sps = settings.sps / f"sps-{users}.json" if settings.sps.is_dir() else settings.sps
+        tables = ScheduleTables.of(costs_of(sps, users, buckets), (1.0,) * block)
         device = SimulatedDevice(tables, buckets, rounds_per_dispatch=settings.rounds_per_dispatch)
         closed[str(users)] = {
             strategy: summarise(simulate_strategy(settings, strategy, traces, device, users))
