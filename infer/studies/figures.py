@@ -154,7 +154,7 @@ def simulated_load(settings: FiguresSettings, pair: Pair, sets: Sequence[str]) -
     return {
         profile: program_command(
             "infer.profile", *model, "--slots", *USERS, "--longest", "192", "--contexts", "0.2", "0.6", "--rounds", "4",
-            "--repeats", "5", "--output", (settings.work / profile).parent,
+            "--repeats", "5", "--widths", "3", "--output", (settings.work / profile).parent,
         ),
         traces: program_command(
             "infer.studies.load", *model, "--prompts", *sets, "--limit", "10", "--max-new-tokens", "48", *users,
