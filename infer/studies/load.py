@@ -52,9 +52,11 @@ from dspark_jax.targets.target import Target
 
 from .load_runs import Load, RunLog, summarise
 
-Strategy = Literal["plain", "fixed-1", "mtp", "fixed", "threshold", "causal", "look-ahead", "asynchronous"]
+Strategy = Literal[
+    "plain", "fixed-1", "mtp", "fixed", "threshold", "causal", "look-ahead", "asynchronous", "retrospective"
+]  # fmt: skip
 STATIC = ("plain", "fixed-1", "mtp", "fixed", "threshold")
-ADAPTIVE = ("causal", "look-ahead", "asynchronous")
+ADAPTIVE = ("causal", "look-ahead", "asynchronous", "retrospective")
 IDENTITY = (
     "target", "drafter", "mtp", "prompts", "limit", "thinking", "sts", "sps", "dtype", "max_new_tokens",
     "answer_spread", "temperature", "threshold", "requests_per_user", "least_requests", "rounds_per_dispatch", "seed",
@@ -228,6 +230,8 @@ class Study:
             settings.temperature,
             stop_tokens=(),  # so that an answer has the same length under every strategy
             verify_length=1 if strategy == "fixed-1" else None,
+            # It looks back at a round's own drafts: in coupled mode alone that leaves the law as it is.
+            mode="coupled" if strategy == "retrospective" else None,
         )
         config = EngineConfig(
             slots=slots,
