@@ -176,7 +176,9 @@ def study_of(settings: LoadSettings) -> "Study":
 def recorded(settings: LoadSettings) -> None:
     """Writes traces.npz of whole blocks; other traffic than a measured study's, as for its validation."""
     study, path = study_of(settings), settings.output / "traces.npz"
-    engine = study.engine("fixed", max(settings.concurrency))
+    slots = max(settings.concurrency)
+    # Every round verifies whole blocks, whatever that costs: one program is enough.
+    engine = study.engine("fixed", slots, buckets=(slots * (study.drafter.config.block_size + 1),))
     save_traces(path, record_traces(engine, study.traffic(10_000), settings.record))
     print(f"rounds of {settings.record} requests in {path}")
 
@@ -220,7 +222,9 @@ class Study:
         identity = {name: getattr(self.settings, name) for name in IDENTITY}
         self.log = RunLog(self.settings.output / "runs.jsonl", identity)
 
-    def engine(self, strategy: str, slots: int, policy: VerifyPolicy | None = None) -> Engine:
+    def engine(
+        self, strategy: str, slots: int, policy: VerifyPolicy | None = None, buckets: tuple[int, ...] | None = None
+    ) -> Engine:
         settings = self.settings
         # Plain decoding without a drafter, and not a cap of 0: nothing is drafted, and the drafter's caches take no
         # memory.
@@ -241,7 +245,7 @@ class Study:
             sts=settings.sts,
             sps=settings.sps,
             rounds_per_dispatch=settings.rounds_per_dispatch,
-            buckets=ladder(slots, 0 if drafter is None else drafter.config.block_size),
+            buckets=buckets or ladder(slots, 0 if drafter is None else drafter.config.block_size),
             smallest_prompt_bucket=64,
             # A closed loop sends its next request when one ends: a longer dispatch would leave that slot empty.
             return_at_once=True,
