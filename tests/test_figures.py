@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from dspark_jax.errors import UserError
-from infer.studies import figures
-from infer.studies.figures import PAIRS, FiguresSettings, main, measured, paper_gain, render, steps
+from infer.studies import figures_steps
+from infer.studies.figures import main, paper_gain, render
 from infer.studies.figures_paper import PAPER
+from infer.studies.figures_steps import PAIRS, FiguresSettings, measured, run, steps
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -47,7 +48,7 @@ def test_only_what_is_missing_is_measured(tmp_path: Path, monkeypatch: pytest.Mo
         folder.mkdir(parents=True)
         (folder / "metrics.json").write_text(json.dumps({"closed": {}}))
 
-    monkeypatch.setattr(figures, "run", program)
+    monkeypatch.setattr(figures_steps, "run", program)
     words = steps(settings)["v4_load.json"]
     for _ in range(2):
         measured(settings, "v4_load.json", words)
@@ -65,7 +66,7 @@ def test_a_simulated_load_waits_for_its_rounds_and_costs(tmp_path: Path, monkeyp
         for name in ("metrics.json", "traces.npz"):
             (folder / name).write_text("{}")
 
-    monkeypatch.setattr(figures, "run", program)
+    monkeypatch.setattr(figures_steps, "run", program)
     names = ("real_profile/metrics.json", "real_traces/traces.npz", "load_real.json")
     order = [name for name in steps(settings) if name in names]
     for _ in range(2):
@@ -77,4 +78,4 @@ def test_a_simulated_load_waits_for_its_rounds_and_costs(tmp_path: Path, monkeyp
 
 def test_a_program_that_fails_is_named() -> None:
     with pytest.raises(UserError, match="ended with status"):
-        figures.run([shutil.which("false") or "false", "-m", "x"])
+        run([shutil.which("false") or "false", "-m", "x"])

@@ -29,8 +29,10 @@ from dspark_jax.serving.prompts import EncodedPrompt
 from dspark_jax.serving.requests import Request
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
-from infer.studies.load import IDENTITY, LoadSettings, main, requests_of, verdict
+from infer.studies.load import IDENTITY, LoadSettings, main, requests_of
+from infer.studies.load_recorded import recorded_figures
 from infer.studies.load_runs import Load, RunLog, summarise
+from infer.studies.load_strategies import verdict
 from tests.decoding_tiny import prompts, tiny_pair
 from tests.test_infer_programs import refused, write_drafter
 from tests.tiny import write_tiny_target
@@ -297,6 +299,19 @@ def test_load_measures_validates_and_simulates(folder: Path, tmp_path: Path, mon
     main([str(word) for word in [*again, "--output", tmp_path / "simulated"]])
     closed = json.loads((tmp_path / "simulated" / "metrics.json").read_text())["closed"]
     assert closed["1"]["plain"]["tokens_per_second"] > 4 * closed["2"]["plain"]["tokens_per_second"]
+
+
+def test_recorded_rounds_say_what_a_threshold_keeps_and_how_sure_confidences_are() -> None:
+    """Two drafts a round: the first is always accepted, the second never, and confidences say so or do not."""
+    rounds = traces([1] * 8, 17)
+    sure = replace(rounds, logits=np.tile(np.float32([9.0, -9.0, -9.0, -9.0]), (len(rounds.accepted), 1)))
+    found = recorded_figures(sure, (1.0,) * 4, False)
+    assert found["thresholds"]["0.6"] == {"tau": 2.0, "verify_rate": 1.0} and set(found["confidence"]) == {"before"}
+    assert found["confidence"]["before"]["ece"] < 0.01
+    # Temperatures that make all of them as good as equal; a threshold looks at confidences as they are.
+    found = recorded_figures(sure, (100.0,) * 4, True)
+    assert found["thresholds"]["0.6"] == {"tau": 2.0, "verify_rate": 1.0}
+    assert found["confidence"]["after"]["ece"] > 0.1 > found["confidence"]["before"]["ece"]
 
 
 LOAD: dict[str, tuple[list[str], str]] = {

@@ -7,88 +7,20 @@ Every result is a file of docs/results that another program wrote; to measure on
 is missing is named with the command that makes it. Writes README.md and the plots of --output.
 """
 
-import shutil
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from dspark_jax.config.cli import parse, program
-from dspark_jax.errors import UserError
 from dspark_jax.files import make_output, write_atomically
-from dspark_jax.programs import program_command
 from dspark_jax.readers import read_object
 from dspark_jax.report import budget_plot, page_table, reliability_plot, threshold_plot, throughput_plot
 
 from .figures_paper import DOMAINS, NAMES, PAPER, differences
+from .figures_steps import PAIRS, FiguresSettings, Pair, measured, steps
 
 Result = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class FiguresSettings:
-    """Makes the table and the figures of the paper that can be had here."""
-
-    output: Path = Path("docs/figures")
-    """Folder of README.md and the plots."""
-    results: Path = Path("docs/results")
-    """Folder of the measurements."""
-    measure: bool = False
-    """Measure what is missing first."""
-    work: Path = Path("runs/figures")
-    """Folder of the programs that measure; they continue there."""
-    prompts: tuple[Path, ...] = ()
-    """Evaluation sets for the real pair. None given: the held-out prompts of the embedded corpora for both pairs."""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A pair, and the names of its results."""
-
-    title: str
-    target: str
-    drafter: str
-    compare: str
-    curves: str
-    evaluate: str
-    load: str
-
-
-PAIRS = (
-    Pair(
-        "Embedded pair (3.3 M parameters; under load its widened copy of 80 M)",
-        "assets/embedded_target",
-        "assets/embedded_drafter",
-        "compare.json",
-        "compare_curves.json",
-        "evaluate_embedded.json",
-        "load_wide.json",
-    ),
-    Pair(
-        "Real pair (SmolLM2-135M-Instruct)",
-        ".cache/real_target",
-        "assets/smollm2_135m_drafter",
-        "compare_real.json",
-        "compare_real_curves.json",
-        "evaluate_real.json",
-        "load_real.json",
-    ),
-)
-# The study's defaults are the embedded target's.
-REAL_STUDY = (
-    "--recipe", "smollm2_135m_dspark", "--start", "target", "--layers", "1", "8", "15", "22", "28",
-    "--conversations", "assets/smollm2_135m_drafter/conversations.parquet", "--prompts", "200", "--heldout", "10",
-    "--batch", "2", "--anchors", "24", "--rollouts", "24", "--learning-rate", "0.002", "--max-length", "256",
-    "--samples", "1", "--max-new-tokens", "48",
-)  # fmt: skip
-REAL_BUDGET = ("--seeds", "1", "--steps", "600")
-EMBEDDED_CURVES = ("--seeds", "1", "--steps", "500")
-USERS = ("1", "4", "16")
-THRESHOLDS = ("0.2", "0.4", "0.6", "0.8", "0.9")
-# Each is a program of the real target's to compile.
-REAL_THRESHOLDS = ("0.4", "0.6", "0.8")
 
 
 @program
@@ -103,99 +35,6 @@ def main(argv: list[str]) -> None:
     page = render(settings)
     write_atomically(settings.output / "README.md", page)
     print(f"figures in {settings.output}")
-
-
-# Measuring
-
-
-def steps(settings: FiguresSettings) -> dict[str, list[str]]:
-    """Commands by the result that they make, in order; each continues in its folder below `--work`."""
-    work, heldout = settings.work, str(settings.work / "heldout.jsonl")
-    found: dict[str, list[str]] = {
-        "heldout.jsonl": program_command("train.embedded.corpora", "--limit", "20", "--output", heldout)
-    }
-    for pair in PAIRS:
-        model = ("--target", pair.target, "--drafter", pair.drafter)
-        real = pair is PAIRS[1]
-        sets = [str(path) for path in settings.prompts] if real and settings.prompts else [heldout]
-        study = ("train.studies.compare", "--target", pair.target, *(REAL_STUDY if real else ()))
-
-        found[pair.compare] = program_command(
-            *study, *(REAL_BUDGET if real else ()), "--only", "main", "--output", folder(settings, pair.compare),
-        )  # fmt: skip
-        found[pair.curves] = program_command(
-            *study, *(REAL_BUDGET if real else EMBEDDED_CURVES), "--only", "depth", "block",
-            "--output", folder(settings, pair.curves),
-        )  # fmt: skip
-        # Counts and confidences, no times: many requests at once are cheaper and change nothing.
-        found[pair.evaluate] = program_command(
-            "infer.evaluate", *model, "--datasets", *sets, "--temperatures", "1.0", "--limit", "10" if real else "20",
-            "--max-new-tokens", "48" if real else "64", "--slots", "10", "--dtype", "float32", "--policy", "fixed",
-            "--thresholds", *(REAL_THRESHOLDS if real else THRESHOLDS), "--sts", f"{pair.drafter}/sts.json",
-            "--output", folder(settings, pair.evaluate),
-        )  # fmt: skip
-        # A small target's steps are too cheap for drafts to pay: its load is measured on its widened copy. Rounds of
-        # the real pair are recorded, and timed for a minute, so that an idle machine is not needed for an hour.
-        if real:
-            found |= simulated_load(settings, pair, sets)
-        else:
-            wide = ("--target", str(work / "wide/target"), "--drafter", str(work / "wide/drafter"))
-            found[pair.load] = program_command(
-                "infer.studies.load", *wide, "--prompts", *sets, "--dtype", "float32", "--limit", "20",
-                "--concurrency", *USERS, "--output", folder(settings, pair.load),
-            )  # fmt: skip
-
-    found["v4_load.json"] = program_command("infer.studies.v4_load", "--output", work / "v4_load")
-    return found
-
-
-def simulated_load(settings: FiguresSettings, pair: Pair, sets: Sequence[str]) -> dict[str, list[str]]:
-    """A load simulated from recorded rounds and the costs of rounds: only these take an idle machine."""
-    model, users = ("--target", pair.target, "--drafter", pair.drafter, "--dtype", "float32"), ("--concurrency", *USERS)
-    traces, profile = (f"{stem(pair)}_{name}" for name in ("traces/traces.npz", "profile/metrics.json"))
-    return {
-        profile: program_command(
-            "infer.profile", *model, "--slots", *USERS, "--longest", "192", "--contexts", "0.2", "0.6", "--rounds", "4",
-            "--repeats", "5", "--widths", "3", "--output", (settings.work / profile).parent,
-        ),
-        traces: program_command(
-            "infer.studies.load", *model, "--prompts", *sets, "--limit", "10", "--max-new-tokens", "48", *users,
-            "--record", "60", "--output", (settings.work / traces).parent,
-        ),
-        pair.load: program_command(
-            "infer.studies.load", "--simulate", settings.work / traces, "--sps", (settings.work / profile).parent,
-            *users, "--requests-per-user", "16", "--output", folder(settings, pair.load),
-        ),
-    }  # fmt: skip
-
-
-def folder(settings: FiguresSettings, name: str) -> Path:
-    """Where the program that makes a result continues. The real pair's curves share points with its table."""
-    return settings.work / Path(PAIRS[1].compare if name == PAIRS[1].curves else name).stem
-
-
-def measured(settings: FiguresSettings, name: str, words: Sequence[str]) -> None:
-    """Runs a program whose result is missing, and keeps its metrics.json under the result's name."""
-    # What figures are read from is kept beside the other results, what programs read stays in their folder.
-    kept = (settings.results if name.endswith(".json") and "/" not in name else settings.work) / name
-    if kept.exists():
-        return
-    if name == PAIRS[0].load and not (settings.work / "wide").exists():
-        widen = ("--target", PAIRS[0].target, "--drafter", PAIRS[0].drafter, "--intermediate-size", "16384")
-        run(program_command("infer.studies.widen", *widen, "--output", settings.work / "wide"))
-
-    run(words)
-    made = folder(settings, name) / "metrics.json"
-    if made.exists() and not kept.exists():
-        shutil.copyfile(made, kept)
-
-
-def run(words: Sequence[str]) -> None:
-    """Runs a program; UserError where it fails."""
-    print(" ".join(words), flush=True)
-    done = subprocess.run(words, check=False)
-    if done.returncode:
-        raise UserError(f"{' '.join(words[2:4])} ended with status {done.returncode}; mend that and run again.")
 
 
 # Drawing
@@ -315,14 +154,14 @@ def figure5(settings: FiguresSettings, pair: Pair) -> list[str]:
     swept = {name: row["thresholds"] for name, row in sets.items() if row.get("thresholds")}
     if not swept:
         return []
-    threshold_plot(settings.output / f"{stem(pair)}-figure5.png", swept)
+    threshold_plot(settings.output / f"{pair.stem}-figure5.png", swept)
     values = list(next(iter(swept.values())))
     rows = [
         [name, *(f"{100 * row[v]['verify_rate']:.1f} % (τ {row[v]['tau']:.2f})" for v in values)]
         for name, row in swept.items()
     ]
     lines = page_table(["set", *(f"threshold {v}" for v in values)], rows)
-    return [*lines, "", f"![committed share by threshold]({stem(pair)}-figure5.png)"]
+    return [*lines, "", f"![committed share by threshold]({pair.stem}-figure5.png)"]
 
 
 def figure6(settings: FiguresSettings, pair: Pair) -> list[str]:
@@ -331,20 +170,24 @@ def figure6(settings: FiguresSettings, pair: Pair) -> list[str]:
     if not sets:
         return []
     plotted_sets = {name: {k: dict(v) for k, v in found.items()} for name, found in sets.items()}
-    reliability_plot(settings.output / f"{stem(pair)}-figure6.png", plotted_sets)
+    reliability_plot(settings.output / f"{pair.stem}-figure6.png", plotted_sets)
     rows = []
     for name, found in sets.items():
         after = found.get("after", found["before"])
         errors = (f"{100 * stage['ece']:.2f} %" for stage in (found["before"], after))
         rows.append([name, *errors, f"{after['auc']:.3f}"])
     lines = page_table(["set", "ECE before", "after", "AUROC"], rows)
-    return [*lines, "", f"![reliability]({stem(pair)}-figure6.png)"]
+    return [*lines, "", f"![reliability]({pair.stem}-figure6.png)"]
 
 
 def evaluated(settings: FiguresSettings, pair: Pair) -> Result:
-    """The sets of infer.evaluate at temperature 1."""
+    """The sets of infer.evaluate at temperature 1, or recorded rounds of all sets together."""
     found = read(settings, pair.evaluate)
-    return {} if found is None else found["temperatures"].get("t1", {}).get("datasets", {})
+    if found is None:
+        return {}
+    if "recorded" in found:
+        return {"all": found["recorded"]}
+    return found["temperatures"].get("t1", {}).get("datasets", {})
 
 
 def loaded(settings: FiguresSettings, pair: Pair, number: str) -> list[str]:
@@ -353,14 +196,14 @@ def loaded(settings: FiguresSettings, pair: Pair, number: str) -> list[str]:
     if found is None:
         return []
     draw = throughput_plot if number == "7" else budget_plot
-    draw(settings.output / f"{stem(pair)}-figure{number}.png", found["closed"])
+    draw(settings.output / f"{pair.stem}-figure{number}.png", found["closed"])
     key, form = ("tokens_per_second", "{:.0f}") if number == "7" else ("verify_budget", "{:.2f}")
     names = list(next(iter(found["closed"].values())))
     rows = [[users, *(form.format(row[name][key]) for name in names)] for users, row in found["closed"].items()]
     lines = page_table(["users", *names], rows)
     if found.get("simulated"):
         lines = ["Simulated from recorded rounds and the measured costs of rounds; prompts cost nothing.", "", *lines]
-    return [*lines, "", f"![load]({stem(pair)}-figure{number}.png)"]
+    return [*lines, "", f"![load]({pair.stem}-figure{number}.png)"]
 
 
 def simulated(settings: FiguresSettings, number: str) -> list[str]:
@@ -384,10 +227,6 @@ def plotted(settings: FiguresSettings, pair: Pair, figure: str) -> list[str]:
     """A plot that the study itself published beside its result, if it did."""
     path = settings.results / f"{Path(pair.compare).stem}_{figure}.png"
     return ["", f"![{figure}](../results/{path.name})"] if path.exists() else []
-
-
-def stem(pair: Pair) -> str:
-    return "real" if pair is PAIRS[1] else "embedded"
 
 
 Draw = Callable[[FiguresSettings, Pair], list[str]]

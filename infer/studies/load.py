@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target
+from dspark_jax.checkpoints.serving_tables import read_sts
 from dspark_jax.config.cli import parse, program
 from dspark_jax.devices import announce, machine
 from dspark_jax.drafters.registry import Drafter
@@ -47,22 +48,18 @@ from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.profiling import measure_profile
 from dspark_jax.serving.prompts import EncodedPrompt, read_prompts
 from dspark_jax.serving.sampling import SamplingParams
-from dspark_jax.serving.settings import EngineConfig, PolicyName, policy_named
+from dspark_jax.serving.settings import EngineConfig, policy_named
 from dspark_jax.targets.target import Target
 
+from .load_recorded import recorded_figures
 from .load_runs import Load, RunLog, summarise
+from .load_strategies import Strategy, ladder, policy_name, verdict
 
-Strategy = Literal[
-    "plain", "fixed-1", "mtp", "fixed", "threshold", "causal", "look-ahead", "asynchronous", "retrospective"
-]  # fmt: skip
-STATIC = ("plain", "fixed-1", "mtp", "fixed", "threshold")
-ADAPTIVE = ("causal", "look-ahead", "asynchronous", "retrospective")
 IDENTITY = (
     "target", "drafter", "mtp", "prompts", "limit", "thinking", "sts", "sps", "dtype", "max_new_tokens",
     "answer_spread", "temperature", "threshold", "requests_per_user", "least_requests", "rounds_per_dispatch", "seed",
 )  # fmt: skip
 """Settings that determine the figures of a run under a given load: a study continues only where these are unchanged."""
-WIDTHS = (1, 2, 4)  # tokens a request for which verify buckets are compiled, beside the whole block
 
 
 @dataclass(frozen=True)
@@ -342,35 +339,6 @@ def requests_of(settings: LoadSettings, users: int) -> int:
     return max(users * settings.requests_per_user, settings.least_requests) + users
 
 
-def ladder(slots: int, block: int) -> tuple[int, ...]:
-    """Token buckets of the verify pass, ascending."""
-    # Multiples of the slots: fixed verification fills such a bucket exactly, and adaptive ones find steps between.
-    return tuple(sorted({slots * width for width in (*WIDTHS, block + 1) if width <= block + 1}))
-
-
-def policy_name(strategy: str) -> PolicyName:
-    """The verify policy of a strategy, whose other parts are its drafter and its cap."""
-    return strategy if strategy in ("plain", "threshold", *ADAPTIVE) else "fixed"  # type: ignore[return-value]
-
-
-def verdict(closed: dict[str, Any]) -> dict[str, Any]:
-    """Throughput of each adaptive strategy relative to the best static one and to fixed verification, by users."""
-    found: dict[str, Any] = {}
-    for users, rows in closed.items():
-        static = {name: row["tokens_per_second"] for name, row in rows.items() if name in STATIC}
-        # The best of this load: an adaptive strategy has to match each static one where that is at its best.
-        best = max(static, key=lambda name: static[name]) if static else None
-        found[users] = {"best_static": best}
-        for name in ADAPTIVE:
-            if name in rows and best is not None:
-                speed = rows[name]["tokens_per_second"]
-                found[users][name] = {"over_best_static": speed / static[best], "budget": rows[name]["verify_budget"]}
-                if "fixed" in static:
-                    found[users][name]["over_fixed"] = speed / static["fixed"]
-
-    return found
-
-
 def closed_table(closed: dict[str, Any]) -> str:
     header = ["users", "strategy", "tok/s", "tok/s a user", "p95", "verified a round", "tau"]
     body = []
@@ -390,12 +358,13 @@ def simulated(settings: LoadSettings, traces: Traces) -> dict[str, Any]:
         raise UserError("A simulation needs --sps FILE: the cost table of the device, measured or made up.")
 
     block = traces.logits.shape[1]
+    # Without a table of temperatures the logits are taken as they are.
+    temperatures = (1.0,) * block if settings.sts is None else read_sts(settings.sts).temperatures
     closed: dict[str, Any] = {}
     for users in settings.concurrency:
         buckets = ladder(users, block)
-        # Temperatures of 1: the traces' logits are taken as they are.
         sps = settings.sps / f"sps-{users}.json" if settings.sps.is_dir() else settings.sps
-        tables = ScheduleTables.of(costs_of(sps, users, buckets), (1.0,) * block)
+        tables = ScheduleTables.of(costs_of(sps, users, buckets), temperatures)
         device = SimulatedDevice(tables, buckets, rounds_per_dispatch=settings.rounds_per_dispatch)
         closed[str(users)] = {
             strategy: summarise(simulate_strategy(settings, strategy, traces, device, users))
@@ -403,7 +372,8 @@ def simulated(settings: LoadSettings, traces: Traces) -> dict[str, Any]:
             if strategy != "mtp"
         }
 
-    return {"closed": closed, "verdict": verdict(closed), "simulated": True}
+    rounds = recorded_figures(traces, temperatures, settings.sts is not None)
+    return {"closed": closed, "verdict": verdict(closed), "simulated": True, "recorded": rounds}
 
 
 def simulate_strategy(
