@@ -16,7 +16,7 @@ from dspark_jax.errors import UserError
 from dspark_jax.sharding import abstract_mesh, traced_over
 from dspark_jax.targets.attention import KeysValues, block_attention, causal_block, lowest_seen, tree_block
 from dspark_jax.targets.block_rows import TreeRows
-from dspark_jax.targets.kernels import held, held_gpu, held_tpu
+from dspark_jax.targets.kernels import forms, held, held_gpu, held_tpu
 
 COMPILER = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler: XLA computes all")
 KERNELS = [held_tpu.attend, held_gpu.attend, pytest.param(native.attend, marks=COMPILER)]
@@ -51,7 +51,7 @@ def both(attend: Any, parts: tuple[Any, ...], lowest: Any = None, within: Any = 
     bound = None if lowest is None else lowest[:, 0]
     made = held._by_kernel(q, *block, *cache, lengths, bound, within, None, 0.2, attend, interpret=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(held.FORM, "einsum")
+        patch.setenv(forms.FORM, "einsum")
         wanted = jax.jit(partial(block_attention, scale=0.2))(q, block, cache, lengths, lowest, within)
     assert made.dtype == q.dtype
     return np.asarray(made, np.float32), np.asarray(wanted, np.float32)
@@ -161,11 +161,11 @@ def test_the_form_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     # Each device's own form.
     assert "tpu_custom_call" in text("tpu") and "triton" in text("cuda")
     assert ("dspark_jax_HeldRows" in text("cpu")) == native.ready()
-    monkeypatch.setenv(held.FORM, "einsum")
+    monkeypatch.setenv(forms.FORM, "einsum")
     assert all("custom_call" not in text(platform) for platform in ("tpu", "cuda", "cpu"))
-    monkeypatch.setenv(held.FORM, "kernel")
+    monkeypatch.setenv(forms.FORM, "kernel")
     assert "while" in text("cpu")
-    monkeypatch.setenv(held.FORM, "flash")
+    monkeypatch.setenv(forms.FORM, "flash")
     with pytest.raises(UserError, match="DSPARK_ATTENTION is 'flash'; expected one of auto, einsum, kernel"):
         text("cpu")
 

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from dspark_jax import native
 from dspark_jax.sharding import Units, abstract_mesh, traced_over
 from dspark_jax.targets.attention import KeysValues, block_attention, causal_block, lowest_seen
-from dspark_jax.targets.kernels import held, held_gpu, held_tpu
+from dspark_jax.targets.kernels import forms, held, held_gpu, held_tpu
 from dspark_jax.targets.pages import PagedLayer
 from tests.test_attention_kernels import (
     ACCELERATORS,
@@ -119,7 +119,7 @@ def test_each_device_reads_pages_by_its_own_kernel(monkeypatch: pytest.MonkeyPat
     # A page of half a tile, and one of less than a tensor core's columns; heads of half a tile.
     assert "custom_call" not in text("tpu", 128, 8) and "triton" not in text("cuda", 128, 8)
     assert "custom_call" not in text("tpu", 64, 64) and "triton" in text("cuda", 64, 64)
-    monkeypatch.setenv(held.FORM, "einsum")
+    monkeypatch.setenv(forms.FORM, "einsum")
     assert all("custom_call" not in text(platform, 128, 64) for platform in ("tpu", "cuda", "cpu"))
 
 

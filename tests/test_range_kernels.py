@@ -11,7 +11,7 @@ from dspark_jax.errors import UserError
 from dspark_jax.targets.attention import CausalRows, KeysValues, lowest_seen, prefix_mask
 from dspark_jax.targets.blocks_attention import blocks_attention
 from dspark_jax.targets.context_attention import context_attention
-from dspark_jax.targets.kernels import held, ranges, ranges_gpu
+from dspark_jax.targets.kernels import forms, ranges, ranges_gpu
 from dspark_jax.targets.kernels.causal import causal_attention
 from dspark_jax.targets.kernels.ranges import Ranges, Spans, ranged_attention
 
@@ -92,7 +92,7 @@ def test_blocks_without_a_visible_key_are_left_out() -> None:
 
 
 def test_training_refuses_an_unknown_form_as_decoding_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(held.FORM, "flash")
+    monkeypatch.setenv(forms.FORM, "flash")
     with pytest.raises(UserError, match="DSPARK_ATTENTION is 'flash'"):
         ranges.platform_with_kernels(jnp.zeros((1, 1, 128, 64)))
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool
 from dspark_jax.decoding.loop import borrowed_tables
 from dspark_jax.decoding.penalties import LogitEdits
 from dspark_jax.decoding.round import DecodeLoop, LoopParams
-from dspark_jax.decoding.soundness import finite_or_zero, sound_rows
+from dspark_jax.decoding.soundness import sound_rows
 from dspark_jax.decoding.state import Admission, DecodeState, empty_counters
 from dspark_jax.decoding.verification import zeros_of
 from dspark_jax.decoding.verifiers import Draws
@@ -26,7 +26,7 @@ from dspark_jax.drafters.protocol import DrafterModel, SharedTables
 from dspark_jax.sharding import traced_over
 from dspark_jax.targets.attention import Attend, CachedBlock, CausalRows
 from dspark_jax.targets.decoder import Cache, TargetModel
-from dspark_jax.targets.kv_cache import insert_rows, take_slots
+from dspark_jax.targets.kv_cache import finite_or_zero, insert_rows, take_slots
 
 
 class FirstTokens(NamedTuple):

@@ -22,13 +22,14 @@ from dspark_jax.decoding.logprobs import Logprobs
 from dspark_jax.decoding.loop import LoopSettings, anchors_of, borrowed_tables, draws_of
 from dspark_jax.decoding.penalties import Penalties
 from dspark_jax.decoding.sampling import SamplingArrays
-from dspark_jax.decoding.soundness import finite_or_zero, sound_rows
+from dspark_jax.decoding.soundness import sound_rows
 from dspark_jax.decoding.state import DecodeState, RoundCounters, RoundRecord, empty_counters, spread
 from dspark_jax.decoding.verification import VerifyOutput
 from dspark_jax.drafters.protocol import DrafterModel
 from dspark_jax.scheduling.costs import Occupancy, ScheduleTables, idle_costs
 from dspark_jax.scheduling.policies import Fixed, PolicyState, RoundView
 from dspark_jax.targets.decoder import TargetModel
+from dspark_jax.targets.kv_cache import finite_or_zero
 
 
 class LoopParams(NamedTuple):
@@ -246,7 +247,7 @@ class DecodeLoop(LoopSettings):
             active=state.active & ~stopped & ~failed & (length < state.limit),
             stopped=state.stopped | stopped,
             failed=state.failed | failed,
-            target_cache=target.append(state.target_cache, jax.tree.map(finite_or_zero, verified.kv), starts),
+            target_cache=target.append(state.target_cache, verified.kv, starts),
             counters=self._counted(state, verdict, count),
             logprobs=state.logprobs.noted(
                 state.active & state.wants_logprobs,

@@ -16,12 +16,6 @@ def sound_rows(logits: Float[Array, "r w v"]) -> Int[Array, " r"]:
     return jnp.sum(jnp.cumprod(sound.astype(jnp.int32), axis=1), axis=1)
 
 
-def finite_or_zero(x: Array) -> Array:
-    """Replace non-finite values by zeros. A masked NaN is still a NaN in a product: in a cache it would outlive its
-    request and fail the slot's next one."""
-    return jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
-
-
 def finite_logits(confidence: Array) -> Array:
     """Confidence logits clipped to +-30, with NaN at the lowest, so that no policy's statistics become NaN."""
     # sigmoid(30) rounds to 1 in float32: the bounds change no confidence that a policy could tell apart.

@@ -35,7 +35,7 @@ from dspark_jax.scheduling.costs import CostTable, Occupancy, ScheduleTables
 from dspark_jax.serving.memory import to_device
 from dspark_jax.serving.profile import Profile
 from dspark_jax.sharding import traced_over
-from dspark_jax.targets.kernels.held import chosen_form
+from dspark_jax.targets.kernels.forms import chosen_form
 
 
 def profile_key(loop: DecodeLoop, params: LoopParams, temperature: float) -> dict[str, Any]:

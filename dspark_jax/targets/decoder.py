@@ -57,7 +57,8 @@ class TargetModel(Protocol):
         ...
 
     def append(self, cache: Cache, rows: Any, starts: Int[Array, " r"]) -> Cache:
-        """The state with a block of every request, `TargetOutput.kv`, at positions starts.. ."""
+        """The state with a block of every request, `TargetOutput.kv`, at positions starts.., what is not finite in it
+        as 0: a NaN in a cache would outlive its request (docs/algorithm.md, rule 105)."""
         ...
 
     def insert(
@@ -116,8 +117,10 @@ class DecoderModel(nnx.Module):
         tapped = {-1: x} if -1 in tap_layers else {}
         kv = []
         # Unrolled: layers may differ in heads, window and MLP, and each writes to a cache leaf of its own.
-        for layer, rope in zip(self.layers, ropes, strict=True):
-            x, layer_kv = layer(x, rope, attend)
+        rows = self.layers[0].input_norm(x)
+        following = [*(layer.input_norm for layer in self.layers[1:]), self.final_norm]
+        for layer, rope, norm in zip(self.layers, ropes, following, strict=True):
+            x, rows, layer_kv = layer.before(norm, x, rows, rope, attend)
             # Cache rows are scattered to the grid here, once a layer, so that packing is unknown to the caches.
             kv.append(layer_kv if packed is None else jax.tree.map(packed.to_grid, layer_kv))
             if layer.index in tap_layers:
@@ -125,7 +128,7 @@ class DecoderModel(nnx.Module):
 
         # Without taps: zero channels, so that the output has the same structure for every caller.
         taps = jnp.concatenate([tapped[i] for i in tap_layers], axis=-1) if tap_layers else x[..., :0]
-        return TargetOutput(self.final_norm(x), taps, tuple(kv))
+        return TargetOutput(rows, taps, tuple(kv))
 
     def head_weight(self) -> Float[Array, "v d"]:
         """The output head, tied or not: the frozen copy that drafters and losses use."""

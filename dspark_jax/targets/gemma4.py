@@ -156,6 +156,14 @@ class Gemma4Layer(nnx.Module):
         mixed, kv = self.attention(self.input_norm(x), rope, attend)
         return self.after_attention(x, mixed), kv
 
+    def before(
+        self, following: Gemma4Norm, x: Float[Array, "*n d"], rows: Float[Array, "*n d"], rope: Rope, attend: Attend
+    ) -> tuple[Float[Array, "*n d"], Float[Array, "*n d"], KeysValues]:
+        """As `layers.DecoderLayer.before`."""
+        mixed, kv = self.attention(rows, rope, attend)
+        x = self.after_attention(x, mixed)
+        return x, following(x), kv
+
     def after_attention(self, residual: Float[Array, "*n d"], mixed: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
         # Gemma norms a sublayer's output before adding it, in addition to its input.
         x = residual + self.post_attention_norm(mixed)

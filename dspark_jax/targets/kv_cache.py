@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from dspark_jax.targets.attention import KeysValues
+from dspark_jax.targets.kernels import layer_gpu
 from dspark_jax.targets.pages import PagedCache, PageView, in_pages, is_cache, is_paged, with_tables
 
 KVCache = tuple[KeysValues, ...]
@@ -100,12 +101,22 @@ def head_major(rows: KeysValues) -> KeysValues:
     return KeysValues(rows.keys.swapaxes(-3, -2), rows.values.swapaxes(-3, -2))
 
 
+def finite_or_zero(x: Array) -> Array:
+    """Replace non-finite values by zeros. A masked NaN is still a NaN in a product: in a cache it would outlive its
+    request and fail the slot's next one."""
+    return jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
+
+
 def append_rows(cache: Any, new: KVCache, starts: Int[Array, " r"]) -> Any:
-    """Writes `new` (per layer [R, W, G, H]) at positions starts[r] .. starts[r] + W - 1 of every request.
+    """Writes `new` (per layer [R, W, G, H]) at positions starts[r] .. starts[r] + W - 1 of every request, what is not
+    finite as 0.
 
     All W rows are written; those past what was accepted become junk beyond the length. `starts + W <= S` must hold,
     since a dynamic_update_slice that does not fit moves left, over live rows.
     """
+    if layer_gpu.takes_rows(cache, new):
+        return _written(cache, new, starts)
+    new = jax.tree.map(finite_or_zero, new)
     if isinstance(cache, PagedCache | PageView):
         return cache.appended(new, starts)
 
@@ -119,6 +130,20 @@ def append_rows(cache: Any, new: KVCache, starts: Int[Array, " r"]) -> Any:
     rows = tuple(head_major(layer) for layer in new)
     # The cache's dtype may be narrower than the compute dtype.
     return jax.tree.map(lambda stored, r: write(stored, r.astype(stored.dtype)), cache, rows)
+
+
+def _written(cache: KVCache, new: KVCache, starts: Int[Array, " r"]) -> KVCache:
+    """`append_rows` by a GPU's kernel, many layers at once."""
+    caches, rows = jax.tree.leaves(cache), jax.tree.leaves(new)
+    made = list(caches)
+    # A kernel takes caches of one shape, and Gemma's layers have two.
+    for shape in dict.fromkeys(x.shape for x in caches):
+        same = [i for i, x in enumerate(caches) if x.shape == shape]
+        for some in (same[at : at + layer_gpu.MOST_CACHES] for at in range(0, len(same), layer_gpu.MOST_CACHES)):
+            after = layer_gpu.written([caches[i] for i in some], [rows[i] for i in some], starts)
+            for i, x in zip(some, after, strict=True):
+                made[i] = x
+    return jax.tree.unflatten(jax.tree.structure(cache), made)
 
 
 def insert_rows(

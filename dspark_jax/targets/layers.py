@@ -9,6 +9,7 @@ a TPU.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,8 @@ from dspark_jax.targets.attention import Attend, KeysValues
 from dspark_jax.targets.config import RopeConfig, TargetConfig
 from dspark_jax.targets.few_rows import gated, normed, rotations
 from dspark_jax.targets.joined import columns_of
+from dspark_jax.targets.kernels import layer_gpu
+from dspark_jax.targets.kernels.apart_gpu import Gating, parts_of, rows_times_apart
 from dspark_jax.targets.moe import SparseMLP
 from dspark_jax.targets.products import by_table, product, rows_times, rows_times_table, rows_to_cut
 
@@ -104,7 +107,25 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
-        return normed(x, self.weight[...], self.eps)
+        return self.of_sum(x, None)[1]
+
+    def of_sum(
+        self, x: Float[Array, "*n d"], added: Float[Array, "p *n d"] | None
+    ) -> tuple[Float[Array, "*n d"], Float[Array, "*n d"]]:
+        """(x and the sum of `added`'s parts, the norm of that); None: x is all."""
+        operands, plain = (x, self.weight[...], added), partial(_norm_of_sum, self.eps)
+        if not layer_gpu.takes(x):
+            return plain(*operands)
+        return layer_gpu.derived(partial(layer_gpu.normed, eps=self.eps), plain, *operands)
+
+
+def _norm_of_sum(eps: float, x: Array, weight: Array, added: Array | None) -> tuple[Array, Array]:
+    if added is not None:
+        # Float32 sums of parts are rounded as a product is, before the residual is added.
+        made = added[0] if len(added) == 1 else jnp.sum(added, axis=0)
+        x = x + made.astype(x.dtype).reshape(x.shape)
+
+    return x, normed(x, weight, eps)
 
 
 class Attention(nnx.Module):
@@ -161,26 +182,42 @@ class Attention(nnx.Module):
         self.heads, self.kv_heads, self.head_dim = q, g, h
         self.scale = h**-0.5
         self.window = layer.window
-        self.index = index
+        self.index, self.eps = index, config.rms_norm_eps
 
     def __call__(self, x: Float[Array, "*n i"], rope: Rope, attend: Attend) -> tuple[Float[Array, "*n d"], KeysValues]:
         """(attention output, the rows' own K/V)."""
+        mixed, kv = self.mixed(x, rope, attend)
+        return self.output(mixed), kv
+
+    def mixed(self, x: Float[Array, "*n i"], rope: Rope, attend: Attend) -> tuple[Float[Array, "*n q h"], KeysValues]:
+        """(values mixed by attention, before they are projected back; the rows' own K/V)."""
         if self.queries_apart:
             q = rows_to_cut(x, self.q_weight_dp[...])
             q = q + self.q_bias_p[...] if self.has_bias else q
             # Products of the same rows would be merged, for which their weights would be joined in every pass.
             kv = self.keys_values(jax.lax.optimization_barrier(x), rope)
+            q = self._queries(q.reshape(*x.shape[:-1], self.heads, self.head_dim), rope)
         else:
             made = rows_to_cut(x, self.qkv_weight_dx[...])
-            made = self._by_group(made + self.qkv_bias_x[...] if self.has_bias else made)
-            own = self.heads // self.kv_heads
-            q, kv = made[..., :own, :], self._keys_values(made[..., own:, :], rope)
+            q, kv = self._cut(self._by_group(made + self.qkv_bias_x[...] if self.has_bias else made), rope)
 
         # The new rows go to the core as they are; whether and where they are cached is the caller's business.
-        q = q.reshape(*x.shape[:-1], self.heads, self.head_dim)
-        q = rope.rotate(self.q_norm(q) if self.has_norm else q)
-        mixed = attend(self.index, q, kv.keys, kv.values, scale=self.scale, window=self.window)
-        return self.output(mixed), kv
+        return attend(self.index, q, kv.keys, kv.values, scale=self.scale, window=self.window), kv
+
+    def _cut(self, made: Float[Array, "*n g parts h"], rope: Rope) -> tuple[Array, KeysValues]:
+        """(queries [*n, Q, H], K/V) of a product by joined weights."""
+        own = self.heads // self.kv_heads
+        if layer_gpu.takes_heads(made) and self.norm is RMSNorm and not self.values_are_keys:
+            weights = (self.q_norm.weight[...], self.k_norm.weight[...]) if self.has_norm else (None, None)
+            kernel, plain = partial(layer_gpu.heads, eps=self.eps), partial(_heads, self.eps)
+            q, keys, values = layer_gpu.derived(kernel, plain, made, *rope, *weights)
+            return q.reshape(*made.shape[:-3], self.heads, self.head_dim), KeysValues(keys, values)
+
+        q = made[..., :own, :].reshape(*made.shape[:-3], self.heads, self.head_dim)
+        return self._queries(q, rope), self._keys_values(made[..., own:, :], rope)
+
+    def _queries(self, q: Float[Array, "*n q h"], rope: Rope) -> Float[Array, "*n q h"]:
+        return rope.rotate(self.q_norm(q) if self.has_norm else q)
 
     def keys_values(self, x: Float[Array, "*n i"], rope: Rope) -> KeysValues:
         """([*n, G, H] keys after norm and RoPE, [*n, G, H] values), what a cache keeps, where queries are apart."""
@@ -196,6 +233,12 @@ class Attention(nnx.Module):
         """Projected values as they are mixed and cached; families that norm them override this."""
         return v
 
+    def output_parts(self, mixed: Float[Array, "*n q h"]) -> Float[Array, "p *n d"]:
+        """`output` as a sum: of one part in x's dtype, or of several in float32."""
+        rows, weight = mixed.reshape(*mixed.shape[:-2], -1), self.o_weight_pd[...]
+        parts = 0 if self.has_bias else parts_of(rows, weight, None)
+        return rows_times_apart(rows, weight, parts) if parts else self.output(mixed)[None]
+
     def output(self, mixed: Float[Array, "*n q h"]) -> Float[Array, "*n d"]:
         """Projects mixed values back to rows [*n, D]."""
         # One flat axis is contracted, not two: with two, XLA:CPU transposes the weight anew in every call.
@@ -204,6 +247,17 @@ class Attention(nnx.Module):
 
     def _by_group(self, x: Float[Array, "*n x"]) -> Float[Array, "*n g parts h"]:
         return x.reshape(*x.shape[:-1], self.kv_heads, -1, self.head_dim)
+
+
+def _heads(
+    eps: float, made: Array, cos: Array, sin: Array, q_weight: Array | None, k_weight: Array | None
+) -> tuple[Array, Array, Array]:
+    """`layer_gpu.heads` without a kernel."""
+    rope, parts = Rope(cos, sin), ((made[..., :-2, :], q_weight), (made[..., -2:-1, :], k_weight))
+    q, k = (x if weight is None else _norm_of_sum(eps, x, weight, None)[1] for x, weight in parts)
+    # The groups of heads beside the rows: all are turned alike.
+    q, k = (rope.rotate(x.reshape(*x.shape[:-3], -1, x.shape[-1])).reshape(x.shape) for x in (q, k))
+    return q, k[..., 0, :], made[..., -1, :]
 
 
 class MLP(nnx.Module):
@@ -223,16 +277,27 @@ class MLP(nnx.Module):
             self.gate_up_bias_u = param(jnp.zeros((2 * f,)), axis)
             self.down_bias_d = param(jnp.zeros((d,)), "embed")
 
-        self.activation = activation
+        self.gating = Gating(self.columns.width // 2, activation)
 
     def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+        return self._down(self._gate_up(x))
+
+    def parts(self, x: Float[Array, "*n d"]) -> Float[Array, "p *n d"]:
+        """The MLP's output as a sum: of one part in x's dtype, or of several in float32."""
+        made, weight = self._gate_up(x), self.down_weight_fd[...]
+        parts = 0 if self.has_bias else parts_of(made, weight, self.gating)
+        return rows_times_apart(made, weight, parts, self.gating) if parts else self._down(made)[None]
+
+    def _gate_up(self, x: Float[Array, "*n d"]) -> Float[Array, "*n u"]:
         made = rows_to_cut(x, self.gate_up_weight_du[...])
-        made = made + self.gate_up_bias_u[...] if self.has_bias else made
-        if self.activation is jax.nn.silu:
+        return made + self.gate_up_bias_u[...] if self.has_bias else made
+
+    def _down(self, made: Float[Array, "*n u"]) -> Float[Array, "*n d"]:
+        if self.gating.activation is jax.nn.silu:
             inner = gated(made, self.columns)
         else:
             gate, up = self.columns.split(made)
-            inner = self.activation(gate) * up
+            inner = self.gating.activation(gate) * up
 
         out = rows_times(inner, self.down_weight_fd[...])
         return out + self.down_bias_d[...] if self.has_bias else out
@@ -263,5 +328,16 @@ class DecoderLayer(nnx.Module):
     def after_attention(self, residual: Float[Array, "*n d"], mixed: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
         """The block's output from its residual and its attention's output."""
         # The norm is of the sum: the residual stream itself is never normed.
-        x = residual + mixed
-        return x + self.mlp(self.post_attention_norm(x))
+        x, rows = self.post_attention_norm.of_sum(residual, mixed[None])
+        return x + self.mlp(rows)
+
+    def before(
+        self, following: Any, x: Float[Array, "*n d"], rows: Float[Array, "*n d"], rope: Rope, attend: Attend
+    ) -> tuple[Float[Array, "*n d"], Float[Array, "*n d"], KeysValues]:
+        """(the block's output, the norm `following` of it, the rows' own K/V); `rows`: this block's `input_norm` of x.
+
+        Where a sum and the norm behind it are one kernel, so is this block's end with the next one's beginning.
+        """
+        mixed, kv = self.attention.mixed(rows, rope, attend)
+        x, rows = self.post_attention_norm.of_sum(x, self.attention.output_parts(mixed))
+        return *following.of_sum(x, self.mlp.parts(rows)), kv

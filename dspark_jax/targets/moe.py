@@ -145,6 +145,10 @@ class SparseMLP(nnx.Module):
         weights, chosen = self.route(rows)
         return mix_experts(rows, weights, chosen, self.stack, _swiglu).reshape(x.shape)
 
+    def parts(self, x: Float[Array, "*n d"]) -> Float[Array, "1 *n d"]:
+        """The mixture's output as a sum of one part, as `layers.MLP` has it of several."""
+        return self(x)[None]
+
     @property
     def stack(self) -> ExpertStack:
         """The experts' weights as arrays."""

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from dspark_jax.checkpoints.huggingface import DTYPES
 from dspark_jax.serving.settings import DEFAULT_ENGINE
 from dspark_jax.targets.attention import KeysValues, Prefix, block_attention, causal_block
-from dspark_jax.targets.kernels.held import FORM
+from dspark_jax.targets.kernels.forms import FORM
 from dspark_jax.targets.pages import PagedLayer
 
 from .pairs import Shape, target_config

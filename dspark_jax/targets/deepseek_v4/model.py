@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -14,6 +15,7 @@ from dspark_jax.targets.deepseek_v4.block import BlockOutput, V4Block
 from dspark_jax.targets.deepseek_v4.config import V4Config
 from dspark_jax.targets.deepseek_v4.state import Placement, V4State, append_block, empty_state
 from dspark_jax.targets.deepseek_v4.streams import Collapse, Norm, spread_streams
+from dspark_jax.targets.kv_cache import finite_or_zero
 from dspark_jax.targets.layers import head_logits, normal
 
 FLOAT32 = frozenset({"fn", "base", "scale", "ape", "sink", "bias"})
@@ -89,7 +91,7 @@ class V4Model(nnx.Module):
 
     def append(self, cache: V4State, rows: Any, starts: Int[Array, " r"]) -> V4State:
         """The state with a block of every request, all rows real."""
-        width = rows[0].window.shape[1]
+        width, rows = rows[0].window.shape[1], jax.tree.map(finite_or_zero, rows)
         return append_block(cache, rows, jnp.arange(len(starts)), starts, jnp.full_like(starts, width))
 
     def insert(

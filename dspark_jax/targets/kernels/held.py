@@ -7,7 +7,6 @@ einsum form, which is also what the kernels are tested against. The environment 
 Axes: R requests, W rows of a block, Q query heads, G kv heads, S cached positions, J keys of the own block, H head dim.
 """
 
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,23 +17,13 @@ from jax.sharding import AbstractMesh
 from jaxtyping import Array, Bool, Float, Int
 
 from dspark_jax import native
-from dspark_jax.errors import UserError
 from dspark_jax.sharding import Axis, ShardingRules, Units, array_sharding, traced_mesh
 from dspark_jax.targets.kernels import held_gpu, held_tpu
+from dspark_jax.targets.kernels.forms import chosen_form
 from dspark_jax.targets.kernels.softmax import MASKED
 
-FORM = "DSPARK_ATTENTION"
-FORMS = ("auto", "einsum", "kernel")
 MOST_ROWS = 512
 """Rows that share a kv head from which scores no longer fit beside the keys: those of prompts."""
-
-
-def chosen_form() -> str:
-    """The form that DSPARK_ATTENTION names, one of `FORMS`; UserError for another value."""
-    form = os.environ.get(FORM) or FORMS[0]
-    if form not in FORMS:
-        raise UserError(f"{FORM} is {form!r}; expected one of {', '.join(FORMS)}.")
-    return form
 
 
 def held_attention(

@@ -7,7 +7,7 @@ J keys of a row's own block, H head dim, P parts of what a request holds; of a c
 of which a request has at most T.
 """
 
-from functools import partial, reduce
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from dspark_jax.targets.kernels import layer_gpu
+from dspark_jax.targets.kernels.layer_gpu import power
 from dspark_jax.targets.kernels.softmax import MASKED, Sums, dot
 
 HEAD_SIZES = (64, 128, 256)
@@ -104,7 +106,7 @@ def attend(
         interpret=interpret,
         name="held_attention",
     )(*operands)
-    return _joined(Sums(*made)).swapaxes(1, 2).astype(q.dtype)
+    return layer_gpu.joined(*made, dtype=q.dtype, interpret=interpret)
 
 
 class Tile(NamedTuple):
@@ -121,8 +123,8 @@ class Tile(NamedTuple):
     @classmethod
     def of(cls, width: int, shared: int, own: int) -> "Tile":
         """The smallest tile for W rows of N heads each and J own keys."""
-        rows = _power(width)
-        return cls(width, rows, shared, _power(max(shared, LEAST // rows)), own, _power(max(own, LEAST)))
+        rows = power(width)
+        return cls(width, rows, shared, power(max(shared, LEAST // rows)), own, power(max(own, LEAST)))
 
     def taken(self) -> Array:
         """[rows, heads, 1]: the places that hold a row."""
@@ -133,18 +135,6 @@ class Tile(NamedTuple):
     def flat(self, x: Array) -> Array:
         """[rows, 1 or heads, n] -> [rows * heads, n]."""
         return jnp.broadcast_to(x, (self.rows, self.heads, x.shape[2])).reshape(self.rows * self.heads, x.shape[2])
-
-
-def _joined(parts: Sums) -> Float[Array, "r g w n h"]:
-    """The result of sums [R, G, P, W, N, ..] of P parts."""
-    # Part by part and without a reduction: a few parts are then one kernel, many no more than reductions would be.
-    each = [Sums(*(x[:, :, part] for x in parts)) for part in range(parts.top.shape[2])]
-    top = reduce(jnp.maximum, [one.top for one in each])
-
-    weights = [jnp.exp(one.top - top) for one in each]
-    total = reduce(jnp.add, [weight * one.total for weight, one in zip(weights, each, strict=True)])
-    out = reduce(jnp.add, [weight * one.out for weight, one in zip(weights, each, strict=True)])
-    return out / jnp.where(total > 0, total, 1.0)
 
 
 def _kernel(
@@ -195,8 +185,3 @@ def _kernel(
     for ref, value in zip(given, sums, strict=True):
         places = (tile.rows, tile.heads, value.shape[1])
         plgpu.store(ref.at[*here, :], value.reshape(places), mask=jnp.broadcast_to(taken, places))
-
-
-def _power(count: int) -> int:
-    """The smallest power of two that is no less."""
-    return 1 << (count - 1).bit_length()

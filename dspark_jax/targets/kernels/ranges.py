@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from dspark_jax.sharding import ShardingRules, traced_mesh, traced_platform
 from dspark_jax.targets.kernels import ranges_gpu, ranges_tpu
-from dspark_jax.targets.kernels.held import chosen_form
+from dspark_jax.targets.kernels.forms import chosen_form
 
 KERNELS = {"tpu": ranges_tpu, "gpu": ranges_gpu}
 """The modules with the kernels of a platform."""
@@ -61,7 +61,7 @@ class Spans(NamedTuple):
 
 def platform_with_kernels(keys: Float[Array, "b g t h"]) -> str | None:
     """The platform that is traced for, if it has kernels for such keys, which its mesh splits evenly; UserError as
-    `held.chosen_form`."""
+    `forms.chosen_form`."""
     platform, mesh = traced_platform(), traced_mesh()
     if chosen_form() == "einsum" or platform not in KERNELS or keys.dtype not in (jnp.bfloat16, jnp.float32):
         return None
