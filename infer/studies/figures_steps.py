@@ -75,6 +75,9 @@ REAL_STUDY = (
 REAL_BUDGET = ("--seeds", "1", "--steps", "600")
 EMBEDDED_CURVES = ("--seeds", "1", "--steps", "500")
 USERS = ("1", "4", "16")
+STRATEGIES = (
+    "plain", "fixed-1", "fixed", "threshold", "causal", "look-ahead", "asynchronous", "retrospective",
+)  # fmt: skip
 THRESHOLDS = ("0.2", "0.4", "0.6", "0.8", "0.9")
 
 
@@ -135,8 +138,8 @@ def simulated_load(settings: FiguresSettings, pair: Pair, sets: Sequence[str]) -
         ),
         pair.load: program_command(
             "infer.studies.load", "--simulate", settings.work / traces, "--sps", (settings.work / profile).parent,
-            *users, "--requests-per-user", "16", "--sts", f"{pair.drafter}/sts.json",
-            "--output", folder(settings, pair.load),
+            *users, "--requests-per-user", "8", "--sts", f"{pair.drafter}/sts.json",
+            "--strategies", *STRATEGIES, "--output", folder(settings, pair.load),
         ),
     }  # fmt: skip
 
