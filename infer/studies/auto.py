@@ -91,7 +91,9 @@ def main(argv: list[str]) -> None:
 
     study = Study(settings, target, drafter, mixed(prompts, settings.limit))
     found = {str(users): study.under(users) for users in settings.users}
-    about = {"settings": asdict(settings), "machine": machine()}
+    # Files by name: where they lie is this machine's affair.
+    named = asdict(settings) | {"prompts": [path.name for path in settings.prompts]}
+    about = {"settings": named, "machine": machine()}
 
     # Pairs and numbers of users may be measured one after the other: one file holds all of them.
     rows = {users: row | about for users, row in found.items()}
