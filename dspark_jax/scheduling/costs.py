@@ -211,13 +211,14 @@ class LoadMeter:
 
     Attributes:
         weight: of the newest dispatch in the average.
-        tolerance: ratios up to 1 + `tolerance` count as 1: timing is no more precise than that.
+        tolerance: ratios up to 1 + `tolerance` count as 1. A profile is of a machine's quiet moments, and what slows all
+            rounds alike is no reason to draft less; a co-located job of equal weight makes it 2.
         highest: cap on a single dispatch's ratio, so that one stall does not dominate.
         ratio: the current average.
     """
 
     weight: float = 0.5
-    tolerance: float = 0.15
+    tolerance: float = 0.5
     highest: float = 16.0
     ratio: float = 1.0
 
