@@ -211,8 +211,8 @@ class LoadMeter:
 
     Attributes:
         weight: of the newest dispatch in the average.
-        tolerance: ratios up to 1 + `tolerance` count as 1. A profile is of a machine's quiet moments, and what slows all
-            rounds alike is no reason to draft less; a co-located job of equal weight makes it 2.
+        tolerance: ratios up to 1 + `tolerance` count as 1. A profile is of quiet moments, and what slows all rounds
+            alike is no reason to draft less; a co-located job of equal weight makes it 2.
         highest: cap on a single dispatch's ratio, so that one stall does not dominate.
         ratio: the current average.
     """
