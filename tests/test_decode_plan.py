@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from dspark_jax import native
 from dspark_jax.checkpoints.drafters import load_drafter, save_drafter
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.drafters.registry import drafter_hf_config, new_drafter
@@ -73,6 +74,20 @@ def test_programs_compiled_ahead_are_those_of_a_pair_in_eight_bits(folders: tupl
     shapes = {x.shape for x in codes}
     rounding = [name for name, _ in found.all() if name.endswith("in fp8")]
     assert rounding == [f"loading: {shape} in fp8" for shape in sorted(shapes)]
+
+
+def test_programs_compiled_ahead_read_the_head_of_a_target_in_eight_bits_as_rounds_do(tmp_path: Path) -> None:
+    """In panels, where a CPU has kernels for them: a head of this size, and not of the one above, is laid out so."""
+    folder = str(write_tiny_target(tmp_path, vocab_size=600, num_hidden_layers=1))
+    given = PlanOptions(target=folder, dtype="float32")
+    planned = EnginePrograms.of(given, EngineConfig(3, 100, "fixed"), "rejection", "int8").target
+    target = load_target(folder, dtype="float32", weights="int8", tokenizer=False)
+    assert native.ready() == ("head_weight_vd" in target.for_rounds.params)
+    assert planned.graphdef == target.for_rounds.graphdef
+    shapes = [
+        jax.tree.map(lambda x: (x.shape, x.dtype), params) for params in (planned.params, target.for_rounds.params)
+    ]
+    assert shapes[0] == shapes[1]
 
 
 def tables_for(plan: DecodePlan) -> object:

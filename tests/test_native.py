@@ -14,6 +14,7 @@ from dspark_jax import load_target, native
 from dspark_jax.targets import few_rows, products
 from dspark_jax.targets.attention import CachedBlock, CausalRows
 from dspark_jax.targets.joined import Columns
+from dspark_jax.targets.layers import head_logits
 from dspark_jax.targets.panels import Panels, PanelWeight, laid_out
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler: XLA computes all")
@@ -65,6 +66,16 @@ def test_panels_of_16_bits_have_the_products_of_wide_ones(rows: int) -> None:
     wide = Panels(jnp.asarray(laid_out(rounded)), narrow.outputs)
     assert wide.panels.dtype == jnp.float32
     np.testing.assert_array_equal(jnp.asarray(x) @ narrow, jnp.asarray(x) @ wide)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_rows_of_16_bits_are_widened(dtype: type) -> None:
+    """Those of a drafter in bfloat16, by the head of a target in float32."""
+    x, weight = arrays(5, 33, 70)
+    rows, panels = jnp.asarray(x, jnp.bfloat16), PanelWeight(jnp.asarray(weight.astype(dtype), jnp.float32))[...]
+    made = jax.jit(lambda rows, panels: head_logits(rows, panels, None))(rows, panels)
+    assert made.dtype == jnp.float32
+    np.testing.assert_array_equal(made, rows.astype(jnp.float32) @ panels)
 
 
 def test_shapes_alone_are_taken_for_the_checkpoints_dtype() -> None:

@@ -3,9 +3,14 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
+import numpy as np
 import pytest
 
+from dspark_jax.decoding.prefixes import restore_chunk
+from dspark_jax.decoding.round import DecodeLoop
+from dspark_jax.decoding.state import DecodeState
 from dspark_jax.errors import UserError
 from dspark_jax.serving import engine as engine_module
 from dspark_jax.serving import prefixes as prefixes_module
@@ -150,12 +155,24 @@ def test_the_memory_of_kept_pages_is_bounded() -> None:
         engine.prefixes.limit = limit
 
 
-def test_a_paired_drafters_prefixes_are_copied() -> None:
+def test_a_paired_drafters_prefixes_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     """It writes a chunk's last row again with the token behind it, so that no two requests may have that page."""
     config = replace(PAGED, slots=3, longest=64, buckets=None, prefix_cache=1)
-    engine = Engine(*kind_pair("mtp"), config, SAMPLING)
-    assert engine.prefixes is not None and engine.prefixes.pool is None
+    engine, named = Engine(*kind_pair("mtp"), config, SAMPLING), list[bool]()
+    pool = engine.memory.pool
+    assert pool is not None and engine.prefixes is not None and engine.prefixes.pool is None
     assert sharing().prefixes is not None and sharing().prefixes.pool is sharing().memory.pool  # type: ignore[union-attr]
+
+    def noted(loop: DecodeLoop, state: DecodeState, *rest: Any) -> DecodeState:
+        named.extend(np.array_equal(x.tables, pool.tables) for x in (state.target_cache, state.draft.cache))
+        return restore_chunk(loop, state, *rest)
+
+    monkeypatch.setattr(prefixes_module, "restore_chunk", noted)
+    asked = [Request(tuple(range(5)) * 4, SamplingParams(20)), Request((0, 3) * 10, SamplingParams(20))]
+    first = run(engine, asked)
+    # Again, in slots and pages that others have had: copies are written once the tables name each slot's own.
+    assert run(engine, asked[::-1]) == [replace(made, index=1 - made.index) for made in first[::-1]]
+    assert len(named) >= 8 and all(named)
 
 
 def test_a_chunk_is_whole_pages() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from dspark_jax.decoding.siblings import Outcome, judge_children
+from dspark_jax.errors import UserError
 from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.generate import generate
 from dspark_jax.serving.sampling import SamplingParams
@@ -153,6 +154,12 @@ def test_decoding_with_siblings() -> None:
         made = generate(target, drafter, given, hot, config)
         rates.append(sum(sum(g.accepted_at) for g in made) / sum(g.rounds for g in made))
     assert rates[1] > 1.1 * rates[0]
+
+
+def test_no_more_children_than_candidates() -> None:
+    pair = kind_pair("dspark", head="selector", options=(("selector_top_k", 2),))
+    with pytest.raises(UserError, match="tree = 9, 3 children at every level; dspark chooses among 2 .* at most 6 was"):
+        Engine(*pair, EngineConfig(4, 20, "fixed", tree=9))
 
 
 def test_samples_follow_the_targets_law() -> None:

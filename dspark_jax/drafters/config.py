@@ -153,7 +153,7 @@ class DrafterConfig:
 
     def check_target(self, target: TargetConfig) -> None:
         """Raises UserError if this drafter cannot read that target's features or speak its vocabulary."""
-        # Even a pruned draft vocabulary is spread over the whole one, so the two must agree.
+        # Even a pruned draft vocabulary is a choice among the target's ids, so the two must agree.
         if self.backbone.vocab_size != target.vocab_size:
             raise UserError(
                 f"Vocabulary mismatch: the drafter has {self.backbone.vocab_size} tokens, the target "

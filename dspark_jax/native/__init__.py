@@ -50,7 +50,7 @@ LANES = 16
 
 @cache
 def ready() -> bool:
-    """Whether the kernel can be used in this process: it has one CPU device, and the kernel is built or can be."""
+    """Whether the kernels can be used in this process: it has one CPU device, and they are built or can be."""
     # The partitioner cannot look into a kernel, so that several devices would each compute all of a product.
     if os.environ.get(SWITCH) == "off" or jax.default_backend() != "cpu" or jax.device_count() > 1:
         return False

@@ -83,18 +83,19 @@ class EnginePrograms:
         chip = None if mesh is None or mesh.size > 1 else _first(mesh)
         # The folder's own files, also of published targets: the number of known tokens is part of the program.
         target, drafter = planned_pair(options, None if chip is not None else mesh, describe_target)
-        if weights == "stored":
-            # An engine's own form of them, on the device that it starts on; coded matrices have no other form.
-            if chip is None and mesh is None:
-                target, drafter = target.for_rounds, None if drafter is None else drafter.for_rounds
-            return cls(target, drafter, config, mode, chip)
+        bits: Bits | None = None if weights == "stored" else weights
+        rounded = set[jax.ShapeDtypeStruct]()
+        if bits is not None:
+            rounded = coded_shapes(target.graphdef, target.params)
+            target = _in_eight_bits(target, bits)
+            if drafter is not None:
+                rounded |= coded_shapes(drafter.graphdef, drafter.params)
+                drafter = _in_eight_bits(drafter, bits)
 
-        rounded = coded_shapes(target.graphdef, target.params)
-        target = _in_eight_bits(target, weights)
-        if drafter is not None:
-            rounded |= coded_shapes(drafter.graphdef, drafter.params)
-            drafter = _in_eight_bits(drafter, weights)
-        return cls(target, drafter, config, mode, chip, weights, tuple(sorted(rounded, key=lambda x: x.shape)))
+        # An engine's own form of them, on the device that it starts on; beside codes, heads and tables have one too.
+        if chip is None and mesh is None:
+            target, drafter = target.for_rounds, None if drafter is None else drafter.for_rounds
+        return cls(target, drafter, config, mode, chip, bits, tuple(sorted(rounded, key=lambda x: x.shape)))
 
     def all(self) -> Iterator[tuple[str, Traced]]:
         """(what it is, its trace) of each program, in the order in which a start meets them."""

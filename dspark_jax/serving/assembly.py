@@ -242,7 +242,13 @@ def _tree(drafter: Drafter, config: EngineConfig, verifier: Verifier) -> tuple[V
                 f"The engine has tree = {config.tree}; in mode 'rejection' every level of {drafter.name}'s block has "
                 f"as many children, so a multiple of {levels}, from {2 * levels} on, was expected."
             )
-        return Siblings(verifier.rule, config.tree // levels), TreeShape(config.tree, config.tree // levels)
+        count, chosen = config.tree // levels, getattr(drafter.config, "selector_top_k", 0)
+        if chosen and count > chosen:
+            raise UserError(
+                f"The engine has tree = {config.tree}, {count} children at every level; {drafter.name} chooses among "
+                f"{chosen} candidates there, so at most {chosen * levels} was expected."
+            )
+        return Siblings(verifier.rule, count), TreeShape(config.tree, count)
 
     # A tree's children are drawn from their own parent's correction, which only the Markov head has (docs/algorithm.md,
     # rule 117).

@@ -285,10 +285,11 @@ class Engine:
         # Asked before seating: only requests that decode already are held up by a prefill.
         decoding = any(entry.decoding for entry in self._seats.values() if self._roster.holds(entry))
         self._seat()
-        # Prompts that have just been seated begin with the chunks that are kept of them.
-        if self.prefixes is not None:
-            self.state = self.prefixes.begin(self.loop, self.state, self._seats)
+        # Prompts that have just been seated begin with the chunks that are kept of them: copied into their pages, which
+        # the tables must name by then, or given as pages, by which the tables change.
         self.state = self.memory.placed(self.state)
+        if self.prefixes is not None:
+            self.state = self.memory.placed(self.prefixes.begin(self.loop, self.state, self._seats))
         budget = self.config.prefill_budget if decoding else None
         keeps = self.prefixes is not None
         plan = plan_chunks(self.config, self.loop.size, self._seats, budget, keeps)

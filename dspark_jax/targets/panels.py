@@ -47,7 +47,8 @@ class Panels:
         return self.panels.shape[1], self.outputs
 
     def __rmatmul__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
-        rows = x.reshape(-1, x.shape[-1])
+        # A drafter held in bfloat16 may read its target's head: widened, as a product of both dtypes would be.
+        rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
         kernel, plain = partial(native.times_panels, outputs=self.outputs), partial(_plain, outputs=self.outputs)
         # Chosen at lowering, so that a program exported from a CPU for an accelerator gets the accelerator's product.
         made = jax.lax.platform_dependent(rows, self.panels, cpu=kernel, default=plain)

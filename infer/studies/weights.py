@@ -112,6 +112,7 @@ def measured(settings: WeightsSettings) -> dict[str, Any]:
             "texts_as_stored": sum(a.tokens == b.tokens for a, b in zip(answers[0.0], stored, strict=True)),
             "logits": compared(np.concatenate(logits), expected),
         }
+        del target, drafter
     return made
 
 
