@@ -195,7 +195,7 @@ def test_a_study_continues_where_it_stopped(tmp_path: Path) -> None:
 
 def test_every_setting_that_shapes_a_run_is_in_its_identity() -> None:
     """The others: what the runs are, where figures go, and the loads, which each run has in its key."""
-    free = {"output", "results", "strategies", "concurrency", "rates", "repeats", "validate", "simulate"}
+    free = {"output", "results", "strategies", "concurrency", "rates", "repeats", "validate", "record", "simulate"}
     assert set(IDENTITY) == set(LoadSettings.__dataclass_fields__) - free
 
 

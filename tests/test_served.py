@@ -4,6 +4,7 @@ import asyncio
 import gc
 import http.server
 import json
+import re
 import sys
 import threading
 import time
@@ -211,7 +212,9 @@ def test_a_run_against_a_server_that_goes_down_is_continued(server, tmp_path, ca
     with pytest.raises(SystemExit):
         prepare(server, tmp_path, rows, "--server-concurrency", "2")
     said = capsys.readouterr().err
-    assert "left 3 conversations in a row unanswered" in said and "run again when the server answers" in said
+    # Both that were asked together may have ended by then.
+    assert re.search(r"left [34] conversations in a row unanswered", said)
+    assert "run again when the server answers" in said
     assert (tmp_path / "out.rejected.jsonl").read_text() == ""
     server.script = lambda prompt, attempt: "later"
     server.asked.clear()
