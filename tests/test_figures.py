@@ -75,6 +75,12 @@ def test_a_simulated_load_waits_for_its_rounds_and_costs(tmp_path: Path, monkeyp
     assert ran == ["real_profile", "real_traces", "load_real"]
     assert {path.name for path in tmp_path.glob("*.json")} == {"load_real.json"}
 
+    # Where the load is there, what it was read from need not be.
+    shutil.rmtree(settings.work)
+    for name in order:
+        measured(settings, name, steps(settings)[name])
+    assert len(ran) == 3
+
 
 def test_a_program_that_fails_is_named() -> None:
     with pytest.raises(UserError, match="ended with status"):

@@ -2,23 +2,29 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AbstractDevice, use_abstract_mesh
+from jax.sharding import AbstractDevice, Mesh, use_abstract_mesh
 
+from dspark_jax.decoding.prefill import admit
+from dspark_jax.decoding.round import DecodeLoop, LoopParams
+from dspark_jax.serving.assembly import make_loop
+from dspark_jax.serving.chunks import blank_chunk
+from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.sharding import abstract_mesh, split, traced_over
 from dspark_jax.targets import layers
 from dspark_jax.targets.attention import CachedBlock, CausalRows, KeysValues
 from dspark_jax.targets.kernels import apart_gpu, forms, held_gpu, layer_gpu
 from dspark_jax.targets.kernels.apart_gpu import Gating, parts_of
 from dspark_jax.targets.kv_cache import append_rows, empty_cache
-from tests.decoding_tiny import tiny_target
+from tests.decoding_tiny import tiny_pair, tiny_target
 
 # No size is a power of two where a kernel pads to one: rows of 192, and 3 queries of each kv head.
 SIZES: dict[str, Any] = {
@@ -94,14 +100,14 @@ def test_parts_fit_rows_columns_and_blocks(
 
 @pytest.mark.parametrize("width", [1, 3])
 def test_rows_are_written_to_every_cache_and_no_nan_with_them(width: int, gpu: None) -> None:
-    """Of two shapes, as Gemma's layers have; requests at lengths of their own."""
+    """Of two shapes, as Gemma's layers have; requests at lengths of their own, the last with too little room."""
     shapes = [(2, 64), (1, 128), (2, 64)]
     cache = jax.tree.map(lambda x: x + 7, empty_cache(shapes, 3, 16, jnp.bfloat16))
     rows = tuple(
         KeysValues(*(drawn(3, width, *shape, seed=i + 9 * k) for k in (0, 1))) for i, shape in enumerate(shapes)
     )
     broken = (rows[0]._replace(keys=rows[0].keys.at[1, 0, 0, 5].set(jnp.nan).at[2, 0, 1, 3].set(-jnp.inf)), *rows[1:])
-    starts = jnp.array([0, 5, 16 - width])
+    starts = jnp.array([0, 5, 15])
 
     made = append_rows(cache, broken, starts)
     with pytest.MonkeyPatch.context() as patch:
@@ -140,6 +146,21 @@ def test_a_pass_has_the_same_values(dtype: str, qk_norm: bool, gpu: None) -> Non
         assert x.dtype == y.dtype and x.shape == y.shape
         errors = [float(jnp.linalg.norm(value.astype(jnp.float32) - exact)) for value in (x, y)]
         assert errors[0] <= 1.25 * errors[1] + 1e-6
+
+
+def test_several_gpus_take_none_in_an_admission(gpu: None) -> None:
+    """Neither in the target's pass nor where the drafter's context is made of it."""
+    target, drafter = tiny_pair(**SIZES)
+    params = LoopParams(target.params, drafter.params)
+    loop = make_loop(target, drafter, EngineConfig(2, 60, "fixed"))
+
+    def taken(loop: DecodeLoop) -> set[str]:
+        state, new = jax.eval_shape(loop.init_state, params), blank_chunk(loop, 1, 16)
+        return {"normed", "heads", "written"} & set(kernels(admit.trace(loop, params, state, new, True).jaxpr.jaxpr))
+
+    assert taken(loop) == {"normed", "heads"}
+    over = cast(Mesh, abstract_mesh(2, data=1, tensor=2))
+    assert not taken(replace(loop, mesh=over))
 
 
 def test_few_rows_can_be_trained(gpu: None) -> None:

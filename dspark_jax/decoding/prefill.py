@@ -76,7 +76,8 @@ def admit(loop: DecodeLoop, params: LoopParams, state: DecodeState, new: Admissi
 
     draft = state.draft
     if drafter is not None:
-        draft = _context(drafter, borrowed_tables(target), draft, finite_or_zero(out.taps), new, fresh)
+        with traced_over(loop.mesh):
+            draft = _context(drafter, borrowed_tables(target), draft, finite_or_zero(out.taps), new, fresh)
 
     wanted, vocab = new.final & new.wants_logprobs, loop.vocab_sharding(target)
     logits, drawn = first.logits[:, None], first.tokens[:, None]

@@ -1,9 +1,9 @@
 """Collectives of a training step by name, counted from shapes and shardings alone.
 
 What the step asks for (training/step.py, targets/scanned.py): a gather of parameters and tables once, of each of the
-target's layers once a micro-batch, and a sum of gradients once a step, or once a micro-batch where a tensor axis splits
-products (training/accumulation.py). Small ones are left out: norms, losses, sums of a split vocabulary. A compiler may
-do more, which its text shows (`train.studies.compiled`).
+target's layers once a micro-batch, and a sum of gradients once a step, or once a micro-batch where a tensor or expert
+axis splits products (training/accumulation.py). Small ones are left out: norms, losses, sums of a split vocabulary. A
+compiler may do more, which its text shows (`train.studies.compiled`).
 """
 
 import math

@@ -127,7 +127,6 @@ class Gemma4Attention(Attention):
         super().__init__(config, index, rngs=rngs, **attention)
         # Not H^-0.5: the norms of q and k already fix the size of the scores.
         self.scale = 1.0
-        self.eps = config.rms_norm_eps
 
     def values(self, v: Float[Array, "*n g h"]) -> Float[Array, "*n g h"]:
         """Values with an unweighted norm and no RoPE; they may be the raw k projection (rule 63)."""

@@ -112,7 +112,7 @@ def append_rows(cache: Any, new: KVCache, starts: Int[Array, " r"]) -> Any:
     finite as 0.
 
     All W rows are written; those past what was accepted become junk beyond the length. `starts + W <= S` must hold,
-    since a dynamic_update_slice that does not fit moves left, over live rows.
+    since a block that does not fit moves left, over live rows.
     """
     if layer_gpu.takes_rows(cache, new):
         return _written(cache, new, starts)

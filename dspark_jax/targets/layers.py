@@ -234,7 +234,7 @@ class Attention(nnx.Module):
         return v
 
     def output_parts(self, mixed: Float[Array, "*n q h"]) -> Float[Array, "p *n d"]:
-        """`output` as a sum: of one part in x's dtype, or of several in float32."""
+        """`output` as a sum: of one part in x's dtype, or of a kernel's parts in float32."""
         rows, weight = mixed.reshape(*mixed.shape[:-2], -1), self.o_weight_pd[...]
         parts = 0 if self.has_bias else parts_of(rows, weight, None)
         return rows_times_apart(rows, weight, parts) if parts else self.output(mixed)[None]
@@ -283,7 +283,7 @@ class MLP(nnx.Module):
         return self._down(self._gate_up(x))
 
     def parts(self, x: Float[Array, "*n d"]) -> Float[Array, "p *n d"]:
-        """The MLP's output as a sum: of one part in x's dtype, or of several in float32."""
+        """The MLP's output as a sum: of one part in x's dtype, or of a kernel's parts in float32."""
         made, weight = self._gate_up(x), self.down_weight_fd[...]
         parts = 0 if self.has_bias else parts_of(made, weight, self.gating)
         return rows_times_apart(made, weight, parts, self.gating) if parts else self._down(made)[None]

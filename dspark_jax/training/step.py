@@ -15,7 +15,7 @@ from jaxtyping import Array
 from dspark_jax.drafters.protocol import SharedTables
 from dspark_jax.drafters.registry import new_params, skeleton
 from dspark_jax.sharding import AnyMesh, parameter_shardings, traced_over
-from dspark_jax.training.accumulation import MicroBatches, adding
+from dspark_jax.training.accumulation import Differentiated, MicroBatches, adding
 from dspark_jax.training.losses import Sums
 from dspark_jax.training.objective import Batch, Objective
 from dspark_jax.training.placement import Placement, in_use
@@ -124,8 +124,7 @@ def make_train_step(
     Raises:
         UserError: at the first call, if the batch's rows do not divide over micro-batches and devices.
     """
-    source = states or StoredStates()
-    micro_batches = MicroBatches(accumulation_steps, placement)
+    source, differentiated = states or StoredStates(), _differentiated(objective)
     stored_params = None if abstract is None else abstract.params
     devices = adding(placement, stored_params, accumulation_steps)
 
@@ -138,26 +137,14 @@ def make_train_step(
         # The target's table is gathered already, for the drafter.
         target = None if target is None else target | {"embed_weight_vd": shared.embed}
 
-        def differentiated(constants: Any, micro: tuple[Batch, Any]) -> tuple[dict, Sums]:
-            (params, shared, denominator), (batch, rows) = constants, micro
-
-            def loss(params: dict) -> tuple[Array, Sums]:
-                # Differentiated by `params` alone: the target's tables are frozen (docs/algorithm.md, rule 18).
-                sums = objective.sums(params, shared, batch, rows)
-                return objective.loss(sums, denominator), sums
-
-            # By the masters' dtype, whatever parameters travelled in, so that gradients add up in float32.
-            return jax.grad(loss, has_aux=True)(jax.tree.map(lambda x: x.astype(jnp.float32), params))
-
         def gradient(batch: Batch, rows: Any) -> tuple[Any, dict[str, Array]]:
             # The loss sees states decoded from what is stored, so online and cached training agree.
             stored = source.stored(target, batch)
             micro = source.read(stored, batch), rows
-            part = devices.part(differentiated, (params, shared, plan.denominator), micro)
-            return part, stored if record else {}
+            return devices.part(differentiated, (params, shared, plan.denominator), micro), stored if record else {}
 
         # Sums and gradients add up over micro-batches because each part is divided by the same global denominator.
-        total, stored = micro_batches.total(gradient, devices.placed, batch, plan.rows)
+        total, stored = MicroBatches(accumulation_steps, placement).total(gradient, devices.placed, batch, plan.rows)
         grads, sums = devices.whole(total)
         verdict = _Verdict.of(grads, objective.loss(sums, plan.denominator), plan.supervised)
 
@@ -167,6 +154,24 @@ def make_train_step(
         return (new, metrics, stored) if record else (new, metrics)
 
     return _compiled(traced_over(_mesh(placement))(step), placement, abstract, record)
+
+
+def _differentiated(objective: Objective) -> Differentiated:
+    """Gradients and sums of a micro-batch and the blocks drawn from it; the constants are the parameters, the target's
+    tables and the denominator of the whole batch."""
+
+    def of(constants: Any, micro: tuple[Batch, Any]) -> tuple[dict, Sums]:
+        (params, shared, denominator), (batch, rows) = constants, micro
+
+        def loss(params: dict) -> tuple[Array, Sums]:
+            # Differentiated by `params` alone: the target's tables are frozen (docs/algorithm.md, rule 18).
+            sums = objective.sums(params, shared, batch, rows)
+            return objective.loss(sums, denominator), sums
+
+        # By the masters' dtype, whatever parameters travelled in, so that gradients add up in float32.
+        return jax.grad(loss, has_aux=True)(jax.tree.map(lambda x: x.astype(jnp.float32), params))
+
+    return of
 
 
 def _mesh(placement: Placement | None) -> AnyMesh | None:

@@ -204,7 +204,7 @@ def written(
     interpret: bool = False,
 ) -> list[Float[Array, "r g s h"]]:  # fmt: skip
     """Caches of one shape with a block of rows each at positions starts.. of every request, in place; what is not
-    finite is written as 0."""
+    finite is written as 0. A start that leaves no room is moved, as by `jax.lax.dynamic_update_slice`."""
     count, (requests, width, groups, size) = len(caches), rows[0].shape
 
     def whole(x: Array) -> pl.BlockSpec:
@@ -212,7 +212,7 @@ def written(
 
     one = pl.BlockSpec((None, None, None, size), lambda r, w, g: (r, w, g, 0))
     return pl.pallas_call(
-        partial(_written_kernel, count=count),
+        partial(_written_kernel, count=count, last=caches[0].shape[2] - width),
         grid=(requests, width, groups),
         in_specs=[pl.BlockSpec((None,), lambda r, w, g: (r,)), *[one] * count, *[whole(x) for x in caches]],
         out_specs=[whole(x) for x in caches],
@@ -224,9 +224,10 @@ def written(
     )(starts, *rows, *caches)
 
 
-def _written_kernel(starts: Any, *refs: Any, count: int) -> None:
+def _written_kernel(starts: Any, *refs: Any, count: int, last: int) -> None:
     request, row, group = (pl.program_id(axis) for axis in range(3))
-    at = starts[...] + row
+    # A row behind the cache's end would be written into other memory.
+    at = jnp.maximum(jnp.minimum(starts[...], last), 0) + row
     for source, cache in zip(refs[:count], refs[2 * count :], strict=True):
         value = source[...].astype(cache.dtype)
         # NaN and infinities alone are not equal to themselves less themselves.
