@@ -106,8 +106,9 @@ def product_runs(settings: ProductSettings, config: TargetConfig) -> dict[str, C
     for kind, (stored, result) in KINDS.items():
         weights = random_weights(config, stored)
         if kind == "float32" and native.ready():
-            # All but the head, in the form that an engine gives them.
-            weights = [*(PanelWeight(weight)[...] for weight in weights[:-1]), weights[-1]]
+            # In the form that an engine gives those of a checkpoint in bfloat16.
+            rounded = [weight.astype(jnp.bfloat16).astype(jnp.float32) for weight in weights]
+            weights = [PanelWeight(weight)[...] for weight in (*rounded[:-1], rounded[-1].T)]
         # Rounds and prefills are of float32.
         rounds, prompts = (settings.requests, settings.prompts) if kind == "float32" else ((), ())
         for rows in dict.fromkeys((*settings.rows, *rounds, *prompts)):
@@ -171,8 +172,11 @@ def chain(weights: list[Any], x: Float[Array, "m d"], result: Any, last: bool = 
         # Kept within range, whatever the dtype: the chain has no norms.
         x = x / (1 + jnp.max(jnp.abs(x)))
 
+    rows = x[-1:] if last else x
+    if isinstance(head, Panels):
+        return head_logits(rows, head, None)
     wide = head.astype(jnp.float32) if head.dtype == jnp.int8 else head
-    return head_logits((x[-1:] if last else x).astype(wide.dtype), wide, None)
+    return head_logits(rows.astype(wide.dtype), wide, None)
 
 
 def timed(
