@@ -55,8 +55,9 @@ FEW_ROWS = 32
 UNEVEN_ROWS = range(5, 16)
 
 
-def head_logits(hidden: Float[Array, "*n d"], head: Float[Array, "v d"], softcap: float | None) -> Float[Array, "*n v"]:
-    """float32 logits of final-normed hidden states by an output head; `softcap` c bounds them, c tanh(x / c)."""
+def head_logits(hidden: Float[Array, "*n d"], head: Any, softcap: float | None) -> Float[Array, "*n v"]:
+    """float32 logits of final-normed hidden states by an output head [V, D], or what stands in for it, its columns in
+    panels; `softcap` c bounds them, c tanh(x / c)."""
 
     def as_columns(x: Array, weight: Array) -> Array:
         # XLA:CPU repacks a transposed right-hand side in every call, and the head is the largest matrix; as the
