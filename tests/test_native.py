@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from dspark_jax import load_target, native
-from dspark_jax.targets import few_rows, products
+from dspark_jax.targets import between, products
 from dspark_jax.targets.attention import CachedBlock, CausalRows
 from dspark_jax.targets.joined import Columns
 from dspark_jax.targets.layers import head_logits
@@ -192,12 +192,12 @@ def test_norms_of_few_rows_are_those_of_xla_whatever_the_rows_beside_them(rows: 
     def loss(norm):
         return lambda x, weight: jnp.sum(jnp.sin(norm(x, weight, 1e-5)))
 
-    plain = few_rows._plain_norm
-    normed = jax.jit(partial(few_rows.normed, eps=1e-5))
+    plain = between._plain_norm
+    normed = jax.jit(partial(between.normed, eps=1e-5))
     found = np.asarray(normed(x, weight))
     np.testing.assert_allclose(found, plain(x, weight, 1e-5), atol=2e-6)
     np.testing.assert_array_equal(found[-1:], normed(x[-1:], weight))
-    for a, b in zip(*(jax.grad(loss(norm), (0, 1))(x, weight) for norm in (few_rows.normed, plain)), strict=True):
+    for a, b in zip(*(jax.grad(loss(norm), (0, 1))(x, weight) for norm in (between.normed, plain)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
@@ -206,12 +206,12 @@ def test_gates_of_few_rows_are_those_of_xla_whatever_the_rows_beside_them(units:
     columns = Columns(units, (width, width))
     # Gates on both sides of where an exponential of them would be 0 or infinite.
     x = 40 * arrays(5, 2 * units * width, 1)[0]
-    gated = jax.jit(few_rows.gated, static_argnums=1)
-    np.testing.assert_allclose(gated(x, columns), few_rows._plain_gate(x, columns), rtol=1e-5, atol=1e-30)
+    gated = jax.jit(between.gated, static_argnums=1)
+    np.testing.assert_allclose(gated(x, columns), between._plain_gate(x, columns), rtol=1e-5, atol=1e-30)
     np.testing.assert_array_equal(gated(x, columns)[-1:], gated(x[-1:], columns))
     found, expected = (
         jax.grad(lambda x, gate=gate: jnp.sum(jnp.sin(gate(x, columns))))(x / 40)
-        for gate in (few_rows.gated, few_rows._plain_gate)
+        for gate in (between.gated, between._plain_gate)
     )
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
@@ -222,8 +222,8 @@ def test_rotations_are_those_of_xla() -> None:
         jnp.asarray(10000.0 ** (-np.arange(32) / 32), jnp.float32),
     )
     for found, expected in zip(
-        jax.jit(few_rows.rotations)(positions, frequencies),
-        few_rows._plain_rotations(positions, frequencies),
+        jax.jit(between.rotations)(positions, frequencies),
+        between._plain_rotations(positions, frequencies),
         strict=True,
     ):
         assert found.shape == (2, 2, 32)
@@ -235,7 +235,7 @@ def test_what_lies_between_products_is_of_kernels_in_rounds_alone() -> None:
 
     def text(rows: int, dtype=jnp.float32, platform: str = "cpu") -> str:
         x, weight = jnp.ones((rows, 576), dtype), jnp.ones(576, dtype)
-        traced = jax.jit(partial(few_rows.normed, eps=1e-5)).trace(x, weight)
+        traced = jax.jit(partial(between.normed, eps=1e-5)).trace(x, weight)
         return traced.lower(lowering_platforms=(platform,)).as_text()
 
     assert "dspark_jax_NormedRows" in text(5)

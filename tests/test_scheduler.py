@@ -202,6 +202,8 @@ def test_bad_tables_and_factors_are_refused() -> None:
 def test_the_meter_averages_and_forgives_a_clock() -> None:
     meter = LoadMeter()
     assert meter.update(1.1, 1.0) == 1.0 and meter.update(0.0, 0.0) == 1.0
+    # What slows all rounds alike is no load.
+    assert [meter.update(1.4, 1.0) for _ in range(8)][-1] == 1.0
     meter = LoadMeter()
     loads = [meter.update(4.0, 1.0) for _ in range(2)]
     assert loads[0] == pytest.approx(2.5) and loads[1] == pytest.approx(3.25)
@@ -287,6 +289,18 @@ def test_guard_without_drafters_says_so() -> None:
     costs = round_costs(table, Occupancy.of(), jnp.ones(R, bool), jnp.ones(R, jnp.int32))
     drafts, slots, shared = DraftGuard()(history, costs, jnp.zeros(R, bool), slots, shared)
     assert not drafts.any() and not slots.off.any() and int(shared.since) == 0
+
+
+@pytest.mark.parametrize(("accepted", "doubt", "drafts"), [(0.47, 0.5, True), (0.47, 0.0, False), (0.4, 0.5, False)])
+def test_means_near_the_break_even_are_doubted(accepted: float, doubt: float, drafts: bool) -> None:
+    """A draft pass costs half a token of each request; twenty rounds tell its worth to a tenth or two."""
+    history, table = History(), CostTable.of(TOKENS, [1.0] * 5, 0.5)
+    slots, shared = history.init_slots(R), history.init_shared(K)
+    full = jnp.full(R, 1 / (1 - history.slot_decay), jnp.float32)
+    slots = slots._replace(rounds=full, accepted=accepted * full, verified=full)
+    costs = round_costs(table, Occupancy.of(), jnp.ones(R, bool), jnp.ones(R, jnp.int32))
+    found, _, _ = DraftGuard(doubt=doubt)(history, costs, jnp.ones(R, bool), slots, shared)
+    assert found.tolist() == [drafts] * R
 
 
 def test_drafting_that_pays_shortens_the_wait_for_a_probe_little_by_little() -> None:

@@ -19,8 +19,8 @@ from jaxtyping import Array, Float, Int
 
 from dspark_jax.sharding import Units, param
 from dspark_jax.targets.attention import Attend, KeysValues
+from dspark_jax.targets.between import gated, normed, rotations
 from dspark_jax.targets.config import RopeConfig, TargetConfig
-from dspark_jax.targets.few_rows import gated, normed, rotations
 from dspark_jax.targets.joined import columns_of
 from dspark_jax.targets.kernels import layer_gpu
 from dspark_jax.targets.kernels.apart_gpu import Gating, parts_of, rows_times_apart

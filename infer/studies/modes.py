@@ -24,8 +24,6 @@ import numpy as np
 from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.config.cli import parse, program
-from dspark_jax.datagen.corpora import DOMAINS
-from dspark_jax.datagen.corpora import prompts as corpus
 from dspark_jax.devices import announce, machine
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.errors import UserError
@@ -35,10 +33,12 @@ from dspark_jax.files import make_output, read_results, write_json
 from dspark_jax.report import table
 from dspark_jax.serving.assembly import loop_and_params
 from dspark_jax.serving.profiling import measure_profile
-from dspark_jax.serving.prompts import EncodedPrompt, encode, read_prompts
+from dspark_jax.serving.prompts import EncodedPrompt
 from dspark_jax.serving.sampling import Mode, SamplingParams
 from dspark_jax.serving.settings import EngineConfig, PolicyName, policy_named, verifier_of
 from dspark_jax.targets.target import Target
+
+from .heldout import heldout_prompts
 
 # In nats between the two best of a race, above the differences between float32 batches of different widths.
 NEAR_TIE = 1e-3
@@ -98,7 +98,7 @@ def main(argv: list[str]) -> None:
     earlier = measured_alike(settings)
     target = load_target(settings.target, dtype=settings.dtype)
     drafter = load_drafter(settings.drafter, target, dtype=settings.dtype)
-    prompts = prompts_of(settings, target)
+    prompts = heldout_prompts(target, settings.prompts, settings.per_domain)
 
     # One temperature after the other: engines of one are released before the next.
     made: dict[str, Any] = {}
@@ -130,19 +130,6 @@ def conditions(settings: ModesSettings) -> dict[str, Any]:
     """What drafters must have in common to be compared."""
     names = ("target", "per_domain", "slots", "max_new_tokens", "seed", "clock", "dtype")
     return {name: getattr(settings, name) for name in names} | {"prompts": [str(path) for path in settings.prompts]}
-
-
-def prompts_of(settings: ModesSettings, target: Target) -> list[EncodedPrompt]:
-    """The prompts to decode, of every domain equally many."""
-    if settings.prompts:
-        return read_prompts(target, list(settings.prompts), settings.per_domain)
-
-    return [
-        # Held out: on prompts that it was trained on, the drafter would be better than it is.
-        EncodedPrompt(item["id"], domain, encode(target, item["messages"]))
-        for domain in DOMAINS
-        for item in corpus(domain, "heldout", settings.per_domain)
-    ]
 
 
 def at_temperature(

@@ -20,8 +20,6 @@ import numpy as np
 from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.config.cli import parse, program
-from dspark_jax.datagen.corpora import DOMAINS
-from dspark_jax.datagen.corpora import prompts as corpus
 from dspark_jax.devices import announce, machine
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.errors import UserError
@@ -29,12 +27,14 @@ from dspark_jax.evaluation.acceptance import Acceptance
 from dspark_jax.evaluation.timing import Decoder
 from dspark_jax.files import add_results, make_output
 from dspark_jax.report import table
-from dspark_jax.serving.prompts import EncodedPrompt, encode, read_prompts
+from dspark_jax.serving.prompts import EncodedPrompt
 from dspark_jax.serving.requests import Generation
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.targets.attention import CausalRows
 from dspark_jax.targets.target import Target
+
+from .heldout import heldout_prompts
 
 KINDS: tuple[Literal["stored", "int8", "fp8"], ...] = ("stored", "int8", "fp8")
 
@@ -97,7 +97,7 @@ def measured(settings: WeightsSettings) -> dict[str, Any]:
     for kind in KINDS:
         target = load_target(settings.target, dtype=settings.dtype, weights=kind)
         drafter = load_drafter(settings.drafter, target, dtype=settings.dtype, weights=kind)
-        prompts = prompts_of(settings, target)
+        prompts = heldout_prompts(target, settings.prompts, settings.per_domain)
         answers = {t: decoded(settings, target, drafter, prompts, t) for t in settings.temperatures}
         # The stored pair comes first: the others read its answers.
         stored = stored or answers[0.0]
@@ -124,17 +124,6 @@ def decoded(
     engine = EngineConfig(settings.slots, longest, "fixed", smallest_prompt_bucket=64)
     sampling = SamplingParams(settings.max_new_tokens, temperature, seed=0)
     return Decoder(target, drafter, sampling, engine)(prompts).generations
-
-
-def prompts_of(settings: WeightsSettings, target: Target) -> list[EncodedPrompt]:
-    """The prompts to decode, of every domain or file equally many."""
-    if settings.prompts:
-        return read_prompts(target, list(settings.prompts), settings.per_domain)
-    return [
-        EncodedPrompt(item["id"], domain, encode(target, item["messages"]))
-        for domain in DOMAINS
-        for item in corpus(domain, "heldout", settings.per_domain)
-    ]
 
 
 def read_logits(target: Target, prompt: EncodedPrompt, answer: Sequence[int]) -> np.ndarray:
