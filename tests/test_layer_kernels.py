@@ -21,8 +21,9 @@ from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.sharding import abstract_mesh, split, traced_over
 from dspark_jax.targets import layers
 from dspark_jax.targets.attention import CachedBlock, CausalRows, KeysValues
+from dspark_jax.targets.between import Gating
 from dspark_jax.targets.kernels import apart_gpu, forms, held_gpu, layer_gpu
-from dspark_jax.targets.kernels.apart_gpu import Gating, parts_of
+from dspark_jax.targets.kernels.apart_gpu import parts_of
 from dspark_jax.targets.kv_cache import append_rows, empty_cache
 from tests.decoding_tiny import tiny_pair, tiny_target
 
@@ -66,6 +67,13 @@ def test_a_sum_and_its_norm(parts: int, dtype: Any) -> None:
     added = drawn(parts, 3, 2, 192, seed=2, dtype=dtype if parts == 1 else jnp.float32) if parts else None
     norm.weight.set_value(weight)
     held(layer_gpu.normed(x, weight, added, eps=1e-6, interpret=True), norm.of_sum(x, added), dtype)
+
+
+def test_heads_of_a_batch_that_has_its_positions_in_common() -> None:
+    made, rope = drawn(2, 3, 2, 4, 64), layers.Rope(drawn(1, 3, 32, seed=1), drawn(1, 3, 32, seed=2))
+    held(
+        layer_gpu.heads(made, *rope, None, None, eps=1e-6, interpret=True), layers._heads(1e-6, made, *rope, None, None)
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

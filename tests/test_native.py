@@ -13,7 +13,6 @@ from flax import nnx
 from dspark_jax import load_target, native
 from dspark_jax.targets import between, products
 from dspark_jax.targets.attention import CachedBlock, CausalRows
-from dspark_jax.targets.joined import Columns
 from dspark_jax.targets.layers import head_logits
 from dspark_jax.targets.panels import Panels, PanelWeight, laid_out
 
@@ -203,15 +202,15 @@ def test_norms_of_few_rows_are_those_of_xla_whatever_the_rows_beside_them(rows: 
 
 @pytest.mark.parametrize(("units", "width"), [(1, 64), (3, 16)])
 def test_gates_of_few_rows_are_those_of_xla_whatever_the_rows_beside_them(units: int, width: int) -> None:
-    columns = Columns(units, (width, width))
+    gating = between.Gating(width, jax.nn.silu)
     # Gates on both sides of where an exponential of them would be 0 or infinite.
     x = 40 * arrays(5, 2 * units * width, 1)[0]
     gated = jax.jit(between.gated, static_argnums=1)
-    np.testing.assert_allclose(gated(x, columns), between._plain_gate(x, columns), rtol=1e-5, atol=1e-30)
-    np.testing.assert_array_equal(gated(x, columns)[-1:], gated(x[-1:], columns))
+    np.testing.assert_allclose(gated(x, gating), gating(x), rtol=1e-5, atol=1e-30)
+    np.testing.assert_array_equal(gated(x, gating)[-1:], gated(x[-1:], gating))
     found, expected = (
-        jax.grad(lambda x, gate=gate: jnp.sum(jnp.sin(gate(x, columns))))(x / 40)
-        for gate in (between.gated, between._plain_gate)
+        jax.grad(lambda x, gate=gate: jnp.sum(jnp.sin(gate(x))))(x / 40)
+        for gate in (partial(between.gated, gating=gating), gating)
     )
     np.testing.assert_allclose(found, expected, atol=1e-5)
 

@@ -5,6 +5,8 @@ the forms here are the plain ones, whose derivatives are taken in either case.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -12,10 +14,26 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dspark_jax import native
-from dspark_jax.targets.joined import Columns
 
 MOST = 1 << 17
 """Numbers of rows from which on XLA's loops, which run in many threads, are as fast."""
+
+
+@dataclass(frozen=True)
+class Gating:
+    """How inputs [n, F] follow from a product [n, 2 F] by joined weights: activation(gate) * up.
+
+    `width`: columns of a block, gate and up in turn.
+    """
+
+    width: int
+    activation: Callable[[Array], Array]
+
+    def __call__(self, made: Float[Array, "*n u"]) -> Float[Array, "*n f"]:
+        blocks = made.reshape(*made.shape[:-1], -1, 2 * self.width)
+        halves = blocks[..., : self.width], blocks[..., self.width :]
+        gate, up = (x.reshape(*made.shape[:-1], -1) for x in halves)
+        return self.activation(gate) * up
 
 
 def normed(x: Float[Array, "*n d"], weight: Float[Array, " d"], eps: float) -> Float[Array, "*n d"]:
@@ -25,12 +43,11 @@ def normed(x: Float[Array, "*n d"], weight: Float[Array, " d"], eps: float) -> F
     return _normed(x.reshape(-1, x.shape[-1]), weight, eps).reshape(x.shape)
 
 
-def gated(joined: Float[Array, "*n u"], columns: Columns) -> Float[Array, "*n f"]:
-    """silu(gate) * up of rows that hold both."""
-    if not _taken(joined, columns.widths[0]):
-        return _plain_gate(joined, columns)
-    made = _gated(joined.reshape(-1, joined.shape[-1]), columns)
-    return made.reshape(*joined.shape[:-1], -1)
+def gated(made: Float[Array, "*n u"], gating: Gating) -> Float[Array, "*n f"]:
+    """gating(made)."""
+    if gating.activation is not jax.nn.silu or not _taken(made, gating.width):
+        return gating(made)
+    return _gated(made.reshape(-1, made.shape[-1]), gating).reshape(*made.shape[:-1], -1)
 
 
 def rotations(
@@ -57,11 +74,6 @@ def _plain_norm(x: Array, weight: Array, eps: float) -> Array:
     return wide.astype(x.dtype) * weight
 
 
-def _plain_gate(joined: Array, columns: Columns) -> Array:
-    gate, up = columns.split(joined)
-    return jax.nn.silu(gate) * up
-
-
 def _plain_rotations(positions: Array, frequencies: Array) -> tuple[Array, Array]:
     # float32 even in a bfloat16 model: a bfloat16 position is exact to 256 only.
     angles = positions[..., None].astype(jnp.float32) * frequencies
@@ -80,11 +92,10 @@ def _normed_jvp(eps: float, primals: tuple[Array, Array], tangents: tuple[Array,
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _gated(joined: Array, columns: Columns) -> Array:
-    kernel, plain = partial(native.gate_rows, width=columns.widths[0]), partial(_plain_gate, columns=columns)
-    return jax.lax.platform_dependent(joined, cpu=kernel, default=plain)
+def _gated(made: Array, gating: Gating) -> Array:
+    return jax.lax.platform_dependent(made, cpu=partial(native.gate_rows, width=gating.width), default=gating)
 
 
 @_gated.defjvp
-def _gated_jvp(columns: Columns, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    return jax.jvp(partial(_plain_gate, columns=columns), primals, tangents)
+def _gated_jvp(gating: Gating, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return jax.jvp(gating, primals, tangents)

@@ -19,11 +19,11 @@ from jaxtyping import Array, Float, Int
 
 from dspark_jax.sharding import Units, param
 from dspark_jax.targets.attention import Attend, KeysValues
-from dspark_jax.targets.between import gated, normed, rotations
+from dspark_jax.targets.between import Gating, gated, normed, rotations
 from dspark_jax.targets.config import RopeConfig, TargetConfig
 from dspark_jax.targets.joined import columns_of
 from dspark_jax.targets.kernels import layer_gpu
-from dspark_jax.targets.kernels.apart_gpu import Gating, parts_of, rows_times_apart
+from dspark_jax.targets.kernels.apart_gpu import parts_of, rows_times_apart
 from dspark_jax.targets.moe import SparseMLP
 from dspark_jax.targets.products import by_table, product, rows_times, rows_times_table, rows_to_cut
 
@@ -267,10 +267,10 @@ class MLP(nnx.Module):
     def __init__(self, config: TargetConfig, *, rngs: nnx.Rngs, activation: Callable[[Array], Array] = jax.nn.silu):
         d, f, std = config.hidden_size, config.intermediate_size, config.initializer_range
 
-        _, self.columns = columns_of("gate_up_weight_du", config, 0)
-        axis = Units("mlp", self.columns.units, self.columns.width)
+        _, columns = columns_of("gate_up_weight_du", config, 0)
+        axis = Units("mlp", columns.units, columns.width)
         gate_up = [normal(rngs, (d, f), std) for _ in range(2)]
-        self.gate_up_weight_du = param(self.columns.join(gate_up), "embed", axis)
+        self.gate_up_weight_du = param(columns.join(gate_up), "embed", axis)
         self.down_weight_fd = param(normal(rngs, (f, d), std), "mlp", "embed")
 
         self.has_bias = config.mlp_bias
@@ -278,7 +278,7 @@ class MLP(nnx.Module):
             self.gate_up_bias_u = param(jnp.zeros((2 * f,)), axis)
             self.down_bias_d = param(jnp.zeros((d,)), "embed")
 
-        self.gating = Gating(self.columns.width // 2, activation)
+        self.gating = Gating(columns.width // 2, activation)
 
     def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
         return self._down(self._gate_up(x))
@@ -294,13 +294,7 @@ class MLP(nnx.Module):
         return made + self.gate_up_bias_u[...] if self.has_bias else made
 
     def _down(self, made: Float[Array, "*n u"]) -> Float[Array, "*n d"]:
-        if self.gating.activation is jax.nn.silu:
-            inner = gated(made, self.columns)
-        else:
-            gate, up = self.columns.split(made)
-            inner = self.gating.activation(gate) * up
-
-        out = rows_times(inner, self.down_weight_fd[...])
+        out = rows_times(gated(made, self.gating), self.down_weight_fd[...])
         return out + self.down_bias_d[...] if self.has_bias else out
 
 

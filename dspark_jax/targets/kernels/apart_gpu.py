@@ -7,8 +7,6 @@ activation is computed on the way, from the product by joined weights that holds
 Axes: n rows, i inputs, o outputs, P parts, F mlp.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
+from dspark_jax.targets.between import Gating
 from dspark_jax.targets.kernels.layer_gpu import derived, power, takes
 from dspark_jax.targets.kernels.softmax import dot
 
@@ -27,22 +26,6 @@ PARTS, PART_ROWS = 8, 256
 """Parts at most, and rows of all parts together."""
 OUTPUTS, INPUTS, LEAST = 64, 64, 16
 """Of one program: columns of the weight, inputs of a step, and rows of the smallest product."""
-
-
-@dataclass(frozen=True)
-class Gating:
-    """How inputs [n, F] follow from a product [n, 2 F] by joined weights: activation(gate) * up.
-
-    `width`: columns of a block, gate and up in turn.
-    """
-
-    width: int
-    activation: Callable[[Array], Array]
-
-    def __call__(self, made: Float[Array, "*n u"]) -> Float[Array, "*n f"]:
-        blocks = made.reshape(*made.shape[:-1], -1, 2, self.width)
-        inputs = self.activation(blocks[..., 0, :]) * blocks[..., 1, :]
-        return inputs.reshape(*made.shape[:-1], -1)
 
 
 def parts_of(x: Float[Array, "*n i"], weight: Any, gating: Gating | None) -> int:

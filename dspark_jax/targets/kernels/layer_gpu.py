@@ -106,6 +106,8 @@ def heads(
     `made` has the N queries of each kv head, its key and its value; a weight of None leaves out its norm.
     """
     lead = made.shape[:-3]
+    # Positions may be the same for all rows of a batch, and a program reads those of its own row.
+    cos, sin = (jnp.broadcast_to(x, (*lead, x.shape[-1])) for x in (cos, sin))
     made, cos, sin = made.reshape(-1, *made.shape[-3:]), *(x.reshape(-1, x.shape[-1]) for x in (cos, sin))
     rows, groups, parts, size = made.shape
     spans = [(rows, groups, parts - 2, size), (rows, groups, size), (rows, groups, size)]
