@@ -11,12 +11,13 @@ from dspark_jax.errors import UserError
 from dspark_jax.evaluation import timing
 from dspark_jax.evaluation.timing import Timed
 from dspark_jax.files import write_json
+from dspark_jax.serving.generate import engine_for
 from dspark_jax.serving.prompts import EncodedPrompt
 from dspark_jax.serving.requests import Generation
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
 from infer.studies import modes
-from tests.decoding_tiny import kind_pair
+from tests.decoding_tiny import kind_pair, prompts
 
 # Committed tokens of two prompts by 10 rounds each, and the seconds of two alternating runs.
 MADE = {
@@ -52,6 +53,7 @@ def made(decoders: Mapping[str, Any], times: int) -> dict[str, list[Timed]]:
 
 def test_figures_are_beside_rejections_of_the_same_policy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(modes, "alternate", made)
+    monkeypatch.setattr(modes, "Passes", lambda way, prompts: way)
     target, drafter = kind_pair("dspark")
     prompts = [EncodedPrompt(str(i), "math", (1, 2)) for i in range(2)]
     settings = modes.ModesSettings(repeats=2, trees=(8,), policies=("fixed", "look-ahead", "retrospective"))
@@ -110,3 +112,14 @@ def test_greedy_requests_are_verified_in_their_decoder_s_mode(monkeypatch: pytes
     monkeypatch.setattr(timing, "generate", lambda *words, engine: given.append(words[3].mode) or [])
     timing.Decoder(*kind_pair("dspark"), SamplingParams(4, 0.0, mode="coupled"), EngineConfig(1, tree=8))([])
     assert given == ["coupled"]
+
+
+def test_all_passes_of_a_way_are_decoded_by_one_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every pass gives the tokens of `generate`, and none but the first makes an engine."""
+    built: list[Any] = []
+    monkeypatch.setattr(timing, "engine_for", lambda *words: built.append(engine_for(*words)) or built[-1])
+    way = timing.Decoder(*kind_pair("dspark"), SamplingParams(8, 1.0, seed=3, mode="coupled"), EngineConfig(2, 32))
+    given = [EncodedPrompt(str(i), "math", row) for i, row in enumerate(prompts(3, 6))]
+    decode = timing.Passes(way, given)
+    texts = [[g.tokens for g in found.generations] for found in (decode(), decode(), way(given))]
+    assert texts[0] == texts[1] == texts[2] and len(built) == 1 and built[0].idle

@@ -141,6 +141,16 @@ def test_windows_packed_rows_and_penalties_see_paths() -> None:
         assert sum(sum(g.accepted_at) for g in drafted) > 100
 
 
+def test_three_ids_have_at_most_three_children() -> None:
+    target, drafter = kind_pair.__wrapped__("dspark", vocab_size=3)
+    hot, config = SamplingParams(temperature=1.0, mode="coupled"), EngineConfig(2, 32, "fixed", tree=12)
+    assert Engine(target, drafter, config, hot).loop.tree == TreeShape(12, 3)
+    with pytest.raises(UserError, match="drafts trees of at most 21 nodes"):
+        Engine(target, drafter, replace(config, tree=22), hot)
+    with pytest.raises(UserError, match="chooses among 3 candidates there, so at most 9 was expected"):
+        Engine(target, drafter, config, SamplingParams())
+
+
 def test_trees_that_are_not_exact_are_refused() -> None:
     target, drafter = kind_pair("dspark")
     hot = SamplingParams(temperature=1.0, mode="coupled")

@@ -10,7 +10,7 @@ import numpy as np
 from dspark_jax.drafters.registry import Drafter
 from dspark_jax.evaluation.acceptance import seeded
 from dspark_jax.serving.chunks import sampling_arrays
-from dspark_jax.serving.generate import generate
+from dspark_jax.serving.generate import drain, engine_for, generate
 from dspark_jax.serving.prompts import EncodedPrompt
 from dspark_jax.serving.requests import Generation
 from dspark_jax.serving.sampling import SamplingParams, seed_words
@@ -50,6 +50,33 @@ class Decoder:
         # The call's own settings too: greedy requests do not say in which mode their engine verifies.
         generations = generate(self.target, self.drafter, requests, self.sampling, engine=self.engine)
         return Timed(tuple(generations), time.perf_counter() - start)
+
+
+class Passes:
+    """Passes of one way over the same prompts by one engine, made here: what an engine takes to be made counts in
+    none."""
+
+    def __init__(self, way: Decoder, prompts: Sequence[EncodedPrompt]) -> None:
+        """Args:
+            way: of decoding; its engine must keep no prefixes, or later passes would have less to prefill.
+            prompts: one or more.
+        Raises:
+            UserError: as for `generate`.
+        """
+        self._requests = seeded(prompts, way.sampling)
+        made = engine_for(way.target, way.drafter, self._requests, way.sampling, way.engine)
+        assert made is not None
+        self._engine = made
+        # They were submitted to find out how large the engine must be; a pass submits its own.
+        for index in range(len(prompts)):
+            made.cancel(index)
+
+    def __call__(self) -> Timed:
+        start = time.perf_counter()
+        for index, request in enumerate(self._requests):
+            self._engine.submit(index, request)
+        done = [progress.generation for progress in drain(self._engine) if progress.generation is not None]
+        return Timed(tuple(sorted(done, key=lambda generation: generation.index)), time.perf_counter() - start)
 
 
 def alternate(decoders: Mapping[str, Callable[[], Timed]], times: int) -> dict[str, list[Timed]]:

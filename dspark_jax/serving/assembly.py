@@ -242,11 +242,13 @@ def _tree(drafter: Drafter, config: EngineConfig, verifier: Verifier) -> tuple[V
                 f"The engine has tree = {config.tree}; in mode 'rejection' every level of {drafter.name}'s block has "
                 f"as many children, so a multiple of {levels}, from {2 * levels} on, was expected."
             )
-        count, chosen = config.tree // levels, getattr(drafter.config, "selector_top_k", 0)
-        if chosen and count > chosen:
+        # Siblings are drawn without replacement: no more than there are tokens to choose from.
+        count, made = config.tree // levels, drafter.config
+        choice = getattr(made, "selector_top_k", 0) or getattr(made, "draft_vocab_size", made.backbone.vocab_size)
+        if count > choice:
             raise UserError(
                 f"The engine has tree = {config.tree}, {count} children at every level; {drafter.name} chooses among "
-                f"{chosen} candidates there, so at most {chosen * levels} was expected."
+                f"{choice} candidates there, so at most {choice * levels} was expected."
             )
         return Siblings(verifier.rule, count), TreeShape(config.tree, count)
 
@@ -256,7 +258,8 @@ def _tree(drafter: Drafter, config: EngineConfig, verifier: Verifier) -> tuple[V
     if not (kind_of(drafter.hf_config).trees and isinstance(made, DSparkConfig) and made.markov_rank):
         raise UserError(f"{drafter.name} drafts no trees: that takes DSpark's Markov head. Leave tree out.")
 
-    shape = TreeShape(config.tree)
+    # Of a vocabulary of three ids no parent has four children.
+    shape = TreeShape(config.tree, min(TreeShape.branching, made.draft_vocab_size))
     most = pool_size(drafter.config.block_size, shape.branching)
     if shape.nodes > most:
         raise UserError(f"The engine has tree = {shape.nodes}; {drafter.name} drafts trees of at most {most} nodes.")
