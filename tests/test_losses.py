@@ -19,6 +19,7 @@ from dspark_jax.training.terms import (
     confidence_sums,
     label_terms,
     law_sums,
+    length_term,
     pace_weights,
     pruned_variation_l1,
     soft_terms,
@@ -100,6 +101,26 @@ def test_pace_weights_are_the_expected_drafts_behind_a_slot() -> None:
     # Without the block's end in the sum, slots that do not exist would add to the weights before them.
     assert found[1, 0] < found[0, 0]
     assert not np.any(jax.grad(lambda x: jnp.sum(pace_weights(x, supervised)))(accept))
+
+
+def test_accepted_length_as_a_loss_weighs_slots_by_what_is_accepted_behind_them() -> None:
+    accept, supervised = jnp.array([0.8, 0.4, 0.6, 0.1]), jnp.array([True, True, True, False])
+    a, b, c = 0.8, 0.8 * 0.4, 0.8 * 0.4 * 0.6
+    value, slopes = jax.value_and_grad(lambda x: length_term(2 * (1 - x), supervised))(accept)
+    assert float(value) == pytest.approx(-np.log(1 + a + b + c))
+    # d / d log a_k: the drafts accepted from slot k on; none behind the block's end.
+    expected = np.array([a + b + c, b + c, c, 0.0]) / (1 + a + b + c)
+    np.testing.assert_allclose(-slopes * accept, expected, atol=1e-6)
+
+    # In the whole loss it is of the laws' own acceptance, in the mean over the masks' weights.
+    out, targets, confidence, blocks = chunk()
+    options = replace(NONE, length_alpha=2.0)
+    p, q = jax.nn.softmax(targets), jax.nn.softmax(out.logits)
+    both = np.minimum(p, q).sum(-1)[0]
+    lengths = 1 + np.array([both[0, 0] * (1 + both[0, 1] * (1 + both[0, 2])), both[1, 0]])
+    weights = np.asarray(blocks.weights)[0].sum(-1)
+    wanted = -2.0 * np.sum(weights * np.log(lengths)) / weights.sum()
+    np.testing.assert_allclose(total(options, out, targets, confidence, blocks), wanted, rtol=1e-5)
 
 
 def chunk() -> tuple[BlockLogits, jax.Array, jax.Array, Blocks]:

@@ -30,7 +30,13 @@ KINDS: dict[str, dict[str, Any]] = {
 OPTIONS = LossOptions(ce_alpha=0.1, l1_alpha=0.9, confidence_alpha=1.0, decay_gamma=4.0, anchor_chunk=16)
 # Every term and every weighting that is computed from the laws.
 ALL_TERMS = dataclasses.replace(
-    OPTIONS, soft_ce_alpha=0.5, lk_alpha=1.0, lk_mixed_alpha=1.0, slot_weights="d_pace", confidence_weights="reach"
+    OPTIONS,
+    soft_ce_alpha=0.5,
+    lk_alpha=1.0,
+    lk_mixed_alpha=1.0,
+    length_alpha=1.0,
+    slot_weights="d_pace",
+    confidence_weights="reach",
 )
 
 

@@ -23,6 +23,7 @@ def get_sweep() -> Sweep:
         fixed(loss__ce_alpha=0.0, loss__l1_alpha=0.0, loss__lk_alpha=1.0),
         fixed(loss__ce_alpha=0.0, loss__l1_alpha=0.0, loss__lk_mixed_alpha=1.0),
         fixed(loss__ce_alpha=0.0, loss__l1_alpha=0.0, loss__lk_alpha=1.0, loss__slot_weights="d_pace"),
+        fixed(loss__ce_alpha=0.0, loss__l1_alpha=0.0, loss__length_alpha=1.0),
         fixed(loss__ce_alpha=0.0, loss__l1_alpha=1.0, loss__soft_ce_alpha=0.5, loss__decay_gamma=2.5),
         fixed(loss__ce_alpha=1.0, loss__l1_alpha=0.9, loss__confidence_weights="reach"),
     )

@@ -134,6 +134,8 @@ class LossSettings:
     """Weight of the LK loss -log Σ min(p^d, p^t), the negative log of the acceptance probability."""
     lk_mixed_alpha: float = 0.0
     """Weight of λ KL + (1 - λ) ½ ‖p^d - p^t‖_1, λ = exp(-3 acceptance)."""
+    length_alpha: float = 0.0
+    """Weight of -log E[committed tokens of a block]: the accepted length itself."""
     slot_weights: Literal["decay", "d_pace"] = "decay"
     """Weights of block positions: exp(-(k-1)/decay_gamma), or D-PACE's, by what is expected to be accepted behind
     them."""
@@ -155,6 +157,7 @@ class LossSettings:
             "soft_ce_alpha",
             "lk_alpha",
             "lk_mixed_alpha",
+            "length_alpha",
             "selector_alpha",
             "rollout_positions",
         ):

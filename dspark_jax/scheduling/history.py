@@ -139,8 +139,8 @@ class DraftGuard:
     (docs/algorithm.md, rule 79).
 
     Means of a few dozen rounds are off by a sixth, and a request that is disabled by mistake shows nothing until the
-    next probe. So accepted drafts count for `doubt` standard errors more than their mean: one that loses a little is
-    drafted for rather than one that gains given up (docs/log.md).
+    next probe. So accepted drafts count for `doubt` standard errors more than their mean, as in an upper confidence
+    bound: one that loses a little is drafted for rather than one that gains given up (docs/log.md).
 
     Hysteresis: drafting resumes only above `1 + gain`. Disabled requests all draft again in the same probe round, after
     `probe_after` rounds, then after twice as many, and so on up to `probe_at_most`; a round in which no request is
@@ -148,7 +148,7 @@ class DraftGuard:
     """
 
     gain: float = 0.05
-    doubt: float = 0.5
+    doubt: float = 1.5
     probe_at_most: int = 2048
 
     def __call__(

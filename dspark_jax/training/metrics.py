@@ -43,7 +43,7 @@ def loss_metrics(sums: Sums, options: LossOptions, length: int, num_anchors: int
     metrics = {"loss": options.total(sums, denominator), "ce_loss": sums["ce"] / denominator}
 
     # Those that are a part of the loss: L1 is summed without being one too, for the acceptance.
-    for name in ("soft_ce", "l1", "lk", "lk_mixed", "selector"):
+    for name in ("soft_ce", "l1", "lk", "lk_mixed", "length", "selector"):
         if options.alphas[name] > 0 and name in sums:
             metrics[f"{name}_loss"] = sums[name] / denominator
 

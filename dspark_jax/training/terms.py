@@ -1,5 +1,5 @@
-"""The terms of the loss of one chunk of blocks, from the laws of drafter and target (docs/algorithm.md, rules 41 and
-118 to 120 and 123).
+"""The terms of the loss of one chunk of blocks, from the laws of drafter and target (docs/algorithm.md, rules 41, 118
+to 120, 123 and 127).
 
 Axes: B batch row, C chunk of anchors, K block position, V vocab, P draft vocabulary, E candidates of a selector, *n any
 leading axes.
@@ -51,6 +51,7 @@ class LossOptions(LossSettings):
             "l1": self.l1_alpha,
             "lk": self.lk_alpha,
             "lk_mixed": self.lk_mixed_alpha,
+            "length": self.length_alpha,
             "confidence": self.confidence_alpha,
             "selector": self.selector_alpha,
         }
@@ -228,6 +229,16 @@ def pace_weights(accept: Float[Array, "*n k"], supervised: Bool[Array, "*n k"]) 
     return jax.lax.stop_gradient(behind * supervised)
 
 
+def length_term(l1: Float[Array, "*n k"], supervised: Bool[Array, "*n k"]) -> Float[Array, "*n"]:
+    """-log of a block's expected committed tokens 1 + Σ_k Π_{i <= k} a_i, a = 1 - ½ L1 (docs/algorithm.md, rule 127).
+
+    The gradient weighs each slot by the probability that its prefix is accepted and by what is expected behind it,
+    which slot weights only estimate.
+    """
+    # Not `accept_rate`, through which no gradient flows.
+    return -jnp.log1p(jnp.sum(_survival(jnp.clip(1.0 - 0.5 * l1, 0.0, 1.0), supervised), axis=-1))
+
+
 def law_sums(
     out: BlockLogits, targets: Array, blocks: Blocks, vocabulary: DraftVocabulary | None, options: LossOptions
 ) -> tuple[Array, Sums, Float[Array, "b c k"]]:
@@ -235,7 +246,7 @@ def law_sums(
 
     Returns:
         Of the sums:
-        `ce`, `l1`, and those of `soft_terms`: weighted sums of the terms.
+        `ce`, `l1`, `length`, and those of `soft_terms`: weighted sums of the terms.
         `weight`: the sum of the weights that follow from masks, the denominator of all terms.
         `accept`, `supervised`: [K], sums over supervised slots without weights, and their number.
         `tau`, `blocks`: expected committed tokens of blocks with a supervised slot, and the number of these blocks.
@@ -255,7 +266,9 @@ def law_sums(
 
     weights = _slot_weights(accept, blocks, options)
     sums = {name: jnp.sum(weights * term) for name, term in terms.items()}
-    total = sum((options.alphas[name] * sums[name] for name in terms), jnp.zeros(()))
+    if options.length_alpha > 0:
+        sums["length"] = jnp.sum(blocks.weights * length_term(terms["l1"], supervised)[..., None])
+    total = sum((options.alphas[name] * sums[name] for name in sums), jnp.zeros(()))
 
     # From masks alone, whatever the terms are weighted by: the denominator is known before the pass and is the same for
     # every shard (docs/algorithm.md, rule 44).

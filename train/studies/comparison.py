@@ -78,13 +78,16 @@ CONTESTANTS: dict[str, Contestant] = {
     # DSpark with another loss than the recipe's.
     "dspark_pace": Contestant("D-PACE weights", {"loss.slot_weights": "d_pace"}),
     "dspark_lk": Contestant("LK loss", {"loss.ce_alpha": 0.0, "loss.l1_alpha": 0.0, "loss.lk_alpha": 1.0}),
+    "dspark_length": Contestant(
+        "accepted length", {"loss.ce_alpha": 0.0, "loss.l1_alpha": 0.0, "loss.length_alpha": 1.0}
+    ),
     "dspark_reach": Contestant("confidence by reach", {"loss.confidence_weights": "reach"}),
 }
 MAIN = ("dspark", "dflash", "eagle3", "mtp1")
 DEEP = ("dspark", "dflash")
 LONG = ("dflash", "dspark", "dspark_rnn")
 NEXT = ("dspark", "dspark_conv", "dflash2")
-LOSSES = ("dspark", "dspark_pace", "dspark_lk", "dspark_reach")
+LOSSES = ("dspark", "dspark_pace", "dspark_lk", "dspark_length", "dspark_reach")
 
 
 @dataclasses.dataclass(frozen=True)
