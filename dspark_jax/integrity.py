@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from dspark_jax.checkpoints.deepseek_v4 import V4Folder
+from dspark_jax.checkpoints.deepseek_v4_drafters import check_v4_drafter, holds_v4, v4_drafter_alone
 from dspark_jax.checkpoints.folder_layout import CONFIG_FILE
 from dspark_jax.checkpoints.huggingface import (
     HASHES_FILE,
@@ -40,6 +42,7 @@ from dspark_jax.serving.profile import Profile
 from dspark_jax.serving.temperatures import read_sealed
 from dspark_jax.sharding import split
 from dspark_jax.storage.places import place_of
+from dspark_jax.targets.deepseek_v4.config import MODEL_TYPE
 from dspark_jax.targets.registry import read_target_config
 from dspark_jax.training.checkpoint import damage, steps_in
 
@@ -118,6 +121,8 @@ def _target(folder: Path, facts: Facts) -> None:
     leaves = flatten_dict(split(target_skeleton(config))[1])
     tensors, table = target_tensors(folder, config, hf_config, leaves)
     check_shapes(tensors, table, leaves)
+    if config.model_type == MODEL_TYPE and (drafter := check_v4_drafter(folder)):
+        facts["drafter"] = drafter
     _check_finite(tensors)
     # Called for their errors: a model that cannot stop or be tokenised is not whole.
     stop_tokens(folder, hf_config)
@@ -169,12 +174,17 @@ def _drafter(folder: Path, facts: Facts) -> None:
         facts |= {name: value for name, value in manifest.get("sources", {}).items() if isinstance(value, str | int)}
         check_files(folder, manifest)
 
+    if holds_v4(folder):
+        tensors, layout = V4Folder(folder), "deepseek_v4"
+        facts["kind"] = check_v4_drafter(folder)
+    else:
+        stored, form = read_stored_config(folder)
+        tensors, layout = TensorFolder(folder), form.name
+
     # The files of another program have no hashes; that their tensors are finite is then all that can be said.
-    stored, layout = read_stored_config(folder)
-    tensors = TensorFolder(folder)
     _check_finite(tensors)
     hashes = "as written" if manifest and "files" in manifest else "none"
-    facts |= {"layout": layout.name, "tensors": len(tensors.names), "hashes": hashes}
+    facts |= {"layout": layout, "tensors": len(tensors.names), "hashes": hashes}
 
 
 # ---- data and runs
@@ -290,10 +300,10 @@ def _is_drafter(path: Path) -> bool:
 
     try:
         stored = read_object(path / CONFIG_FILE)
+        # A V4 drafter has its target's config.json, so that its tensors alone tell the two apart.
+        return not _OF_DRAFTERS.isdisjoint(stored) or v4_drafter_alone(path)
     except UserError:
-        return False  # a damaged config.json is examined as a target's, which says so
-
-    return not _OF_DRAFTERS.isdisjoint(stored)
+        return False  # a damaged folder is examined as a target's, which says so
 
 
 def _is_target(path: Path) -> bool:

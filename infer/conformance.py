@@ -16,9 +16,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dspark_jax.checkpoints.drafters import drafter_layout, load_drafter, shared_tables
+from dspark_jax.checkpoints.drafters import drafter_hf_config, drafter_layout, load_drafter, shared_tables
 from dspark_jax.checkpoints.huggingface import load_target, resolve_folder
-from dspark_jax.checkpoints.layouts import native_config, read_stored_config
 from dspark_jax.checkpoints.manifest import mismatches, read_manifest
 from dspark_jax.config.cli import parse, program
 from dspark_jax.data.chat import Encoded, Message, encode_conversation
@@ -126,7 +125,7 @@ def load_doubtful(settings: ConformanceSettings, target: Target) -> Drafter:
 
     Ids counted from 1 name the last layer, which is never tapped (docs/algorithm.md, rule 15) and refused by loading.
     """
-    native = native_config(*read_stored_config(resolve_folder(settings.drafter, "drafter")), target.config)
+    native = drafter_hf_config(settings.drafter, target.config)
     ids = tuple(native.get("target_layer_ids") or ())
     # An MTP drafter does read the last layer's output, so its ids are as they should be.
     shift = -1 if ids and ids[-1] == target.config.num_layers - 1 and "MTP" not in str(native["architectures"]) else 0

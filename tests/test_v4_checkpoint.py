@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict
 
 from dspark_jax.checkpoints.deepseek_v4 import transformers_name
 from dspark_jax.checkpoints.deepseek_v4_published import published_tensors, save_v4_target, stored_form
-from dspark_jax.checkpoints.drafters import load_drafter, save_drafter
+from dspark_jax.checkpoints.drafters import drafter_hf_config, drafter_layout, load_drafter, save_drafter
 from dspark_jax.checkpoints.huggingface import load_target
 from dspark_jax.checkpoints.low_bit import (
     RawFile,
@@ -29,6 +29,7 @@ from dspark_jax.checkpoints.low_bit import (
 from dspark_jax.drafters.deepseek_v4.config import native_config
 from dspark_jax.drafters.registry import read_config
 from dspark_jax.errors import UserError
+from dspark_jax.integrity import examine
 from dspark_jax.planning.published_targets import PUBLISHED
 from dspark_jax.targets.registry import read_target_config
 from dspark_jax.targets.target import Target
@@ -194,6 +195,52 @@ def test_a_missing_scale_is_named(name: str, tmp_path: Path) -> None:
         load_drafter(folder, wide_target()) if name.startswith("mtp") else load_target(folder, tokenizer=False)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_later_version_is_named_by_every_reader(nested: bool, tmp_path: Path) -> None:
+    """V4.1: a quantised folder with half of V4's fields, in text_config where it sees images too."""
+    folder = copied(tmp_path)
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "deepseek_v41"}
+    if nested:
+        config = {"model_type": "deepseek_v41", "text_config": config | {"model_type": "deepseek_v41_text"}} | {
+            "quantization_config": config["quantization_config"]
+        }
+    (folder / "config.json").write_text(json.dumps(config))
+
+    readers: list[Callable[[], Any]] = [
+        lambda: load_target(folder, tokenizer=False),
+        lambda: load_drafter(folder, wide_target()),
+        lambda: drafter_layout(folder),
+        lambda: drafter_hf_config(folder, wide_target().config),
+    ]
+    for read in readers:
+        with pytest.raises(UserError, match=r"model_type 'deepseek_v41', a later .* than DeepSeek-V4; .* Give a V4"):
+            read()
+    assert "a later architecture than DeepSeek-V4" in examine(folder)[0].fault
+
+
+def test_a_drafter_is_examined_with_its_target_and_alone(tmp_path: Path) -> None:
+    """A folder is whole only with its drafter; a drafter's own folder has the target's config.json."""
+    faults = {
+        "dspark_markov_rank": (8, "confidence_head"),
+        "compress_ratios": ([4, 128, 0, 0], r"mtp.2.attn.attn_sink and 53 more"),
+    }
+    for name, (value, fault) in faults.items():
+        found = examine(copied(tmp_path / name, **{name: value}))
+        assert [finding.kind for finding in found] == ["target"] and fault in found[0].fault
+
+    folder = rewritten(copied(tmp_path), lambda tensors: tensors.pop("mtp.1.ffn.experts.1.w2.scale"))
+    assert "without its mtp.1.ffn.experts.1.w2.scale" in examine(folder)[0].fault
+
+    drafter = load_drafter(CASE, wide_target())
+    save_drafter(tmp_path / "alone", drafter, wide_target())
+    (found,) = examine(tmp_path / "alone")
+    assert (found.kind, found.facts["kind"], found.fault) == ("drafter", "dspark", "")
+    assert drafter_hf_config(tmp_path / "alone", wide_target().config) == drafter.hf_config
+
+    with pytest.raises(UserError, match="no layout but the published one"):
+        drafter_layout(CASE)
+
+
 def test_tensors_of_another_architecture_are_named(tmp_path: Path) -> None:
     """A later version that kept the model_type: its streams have other names."""
 
@@ -217,8 +264,9 @@ def test_a_table_of_experts_that_there_are_not_is_refused(tmp_path: Path) -> Non
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     folder = copied(tmp_path)
     (folder / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(UserError, match="model-00002-of-00003.safetensors is missing"):
-        load_target(folder, tokenizer=False)
+    for read in (lambda: load_target(folder, tokenizer=False), lambda: load_drafter(folder, wide_target())):
+        with pytest.raises(UserError, match="model-00002-of-00003.safetensors is missing"):
+            read()
 
 
 def test_a_dspark_module_of_other_widths_is_refused(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ class V4Folder(TensorFolder):
         if list(scales.shape) != expected:
             raise UserError(
                 f"Tensor {scale} in {self.folder} has shape {list(scales.shape)}; {name} of shape "
-                f"{[rows, columns]} calls for {expected}."
+                f"{[rows, columns]} calls for {expected}. Copy the folder again."
             )
 
         return ScaledTensor(tensor.array, scales)

@@ -1,6 +1,6 @@
 """V4's drafters in the target's own files, detected by their tensors: a DSpark module, or the preview's MTP-1 block."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,15 @@ from jax.sharding import Mesh
 from dspark_jax.checkpoints.deepseek_v4 import V4Folder, block_tensor, v4_needed
 from dspark_jax.checkpoints.huggingface import DTYPES, read_hf_config, resolve_folder
 from dspark_jax.checkpoints.leftovers import refuse_leftovers
-from dspark_jax.checkpoints.tensor_map import Layout, ParamPath, Stored, stored_names
-from dspark_jax.checkpoints.tensors import load_params
+from dspark_jax.checkpoints.tensor_map import Layout, ParamPath, Stored, TensorMap, stored_names
+from dspark_jax.checkpoints.tensors import check_shapes, load_params
 from dspark_jax.drafters.config import DrafterConfig, held_dtype
 from dspark_jax.drafters.deepseek_v4.config import native_config
 from dspark_jax.drafters.registry import Drafter, read_config, skeleton
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import ShardingRules, parameter_shardings, split
 from dspark_jax.targets.config import config_sha256
+from dspark_jax.targets.deepseek_v4.config import MODEL_TYPE
 from dspark_jax.targets.target import Target
 
 # A tensor that only one of the two has.
@@ -45,7 +46,12 @@ _FIRST: dict[ParamPath, Stored] = {
 
 def holds_v4(folder: Path) -> bool:
     """Whether the folder's config.json is a V4 repository's."""
-    return read_hf_config(folder).get("model_type") == "deepseek_v4"
+    return read_hf_config(folder).get("model_type") == MODEL_TYPE
+
+
+def v4_drafter_alone(folder: Path) -> bool:
+    """Whether a V4 folder holds a drafter without its target, as `save_v4_drafter` writes one."""
+    return holds_v4(folder) and all(name.startswith("mtp.") for name in V4Folder(folder).names)
 
 
 def drafter_kind_in(tensors: V4Folder) -> str:
@@ -59,6 +65,34 @@ def drafter_kind_in(tensors: V4Folder) -> str:
         f"{tensors.folder} holds no drafter: neither {' nor '.join(_MARKS.values())} is among its tensors. Give a "
         "repository whose name ends in -DSpark, or the preview's."
     )
+
+
+def v4_drafter_config(folder: Path) -> dict[str, Any]:
+    """The config of the drafter in a V4 folder, without its weights; UserError where there is none."""
+    stored = read_hf_config(folder)
+    return native_config(stored, drafter_kind_in(V4Folder(folder)), num_anchors=stored.get("num_anchors", 512))
+
+
+def check_v4_drafter(folder: Path) -> str:
+    """The kind of the drafter in a V4 folder, "" for none; UserError where its tensors are not those that its
+    config.json calls for. Reads no weights."""
+    tensors = V4Folder(folder)
+    if not any(mark in tensors.names for mark in _MARKS.values()):
+        return ""
+
+    config = v4_drafter_config(folder)
+    leaves = flatten_dict(split(skeleton(config))[1])
+    check_shapes(tensors, _drafter_tensors(tensors, read_config(config), leaves), leaves)
+    return drafter_kind_in(tensors)
+
+
+def _drafter_tensors(tensors: V4Folder, config: DrafterConfig, leaves: Mapping[ParamPath, Any]) -> TensorMap:
+    """The map from all parameters to the folder's tensors; UserError for tensors of a drafter that it leaves over."""
+    table = v4_drafter_map(config, leaves)
+
+    # The target's own tensors are harmless leftovers in a shared folder; unknown ones of the drafter are not.
+    refuse_leftovers(tensors, v4_needed(tensors, stored_names(table, leaves)), ("deepseek_v4_drafter",))
+    return table
 
 
 def v4_drafter_map(config: DrafterConfig, paths: Iterable[ParamPath]) -> dict[ParamPath, Stored]:
@@ -105,8 +139,7 @@ def load_v4_drafter(
     folder = resolve_folder(path_or_id)
     stored = read_hf_config(folder)
 
-    tensors = V4Folder(folder)
-    hf_config = native_config(stored, drafter_kind_in(tensors), num_anchors=stored.get("num_anchors", 512))
+    tensors, hf_config = V4Folder(folder), v4_drafter_config(folder)
 
     # Checked against the target before any weight is read.
     config = read_config(hf_config)
@@ -128,10 +161,7 @@ def load_v4_drafter(
     def kept(path: ParamPath) -> Any:
         return held_dtype(path, leaves[path].dtype, storage)
 
-    table = v4_drafter_map(config, leaves)
-
-    # The target's own tensors are harmless leftovers in a shared folder; unknown ones of the drafter are not.
-    refuse_leftovers(tensors, v4_needed(tensors, stored_names(table, leaves)), ("deepseek_v4_drafter",))
+    table = _drafter_tensors(tensors, config, leaves)
     params = load_params(tensors, table, leaves, shardings, kept)
 
     return Drafter(str(path_or_id), config, graphdef, params, hf_config)

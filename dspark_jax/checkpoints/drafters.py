@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from dspark_jax.checkpoints.deepseek_v4_drafters import holds_v4, load_v4_drafter
+from dspark_jax.checkpoints.deepseek_v4_drafters import holds_v4, load_v4_drafter, v4_drafter_config
 from dspark_jax.checkpoints.deepseek_v4_published import save_v4_drafter
 from dspark_jax.checkpoints.deepspec import drafter_tensor_map
 from dspark_jax.checkpoints.folder_layout import CONFIG_FILE, DRAFT_HEAD, EMBEDDING, HEAD, FolderLayout
@@ -42,6 +42,7 @@ from dspark_jax.drafters.registry import Drafter, read_config, skeleton
 from dspark_jax.drafters.vocabulary import DraftVocabulary, rows_of, sampled_rows
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import ShardingRules, parameter_shardings, split
+from dspark_jax.targets.config import TargetConfig
 from dspark_jax.targets.eight_bits import in_eight_bits, refuse_eight_bits
 from dspark_jax.targets.target import Target
 
@@ -65,8 +66,24 @@ class _NamedTensors(TensorFolder):
 
 
 def drafter_layout(path_or_id: str | Path) -> FolderLayout:
-    """The layout of a drafter's folder or hub id."""
-    return read_stored_config(resolve_folder(path_or_id, "drafter"))[1]
+    """The layout of a drafter's folder or hub id; UserError for a DeepSeek-V4 drafter, which is in none."""
+    folder = resolve_folder(path_or_id, "drafter")
+    if holds_v4(folder):
+        raise UserError(
+            f"{path_or_id} holds a DeepSeek-V4 drafter, which has no layout but the published one, mtp.* tensors among "
+            "its target's files; copy the files as they are."
+        )
+    return read_stored_config(folder)[1]
+
+
+def drafter_hf_config(path_or_id: str | Path, target: TargetConfig) -> dict[str, Any]:
+    """The config.json of a drafter's folder or hub id in any of the layouts, in the form that `Drafter.hf_config` has.
+
+    Raises:
+        UserError: the file cannot be read or makes no drafter of `target`.
+    """
+    folder = resolve_folder(path_or_id, "drafter")
+    return v4_drafter_config(folder) if holds_v4(folder) else native_config(*read_stored_config(folder), target)
 
 
 def load_drafter(

@@ -11,6 +11,7 @@ from dspark_jax.drafters.config import check_drafter_fields
 from dspark_jax.errors import UserError
 from dspark_jax.readers import Schema, check_fields, integer, list_of, object_of, optional, read_object, text
 from dspark_jax.targets.config import TargetConfig
+from dspark_jax.targets.deepseek_v4.config import refuse_later_versions
 from dspark_jax.targets.fields import refuse_quantisation, refuse_rotations
 
 LAYOUTS: dict[str, FolderLayout] = {
@@ -51,6 +52,8 @@ def read_stored_config(folder: Path) -> tuple[Config, FolderLayout]:
     """
     path = folder / CONFIG_FILE
     stored = read_object(path, expected="the config.json of a drafter")
+    # First: such a folder is quantised too, for which it would be refused without its name.
+    refuse_later_versions(stored, str(path))
 
     # Types and ranges first, so that the layouts' readers may index and compute without checks of their own.
     check_fields(stored, _STORED, str(path))

@@ -91,7 +91,9 @@ class TensorFolder:
     def raw(self, name: str) -> Any:
         """The slices of a tensor of any dtype; UserError where it is missing."""
         if name not in self._file_of:
-            raise UserError(f"{self.folder} has no tensor {name}, which its config.json calls for.")
+            raise UserError(
+                f"{self.folder} has no tensor {name}, which its config.json calls for; copy the folder again."
+            )
         return self._handle(self._file_of[name]).get_slice(name)
 
     def _header(self, path: Path) -> dict[str, TensorEntry]:
@@ -203,7 +205,7 @@ def _checked_slices(folder: TensorFolder, source: Stored | StoredApart, shape: t
         if found != list(expected):
             raise UserError(
                 f"Tensor {name} in {folder.folder} has shape {found}; config.json calls for {list(expected)}. The "
-                "weights and the config are not of one model."
+                "weights and the config are not of one model; copy both again."
             )
 
     return slices

@@ -98,7 +98,7 @@ class DrafterConfig:
         except KeyError as missing:
             raise UserError(
                 f"The drafter's config.json has no field {missing}, which a {cls.__name__.removesuffix('Config')} "
-                "drafter needs."
+                "drafter needs; copy the file again."
             ) from None
         made.check()
         return made

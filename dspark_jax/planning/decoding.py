@@ -18,8 +18,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from dspark_jax.checkpoints.huggingface import DTYPES, abstract_target, resolve_folder
-from dspark_jax.checkpoints.layouts import native_config, read_stored_config
+from dspark_jax.checkpoints.drafters import drafter_hf_config
+from dspark_jax.checkpoints.huggingface import DTYPES, abstract_target
 from dspark_jax.config.cli import load_config, mesh_settings
 from dspark_jax.config.schema import DrafterSettings, MeshSettings, TrainConfig
 from dspark_jax.decoding.dispatch import run_rounds
@@ -295,7 +295,7 @@ def planned_pair(
     hf_config = None
 
     if options.drafter:
-        hf_config = native_config(*read_stored_config(resolve_folder(options.drafter, "drafter")), target.config)
+        hf_config = drafter_hf_config(options.drafter, target.config)
     elif config is not None:
         settings = config.drafter
         if options.layers:

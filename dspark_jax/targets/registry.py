@@ -10,7 +10,7 @@ from dspark_jax.errors import UserError
 from dspark_jax.targets.config import TargetConfig, text_config
 from dspark_jax.targets.decoder import DecoderModel
 from dspark_jax.targets.deepseek_v4.block import V4Block
-from dspark_jax.targets.deepseek_v4.config import v4_config
+from dspark_jax.targets.deepseek_v4.config import refuse_later_versions, v4_config
 from dspark_jax.targets.deepseek_v4.model import FLOAT32 as V4_FLOAT32
 from dspark_jax.targets.deepseek_v4.model import V4Model
 from dspark_jax.targets.fields import check_target_fields, refuse_quantisation
@@ -92,6 +92,7 @@ def read_target_config(config: Mapping[str, Any], where: str = "config.json") ->
 
 def target_kind(config: Mapping[str, Any], where: str = "config.json") -> TargetKind:
     """The kind that a config.json names, multimodal or text-only; UserError if no family here has it."""
+    refuse_later_versions(config, where)
     outer, named = config.get("model_type"), text_config(config).get("model_type")
 
     # `str`, since the field may be missing or of another type in a file that is no target's.
@@ -100,7 +101,9 @@ def target_kind(config: Mapping[str, Any], where: str = "config.json") -> Target
     # A text model may stand alone (then outer and named agree), but not inside another family's multimodal file.
     if kind is None or outer not in (named, kind.multimodal):
         known = sorted([*TARGETS, *(kind.multimodal for kind in TARGETS.values() if kind.multimodal)])
-        raise UserError(f"{where} has model_type {outer!r}; targets that load here are {', '.join(known)}.")
+        raise UserError(
+            f"{where} has model_type {outer!r}; targets that load here are {', '.join(known)}. Give one of them."
+        )
 
     return kind
 

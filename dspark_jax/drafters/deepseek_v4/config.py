@@ -121,7 +121,7 @@ class V4DSparkConfig(DSparkConfig):
         if not ids or len(set(ids)) < len(ids) or min(ids) < -1 or max(ids) > self.last_tap:
             raise UserError(
                 f"config.json has dspark_target_layer_ids {list(ids)}; expected different 0-based layers from -1 "
-                f"(embeddings) to {self.last_tap}."
+                f"(embeddings) to {self.last_tap}; copy the file again."
             )
 
     def check(self) -> None:
@@ -129,14 +129,14 @@ class V4DSparkConfig(DSparkConfig):
         if self.dims.drafter_blocks < 1:
             raise UserError(
                 f"config.json has compress_ratios for its {self.num_target_layers} layers alone; a DSpark module needs "
-                "one 0 more for each of its stages."
+                "one 0 more for each of its stages; copy the file again."
             )
 
         # An index out of range is no error in a compiled gather, and would spoil the drafts without a word.
         if not 0 <= self.mask_token_id < self.backbone.vocab_size:
             raise UserError(
                 f"config.json has dspark_noise_token_id {self.mask_token_id}; expected a token below "
-                f"{self.backbone.vocab_size}."
+                f"{self.backbone.vocab_size}; copy the file again."
             )
 
 

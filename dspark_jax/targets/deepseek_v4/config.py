@@ -13,9 +13,11 @@ from dspark_jax.targets.config import (
     TargetConfig,
     check_activation,
     common_fields,
+    text_config,
 )
 from dspark_jax.targets.deepseek_v4.fake_quant import FP8_BLOCK
 
+MODEL_TYPE = "deepseek_v4"
 SPARSE_RATIO = 4
 """The ratio of compressed sparse attention (CSA), with overlapping windows and an indexer; other ratios are HCA's."""
 
@@ -135,6 +137,17 @@ def v4_config(config: Mapping[str, Any]) -> V4Config:
     )
 
 
+def refuse_later_versions(config: Mapping[str, Any], where: str) -> None:
+    """UserError for the config.json of DeepSeek-V4.1, target or drafter: it shares half of V4's fields and is of
+    another architecture, with taps, streams and tensors of its own."""
+    for named in (config.get("model_type"), text_config(config).get("model_type")):
+        if str(named).startswith(MODEL_TYPE) and named != MODEL_TYPE:
+            raise UserError(
+                f"{where} has model_type {named!r}, a later architecture than DeepSeek-V4; of its family {MODEL_TYPE} "
+                "alone is implemented. Give a V4 folder."
+            )
+
+
 # Field -> the values that have no effect here.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_key_value_heads": (1,),
@@ -240,7 +253,7 @@ def _ratios(config: Mapping[str, Any]) -> list[int]:
     if len(ratios) < count or any(ratios[count:]) or min(ratios) < 0:
         raise UserError(
             f"config.json has compress_ratios {ratios} for {count} layers; expected one a layer, 0 or more, then one 0 "
-            "for each mtp block."
+            "for each mtp block; copy the file again."
         )
 
     if named is not None and named != ratios[:count]:
