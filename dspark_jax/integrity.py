@@ -174,12 +174,10 @@ def _drafter(folder: Path, facts: Facts) -> None:
         facts |= {name: value for name, value in manifest.get("sources", {}).items() if isinstance(value, str | int)}
         check_files(folder, manifest)
 
-    if holds_v4(folder):
-        tensors, layout = V4Folder(folder), "deepseek_v4"
+    if v4 := holds_v4(folder):
         facts["kind"] = check_v4_drafter(folder)
-    else:
-        stored, form = read_stored_config(folder)
-        tensors, layout = TensorFolder(folder), form.name
+    layout = "published" if v4 else read_stored_config(folder)[1].name
+    tensors = V4Folder(folder) if v4 else TensorFolder(folder)
 
     # The files of another program have no hashes; that their tensors are finite is then all that can be said.
     _check_finite(tensors)

@@ -222,11 +222,11 @@ def test_a_drafter_is_examined_with_its_target_and_alone(tmp_path: Path) -> None
     """A folder is whole only with its drafter; a drafter's own folder has the target's config.json."""
     faults = {
         "dspark_markov_rank": (8, "confidence_head"),
-        "compress_ratios": ([4, 128, 0, 0], r"mtp.2.attn.attn_sink and 53 more"),
+        "compress_ratios": ([4, 128, 0, 0], "mtp.2.attn.attn_sink and 53 more"),
     }
     for name, (value, fault) in faults.items():
-        found = examine(copied(tmp_path / name, **{name: value}))
-        assert [finding.kind for finding in found] == ["target"] and fault in found[0].fault
+        (whole,) = examine(copied(tmp_path / name, **{name: value}))
+        assert whole.kind == "target" and fault in whole.fault
 
     folder = rewritten(copied(tmp_path), lambda tensors: tensors.pop("mtp.1.ffn.experts.1.w2.scale"))
     assert "without its mtp.1.ffn.experts.1.w2.scale" in examine(folder)[0].fault
