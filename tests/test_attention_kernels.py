@@ -121,6 +121,23 @@ def test_blocks_that_are_not_held_are_not_read(attend: Any) -> None:
     np.testing.assert_array_equal(made, wanted)
 
 
+@pytest.mark.parametrize("form", ["einsum", "kernel", pytest.param("auto", marks=COMPILER)])
+@pytest.mark.parametrize("bad", ["keys", "values"])
+def test_a_row_that_is_not_finite_is_kept_apart(form: str, bad: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even rows behind it, which see it, are failed by it: they see zeros; other requests see nothing of it."""
+    monkeypatch.setenv(forms.FORM, form)
+    q, block, cache, lengths = operands(4, 2, 2, 64, [3, 40, 64], 64)
+    attend = jax.jit(partial(block_attention, lowest=None, within=causal_block(4)[None], scale=0.2, apart=True))
+    failed = {name: getattr(block, name).at[1, 1, 1, 5].set(jnp.inf if bad == "keys" else jnp.nan) for name in [bad]}
+    zeros = KeysValues(*(x.at[1, 1].set(0.0) for x in block))
+
+    made = np.array(attend(q, block._replace(**failed), cache, lengths))
+    wanted = np.array(attend(q, zeros, cache, lengths))
+    assert np.isnan(made[1, 1]).all()
+    made[1, 1] = wanted[1, 1] = 0.0
+    np.testing.assert_array_equal(made, wanted)
+
+
 @COMPILER
 @pytest.mark.parametrize("window", [None, 140])
 def test_a_request_has_the_same_bits_alone_and_beside_others(window: int | None) -> None:

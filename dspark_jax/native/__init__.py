@@ -123,17 +123,21 @@ def attend(
     *,
     scale: float,
     interpret: bool = False,
+    apart: bool = False,
 ) -> Float[Array, "r w g n h"]:
     """Attention over positions `lowest`..`lengths` - 1 of a cache and the own block, as the kernels of accelerators
     compute it (targets/kernels/held_tpu.py); `attends` must hold. With `tables` keys and values are pages
-    [P, C, G * H], of which each request has those in its row. `interpret` is the others' alone."""
+    [P, C, G * H], of which each request has those in its row. `interpret` is the others' alone, and `apart` this one's:
+    a row whose own key or value is not finite gives NaN, and the others see zeros there."""
     lowest = jnp.zeros(q.shape[:2], jnp.int32) if lowest is None else lowest
     within = jnp.zeros((1, q.shape[1], own_keys.shape[1]), jnp.float32) if within is None else within
     name, pages = ("HeldRows", ()) if tables is None else ("HeldRowsOfPages", (tables,))
     if tables is not None:
         keys, values = (x.reshape(*x.shape[:2], q.shape[2], q.shape[4]) for x in (keys, values))
     call = jax.ffi.ffi_call(_target(name), jax.ShapeDtypeStruct(q.shape, q.dtype))
-    return call(q, keys, values, lengths, own_keys, own_values, lowest, within, *pages, scale=np.float32(scale))
+    return call(
+        q, keys, values, lengths, own_keys, own_values, lowest, within, *pages, scale=np.float32(scale), apart=apart
+    )
 
 
 def _call(name: str, x: Array, weight: Array, outputs: int) -> Array:

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "lanes.h"
@@ -314,20 +315,49 @@ ffi::Error run(ffi::ThreadPool& pool, const Call& call) {
   return ffi::Error::Success();
 }
 
+// Whether any of so many numbers is infinite or none at all.
+bool unsound(const float* numbers, int64_t count) {
+  Bits found{};
+  for (int64_t i = 0; i < count; i += kLanes) found |= ((Bits)load(numbers + i) & 0x7f800000) == 0x7f800000;
+  int32_t any = 0;
+  for (int64_t i = 0; i < kLanes; ++i) any |= found[i];
+  return any != 0;
+}
+
+// As `run`; a row whose own key or value is not finite gives NaN, and the others see zeros there.
+ffi::Error run_apart(ffi::ThreadPool& pool, Call call) {
+  const int64_t size = call.groups * call.channels, rows = call.requests * call.own;
+  if (!unsound(call.own_keys, rows * size) && !unsound(call.own_values, rows * size)) return run(pool, call);
+
+  std::vector<float> keys(call.own_keys, call.own_keys + rows * size), values(call.own_values, call.own_values + rows * size);
+  std::vector<int64_t> failed;
+  for (int64_t row = 0; row < rows; ++row) {
+    if (!unsound(call.own_keys + row * size, size) && !unsound(call.own_values + row * size, size)) continue;
+    std::fill_n(keys.begin() + row * size, size, 0.0f), std::fill_n(values.begin() + row * size, size, 0.0f);
+    failed.push_back(row);
+  }
+  call.own_keys = keys.data(), call.own_values = values.data();
+  const ffi::Error made = run(pool, call);
+  for (int64_t row : failed)
+    std::fill_n(call.out + row * size * call.shared, size * call.shared, std::numeric_limits<float>::quiet_NaN());
+  return made;
+}
+
 ffi::Error held_rows(ffi::ThreadPool pool, Five q, Four keys, Four values, Lengths lengths, Four own_keys,
-                     Four own_values, Bounds lowest, Three within, ffi::Result<Five> out, float scale) {
-  return run(pool, call_of(q, keys, values, lengths, own_keys, own_values, lowest, within, out, scale));
+                     Four own_values, Bounds lowest, Three within, ffi::Result<Five> out, float scale, bool apart) {
+  const Call call = call_of(q, keys, values, lengths, own_keys, own_values, lowest, within, out, scale);
+  return apart ? run_apart(pool, call) : run(pool, call);
 }
 
 ffi::Error held_rows_of_pages(ffi::ThreadPool pool, Five q, Four keys, Four values, Lengths lengths, Four own_keys,
                               Four own_values, Bounds lowest, Three within, Bounds tables, ffi::Result<Five> out,
-                              float scale) {
+                              float scale, bool apart) {
   Call call = call_of(q, keys, values, lengths, own_keys, own_values, lowest, within, out, scale);
   call.tables = tables.typed_data();
   call.pages = keys.dimensions()[0];
   call.page = keys.dimensions()[1];
   call.span = tables.dimensions()[1] * call.page;
-  return run(pool, call);
+  return apart ? run_apart(pool, call) : run(pool, call);
 }
 
 }  // namespace
@@ -336,6 +366,6 @@ ffi::Error held_rows_of_pages(ffi::ThreadPool pool, Five q, Four keys, Four valu
   ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Five>().Arg<Four>().Arg<Four>().Arg<Lengths>().Arg<Four>().Arg<Four>() \
       .Arg<Bounds>().Arg<Three>()
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(HeldRows, held_rows, DSPARK_OPERANDS.Ret<Five>().Attr<float>("scale"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(HeldRows, held_rows, DSPARK_OPERANDS.Ret<Five>().Attr<float>("scale").Attr<bool>("apart"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(HeldRowsOfPages, held_rows_of_pages,
-                              DSPARK_OPERANDS.Arg<Bounds>().Ret<Five>().Attr<float>("scale"));
+                              DSPARK_OPERANDS.Arg<Bounds>().Ret<Five>().Attr<float>("scale").Attr<bool>("apart"));

@@ -163,13 +163,6 @@ class CachedBlock:
             # Only here do rows meet other rows of their request, so only here are they put side by side.
             q, k, v = (self.packed.to_grid(x) for x in (q, k, v))  # [P, ...] -> [R, W, ...]
 
-        # In one product with the other rows a value that is not finite would reach them all, because its weight of 0
-        # times NaN is NaN: a failing draft would fail the rows before it. It stays that row's alone.
-        sound = None
-        if q.shape[1] > 1:
-            sound = jnp.all(jnp.isfinite(k) & jnp.isfinite(v), axis=(-2, -1), keepdims=True)  # [R, W, 1, 1]
-            k, v = jnp.where(sound, k, 0), jnp.where(sound, v, 0)
-
         # The block is causal: zero cells that pad a shorter request come after its real rows, which do not see them.
         offsets, within = None, causal_block(q.shape[1], window)[None]
         if self.tree is not None:
@@ -177,8 +170,9 @@ class CachedBlock:
 
         held = self.lengths if self.held is None else self.held
         lowest = lowest_seen(self.lengths[:, None], q.shape[1], window, offsets=offsets)
-        out = block_attention(q, KeysValues(k, v), self.cache[layer], held, lowest, within, scale=scale)
-        out = out if sound is None else jnp.where(sound, out, jnp.nan)
+        # A failing draft would fail the rows before it.
+        apart = q.shape[1] > 1
+        out = block_attention(q, KeysValues(k, v), self.cache[layer], held, lowest, within, scale=scale, apart=apart)
         return out if self.packed is None else self.packed.from_grid(out)
 
 
@@ -243,24 +237,26 @@ def block_attention(
     within: Bool[Array, "#r k j"] | None,
     *,
     scale: float,
+    apart: bool = False,
 ) -> Float[Array, "r k q h"]:
     """One block of K rows for each request over what the request holds and over the block's own keys [R, J, G, H].
 
     An accelerator reads the positions `lowest`..`held` - 1 of a request alone, by a kernel where the shapes fit
-    (targets/kernels/held.py). `within`: own keys that a row sees; None: all. Not differentiable.
+    (targets/kernels/held.py). `within`: own keys that a row sees; None: all. Not differentiable. `apart`: a row whose
+    own key or value is not finite gives NaN, and the others see zeros there; J = K.
     """
 
-    def einsum() -> Array:
+    def einsum(own_keys: Array, own_values: Array) -> Array:
         allowed = prefix_mask(held[:, None], prefix.size, q.shape[1])
         if lowest is not None:
             allowed &= jnp.arange(allowed.shape[-1]) >= lowest[..., None]
-        own = KeysValues(block.keys[:, None], block.values[:, None])
+        own = KeysValues(own_keys[:, None], own_values[:, None])
         inner = None if within is None else within[:, None, None, None]
         most = jnp.max(held)
         return prefix_block_attention(q[:, None], own, prefix, allowed, inner, scale=scale, held=most)[:, 0]
 
     bound = None if lowest is None else lowest[:, 0]
-    return held_attention(q, *block, prefix, held, bound, within, scale, einsum)
+    return held_attention(q, *block, prefix, held, bound, within, scale, einsum, apart)
 
 
 def prefix_block_attention(

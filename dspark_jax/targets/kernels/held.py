@@ -35,7 +35,8 @@ def held_attention(
     lowest: Int[Array, "r #w"] | None,
     within: Bool[Array, "#r w j"] | None,
     scale: float,
-    einsum: Callable[[], Array],
+    einsum: Callable[[Array, Array], Array],
+    apart: bool = False,
 ) -> Float[Array, "r w q h"]:
     """Attention of a block's rows over what their request holds and over the block, by the platform's form.
 
@@ -46,18 +47,27 @@ def held_attention(
         lowest: first position that each row sees; None: 0.
         within: own keys that each row sees; None: all.
         scale: of the scores.
-        einsum: computes the same without a kernel.
+        einsum: computes the same of own keys and values without a kernel.
+        apart: a row whose own key or value is not finite gives NaN, and the others see zeros there; J = W.
     Raises:
         UserError: DSPARK_ATTENTION has an unknown value.
     """
     form = chosen_form()
     keys, values, tables = cached.keys, cached.values, getattr(cached, "tables", None)
     rows = q.shape[1] * q.shape[2] // own_keys.shape[2]
+    own = own_keys, own_values
+    plain = partial(_kept_apart, einsum, *own) if apart else partial(einsum, *own)
     if form == "einsum" or rows > MOST_ROWS:
-        return einsum()
+        return plain()
+
+    def kernel(attend: Callable[..., Array], interpret: bool = False) -> Array:
+        def run(own_keys: Array, own_values: Array) -> Array:
+            cached = keys, values, lengths, lowest, within, tables
+            return _by_kernel(q, own_keys, own_values, *cached, scale, attend, interpret)
+
+        return _kept_apart(run, *own) if apart else run(*own)
 
     # Only what a platform has of its own is traced for it.
-    kernel = partial(_by_kernel, q, own_keys, own_values, keys, values, lengths, lowest, within, tables, scale)
     forms: dict[str, Callable[[], Array]] = {}
     if held_tpu.takes(q, keys, tables):
         forms["tpu"] = partial(kernel, held_tpu.attend)
@@ -66,24 +76,36 @@ def held_attention(
     if form == "kernel":
         forms["cpu"] = partial(kernel, held_tpu.attend, interpret=True)
     elif native.attends(q, keys, tables):
-        forms["cpu"] = partial(kernel, native.attend)
-    return jax.lax.platform_dependent(**forms, default=einsum) if forms else einsum()
+        # It keeps rows apart itself: what XLA does around it takes as long as a tenth of a layer's products.
+        cached = keys, values, lengths, lowest, within, tables
+        forms["cpu"] = partial(_by_kernel, q, *own, *cached, scale, native.attend, apart=apart)
+    return jax.lax.platform_dependent(**forms, default=plain) if forms else plain()
+
+
+def _kept_apart(attend: Callable[[Array, Array], Array], own_keys: Array, own_values: Array) -> Array:
+    """The result of own keys and values with zeros for rows that are not finite, and NaN in those rows.
+
+    In one product with the other rows such a value would reach them all, because its weight of 0 times NaN is NaN.
+    """
+    sound = jnp.all(jnp.isfinite(own_keys) & jnp.isfinite(own_values), axis=(-2, -1), keepdims=True)  # [R, W, 1, 1]
+    return jnp.where(sound, attend(jnp.where(sound, own_keys, 0), jnp.where(sound, own_values, 0)), jnp.nan)
 
 
 # Compiled calls are traced once for all layers of a shape; a kernel's trace takes longer than all else of a layer's.
-@partial(jax.jit, static_argnames=("scale", "attend", "interpret"))
+@partial(jax.jit, static_argnames=("scale", "attend", "interpret", "apart"))
 def _by_kernel(
     q: Array, own_keys: Array, own_values: Array, keys: Array, values: Array, lengths: Array, lowest: Array | None,
     within: Array | None, tables: Array | None, scale: float, attend: Callable[..., Array], interpret: bool = False,
+    apart: bool = False,
 ) -> Array:  # fmt: skip
-    """The kernel's result on rows as layers have them."""
+    """The kernel's result on rows as layers have them; `apart` for a kernel that keeps rows apart itself."""
     requests, width, _, size = q.shape
     rows = q.astype(keys.dtype).reshape(requests, width, own_keys.shape[2], -1, size)
     own = (x.astype(keys.dtype) for x in (own_keys, own_values))
     bounds = None if lowest is None else jnp.broadcast_to(lowest, (requests, width))
     mask = None if within is None else jnp.where(within, 0.0, MASKED).astype(jnp.float32)
 
-    kernel = partial(attend, scale=scale, interpret=interpret)
+    kernel = partial(attend, scale=scale, interpret=interpret, **({"apart": True} if apart else {}))
     return _over_mesh(kernel, rows, keys, values, lengths, *own, bounds, mask, tables).reshape(q.shape).astype(q.dtype)
 
 
