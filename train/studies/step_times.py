@@ -1,11 +1,12 @@
-"""Times the training step of an earlier checkout and of this one, in turns, on this machine.
+"""Times the training step of an earlier checkout and of this one, in turns, on this machine; by the clock and in CPU time.
 
     git worktree add ../before COMMIT
     python -m train.studies.step_times --before ../before --name embedded
     python -m train.studies.step_times --before ../before --name real --config smollm2_135m_dspark
 
 Either checkout has a process of its own, which compiles its step once and then waits for its turn; inputs are those of
-`train.bench`, and so are the other options. Medians over the turns, and of the ratios of neighbouring turns.
+`train.bench`, and so are the other options. Medians over the turns, and of the ratios of neighbouring turns. CPU seconds
+are those of all threads of the process: what a step costs, where other work on the machine lengthens the clock's.
 """
 
 import json
@@ -13,6 +14,7 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,13 +60,20 @@ def main(argv: list[str]) -> None:
             side.kill()
             side.wait()
 
-    row = {**figures(turns), "command": " ".join(["train.studies.step_times", *argv]), "machine": machine()}
+    clock, processors = ([(old[i], new[i]) for old, new in turns] for i in range(2))
+    row = {
+        **figures(clock),
+        "cpu": figures(processors),
+        "command": " ".join(["train.studies.step_times", *argv]),
+        "machine": machine(),
+    }
     add_results(settings.result, {settings.name: row})
-    print(listing({name: f"{row[name]:.4f}" for name in ("before", "after", "ratio", "least", "most")}))
+    names = "before", "after", "ratio", "least", "most"
+    print(listing({name: f"{row[name]:.4f}, CPU {row['cpu'][name]:.4f}" for name in names}))
     print(settings.result)
 
 
-def figures(turns: list[tuple[float, float]]) -> dict[str, Any]:
+def figures(turns: Sequence[tuple[float, float]]) -> dict[str, Any]:
     """Medians of (before, after) seconds a step, and of after over before with its least and most."""
     before, after = zip(*turns, strict=True)
     ratios = [new / old for old, new in turns]
@@ -95,21 +104,22 @@ def started(checkout: Path, options: list[str]) -> subprocess.Popen[str]:
     return side
 
 
-def turn(side: subprocess.Popen[str], steps: int) -> float:
-    """Seconds a step of one turn."""
+def turn(side: subprocess.Popen[str], steps: int) -> tuple[float, float]:
+    """(seconds, CPU seconds) a step of one turn."""
     assert side.stdin is not None
     side.stdin.write(f"{steps}\n")
     side.stdin.flush()
     return answer(side)
 
 
-def answer(side: subprocess.Popen[str], checkout: Path | str = "a checkout") -> float:
-    """The number that a process says next; UserError where it has ended."""
+def answer(side: subprocess.Popen[str], checkout: Path | str = "a checkout") -> tuple[float, float]:
+    """The two numbers that a process says next; UserError where it has ended."""
     assert side.stdout is not None
     for said in side.stdout:
         # A program's own words on the same pipe are passed over.
         if said.startswith("seconds "):
-            return float(said.split()[1])
+            clock, processors = said.split()[1:]
+            return float(clock), float(processors)
     raise UserError(f"The step of {checkout} did not run; its own words are above.")
 
 
@@ -127,14 +137,14 @@ state, borrowed = bench.random_inputs(run)
 step = run.step.lower(state, *borrowed).compile()
 def seconds(count):
     global state
-    began = time.perf_counter()
+    began = time.perf_counter(), time.process_time()
     for _ in range(count):
         state, metrics = step(state, *borrowed)
     jax.block_until_ready((state, metrics))
-    return (time.perf_counter() - began) / count
-print("seconds", seconds(2), flush=True)
+    return (time.perf_counter() - began[0]) / count, (time.process_time() - began[1]) / count
+print("seconds", *seconds(2), flush=True)
 for line in sys.stdin:
-    print("seconds", seconds(int(line)), flush=True)
+    print("seconds", *seconds(int(line)), flush=True)
 """
 
 
