@@ -1,12 +1,13 @@
-"""Times the training step of an earlier checkout and of this one, in turns, on this machine; by the clock and in CPU time.
+"""Times the training step of an earlier checkout and of this one, in turns, by the clock and in CPU time.
 
     git worktree add ../before COMMIT
     python -m train.studies.step_times --before ../before --name embedded
     python -m train.studies.step_times --before ../before --name real --config smollm2_135m_dspark
 
 Either checkout has a process of its own, which compiles its step once and then waits for its turn; inputs are those of
-`train.bench`, and so are the other options. Medians over the turns, and of the ratios of neighbouring turns. CPU seconds
-are those of all threads of the process: what a step costs, where other work on the machine lengthens the clock's.
+`train.bench`, and so are the other options. Medians over the turns, and of the ratios of neighbouring turns. CPU
+seconds are those of all threads of the process: what a step costs, where other work on the machine lengthens the
+clock's.
 """
 
 import json
