@@ -306,7 +306,7 @@ def _base_terms(
     logits: Array, targets: Array, blocks: Blocks, vocabulary: DraftVocabulary | None, options: LossOptions
 ) -> tuple[Float[Array, "b c k"], Sums]:
     """(acceptance by the law of `logits`, the terms of that law), [B, C, K] float32 each."""
-    law = jnp.exp(jax.nn.log_softmax(targets, axis=-1))
+    law = _law(targets)
     labels, learnable, outside = blocks.labels, blocks.supervised, jnp.zeros(())
     if vocabulary is not None:
         # No drafter can learn a label that it cannot draft; the variation counts it as lost, as decoding will.
@@ -321,6 +321,18 @@ def _base_terms(
     l1 = inside + outside
     terms = {"ce": learnable * entropy, "l1": l1}
     return accept_rate(l1), terms | soft_terms(logits, targets, l1, vocabulary, options)
+
+
+def _law(logits: Array) -> Array:
+    """softmax(logits) over the last axis, [..., V] float32, in the form that the platform's compiler writes least of."""
+
+    # Made again from the logits; the exponentials, divided, would be kept in memory beside them.
+    def again(logits: Array) -> Array:
+        return jnp.exp(jax.nn.log_softmax(logits, axis=-1))
+
+    # On a CPU the product of the head makes exponentials in place of its logits, in all threads; their sum alone, made
+    # from logits, is one thread's work and 7 % of a step of 49,152 ids.
+    return jax.lax.platform_dependent(logits, cpu=jax.nn.softmax, default=again)
 
 
 def _figures(accept: Array, choice: Sums, supervised: Array) -> Sums:
