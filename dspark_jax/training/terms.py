@@ -324,7 +324,7 @@ def _base_terms(
 
 
 def _law(logits: Array) -> Array:
-    """softmax(logits) over the last axis, [..., V] float32, in the form that the platform's compiler writes least of."""
+    """softmax(logits), [..., V] float32, in the form of which the platform's compiler writes least."""
 
     # Made again from the logits; the exponentials, divided, would be kept in memory beside them.
     def again(logits: Array) -> Array:
