@@ -18,6 +18,7 @@ from dspark_jax.training.terms import (
     LossOptions,
     confidence_sums,
     label_terms,
+    law_of,
     law_sums,
     length_term,
     pace_weights,
@@ -171,6 +172,14 @@ def test_labels_and_variation_have_the_gradient_of_their_plain_form(pruned: bool
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
     np.testing.assert_allclose(found[1], expected[1], atol=1e-6)
     check_grads(by_rule, (draft,), order=1, modes=("rev",), atol=2e-3, rtol=2e-3, eps=1e-2)
+
+
+def test_exponentials_of_a_law_are_made_once_on_a_cpu_and_twice_where_they_would_be_kept() -> None:
+    traced = jax.jit(law_of).trace(logits(2, 3))
+    for platform, times in (("cpu", 1), ("tpu", 2), ("cuda", 2)):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert text.count("stablehlo.exponential ") == times, platform
+    np.testing.assert_allclose(law_of(logits(2, 3)), jax.nn.softmax(logits(2, 3)), rtol=1e-6)
 
 
 def test_the_shipped_drafters_loss() -> None:

@@ -306,7 +306,7 @@ def _base_terms(
     logits: Array, targets: Array, blocks: Blocks, vocabulary: DraftVocabulary | None, options: LossOptions
 ) -> tuple[Float[Array, "b c k"], Sums]:
     """(acceptance by the law of `logits`, the terms of that law), [B, C, K] float32 each."""
-    law = _law(targets)
+    law = law_of(targets)
     labels, learnable, outside = blocks.labels, blocks.supervised, jnp.zeros(())
     if vocabulary is not None:
         # No drafter can learn a label that it cannot draft; the variation counts it as lost, as decoding will.
@@ -323,8 +323,8 @@ def _base_terms(
     return accept_rate(l1), terms | soft_terms(logits, targets, l1, vocabulary, options)
 
 
-def _law(logits: Array) -> Array:
-    """softmax(logits), [..., V] float32, in the form of which the platform's compiler writes least."""
+def law_of(logits: Float[Array, "*n v"]) -> Float[Array, "*n v"]:
+    """softmax(logits) in the form of which the platform's compiler writes least."""
 
     # Made again from the logits; the exponentials, divided, would be kept in memory beside them.
     def again(logits: Array) -> Array:
