@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from dspark_jax import load_target, native
+from dspark_jax.decoding import sampling
 from dspark_jax.targets import between, products
 from dspark_jax.targets.attention import CachedBlock, CausalRows
 from dspark_jax.targets.layers import head_logits
@@ -239,3 +240,41 @@ def test_what_lies_between_products_is_of_kernels_in_rounds_alone() -> None:
 
     assert "dspark_jax_NormedRows" in text(5)
     assert not any("dspark_jax" in other for other in (text(512), text(5, jnp.bfloat16), text(5, platform="tpu")))
+
+
+def awkward_rows() -> jax.Array:
+    """Rows [2, 4, 1500] of logits: with ties, -inf, NaN and inf among them; 1,500 is no multiple of the lanes."""
+    rows = np.array(jax.random.normal(jax.random.key(0), (2, 4, 1500)) * 4)
+    rows[0, 1, [7, 1490]] = rows[0, 1].max() + 1
+    rows[0, 2, ::2] = -np.inf
+    rows[0, 3, 1497] = np.nan
+    rows[1, 1] = -np.inf
+    rows[1, 2, 3] = np.inf
+    rows[1, 3, 1499] = 40.0
+    return jnp.asarray(rows)
+
+
+def test_the_first_of_the_largest_is_that_of_plain_jax() -> None:
+    rows = awkward_rows()
+    made = jax.jit(sampling.first_argmax)
+    assert "FirstLargest" in made.lower(rows).as_text()
+    # XLA's own maximum of a row with a NaN is one or the other.
+    sound = ~np.isnan(rows).any(axis=-1)
+    np.testing.assert_array_equal(made(rows)[sound], sampling._two_reductions(rows)[sound])
+    np.testing.assert_array_equal(made(rows)[0], [*np.argmax(rows[0, :3], axis=-1), 1499])
+
+
+@pytest.mark.parametrize(
+    ("temperatures", "min_p"), [((1.0, 0.7), (0.0, 0.0)), ((0.0, 1.3), (0.0, 0.01)), ((1.0, 0.0), (0.5, 0.1))]
+)
+def test_laws_are_those_of_plain_jax(temperatures: tuple[float, ...], min_p: tuple[float, ...]) -> None:
+    rows, zeros = awkward_rows(), jnp.zeros(2, jnp.int32)
+    params = sampling.SamplingArrays(jnp.asarray(temperatures), zeros, jnp.ones(2), jnp.asarray(min_p))
+    made = jax.jit(sampling.sampling_law)
+    assert "dspark_jax_Laws" in made.lower(rows, params).as_text()
+    wanted = sampling._law_by_xla(params, rows, cut=False)
+    sound = ~np.isnan(rows).any(axis=-1)
+    np.testing.assert_allclose(made(rows, params)[sound], wanted[sound], rtol=3e-6, atol=1e-12)
+    assert temperatures[0] == 0 or np.isnan(made(rows, params)[~sound]).all()
+    # Rows whose numbers are finite have a law of mass 1.
+    np.testing.assert_allclose(np.sum(made(rows, params), axis=-1)[[0, 0, 1], [0, 1, 0]], 1.0, atol=2e-6)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from dspark_jax import native
 from dspark_jax.decoding.cuts import truncated
 from dspark_jax.decoding.noise import Key
 from dspark_jax.decoding.penalties import LogitEdits
@@ -22,6 +23,8 @@ GREEDY_BELOW = 1e-5
 # residual draw at one position must be independent. Coupled decoding has one number a token for all purposes.
 DRAFT, ACCEPT, RESIDUAL, COUPLED = 0, 1, 2, 3
 
+FEW = 1024
+"""Words up to which XLA's loops over a vocabulary are as fast as a CPU's kernel."""
 SCOPE = "sampling"
 """The name in a program's text of branches whose first one is taken in greedy rounds."""
 
@@ -83,18 +86,36 @@ def _greedy_law(logits: Array) -> Array:
 
 
 def _plain_law(params: SamplingArrays, logits: Array) -> Array:
-    return _law(params, logits, _scaled(params, logits))
+    return _law(params, logits, cut=False)
 
 
 def _truncated_law(params: SamplingArrays, logits: Array) -> Array:
-    return _law(params, logits, _cut(params, logits))
+    return _law(params, logits, cut=True)
 
 
-def _law(params: SamplingArrays, logits: Array, scaled: Array) -> Array:
+def _law(params: SamplingArrays, logits: Array, cut: bool) -> Array:
+    if not _has_kernel(logits):
+        return _law_by_xla(params, logits, cut)
+
+    def kernel(params: SamplingArrays, logits: Array) -> Array:
+        # By the same kernel with and without cuts: a neighbour's must not change a request's law in its last bit.
+        ones = jnp.ones_like(params.temperature)
+        numbers, temperature = (_cut(params, logits), ones) if cut else (logits, params.temperature)
+        rows, each = numbers.reshape(-1, logits.shape[-1]), (temperature, jnp.log(params.min_p), params.stochastic)
+        return native.laws(rows, *(jnp.repeat(x, len(rows) // len(x)) for x in each)).reshape(logits.shape)
+
+    return jax.lax.platform_dependent(params, logits, cpu=kernel, default=partial(_law_by_xla, cut=cut))
+
+
+def _law_by_xla(params: SamplingArrays, logits: Array, cut: bool) -> Array:
     # Normalised over V after min-p, so that laws of target and drafter have mass 1 whatever was cut.
-    weights = _weights(params, scaled)
+    weights = _weights(params, (_cut if cut else _scaled)(params, logits))
     law = weights / jnp.sum(weights, axis=-1, keepdims=True)
     return jnp.where(_per_request(params.stochastic, logits), law, _greedy_law(logits))
+
+
+def _has_kernel(x: Array) -> bool:
+    return x.dtype == jnp.float32 and x.shape[-1] > FEW and native.ready()
 
 
 def _weights(params: SamplingArrays, scaled: Array) -> Array:
@@ -282,8 +303,19 @@ def _odds(cut: Callable, params: SamplingArrays, logits: Array, waits: Array) ->
 
 
 def first_argmax(x: Float[Array, "*n v"]) -> Int[Array, "*n"]:
-    """int32 index of the largest entry, the lowest on ties. Two plain reductions: XLA:CPU does not vectorise argmax's
-    reduction over pairs, which for a draft of seven rows cost as much as the backbone."""
+    """int32 index of the largest entry, the lowest on ties."""
+    if not _has_kernel(x):
+        return _two_reductions(x)
+
+    def kernel(x: Array) -> Array:
+        return native.first_largest(x.reshape(-1, x.shape[-1])).reshape(x.shape[:-1])
+
+    return jax.lax.platform_dependent(x, cpu=kernel, default=_two_reductions)
+
+
+def _two_reductions(x: Array) -> Array:
+    # XLA:CPU does not vectorise argmax's reduction over pairs, which for a draft of seven rows cost as much as the
+    # backbone.
     size = x.shape[-1]
     # Misses map to the last index, so that a row of NaN, which has no hit, still gives a valid id.
     hits = jnp.where(x == jnp.max(x, axis=-1, keepdims=True), jnp.arange(size, dtype=jnp.int32), size - 1)

@@ -1,5 +1,5 @@
 """Products of float32 rows on a CPU, the attention of a few, and what lies between, by kernels of this project's own
-(panels.cc, few_rows.cc, held_rows.cc, between.cc).
+(panels.cc, few_rows.cc, held_rows.cc, between.cc, laws.cc).
 
 XLA packs a weight anew in every product of two rows and more, so that a verify pass of five rows takes half as long
 again as reading the weights does (docs/performance.md). These read each weight once, as it lies or in panels that an
@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dspark_jax.files import user_cache
 
@@ -34,6 +34,7 @@ SOURCES = {
     "held_rows.cc": ("HeldRows", "HeldRowsOfPages"),
     "panels.cc": ("Panels",),
     "between.cc": ("NormedRows", "GatedRows", "Rotations"),
+    "laws.cc": ("FirstLargest", "Laws"),
 }
 """The kernels of each source."""
 MOST_CHANNELS = 512
@@ -102,6 +103,25 @@ def rotations(
         positions, frequencies
     )
     return cosines, sines
+
+
+def first_largest(x: Float[Array, "n v"]) -> Int[Array, " n"]:
+    """int32 place of the first of each row's largest numbers; the last one where a number is NaN."""
+    made = jax.ShapeDtypeStruct(x.shape[:1], jnp.int32)
+    return jax.ffi.ffi_call(_target("FirstLargest"), made, vmap_method="sequential")(x)
+
+
+def laws(
+    logits: Float[Array, "n v"],
+    temperatures: Float[Array, " n"],
+    floors: Float[Array, " n"],
+    sampled: Bool[Array, " n"],
+) -> Float[Array, "n v"]:
+    """softmax(logits / temperature) of each row, of those whose log p / p_max is no less than the floor; one-hot at the
+    first of the largest where the row is not sampled."""
+    made = jax.ShapeDtypeStruct(logits.shape, jnp.float32)
+    call = jax.ffi.ffi_call(_target("Laws"), made, vmap_method="sequential")
+    return call(logits, temperatures, floors, sampled.astype(jnp.int32))
 
 
 def attends(q: Array, keys: Array, tables: Array | None) -> bool:
