@@ -8,6 +8,8 @@ is missing is named with the command that makes it. Writes README.md and the plo
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+from operator import mul
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,7 +19,7 @@ from dspark_jax.files import make_output, write_atomically
 from dspark_jax.readers import read_object
 from dspark_jax.report import budget_plot, page_table, reliability_plot, threshold_plot, throughput_plot
 
-from .figures_paper import DOMAINS, NAMES, PAPER, differences
+from .figures_paper import DOMAINS, NAMES, PAPER, differences, why_missing
 from .figures_steps import PAIRS, FiguresSettings, Pair, measured, steps
 
 Result = Mapping[str, Any]
@@ -56,7 +58,7 @@ def render(settings: FiguresSettings) -> str:
         lines += ["", f"## {title}", "", f"The paper: {said}"]
         for pair in PAIRS:
             lines += ["", f"**{pair.title}.**", ""]
-            lines += figure(settings, pair) or [missing(commands, pair, number)]
+            lines += figure(settings, pair) or [missing(commands, pair, number), *beside(settings, pair, number)]
         if number in ("7", "8"):
             lines += ["", *simulated(settings, number)]
         lines += ["", f"*Where ours differ:* {differences(number)}"]
@@ -70,7 +72,12 @@ def missing(commands: Mapping[str, Sequence[str]], pair: Pair, number: str) -> s
         number, pair.evaluate if number in ("5", "6") else pair.load
     )
     words = " ".join(["python", *commands[name][1:]])
-    return f"Not measured yet (results/{name}): `{words}`"
+    return f"Not measured{why_missing(pair.stem, number)} (results/{name}): `{words}`"
+
+
+def beside(settings: FiguresSettings, pair: Pair, number: str) -> list[str]:
+    """What other results say of a figure that was not measured."""
+    return cut_blocks(settings, pair) if number == "4" else []
 
 
 def read(settings: FiguresSettings, name: str) -> Result | None:
@@ -146,6 +153,27 @@ def figure4(settings: FiguresSettings, pair: Pair) -> list[str]:
     heads = [row["overhead"]["vanilla"] for row in found["figure4_head_cost"]["rows"]]
     low, high = (100 * end(heads) for end in (min, max))
     return [*rows, "", f"The Markov head's share of a round: {low:.1f} to {high:.1f} % over 1 and 16 requests."]
+
+
+def cut_blocks(settings: FiguresSettings, pair: Pair) -> list[str]:
+    """Accepted length where only the first drafts of a block are verified, by the acceptance of Figure 2."""
+    found = read(settings, pair.compare)
+    if found is None or not {"dspark", "dflash"} <= found["figure2_t1"].keys():
+        return []
+    rates = {name: found["figure2_t1"][name]["all"]["rates"] for name in ("dflash", "dspark")}
+    block = max(map(len, rates.values()))
+    # A position that was never reached adds nothing: all before it were rejected.
+    reached = {name: accumulate([rate or 0.0 for rate in row], mul) for name, row in rates.items()}
+    taus = {name: [1.0 + total for total in accumulate(row)] for name, row in reached.items()}
+    gains = [f"{100 * (ours / theirs - 1):+.1f} %" for ours, theirs in zip(taus["dspark"], taus["dflash"], strict=True)]
+    rows = [[NAMES[name], *(f"{tau:.2f}" for tau in row)] for name, row in taus.items()]
+    return [
+        "",
+        f"In its place: the drafters of blocks of {block}, of which the first drafts alone are verified, by the rates",
+        "of Figure 2, all prompts together.",
+        "",
+        *page_table(["drafts verified", *map(str, range(1, block + 1))], [*rows, ["DSpark over DFlash", *gains]]),
+    ]
 
 
 def figure5(settings: FiguresSettings, pair: Pair) -> list[str]:
