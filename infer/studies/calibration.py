@@ -1,8 +1,8 @@
 """Measures the worth of calibration: confidences raw, scaled by temperatures, fitted online or isotonically, and known.
 
     python -m infer.profile --target T --drafter D --slots 1 4 16 --output runs/profile
-    python -m infer.studies.calibration --target T --drafter D --prompts heldout.jsonl --profiles runs/profile/sps-*.json \
-        --output runs/calibration --results docs/results/calibration_study.json
+    python -m infer.studies.calibration --target T --drafter D --prompts heldout.jsonl \
+        --profiles runs/profile/sps-*.json --output runs/calibration --results docs/results/calibration_study.json
 
 Whole blocks are recorded at every temperature. Calibrations are fitted on the even prompts, all domains of a sampling
 temperature together, and measured on the odd ones: their ECE by domain, temperature and block position, and the tokens
