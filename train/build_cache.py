@@ -4,7 +4,7 @@
         --layers 1 3 5 7 --output runs/x/cache --max-length 512
     python -m train.build_cache --config qwen3_4b_dspark --conversations runs/x/conversations.jsonl
                         target, layers, lengths, dtypes and folder as that experiment reads them
-    ... --estimate      prints the bytes that it would write, and writes nothing
+    ... --estimate      prints the bytes that it would write and what chips compute at most, and writes nothing
 
 The same command continues a killed run, which ends with the same bytes.
 

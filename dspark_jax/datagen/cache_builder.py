@@ -33,6 +33,7 @@ from dspark_jax.devices import announce
 from dspark_jax.distributed import connect, from_first, is_first, require_same
 from dspark_jax.errors import UserError
 from dspark_jax.files import require_same_settings, weights_hash, write_json, write_settings
+from dspark_jax.roofline.prefill import capture_rates
 from dspark_jax.sharding import (
     ShardingRules,
     mesh_of_several,
@@ -83,7 +84,7 @@ class CacheSettings:
     thinking: bool = False
     """Let the chat template open with thinking."""
     estimate: bool = False
-    """Print the bytes of the cache and write nothing."""
+    """Print the bytes of the cache and the tokens/s that chips compute at most; write nothing."""
 
     @classmethod
     def of_experiment(cls, config: TrainConfig) -> "CacheSettings":
@@ -158,7 +159,8 @@ def make(settings: CacheSettings) -> dict[str, Any]:
     # Each process reads the files itself; on different copies they would compute different rows together.
     require_same({"their conversations are not the same": sources_sha256})
     if settings.estimate:
-        return {**figures, "gigabytes": f"{figures['bytes'] / 1e9:,.3f}"} if is_first() else {}
+        rates = capture_rates(config, settings.batch, settings.max_length, spec.token_bytes)
+        return {**figures, "gigabytes": f"{figures['bytes'] / 1e9:,.3f}", **rates} if is_first() else {}
 
     # These decide bits of the states but no record's meaning, so they are kept beside the manifest, not in it.
     made_with = {

@@ -7,10 +7,12 @@ Letters: B sequences, T padded tokens, n = B T positions, D hidden, F mlp, Q que
 bytes of the compute dtype.
 """
 
-from dspark_jax.roofline.hardware import Term
+from dspark_jax.roofline.hardware import Term, floor_seconds, known_device
 from dspark_jax.roofline.training import product
 from dspark_jax.targets.config import LayerConfig, TargetConfig
 from dspark_jax.targets.registry import TARGETS
+
+CHIPS = ("TPU v5p", "TPU v6e", "NVIDIA H200")
 
 
 def prefill_terms(config: TargetConfig, sequences: int, length: int, itemsize: int) -> list[Term] | None:
@@ -31,6 +33,19 @@ def prefill_terms(config: TargetConfig, sequences: int, length: int, itemsize: i
         totals["scores"] += Term("", 4.0 * n * seen * queries, (2 * queries + 2 * keys) * n * b)
         totals["MLP"] += _forward(n, d, 2 * f, b) + _forward(n, f, d, b)
     return [Term(f"target: {name}", term.flops, term.bytes) for name, term in totals.items()]
+
+
+def capture_rates(config: TargetConfig, sequences: int, length: int, token_bytes: int) -> dict[str, str]:
+    """The most that one of `CHIPS` captures, by its name: tokens/s of full rows in bfloat16, and what it has to write
+    of states of `token_bytes` each. Empty where `prefill_terms` counts nothing."""
+    terms = prefill_terms(config, sequences, length, itemsize=2)
+    made = {}
+    for name in CHIPS if terms else ():
+        device = known_device(name)
+        assert terms is not None and device is not None
+        rate = sequences * length / floor_seconds(terms, device)
+        made[f"{name}, at most"] = f"{rate:,.0f} tokens/s, {rate * token_bytes / 1e9:.2f} GB/s"
+    return made
 
 
 def _forward(rows: int, i: int, o: int, b: int) -> Term:
