@@ -12,6 +12,7 @@ from flax import nnx
 
 from dspark_jax import load_target, native
 from dspark_jax.decoding import sampling
+from dspark_jax.decoding.noise import Key
 from dspark_jax.targets import between, products
 from dspark_jax.targets.attention import CachedBlock, CausalRows
 from dspark_jax.targets.layers import head_logits
@@ -278,3 +279,17 @@ def test_laws_are_those_of_plain_jax(temperatures: tuple[float, ...], min_p: tup
     assert temperatures[0] == 0 or np.isnan(made(rows, params)[~sound]).all()
     # Rows whose numbers are finite have a law of mass 1.
     np.testing.assert_allclose(np.sum(made(rows, params), axis=-1)[[0, 0, 1], [0, 1, 0]], 1.0, atol=2e-6)
+
+
+def test_the_clocks_of_a_race_are_those_of_plain_jax() -> None:
+    """49,152 words of each of six keys: the same random numbers, and their logarithms."""
+    keys = Key.of(jax.random.key_data(jax.random.split(jax.random.key(3), (2, 3))))
+    made = jax.jit(sampling._waits, static_argnums=1)
+    assert "dspark_jax_Waits" in made.lower(keys, 49_157).as_text()
+    uniforms = keys.uniform(49_157)
+    np.testing.assert_array_equal(
+        uniforms[1, 2], jax.random.uniform(jax.random.split(jax.random.key(3), (2, 3))[1, 2], (49_157,))
+    )
+    found = np.asarray(made(keys, 49_157))
+    np.testing.assert_allclose(found, -np.log(np.asarray(uniforms, np.float64)), rtol=2.5e-7)
+    assert (found > 0).all()

@@ -234,9 +234,19 @@ def _race(law: Float[Array, "r v"], key: Key) -> Int[Array, " r"]:
 
 def _waits(key: Key, vocab: int) -> Float[Array, "*n v"]:
     """The clocks of a race: independent waits of rate 1 for each key, a token's from its id alone."""
-    tiny = jnp.finfo(jnp.float32).tiny
-    # `tiny` guards log(0); uniforms stay below 1, so no wait is 0 and a token of probability 0 never wins.
-    return -jnp.log(jnp.maximum(key.uniform(vocab), tiny))
+
+    def plain(key: Key) -> Array:
+        tiny = jnp.finfo(jnp.float32).tiny
+        # `tiny` guards log(0); uniforms stay below 1, so no wait is 0 and a token of probability 0 never wins.
+        return -jnp.log(jnp.maximum(key.uniform(vocab), tiny))
+
+    def kernel(key: Key) -> Array:
+        waits = native.waits(key.high.reshape(-1), key.low.reshape(-1), vocab)
+        return waits.reshape(*key.high.shape, vocab)
+
+    if vocab <= FEW or not native.ready():
+        return plain(key)
+    return jax.lax.platform_dependent(key, cpu=kernel, default=plain)
 
 
 @jax.named_scope(SCOPE)

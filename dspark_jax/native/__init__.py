@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from dspark_jax.files import user_cache
 
@@ -34,7 +34,7 @@ SOURCES = {
     "held_rows.cc": ("HeldRows", "HeldRowsOfPages"),
     "panels.cc": ("Panels",),
     "between.cc": ("NormedRows", "GatedRows", "Rotations"),
-    "laws.cc": ("FirstLargest", "Laws"),
+    "laws.cc": ("FirstLargest", "Laws", "Waits"),
 }
 """The kernels of each source."""
 MOST_CHANNELS = 512
@@ -122,6 +122,12 @@ def laws(
     made = jax.ShapeDtypeStruct(logits.shape, jnp.float32)
     call = jax.ffi.ffi_call(_target("Laws"), made, vmap_method="sequential")
     return call(logits, temperatures, floors, sampled.astype(jnp.int32))
+
+
+def waits(high: UInt32[Array, " n"], low: UInt32[Array, " n"], count: int) -> Float[Array, "n v"]:
+    """-log of `count` uniform numbers of each Threefry key (decoding/noise.py), of 0 that of the smallest number."""
+    made = jax.ShapeDtypeStruct((high.shape[0], count), jnp.float32)
+    return jax.ffi.ffi_call(_target("Waits"), made, vmap_method="sequential")(high, low)
 
 
 def attends(q: Array, keys: Array, tables: Array | None) -> bool:

@@ -1,7 +1,8 @@
-// Laws of float32 logits, and the first of a row's largest numbers, for the rounds of a CPU.
+// Laws of float32 logits, the clocks of races between tokens, and the first of a row's largest numbers, for the rounds of a
+// CPU.
 //
-// XLA computes exponentials twice, for their sum and for the law, and takes four passes over the vocabulary for the first of
-// equal maxima. A row's numbers do not depend on the other rows, on their number, or on the threads.
+// XLA computes exponentials twice, for their sum and for the law, takes four passes over the vocabulary for the first of
+// equal maxima, and has one thread for random numbers. A row's numbers do not depend on the other rows, on their number, or on the threads.
 
 #include <algorithm>
 #include <cstdint>
@@ -17,6 +18,7 @@ namespace {
 using Vector = ffi::Buffer<ffi::F32, 1>;
 using Matrix = ffi::Buffer<ffi::F32, 2>;
 using Flags = ffi::Buffer<ffi::S32, 1>;
+using Words = ffi::Buffer<ffi::U32, 1>;
 
 struct Largest {
   float value;
@@ -96,8 +98,72 @@ ffi::Error laws(ffi::ThreadPool pool, Matrix logits, Vector temperatures, Vector
   return ffi::Error::Success();
 }
 
+// log of normal numbers above 0, within two units of the last place.
+Lanes logarithm(Lanes x) {
+  const Bits bits = (Bits)x;
+  Lanes rest = (Lanes)((bits & 0x007fffff) | 0x3f000000);  // in [1/2, 1)
+  const Bits low = rest < 0.70710678f;                     // -1 where it is doubled
+  const Lanes power = __builtin_convertvector((bits >> 23) - 126 + low, Lanes);
+  rest = (low ? rest + rest : rest) - 1.0f;
+  Lanes sum = rest * 7.0376836292e-2f - 1.1514610310e-1f;
+  sum = sum * rest + 1.1676998740e-1f;
+  sum = sum * rest - 1.2420140846e-1f;
+  sum = sum * rest + 1.4249322787e-1f;
+  sum = sum * rest - 1.6668057665e-1f;
+  sum = sum * rest + 2.0000714765e-1f;
+  sum = sum * rest - 2.4999993993e-1f;
+  sum = sum * rest + 3.3333331174e-1f;
+  const Lanes square = rest * rest;
+  sum = sum * rest * square - power * 2.12194440e-4f - square * 0.5f;
+  return rest + sum + power * 0.693359375f;
+}
+
+// Sixteen uniform numbers in [0, 1) of a Threefry-2x32 key from counter `at` on: those of decoding/noise.py, bit by bit.
+Lanes uniform(uint32_t key_high, uint32_t key_low, uint32_t at) {
+  const uint32_t words[3] = {key_high, key_low, key_high ^ key_low ^ 0x1BD11BDA};
+  constexpr int rotations[2][4] = {{13, 15, 26, 6}, {17, 29, 16, 24}};
+  const Wholes index = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  Wholes high = Wholes{} + words[0], low = index + (at + words[1]);
+  for (int group = 0; group < 5; ++group) {
+    for (const int by : rotations[group % 2]) {
+      high += low;
+      low = high ^ (low << by | low >> (32 - by));
+    }
+    high += words[(group + 1) % 3], low += words[(group + 2) % 3] + (group + 1);
+  }
+  return (Lanes)(((high ^ low) >> 9) | 0x3F800000u) - 1.0f;
+}
+
+// Numbers that a thread makes in one go.
+constexpr int64_t kPiece = 4096;
+
+// -log u [N, V] of the uniform numbers of N keys.
+ffi::Error waits(ffi::ThreadPool pool, Words high, Words low, ffi::Result<Matrix> y) {
+  const int64_t rows = high.dimensions()[0], size = y->dimensions()[1], pieces = (size + kPiece - 1) / kPiece;
+  // A number takes some eight products.
+  share(pool, 8 * rows * size, rows * pieces, [&](int64_t part) {
+    const int64_t row = part / pieces, end = std::min(size, (part % pieces + 1) * kPiece);
+    float* made = y->typed_data() + row * size;
+    for (int64_t i = part % pieces * kPiece; i < end; i += kLanes) {
+      const Lanes u = uniform(high.typed_data()[row], low.typed_data()[row], static_cast<uint32_t>(i));
+      const float tiny = std::numeric_limits<float>::min();
+      const Lanes wait = -logarithm(u > tiny ? u : Lanes{} + tiny);
+      if (i + kLanes <= end) {
+        store(made + i, wait);
+      } else {
+        float rest[kLanes];
+        store(rest, wait);
+        std::copy_n(rest, end - i, made + i);
+      }
+    }
+  });
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(Waits, waits,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Words>().Arg<Words>().Ret<Matrix>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(FirstLargest, first_largest,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Matrix>().Ret<Flags>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
