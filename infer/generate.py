@@ -25,6 +25,7 @@ from dspark_jax.serving.prompts import EncodedPrompt, encode, read_prompts
 from dspark_jax.serving.requests import Generation, Request
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
+from dspark_jax.sharding import mesh_named
 from dspark_jax.targets.target import Target
 
 
@@ -51,6 +52,8 @@ class GenerateSettings:
     differ from plain decoding at a near-tie."""
     weights: Weights = "stored"
     """int8, fp8: the layers' matrices of both models so, with a scale for each output; it may change what is said."""
+    mesh: str = ""
+    """Devices of this machine along the mesh axes, as in tensor=8; empty: one device."""
     sampling: Annotated[SamplingParams, FLAT] = SamplingParams()
     engine: Annotated[EngineConfig, FLAT] = EngineConfig()
 
@@ -68,10 +71,9 @@ def main(argv: list[str]) -> None:
         settings = replace(settings, target=EMBEDDED, drafter=settings.drafter or EMBEDDED)
 
     dtype = announce(settings.dtype)
-    target = load_target(settings.target, dtype=dtype, weights=settings.weights)
-    drafter = (
-        load_drafter(settings.drafter, target, dtype=dtype, weights=settings.weights) if settings.drafter else None
-    )
+    form: dict[str, Any] = {"dtype": dtype, "weights": settings.weights, "mesh": mesh_named(settings.mesh)}
+    target = load_target(settings.target, **form)
+    drafter = load_drafter(settings.drafter, target, **form) if settings.drafter else None
     prompts = prompts_of(settings, target)
 
     requests = [Request(prompt.tokens) for prompt in prompts]

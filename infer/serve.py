@@ -10,7 +10,7 @@ import signal
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from dspark_jax.checkpoints.drafters import load_drafter
 from dspark_jax.checkpoints.huggingface import Weights, load_target
@@ -25,6 +25,7 @@ from dspark_jax.serving.api.settings import ServerConfig
 from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.sampling import Mode, SamplingParams
 from dspark_jax.serving.settings import EngineConfig
+from dspark_jax.sharding import mesh_named
 from dspark_jax.targets.target import Target
 
 # Fewer rounds a dispatch than in programs that only want throughput: clients get their tokens a dispatch at a time.
@@ -44,6 +45,8 @@ class ServeSettings:
     """Dtype of weights and activations; None: float32 on a CPU, else the target's own."""
     weights: Weights = "stored"
     """int8, fp8: the layers' matrices of both models so, with a scale for each output; it may change what is said."""
+    mesh: str = ""
+    """Devices of this machine along the mesh axes, as in tensor=8; empty: one device."""
     warm_up: WarmUp = "needed"
     """Programs compiled before the first request. needed: those of every request, and the others whenever none comes.
     all: every one, so that no request waits for the compiler. none: each when a request needs it."""
@@ -67,10 +70,9 @@ def main(argv: list[str]) -> None:
     # Bound before the weights are loaded: a port that is taken shows at once.
     with bind(config) as bound:
         dtype = announce(settings.dtype)
-        target = load_target(settings.target, dtype=dtype, weights=settings.weights)
-        drafter = (
-            load_drafter(settings.drafter, target, dtype=dtype, weights=settings.weights) if settings.drafter else None
-        )
+        form: dict[str, Any] = {"dtype": dtype, "weights": settings.weights, "mesh": mesh_named(settings.mesh)}
+        target = load_target(settings.target, **form)
+        drafter = load_drafter(settings.drafter, target, **form) if settings.drafter else None
         service = service_of(settings, target, drafter, config)
 
         engine = service.driver.engine

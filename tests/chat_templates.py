@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -92,6 +93,10 @@ _DEEPSEEK = (
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{ '<｜Assistant｜>' }}{{ '<think>' if thinking else '</think>' }}{%- endif %}"
 )
+# The one that docs/deepseek-v4.md gives, as the released folders have none.
+_DEEPSEEK_V4 = (
+    (Path(__file__).parents[1] / "docs" / "deepseek-v4.md").read_text("utf-8").split("```jinja\n")[1].split("\n```")[0]
+)
 _MERGING = (
     "{%- set ns = namespace(role='') %}{%- for m in messages %}{%- if m.role == ns.role %}{{ '\n\n' + m.content }}"
     "{%- else %}{%- if ns.role %}{{ '<|end|>\n' }}{%- endif %}{{ '<|' + m.role + '|>\n' + m.content }}{%- endif %}"
@@ -136,6 +141,7 @@ STYLES = {
     "gemma": Style(_GEMMA, "</s>", closed_by("<end_of_turn>"), system=False),
     "mistral": Style(_MISTRAL, "</s>", closed_by("</s>", " ")),
     "deepseek": Style(_DEEPSEEK, "<｜end▁of▁sentence｜>", closed_by("<｜end▁of▁sentence｜>"), False),
+    "deepseek_v4": Style(_DEEPSEEK_V4, "<｜end▁of▁sentence｜>", closed_by("<｜end▁of▁sentence｜>")),
     "trimming": Style(_TRIMMING, "<|im_end|>", closed_by("<|im_end|>")),
     "dated": Style(_DATED, "<|im_end|>", closed_by("<|im_end|>")),
     "merging": Style(_MERGING, "<|end|>", closed_by("<|end|>")),

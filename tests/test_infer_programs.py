@@ -189,6 +189,8 @@ GENERATE: dict[str, tuple[list[str], str]] = {
         "The engine has slots = 0, which is out of range; expected 1 or more.",
     ),
     "policy": (["--target", "{}/target", "--prompt", "a", "--policy", "causal-ish"], "policy"),
+    "mesh": (["--target", "{}/target", "--prompt", "a", "--mesh", "tensor=3"], "tensor=3 does not fit"),
+    "axes": (["--target", "{}/target", "--prompt", "a", "--mesh", "8"], "sizes of data, fsdp, tensor and expert"),
     "stop text": (["--target", "{}/target", "--prompt", "a", "--stop", ""], "expected texts that are not empty"),
     "an old name": (["--target", "{}/target", "--prompts-file", "a"], "Unknown option --prompts-file: did you mean --"),
 }

@@ -94,6 +94,10 @@ def test_the_whole_depth_goes_on_as_the_compiled_layers_do() -> None:
     assert found["collectives"] == {"all-gather": [1, 0], "all-reduce": [10 + 39 * 2, round(5 + 19.5 * 0.5)]}
     assert found["copies"] == 2 and found["compile_cpu_seconds"] == 7 + 19.5 * 2
 
+    # Measured beside others, the deeper one may have taken less: no line leads from there to the whole depth.
+    less = {"4": MADE["4"] | {"compile_cpu_seconds": 9.5}, "6": MADE["6"]}
+    assert carried_on(less, 43)["compile_cpu_seconds"] == 9.5
+
 
 MADE = {
     "4": {"temporary_gib": 0.5, "collectives": {"all-reduce": [10, 5.0], "all-gather": [1, 0.1]}, "copies": 0,

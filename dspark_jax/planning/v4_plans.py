@@ -228,16 +228,18 @@ def expert_figures(repository: str, machine: Machine, rows: int) -> dict[str, An
 
 def carried_on(made: Mapping[str, Mapping[str, Any]], whole: int) -> dict[str, Any]:
     """The figures at depth `whole`, on the line through those of the two depths that were compiled; of copies, which
-    are none or a fault, the larger number that was found."""
+    are none or a fault, the larger number that was found. No size and no time is below the larger of the two: where
+    the deeper program took less, as compilers that share their cores may, the line leads nowhere."""
     (first, least), (second, more) = sorted((int(depth), figures) for depth, figures in made.items())
 
     def along(a: float, b: float) -> float:
         return a + (whole - first) / (second - first) * (b - a)
 
+    other = "collectives", "copies"
     names = sorted({*least["collectives"], *more["collectives"]})
     sums = {name: [found["collectives"].get(name, [0, 0.0]) for found in (least, more)] for name in names}
     return {
-        **{name: along(least[name], more[name]) for name in least if name not in ("collectives", "copies")},
+        **{name: max(along(least[name], more[name]), least[name], more[name]) for name in least if name not in other},
         "collectives": {name: [round(along(*of)) for of in zip(*both, strict=True)] for name, both in sums.items()},
         **({"copies": max(least["copies"], more["copies"])} if "copies" in least else {}),
     }
