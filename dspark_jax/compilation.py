@@ -1,4 +1,4 @@
-"""Compiled programs kept between processes: where jax stores them, and how many were compiled or read.
+"""Compiled programs: where jax stores them between processes, how many were compiled or read, and a TPU's size of them.
 
 jax keeps nothing unless a folder is named. Every program of this project names one, so that a second start reads what
 the first has compiled. The choice lives in jax's own environment variables: processes that a program starts, and jax
@@ -10,6 +10,7 @@ import sys
 import zlib
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ OFF = "off"
 _FOLDER, _ENABLED = "JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"
 # jax keeps only what took a second to compile; a start of this project meets dozens of programs that take less.
 _THRESHOLDS = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0.0, "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": 0}
+TPU_FLAGS = "LIBTPU_INIT_ARGS"
+# The TPU's compiler leaves equal parts of a program as functions, which it calls, in place of a copy for each.
+_SHARED = "--xla_tpu_enable_deduplicated_calls"
+_KNOWS_SHARED = (0, 0, 42)  # of libtpu; one that does not know a flag ends the process
 _ENTRY = "*-cache"  # jax's name of a stored program
 _ZLIB = b"\x78"  # first byte of the compression that jax uses where no other is installed
 
@@ -57,6 +62,22 @@ def keep_compiled(choice: str | None) -> None:
         for name, least in _THRESHOLDS.items():
             os.environ.setdefault(name, str(least))
     _follow_environment()
+
+
+def share_equal_parts() -> None:
+    """Have the TPU's compiler, where it is installed, write what a program computes in each of its layers once.
+
+    To be called before jax looks for devices. The environment's own word on it, in LIBTPU_INIT_ARGS, stands.
+    """
+    try:
+        version = metadata.version("libtpu")
+    except metadata.PackageNotFoundError:
+        # Not set in vain: jax tells kept programs apart by these flags, a CPU's too.
+        return
+
+    flags = os.environ.get(TPU_FLAGS, "")
+    if tuple(int(part) for part in version.split(".")[:3]) >= _KNOWS_SHARED and _SHARED not in flags:
+        os.environ[TPU_FLAGS] = f"{flags} {_SHARED}=true".strip()
 
 
 def _obstacle(folder: Path) -> str:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import jax
@@ -134,3 +135,29 @@ def test_programs_stored_in_part_are_dropped(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
     assert [file.name for file in drop_torn(tmp_path)] == ["b-cache", "c-cache"]
     assert {file.name for file in tmp_path.iterdir()} == {"a-cache", "d-cache", "e"}
+
+
+@pytest.mark.parametrize(
+    "version, given, expected",
+    [
+        ("0.0.42.1", "", "--xla_tpu_enable_deduplicated_calls=true"),
+        ("0.0.48", "--xla_a=1", "--xla_a=1 --xla_tpu_enable_deduplicated_calls=true"),
+        ("0.0.50", "--xla_tpu_enable_deduplicated_calls=false", "--xla_tpu_enable_deduplicated_calls=false"),
+        ("0.0.41", "", ""),
+        (None, "", ""),
+    ],
+)
+def test_a_tpus_compiler_shares_equal_parts(
+    settings: None, version: str | None, given: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is installed, knows how, and was not told otherwise: other programs' keys stay as they are."""
+
+    def installed(name: str) -> str:
+        if version is None:
+            raise metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(compilation.metadata, "version", installed)
+    monkeypatch.setenv(compilation.TPU_FLAGS, given)
+    program(lambda argv: None)(["--compilation-cache", "off"])
+    assert os.environ[compilation.TPU_FLAGS] == expected

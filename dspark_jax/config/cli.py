@@ -32,7 +32,7 @@ from typing import Any, TypeVar, get_type_hints, overload
 
 import tyro
 
-from dspark_jax.compilation import HELP, OPTION, keep_compiled
+from dspark_jax.compilation import HELP, OPTION, keep_compiled, share_equal_parts
 from dspark_jax.config.schema import MeshSettings, TrainConfig
 from dspark_jax.config.serialise import from_json, to_json
 from dspark_jax.errors import UserError
@@ -86,6 +86,7 @@ def program(main: Callable[[list[str]], Any]) -> Callable[..., Any]:
             # Before the program's own options are read, which do not have it.
             choice, words = take_option(words, OPTION)
             keep_compiled(choice)
+            share_equal_parts()
             returned = main(words)
             # A full disk behind stdout shows here, not when the interpreter ends.
             sys.stdout.flush()

@@ -48,8 +48,10 @@ def topology_devices(topology: str) -> list[Any]:
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     from jax.experimental import topologies
 
+    # A host has four chips by default, which one chip alone is not divisible by.
+    host = {"chips_per_host_bounds": [1, 1, 1]} if chips == 1 else {}
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **host).devices)
     except Exception as error:  # the plugin's own types
         reason = " ".join(str(error).split())[:200]
         raise UserError(

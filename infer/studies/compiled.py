@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dspark_jax.compilation import TPU_FLAGS
 from dspark_jax.config.cli import parse, program
 from dspark_jax.devices import machine
 from dspark_jax.errors import UserError
@@ -31,6 +32,8 @@ from dspark_jax.programs import earlier_checkout
 from dspark_jax.report import table
 
 MIB = 2**20
+FLAGS_GIVEN = os.environ.get(TPU_FLAGS, "")
+"""Those of the TPU's compiler, from before this program sets its own."""
 THUNKS = "*run_rounds*.thunk_sequence_after_thunk_passes.txt"
 
 
@@ -106,6 +109,8 @@ def reading(settings: CompiledSettings, checkout: Path) -> dict[str, Any]:
             "PYTHONPATH": paths,
             "JAX_ENABLE_COMPILATION_CACHE": "false",
         }
+        # Each checkout has the TPU's compiler work as its own programs have it.
+        environment[TPU_FLAGS] = FLAGS_GIVEN
         if settings.topology in GPUS:
             # The sequence of launches is in no text of a program, only in what the compiler writes beside it.
             dump = f"--xla_dump_to={name} --xla_dump_hlo_module_re=run_rounds --xla_dump_hlo_as_text"
@@ -171,7 +176,10 @@ import dataclasses, json, sys, time
 from pathlib import Path
 import jax
 wanted = json.loads(sys.argv[1])
+from dspark_jax import compilation
 from dspark_jax.decoding import logprobs, sampling
+if hasattr(compilation, "share_equal_parts"):
+    compilation.share_equal_parts()
 if not hasattr(sampling, "SCOPE"):
     for name in ("_by_need", "uniforms", "draw_token", "coupled_waits"):
         setattr(sampling, name, jax.named_scope("sampling")(getattr(sampling, name)))
