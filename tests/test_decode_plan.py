@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from dspark_jax import native
 from dspark_jax.checkpoints.drafters import load_drafter, save_drafter
 from dspark_jax.checkpoints.huggingface import load_target
+from dspark_jax.drafters import heads, turns
 from dspark_jax.drafters.registry import drafter_hf_config, new_drafter
 from dspark_jax.errors import UserError
 from dspark_jax.planning.ahead import EnginePrograms
@@ -193,6 +195,24 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_the_loop_lowers_for_hardware_that_is_not_here(folders: tuple[str, str], platform: str) -> None:
     assert "stablehlo.while" in DecodePlan.of(options(folders)).lower(platform).as_text()
+
+
+@pytest.mark.lowering
+@pytest.mark.parametrize("looped", [True, False])
+def test_a_walk_reads_w2_once_a_position(
+    looped: bool, folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three products in the program, or one in a loop of three turns, as on a TPU; W_1 has its rows looked up."""
+    taken, by_table = [], heads.by_table
+    monkeypatch.setattr(heads, "by_table", lambda rows, table: taken.append(table.shape) or by_table(rows, table))
+    monkeypatch.setattr(turns, "LOOPED", ("cpu",) if looped else ())
+    # Of its own slots, so that no other test has traced the program.
+    plan = DecodePlan.of(options(folders, slots=5 + looped))
+    vocab, rank = plan.params.drafter["markov_head"]["w2_vr"].shape
+    takes = re.compile(rf"stablehlo\.(\w+).* : \([^)]*tensor<{vocab}x{rank}xf32>[^)]*\) ->")
+    found = filter(None, map(takes.search, plan.lower("tpu").as_text().splitlines()))
+    assert {line[1] for line in found} == {"dot_general", "gather"}
+    assert taken.count((vocab, rank)) == (1 if looped else 3)
 
 
 def test_the_kernels_of_a_round_and_the_weights_that_they_write_again() -> None:
