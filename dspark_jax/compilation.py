@@ -6,6 +6,7 @@ itself where it is imported later, follow it.
 """
 
 import os
+import re
 import sys
 import zlib
 from contextlib import suppress
@@ -76,7 +77,10 @@ def share_equal_parts() -> None:
         return
 
     flags = os.environ.get(TPU_FLAGS, "")
-    if tuple(int(part) for part in version.split(".")[:3]) >= _KNOWS_SHARED and _SHARED not in flags:
+    # A compiler that is no release may know the flag or not, and one that does not would end every program.
+    release = re.fullmatch(r"(\d+)\.(\d+)\.(\d+)(\.\d+)?", version)
+    knows = release is not None and tuple(map(int, release.groups()[:3])) >= _KNOWS_SHARED
+    if knows and _SHARED.removeprefix("--") not in flags:
         os.environ[TPU_FLAGS] = f"{flags} {_SHARED}=true".strip()
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from dspark_jax.checkpoints.deepseek_v4 import V4Folder
-from dspark_jax.checkpoints.deepseek_v4_drafters import check_v4_drafter, holds_v4, v4_drafter_alone
+from dspark_jax.checkpoints.deepseek_v4_drafters import check_v4_drafter, drafter_kind_in, holds_v4, v4_drafter_alone
 from dspark_jax.checkpoints.folder_layout import CONFIG_FILE
 from dspark_jax.checkpoints.huggingface import (
     HASHES_FILE,
@@ -175,7 +175,7 @@ def _drafter(folder: Path, facts: Facts) -> None:
         check_files(folder, manifest)
 
     if v4 := holds_v4(folder):
-        facts["kind"] = check_v4_drafter(folder)
+        facts["kind"] = check_v4_drafter(folder) or drafter_kind_in(V4Folder(folder))
     layout = "published" if v4 else read_stored_config(folder)[1].name
     tensors = V4Folder(folder) if v4 else TensorFolder(folder)
 

@@ -143,7 +143,9 @@ def test_programs_stored_in_part_are_dropped(tmp_path: Path) -> None:
         ("0.0.42.1", "", "--xla_tpu_enable_deduplicated_calls=true"),
         ("0.0.48", "--xla_a=1", "--xla_a=1 --xla_tpu_enable_deduplicated_calls=true"),
         ("0.0.50", "--xla_tpu_enable_deduplicated_calls=false", "--xla_tpu_enable_deduplicated_calls=false"),
+        ("0.0.50", "--noxla_tpu_enable_deduplicated_calls", "--noxla_tpu_enable_deduplicated_calls"),
         ("0.0.41", "", ""),
+        ("0.1.dev20250301+nightly", "", ""),
         (None, "", ""),
     ],
 )

@@ -51,10 +51,11 @@ def test_laws_are_the_ones_written_down() -> None:
     np.testing.assert_allclose(found, expected, atol=2e-6)
 
 
-def test_a_truncated_neighbour_leaves_the_law_alone() -> None:
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0, 1.3])
+def test_a_truncated_neighbour_leaves_the_law_alone(temperature: float) -> None:
     """Over many almost equal tokens, whose rounded cumulative mass reaches 1 before the last of them."""
     logits = 1e-3 * np.random.default_rng(0).standard_normal((2, 1, 50_000)).astype(np.float32)
-    plain, beside = settings([(1, 0, 1, 0)] * 2), settings([(1, 0, 1, 0), (1, 3, 1, 0)])
+    plain, beside = settings([(temperature, 0, 1, 0)] * 2), settings([(temperature, 0, 1, 0), (1, 3, 1, 0)])
     law = jax.jit(sampling_law)
     np.testing.assert_array_equal(law(logits, beside)[0], law(logits, plain)[0])
     assert int(jnp.sum(law(logits, beside)[1] > 0)) == 3

@@ -230,6 +230,8 @@ def test_a_drafter_is_examined_with_its_target_and_alone(tmp_path: Path) -> None
 
     folder = rewritten(copied(tmp_path), lambda tensors: tensors.pop("mtp.1.ffn.experts.1.w2.scale"))
     assert "without its mtp.1.ffn.experts.1.w2.scale" in examine(folder)[0].fault
+    folder = rewritten(copied(tmp_path / "unmarked"), lambda tensors: tensors.pop("mtp.0.main_proj.weight"))
+    assert "holds no drafter" in examine(folder)[0].fault
 
     drafter = load_drafter(CASE, wide_target())
     save_drafter(tmp_path / "alone", drafter, wide_target())

@@ -77,7 +77,7 @@ def check_v4_drafter(folder: Path) -> str:
     """The kind of the drafter in a V4 folder, "" for none; UserError where its tensors are not those that its
     config.json calls for. Reads no weights."""
     tensors = V4Folder(folder)
-    if not any(mark in tensors.names for mark in _MARKS.values()):
+    if not any(name.startswith("mtp.") for name in tensors.names):
         return ""
 
     config = v4_drafter_config(folder)

@@ -24,7 +24,7 @@ GREEDY_BELOW = 1e-5
 DRAFT, ACCEPT, RESIDUAL, COUPLED = 0, 1, 2, 3
 
 FEW = 1024
-"""Words up to which XLA's loops over a vocabulary are as fast as a CPU's kernel."""
+"""Vocabulary sizes up to which XLA's loops over a vocabulary are as fast as a CPU's kernel."""
 SCOPE = "sampling"
 """The name in a program's text of branches whose first one is taken in greedy rounds."""
 
@@ -98,10 +98,13 @@ def _law(params: SamplingArrays, logits: Array, cut: bool) -> Array:
         return _law_by_xla(params, logits, cut)
 
     def kernel(params: SamplingArrays, logits: Array) -> Array:
-        # By the same kernel with and without cuts: a neighbour's must not change a request's law in its last bit.
-        ones = jnp.ones_like(params.temperature)
-        numbers, temperature = (_cut(params, logits), ones) if cut else (logits, params.temperature)
-        rows, each = numbers.reshape(-1, logits.shape[-1]), (temperature, jnp.log(params.min_p), params.stochastic)
+        each = params.temperature, jnp.log(params.min_p), params.stochastic
+        if cut:
+            # Cuts take numbers away and change no other: XLA divides by temperatures in another rounding than the
+            # kernel, and a neighbour's cuts must not change a request's law in its last bit.
+            out = (_cut(params, logits) == -jnp.inf) & _per_request(params.stochastic, logits)
+            logits = jnp.where(out, -jnp.inf, logits)
+        rows = logits.reshape(-1, logits.shape[-1])
         return native.laws(rows, *(jnp.repeat(x, len(rows) // len(x)) for x in each)).reshape(logits.shape)
 
     return jax.lax.platform_dependent(params, logits, cpu=kernel, default=partial(_law_by_xla, cut=cut))

@@ -326,10 +326,12 @@ bool unsound(const float* numbers, int64_t count) {
 
 // As `run`; a row whose own key or value is not finite gives NaN, and the others see zeros there.
 ffi::Error run_apart(ffi::ThreadPool& pool, Call call) {
+  if (call.own != call.width) return ffi::Error::InvalidArgument("A block's own keys must be as many as its rows.");
   const int64_t size = call.groups * call.channels, rows = call.requests * call.own;
   if (!unsound(call.own_keys, rows * size) && !unsound(call.own_values, rows * size)) return run(pool, call);
 
-  std::vector<float> keys(call.own_keys, call.own_keys + rows * size), values(call.own_values, call.own_values + rows * size);
+  std::vector<float> keys(call.own_keys, call.own_keys + rows * size);
+  std::vector<float> values(call.own_values, call.own_values + rows * size);
   std::vector<int64_t> failed;
   for (int64_t row = 0; row < rows; ++row) {
     if (!unsound(call.own_keys + row * size, size) && !unsound(call.own_values + row * size, size)) continue;

@@ -2,7 +2,8 @@
 // CPU.
 //
 // XLA computes exponentials twice, for their sum and for the law, takes four passes over the vocabulary for the first of
-// equal maxima, and has one thread for random numbers. A row's numbers do not depend on the other rows, on their number, or on the threads.
+// equal maxima, and has one thread for random numbers. A row's numbers do not depend on the other rows, on their number,
+// or on the threads.
 
 #include <algorithm>
 #include <cstdint>

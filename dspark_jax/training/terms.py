@@ -255,19 +255,20 @@ def law_sums(
     """
     supervised = blocks.supervised
     accept, terms = _base_terms(out.logits, targets, blocks, vocabulary, options)
-    choice: Sums = {}
+    l1, choice = terms["l1"], Sums()
     if out.selector is not None:
         p = jax.nn.softmax(targets, axis=-1)
         p = p if vocabulary is None else vocabulary.restrict(p)
         # What is accepted follows from the law that is drafted from; the terms so far are of the base logits.
         overlap, choice = selector_terms(out.selector, out.logits, p, options)
-        accept = accept_rate(2.0 * (1.0 - overlap))
+        l1 = 2.0 * (1.0 - overlap)
+        accept = accept_rate(l1)
         terms["selector"] = choice["selector"]
 
     weights = _slot_weights(accept, blocks, options)
     sums = {name: jnp.sum(weights * term) for name, term in terms.items()}
     if options.length_alpha > 0:
-        sums["length"] = jnp.sum(blocks.weights * length_term(terms["l1"], supervised)[..., None])
+        sums["length"] = jnp.sum(blocks.weights * length_term(l1, supervised)[..., None])
     total = sum((options.alphas[name] * sums[name] for name in sums), jnp.zeros(()))
 
     # From masks alone, whatever the terms are weighted by: the denominator is known before the pass and is the same for
