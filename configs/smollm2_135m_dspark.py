@@ -9,7 +9,7 @@ Command:   make real-target
                --layers 1 8 15 22 28 29 --conversations runs/smollm2/conversations.jsonl --output runs/smollm2/cache
            python -m train.fit --config smollm2_135m_dspark
 Hardware:  2 CPU cores, 6 GB of memory, no accelerator; hours. A step takes 0.75 seconds of one core.
-Expected:  the drafter in assets/smollm2_135m_drafter, whose README says how far it was trained and what it reaches.
+Expected:  a drafter like that in assets/smollm2_135m_drafter, whose README says how it was trained and what it reaches.
 
 A plain round of this target reads 540 MB of float32, and a block of 4 drafts from the whole vocabulary costs as much as
 1.8 of them. The draft vocabulary is therefore pruned to a quarter, which takes three quarters of the head and of the

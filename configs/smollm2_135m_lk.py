@@ -1,4 +1,4 @@
-"""The recommended loss for a DSpark drafter, LK alone, on SmolLM2-135M-Instruct: -log Σ min(p^d, p^t).
+"""A recommended loss for a DSpark drafter, LK alone, on SmolLM2-135M-Instruct: -log Σ min(p^d, p^t).
 
 Command:   as in smollm2_135m_dspark, then python -m train.fit --config smollm2_135m_lk
 Hardware:  2 CPU cores, 6 GB of memory, no accelerator; hours. A step costs what that of smollm2_135m_dspark does.

@@ -116,8 +116,8 @@ class DrafterSettings:
 class LossSettings:
     """Weights of the terms, and of the block positions in them (docs/algorithm.md, rules 40, 41 and 118 to 120).
 
-    The defaults are the reference's. For a new DSpark drafter `lk_alpha` 1 with `ce_alpha` and `l1_alpha` 0 is
-    recommended (docs/results.md, "The loss to train with").
+    The defaults are the reference's. For a new DSpark drafter `lk_alpha` 1 with `ce_alpha` and `l1_alpha` 0, or
+    `confidence_weights` "reach", is recommended (docs/results.md, "The loss to train with").
     """
 
     ce_alpha: float = 0.1
