@@ -27,6 +27,7 @@ ENTRY %main (x: f32[8,4]) -> f32[8,4] {
   %near = bf16[8,4]{1,0:T(8,128)(2,1)S(1)} fusion(%x), kind=kLoop, calls=%convert
   %product = (f32[8,4]{1,0}, s8[4096]{0}) custom-call(%x, %near), custom_call_target="__cublas$gemm"
   %loop = (s32[], f32[8,4]) while(%start), body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %ahead = ((f32[8,4]{1,0}), f32[2,4]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:2], [0:4]}
   %sum-start = f32[8,4]{1,0} all-reduce-start(%x), to_apply=%add
   %sum-done = f32[8,4]{1,0} all-reduce-done(%sum-start)
   ROOT %out = f32[8,4]{1,0} copy(%sum-done)

@@ -101,6 +101,9 @@ def _written(text: LoopText, line: str) -> tuple[int, str]:
     arrays = _ARRAY.findall(_RESULT.match(line)[1])  # type: ignore[index]
     if kind == "copy-start":
         arrays = arrays[:1]
+    elif kind == "slice-start":
+        # What is sliced stands before the slice, a semaphore behind it.
+        arrays = arrays[1:2]
     elif kind in ("custom-call", "fusion") and _WORKSPACE.fullmatch(arrays[-1][0]):
         # A library's, behind the results.
         arrays = arrays[:-1]
