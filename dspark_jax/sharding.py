@@ -15,7 +15,6 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from dspark_jax.config.cli import mesh_settings
 from dspark_jax.config.schema import MeshSettings
 from dspark_jax.errors import UserError
 
@@ -163,12 +162,6 @@ def mesh_of_several(settings: MeshSettings) -> Mesh | None:
     if jax.device_count() == 1:
         return None
     return make_mesh(*settings.sizes)
-
-
-def mesh_named(text: str) -> Mesh | None:
-    """The mesh of a text such as `tensor=8` over all devices of this process; None, one device, for an empty one.
-    UserError if the sizes don't fit."""
-    return make_mesh(*mesh_settings(text, MeshSettings()).sizes) if text else None
 
 
 @contextmanager

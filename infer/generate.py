@@ -25,8 +25,9 @@ from dspark_jax.serving.prompts import EncodedPrompt, encode, read_prompts
 from dspark_jax.serving.requests import Generation, Request
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
-from dspark_jax.sharding import mesh_named
 from dspark_jax.targets.target import Target
+
+from .meshes import mesh_named
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class GenerateSettings:
     weights: Weights = "stored"
     """int8, fp8: the layers' matrices of both models so, with a scale for each output; it may change what is said."""
     mesh: str = ""
-    """Devices of this machine along the mesh axes, as in tensor=8; empty: one device."""
+    """Devices along the mesh axes, all of them, as in tensor=8; empty: one device."""
     sampling: Annotated[SamplingParams, FLAT] = SamplingParams()
     engine: Annotated[EngineConfig, FLAT] = EngineConfig()
 

@@ -25,8 +25,9 @@ from dspark_jax.serving.api.settings import ServerConfig
 from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.sampling import Mode, SamplingParams
 from dspark_jax.serving.settings import EngineConfig
-from dspark_jax.sharding import mesh_named
 from dspark_jax.targets.target import Target
+
+from .meshes import mesh_named
 
 # Fewer rounds a dispatch than in programs that only want throughput: clients get their tokens a dispatch at a time.
 # Prompts are kept, as conversations come back; in chunks half as long, so that less of their ends is prefilled again.
@@ -46,7 +47,8 @@ class ServeSettings:
     weights: Weights = "stored"
     """int8, fp8: the layers' matrices of both models so, with a scale for each output; it may change what is said."""
     mesh: str = ""
-    """Devices of this machine along the mesh axes, as in tensor=8; empty: one device."""
+    """Devices along the mesh axes, all of them, as in tensor=8; empty: one device. A mesh keeps no prompts: the default
+    of --prefix-cache is then 0."""
     warm_up: WarmUp = "needed"
     """Programs compiled before the first request. needed: those of every request, and the others whenever none comes.
     all: every one, so that no request waits for the compiler. none: each when a request needs it."""
@@ -93,7 +95,13 @@ def service_of(settings: ServeSettings, target: Target, drafter: Drafter | None,
     """The service of a pair; `config`: the server's settings, with its key."""
     # An engine verifies in one mode: its own settings say which.
     make = partial(Engine, sampling=SamplingParams(mode=settings.mode))
-    return Service(target, drafter, settings.engine, config, settings.warm_up, make)
+    return Service(target, drafter, engine_of(settings), config, settings.warm_up, make)
+
+
+def engine_of(settings: ServeSettings) -> EngineConfig:
+    """The engine that is asked for; on a mesh, which keeps no prompts, without the prompts that it keeps by default."""
+    by_default = settings.engine.prefix_cache == ENGINE.prefix_cache
+    return replace(settings.engine, prefix_cache=0) if settings.mesh and by_default else settings.engine
 
 
 if __name__ == "__main__":

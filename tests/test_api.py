@@ -1,6 +1,7 @@
 """Answers and figures of the server over HTTP, read by OpenAI's own client."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -12,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from dspark_jax.serving.api.logprobs import TokenNames
 from dspark_jax.serving.api.settings import ServerConfig
 from dspark_jax.serving.sampling import Mode
+from infer import serve
 from infer.serve import ServeSettings, service_of
 from tests.api_tiny import ENGINE, MESSAGES, Running, direct, events, post, started
 from tests.decoding_tiny import next_logits
@@ -204,6 +206,14 @@ def test_modes(mode: Mode, running: Running) -> None:
         assert texts(served, temperature=0, n=1) == [direct(running, max_new_tokens=16).text]
     finally:
         served.stop()
+
+
+def test_a_mesh_keeps_no_prompts_by_default() -> None:
+    """The engine refuses to on several devices: it was the default that stopped every server on a mesh."""
+    alone, mesh = ServeSettings(), ServeSettings(mesh="tensor=8")
+    asked = replace(mesh, engine=replace(mesh.engine, prefix_cache=64))
+    assert [serve.engine_of(s).prefix_cache for s in (alone, mesh, asked)] == [256, 0, 64]
+    assert serve.engine_of(mesh) == replace(serve.ENGINE, prefix_cache=0)
 
 
 # Figures
