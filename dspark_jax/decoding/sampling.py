@@ -94,7 +94,7 @@ def _truncated_law(params: SamplingArrays, logits: Array) -> Array:
 
 
 def _law(params: SamplingArrays, logits: Array, cut: bool) -> Array:
-    if not _has_kernel(logits):
+    if not _has_kernel(logits.shape[-1], logits.dtype):
         return _law_by_xla(params, logits, cut)
 
     def kernel(params: SamplingArrays, logits: Array) -> Array:
@@ -117,8 +117,8 @@ def _law_by_xla(params: SamplingArrays, logits: Array, cut: bool) -> Array:
     return jnp.where(_per_request(params.stochastic, logits), law, _greedy_law(logits))
 
 
-def _has_kernel(x: Array) -> bool:
-    return x.dtype == jnp.float32 and x.shape[-1] > FEW and native.ready()
+def _has_kernel(vocab: int, dtype: Any = jnp.float32) -> bool:
+    return dtype == jnp.float32 and vocab > FEW and native.ready()
 
 
 def _weights(params: SamplingArrays, scaled: Array) -> Array:
@@ -247,7 +247,7 @@ def _waits(key: Key, vocab: int) -> Float[Array, "*n v"]:
         waits = native.waits(key.high.reshape(-1), key.low.reshape(-1), vocab)
         return waits.reshape(*key.high.shape, vocab)
 
-    if vocab <= FEW or not native.ready():
+    if not _has_kernel(vocab):
         return plain(key)
     return jax.lax.platform_dependent(key, cpu=kernel, default=plain)
 
@@ -317,7 +317,7 @@ def _odds(cut: Callable, params: SamplingArrays, logits: Array, waits: Array) ->
 
 def first_argmax(x: Float[Array, "*n v"]) -> Int[Array, "*n"]:
     """int32 index of the largest entry, the lowest on ties."""
-    if not _has_kernel(x):
+    if not _has_kernel(x.shape[-1], x.dtype):
         return _two_reductions(x)
 
     def kernel(x: Array) -> Array:

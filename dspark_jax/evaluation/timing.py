@@ -65,16 +65,15 @@ class Passes:
         """
         self._requests = seeded(prompts, way.sampling)
         made = engine_for(way.target, way.drafter, self._requests, way.sampling, way.engine)
-        assert made is not None
+        assert made is not None, "of an empty list of prompts alone"
         self._engine = made
-        # They were submitted to find out how large the engine must be; a pass submits its own.
-        for index in range(len(prompts)):
-            made.cancel(index)
 
     def __call__(self) -> Timed:
         start = time.perf_counter()
-        for index, request in enumerate(self._requests):
-            self._engine.submit(index, request)
+        # The first pass finds them submitted already: by them the engine was made as large as it is.
+        if self._engine.idle:
+            for index, request in enumerate(self._requests):
+                self._engine.submit(index, request)
         done = [progress.generation for progress in drain(self._engine) if progress.generation is not None]
         return Timed(tuple(sorted(done, key=lambda generation: generation.index)), time.perf_counter() - start)
 

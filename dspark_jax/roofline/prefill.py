@@ -39,13 +39,14 @@ def capture_rates(config: TargetConfig, sequences: int, length: int, token_bytes
     """The most that one of `CHIPS` captures, by its name: tokens/s of full rows in bfloat16, and what it has to write
     of states of `token_bytes` each. Empty where `prefill_terms` counts nothing."""
     terms = prefill_terms(config, sequences, length, itemsize=2)
-    made = {}
-    for name in CHIPS if terms else ():
-        device = known_device(name)
-        assert terms is not None and device is not None
-        rate = sequences * length / floor_seconds(terms, device)
-        made[f"{name}, at most"] = f"{rate:,.0f} tokens/s, {rate * token_bytes / 1e9:.2f} GB/s"
-    return made
+    if terms is None:
+        return {}
+
+    chips = {name: device for name in CHIPS if (device := known_device(name))}
+    rates = {name: sequences * length / floor_seconds(terms, device) for name, device in chips.items()}
+    return {
+        f"{name}, at most": f"{rate:,.0f} tokens/s, {rate * token_bytes / 1e9:.2f} GB/s" for name, rate in rates.items()
+    }
 
 
 def _forward(rows: int, i: int, o: int, b: int) -> Term:

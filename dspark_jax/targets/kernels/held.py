@@ -55,30 +55,29 @@ def held_attention(
     form = chosen_form()
     keys, values, tables = cached.keys, cached.values, getattr(cached, "tables", None)
     rows = q.shape[1] * q.shape[2] // own_keys.shape[2]
-    own = own_keys, own_values
-    plain = partial(_kept_apart, einsum, *own) if apart else partial(einsum, *own)
+    own, others = (own_keys, own_values), (keys, values, lengths, lowest, within, tables, scale)
+
+    def guarded(attend: Callable[[Array, Array], Array]) -> Callable[[], Array]:
+        return partial(_kept_apart, attend, *own) if apart else partial(attend, *own)
+
+    def kernel(attend: Callable[..., Array], interpret: bool = False) -> Callable[[], Array]:
+        return guarded(lambda own_keys, own_values: _by_kernel(q, own_keys, own_values, *others, attend, interpret))
+
+    plain = guarded(einsum)
     if form == "einsum" or rows > MOST_ROWS:
         return plain()
-
-    def kernel(attend: Callable[..., Array], interpret: bool = False) -> Array:
-        def run(own_keys: Array, own_values: Array) -> Array:
-            cached = keys, values, lengths, lowest, within, tables
-            return _by_kernel(q, own_keys, own_values, *cached, scale, attend, interpret)
-
-        return _kept_apart(run, *own) if apart else run(*own)
 
     # Only what a platform has of its own is traced for it.
     forms: dict[str, Callable[[], Array]] = {}
     if held_tpu.takes(q, keys, tables):
-        forms["tpu"] = partial(kernel, held_tpu.attend)
+        forms["tpu"] = kernel(held_tpu.attend)
     if held_gpu.takes(q, keys, own_keys, tables):
-        forms["cuda"] = partial(kernel, held_gpu.attend)
+        forms["cuda"] = kernel(held_gpu.attend)
     if form == "kernel":
-        forms["cpu"] = partial(kernel, held_tpu.attend, interpret=True)
+        forms["cpu"] = kernel(held_tpu.attend, interpret=True)
     elif native.attends(q, keys, tables):
         # It keeps rows apart itself: what XLA does around it takes as long as a tenth of a layer's products.
-        cached = keys, values, lengths, lowest, within, tables
-        forms["cpu"] = partial(_by_kernel, q, *own, *cached, scale, native.attend, apart=apart)
+        forms["cpu"] = partial(_by_kernel, q, *own, *others, native.attend, apart=apart)
     return jax.lax.platform_dependent(**forms, default=plain) if forms else plain()
 
 
