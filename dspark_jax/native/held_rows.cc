@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "lanes.h"
@@ -80,35 +81,48 @@ class Keys {
 };
 
 // Memory of a thread that lasts from call to call.
+constexpr int64_t kLine = 16;
 struct alignas(64) Line {
-  float numbers[kLanes];
+  float numbers[kLine];
 };
 inline float* room(std::vector<Line>& lines, int64_t numbers) {
-  lines.resize(std::max<size_t>(lines.size(), (numbers + kLanes - 1) / kLanes));
+  lines.resize(std::max<size_t>(lines.size(), (numbers + kLine - 1) / kLine));
   return lines.data()->numbers;
 }
 
-// Sixteen rows of sixteen become sixteen columns: four times, each of the first half and its fellow of the second are
-// dealt out by turns.
-inline void transpose(Lanes* rows) {
-  Lanes dealt[kLanes];
-  for (int step = 0; step < 4; ++step) {
-    for (int i = 0; i < 8; ++i) {
-      const Lanes a = rows[i], b = rows[i + 8];
-      const Bits low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+// The first halves of two rows dealt out by turns, or their second ones.
 #if defined(__clang__)
-      dealt[2 * i] = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-      dealt[2 * i + 1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+template <int... I>
+inline Lanes dealt_out(Lanes a, Lanes b, int from, std::integer_sequence<int, I...>) {
+  constexpr int half = kLanes / 2;
+  return from ? __builtin_shufflevector(a, b, (I / 2 + I % 2 * kLanes + half)...)
+              : __builtin_shufflevector(a, b, (I / 2 + I % 2 * kLanes)...);
+}
+inline Lanes dealt_out(Lanes a, Lanes b, int from) {
+  return dealt_out(a, b, from, std::make_integer_sequence<int, kLanes>());
+}
 #else
-      dealt[2 * i] = __builtin_shuffle(a, b, low);
-      dealt[2 * i + 1] = __builtin_shuffle(a, b, low + 8);
+inline Lanes dealt_out(Lanes a, Lanes b, int from) {
+  const Bits i = places();
+  return __builtin_shuffle(a, b, i / 2 + i % 2 * static_cast<int32_t>(kLanes) + from);
+}
 #endif
+
+// As many rows as lanes become columns: as often as the lanes can be halved, each row of the first half and its fellow of
+// the second are dealt out by turns.
+inline void transpose(Lanes* rows) {
+  constexpr int half = kLanes / 2;
+  Lanes dealt[kLanes];
+  for (int step = 1; step < kLanes; step *= 2) {
+    for (int i = 0; i < half; ++i) {
+      dealt[2 * i] = dealt_out(rows[i], rows[i + half], 0);
+      dealt[2 * i + 1] = dealt_out(rows[i], rows[i + half], half);
     }
     std::copy_n(dealt, kLanes, rows);
   }
 }
 
-// Keys channel by channel, [tile][H][16], so that a product takes sixteen of them at once; zeros past the last.
+// Keys channel by channel, [tile][H][lanes], so that a product takes a tile of them at once; zeros past the last.
 void turn(const float* const* keys, int64_t count, int64_t channels, float* turned) {
   for (int64_t i = 0; i < count; i += kLanes) {
     for (int64_t h = 0; h < channels; h += kLanes) {
@@ -120,7 +134,7 @@ void turn(const float* const* keys, int64_t count, int64_t channels, float* turn
   }
 }
 
-// Scores of R rows with sixteens of turned keys, two at a time for want of rows.
+// Scores of R rows with tiles of turned keys, two at a time for want of rows.
 template <int R>
 void score(const Call& c, const float* const* q, const float* turned, int64_t tiles, float* scores) {
   for (int64_t i = 0; i < tiles; i += 2) {
@@ -168,7 +182,7 @@ struct Sums {
   float *top, *total, *values;
 
   // Numbers of them; a whole line of the cache begins the next.
-  static int64_t size(const Call& c) { return (c.rows() * (c.channels + 2) + kLanes - 1) / kLanes * kLanes; }
+  static int64_t size(const Call& c) { return (c.rows() * (c.channels + 2) + kLine - 1) / kLine * kLine; }
   static Sums in(float* at, const Call& c) {
     float* top = at + c.rows() * c.channels;
     return {top, top + c.rows(), at};

@@ -119,11 +119,11 @@ Lanes logarithm(Lanes x) {
   return rest + sum + power * 0.693359375f;
 }
 
-// Sixteen uniform numbers in [0, 1) of a Threefry-2x32 key from counter `at` on: those of decoding/noise.py, bit by bit.
+// Uniform numbers in [0, 1) of a Threefry-2x32 key from counter `at` on: those of decoding/noise.py, bit by bit.
 Lanes uniform(uint32_t key_high, uint32_t key_low, uint32_t at) {
   const uint32_t words[3] = {key_high, key_low, key_high ^ key_low ^ 0x1BD11BDA};
   constexpr int rotations[2][4] = {{13, 15, 26, 6}, {17, 29, 16, 24}};
-  const Wholes index = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const Wholes index = (Wholes)places();
   Wholes high = Wholes{} + words[0], low = index + (at + words[1]);
   for (int group = 0; group < 5; ++group) {
     for (const int by : rotations[group % 2]) {

@@ -20,11 +20,13 @@ using Matrix = ffi::Buffer<ffi::F32, 2>;
 
 constexpr int64_t kPanel = 48;
 
-// Registers for the sums of so many rows by so many columns, and for a row of the panel.
+// Registers for the sums of so many rows by so many columns, in lanes, and for a row of the panel.
 #if defined(__AVX512F__)
-constexpr int64_t kRows = 9, kWide = 3;
+constexpr int64_t kRows = 9;
+constexpr int64_t wide(int64_t) { return 3; }
 #else
-constexpr int64_t kRows = 6, kWide = 1;
+constexpr int64_t kRows = 6;
+constexpr int64_t wide(int64_t rows) { return rows <= 2 ? 6 : 2; }
 #endif
 // Bytes of the panel between the row that is multiplied and the one that is sent for.
 constexpr int64_t kAhead = 9216;
@@ -41,6 +43,7 @@ struct Product {
 template <typename Weight, int R>
 void by_panel(const Product<Weight>& p, int64_t first, int64_t panel) {
   constexpr int64_t ahead = kAhead / (kPanel * sizeof(Weight)) * kPanel;
+  constexpr int64_t kWide = wide(R);
   const float* x = p.x + first * p.inputs;
   for (int64_t at = 0; at < kPanel; at += kWide * kLanes) {
     const Weight* weight = p.panels + panel * p.inputs * kPanel + at;
