@@ -12,7 +12,7 @@ import pytest
 from scipy.stats import chi2
 
 from dspark_jax.decoding.sampling import SamplingArrays, coupled_waits, sampling_law
-from dspark_jax.decoding.verifiers import Coupled, Draws
+from dspark_jax.decoding.verifiers import Coupled, Decision, Draws
 from dspark_jax.drafters.protocol import DraftOutput
 from dspark_jax.errors import UserError
 from dspark_jax.evaluation.timing import differences
@@ -100,10 +100,20 @@ def test_the_joint_law_has_both_laws_as_margins() -> None:
 # Every combination of a few clocks at four positions, through the verifier and the policies themselves
 
 
+@jax.jit
+def raced(logits: jax.Array, k: Any, noise: jax.Array, draws: Draws) -> jax.Array:
+    return Coupled().draft(logits, k, noise, draws)[0]
+
+
+@jax.jit
+def judged(tokens: jax.Array, logits: jax.Array, lengths: jax.Array, noise: jax.Array, draws: Draws) -> Decision:
+    return Coupled().decide(DraftOutput(tokens, None, None), logits, lengths, noise, draws)
+
+
 @pytest.mark.parametrize("requests", [1, 2])
 @pytest.mark.parametrize("name", ANY_POLICY)
 def test_every_policy_gives_the_text_of_the_noise(name: str, requests: int) -> None:
-    w, policy, verifier = world(requests=requests), ANY_POLICY[name], Coupled()
+    w, policy = world(requests=requests), ANY_POLICY[name]
     rng = np.random.default_rng(2)
     atoms = rng.exponential(size=(4, w.vocab))
     if requests == 1:
@@ -120,8 +130,8 @@ def test_every_policy_gives_the_text_of_the_noise(name: str, requests: int) -> N
         text.append(np.argmax(w.target[text[-1]] / waits[:, :, at], axis=-1))
     text = np.stack(text, axis=2)
 
-    def flat(x: np.ndarray) -> jax.Array:
-        return jnp.asarray(x.reshape(count * requests, *x.shape[2:]), jnp.float32)
+    def flat(x: np.ndarray) -> np.ndarray:
+        return x.reshape(count * requests, *x.shape[2:]).astype(np.float32)
 
     view = Enumeration(w, policy, requests).view
     draws = Draws(
@@ -135,16 +145,16 @@ def test_every_policy_gives_the_text_of_the_noise(name: str, requests: int) -> N
         noise = flat(np.take_along_axis(waits, window[..., None], axis=2))
         block = [np.take_along_axis(made, np.minimum(done, positions)[:, :, None], axis=2)[:, :, 0]]
         for k in range(w.block):
-            token, _ = verifier.draft(jnp.log(flat(w.draft[k][block[-1]])), k, noise, draws)
+            token = raced(np.log(flat(w.draft[k][block[-1]])), k, noise, draws)
             block.append(np.asarray(token).reshape(count, requests))
         block = np.stack(block, axis=2)
         rows = np.stack([w.logits[k, block[:, :, k]] for k in range(w.block)], axis=2).astype(np.float32)
         drafted, lengths, after = jax.device_get(decide(policy, view, states, rows[:, None]))
         lengths = lengths[:, 0]
         seen |= set(map(tuple, lengths.tolist()))
-        draft = DraftOutput(jnp.asarray(block[:, :, 1:].reshape(-1, w.block)), None, None)
-        logits = jnp.log(flat(w.target[block]))
-        found = verifier.decide(draft, logits, jnp.asarray(lengths.ravel()), noise, draws)
+        found = judged(
+            block[:, :, 1:].reshape(-1, w.block), np.log(flat(w.target[block])), lengths.ravel(), noise, draws
+        )
         n, token = (np.asarray(x).reshape(count, requests) for x in found)
         assert np.all(n <= lengths)
         for g, r in np.ndindex(count, requests):
