@@ -31,6 +31,7 @@ TPU_FLAGS = "LIBTPU_INIT_ARGS"
 # The TPU's compiler leaves equal parts of a program as functions, which it calls, in place of a copy for each.
 _SHARED = "--xla_tpu_enable_deduplicated_calls"
 _KNOWS_SHARED = (0, 0, 42)  # of libtpu; one that does not know a flag ends the process
+_GIVEN = os.environ.get(TPU_FLAGS)  # before a program of this process sets its own
 _ENTRY = "*-cache"  # jax's name of a stored program
 _ZLIB = b"\x78"  # first byte of the compression that jax uses where no other is installed
 
@@ -82,6 +83,18 @@ def share_equal_parts() -> None:
     knows = release is not None and tuple(map(int, release.groups()[:3])) >= _KNOWS_SHARED
     if knows and _SHARED.removeprefix("--") not in flags:
         os.environ[TPU_FLAGS] = f"{flags} {_SHARED}=true".strip()
+
+
+def checkout_environment(checkout: Path) -> dict[str, str]:
+    """The environment of a process that runs what lies in a checkout of this repository, this one or an earlier.
+
+    Its folder comes first on the path, and the TPU's compiler has the flags that this process was started with: each
+    checkout has it work as its own programs have it.
+    """
+    paths = os.pathsep.join([str(checkout.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": paths}
+    environment.pop(TPU_FLAGS, None)
+    return environment | ({} if _GIVEN is None else {TPU_FLAGS: _GIVEN})
 
 
 def _obstacle(folder: Path) -> str:

@@ -15,7 +15,7 @@ import pytest
 from dspark_jax import compilation
 from dspark_jax.checkpoints.drafters import save_drafter
 from dspark_jax.checkpoints.huggingface import load_target
-from dspark_jax.compilation import Compilations, drop_torn, keep_compiled
+from dspark_jax.compilation import Compilations, checkout_environment, drop_torn, keep_compiled
 from dspark_jax.config.cli import program
 from dspark_jax.drafters.registry import drafter_hf_config, new_drafter
 from dspark_jax.planning.ahead import EnginePrograms
@@ -161,5 +161,8 @@ def test_a_tpus_compiler_shares_equal_parts(
 
     monkeypatch.setattr(compilation.metadata, "version", installed)
     monkeypatch.setenv(compilation.TPU_FLAGS, given)
+    monkeypatch.setattr(compilation, "_GIVEN", given or None)
     program(lambda argv: None)(["--compilation-cache", "off"])
     assert os.environ[compilation.TPU_FLAGS] == expected
+    # Another checkout's process decides for itself.
+    assert checkout_environment(Path("/before")).get(compilation.TPU_FLAGS, "") == given

@@ -196,9 +196,10 @@ def test_estimate_is_no_less_than_the_cache_and_writes_nothing(target, folder, c
     main(list(map(str, words)))
     assert _content(folder) == before
     lines = capsys.readouterr().out.splitlines()
-    printed = dict(line.split() for line in lines if "at most" not in line)
-    # What a chip captures at most, and what it then has to write.
-    assert len([line for line in lines if line.endswith("GB/s")]) == 3
+    printed = dict(line.split() for line in lines if "," not in line.split("  ")[0])
+    # What a chip captures at most, and what it then has to write: of full rows, and of these in both layouts.
+    assert len([line for line in lines if line.endswith("GB/s")]) == 9
+    assert len([line for line in lines if line.startswith("padding, rows ") and line.endswith(" %")]) == 2
     estimate = int(printed["bytes"].replace(",", ""))
     main(list(map(str, words[:-1])))
     assert estimate >= sum(len(data) for name, data in _content(folder).items() if name.startswith("cache/shard"))
@@ -207,7 +208,11 @@ def test_estimate_is_no_less_than_the_cache_and_writes_nothing(target, folder, c
 def test_other_settings_on_the_same_cache(target: Path, folder: Path, refused: Refused):
     main, *words = cache(target)
     main(list(map(str, words)))
-    for option, value, field in (("--codec", "float32", "dtype"), ("--batch", 2, "batch")):
+    for option, value, field in (
+        ("--codec", "float32", "dtype"),
+        ("--rows", "packed", "rows"),
+        ("--batch", 2, "batch"),
+    ):
         assert f"was begun with {field} = " in refused(*cache(target, option, value))
     assert "was begun with layer_ids = [0, 1], this run has [1]" in refused(*cache(target, layers="1"))
     longer = {"messages": GOOD["messages"] * 2}

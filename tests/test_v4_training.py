@@ -1,6 +1,7 @@
 """DeepSeek-V4's drafters in training: blocks are what decoding drafts from, and a step lowers the loss."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ import pytest
 from dspark_jax.checkpoints.deepseek_v4_published import save_v4_target
 from dspark_jax.checkpoints.drafters import load_drafter, shared_tables
 from dspark_jax.checkpoints.huggingface import load_target
+from dspark_jax.datagen.cache_builder import CacheSettings, check_settings, layout_of
 from dspark_jax.drafters.registry import drafter_hf_config, new_drafter
 from dspark_jax.errors import UserError
+from dspark_jax.targets.registry import read_target_config
 from dspark_jax.training.objective import BlockObjective
 from dspark_jax.training.run_folder import read_records
 from dspark_jax.training.schedule import learning_rate_schedule, make_optimizer
@@ -145,3 +148,12 @@ def test_settings_become_the_published_fields() -> None:
     assert native["compress_ratios"] == [0, 4, 8, 0, 0]
     assert (native["dspark_block_size"], native["dspark_markov_rank"], native["dspark_noise_token_id"]) == (5, 4, 1)
     assert native["dspark_target_layer_ids"] == [0, 2]
+
+
+def test_rows_of_a_cache_hold_one_conversation_each(folder: Path) -> None:
+    """What is packed would pool tokens of two conversations: refused when asked for, and not taken on any device."""
+    config = read_target_config(json.loads((folder / "target" / "config.json").read_text()))
+    settings = CacheSettings(str(folder / "target"), (), (1,), Path("cache"), max_length=32)
+    assert layout_of(settings, config, "tpu") == "by-length"
+    with pytest.raises(UserError, match="deepseek_v4 run rows of one conversation each: give --rows by-length"):
+        check_settings(replace(settings, rows="packed"), config)

@@ -1,58 +1,40 @@
 """Builds target caches: runs the target over conversations and stores its hidden states for training.
 
-A killed build can be continued and ends with the same bytes: training rows are taken in fixed windows, each window's
-batches are a function of its rows alone, and a resumed build computes its first window whole again.
+A killed build can be continued and ends with the same bytes: what runs together is a function of the training rows
+alone (`capture.py`), and a resumed build computes its first window whole again.
 """
 
 import hashlib
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from tqdm import tqdm
 
 from dspark_jax.checkpoints.huggingface import load_target, read_hf_config, resolve_folder
 from dspark_jax.config.experiment_cache import cache_spec_of
 from dspark_jax.config.schema import MeshSettings, TrainConfig
 from dspark_jax.data.cache_writer import CacheWriter
-from dspark_jax.data.chat import Encoded, template_id
-from dspark_jax.data.codecs import STATES, encode_states
+from dspark_jax.data.chat import template_id
 from dspark_jax.data.manifest import begun, require_room
-from dspark_jax.data.pipeline import length_buckets
-from dspark_jax.data.records import CacheSpec, Sample, estimate_bytes
+from dspark_jax.data.records import CacheSpec, estimate_bytes
 from dspark_jax.data.tokenised import encode_files
 from dspark_jax.data.tokenizers import load_tokenizer, tokenizer_hash
+from dspark_jax.datagen.capture import Capture, Layout, Padding, TrainingRow
 from dspark_jax.devices import announce
 from dspark_jax.distributed import connect, from_first, is_first, require_same
 from dspark_jax.errors import UserError
 from dspark_jax.files import require_same_settings, weights_hash, write_json, write_settings
 from dspark_jax.roofline.prefill import capture_rates
-from dspark_jax.sharding import (
-    ShardingRules,
-    mesh_of_several,
-    parameter_mesh,
-    replicated,
-    require_rows,
-    traced_over,
-)
-from dspark_jax.targets.attention import CausalRows
+from dspark_jax.sharding import mesh_of_several, require_rows
 from dspark_jax.targets.config import TargetConfig, config_sha256
-from dspark_jax.targets.registry import read_target_config
-from dspark_jax.targets.target import Target
+from dspark_jax.targets.kernels.ranges import KERNELS
+from dspark_jax.targets.registry import TARGETS, read_target_config
 from dspark_jax.training.provenance import answers_of
-
-WINDOW_BATCHES = 4
-"""Batches whose rows are sorted by length together."""
-AHEAD = 2  # batches that devices have before them while rows are written
-SMALLEST_BUCKET = 64
-"""Shortest padded length, in tokens."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +54,10 @@ class CacheSettings:
     min_loss_tokens: int = 2
     """Conversations with fewer supervised tokens after the cut are dropped."""
     batch: int = 16
-    """Conversations that the target runs at once."""
+    """Rows that the target runs at once."""
+    rows: Literal["auto", "packed", "by-length"] = "auto"
+    """packed: a row of `max_length` tokens holds several conversations, none of which attends to another. by-length:
+    one each, beside others of like length. auto: packed on TPUs and GPUs, whose attention skips other conversations."""
     max_shard_mb: float = 256
     """MiB after which a shard is closed; a killed run loses at most one shard's work."""
     codec: Literal["bfloat16", "float32", "float8_e4m3", "int8"] = "bfloat16"
@@ -121,19 +106,6 @@ class CacheSettings:
         return int(self.max_shard_mb * 2**20)
 
 
-@dataclass(frozen=True)
-class TrainingRow:
-    """A training row of the cache; `kept` is False where it has too few supervised tokens and is dropped."""
-
-    index: int
-    encoded: Encoded
-    kept: bool
-
-    @property
-    def length(self) -> int:
-        return len(self.encoded.input_ids)
-
-
 def make(settings: CacheSettings) -> dict[str, Any]:
     """Builds the whole cache, or with `estimate` only computes its size.
 
@@ -159,20 +131,21 @@ def make(settings: CacheSettings) -> dict[str, Any]:
     # Each process reads the files itself; on different copies they would compute different rows together.
     require_same({"their conversations are not the same": sources_sha256})
     if settings.estimate:
-        rates = capture_rates(config, settings.batch, settings.max_length, spec.token_bytes)
-        return {**figures, "gigabytes": f"{figures['bytes'] / 1e9:,.3f}", **rates} if is_first() else {}
-
-    # These decide bits of the states but no record's meaning, so they are kept beside the manifest, not in it.
-    made_with = {
-        "weights_xxh3": weights_hash(folder),
-        "compute_dtype": settings.compute_dtype or config.dtype,
-        "batch": settings.batch,
-    }
+        return {**figures, **speed(settings, config, spec, items)} if is_first() else {}
 
     mesh = mesh_of_several(settings.mesh)
     require_rows("--batch", settings.batch, mesh)
     if mesh is not None:
         connect(mesh)
+
+    # These decide bits of the states but no record's meaning, so they are kept beside the manifest, not in it.
+    layout = layout_of(settings, config, jax.default_backend())
+    made_with = {
+        "weights_xxh3": weights_hash(folder),
+        "compute_dtype": settings.compute_dtype or config.dtype,
+        "batch": settings.batch,
+        "rows": layout,
+    }
 
     continued = require_same_settings(begun(settings.output) / "build.json", made_with, settings.output)
     require_room(settings.output, figures["bytes"], settings.max_shard_bytes)
@@ -180,7 +153,21 @@ def make(settings: CacheSettings) -> dict[str, Any]:
     announce(settings.compute_dtype)
     target = load_target(folder, dtype=settings.compute_dtype, mesh=mesh, tokenizer=False)
 
-    return build(settings, target, spec, items, None if continued else made_with)
+    capture = Capture(target, spec, settings.batch, layout)
+    return build(settings, capture, spec, items, None if continued else made_with)
+
+
+def layout_of(settings: CacheSettings, config: TargetConfig, platform: str) -> Layout:
+    """How rows are put together, "auto" decided: packed where kernels attend, and the target's family can be."""
+    if settings.rows != "auto":
+        return settings.rows
+    return "packed" if platform in KERNELS and can_be_packed(config) else "by-length"
+
+
+def can_be_packed(config: TargetConfig) -> bool:
+    """Whether conversations that share a row leave each other alone: not in families with a model of their own, whose
+    state is more than one key and value a token."""
+    return TARGETS[config.model_type].model is None
 
 
 def cache_spec(
@@ -218,6 +205,11 @@ def check_settings(settings: CacheSettings, config: TargetConfig) -> None:
         raise UserError(
             f"--max-length is {settings.max_length}, the target's context {config.max_positions}; lower it."
         )
+    if settings.rows == "packed" and not can_be_packed(config):
+        raise UserError(
+            f"--rows is packed; targets of the kind {config.model_type} run rows of one conversation each: "
+            "give --rows by-length."
+        )
 
 
 def estimate(settings: CacheSettings, spec: CacheSpec, items: Sequence[TrainingRow]) -> dict[str, Any]:
@@ -233,17 +225,37 @@ def estimate(settings: CacheSettings, spec: CacheSpec, items: Sequence[TrainingR
     tokens = sum(item.length for item in kept)
     needed = estimate_bytes(tokens, len(kept), spec, settings.max_shard_bytes)
     counts = {"rows": len(items), "records": len(kept), "dropped": len(items) - len(kept), "tokens": tokens}
-    return counts | {"bytes_per_token": spec.token_bytes, "bytes": needed}
+    sizes = {"bytes_per_token": spec.token_bytes, "bytes": needed}
+    return counts | sizes | ({"gigabytes": f"{needed / 1e9:,.3f}"} if settings.estimate else {})
+
+
+def speed(
+    settings: CacheSettings, config: TargetConfig, spec: CacheSpec, items: Sequence[TrainingRow]
+) -> dict[str, str]:
+    """The padding of both layouts, and by counted terms what a chip captures at most: of rows that one conversation
+    fills, and of these."""
+    length, ways = settings.max_length, dict[str, Padding]()
+    if any(item.kept for item in items):
+        layouts: tuple[Layout, ...] = ("packed", "by-length") if can_be_packed(config) else ("by-length",)
+        ways = {f"rows {way}": Padding.of(items, settings.batch, length, way) for way in layouts}
+
+    shown = {f"padding, {name}": f"{100 * padding.share:.1f} %" for name, padding in ways.items()}
+    full = Padding(settings.batch * length, settings.batch * length, {length: 1}, None)
+    for name, padding in {"full rows": full, **ways}.items():
+        rates = capture_rates(config, settings.batch, padding.passes, padding.tokens, padding.lengths)
+        for chip, rate in rates.items():
+            shown[f"{chip}, {name}, at most"] = f"{rate:,.0f} tokens/s, {rate * spec.token_bytes / 1e9:.2f} GB/s"
+    return shown
 
 
 def build(
-    settings: CacheSettings, target: Target, spec: CacheSpec, items: Sequence[TrainingRow], new_settings: dict | None
+    settings: CacheSettings, capture: Capture, spec: CacheSpec, items: Sequence[TrainingRow], new_settings: dict | None
 ) -> dict[str, Any]:
-    """Computes and writes the missing part of the cache.
+    """Computes and writes the missing part of the cache, one window beside the other.
 
     Args:
         settings: of the build.
-        target: on the devices, without tokenizer.
+        capture: of the target's states.
         spec: of the cache.
         items: all training rows, dropped ones included.
         new_settings: recorded in build.json before the first shard; None where they are there already.
@@ -262,7 +274,7 @@ def build(
 
         # Only the first process has the folder, and all must compute the same batches.
         start = int(from_first(writer.next_source if writer else 0))
-        samples = compute_samples(target, spec, items, start, settings.batch)
+        samples = stack.enter_context(closing(capture(items, start)))
         if writer is None:
             for _ in samples:  # computed together, written by the first process
                 pass
@@ -283,6 +295,9 @@ def build(
             "bytes": writer.bytes_written,
             "seconds_this_run": round(seconds, 3),
             "tokens_per_second": made / seconds,
+            # Of a build that stands on its disk the second is large, else the first.
+            "share_waiting_for_states": capture.waited / seconds,
+            "share_waiting_for_disk": capture.idle / seconds,
         }
         # Before the writer gives the folder up, which brings it to a store.
         write_json(writer.folder / "metrics.json", metrics)
@@ -312,89 +327,3 @@ def encode_sources(settings: CacheSettings, tokenizer: Any, vocabulary: int) -> 
         raise UserError(f"{files} holds no conversations; at least one was expected.")
 
     return items, digest.hexdigest()
-
-
-def compute_samples(
-    target: Target, spec: CacheSpec, items: Sequence[TrainingRow], start: int, batch: int
-) -> Iterator[tuple[int, Sample | None]]:
-    """Yields (index, sample) of every source from `start` on, in order; None in place of a dropped one's sample.
-
-    The window that holds `start` is computed from its beginning, so that its batches, and with them every bit of the
-    results, are those of a run that was not interrupted.
-    """
-    # Small enough that little is computed twice after a kill, large enough that lengths can be sorted.
-    window = batch * WINDOW_BATCHES
-    begin, samples = start // window * window, dict[int, Sample]()
-
-    for made in _computed_ahead(_batches(target, spec, items[begin:], window, batch)):
-        if isinstance(made, list):
-            # Rows before `start` were computed only for their batches' sake.
-            for item in made:
-                if item.index >= start:
-                    yield item.index, samples.get(item.index)
-            samples = {}
-        else:
-            group, states = made
-            samples.update(_cut(group, jax.device_get(states)))
-
-
-def _batches(
-    target: Target, spec: CacheSpec, items: Sequence[TrainingRow], window: int, batch: int
-) -> Iterator[tuple[Sequence[TrainingRow], dict[str, jax.Array]] | list[TrainingRow]]:
-    """(rows, their states on the devices) of every batch, and behind the batches of a window all its rows."""
-    forward, buckets = make_forward(target, spec), length_buckets(spec.max_length, SMALLEST_BUCKET)
-    for first in range(0, len(items), window):
-        members = list(items[first : first + window])
-        # Similar lengths share a batch, for less padding; the index makes the order unique.
-        by_length = sorted((item for item in members if item.kept), key=lambda item: (item.length, item.index))
-
-        for at in range(0, len(by_length), batch):
-            group = by_length[at : at + batch]
-            # Always `batch` rows of a bucket's length, the missing ones zero: one compiled program a bucket, and every
-            # run sums in the same order. [B, T]
-            tokens = np.zeros((batch, next(b for b in buckets if b >= group[-1].length)), np.int32)
-            for row, item in enumerate(group):
-                tokens[row, : item.length] = item.encoded.input_ids
-            states = forward(target.params, tokens)
-            for array in states.values():
-                # Starts the copy without waiting for it.
-                if array.is_fully_addressable:
-                    array.copy_to_host_async()
-            yield group, states
-        yield members
-
-
-def _computed_ahead(made: Iterator[Any]) -> Iterator[Any]:
-    """The same, each handed out once the next `AHEAD` are under way: devices compute while rows are written."""
-    waiting = deque[Any]()
-    for one in made:
-        waiting.append(one)
-        if len(waiting) > AHEAD:
-            yield waiting.popleft()
-    yield from waiting
-
-
-def make_forward(target: Target, spec: CacheSpec) -> Callable[[dict, Any], dict[str, jax.Array]]:
-    """Makes the jitted function (params, tokens int32 [B, T]) -> states in the cache's codec (`codecs.STATES`).
-
-    Rows are sharded over the parameters' mesh; the states are replicated, so that every process has them whole.
-    """
-    mesh = parameter_mesh(target.params)
-
-    def forward(params: dict, tokens: jax.Array) -> dict[str, jax.Array]:
-        if mesh is not None:
-            tokens = jax.lax.with_sharding_constraint(tokens, ShardingRules().rows(mesh, tokens.ndim))
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        with traced_over(mesh):
-            out = target.model(params)(tokens, positions, CausalRows(), spec.layer_ids)
-        # Padding stands at the right, so causal rows never see it; encoding here shrinks what leaves the device.
-        return encode_states(out.taps, out.hidden, spec.codec, jnp)
-
-    return jax.jit(forward, out_shardings=replicated(mesh) if mesh is not None and jax.process_count() > 1 else None)
-
-
-def _cut(group: Sequence[TrainingRow], stored: dict[str, np.ndarray]) -> Iterator[tuple[int, Sample]]:
-    """Yields (index, sample) of every row of a batch, without padding."""
-    for row, item in enumerate(group):
-        states = [stored[name][row, : item.length] for name in STATES if name in stored]
-        yield item.index, Sample(item.index, item.encoded.input_ids, item.encoded.loss_mask, *states)

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dspark_jax.compilation import TPU_FLAGS
+from dspark_jax.compilation import checkout_environment
 from dspark_jax.config.cli import parse, program
 from dspark_jax.devices import machine
 from dspark_jax.errors import UserError
@@ -32,8 +32,6 @@ from dspark_jax.programs import earlier_checkout
 from dspark_jax.report import table
 
 MIB = 2**20
-FLAGS_GIVEN = os.environ.get(TPU_FLAGS, "")
-"""Those of the TPU's compiler, from before this program sets its own."""
 THUNKS = "*run_rounds*.thunk_sequence_after_thunk_passes.txt"
 
 
@@ -102,15 +100,7 @@ def reading(settings: CompiledSettings, checkout: Path) -> dict[str, Any]:
             "slots": settings.slots, "longest": settings.longest, "layers": settings.layers, "folder": name,
             "pages": settings.cache_pages,
         }  # fmt: skip
-        # Its own folder first, before this checkout's.
-        paths = os.pathsep.join([str(checkout.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": paths,
-            "JAX_ENABLE_COMPILATION_CACHE": "false",
-        }
-        # Each checkout has the TPU's compiler work as its own programs have it.
-        environment[TPU_FLAGS] = FLAGS_GIVEN
+        environment = checkout_environment(checkout) | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
         if settings.topology in GPUS:
             # The sequence of launches is in no text of a program, only in what the compiler writes beside it.
             dump = f"--xla_dump_to={name} --xla_dump_hlo_module_re=run_rounds --xla_dump_hlo_as_text"

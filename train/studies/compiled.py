@@ -12,7 +12,6 @@ writes together. Rows of other names stay in the results.
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from dspark_jax.compilation import checkout_environment
 from dspark_jax.config.cli import parse, program
 from dspark_jax.devices import machine
 from dspark_jax.errors import UserError
@@ -93,13 +93,7 @@ def reading(settings: CompiledSettings, checkout: Path, when: str) -> dict[str, 
             "folder": str(folder.resolve()), "bench": module_name("train.bench.__main__"),
         }  # fmt: skip
 
-        # Its own folder first, before this checkout's.
-        paths = os.pathsep.join([str(checkout.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": paths,
-            "JAX_ENABLE_COMPILATION_CACHE": "false",
-        }
+        environment = checkout_environment(checkout) | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
         command = [sys.executable, "-c", COMPILES, json.dumps(wanted)]
         done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
         if done.returncode:
@@ -139,6 +133,9 @@ COMPILES = """
 import dataclasses, importlib, json, sys, time
 from pathlib import Path
 wanted = json.loads(sys.argv[1])
+from dspark_jax import compilation
+if hasattr(compilation, "share_equal_parts"):
+    compilation.share_equal_parts()
 from dspark_jax.config.cli import load_config, mesh_settings
 from dspark_jax.planning.compiled import topology_mesh, wide_products
 from dspark_jax.planning.training import AbstractRun

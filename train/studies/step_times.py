@@ -11,7 +11,6 @@ clock's.
 """
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dspark_jax.compilation import checkout_environment
 from dspark_jax.config.cli import divide_options, parse, program
 from dspark_jax.devices import machine
 from dspark_jax.errors import UserError
@@ -90,13 +90,11 @@ def figures(turns: Sequence[tuple[float, float]]) -> dict[str, Any]:
 
 def started(checkout: Path, options: list[str]) -> subprocess.Popen[str]:
     """A process of a checkout whose step is compiled and warm."""
-    # Its own folder first, before this checkout's.
-    paths = os.pathsep.join([str(checkout.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])])
     wanted = json.dumps({"bench": module_name("train.bench.__main__"), "options": options})
     side = subprocess.Popen(
         [sys.executable, "-c", STEPS, wanted],
         cwd=checkout,
-        env=os.environ | {"PYTHONPATH": paths},
+        env=checkout_environment(checkout),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -129,6 +127,9 @@ STEPS = """
 import importlib, json, sys, time
 import jax
 wanted = json.loads(sys.argv[1])
+from dspark_jax import compilation
+if hasattr(compilation, "share_equal_parts"):
+    compilation.share_equal_parts()
 bench = importlib.import_module(wanted["bench"])
 from dspark_jax.planning.training import AbstractRun
 from dspark_jax.sharding import make_mesh
