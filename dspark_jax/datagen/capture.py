@@ -9,7 +9,7 @@ Axes: B batch row, T padded position.
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import dropwhile
@@ -179,7 +179,7 @@ class Capture:
         self._target, self._spec, self._batch, self._layout = target, spec, batch, layout
         self.waited = self.idle = 0.0
 
-    def __call__(self, items: Sequence[TrainingRow], start: int) -> Iterator[tuple[int, Sample | None]]:
+    def __call__(self, items: Sequence[TrainingRow], start: int) -> Generator[tuple[int, Sample | None]]:
         """Yields (index, sample) of every source from `start` on, in order; None in place of a dropped one's sample.
 
         The window that holds `start` is computed from its beginning, so that its batches, and with them every bit of
