@@ -189,6 +189,23 @@ def threshold_plot(path: Path, sets: Mapping[str, Mapping[str, Mapping[str, Any]
     save(figure, path)
 
 
+def curves_plot(path: Path, panels: Mapping[str, Mapping[str, Mapping[int, float]]], label: str) -> None:
+    """What drafters of several depths or block lengths reach: a panel for each title, a line for each drafter (the
+    paper's Figures 3 and 4)."""
+    figure, axes = pyplot().subplots(1, len(panels), figsize=(5 * len(panels), 3.8), squeeze=False)
+
+    for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
+        for name, line in lines.items():
+            axis.plot(list(line), list(line.values()), marker="o", label=name)
+            axis.set_xticks(list(line))
+        axis.set_xlabel(label)
+        axis.set_ylabel(title)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+
+    save(figure, path)
+
+
 def throughput_plot(path: Path, closed: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
     """Tokens a second of all users against one user's: a line for each strategy, a point for each concurrency (the
     paper's Figure 7)."""

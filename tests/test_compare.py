@@ -35,7 +35,7 @@ def test_the_parts_share_their_points():
     assert depths == {"dspark": 2, "dflash": 2, "eagle3": 1, "mtp1": 1}
     shorter = all_points(replace(settings, only=("main", "next", "losses"), seeds=1, block=4))
     assert {p.drafter: p.block for p in shorter} == dict.fromkeys((*MAIN, *NEXT, *LOSSES), 4) | {"mtp1": 1}
-    assert len(shorter) == 4 + 2 + 4
+    assert len(shorter) == 4 + 2 + 5
 
 
 @pytest.mark.parametrize("name", CONTESTANTS)
@@ -59,6 +59,14 @@ def test_dflash_is_the_backbone_alone():
     assert (config.loss.l1_alpha, config.loss.confidence_alpha) == (0.0, 0.0)
 
 
+def test_one_loss_for_all_takes_the_place_of_each_contestants():
+    settings = CompareSettings(loss="lk")
+    losses = {point_config(settings, StudyPoint(n, 2, 7, 0), 20).loss for n in ("dspark", "dflash", "dspark_rnn")}
+    assert [(x.ce_alpha, x.l1_alpha, x.lk_alpha, x.confidence_alpha) for x in losses] == [(0.0, 0.0, 1.0, 0.0)]
+    both = point_config(CompareSettings(), StudyPoint("dspark_lk_reach", 2, 7, 0), 20).loss
+    assert (both.lk_alpha, both.confidence_alpha, both.confidence_weights) == (1.0, 1.0, "reach")
+
+
 def test_layers_may_start_as_the_target_s_last():
     settings = CompareSettings(start="target")
     assert point_config(settings, StudyPoint("dspark", 2, 7, 0), 20).drafter.init_target_layers == (8, 9)
@@ -67,9 +75,13 @@ def test_layers_may_start_as_the_target_s_last():
 
 
 def test_another_target_s_recipe_shortens_the_vocabulary_of_those_that_can():
-    settings = CompareSettings(recipe="smollm2_135m_dspark", max_length=96, batch=2)
+    settings = CompareSettings(recipe="smollm2_135m_dspark", max_length=192, batch=2)
     made = {name: point_config(settings, StudyPoint(name, 1, 7, 0), 20) for name in MAIN}
-    assert all((config.data.length_buckets, config.data.global_batch) == ((48, 72, 96), 2) for config in made.values())
+    assert all(
+        (config.data.length_buckets, config.data.global_batch) == ((96, 144, 192), 2) for config in made.values()
+    )
+    short = point_config(replace(settings, max_length=128), StudyPoint("dspark", 1, 7, 0), 20)
+    assert short.data.length_buckets == (128,)
     assert [bool(made[name].drafter.draft_vocabulary) for name in MAIN] == [True, True, False, False]
     assert {config.drafter.mask_token_id for config in made.values()} == {3}
 
@@ -99,7 +111,7 @@ def result(point: StudyPoint, tau: float) -> dict[str, Any]:
         return counts | {"accepted": accepted, "judged": judged}
 
     domains = {"code": row(tau), "chat": row(tau + 0.5), "math": row(tau + 0.5)}
-    trained = dict.fromkeys(TRAINED, 1.0) | {"train_curve": [(1, 1.0), (2, tau)]}
+    trained = dict.fromkeys(TRAINED, 1.0) | {"train_curve": [(1, 1.0), (2, tau)], "train_positions": [0.5]}
     return {"t1": domains, "t0": domains, **trained}
 
 
@@ -129,9 +141,11 @@ def test_the_report_of_a_whole_study(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert metrics["figure2_t1"]["dspark"]["math"]["rates"][0] == pytest.approx(0.6)
     assert set(metrics["figure3_t1"]["dflash"]) == {"1", "2", "3"} == set(metrics["figure3_t1"]["dspark"])
     assert len(metrics["figure3_t1"]["dspark"]["2"]["macro"]["values"]) == 3
+    # The last fifth of two steps is the second.
+    assert metrics["figure3_t1"]["dspark"]["2"]["expected"]["values"] == pytest.approx([2.4, 2.5, 2.6])
     assert {name: list(row) for name, row in metrics["figure4_t1"].items()} == {
-        name: [str(block) for block in BLOCKS] for name in ("dflash", "dspark", "dspark_rnn")
-    }
+        "dspark_rnn": [str(block) for block in BLOCKS]
+    } | dict.fromkeys(("dflash", "dspark"), [str(block) for block in sorted((*BLOCKS, 7))])
     printed = capsys.readouterr().out
     assert "DSpark over DFlash: +" in printed and "MTP-1" in printed and "+2.0%" in printed
     for plot in ("figure2", "figure3", "figure4", "training"):
@@ -149,6 +163,18 @@ def test_later_drafters_and_losses_have_tables_beside_dspark(tmp_path: Path, cap
     assert list(metrics["losses_t1"]) == list(LOSSES) and list(metrics["tau_macro_t1"]) == ["dspark"]
     assert metrics["training"]["dspark_lk"]["curve"] == [[[1, 1.0], [2, 2.4]]] and not metrics["figure3_t1"]
     assert "DSpark + convolution" in capsys.readouterr().out
+
+
+def test_a_study_that_decodes_nothing_has_curves_of_what_was_expected(tmp_path: Path):
+    points = [StudyPoint(name, depth, 7, 0) for name in ("dspark", "dflash") for depth in (1, 2)]
+    found = {p: {k: v for k, v in result(p, 2.0 + p.depth).items() if k.startswith("train_")} for p in points}
+    found = {p: row | {"train_positions": [0.9, 0.25, 0.75]} for p, row in found.items()}
+    assert report(tmp_path, found, None, ABOUT)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["figure3_t1"]["dflash"] == {
+        str(d): {"expected": estimate([2.0 + d]), "later": estimate([0.5])} for d in (1, 2)
+    }
+    assert not metrics["figure3_t0"] and not metrics["table1_t1"] and not metrics["figure4_t1"]
 
 
 def test_a_report_of_what_there_is_so_far(tmp_path: Path):
@@ -194,7 +220,8 @@ def test_a_point_trains_decodes_and_is_found_again(study: list[str], capsys: pyt
         assert row["committed"] <= 7 * requests, "the first token is the prefill's"
         assert row["verified"][0] == row["rounds"] > 0
     assert (output / "points" / point.name / "drafter" / "model.safetensors").exists()
-    assert [step for step, _ in found[point]["train_curve"]] == [1, 2] and found[point]["train_cpu_seconds"] > 0
+    assert [step for step, _ in found[point]["train_curve"]] == [1, 2] and len(found[point]["train_positions"]) == 7
+    assert found[point]["train_cpu_seconds"] > 0
 
 
 def test_a_stopped_point_ends_with_a_sentence(
@@ -216,6 +243,7 @@ def test_a_stopped_point_ends_with_a_sentence(
         (["--point", "x"], "no point 'x'; its points are dspark,depth=1,block=7,seed=0"),
         (["--layers", "0", "3"], "up to 2"),
         (["--seeds", "0"], "--seeds is 0"),
+        (["--loss", "lk", "--only", "losses"], "--loss lk gives all the same"),
     ],
 )
 def test_compare_refusals(study: list[str], more: list[str], said: str, capsys: pytest.CaptureFixture[str]):

@@ -17,12 +17,18 @@ from typing import Any
 from dspark_jax.config.cli import parse, program
 from dspark_jax.files import make_output, write_atomically
 from dspark_jax.readers import read_object
-from dspark_jax.report import budget_plot, page_table, reliability_plot, threshold_plot, throughput_plot
+from dspark_jax.report import budget_plot, curves_plot, page_table, reliability_plot, threshold_plot, throughput_plot
 
-from .figures_paper import DOMAINS, NAMES, PAPER, differences, why_missing
+from .figures_paper import DOMAINS, NAMES, PAPER, differences
 from .figures_steps import PAIRS, FiguresSettings, Pair, measured, steps
 
 Result = Mapping[str, Any]
+CURVES = {
+    "macro": ("τ decoded", 2),
+    "expected": ("τ expected in training", 3),
+    "later": ("acceptance behind the first draft, in training", 3),
+}
+"""What a study of depth or block length has of a point: its name on the page, and the digits of it."""
 
 
 @program
@@ -72,7 +78,7 @@ def missing(commands: Mapping[str, Sequence[str]], pair: Pair, number: str) -> s
         number, pair.evaluate if number in ("5", "6") else pair.load
     )
     words = " ".join(["python", *commands[name][1:]])
-    return f"Not measured{why_missing(pair.stem, number)} (results/{name}): `{words}`"
+    return f"Not measured yet (results/{name}): `{words}`"
 
 
 def beside(settings: FiguresSettings, pair: Pair, number: str) -> list[str]:
@@ -113,9 +119,9 @@ def paper_gain(name: str) -> float:
     return whole["dspark"] / whole[name] - 1
 
 
-def shown(value: Result) -> str:
-    spread = "" if value.get("ci95") is None else f" ± {value['ci95']:.2f}"
-    return f"{value['mean']:.2f}{spread}"
+def shown(value: Result, digits: int = 2) -> str:
+    spread = "" if value.get("ci95") is None else f" ± {value['ci95']:.{digits}f}"
+    return f"{value['mean']:.{digits}f}{spread}"
 
 
 def figure2(settings: FiguresSettings, pair: Pair) -> list[str]:
@@ -131,22 +137,33 @@ def figure2(settings: FiguresSettings, pair: Pair) -> list[str]:
     return page_table(["drafter", *(f"k = {k + 1}" for k in range(block))], rows) + plotted(settings, pair, "figure2")
 
 
-def curves(settings: FiguresSettings, pair: Pair, key: str, field: str) -> list[str]:
-    """Accepted length by depth or block length."""
+def curves(settings: FiguresSettings, pair: Pair, number: str, field: str) -> list[str]:
+    """Accepted length by depth or block length: decoded and, where the study has it, expected at the training's end."""
     found = read(settings, pair.curves)
-    if found is None or not found[key]:
+    if found is None or not found[f"figure{number}_t1"]:
         return []
-    at = sorted({int(x) for row in found[key].values() for x in row})
-    rows = [
-        [NAMES[name], *(shown(row[str(x)]["macro"]) if str(x) in row else "-" for x in at)]
-        for name, row in found[key].items()
-    ]
-    return page_table([field, *map(str, at)], rows)
+    curve = found[f"figure{number}_t1"]
+    at = sorted({int(x) for row in curve.values() for x in row})
+    table: list[list[str]] = []
+    panels: dict[str, dict[str, dict[int, float]]] = {}
+    for key, (title, digits) in CURVES.items():
+        lines = {n: {x: row[str(x)][key] for x in at if key in row.get(str(x), {})} for n, row in curve.items()}
+        # Results from before the study kept what its trainings expected have one panel.
+        if not any(lines.values()):
+            continue
+        panels[title] = {NAMES[n]: {x: value["mean"] for x, value in line.items()} for n, line in lines.items()}
+        cells = {NAMES[n]: {x: shown(value, digits) for x, value in line.items()} for n, line in lines.items()}
+        dspark, dflash = (panels[title].get(NAMES[n], {}) for n in ("dspark", "dflash"))
+        cells["DSpark over DFlash"] = {x: f"{100 * (dspark[x] / dflash[x] - 1):+.1f} %" for x in dspark if x in dflash}
+        table += [[f"{name}, {title}", *(row.get(x, "-") for x in at)] for name, row in cells.items()]
+
+    curves_plot(settings.output / f"{pair.stem}-figure{number}.png", panels, field)
+    return [*page_table([field, *map(str, at)], table), "", f"![{field}]({pair.stem}-figure{number}.png)"]
 
 
 def figure4(settings: FiguresSettings, pair: Pair) -> list[str]:
     """Accepted length by block length, and the head's share of a round."""
-    rows = curves(settings, pair, "figure4_t1", "block")
+    rows = curves(settings, pair, "4", "block")
     found = read(settings, pair.curves)
     if not rows or found is None or not found["figure4_head_cost"]:
         return rows
@@ -268,7 +285,7 @@ FIGURES: dict[str, tuple[str, str, Draw]] = {
     "3": (
         "Figure 3: depth of the backbone",
         "two layers of DSpark beat five of DFlash.",
-        lambda s, p: curves(s, p, "figure3_t1", "layers"),
+        lambda s, p: curves(s, p, "3", "layers"),
     ),
     "4": (
         "Figure 4: block length, and the cost of the head",

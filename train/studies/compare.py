@@ -41,7 +41,7 @@ from dspark_jax.training.guards import Preempted
 from dspark_jax.training.point_processes import Point, Runner, report_failures
 
 from .compare_report import publish, report
-from .comparison import BLOCK, PAPER, PARTS, Part, StudyPoint, study_points
+from .comparison import BLOCK, PAPER, PARTS, SHARED_LOSS, Part, StudyPoint, study_points
 
 HEAD_COST = "head_cost"
 
@@ -83,6 +83,8 @@ class CompareSettings:
     """Positions of a sequence that Eagle3 is trained on; 0: every one, as it was devised, a multiple of the others'."""
     start: Literal["random", "target"] = "random"
     """Initial layers of the drafters: random, or copies of the target's last."""
+    loss: Literal["own", "lk"] = "own"
+    """Loss of block drafters: each its own, or LK without a confidence term for all."""
     learning_rate: float = 0.0
     """Peak learning rate of all points; 0: the recipe's."""
     batch: int = 4
@@ -97,6 +99,8 @@ class CompareSettings:
     """A target cache to use if its manifest fits; empty: OUTPUT/cache, which is built where it is missing."""
     heldout: int = 20
     """Held-out prompts of each domain."""
+    decode: bool = True
+    """Decode held-out prompts with each drafter; without, Figures 3 and 4 are of what the trainings expected alone."""
     samples: int = 2
     """Times that each held-out prompt is decoded at temperature 1."""
     max_new_tokens: int = 128
@@ -118,6 +122,8 @@ class CompareSettings:
         for name in POSITIVE:
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; at least 1 was expected.")
+        if self.loss != "own" and "losses" in self.parts:
+            raise UserError(f"--only losses compares losses, and --loss {self.loss} gives all the same; leave one out.")
         for name in ("rollouts", "learning_rate"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; 0 or more was expected.")
@@ -136,8 +142,9 @@ class CompareSettings:
 
 
 IDENTITY = (
-    "recipe", "minutes", "depth", "block", "layers", "anchors", "rollouts", "start", "learning_rate", "batch",
-    "max_length", "conversations", "prompts", "cache", "heldout", "samples", "max_new_tokens",
+    "recipe", "minutes", "depth", "block", "layers", "anchors", "rollouts", "start", "loss", "learning_rate",
+    "batch", "max_length", "conversations", "prompts", "cache", "heldout", "decode",
+    "samples", "max_new_tokens",
 )  # fmt: skip
 """Settings shared by all points of a study, beside the target and the steps."""
 
@@ -315,7 +322,7 @@ def run_point(settings: CompareSettings, points: list[StudyPoint], name: str) ->
     try:
         result = compare_point.train_and_decode(
             point_config(settings, point, step_count(settings)),
-            settings.prompts_file,
+            settings.prompts_file if settings.decode else None,
             max_new_tokens=settings.max_new_tokens,
             samples=settings.samples,
         )
@@ -330,6 +337,8 @@ def point_config(settings: CompareSettings, point: StudyPoint, steps: int) -> Tr
     """The point's training run: its drafter's recipe, with data and steps shared by all points."""
     # Steps end the run, not epochs: all points see the same sequences in the same order.
     longest = settings.max_length
+    # A program is compiled for each bucket, which short sequences never earn back.
+    buckets = (longest // 2, 3 * longest // 4, longest) if longest > 128 else (longest,)
     common: Diff = {
         "target": settings.target,
         "run_dir": str(settings.output / "points" / point.name),
@@ -338,13 +347,14 @@ def point_config(settings: CompareSettings, point: StudyPoint, steps: int) -> Tr
         "loss.rollout_positions": settings.rollouts,
         "data.cache": str(settings.cache_folder),
         "data.max_length": longest,
-        "data.length_buckets": (longest // 2, 3 * longest // 4, longest),
+        "data.length_buckets": buckets,
         "data.global_batch": settings.batch,
         "epochs": 1_000_000,
         "max_steps": steps,
         "log_every": max(1, steps // 20),
         "checkpoint.every_steps": max(1, steps // 3),
         "checkpoint.keep": 1,
+        **SHARED_LOSS[settings.loss],
     }
     if settings.learning_rate:
         common["optimizer.learning_rate"] = settings.learning_rate

@@ -12,6 +12,16 @@ from .comparison import CONTESTANTS
 
 COLOURS = {"dspark": "C0", "dflash": "C1", "eagle3": "C2", "mtp1": "C3", "dspark_rnn": "C4"}
 
+EXPECTED = "expected"
+"""Beside the domains of a point: the accepted length that its training expected at the end."""
+LATER = "later"
+"""Likewise the acceptance of drafts behind the first, each behind the true prefix, in their mean."""
+
+
+def height(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A point of Figures 3 and 4: what was decoded in macro-average, or expected in a study that decodes nothing."""
+    return row.get("macro", row.get(EXPECTED, {}))
+
 
 def plot_all(folder: Path, metrics: Mapping[str, Any]) -> None:
     """Writes figure2.png, figure3.png, figure4.png and training.png, as far as their points are finished."""
@@ -82,7 +92,7 @@ def block_length(path: Path, metrics: Mapping[str, Any]) -> None:
         # A gain needs DFlash at the same block length.
         shared = [at for at in row if at in rows.get("dflash", {})]
         if name != "dflash" and shared:
-            gain = [row[at]["macro"]["mean"] / rows["dflash"][at]["macro"]["mean"] - 1 for at in shared]
+            gain = [height(row[at])["mean"] / height(rows["dflash"][at])["mean"] - 1 for at in shared]
             label = CONTESTANTS[name].label
             panels[1].plot(list(map(int, shared)), np.multiply(gain, 100), marker="o", label=label, color=COLOURS[name])
 
@@ -118,9 +128,9 @@ def _head_cost(panel: Any, rows: list[Mapping[str, Any]]) -> None:
 def _curves(panel: Any, rows: Mapping[str, Any], label: str) -> None:
     for name, row in rows.items():
         at = sorted(map(int, row))
-        means = [row[str(x)]["macro"]["mean"] for x in at]
+        means = [height(row[str(x)])["mean"] for x in at]
         # A single seed has no interval; it is drawn without bars.
-        spread = [row[str(x)]["macro"]["ci95"] or 0.0 for x in at]
+        spread = [height(row[str(x)])["ci95"] or 0.0 for x in at]
         panel.errorbar(
             at, means, yerr=spread, marker="o", capsize=3, label=CONTESTANTS[name].label, color=COLOURS[name]
         )

@@ -1,6 +1,5 @@
 """One point of `train.studies.compare`: trains a drafter and decodes with it, or measures the cost of a head."""
 
-import json
 import statistics
 import time
 from collections.abc import Iterator
@@ -23,31 +22,39 @@ from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
 from dspark_jax.targets.target import Target
 from dspark_jax.training.fitting import fit
+from dspark_jax.training.run_folder import read_records
 
-from .comparison import BLOCKS
+from .comparison import BLOCKS, LAST
 
 HEADS = {"none": 0, "vanilla": 64, "rnn": 64}
 SLOTS = (1, 16)
 ROUNDS = 16
 
 
-def train_and_decode(config: TrainConfig, prompts: Path, *, max_new_tokens: int, samples: int) -> dict[str, Any]:
+def train_and_decode(config: TrainConfig, prompts: Path | None, *, max_new_tokens: int, samples: int) -> dict[str, Any]:
     """Trains, unless the run is finished, then counts acceptance on the held-out prompts, sampled and greedy.
 
     Args:
         config: the training run.
-        prompts: file of held-out prompts.
+        prompts: file of held-out prompts; None: nothing is decoded.
         max_new_tokens: of an answer.
         samples: passes at temperature 1.
 
     Returns:
-        Counts by domain under "t1" and "t0", the drafter's parameters, and figures of its training.
+        Figures of the training; and where something was decoded, the drafter's parameters and counts by domain under
+        "t1" and "t0".
     """
     # A finished run is left alone, so a point that was killed while decoding only decodes again.
     started = time.process_time()
     fitted = fit(config)
     # Seconds of the processor, compilation included; of a run that was continued, those since then.
-    trained = {**fitted.summary, "cpu_seconds": time.process_time() - started, "curve": course(fitted.folder)}
+    trained = {**fitted.summary, "cpu_seconds": time.process_time() - started}
+    trained |= {"curve": course(fitted.folder), "positions": positions(fitted.folder)}
+    measured = ("seconds", "step_seconds", "cpu_seconds", "loss", "tau_probabilistic", "skipped", "curve", "positions")
+    figures = {f"train_{name}": trained.get(name) for name in measured}
+    if prompts is None:
+        return figures
+
     target = load_target(config.target, dtype=config.compute_dtype)
     drafter = load_drafter(fitted.drafter, target, dtype=config.compute_dtype)
 
@@ -70,18 +77,21 @@ def train_and_decode(config: TrainConfig, prompts: Path, *, max_new_tokens: int,
         ]
         decoded[key] = {domain: counts(Acceptance.pooled([p[domain] for p in passes])) for domain in passes[0]}
 
-    measured = ("seconds", "step_seconds", "cpu_seconds", "loss", "tau_probabilistic", "skipped", "curve")
-    return {
-        **decoded,
-        "parameters": sum(x.size for x in jax.tree.leaves(drafter.params)),
-        **{f"train_{name}": trained.get(name) for name in measured},
-    }
+    return {**decoded, "parameters": sum(x.size for x in jax.tree.leaves(drafter.params)), **figures}
 
 
 def course(run: Path) -> list[tuple[int, float]]:
     """(step, expected accepted length at temperature 1 on the step's own sequences) of every record of a run."""
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [(row["step"], row["tau_probabilistic"]) for row in map(json.loads, lines) if "tau_probabilistic" in row]
+    rows = read_records(run / "metrics.jsonl")
+    return [(row["step"], row["tau_probabilistic"]) for row in rows if "tau_probabilistic" in row]
+
+
+def positions(run: Path) -> list[float]:
+    """Acceptance at temperature 1 of each draft behind the true prefix, in the mean of the last fifth of the steps."""
+    rows = read_records(run / "metrics.jsonl")
+    last = [row for row in rows if row["step"] > LAST * rows[-1]["step"]]
+    keys = [f"accept_rate@{k}" for k in range(sum(key.startswith("accept_rate@") for key in rows[-1]))]
+    return [statistics.fmean(row[key] for row in last) for key in keys]
 
 
 def counts(acceptance: Acceptance) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from dspark_jax.evaluation.acceptance import COUNTS, Acceptance, macro_tau
 from dspark_jax.files import write_json
 from dspark_jax.report import table
 
-from .compare_plots import plot_all
-from .comparison import BLOCKS, CONTESTANTS, DEEP, LONG, LOSSES, MAIN, NEXT, StudyPoint, point
+from .compare_plots import EXPECTED, LATER, height, plot_all
+from .comparison import BLOCKS, CONTESTANTS, DEEP, LAST, LONG, LOSSES, MAIN, NEXT, StudyPoint, point
 
 Found = Mapping[StudyPoint, Mapping[str, Any]]
 TEMPERATURES = ("t1", "t0")
@@ -25,8 +25,18 @@ TABLES = {"table1": MAIN, "next": NEXT, "losses": LOSSES}
 """Contestants of each table; each is compared with the first."""
 TRAINED = (
     "train_seconds", "train_step_seconds", "train_cpu_seconds", "train_loss", "train_tau_probabilistic", "train_curve",
-    "parameters",
+    "train_positions", "parameters",
 )  # fmt: skip
+
+
+def last_of_course(course: Sequence[Sequence[float]]) -> float:
+    """Mean expected accepted length over the last fifth of a training's steps.
+
+    Of the steps' own sequences before they were learned from: within the first pass over the data these are as held out
+    as prompts are, and more of them.
+    """
+    last = course[-1][0]
+    return statistics.fmean(tau for step, tau in course if step > LAST * last)
 
 
 def estimate(values: Sequence[float]) -> dict[str, Any]:
@@ -93,12 +103,16 @@ class Runs:
         mine = (p for p in self.found if (p.drafter, p.depth, p.block) == (name, usual.depth, usual.block))
         return sorted(mine, key=lambda p: p.seed)
 
+    def decoded(self, name: str) -> list[StudyPoint]:
+        """Those of `of` with which prompts were decoded."""
+        return [p for p in self.of(name) if TEMPERATURES[0] in self.found[p]]
+
     def table(self, names: Iterable[str], key: str) -> dict[str, dict[str, Any]]:
         """Drafter -> domain or "macro" -> estimate of the accepted length over seeds."""
         made: dict[str, dict[str, Any]] = {}
         for name in names:
             # Seeds are averaged last, so that the interval is over runs.
-            runs = [acceptance(self.found[p], key) for p in self.of(name)]
+            runs = [acceptance(self.found[p], key) for p in self.decoded(name)]
             if runs:
                 made[name] = {domain: estimate([run[domain].tau for run in runs]) for domain in runs[0]}
                 made[name]["macro"] = estimate([macro_tau(run) for run in runs])
@@ -107,7 +121,9 @@ class Runs:
     def gains(self, names: Sequence[str], key: str) -> dict[str, Any]:
         """DSpark's gain in macro-average over each other drafter, paired by seed: both saw the same sequences in
         order."""
-        macro = {name: {p.seed: macro_tau(acceptance(self.found[p], key)) for p in self.of(name)} for name in names}
+        macro = {
+            name: {p.seed: macro_tau(acceptance(self.found[p], key)) for p in self.decoded(name)} for name in names
+        }
         made = {}
 
         for name in names[1:]:
@@ -123,7 +139,7 @@ class Runs:
         and the curves of single seeds."""
         made: dict[str, dict[str, Any]] = {}
         for name in MAIN:
-            runs = [acceptance(self.found[p], key) for p in self.of(name)]
+            runs = [acceptance(self.found[p], key) for p in self.decoded(name)]
             for domain in [*runs[0], "all"] if runs else []:
                 # Counts are pooled, not rates averaged: late positions are reached in few rounds of some seeds.
                 parts = [Acceptance.pooled([a for d, a in run.items() if domain in (d, "all")]) for run in runs]
@@ -138,14 +154,15 @@ class Runs:
         for name in names:
             for p in sorted((p for p in self.found if p.drafter == name), key=lambda p: (getattr(p, field), p.seed)):
                 # A curve varies one of the two, so the other is at its value of the main comparison.
-                fits = p.block == self.block if field == "depth" else p.depth == self.depth and p.block in BLOCKS
+                fits = (
+                    p.block == self.block
+                    if field == "depth"
+                    else p.depth == self.depth and p.block in (*BLOCKS, self.block)
+                )
                 if fits:
-                    by_domain = acceptance(self.found[p], key)
-                    row = made.setdefault(name, {}).setdefault(str(getattr(p, field)), {"macro": []})
-
-                    row["macro"].append(macro_tau(by_domain))
-                    for domain, counted in by_domain.items():
-                        row.setdefault(domain, []).append(counted.tau)
+                    for domain, value in self.heights(p, key).items():
+                        row = made.setdefault(name, {}).setdefault(str(getattr(p, field)), {})
+                        row.setdefault(domain, []).append(value)
 
         # A single depth or block length is no curve; its figures are in the tables.
         if len({at for rows in made.values() for at in rows}) < 2:
@@ -155,13 +172,27 @@ class Runs:
             for name, rows in made.items()
         }
 
+    def heights(self, p: StudyPoint, key: str) -> dict[str, float]:
+        """A point's accepted length by domain, in macro-average, and as its training expected it at temperature 1."""
+        found: dict[str, float] = {}
+        if key in self.found[p]:
+            by_domain = acceptance(self.found[p], key)
+            found = {"macro": macro_tau(by_domain)} | {domain: counted.tau for domain, counted in by_domain.items()}
+        if key == "t1":
+            found[EXPECTED] = last_of_course(self.found[p]["train_curve"])
+            # A block's first draft is any drafter's; what a sequential head is for comes behind it.
+            behind = self.found[p].get("train_positions", ())[1:]
+            if behind:
+                found[LATER] = statistics.fmean(behind)
+        return found
+
     def training(self) -> dict[str, Any]:
         """Time, loss, size and course of the training runs at the study's depth and block length, by drafter."""
         made = {}
         for name in dict.fromkeys((*MAIN, *NEXT, *LOSSES)):
             runs = [self.found[p] for p in self.of(name)]
             if runs:
-                made[name] = {n.removeprefix("train_"): [run[n] for run in runs] for n in TRAINED}
+                made[name] = {n.removeprefix("train_"): [run.get(n) for run in runs] for n in TRAINED}
         return made
 
 
@@ -187,10 +218,10 @@ def tables(metrics: Mapping[str, Any]) -> str:
         at = sorted({int(x) for row in rows.values() for x in row})
         if rows:
             body = [
-                [CONTESTANTS[n].label, *(_shown(r[str(x)]["macro"]) if str(x) in r else "" for x in at)]
+                [CONTESTANTS[n].label, *(_shown(height(r[str(x)])) if str(x) in r else "" for x in at)]
                 for n, r in rows.items()
             ]
-            parts += [f"\nmacro-averaged accepted length by {field}", table([field, *map(str, at)], body)]
+            parts += [f"\naccepted length by {field}", table([field, *map(str, at)], body)]
 
     if metrics["figure4_head_cost"]:
         parts += ["\ncost of the sequential head in a round", _cost_text(metrics["figure4_head_cost"])]

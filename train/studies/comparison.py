@@ -18,6 +18,8 @@ DEPTHS = (1, 2, 3)
 BLOCKS = (4, 8, 12, 16)
 BLOCK = 7
 """γ outside the curve over block lengths."""
+LAST = 0.8
+"""The share of a training's steps behind which its figures are taken."""
 HEADLESS: Diff = {
     "drafter.markov_rank": 0,
     "drafter.enable_confidence_head": False,
@@ -27,6 +29,14 @@ HEADLESS: Diff = {
 WHOLE_VOCABULARY: Diff = {"drafter.draft_vocabulary": ""}
 CONVOLUTION: Diff = {"drafter.conv_kernel_size": 2}
 CROSS_ENTROPY: Diff = {"loss.ce_alpha": 1.0, "loss.l1_alpha": 0.0, "loss.confidence_alpha": 0.0}
+LK: Diff = {"loss.ce_alpha": 0.0, "loss.l1_alpha": 0.0, "loss.lk_alpha": 1.0}
+REACH: Diff = {"loss.confidence_weights": "reach"}
+SHARED_LOSS: dict[str, Diff] = {
+    "own": {},
+    # No confidence term, which trains the backbone too: what differs between drafters is then their shape alone.
+    "lk": {**LK, "loss.confidence_alpha": 0.0},
+}
+"""Loss of all points of a study, over each contestant's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,17 +87,18 @@ CONTESTANTS: dict[str, Contestant] = {
     ),
     # DSpark with another loss than the recipe's.
     "dspark_pace": Contestant("D-PACE weights", {"loss.slot_weights": "d_pace"}),
-    "dspark_lk": Contestant("LK loss", {"loss.ce_alpha": 0.0, "loss.l1_alpha": 0.0, "loss.lk_alpha": 1.0}),
+    "dspark_lk": Contestant("LK loss", LK),
     "dspark_length": Contestant(
         "accepted length", {"loss.ce_alpha": 0.0, "loss.l1_alpha": 0.0, "loss.length_alpha": 1.0}
     ),
-    "dspark_reach": Contestant("confidence by reach", {"loss.confidence_weights": "reach"}),
+    "dspark_reach": Contestant("confidence by reach", REACH),
+    "dspark_lk_reach": Contestant("LK loss, confidence by reach", {**LK, **REACH}),
 }
 MAIN = ("dspark", "dflash", "eagle3", "mtp1")
 DEEP = ("dspark", "dflash")
 LONG = ("dflash", "dspark", "dspark_rnn")
 NEXT = ("dspark", "dspark_conv", "dflash2")
-LOSSES = ("dspark", "dspark_pace", "dspark_lk", "dspark_length", "dspark_reach")
+LOSSES = ("dspark", "dspark_pace", "dspark_lk", "dspark_length", "dspark_reach", "dspark_lk_reach")
 
 
 @dataclasses.dataclass(frozen=True)
