@@ -44,7 +44,7 @@ from dspark_jax.sharding import split
 from dspark_jax.storage.places import place_of
 from dspark_jax.targets.deepseek_v4.config import MODEL_TYPE
 from dspark_jax.targets.registry import read_target_config
-from dspark_jax.training.checkpoint import damage, steps_in
+from dspark_jax.training.checkpoint_notes import damage, steps_in
 
 Facts = dict[str, Any]
 

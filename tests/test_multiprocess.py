@@ -189,8 +189,11 @@ def test_a_run_in_a_store_continues_on_two_machines(folder: Path, two: list[str]
     (folder / "stored" / "metrics.jsonl").write_bytes(objects.read(place / "metrics.jsonl"))
     np.testing.assert_allclose(losses(folder, "stored"), losses(folder, "offline-1"), rtol=1e-5)
     # Step 10 is of one process, the last one of two.
-    parts = {name for name in objects.listing(place) if name.endswith(".bin")}
+    parts = {name: found.bytes for name, found in objects.listing(place).items() if name.endswith(".bin")}
     assert sorted(name.split("/")[1] for name in parts) == ["10", "20", "20"]
+    # Both hold all of the state, and each writes half of it.
+    one, two_of_them = [size for name, size in parts.items() if name.split("/")[1] == "20"]
+    assert abs(one - two_of_them) < 0.02 * (one + two_of_them)
     assert json.loads(objects.read(place / "metrics.json"))["steps"] == STEPS
 
 

@@ -3,13 +3,16 @@
 import dataclasses
 import threading
 import time
+import weakref
 
 import ml_dtypes
 import numpy as np
 import pytest
 
+from dspark_jax.data import pipeline
 from dspark_jax.data.cache_writer import CacheWriter
 from dspark_jax.data.pipeline import Batches, length_buckets, open_cache, pad_batch
+from dspark_jax.data.records import TokenSample
 from dspark_jax.data.target_cache import TargetCache
 from dspark_jax.data.views import Tapped
 from dspark_jax.errors import UserError
@@ -52,7 +55,7 @@ def test_order_is_a_function_of_seed_and_step(cache):
     assert straight == take(Batches(cache, 5, seed=3, buckets=(64,)), 12)
     assert straight != take(Batches(cache, 5, seed=4, buckets=BUCKETS), 12)
     assert straight[5:] == take(batches, 7, start=5)
-    with batches.iterate(threads=1, prefetch=1) as one, batches.iterate(threads=8, prefetch=8) as many:
+    with batches.iterate(ahead=1) as one, batches.iterate(ahead=8) as many:
         assert [next(one)["sample_ids"].tolist() for _ in range(6)] == straight[:6]
         assert [next(many)["sample_ids"].tolist() for _ in range(6)] == straight[:6]
     in_order = Batches(cache, 5, seed=3, buckets=BUCKETS, shuffle=False)
@@ -67,7 +70,7 @@ def test_order_is_pinned(cache):
 def test_resume_continues_whatever_was_read_ahead(cache):
     batches = Batches(cache, 3, seed=1, buckets=BUCKETS)
     straight = take(batches, 10)
-    with batches.iterate(prefetch=6) as iterator:
+    with batches.iterate(ahead=6) as iterator:
         for _ in range(4):
             next(iterator)
         state = iterator.get_state()
@@ -125,7 +128,7 @@ def test_threads_end_with_the_iterator(cache):
         return threading.active_count() <= before
 
     before = threading.active_count()
-    iterator = Batches(cache, 2, seed=0, buckets=BUCKETS).iterate(threads=3, prefetch=5)
+    iterator = Batches(cache, 2, seed=0, buckets=BUCKETS).iterate(ahead=3)
     next(iterator)
     assert threading.active_count() > before
     iterator.close()
@@ -135,18 +138,60 @@ def test_threads_end_with_the_iterator(cache):
     assert ended()
 
 
+class Counting:
+    """A source, and the bytes of the records and batches that are in memory because of it."""
+
+    def __init__(self, cache: TargetCache, monkeypatch: pytest.MonkeyPatch):
+        self._cache, self._lock, self.lengths = cache, threading.Lock(), cache.lengths
+        self.alive = self.most = self.records = 0
+        monkeypatch.setattr(pipeline, "pad_batch", lambda *args: self._counted(pad_batch(*args)))
+
+    def __len__(self) -> int:
+        return len(self._cache)
+
+    def __getitem__(self, index: int) -> TokenSample:
+        sample = self._cache[index]
+        self._counted(sample.arrays())
+        self.records += 1
+        return sample
+
+    def _counted(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        for array in arrays.values():
+            self._add(array.nbytes)
+            weakref.finalize(array, self._add, -array.nbytes)
+        return arrays
+
+    def _add(self, size: int) -> None:
+        with self._lock:
+            self.alive += size
+            self.most = max(self.most, self.alive)
+
+
 def test_what_is_read_ahead_is_bounded(cache, monkeypatch):
-    loaded: list[int] = []
-    batch_at = Batches.batch_at
-    monkeypatch.setattr(Batches, "batch_at", lambda self, step: loaded.append(step) or batch_at(self, step))
-    with Batches(cache, 2, seed=0, buckets=BUCKETS).iterate(threads=2, prefetch=3) as iterator:
-        for taken in range(1, 4):
-            next(iterator)
-            # A loop that does nothing with its batches: the threads have all the time they want.
-            until = time.monotonic() + 0.3
-            while time.monotonic() < until:
-                time.sleep(0.01)
-            assert len(loaded) <= taken + 3 + 2
+    """In batches by the buffer of Grain's threads, and in bytes by what a batch may take."""
+    rows = 2
+    for allowed, ahead in ((0.1, 1), (4.1, 2), (100, 4)):
+        source = Counting(cache, monkeypatch)
+        batches = Batches(source, rows, seed=0, buckets=(64,))
+        largest = batches.batch_bytes(0)
+        monkeypatch.setenv(pipeline.GIGABYTES, str(allowed * largest / 1e9))
+        source.records, batch = 0, None
+        with batches.iterate() as iterator:
+            for taken in range(1, 8):
+                batch = next(iterator)
+                # A loop that does nothing with its batches: the threads have all the time they want.
+                until = time.monotonic() + 0.05
+                while time.monotonic() < until:
+                    time.sleep(0.01)
+                # The sample that gave the size, the batches taken, those ahead.
+                assert source.records <= 1 + rows * (taken + ahead)
+        # Beside the loop's own batch and the one that it takes.
+        assert batch is not None and source.most <= (2 * ahead + 2) * largest
+        assert source.records == 1 + rows * (7 + ahead)
+
+    monkeypatch.setenv(pipeline.GIGABYTES, "much")
+    with pytest.raises(UserError, match="DSPARK_READ_AHEAD_GB is 'much'; a number"):
+        next(batches.iterate())
 
 
 def test_damage_surfaces_as_the_users_error(cache, monkeypatch):

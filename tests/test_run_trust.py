@@ -17,7 +17,8 @@ from dspark_jax.data.cache_writer import CacheWriter
 from dspark_jax.data.target_cache import TargetCache
 from dspark_jax.errors import UserError
 from dspark_jax.files import lock_folder, write_settings
-from dspark_jax.training.checkpoint import HASHES, Checkpoints, damage
+from dspark_jax.training.checkpoint import Checkpoints
+from dspark_jax.training.checkpoint_notes import HASHES, damage
 from dspark_jax.training.checksum import checksums
 from dspark_jax.training.run_folder import MetricsLog, read_records
 from dspark_jax.training.synthetic_cache import write_synthetic_cache

@@ -26,11 +26,11 @@ from dspark_jax.files import lock_folder
 from dspark_jax.storage import lease, objects, replica, shards
 from dspark_jax.storage.places import Place, local_path
 from dspark_jax.storage.shards import Shard, ShardFolder
-from dspark_jax.training import array_blocks
 from dspark_jax.training.checkpoint import Checkpoints, abstract
 from dspark_jax.training.fitting import only_writer
 from dspark_jax.training.object_checkpoints import ASIDE, MARKER, ObjectCheckpoints
 from dspark_jax.training.run_folder import require_same_run, write_config
+from dspark_jax.training.snapshots import Snapshots
 from infer.export import main as export
 from tests.drafters_tiny import write_pair
 from tests.kill_cache import SHARD_BYTES, SOURCES, SPEC, make_sample, write_cache
@@ -222,11 +222,7 @@ def test_checkpoints_are_kept_and_restored():
 def test_what_is_saved_is_the_state_of_its_step(room: bool, monkeypatch: pytest.MonkeyPatch):
     """Though the next step takes its memory, and whether or not the devices have room for a copy."""
     if not room:
-
-        def full(state: Any) -> Any:
-            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
-
-        monkeypatch.setattr(array_blocks, "_copied", full)
+        monkeypatch.setattr(Snapshots, "take", lambda self, state: None)
     move = jax.jit(lambda state: state | {"weight": state["weight"] * 0 - 1}, donate_argnums=0)
     held = threading.Event()
     plain = objects.write

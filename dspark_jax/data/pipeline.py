@@ -6,6 +6,7 @@ and a change of the number of hosts.
 """
 
 import bisect
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,10 @@ from dspark_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 _ENDLESS = 2**40
+
+GIGABYTES = "DSPARK_READ_AHEAD_GB"
+_SHARE_OF_MEMORY = 0.25
+_AHEAD = 4
 
 
 def open_cache(folder: str | os.PathLike[str]) -> TargetCache | DeepSpecCache:
@@ -148,12 +153,37 @@ class Batches:
         samples = [self.source[int(index)] for index in self.indices_at(step)]
         return [int(name) for sample in samples for name in sample.members or (sample.sample_id,)]
 
-    def iterate(self, start: int = 0, stop: int | None = None, threads: int = 4, prefetch: int = 4) -> "BatchIterator":
-        """Batches from step `start` up to `stop` (None: endless), `prefetch` of them read ahead by `threads`.
+    def iterate(self, start: int = 0, stop: int | None = None, ahead: int | None = None) -> "BatchIterator":
+        """Batches from step `start` up to `stop` (None: endless), `ahead` of them read by as many threads.
 
-        However slow the loop is, at most `prefetch` + `threads` batches are in memory beside the one that it has.
+        However slow the loop is, at most `ahead` batches are in memory beside the one that it has, and the records
+        of those that are being padded; None: as many as `read_ahead` allows.
         """
-        return BatchIterator(self, start, _ENDLESS if stop is None else stop, threads, prefetch)
+        return BatchIterator(self, start, _ENDLESS if stop is None else stop, ahead)
+
+    def read_ahead(self, step: int) -> int:
+        """Batches to read ahead: 4, or as many as the bound holds, at least 1; reads a sample of `step`."""
+        # Each is counted twice: while it is padded its records are in memory, too.
+        return int(min(max(bound_of_memory() // (2 * self.batch_bytes(step)), 1), _AHEAD))
+
+    def batch_bytes(self, step: int) -> int:
+        """Bytes of this host's rows of a step, padded to the longest bucket; reads a sample of `step`."""
+        here = range(self.global_batch) if self.rows is None else self.rows
+        arrays = self.source[int(self.indices_at(step)[here[0]])].arrays().values()
+        token = sum(array.itemsize * math.prod(array.shape[1:]) for array in arrays)
+        return len(here) * self.buckets[-1] * token
+
+
+def bound_of_memory() -> int:
+    """Bytes that a process's batches may take before the loop takes them: $DSPARK_READ_AHEAD_GB, else a share of the
+    machine's memory; UserError where the variable is no number."""
+    text = os.environ.get(GIGABYTES)
+    if not text:
+        return int(_SHARE_OF_MEMORY * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    try:
+        return int(float(text) * 1e9)
+    except (ValueError, OverflowError):
+        raise UserError(f"{GIGABYTES} is {text!r}; a number of gigabytes was expected.") from None
 
 
 class BatchIterator(Iterator[Batch]):
@@ -162,12 +192,10 @@ class BatchIterator(Iterator[Batch]):
     `get_state()` is {"step": step of the next batch to be returned}, however many were read ahead.
     """
 
-    def __init__(self, batches: Batches, start: int, stop: int, threads: int, prefetch: int):
-        self._stop = stop
-        self._batches = batches
+    def __init__(self, batches: Batches, start: int, stop: int, ahead: int | None):
+        self._batches, self._stop, self._ahead = batches, stop, ahead
         # Over steps and not over samples: a batch is the unit that is read ahead.
         self._dataset = grain.MapDataset.range(stop).map(self._load)
-        self._options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, 1) if threads else 0)
         self._iterator: grain.DatasetIterator | None = None
         self._step = start
 
@@ -177,7 +205,10 @@ class BatchIterator(Iterator[Batch]):
             raise StopIteration
         # Started late, so that a state may be set before any thread reads.
         if self._iterator is None:
-            self._iterator = iter(self._dataset.to_iter_dataset(self._options))
+            ahead = self._batches.read_ahead(self._step) if self._ahead is None else self._ahead
+            # Grain's buffer holds the batches that its threads are at, too, so that more threads would stand idle.
+            options = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
+            self._iterator = iter(self._dataset.to_iter_dataset(options))
             self._iterator.set_state({"next_index": self._step})
 
         loaded = next(self._iterator)

@@ -29,7 +29,14 @@ def describe(run: AbstractRun) -> dict[str, Any]:
         "tokens a step": run.data.global_batch * run.batch["input_ids"].shape[1],
         "micro-batches": run.micro_batches,
         "sequences a device": run.rows_a_device,
+        # Read ahead by the hosts that hold its rows, within $DSPARK_READ_AHEAD_GB of each.
+        "a batch, on all hosts": _gibibytes(run.batch),
+        "a checkpoint, of all hosts": _gibibytes((run.state.params, run.state.opt_state)),
     }
+
+
+def _gibibytes(tree: Any) -> str:
+    return f"{sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / 2**30:.3f} GiB"
 
 
 def estimate(run: AbstractRun, activations: int | None = None) -> dict[str, int]:

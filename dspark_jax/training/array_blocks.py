@@ -1,13 +1,12 @@
 """Blocks of a training state's arrays, as bytes of objects: those that a process holds, those that its devices need."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import xxhash
 
@@ -40,57 +39,69 @@ Held = tuple[str, list[int], np.ndarray]
 Block = tuple[tuple[int, int], ...]
 
 
-def held_later(state: Any) -> Callable[[], list[Held]]:
-    """`held_here` of the state as it is now, for another thread to call: the state may be donated meanwhile.
-
-    The loop waits for a copy on the devices, whose memory is a hundred times faster than the way to the host.
-    """
-    try:
-        copy = jax.block_until_ready(_copied(state))
-    except jax.errors.JaxRuntimeError:
-        # No room for a second state there: the loop waits for the host's copies.
-        held = held_here(state, copied=False)
-        return lambda: held
-
-    return lambda: held_here(copy, copied=True)
-
-
 def held_here(state: Any, copied: bool) -> list[Held]:
-    """The blocks that this process writes: of each block of every array, one process has the first replica.
+    """The parts of a state that this process writes: processes that hold the same block share it out.
 
     Args:
         state: a pytree of arrays.
         copied: it will not be donated, so that memory of the host itself need not be copied.
     """
-    arrays = [(jax.tree_util.keystr(path), _data(x)) for path, x in jax.tree_util.tree_leaves_with_path(state)]
-    mine = [(name, shard) for name, x in arrays for shard in x.addressable_shards if shard.replica_id == 0]
+    arrays = [(jax.tree_util.keystr(path), plain_numbers(x)) for path, x in jax.tree_util.tree_leaves_with_path(state)]
+    mine = [part for name, x in arrays for part in _parts(name, x)]
     # All transfers are started before the first is waited for.
-    for _, shard in mine:
-        shard.data.copy_to_host_async()
+    for _, _, data in mine:
+        data.copy_to_host_async()
 
-    def block(held: tuple[str, Any]) -> Held:
-        name, shard = held
-        values = np.asarray(shard.data) if copied else np.array(shard.data, copy=True)
-        return name, [part.start or 0 for part in shard.index], values
+    def fetched(part: tuple[str, list[int], jax.Array]) -> Held:
+        name, start, data = part
+        return name, start, np.asarray(data) if copied else np.array(data, copy=True)
 
     # One thread does not fill the memory's bandwidth.
     with ThreadPoolExecutor(_COPIERS) as pool:
-        return list(pool.map(block, mine))
+        return list(pool.map(fetched, mine))
 
 
-@jax.jit
-def _copied(state: Any) -> Any:
-    return jax.tree.map(jnp.copy, state)
+def _parts(name: str, x: jax.Array) -> Iterator[tuple[str, list[int], jax.Array]]:
+    """This process's parts of an array: the name, the first index on every axis, the values on one of its devices."""
+    # By index, not by device: replicas are one block.
+    holders: dict[Block, set[int]] = {}
+    device: Any
+    for device, index in x.sharding.devices_indices_map(x.shape).items():
+        holders.setdefault(_block(index, x.shape), set()).add(device.process_index)
+
+    here = {_block(shard.index, x.shape): shard.data for shard in x.addressable_shards}
+    for block, data in here.items():
+        processes = sorted(holders[block])
+        start = [first for first, _ in block]
+        if len(processes) == 1:
+            yield name, start, data
+            continue
+
+        axis, first, last = share(data.shape, processes.index(jax.process_index()), len(processes))
+        if not data.shape and last:
+            yield name, start, data
+        elif first < last:
+            start[axis] += first
+            yield name, start, jax.lax.slice_in_dim(data, first, last, axis=axis)
 
 
-def _data(x: Any) -> jax.Array:
+def share(shape: tuple[int, ...], number: int, count: int) -> tuple[int, int, int]:
+    """(axis, first, last) of what the process `number` of `count` writes of a block that all of them hold; a scalar is
+    as if it had one row."""
+    # The longest axis, so that a pod of many hosts finds a row for each.
+    axis = max(range(len(shape)), key=lambda i: shape[i], default=0)
+    rows = shape[axis] if shape else 1
+    return axis, rows * number // count, rows * (number + 1) // count
+
+
+def plain_numbers(x: Any) -> jax.Array:
     """Keys as the numbers that they are."""
     return jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
 
 
 def read_blocks(folder: Place, attempt: str, parts: list[Part], like: Any) -> dict[Block, np.ndarray]:
     """The blocks of an array that this process's devices hold, read from the parts that overlap them."""
-    plain = jax.eval_shape(_data, jax.ShapeDtypeStruct(like.shape, like.dtype))
+    plain = jax.eval_shape(plain_numbers, jax.ShapeDtypeStruct(like.shape, like.dtype))
     # Replicas are one block: devices that hold the same part of an array share what is read.
     wanted = {
         _block(index, plain.shape) for index in like.sharding.addressable_devices_indices_map(plain.shape).values()
@@ -129,7 +140,7 @@ def _read(folder: Place, attempt: str, part: Part, dtype: Any) -> np.ndarray:
 
 def placed(like: Any, blocks: dict[Block, np.ndarray]) -> jax.Array:
     """The array of `like`'s shape and sharding that these blocks of `read_blocks` make."""
-    plain = jax.eval_shape(_data, jax.ShapeDtypeStruct(like.shape, like.dtype))
+    plain = jax.eval_shape(plain_numbers, jax.ShapeDtypeStruct(like.shape, like.dtype))
     # Each device takes its own block; no process has the whole array.
     array = jax.make_array_from_callback(plain.shape, like.sharding, lambda index: blocks[_block(index, plain.shape)])
     is_key = jax.dtypes.issubdtype(like.dtype, jax.dtypes.prng_key)

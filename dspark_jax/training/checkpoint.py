@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import sys
+import threading
 from asyncio import BaseEventLoop
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -19,20 +20,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import xxhash
 from orbax.checkpoint import v1 as ocp
 
 from dspark_jax.distributed import barrier, from_first, is_first
 from dspark_jax.errors import UserError
-from dspark_jax.files import hash_tree, write_json
-from dspark_jax.readers import read_object
 from dspark_jax.training.array_blocks import Damaged
+from dspark_jax.training.checkpoint_notes import damage, opened, require_same_arrays, sealed, steps_in, write_hashes
 from dspark_jax.training.checksum import checksums
+from dspark_jax.training.snapshots import Snapshots
 
 State = TypeVar("State")
-HASHES = "hashes.json"
-NOTES, SCORE = "_CHECKPOINT_METADATA", "metrics/metrics"
-"""Files of a step that Orbax reads when it opens the folder."""
+_IN_FLIGHT = 2**29
+"""Bytes that are on their way to the disk at once."""
 
 
 def abstract(state: State) -> State:
@@ -50,8 +49,9 @@ class Checkpoints:
     def __init__(self, folder: str | os.PathLike[str], keep: int, keep_best: int = 0):
         # Orbax refuses relative paths.
         self.folder = Path(folder).absolute()
-        # The step whose files are still being written: they are hashed once they are complete.
-        self._unhashed: int | None = None
+        self._snapshots = Snapshots()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
         _quiet_failed_writes()
 
         # Before Orbax opens the folder: it reads the notes of every step, and one bad byte in them would stop it.
@@ -80,6 +80,11 @@ class Checkpoints:
         scored = [info for info in self._orbax.checkpoints if info.metrics is not None]
         return max(scored, key=lambda info: (_score(info.metrics), info.step)).step if scored else None
 
+    def prepare(self, state: Any) -> threading.Thread | None:
+        """Takes memory for the saves of a state like this one, in the thread that it returns; the first save waits for
+        it."""
+        return self._snapshots.prepare(state) if jax.process_count() == 1 else None
+
     def save(self, step: int, state: Any, extra: Any, score: float | None = None) -> None:
         """Starts saving; returns once `state` may be donated. A save still under way is waited for first.
 
@@ -93,17 +98,21 @@ class Checkpoints:
         """
         self.wait()
         self._require_room(step, state)
-        # Checksums are computed on the devices now: afterwards the state may be donated.
-        notes = sealed({"extra": extra, "score": score, "checksums": checksums(state)})
-        metrics = None if score is None else {"score": score}
+        # As they are now: the loop goes on counting.
+        notes = json.loads(json.dumps({"extra": extra, "score": score}))
 
-        # Orbax brings arrays to the host by itself, which a transfer guard of the caller would refuse.
-        with jax.transfer_guard("allow"), self._reported():
-            # Asynchronous: it returns when the arrays are on the host, and a thread writes them.
-            self._orbax.save_async(step, state, custom_metadata=notes, force=True, metrics=metrics)
+        # A job's processes call Orbax, whose calls are collective, where they call everything else.
+        copy = self._snapshots.take(state) if jax.process_count() == 1 else None
+        begun = None
+        if copy is None:
+            with self._reported():
+                begun = self._begin(step, state, notes)
 
-        # Hashed at the next `wait`, when the thread has written the last file.
-        self._unhashed = step
+        # In a list, from which the thread takes the only reference, to free the devices' memory early.
+        given = [copy]
+        del copy
+        self._thread = threading.Thread(target=self._guarded_write, args=(step, given, notes, begun), daemon=True)
+        self._thread.start()
 
     def restore(self, step: int, like: State) -> tuple[State, Any]:
         """Reads one checkpoint.
@@ -161,17 +170,22 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when every save is on disk; UserError as `save` raises it."""
-        with self._reported():
-            self._orbax.wait()
+        if self._thread is None:
+            return
 
-        # Hashes of complete files alone: a folder without them was interrupted, and its checksums decide.
-        step, self._unhashed = self._unhashed, None
-        if step is not None and is_first():
-            write_hashes(self.folder / str(step))
+        self._thread.join()
+        self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            with self._reported():
+                raise error
 
     def close(self) -> None:
         """Closes the folder, after the save under way."""
-        self._orbax.close()
+        try:
+            self.wait()
+        finally:
+            self._orbax.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -181,9 +195,31 @@ class Checkpoints:
         with suppress(Exception) if kind else nullcontext():
             self.close()
 
+    def _begin(self, step: int, state: Any, notes: dict[str, Any]) -> Any:
+        """Orbax's response to a save of this state, once its arrays are on the host."""
+        score = notes["score"]
+        content = sealed(notes | {"checksums": checksums(state)})
+        # Orbax brings arrays to the host by itself, which a transfer guard of the caller would refuse.
+        with jax.transfer_guard("allow"), _writing(state):
+            return self._orbax.save_async(
+                step, state, custom_metadata=content, force=True, metrics=None if score is None else {"score": score}
+            )
+
+    def _guarded_write(self, step: int, given: list[Any], notes: dict[str, Any], begun: Any) -> None:
+        """The thread of a save: what it raises is raised by `wait`."""
+        try:
+            copy = given.pop()
+            response = begun or self._begin(step, copy, notes)
+            del copy  # the host has its bytes
+            response.result()
+            # Hashes of complete files alone: a folder without them was interrupted, and its checksums decide.
+            if is_first():
+                write_hashes(self.folder / str(step))
+        except BaseException as error:
+            self._error = error
+
     def _require_room(self, step: int, state: Any) -> None:
         """UserError, on every process of a job alike, where the disk can't hold the state."""
-        # An upper bound: the format compresses.
         needed = sum(x.nbytes for x in jax.tree.leaves(state))
         # Process 0's reading counts for all, so that either every process raises or none does.
         free = int(from_first(shutil.disk_usage(self.folder).free))
@@ -251,6 +287,16 @@ class Checkpoints:
             ) from error
 
 
+def _writing(state: Any) -> ocp.Context:
+    """How Orbax writes: uncompressed, and without a whole copy of the state on the way to the disk."""
+    context = ocp.Context()
+    # Compression saves one byte in thirteen and takes longer than to write them all (docs/log.md).
+    context.array.saving.use_compression = False
+    # The largest array must fit.
+    context.memory.write_concurrent_bytes = max(_IN_FLIGHT, 1 + max(x.nbytes for x in jax.tree.leaves(state)))
+    return context
+
+
 @contextmanager
 def _readable() -> Iterator[None]:
     """Turns whatever a reader raises on a damaged file into `Damaged`."""
@@ -279,89 +325,6 @@ def _quiet_failed_writes() -> None:
             shown(raised)
 
     sys.unraisablehook = hook
-
-
-# -- The notes beside the arrays -------------------------------------------------------------------------------------
-
-
-def sealed(notes: dict[str, Any]) -> dict[str, Any]:
-    """A copy of JSON notes with the hash of all of them, as they will be read back."""
-    # Through JSON first: tuples come back as lists, and the hash must be that of what is read.
-    plain = json.loads(json.dumps(notes))
-    return plain | {"seal": _seal(plain)}
-
-
-def opened(notes: Any) -> dict[str, Any]:
-    """The notes that `sealed` made, without the seal; Damaged where they are not whole."""
-    if not isinstance(notes, dict) or "seal" not in notes:
-        raise Damaged("its notes have no seal")
-
-    # Orbax reads the notes without checking them, hence a seal of our own.
-    # The seal is over everything but itself.
-    plain = {name: value for name, value in notes.items() if name != "seal"}
-    if notes["seal"] != _seal(plain):
-        raise Damaged("its notes are not those that were saved")
-
-    return plain
-
-
-def require_same_arrays(content: dict[str, Any], like: Any, where: str) -> None:
-    """UserError unless a checkpoint, whose opened notes are `content`, holds as many arrays as the state `like`."""
-    # The notes are sealed, so no damage makes the difference: an earlier version kept its parameters otherwise.
-    found, expected = len(content["checksums"]), len(jax.tree.leaves(like))
-    if found != expected:
-        raise UserError(
-            f"The checkpoint of {where} holds {found} arrays, the state of this run {expected}: the run was begun with "
-            "another version of dspark_jax. Continue it with that version, or begin anew in another folder with "
-            "--run-dir."
-        )
-
-
-def steps_in(folder: Path) -> list[int]:
-    """The steps that a folder has checkpoints of, ascending."""
-    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()) if folder.is_dir() else []
-
-
-def write_hashes(checkpoint: Path) -> None:
-    """Records the hashes of a finished checkpoint's files; nothing where it is gone again. UserError on a full disk."""
-    if checkpoint.is_dir():
-        write_json(checkpoint / HASHES, hash_tree(checkpoint, lambda name: name != HASHES))
-
-
-def damage(checkpoint: Path, notes_alone: bool = False) -> str | None:
-    """Why a checkpoint's files are not what was written, as a clause; None where they are.
-
-    Args:
-        checkpoint: the folder of one step.
-        notes_alone: leave the arrays' files unread.
-    """
-    try:
-        notes = opened(_read_json(checkpoint / NOTES).get("custom_metadata"))
-        scores = {} if notes["score"] is None else _read_json(checkpoint / SCORE)
-        if scores.get("score") != notes["score"]:
-            raise Damaged("its score is not the one that was saved")
-        # A process that was killed right after a save has left no hashes; the arrays' checksums are compared then.
-        recorded = _read_json(checkpoint / HASHES) if (checkpoint / HASHES).exists() else {}
-    except Damaged as error:
-        return str(error)
-
-    # Opening the folder needs the notes alone, and must not read gigabytes of arrays for them.
-    compared = {NOTES, SCORE} & set(recorded) if notes_alone else set(recorded)
-    found = hash_tree(checkpoint, lambda name: name in compared)
-    wrong = sorted(name for name in compared if found.get(name) != recorded[name])
-
-    return f"{wrong[0]} is not what was written" if wrong else None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return read_object(path)
-    except UserError as error:
-        raise Damaged(str(error).rstrip(".")) from error
-
-
-def _seal(plain: dict[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(plain, sort_keys=True).encode())
 
 
 def _score(metrics: Any) -> float:

@@ -205,6 +205,7 @@ def train(run: Run, shared: SharedTables, checkpoints: AnyCheckpoints) -> tuple[
         UserError: a guard stopped the run, or the disk is full.
     """
     start, state, extra = checkpoints.restore_latest(run.step.abstract) or (0, initial_state(run), {})
+    checkpoints.prepare(state)
     feed = open_feed(run, shared, start)
     evaluator = None if run.heldout is None else Evaluator.of(run.name, run.target, run.step, run.heldout)
 

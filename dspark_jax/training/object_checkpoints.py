@@ -29,9 +29,11 @@ from dspark_jax.readers import parse_json
 from dspark_jax.storage import objects
 from dspark_jax.storage.objects import Missing
 from dspark_jax.storage.places import Place
-from dspark_jax.training.array_blocks import Damaged, Held, Part, held_later, placed, read_blocks
-from dspark_jax.training.checkpoint import Checkpoints, State, opened, require_same_arrays, sealed
+from dspark_jax.training.array_blocks import Damaged, Held, Part, held_here, placed, read_blocks
+from dspark_jax.training.checkpoint import Checkpoints, State
+from dspark_jax.training.checkpoint_notes import opened, require_same_arrays, sealed
 from dspark_jax.training.checksum import begin_checksums, checksums, fetch_checksums
+from dspark_jax.training.snapshots import Snapshots
 
 MARKER, ASIDE = "checkpoint.json", "checkpoint.damaged.json"
 _STRAGGLER_SECONDS = 600
@@ -51,6 +53,7 @@ class ObjectCheckpoints:
     def __init__(self, place: Place, keep: int, keep_best: int = 0, before_marker: Callable[[], None] = lambda: None):
         self.place, self._keep, self._keep_best, self._before = place, keep, keep_best, before_marker
         self._thread: threading.Thread | None = None
+        self._snapshots = Snapshots()
         self._error: UserError | None = None
         # Parts of a killed attempt at the same step have other names, and can't be taken for this one's.
         self._attempt = f"{int(from_first(random.SystemRandom().getrandbits(32))):08x}"
@@ -69,17 +72,28 @@ class ObjectCheckpoints:
         scored = self._scored()
         return scored[-1] if scored else None
 
+    def prepare(self, state: Any) -> threading.Thread | None:
+        """Takes memory for the saves of a state like this one, as `Checkpoints.prepare`."""
+        return self._snapshots.prepare(state)
+
     def save(self, step: int, state: Any, extra: Any, score: float | None = None) -> None:
         """Starts saving, as `Checkpoints.save`: it returns once the devices have copied the state, or the host has."""
         self.wait()
-        with jax.transfer_guard("allow"):
-            # Computed on the devices before the state is donated, and fetched by the thread.
-            sums = begin_checksums(state)
-            held = held_later(state)
-
         # Copied now: the thread reads it while the loop goes on counting.
         notes = json.loads(json.dumps({"extra": extra, "score": score}))
-        self._thread = threading.Thread(target=self._guarded_write, args=(step, held, notes, sums), daemon=True)
+        copy = self._snapshots.take(state)
+        with jax.transfer_guard("allow"):
+            # The programs of a job's processes must come in one order, which a thread's do not.
+            now = copy is None or jax.process_count() > 1
+            begun = begin_checksums(state if copy is None else copy) if now else None
+            # Without room on the devices the loop waits for the host's copies.
+            held = held_here(state, copied=False) if copy is None else None
+
+        # In a list, from which the thread takes the only reference, to free the devices' memory early.
+        given = [copy]
+        del copy
+        arguments = (step, given, held, notes, begun)
+        self._thread = threading.Thread(target=self._guarded_write, args=arguments, daemon=True)
         self._thread.start()
         self._saving = step, score
 
@@ -203,12 +217,22 @@ class ObjectCheckpoints:
     # -- Writing -----------------------------------------------------------------------------------------------------
 
     def _guarded_write(
-        self, step: int, held: Callable[[], list[Held]], notes: dict[str, Any], sums: list[jax.Array]
+        self,
+        step: int,
+        given: list[Any],
+        held: list[Held] | None,
+        notes: dict[str, Any],
+        begun: list[jax.Array] | None,
     ) -> None:
         try:
-            self._write(step, held())
+            copy = given.pop()
+            held = held_here(copy, copied=True) if held is None else held
+            sums = checksums(copy) if begun is None else fetch_checksums(begun)
+            # The host has its bytes.
+            del copy
+            self._write(step, held)
             if is_first():
-                self._finish(step, notes | {"checksums": fetch_checksums(sums)})
+                self._finish(step, notes | {"checksums": sums})
         except UserError as error:
             self._error = error
         except BaseException as error:  # a thread has no caller to raise to

@@ -1,14 +1,21 @@
 """Seconds that a checkpoint holds the training loop up, with the state of a real run: drafter, moments, key.
 
     python -m train.studies.save_stall --config qwen3_4b_dspark --output runs/stall
-    python -m train.studies.save_stall --config qwen3_4b_dspark --output s3://BUCKET/stall --layers 2
+    python -m train.studies.save_stall --config qwen3_4b_dspark --output s3://BUCKET/stall --layers 2 --preempt
 
 Nothing is trained: the state has the shapes and dtypes of the configuration's on this machine's devices, and a step
 changes every element of it, as an optimizer does. Steps alone and steps during a save alternate; medians are printed.
+With `--preempt` a process that steps so is sent SIGTERM, between two saves and right after one has begun, and the
+seconds to its end are printed.
 """
 
 import dataclasses
+import os
+import shutil
+import signal
 import statistics
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -27,8 +34,11 @@ from dspark_jax.sharding import make_mesh
 from dspark_jax.storage import objects
 from dspark_jax.storage.places import place_of, shown
 from dspark_jax.training.checkpoint import Checkpoints
+from dspark_jax.training.guards import Preemption
 from dspark_jax.training.object_checkpoints import AnyCheckpoints, ObjectCheckpoints
 from dspark_jax.training.step import TrainState
+
+READY = "stepping"
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,10 @@ class StallOptions:
     """Checkpoints that are taken."""
     layers: int = 0
     """Draft layers, where the configuration's do not fit this machine's memory; 0: all."""
+    preempt: bool = False
+    """Measure the seconds from SIGTERM to the end of a process that saves, in place of the stall."""
+    until_told: int = -1
+    """What `--preempt` starts: takes so many checkpoints, the last without waiting for it, then steps until SIGTERM."""
 
 
 @program
@@ -55,17 +69,30 @@ def main(argv: list[str]) -> None:
         drafter = dataclasses.replace(config.drafter, num_layers=options.layers, init_target_layers=())
         config = dataclasses.replace(config, drafter=drafter)
 
+    if options.preempt:
+        print(listing({"output": shown(options.output), **preempted(argv, options)}))
+        return
+
     announce(config.compute_dtype)
     # From shapes alone: no target, no data and no first step are needed for what a save costs.
     mesh = make_mesh(*config.mesh.sizes)
     state = state_like(AbstractRun.of(config, mesh).spec.abstract)
-    size = sum(x.nbytes for x in jax.tree.leaves(state.opt_state)) + sum(
-        x.nbytes for x in jax.tree.leaves(state.params)
-    )
+    size = sum(x.nbytes for x in jax.tree.leaves((state.opt_state, state.params)))
     with opened(options.output) as checkpoints:
+        # A run's first save comes when its memory has long been taken.
+        if (touching := checkpoints.prepare(state)) is not None:
+            touching.join()
+        if options.until_told >= 0:
+            step_until_told(checkpoints, state, options.until_told)
+            return
         figures = measure(checkpoints, state, options.saves)
 
+    if place_of(options.output) is None:
+        figures["the same bytes, plainly written"] = written_plainly(Path(options.output), size)
     print(listing({"output": shown(options.output), "state": f"{size / 2**30:.3f} GiB", **figures}))
+
+
+# -- The stall -------------------------------------------------------------------------------------------------------
 
 
 def opened(output: str) -> AnyCheckpoints:
@@ -143,9 +170,69 @@ def timed(state: TrainState) -> tuple[TrainState, float]:
     return state, time.perf_counter() - began
 
 
+def written_plainly(folder: Path, size: int) -> str:
+    """How long this disk takes for a file of so many bytes, to the last of them."""
+    piece, path = os.urandom(2**24), folder / "plain"
+    began = time.perf_counter()
+    with path.open("wb") as file:
+        for at in range(0, size, len(piece)):
+            file.write(piece[: size - at])
+        file.flush()
+        os.fsync(file.fileno())
+    seconds = time.perf_counter() - began
+    path.unlink()
+    return f"{seconds:.1f} s ({size / seconds / 1e6:,.0f} MB/s)"
+
+
 def spread(seconds: list[float]) -> str:
     """The median of several times, the least and the most."""
     return f"{statistics.median(seconds):.3f} s ({min(seconds):.3f} to {max(seconds):.3f})"
+
+
+# -- Preemption ------------------------------------------------------------------------------------------------------
+
+
+def step_until_told(checkpoints: AnyCheckpoints, state: TrainState, saves: int) -> None:
+    """Steps as a run's loop does; after SIGTERM it saves, waits for it and ends with 143."""
+    with Preemption() as preemption:
+        done = 1
+        state = jax.block_until_ready(step(state))
+        for _ in range(saves):
+            checkpoints.wait()
+            checkpoints.save(done, state, {})
+            done, state = done + 1, step(state)
+
+        jax.block_until_ready(state)
+        print(READY, flush=True)
+        while not preemption.requested(done):
+            done, state = done + 1, jax.block_until_ready(step(state))
+
+        checkpoints.save(done, state, {})
+        checkpoints.wait()
+    raise SystemExit(128 + signal.SIGTERM)
+
+
+def preempted(argv: list[str], options: StallOptions) -> dict[str, str]:
+    """Seconds from SIGTERM to the end of the process, by what it was doing; all that it had is durable by then."""
+    figures = {}
+    # The first save takes the memory that later ones find.
+    for saves, doing in ((0, "stepping"), (1, "saving already")):
+        output = f"{options.output}/{saves}"
+        # The last of an option counts; a state of this process's own would take the memory of another.
+        words = [*(word for word in argv if word != "--preempt"), "--output", output, "--until-told", str(saves)]
+        command = [sys.executable, "-m", "train.studies.save_stall", *words]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+            assert child.stdout is not None
+            if not any(line.strip() == READY for line in child.stdout):
+                raise UserError(f"The process that steps ended with {child.wait()}; its own sentence says why.")
+            began = time.perf_counter()
+            child.send_signal(signal.SIGTERM)
+            child.stdout.read()
+            code = child.wait()
+        figures[f"SIGTERM while {doing}"] = f"{time.perf_counter() - began:.1f} s to the end, exit code {code}"
+        if place_of(output) is None:
+            shutil.rmtree(output)
+    return figures
 
 
 if __name__ == "__main__":
