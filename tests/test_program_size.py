@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from dspark_jax.decoding.dispatch import run_rounds
+from dspark_jax.decoding.logprobs import Logprobs, largest_in_turn
 from dspark_jax.drafters import turns
 from dspark_jax.drafters.protocol import SharedTables
 from dspark_jax.drafters.registry import drafter_hf_config, skeleton
@@ -187,3 +188,20 @@ def test_experts_keep_their_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     for config, level in (({}, assembly.LEVEL_TOKENS), (sparse, 0)):
         target = tiny_target(**config)
         assert assembly.make_loop(target, None, CONFIG).level == level
+
+
+def test_a_tpu_sorts_no_rows_for_log_probabilities() -> None:
+    """Nor has what it stores of them an axis of few numbers, for which all of it would be laid out anew."""
+    state, rows = Logprobs.empty(2, 8, 3), jnp.zeros((2, 1), jnp.int32)
+    assert {x.ndim for x in state} == {2}
+    traced = jax.jit(Logprobs.noted).trace(state, rows[:, 0] > 0, jnp.zeros((2, 1, 64)), rows, rows[:, 0], rows[:, 0])
+    texts = {platform: traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("tpu", "cuda")}
+    assert {platform: "top_k" in text for platform, text in texts.items()} == {"tpu": False, "cuda": True}
+
+
+def test_the_largest_in_turn_are_those_of_a_sort() -> None:
+    rows = np.random.default_rng(0).integers(-3, 4, (4, 2, 29)).astype(np.float32)  # with many ties
+    rows[0, 0], rows[0, 1, 5], rows[1, 0, 3:] = -np.inf, np.inf, -np.inf
+    found, sorted_ = jax.jit(largest_in_turn, static_argnums=1)(rows, 29), jax.lax.top_k(rows, 29)
+    for one, other in zip(found, sorted_, strict=True):
+        np.testing.assert_array_equal(one, other)

@@ -57,7 +57,7 @@ class DecodeState:
     sampling: SamplingArrays  # [R] each
     penalties: Penalties  # [R] each
     wants_logprobs: Array  # [R] bool
-    logprobs: Logprobs  # [R, S], of the requests that want them
+    logprobs: Logprobs  # by position, of the requests that want them
     target_cache: Cache  # the target's: one KeysValues a layer, [R, G, S, H], where there is nothing but K and V
     draft: Any  # DraftState; () without a drafter
     counters: RoundCounters

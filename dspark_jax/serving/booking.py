@@ -97,8 +97,7 @@ def _see(entry: Entry, made: Made, decode: Decode | None, now: float) -> str | N
 
     logprobs: tuple[TokenLogprob, ...] = ()
     if entry.job.sampling.logprobs is not None and made.logprobs is not None:
-        stored = Logprobs(*(part[slot, first:end] for part in made.logprobs))
-        logprobs = _token_logprobs(new, stored, entry.job.sampling.logprobs)
+        logprobs = _token_logprobs(new, made.logprobs.between(slot, first, end), entry.job.sampling.logprobs)
 
     # A stop string comes first: it may lie before the stop token, the limit or the failure.
     stopped = bool(made.stopped[slot])
@@ -110,8 +109,9 @@ def _see(entry: Entry, made: Made, decode: Decode | None, now: float) -> str | N
     return None if made.active[slot] else "length"
 
 
-def _token_logprobs(tokens: Sequence[int], stored: Logprobs, most: int) -> tuple[TokenLogprob, ...]:
-    """Those of a request's new tokens, with the `most` most probable ones of each place."""
-    places = zip(stored.top_tokens[:, :most].tolist(), stored.top[:, :most].tolist(), strict=True)
+def _token_logprobs(tokens: Sequence[int], stored: tuple[Any, Any, Any], most: int) -> tuple[TokenLogprob, ...]:
+    """Those of a request's new tokens, with the `most` most probable ones of each place (`Logprobs.between`)."""
+    chosen, top_tokens, top = stored
+    places = zip(top_tokens[:, :most].tolist(), top[:, :most].tolist(), strict=True)
     tops = [tuple(zip(ids, values, strict=True)) for ids, values in places]
-    return tuple(map(TokenLogprob, tokens, stored.chosen.tolist(), tops))
+    return tuple(map(TokenLogprob, tokens, chosen.tolist(), tops))
