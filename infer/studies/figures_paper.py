@@ -28,7 +28,10 @@ _DIFFERENCES = {
     "order comes from is there: behind the first draft DSpark's drafts are accepted more often than DFlash's, for "
     "which a second layer does not make up.",
     "4": "on a CPU the head's share is within the noise of a round (negative shares are noise). DSpark's acceptance "
-    "at the later positions pays more the more drafts are verified, as in the paper.",
+    "at the later positions pays more the more drafts are verified, as in the paper. The real pair's are trainings as "
+    "Figure 3's, of two layers and of two block lengths alone. So early the shorter block is ahead with either "
+    "drafter, whose loss is more of the first draft; what DSpark's head brings behind that draft is there at both "
+    "lengths, and more at the longer, but too few drafts are accepted yet for it to show in accepted length.",
     "5": "the shape is the paper's: fewer drafts are verified, more of them are kept, accepted length falls. At the "
     "lowest threshold less is kept than in the paper, since fewer drafts are right to begin with.",
     "6": "a drafter that is trained briefly is hardly overconfident, so temperatures have less to mend.",
