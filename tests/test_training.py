@@ -127,8 +127,9 @@ def _value_and_gradient(task: BlockObjective, params: dict, batch: dict) -> Any:
 def test_chunks_of_anchors_change_nothing() -> None:
     params, batch = tiny_drafter().params, tiny_batch()
     whole = _value_and_gradient(objective(anchor_chunk=7), params, batch)
-    # 7 anchors do not divide by 3.
-    close_trees(_value_and_gradient(objective(), params, batch), whole, rtol=2e-4, atol=1e-6)
+    # 7 anchors do not divide by 3, nor 61 ids by 16.
+    for chunks in ({}, {"vocabulary_chunk": 16}):
+        close_trees(_value_and_gradient(objective(**chunks), params, batch), whole, rtol=2e-4, atol=1e-6)
 
 
 def test_logits_of_all_anchors_never_exist() -> None:
@@ -136,14 +137,17 @@ def test_logits_of_all_anchors_never_exist() -> None:
     drafter, (rows, anchors) = tiny_drafter(num_anchors=64), (2, 64)
     vocab = drafter.config.backbone.vocab_size
 
-    def largest(chunk: int) -> int:
-        task = BlockObjective(drafter.graphdef, drafter.config, replace(OPTIONS, anchor_chunk=chunk))
+    def largest(width: int, **chunks: int) -> int:
+        task = BlockObjective(drafter.graphdef, drafter.config, replace(OPTIONS, **chunks))
         program = jax.make_jaxpr(partial(_value_and_gradient.__wrapped__, task))(drafter.params, tiny_batch(rows, 40))
-        return max(x.size for x in _intermediates(program.jaxpr) if x.shape and x.shape[-1] == vocab)
+        return max(x.size for x in _intermediates(program.jaxpr) if x.shape and x.shape[-1] == width)
 
-    whole = rows * anchors * drafter.config.block_size * vocab
-    assert largest(64) == whole
-    assert largest(4) == whole // 16
+    slots = rows * anchors * drafter.config.block_size
+    assert largest(vocab, anchor_chunk=64) == slots * vocab
+    assert largest(vocab, anchor_chunk=4) == slots * vocab // 16
+    # By chunks of the vocabulary no row is ever whole, not even one.
+    assert largest(13, vocabulary_chunk=13) == slots * 13
+    assert largest(vocab, vocabulary_chunk=13) < slots
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:

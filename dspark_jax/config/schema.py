@@ -365,6 +365,9 @@ class TrainConfig:
     """Dtype of activations and matrix products; parameters and optimizer state are float32."""
     anchor_chunk: int = 64
     """Anchors whose logits [chunk γ, V] exist at once in the loss."""
+    vocabulary_chunk: int = 0
+    """Ids whose logits [N γ, chunk], of all anchors, exist at once in the loss instead, for short memory; a TPU's kernel
+    holds none. 0: `anchor_chunk` is the measure."""
     log_every: int = 10
     """Optimizer steps between metric records."""
     run_dir: str = ""
@@ -378,6 +381,7 @@ class TrainConfig:
         _require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
         _require(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "at least 1, or None")
         _require(self.anchor_chunk >= 1, "anchor_chunk", self.anchor_chunk, "at least 1")
+        _require(self.vocabulary_chunk >= 0, "vocabulary_chunk", self.vocabulary_chunk, "0 (none) or more")
         _require(self.log_every >= 1, "log_every", self.log_every, "at least 1")
 
     @property

@@ -21,6 +21,7 @@ from dspark_jax.drafters.protocol import (
     ChildFn,
     DraftOutput,
     DraftState,
+    LogitTables,
     SampleFn,
     SelectorOutput,
     SharedTables,
@@ -211,6 +212,11 @@ class DSpark(nnx.Module):
         if candidates is None:
             return BlockLogits(scores)
         return BlockLogits(logits, SelectorOutput(candidates, scores, rows.latent, markov.w2_vr[...]))
+
+    def logit_tables(self, shared: SharedTables) -> LogitTables | None:
+        if self.config.selector_top_k or self.vocabulary is not None:
+            return None
+        return LogitTables(shared.head, None if self.markov_head is None else self.markov_head.w2_vr[...])
 
     def _block_hidden(
         self, shared: SharedTables, context: DraftState, tokens: Array, anchors: Array, starts: Array | None = None

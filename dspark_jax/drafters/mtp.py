@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from dspark_jax.drafters.config import BlockConfig
 from dspark_jax.drafters.heads import Linear
 from dspark_jax.drafters.paired import OwnRows, PairedRows, PairedState, shift_left
-from dspark_jax.drafters.protocol import BlockLogits, BlockRows, DraftOutput, SampleFn, SharedTables
+from dspark_jax.drafters.protocol import BlockLogits, BlockRows, DraftOutput, LogitTables, SampleFn, SharedTables
 from dspark_jax.errors import UserError
 from dspark_jax.targets.attention import CausalRows, KeysValues, segment_starts
 from dspark_jax.targets.registry import layer_class
@@ -126,6 +126,9 @@ class MTP(PairedRows):
 
     def train_logits(self, shared: SharedTables, rows: BlockRows) -> BlockLogits:
         return BlockLogits(shared.logits(rows.hidden))
+
+    def logit_tables(self, shared: SharedTables) -> LogitTables:
+        return LogitTables(shared.head, None)
 
     def _rows(self, shared: SharedTables, hidden: Array, tokens: Array) -> Array:
         """[normed embedding ; normed hidden] through the projection, embedding first (rule 29)."""

@@ -155,12 +155,21 @@ class BlockLogits(NamedTuple):
     selector: SelectorOutput | None = None
 
 
+class LogitTables(NamedTuple):
+    """Tables whose products with `BlockRows.hidden` and `latent` add up to the logits: the output head [V, D], and a
+    sequential head's [V, R] or None."""
+
+    head: Array
+    markov: Array | None
+
+
 class BlockDrafter(DrafterModel, Protocol):
     """A drafter trained on blocks of tokens after sampled anchors: the objective "blocks".
 
     `train_context` runs once for each row, whatever the anchors, and `train_rows` once for all of its blocks;
-    `train_logits` takes chunks of blocks. Row k of a block predicts token anchor + k + 1 from what decoding would know:
-    the context before the anchor and x_{k-1}, with previous[..., 0] the anchor's own token.
+    `train_logits` takes chunks of blocks. `logit_tables` are what it multiplies by; None where logits are more than
+    such products, or of another vocabulary than the target's. Row k of a block predicts token anchor + k + 1 from what
+    decoding would know: the context before the anchor and x_{k-1}, with previous[..., 0] the anchor's own token.
 
     In packed rows `segments` [B, T] are sequence numbers, and anchor n's sequence begins at starts[n]; None: each row
     is one sequence.
@@ -190,3 +199,5 @@ class BlockDrafter(DrafterModel, Protocol):
     ) -> BlockRows: ...
 
     def train_logits(self, shared: SharedTables, rows: BlockRows) -> BlockLogits: ...
+
+    def logit_tables(self, shared: SharedTables) -> LogitTables | None: ...

@@ -14,7 +14,9 @@ from jaxtyping import Array, Float
 from dspark_jax.drafters.protocol import BlockDrafter, BlockRows, SharedTables
 from dspark_jax.training.anchors import Blocks
 from dspark_jax.training.chunks import summed
-from dspark_jax.training.terms import LossOptions, Sums, confidence_sums, law_sums
+from dspark_jax.training.terms import LossOptions, Sums, confidence_sums, law_sums, row_sums
+from dspark_jax.training.vocabulary_chunks import kernel_for, row_terms
+from dspark_jax.training.vocabulary_terms import Asked, RowTerms
 
 Batch = Mapping[str, Array]
 
@@ -49,7 +51,8 @@ def block_sums(
     # Parameters that logits are made of are given as masters, in which their gradients add up over chunks.
     flat = flatten_dict(params)
     tables = unflatten_dict({path: flat[path] for path in model.logit_params if path in flat})
-    size = min(options.anchor_chunk, blocks.anchors.shape[1])
+    count = blocks.anchors.shape[1]
+    size = count if options.vocabulary_chunk else min(options.anchor_chunk, count)
     parts, chunks = jax.tree.map(lambda x: split_anchors(x, size), (rows._replace(confidence=None), blocks))
 
     constants = (jax.lax.stop_gradient(narrow), shared), batch["last_hidden"]
@@ -78,6 +81,10 @@ def _chunk(
     """(the weighted terms of the laws, (their sums, acceptance [B, C, K])) of a chunk of anchors."""
     (params, shared), last_hidden = constants
     model = build(unflatten_dict(flatten_dict(params) | flatten_dict(tables)))
+    if options.vocabulary_chunk:
+        found = _row_terms(model, shared, rows, last_hidden, blocks, options)
+        total, sums, accept = row_sums(found, blocks, options)
+        return total, (sums, accept)
 
     # [B, C, K, V] logits exist here alone.
     made, targets = model.train_logits(shared, rows), target_logits(shared, last_hidden, blocks)
@@ -88,8 +95,33 @@ def _chunk(
 def target_logits(shared: SharedTables, last_hidden: Float[Array, "b t d"], blocks: Blocks) -> Float[Array, "b n k v"]:
     """float32 logits of the target for every label, from its last hidden state one position before (docs/algorithm.md,
     rule 39)."""
+    # The target's law is a label: no gradient flows into it.
+    return jax.lax.stop_gradient(shared.logits(_target_rows(shared, last_hidden, blocks)))
+
+
+def _target_rows(shared: SharedTables, last_hidden: Array, blocks: Blocks) -> Float[Array, "b n k d"]:
     # [B, N K, 1] indices gather rows of [B, T, D], which become [B, N, K, D].
     rows = blocks.sources.reshape(blocks.sources.shape[0], -1, 1)
     hidden = jnp.take_along_axis(last_hidden, rows, axis=1).reshape(*blocks.sources.shape, -1)
-    # The target's law is a label: no gradient flows into it.
-    return jax.lax.stop_gradient(shared.logits(hidden.astype(shared.head.dtype)))
+    return hidden.astype(shared.head.dtype)
+
+
+def _row_terms(
+    model: BlockDrafter, shared: SharedTables, rows: BlockRows, last_hidden: Array, blocks: Blocks, options: LossOptions
+) -> RowTerms:
+    """The terms [B, C, K] of rows whose logits are not made as a whole."""
+    tables = model.logit_tables(shared)
+    if tables is None:
+        raise ValueError("the logits of this drafter are no products alone: vocabulary_chunk must be 0")
+
+    hidden, latent = (None if x is None else x.reshape(-1, x.shape[-1]) for x in (rows.hidden, rows.latent))
+    asked = Asked(
+        soft=options.soft_ce_alpha > 0 or options.lk_mixed_alpha > 0,
+        overlap=options.lk_alpha > 0,
+        softcap=shared.softcap,
+        chunk=options.vocabulary_chunk,
+        kernel=kernel_for(hidden, latent, tables),
+    )
+    target = _target_rows(shared, last_hidden, blocks).reshape(-1, last_hidden.shape[-1])
+    found = row_terms(hidden, latent, tables.markov, target, tables.head, blocks.labels.reshape(-1), asked)
+    return jax.tree.map(lambda x: x.reshape(blocks.labels.shape), found)

@@ -10,7 +10,7 @@ import jax
 from dspark_jax.checkpoints.huggingface import DTYPES
 from dspark_jax.config.schema import DataSettings, DrafterSettings, LossSettings, TrainConfig
 from dspark_jax.drafters.config import DrafterConfig
-from dspark_jax.drafters.registry import drafter_hf_config, read_config
+from dspark_jax.drafters.registry import drafter_hf_config, kind_of, read_config
 from dspark_jax.drafters.vocabulary import DraftVocabulary
 from dspark_jax.errors import UserError
 from dspark_jax.readers import read_object
@@ -64,6 +64,8 @@ class StepSpec:
         """
         # Refuses a drafter that does not fit the target, before anything is laid out.
         drafter_hf = drafter_config(config.drafter, target, config.compute_dtype)
+        if config.vocabulary_chunk:
+            _require_chunks_of_the_vocabulary(config, drafter_hf, mesh)
         # Markov tables are [V, r]: split like the embedding they save memory, whole they save a gather in every
         # chunk.
         rules = ShardingRules()
@@ -76,7 +78,7 @@ class StepSpec:
         return cls(
             drafter_hf=drafter_hf,
             dtype=config.compute_dtype,
-            loss=loss_options(config.loss, config.anchor_chunk),
+            loss=loss_options(config.loss, config.anchor_chunk, config.vocabulary_chunk),
             accumulation_steps=micro_batches(config.data, mesh),
             placement=placement,
             optimizer=optimizer,
@@ -185,9 +187,27 @@ def draft_vocabulary(path: str, target: Target) -> DraftVocabulary | None:
     return DraftVocabulary.of(ids, target.config.vocab_size)
 
 
-def loss_options(settings: LossSettings, anchor_chunk: int) -> LossOptions:
-    """The settings of the loss with the chunk size, as the losses take them."""
-    return LossOptions(**vars(settings), anchor_chunk=anchor_chunk)
+def loss_options(settings: LossSettings, anchor_chunk: int, vocabulary_chunk: int = 0) -> LossOptions:
+    """The settings of the loss with the chunk sizes, as the losses take them."""
+    return LossOptions(**vars(settings), anchor_chunk=anchor_chunk, vocabulary_chunk=vocabulary_chunk)
+
+
+def _require_chunks_of_the_vocabulary(config: TrainConfig, drafter_hf: dict[str, Any], mesh: AnyMesh) -> None:
+    """UserError where `vocabulary_chunk` asks for what the loss cannot do without whole rows of logits."""
+    drafter, reason = read_config(drafter_hf), ""
+    if kind_of(drafter_hf).objective != "blocks":
+        reason = f"a drafter of kind {config.drafter.kind!r} is trained with"
+    elif getattr(drafter, "selector_top_k", 0):
+        reason = "a selector chooses among"
+    elif getattr(drafter, "draft_vocabulary", None) is not None:
+        reason = "a pruned draft vocabulary needs"
+    elif mesh.shape["tensor"] * mesh.shape["expert"] > 1:
+        reason = f"a mesh of tensor={mesh.shape['tensor']}, expert={mesh.shape['expert']} splits"
+    if reason:
+        raise UserError(
+            f"vocabulary_chunk is {config.vocabulary_chunk}, but {reason} whole rows of logits; set it to 0, and "
+            "anchor_chunk lower where memory is short."
+        )
 
 
 def micro_batches(data: DataSettings, mesh: AnyMesh) -> int:

@@ -16,6 +16,7 @@ from dspark_jax.drafters.protocol import BlockLogits, SelectorOutput
 from dspark_jax.drafters.vocabulary import DraftVocabulary
 from dspark_jax.targets.products import product
 from dspark_jax.training.anchors import Blocks
+from dspark_jax.training.vocabulary_terms import RowTerms
 
 # Added to the summed weights: the loss of a batch without supervision is 0, not NaN (docs/algorithm.md, rule 41).
 EPSILON = 1e-6
@@ -38,9 +39,11 @@ class LossOptions(LossSettings):
     Attributes:
         anchor_chunk: anchors of a row whose logits [B, anchor_chunk, K, V] are in memory at once; the others are those
             of `LossSettings`.
+        vocabulary_chunk: where it is not 0, ids whose logits [B, N, K, vocabulary_chunk] are, of all anchors.
     """
 
     anchor_chunk: int
+    vocabulary_chunk: int = 0
 
     @property
     def alphas(self) -> dict[str, float]:
@@ -185,10 +188,14 @@ def soft_terms(
         terms["soft_ce"] = entropy
     if "lk_mixed" in wanted:
         divergence = entropy + jnp.sum(p * log_p, axis=-1)
-        share = jnp.exp(-LK_RATE * accept_rate(l1))
-        terms["lk_mixed"] = share * divergence + (1.0 - share) * 0.5 * l1
+        terms["lk_mixed"] = _mixed(divergence, l1)
 
     return terms
+
+
+def _mixed(divergence: Array, l1: Array) -> Array:
+    share = jnp.exp(-LK_RATE * accept_rate(l1))
+    return share * divergence + (1.0 - share) * 0.5 * l1
 
 
 def selector_terms(
@@ -253,7 +260,6 @@ def law_sums(
         `selector`, and `recall`, `tau_oracle`, `tau_greedy` of a selector: its cross-entropy; how many labels are among
         the candidates; expected committed tokens if every such label were chosen, and if the likeliest candidate is.
     """
-    supervised = blocks.supervised
     accept, terms = _base_terms(out.logits, targets, blocks, vocabulary, options)
     l1, choice = terms["l1"], Sums()
     if out.selector is not None:
@@ -265,7 +271,28 @@ def law_sums(
         accept = accept_rate(l1)
         terms["selector"] = choice["selector"]
 
-    weights = _slot_weights(accept, blocks, options)
+    return _weighted(terms, l1, accept, choice, blocks, options)
+
+
+def row_sums(found: RowTerms, blocks: Blocks, options: LossOptions) -> tuple[Array, Sums, Float[Array, "b c k"]]:
+    """`law_sums` of laws of which the terms [B, C, K] of rows are known; for a drafter with the target's vocabulary and
+    no selector."""
+    wanted, l1 = {name for name, alpha in options.alphas.items() if alpha > 0}, found.l1
+    terms = {"ce": blocks.supervised * found.entropy, "l1": l1}
+    if "lk" in wanted and found.overlap is not None:
+        terms["lk"] = -found.overlap
+    if "soft_ce" in wanted and found.cross is not None:
+        terms["soft_ce"] = found.cross
+    if "lk_mixed" in wanted and found.cross is not None:
+        terms["lk_mixed"] = _mixed(found.cross + found.own, l1)
+    return _weighted(terms, l1, accept_rate(l1), Sums(), blocks, options)
+
+
+def _weighted(
+    terms: Sums, l1: Array, accept: Array, choice: Sums, blocks: Blocks, options: LossOptions
+) -> tuple[Array, Sums, Array]:
+    """What `law_sums` returns, of the terms [B, C, K] and a selector's figures."""
+    supervised, weights = blocks.supervised, _slot_weights(accept, blocks, options)
     sums = {name: jnp.sum(weights * term) for name, term in terms.items()}
     if options.length_alpha > 0:
         sums["length"] = jnp.sum(blocks.weights * length_term(l1, supervised)[..., None])

@@ -46,6 +46,8 @@ class CompiledSettings:
     """Devices along the mesh axes, as in fsdp=4; empty: all along the data axis."""
     source: Literal["offline", "online"] = "offline"
     """Where the target's states come from."""
+    vocabulary_chunk: int = 0
+    """Ids of a chunk of the loss, as the training configuration has it; 0: chunks of anchors."""
     name: str = "h200"
     """The row of the results."""
     largest: int = 12
@@ -90,6 +92,8 @@ def reading(settings: CompiledSettings, checkout: Path, when: str) -> dict[str, 
         wanted = {
             "config": settings.config, "topology": settings.topology, "mesh": settings.mesh, "readings": options,
             "data": {"source": settings.source, "conversations": "conversations.jsonl"},
+            # Named only where it is asked for: an earlier checkout may not have it.
+            "others": {"vocabulary_chunk": settings.vocabulary_chunk} if settings.vocabulary_chunk else {},
             "folder": str(folder.resolve()), "bench": module_name("train.bench.__main__"),
         }  # fmt: skip
 
@@ -145,7 +149,7 @@ config, folder = load_config(wanted["config"]), Path(wanted["folder"])
 settings = mesh_settings(wanted["mesh"], config.mesh) if wanted["mesh"] else config.mesh
 mesh = topology_mesh(wanted["topology"], *settings.sizes)
 data = dataclasses.replace(config.data, global_batch=mesh.size, accumulation_steps=1, **wanted["data"])
-run = AbstractRun.of(dataclasses.replace(config, data=data, mesh=settings), mesh)
+run = AbstractRun.of(dataclasses.replace(config, data=data, mesh=settings, **wanted["others"]), mesh)
 tpu = mesh.devices.flat[0].platform == "tpu"
 lowered, programs = run.lower("tpu" if tpu else "cuda"), {}
 for name, options in wanted["readings"].items():

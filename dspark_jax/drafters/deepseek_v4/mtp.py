@@ -14,7 +14,7 @@ from dspark_jax.drafters.deepseek_v4.config import V4MTPConfig
 from dspark_jax.drafters.deepseek_v4.window import before, filled_ring, ring_positions
 from dspark_jax.drafters.heads import Linear
 from dspark_jax.drafters.paired import shift_left
-from dspark_jax.drafters.protocol import BlockLogits, BlockRows, DraftOutput, SampleFn, SharedTables
+from dspark_jax.drafters.protocol import BlockLogits, BlockRows, DraftOutput, LogitTables, SampleFn, SharedTables
 from dspark_jax.errors import UserError
 from dspark_jax.targets.deepseek_v4.attention import Keys, sink_attention
 from dspark_jax.targets.deepseek_v4.block import V4Block
@@ -154,6 +154,9 @@ class V4MTP(nnx.Module):
 
     def train_logits(self, shared: SharedTables, rows: BlockRows) -> BlockLogits:
         return BlockLogits(shared.logits(rows.hidden))
+
+    def logit_tables(self, shared: SharedTables) -> LogitTables:
+        return LogitTables(shared.head, None)
 
     def logits(self, shared: SharedTables, hidden: Float[Array, "*n d"]) -> Float[Array, "*n v"]:
         """float32 logits of h, whose norm is part of the head."""
