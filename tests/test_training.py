@@ -140,7 +140,8 @@ def test_logits_of_all_anchors_never_exist() -> None:
     def largest(width: int, **chunks: int) -> int:
         task = BlockObjective(drafter.graphdef, drafter.config, replace(OPTIONS, **chunks))
         program = jax.make_jaxpr(partial(_value_and_gradient.__wrapped__, task))(drafter.params, tiny_batch(rows, 40))
-        return max(x.size for x in _intermediates(program.jaxpr) if x.shape and x.shape[-1] == width)
+        found = (x.size for x in _intermediates(program.jaxpr) if x.shape and x.shape[-1] == width)
+        return max(found, default=0)
 
     slots = rows * anchors * drafter.config.block_size
     assert largest(vocab, anchor_chunk=64) == slots * vocab

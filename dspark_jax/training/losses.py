@@ -114,7 +114,8 @@ def _row_terms(
     if tables is None:
         raise ValueError("the logits of this drafter are no products alone: vocabulary_chunk must be 0")
 
-    hidden, latent = (None if x is None else x.reshape(-1, x.shape[-1]) for x in (rows.hidden, rows.latent))
+    hidden = rows.hidden.reshape(-1, rows.hidden.shape[-1])
+    latent = None if rows.latent is None else rows.latent.reshape(-1, rows.latent.shape[-1])
     asked = Asked(
         soft=options.soft_ce_alpha > 0 or options.lk_mixed_alpha > 0,
         overlap=options.lk_alpha > 0,

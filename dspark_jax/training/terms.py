@@ -283,7 +283,7 @@ def row_sums(found: RowTerms, blocks: Blocks, options: LossOptions) -> tuple[Arr
         terms["lk"] = -found.overlap
     if "soft_ce" in wanted and found.cross is not None:
         terms["soft_ce"] = found.cross
-    if "lk_mixed" in wanted and found.cross is not None:
+    if "lk_mixed" in wanted and found.cross is not None and found.own is not None:
         terms["lk_mixed"] = _mixed(found.cross + found.own, l1)
     return _weighted(terms, l1, accept_rate(l1), Sums(), blocks, options)
 

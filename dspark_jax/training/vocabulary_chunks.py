@@ -73,9 +73,9 @@ def _backward(asked: Asked, residuals: tuple[Rows, LogitTables, Kept], pulled: R
     rows, tables, kept = residuals
     slopes = Slopes.of(kept, jax.tree.map(lambda x: x[:, None], pulled))
     made = (vocabulary_tpu.backward if asked.kernel else _scanned_backward)(rows, tables, slopes, asked)
-    given = rows.hidden, rows.latent, tables.markov
     # Rounded once, behind the last chunk.
-    return *(None if x is None else d.astype(x.dtype) for d, x in zip(made, given, strict=True)), None, None, None
+    given = Gradients(rows.hidden, rows.latent, tables.markov)
+    return *jax.tree.map(lambda d, x: d.astype(x.dtype), made, given), None, None, None
 
 
 row_terms.defvjp(_forward, _backward)
@@ -98,13 +98,13 @@ def _scanned_backward(rows: Rows, tables: LogitTables, slopes: Slopes, asked: As
     def add(total: Gradients, chunk: Chunk, start: Array) -> Gradients:
         size = chunk.draft.shape[1]
         made = Gradients.of(chunk, slopes, rows, _rows_from(tables, start, size))
-        latent, markov = None, None
-        if total.latent is not None and total.markov is not None and made.markov is not None:
-            latent = total.latent + made.latent
+        markov = total.markov
+        if markov is not None and made.markov is not None:
             # Where the last chunk begins before its own ids, those of the chunk before it get zeros more.
-            more = made.markov + jax.lax.dynamic_slice_in_dim(total.markov, start, size)
-            markov = jax.lax.dynamic_update_slice_in_dim(total.markov, more, start, 0)
-        return Gradients(total.hidden + made.hidden, latent, markov)
+            more = made.markov + jax.lax.dynamic_slice_in_dim(markov, start, size)
+            markov = jax.lax.dynamic_update_slice_in_dim(markov, more, start, 0)
+        rest = jax.tree.map(jnp.add, total._replace(markov=None), made._replace(markov=None))
+        return Gradients(rest.hidden, rest.latent, markov)
 
     given = Gradients(rows.hidden, rows.latent, tables.markov)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), given)

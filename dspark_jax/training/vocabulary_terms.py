@@ -222,7 +222,7 @@ class Slopes(NamedTuple):
         made = q * (self.of_q + self.of_sign * jnp.sign(q - p)) - jnp.where(chunk.hit, self.of_label, 0.0)
         if self.of_p is not None:
             made = made - self.of_p * p
-        if self.overlap is not None:
+        if self.overlap is not None and self.of_overlap is not None:
             weight = jnp.exp(jnp.minimum(log_p, log_q) - self.overlap)
             made = made + self.of_overlap * weight * _draft_share(log_q, log_p)
         return made

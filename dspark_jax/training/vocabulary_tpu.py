@@ -118,7 +118,7 @@ def _filled(tree: Any, size: int) -> Any:
     return jax.tree.map(lambda x: jnp.pad(x, ((0, -len(x) % size), (0, 0))), tree)
 
 
-def _params(*semantics: str) -> Any:
+def _params(*semantics: Any) -> Any:
     return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=MEMORY)
 
 
