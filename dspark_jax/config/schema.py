@@ -366,8 +366,8 @@ class TrainConfig:
     anchor_chunk: int = 64
     """Anchors whose logits [chunk γ, V] exist at once in the loss."""
     vocabulary_chunk: int = 0
-    """Ids whose logits [N γ, chunk], of all anchors, exist at once in the loss instead, for short memory; a TPU's kernel
-    holds none. 0: `anchor_chunk` is the measure."""
+    """For short memory: ids whose logits [N γ, chunk], of all anchors, exist at once in the loss instead. On TPUs
+    kernels keep them on the chip. 0: chunks of anchors."""
     log_every: int = 10
     """Optimizer steps between metric records."""
     run_dir: str = ""
