@@ -177,6 +177,7 @@ class Capture:
 
     def __init__(self, target: Target, spec: CacheSpec, batch: int, layout: Layout):
         self._target, self._spec, self._batch, self._layout = target, spec, batch, layout
+        self._forward = make_forward(target, spec)
         self.waited = self.idle = 0.0
 
     def __call__(self, items: Sequence[TrainingRow], start: int) -> Generator[tuple[int, Sample | None]]:
@@ -215,12 +216,11 @@ class Capture:
         self, rest: Iterator[Window], stopped: Event
     ) -> Iterator[tuple[Sequence[TrainingRow], dict[int, Sample]]]:
         """(training rows, samples by index) of every window; ends early once `stopped`."""
-        forward = make_forward(self._target, self._spec)
 
         def under_way() -> Iterator[tuple[Window, Batch | None, dict[str, jax.Array]]]:
             for window in rest:
                 for batch in window.batches:
-                    states = forward(self._target.params, batch.arrays(self._batch))
+                    states = self._forward(self._target.params, batch.arrays(self._batch))
                     for array in states.values():
                         # Starts the copy without waiting for it.
                         if array.is_fully_addressable:
