@@ -17,6 +17,8 @@ from tests.xla import FAST_COMPILER
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("XLA_FLAGS", FAST_COMPILER)
+# No line of a program names the Python that made it: a tenth of what lowering and compiling a round takes.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 # As the Makefile has it; without, the first program that a test runs would choose a folder for all that follow.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

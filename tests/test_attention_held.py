@@ -1,5 +1,7 @@
 """Attention over what is held of a large cache: the same result as over all of it, whatever the other slots hold."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,19 +19,23 @@ from dspark_jax.targets.attention import (
 SIZE = LARGE + 64  # no multiple of a chunk: the last one lies over the one before
 
 
+@partial(jax.jit, static_argnums=(4, 5))
+def _attended(
+    q: jax.Array, own: KeysValues, cache: KeysValues, given: tuple, block: bool, window: int | None
+) -> jax.Array:
+    lengths, held = given
+    allowed = prefix_mask(lengths[:, None], SIZE, 3, window)
+    inner = causal_block(3, window) if block else None
+    return prefix_block_attention(q, own if block else None, cache, allowed, inner, scale=0.3, held=held)
+
+
 def attended(lengths: list[int], held: int | None, block: bool = True, window: int | None = None) -> np.ndarray:
     """Three rows of two slots, with 4 query and 2 kv heads; everything behind a slot's length is junk."""
     rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.normal(size=(2, 1, 3, heads, 8)), jnp.float32) for heads in (4, 2, 2))
-    keys, values = (jnp.asarray(rng.normal(size=(2, 2, SIZE, 8)), jnp.float32) for _ in range(2))
-    allowed = prefix_mask(jnp.asarray(lengths)[:, None], SIZE, 3, window)
-
-    def run(held: jax.Array | None) -> jax.Array:
-        own = KeysValues(k, v) if block else None
-        inner = causal_block(3, window) if block else None
-        return prefix_block_attention(q, own, KeysValues(keys, values), allowed, inner, scale=0.3, held=held)
-
-    return np.asarray(jax.jit(run)(None if held is None else jnp.asarray(held)))
+    q, k, v = (rng.normal(size=(2, 1, 3, heads, 8)).astype(np.float32) for heads in (4, 2, 2))
+    keys, values = (rng.normal(size=(2, 2, SIZE, 8)).astype(np.float32) for _ in range(2))
+    given = np.asarray(lengths), None if held is None else np.asarray(held)
+    return np.asarray(_attended(q, KeysValues(k, v), KeysValues(keys, values), given, block, window))
 
 
 @pytest.mark.parametrize("lengths", [[0, 3], [40, HELD_CHUNK], [HELD_CHUNK + 1, 700], [SIZE, SIZE - 5]])

@@ -45,16 +45,30 @@ def built() -> None:
     assert native.ready() or shutil.which("c++") is None
 
 
-def both(attend: Any, parts: tuple[Any, ...], lowest: Any = None, within: Any = None) -> tuple[np.ndarray, np.ndarray]:
-    """(a kernel's result, the einsum form's)."""
+# One program for each shape, which all kernels are held against, and one for each shape and kernel.
+_EINSUM = jax.jit(partial(block_attention, scale=0.2))
+_BY_KERNEL = jax.jit(partial(held._by_kernel, scale=0.2, interpret=True), static_argnames="attend")
+
+
+def by_kernel(
+    attend: Any, parts: tuple[Any, ...], lowest: Any = None, within: Any = None, tables: Any = None
+) -> np.ndarray:
     q, block, cache, lengths = parts
     bound = None if lowest is None else lowest[:, 0]
-    made = held._by_kernel(q, *block, *cache, lengths, bound, within, None, 0.2, attend, interpret=True)
+    made = _BY_KERNEL(q, *block, *cache, lengths, bound, within, tables, attend=attend)
+    assert made.dtype == q.dtype
+    return np.asarray(made, np.float32)
+
+
+def by_einsum(parts: tuple[Any, ...], lowest: Any = None, within: Any = None) -> np.ndarray:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(forms.FORM, "einsum")
-        wanted = jax.jit(partial(block_attention, scale=0.2))(q, block, cache, lengths, lowest, within)
-    assert made.dtype == q.dtype
-    return np.asarray(made, np.float32), np.asarray(wanted, np.float32)
+        return np.asarray(_EINSUM(*parts, lowest, within), np.float32)
+
+
+def both(attend: Any, *given: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(a kernel's result, the einsum form's)."""
+    return by_kernel(attend, *given), by_einsum(*given)
 
 
 # Scores reach 12, of which float32 knows the sixth decimal alone: values of size 1 may differ by some 5e-6.
@@ -87,9 +101,9 @@ def test_kernels_give_what_einsum_gives(
 @pytest.mark.parametrize("attend", ACCELERATORS)
 def test_bfloat16_within_its_rounding(attend: Any) -> None:
     parts = operands(8, 4, 2, 128, [0, 200, 256], 256, jnp.bfloat16)
-    made, _ = both(attend, parts, None, causal_block(8)[None])
-    _, wanted = both(attend, jax.tree.map(lambda x: x.astype(jnp.float32) if x.ndim > 1 else x, parts), None,
-                     causal_block(8)[None])  # fmt: skip
+    made = by_kernel(attend, parts, None, causal_block(8)[None])
+    wide = jax.tree.map(lambda x: np.asarray(x, np.float32) if x.ndim > 1 else x, parts)
+    wanted = by_einsum(wide, None, causal_block(8)[None])
     np.testing.assert_allclose(made, wanted, rtol=2e-2, atol=2e-2)
 
 
@@ -112,13 +126,12 @@ def test_rows_that_form_trees_have_masks_of_their_own(attend: Any) -> None:
 @pytest.mark.parametrize("attend", KERNELS)
 def test_blocks_that_are_not_held_are_not_read(attend: Any) -> None:
     q, block, cache, lengths = operands(2, 2, 1, 64, [0, 64, 256], 640)
-    wanted, _ = both(attend, (q, block, cache, lengths))
+    wanted = by_kernel(attend, (q, block, cache, lengths))
     # Blocks of 256 positions on the TPU, of 64 on the GPU: NaN in all that lie behind a request's last one.
     step = {held_tpu.attend: held_tpu.BLOCK, held_gpu.attend: held_gpu.BLOCK, native.attend: 1}[attend]
-    behind = jnp.arange(640) >= jnp.maximum(-(-lengths // step), attend is held_tpu.attend)[:, None] * step
-    cache = KeysValues(*(jnp.where(behind[:, None, :, None], jnp.nan, x) for x in cache))
-    made = held._by_kernel(q, *block, *cache, lengths, None, None, None, 0.2, attend, interpret=True)
-    np.testing.assert_array_equal(made, wanted)
+    behind = np.arange(640) >= np.maximum(-(-np.asarray(lengths) // step), attend is held_tpu.attend)[:, None] * step
+    cache = KeysValues(*(np.where(behind[:, None, :, None], np.float32(np.nan), x) for x in cache))
+    np.testing.assert_array_equal(by_kernel(attend, (q, block, cache, lengths)), wanted)
 
 
 @pytest.mark.parametrize("form", ["einsum", "kernel", pytest.param("auto", marks=COMPILER)])
