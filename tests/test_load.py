@@ -288,9 +288,16 @@ def test_load_measures_validates_and_simulates(folder: Path, tmp_path: Path, mon
     assert found["simulated"] and set(found["closed"]) == {"2", "8"}
 
     # Recorded alone, and simulated with a table for each number of users.
-    kept, sps_of = tmp_path / "recorded", tmp_path / "profiles"
-    main([str(word) for word in [*argv[:10], "--max-new-tokens", "8", "--record", "4", "--output", kept]])
-    assert (kept / "traces.npz").exists() and not (kept / "metrics.json").exists()
+    kept, sps_of, modes = tmp_path / "recorded", tmp_path / "profiles", list[str | None]()
+
+    def recording(engine: Engine, *rest: Any) -> Traces:
+        modes.append(engine.sampling.mode)
+        return record_traces(engine, *rest)
+
+    monkeypatch.setattr("infer.studies.load.record_traces", recording)
+    alone = ["--max-new-tokens", "8", "--record", "4", "--mode", "coupled", "--output", kept]
+    main([str(word) for word in [*argv[:10], *alone]])
+    assert (kept / "traces.npz").exists() and not (kept / "metrics.json").exists() and modes == ["coupled"]
     sps_of.mkdir()
     for users, slower in (("1", 1), ("2", 10)):
         rates = [rate / slower for rate in sps["sample_steps_per_sec"]]

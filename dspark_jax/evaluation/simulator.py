@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dspark_jax.errors import UserError
-from dspark_jax.scheduling.costs import Occupancy, ScheduleTables, round_costs
+from dspark_jax.scheduling.costs import CostTable, Occupancy, ScheduleTables, round_costs
 from dspark_jax.scheduling.policies import PolicyState, RoundView, VerifyPolicy
 
 
@@ -192,7 +192,7 @@ def _dispatch(
 
         # Every request's anchor goes through the target as well.
         passed = int(np.sum(np.asarray(lengths) + 1))
-        run.clock += _round_seconds(device, load, view, passed, bool(jnp.any(drafted)))
+        run.clock += _round_seconds(device, load, view, passed, bool(np.any(np.asarray(drafted))))
         run.tokens += made
         run.verified += passed
         run.rounds += len(slots.made)
@@ -272,11 +272,20 @@ def _learn(
 
 
 def _round_seconds(device: SimulatedDevice, occupancy: Occupancy, view: RoundView, tokens: int, drafted: bool) -> float:
-    # The table at this round's contexts, as the compiled round reads it.
-    costs = round_costs(device.tables.costs, occupancy, view.active, view.lengths)
     # A pass costs as much as the bucket that its tokens are padded to.
     bucket = next((b for b in device.buckets if b >= tokens), device.buckets[-1])
-    return float(costs.of(jnp.asarray(bucket)) + costs.drafting) if drafted else float(costs.plain)
+    plain, whole = _seconds(device.tables.costs, occupancy, view.active, view.lengths, np.int32(bucket))
+    return float(whole if drafted else plain)
+
+
+@jax.jit
+def _seconds(
+    costs: CostTable, occupancy: Occupancy, active: jax.Array, lengths: jax.Array, bucket: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Seconds of a plain round, and of one that drafts and verifies a bucket, by the table at this round's contexts, as
+    the compiled round reads it."""
+    here = round_costs(costs, occupancy, active, lengths)
+    return here.plain, here.of(bucket) + here.drafting
 
 
 def _put(ended: np.ndarray, leaf: jax.Array, fresh: jax.Array) -> jax.Array:

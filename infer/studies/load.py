@@ -47,7 +47,7 @@ from dspark_jax.serving.assembly import costs_of, temperatures_of
 from dspark_jax.serving.engine import Engine
 from dspark_jax.serving.profiling import measure_profile
 from dspark_jax.serving.prompts import EncodedPrompt, read_prompts
-from dspark_jax.serving.sampling import SamplingParams
+from dspark_jax.serving.sampling import Mode, SamplingParams
 from dspark_jax.serving.settings import EngineConfig, policy_named
 from dspark_jax.targets.target import Target
 
@@ -57,7 +57,8 @@ from .load_strategies import Strategy, ladder, policy_name, verdict
 
 IDENTITY = (
     "target", "drafter", "mtp", "prompts", "limit", "thinking", "sts", "sps", "dtype", "max_new_tokens",
-    "answer_spread", "temperature", "threshold", "requests_per_user", "least_requests", "rounds_per_dispatch", "seed",
+    "answer_spread", "temperature", "mode", "threshold", "requests_per_user", "least_requests", "rounds_per_dispatch",
+    "seed",
 )  # fmt: skip
 """Settings that determine the figures of a run under a given load: a study continues only where these are unchanged."""
 
@@ -93,6 +94,8 @@ class LoadSettings:
     """Largest share of max-new-tokens by which an answer is shorter, the same under every strategy. 0: equal lengths,
     which keep the requests of plain decoding in step, unlike real traffic."""
     temperature: float = 1.0
+    mode: Mode = "rejection"
+    """How drafts are verified, or recorded; the strategy retrospective is coupled in any case."""
     threshold: float = 0.5
     sts: Path | None = None
     """sts.json: calibrated temperatures."""
@@ -232,7 +235,7 @@ class Study:
             stop_tokens=(),  # so that an answer has the same length under every strategy
             verify_length=1 if strategy == "fixed-1" else None,
             # It looks back at a round's own drafts: in coupled mode alone that leaves the law as it is.
-            mode="coupled" if strategy == "retrospective" else None,
+            mode="coupled" if strategy == "retrospective" else settings.mode,
         )
         config = EngineConfig(
             slots=slots,
