@@ -5,8 +5,9 @@
 
 Nothing is trained: the state has the shapes and dtypes of the configuration's on this machine's devices, and a step
 changes every element of it, as an optimizer does. Steps alone and steps during a save alternate; medians are printed.
-With `--preempt` a process that steps so is sent SIGTERM, between two saves and right after one has begun, and the
-seconds to its end are printed.
+`--output` is an empty folder or place, `--saves` how many checkpoints are taken (3), `--layers` how many draft layers,
+where all of them do not fit this machine's memory. With `--preempt` a process that steps so is sent SIGTERM, between
+two saves and right after one has begun, and the seconds to its end are printed.
 """
 
 import dataclasses
