@@ -34,6 +34,8 @@ Result = tuple[str, float, float, bool]
 ATOL, RTOL, GRADIENT_TOLERANCE = 2e-4, 1e-4, 1e-3
 # Less than a row's anchors, so that the losses and gradients compared are those of the chunked path, padding included.
 ANCHOR_CHUNK = 3
+# No divisor of a vocabulary here: the last chunk begins among the ids of the one before it.
+VOCABULARY_CHUNK = 60
 
 
 def close(name: str, found: Any, expected: Any, valid: np.ndarray | None = None) -> Result:
@@ -161,11 +163,7 @@ def check_losses(
     shared, options = shared_tables(target), objective.options
     plan = objective.plan_at(batch, anchors, keep)
 
-    def loss(params: dict) -> tuple[jax.Array, dict]:
-        sums = objective.sums(params, shared, batch, plan.rows)
-        return objective.loss(sums, plan.denominator), sums
-
-    (total, sums), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(drafter.params)
+    (total, sums), gradients = _gradient(objective, drafter, shared, batch, plan)
     absent = np.zeros(())
     terms = (("ce", True), ("l1", options.l1_alpha > 0), ("confidence", "confidence" in sums))
     for term, present in terms:
@@ -178,15 +176,30 @@ def check_losses(
     for name in sorted(n for n in vectors.files if n.startswith("metrics/train/")):
         yield close(name, metrics.get(name.removeprefix("metrics/train/"), np.nan), vectors[name])
 
-    stored = stored_tensors(drafter_tensor_map(drafter.config, flatten_dict(gradients)), gradients, None)
-    for name in sorted(n for n in vectors.files if n.startswith("grads/")):
-        yield relative(name, stored[name.removeprefix("grads/")], vectors[name])
+    # The same without a whole row of logits.
+    fused = replace(objective, options=replace(options, vocabulary_chunk=VOCABULARY_CHUNK))
+    (of_chunks, _), others = _gradient(fused, drafter, shared, batch, plan)
+    yield close("loss/total by chunks of the vocabulary", of_chunks, vectors["loss/total"])
+    for which, found in (("", gradients), (" by chunks of the vocabulary", others)):
+        stored = stored_tensors(drafter_tensor_map(drafter.config, flatten_dict(found)), found, None)
+        for name in sorted(n for n in vectors.files if n.startswith("grads/")):
+            yield relative(name + which, stored[name.removeprefix("grads/")], vectors[name])
 
     yield close("loss/total_alt_nodecay", _other_total(objective, meta, drafter, shared, batch, anchors, keep),
                 vectors["loss/total_alt_nodecay"])  # fmt: skip
     ranks = len(vectors["loss/dp2_rank_losses"])
     yield close("loss/dp2_rank_losses", _rank_losses(objective, drafter, shared, batch, plan, ranks),
                 vectors["loss/dp2_rank_losses"])  # fmt: skip
+
+
+def _gradient(objective: BlockObjective, drafter: Drafter, shared: Any, batch: Batch, plan: Any) -> Any:
+    """((loss, sums), gradient)."""
+
+    def loss(params: dict) -> tuple[jax.Array, dict]:
+        sums = objective.sums(params, shared, batch, plan.rows)
+        return objective.loss(sums, plan.denominator), sums
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(drafter.params)
 
 
 def _other_total(

@@ -1,5 +1,5 @@
 """Program of test_training: two steps on 8 simulated devices and on one, and losses with every term on 1, 2 and 4,
-compared. Exits non-zero where they differ."""
+the last by chunks of the vocabulary, compared. Exits non-zero where they differ."""
 
 import os
 
@@ -8,6 +8,7 @@ from tests.xla import xla_flags
 os.environ["XLA_FLAGS"] = xla_flags(8)
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -52,9 +53,11 @@ def train(placement: Placement | None, accumulation: int) -> tuple[Any, Any]:
     return state, metrics
 
 
-def evaluate(devices: int) -> Any:
-    """The figures of a batch with all terms and weightings; its rows differ in what they supervise."""
-    task = BlockObjective(objective().graphdef, objective().config, ALL_TERMS)
+def evaluate(devices: int, chunk: int = 0) -> Any:
+    """The figures of a batch with all terms and weightings; its rows differ in what they supervise. `chunk`: of the
+    vocabulary."""
+    options = dataclasses.replace(ALL_TERMS, vocabulary_chunk=chunk)
+    task = BlockObjective(objective().graphdef, objective().config, options)
     placement = Placement(make_mesh(data=devices, devices=jax.devices()[:devices]), ShardingRules())
     batch, place = tiny_batch(rows=8, seed=3), placement.whole
     params, shared = jax.device_put((tiny_drafter().params, tiny_tables()), place)
@@ -95,8 +98,8 @@ def main() -> None:
 
     alone = evaluate(1)
     assert {"lk_loss", "soft_ce_loss", "lk_mixed_loss"} <= alone.keys()
-    for devices in (2, 4):
-        for name, figure in evaluate(devices).items():
+    for devices, chunk in ((2, 0), (4, 16)):
+        for name, figure in evaluate(devices, chunk).items():
             np.testing.assert_allclose(figure, alone[name], rtol=1e-5, atol=1e-6, err_msg=f"{name} on {devices}")
 
 
