@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -39,6 +39,16 @@ Held = tuple[str, list[int], np.ndarray]
 Block = tuple[tuple[int, int], ...]
 
 
+class _Written(NamedTuple):
+    """What this process writes of an array: its name, the first index on every axis, the block on one of its devices,
+    and (axis, first, last) of the process's share of it; None: all."""
+
+    name: str
+    start: list[int]
+    data: jax.Array
+    share: tuple[int, int, int] | None
+
+
 def held_here(state: Any, copied: bool) -> list[Held]:
     """The parts of a state that this process writes: processes that hold the same block share it out.
 
@@ -48,21 +58,26 @@ def held_here(state: Any, copied: bool) -> list[Held]:
     """
     arrays = [(jax.tree_util.keystr(path), plain_numbers(x)) for path, x in jax.tree_util.tree_leaves_with_path(state)]
     mine = [part for name, x in arrays for part in _parts(name, x)]
-    # All transfers are started before the first is waited for.
-    for _, _, data in mine:
-        data.copy_to_host_async()
+    # The transfers of whole blocks are started before the first is waited for. A share is cut out on the device, and
+    # only when its turn comes: all shares at once would be a second copy there, for which no room was counted.
+    for part in mine:
+        if part.share is None:
+            part.data.copy_to_host_async()
 
-    def fetched(part: tuple[str, list[int], jax.Array]) -> Held:
-        name, start, data = part
-        return name, start, np.asarray(data) if copied else np.array(data, copy=True)
+    def fetched(part: _Written) -> Held:
+        data = part.data
+        if part.share is not None:
+            axis, first, last = part.share
+            data = jax.lax.slice_in_dim(data, first, last, axis=axis)
+        return part.name, part.start, np.asarray(data) if copied else np.array(data, copy=True)
 
     # One thread does not fill the memory's bandwidth.
     with ThreadPoolExecutor(_COPIERS) as pool:
         return list(pool.map(fetched, mine))
 
 
-def _parts(name: str, x: jax.Array) -> Iterator[tuple[str, list[int], jax.Array]]:
-    """This process's parts of an array: the name, the first index on every axis, the values on one of its devices."""
+def _parts(name: str, x: jax.Array) -> Iterator[_Written]:
+    """What this process writes of an array."""
     # By index, not by device: replicas are one block.
     holders: dict[Block, set[int]] = {}
     device: Any
@@ -74,15 +89,15 @@ def _parts(name: str, x: jax.Array) -> Iterator[tuple[str, list[int], jax.Array]
         processes = sorted(holders[block])
         start = [first for first, _ in block]
         if len(processes) == 1:
-            yield name, start, data
+            yield _Written(name, start, data, None)
             continue
 
         axis, first, last = share(data.shape, processes.index(jax.process_index()), len(processes))
         if not data.shape and last:
-            yield name, start, data
+            yield _Written(name, start, data, None)
         elif first < last:
             start[axis] += first
-            yield name, start, jax.lax.slice_in_dim(data, first, last, axis=axis)
+            yield _Written(name, start, data, (axis, first, last))
 
 
 def share(shape: tuple[int, ...], number: int, count: int) -> tuple[int, int, int]:
