@@ -44,9 +44,9 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared")
 SWITCH = "DSPARK_JAX_NATIVE"
 """Environment variable; "off" leaves all products to XLA."""
 PANEL = 48
-"""Columns of a panel, a weight's form in targets/panels.py: three vectors of sixteen."""
+"""Columns of a panel, a weight's form in targets/panels.py: whole vectors of sixteen, eight or four."""
 LANES = 16
-"""Numbers that the kernel takes at a time: an axis of a weight that it reads along is a multiple of it."""
+"""The most numbers that a kernel takes at a time (lanes.h): an axis of a weight that it reads along is a multiple."""
 
 
 @cache

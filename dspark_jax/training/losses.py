@@ -34,7 +34,7 @@ def block_sums(
 
     Context and blocks pass the drafter once, all anchors together. Then each chunk of anchors makes its logits, its
     sums and their gradient at once, so that nothing of size [N K, V] exists and no logits are made twice
-    (docs/algorithm.md, rule 49).
+    (docs/algorithm.md, rule 49). With `vocabulary_chunk` all anchors are one chunk, and `row_terms` makes logits.
 
     Args:
         build: the drafter of parameters in the compute dtype.
