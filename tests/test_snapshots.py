@@ -127,6 +127,25 @@ def test_the_loop_waits_for_the_copy_alone(kind: str, tmp_path: Path, monkeypatc
         assert restored is not None and restored[0] == 2 and same(restored[1], state_of(2))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_several_devices_the_loop_starts_the_checksums(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Collectives of two threads may reach the devices in different orders, which then wait for each other."""
+    module, threads = checkpoint if kind == "disk" else object_checkpoints, list[threading.Thread]()
+    begin, whole = module.begin_checksums, module.checksums
+
+    def noted(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        return lambda tree: threads.append(threading.current_thread()) or function(tree)
+
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    with KINDS[kind](tmp_path) as checkpoints, monkeypatch.context() as patch:
+        patch.setattr(module, "begin_checksums", noted(begin))
+        patch.setattr(module, "checksums", noted(whole))
+        checkpoints.save(1, state_of(1), {})
+        checkpoints.wait()
+        assert threads == [threading.main_thread()]
+        assert same(checkpoints.restore(1, abstract(state_of(0)))[0], state_of(1))
+
+
 def test_a_copy_that_changes_before_it_is_written_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     seal = checkpoint.sealed
     with Checkpoints(tmp_path / "c", 1) as checkpoints:

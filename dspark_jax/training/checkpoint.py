@@ -26,7 +26,7 @@ from dspark_jax.distributed import barrier, from_first, is_first
 from dspark_jax.errors import UserError
 from dspark_jax.training.array_blocks import Damaged
 from dspark_jax.training.checkpoint_notes import damage, opened, require_same_arrays, sealed, steps_in, write_hashes
-from dspark_jax.training.checksum import checksums
+from dspark_jax.training.checksum import begin_checksums, checksums, fetch_checksums
 from dspark_jax.training.snapshots import Snapshots
 
 State = TypeVar("State")
@@ -103,15 +103,19 @@ class Checkpoints:
 
         # A job's processes call Orbax, whose calls are collective, where they call everything else.
         copy = self._snapshots.take(state) if jax.process_count() == 1 else None
-        begun = None
+        begun = sums = None
         if copy is None:
             with self._reported():
                 begun = self._begin(step, state, notes)
+        elif jax.device_count() > 1:
+            # Programs with collectives come from one thread: devices that had those of two in different orders would
+            # wait for each other.
+            sums = begin_checksums(copy)
 
         # In a list, from which the thread takes the only reference, to free the devices' memory early.
         given = [copy]
         del copy
-        self._thread = threading.Thread(target=self._guarded_write, args=(step, given, notes, begun), daemon=True)
+        self._thread = threading.Thread(target=self._guarded_write, args=(step, given, notes, begun, sums), daemon=True)
         self._thread.start()
 
     def restore(self, step: int, like: State) -> tuple[State, Any]:
@@ -195,21 +199,23 @@ class Checkpoints:
         with suppress(Exception) if kind else nullcontext():
             self.close()
 
-    def _begin(self, step: int, state: Any, notes: dict[str, Any]) -> Any:
-        """Orbax's response to a save of this state, once its arrays are on the host."""
+    def _begin(self, step: int, state: Any, notes: dict[str, Any], sums: list[jax.Array] | None = None) -> Any:
+        """Orbax's response to a save of this state, once its arrays are on the host; `sums`: its begun checksums."""
         score = notes["score"]
-        content = sealed(notes | {"checksums": checksums(state)})
+        content = sealed(notes | {"checksums": checksums(state) if sums is None else fetch_checksums(sums)})
         # Orbax brings arrays to the host by itself, which a transfer guard of the caller would refuse.
         with jax.transfer_guard("allow"), _writing(state):
             return self._orbax.save_async(
                 step, state, custom_metadata=content, force=True, metrics=None if score is None else {"score": score}
             )
 
-    def _guarded_write(self, step: int, given: list[Any], notes: dict[str, Any], begun: Any) -> None:
+    def _guarded_write(
+        self, step: int, given: list[Any], notes: dict[str, Any], begun: Any, sums: list[jax.Array] | None
+    ) -> None:
         """The thread of a save: what it raises is raised by `wait`."""
         try:
             copy = given.pop()
-            response = begun or self._begin(step, copy, notes)
+            response = begun or self._begin(step, copy, notes, sums)
             del copy  # the host has its bytes
             response.result()
             # Hashes of complete files alone: a folder without them was interrupted, and its checksums decide.

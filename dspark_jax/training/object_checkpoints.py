@@ -83,8 +83,9 @@ class ObjectCheckpoints:
         notes = json.loads(json.dumps({"extra": extra, "score": score}))
         copy = self._snapshots.take(state)
         with jax.transfer_guard("allow"):
-            # The programs of a job's processes must come in one order, which a thread's do not.
-            now = copy is None or jax.process_count() > 1
+            # Programs with collectives come from one thread: devices, of this process or of several, that had those of
+            # two in different orders would wait for each other.
+            now = copy is None or jax.device_count() > 1
             begun = begin_checksums(state if copy is None else copy) if now else None
             # Without room on the devices the loop waits for the host's copies.
             held = held_here(state, copied=False) if copy is None else None
