@@ -150,6 +150,11 @@ def require_same_settings(path: Path, settings: Mapping[str, Any], output: Path)
 
     for name in [*wanted, *recorded]:
         if recorded.get(name) != wanted.get(name):
+            if name not in recorded:
+                raise UserError(
+                    f"{output} was begun by an earlier version, which had no setting {name} (this run has "
+                    f"{wanted[name]!r}); continue with that version or give a new output."
+                )
             raise UserError(
                 f"{output} was begun with {name} = {recorded.get(name)!r}, this run has {wanted.get(name)!r}; "
                 "continue with the same setting or give a new output."

@@ -214,6 +214,9 @@ def test_other_settings_on_the_same_cache(target: Path, folder: Path, refused: R
         ("--batch", 2, "batch"),
     ):
         assert f"was begun with {field} = " in refused(*cache(target, option, value))
+    (begun := folder / "cache" / "build.json").write_text(begun.read_text().replace('"rows"', '"layout"'))
+    assert "earlier version, which had no setting rows (this run has 'by-length')" in refused(*cache(target))
+    begun.write_text(begun.read_text().replace('"layout"', '"rows"'))
     assert "was begun with layer_ids = [0, 1], this run has [1]" in refused(*cache(target, layers="1"))
     longer = {"messages": GOOD["messages"] * 2}
     (folder / "longer.jsonl").write_text(3 * (json.dumps(longer) + "\n"))
