@@ -1,14 +1,17 @@
-"""Terms of the loss by chunks of the vocabulary against those of whole rows of logits, values and gradients; what is
-refused."""
+"""Terms of the loss by chunks of the vocabulary against those of whole rows of logits, values and gradients; kernels in
+the step of several TPUs; what is refused."""
 
+import re
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice
 
 from dspark_jax.config.cli import load_config
 from dspark_jax.errors import UserError
@@ -101,16 +104,35 @@ def test_in_bfloat16_nothing_but_the_rounding_of_slopes_differs(kernel: bool) ->
         assert np.linalg.norm(np.float32(made) - exact) < 4e-3 * np.linalg.norm(exact)
 
 
+@pytest.mark.lowering
+def test_each_device_of_a_mesh_runs_the_kernels_on_its_own_rows() -> None:
+    """In the whole step, lowered for TPUs that are not here."""
+    config = load_config("qwen3_4b_dspark")
+    drafter = replace(config.drafter, num_layers=1, target_layer_ids=(1,), num_anchors=4, block_size=4)
+    data = replace(config.data, global_batch=4, accumulation_steps=1, max_length=64)
+    config = replace(config, drafter=drafter, vocabulary_chunk=64, data=data)
+    mesh = abstract_mesh(4, 1, 4).update(abstract_device=AbstractDevice("TPU v5p", 1, "tpu"))
+    text = AbstractRun.of(config, mesh).lower("tpu").as_text()
+    for kernel in ("vocabulary_terms", "vocabulary_slopes"):
+        # 4 blocks of 4 positions of one sequence.
+        assert re.search(rf'@tpu_custom_call.*kernel_name = "{kernel}".* : \(tensor<16x2560xbf16>', text), kernel
+
+
 @pytest.mark.parametrize(
     ("drafter", "mesh", "said"),
     [
         ({"kind": "eagle3", "num_layers": 1, "block_size": 2, "target_layer_ids": (0, 1, 2, 3, 4)}, 1,
          "vocabulary_chunk is 64, but a drafter of kind 'eagle3' is trained with whole rows of logits"),
         ({"markov_head_type": "selector"}, 1, "a selector chooses among whole rows"),
+        ({"draft_vocabulary": "ids.json"}, 1, "a pruned draft vocabulary needs whole rows"),
         ({}, 2, "a mesh of tensor=2, expert=1 splits whole rows of logits; set it to 0"),
     ],
 )  # fmt: skip
-def test_what_needs_whole_rows_is_refused(drafter: dict[str, Any], mesh: int, said: str) -> None:
+def test_what_needs_whole_rows_is_refused(
+    drafter: dict[str, Any], mesh: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ids.json").write_text('{"ids": [0, 2]}')
+    monkeypatch.chdir(tmp_path)
     config = load_config("qwen3_4b_dspark")
     data = replace(config.data, global_batch=2, accumulation_steps=1)
     config = replace(config, drafter=replace(config.drafter, **drafter), vocabulary_chunk=64, data=data)
