@@ -194,6 +194,16 @@ def test_what_is_read_ahead_is_bounded(cache, monkeypatch):
         next(batches.iterate())
 
 
+def test_a_containers_limit_counts_for_the_machines_memory(tmp_path, monkeypatch):
+    monkeypatch.delenv(pipeline.GIGABYTES, raising=False)
+    monkeypatch.setattr(pipeline, "CONTAINER_LIMIT", tmp_path / "memory.max")
+    machine = pipeline.bound_of_memory()
+    (tmp_path / "memory.max").write_text("max\n")
+    assert pipeline.bound_of_memory() == machine > 4000
+    (tmp_path / "memory.max").write_text("4000\n")
+    assert pipeline.bound_of_memory() == 1000
+
+
 def test_damage_surfaces_as_the_users_error(cache, monkeypatch):
     batches = Batches(cache, 2, seed=0, buckets=BUCKETS)
 

@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import grain
 import numpy as np
@@ -26,6 +27,7 @@ _ENDLESS = 2**40
 
 GIGABYTES = "DSPARK_READ_AHEAD_GB"
 _SHARE_OF_MEMORY = 0.25
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")  # as a container sees its own control group
 _AHEAD = 4
 
 
@@ -176,14 +178,23 @@ class Batches:
 
 def bound_of_memory() -> int:
     """Bytes that a process's batches may take before the loop takes them: $DSPARK_READ_AHEAD_GB, else a share of the
-    machine's memory; UserError where the variable is no number."""
+    machine's or its container's memory; UserError where the variable is no number."""
     text = os.environ.get(GIGABYTES)
     if not text:
-        return int(_SHARE_OF_MEMORY * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        return int(_SHARE_OF_MEMORY * min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), _container_limit()))
     try:
         return int(float(text) * 1e9)
     except (ValueError, OverflowError):
         raise UserError(f"{GIGABYTES} is {text!r}; a number of gigabytes was expected.") from None
+
+
+def _container_limit() -> float:
+    """Bytes that a container may take; infinity where none is set, or no control group is seen."""
+    try:
+        text = CONTAINER_LIMIT.read_text().strip()
+    except OSError:
+        return math.inf
+    return int(text) if text.isdecimal() else math.inf  # "max": none
 
 
 class BatchIterator(Iterator[Batch]):
