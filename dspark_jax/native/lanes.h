@@ -2,6 +2,10 @@
 
 #pragma once
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include <cstdint>
 
 // Compilers split longer ones, but keep them in memory between operations: with AVX2, products in lanes of sixteen took
@@ -22,6 +26,10 @@ inline Lanes load(const float* from) { return *reinterpret_cast<const Lanes*>(fr
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes), aligned(2)));
 typedef uint32_t Wholes __attribute__((vector_size(4 * kLanes)));
 inline Lanes load(const uint16_t* from) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  // One instruction, where GCC's code for the line below widens halves and joins them.
+  return (Lanes)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))), 16);
+#endif
   return (Lanes)(__builtin_convertvector(*reinterpret_cast<const Halves*>(from), Wholes) << 16);
 }
 

@@ -26,8 +26,11 @@ constexpr int64_t kRows = 9;
 constexpr int64_t wide(int64_t) { return 3; }
 #else
 constexpr int64_t kRows = 6;
-constexpr int64_t wide(int64_t rows) { return rows <= 2 ? 6 : 2; }
+constexpr int64_t wide(int64_t rows) { return rows <= 2 ? 6 : rows == 3 ? 3 : 2; }
 #endif
+// Rows of a panel that are taken by all its columns before the next ones, where the registers hold a part of the columns:
+// the first cache has them for the second part, and memory sends for the next all the while.
+constexpr int64_t kDeep = 128;
 // Bytes of the panel between the row that is multiplied and the one that is sent for.
 constexpr int64_t kAhead = 9216;
 
@@ -43,33 +46,42 @@ struct Product {
 template <typename Weight, int R>
 void by_panel(const Product<Weight>& p, int64_t first, int64_t panel) {
   constexpr int64_t ahead = kAhead / (kPanel * sizeof(Weight)) * kPanel;
-  constexpr int64_t kWide = wide(R);
+  constexpr int64_t kWide = wide(R), kParts = kPanel / kLanes;
   const float* x = p.x + first * p.inputs;
-  for (int64_t at = 0; at < kPanel; at += kWide * kLanes) {
-    const Weight* weight = p.panels + panel * p.inputs * kPanel + at;
-    Lanes sums[R][kWide] = {};
-    for (int64_t k = 0; k < p.inputs; ++k) {
-      Lanes part[kWide];
-      for (int c = 0; c < kWide; ++c) {
-        // Past the last rows this asks for memory behind the panels, which a prefetch may.
-        __builtin_prefetch(weight + k * kPanel + c * kLanes + ahead);
-        part[c] = load(weight + k * kPanel + c * kLanes);
-      }
-      for (int r = 0; r < R; ++r)
-        for (int c = 0; c < kWide; ++c) sums[r][c] += x[r * p.inputs + k] * part[c];
-    }
+  const Weight* weight = p.panels + panel * p.inputs * kPanel;
+  Lanes whole[R][kParts] = {};
 
-    for (int r = 0; r < R; ++r) {
-      for (int c = 0; c < kWide; ++c) {
-        const int64_t column = panel * kPanel + at + c * kLanes, left = p.outputs - column;
-        float* y = p.y + (first + r) * p.outputs + column;
-        if (left >= kLanes) {
-          store(y, sums[r][c]);
-        } else if (left > 0) {
-          float whole[kLanes];
-          store(whole, sums[r][c]);
-          std::copy_n(whole, left, y);
+  for (int64_t from = 0; from < p.inputs;) {
+    const int64_t to = kWide == kParts ? p.inputs : std::min(from + kDeep, p.inputs);
+    for (int64_t at = 0; at < kParts; at += kWide) {
+      Lanes sums[R][kWide];
+      for (int r = 0; r < R; ++r) std::copy_n(whole[r] + at, kWide, sums[r]);
+      for (int64_t k = from; k < to; ++k) {
+        const Weight* row = weight + k * kPanel + at * kLanes;
+        Lanes part[kWide];
+        for (int c = 0; c < kWide; ++c) {
+          // Past the last rows this asks for memory behind the panels, which a prefetch may.
+          __builtin_prefetch(row + c * kLanes + ahead);
+          part[c] = load(row + c * kLanes);
         }
+        for (int r = 0; r < R; ++r)
+          for (int c = 0; c < kWide; ++c) sums[r][c] += x[r * p.inputs + k] * part[c];
+      }
+      for (int r = 0; r < R; ++r) std::copy_n(sums[r], kWide, whole[r] + at);
+    }
+    from = to;
+  }
+
+  for (int r = 0; r < R; ++r) {
+    float* y = p.y + (first + r) * p.outputs + panel * kPanel;
+    for (int64_t c = 0; c < kParts; ++c) {
+      const int64_t left = p.outputs - panel * kPanel - c * kLanes;
+      if (left >= kLanes) {
+        store(y + c * kLanes, whole[r][c]);
+      } else if (left > 0) {
+        float last[kLanes];
+        store(last, whole[r][c]);
+        std::copy_n(last, left, y + c * kLanes);
       }
     }
   }
