@@ -32,6 +32,16 @@ def listing(rows: Mapping[str, Any]) -> str:
     return "\n".join(f"{name:<{width}}  {shown(value)}" for name, value in rows.items())
 
 
+def mebibytes(count: float) -> str:
+    """A number of bytes as text, in MiB with one decimal."""
+    return f"{count / 2**20:,.1f} MiB"
+
+
+def gibibytes(count: float) -> str:
+    """A number of bytes as text, in GiB with three decimals."""
+    return f"{count / 2**30:.3f} GiB"
+
+
 def painted(pieces: Sequence[tuple[str, bool]], colour: bool) -> str:
     """Text whose marked pieces are green on a terminal, and in angle brackets elsewhere."""
     opening, closing = ("\033[32m", "\033[0m") if colour else ("‹", "›")

@@ -14,7 +14,7 @@ import pytest
 
 from dspark_jax.errors import UserError
 from dspark_jax.storage import objects
-from dspark_jax.training import checkpoint, object_checkpoints, snapshots
+from dspark_jax.training import checkpoint, checksum, snapshots
 from dspark_jax.training.array_blocks import share
 from dspark_jax.training.checkpoint import Checkpoints, abstract
 from dspark_jax.training.object_checkpoints import AnyCheckpoints, ObjectCheckpoints
@@ -107,12 +107,11 @@ def test_the_loop_waits_for_the_copy_alone(kind: str, tmp_path: Path, monkeypatc
 
         return call
 
-    module = checkpoint if kind == "disk" else object_checkpoints
     with KINDS[kind](tmp_path) as checkpoints:
         checkpoints.save(1, state_of(1), {})
         checkpoints.wait()
         with monkeypatch.context() as patch:
-            patch.setattr(module, "checksums", held(checkpoint.checksums))
+            patch.setattr(checksum, "checksums", held(checksum.checksums))
             patch.setattr(checkpoint, "write_hashes", held(checkpoint.write_hashes))
             patch.setattr(objects, "write", held(objects.write))
             state = state_of(2)
@@ -130,16 +129,16 @@ def test_the_loop_waits_for_the_copy_alone(kind: str, tmp_path: Path, monkeypatc
 @pytest.mark.parametrize("kind", KINDS)
 def test_of_several_devices_the_loop_starts_the_checksums(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Collectives of two threads may reach the devices in different orders, which then wait for each other."""
-    module, threads = checkpoint if kind == "disk" else object_checkpoints, list[threading.Thread]()
-    begin, whole = module.begin_checksums, module.checksums
+    threads = list[threading.Thread]()
+    begin, whole = checksum.begin_checksums, checksum.checksums
 
     def noted(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return lambda tree: threads.append(threading.current_thread()) or function(tree)
 
     monkeypatch.setattr(jax, "device_count", lambda: 2)
     with KINDS[kind](tmp_path) as checkpoints, monkeypatch.context() as patch:
-        patch.setattr(module, "begin_checksums", noted(begin))
-        patch.setattr(module, "checksums", noted(whole))
+        patch.setattr(checksum, "begin_checksums", noted(begin))
+        patch.setattr(checksum, "checksums", noted(whole))
         checkpoints.save(1, state_of(1), {})
         checkpoints.wait()
         assert threads == [threading.main_thread()]

@@ -18,7 +18,7 @@ from dspark_jax.planning.compiled import compiled, figures, topology_mesh, wide_
 from dspark_jax.planning.estimate import describe, estimate, passed_twice
 from dspark_jax.planning.traffic import collectives_of
 from dspark_jax.planning.training import AbstractRun
-from dspark_jax.report import listing, table
+from dspark_jax.report import gibibytes, listing, table
 from dspark_jax.sharding import abstract_mesh
 
 
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
     wide, products = wide_products(run.lower("tpu").as_text())
     print(listing(describe(run) | {"float32 products": f"{wide} of {products}, with an operand over 1 MiB"}))
     print()
-    print(listing({name: f"{count / 2**30:9.3f} GiB" for name, count in estimate(run).items()}))
+    print(listing({name: f"{gibibytes(count):>13}" for name, count in estimate(run).items()}))
 
     # Counted, not read: what the step asks for on this mesh.
     if found := collectives_of(run):

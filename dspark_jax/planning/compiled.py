@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh
 
 from dspark_jax.errors import UserError
 from dspark_jax.planning.gpus import GPUS, gpu_devices
+from dspark_jax.report import mebibytes
 from dspark_jax.roofline.hardware import known_device
 from dspark_jax.sharding import MESH_AXES, mesh_shape
 
@@ -201,11 +202,6 @@ def wide_products(lowered: str, least: int = 2**20) -> tuple[int, int]:
     wide = [operands for operands in products if "f32" in (kind[-1] for kind in operands)]
     large = [operands for operands in wide if max(4 * math.prod(map(int, kind[:-1])) for kind in operands) >= least]
     return len(large), len(products)
-
-
-def mebibytes(count: float) -> str:
-    """A number of bytes as text, in MiB with one decimal."""
-    return f"{count / 2**20:,.1f} MiB"
 
 
 def _tuple_parts(shape: str) -> list[str]:

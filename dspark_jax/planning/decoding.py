@@ -33,7 +33,6 @@ from dspark_jax.planning.compiled import (
     copies,
     figures,
     lowering_platform,
-    mebibytes,
     memory_of,
     topology_mesh,
 )
@@ -42,6 +41,7 @@ from dspark_jax.planning.kernels import round_kernels
 from dspark_jax.planning.published_targets import planned_target, with_layers
 from dspark_jax.planning.rounds import LoopText
 from dspark_jax.planning.v4_costs import V4Costs
+from dspark_jax.report import mebibytes
 from dspark_jax.roofline.decoding import round_terms
 from dspark_jax.roofline.hardware import Term
 from dspark_jax.scheduling.costs import CostTable, Occupancy, ScheduleTables

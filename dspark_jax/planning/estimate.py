@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from dspark_jax.checkpoints.huggingface import DTYPES
 from dspark_jax.planning.liveness import peak_bytes
 from dspark_jax.planning.training import AbstractRun
+from dspark_jax.report import gibibytes
 from dspark_jax.sharding import gathered, is_gathered
 from dspark_jax.training.accumulation import summed_once
 from dspark_jax.training.objective import cast_params
@@ -30,13 +31,14 @@ def describe(run: AbstractRun) -> dict[str, Any]:
         "micro-batches": run.micro_batches,
         "sequences a device": run.rows_a_device,
         # Read ahead by the hosts that hold its rows, within $DSPARK_READ_AHEAD_GB of each.
-        "a batch, on all hosts": _gibibytes(run.batch),
-        "a checkpoint, of all hosts": _gibibytes((run.state.params, run.state.opt_state)),
+        "a batch, on all hosts": gibibytes(_whole(run.batch)),
+        "a checkpoint, of all hosts": gibibytes(_whole((run.state.params, run.state.opt_state))),
     }
 
 
-def _gibibytes(tree: Any) -> str:
-    return f"{sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / 2**30:.3f} GiB"
+def _whole(tree: Any) -> int:
+    """Bytes of a pytree on all devices, each number once."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def estimate(run: AbstractRun, activations: int | None = None) -> dict[str, int]:

@@ -26,7 +26,7 @@ from dspark_jax.distributed import barrier, from_first, is_first
 from dspark_jax.errors import UserError
 from dspark_jax.training.array_blocks import Damaged
 from dspark_jax.training.checkpoint_notes import damage, opened, require_same_arrays, sealed, steps_in, write_hashes
-from dspark_jax.training.checksum import begin_checksums, checksums, fetch_checksums
+from dspark_jax.training.checksum import begin_early, checksums, finish_checksums
 from dspark_jax.training.snapshots import Snapshots
 
 State = TypeVar("State")
@@ -107,10 +107,8 @@ class Checkpoints:
         if copy is None:
             with self._reported():
                 begun = self._begin(step, state, notes)
-        elif jax.device_count() > 1:
-            # Programs with collectives come from one thread: devices that had those of two in different orders would
-            # wait for each other.
-            sums = begin_checksums(copy)
+        else:
+            sums = begin_early(copy)
 
         # In a list, from which the thread takes the only reference, to free the devices' memory early.
         given = [copy]
@@ -200,9 +198,9 @@ class Checkpoints:
             self.close()
 
     def _begin(self, step: int, state: Any, notes: dict[str, Any], sums: list[jax.Array] | None = None) -> Any:
-        """Orbax's response to a save of this state, once its arrays are on the host; `sums`: its begun checksums."""
+        """Orbax's response to a save of this state, once its arrays are on the host; `sums`: of `begin_early`."""
         score = notes["score"]
-        content = sealed(notes | {"checksums": checksums(state) if sums is None else fetch_checksums(sums)})
+        content = sealed(notes | {"checksums": finish_checksums(sums, state)})
         # Orbax brings arrays to the host by itself, which a transfer guard of the caller would refuse.
         with jax.transfer_guard("allow"), _writing(state):
             return self._orbax.save_async(

@@ -20,6 +20,20 @@ def checksums(tree: Any) -> list[int]:
     return [fetch_checksums(begin_checksums(leaf))[0] for leaf in jax.tree.leaves(tree)]
 
 
+def begin_early(tree: Any) -> list[Array] | None:
+    """`begin_checksums` where the loop has to call it, None where a thread may call `checksums` while steps run.
+
+    Programs with collectives come from one thread: devices, of this process or of several, that had those of two in
+    different orders would wait for each other.
+    """
+    return begin_checksums(tree) if jax.device_count() > 1 else None
+
+
+def finish_checksums(begun: list[Array] | None, tree: Any) -> list[int]:
+    """The numbers of what was begun of this tree, or of the tree where nothing was."""
+    return checksums(tree) if begun is None else fetch_checksums(begun)
+
+
 def fetch_checksums(begun: list[Array]) -> list[int]:
     """The numbers of `begin_checksums`, once the devices have them."""
     with jax.transfer_guard("allow"):

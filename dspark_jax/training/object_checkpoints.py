@@ -32,7 +32,7 @@ from dspark_jax.storage.places import Place
 from dspark_jax.training.array_blocks import Damaged, Held, Part, held_here, placed, read_blocks
 from dspark_jax.training.checkpoint import Checkpoints, State
 from dspark_jax.training.checkpoint_notes import opened, require_same_arrays, sealed
-from dspark_jax.training.checksum import begin_checksums, checksums, fetch_checksums
+from dspark_jax.training.checksum import begin_checksums, begin_early, checksums, finish_checksums
 from dspark_jax.training.snapshots import Snapshots
 
 MARKER, ASIDE = "checkpoint.json", "checkpoint.damaged.json"
@@ -83,10 +83,8 @@ class ObjectCheckpoints:
         notes = json.loads(json.dumps({"extra": extra, "score": score}))
         copy = self._snapshots.take(state)
         with jax.transfer_guard("allow"):
-            # Programs with collectives come from one thread: devices, of this process or of several, that had those of
-            # two in different orders would wait for each other.
-            now = copy is None or jax.device_count() > 1
-            begun = begin_checksums(state if copy is None else copy) if now else None
+            # Without a copy now, before the state is donated.
+            begun = begin_checksums(state) if copy is None else begin_early(copy)
             # Without room on the devices the loop waits for the host's copies.
             held = held_here(state, copied=False) if copy is None else None
 
@@ -228,7 +226,7 @@ class ObjectCheckpoints:
         try:
             copy = given.pop()
             held = held_here(copy, copied=True) if held is None else held
-            sums = checksums(copy) if begun is None else fetch_checksums(begun)
+            sums = finish_checksums(begun, copy)
             # The host has its bytes.
             del copy
             self._write(step, held)

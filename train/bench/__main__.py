@@ -29,7 +29,7 @@ from dspark_jax.planning.compiled import compiled, memory_of
 from dspark_jax.planning.estimate import passed_twice
 from dspark_jax.planning.floor import step_floor
 from dspark_jax.planning.training import AbstractRun
-from dspark_jax.report import listing
+from dspark_jax.report import gibibytes, listing
 from dspark_jax.roofline.hardware import Term, floor_seconds, known_device, peak_flops, terms_table, total
 from dspark_jax.sharding import make_mesh
 
@@ -226,10 +226,6 @@ def memory_figures(run: AbstractRun) -> dict[str, Any]:
         found[f"{name}: seconds to compile"] = time.perf_counter() - start
 
     return found
-
-
-def gibibytes(count: int) -> str:
-    return f"{count / 2**30:.3f} GiB"
 
 
 def shown(value: Any) -> Any:

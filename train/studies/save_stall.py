@@ -30,7 +30,7 @@ from dspark_jax.config.cli import divide_options, parse, parse_training, program
 from dspark_jax.devices import announce
 from dspark_jax.errors import UserError
 from dspark_jax.planning.training import AbstractRun
-from dspark_jax.report import listing
+from dspark_jax.report import gibibytes, listing
 from dspark_jax.sharding import make_mesh
 from dspark_jax.storage import objects
 from dspark_jax.storage.places import place_of, shown
@@ -90,7 +90,7 @@ def main(argv: list[str]) -> None:
 
     if place_of(options.output) is None:
         figures["the same bytes, plainly written"] = written_plainly(Path(options.output), size)
-    print(listing({"output": shown(options.output), "state": f"{size / 2**30:.3f} GiB", **figures}))
+    print(listing({"output": shown(options.output), "state": gibibytes(size), **figures}))
 
 
 # -- The stall -------------------------------------------------------------------------------------------------------
