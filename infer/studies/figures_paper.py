@@ -23,10 +23,11 @@ _DIFFERENCES = {
     "2": "with little data no drafter stays flat; the order at the later positions is the paper's.",
     "3": "the curves have one seed and few steps, within which deeper drafters are not trained out. The real pair's "
     "are 150 steps of two sequences of 128 tokens, all by the same loss, LK without a confidence term, and nothing was "
-    "decoded: each figure is the mean of the last fifth of the steps. So early depth has no order, and a single seed "
-    "may be what tells them apart: two layers are behind one, and three layers of DFlash have the longest accepted "
-    "length, against the paper (three of DSpark were not trained). At the same depth DSpark's drafts behind the first "
-    "are accepted more often than DFlash's, which takes a third layer to come near.",
+    "decoded: each figure is the mean of the last fifth of the steps, whose conversations had been seen once or twice"
+    " before. So early depth has no order, and a single seed may be what tells them apart: two layers are behind one,"
+    " and three layers of DFlash have the longest accepted length, against the paper (three of DSpark were not "
+    "trained). At the same depth DSpark's drafts behind the first are accepted more often than DFlash's, which takes "
+    "a third layer to come near.",
     "4": "on a CPU the head's share is within the noise of a round (negative shares are noise). DSpark's acceptance "
     "at the later positions pays more the more drafts are verified, as in the paper. The real pair's are trainings as "
     "Figure 3's, of two layers and of two block lengths alone. So early the shorter block is ahead with either "
