@@ -5,7 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dspark_jax.decoding.sampling import RESIDUAL, SamplingArrays, draw, draw_token, round_keys, sampling_law, uniforms
+from dspark_jax.decoding.sampling import (
+    ACCEPT,
+    RESIDUAL,
+    SamplingArrays,
+    draw,
+    draw_token,
+    round_keys,
+    sampling_law,
+    uniforms,
+)
 from infer.studies import cuts
 
 
@@ -86,8 +95,11 @@ def jax_key(seed: np.ndarray, position: int, purpose: int, offset: int) -> jax.A
 
 def test_keys_and_uniforms_are_the_bits_of_jax_random() -> None:
     seeds = np.array([[0, 0], [1, 2**32 - 1], [0xDEADBEEF, 77]], np.uint32)
-    positions, offsets = np.array([0, 5, 131071], np.int32), np.array([0, 3, 7], np.int32)
-    keys = jax.jit(round_keys, static_argnums=3)(seeds, positions, offsets, RESIDUAL)
+    positions, offsets = np.array([0, 5, 131071], np.int32), [0, 3, 7]
+    rows = settings([(0.0, 0, 1.0, 0.0), (0.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0)])  # one that samples is enough
+    keys = jax.jit(round_keys, static_argnums=(2, 3))(seeds, positions, (ACCEPT, RESIDUAL), 8, rows)[
+        :, 1, np.array(offsets)
+    ]
     drawn = np.asarray(jax.jit(lambda key: key.uniform(1001))(keys))  # an odd count, too
     for r, seed in enumerate(seeds):
         for k, offset in enumerate(offsets):
@@ -106,9 +118,10 @@ def test_a_token_is_the_gumbel_max_of_its_law() -> None:
     seen = set()
     for position in range(20):
         positions = jnp.full((4,), position, jnp.int32)
-        token, drawn_from = draw(logits, seeds, positions, 2, RESIDUAL, rows)
+        key = round_keys(seeds, positions, (RESIDUAL,), 3, rows)[:, 0, 2]
+        token, drawn_from = draw(logits, key, rows)
         np.testing.assert_array_equal(drawn_from, law)
-        again = draw_token(jnp.asarray(law), seeds, positions, 2, RESIDUAL, rows)
+        again = draw_token(jnp.asarray(law), key, rows)
         for r in range(4):
             gumbel = np.asarray(jax.random.gumbel(jax_key(np.asarray(seeds[r]), position, RESIDUAL, 2), (300,)))
             with np.errstate(divide="ignore"):
@@ -119,6 +132,11 @@ def test_a_token_is_the_gumbel_max_of_its_law() -> None:
 
 def test_greedy_batches_draw_no_random_number() -> None:
     rows = settings([(0.0, 0, 1.0, 0.0)] * 2)
-    assert not np.any(uniforms(jnp.ones((2, 2), jnp.uint32), jnp.arange(2), 5, rows))
-    sampled = uniforms(jnp.ones((2, 2), jnp.uint32), jnp.arange(2), 5, rows._replace(temperature=jnp.ones(2)))
+
+    def drawn(rows: SamplingArrays) -> np.ndarray:
+        keys = round_keys(jnp.ones((2, 2), jnp.uint32), jnp.arange(2), (ACCEPT,), 5, rows)
+        return np.asarray(uniforms(keys[:, 0], rows))
+
+    assert not np.any(drawn(rows))
+    sampled = drawn(rows._replace(temperature=jnp.ones(2)))
     assert len(set(np.asarray(sampled).ravel().tolist())) == 10

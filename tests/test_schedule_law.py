@@ -228,9 +228,10 @@ def selector_worlds(temperature: float, rule: Any) -> list[World]:
         positions = jnp.full((count,), 4)
         state = model.prefill(shared, taps, jnp.zeros((count, 4), jnp.int32), positions)
         draws = Draws(keys, positions, jax.tree.map(jnp.asarray, sampling))
+        noise = Independent().noise(draws, 3, 3)
 
         def sample(logits: jax.Array, k: int, ids: jax.Array | None = None) -> Any:
-            return forced[:, k], Independent().draft(logits, k, (), draws, ids)[1]
+            return forced[:, k], Independent().draft(logits, k, noise, draws, ids)[1]
 
         out = model.draft(shared, state, jnp.broadcast_to(anchor, (count,)), positions, sample)
         return out.law, out.confidence

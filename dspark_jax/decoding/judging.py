@@ -138,7 +138,8 @@ def _judge_siblings(
 ) -> Judged:
     """A chain with siblings at each level, by recursive rejection; any drafter of chains drafts it."""
     starts, anchors = anchors_of(state)
-    draft = loop.draft(target, drafter, state, anchors, loop.noise(target, state))
+    noise = loop.noise(target, state)
+    draft = loop.draft(target, drafter, state, anchors, noise)
     tree = verifier.tree(anchors, draft)
     counts, policy = loop.policy(view, policy)
 
@@ -149,6 +150,7 @@ def _judge_siblings(
     cache = state.target_cache
     verified, bucket = verify(target, loop.compiled_buckets, loop.tap_layers, cache, tree.tokens, starts, wanted, rows)
 
-    path = verifier.walk(draft, loop.decodable(verified.logits), lengths, draws_of(state, tree.tokens, rows.seen))
+    draws = draws_of(state, tree.tokens, rows.seen)
+    path = verifier.walk(draft, loop.decodable(verified.logits), lengths, noise, draws)
     verdict = Verdict(path.along(tree.tokens), lengths, path.accepted, path.next_token, path.failed)
     return Judged(verdict, path.rows(verified), bucket, view, policy)

@@ -4,7 +4,9 @@ jax lowers Threefry for CPUs as a loop of small kernels. In a draft, which draws
 longer than the backbone (docs/log.md); written out, the twenty rounds are arithmetic that fuses with what reads it.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +17,16 @@ _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA
 
 
-class Key(NamedTuple):
-    """Threefry keys: two uint32 arrays of the same shape, the high and low words."""
+@partial(jax.tree_util.register_dataclass, data_fields=("high", "low"), meta_fields=())
+@dataclass(frozen=True)
+class Key:
+    """Threefry keys: two uint32 arrays of the same shape, the high and low words. Indexed as an array of keys is."""
 
     high: Array
     low: Array
+
+    def __getitem__(self, index: Any) -> "Key":
+        return Key(self.high[index], self.low[index])
 
     @classmethod
     def of(cls, keys: UInt32[Array, "*n 2"]) -> "Key":
@@ -36,14 +43,14 @@ class Key(NamedTuple):
 
         # jax's partitionable layout: number i of a key comes from counter i alone, as the XOR of both output words.
         index = jnp.arange(count, dtype=jnp.uint32)
-        high, low = threefry(Key(self.high[..., None], self.low[..., None]), jnp.zeros_like(index), index)
+        high, low = threefry(self[..., None], jnp.zeros_like(index), index)
 
         # 23 random bits behind the exponent of 1.0 make a number in [1, 2).
         bits = ((high ^ low) >> 9) | jnp.uint32(0x3F800000)
         return jax.lax.bitcast_convert_type(bits, jnp.float32) - 1.0
 
 
-# A function of its own while tracing: a round draws some forty times, and the compiler inlines the calls again.
+# A function of its own while tracing; the compiler inlines its calls again, a hundred instructions each.
 @jax.jit
 def threefry(key: Key, high: UInt32[Array, "*n"], low: UInt32[Array, "*n"]) -> tuple[Array, Array]:
     """Both words of the counter (high, low) enciphered under each key; all shapes broadcast."""

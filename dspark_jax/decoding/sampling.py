@@ -3,7 +3,7 @@
 Axes: R request slots, V vocab; `*n` any leading axes that start with R.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -147,75 +147,59 @@ def _per_request(value: Float[Array, " r"], like: Float[Array, "r *n v"]) -> Arr
     return value.reshape(-1, *(1,) * (like.ndim - 1))
 
 
-def round_keys(keys: UInt32[Array, "r 2"], positions: Int[Array, " r"], offsets: Int[Array, " k"], purpose: int) -> Key:
-    """Keys [R, K] of the draws of one round, one per offset.
+@jax.named_scope(SCOPE)
+def round_keys(
+    keys: UInt32[Array, "r 2"], positions: Int[Array, " r"], purposes: Sequence[int], count: int, params: SamplingArrays
+) -> Key:
+    """Keys [R, P, K] of the draws of one round, one for each of P purposes and each offset below K = `count`; zeros if
+    no request samples.
 
     Folding in the anchor's position gives each round fresh noise. Neither slot nor neighbours enter, so a request's
     output does not depend on the batch it runs in.
     """
-    # Position, then purpose, then offset: draws of one round never share a key.
-    request = Key.of(keys).fold_in(positions).fold_in(jnp.full_like(positions, purpose))
 
-    return Key(request.high[:, None], request.low[:, None]).fold_in(offsets[None])
+    def derived() -> Key:
+        # Position, then purpose, then offset: draws of one round never share a key.
+        request = Key.of(keys).fold_in(positions)[:, None].fold_in(jnp.asarray(purposes)[None])
+        return request[..., None].fold_in(jnp.arange(count)[None, None])
 
-
-@jax.named_scope(SCOPE)
-def uniforms(
-    keys: UInt32[Array, "r 2"], positions: Int[Array, " r"], count: int, params: SamplingArrays
-) -> Float[Array, "r k"]:
-    """Acceptance draws u_k in [0, 1), float32; zeros if no request samples. One-hot laws give ratios of 0 or 1, which
-    any u in [0, 1) decides alike."""
-
-    def draw() -> Array:
-        return round_keys(keys, positions, jnp.arange(count), ACCEPT).uniform(1)[..., 0]
-
-    shape = (positions.shape[0], count)
-    return jax.lax.cond(jnp.any(params.stochastic), draw, lambda: jnp.zeros(shape, jnp.float32))
+    # A branch also because XLA:CPU would compute all of it anew inside every draw that reads a part: written out,
+    # those were more than half of a round's program.
+    none = jnp.zeros((len(positions), len(purposes), count), jnp.uint32)
+    return jax.lax.cond(jnp.any(params.stochastic), derived, lambda: Key(none, none))
 
 
 @jax.named_scope(SCOPE)
-def draw_token(
-    law: Float[Array, "r v"],
-    keys: UInt32[Array, "r 2"],
-    positions: Int[Array, " r"],
-    offset: int,
-    purpose: int,
-    params: SamplingArrays,
-) -> Int[Array, " r"]:
-    """Draw one int32 token per request from its law; if no request samples, the argmax, without random numbers."""
+def uniforms(key: Key, params: SamplingArrays) -> Float[Array, "r *k"]:
+    """Acceptance draws u_k in [0, 1), float32, one for each key [R, *K]; zeros if no request samples. One-hot laws give
+    ratios of 0 or 1, which any u in [0, 1) decides alike."""
+    return jax.lax.cond(
+        jnp.any(params.stochastic),
+        lambda: key.uniform(1)[..., 0],
+        lambda: jnp.zeros(key.high.shape, jnp.float32),
+    )
 
-    def drawn() -> Array:
-        return _race(law, round_keys(keys, positions, jnp.full((1,), offset), purpose))
 
-    return jax.lax.cond(jnp.any(params.stochastic), drawn, lambda: first_argmax(law))
+@jax.named_scope(SCOPE)
+def draw_token(law: Float[Array, "r v"], key: Key, params: SamplingArrays) -> Int[Array, " r"]:
+    """Draw one int32 token per request from its law with its key [R]; if no request samples, the argmax, without random
+    numbers."""
+    return jax.lax.cond(jnp.any(params.stochastic), lambda: _race(law, key), lambda: first_argmax(law))
 
 
 def draw_order(
-    logits: Float[Array, "r v"],
-    law: Float[Array, "r v"],
-    keys: UInt32[Array, "r 2"],
-    positions: Int[Array, " r"],
-    offset: int,
-    params: SamplingArrays,
-    count: int,
+    logits: Float[Array, "r v"], law: Float[Array, "r v"], key: Key, params: SamplingArrays, count: int
 ) -> Int[Array, "r c"]:
-    """Tokens drawn one after the other without replacement, the first of them the token that `draw` drafts, by the same
-    clocks; the largest logits where greedy."""
-    waits = _waits(round_keys(keys, positions, jnp.full((1,), offset), DRAFT), law.shape[-1])[:, 0]
-    order = jnp.where(_per_request(params.stochastic, law), law / waits, logits)
+    """Tokens drawn one after the other without replacement, the first of them the token that `draw` drafts with this
+    key [R], by the same clocks; the largest logits where greedy."""
+    order = jnp.where(_per_request(params.stochastic, law), law / _waits(key, law.shape[-1]), logits)
     return jax.lax.top_k(order, count)[1].astype(jnp.int32)
 
 
 def draw(
-    logits: Float[Array, "r v"],
-    keys: UInt32[Array, "r 2"],
-    positions: Int[Array, " r"],
-    offset: int,
-    purpose: int,
-    params: SamplingArrays,
-    edits: LogitEdits | None = None,
+    logits: Float[Array, "r v"], key: Key, params: SamplingArrays, edits: LogitEdits | None = None
 ) -> tuple[Int[Array, " r"], Float[Array, "r v"]]:
-    """(a token [R] drawn from each request's `sampling_law`, that law [R, V]), in a single branch."""
+    """(a token [R] drawn from each request's `sampling_law` with its key [R], that law [R, V]), in a single branch."""
 
     def greedy(logits: Array) -> tuple[Array, Array]:
         token = first_argmax(logits)
@@ -224,15 +208,15 @@ def draw(
     def sampled(law_of: Callable, params: SamplingArrays, logits: Array) -> tuple[Array, Array]:
         # Law and token from one pass: a draft needs both.
         law = law_of(params, logits)
-        return _race(law, round_keys(keys, positions, jnp.full((1,), offset), purpose)), law
+        return _race(law, key), law
 
     return _by_need(params, edits, greedy, partial(sampled, _plain_law), partial(sampled, _truncated_law), logits)
 
 
 def _race(law: Float[Array, "r v"], key: Key) -> Int[Array, " r"]:
-    """Draw a token [R] of each law with `key` [R, 1]: the first of V exponential clocks with rates `law`. Equivalent to
+    """Draw a token [R] of each law with its key [R]: the first of V exponential clocks with rates `law`. Equivalent to
     Gumbel-max with one logarithm less."""
-    return first_argmax(law / _waits(key, law.shape[-1])[:, 0])
+    return first_argmax(law / _waits(key, law.shape[-1]))
 
 
 def _waits(key: Key, vocab: int) -> Float[Array, "*n v"]:
@@ -262,7 +246,7 @@ def coupled_waits(
     def draw() -> Array:
         # The purpose before the position: [R] keys are folded once, and positions [R, N] broadcast against them.
         request = Key.of(keys).fold_in(jnp.full_like(positions[:, 0], COUPLED))
-        return _waits(Key(request.high[:, None], request.low[:, None]).fold_in(positions), vocab)
+        return _waits(request[:, None].fold_in(positions), vocab)
 
     shape = (*positions.shape, vocab)
     return jax.lax.cond(jnp.any(params.stochastic), draw, lambda: jnp.zeros(shape, jnp.float32))

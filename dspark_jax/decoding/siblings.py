@@ -8,6 +8,7 @@ Axes: R request slots, K levels, C children of a node, W = 1 + K C nodes (the an
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,9 +16,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dspark_jax.decoding.acceptance import TINY_DRAFT_PROB, TINY_RESIDUAL_MASS, normalised
-from dspark_jax.decoding.sampling import DRAFT, RESIDUAL, draw, draw_order, draw_token, sampling_law, uniforms
+from dspark_jax.decoding.sampling import draw, draw_order, draw_token, sampling_law, uniforms
 from dspark_jax.decoding.trees import Path
-from dspark_jax.decoding.verifiers import Draws, Independent
+from dspark_jax.decoding.verifiers import Draws, Independent, RoundKeys
 from dspark_jax.drafters.laws import is_law
 from dspark_jax.drafters.protocol import DraftOutput
 from dspark_jax.drafters.trees import DraftTree
@@ -73,12 +74,13 @@ def judge_children(
     return Outcome(chosen, p)
 
 
-@jax.tree_util.register_static
+@partial(jax.tree_util.register_dataclass, data_fields=("keys",), meta_fields=("vocab",))
 @dataclass(frozen=True)
-class Width:
-    """V in the place of a round's random numbers: a drafter with candidates does not show it."""
+class SiblingNoise:
+    """A round's keys, one to accept by for each child [R, K C], and V, which a drafter with candidates does not show."""
 
-    size: int
+    keys: RoundKeys
+    vocab: int
 
 
 @dataclass(frozen=True)
@@ -89,20 +91,21 @@ class Siblings(Independent):
     count: int = 2
 
     def draft(self, logits: Array, k: int, noise: Any, draws: Draws, ids: Array | None = None) -> tuple[Array, Any]:
-        token, law = draw(logits, draws.keys, draws.anchors, k, DRAFT, draws.sampling)
-        order = draw_order(logits, law, draws.keys, draws.anchors, k, draws.sampling, self.count)
+        key = noise.keys.draft[:, k]
+        token, law = draw(logits, key, draws.sampling)
+        order = draw_order(logits, law, key, draws.sampling, self.count)
         # The first of the order is the draft itself; written so that ties of the race cannot part the two.
         order = order.at[:, 0].set(token)
         if ids is None:
             return token, Drawn(law, order)
 
         # Spread over the vocabulary: a residual may need any token of it.
-        whole = jnp.zeros((len(ids), noise.size), law.dtype)
+        whole = jnp.zeros((len(ids), noise.vocab), law.dtype)
         children = jnp.take_along_axis(ids, order, axis=1)
         return children[:, 0], Drawn(jnp.put_along_axis(whole, ids, law, axis=1, inplace=False), children)
 
     def noise(self, draws: Draws, block: int, vocab: int) -> Any:
-        return Width(vocab)
+        return SiblingNoise(RoundKeys.of(draws, block, block * self.count), vocab)
 
     def tree(self, anchors: Int[Array, " r"], draft: DraftOutput) -> DraftTree:
         """Node 1 + k C + c is child c of level k; the first children of all levels are the chain."""
@@ -117,19 +120,26 @@ class Siblings(Independent):
             jnp.broadcast_to(jnp.pad(1 + nodes // count, (1, 0)).astype(jnp.int32), shape),
         )
 
-    def walk(self, draft: DraftOutput, logits: Float[Array, "r w v"], lengths: Int[Array, " r"], draws: Draws) -> Path:
+    def walk(
+        self,
+        draft: DraftOutput,
+        logits: Float[Array, "r w v"],
+        lengths: Int[Array, " r"],
+        noise: SiblingNoise,
+        draws: Draws,
+    ) -> Path:
         """The accepted nodes, and the token after them."""
         drawn: Any = draft.law
-        keys, anchors, sampling, edits = draws
+        sampling = draws.sampling
         levels, count = drawn.children.shape[1:]
-        law = sampling_law(logits, sampling, edits)
+        law = sampling_law(logits, sampling, draws.edits)
         sound = jnp.isfinite(jnp.max(logits, axis=-1))
 
         # Row k of the chain decides the children of level k; nodes of the chain are 0, 1, 1 + C, 1 + 2 C, ..
         chain = jnp.asarray([0, *(1 + k * count for k in range(levels))])
         steady = jnp.sum(jnp.cumprod(sound[:, chain].astype(jnp.int32), axis=1), axis=1)
         lasting = jnp.minimum(lengths, steady)
-        draws_of_level = uniforms(keys, anchors, levels * count, sampling).reshape(-1, levels, count)
+        draws_of_level = uniforms(noise.keys.accept, sampling).reshape(-1, levels, count)
         found = judge_children(drawn.children, drawn.law, law[:, chain[:-1]], draws_of_level, sampling.stochastic)
 
         # The chain goes on while its own child is accepted; then one sibling may be, behind which there is no child.
@@ -146,6 +156,6 @@ class Siblings(Independent):
         residual = jnp.take_along_axis(found.residual, level[:, None, None], axis=1)[:, 0]
         next_law = jnp.where((judged & ~aside)[:, None], residual, row)
 
-        token = draw_token(next_law, keys, anchors, levels, RESIDUAL, sampling)
+        token = draw_token(next_law, noise.keys.residual, sampling)
         failed = ~jnp.take_along_axis(sound, end[:, None], axis=1)[:, 0]
         return Path(nodes, main + aside, token, failed)

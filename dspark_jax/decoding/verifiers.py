@@ -13,8 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dspark_jax.decoding.acceptance import AcceptanceRule, RejectionSampling
+from dspark_jax.decoding.noise import Key
 from dspark_jax.decoding.penalties import LogitEdits
 from dspark_jax.decoding.sampling import (
+    ACCEPT,
     DRAFT,
     RESIDUAL,
     SamplingArrays,
@@ -23,6 +25,7 @@ from dspark_jax.decoding.sampling import (
     draw_token,
     race,
     race_values,
+    round_keys,
     sampling_law,
     uniforms,
 )
@@ -41,6 +44,22 @@ class Draws(NamedTuple):
     anchors: Array  # [R] absolute positions of the last committed tokens
     sampling: SamplingArrays  # [R] each
     edits: LogitEdits | None = None  # of the target's rows; None while drafts are drawn
+
+
+class RoundKeys(NamedTuple):
+    """Keys of the independent random numbers of a round."""
+
+    draft: Key  # [R, K]
+    accept: Key  # [R, N], one for each draft that is judged
+    residual: Key  # [R]
+
+    @classmethod
+    def of(cls, draws: Draws, block: int, judged: int) -> "RoundKeys":
+        """Of a round of K = `block` positions at which N = `judged` drafts are judged."""
+        # At once: a draw that folded its own key would do it in every branch of its law.
+        purposes, count = (DRAFT, ACCEPT, RESIDUAL), max(judged, block + 1)
+        keys = round_keys(draws.keys, draws.anchors, purposes, count, draws.sampling)
+        return cls(keys[:, 0, :block], keys[:, 1, :judged], keys[:, 2, block])
 
 
 class Decision(NamedTuple):
@@ -114,14 +133,14 @@ class Independent:
     takes_trees = False
 
     def noise(self, draws: Draws, block: int, vocab: int) -> Any:
-        # Nothing at once: each draw folds its purpose and offset into the request's key when it is made.
-        return ()
+        # Keys alone: numbers over V would have to be held until they are used.
+        return RoundKeys.of(draws, block, block)
 
     def draft(
         self, logits: Float[Array, "r c"], k: int, noise: Any, draws: Draws, ids: Int[Array, "r c"] | None = None
     ) -> tuple[Int[Array, " r"], DraftLaw | None]:
         # The law is kept with the token, as acceptance needs the very row that it was drawn from.
-        token, law = draw(logits, draws.keys, draws.anchors, k, DRAFT, draws.sampling)
+        token, law = draw(logits, noise.draft[:, k], draws.sampling)
         return (token, Dense(law)) if ids is None else (_at(ids, token), Sparse(ids, law))
 
     def decide(
@@ -133,17 +152,17 @@ class Independent:
                 "compare that law with the target's, so decode in mode = 'coupled'."
             )
 
-        keys, anchors, sampling, edits = draws
-        block = draft.tokens.shape[1]
         # [R, W, V], after the same transforms as the drafts' laws, and the target's own edits (docs/algorithm.md, rules
         # 7 and 114).
-        law = sampling_law(logits, sampling, edits)
-        accepted, next_law = self.rule(draft.tokens, draft.law, law, uniforms(keys, anchors, block, sampling), lengths)
-        return Decision(accepted, draw_token(next_law, keys, anchors, block, RESIDUAL, sampling))
+        law = sampling_law(logits, draws.sampling, draws.edits)
+        tests = uniforms(noise.accept, draws.sampling)
+        accepted, next_law = self.rule(draft.tokens, draft.law, law, tests, lengths)
+        return Decision(accepted, draw_token(next_law, noise.residual, draws.sampling))
 
     def next_token(self, logits: Float[Array, "r v"], draws: Draws, block: int) -> Int[Array, " r"]:
         # The offset `block` is where `decide` draws too, so plain rounds give the tokens of verify length 0.
-        return draw(logits, draws.keys, draws.anchors, block, RESIDUAL, draws.sampling, draws.edits)[0]
+        key = round_keys(draws.keys, draws.anchors, (RESIDUAL,), block + 1, draws.sampling)[:, 0, block]
+        return draw(logits, key, draws.sampling, draws.edits)[0]
 
 
 @dataclass(frozen=True)
