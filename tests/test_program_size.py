@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 
 from dspark_jax.decoding.dispatch import run_rounds
 from dspark_jax.decoding.logprobs import Logprobs, largest_in_turn
@@ -80,6 +81,23 @@ def test_no_weight_is_written_again_in_a_round(slots: int, drafts: bool) -> None
     # Four of each layer of the target, and its two tables at least.
     assert len(weights) >= 10
     assert list(rewritten(jaxpr, weights)) == []
+
+
+def ciphers(jaxpr: Any) -> int:
+    """Calls of Threefry, a hundred instructions each once they are inlined."""
+    found = 0
+    for one in jaxpr.eqns:
+        found += one.params.get("name") == "threefry"
+        found += sum(map(ciphers, jaxprs_in_params(one.params)))
+    return found
+
+
+def test_a_round_folds_its_keys_once() -> None:
+    """And not in every draw, and again in each branch of its law."""
+    jaxpr, _ = dispatch(1, drafts=True)
+    drafts = tiny_pair()[1].config.block_size
+    # Of each draft by two laws, of the acceptance tests, of the token after them; and three foldings for all keys.
+    assert ciphers(jaxpr) == 2 * drafts + 1 + 1 + 3
 
 
 def test_weights_joined_in_a_round_would_be_found() -> None:
