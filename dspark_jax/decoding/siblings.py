@@ -77,7 +77,7 @@ def judge_children(
 @partial(jax.tree_util.register_dataclass, data_fields=("keys",), meta_fields=("vocab",))
 @dataclass(frozen=True)
 class SiblingNoise:
-    """A round's keys, one to accept by for each child [R, K C]; and V, which a drafter with candidates does not tell."""
+    """A round's keys, one to accept by for each child [R, K C]; and V, which candidates do not tell."""
 
     keys: RoundKeys
     vocab: int
