@@ -6,6 +6,7 @@
 #   make demo         the whole pipeline on the embedded target; leaves runs/demo/
 #   make figures      the paper's table and figures as they come out here: measures what is missing (hours), draws docs/figures
 #   make quick        the tests without long files and without processes of their own: a few minutes on two cores
+#   make newer        the tests of what a newer jax breaks first; .ci/run has them on Python 3.12
 #   make test         all tests (pass more with PYTEST_ARGS="-m lossless -x")
 #   make check        format, lint, types, import directions
 #   make format       rewrites the code to the format that `make check` wants
@@ -25,7 +26,11 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= 0
 
-.PHONY: env parity-env real-target serve demo figures quick test check format clean
+# Public names, sampling's bits, kernels by FFI, sharded steps, states on disk, rounds of an engine.
+NEWER := $(addprefix tests/test_,public_api.py imports.py sampling.py native.py drafter.py training.py target_cache.py \
+	snapshots.py verify.py engine.py::test_prompts_in_chunks_say_the_same)
+
+.PHONY: env parity-env real-target serve demo figures quick newer test check format clean
 
 env: $(INSTALLED)
 
@@ -57,6 +62,9 @@ figures: real-target
 
 quick: $(INSTALLED)
 	$(BIN)/python -m pytest $(WORKERS) -m "not (long or subprocesses or multiprocess or lowering or parity)" $(PYTEST_ARGS)
+
+newer: $(INSTALLED)
+	$(BIN)/python -m pytest $(WORKERS) $(NEWER) $(PYTEST_ARGS)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(WORKERS) $(PYTEST_ARGS)
