@@ -17,6 +17,7 @@ from dspark_jax.serving.requests import Generation, QueueFull, Request
 from dspark_jax.serving.sampling import SamplingParams
 from dspark_jax.serving.settings import EngineConfig
 from tests.decoding_tiny import tiny_pair
+from tests.switched import Switched, choose
 
 REQUESTS, SLOTS, LONGEST = 500, 8, 60
 TARGET, DRAFTER = tiny_pair()
@@ -37,11 +38,14 @@ POLICIES: dict[str, VerifyPolicy] = {
 }
 
 
-def engine(policy: VerifyPolicy) -> Engine:
+def engine(policy: str) -> Engine:
+    """Under this policy; one compiled loop for all of them."""
     # Stairs that make room for every length: costs such that now and then a draft, a bucket, or none pays.
     costs = CostTable.of(BUCKETS, [1.0, 1.3, 2.2], 0.1)
-    tables = ScheduleTables.of(costs, np.ones(WIDTH - 1).tolist()) if policy.needs_tables else None
-    return Engine(TARGET, DRAFTER, CONFIG, SAMPLING, policy, tables, Metering(None))
+    tables = ScheduleTables.of(costs, np.ones(WIDTH - 1).tolist())
+    made = Engine(TARGET, DRAFTER, CONFIG, SAMPLING, Switched(tuple(POLICIES.values())), tables, Metering(None))
+    made.state = choose(made.state, [*POLICIES].index(policy))
+    return made
 
 
 def good_request(index: int, temperature: float) -> Request:
@@ -67,7 +71,7 @@ def bad_request(rng: np.random.Generator) -> Any:
 @cache
 def solo(temperature: float) -> tuple[tuple[int, ...], ...]:
     """Every request with no neighbour, one after the other, under the fixed policy."""
-    alone, found = engine(Fixed()), []
+    alone, found = engine("fixed"), []
     for index in range(REQUESTS):
         alone.submit(index, good_request(index, temperature))
         found += [p.generation.tokens for p in drain_step(alone)]
@@ -122,7 +126,7 @@ def overload(crowded: Engine, temperature: float, seed: int) -> tuple[dict[int, 
 
 def check(policy: str, temperature: float) -> None:
     expected = solo(temperature)
-    ended, cancelled = overload(engine(POLICIES[policy]), temperature, seed=len(policy))
+    ended, cancelled = overload(engine(policy), temperature, seed=len(policy))
     assert sorted([*ended, *cancelled]) == list(range(REQUESTS))
     wrong = [i for i, g in ended.items() if g.tokens != expected[i]]
     wrong += [i for i, g in cancelled.items() if g.tokens != expected[i][: len(g.tokens)]]

@@ -133,7 +133,7 @@ def test_windows_packed_rows_and_penalties_see_paths() -> None:
     given = prompts(16, 6, seed=3)
     for law in ({"verify_length": 2}, {"frequency_penalty": 0.6, "repetition_penalty": 1.3, "logit_bias": {2: 1.0}}):
         sampling = SamplingParams(20, 1.0, seed=5, mode="coupled", stop_tokens=(), **law)
-        config = EngineConfig(4, 64, "fixed")
+        config = EngineConfig(4, 64, "fixed", buckets=(12, 52))
         alone, drafted = (
             generate(target, d, given, sampling, c) for d, c in ((None, config), (drafter, replace(config, tree=12)))
         )
