@@ -37,7 +37,7 @@ from tests.test_lossless import PROMPT, exact_law
 
 
 @pytest.mark.lossless
-@pytest.mark.parametrize("kind", DRAFTERS)
+@pytest.mark.parametrize("kind", [kind for kind in DRAFTERS if kind != "dflash"])  # DSpark without its heads
 def test_outputs_follow_the_target_whatever_the_drafters_law(kind: str, record_property: Any) -> None:
     """All policies in one compiled loop; `python -m tests.broken_laws` tries each alone, and the other Markov heads."""
     policies, law = policies_of(kind), exact_law(pair(kind)[0])
@@ -208,7 +208,7 @@ def test_speculation_on_a_failing_target_is_plain_decoding() -> None:
 
 
 def decoded(target: Target, drafter: Drafter | None, words: int | None, temperature: float) -> list[Generation]:
-    config = replace(CONFIG, slots=4, longest=64)
+    config = replace(CONFIG, longest=44, buckets=(10,))
     engine = Engine(target, drafter, config, replace(SAMPLING, temperature=temperature))
     engine.loop = replace(engine.loop, words=words)
     for i, prompt in enumerate(prompts(8, target.config.vocab_size)):
