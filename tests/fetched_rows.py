@@ -15,7 +15,7 @@ DTYPES = ("float32", "bfloat16", "int8", "float8_e4m3fn")  # those that caches s
 def main(argv: list[str]) -> None:
     """argv: the folder of the results, a file a layout."""
     initialize_from_environment()
-    for name, mesh in {"rows": make_mesh(), "both": make_mesh(data=4, tensor=2)}.items():
+    for name, mesh in {"rows": make_mesh(), "both": make_mesh(data=jax.device_count() // 2, tensor=2)}.items():
         found = {dtype: gathered(mesh, dtype) for dtype in DTYPES}
         if is_first():
             np.savez(Path(argv[0]) / f"fetched-{name}.npz", **found)

@@ -90,8 +90,8 @@ def play(
     wanted = len(prompt) + sampling.max_new_tokens
     block = 0 if drafter is None else drafter.config.block_size
     sampling = replace(sampling, max_new_tokens=sampling.max_new_tokens + block + 1)
-    # Verify lengths of the fixed policy never vary: one bucket compiles in a third of the time.
-    whole = (block + 1,) if drafter is not None and isinstance(policy, Fixed) else None
+    # One bucket holds verify lengths of any policy, and compiles in a third of the time.
+    whole = (block + 1,) if drafter is not None else None
     config = EngineConfig(1, max(LONGEST, len(prompt) + sampling.max_new_tokens), buckets=whole)
     engine = Engine(target, drafter, config, sampling, policy)
     engine.submit(0, Request(prompt))
@@ -286,7 +286,8 @@ def check_statistics(case: Path, vectors: Any, target: Target, drafter: Drafter)
     total, prompt = int(meta["t1_stats"]["n"]), vectors["t1_stats/prompt_ids"].tolist()
     slots = 250
     # Anchor and one full round: enough new tokens that no limit cuts the round.
-    config = EngineConfig(slots, len(prompt) + NEW_TOKENS, "fixed")
+    buckets = (slots * (drafter.config.block_size + 1),)
+    config = EngineConfig(slots, len(prompt) + NEW_TOKENS, "fixed", buckets=buckets)
     engine = Engine(target, drafter, config, SamplingParams(NEW_TOKENS, 1.0, stop_tokens=()))
     firsts, seconds, lengths = [], [], []
     for begin in range(0, total, slots):

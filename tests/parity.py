@@ -1,11 +1,13 @@
 """Random transformers models on PyTorch and what the parity tests compare of them, float32."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from dspark_jax.targets.attention import CachedBlock, CausalRows
 from dspark_jax.targets.kv_cache import append_rows, empty_cache
@@ -76,17 +78,18 @@ def torch_greedy(model: Any, prompt: list[int], new: int) -> list[int]:
 
 def outputs(target: Target, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(taps of the embedding and of every layer [B, T, L + 1, D], hidden after the final norm, logits)."""
-    layers = target.config.num_layers
-
-    @jax.jit
-    def run(params: dict, ids: jax.Array) -> Any:
-        model = target.model(params)
-        positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-        out = model(ids, positions, CausalRows(), tuple(range(-1, layers)))
-        return out.taps.reshape(*ids.shape, layers + 1, -1), out.hidden, model.logits(out.hidden)
-
-    taps, hidden, logits = jax.device_get(run(target.params, jnp.asarray(ids)))
+    taps, hidden, logits = jax.device_get(_outputs(target.graphdef, target.params, jnp.asarray(ids)))
     return taps, hidden, logits
+
+
+# Of the module, so that tests of one target share what is traced.
+@partial(jax.jit, static_argnums=0)
+def _outputs(graphdef: nnx.GraphDef, params: dict, ids: jax.Array) -> Any:
+    model: Any = nnx.merge(graphdef, params)
+    layers = model.config.num_layers
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    out = model(ids, positions, CausalRows(), tuple(range(-1, layers)))
+    return out.taps.reshape(*ids.shape, layers + 1, -1), out.hidden, model.logits(out.hidden)
 
 
 def check_cached_decoding(target: Target, expected: np.ndarray, atol: float) -> None:

@@ -75,7 +75,8 @@ def said_by(done: Answered, dialogue: int) -> dict[int, tuple[tuple[int, ...], .
 def test_answers_are_fed_back(folder: Path, thinking: bool) -> None:
     target = load_target(folder / "target")
     samples = read_datasets([str(folder / "sets" / "mt-bench.jsonl")])["mt-bench"]
-    longest = max(reach(target, sample, 6, thinking) for sample in samples)
+    # Of both, so that they share their programs.
+    longest = max(reach(target, sample, 6, mode) for sample in samples for mode in (False, True))
     engine = Engine(target, None, EngineConfig(2, longest), SamplingParams(6, 1.0))
     done = answer(engine, samples, 5, thinking)
     assert not done.cut and set(done.generations) == {(s.index, t) for s in samples for t in range(len(s.segments))}

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dspark_jax import native
 from dspark_jax.errors import UserError
 from dspark_jax.evaluation.simulator import LoadFigures, Prefill, SimulatedDevice, Traces, simulate
 from dspark_jax.evaluation.traffic import (
@@ -267,6 +268,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_load_measures_validates_and_simulates(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    native.ready()  # built where all tests find the kernels; profiles alone are measured anew
     monkeypatch.setenv("DSPARK_JAX_CACHE", str(tmp_path / "cache"))
     argv = ["--target", folder / "target", "--drafter", folder / "drafter", "--prompts", folder / "prompts.jsonl"]
     argv += ["--concurrency", "2", "--repeats", "1", "--requests-per-user", "2", "--max-new-tokens", "8"]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from dspark_jax.checkpoints.huggingface import abstract_target
-from dspark_jax.config.cli import config_names, load_config, mesh_settings
+from dspark_jax.config.cli import load_config, mesh_settings
 from dspark_jax.config.schema import MeshSettings, TrainConfig
 from dspark_jax.errors import UserError
 from dspark_jax.planning.compiled import collectives, wide_products
@@ -25,42 +25,30 @@ from dspark_jax.roofline.hardware import known_device, total
 from dspark_jax.sharding import ShardingRules, abstract_mesh, array_sharding, gathered, make_mesh
 from dspark_jax.targets.registry import read_target_config
 from dspark_jax.training.spec import micro_batches
+from tests.lowered import NAMES, lowers, planned
 from train import plan
 from train.bench.__main__ import preset
 
 ROOT = Path(__file__).parents[1]
-MESHES = {8: (2, 4, 1), 64: (16, 2, 2), 256: (32, 4, 2)}
 # One of every kind and of every family.
 WIDE = ("embedded_mtp", "gemma4_12b_dspark", "qwen3_14b_dflash", "qwen3_4b_eagle3")
 
 
-def planned(name: str, devices: int, **mesh: str) -> AbstractRun:
-    """The run of a configuration on that many devices; batches that are smaller than the mesh grow to it."""
-    data, fsdp, tensor = MESHES[devices]
-    config = load_config(name)
-    rows = max(config.data.global_batch, devices)
-    changed = dataclasses.replace(config.data, global_batch=rows, accumulation_steps=0)
-    settings = MeshSettings(data=data, fsdp=fsdp, tensor=tensor, **mesh)
-    return AbstractRun.of(
-        dataclasses.replace(config, data=changed, mesh=settings), abstract_mesh(devices, data, fsdp, tensor)
-    )
-
-
-# Experiments for two CPU cores, whose targets are not there before `make real-target` or train.embedded.v4_target.
-FETCHED = [name for name in config_names() if load_config(name).target.startswith((".cache/", "runs/"))]
-
-
-# All on the largest mesh, which divides least; on the smaller ones one of each kind and family.
-PLANNED = [(name, 256) for name in config_names() if name not in FETCHED]
-PLANNED += [(name, devices) for name in WIDE for devices in (8, 64)]
+# On the largest mesh, which divides least, one of each kind and family; `python -m tests.lowered` lowers all on all.
+LOWERED = [(name, 256) for name in (*WIDE, "deepseek_v4_flash_dspark", "embedded_dflash2")] + [("qwen3_4b_dspark", 8)]
 
 
 @pytest.mark.lowering
-@pytest.mark.parametrize(("name", "devices"), PLANNED)
-def test_every_configuration_lowers_for_tpus(name: str, devices: int) -> None:
-    data, fsdp, tensor = MESHES[devices]
-    lowered = planned(name, devices).lower("tpu")
-    assert f'"data"={data}, "fsdp"={fsdp}, "expert"=1, "tensor"={tensor}]>' in lowered.as_text()
+@pytest.mark.parametrize(("name", "devices"), LOWERED)
+def test_configurations_lower_for_tpus(name: str, devices: int) -> None:
+    assert lowers(name, devices)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_configuration_has_a_step(name: str) -> None:
+    """From shapes, on the largest mesh: of a drafter that its target has the taps for, and of rows that divide."""
+    run = planned(name, 256)
+    assert run.spec.drafter.target_layer_ids == load_config(name).drafter.target_layer_ids and run.state.params
 
 
 @pytest.mark.lowering
