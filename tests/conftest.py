@@ -123,6 +123,15 @@ def forget_compiled_programs() -> Iterator[None]:
         gc.collect()
 
 
+@pytest.fixture(scope="module")
+def shared_steps() -> Iterator[None]:
+    """Runs of `train.fit` in this process whose steps are equal trace and compile one."""
+    from tests.shared_steps import sharing
+
+    with sharing():
+        yield
+
+
 @pytest.fixture(scope="session")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """One server in each worker for all files that ask it over HTTP; imported, it would be a fixture of each file."""

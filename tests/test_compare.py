@@ -20,6 +20,8 @@ from train.studies.compare import CompareSettings, all_points, finished, main, p
 from train.studies.compare_report import TRAINED, estimate, publish, report
 from train.studies.comparison import BLOCKS, CONTESTANTS, LOSSES, MAIN, NEXT, StudyPoint, study_points
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
+
 ABOUT = {"command": "python -m train.studies.compare", "depth": 2, "block": 7, "steps": 10}
 
 

@@ -25,6 +25,8 @@ from tests.tiny import write_tiny_target
 from tests.untimed import untimed
 from train.fit import main
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
+
 PROMPTS = {"chat": ("What is the sum of three and four?", "one"), "code": ("Return the length of the list.",)}
 
 

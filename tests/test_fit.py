@@ -38,6 +38,8 @@ from tests.xla import xla_flags
 from train import export
 from train.fit import main
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
+
 ROOT = Path(__file__).parent.parent
 LAYERS = (0, 2)
 

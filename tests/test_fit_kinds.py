@@ -16,6 +16,8 @@ from tests.test_fit import drafter_bytes, stop_after_saving
 from tests.tiny import write_tiny_target
 from train.fit import main
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -29,6 +29,8 @@ from tests.tiny import write_tiny_target
 from train import build_cache
 from train.fit import main
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
+
 STEPS = 8
 """Of every run: an epoch has five, so that a hybrid one goes on from its cache."""
 ADDRESS = {"JAX_COORDINATOR_ADDRESS": "host:1234"}

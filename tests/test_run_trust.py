@@ -27,6 +27,8 @@ from tests.tiny import write_tiny_target
 from train import export
 from train.fit import main
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -25,6 +25,8 @@ from tests.xla import xla_flags
 from train import build_cache
 from train.fit import main
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -30,6 +30,8 @@ from tests.tiny import TOKENIZER_SIZE, write_tokenizer
 from tests.v4_tiny import VOCAB, v4_hf_config, v4_pair, v4_target
 from train import build_cache, fit
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
+
 
 def greedy(logits: jax.Array, offset: int) -> tuple[jax.Array, jax.Array]:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32), logits
