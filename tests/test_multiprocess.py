@@ -156,7 +156,7 @@ def two(folder: Path, alone: Path) -> list[str]:
 
 @pytest.mark.multiprocess
 def test_two_processes_learn_what_one_does(folder: Path, two: list[str]):
-    """From the first step on; below from a checkpoint on. One process of eight devices: test_fit, test_sources."""
+    """With the target split over both, from the first step on; below from a checkpoint on. One process: test_fit."""
     np.testing.assert_allclose(losses(folder, "online-2x2"), losses(folder, "online-1"), rtol=1e-5)
 
 

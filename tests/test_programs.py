@@ -21,6 +21,7 @@ from dspark_jax.data.target_cache import TargetCache
 from dspark_jax.datagen.cache_builder import CacheSettings
 from dspark_jax.errors import UserError
 from dspark_jax.sharding import abstract_mesh, require_rows
+from tests import sharded_data
 from tests.tiny import write_tiny_target
 from train import build_cache, prepare_data
 
@@ -261,11 +262,11 @@ def test_a_target_over_several_devices_answers_and_fills_the_cache_alike(target:
     shutil.copytree(target, folder / "target")
     prompts = [{"messages": [{"role": "user", "content": f"Add {i} and 4."}]} for i in range(6)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    sharded_data.main(folder, 1)
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    for devices in ("1", "4"):
-        command = [sys.executable, "-m", "tests.sharded_data", str(folder), devices]
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
-        assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-m", "tests.sharded_data", str(folder), "4"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
     assert (folder / "1" / "c.jsonl").read_bytes() == (folder / "4" / "c.jsonl").read_bytes()
     one, four = (TargetCache(folder / devices / "cache") for devices in ("1", "4"))
     assert len(one) == len(four) == 6

@@ -1,10 +1,7 @@
 """Where hidden states come from changes nothing that is learnt; a hybrid run leaves a cache, stopped or not."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +18,10 @@ from dspark_jax.training.checkpoint import Checkpoints
 from dspark_jax.training.run import Run
 from dspark_jax.training.run_folder import read_records
 from tests.tiny import write_tiny_target
-from tests.xla import xla_flags
 from train import build_cache
 from train.fit import main
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -82,19 +76,6 @@ def test_online_equals_offline(folder: Path, online: Path):
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), params(folder, online), params(folder, offline)
     )
     assert not (online / "cache").exists()
-
-
-def test_the_target_is_split_over_the_mesh(folder: Path, online: Path):
-    mesh = ["--data.source", "online", "--data.accumulation-steps", 1, "--mesh.data", 2, "--mesh.fsdp", 2]
-    done = subprocess.run(
-        [sys.executable, "-m", "train.fit", *command(folder, "four", *mesh, steps=20)],
-        cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": xla_flags(4)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    np.testing.assert_allclose(losses(folder / "four"), losses(online), rtol=2e-4)
 
 
 HYBRID = ("--data.source", "hybrid", "--data.packing", "--data.codec", "int8", "--checkpoint.keep", 9)

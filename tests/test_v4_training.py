@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from dspark_jax.training.states import TargetStates
 from dspark_jax.training.step import init_train_state, make_train_step
 from dspark_jax.training.terms import LossOptions
 from tests.forced import forced_blocks
-from tests.test_training import evaluation
 from tests.tiny import TOKENIZER_SIZE, write_tokenizer
 from tests.v4_tiny import VOCAB, v4_hf_config, v4_pair, v4_target
 from train import build_cache, fit
@@ -90,14 +88,13 @@ def test_a_drafter_learns_from_a_frozen_target(kind: str) -> None:
     batch = {"input_ids": rows, "loss_mask": jnp.ones_like(rows, jnp.uint8), "lengths": jnp.full((8,), 16)}
     seen = dict(batch) | states.read(jax.jit(states.stored)(target.params, batch), batch)
     step, state = make_train_step(objective, optimizer, schedule), init_train_state(native, optimizer, seed=0)
-    evaluate = partial(evaluation(objective), key=jax.random.key(9))
-    shared = shared_tables(target)
-    before = evaluate(state.params, shared, seen)
+    shared, found = shared_tables(target), []
     for _ in range(30):
-        state, _ = step(state, shared, seen)
-    after = evaluate(state.params, shared, seen)
-    assert after["loss"] < 0.8 * before["loss"]
-    assert after["tau_probabilistic"] > before["tau_probabilistic"]
+        state, metrics = step(state, shared, seen)
+        found.append(metrics)
+    # Of the step's own anchors, before its update: half of all positions.
+    assert found[-1]["loss"] < 0.8 * found[0]["loss"]
+    assert found[-1]["tau_probabilistic"] > found[0]["tau_probabilistic"]
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +110,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("kind", "layers"), [("dspark", "1 2"), ("mtp", "3 4 5 6")])
-def test_cache_and_hybrid_runs_learn_what_an_online_one_does(kind: str, layers: str, folder: Path) -> None:
-    """Two epochs of two steps: a hybrid run computes the states of the first, and the others are read from caches."""
+def test_cache_and_hybrid_runs_learn_what_an_online_one_does(folder: Path) -> None:
+    """Two epochs of two steps: a hybrid run computes the states of the first, and the others are read from caches. For
+    MTP-1, whose taps are streams; DSpark's are layers, as any target has them."""
+    kind, layers = "mtp", "3 4 5 6"
     given = ["--target", folder / "target", "--conversations", folder / "conversations.jsonl", "--max-length", 32]
     given += ["--output", folder / f"cache-{kind}", "--codec", "float32", "--layers", *layers.split()]
     build_cache.main([str(word) for word in given])
