@@ -22,6 +22,8 @@ from tests.started import POLL_SECONDS, Started, start
 from tests.tiny import write_tiny_target
 
 PATIENCE_SECONDS = 300
+EARLY = 4
+"""Every so many kills one in the start-up."""
 
 
 @dataclass(frozen=True)
@@ -114,24 +116,23 @@ def kill_and_compare(task: Task, scratch: Path, times: int, seed: int = 0) -> li
     _finish(undisturbed, task)
     seconds = time.monotonic() - began
 
-    # Timed once more by fork, as the kills are, on compiled programs.
-    began, again = time.monotonic(), scratch / "again"
-    process = start(task.command(again), compiled)
-    start_up = _wait(process, lambda: task.progress(again) > 0)
-    _finish(process, task)
     total = task.progress(whole)
-    print(
-        f"{task.name}: {seconds:.1f} s undisturbed; forked {time.monotonic() - began:.1f} s, {start_up:.1f} s of them "
-        "start-up",
-        flush=True,
-    )
+    print(f"{task.name}: {seconds:.1f} s undisturbed", flush=True)
+    rng, differing, start_up = random.Random(seed), set[str](), 0.0
+    if times >= EARLY:
+        # Timed once more by fork, as the kills are, on compiled programs.
+        began, again = time.monotonic(), scratch / "again"
+        process = start(task.command(again), compiled)
+        start_up = _wait(process, lambda: task.progress(again) > 0)
+        _finish(process, task)
+        differing |= set(differences(task, whole, again))
+        print(f"forked {time.monotonic() - began:.1f} s, {start_up:.1f} s of them start-up", flush=True)
 
-    rng, differing = random.Random(seed), set(differences(task, whole, again))
     kills = runs = 0
     while kills < times:  # a run that ends before its kill is compared too, and the next kills hit a new one
         folder, runs, ended = scratch / f"killed-{runs}", runs + 1, False
         while kills < times and not ended:
-            early, share = kills % 4 == 3, (kills + rng.random()) / times
+            early, share = kills % EARLY == EARLY - 1, (kills + rng.random()) / times
             process = start(task.command(folder), compiled)
             if early:
                 seconds = _wait(process, lambda: False, rng.uniform(0.0, start_up))

@@ -74,10 +74,13 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def test_hidden_states_and_logits(pair: tuple[Any, Target, Path]) -> None:
     model, target, _ = pair
-    ids = tokens()
-    states, expected = torch_outputs(model, ids)
-    taps, hidden, logits = outputs(target, ids)
+    ids, seen = tokens(), list[np.ndarray]()
     # transformers norms its last hidden state; what a tap of the last layer is, a forward hook tells.
+    hook = model.model.norm.register_forward_pre_hook(lambda module, args: seen.append(args[0].numpy()))
+    states, expected = torch_outputs(model, ids)
+    hook.remove()
+    taps, hidden, logits = outputs(target, ids)
+    np.testing.assert_allclose(taps[:, :, -1], seen[0], atol=ATOL)
     for layer, state in enumerate(states[:-1]):
         np.testing.assert_allclose(taps[:, :, layer], state, atol=ATOL, err_msg=f"layer {layer - 1}")
     np.testing.assert_allclose(hidden, states[-1], atol=ATOL)
@@ -85,16 +88,11 @@ def test_hidden_states_and_logits(pair: tuple[Any, Target, Path]) -> None:
     assert np.std(expected) > 0.3  # else the comparison says little
 
 
-def test_last_layer_output_before_the_norm(pair: tuple[Any, Target, Path]) -> None:
-    model, target, _ = pair
-    seen = []
-    hook = model.model.norm.register_forward_pre_hook(lambda module, args: seen.append(args[0].numpy()))
-    ids = tokens()
-    torch_outputs(model, ids)
-    hook.remove()
-    np.testing.assert_allclose(outputs(target, ids)[0][:, :, -1], seen[0], atol=ATOL)
+# What a config does to a pass, it does to rows behind a cache by the same positions: of each kind of mask and rope one.
+CACHED = ("theta, eps, one kv head, tied", "yarn", "window by layer types")
 
 
+@pytest.mark.parametrize("pair", CACHED, indirect=True)
 def test_cached_decoding(pair: tuple[Any, Target, Path]) -> None:
     model, target, _ = pair
     check_cached_decoding(target, torch_outputs(model, tokens())[1], ATOL)
@@ -110,6 +108,7 @@ def test_old_spelling_of_the_config_is_the_same(pair: tuple[Any, Target, Path]) 
     assert read_target_config(config) == target.config
 
 
+@pytest.mark.parametrize("pair", CACHED[1:], indirect=True)
 def test_bfloat16_is_as_close_as_pytorchs(pair: tuple[Any, Target, Path]) -> None:
     """Rounding errors against float32 are of the size that transformers makes in bfloat16."""
     import torch

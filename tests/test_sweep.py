@@ -178,13 +178,13 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
     target = write_tiny_target(folder / "target", num_hidden_layers=3)
     (folder / "tiny.py").write_text(
         "from dspark_jax.config.cli import load_config\nfrom dspark_jax.config.sweep import Sweep, axis\n"
-        "def get_sweep():\n    return Sweep('tiny', load_config('debug'), axis('drafter.block_size', 2, 3))\n"
+        "def get_sweep():\n    return Sweep('tiny', load_config('debug'), axis('seed', 0, 1))\n"
     )
     options = "--max-steps 2 --data.max-length 24 --drafter.num-anchors 4 --drafter.target-layer-ids 0 1"
     places = ["--target", str(target), "--output", str(folder / "out")]
     command = [str(folder / "tiny.py"), *places, *options.split()]
     sweep_main([*command, "--index", "0", "--count", "2"])
-    assert [row["name"] for row in summary(folder / "out")] == ["block_size=2"]
+    assert [row["name"] for row in summary(folder / "out")] == ["seed=0"]
     sweep_main([*command, "--jobs", "2"])
     return command, folder / "out"
 
@@ -195,14 +195,14 @@ def summary(folder: Path) -> list[dict]:
 
 def test_a_sweep_of_real_runs(swept: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]):
     command, folder = swept
-    assert [row["name"] for row in summary(folder)] == ["block_size=2", "block_size=3"]
-    assert [len(row["accept_rate"]) for row in summary(folder)] == [2, 3]
-    assert (folder / "summary.png").exists() and (folder / "block_size=3" / "drafter").exists()
+    assert [row["name"] for row in summary(folder)] == ["seed=0", "seed=1"]
+    assert len({row["loss"] for row in summary(folder)}) == 2
+    assert (folder / "summary.png").exists() and (folder / "seed=1" / "drafter").exists()
     times = [path.stat().st_mtime_ns for path in sorted(folder.glob("*/metrics.json"))]
     sweep_main(command)
     assert "2 of 2 points are finished" in capsys.readouterr().out
     assert [path.stat().st_mtime_ns for path in sorted(folder.glob("*/metrics.json"))] == times
-    assert [r["step"] for r in read_records(folder / "block_size=3" / "metrics.jsonl")] == [1, 2]
+    assert [r["step"] for r in read_records(folder / "seed=1" / "metrics.jsonl")] == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_a_sweep_of_real_runs(swept: tuple[list[str], Path], capsys: pytest.Capt
         (["--max-steps", "3"], 2, "max_steps = 2, this command 3"),
         (["--run-dir", "x"], 2, "name the folder of them all with --output"),
         (["--jobs", "0"], 2, "--jobs is 0"),
-        (["--point", "seed=9"], 2, "no point 'seed=9'; its points are block_size=2, block_size=3"),
+        (["--point", "seed=9"], 2, "no point 'seed=9'; its points are seed=0, seed=1"),
     ],
 )
 def test_sweep_refusals(
