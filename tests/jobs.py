@@ -56,8 +56,6 @@ def start(
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": xla_flags(devices),
             "DSPARK_PEER_SECONDS": str(peer_seconds),
-            # What all compile alike, the first compiles for all.
-            "JAX_SHARE_BINARY_BETWEEN_HOSTS": "1",
             "DSPARK_STORES": str(scratch / f"stores-{index}"),
             **(joined if processes > 1 else {}),
         }

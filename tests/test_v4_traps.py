@@ -252,14 +252,15 @@ def test_collapse_weights_have_their_epsilon() -> None:
 
 def test_taps_are_means_over_streams_of_layer_outputs() -> None:
     """Not what the collapse makes of them, and not what the layer was given; each stream has an id of its own."""
-    target = v4_target(7)
-    model, ids = target.model(target.params), jnp.asarray([[1, 2, 3, 4, 5]])
+    vectors, target, _ = loaded(MTP_CASE)  # whose operations are compiled already
+    model, ids = target.model(target.params), jnp.asarray(vectors["target/p2/input_ids"][None], jnp.int32)
+    rows, wanted = jnp.arange(ids.shape[1])[None], (0, 2, 4, 5, 6, 7)
     with jax.disable_jit():
-        made = [block.streams for block in model.blocks(ids, jnp.arange(5)[None], CausalRows())]
-        taps = model(ids, jnp.arange(5)[None], CausalRows(), (0, 2, 3, 4, 5, 6)).taps
-    expected = [jnp.mean(made[0], axis=-2), jnp.mean(made[2], axis=-2), made[2].reshape(1, 5, -1)]
+        made = [block.streams for block in model.blocks(ids, rows, CausalRows())]
+        taps = model(ids, rows, CausalRows(), wanted).taps
+    expected = [jnp.mean(made[0], axis=-2), jnp.mean(made[2], axis=-2), made[3].reshape(*ids.shape, -1)]
     np.testing.assert_allclose(taps, jnp.concatenate(expected, axis=-1), atol=1e-5)
-    assert taps.shape[-1] == target.config.tap_width((0, 2, 3, 4, 5, 6))
+    assert taps.shape[-1] == target.config.tap_width(wanted)
 
 
 def test_yarn_is_for_layers_with_entries_alone() -> None:
