@@ -2,7 +2,8 @@
 
 `python -m tests.jobs RUNS.json` is what a process executes: it runs every program in the file, a module of train/ (or
 one with a dot in its name) with its arguments, one after the other, whatever came of those before, and ends with the
-last one's exit code. {process} stands for its number. RUNS.json.INDEX gets all exit codes.
+last one's exit code; trainings of equal steps share one. {process} stands for its number. RUNS.json.INDEX gets all exit
+codes.
 """
 
 import importlib
@@ -88,12 +89,15 @@ def free_port() -> int:
 
 
 def main(file: Path) -> int:
+    from tests.shared_steps import sharing  # what starts a process needs no jax
+
     index, codes = os.environ.get("JAX_PROCESS_ID", "0"), list[int]()
     for module, *arguments in json.loads(file.read_text(encoding="utf-8")):
         try:
-            importlib.import_module(module if "." in module else f"train.{module}").main(
-                [word.replace("{process}", index) for word in arguments]
-            )
+            with sharing():
+                importlib.import_module(module if "." in module else f"train.{module}").main(
+                    [word.replace("{process}", index) for word in arguments]
+                )
             codes.append(0)
         except SystemExit as stop:
             codes.append(int(stop.code or 0))

@@ -26,13 +26,14 @@ _steps: dict[tuple, TrainStep] = {}
 
 
 def key_of(config: TrainConfig, target: Target, mesh: AnyMesh, total_steps: int) -> str | None:
-    """Everything that a step is made of; None where that stands in a file, or on several devices."""
-    if config.drafter.draft_vocabulary or not isinstance(mesh, jax.sharding.Mesh) or mesh.size > 1:
+    """Everything that a step is made of; None where that stands in a file, or of devices that are not here."""
+    if config.drafter.draft_vocabulary or not isinstance(mesh, jax.sharding.Mesh):
         return None
     settings = to_json(config)
-    # A setting that no step has yet would be missing here: KeyError.
+    settings["drafter"] = {n: x for n, x in settings["drafter"].items() if not n.startswith("init_")}  # the first state
     parts = [settings[name] for name in OF_THE_STEP], micro_batches(config.data, mesh), total_steps, native.ready()
-    return json.dumps([parts, target.hf_config, getattr(target.tokenizer, "mask_token_id", None)], default=str)
+    devices = dict(mesh.shape), [device.id for device in mesh.devices.flat]
+    return json.dumps([parts, devices, target.hf_config, getattr(target.tokenizer, "mask_token_id", None)])
 
 
 @contextmanager

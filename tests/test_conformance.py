@@ -32,8 +32,8 @@ from tests.drafters_tiny import tiny_drafter, write_pair
 
 ASSETS = Path(__file__).parent.parent / "assets"
 TARGET, DRAFTER = str(ASSETS / "embedded_target"), str(ASSETS / "embedded_drafter")
-SETTINGS = ["--target", TARGET, "--dtype", "float32", "--limit", "72", "--max-new-tokens", "64", "--anchors", "6",
-            "--slots", "36", "--batch", "12"]  # fmt: skip
+SETTINGS = ["--target", TARGET, "--dtype", "float32", "--limit", "40", "--max-new-tokens", "64", "--anchors", "6",
+            "--slots", "40", "--batch", "10"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -104,9 +104,9 @@ def stored(folder: Path, *more: object) -> list[str]:
     return [places.get(word, word) for word in offline(folder, "stored", *more)]
 
 
-def unsaved(folder: Path) -> list[str]:
+def unsaved(folder: Path, *more: object) -> list[str]:
     """A hybrid run that saves when it is stopped, and at the end."""
-    return hybrid(folder, "shrunk", "--checkpoint.every-steps", 99)
+    return hybrid(folder, "shrunk", "--checkpoint.every-steps", 99, *more)
 
 
 def evaluated(folder: Path) -> list[object]:
@@ -141,14 +141,15 @@ def alone(folder: Path) -> Path:
 def two(folder: Path, alone: Path) -> list[str]:
     """Two processes of 2 devices; parameters split over both, and in the continued run the work on every row. One job
     for all runs: what a process costs is its imports."""
+    both = ("--mesh.data", 2, "--mesh.fsdp", 2)
     runs = [
         ["fit", *offline(folder, "disagreeing", "--seed", "{process}")],
         ["build_cache", *caching(folder, "cache-2x2")],
         ["fit", *online(folder, "online-2x2", "--mesh.data", 1, "--mesh.fsdp", 4, *evaluated(folder))],
         ["fit", *offline(folder, "grown", "--mesh.data", 1, "--mesh.fsdp", 1, "--mesh.tensor", 4)],
-        ["fit", *stored(folder, "--mesh.data", 2, "--mesh.fsdp", 2)],
-        ["fit", *hybrid(folder, "hybrid-2x2")],
-        ["tests.terminated", "{process}", *unsaved(folder)],
+        ["fit", *stored(folder, *both)],
+        ["fit", *hybrid(folder, "hybrid-2x2", *both)],
+        ["tests.terminated", "{process}", *unsaved(folder, *both)],
         ["tests.fetched_rows", str(folder)],
     ]
     return jobs.run(folder, "two", runs, processes=2, devices=2)
