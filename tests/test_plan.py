@@ -25,7 +25,7 @@ from dspark_jax.roofline.hardware import known_device, total
 from dspark_jax.sharding import ShardingRules, abstract_mesh, array_sharding, gathered, make_mesh
 from dspark_jax.targets.registry import read_target_config
 from dspark_jax.training.spec import micro_batches
-from tests.lowered import NAMES, lowers, planned
+from tests.lowered import lowers, planned
 from train import plan
 from train.bench.__main__ import preset
 
@@ -34,21 +34,15 @@ ROOT = Path(__file__).parents[1]
 WIDE = ("embedded_mtp", "gemma4_12b_dspark", "qwen3_14b_dflash", "qwen3_4b_eagle3")
 
 
-# On the largest mesh, which divides least, one of each kind and family; `python -m tests.lowered` lowers all on all.
-LOWERED = [(name, 256) for name in (*WIDE, "deepseek_v4_flash_dspark", "embedded_dflash2")] + [("qwen3_4b_dspark", 8)]
+# On the largest mesh, which divides least, one of each kind and family; `python -m tests.lowered` lowers all on all,
+# DeepSeek-V4's too, whose step takes half a minute to trace and has its shapes in test_v4_plans.
+LOWERED = [(name, 256) for name in (*WIDE, "embedded_dflash2")] + [("qwen3_4b_dspark", 8)]
 
 
 @pytest.mark.lowering
 @pytest.mark.parametrize(("name", "devices"), LOWERED)
 def test_configurations_lower_for_tpus(name: str, devices: int) -> None:
     assert lowers(name, devices)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_every_configuration_has_a_step(name: str) -> None:
-    """From shapes, on the largest mesh: of a drafter that its target has the taps for, and of rows that divide."""
-    run = planned(name, 256)
-    assert run.spec.drafter.target_layer_ids == load_config(name).drafter.target_layer_ids and run.state.params
 
 
 @pytest.mark.lowering
