@@ -34,7 +34,7 @@ def packed(block: int) -> EngineConfig:
 @pytest.mark.lossless
 @pytest.mark.parametrize("kind", ["plain", "dspark", "mtp"])
 def test_greedy_outputs_are_the_targets(kind: str) -> None:
-    """Against whole passes, which know no ring and no entry stored. Of one slot, which has the samples of eight: below."""
+    """Against whole passes, which know no ring and no entry stored. One slot has the samples of eight: below."""
     target, drafter = v4_pair("mtp" if kind == "mtp" else "dspark")
     block = drafter.config.block_size
     found = generate(target, drafter if kind != "plain" else None, PROMPTS, SAMPLING, packed(block))
