@@ -39,7 +39,7 @@ from tests.test_infer_programs import refused, write_drafter
 from tests.tiny import write_tiny_target
 
 SAMPLING = SamplingParams(12, stop_tokens=())
-CONFIG = EngineConfig(4, 40, "fixed", rounds_per_dispatch=4, return_at_once=True)
+CONFIG = EngineConfig(4, 40, "fixed", rounds_per_dispatch=4, buckets=(20,), return_at_once=True)
 
 
 def traces(accepted: list[int], length: int, logit: float = 2.0, block: int = 4) -> Traces:
