@@ -270,6 +270,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_load_measures_validates_and_simulates(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     native.ready()  # built where all tests find the kernels; profiles alone are measured anew
     monkeypatch.setenv("DSPARK_JAX_CACHE", str(tmp_path / "cache"))
+    # The validation has the programs of the measured runs.
+    monkeypatch.setattr("infer.studies.load.forget_programs", lambda: None)
     argv = ["--target", folder / "target", "--drafter", folder / "drafter", "--prompts", folder / "prompts.jsonl"]
     argv += ["--concurrency", "2", "--repeats", "1", "--requests-per-user", "2", "--max-new-tokens", "8"]
     argv += ["--strategies", "plain", "fixed", "causal", "--validate", "--output", tmp_path / "out"]
@@ -294,8 +296,9 @@ def test_load_measures_validates_and_simulates(folder: Path, tmp_path: Path, mon
 
     def recording(engine: Engine, *rest: Any) -> Traces:
         modes.append(engine.sampling.mode)
-        return record_traces(engine, *rest)
+        return traces([2, 2, 2], 8, block=3)
 
+    monkeypatch.setattr(Engine, "warm_up", lambda self: None)
     monkeypatch.setattr("infer.studies.load.record_traces", recording)
     alone = ["--max-new-tokens", "8", "--record", "4", "--mode", "coupled", "--output", kept]
     main([str(word) for word in [*argv[:10], *alone]])
