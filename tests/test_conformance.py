@@ -96,12 +96,12 @@ def test_a_layer_off_by_one_is_named(tmp_path: Path) -> None:
     assert metrics["best"] == {"slot": 0, "layer": -1, "position": 0}
 
 
-@pytest.mark.parametrize("shift", [1, -1])
-def test_a_block_position_off_by_one_is_named(given: Material, tmp_path: Path, shift: int) -> None:
-    save_drafter(tmp_path / "d", retrain(given, steps=60, position=shift), given.target, dtype="float32")
+def test_a_block_position_off_by_one_is_named(given: Material, tmp_path: Path) -> None:
+    """Late; early is the same number in the same program, with another sign."""
+    save_drafter(tmp_path / "d", retrain(given, steps=60, position=1), given.target, dtype="float32")
     code, metrics = run(tmp_path / "d", tmp_path)
     assert code == 1 and metrics["off"] == ["block position"]
-    assert metrics["best"] == {"slot": 0, "layer": 0, "position": shift}
+    assert metrics["best"] == {"slot": 0, "layer": 0, "position": 1}
 
 
 def test_a_loss_mask_off_by_one_is_named(given: Material, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
