@@ -42,6 +42,7 @@ LONG_FILES = (
     "test_loop",
     "test_drafter_kinds",
     "test_load",
+    "test_evaluate",
     "test_readme",
     "test_wheel",
     "test_page",
