@@ -23,6 +23,7 @@ from dspark_jax.serving.sampling import Mode, SamplingParams
 from dspark_jax.serving.settings import EngineConfig, PolicyName, policy_named
 from dspark_jax.targets.pages import PagedCache
 from tests.decoding_tiny import kind_pair, next_logits, prompts, run_python, tiny_pair
+from tests.switched import Switched, choose
 from tests.test_engine_trust import CONFIG, SAMPLING, failing, finish
 from tests.v4_tiny import v4_pair
 
@@ -188,29 +189,36 @@ def test_plain_decoding_and_rounds_that_draft_at_times() -> None:
         assert engine.memory.preempted > 0
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(
-    ("policy", "mode"),
-    [
-        ("threshold", "rejection"), ("causal", "rejection"), ("asynchronous", "block"), ("retrospective", "coupled"),
-        ("fixed", "coupled"),
-    ],
-)  # fmt: skip
-def test_every_policy_in_pages(policy: PolicyName, mode: Mode) -> None:
-    """Greedy text is that of a cache by slot whoever decides what is verified; sampled text of whole blocks too."""
-    sampling, config = replace(SAMPLING, mode=mode), replace(KINDS, policy=policy, buckets=(3, 15), threshold=0.3)
-    costs = ScheduleTables.of(CostTable.of((3, 15), [1.0, 1.1], 0.01), np.ones(4).tolist())
-    made = policy_named(policy, config.threshold)
-    engine = Engine(*tiny_pair(), config, sampling, made, costs, Metering(None))
-    asked = [replace(r, sampling=replace(r.sampling or sampling, mode=mode)) for r in requests(0.0)]
-    found = answers(engine, asked)
-    assert [g.tokens for g in found] == [g.tokens for g in by_slot(0.0)]
-    assert engine.memory.preempted > 0 and sum(sum(g.accepted_at) for g in found) > 0
+# By mode, in one compiled loop each.
+IN_PAGES: dict[Mode, tuple[PolicyName, ...]] = {
+    "block": ("threshold", "causal", "asynchronous"),
+    "coupled": ("retrospective", "fixed"),
+}
 
-    if policy == "fixed":
-        sampled = [replace(r, sampling=replace(r.sampling or sampling, mode=mode)) for r in requests(1.0)]
-        alone = Engine(*tiny_pair(), replace(config, cache_pages=0), sampling)
-        assert [g.tokens for g in answers(engine, sampled)] == [g.tokens for g in answers(alone, sampled)]
+
+@pytest.mark.long
+@pytest.mark.parametrize(("mode", "policy"), [(mode, name) for mode, names in IN_PAGES.items() for name in names])
+def test_every_policy_in_pages(mode: Mode, policy: PolicyName) -> None:
+    """Greedy text is that of a cache by slot whoever decides what is verified; so is what coupled decoding samples."""
+    sampling, config = replace(SAMPLING, mode=mode), replace(KINDS, buckets=(3, 15))
+    costs = ScheduleTables.of(CostTable.of((3, 15), [1.0, 1.1], 0.01), np.ones(4).tolist())
+    policies = Switched(tuple(policy_named(name, 0.3) for name in IN_PAGES[mode]))
+
+    def found(temperature: float) -> list[tuple[int, ...]]:
+        engine = Engine(*tiny_pair(), config, sampling, policies, costs, Metering(None))
+        engine.state = choose(engine.state, IN_PAGES[mode].index(policy))
+        made = answers(engine, in_mode(mode, temperature))
+        assert engine.memory.preempted > 0 and sum(sum(g.accepted_at) for g in made) > 0
+        return [g.tokens for g in made]
+
+    assert found(0.0) == [g.tokens for g in by_slot(0.0)]
+    if mode == "coupled":
+        alone = Engine(tiny_pair()[0], None, CONFIG, sampling)
+        assert found(1.0) == [g.tokens for g in answers(alone, in_mode(mode, 1.0))]
+
+
+def in_mode(mode: Mode, temperature: float) -> list[Request]:
+    return [replace(r, sampling=replace(r.sampling or SAMPLING, mode=mode)) for r in requests(temperature)]
 
 
 @pytest.mark.long
@@ -238,8 +246,7 @@ def test_trees_in_pages(mode: Mode) -> None:
     """The rows of the path that was accepted are written, and those of its siblings are not."""
     sampling = replace(SAMPLING, mode=mode)
     engine = Engine(*tiny_pair(), replace(KINDS, tree=8), sampling)
-    asked = [replace(r, sampling=replace(r.sampling or sampling, mode=mode)) for r in requests(0.0)]
-    assert [g.tokens for g in answers(engine, asked)] == [g.tokens for g in by_slot(0.0)]
+    assert [g.tokens for g in answers(engine, in_mode(mode, 0.0))] == [g.tokens for g in by_slot(0.0)]
     assert engine.memory.preempted > 0
 
 
