@@ -26,7 +26,8 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= 0
 
-# Public names, sampling's bits, kernels by FFI, sharded steps, states on disk, rounds of an engine.
+QUICK := -m "not (long or subprocesses or multiprocess or lowering or parity)"
+# Public names, sampling's bits, kernels by FFI, training steps, states on disk, rounds of an engine.
 NEWER := $(addprefix tests/test_,public_api.py imports.py sampling.py native.py drafter.py training.py target_cache.py \
 	snapshots.py verify.py engine.py::test_prompts_in_chunks_say_the_same)
 
@@ -61,10 +62,10 @@ figures: real-target
 	$(BIN)/python -m infer.studies.figures --measure
 
 quick: $(INSTALLED)
-	$(BIN)/python -m pytest $(WORKERS) -m "not (long or subprocesses or multiprocess or lowering or parity)" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(WORKERS) $(QUICK) $(PYTEST_ARGS)
 
 newer: $(INSTALLED)
-	$(BIN)/python -m pytest $(WORKERS) $(NEWER) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(WORKERS) $(NEWER) $(QUICK) $(PYTEST_ARGS)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(WORKERS) $(PYTEST_ARGS)

@@ -114,19 +114,22 @@ def test_a_token_is_the_gumbel_max_of_its_law() -> None:
     logits = jnp.asarray(rng.normal(size=(4, 300)), jnp.float32)
     rows = settings([(1.0, 0, 1.0, 0.0), (0.7, 20, 1.0, 0.0), (1.3, 0, 0.8, 0.0), (0.0, 0, 1.0, 0.0)])
     seeds = jnp.asarray(rng.integers(0, 2**32, (4, 2), dtype=np.uint32))
-    law = np.asarray(sampling_law(logits, rows))
+    law = np.asarray(jax.jit(sampling_law)(logits, rows))
+
+    @jax.jit
+    def drawn(position: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        key = round_keys(seeds, jnp.full((4,), position), (RESIDUAL,), 3, rows)[:, 0, 2]
+        return *draw(logits, key, rows), draw_token(jnp.asarray(law), key, rows)
+
     seen = set()
     for position in range(20):
-        positions = jnp.full((4,), position, jnp.int32)
-        key = round_keys(seeds, positions, (RESIDUAL,), 3, rows)[:, 0, 2]
-        token, drawn_from = draw(logits, key, rows)
+        token, drawn_from, again = (np.asarray(found) for found in drawn(position))
         np.testing.assert_array_equal(drawn_from, law)
-        again = draw_token(jnp.asarray(law), key, rows)
         for r in range(4):
             gumbel = np.asarray(jax.random.gumbel(jax_key(np.asarray(seeds[r]), position, RESIDUAL, 2), (300,)))
             with np.errstate(divide="ignore"):
                 assert token[r] == again[r] == np.argmax(np.log(law[r]) + gumbel)
-        seen.add(tuple(np.asarray(token).tolist()))
+        seen.add(tuple(token.tolist()))
     assert len(seen) == 20 and {tokens[3] for tokens in seen} == {int(np.argmax(logits[3]))}
 
 
