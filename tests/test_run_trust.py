@@ -87,7 +87,7 @@ def test_a_disk_that_fills_up_between_checkpoints_ends_the_run_with_a_sentence(f
     assert done.returncode == 2, done.stderr[-2000:]
     assert "the run continues from its latest checkpoint" in done.stderr and "Traceback" not in done.stderr
     main(arguments)
-    assert [record["step"] for record in read_records(folder / "full" / "metrics.jsonl")] == list(range(1, 7))
+    assert [record["step"] for record in read_records(folder / "full" / "metrics.jsonl")] == list(range(1, 9))
 
 
 def test_records_before_a_full_disk_are_whole(tmp_path: Path):
@@ -129,12 +129,12 @@ def test_a_flipped_bit_in_a_checkpoint_falls_back_to_the_one_before(
 ):
     """Without hashes of the files, as a kill right after a save leaves them, the arrays' checksums find it."""
     run = unfinished(folder, f"flipped-{hashed}")
-    flip(largest(run / "checkpoints" / "6"))
+    flip(largest(run / "checkpoints" / "8"))
     if not hashed:
-        (run / "checkpoints" / "6" / HASHES).unlink()
+        (run / "checkpoints" / "8" / HASHES).unlink()
     main(command(folder, run.name, "--checkpoint.every-steps", 2, "--checkpoint.keep", 9))
     said = capsys.readouterr().err
-    assert "The checkpoint of step 6 in" in said and "is damaged" in said
+    assert "The checkpoint of step 8 in" in said and "is damaged" in said
     assert drafter_bytes(run) == drafter_bytes(folder / "whole")
 
 
@@ -151,7 +151,7 @@ def test_every_file_of_a_checkpoint_is_guarded(folder: Path, tmp_path: Path):
 
 def test_no_whole_checkpoint_is_a_sentence(folder: Path, capsys: pytest.CaptureFixture[str]):
     run = unfinished(folder, "lost")
-    for step in (2, 4, 6):
+    for step in (2, 4, 6, 8):
         flip(largest(run / "checkpoints" / str(step)))
     assert "None of the checkpoints in" in refused(command(folder, "lost", "--checkpoint.every-steps", 2), capsys)
 
