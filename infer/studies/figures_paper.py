@@ -38,8 +38,8 @@ _DIFFERENCES = {
     "6": "a drafter that is trained briefly is hardly overconfident, so temperatures have less to mend.",
     "7": "there is no V4 to run: docs/deepseek-v4.md simulates it from counted costs. On a CPU a "
     "verify pass of a block costs more than a plain step, so plain decoding wins from a few users on, and the "
-    "scheduler turns to it. The real pair's rounds, here and in Figures 5, 6 and 8, are those of the drafter of 5,859 "
-    "steps.",
+    "scheduler turns to it. The real pair's costs are those of a CPU with AVX2, where a row costs more than with "
+    "AVX-512.",
     "8": "the budget starts lower, since a verified token is never free on a CPU, and reaches plain decoding sooner.",
 }
 
