@@ -141,7 +141,7 @@ class DraftGuard:
     Means of a few dozen rounds are off by a sixth, and a request that is disabled by mistake shows nothing until the
     next probe. So accepted drafts count for `doubt` standard errors more than their mean, as in an upper confidence
     bound: one that loses a little is drafted for rather than one that gains given up (docs/log.md). Whether drafting
-    pays for all together is doubted less, by the standard error of the mean over all recent rounds.
+    pays for all together is doubted less, by the standard error that the recent rounds of several requests leave.
 
     Hysteresis: drafting resumes only above `1 + gain`. Disabled requests all draft again in the same probe round, after
     `probe_after` rounds, then after twice as many, and so on up to `probe_at_most`; a round in which no request is
@@ -184,9 +184,10 @@ class DraftGuard:
         good = able & (accepted + jnp.sqrt(variance) > asked)
 
         # All requests: tokens a second if the good ones draft, against plain decoding.
-        # Together they are known by the rounds of all, earlier requests' too: by their own alone, four short requests
-        # would be drafted for at a loss until their ends (docs/log.md).
-        pooled = variance * rounds / jnp.maximum(rounds, shared.rounds / base)
+        # Together they are known by the rounds of the others too: by their own alone, four short requests would be
+        # drafted for at a loss until their ends. A request without others is known by its own (docs/log.md).
+        others = shared.rounds * (base - 1) / base
+        pooled = variance * rounds / jnp.maximum(rounds, others / base)
         tokens = base + jnp.sum(jnp.where(good, accepted, 0.0)) + jnp.sqrt(jnp.sum(jnp.where(good, pooled, 0.0)))
         # The mean number of verified drafts falls between rungs; rounds around it run at either.
         wanted = costs.between(base + jnp.sum(jnp.where(good, verified, 0.0)))
