@@ -304,17 +304,19 @@ def test_means_near_the_break_even_are_doubted(accepted: float, doubt: float, dr
     assert found.tolist() == [drafts] * R
 
 
-@pytest.mark.parametrize(("told", "drafts"), [(8.0, True), (150.0, False)])
-def test_requests_together_are_doubted_by_the_rounds_of_all(told: float, drafts: bool) -> None:
-    """New requests of 0.38 accepted drafts where 0.5 would pay: 150 rounds of others leave no doubt of it."""
+@pytest.mark.parametrize(("requests", "told", "drafts"), [(R, 8.0, True), (R, 150.0, False), (1, 150.0, True)])
+def test_requests_together_are_doubted_by_the_rounds_of_all(requests: int, told: float, drafts: bool) -> None:
+    """New requests of 0.38 accepted drafts where 0.5 would pay: 150 rounds of others leave no doubt of it. One alone is
+    doubted as before: earlier requests may have been of another kind."""
     history, table = History(), CostTable.of(TOKENS, [1.0] * 5, 0.5)
     slots, shared = history.init_slots(R), history.init_shared(K)
     shared = shared._replace(
         rounds=jnp.float32(told), accepted=jnp.float32(0.38 * told), verified=jnp.float32(told), off=jnp.asarray(False)
     )
-    costs = round_costs(table, Occupancy.of(), jnp.ones(R, bool), jnp.ones(R, jnp.int32))
-    found, _, _ = DraftGuard()(history, costs, jnp.ones(R, bool), slots, shared)
-    assert found.tolist() == [drafts] * R
+    active = jnp.arange(R) < requests
+    costs = round_costs(table, Occupancy.of(), active, jnp.ones(R, jnp.int32))
+    found, _, _ = DraftGuard()(history, costs, active, slots, shared)
+    assert found.tolist() == [drafts] * requests + [False] * (R - requests)
 
 
 def test_drafting_that_pays_shortens_the_wait_for_a_probe_little_by_little() -> None:
